@@ -1,0 +1,231 @@
+"""Every Stable-Baselines3 and sb3-contrib algorithm for discrete actions, trained there and deployed bare."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from sb3_contrib import QRDQN, TRPO, RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+from agents.schedules import schedule
+from spec_envs.controls.base import Control
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "ppo": PPO,
+    "a2c": A2C,
+    "trpo": TRPO,
+    "recurrent-ppo": RecurrentPPO,
+    "dqn": DQN,
+    "qrdqn": QRDQN,
+}
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
+RESERVED = {"self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"}
+BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
+class SB3Agent:
+    """A Stable-Baselines3 algorithm.
+
+    Args:
+        control: the problem, for its spaces.
+        algorithm: a name of ``ALGORITHMS``.
+        total_timesteps: what the learning-rate schedule spans.
+        seed: of the policy's initial weights and of training.
+        learning_rate, lr_schedule, warmup_timesteps: see :func:`agents.schedules.schedule`.
+        pi_arch, vf_arch: hidden layers of policy and value network (value-based algorithms use ``pi_arch``).
+        activation: ``relu``, ``tanh``, ``elu`` or ``gelu``.
+        hyperparameters: the algorithm's own constructor arguments.
+
+    Attributes:
+        model: the Stable-Baselines3 object; built over a stand-in environment until ``learn`` brings the real one.
+        decision_seconds: time of one bare decision, measured once.
+
+    Raises:
+        ValueError: a hyper-parameter that the algorithm does not have.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        algorithm: str,
+        total_timesteps: int = 1,
+        seed: int = 0,
+        learning_rate: float = 3e-4,
+        lr_schedule: str = "constant",
+        warmup_timesteps: int | None = None,
+        pi_arch: tuple[int, ...] = (64, 64),
+        vf_arch: tuple[int, ...] = (64, 64),
+        activation: str = "tanh",
+        **hyperparameters: Any,
+    ):
+        kind = ALGORITHMS[algorithm]
+        known = set(inspect.signature(kind).parameters) - RESERVED
+        if unknown := set(hyperparameters) - known:
+            raise ValueError(f"{algorithm} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        value_based = issubclass(kind, OffPolicyAlgorithm)
+        arch: Any = list(pi_arch) if value_based else {"pi": list(pi_arch), "vf": list(vf_arch)}
+        self.model = kind(
+            "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy",
+            Spaces(control),
+            learning_rate=schedule(lr_schedule, learning_rate, total_timesteps, warmup_timesteps),
+            policy_kwargs={"net_arch": arch, "activation_fn": ACTIVATIONS[activation]},
+            seed=seed,
+            device="cpu",  # the networks are small; the accelerator belongs to the decoder
+            **hyperparameters,
+        )
+        self.rng = np.random.default_rng(seed)
+        self.deploy()
+
+    def deploy(self) -> None:
+        """Take the network out of the policy and measure a decision."""
+        self.network = bare(self.model.policy)
+        blank = np.zeros(self.model.observation_space.shape, dtype=np.float32)
+        timings = []
+        for _ in range(50):
+            begin = time.perf_counter()
+            self.predict(blank, deterministic=True)
+            timings.append(time.perf_counter() - begin)
+        self.decision_seconds = float(np.median(timings))
+
+    @torch.inference_mode()
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """The action for one observation, by the bare network; ``state`` is the recurrent state or None."""
+        if episode_start is not None and np.all(episode_start):
+            state = None
+        preferences, state = self.network(torch.from_numpy(np.asarray(observation, np.float32)).unsqueeze(0), state)
+        values = preferences[0]
+        if deterministic:
+            return int(values.argmax()), state
+        weights = values.softmax(-1).double().numpy() if self.network.logits else np.ones(len(values))
+        return int(self.rng.choice(len(values), p=weights / weights.sum())), state
+
+    def learn(
+        self,
+        total_timesteps: int,
+        env: gym.Env,
+        callback: BaseCallback | None = None,
+        log: Path | None = None,
+        progress_bar: bool = False,
+    ) -> SB3Agent:
+        """Train until ``total_timesteps`` in all, going on from what was loaded."""
+        self.model.set_env(self.model._wrap_env(env, monitor_wrapper=True), force_reset=True)
+        self.model.tensorboard_log = str(log) if log else None
+        remaining = total_timesteps - self.model.num_timesteps
+        if remaining > 0:
+            self.model.learn(remaining, callback, tb_log_name="events", reset_num_timesteps=False, progress_bar=progress_bar)
+        self.deploy()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the policy's weights."""
+        temporary = folder / "policy.tmp"
+        save_file({name: t.contiguous() for name, t in self.model.policy.state_dict().items()}, temporary)
+        temporary.replace(folder / "policy.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Read the policy's weights.
+
+        Raises:
+            ValueError: no weights, or those of another network.
+        """
+        path = folder / "policy.safetensors"
+        try:
+            self.model.policy.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot read the policy {path}: {str(error).splitlines()[0]}") from None
+        self.deploy()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write everything that training needs to go on."""
+        state = {
+            "parameters": self.model.get_parameters(),
+            "num_timesteps": self.model.num_timesteps,
+            "updates": self.model._n_updates,
+            "torch_rng": torch.get_rng_state(),
+        }
+        temporary = folder / "checkpoint.tmp"
+        torch.save(state, temporary)
+        if isinstance(self.model, OffPolicyAlgorithm) and self.model.replay_buffer is not None:
+            buffer = self.model.replay_buffer
+            arrays = {name: getattr(buffer, name) for name in BUFFER}
+            with (folder / "replay.tmp").open("wb") as file:
+                np.savez_compressed(file, pos=buffer.pos, full=buffer.full, **arrays)
+            (folder / "replay.tmp").replace(folder / "replay.npz")
+        temporary.replace(folder / "checkpoint.pt")
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: no checkpoint, or one of another network.
+        """
+        path = folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, weights_only=True)
+            self.model.set_parameters(state["parameters"], exact_match=True, device="cpu")
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+        self.model.num_timesteps, self.model._n_updates = state["num_timesteps"], state["updates"]
+        torch.set_rng_state(state["torch_rng"])
+        if isinstance(self.model, OffPolicyAlgorithm) and (folder / "replay.npz").exists():
+            buffer = self.model.replay_buffer
+            assert buffer is not None
+            with np.load(folder / "replay.npz", allow_pickle=False) as arrays:
+                for name in BUFFER:
+                    getattr(buffer, name)[:] = arrays[name]
+                buffer.pos, buffer.full = int(arrays["pos"]), bool(arrays["full"])
+        self.deploy()
+
+
+class Spaces(gym.Env):
+    """A stand-in environment that only has a control's spaces."""
+
+    def __init__(self, control: Control):
+        self.observation_space, self.action_space = control.observation_space, control.action_space
+
+
+class Bare(nn.Module):
+    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them.
+
+    Attributes:
+        logits: whether preferences are log-probabilities up to a constant (else values).
+    """
+
+    def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):
+        super().__init__()
+        self.layers, self.logits, self.lstm, self.quantiles = layers, logits, lstm, quantiles
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if self.lstm is not None:
+            x, state = self.lstm(x.unsqueeze(0), state)
+            x = x.squeeze(0)
+        out = self.layers(x)
+        if self.quantiles > 1:
+            out = out.unflatten(-1, (self.quantiles, -1)).mean(-2)
+        return out, state
+
+
+def bare(policy: Any) -> Bare:
+    """The network that a policy's deterministic action is the argmax of."""
+    if isinstance(policy, ActorCriticPolicy):
+        layers = nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)
+        return Bare(layers, logits=True, lstm=getattr(policy, "lstm_actor", None))
+    if hasattr(policy, "quantile_net"):
+        return Bare(policy.quantile_net.quantile_net, logits=False, quantiles=policy.quantile_net.n_quantiles)
+    return Bare(policy.q_net.q_net, logits=False)

@@ -1,0 +1,173 @@
+"""Experiments as data: one YAML file per environment id, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agents import AGENTS
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import CONTROLS
+from spec_envs.env import SpecEnv
+
+FOLDER = Path(__file__).parent
+
+
+class Stage(BaseModel):
+    """One step of training policies in turn."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
+    env: dict[str, Any] = {}
+    total_timesteps: int | None = Field(default=None, ge=1)
+
+
+class Experiment(BaseModel):
+    """A stanza: an agent, what it is trained on, and how.
+
+    Attributes:
+        agent: a name of ``agents.AGENTS``; by default the stanza's own.
+        env: keyword arguments of the environment, over those of the file.
+        total_timesteps: environment steps of training.
+        hyperparameters: keyword arguments of the agent.
+        eval_freq: steps between validations (0: none); the best agent is kept.
+        eval_prompts: prompts of a validation.
+        test_prompts: prompts of the final table.
+        checkpoint_freq: steps between checkpoints.
+        partner: run folder of a trained policy for the decisions this environment holds fixed.
+        init: run folder whose policy weights training starts from.
+        checkpoint: checkpoint.pt's folder to go on from.
+        stages: policies trained in turn, each with the one before as partner.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    agent: str
+    env: dict[str, Any] = {}
+    total_timesteps: int = Field(default=1, ge=1)
+    hyperparameters: dict[str, Any] = {}
+    eval_freq: int = Field(default=0, ge=0)
+    eval_prompts: int = Field(default=10, ge=1)
+    test_prompts: int = Field(default=15, ge=2)
+    checkpoint_freq: int = Field(default=2048, ge=1)
+    partner: str | None = None
+    init: str | None = None
+    checkpoint: str | None = None
+    stages: list[Stage] = []
+
+
+def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> Experiment:
+    """A stanza of ``experiments/{env_id}.yml`` with ``key=value`` overrides.
+
+    Args:
+        overrides: ``"total_timesteps=1000"``, ``"env.max_new_tokens=64"``, …; values are YAML.
+
+    Raises:
+        ValueError: an unknown id, stanza or key, or a value of the wrong type; the sentence names file and line.
+    """
+    if env_id not in ENVIRONMENTS:
+        raise ValueError(f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}")
+    path = FOLDER / f"{env_id}.yml"
+    text = path.read_text()
+    raw = parse(text, path)
+    if unknown := set(raw) - {"env", "agents"}:
+        key = sorted(unknown)[0]
+        raise ValueError(f"{path.name}:{line_of(text, (key,))}: unknown key {key!r}; expected env and agents")
+    stanzas = raw["agents"]
+    if stanza not in stanzas:
+        raise ValueError(f"{path.name} has no stanza {stanza!r}{nearest(stanza, stanzas)}; it has {', '.join(stanzas)}")
+    chosen = dict(stanzas[stanza] or {})
+    chosen["env"] = {**raw.get("env", {}), **chosen.get("env", {})}
+    for override in overrides:
+        apply(override, chosen)
+    chosen.setdefault("agent", stanza)
+    try:
+        experiment = Experiment.model_validate(chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = tuple(str(part) for part in first["loc"])
+        hint = nearest(where[-1], Experiment.model_fields) if first["type"] == "extra_forbidden" else ""
+        place = f"{path.name}:{line_of(text, ('agents', stanza, *where))}"
+        raise ValueError(f"{place}: {'.'.join(where)}: {first['msg']}{hint}") from None
+    check(experiment, env_id, lambda where: f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}")
+    return experiment
+
+
+def check(experiment: Experiment, env_id: str, place: Any) -> None:
+    """Refuse unknown agents and environment keywords, and numbers that YAML reads as text."""
+    if experiment.agent not in AGENTS:
+        raise ValueError(
+            f"{place(('agent',))}: no agent {experiment.agent!r}{nearest(experiment.agent, AGENTS)}; "
+            f"there are {', '.join(AGENTS)}"
+        )
+    known = {*inspect.signature(SpecEnv).parameters, *inspect.signature(CONTROLS[ENVIRONMENTS[env_id]]).parameters}
+    for key in experiment.env:
+        if key not in known - {"control", "own"}:
+            raise ValueError(f"{place(('env', key))}: unknown environment keyword {key!r}{nearest(key, known)}")
+    for section in ("env", "hyperparameters"):
+        for key, value in getattr(experiment, section).items():
+            if isinstance(value, str) and is_number(value):
+                raise ValueError(
+                    f"{place((section, key))}: {key} is the text {value!r}, not a number; "
+                    f"YAML wants a point and a sign in exponents: write {float(value)!r}"
+                )
+
+
+def is_number(text: str) -> bool:
+    """Whether a text reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def apply(override: str, config: dict[str, Any]) -> None:
+    """Set ``a.b=value`` in nested dictionaries."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} is not key=value; for example env.max_new_tokens=64")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+        if not isinstance(config, dict):
+            raise ValueError(f"override {override!r}: {parent} holds no keys")
+    config[last] = yaml.safe_load(value)
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """YAML as a dictionary."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("agents"), dict):
+        raise ValueError(f"{path} has no agents; expected env: and agents: at its top")
+    return raw
+
+
+def line_of(text: str, *keys: tuple[str, ...]) -> int:
+    """Line of the first of several nested keys that a YAML text holds; of its deepest parent otherwise."""
+    best = (0, 1)
+    for path in keys:
+        node, line, depth = yaml.compose(text), 1, 0
+        for key in path:
+            if not isinstance(node, yaml.MappingNode):
+                break
+            pair = next(((k, v) for k, v in node.value if k.value == key), None)
+            if pair is None:
+                break
+            line, node, depth = pair[0].start_mark.line + 1, pair[1], depth + 1
+        best = max(best, (depth, line))
+    return best[1]
+
+
+def nearest(word: str, known: Any) -> str:
+    """``; did you mean …?``"""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""

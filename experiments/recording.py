@@ -1,0 +1,92 @@
+"""What a drafter learns from: the target's hidden states over its own text, recorded once.
+
+The target's distribution is recorded as its final normed hidden state: one product with the output head gives the
+probabilities of any draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from experiments.selftext import chat_ids
+from spec_envs.decoding.batch import read_batch
+from spec_envs.decoding.transformer import Transformer
+
+SHARD = 256  # conversations
+
+
+@dataclass
+class Example:
+    """One conversation: ids ``[n]``, where the answer begins, features ``[n, 3·hidden]``, final states ``[n, hidden]``."""
+
+    ids: Tensor
+    answer: int
+    features: Tensor
+    final: Tensor
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: dict) -> tuple[list[int], int]:
+    """Ids of a whole conversation and the position where the answer begins."""
+    prompt = chat_ids(tokenizer, conversation["user"])
+    answer = conversation.get("answer_ids")
+    if answer is None:
+        answer = tokenizer(conversation["assistant"], add_special_tokens=False)["input_ids"]
+        if conversation.get("complete", True):
+            answer = answer + [tokenizer.eos_token_id]
+    return prompt + answer, len(prompt)
+
+
+def record(
+    target: Transformer,
+    tokenized_conversations: list[tuple[list[int], int]],
+    folder: Path,
+    capture: tuple[int, ...],
+    longest: int,
+    batch: int = 16,
+) -> list[Path]:
+    """Write one safetensors file per ``SHARD`` conversations of at most ``longest`` tokens; finished files are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    conversations = [c for c in tokenized_conversations if len(c[0]) <= longest]
+    shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
+    paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
+    for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):
+        if path.exists():
+            continue
+        shard = sorted(shard, key=lambda c: len(c[0]))
+        features, final = [], []
+        for first in range(0, len(shard), batch):
+            texts = [ids for ids, _ in shard[first : first + batch]]
+            f, h = read_batch(target, texts, capture)
+            width = f.shape[1]
+            for row, ids in enumerate(texts):
+                features.append(f[row, width - len(ids) :].cpu())
+                final.append(h[row, width - len(ids) :].cpu())
+        tensors = {
+            "ids": torch.tensor([t for ids, _ in shard for t in ids], dtype=torch.int32),
+            "lengths": torch.tensor([len(ids) for ids, _ in shard]),
+            "answers": torch.tensor([answer for _, answer in shard]),
+            "features": torch.cat(features),
+            "final": torch.cat(final),
+        }
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    return paths
+
+
+def load_shard(path: Path) -> list[Example]:
+    """The conversations of one file, shortest first."""
+    tensors = load_file(path)
+    lengths = tensors["lengths"].tolist()
+    columns = [tensors[name].split(lengths) for name in ("ids", "features", "final")]
+    return [
+        Example(ids.long(), answer, features, final)
+        for answer, ids, features, final in zip(tensors["answers"].tolist(), *columns, strict=True)
+    ]

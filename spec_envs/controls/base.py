@@ -1,0 +1,180 @@
+"""What a control problem is: what an agent sees of the decoder, and what its action does to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from gymnasium import spaces
+
+from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.decoder import Cycle, Decoder
+
+CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
+COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verification curve
+
+
+class Entry(NamedTuple):
+    """A named range of the observation vector."""
+
+    name: str
+    size: int
+    low: float
+    high: float
+    read: Callable[[Decoder], Any]
+
+
+class Agent(Protocol):
+    """Anything with Stable-Baselines3's ``predict``; ``decision_seconds`` is charged per decision."""
+
+    decision_seconds: float
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Action and next recurrent state."""
+
+
+class Control(ABC):
+    """One control problem. Environment and ``generate`` drive the same object.
+
+    Attributes:
+        action_space, observation_space: as in Gymnasium.
+        entries: the observation's ranges in order; ``self.slices[name]`` finds one.
+        width, max_depth: of the tree.
+        partner: a trained policy that makes the decisions this problem holds fixed, or None.
+        uses_partner: name of the keyword that a partner replaces.
+    """
+
+    action_space: spaces.Space
+    width: int
+    max_depth: int
+    observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
+    uses_partner: ClassVar[str] = ""
+
+    def __init__(self, observation: str, cost_features: bool):
+        if observation not in self.observations:
+            raise ValueError(f"observation is {observation!r}; expected one of {', '.join(self.observations)}")
+        self.observation, self.cost_features = observation, cost_features
+        self.partner: Policy | None = None
+        self.rng = np.random.default_rng()
+
+    def _declare(self, entries: list[Entry]) -> None:
+        """Fix the observation's layout."""
+        if self.cost_features:
+            size = len(COST_ROWS) + 1
+            entries = [*entries, Entry("costs", size, 0.0, 1.0, read_costs)]
+        self.entries = entries
+        ends = np.cumsum([entry.size for entry in entries])
+        self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
+        low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
+        high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """A new text begins."""
+        self.rng = rng
+        if self.partner:
+            self.partner.reset(rng)
+
+    def observe(self, decoder: Decoder) -> np.ndarray:
+        """What the agent sees, float32. The first call of a cycle drafts what the first decision needs.
+
+        After the end of a text there is nothing to decide; the tree's entries are then empty.
+        """
+        if not decoder.finished:
+            self.prepare(decoder)
+        vector = np.zeros(self.observation_space.shape, dtype=np.float32)
+        for entry in self.entries:
+            value = np.atleast_1d(entry.read(decoder))
+            start = self.slices[entry.name].start
+            vector[start : start + len(value)] = value
+        return np.clip(vector, self.observation_space.low, self.observation_space.high, out=vector)
+
+    @abstractmethod
+    def prepare(self, decoder: Decoder) -> None:
+        """Bring the cycle to the next decision."""
+
+    @abstractmethod
+    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+        """Carry out a decision; None if the cycle goes on."""
+
+
+class Policy:
+    """A control with the agent that plays it: a partner inside another control, or what ``generate`` runs."""
+
+    def __init__(self, control: Control, agent: Agent):
+        self.control, self.agent = control, agent
+        self.state: Any = None
+        self.fresh = True
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """A new text begins."""
+        self.control.reset(rng)
+        self.state, self.fresh = None, True
+
+    def decide(self, decoder: Decoder) -> int:
+        """Observe and choose an action; its time is charged to the clock."""
+        observation = self.control.observe(decoder)
+        start = np.array([self.fresh])
+        action, self.state = self.agent.predict(observation, self.state, start, deterministic=True)
+        self.fresh = False
+        decoder.clock.charge("policy", self.agent.decision_seconds)
+        return int(action)
+
+
+def read_survival(decoder: Decoder) -> np.ndarray:
+    """Per level grown, the drafter's probability that the text passes through one of its candidates."""
+    tree = decoder.tree
+    return np.add.reduceat(np.exp(tree.scores), tree.level_starts) if tree.size else np.zeros(0)
+
+
+def read_recent(decoder: Decoder) -> list[float]:
+    """Accepted tokens per cycle over the last 4 and the last 16 cycles, in units of the deepest path."""
+    deepest = decoder.max_depth + 1
+    return [np.mean([c.accepted for c in decoder.cycles[-n:]] or [0.0]) / deepest for n in (4, 16)]
+
+
+def read_expansions(decoder: Decoder) -> float:
+    """Expansions so far, in units of the most there can be."""
+    return decoder.tree.expansions / decoder.max_depth
+
+
+def read_position(decoder: Decoder) -> float:
+    """Share of max_new_tokens emitted."""
+    return len(decoder.tokens) / decoder.max_new_tokens
+
+
+def read_context(decoder: Decoder) -> float:
+    """Length of the text in units of 4096 tokens."""
+    return decoder.length / CONTEXT_UNIT
+
+
+def read_costs(decoder: Decoder) -> list[float]:
+    """The cost table in force: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1)."""
+    assert isinstance(decoder.clock, PricedClock)
+    table = decoder.clock.table
+    plain = table.seconds("verify", 1)
+    return [*(plain / table.seconds("verify", n) for n in COST_ROWS), table.seconds("draft", decoder.tree.width) / plain]
+
+
+def common_entries() -> list[Entry]:
+    """Ranges that do not depend on the problem."""
+    return [
+        Entry("expansions", 1, 0.0, 1.0, read_expansions),
+        Entry("recent", 2, 0.0, 1.0, read_recent),
+        Entry("position", 1, 0.0, 1.0, read_position),
+        Entry("context", 1, 0.0, 1.0, read_context),
+    ]
+
+
+def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], repeats: int) -> list[Entry]:
+    """The observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
+    lowest = -1000.0  # a floor below any path log-probability in float32
+    return [
+        Entry("scores", scores, lowest, 0.0, read_scores),
+        Entry("length", repeats, 0.0, 1000.0, lambda d: np.full(repeats, d.length / 1000)),
+        Entry("depth", repeats, 0.0, 100.0, lambda d: np.full(repeats, d.tree.expansions / 10)),
+    ]

@@ -1,0 +1,134 @@
+"""How many nodes to verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from gymnasium import spaces
+
+from spec_envs.controls.base import Control, Entry, common_entries, ltd_entries, read_survival
+from spec_envs.decoding.decoder import Cycle, Decoder
+
+LTD_CODE = tuple(range(10, 241, 10))
+LTD_PAPER = tuple(range(20, 241, 20))
+NAMED = {"ltd": LTD_CODE, "ltd-paper": LTD_PAPER}
+
+
+class BudgetControl(Control):
+    """
+    ## Description
+
+    A tree of fixed depth has been drafted; the agent decides how many of its best nodes the target verifies. A larger
+    budget accepts more and makes the forward slower, by as much as the machine's cost curve says.
+
+    This is the size problem of Learning to Draft (ICLR 2026, arXiv 2603.01639).
+
+    ## Action Space
+
+    `Discrete(len(budgets))`: action i verifies the `budgets[i]` best nodes by path log-probability.
+
+    ## Observation Space
+
+    A `Box` of float32; with the default 12 `budgets` and `max_depth=12`:
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 0–11 | `gains`: per budget, the summed path probability of the nodes it adds to the one before / (`max_depth` + 1) | 0 | 1 |
+    | 12–24 | `survival`: per level, the summed path probability of its candidates (0 where not grown) | 0 | 1 |
+    | 25 | `expansions`: levels grown / `max_depth` | 0 | 1 |
+    | 26–27 | `recent`: accepted tokens per cycle over 4 and 16 cycles / (`max_depth` + 1) | 0 | 1 |
+    | 28 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 29 | `context`: tokens of the text / 4096 | 0 | 1 |
+
+    `cost_features=True` appends `costs`, as in SpecDepth-v0. `observation="ltd"` is the published vector (1268 at
+    depth 12): all path log-probabilities, zero-padded, length / 1000 in 29 slots, expansions / 10 in 29 slots.
+
+    ## Rewards
+
+    `"saved"` (default): emitted tokens − `pace` · seconds of the step. `"ltd"`: emitted / (100 · seconds of the
+    cycle); needs `episode="cycle"`.
+
+    ## Starting State
+
+    The target's first token after the prompt, and a tree of the given depth.
+
+    ## Episode End
+
+    Terminated at EOS or `max_new_tokens`; with `episode="cycle"` after each step.
+
+    ## Information
+
+    As in SpecDepth-v0.
+
+    ## Arguments
+
+    - `budgets=(4, 8, …, 96)`: what the actions stand for; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
+    - `depth=6`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
+    - `max_depth=12`: most expansions.
+    - `width=10`: children per node, and nodes expanded per level.
+
+    and the shared ones of `SpecEnv`.
+
+    ## Version History
+
+    - v0: initial version.
+    """
+
+    uses_partner = "depth"
+
+    def __init__(
+        self,
+        budgets: Sequence[int] | str = (4, 8, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96),
+        depth: int | str = 6,
+        max_depth: int = 12,
+        width: int = 10,
+        observation: str = "default",
+        cost_features: bool = False,
+    ):
+        super().__init__(observation, cost_features)
+        if isinstance(budgets, str):
+            if budgets not in NAMED:
+                raise ValueError(f"budgets is {budgets!r}; expected numbers or one of {', '.join(NAMED)}")
+            budgets = NAMED[budgets]
+        if not budgets or min(budgets) < 0 or list(budgets) != sorted(set(budgets)):
+            raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes")
+        if depth != "random" and not (isinstance(depth, int) and 0 <= depth <= max_depth):
+            raise ValueError(f"depth is {depth!r}; expected a number from 0 to max_depth ({max_depth}) or 'random'")
+        self.budgets, self.depth, self.max_depth, self.width = tuple(budgets), depth, max_depth, width
+        self.action_space = spaces.Discrete(len(self.budgets))
+        if observation == "ltd":
+            candidates = width + width * width * max_depth
+            self._declare(ltd_entries(candidates, lambda d: d.tree.scores, repeats=29))
+        else:
+            self._declare(
+                [
+                    Entry("gains", len(self.budgets), 0.0, 1.0, self._read_gains),
+                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
+                    *common_entries(),
+                ]
+            )
+
+    def prepare(self, decoder: Decoder) -> None:
+        if decoder.drafting:
+            return
+        if self.partner:
+            decoder.expand()
+            while decoder.tree.expansions < self.max_depth and self.partner.decide(decoder):
+                decoder.expand()
+        else:
+            depth = self.rng.integers(1, self.max_depth + 1) if self.depth == "random" else self.depth
+            decoder.begin()
+            for _ in range(int(depth)):
+                decoder.expand()
+
+    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+        self.prepare(decoder)
+        return decoder.verify(self.budgets[action])
+
+    def _read_gains(self, decoder: Decoder) -> np.ndarray:
+        """Expected accepted tokens that each budget adds, by the drafter's own probabilities."""
+        scores = np.sort(decoder.tree.scores)[::-1]
+        below = np.concatenate([[0.0], np.cumsum(np.exp(scores))])
+        reached = below[np.minimum(self.budgets, len(scores))]
+        return np.diff(reached, prepend=0.0) / (self.max_depth + 1)

@@ -1,0 +1,116 @@
+"""How deep to draft."""
+
+from __future__ import annotations
+
+import numpy as np
+from gymnasium import spaces
+
+from spec_envs.controls.base import Control, Entry, common_entries, ltd_entries, read_survival
+from spec_envs.decoding.decoder import Cycle, Decoder
+
+VERIFY, EXPAND = 0, 1
+
+
+class DepthControl(Control):
+    """
+    ## Description
+
+    The drafter grows a token tree level by level. After each level the agent decides whether to grow another or to
+    have the target verify what is there. Deep trees pay where the text is predictable; elsewhere each level costs a
+    drafter forward for nothing. The first expansion of a cycle is always made, and at `max_depth` verification
+    follows within the step, so every decision is a real one.
+
+    This is the depth problem of Learning to Draft (ICLR 2026, arXiv 2603.01639).
+
+    ## Action Space
+
+    `Discrete(2)`: 0 verifies, 1 expands by one more level.
+
+    ## Observation Space
+
+    A `Box` of float32; with the default `width=10` and `max_depth=12`:
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 0–9 | `frontier`: path probabilities of the nodes the next expansion would feed, best first | 0 | 1 |
+    | 10–22 | `survival`: per level, the summed path probability of its candidates (0 where not grown) | 0 | 1 |
+    | 23 | `expansions`: levels grown so far / `max_depth` | 0 | 1 |
+    | 24–25 | `recent`: accepted tokens per cycle over 4 and 16 cycles / (`max_depth` + 1) | 0 | 1 |
+    | 26 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 27 | `context`: tokens of the text / 4096 | 0 | 1 |
+
+    `cost_features=True` appends `costs`: T_verify(1)/T_verify(n) for n = 1, 8, 16, 32, 64, 96 and
+    T_draft/T_verify(1), all of the clock's table. `observation="ltd"` is the published vector of 128: the 100 path
+    log-probabilities of the last expansion, length / 1000 in 14 slots, expansions / 10 in 14 slots.
+
+    ## Rewards
+
+    `"saved"` (default): emitted tokens − `pace` · seconds of the step. `"ltd"`: 0 on an expansion,
+    emitted / (100 · seconds of the cycle) on verification; needs `episode="cycle"`.
+
+    ## Starting State
+
+    The target's first token after the prompt, a first level and one expansion.
+
+    ## Episode End
+
+    Terminated at EOS or `max_new_tokens`; with `episode="cycle"` after each verification.
+
+    ## Information
+
+    `emitted`, `accepted`, `drafted`, `verified` (0 on an expansion), `bytes_up`, `bytes_down`, `seconds` by part,
+    `saved` (emitted − plain rate · seconds); on the last step `text`, `task`, `tokens`, `speedup`.
+
+    ## Arguments
+
+    - `max_depth=12`: most expansions after the first level.
+    - `width=10`: children per node, and nodes expanded per level.
+    - `budget=60`: nodes verified.
+
+    and the shared ones of `SpecEnv`.
+
+    ## Version History
+
+    - v0: initial version.
+    """
+
+    uses_partner = "budget"
+
+    def __init__(
+        self,
+        max_depth: int = 12,
+        width: int = 10,
+        budget: int = 60,
+        observation: str = "default",
+        cost_features: bool = False,
+    ):
+        super().__init__(observation, cost_features)
+        self.max_depth, self.width, self.budget = max_depth, width, budget
+        self.action_space = spaces.Discrete(2)
+        if observation == "ltd":
+            self._declare(ltd_entries(width * width, lambda d: d.tree.last_level, repeats=14))
+        else:
+            self._declare(
+                [
+                    Entry("frontier", width, 0.0, 1.0, read_frontier),
+                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
+                    *common_entries(),
+                ]
+            )
+
+    def prepare(self, decoder: Decoder) -> None:
+        if decoder.tree.expansions == 0:
+            decoder.expand()
+
+    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+        self.prepare(decoder)
+        if action == EXPAND:
+            decoder.expand()
+            if decoder.tree.expansions < self.max_depth:
+                return None
+        return decoder.verify(self.partner.decide(decoder) if self.partner else self.budget)
+
+
+def read_frontier(decoder: Decoder) -> np.ndarray:
+    """Path probabilities of the frontier."""
+    return np.exp(decoder.tree.scores[decoder.tree.frontier])

@@ -1,0 +1,82 @@
+"""Acceptance rules: which drafted nodes the target keeps, and the token it adds itself.
+
+Each rule walks a verified subtree from the root. ``parents`` holds, per node, the index of its parent node or
+``ROOT``; rows of the target's output are the root (row 0) and the nodes (row = node + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from spec_envs.decoding.tree import ROOT
+
+
+def children_of(parents: np.ndarray, node: int) -> np.ndarray:
+    """Child nodes of ``node`` in order of their index."""
+    return np.flatnonzero(parents == node)
+
+
+def greedy(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> tuple[list[int], int]:
+    """Keep the path on which every token is the target's own choice.
+
+    Args:
+        tokens, parents: the verified nodes, ``[n]``.
+        choices: the target's argmax at the root and at every node, ``[n + 1]``.
+
+    Returns:
+        Accepted nodes from the root on, and the target's choice behind them.
+    """
+    path: list[int] = []
+    node = ROOT
+    while True:
+        children = children_of(parents, node)
+        matching = children[tokens[children] == choices[node + 1]]
+        if not len(matching):
+            return path, int(choices[node + 1])
+        node = int(matching[0])
+        path.append(node)
+
+
+def sampled(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    probabilities: Callable[[int], np.ndarray],
+    uniform: Callable[[], float],
+) -> tuple[list[int], int]:
+    """Keep a path so that what is emitted is distributed as the target's own samples.
+
+    The children of a node are a fixed set of distinct tokens. They are tested in order: x is accepted with the
+    probability p(x) that the target gives it among the tokens not yet refused; a refused token leaves p. When all
+    are refused the token behind the path is drawn from what is left of p (SpecInfer, arXiv 2305.09781, for a
+    deterministic drafter).
+
+    Args:
+        tokens, parents: the verified nodes, ``[n]``.
+        probabilities: the target's distribution ``[vocab]`` at a row (0 is the root).
+        uniform: draws from [0, 1).
+
+    Returns:
+        Accepted nodes from the root on, and the token drawn behind them.
+    """
+    path: list[int] = []
+    node = ROOT
+    while True:
+        p = np.array(probabilities(node + 1), dtype=np.float64)
+        for child in children_of(parents, node):
+            token = tokens[child]
+            if uniform() * p.sum() < p[token]:
+                path.append(int(child))
+                node = int(child)
+                break
+            p[token] = 0.0
+        else:
+            return path, inverse_cdf(p, uniform())
+
+
+def inverse_cdf(weights: np.ndarray, u: float) -> int:
+    """The index drawn by ``u`` in [0, 1) from unnormalised ``weights`` ``[n]``; never one of weight 0."""
+    below = np.cumsum(weights)
+    index = int(np.searchsorted(below, u * below[-1], side="right"))
+    return min(index, int(np.flatnonzero(weights)[-1]))

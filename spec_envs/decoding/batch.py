@@ -1,0 +1,103 @@
+"""Batched work of the target: generating many texts at once, and reading hidden states off many texts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from spec_envs.decoding.transformer import Transformer
+
+
+def left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids ``[batch, n]`` padded on the left with 0, and the number of padding columns ``[batch]``."""
+    width = max(map(len, sequences))
+    padding = torch.tensor([width - len(s) for s in sequences], device=device)
+    ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences], device=device)
+    return ids, padding
+
+
+def padding_mask(padding: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask ``[batch, 1, rows, columns]``: causal, and blind to padding on the left.
+
+    The lowest finite number stands for minus infinity, so that a padding row, which sees nothing, stays a number.
+    """
+    column = torch.arange(columns, device=padding.device)
+    row = torch.arange(columns - rows, columns, device=padding.device)
+    hidden = (column[None, None, :] < padding[:, None, None]) | (column[None, None, :] > row[None, :, None])
+    return torch.zeros(hidden.shape, dtype=dtype, device=padding.device).masked_fill_(
+        hidden, torch.finfo(dtype).min
+    )[:, None]
+
+
+@torch.inference_mode()
+def generate_batch(
+    target: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos: Collection[int],
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Continue every prompt by up to ``max_new_tokens`` tokens, greedily or sampled.
+
+    Sequences that reach an id of ``eos`` (kept in the result) leave the batch when an eighth of it has ended.
+
+    Returns:
+        The new tokens of each prompt, in order.
+    """
+    ids, padding = left_padded(prompts, target.device)
+    width = ids.shape[1]
+    cache = target.cache(width + max_new_tokens, len(prompts))
+    positions = (torch.arange(width, device=target.device)[None] - padding[:, None]).clamp_(min=0)
+    x, _ = target.forward(target.embed(ids), cache, positions, padding_mask(padding, width, width, target.dtype))
+    cache.length = width
+    texts: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))  # the text that each row of the batch writes
+    ended: set[int] = set()
+    mask = padding_mask(padding, 1, cache.capacity, target.dtype)
+    for step in range(max_new_tokens):
+        tokens = choose(target.head(x[:, -1]), temperature, generator)
+        for text, token in zip(alive, tokens.tolist(), strict=True):
+            if text not in ended:
+                texts[text].append(token)
+                if token in eos:
+                    ended.add(text)
+        if len(ended) == len(prompts) or step + 1 == max_new_tokens:
+            break
+        open_rows = [row for row, text in enumerate(alive) if text not in ended]
+        if len(open_rows) <= len(alive) * 7 // 8:
+            kept = torch.tensor(open_rows, device=target.device)
+            cache.select(kept)
+            tokens, padding, mask = tokens[kept], padding[kept], mask[kept]
+            alive = [alive[row] for row in open_rows]
+        positions = (cache.length - padding)[:, None]
+        x, _ = target.forward(target.embed(tokens[:, None]), cache, positions, mask[..., : cache.length + 1])
+        cache.length += 1
+    return texts
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """The next token of every row of ``logits`` ``[batch, vocab]``."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    below = (logits.float() / temperature).softmax(-1).cumsum(-1)  # inverse CDF; multinomial is slow on a CPU
+    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device) * below[:, -1:]
+    return torch.searchsorted(below, uniform)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def read_batch(target: Transformer, texts: Sequence[Sequence[int]], capture: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Hidden states of whole texts, padded on the left, in one forward.
+
+    Returns:
+        The inputs of the ``capture`` layers, concatenated ``[batch, n, len(capture) * hidden]``, and the final
+        normed hidden states ``[batch, n, hidden]``, from which the head gives the logits.
+    """
+    ids, padding = left_padded(texts, target.device)
+    n = ids.shape[1]
+    positions = (torch.arange(n, device=target.device)[None] - padding[:, None]).clamp_(min=0)
+    mask = padding_mask(padding, n, n, target.dtype)
+    x, captured = target.forward(target.embed(ids), target.cache(n, len(texts)), positions, mask, capture=capture)
+    return torch.cat(captured, -1), target.norm(x)

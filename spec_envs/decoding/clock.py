@@ -1,0 +1,110 @@
+"""Seconds by part: measured on the wall, or priced from a calibrated table.
+
+Parts are ``prefill`` (never part of a cycle), ``draft``, ``verify`` and ``policy``. A priced clock makes every environment deterministic by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PARTS = ("prefill", "draft", "verify", "policy")
+COSTS = Path(__file__).resolve().parents[1] / "data" / "costs"
+
+
+class WallClock:
+    """Measured seconds; the device is synchronised on both sides of every part.
+
+    Attributes:
+        totals: seconds charged so far by part; only ever growing.
+    """
+
+    priced = False
+
+    def __init__(self, device: torch.device):
+        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.totals = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def time(self, part: str, rows: int) -> Iterator[None]:
+        """Charge what runs inside to ``part``; ``rows`` is the number of rows of its forward."""
+        self.synchronize()
+        begin = time.perf_counter()
+        yield
+        self.synchronize()
+        self.charge(part, time.perf_counter() - begin)
+
+    def charge(self, part: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere."""
+        self.totals[part] += seconds
+
+    def since(self, earlier: dict[str, float]) -> dict[str, float]:
+        """Seconds by part since a copy of ``totals`` was taken."""
+        return {part: total - earlier[part] for part, total in self.totals.items()}
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds of a forward by its number of rows, for one machine and one pair of models.
+
+    Between the rows listed the cost is interpolated, beyond them extrapolated from the last two.
+    """
+
+    name: str
+    verify: dict[int, float]
+    draft: dict[int, float]
+
+    @classmethod
+    def load(cls, source: str) -> CostTable:
+        """Read a shipped table by name, or a JSON file by path.
+
+        Raises:
+            ValueError: no such table, or one that is malformed.
+        """
+        path = COSTS / f"{source}.json"
+        if not path.is_file():
+            path = Path(source)
+        if not path.is_file():
+            shipped = ", ".join(sorted(p.stem for p in COSTS.glob("*.json")))
+            raise ValueError(f"no cost table {source!r}: expected 'wall', a JSON file, or one of {shipped}")
+        try:
+            raw = json.loads(path.read_text())
+            curves = {part: {int(n): float(s) for n, s in raw[part].items()} for part in ("verify", "draft")}
+            if any(not curve or min(curve.values()) <= 0 for curve in curves.values()):
+                raise ValueError("a curve without positive seconds")
+        except (KeyError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f'{path} is not a cost table ({error}); expected {{"verify": {{"1": seconds, …}}, "draft": {{…}}}}'
+            ) from None
+        return cls(path.stem, **curves)
+
+    def seconds(self, part: str, rows: int) -> float:
+        """Seconds of a forward of ``rows`` rows."""
+        curve = self.draft if part == "draft" else self.verify
+        known = sorted(curve)
+        if rows > known[-1] and len(known) > 1:
+            a, b = known[-2:]
+            return curve[b] + (rows - b) * (curve[b] - curve[a]) / (b - a)
+        return float(np.interp(rows, known, [curve[n] for n in known]))
+
+
+class PricedClock(WallClock):
+    """Seconds from a table, whatever the machine does."""
+
+    priced = True
+
+    def __init__(self, table: CostTable):
+        super().__init__(torch.device("cpu"))
+        self.table = table
+
+    @contextmanager
+    def time(self, part: str, rows: int) -> Iterator[None]:
+        yield
+        self.charge(part, self.table.seconds(part, rows))

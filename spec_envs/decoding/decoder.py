@@ -1,0 +1,178 @@
+"""One sequence under speculative decoding: start, expand, verify; what it emitted and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.drafters.base import Drafter
+from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.verifier import LocalVerifier
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """The nodes a cycle verified, for those who want to look: tokens, parents, levels ``[n]`` and the accepted path."""
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    levels: np.ndarray
+    path: list[int]
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One draft-and-verify round.
+
+    Attributes:
+        tokens: what it emitted, cut at EOS and at max_new_tokens.
+        accepted: emitted tokens that were drafted.
+        drafted: candidates drafted.
+        verified: drafted nodes sent to the target (the root not counted).
+        depth: expansions after the first level.
+        seconds: by part (draft, verify, policy).
+        nodes: the verified nodes.
+    """
+
+    tokens: list[int]
+    accepted: int
+    drafted: int
+    verified: int
+    depth: int
+    seconds: dict[str, float]
+    nodes: Drafted
+
+    @property
+    def emitted(self) -> int:
+        return len(self.tokens)
+
+
+class Decoder:
+    """Drives a drafter and a verifier over one text at a time.
+
+    Args:
+        verifier, drafter: the two sides; the drafter may be None, for plain decoding.
+        clock: charged for every forward.
+        eos: ids that end a text.
+        max_depth: most expansions of a cycle.
+
+    Attributes:
+        prompt, tokens: ids of the text, and of what was emitted (the first token included).
+        tree: candidates of the cycle under way.
+        cycles: finished cycles of this text.
+        finished: whether EOS was emitted or max_new_tokens reached.
+
+    Raises:
+        ValueError: drafter and target have different vocabularies.
+    """
+
+    def __init__(
+        self,
+        verifier: LocalVerifier,
+        drafter: Drafter | None,
+        clock: WallClock,
+        eos: Collection[int],
+        max_depth: int = 12,
+    ):
+        if drafter is not None and drafter.vocab != verifier.vocab:
+            raise ValueError(f"the drafter's vocabulary has {drafter.vocab} ids, the target's {verifier.vocab}")
+        self.verifier, self.drafter, self.clock = verifier, drafter, clock
+        self.eos = frozenset(eos)
+        self.max_depth = max_depth
+        self.tree = Tree(drafter.width if drafter else 0, max_depth)
+        self.finished = True
+
+    def start(self, prompt: Sequence[int], max_new_tokens: int, rng: np.random.Generator) -> None:
+        """Prefill and the first token; charged to ``prefill``, not to a cycle.
+
+        Raises:
+            ValueError: the prompt is empty or does not fit the context.
+        """
+        if not len(prompt):
+            raise ValueError("the prompt is empty; expected at least one token")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+        positions = max_new_tokens + self.max_depth + 1
+        self.prompt, self.max_new_tokens = list(prompt), max_new_tokens
+        self.tree.clear()
+        self.cycles: list[Cycle] = []
+        with self.clock.time("prefill", len(prompt)):
+            first = self.verifier.start(prompt, positions, positions + self.tree.capacity, rng)
+            if self.drafter:
+                self.drafter.start([*prompt, first], positions, self.verifier.features)
+        self.tokens = [first]
+        self.finished = first in self.eos or max_new_tokens == 1
+        self.drafting = False
+        self._cycle_began = dict(self.clock.totals)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole text."""
+        return len(self.prompt) + len(self.tokens)
+
+    def begin(self) -> None:
+        """The root's drafter forward, which gives the first level. Does nothing within a cycle."""
+        if self.drafting:
+            return
+        self._check_alive()
+        assert self.drafter is not None
+        with self.clock.time("draft", 1):
+            self.drafter.root(self.tree)
+        self.drafting = True
+
+    def expand(self) -> None:
+        """One drafter forward: the tree grows by a level."""
+        self.begin()
+        with self.clock.time("draft", len(self.tree.frontier)):
+            self.drafter.expand(self.tree)
+
+    def verify(self, budget: int | None = None) -> Cycle:
+        """One target forward over the ``budget`` best candidates (all by default); at least one token is emitted.
+
+        Without a first level, or with budget 0, this is one step of plain decoding.
+        """
+        self._check_alive()
+        drafted, depth = self.tree.size, self.tree.expansions
+        if budget is not None and budget < 0:
+            raise ValueError(f"budget is {budget}; expected 0 or more nodes")
+        selected = min(drafted, budget if budget is not None else drafted)
+        with self.clock.time("verify", selected + 1):
+            tokens, parents, levels = self.tree.subtree(self.tree.select(selected))
+            verdict = self.verifier.verify(tokens, parents, levels)
+        emitted = self._cut([*(int(tokens[node]) for node in verdict.path), verdict.token])
+        self.tokens.extend(emitted)
+        self.finished = emitted[-1] in self.eos or len(self.tokens) == self.max_new_tokens
+        if self.drafter and not self.finished:
+            self.drafter.commit(emitted, self.verifier.features)
+        seconds = self.clock.since(self._cycle_began)
+        del seconds["prefill"]
+        self._cycle_began = dict(self.clock.totals)
+        accepted = min(len(verdict.path), len(emitted))
+        nodes = Drafted(tokens, parents, levels, verdict.path[:accepted])
+        self.cycles.append(Cycle(emitted, accepted, drafted, selected, depth, seconds, nodes))
+        self.tree.clear()
+        self.drafting = False
+        return self.cycles[-1]
+
+    def cycle(self, k: int) -> Cycle:
+        """Draft ``k`` levels and verify all of them; 0 is plain decoding."""
+        if k > 0:
+            self.begin()
+            for _ in range(k - 1):
+                self.expand()
+        return self.verify()
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Tokens up to the first EOS and to max_new_tokens."""
+        tokens = tokens[: self.max_new_tokens - len(self.tokens)]
+        for i, token in enumerate(tokens):
+            if token in self.eos:
+                return tokens[: i + 1]
+        return tokens
+
+    def _check_alive(self) -> None:
+        if self.finished:
+            raise RuntimeError("the text has ended; call start() with the next prompt")

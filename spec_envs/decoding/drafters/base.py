@@ -1,0 +1,39 @@
+"""What a drafter offers the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from spec_envs.decoding.tree import Tree
+
+
+class Drafter(Protocol):
+    """Proposes the children of tree nodes; keeps a cache of the committed text of its own.
+
+    Attributes:
+        capture: layers of the target whose inputs ``features`` it reads; empty for a drafter that needs ids only.
+        vocab: size of the target vocabulary it was made for.
+        width: children per node and nodes expanded per level.
+    """
+
+    capture: Sequence[int]
+    vocab: int
+    width: int
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor) -> None:
+        """A new text (prompt and first token) that may grow by ``positions``.
+
+        ``features`` ``[len(text) - 1, …]`` belong to its tokens but the last.
+        """
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """Tokens added to the text, and the features of the tokens in front of them, ``[len(tokens), …]``."""
+
+    def root(self, tree: Tree) -> None:
+        """Catch up with the text, then start the tree with the root's best children."""
+
+    def expand(self, tree: Tree) -> None:
+        """Grow the tree by the best children of its frontier."""

@@ -1,0 +1,49 @@
+"""Matrix product with constant weights, in the layout the processor reads fastest."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows the packed layout is tuned for. Measured over 1..96 rows, a layout packed for 16 is within
+# a few per cent of the best one at every row count, so one copy of the weights serves them all.
+PACK_ROWS = 16
+
+
+class Linear:
+    """``y = x Wᵀ + b`` for inference.
+
+    On a CPU with bfloat16 instructions the weight is stored in oneDNN's blocked layout once, instead of
+    being rearranged in every call; elsewhere this is ``torch.nn.functional.linear``.
+
+    Args:
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.packed = packs(weight)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+        else:
+            self.weight = weight.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether the weight gains from oneDNN's layout: bfloat16 on a CPU that computes in it."""
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and fast_bfloat16("cpu")
+
+
+def fast_bfloat16(device: str | torch.device) -> bool:
+    """Whether ``device`` multiplies bfloat16 matrices in hardware."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

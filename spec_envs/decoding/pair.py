@@ -1,0 +1,96 @@
+"""From names to a live decoder: target, drafter, clock."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from spec_envs.decoding.checkpoints import load_target, load_tokenizer, registry, resolve_device, resolve_dtype
+from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.eagle import EagleDrafter
+from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.verifier import LocalVerifier
+
+load_head = functools.cache(EagleHead.load)
+
+
+def default_drafter(target: str) -> str:
+    """The shipped drafter of a target.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, entry in registry()["drafters"].items():
+        if entry["target"] == target:
+            return name
+    raise ValueError(
+        f"no drafter is shipped for {target!r}; name one with drafter= (a folder or hub id of an EAGLE-3 head), "
+        "or train one with `make drafter`"
+    )
+
+
+def static_over_plain(drafter: str) -> float:
+    """Speed of the pair's best static setting in units of plain decoding; 1 where it was never measured."""
+    return registry()["drafters"].get(drafter, {}).get("static_over_plain", 1.0)
+
+
+def make_clocks(clock: str | Sequence[str], device: torch.device) -> list[WallClock]:
+    """Clocks by name: ``"wall"``, or one or several cost tables."""
+    names = [clock] if isinstance(clock, str) else list(clock)
+    return [WallClock(device) if name == "wall" else PricedClock(CostTable.load(name)) for name in names]
+
+
+def eos_ids(target: str, model: Transformer) -> set[int]:
+    """Ids that end a text: the tokenizer's and the model config's."""
+    ids = {load_tokenizer(target).eos_token_id}
+    configured = model.config.eos_token_id
+    ids.update(configured if isinstance(configured, list) else [configured])
+    return {i for i in ids if i is not None}
+
+
+def load_decoder(
+    target: str = "smollm2-135m",
+    drafter: str | None = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    clock: WallClock | None = None,
+    width: int = 10,
+    max_depth: int = 12,
+) -> Decoder:
+    """A decoder for a pair of models; the weights are shared with every other decoder of the process.
+
+    Args:
+        target: name of models.yml, hub id, folder or GGUF file.
+        drafter: name of models.yml, folder or hub id of an EAGLE-3 head; ``"auto"`` is the one shipped for the
+            target, None decodes plainly.
+        device, dtype: ``"auto"``, or as in torch.
+        temperature, top_p: 0 is greedy.
+        clock: None measures on the wall.
+        width, max_depth: children per node, and most expansions after the first level.
+    """
+    at = resolve_device(device)
+    model = load_target(target, at, resolve_dtype(dtype, at))
+    eagle = None
+    if drafter is not None:
+        head = load_head(default_drafter(target) if drafter == "auto" else drafter)
+        eagle = EagleDrafter(head, model, width, max_depth)
+    verifier = LocalVerifier(model, eagle.capture if eagle else (), temperature, top_p)
+    return Decoder(verifier, eagle, clock or WallClock(at), eos_ids(target, model), max_depth)
+
+
+@functools.cache
+def plain_seconds(target: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Measured seconds of one plain decoding step behind a short prompt: the median of 20 after a warm-up."""
+    model = load_target(target, device, dtype)
+    decoder = Decoder(LocalVerifier(model), None, WallClock(device), ())
+    decoder.start([0] * 64, 32, np.random.default_rng(0))
+    cycles = [decoder.verify(0) for _ in range(25)]
+    return statistics.median(cycle.seconds["verify"] for cycle in cycles[5:])

@@ -1,0 +1,132 @@
+"""The target's side of speculative decoding: one forward over the drafted nodes, then the acceptance rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding import accept
+from spec_envs.decoding.transformer import AncestorMask, Transformer
+from spec_envs.decoding.tree import ancestors
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Accepted nodes from the root on (indices into what was sent), and the token the target adds."""
+
+    path: list[int]
+    token: int
+
+
+class Verifier(Protocol):
+    """Keeps the target's cache and decides; the decoder sends it ids and parents only."""
+
+    vocab: int
+
+    def start(self, prompt: Sequence[int], positions: int, rows: int, rng: np.random.Generator) -> int:
+        """Prefill and return the first token; the text may grow by ``positions``, the cache by ``rows``."""
+
+    def verify(self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray) -> Verdict:
+        """Verify drafted nodes behind the last token of the text, commit what is accepted."""
+
+
+class LocalVerifier:
+    """The target in this process.
+
+    Args:
+        target: the model.
+        capture: layers whose inputs are handed to the drafter as ``features``.
+        temperature: 0 is greedy.
+        top_p: probability mass kept when sampling.
+
+    Attributes:
+        features: captured states of the rows committed by the last call, ``[rows, len(capture) * hidden]``.
+    """
+
+    def __init__(self, target: Transformer, capture: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0):
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}; expected a number in (0, 1]")
+        self.target, self.capture = target, tuple(capture)
+        self.temperature, self.top_p = temperature, top_p
+        self.vocab = target.shape.vocab
+        self.features = torch.empty(0)
+        self.cache = target.cache(0)
+        self.mask: AncestorMask | None = None
+
+    @torch.inference_mode()
+    def start(self, prompt: Sequence[int], positions: int, rows: int, rng: np.random.Generator) -> int:
+        """Prefill and draw the first token.
+
+        Raises:
+            ValueError: the prompt and what may follow it do not fit the model's context.
+        """
+        context = self.target.shape.context
+        if len(prompt) + positions > context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and generation may need {positions} more, but the model's "
+                f"context is {context}: shorten the prompt or lower max_new_tokens"
+            )
+        need = len(prompt) + rows
+        if need > self.cache.capacity:
+            self.cache = self.target.cache(max(2048, need))
+            self.mask = None
+        self.cache.length = 0
+        self.rng = rng
+        hidden = self._forward(np.asarray(prompt), np.arange(len(prompt)), None)
+        self.cache.length = len(prompt)
+        self.last = self._decide(np.zeros(0, np.int64), np.zeros(0, np.int64), hidden[-1:]).token
+        return self.last
+
+    @torch.inference_mode()
+    def verify(self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray) -> Verdict:
+        """One forward over the root and the nodes ``[n]``."""
+        mask = self._mask(parents) if len(tokens) else None
+        positions = self.cache.length + np.concatenate([[0], levels + 1])
+        hidden = self._forward(np.concatenate([[self.last], tokens]), positions, mask)
+        verdict = self._decide(tokens, parents, hidden)
+        rows = [0, *(node + 1 for node in verdict.path)]
+        self.features = self.features[rows]
+        self.cache.keep(rows)
+        self.last = verdict.token
+        return verdict
+
+    def _forward(self, tokens: np.ndarray, positions: np.ndarray, mask: Tensor | None) -> Tensor:
+        device = self.target.device
+        x = self.target.embed(torch.from_numpy(tokens).to(device)[None])
+        at = torch.from_numpy(positions).to(device)[None]
+        hidden, captured = self.target.forward(x, self.cache, at, mask, capture=self.capture)
+        self.features = torch.cat(captured, -1)[0] if captured else hidden[0, :, :0]
+        return hidden[0]
+
+    def _mask(self, parents: np.ndarray) -> Tensor:
+        rows = len(parents) + 1
+        if self.mask is None or self.mask.buffer.shape[2] < rows:
+            size = max(rows, 64)
+            self.mask = AncestorMask(size, size, self.cache.capacity, self.target.dtype, self.target.device)
+        visible = torch.from_numpy(ancestors(parents)).to(self.target.device)
+        return self.mask.window(self.cache.length, visible)
+
+    def _decide(self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor) -> Verdict:
+        """Apply the acceptance rule to hidden states ``[n + 1, hidden]``."""
+        logits = self.target.head(hidden)
+        if self.temperature == 0:
+            choices = logits.argmax(-1).cpu().numpy()
+            return Verdict(*accept.greedy(tokens, parents, choices))
+        return Verdict(*accept.sampled(tokens, parents, lambda row: self._probabilities(logits[row]), self.rng.random))
+
+    def _probabilities(self, logits: Tensor) -> np.ndarray:
+        """The sampling distribution ``[vocab]`` (float64): temperature, then the smallest set of mass ``top_p``."""
+        p = (logits.double() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, index = p.sort(descending=True, stable=True)
+            dropped = ordered.cumsum(-1) - ordered >= self.top_p
+            p[index[dropped]] = 0.0
+            p /= p.sum()
+        return p.cpu().numpy()

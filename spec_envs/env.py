@@ -1,0 +1,244 @@
+"""The one Gymnasium environment: a control problem over a live decoder."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import multiprocessing
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from spec_envs import render
+from spec_envs.controls import CONTROLS, Control
+from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
+from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.pair import default_drafter, load_decoder, make_clocks, plain_seconds, static_over_plain
+from spec_envs.prompts import Prompt, encode, load_prompts
+
+REWARDS = ("saved", "ltd")
+EPISODES = ("prompt", "cycle")
+
+
+class SpecEnv(gym.Env[np.ndarray, int]):
+    """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
+
+    Args:
+        control: which problem: ``"depth"`` or ``"budget"``.
+        target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
+        drafter: EAGLE-3 head: a name of models.yml, a folder or hub id; ``"auto"`` is the target's shipped one.
+        device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"bfloat16"``, ``"float32"``).
+        prompts: prompt sets, separated by commas, or ``"all"``.
+        data_dir: folder with ``{name}/question.jsonl`` files instead of the shipped prompts.
+        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
+        template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
+        max_new_tokens: most tokens of a text, the first one included.
+        temperature, top_p: sampling of the target; temperature 0 is greedy.
+        clock: ``"wall"`` measures; the name or path of a cost table prices forwards instead, which makes the
+            environment deterministic. Of several tables one is drawn per episode.
+        episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
+        reward: ``"saved"`` or ``"ltd"``.
+        pace: tokens per second that a second costs under ``"saved"``; by default the speed of the pair's best
+            static setting.
+        observation: ``"default"`` or ``"ltd"``.
+        cost_features: append the clock's cost table to the observation.
+        policy_seconds: charged for every decision (an experiment sets the agent's measured time).
+        render_mode: None, ``"ansi"``, ``"human"`` or ``"rgb_array"``.
+        own: keyword arguments of the control (its docstring lists them).
+
+    Raises:
+        TypeError: a keyword that neither this class nor the control has; the nearest one is named.
+        ValueError: a value that makes no sense; the sentence says what was expected.
+    """
+
+    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self,
+        control: str,
+        *,
+        target: str = "smollm2-135m",
+        drafter: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        prompts: str = "all",
+        data_dir: str | None = None,
+        split: str = "train",
+        template: str | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        clock: str | Sequence[str] = "wall",
+        episode: str = "prompt",
+        reward: str = "saved",
+        pace: float | None = None,
+        observation: str = "default",
+        cost_features: bool = False,
+        policy_seconds: float = 0.0,
+        render_mode: str | None = None,
+        **own: Any,
+    ):
+        kind = CONTROLS[control]
+        check_keywords(kind, own)
+        choice("episode", episode, EPISODES)
+        choice("reward", reward, REWARDS)
+        choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
+        if reward == "ltd" and episode == "prompt":
+            raise ValueError(
+                'reward="ltd" needs episode="cycle": summed over a prompt, emitted / seconds would pay for many cheap '
+                "cycles instead of fast text"
+            )
+        if max_new_tokens < 2:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 2 or more (the first one is the prefill's)")
+        if pace is not None and pace < 0:
+            raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
+        self.clocks = make_clocks(clock, resolve_device(device))
+        if not all(c.priced for c in self.clocks):
+            if cost_features or len(self.clocks) > 1:
+                raise ValueError("cost_features and a list of clocks need cost tables; a measured clock has none")
+            if multiprocessing.parent_process() is not None:
+                raise ValueError(
+                    "a measured clock in a worker process would be disturbed by its siblings; "
+                    "use a cost table (clock=…) or one process"
+                )
+        self.control = kind(observation=observation, cost_features=cost_features, **own)
+        self.action_space = self.control.action_space
+        self.observation_space = self.control.observation_space
+        self.prompts = load_prompts(prompts, split, data_dir)
+        self.drafter = default_drafter(target) if drafter == "auto" else drafter
+        self.decoder = load_decoder(
+            target,
+            self.drafter,
+            device,
+            dtype,
+            temperature,
+            top_p,
+            self.clocks[0],
+            self.control.width,
+            self.control.max_depth,
+        )
+        self.tokenizer = load_tokenizer(target)
+        self.target, self.template, self.max_new_tokens = target, template, max_new_tokens
+        self.episode, self.reward_name, self._pace = episode, reward, pace
+        self.policy_seconds, self.render_mode = policy_seconds, render_mode
+        self.prompt: Prompt | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin a text, or with ``episode="cycle"`` its next cycle.
+
+        Args:
+            options: ``{"prompt": text or Prompt}`` sets the prompt and begins a new text.
+        """
+        super().reset(seed=seed)
+        given = (options or {}).get("prompt")
+        if seed is not None or given is not None or self.episode == "prompt" or self.decoder.finished:
+            self._begin_text(given)
+        observation = self.control.observe(self.decoder)
+        if self.render_mode == "human":
+            self.render()
+        return observation, self._info(None, dict.fromkeys(self._mark, 0.0))
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Carry out a decision. What the next decision needs is drafted here too, and charged to the next step."""
+        if not self.action_space.contains(int(action)):
+            raise ValueError(f"action {action!r} is not in {self.action_space}")
+        clock = self.decoder.clock
+        clock.charge("policy", self.policy_seconds)
+        cycle = self.control.act(self.decoder, int(action))
+        seconds = clock.since(self._mark)
+        self._mark = dict(clock.totals)
+        info = self._info(cycle, seconds)
+        if self.reward_name == "saved":
+            reward = info["emitted"] - self.pace * sum(seconds.values())
+        else:
+            reward = cycle.emitted / (100 * sum(cycle.seconds.values())) if cycle else 0.0
+        terminated = self.decoder.finished or (self.episode == "cycle" and cycle is not None)
+        observation = self.control.observe(self.decoder)
+        if self.render_mode == "human":
+            self.render()
+        return observation, float(reward), terminated, False, info
+
+    def render(self) -> str | np.ndarray | None:
+        """The text so far and the tree: coloured text, or a picture ``[height, width, 3]``."""
+        if self.render_mode == "rgb_array":
+            return render.picture(self.decoder, self.tokenizer)
+        if self.render_mode == "ansi":
+            return render.ansi(self.decoder, self.tokenizer)
+        if self.render_mode == "human":
+            print(render.ansi(self.decoder, self.tokenizer), flush=True)
+        return None
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens per second of plain decoding: measured once per process, or priced."""
+        clock = self.decoder.clock
+        if isinstance(clock, PricedClock):
+            return 1 / clock.table.seconds("verify", 1)
+        model = self.decoder.verifier.target
+        return 1 / plain_seconds(self.target, model.device, model.dtype)
+
+    @property
+    def pace(self) -> float:
+        """Tokens per second that a second costs."""
+        return self._pace if self._pace is not None else self.plain_rate * static_over_plain(self.drafter)
+
+    def _begin_text(self, given: str | Prompt | None) -> None:
+        if isinstance(given, str):
+            given = Prompt("given", given)
+        self.prompt = given
+        if len(self.clocks) > 1:
+            self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
+        self.decoder.finished = True
+        while self.decoder.finished:
+            prompt = given or self.prompts[self.np_random.integers(len(self.prompts))]
+            ids = encode(self.tokenizer, prompt.text, self.template)
+            self.decoder.start(ids, self.max_new_tokens, self.np_random)
+            if self.decoder.finished and given:
+                raise ValueError("the target's first token already ends the text; give another prompt")
+        self.prompt = prompt
+        self.control.reset(self.np_random)
+        self._mark = dict(self.decoder.clock.totals)
+        self._text_began = dict(self.decoder.clock.totals)
+
+    def _info(self, cycle: Any, seconds: dict[str, float]) -> dict[str, Any]:
+        emitted = cycle.emitted if cycle else 0
+        spent = sum(seconds.values())
+        info = {
+            "emitted": emitted,
+            "accepted": cycle.accepted if cycle else 0,
+            "drafted": cycle.drafted if cycle else 0,
+            "verified": cycle.verified if cycle else 0,
+            "bytes_up": 0,
+            "bytes_down": 0,
+            "seconds": {part: s for part, s in seconds.items() if part != "prefill"},
+            "saved": emitted - self.plain_rate * spent,
+        }
+        if cycle and self.decoder.finished:
+            total = sum(self.decoder.clock.since(self._text_began).values())
+            tokens = len(self.decoder.tokens)
+            assert self.prompt is not None
+            info["text"] = self.tokenizer.decode(self.decoder.tokens, skip_special_tokens=True)
+            info["task"] = self.prompt.task
+            info["tokens"] = tokens
+            info["speedup"] = (tokens - 1) / total / self.plain_rate  # the first token is the prefill's
+        return info
+
+
+def check_keywords(kind: type[Control], own: dict[str, Any]) -> None:
+    """Refuse a keyword that neither SpecEnv nor the control knows, and name the nearest one."""
+    known = {n for f in (SpecEnv, kind) for n in inspect.signature(f).parameters} - {"control", "own", "self"}
+    mine = set(inspect.signature(kind).parameters)
+    for name in own:
+        if name not in mine:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"unknown keyword {name!r} for {kind.__name__}; did you mean {nearest!r}?")
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuse a value outside a short list."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}")

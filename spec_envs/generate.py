@@ -1,0 +1,103 @@
+"""Text from a decoder, a control and an agent: what an environment does, without the environment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from spec_envs.controls.base import Agent, Control, Policy
+from spec_envs.decoding.decoder import Cycle, Decoder
+
+
+@dataclass
+class Generation:
+    """A text under way; iterate over it to get the token ids of each cycle as they come.
+
+    Attributes:
+        tokens: ids emitted so far, the prefill's first token included.
+        cycles: finished cycles.
+        seconds: whole seconds from the first cycle on: drafting, verifying, deciding and everything around them
+            (the prefill apart). Under a priced clock: the priced seconds.
+        prefill_seconds: of the prompt and the first token.
+        actions: decisions taken, in order.
+    """
+
+    decoder: Decoder
+    policy: Policy | None
+    prompt: list[int]
+    max_new_tokens: int
+    rng: np.random.Generator
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    actions: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.decoder.tokens
+
+    @property
+    def cycles(self) -> list[Cycle]:
+        return self.decoder.cycles
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the cycles over their seconds."""
+        return (len(self.tokens) - 1) / self.seconds if self.seconds else float("nan")
+
+    def __iter__(self) -> Iterator[list[int]]:
+        decoder, clock = self.decoder, self.decoder.clock
+        before = dict(clock.totals)
+        decoder.start(self.prompt, self.max_new_tokens, self.rng)
+        if self.policy:
+            self.policy.reset(self.rng)
+        self.prefill_seconds = clock.since(before)["prefill"]
+        yield decoder.tokens[:1]
+        while not decoder.finished:
+            mark, began = dict(clock.totals), time.perf_counter()
+            cycle = self._cycle()
+            spent = sum(clock.since(mark).values()) if clock.priced else time.perf_counter() - began
+            self.seconds += spent
+            yield cycle.tokens
+
+    def _cycle(self) -> Cycle:
+        if self.policy is None:
+            return self.decoder.verify(0)
+        while True:
+            action = self.policy.decide(self.decoder)
+            self.actions.append(action)
+            if cycle := self.policy.control.act(self.decoder, action):
+                return cycle
+
+    def run(self) -> Generation:
+        """Generate to the end."""
+        for _ in self:
+            pass
+        return self
+
+
+def generate(
+    decoder: Decoder,
+    control: Control | None,
+    agent: Agent | None,
+    prompt: list[int],
+    max_new_tokens: int = 256,
+    seed: int | None = None,
+) -> Generation:
+    """Decode a prompt under an agent's control; without control and agent, plainly.
+
+    Args:
+        decoder: from ``spec_envs.decoding.pair.load_decoder``, with the control's width and max_depth.
+        control, agent: the pair that ``agents.load(run)`` returns.
+        prompt: token ids (``spec_envs.prompts.encode``).
+        max_new_tokens: most tokens to emit.
+        seed: of the sampling, at temperature above 0.
+
+    Returns:
+        A :class:`Generation`: iterate over it to stream, or call ``run()``.
+    """
+    policy = Policy(control, agent) if control is not None and agent is not None else None
+    return Generation(decoder, policy, list(prompt), max_new_tokens, np.random.default_rng(seed))

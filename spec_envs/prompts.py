@@ -1,0 +1,101 @@
+"""Prompts: one user turn through the model's chat template.
+
+The shipped set has five kinds of task named after the benchmarks whose kind they are (the texts were written for this
+project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
+``humaneval`` (code), each split into train, validation and test. Other sets are read from
+``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+SHIPPED = Path(__file__).parent / "data" / "prompts"
+TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn and the task it belongs to."""
+
+    task: str
+    text: str
+
+
+def load_prompts(names: str = "all", split: str = "train", data_dir: str | None = None) -> list[Prompt]:
+    """Prompts by name, in the order of their files.
+
+    Args:
+        names: task names separated by commas, or ``"all"`` for every set there is.
+        split: ``"train"``, ``"validation"`` or ``"test"``. Rows of a foreign file that state no split are divided
+            by a hash of their text: six tenths train, one tenth validation, three tenths test.
+        data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
+
+    Raises:
+        ValueError: unknown name or split, or a malformed file; the sentence names it.
+    """
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
+    found = prompt_files(data_dir)
+    chosen = list(found) if names == "all" else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in found]:
+        raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
+    prompts = [
+        Prompt(name, text) for name in chosen for text, own in read_questions(found[name]) if split in (own, "all")
+    ]
+    if not prompts:
+        raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
+    return prompts
+
+
+def prompt_files(data_dir: str | None) -> dict[str, Path]:
+    """Prompt sets by name."""
+    if data_dir is None:
+        return {task: SHIPPED / f"{task}.jsonl" for task in TASKS}
+    files = {path.parent.name: path for path in sorted(Path(data_dir).expanduser().glob("*/question.jsonl"))}
+    if not files:
+        raise ValueError(f"{data_dir} holds no prompts; expected NAME/question.jsonl below it")
+    return files
+
+
+def read_questions(path: Path) -> list[tuple[str, str]]:
+    """First turns and splits of a question.jsonl file."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            text = row["turns"][0]
+            split = row.get("split") or hashed_split(text)
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
+            raise ValueError(f'{path}:{number} is not a question; expected {{"turns": ["…"]}} on one line') from None
+        rows.append((text, split))
+    return rows
+
+
+def hashed_split(text: str) -> str:
+    """A split that depends on the text only."""
+    tenth = zlib.crc32(text.encode()) % 10
+    return "train" if tenth < 6 else "validation" if tenth < 7 else "test"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, template: str | None = None) -> list[int]:
+    """Token ids of a user turn, up to the place where the answer begins.
+
+    Args:
+        template: a Jinja chat template for models without one; ``"none"`` takes the text as it is.
+
+    Raises:
+        ValueError: the model has no chat template and none is given.
+    """
+    if template == "none":
+        return tokenizer(text)["input_ids"]
+    if template is None and tokenizer.chat_template is None:
+        raise ValueError("the model has no chat template; give template= (Jinja), or template='none' for bare text")
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, chat_template=template, add_generation_prompt=True)["input_ids"]
