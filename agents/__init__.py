@@ -47,5 +47,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder} is not a readable run folder ({reason}); expected one written by `make train`") from None
+        raise ValueError(
+            f"{folder} is not a readable run folder ({reason}); expected one written by `make train`"
+        ) from None
     return config

@@ -87,6 +87,7 @@ class SB3Agent:
             device="cpu",  # the networks are small; the accelerator belongs to the decoder
             **hyperparameters,
         )
+        self.seed = seed
         self.rng = np.random.default_rng(seed)
         self.deploy()
 
@@ -124,11 +125,15 @@ class SB3Agent:
         progress_bar: bool = False,
     ) -> SB3Agent:
         """Train until ``total_timesteps`` in all, going on from what was loaded."""
-        self.model.set_env(self.model._wrap_env(env, monitor_wrapper=True), force_reset=True)
+        vectorized = self.model._wrap_env(env, monitor_wrapper=True)
+        vectorized.seed(self.seed + self.model.num_timesteps)  # a resumed run goes on with other prompts
+        self.model.set_env(vectorized, force_reset=True)
         self.model.tensorboard_log = str(log) if log else None
         remaining = total_timesteps - self.model.num_timesteps
         if remaining > 0:
-            self.model.learn(remaining, callback, tb_log_name="events", reset_num_timesteps=False, progress_bar=progress_bar)
+            self.model.learn(
+                remaining, callback, tb_log_name="events", reset_num_timesteps=False, progress_bar=progress_bar
+            )
         self.deploy()
         return self
 

@@ -20,12 +20,13 @@ FOLDER = Path(__file__).parent
 
 
 class Stage(BaseModel):
-    """One step of training policies in turn."""
+    """One step of training policies in turn; ``partner: false`` holds the other decision fixed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: str
     env: dict[str, Any] = {}
     total_timesteps: int | None = Field(default=None, ge=1)
+    partner: bool = True
 
 
 class Experiment(BaseModel):
@@ -71,7 +72,9 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
         ValueError: an unknown id, stanza or key, or a value of the wrong type; the sentence names file and line.
     """
     if env_id not in ENVIRONMENTS:
-        raise ValueError(f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}")
+        raise ValueError(
+            f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}"
+        )
     path = FOLDER / f"{env_id}.yml"
     text = path.read_text()
     raw = parse(text, path)
@@ -94,7 +97,11 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
         hint = nearest(where[-1], Experiment.model_fields) if first["type"] == "extra_forbidden" else ""
         place = f"{path.name}:{line_of(text, ('agents', stanza, *where))}"
         raise ValueError(f"{place}: {'.'.join(where)}: {first['msg']}{hint}") from None
-    check(experiment, env_id, lambda where: f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}")
+    check(
+        experiment,
+        env_id,
+        lambda where: f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}",
+    )
     return experiment
 
 

@@ -45,9 +45,27 @@ class Batch:
         return cls(*columns, lengths, torch.tensor([e.answer for e in examples], device=device))
 
 
+def drafted_rows(batch: Batch, step: int) -> Tensor:
+    """Rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer."""
+    row = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
+    return (row >= batch.answers[:, None] - 1) & (row + 2 + step < batch.lengths[:, None])
+
+
+def sample_rows(batch: Batch, share: float) -> Tensor:
+    """The same number of the answers' rows of every conversation, at random, ascending: ``[B, n]``."""
+    inside = drafted_rows(batch, 0)
+    count = max(1, round(share * int(inside.sum(1).max())))
+    keys = torch.rand(inside.shape, device=inside.device).masked_fill_(~inside, 2.0)
+    return keys.topk(count, dim=1, largest=False).indices.sort(1).values
+
+
 class Unrolled(nn.Module):
     """The head, unrolled: row t starts from the target's hidden state at position t; at step i it has been fed the
-    text's tokens t+1 … t+1+i and predicts token t+2+i, reading its own output of step i−1."""
+    text's tokens t+1 … t+1+i and predicts token t+2+i, reading its own output of step i−1.
+
+    Behind step 0 a row reads step 0's keys up to its own and its own later ones, but no other row's: so the deeper
+    steps can be run for a random share of the rows, which are nearly as good a sample and much cheaper.
+    """
 
     def __init__(self, head: EagleHead, embedding: Tensor):
         super().__init__()
@@ -55,41 +73,47 @@ class Unrolled(nn.Module):
         self.embedding = embedding
         self.rope = Rope(head.config, head.config.head_dim, torch.float32, embedding.device)
 
-    def forward(self, batch: Batch, steps: int) -> Iterator[Tensor]:
-        """Yield the logits ``[B, T, draft_vocab]`` of each step."""
-        config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
-        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, batch.ids.shape[1]
-        hidden = self.head.fc(batch.features)
-        causal = torch.full((width, width), float("-inf"), device=hidden.device).triu(1)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+    def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
+        """Yield each step's logits: ``[B, T, draft_vocab]`` at step 0, ``[B, n, draft_vocab]`` for ``rows`` behind it."""
+        width = batch.ids.shape[1]
+        all_rows = torch.arange(width, device=batch.ids.device).expand(len(batch.ids), -1)
+        hidden, keys, values = self.head.fc(batch.features), [], []
         for step in range(steps):
-            tokens = F.pad(batch.ids[:, step + 1 :], (0, step + 1))
-            embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
-            x = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], -1)
-            rope = self.rope.at(torch.arange(width, device=hidden.device) + step)
-            q = rotate(attention.q_proj(x).unflatten(-1, (heads, -1)), rope).transpose(1, 2)
-            k = rotate(attention.k_proj(x).unflatten(-1, (kv_heads, -1)), rope).transpose(1, 2)
-            v = attention.v_proj(x).unflatten(-1, (kv_heads, -1)).transpose(1, 2)
-            keys.append(k.repeat_interleave(heads // kv_heads, 1))
-            values.append(v.repeat_interleave(heads // kv_heads, 1))
-            q = q / math.sqrt(config.head_dim)
-            # Step 0's keys are the known past; of each later step a row sees its own key only.
-            scores = [q @ keys[0].transpose(-1, -2) + causal]
-            scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
-            weights = torch.cat([s.float() for s in scores], -1).softmax(-1).to(q.dtype)
-            mixed = weights[..., :width] @ values[0]
-            for i, value in enumerate(values[1:]):
-                mixed = mixed + weights[..., width + i, None] * value
-            hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(-2))
+            if step == 1:
+                hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+            at = rows if step else all_rows
+            q, k, v = self._project(batch, hidden, at, step)
+            keys.append(k)
+            values.append(v)
+            hidden = hidden + self._attend(q, keys, values, at)
+            layer = self.head.midlayer
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             yield self.head.lm_head(self.head.norm(hidden))
 
+    def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 + step``."""
+        config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
+        tokens = batch.ids.gather(1, (rows + 1 + step).clamp(max=batch.ids.shape[1] - 1))
+        embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
+        x = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], -1)
+        rope = self.rope.at(rows + step)
+        q = rotate(attention.q_proj(x).unflatten(-1, (config.num_attention_heads, -1)), rope).transpose(1, 2)
+        k = rotate(attention.k_proj(x).unflatten(-1, (config.num_key_value_heads, -1)), rope).transpose(1, 2)
+        v = attention.v_proj(x).unflatten(-1, (config.num_key_value_heads, -1)).transpose(1, 2)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        return q / math.sqrt(config.head_dim), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
-def drafted_rows(batch: Batch, step: int) -> Tensor:
-    """Rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer."""
-    row = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
-    return (row >= batch.answers[:, None] - 1) & (row + 2 + step < batch.lengths[:, None])
+    def _attend(self, q: Tensor, keys: list[Tensor], values: list[Tensor], rows: Tensor) -> Tensor:
+        """Attention to step 0's keys up to the own row, and to the own keys of the later steps."""
+        width = keys[0].shape[2]
+        future = torch.arange(width, device=rows.device) > rows[:, None, :, None]
+        scores = [(q @ keys[0].transpose(-1, -2)).float().masked_fill(future, float("-inf"))]
+        scores += [(q * key).sum(-1, keepdim=True).float() for key in keys[1:]]
+        weights = torch.cat(scores, -1).softmax(-1).to(values[0].dtype)
+        mixed = weights[..., :width] @ values[0]
+        for i, value in enumerate(values[1:]):
+            mixed = mixed + weights[..., width + i, None] * value
+        return self.head.midlayer.self_attn.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
 class Objective:
@@ -105,28 +129,36 @@ class Objective:
         self.draft_ids = model.head.draft_ids
         self.draft_rows = output_head[self.draft_ids].to(dtype)
 
-    def __call__(self, batch: Batch, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows."""
-        with torch.no_grad():
-            wanted = (batch.final.to(self.dtype) @ self.draft_rows.T).float().softmax(-1)  # [B, T, draft_vocab]
-        device = batch.ids.device
+    def __call__(self, batch: Batch, steps: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows.
+
+        Args:
+            share: of the rows that the steps behind the first are run for.
+        """
+        device, width = batch.ids.device, batch.ids.shape[1]
+        rows = sample_rows(batch, share)
         loss = torch.zeros((), device=device)
-        survived, rows = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
-        alive = torch.ones_like(batch.ids, dtype=torch.bool)
+        survived, counted = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for step, logits in enumerate(self.model(batch, steps)):
+            for step, logits in enumerate(self.model(batch, steps, rows)):
                 inside = drafted_rows(batch, step)
-                shifted = F.pad(batch.ids[:, step + 2 :], (0, step + 2))
-                drafted = inside & self.t2d[shifted]
-                picked = drafted.nonzero(as_tuple=True)
+                following = F.pad(batch.ids[:, step + 2 :], (0, step + 2))  # what each row predicts
+                if step:
+                    inside, following = inside.gather(1, rows), following.gather(1, rows)
+                picked = (inside & self.t2d[following]).nonzero(as_tuple=True)
+                at = rows[picked] if step else picked[1]
+                final = batch.final[picked[0], (at + 1 + step).clamp(max=width - 1)].to(self.dtype)
+                wanted = (final @ self.draft_rows.T).float().softmax(-1)
                 logits = logits[picked].float()
-                target = wanted[picked[0], picked[1] + 1 + step]
-                loss = loss - STEP_DECAY**step * (target * logits.log_softmax(-1)).sum() / inside.sum().clamp(min=1)
-                right = torch.zeros_like(alive)
-                right[picked] = self.draft_ids[logits.argmax(-1)] == shifted[picked]
-                alive = alive & right
-                survived[step], rows[step] = alive.sum(), inside.sum()
-        return loss, survived, rows
+                step_loss = -(wanted * logits.log_softmax(-1)).sum() / inside.sum().clamp(min=1)
+                loss = loss + STEP_DECAY**step * step_loss
+                right = torch.zeros_like(inside)
+                right[picked] = self.draft_ids[logits.argmax(-1)] == following[picked]
+                alive = right if step == 0 else alive & right
+                survived[step], counted[step] = alive.sum(), inside.sum()
+                if step == 0:
+                    alive = alive.gather(1, rows)
+        return loss, survived, counted
 
 
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
@@ -157,6 +189,7 @@ def train(
     steps: int,
     batch_tokens: int,
     peak: float,
+    share: float,
     seed: int,
 ) -> None:
     """Train the head in place; an interrupted run continues from ``checkpoint`` at the epoch's next batch."""
@@ -177,7 +210,7 @@ def train(
                     continue
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, total, peak)
-                loss, survived, rows = objective(Batch.of(examples, device), steps)
+                loss, survived, rows = objective(Batch.of(examples, device), steps, share)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.head.parameters(), 0.5)

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from experiments.selftext import chat_ids
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.prompts import encode
 
 SHARD = 256  # conversations
 
@@ -34,7 +34,7 @@ class Example:
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: dict) -> tuple[list[int], int]:
     """Ids of a whole conversation and the position where the answer begins."""
-    prompt = chat_ids(tokenizer, conversation["user"])
+    prompt = encode(tokenizer, conversation["user"])
     answer = conversation.get("answer_ids")
     if answer is None:
         answer = tokenizer(conversation["assistant"], add_special_tokens=False)["input_ids"]
@@ -49,7 +49,7 @@ def record(
     folder: Path,
     capture: tuple[int, ...],
     longest: int,
-    batch: int = 16,
+    batch: int = 8,
 ) -> list[Path]:
     """Write one safetensors file per ``SHARD`` conversations of at most ``longest`` tokens; finished files are kept."""
     folder.mkdir(parents=True, exist_ok=True)

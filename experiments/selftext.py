@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.batch import generate_batch
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.prompts import encode
 
 MARK = "\x00turn\x00"
 
@@ -38,12 +39,6 @@ def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     return text.split(MARK)[0]
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
-    """Token ids of one user turn up to the place where the answer begins."""
-    message = [{"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
-
-
 def write_conversations(
     target: Transformer,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,11 +58,15 @@ def write_conversations(
         opened: share of the user turns that start with one of ``OPENINGS``.
     """
     conversations = read_conversations(path) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(c) + "\n" for c in conversations))  # without a line cut short
     written = sum(len(c["answer_ids"]) for c in conversations)
     eos = {tokenizer.eos_token_id}
     prefix = user_prefix(tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar, path.open("a") as file:
+    with (
+        tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
+        path.open("a") as file,
+    ):
         while written < tokens:
             rng = random.Random(f"{seed}-{written}")  # a resumed run draws what an undisturbed one would
             generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
@@ -78,7 +77,7 @@ def write_conversations(
             users = [user for user in users if user.strip()]
             for first in range(0, len(users), batch):
                 group = users[first : first + batch]
-                answers = generate_batch(target, [chat_ids(tokenizer, user) for user in group], max_answer, eos)
+                answers = generate_batch(target, [encode(tokenizer, user) for user in group], max_answer, eos)
                 for user, answer in zip(group, answers, strict=True):
                     file.write(json.dumps({"user": user, "answer_ids": answer}) + "\n")
                     written += len(answer)
@@ -87,18 +86,17 @@ def write_conversations(
 
 
 def read_conversations(path: Path) -> list[dict]:
-    """Conversations of a JSONL file, each with ``user`` and ``answer_ids`` or ``assistant`` (text).
+    """Conversations of a JSONL file, each with ``user`` and ``answer_ids``, or ``assistant`` (text).
 
-    A last line cut short by a killed run is left out; any other malformed line raises ValueError.
+    Raises:
+        ValueError: a malformed line; the last one may be cut short by a killed run and is left out.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     conversations = []
     for number, line in enumerate(lines, 1):
         try:
             conversations.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                path.write_text("".join(kept + "\n" for kept in lines[:-1]))
-                break
-            raise ValueError(f"{path}:{number} is not JSON ({error}); expected one conversation per line") from None
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is not JSON ({error}); expected a conversation per line") from None
     return conversations

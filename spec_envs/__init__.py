@@ -5,11 +5,9 @@ import gymnasium as gym
 from spec_envs.generate import Generation, generate
 
 __all__ = ["ENVIRONMENTS", "Generation", "generate"]
-__version__ = "0.1.0"
+from spec_envs.version import __version__
 
 ENVIRONMENTS = {"SpecDepth-v0": "depth", "SpecBudget-v0": "budget"}
 
 for _id, _control in ENVIRONMENTS.items():
-    gym.register(
-        _id, entry_point="spec_envs.env:SpecEnv", kwargs={"control": _control}, nondeterministic=True
-    )
+    gym.register(_id, entry_point="spec_envs.env:SpecEnv", kwargs={"control": _control}, nondeterministic=True)

@@ -86,5 +86,6 @@ def draw_tree(axes, cycle: Cycle, tokenizer: PreTrainedTokenizerBase) -> None:
             label = tokenizer.decode([nodes.tokens[node]]).replace("\n", "⏎").replace("$", r"\$")
             axes.annotate(label, (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
     axes.set_title(
-        f"depth {cycle.depth}, {cycle.verified} verified, {cycle.accepted} accepted, {cycle.emitted} emitted", fontsize=9
+        f"depth {cycle.depth}, {cycle.verified} verified, {cycle.accepted} accepted, {cycle.emitted} emitted",
+        fontsize=9,
     )

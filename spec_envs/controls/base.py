@@ -157,7 +157,10 @@ def read_costs(decoder: Decoder) -> list[float]:
     assert isinstance(decoder.clock, PricedClock)
     table = decoder.clock.table
     plain = table.seconds("verify", 1)
-    return [*(plain / table.seconds("verify", n) for n in COST_ROWS), table.seconds("draft", decoder.tree.width) / plain]
+    return [
+        *(plain / table.seconds("verify", n) for n in COST_ROWS),
+        table.seconds("draft", decoder.tree.width) / plain,
+    ]
 
 
 def common_entries() -> list[Entry]:

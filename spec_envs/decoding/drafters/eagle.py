@@ -47,7 +47,9 @@ class EagleDrafter:
                     f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target"
                 )
         self.target, self.width, self.max_depth = target, width, max_depth
-        self.capture = tuple(getattr(config, "eagle_aux_hidden_state_layer_ids", None) or captured_layers(target.shape.layers))
+        self.capture = tuple(
+            getattr(config, "eagle_aux_hidden_state_layer_ids", None) or captured_layers(target.shape.layers)
+        )
         self.vocab = config.vocab_size
         dtype, device = target.dtype, target.device
         state = {name: t.to(device, dtype) if t.is_floating_point() else t for name, t in head.state_dict().items()}

@@ -1,0 +1,56 @@
+# Every target sets itself up first. Variables: ENV, AGENT, SEED, SET, RUN, DEPTH, BUDGET, DATA_DIR, PROMPTS, PROMPT.
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/ready
+
+ENV ?= SpecDepth-v0
+AGENT ?= ppo
+SEED ?= 0
+SET ?=
+RUN ?=
+DEPTH ?=
+BUDGET ?=
+DATA_DIR ?=
+PROMPTS ?=
+PROMPT ?= Explain in three sentences why the sky is blue.
+COUNT ?= 15
+ARGS ?=
+
+.PHONY: help setup train eval bench drafter generate tensorboard test lint
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 14
+
+$(READY): setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	@touch $(READY)
+
+setup: $(READY)  ## make .venv with the pinned versions
+
+train: $(READY)  ## train AGENT on ENV from experiments/ENV.yml; SET="key=value …" overrides; then the table
+	$(PY) -m experiments.train $(ENV) --agent $(AGENT) --seed $(SEED) --set $(SET)
+
+eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (numbers or runs)
+	$(PY) -m experiments.evaluate $(RUN) --depth "$(DEPTH)" --budget "$(BUDGET)" --count $(COUNT) \
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+bench: $(READY)  ## speed of plain and static decoding against transformers, cost curves; runs/bench.json
+	$(PY) -m experiments.bench $(ARGS)
+
+drafter: $(READY)  ## train an EAGLE-3 head for a target; ARGS="--target … --tokens …", ARGS=--help
+	$(PY) -m experiments.drafter $(ARGS)
+
+generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
+	$(PY) -m experiments.stream "$(PROMPT)" $(if $(RUN),--run $(RUN)) $(ARGS)
+
+tensorboard: $(READY)  ## look into the runs
+	$(PY) -m tensorboard.main --logdir runs
+
+test: $(READY)  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)  ## format check, lint, types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy

@@ -1,0 +1,175 @@
+"""Decoding speed of this machine in one run (`make bench`): plain decoding against transformers' generate, the best
+static speculation against plain, cost curves, and the share of a step spent outside drafter and target.
+
+Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `clock=runs/clock.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from agents.fixed import FixedAgent
+from experiments.costs import VERIFY_ROWS, cost_curves, describe
+from experiments.evaluate import STATIC_PROMPTS, STATIC_TOKENS, decoder_for, encoded_prompts
+from experiments.measure import (
+    decoded,
+    divergences,
+    machine,
+    plain_decoder,
+    ratio,
+    run_arms,
+    same_text,
+    summary,
+    throughput,
+    transformers_arm,
+    write_json,
+)
+from experiments.report import draw_arms, markdown
+from spec_envs.controls import Policy
+from spec_envs.controls.depth import DepthControl
+from spec_envs.decoding.decoder import Decoder
+
+DEPTHS = (1, 2, 3, 4, 6, 8, 10)
+BUDGETS = (4, 8, 12, 16, 24, 32, 48, 64)
+
+
+def static_policy(depth: int, budget: int) -> Policy:
+    """Every cycle drafts ``depth`` expansions and verifies ``budget`` nodes."""
+    control = DepthControl(budget=budget)
+    return Policy(control, FixedAgent(control, depth))
+
+
+def best_static(decoder: Decoder, env: dict[str, Any]) -> tuple[tuple[int, int], dict[str, float]]:
+    """The fastest (depth, budget) on training prompts: each axis in turn from a middling start, until neither moves."""
+    prompts = encoded_prompts(env, "train", STATIC_PROMPTS)
+    rates: dict[tuple[int, int], float] = {}
+    best = (4, 16)
+    while True:
+        line = [(d, best[1]) for d in DEPTHS] + [(best[0], b) for b in BUDGETS]
+        new = list(dict.fromkeys(setting for setting in line if setting not in rates))
+        if new:
+            arms = {f"{d},{b}": decoded(decoder, static_policy(d, b)) for d, b in new}
+            samples = run_arms(arms, prompts, STATIC_TOKENS, "static settings")
+            rates |= {setting: throughput(samples[f"{setting[0]},{setting[1]}"]) for setting in new}
+        leader = max(rates, key=rates.__getitem__)
+        if leader == best or not new:
+            return best, {f"depth {d}, budget {b}": rate for (d, b), rate in sorted(rates.items())}
+        best = leader
+
+
+def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
+    """Everything in one run."""
+    decoder = decoder_for(env, DepthControl())
+    (depth, budget), grid = best_static(decoder, env)
+    curves = cost_curves(decoder, rows=tuple(VERIFY_ROWS))
+    plain = plain_decoder(decoder)
+    arms = {
+        "plain": decoded(plain, None),
+        "plain again": decoded(plain, None),
+        "transformers generate": transformers_arm(env["target"], decoder),
+        "static": decoded(decoder, static_policy(depth, budget)),
+    }
+    prompts = encoded_prompts(env, "test", count)
+    samples = run_arms(arms, prompts, env["max_new_tokens"], "held-out prompts")
+    rows = summary(samples, ["plain", "transformers generate"])
+    static = rows["static"]
+    inside = static["parts"]["draft"] + static["parts"]["verify"]
+    one = curves["verify"][1]
+    return {
+        "plain_over_transformers": rows["plain"]["over_transformers generate"],
+        "static_over_plain": static["over_plain"],
+        "emitted_per_cycle": static["emitted_per_cycle"],
+        "overhead_share": 1 - inside / static["seconds"],
+        "verify_curve": {n: s / one for n, s in curves["verify"].items()},
+        "expand_ratio": curves["draft"][decoder.tree.width] / one,
+        "arms": rows,
+        "references": ["plain", "transformers generate"],
+        "static": {"name": "depth, budget", "best": [depth, budget], "tokens_per_second": grid},
+        "prompts": len(samples["plain"]),
+        "tasks": sorted({s.prompt.task for s in samples["plain"]}),
+        "max_new_tokens": env["max_new_tokens"],
+        "temperature": decoder.verifier.temperature,
+        "machine": machine(decoder),
+        "curves": describe(curves),
+        "seconds": curves,
+        "divergences": {
+            "static": divergences(decoder, samples["static"])
+            | {"same_text": same_text(samples["static"], samples["plain"])}
+        }
+        if decoder.verifier.temperature == 0
+        else {},
+        "by_task": {
+            task: ratio(
+                [s for s in samples["static"] if s.prompt.task == task],
+                [s for s in samples["plain"] if s.prompt.task == task],
+            )["value"]
+            for task in sorted({s.prompt.task for s in samples["plain"]})
+        },
+    }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Arms over plain, and the cost curves."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1)
+    draw_arms(top, results["arms"], "plain")
+    curve = results["verify_curve"]
+    bottom.plot(list(curve), list(curve.values()), marker="o", label="T_verify(n) / T_verify(1)")
+    bottom.axhline(results["expand_ratio"], color="tab:orange", label="T_expand / T_verify(1)")
+    bottom.set_xlabel("rows of the forward")
+    bottom.set_ylim(bottom=0)
+    bottom.legend()
+    figure.savefig(path, dpi=110)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m", help="model (default smollm2-135m)")
+    parser.add_argument("--drafter", default="auto", help="EAGLE-3 head (default: the shipped one)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    env = {
+        "target": args.target,
+        "drafter": args.drafter,
+        "device": args.device,
+        "dtype": args.dtype,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    try:
+        results = bench(env, args.count)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "bench.json", results)
+    write_json(args.out / "clock.json", results["seconds"])
+    draw(results, args.out / "bench.png")
+    print(markdown(results))
+    for key in ("plain_over_transformers", "static_over_plain"):
+        r = results[key]
+        print(f"{key}: {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
+    for key in ("emitted_per_cycle", "overhead_share", "expand_ratio"):
+        print(f"{key}: {results[key]:.3f}")
+    by_task = ", ".join(f"{task} {value:.2f}" for task, value in results["by_task"].items())
+    print(f"static over plain by task: {by_task}")
+    print(f"written: {args.out}/bench.json, bench.png, clock.json")
+
+
+if __name__ == "__main__":
+    main()

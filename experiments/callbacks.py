@@ -1,0 +1,135 @@
+"""What happens around training: TensorBoard, validation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam
+from torch.utils.tensorboard import SummaryWriter
+
+from agents.sb3 import SB3Agent
+
+TEXT_ONLY = ("stdout", "log", "json", "csv")  # formats that cannot show a histogram
+
+
+class Monitor(BaseCallback):
+    """Throughput, speedup, emitted per cycle, acceptance, seconds by part and actions by task, per rollout.
+
+    Args:
+        path: JSONL file that gets one line per rollout.
+        hyperparameters: shown in TensorBoard's HPARAMS tab.
+    """
+
+    def __init__(self, path: Path, hyperparameters: dict[str, Any]):
+        super().__init__()
+        self.path, self.hyperparameters = path, hyperparameters
+        self._clear()
+
+    def _clear(self) -> None:
+        self.emitted = self.accepted = self.verified = self.cycles = 0
+        self.seconds: dict[str, float] = {}
+        self.speedups: list[float] = []
+        self.actions: dict[str, list[int]] = {}
+
+    def _on_training_start(self) -> None:
+        shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.hyperparameters.items()}
+        metrics = {"spec/tokens_per_second": 0.0, "spec/speedup": 0.0, "rollout/ep_rew_mean": 0.0}
+        self.logger.record("hparams", HParam(shown, metrics), exclude=TEXT_ONLY)
+
+    def _on_step(self) -> bool:
+        tasks = self.training_env.get_attr("prompt")
+        for info, action, prompt in zip(self.locals["infos"], self.locals["actions"], tasks, strict=True):
+            self.actions.setdefault(info.get("task") or prompt.task, []).append(int(action))
+            for part, s in info["seconds"].items():
+                self.seconds[part] = self.seconds.get(part, 0.0) + s
+            self.emitted += info["emitted"]
+            self.accepted += info["accepted"]
+            self.verified += info["verified"]
+            self.cycles += info["emitted"] > 0
+            if "speedup" in info:
+                self.speedups.append(info["speedup"])
+        if sum(map(len, self.actions.values())) >= 512:  # off-policy rollouts are a few steps long
+            self._report()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if sum(map(len, self.actions.values())) >= 128:
+            self._report()
+
+    def _report(self) -> None:
+        total = sum(self.seconds.values())
+        if not self.cycles:
+            return
+        line = {
+            "tokens_per_second": self.emitted / total,
+            "emitted_per_cycle": self.emitted / self.cycles,
+            "accepted_per_cycle": self.accepted / self.cycles,
+            "acceptance": self.accepted / max(1, self.verified),
+            **{f"seconds_{part}": s / total for part, s in self.seconds.items()},
+        }
+        if self.speedups:
+            line["speedup"] = sum(self.speedups) / len(self.speedups)
+        for name, value in line.items():
+            self.logger.record(f"spec/{name}", value)
+        for task, actions in self.actions.items():
+            self.logger.record(f"actions/{task}", torch.tensor(actions, dtype=torch.float32), exclude=TEXT_ONLY)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"timesteps": self.num_timesteps, **line}) + "\n")
+        self._clear()
+
+
+class Keeper(BaseCallback):
+    """Validates and checkpoints between rollouts, when no update is half done.
+
+    Args:
+        agent: what is trained.
+        folder: the run's; ``best/`` below it keeps the best agent, ``last/`` the checkpoint.
+        checkpoint_freq, eval_freq: in steps; ``eval_freq`` 0 keeps the last agent as the best.
+        validate: speedup of the agent as it is.
+    """
+
+    def __init__(
+        self, agent: SB3Agent, folder: Path, checkpoint_freq: int, eval_freq: int, validate: Callable[[], float]
+    ):
+        super().__init__()
+        self.agent, self.folder, self.validate = agent, folder, validate
+        self.checkpoint_freq, self.eval_freq = checkpoint_freq, eval_freq
+        self.record = folder / "last" / "validation.json"
+        self.history: list[tuple[int, float]] = []
+        if self.record.exists():
+            self.history = [tuple(entry) for entry in json.loads(self.record.read_text())]
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_start(self) -> None:
+        self.saved = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps - self.saved >= self.checkpoint_freq:
+            self.keep()
+
+    def _on_training_end(self) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        """Validate if it is time, then write the checkpoint."""
+        validated = self.history[-1][0] if self.history else 0
+        if self.eval_freq and self.num_timesteps - validated >= self.eval_freq:
+            self.agent.deploy()
+            value = self.validate()
+            if not self.history or value > max(v for _, v in self.history):
+                self.agent.save(self.folder / "best")
+            self.history.append((self.num_timesteps, value))
+            self.logger.record("validation/speedup", value)
+            for writer in (f.writer for f in self.logger.output_formats if hasattr(f, "writer")):
+                assert isinstance(writer, SummaryWriter)
+                writer.add_scalar("validation/speedup", value, self.num_timesteps)
+        self.agent.save_checkpoint(self.folder / "last")
+        self.record.write_text(json.dumps(self.history))
+        self.saved = self.num_timesteps

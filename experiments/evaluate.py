@@ -1,0 +1,238 @@
+"""What policies are worth: live against plain decoding, a random one, the best static setting and transformers.
+
+`make eval RUN=runs/…` makes a run's table again; `make eval DEPTH="6 runs/…" BUDGET="32 runs/…"` runs every mix of
+fixed and learned depth and budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import agents
+from agents.fixed import FixedAgent, settings
+from agents.random import RandomAgent
+from experiments.costs import cost_curves, describe
+from experiments.measure import (
+    Arm,
+    Encoded,
+    by_task,
+    decoded,
+    divergences,
+    machine,
+    plain_decoder,
+    run_arms,
+    same_text,
+    summary,
+    throughput,
+    transformers_arm,
+    write_json,
+)
+from experiments.report import depths_or_actions, draw, markdown
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import Control, Policy, make_control
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.depth import DepthControl
+from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.pair import load_decoder, make_clocks
+from spec_envs.prompts import Prompt, encode, load_prompts
+
+STATIC_PROMPTS, STATIC_TOKENS = (
+    5,
+    64,
+)  # training prompts that the grid of static settings is tried on, and tokens of each
+
+
+def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
+    """The decoder that an environment with these keyword arguments has."""
+    names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
+    clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")))[0]
+    chosen = {name: env[name] for name in names if name in env}
+    return load_decoder(**chosen, clock=clock, width=control.width, max_depth=control.max_depth)
+
+
+def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
+    """``count`` prompts of a split, taken from the tasks in turn."""
+    prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
+    tokenizer = load_tokenizer(env.get("target", "smollm2-135m"))
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.task, []).append(prompt)
+    mixed = [p for turn in itertools.zip_longest(*groups.values()) for p in turn if p is not None]
+    return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
+
+
+def without_partner(env_id: str, env: dict[str, Any]) -> Control:
+    """The control of an environment on its own."""
+    return make_control(ENVIRONMENTS[env_id], env)
+
+
+def best_static(env_id: str, env: dict[str, Any], prompts: Sequence[Encoded]) -> dict[str, Any]:
+    """The static setting with the highest throughput on training prompts, by exhaustive grid."""
+    control = without_partner(env_id, env)
+    decoder = decoder_for(env, control)
+    arms = {str(v): decoded(decoder, Policy(control, FixedAgent(control, v))) for v in settings(control)}
+    samples = run_arms(arms, prompts, min(STATIC_TOKENS, env.get("max_new_tokens", 128)), "static settings")
+    rates = {int(name): throughput(arm) for name, arm in samples.items()}
+    name = "budget" if isinstance(control, BudgetControl) else "depth"
+    return {"name": name, "best": max(rates, key=rates.__getitem__), "tokens_per_second": rates}
+
+
+def run_tables(
+    policies: dict[str, Policy],
+    env: dict[str, Any],
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    references: Sequence[str],
+    learned: Sequence[str],
+) -> dict[str, Any]:
+    """Run plain decoding (twice), transformers and the policies side by side; everything a table needs."""
+    max_new_tokens = env.get("max_new_tokens", 128)
+    plain = plain_decoder(decoder)
+    arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
+    if not decoder.clock.priced:
+        arms["transformers generate"] = transformers_arm(env.get("target", "smollm2-135m"), decoder)
+    arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
+    samples = run_arms(arms, prompts, max_new_tokens, "held-out prompts")
+    results: dict[str, Any] = {
+        "arms": summary(samples, references),
+        "references": list(references),
+        "prompts": len(samples["plain"]),
+        "tasks": list(by_task(samples["plain"])),
+        "max_new_tokens": max_new_tokens,
+        "temperature": decoder.verifier.temperature,
+        "machine": machine(decoder),
+        "curves": None if decoder.clock.priced else describe(cost_curves(decoder)),
+        "actions": {name: depths_or_actions(policies[name].control, samples[name]) for name in learned},
+        "by_task": {
+            name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
+        },
+    }
+    if decoder.verifier.temperature == 0:
+        results["divergences"] = {
+            name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
+            for name in learned
+        }
+    return results
+
+
+def evaluate_run(
+    run: Path, overrides: dict[str, Any], test_prompts: int, static: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The table of one run: plain, random, best static setting, trained policy, transformers."""
+    config = agents.read_config(run)
+    env = {**config["env"], **overrides}
+    control, agent = agents.load(run)
+    decoder = decoder_for(env, control)
+    static = static or best_static(config["id"], env, encoded_prompts(env, "train", STATIC_PROMPTS))
+    alone = without_partner(config["id"], env)
+    name = config["agent"]
+    policies = {
+        "random": Policy(alone, RandomAgent(alone, seed=0)),
+        "static": Policy(alone, FixedAgent(alone, static["best"])),
+        name: Policy(control, agent),
+    }
+    prompts = encoded_prompts(env, "test", test_prompts)
+    results = run_tables(policies, env, decoder, prompts, ["plain", "static"], [name])
+    kind = "budget" if isinstance(control, BudgetControl) else "depth"
+    return results | {"static": static, "played": kind}
+
+
+def evaluate_mixes(
+    depths: Sequence[str], budgets: Sequence[str], env: dict[str, Any], test_prompts: int
+) -> dict[str, Any]:
+    """Every mix of depths and budgets, each a number or a run folder."""
+    policies = {f"depth {d}, budget {b}": mixed(d, b) for d in depths for b in budgets}
+    control = next(iter(policies.values())).control
+    sizes = {(p.control.width, p.control.max_depth) for p in policies.values()}
+    if len(sizes) > 1:
+        raise ValueError("the runs were trained with different width or max_depth; they cannot be mixed")
+    for run in [value for value in (*depths, *budgets) if not value.isdigit()]:
+        trained = agents.read_config(Path(run))["env"]
+        env = {**{k: trained[k] for k in ("target", "drafter", "max_new_tokens") if k in trained}, **env}
+    decoder = decoder_for(env, control)
+    prompts = encoded_prompts(env, "test", test_prompts)
+    learned = [name for name in policies if "runs" in name or "/" in name]
+    return run_tables(policies, env, decoder, prompts, ["plain"], learned) | {"played": "depth"}
+
+
+def mixed(depth: str, budget: str) -> Policy:
+    """The policy for one depth and one budget, each a number or a run folder."""
+    if depth.isdigit() and budget.isdigit():
+        control = DepthControl(budget=int(budget))
+        return Policy(control, FixedAgent(control, int(depth)))
+    if depth.isdigit():
+        control, agent = agents.load(budget)
+        expect(control, BudgetControl, budget)
+        control.partner, control.depth = None, int(depth)
+        return Policy(control, agent)
+    control, agent = agents.load(depth)
+    expect(control, DepthControl, depth)
+    control.partner = None
+    if budget.isdigit():
+        control.budget = int(budget)
+    else:
+        control.partner = Policy(*agents.load(budget))
+        expect(control.partner.control, BudgetControl, budget)
+    return Policy(control, agent)
+
+
+def expect(control: Control, kind: type[Control], run: str) -> None:
+    """Refuse a run of the other problem."""
+    if not isinstance(control, kind):
+        raise ValueError(f"{run} is not a run of {kind.__name__}; give it as the other of DEPTH and BUDGET")
+
+
+def save(results: dict[str, Any], folder: Path) -> None:
+    """results.json, results.md and results.png in a folder; the table is printed too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    (folder / "results.md").write_text(markdown(results))
+    draw(results, folder / "results.png")
+    print(markdown(results))
+    print(f"picture: {folder / 'results.png'}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
+    parser.add_argument("--depth", default="", help="depths, each a number or a run folder, separated by spaces")
+    parser.add_argument("--budget", default="", help="budgets, each a number or a run folder, separated by spaces")
+    parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
+    parser.add_argument("--prompts", help="prompt sets, separated by commas")
+    parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
+    parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
+    parser.add_argument("--max-new-tokens", type=int, help="per prompt (default: the run's)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: the run's, or runs/mixes)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    given = {
+        "data_dir": args.data_dir,
+        "prompts": args.prompts,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    try:
+        if args.depth or args.budget:
+            results = evaluate_mixes(args.depth.split() or ["6"], args.budget.split() or ["60"], overrides, args.count)
+            save(results, args.out or Path("runs/mixes"))
+        elif args.run:
+            results = evaluate_run(args.run, overrides, args.count, None)
+            save(results, args.out or args.run)
+        else:
+            raise ValueError("nothing to evaluate: give RUN=runs/…, or DEPTH=… and BUDGET=…")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

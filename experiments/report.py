@@ -1,0 +1,128 @@
+"""The table and the pictures at the end of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.measure import Sample, by_task
+from spec_envs.controls import Control
+from spec_envs.controls.budget import BudgetControl
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results of :func:`experiments.evaluate.evaluate` as a table with what is needed to read it."""
+    arms, references = results["arms"], results["references"]
+    head = ["arm", "tokens/s", *(f"over {r} [95 %]" for r in references), "emitted/cycle", "verified/cycle"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for name, row in arms.items():
+        ratios = [row[f"over_{r}"] for r in references]
+        cells = [name, f"{row['tokens_per_second']:.1f}"]
+        cells += [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ratios]
+        cells += [f"{row['emitted_per_cycle']:.2f}", f"{row['verified_per_cycle']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *notes(results)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What stands below the table."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    lines = [
+        f"{results['prompts']} held-out prompts ({', '.join(results['tasks'])}), at most {results['max_new_tokens']} new "
+        f"tokens, temperature {results['temperature']}; prefill apart; 95 % intervals by paired bootstrap over prompts.",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, clock {machine['clock']}; {versions}; "
+        f"revision {machine['revision']}.",
+    ]
+    if results.get("curves"):
+        lines.append(results["curves"] + ".")
+    if results.get("static"):
+        static = results["static"]
+        lines.append(f"Best static setting on training prompts: {static['name']} {static['best']}.")
+    if again := results["arms"].get("plain again"):
+        interval = again["over_plain"]
+        verdict = "contains" if interval["low"] <= 1 <= interval["high"] else "EXCLUDES"
+        lines.append(f"A/A check (plain twice): the interval {verdict} 1.")
+    for name, found in results.get("divergences", {}).items():
+        lines.append(
+            f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
+            f"(largest logit gap {found['largest_gap']:.2f}); same tokens as plain on {100 * found['same_text']:.0f} % of prompts."
+        )
+    for name, histogram in results.get("actions", {}).items():
+        played = {action for counts in histogram.values() for action, n in counts.items() if n}
+        if len(played) == 1:
+            lines.append(f"{name} plays one action only: it is a static setting.")
+    return lines
+
+
+def action_labels(control: Control) -> list[str]:
+    """Names of a control's actions."""
+    return [str(b) for b in control.budgets] if isinstance(control, BudgetControl) else ["verify", "expand"]
+
+
+def depths_or_actions(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """How often each setting was played, by task: depths of finished trees, or budgets.
+
+    A depth is what a run of "expand" decisions led to; the first expansion is always made.
+    """
+    histogram: dict[str, dict[str, int]] = {}
+    for task, group in by_task(samples).items():
+        if isinstance(control, BudgetControl):
+            counts = {label: 0 for label in action_labels(control)}
+            for sample in group:
+                for action in sample.actions:
+                    counts[str(control.budgets[action])] += 1
+        else:
+            counts = {str(depth): 0 for depth in range(1, control.max_depth + 1)}
+            for sample in group:
+                depth = 1
+                for action in sample.actions:
+                    depth += action
+                    if not action or depth == control.max_depth:
+                        counts[str(depth)] += 1
+                        depth = 1
+        histogram[task] = counts
+    return histogram
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Speed of every arm with its interval, and what the learned arms played, by task."""
+    histograms = results.get("actions", {})
+    figure = Figure(figsize=(11, 3.2 + 2.8 * len(histograms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1 + len(histograms), 1, squeeze=False)[:, 0]
+    draw_arms(axes[0], results["arms"], results["references"][0])
+    for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
+        draw_histogram(axis, name, histogram, results["played"])
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def draw_arms(axis: Any, arms: dict[str, Any], reference: str) -> None:
+    """Horizontal bars of throughput over the reference arm."""
+    names = list(arms)[::-1]
+    ratios = [arms[name][f"over_{reference}"] for name in names]
+    values = [r["value"] for r in ratios]
+    errors = [[r["value"] - r["low"] for r in ratios], [r["high"] - r["value"] for r in ratios]]
+    axis.barh(names, values, xerr=errors, color="tab:blue", alpha=0.75, capsize=3)
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    for i, value in enumerate(values):
+        axis.text(0.02, i, f"{value:.2f}×", va="center", color="white", fontsize=8)
+    axis.set_xlabel(f"throughput over {reference}, 95 % interval")
+
+
+def draw_histogram(axis: Any, name: str, histogram: dict[str, dict[str, int]], played: str) -> None:
+    """Share of cycles per setting, one line per task."""
+    for task, counts in histogram.items():
+        total = max(1, sum(counts.values()))
+        axis.plot(list(counts), [n / total for n in counts.values()], marker="o", markersize=3, label=task)
+    axis.set_xlabel(played)
+    axis.set_ylabel("share of cycles")
+    axis.set_title(name, fontsize=10)
+    axis.legend(fontsize=8)

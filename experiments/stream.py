@@ -1,0 +1,69 @@
+"""Stream an answer token by token under a trained policy, then compare with plain decoding (`make generate`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import agents
+from agents.fixed import FixedAgent
+from experiments.evaluate import decoder_for
+from experiments.measure import plain_decoder
+from spec_envs import Generation, generate
+from spec_envs.controls.depth import DepthControl
+from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.prompts import encode
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", help="a user turn")
+    parser.add_argument("--run", type=Path, help="run folder of the policy (default: a fixed depth)")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        if args.run:
+            control, agent = agents.load(args.run)
+            env = agents.read_config(args.run)["env"]
+        else:
+            control = DepthControl()
+            agent, env = FixedAgent(control, 5), {}
+        env = {**env, "temperature": args.temperature, "top_p": args.top_p}
+        decoder = decoder_for(env, control)
+        tokenizer = load_tokenizer(env.get("target", "smollm2-135m"))
+        prompt = encode(tokenizer, args.prompt, env.get("template"))
+        generate(decoder, control, agent, prompt, 8).run()  # warm-up
+        generation = generate(decoder, control, agent, prompt, args.max_new_tokens, args.seed)
+        shown = ""
+        for _ in generation:  # whole texts are decoded, so that characters of several tokens come out whole
+            text = tokenizer.decode(generation.tokens, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    plain = generate(plain_decoder(decoder), None, None, prompt, args.max_new_tokens, args.seed).run()
+    print(f"\n\n{last_line(generation, plain)}")
+
+
+def last_line(generation: Generation, plain: Generation) -> str:
+    """Tokens per second against plain."""
+    fast, slow = generation.tokens_per_second, plain.tokens_per_second
+    cycles = len(generation.cycles)
+    emitted = (len(generation.tokens) - 1) / max(1, cycles)
+    return (
+        f"{len(generation.tokens)} tokens, {fast:.1f} tokens/s; plain {slow:.1f} tokens/s; {fast / slow:.2f}×; "
+        f"{emitted:.2f} tokens per cycle; prefill {1000 * generation.prefill_seconds:.0f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Train an agent of the zoo from YAML and show what it is worth (`make train`).
+
+The run folder is `runs/<EnvId>/<stanza>-<seed>/`. Killed at any moment, the same command goes on from the last
+checkpoint; a finished run prints its table again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import yaml
+
+import agents
+from agents import AGENTS
+from agents.sb3 import SB3Agent
+from experiments.callbacks import Keeper, Monitor
+from experiments.config import Experiment, load_experiment
+from experiments.evaluate import STATIC_PROMPTS, best_static, decoder_for, encoded_prompts, evaluate_run, save
+from experiments.measure import decoded, plain_decoder, ratio, revision, run_arms, versions, write_json
+from experiments.report import markdown
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import CONTROLS, Policy
+from spec_envs.env import SpecEnv
+
+
+def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
+    """Where a run lies."""
+    return root / env_id / f"{stanza}-{seed}"
+
+
+def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> dict[str, Any]:
+    """The settings of a run as they are written beside its results."""
+    hyperparameters = dict(experiment.hyperparameters)
+    parameters = inspect.signature(AGENTS[experiment.agent]).parameters
+    for name, value in (("seed", seed), ("total_timesteps", experiment.total_timesteps)):
+        if name in parameters:
+            hyperparameters[name] = value
+    return {
+        "id": env_id,
+        "stanza": stanza,
+        "seed": seed,
+        **experiment.model_dump(exclude={"hyperparameters", "stages"}),
+        "hyperparameters": hyperparameters,
+    }
+
+
+def open_run(folder: Path, config: dict[str, Any]) -> None:
+    """Make the folder of a run, or check that it is this run's.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings.
+    """
+    if (folder / "config.yml").exists():
+        found = agents.read_config(folder)
+        differing = sorted(key for key in config if found.get(key) != config[key])
+        if differing:
+            raise ValueError(
+                f"{folder} holds a run with another {', '.join(differing)}; "
+                "choose another SEED or ROOT, or delete that folder to start over"
+            )
+        return
+    for part in (folder, folder / "best", folder / "last"):
+        part.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.tmp"
+    made_with = {"versions": versions(), "revision": revision()}
+    temporary.write_text(yaml.safe_dump(config | made_with, sort_keys=False))
+    temporary.replace(folder / "config.yml")
+
+
+def make_env(config: dict[str, Any]) -> gym.Env:
+    """The training environment of a run, its partner composed in."""
+    env = gym.make(config["id"], **config["env"])
+    spec_env = env.unwrapped
+    assert isinstance(spec_env, SpecEnv)
+    if config["partner"]:
+        spec_env.control.partner = Policy(*agents.load(config["partner"]))
+    return env
+
+
+def train_agent(folder: Path, config: dict[str, Any]) -> None:
+    """Train to the run's total and keep the best agent in the folder."""
+    env = make_env(config)
+    spec_env = env.unwrapped
+    assert isinstance(spec_env, SpecEnv)
+    control = spec_env.control
+    agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
+    if not isinstance(agent, SB3Agent):
+        return
+    if (folder / "last" / "checkpoint.pt").exists():
+        agent.load_checkpoint(folder / "last")
+        print(f"going on at step {agent.model.num_timesteps} of {config['total_timesteps']}", file=sys.stderr)
+    elif config["checkpoint"]:
+        agent.load_checkpoint(Path(config["checkpoint"]))
+    elif config["init"]:
+        agent.load(Path(config["init"]))
+    spec_env.policy_seconds = agent.decision_seconds
+
+    decoder = decoder_for(config["env"], control)
+    prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"])
+    plain = decoded(plain_decoder(decoder), None)
+
+    def validate() -> float:
+        arms = {"plain": plain, "agent": decoded(decoder, Policy(control, agent))}
+        samples = run_arms(arms, prompts, config["env"].get("max_new_tokens", 128), "validation")
+        return ratio(samples["agent"], samples["plain"])["value"]
+
+    keeper = Keeper(agent, folder, config["checkpoint_freq"], config["eval_freq"], validate)
+    shown = {"agent": config["agent"], **config["hyperparameters"]}
+    callbacks = [keeper, Monitor(folder / "log.jsonl", shown)]
+    agent.learn(config["total_timesteps"], env, callbacks, folder, progress_bar=True)
+    if (folder / "best" / "policy.safetensors").exists():
+        agent.load(folder / "best")
+    agent.save(folder)
+    env.close()
+
+
+def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
+    """One run from settings to table."""
+    config = resolved(experiment, env_id, stanza, seed)
+    open_run(folder, config)
+    results = folder / "results.json"
+    if results.exists():
+        print(f"{folder} is finished; delete it to train again\n")
+        print(markdown(json.loads(results.read_text())))
+        return
+    if not (folder / "policy.safetensors").exists():
+        train_agent(folder, config)
+    static_file = folder / "static.json"
+    if not static_file.exists():
+        write_json(
+            static_file, best_static(env_id, config["env"], encoded_prompts(config["env"], "train", STATIC_PROMPTS))
+        )
+    static = json.loads(static_file.read_text())
+    save(evaluate_run(folder, {}, experiment.test_prompts, static), folder)
+    print(f"run: {folder}")
+
+
+def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:
+    """Policies in turn: each stage trains one problem with the newest policy of the other as its partner."""
+    newest: dict[str, Path] = {}
+    for number, stage in enumerate(experiment.stages, 1):
+        kind = CONTROLS[ENVIRONMENTS[stage.id]]
+        own = set(inspect.signature(kind).parameters) | set(inspect.signature(SpecEnv).parameters)
+        partner = next((path for env_id, path in newest.items() if env_id != stage.id), None) if stage.partner else None
+        settings = experiment.model_copy(
+            update={
+                "env": {k: v for k, v in experiment.env.items() if k in own} | stage.env,
+                "total_timesteps": stage.total_timesteps or experiment.total_timesteps,
+                "partner": str(partner) if partner else None,
+                "init": str(newest[stage.id]) if stage.id in newest else experiment.init,
+                "stages": [],
+            }
+        )
+        print(f"stage {number} of {len(experiment.stages)}: {stage.id}, partner {partner}", file=sys.stderr)
+        part = folder / f"{number}-{stage.id}"
+        run(settings, stage.id, stanza, seed, part)
+        newest[stage.id] = part
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
+    parser.add_argument("--agent", default="ppo", help="stanza of experiments/<env>.yml (default ppo)")
+    parser.add_argument("--seed", type=int, default=0, help="of agent and environment (default 0)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the stanza")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default runs)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        experiment = load_experiment(args.env, args.agent, args.set)
+        folder = run_folder(args.root, args.env, args.agent, args.seed)
+        if experiment.stages:
+            run_stages(experiment, args.agent, args.seed, folder)
+        else:
+            run(experiment, args.env, args.agent, args.seed, folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
