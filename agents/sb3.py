@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
+from spec_envs.files import whole
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppo": PPO,
@@ -94,7 +95,7 @@ class SB3Agent:
     def deploy(self) -> None:
         """Take the network out of the policy and measure a decision."""
         self.network = bare(self.model.policy)
-        blank = np.zeros(self.model.observation_space.shape, dtype=np.float32)
+        blank = np.zeros_like(self.model.observation_space.sample())
         timings = []
         for _ in range(50):
             begin = time.perf_counter()
@@ -120,7 +121,7 @@ class SB3Agent:
         self,
         total_timesteps: int,
         env: gym.Env,
-        callback: BaseCallback | None = None,
+        callback: list[BaseCallback] | None = None,
         log: Path | None = None,
         progress_bar: bool = False,
     ) -> SB3Agent:
@@ -139,9 +140,9 @@ class SB3Agent:
 
     def save(self, folder: Path) -> None:
         """Write the policy's weights."""
-        temporary = folder / "policy.tmp"
-        save_file({name: t.contiguous() for name, t in self.model.policy.state_dict().items()}, temporary)
-        temporary.replace(folder / "policy.safetensors")
+        state = {name: t.contiguous() for name, t in self.model.policy.state_dict().items()}
+        with whole(folder / "policy.safetensors") as path:
+            save_file(state, path)
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.
@@ -164,15 +165,13 @@ class SB3Agent:
             "updates": self.model._n_updates,
             "torch_rng": torch.get_rng_state(),
         }
-        temporary = folder / "checkpoint.tmp"
-        torch.save(state, temporary)
         if isinstance(self.model, OffPolicyAlgorithm) and self.model.replay_buffer is not None:
             buffer = self.model.replay_buffer
             arrays = {name: getattr(buffer, name) for name in BUFFER}
-            with (folder / "replay.tmp").open("wb") as file:
+            with whole(folder / "replay.npz") as path, path.open("wb") as file:
                 np.savez_compressed(file, pos=buffer.pos, full=buffer.full, **arrays)
-            (folder / "replay.tmp").replace(folder / "replay.npz")
-        temporary.replace(folder / "checkpoint.pt")
+        with whole(folder / "checkpoint.pt") as path:
+            torch.save(state, path)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint.

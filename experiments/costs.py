@@ -28,7 +28,7 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
     try:
         decoder.start(prompt, len(rows) * (repeats + 3) + 1024, rng)
         decoder.cycle(2)
-        for repeat in range(repeats + 3):
+        for _ in range(repeats + 3):
             for n in rows:
                 chain = np.arange(n - 1)
                 begin = timed(sync)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from experiments.recording import Example, load_shard
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.transformer import Rope, rotate
+from spec_envs.files import whole
 
 STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
 
@@ -37,12 +38,13 @@ class Batch:
 
     @classmethod
     def of(cls, examples: list[Example], device: torch.device) -> Batch:
-        columns = [
+        ids, features, final = (
             pad_sequence([getattr(e, name) for e in examples], batch_first=True).to(device)
             for name in ("ids", "features", "final")
-        ]
+        )
         lengths = torch.tensor([len(e.ids) for e in examples], device=device)
-        return cls(*columns, lengths, torch.tensor([e.answer for e in examples], device=device))
+        answers = torch.tensor([e.answer for e in examples], device=device)
+        return cls(ids, features, final, lengths, answers)
 
 
 def drafted_rows(batch: Batch, step: int) -> Tensor:
@@ -138,6 +140,7 @@ class Objective:
         device, width = batch.ids.device, batch.ids.shape[1]
         rows = sample_rows(batch, share)
         loss = torch.zeros((), device=device)
+        alive = torch.zeros(0, dtype=torch.bool, device=device)  # rows whose chain so far is right
         survived, counted = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             for step, logits in enumerate(self.model(batch, steps, rows)):
@@ -221,10 +224,9 @@ def train(
                     chain = (survived / rows.clamp(min=1)).tolist()
                     bar.set_postfix(loss=f"{loss.item():.3f}", accepted=" ".join(f"{a:.2f}" for a in chain))
                 if done % 200 == 0 or done == total:
-                    temporary = checkpoint.with_suffix(".tmp")
                     state = {"head": model.head.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
-                    torch.save(state, temporary)
-                    temporary.replace(checkpoint)
+                    with whole(checkpoint) as temporary:
+                        torch.save(state, temporary)
 
 
 @torch.no_grad()

@@ -157,35 +157,34 @@ def evaluate_mixes(
         env = {**{k: trained[k] for k in ("target", "drafter", "max_new_tokens") if k in trained}, **env}
     decoder = decoder_for(env, control)
     prompts = encoded_prompts(env, "test", test_prompts)
-    learned = [name for name in policies if "runs" in name or "/" in name]
-    return run_tables(policies, env, decoder, prompts, ["plain"], learned) | {"played": "depth"}
+    with_runs = [f"depth {d}, budget {b}" for d in depths for b in budgets if not (d + b).isdigit()]
+    return run_tables(policies, env, decoder, prompts, ["plain"], with_runs) | {"played": "depth"}
 
 
 def mixed(depth: str, budget: str) -> Policy:
     """The policy for one depth and one budget, each a number or a run folder."""
     if depth.isdigit() and budget.isdigit():
-        control = DepthControl(budget=int(budget))
-        return Policy(control, FixedAgent(control, int(depth)))
+        fixed = DepthControl(budget=int(budget))
+        return Policy(fixed, FixedAgent(fixed, int(depth)))
     if depth.isdigit():
-        control, agent = agents.load(budget)
-        expect(control, BudgetControl, budget)
-        control.partner, control.depth = None, int(depth)
-        return Policy(control, agent)
-    control, agent = agents.load(depth)
-    expect(control, DepthControl, depth)
-    control.partner = None
+        sized = learned(budget, BudgetControl)
+        sized.control.depth = int(depth)  # type: ignore[attr-defined]
+        return sized
+    policy = learned(depth, DepthControl)
     if budget.isdigit():
-        control.budget = int(budget)
+        policy.control.budget = int(budget)  # type: ignore[attr-defined]
     else:
-        control.partner = Policy(*agents.load(budget))
-        expect(control.partner.control, BudgetControl, budget)
-    return Policy(control, agent)
+        policy.control.partner = learned(budget, BudgetControl)
+    return policy
 
 
-def expect(control: Control, kind: type[Control], run: str) -> None:
-    """Refuse a run of the other problem."""
+def learned(run: str, kind: type[Control]) -> Policy:
+    """The policy of a run of one problem, without its partner."""
+    control, agent = agents.load(run)
     if not isinstance(control, kind):
         raise ValueError(f"{run} is not a run of {kind.__name__}; give it as the other of DEPTH and BUDGET")
+    control.partner = None
+    return Policy(control, agent)
 
 
 def save(results: dict[str, Any], folder: Path) -> None:

@@ -24,6 +24,7 @@ from spec_envs.decoding.checkpoints import model_folder
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.files import whole
 from spec_envs.generate import Generation
 
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
@@ -103,8 +104,8 @@ class FirstToken(StoppingCriteria):
 def transformers_arm(target: str, decoder: Decoder) -> Arm:
     """Hugging Face's ``generate`` on the same weights, dtype and device."""
     verifier = decoder.verifier
-    model = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.dtype)
-    model = model.to(verifier.target.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.dtype)
+    model.to(verifier.target.device).eval()
     sampling: dict[str, Any] = {"do_sample": False}
     if verifier.temperature:
         sampling = {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
@@ -165,7 +166,7 @@ def ratio(a: Sequence[Sample], b: Sequence[Sample]) -> dict[str, float]:
         return (an.sum(axis) / at.sum(axis)) / (bn.sum(axis) / bt.sum(axis))
 
     columns = [np.array([getattr(s, key) for s in arm], float) for arm in (a, b) for key in ("tokens", "seconds")]
-    value = float(statistic(*columns))
+    value = throughput(a) / throughput(b)
     if len(a) < 2 or a is b:
         return {"value": value, "low": value, "high": value}
     interval = bootstrap(
@@ -269,6 +270,5 @@ def revision() -> str:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.files import whole
 from spec_envs.prompts import encode
 
 SHARD = 256  # conversations
@@ -39,7 +40,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: dict) -> tuple[l
     if answer is None:
         answer = tokenizer(conversation["assistant"], add_special_tokens=False)["input_ids"]
         if conversation.get("complete", True):
-            answer = answer + [tokenizer.eos_token_id]
+            answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, len(prompt)
 
 
@@ -75,9 +76,8 @@ def record(
             "features": torch.cat(features),
             "final": torch.cat(final),
         }
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            save_file(tensors, temporary)
     return paths
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from experiments.measure import Sample, by_task
 from spec_envs.controls import Control
 from spec_envs.controls.budget import BudgetControl
+from spec_envs.files import whole
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -73,7 +74,7 @@ def depths_or_actions(control: Control, samples: Sequence[Sample]) -> dict[str, 
     histogram: dict[str, dict[str, int]] = {}
     for task, group in by_task(samples).items():
         if isinstance(control, BudgetControl):
-            counts = {label: 0 for label in action_labels(control)}
+            counts = dict.fromkeys(action_labels(control), 0)
             for sample in group:
                 for action in sample.actions:
                     counts[str(control.budgets[action])] += 1
@@ -99,9 +100,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     draw_arms(axes[0], results["arms"], results["references"][0])
     for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
         draw_histogram(axis, name, histogram, results["played"])
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def draw_arms(axis: Any, arms: dict[str, Any], reference: str) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.batch import generate_batch
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.prompts import encode
+from spec_envs.prompts import decode, encode
 
 MARK = "\x00turn\x00"
 
@@ -36,7 +36,7 @@ OPENINGS = (
 def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template up to the place where the first user turn begins."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    return text.split(MARK)[0]
+    return str(text).split(MARK)[0]
 
 
 def write_conversations(
@@ -73,7 +73,7 @@ def write_conversations(
             openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(3 * batch)]
             starts = [tokenizer(prefix + o, add_special_tokens=False)["input_ids"] for o in openings]
             turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
-            users = [o + tokenizer.decode(t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
+            users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
             users = [user for user in users if user.strip()]
             for first in range(0, len(users), batch):
                 group = users[first : first + batch]

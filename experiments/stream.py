@@ -13,7 +13,7 @@ from experiments.measure import plain_decoder
 from spec_envs import Generation, generate
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer
-from spec_envs.prompts import encode
+from spec_envs.prompts import decode, encode
 
 
 def arguments() -> argparse.Namespace:
@@ -44,7 +44,7 @@ def main() -> None:
         generation = generate(decoder, control, agent, prompt, args.max_new_tokens, args.seed)
         shown = ""
         for _ in generation:  # whole texts are decoded, so that characters of several tokens come out whole
-            text = tokenizer.decode(generation.tokens, skip_special_tokens=True)
+            text = decode(tokenizer, generation.tokens)
             if not text.endswith("\ufffd"):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text

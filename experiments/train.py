@@ -27,6 +27,7 @@ from experiments.report import markdown
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS, Policy
 from spec_envs.env import SpecEnv
+from spec_envs.files import whole
 
 
 def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
@@ -67,10 +68,9 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
         return
     for part in (folder, folder / "best", folder / "last"):
         part.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.tmp"
     made_with = {"versions": versions(), "revision": revision()}
-    temporary.write_text(yaml.safe_dump(config | made_with, sort_keys=False))
-    temporary.replace(folder / "config.yml")
+    with whole(folder / "config.yml") as temporary:
+        temporary.write_text(yaml.safe_dump(config | made_with, sort_keys=False))
 
 
 def make_env(config: dict[str, Any]) -> gym.Env:

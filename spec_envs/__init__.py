@@ -3,9 +3,9 @@
 import gymnasium as gym
 
 from spec_envs.generate import Generation, generate
-
-__all__ = ["ENVIRONMENTS", "Generation", "generate"]
 from spec_envs.version import __version__
+
+__all__ = ["ENVIRONMENTS", "Generation", "__version__", "generate"]
 
 ENVIRONMENTS = {"SpecDepth-v0": "depth", "SpecBudget-v0": "budget"}
 

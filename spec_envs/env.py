@@ -16,7 +16,7 @@ from spec_envs.controls import CONTROLS, Control
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.pair import default_drafter, load_decoder, make_clocks, plain_seconds, static_over_plain
-from spec_envs.prompts import Prompt, encode, load_prompts
+from spec_envs.prompts import Prompt, decode, encode, load_prompts
 
 REWARDS = ("saved", "ltd")
 EPISODES = ("prompt", "cycle")
@@ -53,7 +53,10 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         ValueError: a value that makes no sense; the sentence says what was expected.
     """
 
-    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
+    metadata = {  # noqa: RUF012 - Gymnasium's own declaration
+        "render_modes": ["ansi", "human", "rgb_array"],
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.episode, self.reward_name, self._pace = episode, reward, pace
         self.policy_seconds, self.render_mode = policy_seconds, render_mode
         self.prompt: Prompt | None = None
+        self._mark: dict[str, float] = {}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -221,7 +225,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             total = sum(self.decoder.clock.since(self._text_began).values())
             tokens = len(self.decoder.tokens)
             assert self.prompt is not None
-            info["text"] = self.tokenizer.decode(self.decoder.tokens, skip_special_tokens=True)
+            info["text"] = decode(self.tokenizer, self.decoder.tokens)
             info["task"] = self.prompt.task
             info["tokens"] = tokens
             info["speedup"] = (tokens - 1) / total / self.plain_rate  # the first token is the prefill's

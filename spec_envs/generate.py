@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from spec_envs.controls.base import Agent, Control, Policy
 from spec_envs.decoding.decoder import Cycle, Decoder

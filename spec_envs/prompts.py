@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -98,4 +100,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, template: str | None =
     if template is None and tokenizer.chat_template is None:
         raise ValueError("the model has no chat template; give template= (Jinja), or template='none' for bare text")
     message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, chat_template=template, add_generation_prompt=True)["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(message, chat_template=template, add_generation_prompt=True)
+    return encoded["input_ids"]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of token ids, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.decoder import Cycle, Decoder, Drafted
 from spec_envs.decoding.tree import ROOT
+from spec_envs.prompts import decode
 
 GREEN, RED, BOLD, RESET = "\x1b[32m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
 DRAWN = 60  # nodes shown of a tree
@@ -16,13 +17,13 @@ DRAWN = 60  # nodes shown of a tree
 
 def ansi(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text with drafted tokens green and the target's own bold, then the last cycle's tree, refused nodes red."""
-    parts = [f"{BOLD}{tokenizer.decode(decoder.tokens[:1])}{RESET}"]
+    parts = [f"{BOLD}{decode(tokenizer, decoder.tokens[:1])}{RESET}"]
     for cycle in decoder.cycles:
         drafted, own = cycle.tokens[: cycle.accepted], cycle.tokens[cycle.accepted :]
         if drafted:
-            parts.append(f"{GREEN}{tokenizer.decode(drafted)}{RESET}")
+            parts.append(f"{GREEN}{decode(tokenizer, drafted)}{RESET}")
         if own:
-            parts.append(f"{BOLD}{tokenizer.decode(own)}{RESET}")
+            parts.append(f"{BOLD}{decode(tokenizer, own)}{RESET}")
     lines = ["".join(parts)]
     if decoder.cycles:
         last = decoder.cycles[-1]
@@ -41,8 +42,8 @@ def tree_lines(nodes: Drafted, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             if len(lines) == DRAWN:
                 return
             colour = GREEN if int(node) in accepted else RED
-            lines.append(f"{'  ' * nodes.levels[node]}{colour}{tokenizer.decode([nodes.tokens[node]])!r}{RESET}")
-            add(node)
+            lines.append(f"{'  ' * nodes.levels[node]}{colour}{decode(tokenizer, [nodes.tokens[node]])!r}{RESET}")
+            add(int(node))
 
     add(ROOT)
     if len(nodes.tokens) > DRAWN:
@@ -55,7 +56,7 @@ def picture(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     figure = Figure(figsize=(8, 4.8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     text, tree = figure.subplots(2, 1, height_ratios=[1, 4])
-    tail = tokenizer.decode(decoder.tokens[-60:]).replace("\n", "⏎").replace("$", r"\$")
+    tail = decode(tokenizer, decoder.tokens[-60:]).replace("\n", "⏎").replace("$", r"\$")
     text.text(0, 0.5, tail, wrap=True, fontsize=9, va="center", family="monospace")
     text.set_axis_off()
     tree.set_axis_off()
@@ -83,7 +84,7 @@ def draw_tree(axes, cycle: Cycle, tokenizer: PreTrainedTokenizerBase) -> None:
         axes.plot([parent_x, x], [parent_y, y], color=colour, alpha=0.9 if node in accepted else 0.25)
         axes.plot(x, y, "o", color=colour, markersize=3)
         if len(nodes.tokens) <= 30 or node in accepted:
-            label = tokenizer.decode([nodes.tokens[node]]).replace("\n", "⏎").replace("$", r"\$")
+            label = decode(tokenizer, [nodes.tokens[node]]).replace("\n", "⏎").replace("$", r"\$")
             axes.annotate(label, (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
     axes.set_title(
         f"depth {cycle.depth}, {cycle.verified} verified, {cycle.accepted} accepted, {cycle.emitted} emitted",

@@ -134,7 +134,7 @@ def read_survival(decoder: Decoder) -> np.ndarray:
 def read_recent(decoder: Decoder) -> list[float]:
     """Accepted tokens per cycle over the last 4 and the last 16 cycles, in units of the deepest path."""
     deepest = decoder.max_depth + 1
-    return [np.mean([c.accepted for c in decoder.cycles[-n:]] or [0.0]) / deepest for n in (4, 16)]
+    return [sum(c.accepted for c in decoder.cycles[-n:]) / max(1, len(decoder.cycles[-n:])) / deepest for n in (4, 16)]
 
 
 def read_expansions(decoder: Decoder) -> float:

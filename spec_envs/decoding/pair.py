@@ -78,7 +78,7 @@ def load_decoder(
     """
     at = resolve_device(device)
     model = load_target(target, at, resolve_dtype(dtype, at))
-    eagle = None
+    eagle: EagleDrafter | None = None
     if drafter is not None:
         head = load_head(default_drafter(target) if drafter == "auto" else drafter)
         eagle = EagleDrafter(head, model, width, max_depth)

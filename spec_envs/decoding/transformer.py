@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +120,10 @@ class Rope:
     """Rotary position tables (cosine, and sine with the sign of the half it multiplies), computed in float32."""
 
     def __init__(self, config: PretrainedConfig, head_dim: int, dtype: torch.dtype, device: torch.device):
-        parameters = getattr(config, "rope_parameters", None) or {}
+        parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
         kind = parameters.get("rope_type", "default")
         if kind == "default":
-            theta = parameters.get("rope_theta") or getattr(config, "rope_theta", 10_000.0)
+            theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", 10_000.0))
             frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
             scale = 1.0
         elif kind in STATIC_ROPE:

@@ -19,7 +19,7 @@ class Drafter(Protocol):
         width: children per node and nodes expanded per level.
     """
 
-    capture: Sequence[int]
+    capture: tuple[int, ...]
     vocab: int
     width: int
 

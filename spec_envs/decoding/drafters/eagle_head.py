@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from spec_envs.decoding.checkpoints import folder_or_hub, load_weights, registry
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.files import whole
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -104,11 +105,11 @@ class EagleHead(nn.Module):
             max_position_embeddings=source.max_position_embeddings,
             rope_parameters=source.rope_parameters,
             vocab_size=source.vocab_size,
-            draft_vocab_size=len(draft_ids),
             tie_word_embeddings=False,
             bos_token_id=source.bos_token_id,
             eos_token_id=source.eos_token_id,
         )
+        config.draft_vocab_size = len(draft_ids)
         head = cls(config)
         hidden, last = config.hidden_size, f"model.layers.{source.num_hidden_layers - 1}."
         state = head.state_dict()
@@ -166,8 +167,7 @@ class EagleHead(nn.Module):
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in self.state_dict().items()
         }
-        temporary = folder / "model.safetensors.tmp"
-        save_file(state, temporary)
-        temporary.replace(folder / "model.safetensors")
+        with whole(folder / "model.safetensors") as path:
+            save_file(state, path)
         self.config.dtype = dtype
         self.config.to_json_file(folder / "config.json", use_diff=False)

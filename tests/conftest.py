@@ -1,0 +1,87 @@
+"""A tiny random pair for tests of logic, and the default model for evidence.
+
+The tiny target has 16 tokens, so that the ten best children of a random drafter nearly always hold the target's
+choice: trees are accepted deep, which exercises everything behind acceptance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spec_envs.decoding.checkpoints import load_target, load_weights
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.pair import load_decoder
+
+CPU = torch.device("cpu")
+WORDS = ["<eos>", "<unk>", *"the a of and in to is it on we you def".split(), ".", ","]
+REAL = "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the Hugging Face layout with a random Llama of eight layers."""
+    folder = tmp_path_factory.mktemp("tiny-target")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(WORDS),
+        max_position_embeddings=2048,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} . {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head for the tiny target that starts as the target's own last layer, over 14 of its 16 tokens."""
+    folder = tmp_path_factory.mktemp("tiny-drafter")
+    target = load_target(str(tiny_target), CPU, torch.float32)
+    head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(14))
+    head.save(folder, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_target: Path, tiny_drafter: Path) -> dict[str, Any]:
+    """Keyword arguments of an environment over the tiny pair with a priced clock."""
+    return {
+        "target": str(tiny_target),
+        "drafter": str(tiny_drafter),
+        "device": "cpu",
+        "dtype": "float32",
+        "clock": "qwen3-14b-a6000",
+        "max_new_tokens": 24,
+    }
+
+
+@pytest.fixture
+def tiny_decoder(tiny: dict[str, Any]) -> Decoder:
+    """A decoder over the tiny pair."""
+    return load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

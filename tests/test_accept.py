@@ -1,0 +1,162 @@
+"""Acceptance rules: exact by enumeration of every branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spec_envs.decoding import accept
+from spec_envs.decoding.tree import ROOT
+
+VOCAB = 5
+
+
+class Branch:
+    """Stands for a uniform number: every comparison is a fork whose probability is noted."""
+
+    def __init__(self, oracle: Oracle):
+        self.oracle, self.scale = oracle, 1.0
+
+    def __mul__(self, scale: float) -> Branch:
+        self.scale = float(scale)
+        return self
+
+    def __lt__(self, threshold: float) -> bool:
+        return self.oracle.fork([threshold / self.scale, 1 - threshold / self.scale]) == 0
+
+
+class Oracle:
+    """Walks the tree of all forks, depth first; each walk has the product of its branches' probabilities."""
+
+    def __init__(self) -> None:
+        self.script: list[int] = []
+
+    def fork(self, probabilities: list[float]) -> int:
+        if self.step == len(self.script):
+            self.script.append(0)
+            self.sizes.append(len(probabilities))
+        choice = self.script[self.step]
+        self.step += 1
+        self.probability *= probabilities[choice]
+        return choice
+
+    def walks(self, run: Callable[[], Any]) -> list[tuple[Any, float]]:
+        self.sizes: list[int] = []
+        outcomes = []
+        while True:
+            self.step, self.probability = 0, 1.0
+            outcome = run()
+            outcomes.append((outcome, self.probability))
+            while self.script and self.script[-1] + 1 == self.sizes[-1]:
+                self.script.pop()
+                self.sizes.pop()
+            if not self.script:
+                return outcomes
+            self.script[-1] += 1
+
+
+def random_tree(rng: np.random.Generator, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """A connected tree whose siblings have distinct tokens."""
+    tokens, parents = [], []
+    while len(tokens) < nodes:
+        parent = int(rng.integers(-1, len(tokens)))
+        free = sorted(set(range(VOCAB)) - {tokens[i] for i in range(len(tokens)) if parents[i] == parent})
+        if free:
+            tokens.append(int(rng.choice(free)))
+            parents.append(parent)
+    return np.array(tokens, dtype=np.int64), np.array(parents, dtype=np.int64)
+
+
+def emitted(tokens: np.ndarray, result: tuple[list[int], int]) -> tuple[int, ...]:
+    path, last = result
+    return (*(int(tokens[n]) for n in path), last)
+
+
+def distribution(rule: Callable, tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) -> dict[tuple, float]:
+    oracle = Oracle()
+    found: dict[tuple, float] = {}
+
+    def draw(weights: np.ndarray, u: Any) -> int:
+        if weights.sum() == 0:  # behind a branch that has probability 0
+            return 0
+        return oracle.fork(list(weights / weights.sum()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accept, "inverse_cdf", draw)
+        outcomes = oracle.walks(lambda: emitted(tokens, rule(tokens, parents, lambda row: p[row], lambda: Branch(oracle))))
+    for outcome, probability in outcomes:
+        found[outcome] = found.get(outcome, 0.0) + probability
+    return found
+
+
+def target_distribution(tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) -> dict[tuple, float]:
+    """Ancestral sampling of the target, which stops at the first token that is not a node."""
+    exact: dict[tuple, float] = {}
+
+    def walk(node: int, prefix: tuple[int, ...], probability: float) -> None:
+        for token in range(VOCAB):
+            below = probability * p[node + 1][token]
+            child = [c for c in accept.children_of(parents, node) if tokens[c] == token]
+            if child:
+                walk(int(child[0]), (*prefix, token), below)
+            else:
+                exact[(*prefix, token)] = below
+
+    walk(ROOT, (), 1.0)
+    return exact
+
+
+def total_variation(a: dict[tuple, float], b: dict[tuple, float]) -> float:
+    return 0.5 * sum(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in {*a, *b})
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_sampled_keeps_the_targets_distribution(nodes: int, seed: int) -> None:
+    rng = np.random.default_rng(100 * nodes + seed)
+    tokens, parents = random_tree(rng, nodes)
+    p = rng.dirichlet(np.ones(VOCAB), size=nodes + 1)
+    if seed == 3:  # as top-p leaves it: zeros
+        p[p < 0.15] = 0.0
+        p /= p.sum(1, keepdims=True)
+    found = distribution(accept.sampled, tokens, parents, p)
+    assert total_variation(found, target_distribution(tokens, parents, p)) < 1e-12
+
+
+def test_the_enumeration_catches_a_wrong_rule() -> None:
+    """Testing the second child with its unrenormalised probability is biased, and is found out."""
+
+    def wrong(tokens: Any, parents: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
+        path, node = [], ROOT
+        while True:
+            p = probabilities(node + 1).copy()
+            for child in accept.children_of(parents, node):
+                if uniform() * 1.0 < probabilities(node + 1)[tokens[child]]:
+                    path.append(int(child))
+                    node = int(child)
+                    break
+                p[tokens[child]] = 0.0
+            else:
+                return path, accept.inverse_cdf(p, uniform())
+
+    rng = np.random.default_rng(5)
+    tokens, parents = np.array([0, 1, 2]), np.array([ROOT, ROOT, 0])
+    p = rng.dirichlet(np.ones(VOCAB), size=4)
+    assert total_variation(distribution(wrong, tokens, parents, p), target_distribution(tokens, parents, p)) > 0.01
+
+
+def test_greedy_walks_the_targets_choices() -> None:
+    tokens, parents = np.array([3, 4, 1, 2, 0]), np.array([ROOT, ROOT, 0, 0, 3])
+    assert accept.greedy(tokens, parents, np.array([3, 2, 9, 9, 0, 7])) == ([0, 3, 4], 7)
+    assert accept.greedy(tokens, parents, np.array([8, 2, 9, 9, 0, 7])) == ([], 8)
+    assert accept.greedy(tokens[:0], parents[:0], np.array([5])) == ([], 5)
+
+
+def test_inverse_cdf_never_draws_a_zero() -> None:
+    weights = np.array([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    drawn = [accept.inverse_cdf(weights, u) for u in np.append(np.linspace(0, 1, 1000, endpoint=False), 1 - 1e-17)]
+    assert set(drawn) == {1, 3, 4}
+    assert abs(np.mean(np.array(drawn) == 3) - 0.5) < 0.01

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from spec_envs.decoding.tree import ROOT, Tree, ancestors
+
+
+def grown(width: int, depth: int, seed: int) -> Tree:
+    rng = np.random.default_rng(seed)
+    tree = Tree(width, depth)
+
+    def children(rows: int) -> tuple[np.ndarray, np.ndarray]:
+        log_probs = -np.sort(rng.exponential(size=(rows, width)), axis=1).astype(np.float32)
+        return rng.permuted(np.tile(np.arange(50), (rows, 1)), axis=1)[:, :width], log_probs
+
+    tokens, log_probs = children(1)
+    tree.start(tokens[0], log_probs[0])
+    for _ in range(depth):
+        tree.grow(*children(width))
+    return tree
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 12])
+def test_ten_and_a_hundred_per_expansion(depth: int) -> None:
+    tree = grown(10, depth, seed=depth)
+    assert tree.size == 10 + 100 * depth
+    assert tree.expansions == depth
+    assert len(tree.last_level) == (100 if depth else 10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_add_up_and_the_frontier_is_the_best_of_the_last_level(seed: int) -> None:
+    tree = grown(4, 5, seed)
+    for node in range(tree.size):
+        parent = tree.parents[node]
+        assert tree.levels[node] == (0 if parent == ROOT else tree.levels[parent] + 1)
+        assert parent == ROOT or tree.scores[node] <= tree.scores[parent]
+    last = np.flatnonzero(tree.levels == 5)
+    assert sorted(tree.scores[tree.frontier]) == sorted(np.sort(tree.scores[last])[-4:])
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5, 20, 84, 1000])
+def test_selection_is_the_best_and_connected(budget: int) -> None:
+    tree = grown(4, 5, seed=3)
+    chosen = tree.select(budget)
+    assert len(chosen) == min(budget, tree.size)
+    assert set(tree.parents[chosen]) - {ROOT} <= set(chosen)
+    rest = np.setdiff1d(np.arange(tree.size), chosen)
+    if len(chosen) and len(rest):
+        assert tree.scores[chosen].min() >= tree.scores[rest].max()
+
+
+def test_ties_take_the_parent_first() -> None:
+    tree = Tree(2, 2)
+    tree.start(np.array([1, 2]), np.zeros(2, np.float32))
+    tree.grow(np.array([[3, 4], [5, 6]]), np.zeros((2, 2), np.float32))
+    assert tree.select(3).tolist() == [0, 1, 2]
+    _, parents, levels = tree.subtree(tree.select(3))
+    assert parents.tolist() == [ROOT, ROOT, 0]
+    assert levels.tolist() == [0, 0, 1]
+
+
+def test_ancestors() -> None:
+    visible = ancestors(np.array([ROOT, ROOT, 0, 2]))
+    assert [set(np.flatnonzero(row)) for row in visible] == [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 1, 3, 4}]
+
+
+def test_a_full_tree_says_so() -> None:
+    tree = grown(2, 1, seed=0)
+    with pytest.raises(ValueError, match="full at 1 expansions"):
+        tree.grow(np.zeros((2, 2), int), np.zeros((2, 2), np.float32))
