@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
@@ -153,7 +155,7 @@ class SB3Agent:
         path = folder / "policy.safetensors"
         try:
             self.model.policy.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"cannot read the policy {path}: {str(error).splitlines()[0]}") from None
         self.deploy()
 
@@ -183,7 +185,7 @@ class SB3Agent:
         try:
             state = torch.load(path, weights_only=True)
             self.model.set_parameters(state["parameters"], exact_match=True, device="cpu")
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
         self.model.num_timesteps, self.model._n_updates = state["num_timesteps"], state["updates"]
         torch.set_rng_state(state["torch_rng"])

@@ -61,7 +61,11 @@ class Monitor(BaseCallback):
         if sum(map(len, self.actions.values())) >= 128:
             self._report()
 
+    def _on_training_end(self) -> None:
+        self._report()
+
     def _report(self) -> None:
+        """Log what happened since the last report."""
         total = sum(self.seconds.values())
         if not self.cycles:
             return

@@ -159,8 +159,8 @@ def parse(text: str, path: Path) -> dict[str, Any]:
 
 
 def line_of(text: str, *keys: tuple[str, ...]) -> int:
-    """Line of the first of several nested keys that a YAML text holds; of its deepest parent otherwise."""
-    best = (0, 1)
+    """Line of whichever of several nested keys a YAML text holds; of the deepest parent it holds otherwise."""
+    best = (False, 0, 1)
     for path in keys:
         node, line, depth = yaml.compose(text), 1, 0
         for key in path:
@@ -170,8 +170,8 @@ def line_of(text: str, *keys: tuple[str, ...]) -> int:
             if pair is None:
                 break
             line, node, depth = pair[0].start_mark.line + 1, pair[1], depth + 1
-        best = max(best, (depth, line))
-    return best[1]
+        best = max(best, (depth == len(path), depth, line))
+    return best[2]
 
 
 def nearest(word: str, known: Any) -> str:

@@ -188,7 +188,7 @@ def train(
     objective: Objective,
     paths: list[Path],
     checkpoint: Path,
-    epochs: int,
+    epochs: float,
     steps: int,
     batch_tokens: int,
     peak: float,
@@ -205,11 +205,11 @@ def train(
         model.head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["done"]
-    total = epochs * per_epoch
+    total = round(epochs * per_epoch)
     with tqdm(total=total, initial=done, unit="batch", desc="training the head") as bar:
-        for epoch in range(epochs):
+        for epoch in range(math.ceil(epochs)):
             for i, examples in enumerate(batches(paths, batch_tokens, random.Random(f"{seed}-{epoch}"))):
-                if epoch * per_epoch + i < done:
+                if not done <= epoch * per_epoch + i < total:
                     continue
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, total, peak)

@@ -154,7 +154,7 @@ def evaluate_mixes(
         raise ValueError("the runs were trained with different width or max_depth; they cannot be mixed")
     for run in [value for value in (*depths, *budgets) if not value.isdigit()]:
         trained = agents.read_config(Path(run))["env"]
-        env = {**{k: trained[k] for k in ("target", "drafter", "max_new_tokens") if k in trained}, **env}
+        env = {**{k: trained[k] for k in ("target", "drafter", "device", "dtype", "template", "max_new_tokens") if k in trained}, **env}
     decoder = decoder_for(env, control)
     prompts = encoded_prompts(env, "test", test_prompts)
     with_runs = [f"depth {d}, budget {b}" for d in depths for b in budgets if not (d + b).isdigit()]
@@ -205,6 +205,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
     parser.add_argument("--prompts", help="prompt sets, separated by commas")
     parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
+    parser.add_argument("--dtype", help="auto, bfloat16, float32 (default: the run's)")
+    parser.add_argument("--clock", help="wall, or a cost table (default: the run's)")
     parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
     parser.add_argument("--max-new-tokens", type=int, help="per prompt (default: the run's)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: the run's, or runs/mixes)")
@@ -216,6 +218,8 @@ def main() -> None:
     given = {
         "data_dir": args.data_dir,
         "prompts": args.prompts,
+        "dtype": args.dtype,
+        "clock": args.clock,
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,
     }

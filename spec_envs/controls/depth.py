@@ -6,6 +6,7 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Entry, common_entries, ltd_entries, read_survival
+from spec_envs.controls.budget import BudgetControl
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 VERIFY, EXPAND = 0, 1
@@ -108,7 +109,14 @@ class DepthControl(Control):
             decoder.expand()
             if decoder.tree.expansions < self.max_depth:
                 return None
-        return decoder.verify(self.partner.decide(decoder) if self.partner else self.budget)
+        return decoder.verify(self._budget(decoder))
+
+    def _budget(self, decoder: Decoder) -> int:
+        """The nodes to verify: the partner's choice, if there is one."""
+        if self.partner is None:
+            return self.budget
+        assert isinstance(self.partner.control, BudgetControl)
+        return self.partner.control.budgets[self.partner.decide(decoder)]
 
 
 def read_frontier(decoder: Decoder) -> np.ndarray:

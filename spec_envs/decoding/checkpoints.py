@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -202,7 +203,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"cannot read the weights {file}: {reason}; delete the file and fetch it again") from None
         weights.update(loaded)

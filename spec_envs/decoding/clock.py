@@ -79,7 +79,7 @@ class CostTable:
             curves = {part: {int(n): float(s) for n, s in raw[part].items()} for part in ("verify", "draft")}
             if any(not curve or min(curve.values()) <= 0 for curve in curves.values()):
                 raise ValueError("a curve without positive seconds")
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'{path} is not a cost table ({error}); expected {{"verify": {{"1": seconds, …}}, "draft": {{…}}}}'
             ) from None

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import agents
+from agents import AGENTS
+from agents.fixed import FixedAgent, settings
+from agents.schedules import schedule
+from agents.sb3 import ALGORITHMS, SB3Agent
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.depth import DepthControl
+
+SMALL: dict[str, dict[str, Any]] = {
+    "ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
+    "a2c": {"n_steps": 8},
+    "trpo": {"n_steps": 32, "batch_size": 16},
+    "recurrent-ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 1},
+    "dqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
+    "qrdqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
+}
+
+
+class Identity(gym.Env):
+    """A toy with a control's spaces: the right action is whether the first number is above one half."""
+
+    def __init__(self, control: DepthControl):
+        self.observation_space, self.action_space = control.observation_space, control.action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.left = 10
+        return self._draw(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward = float(int(action) == int(self.seen[0] > 0.5))
+        self.left -= 1
+        return self._draw(), reward, self.left == 0, False, {}
+
+    def _draw(self) -> np.ndarray:
+        self.seen = self.np_random.random(self.observation_space.shape).astype(np.float32)
+        return self.seen
+
+
+def test_every_algorithm_is_in_the_zoo() -> None:
+    assert set(AGENTS) == {"random", "fixed", *ALGORITHMS}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("control", [DepthControl(), BudgetControl()], ids=["depth", "budget"])
+def test_the_bare_network_decides_as_stable_baselines_does(name: str, control: Any) -> None:
+    agent = AGENTS[name](control=control, seed=3, pi_arch=[16, 8], vf_arch=[8], activation="relu", **SMALL[name])
+    rng = np.random.default_rng(0)
+    mine = theirs = None
+    for step in range(30):
+        seen = rng.random(control.observation_space.shape).astype(np.float32)
+        start = np.array([step % 10 == 0])
+        action, mine = agent.predict(seen, mine, start, deterministic=True)
+        expected, theirs = agent.model.predict(seen, theirs, start, deterministic=True)
+        assert action == int(expected)
+        assert control.action_space.contains(agent.predict(seen, mine)[0])
+    assert 0 < agent.decision_seconds < 0.1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_learning_saving_loading_and_going_on(name: str, tmp_path: Path) -> None:
+    control = DepthControl()
+
+    def fresh() -> SB3Agent:
+        return AGENTS[name](control=control, seed=0, pi_arch=[8], vf_arch=[8], **SMALL[name])
+
+    agent = fresh()
+    agent.learn(64, Identity(control))
+    agent.save(tmp_path)
+    agent.save_checkpoint(tmp_path)
+    loaded, resumed = fresh(), fresh()
+    loaded.load(tmp_path)
+    resumed.load_checkpoint(tmp_path)
+    for a, b, c in zip(*(x.model.policy.state_dict().values() for x in (agent, loaded, resumed)), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    resumed.learn(128, Identity(control))
+    assert resumed.model.num_timesteps == 128
+    if name.endswith("dqn"):
+        assert resumed.model.replay_buffer.size() == 128
+
+
+def test_ppo_learns_the_identity() -> None:
+    control = DepthControl()
+    agent = AGENTS["ppo"](control=control, seed=0, learning_rate=3e-3, gamma=0.0, n_steps=256, n_epochs=10)
+    agent.learn(6000, Identity(control))
+    rng = np.random.default_rng(1)
+    seen = rng.random((200, *control.observation_space.shape)).astype(np.float32)
+    right = [agent.predict(x, deterministic=True)[0] == int(x[0] > 0.5) for x in seen]
+    assert np.mean(right) > 0.9
+
+
+@pytest.mark.parametrize("total", [1000, 100_000])
+@pytest.mark.parametrize("warmup", [None, 50])
+def test_adawm(total: int, warmup: int | None) -> None:
+    w = warmup or total // 100
+    rate = schedule("adawm", 2.0, total, warmup)
+    for done in (0, 1, w // 2, w, w + 1, total // 2, total, total + 128):
+        expected = 2.0 * done / w if done < w else max(0.0, 2.0 * (1 - (done - w) / (total - w)))
+        assert rate(1 - done / total) == pytest.approx(expected, abs=1e-9)
+
+
+def test_schedules_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="lr_schedule is 'cosine'; expected one of constant, linear, adawm"):
+        schedule("cosine", 1.0, 10)
+    with pytest.raises(ValueError, match="warmup_timesteps is 10; expected less"):
+        schedule("adawm", 1.0, 10, 10)
+
+
+def test_unknown_hyperparameter() -> None:
+    with pytest.raises(ValueError, match="ppo has no n_step; it has .*n_steps"):
+        AGENTS["ppo"](control=DepthControl(), n_step=4)
+
+
+@pytest.mark.parametrize("observation", ["default", "ltd"])
+def test_fixed_depth_plays_its_depth(observation: str, tiny: dict) -> None:
+    from spec_envs import generate
+    from spec_envs.decoding.pair import load_decoder
+
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    control = DepthControl(observation=observation)
+    for value in (1, 2, 7, 12):
+        done = generate(decoder, control, FixedAgent(control, value), [3, 4, 5], 40).run()
+        assert {c.depth for c in done.cycles} == {value}
+    budgets = BudgetControl(observation=observation)
+    for value in settings(budgets):
+        done = generate(decoder, budgets, FixedAgent(budgets, value), [3, 4, 5], 20).run()
+        assert {c.verified for c in done.cycles} == {value}
+    with pytest.raises(ValueError, match="value is 13; expected one of 1, 2"):
+        FixedAgent(control, 13)
+
+
+def write_run(folder: Path, trained: Any, **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    trained.save(folder)
+    base = {"id": "SpecDepth-v0", "env": {}, "agent": "ppo", "hyperparameters": {}}
+    (folder / "config.yml").write_text(yaml.safe_dump(base | config))
+    return folder
+
+
+def test_runs_load_with_their_partner(tmp_path: Path) -> None:
+    budget = AGENTS["dqn"](control=BudgetControl(budgets="ltd"), seed=1)
+    depth = AGENTS["ppo"](control=DepthControl(max_depth=6), seed=2, pi_arch=[8])
+    partner = write_run(tmp_path / "b", budget, id="SpecBudget-v0", agent="dqn", env={"budgets": "ltd"})
+    run = write_run(
+        tmp_path / "d", depth, env={"max_depth": 6}, partner=str(partner), hyperparameters={"pi_arch": [8], "seed": 0}
+    )
+    control, agent = agents.load(run)
+    assert isinstance(control, DepthControl) and control.max_depth == 6
+    assert isinstance(control.partner.control, BudgetControl) and len(control.partner.control.budgets) == 24
+    seen = control.observation_space.sample()
+    assert agent.predict(seen, deterministic=True)[0] == depth.predict(seen, deterministic=True)[0]
+
+
+def test_unreadable_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a readable run folder .*expected one written by `make train`"):
+        agents.load(tmp_path / "nowhere")
+    (tmp_path / "config.yml").write_text("id: SpecDepth-v0\n")
+    with pytest.raises(ValueError, match="lacks agent, env, hyperparameters"):
+        agents.load(tmp_path)
+    run = write_run(tmp_path / "run", AGENTS["ppo"](control=DepthControl(), pi_arch=[8]))
+    with pytest.raises(ValueError, match=r"cannot read the policy .*policy.safetensors"):
+        agents.load(run)  # the config says another network
+    (run / "policy.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="cannot read the policy"):
+        agents.load(run)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = AGENTS["ppo"](control=DepthControl(), seed=0)
+    agent.save(tmp_path)
+    before = (tmp_path / "policy.safetensors").read_bytes()
+
+    def full(state: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agents.sb3.save_file", full)
+    with pytest.raises(OSError, match=r"could not write .*policy.safetensors: No space left on device; free some space"):
+        agent.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["policy.safetensors"]
+    assert (tmp_path / "policy.safetensors").read_bytes() == before

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spec_envs.decoding import checkpoints
+from spec_envs.decoding.checkpoints import load_config, load_target, load_tokenizer, load_weights, model_folder
+from spec_envs.decoding.drafters.eagle import EagleDrafter
+from spec_envs.decoding.drafters.eagle_head import EagleHead
+from tests.conftest import CPU, REAL
+
+
+@pytest.fixture
+def copied(tiny_target: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_target, tmp_path / "copy"))
+
+
+@pytest.fixture
+def copied_head(tiny_drafter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_drafter, tmp_path / "head"))
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no model 'no/such': expected a name of models.yml \(smollm2-135m"):
+        model_folder("no/such")
+    with pytest.raises(ValueError, match=r"has no config.json; expected a folder in the Hugging Face layout"):
+        model_folder(str(tmp_path))
+
+
+def test_missing_and_corrupt_weights(copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot read the weights .*model.safetensors: .*; delete the file"):
+        load_weights(copied)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"holds no weights; expected \*.safetensors"):
+        load_weights(copied)
+    (copied / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*config.json"):
+        load_config(copied)
+
+
+def test_shards_and_torch_files(copied: Path) -> None:
+    state = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    names = sorted(state)
+    save_file({n: state[n] for n in names[:7]}, copied / "model-00001-of-00002.safetensors")
+    save_file({n: state[n] for n in names[7:]}, copied / "model-00002-of-00002.safetensors")
+    assert set(load_weights(copied)) == set(names)
+    for shard in copied.glob("*.safetensors"):
+        shard.unlink()
+    torch.save(state, copied / "pytorch_model.bin")
+    assert torch.equal(load_weights(copied)[names[0]], state[names[0]])
+    torch.save({"model": torch.nn.Linear(2, 2)}, copied / "pytorch_model.bin")  # an object, not tensors
+    with pytest.raises(ValueError, match="cannot read the weights"):
+        load_weights(copied)
+
+
+def test_a_corrupt_gguf(tmp_path: Path) -> None:
+    bad = tmp_path / "model.gguf"
+    bad.write_bytes(b"GGUF but not really" * 10)
+    with pytest.raises(ValueError, match=r"cannot read the GGUF file .*model.gguf"):
+        model_folder(str(bad))
+    assert not list((checkpoints.CACHE / "models").glob("model-*"))
+
+
+def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path)
+    monkeypatch.setattr(checkpoints, "download_wheels", lambda wheels, scratch: [])
+    with pytest.raises(ValueError, match=r"could not fetch 'smollm2-135m': .* gave SHA-256 e3b0c442.*, expected b179c952"):
+        model_folder(REAL)
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_ranges_of_wheels() -> None:
+    assert list(checkpoints.expand_range("part{9..11}==0.2")) == ["part9==0.2", "part10==0.2", "part11==0.2"]
+
+
+def test_dtypes() -> None:
+    assert checkpoints.resolve_dtype("float32", CPU) is torch.float32
+    assert checkpoints.resolve_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, bfloat16"):
+        checkpoints.resolve_dtype("int3", CPU)
+
+
+def test_published_heads_load(copied_head: Path, tiny_target: Path) -> None:
+    """Torch files, and heads over the whole vocabulary without d2t and t2d, as some are published."""
+    state = load_file(copied_head / "model.safetensors")
+    assert set(state) == {
+        "fc.weight",
+        "norm.weight",
+        "lm_head.weight",
+        "d2t",
+        "t2d",
+        *(f"midlayer.self_attn.{p}_proj.weight" for p in "qkvo"),
+        *(f"midlayer.mlp.{p}_proj.weight" for p in ("gate", "up", "down")),
+        *(f"midlayer.{n}.weight" for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
+    }
+    (copied_head / "model.safetensors").unlink()
+    del state["d2t"], state["t2d"]
+    state["lm_head.weight"] = torch.randn(16, 32)
+    torch.save(state, copied_head / "pytorch_model.bin")
+    head = EagleHead.load(str(copied_head))
+    assert head.draft_ids.tolist() == list(range(16)) and head.t2d.all()
+    EagleDrafter(head, load_target(str(tiny_target), CPU, torch.float32))
+
+
+def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None:
+    target = load_target(str(tiny_target), CPU, torch.float32)
+    text = (copied_head / "config.json").read_text()
+    (copied_head / "config.json").write_text(text.replace('"vocab_size": 16', '"vocab_size": 20'))
+    with pytest.raises(ValueError, match="cannot read|do not fit its config.json"):
+        EagleHead.load(str(copied_head))
+    (copied_head / "config.json").write_text(text)
+    head = EagleHead.load(str(copied_head))
+    head.config.vocab_size = 20
+    with pytest.raises(ValueError, match="the drafter's vocabulary is 20, the target's is 16; use a head trained"):
+        EagleDrafter(head, target)
+    head.config.hidden_size = 48
+    with pytest.raises(ValueError, match="the drafter's hidden size is 48, the target's is 32"):
+        EagleDrafter(head, target)
+
+
+def test_a_target_is_not_a_head(tiny_target: Path) -> None:
+    with pytest.raises(ValueError, match="is not an EAGLE-3 head: it lacks fc.weight"):
+        EagleHead.load(str(tiny_target))
+
+
+@pytest.mark.model
+def test_the_default_model_comes_out_of_its_wheel() -> None:
+    folder = model_folder(REAL)
+    assert (folder / "model.safetensors").is_file()
+    assert checkpoints.sha256(checkpoints.CACHE / "gguf" / f"{REAL}.gguf") == checkpoints.registry()["models"][REAL]["sha256"]
+    assert "<|im_start|>" in (load_tokenizer(REAL).chat_template or "")
+    assert load_target(REAL, CPU, torch.float32) is load_target(REAL, CPU, torch.float32)

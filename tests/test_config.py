@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agents import AGENTS
+from experiments import config
+from experiments.config import load_experiment
+from experiments.train import resolved
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import make_control
+
+STANZAS = [
+    (env_id, stanza)
+    for env_id in ENVIRONMENTS
+    for stanza in yaml.safe_load((config.FOLDER / f"{env_id}.yml").read_text())["agents"]
+]
+
+
+@pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
+def test_every_stanza_is_valid_and_builds_its_agent(env_id: str, stanza: str) -> None:
+    experiment = load_experiment(env_id, stanza)
+    control = make_control(ENVIRONMENTS[env_id], experiment.env)
+    settings = resolved(experiment, env_id, stanza, seed=0)
+    AGENTS[experiment.agent](control=control, **settings["hyperparameters"])
+
+
+def test_the_defaults_are_undiscounted() -> None:
+    for env_id in ENVIRONMENTS:
+        assert load_experiment(env_id, "ppo").hyperparameters["gamma"] == 1.0
+
+
+def test_published_defaults() -> None:
+    ltd = load_experiment("SpecDepth-v0", "ltd")
+    expected = {"learning_rate": 3e-4, "n_steps": 128, "batch_size": 64, "n_epochs": 1, "gamma": 0.99, "ent_coef": 0.0}
+    assert ltd.total_timesteps == 100_000 and expected.items() <= ltd.hyperparameters.items()
+    assert ltd.hyperparameters["pi_arch"] == [512, 256] and ltd.hyperparameters["vf_arch"] == [1024, 512]
+    paper = load_experiment("SpecBudget-v0", "ltd-paper")
+    expected = {"learning_rate": 1e-3, "n_steps": 2048, "batch_size": 256, "n_epochs": 20, "ent_coef": 0.01}
+    assert expected.items() <= paper.hyperparameters.items() and paper.hyperparameters["gamma"] == 0.9
+    stages = load_experiment("SpecDepth-v0", "ltd-iterative").stages
+    assert [s.id[4] for s in stages] == ["B", "D", "B", "D", "B"] and [s.partner for s in stages][:3] == [False, False, True]
+
+
+def test_overrides() -> None:
+    changed = load_experiment(
+        "SpecDepth-v0", "ppo", ["total_timesteps=64", "env.max_new_tokens=32", "hyperparameters.pi_arch=[8, 4]"]
+    )
+    assert changed.total_timesteps == 64 and changed.env["max_new_tokens"] == 32
+    assert changed.hyperparameters["pi_arch"] == [8, 4] and changed.hyperparameters["gamma"] == 1.0
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    return tmp_path / "SpecDepth-v0.yml"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("agents:\n  ppo:\n    total_timestep: 5\n", r"SpecDepth-v0.yml:3: total_timestep: .* \(did you mean 'total_timesteps'"),
+        ("agents:\n  ppo:\n    total_timesteps: '5'\n", r"SpecDepth-v0.yml:3: total_timesteps: Input should be a valid integer"),
+        (
+            "agents:\n  ppo:\n    hyperparameters:\n      gamma: 1.0\n      learning_rate: 3e-4\n",
+            r"SpecDepth-v0.yml:5: learning_rate is the text '3e-4', not a number; .*write 0.0003",
+        ),
+        ("env:\n  max_depht: 3\nagents:\n  ppo: {}\n", r"SpecDepth-v0.yml:2: unknown environment keyword 'max_depht' \(did you mean 'max_depth'"),
+        ("agents:\n  ppo:\n    agent: pppo\n", r"SpecDepth-v0.yml:3: no agent 'pppo' \(did you mean 'ppo'"),
+        ("agents:\n  ppo: {}\nagent: x\n", r"SpecDepth-v0.yml:3: unknown key 'agent'; expected env and agents"),
+        ("agents: [\n", r"is not YAML"),
+        ("env: {}\n", r"has no agents"),
+    ],
+)
+def test_mistakes_are_named_with_their_line(text: str, message: str, written: Path) -> None:
+    written.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_experiment("SpecDepth-v0", "ppo")
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match=r"no environment 'SpecDept-v0' \(did you mean 'SpecDepth-v0'"):
+        load_experiment("SpecDept-v0", "ppo")
+    with pytest.raises(ValueError, match=r"has no stanza 'ppoo' \(did you mean 'ppo'"):
+        load_experiment("SpecDepth-v0", "ppoo")
+    with pytest.raises(ValueError, match="override 'gamma' is not key=value"):
+        load_experiment("SpecDepth-v0", "ppo", ["gamma"])

@@ -1,0 +1,88 @@
+"""`generate` and the environment drive one control: same actions, same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from agents import AGENTS
+from spec_envs import ENVIRONMENTS, generate
+from spec_envs.controls import Policy, make_control
+from spec_envs.decoding.pair import load_decoder
+from spec_envs.prompts import encode
+
+
+def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
+    observation, _ = env.reset(seed=seed, options={"prompt": text})
+    actions, state, done, start = [], None, False, True
+    while not done:
+        action, state = agent.predict(observation, state, np.array([start]), deterministic=True)
+        observation, _, done, _, _ = env.step(int(action))
+        actions.append(int(action))
+        start = False
+    return actions, env.unwrapped.decoder.tokens
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+@pytest.mark.parametrize("name", ["ppo", "qrdqn", "recurrent-ppo"])
+def test_generate_is_the_environment(env_id: str, name: str, tiny: dict) -> None:
+    env = gym.make(env_id, **tiny)
+    control = make_control(ENVIRONMENTS[env_id], {})
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    different = set()
+    for seed in range(4):
+        agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])
+        for text in ("the a of and in", "def we is you you it", "to to to"):
+            done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, text), 24, seed).run()
+            assert (done.actions, done.tokens) == played(env, agent, text, seed)
+            different |= set(done.actions)
+    assert len(different) > 1
+
+
+def test_generate_is_the_environment_when_sampling(tiny: dict) -> None:
+    env = gym.make("SpecBudget-v0", **tiny, temperature=1.0)
+    control = make_control("budget", {})
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature=1.0)
+    agent = AGENTS["ppo"](control=control, seed=0)
+    observation, _ = env.reset(seed=5, options={"prompt": "the a"})
+    done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, "the a"), 24, 5).run()
+    assert (done.actions, done.tokens) == played(env, agent, "the a", 5)
+
+
+def test_streaming_gives_the_tokens_cycle_by_cycle(tiny: dict) -> None:
+    control = make_control("depth", {})
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    agent = AGENTS["fixed"](control=control, value=3)
+    generation = generate(decoder, control, agent, [3, 4, 5], 40)
+    streamed = [list(tokens) for tokens in generation]
+    assert sum(streamed, []) == generation.tokens and len(streamed[0]) == 1
+    assert [len(tokens) for tokens in streamed[1:]] == [c.emitted for c in generation.cycles]
+    assert generation.seconds > 0 and generation.tokens_per_second > 0 and generation.prefill_seconds > 0
+
+
+def test_a_partner_decides_the_rest_and_is_charged(tiny: dict) -> None:
+    depth, budget = make_control("depth", {}), make_control("budget", {})
+    fixed_budget = AGENTS["fixed"](control=budget, value=16)
+    fixed_depth = AGENTS["fixed"](control=depth, value=3)
+    fixed_budget.decision_seconds = fixed_depth.decision_seconds = 0.25
+
+    env = gym.make("SpecDepth-v0", **tiny)
+    env.unwrapped.control.partner = Policy(budget, fixed_budget)
+    env.reset(seed=0)
+    info = env.step(0)[4]
+    assert info["verified"] == 16 and info["seconds"]["policy"] == 0.25
+
+    env = gym.make("SpecBudget-v0", **tiny)
+    env.unwrapped.control.partner = Policy(depth, fixed_depth)
+    env.reset(seed=0)
+    info = env.step(0)[4]
+    assert info["drafted"] == 310 and info["seconds"]["policy"] == 0.75
+
+
+def test_plain_generation(tiny: dict) -> None:
+    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
+    done = generate(decoder, None, None, [3, 4, 5], 12).run()
+    assert len(done.tokens) == 12 and {c.verified for c in done.cycles} == {0}

@@ -1,0 +1,139 @@
+"""The default model under speculation emits its own text, greedily and in distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2, ncx2
+from transformers import AutoModelForCausalLM
+
+from agents.random import RandomAgent
+from spec_envs import ENVIRONMENTS, generate
+from spec_envs.controls import make_control
+from spec_envs.decoding import accept
+from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
+from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.tree import ROOT
+from spec_envs.prompts import TASKS, encode, load_prompts
+from tests.conftest import REAL
+
+pytestmark = pytest.mark.model
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, list[int]]:
+    """The shortest test prompt of every task."""
+    tokenizer = load_tokenizer(REAL)
+    texts = {task: min((p.text for p in load_prompts(task, "test")), key=len) for task in TASKS}
+    return {task: encode(tokenizer, text) for task, text in texts.items()}
+
+
+@pytest.fixture(scope="module")
+def plain_texts(prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    decoder = load_decoder(REAL, None, "cpu", "float32")
+    return {task: generate(decoder, None, None, ids, TOKENS).run().tokens for task, ids in prompts.items()}
+
+
+def test_plain_decoding_is_transformers_generate(prompts: dict, plain_texts: dict) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
+    for task, ids in prompts.items():
+        out = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+        )
+        assert out[0, len(ids) :].tolist() == plain_texts[task], task
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: dict, plain_texts: dict) -> None:
+    keywords = {"budgets": [4, 12, 24, 48], "depth": "random", "budget": 32, "max_depth": 8}
+    control = make_control(ENVIRONMENTS[env_id], keywords)
+    decoder = load_decoder(REAL, "auto", "cpu", "float32", max_depth=8)
+    agent = RandomAgent(control, seed=1)
+    accepted = 0
+    for task, ids in prompts.items():
+        done = generate(decoder, control, agent, ids, TOKENS, seed=1).run()
+        assert done.tokens == plain_texts[task], task
+        accepted += sum(c.accepted for c in done.cycles)
+    assert accepted > 40  # speculation took place
+
+
+def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict) -> None:
+    """χ² of the first emitted token against the target's distribution, with enough draws to see a bias of 0.03.
+
+    The drafted tree's root has the target's ten most probable tokens as children. A rule that tests every child with
+    its probability not renormalised is shown to be caught with the same draws.
+    """
+    decoder = load_decoder(REAL, "auto", "cpu", "float32", temperature=1.0)
+    decoder.start(prompts["mt_bench"], 20, np.random.default_rng(0))
+    while True:  # a place where the model is in doubt
+        verifier = decoder.verifier
+        hidden = verifier._forward(np.array([verifier.last]), np.array([verifier.cache.length]), None)
+        p = verifier._probabilities(verifier.target.head(hidden)[0])
+        if np.sort(p)[-2] > 0.15:
+            break
+        decoder.verify(0)
+    tokens = np.argsort(-p)[:10]
+    parents = np.full(10, ROOT)
+    bins = [np.array([t]) for t in tokens] + [np.setdiff1d(np.arange(len(p)), tokens)]
+    expected = np.array([p[b].sum() for b in bins])
+    expected = np.append(expected[expected > 0.002], 1 - expected[expected > 0.002].sum())
+    kept = len(expected) - 1
+    draws = draws_for_power(expected, bias=0.03, power=0.95)
+
+    def histogram(rule: str) -> np.ndarray:
+        rng = np.random.default_rng(1)
+        counts = np.zeros(kept + 1)
+        where = {int(t): i for i, t in enumerate(tokens[:kept])}
+        for _ in range(draws):
+            if rule == "right":
+                path, last = accept.sampled(tokens, parents, lambda row: p, rng.random)
+                token = int(tokens[path[0]]) if path else last
+            else:
+                hit = [t for t in tokens if rng.random() < p[t]]
+                left = p.copy()
+                left[tokens] = 0.0
+                token = int(hit[0]) if hit else accept.inverse_cdf(left, rng.random())
+            counts[where.get(token, kept)] += 1
+        return counts
+
+    def statistic(counts: np.ndarray) -> float:
+        return float(((counts - draws * expected) ** 2 / (draws * expected)).sum())
+
+    critical = chi2.isf(0.001, kept)
+    assert statistic(histogram("right")) < critical
+    wrong = histogram("wrong")
+    assert 0.5 * np.abs(wrong / draws - expected).sum() > 0.03
+    assert statistic(wrong) > critical
+
+
+def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
+    """Draws at which a χ² test at level 0.001 finds a total variation of ``bias`` with this power.
+
+    The hardest bias to see moves mass between the two largest bins.
+    """
+    largest = np.sort(expected)[-2:]
+    per_draw = bias**2 * (1 / largest).sum()
+    critical = chi2.isf(0.001, len(expected) - 1)
+    draws = 1000
+    while ncx2.sf(critical, len(expected) - 1, draws * per_draw) < power:
+        draws = int(draws * 1.1)
+    return draws
+
+
+@pytest.mark.parametrize("dtype", ["auto"])
+def test_near_ties_are_all_that_flips_in_the_fast_dtype(dtype: str, prompts: dict) -> None:
+    """Every emitted token is the argmax of a forward over its text, or within a small logit gap of it."""
+    from experiments.measure import Encoded, decoded, divergences
+    from spec_envs.controls import Policy
+
+    control = make_control("depth", {"budget": 32})
+    decoder = load_decoder(REAL, "auto", "cpu", dtype)
+    arm = decoded(decoder, Policy(control, RandomAgent(control, seed=0)))
+    samples = [arm(Encoded(task, ids), TOKENS, 0) for task, ids in prompts.items()]
+    found = divergences(decoder, samples)
+    assert found["largest_gap"] <= 0.6 and found["per_1000"] < 60

@@ -1,0 +1,129 @@
+"""The experiment commands end to end, over the tiny pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import agents
+from experiments import evaluate, stream, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(env_id: str, agent: str, root: Path, tiny: dict, *settings: str) -> list[str]:
+    overrides = [f"env.{key}={value}" for key, value in tiny.items()]
+    small = ["test_prompts=3", "eval_prompts=2", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
+    return [env_id, "--agent", agent, "--root", str(root), "--set", *overrides, *small, *settings]
+
+
+def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train.main()
+
+
+@pytest.mark.parametrize("env_id", ["SpecDepth-v0", "SpecBudget-v0"])
+def test_train_ends_with_a_table_and_a_picture(
+    env_id: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("total_timesteps=128", "eval_freq=64", "checkpoint_freq=32", "env.clock=wall")
+    arguments = command(env_id, "ppo", tmp_path, tiny, *settings)
+    run_train(monkeypatch, arguments)
+    folder = tmp_path / env_id / "ppo-0"
+    table = capsys.readouterr().out
+    for arm in ("plain", "plain again", "transformers generate", "random", "static", "ppo"):
+        assert f"| {arm} |" in table
+    results = json.loads((folder / "results.json").read_text())
+    low, value, high = (results["arms"]["ppo"]["over_plain"][k] for k in ("low", "value", "high"))
+    assert low <= value <= high
+    assert results["divergences"]["ppo"] == {"per_1000": 0.0, "largest_gap": 0.0, "same_text": 1.0}
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    config = yaml.safe_load((folder / "config.yml").read_text())
+    assert config["versions"]["torch"] and config["revision"] and config["hyperparameters"]["gamma"] == 1.0
+    assert list(folder.glob("events_*/events.out.tfevents.*"))
+    assert [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] == 128
+    agents.load(folder)
+
+    run_train(monkeypatch, arguments)
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
+        run_train(monkeypatch, [*arguments, "total_timesteps=256"])
+
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "3", "--temperature", "1.0"])
+    evaluate.main()
+    assert "temperature 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
+    stream.main()
+    assert "12 tokens" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
+    arguments = command("SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=4096", "checkpoint_freq=64", "eval_freq=0")
+    run = [sys.executable, "-m", "experiments.train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "SpecDepth-v0" / "ppo-0"
+    first = subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "last" / "checkpoint.pt").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (folder / "results.json").exists()
+    again = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "going on at step" in again.stderr
+    steps = [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 4096
+    assert (folder / "results.json").exists()
+
+
+def test_mixes_of_learned_and_fixed(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for env_id in ("SpecDepth-v0", "SpecBudget-v0"):
+        run_train(monkeypatch, command(env_id, "ppo", tmp_path, tiny, "total_timesteps=32", "eval_freq=0"))
+        runs.append(str(tmp_path / env_id / "ppo-0"))
+    out = tmp_path / "mixes"
+    mixes = ["--depth", f"3 {runs[0]}", "--budget", f"16 {runs[1]}", "--count", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *mixes, "--clock", tiny["clock"], "--dtype", "float32"])
+    evaluate.main()
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    assert len([name for name in arms if name.startswith("depth")]) == 4
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", runs[1], "--budget", "16"])
+    with pytest.raises(SystemExit, match="is not a run of DepthControl"):
+        evaluate.main()
+
+
+def test_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = command("SpecDepth-v0", "ltd-iterative", tmp_path, tiny, "total_timesteps=32", "eval_freq=32")
+    arguments += ["env.prompts=all", "hyperparameters.pi_arch=[8]", "hyperparameters.vf_arch=[8]"]
+    run_train(monkeypatch, arguments)
+    stages = sorted((tmp_path / "SpecDepth-v0" / "ltd-iterative-0").iterdir())
+    assert [s.name for s in stages] == [
+        "1-SpecBudget-v0",
+        "2-SpecDepth-v0",
+        "3-SpecBudget-v0",
+        "4-SpecDepth-v0",
+        "5-SpecBudget-v0",
+    ]
+    partners = [yaml.safe_load((s / "config.yml").read_text())["partner"] for s in stages]
+    assert [p and Path(p).name for p in partners] == [None, None, "2-SpecDepth-v0", "3-SpecBudget-v0", "4-SpecDepth-v0"]
+
+
+def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: no environment 'SpecDept-v0'"):
+        run_train(monkeypatch, ["SpecDept-v0"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is not a readable run folder"):
+        evaluate.main()
