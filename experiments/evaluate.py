@@ -154,7 +154,14 @@ def evaluate_mixes(
         raise ValueError("the runs were trained with different width or max_depth; they cannot be mixed")
     for run in [value for value in (*depths, *budgets) if not value.isdigit()]:
         trained = agents.read_config(Path(run))["env"]
-        env = {**{k: trained[k] for k in ("target", "drafter", "device", "dtype", "template", "max_new_tokens") if k in trained}, **env}
+        env = {
+            **{
+                k: trained[k]
+                for k in ("target", "drafter", "device", "dtype", "template", "max_new_tokens")
+                if k in trained
+            },
+            **env,
+        }
     decoder = decoder_for(env, control)
     prompts = encoded_prompts(env, "test", test_prompts)
     with_runs = [f"depth {d}, budget {b}" for d in depths for b in budgets if not (d + b).isdigit()]

@@ -3,7 +3,8 @@
 The shipped set has five kinds of task named after the benchmarks whose kind they are (the texts were written for this
 project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
 ``humaneval`` (code), each split into train, validation and test. Other sets are read from
-``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations.
+``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name with a slash is a data set on the hub, ``org/name`` or
+``org/name:column`` (needs the ``datasets`` extra).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 SHIPPED = Path(__file__).parent / "data" / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
 SPLITS = ("train", "validation", "test")
+COLUMNS = ("turns", "prompt", "question", "instruction", "article", "document", "text")  # of data sets on the hub
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     """Prompts by name, in the order of their files.
 
     Args:
-        names: task names separated by commas, or ``"all"`` for every set there is.
+        names: set names separated by commas, or ``"all"`` for every local set there is.
         split: ``"train"``, ``"validation"`` or ``"test"``. Rows of a foreign file that state no split are divided
             by a hash of their text: six tenths train, one tenth validation, three tenths test.
         data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
@@ -44,12 +46,16 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     """
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
-    found = prompt_files(data_dir)
-    chosen = list(found) if names == "all" else [name.strip() for name in names.split(",")]
-    if unknown := [name for name in chosen if name not in found]:
+    wanted = [name.strip() for name in names.split(",")]
+    found = prompt_files(data_dir) if any("/" not in name for name in wanted) else {}
+    chosen = list(found) if names == "all" else wanted
+    if unknown := [name for name in chosen if name not in found and "/" not in name]:
         raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
     prompts = [
-        Prompt(name, text) for name in chosen for text, own in read_questions(found[name]) if split in (own, "all")
+        Prompt(name, text)
+        for name in chosen
+        for text, own in (read_questions(found[name]) if name in found else read_hub(name))
+        if split in (own, "all")
     ]
     if not prompts:
         raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
@@ -78,6 +84,32 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
             raise ValueError(f'{path}:{number} is not a question; expected {{"turns": ["…"]}} on one line') from None
         rows.append((text, split))
     return rows
+
+
+def read_hub(name: str) -> list[tuple[str, str]]:
+    """Texts and splits of a data set on the hub (``org/name`` or ``org/name:column``), or of a local folder."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"{name} is a data set on the hub: install the extra with pip install 'spec-envs[datasets]'"
+        ) from None
+    identifier, _, column = name.partition(":")
+    try:
+        splits = load_dataset(identifier)
+    except Exception as error:  # the library raises many kinds
+        raise ValueError(
+            f"cannot load the data set {identifier!r} from the hub: {str(error).splitlines()[0]}"
+        ) from None
+    columns = next(iter(splits.values())).column_names
+    column = column or next((c for c in COLUMNS if c in columns), "")
+    if column not in columns:
+        raise ValueError(
+            f"{identifier} has no column {column!r} of prompts; name one: {identifier}:{'|'.join(columns)}"
+        )
+    texts = [row[column] for part in splits.values() for row in part]
+    texts = [text[0] if isinstance(text, list) else text for text in texts]
+    return [(text, hashed_split(text)) for text in texts]
 
 
 def hashed_split(text: str) -> str:

@@ -21,7 +21,7 @@ from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.pair import load_decoder
 
 CPU = torch.device("cpu")
-WORDS = ["<eos>", "<unk>", *"the a of and in to is it on we you def".split(), ".", ","]
+WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "on", "we", "you", "def"], ".", ","]
 REAL = "smollm2-135m"
 
 

@@ -86,7 +86,9 @@ def distribution(rule: Callable, tokens: np.ndarray, parents: np.ndarray, p: np.
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accept, "inverse_cdf", draw)
-        outcomes = oracle.walks(lambda: emitted(tokens, rule(tokens, parents, lambda row: p[row], lambda: Branch(oracle))))
+        outcomes = oracle.walks(
+            lambda: emitted(tokens, rule(tokens, parents, lambda row: p[row], lambda: Branch(oracle)))
+        )
     for outcome, probability in outcomes:
         found[outcome] = found.get(outcome, 0.0) + probability
     return found

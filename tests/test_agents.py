@@ -12,8 +12,8 @@ import yaml
 import agents
 from agents import AGENTS
 from agents.fixed import FixedAgent, settings
-from agents.schedules import schedule
 from agents.sb3 import ALGORITHMS, SB3Agent
+from agents.schedules import schedule
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 
@@ -118,7 +118,7 @@ def test_schedules_that_do_not_exist() -> None:
 
 
 def test_unknown_hyperparameter() -> None:
-    with pytest.raises(ValueError, match="ppo has no n_step; it has .*n_steps"):
+    with pytest.raises(ValueError, match=r"ppo has no n_step; it has .*n_steps"):
         AGENTS["ppo"](control=DepthControl(), n_step=4)
 
 
@@ -163,7 +163,7 @@ def test_runs_load_with_their_partner(tmp_path: Path) -> None:
 
 
 def test_unreadable_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a readable run folder .*expected one written by `make train`"):
+    with pytest.raises(ValueError, match=r"is not a readable run folder .*expected one written by `make train`"):
         agents.load(tmp_path / "nowhere")
     (tmp_path / "config.yml").write_text("id: SpecDepth-v0\n")
     with pytest.raises(ValueError, match="lacks agent, env, hyperparameters"):
@@ -186,7 +186,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("agents.sb3.save_file", full)
-    with pytest.raises(OSError, match=r"could not write .*policy.safetensors: No space left on device; free some space"):
+    with pytest.raises(
+        OSError, match=r"could not write .*policy.safetensors: No space left on device; free some space"
+    ):
         agent.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["policy.safetensors"]
     assert (tmp_path / "policy.safetensors").read_bytes() == before

@@ -72,7 +72,9 @@ def test_a_corrupt_gguf(tmp_path: Path) -> None:
 def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CACHE", tmp_path)
     monkeypatch.setattr(checkpoints, "download_wheels", lambda wheels, scratch: [])
-    with pytest.raises(ValueError, match=r"could not fetch 'smollm2-135m': .* gave SHA-256 e3b0c442.*, expected b179c952"):
+    with pytest.raises(
+        ValueError, match=r"could not fetch 'smollm2-135m': .* gave SHA-256 e3b0c442.*, expected b179c952"
+    ):
         model_folder(REAL)
     assert not list(tmp_path.rglob("*.gguf"))
 
@@ -114,7 +116,7 @@ def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None
     target = load_target(str(tiny_target), CPU, torch.float32)
     text = (copied_head / "config.json").read_text()
     (copied_head / "config.json").write_text(text.replace('"vocab_size": 16', '"vocab_size": 20'))
-    with pytest.raises(ValueError, match="cannot read|do not fit its config.json"):
+    with pytest.raises(ValueError, match=r"cannot read|do not fit its config.json"):
         EagleHead.load(str(copied_head))
     (copied_head / "config.json").write_text(text)
     head = EagleHead.load(str(copied_head))
@@ -127,7 +129,7 @@ def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None
 
 
 def test_a_target_is_not_a_head(tiny_target: Path) -> None:
-    with pytest.raises(ValueError, match="is not an EAGLE-3 head: it lacks fc.weight"):
+    with pytest.raises(ValueError, match=r"is not an EAGLE-3 head: it lacks fc.weight"):
         EagleHead.load(str(tiny_target))
 
 
@@ -135,6 +137,9 @@ def test_a_target_is_not_a_head(tiny_target: Path) -> None:
 def test_the_default_model_comes_out_of_its_wheel() -> None:
     folder = model_folder(REAL)
     assert (folder / "model.safetensors").is_file()
-    assert checkpoints.sha256(checkpoints.CACHE / "gguf" / f"{REAL}.gguf") == checkpoints.registry()["models"][REAL]["sha256"]
+    assert (
+        checkpoints.sha256(checkpoints.CACHE / "gguf" / f"{REAL}.gguf")
+        == checkpoints.registry()["models"][REAL]["sha256"]
+    )
     assert "<|im_start|>" in (load_tokenizer(REAL).chat_template or "")
     assert load_target(REAL, CPU, torch.float32) is load_target(REAL, CPU, torch.float32)

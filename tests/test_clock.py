@@ -25,7 +25,9 @@ def test_tables_interpolate_and_extrapolate(tmp_path: Path) -> None:
     assert table.seconds("draft", 1) == table.seconds("draft", 40) == 0.5
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"verify": {"1": -1}, "draft": {"1": 1}}', '{"verify": {}, "draft": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "{", '{"verify": {"1": -1}, "draft": {"1": 1}}', '{"verify": {}, "draft": {}}']
+)
 def test_malformed_tables(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)

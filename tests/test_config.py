@@ -41,7 +41,11 @@ def test_published_defaults() -> None:
     expected = {"learning_rate": 1e-3, "n_steps": 2048, "batch_size": 256, "n_epochs": 20, "ent_coef": 0.01}
     assert expected.items() <= paper.hyperparameters.items() and paper.hyperparameters["gamma"] == 0.9
     stages = load_experiment("SpecDepth-v0", "ltd-iterative").stages
-    assert [s.id[4] for s in stages] == ["B", "D", "B", "D", "B"] and [s.partner for s in stages][:3] == [False, False, True]
+    assert [s.id[4] for s in stages] == ["B", "D", "B", "D", "B"] and [s.partner for s in stages][:3] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_overrides() -> None:
@@ -61,13 +65,22 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("agents:\n  ppo:\n    total_timestep: 5\n", r"SpecDepth-v0.yml:3: total_timestep: .* \(did you mean 'total_timesteps'"),
-        ("agents:\n  ppo:\n    total_timesteps: '5'\n", r"SpecDepth-v0.yml:3: total_timesteps: Input should be a valid integer"),
+        (
+            "agents:\n  ppo:\n    total_timestep: 5\n",
+            r"SpecDepth-v0.yml:3: total_timestep: .* \(did you mean 'total_timesteps'",
+        ),
+        (
+            "agents:\n  ppo:\n    total_timesteps: '5'\n",
+            r"SpecDepth-v0.yml:3: total_timesteps: Input should be a valid integer",
+        ),
         (
             "agents:\n  ppo:\n    hyperparameters:\n      gamma: 1.0\n      learning_rate: 3e-4\n",
             r"SpecDepth-v0.yml:5: learning_rate is the text '3e-4', not a number; .*write 0.0003",
         ),
-        ("env:\n  max_depht: 3\nagents:\n  ppo: {}\n", r"SpecDepth-v0.yml:2: unknown environment keyword 'max_depht' \(did you mean 'max_depth'"),
+        (
+            "env:\n  max_depht: 3\nagents:\n  ppo: {}\n",
+            r"SpecDepth-v0.yml:2: unknown environment keyword 'max_depht' \(did you mean 'max_depth'",
+        ),
         ("agents:\n  ppo:\n    agent: pppo\n", r"SpecDepth-v0.yml:3: no agent 'pppo' \(did you mean 'ppo'"),
         ("agents:\n  ppo: {}\nagent: x\n", r"SpecDepth-v0.yml:3: unknown key 'agent'; expected env and agents"),
         ("agents: [\n", r"is not YAML"),

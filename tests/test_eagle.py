@@ -82,5 +82,7 @@ def test_training_improves_and_goes_on_where_it_stopped(tiny_target: Path, tmp_p
 def test_saving_and_loading_is_exact(tiny_drafter: Path, tmp_path: Path) -> None:
     head = EagleHead.load(str(tiny_drafter))
     head.save(tmp_path, torch.float32)
-    for (name, a), b in zip(head.state_dict().items(), EagleHead.load(str(tmp_path)).state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        head.state_dict().items(), EagleHead.load(str(tmp_path)).state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name

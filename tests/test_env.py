@@ -155,7 +155,9 @@ def test_the_docstring_table_is_the_observation(env_id: str, tiny: dict) -> None
     rows = re.findall(r"\| (\d+)(?:–(\d+))? \| `(\w+)`.*?\| ([\d.]+) \| ([\d.]+) \|", kind.__doc__ or "")
     documented = [(name, int(a), int(b or a) + 1, float(low), float(high)) for a, b, name, low, high in rows]
     control = kind()
-    actual = [(e.name, control.slices[e.name].start, control.slices[e.name].stop, e.low, e.high) for e in control.entries]
+    actual = [
+        (e.name, control.slices[e.name].start, control.slices[e.name].stop, e.low, e.high) for e in control.entries
+    ]
     assert documented == actual
     for heading in (
         "Description",

@@ -33,6 +33,19 @@ def test_foreign_files(tmp_path: Path) -> None:
         load_prompts("all", "train", str(tmp_path / "empty"))
 
 
+def test_data_sets_in_the_layout_of_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"question": f"q {i}", "other": "x"}) for i in range(50)))
+    found = load_prompts(str(folder), "all")
+    assert len(found) == 50 and found[0].text.startswith("q ")
+    assert {p.text for p in load_prompts(f"{folder}:other", "all")} == {"x"}
+    with pytest.raises(ValueError, match=r"has no column 'turn' of prompts; name one: .*:question\|other"):
+        load_prompts(f"{folder}:turn", "all")
+    with pytest.raises(ValueError, match="cannot load the data set 'no/such' from the hub"):
+        load_prompts("no/such", "all")
+
+
 @pytest.mark.skipif(not Path("../shared/data").is_dir(), reason="development prompt sets are not beside the checkout")
 def test_development_sets() -> None:
     prompts = load_prompts("humaneval,gsm8k", "all", "../shared/data")

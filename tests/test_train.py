@@ -66,7 +66,9 @@ def test_train_ends_with_a_table_and_a_picture(
 
 
 def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
-    arguments = command("SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=4096", "checkpoint_freq=64", "eval_freq=0")
+    arguments = command(
+        "SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=4096", "checkpoint_freq=64", "eval_freq=0"
+    )
     run = [sys.executable, "-m", "experiments.train", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     folder = tmp_path / "SpecDepth-v0" / "ppo-0"

@@ -42,7 +42,9 @@ LLAMA3_ROPE = {
 }
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "llama-rope3-bias": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, attention_bias=True, tie_word_embeddings=False),
+    "llama-rope3-bias": LlamaConfig(
+        **SHAPE, rope_parameters=LLAMA3_ROPE, attention_bias=True, tie_word_embeddings=False
+    ),
     "mistral": MistralConfig(**SHAPE, head_dim=24, sliding_window=None),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=False),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
@@ -82,7 +84,9 @@ def check_tree(model: Transformer, reference: torch.nn.Module, vocab: int, prefi
     cache = model.cache(prefix + 20)
     model.forward(model.embed(text[:, :-1]), cache, torch.arange(prefix - 1)[None])
     cache.length = prefix - 1
-    mask = AncestorMask(16, 16, cache.capacity, model.dtype, CPU).window(prefix - 1, torch.from_numpy(ancestors(parents)))
+    mask = AncestorMask(16, 16, cache.capacity, model.dtype, CPU).window(
+        prefix - 1, torch.from_numpy(ancestors(parents))
+    )
     ids = torch.cat([text[:, -1:], torch.from_numpy(tokens)[None]], 1)
     at = torch.from_numpy(prefix - 1 + np.concatenate([[0], levels + 1]))[None]
     logits = model.head(model.forward(model.embed(ids), cache, at, mask)[0])[0]
@@ -165,7 +169,7 @@ def test_another_architecture_names_the_supported_ones() -> None:
 
 
 def test_weights_of_another_config() -> None:
-    model, reference = pair(CONFIGS["llama"])
+    _, reference = pair(CONFIGS["llama"])
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 5})
     with pytest.raises(ValueError, match=r"do not fit their config.json"):
         Transformer(config, reference.state_dict(), torch.float32, CPU)

@@ -171,23 +171,28 @@ def converted(gguf: Path, digest: str) -> Path:
         return folder
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        try:
-            config = AutoConfig.from_pretrained(**source)
-            if config.model_type not in ARCHITECTURES:
-                raise ValueError(f"architecture {config.model_type!r}; expected one of {', '.join(ARCHITECTURES)}")
-            AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
-            model = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
-            model.save_pretrained(scratch)
-        except (ValueError, KeyError, OSError, IndexError) as error:
-            raise ValueError(f"cannot read the GGUF file {gguf}: {error}") from error
-        Path(scratch).chmod(0o755)
-        Path(scratch).rename(folder)
-        Path(scratch).mkdir()  # what TemporaryDirectory expects to clean up
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        convert(gguf, scratch)
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    except (ValueError, KeyError, OSError, IndexError) as error:
+        raise ValueError(f"cannot read the GGUF file {gguf}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the config, the dequantised weights and the tokenizer of a GGUF file to a folder."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    config = AutoConfig.from_pretrained(**source)
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"architecture {config.model_type!r}; expected one of {', '.join(ARCHITECTURES)}")
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    dequantized = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=dequantized)
+    model.save_pretrained(folder)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ class Rope:
         parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
         kind = parameters.get("rope_type", "default")
         if kind == "default":
-            theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", 10_000.0))
+            theta: float = parameters.get("rope_theta") or 10_000.0
             frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
             scale = 1.0
         elif kind in STATIC_ROPE:
