@@ -15,25 +15,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from agents.fixed import FixedAgent
+from experiments.arms import decoded, plain_decoder, run_arms, transformers_arm
+from experiments.comparison import divergences, ratio, same_text, summary, throughput
 from experiments.costs import VERIFY_ROWS, cost_curves, describe
 from experiments.evaluate import STATIC_PROMPTS, STATIC_TOKENS, decoder_for, encoded_prompts
-from experiments.measure import (
-    decoded,
-    divergences,
-    machine,
-    plain_decoder,
-    ratio,
-    run_arms,
-    same_text,
-    summary,
-    throughput,
-    transformers_arm,
-    write_json,
-)
+from experiments.machine import machine
 from experiments.report import draw_arms, markdown
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.files import write_json
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 10)
 BUDGETS = (4, 8, 12, 16, 24, 32, 48, 64)

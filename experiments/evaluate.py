@@ -16,22 +16,10 @@ from typing import Any
 import agents
 from agents.fixed import FixedAgent, settings
 from agents.random import RandomAgent
+from experiments.arms import Arm, Encoded, decoded, plain_decoder, run_arms, transformers_arm
+from experiments.comparison import by_task, divergences, same_text, summary, throughput
 from experiments.costs import cost_curves, describe
-from experiments.measure import (
-    Arm,
-    Encoded,
-    by_task,
-    decoded,
-    divergences,
-    machine,
-    plain_decoder,
-    run_arms,
-    same_text,
-    summary,
-    throughput,
-    transformers_arm,
-    write_json,
-)
+from experiments.machine import machine
 from experiments.report import depths_or_actions, draw, markdown
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
@@ -40,6 +28,7 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import load_decoder, make_clocks
+from spec_envs.files import write_json
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 STATIC_PROMPTS, STATIC_TOKENS = (

@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.measure import Sample, by_task
+from experiments.arms import Sample
+from experiments.comparison import by_task
 from spec_envs.controls import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.files import whole

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import agents
 from agents.fixed import FixedAgent
+from experiments.arms import plain_decoder
 from experiments.evaluate import decoder_for
-from experiments.measure import plain_decoder
 from spec_envs import Generation, generate
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer

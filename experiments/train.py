@@ -19,15 +19,17 @@ import yaml
 import agents
 from agents import AGENTS
 from agents.sb3 import SB3Agent
+from experiments.arms import decoded, plain_decoder, run_arms
 from experiments.callbacks import Keeper, Monitor
+from experiments.comparison import ratio
 from experiments.config import Experiment, load_experiment
 from experiments.evaluate import STATIC_PROMPTS, best_static, decoder_for, encoded_prompts, evaluate_run, save
-from experiments.measure import decoded, plain_decoder, ratio, revision, run_arms, versions, write_json
+from experiments.machine import revision, versions
 from experiments.report import markdown
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS, Policy
 from spec_envs.env import SpecEnv
-from spec_envs.files import whole
+from spec_envs.files import whole, write_json
 
 
 def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:

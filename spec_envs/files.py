@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -24,3 +26,9 @@ def whole(path: Path) -> Iterator[Path]:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise OSError(f"could not write {path}: {reason}; free some space or choose another folder") from error
         raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")

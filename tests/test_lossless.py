@@ -128,7 +128,8 @@ def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
 @pytest.mark.parametrize("dtype", ["auto"])
 def test_near_ties_are_all_that_flips_in_the_fast_dtype(dtype: str, prompts: dict) -> None:
     """Every emitted token is the argmax of a forward over its text, or within a small logit gap of it."""
-    from experiments.measure import Encoded, decoded, divergences
+    from experiments.arms import Encoded, decoded
+    from experiments.comparison import divergences
     from spec_envs.controls import Policy
 
     control = make_control("depth", {"budget": 32})

@@ -1,0 +1,144 @@
+"""Arms of a comparison, and running them side by side: prompt by prompt, interleaved in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from spec_envs.controls import Policy
+from spec_envs.decoding.checkpoints import model_folder
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.generate import Generation
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt ready to decode."""
+
+    task: str
+    ids: list[int]
+
+
+@dataclass
+class Sample:
+    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's."""
+
+    prompt: Encoded
+    tokens: int
+    seconds: float
+    prefill_seconds: float
+    ids: list[int]
+    cycles: int = 0
+    accepted: int = 0
+    verified: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+    actions: list[int] = field(default_factory=list)
+
+
+Arm = Callable[[Encoded, int, int], Sample]
+"""From a prompt, max_new_tokens and a seed to a sample."""
+
+
+def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
+    """This project's decoder under a policy; None decodes plainly."""
+
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        rng = np.random.default_rng(seed)
+        done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng).run()
+        cycles = done.cycles
+        parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "policy")}
+        return Sample(
+            prompt=prompt,
+            tokens=len(done.tokens) - 1,
+            seconds=done.seconds,
+            prefill_seconds=done.prefill_seconds,
+            ids=list(done.tokens),
+            cycles=len(cycles),
+            accepted=sum(c.accepted for c in cycles),
+            verified=sum(c.verified for c in cycles),
+            parts=parts,
+            actions=done.actions,
+        )
+
+    return run
+
+
+def plain_decoder(decoder: Decoder) -> Decoder:
+    """A decoder for the same target and sampling that never drafts."""
+    verifier = decoder.verifier
+    plain = LocalVerifier(verifier.target, (), verifier.temperature, verifier.top_p)
+    clock = decoder.clock if decoder.clock.priced else WallClock(verifier.target.device)
+    return Decoder(plain, None, clock, decoder.eos)
+
+
+class FirstToken(StoppingCriteria):
+    """Never stops; notes when the first token was there."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.at = self.at or time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def transformers_arm(target: str, decoder: Decoder) -> Arm:
+    """Hugging Face's ``generate`` on the same weights, dtype and device."""
+    verifier = decoder.verifier
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.dtype)
+    model.to(verifier.target.device).eval()
+    sampling: dict[str, Any] = {"do_sample": False}
+    if verifier.temperature:
+        sampling = {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
+
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        torch.manual_seed(seed)
+        first = FirstToken()
+        ids = torch.tensor([prompt.ids], device=model.device)
+        begin = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(decoder.eos),
+            stopping_criteria=StoppingCriteriaList([first]),
+            **sampling,
+        )
+        tokens = out[0, ids.shape[1] :].tolist()
+        end = time.perf_counter()
+        return Sample(prompt, len(tokens) - 1, end - first.at, first.at - begin, tokens, cycles=len(tokens) - 1)
+
+    return run
+
+
+def run_arms(
+    arms: dict[str, Arm], prompts: Sequence[Encoded], max_new_tokens: int, desc: str, seed: int = 0
+) -> dict[str, list[Sample]]:
+    """Every arm on every prompt, prompt by prompt in rotating order, after one warm-up each.
+
+    A prompt on which an arm has nothing to do (the first token ends the text) is left out for all.
+    """
+    names = list(arms)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    with tqdm(total=len(names) * (len(prompts) + 1), desc=desc, unit="text") as bar:
+        for name in names:
+            arms[name](prompts[0], min(16, max_new_tokens), seed)
+            bar.update()
+        for i, prompt in enumerate(prompts):
+            turn = {}
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                turn[name] = arms[name](prompt, max_new_tokens, seed + i)
+                bar.update()
+            if all(sample.tokens > 0 for sample in turn.values()):
+                for name, sample in turn.items():
+                    samples[name].append(sample)
+    return samples

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import bench
+from experiments.arms import Encoded, Sample
+from experiments.comparison import ratio, throughput
+from spec_envs.decoding.clock import CostTable
+
+
+def test_the_benchmark_writes_its_figures_and_a_usable_clock(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "DEPTHS", (1, 4))
+    monkeypatch.setattr(bench, "BUDGETS", (8, 16))
+    arguments = ["--target", tiny["target"], "--drafter", tiny["drafter"], "--dtype", "float32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--count", "3", "--out", str(tmp_path)])
+    bench.main()
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert set(results) >= {
+        "plain_over_transformers",
+        "static_over_plain",
+        "emitted_per_cycle",
+        "overhead_share",
+        "verify_curve",
+        "expand_ratio",
+    }
+    assert results["verify_curve"]["1"] == 1.0 and results["expand_ratio"] > 0
+    assert 0 < results["overhead_share"] < 1 and results["emitted_per_cycle"] >= 1
+    assert CostTable.load(str(tmp_path / "clock.json")).seconds("verify", 30) > 0
+    assert (tmp_path / "bench.png").exists() and "static_over_plain" in capsys.readouterr().out
+
+
+def test_ratios_are_of_sums_and_paired() -> None:
+    def sample(tokens: int, seconds: float) -> Sample:
+        return Sample(Encoded("t", []), tokens, seconds, 0.0, [])
+
+    slow = [sample(10, 1.0), sample(100, 20.0), sample(50, 4.0)]
+    fast = [sample(s.tokens, s.seconds / 2) for s in slow]
+    assert throughput(slow) == 160 / 25
+    assert ratio(fast, slow) == pytest.approx({"value": 2.0, "low": 2.0, "high": 2.0})
+    noisy = [sample(s.tokens, s.seconds * f) for s, f in zip(slow, (0.4, 0.6, 0.5), strict=True)]
+    found = ratio(noisy, slow)
+    assert found["low"] < found["value"] < found["high"]
