@@ -1,4 +1,5 @@
-# Every target sets itself up first. Variables: ENV, AGENT, SEED, SET, RUN, DEPTH, BUDGET, DATA_DIR, PROMPTS, PROMPT.
+# Every target sets itself up first. Variables: ENV, AGENT, SEED, SET, ROOT, RUN, DEPTH, BUDGET, DATA_DIR, PROMPTS,
+# TEMPERATURE, COUNT, PROMPT, ARGS.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready
@@ -7,6 +8,8 @@ ENV ?= SpecDepth-v0
 AGENT ?= ppo
 SEED ?= 0
 SET ?=
+ROOT ?= runs
+TEMPERATURE ?=
 RUN ?=
 DEPTH ?=
 BUDGET ?=
@@ -29,11 +32,12 @@ $(READY): setup.cfg constraints.txt
 setup: $(READY)  ## make .venv with the pinned versions
 
 train: $(READY)  ## train AGENT on ENV from experiments/ENV.yml; SET="key=value …" overrides; then the table
-	$(PY) -m experiments.train $(ENV) --agent $(AGENT) --seed $(SEED) --set $(SET)
+	$(PY) -m experiments.train $(ENV) --agent $(AGENT) --seed $(SEED) --root $(ROOT) --set $(SET)
 
 eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (numbers or runs)
 	$(PY) -m experiments.evaluate $(RUN) --depth "$(DEPTH)" --budget "$(BUDGET)" --count $(COUNT) \
-		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(PROMPTS),--prompts $(PROMPTS)) \
+		$(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
 
 bench: $(READY)  ## speed of plain and static decoding against transformers, cost curves; runs/bench.json
 	$(PY) -m experiments.bench $(ARGS)

@@ -13,7 +13,7 @@ from agents.fixed import FixedAgent
 from agents.random import RandomAgent
 from agents.sb3 import ALGORITHMS, SB3Agent
 from spec_envs import ENVIRONMENTS
-from spec_envs.controls import Control, Policy, make_control
+from spec_envs.controls import Control, make_control
 
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
@@ -32,7 +32,7 @@ def load(run: str | Path) -> tuple[Control, Any]:
     config = read_config(folder)
     control = make_control(ENVIRONMENTS[config["id"]], config["env"])
     if config.get("partner"):
-        control.partner = Policy(*load(config["partner"]))
+        control.compose(*load(config["partner"]))
     agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
     agent.load(folder)
     return control, agent
@@ -45,6 +45,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text())
         if missing := {"id", "env", "agent", "hyperparameters"} - set(config):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if config["agent"] not in AGENTS or config["id"] not in ENVIRONMENTS:
+            raise ValueError(f"it names the unknown agent {config['agent']!r} or environment {config['id']!r}")
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

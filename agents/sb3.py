@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
@@ -53,7 +53,7 @@ class SB3Agent:
 
     Attributes:
         model: the Stable-Baselines3 object; built over a stand-in environment until ``learn`` brings the real one.
-        decision_seconds: time of one bare decision, measured once.
+        decision_seconds: time of one bare decision; measured when the agent is made, then kept with its weights.
 
     Raises:
         ValueError: a hyper-parameter that the algorithm does not have.
@@ -92,18 +92,22 @@ class SB3Agent:
         )
         self.seed = seed
         self.rng = np.random.default_rng(seed)
-        self.deploy()
+        self.redeploy()
+        self.decision_seconds = self.measure()
 
-    def deploy(self) -> None:
-        """Take the network out of the policy and measure a decision."""
+    def redeploy(self) -> None:
+        """Take the network out of the policy again, after the policy changed."""
         self.network = bare(self.model.policy)
+
+    def measure(self) -> float:
+        """Median seconds of a bare decision."""
         blank = np.zeros_like(self.model.observation_space.sample())
         timings = []
         for _ in range(50):
             begin = time.perf_counter()
             self.predict(blank, deterministic=True)
             timings.append(time.perf_counter() - begin)
-        self.decision_seconds = float(np.median(timings))
+        return float(np.median(timings))
 
     @torch.inference_mode()
     def predict(
@@ -137,14 +141,14 @@ class SB3Agent:
             self.model.learn(
                 remaining, callback, tb_log_name="events", reset_num_timesteps=False, progress_bar=progress_bar
             )
-        self.deploy()
+        self.redeploy()
         return self
 
     def save(self, folder: Path) -> None:
         """Write the policy's weights."""
         state = {name: t.contiguous() for name, t in self.model.policy.state_dict().items()}
         with whole(folder / "policy.safetensors") as path:
-            save_file(state, path)
+            save_file(state, path, metadata={"decision_seconds": str(self.decision_seconds)})
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.
@@ -155,9 +159,11 @@ class SB3Agent:
         path = folder / "policy.safetensors"
         try:
             self.model.policy.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            with safe_open(path, "pt") as file:
+                self.decision_seconds = float(file.metadata()["decision_seconds"])
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"cannot read the policy {path}: {str(error).splitlines()[0]}") from None
-        self.deploy()
+        self.redeploy()
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write everything that training needs to go on."""
@@ -165,6 +171,7 @@ class SB3Agent:
             "parameters": self.model.get_parameters(),
             "num_timesteps": self.model.num_timesteps,
             "updates": self.model._n_updates,
+            "decision_seconds": self.decision_seconds,
             "torch_rng": torch.get_rng_state(),
         }
         if isinstance(self.model, OffPolicyAlgorithm) and self.model.replay_buffer is not None:
@@ -188,6 +195,7 @@ class SB3Agent:
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
         self.model.num_timesteps, self.model._n_updates = state["num_timesteps"], state["updates"]
+        self.decision_seconds = state["decision_seconds"]
         torch.set_rng_state(state["torch_rng"])
         if isinstance(self.model, OffPolicyAlgorithm) and (folder / "replay.npz").exists():
             buffer = self.model.replay_buffer
@@ -196,7 +204,7 @@ class SB3Agent:
                 for name in BUFFER:
                     getattr(buffer, name)[:] = arrays[name]
                 buffer.pos, buffer.full = int(arrays["pos"]), bool(arrays["full"])
-        self.deploy()
+        self.redeploy()
 
 
 class Spaces(gym.Env):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.checkpoints import model_folder
@@ -83,11 +83,13 @@ def plain_decoder(decoder: Decoder) -> Decoder:
 class FirstToken(StoppingCriteria):
     """Never stops; notes when the first token was there."""
 
-    def __init__(self) -> None:
-        self.at = 0.0
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize, self.at = synchronize, 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.at = self.at or time.perf_counter()
+        if not self.at:
+            self.synchronize()
+            self.at = time.perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -96,22 +98,26 @@ def transformers_arm(target: str, decoder: Decoder) -> Arm:
     verifier = decoder.verifier
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.dtype)
     model.to(verifier.target.device).eval()
-    sampling: dict[str, Any] = {"do_sample": False}
+    synchronize = WallClock(verifier.target.device).synchronize
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "eos_token_id": sorted(decoder.eos),
+        "pad_token_id": min(decoder.eos),
+    }
     if verifier.temperature:
-        sampling = {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
+        settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
+    model.generation_config = GenerationConfig()  # not the checkpoint's own penalties and filters
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         torch.manual_seed(seed)
-        first = FirstToken()
+        first = FirstToken(synchronize)
         ids = torch.tensor([prompt.ids], device=model.device)
         begin = time.perf_counter()
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(decoder.eos),
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings),
             stopping_criteria=StoppingCriteriaList([first]),
-            **sampling,
         )
         tokens = out[0, ids.shape[1] :].tolist()
         end = time.perf_counter()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from agents.fixed import FixedAgent
 from experiments.arms import decoded, plain_decoder, run_arms, transformers_arm
-from experiments.comparison import divergences, ratio, same_text, summary, throughput
+from experiments.comparison import by_task, divergences, same_text, summary, throughput
 from experiments.costs import VERIFY_ROWS, cost_curves, describe
 from experiments.evaluate import STATIC_PROMPTS, STATIC_TOKENS, decoder_for, encoded_prompts
 from experiments.machine import machine
@@ -83,7 +83,7 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
         "references": ["plain", "transformers generate"],
         "static": {"name": "depth, budget", "best": [depth, budget], "tokens_per_second": grid},
         "prompts": len(samples["plain"]),
-        "tasks": sorted({s.prompt.task for s in samples["plain"]}),
+        "tasks": list(by_task(samples["plain"])),
         "max_new_tokens": env["max_new_tokens"],
         "temperature": decoder.verifier.temperature,
         "machine": machine(decoder),
@@ -96,11 +96,7 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
         if decoder.verifier.temperature == 0
         else {},
         "by_task": {
-            task: ratio(
-                [s for s in samples["static"] if s.prompt.task == task],
-                [s for s in samples["plain"] if s.prompt.task == task],
-            )["value"]
-            for task in sorted({s.prompt.task for s in samples["plain"]})
+            name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
     }
 
@@ -145,7 +141,7 @@ def main() -> None:
     }
     try:
         results = bench(env, args.count)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "bench.json", results)
@@ -157,8 +153,6 @@ def main() -> None:
         print(f"{key}: {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
     for key in ("emitted_per_cycle", "overhead_share", "expand_ratio"):
         print(f"{key}: {results[key]:.3f}")
-    by_task = ", ".join(f"{task} {value:.2f}" for task, value in results["by_task"].items())
-    print(f"static over plain by task: {by_task}")
     print(f"written: {args.out}/bench.json, bench.png, clock.json")
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import HParam
-from torch.utils.tensorboard import SummaryWriter
+from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
 
 from agents.sb3 import SB3Agent
+from spec_envs.files import whole, write_json
 
 TEXT_ONLY = ("stdout", "log", "json", "csv")  # formats that cannot show a histogram
 
@@ -33,10 +33,17 @@ class Monitor(BaseCallback):
     def _clear(self) -> None:
         self.emitted = self.accepted = self.verified = self.cycles = 0
         self.seconds: dict[str, float] = {}
-        self.speedups: list[float] = []
         self.actions: dict[str, list[int]] = {}
 
     def _on_training_start(self) -> None:
+        if self.path.exists():  # a resumed run: what came after its checkpoint is done again
+            lines = [
+                line
+                for line in self.path.read_text().splitlines()
+                if json.loads(line)["timesteps"] <= self.num_timesteps
+            ]
+            with whole(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.hyperparameters.items()}
         metrics = {"spec/tokens_per_second": 0.0, "spec/speedup": 0.0, "rollout/ep_rew_mean": 0.0}
         self.logger.record("hparams", HParam(shown, metrics), exclude=TEXT_ONLY)
@@ -51,8 +58,6 @@ class Monitor(BaseCallback):
             self.accepted += info["accepted"]
             self.verified += info["verified"]
             self.cycles += info["emitted"] > 0
-            if "speedup" in info:
-                self.speedups.append(info["speedup"])
         if sum(map(len, self.actions.values())) >= 512:  # off-policy rollouts are a few steps long
             self._report()
         return True
@@ -71,13 +76,12 @@ class Monitor(BaseCallback):
             return
         line = {
             "tokens_per_second": self.emitted / total,
+            "speedup": self.emitted / total / self.training_env.get_attr("plain_rate")[0],
             "emitted_per_cycle": self.emitted / self.cycles,
             "accepted_per_cycle": self.accepted / self.cycles,
             "acceptance": self.accepted / max(1, self.verified),
             **{f"seconds_{part}": s / total for part, s in self.seconds.items()},
         }
-        if self.speedups:
-            line["speedup"] = sum(self.speedups) / len(self.speedups)
         for name, value in line.items():
             self.logger.record(f"spec/{name}", value)
         for task, actions in self.actions.items():
@@ -115,25 +119,31 @@ class Keeper(BaseCallback):
         self.saved = self.num_timesteps
 
     def _on_rollout_start(self) -> None:
-        if self.num_timesteps - self.saved >= self.checkpoint_freq:
-            self.keep()
+        if self.eval_freq and self.num_timesteps - self._validated() >= self.eval_freq:
+            self._validate()
+            self._save()
+        elif self.num_timesteps - self.saved >= self.checkpoint_freq:
+            self._save()
 
     def _on_training_end(self) -> None:
-        self.keep()
+        if self.eval_freq and self.num_timesteps > self._validated():
+            self._validate()
+        self._save()
 
-    def keep(self) -> None:
-        """Validate if it is time, then write the checkpoint."""
-        validated = self.history[-1][0] if self.history else 0
-        if self.eval_freq and self.num_timesteps - validated >= self.eval_freq:
-            self.agent.deploy()
-            value = self.validate()
-            if not self.history or value > max(v for _, v in self.history):
-                self.agent.save(self.folder / "best")
-            self.history.append((self.num_timesteps, value))
-            self.logger.record("validation/speedup", value)
-            for writer in (f.writer for f in self.logger.output_formats if hasattr(f, "writer")):
-                assert isinstance(writer, SummaryWriter)
-                writer.add_scalar("validation/speedup", value, self.num_timesteps)
+    def _validated(self) -> int:
+        """Steps at the last validation."""
+        return self.history[-1][0] if self.history else 0
+
+    def _validate(self) -> None:
+        self.agent.redeploy()
+        value = self.validate()
+        if not self.history or value > max(v for _, v in self.history):
+            self.agent.save(self.folder / "best")
+        self.history.append((self.num_timesteps, value))
+        for writer in (f.writer for f in self.logger.output_formats if isinstance(f, TensorBoardOutputFormat)):
+            writer.add_scalar("validation/speedup", value, self.num_timesteps)
+
+    def _save(self) -> None:
         self.agent.save_checkpoint(self.folder / "last")
-        self.record.write_text(json.dumps(self.history))
+        write_json(self.record, self.history)
         self.saved = self.num_timesteps

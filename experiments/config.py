@@ -116,6 +116,17 @@ def check(experiment: Experiment, env_id: str, place: Any) -> None:
     for key in experiment.env:
         if key not in known - {"control", "own"}:
             raise ValueError(f"{place(('env', key))}: unknown environment keyword {key!r}{nearest(key, known)}")
+    for stage in experiment.stages:
+        if stage.id not in ENVIRONMENTS:
+            raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
+        known = {
+            *inspect.signature(SpecEnv).parameters,
+            *inspect.signature(CONTROLS[ENVIRONMENTS[stage.id]]).parameters,
+        }
+        if unknown := [key for key in stage.env if key not in known]:
+            raise ValueError(
+                f"{place(('stages',))}: unknown keyword {unknown[0]!r}{nearest(unknown[0], known)} of {stage.id}"
+            )
     for section in ("env", "hyperparameters"):
         for key, value in getattr(experiment, section).items():
             if isinstance(value, str) and is_number(value):

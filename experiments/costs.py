@@ -26,7 +26,7 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
     draft: dict[int, list[float]] = {1: [], decoder.tree.width: []}
     eos, decoder.eos = decoder.eos, frozenset()
     try:
-        decoder.start(prompt, len(rows) * (repeats + 3) + 1024, rng)
+        decoder.start(prompt, 4 * (repeats + 3) + 16, rng)
         decoder.cycle(2)
         for _ in range(repeats + 3):
             for n in rows:

@@ -12,11 +12,12 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from experiments.eagle_training import Objective, Unrolled, report, train
-from experiments.recording import record, tokenized
+from experiments.recording import SHARD, record, tokenized
 from experiments.selftext import read_conversations, write_conversations
 from spec_envs.decoding.checkpoints import (
     load_target,
@@ -28,6 +29,7 @@ from spec_envs.decoding.checkpoints import (
 )
 from spec_envs.decoding.drafters.eagle import captured_layers
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.files import write_json
 
 HELD_OUT = 0.02  # share of the conversations that only the report sees
 REPORTED = 12  # levels
@@ -65,8 +67,28 @@ def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos:
     return torch.tensor(sorted(frequent))
 
 
+def claim(work: Path, settings: dict[str, Any]) -> None:
+    """Note what a work folder is for; refuse one that was begun with other settings, whose parts would not fit."""
+    note = work / "settings.json"
+    if not note.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(note, settings)
+    elif differing := [key for key, value in json.loads(note.read_text()).items() if settings.get(key) != value]:
+        raise ValueError(f"{work} was begun with another {', '.join(differing)}; choose another --work, or delete it")
+
+
 def main() -> None:
     args = arguments()
+    try:
+        make_drafter(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def make_drafter(args: argparse.Namespace) -> None:
+    """Text, recordings, training, report."""
+    fixed = ("target", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens", "dtype")
+    claim(args.work, {name: str(getattr(args, name)) for name in fixed})
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
@@ -80,6 +102,8 @@ def main() -> None:
     print(f"{len(conversations)} conversations, {answered} answer tokens", file=sys.stderr)
 
     paths = record(target, conversations, args.work / "recorded", captured_layers(target.shape.layers), args.longest)
+    if len(paths) < 2:
+        raise ValueError(f"{len(conversations)} conversations are too few; give --tokens for more than {2 * SHARD}")
     held_out = max(1, round(len(paths) * HELD_OUT))
     weights = load_weights(model_folder(args.target))
     draft_ids = draft_vocabulary(conversations, args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)

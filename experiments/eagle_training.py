@@ -20,6 +20,7 @@ from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.transformer import Rope, rotate
 from spec_envs.files import whole
 
+LONGEST = 4096  # positions of a training text
 STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
 
 
@@ -73,7 +74,7 @@ class Unrolled(nn.Module):
         super().__init__()
         self.head = head
         self.embedding = embedding
-        self.rope = Rope(head.config, head.config.head_dim, torch.float32, embedding.device)
+        self.rope = Rope(head.config, head.config.head_dim, LONGEST, torch.float32, embedding.device)
 
     def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
         """Yield each step's logits: ``[B, T, draft_vocab]`` at step 0, ``[B, n, draft_vocab]`` for ``rows`` behind it."""
@@ -207,7 +208,7 @@ def train(
         done = state["done"]
     total = round(epochs * per_epoch)
     with tqdm(total=total, initial=done, unit="batch", desc="training the head") as bar:
-        for epoch in range(math.ceil(epochs)):
+        for epoch in range(done // per_epoch, math.ceil(epochs)):
             for i, examples in enumerate(batches(paths, batch_tokens, random.Random(f"{seed}-{epoch}"))):
                 if not done <= epoch * per_epoch + i < total:
                     continue

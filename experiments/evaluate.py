@@ -20,7 +20,7 @@ from experiments.arms import Arm, Encoded, decoded, plain_decoder, run_arms, tra
 from experiments.comparison import by_task, divergences, same_text, summary, throughput
 from experiments.costs import cost_curves, describe
 from experiments.machine import machine
-from experiments.report import depths_or_actions, draw, markdown
+from experiments.report import draw, markdown, settings_played
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
@@ -28,7 +28,7 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import load_decoder, make_clocks
-from spec_envs.files import write_json
+from spec_envs.files import whole, write_json
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 STATIC_PROMPTS, STATIC_TOKENS = (
@@ -56,20 +56,14 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
 
 
-def without_partner(env_id: str, env: dict[str, Any]) -> Control:
-    """The control of an environment on its own."""
-    return make_control(ENVIRONMENTS[env_id], env)
-
-
 def best_static(env_id: str, env: dict[str, Any], prompts: Sequence[Encoded]) -> dict[str, Any]:
     """The static setting with the highest throughput on training prompts, by exhaustive grid."""
-    control = without_partner(env_id, env)
+    control = make_control(ENVIRONMENTS[env_id], env)
     decoder = decoder_for(env, control)
     arms = {str(v): decoded(decoder, Policy(control, FixedAgent(control, v))) for v in settings(control)}
     samples = run_arms(arms, prompts, min(STATIC_TOKENS, env.get("max_new_tokens", 128)), "static settings")
     rates = {int(name): throughput(arm) for name, arm in samples.items()}
-    name = "budget" if isinstance(control, BudgetControl) else "depth"
-    return {"name": name, "best": max(rates, key=rates.__getitem__), "tokens_per_second": rates}
+    return {"name": control.name, "best": max(rates, key=rates.__getitem__), "tokens_per_second": rates}
 
 
 def run_tables(
@@ -97,7 +91,7 @@ def run_tables(
         "temperature": decoder.verifier.temperature,
         "machine": machine(decoder),
         "curves": None if decoder.clock.priced else describe(cost_curves(decoder)),
-        "actions": {name: depths_or_actions(policies[name].control, samples[name]) for name in learned},
+        "actions": {name: settings_played(policies[name].control, samples[name]) for name in learned},
         "by_task": {
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
@@ -119,7 +113,7 @@ def evaluate_run(
     control, agent = agents.load(run)
     decoder = decoder_for(env, control)
     static = static or best_static(config["id"], env, encoded_prompts(env, "train", STATIC_PROMPTS))
-    alone = without_partner(config["id"], env)
+    alone = make_control(ENVIRONMENTS[config["id"]], env)
     name = config["agent"]
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),
@@ -128,53 +122,49 @@ def evaluate_run(
     }
     prompts = encoded_prompts(env, "test", test_prompts)
     results = run_tables(policies, env, decoder, prompts, ["plain", "static"], [name])
-    kind = "budget" if isinstance(control, BudgetControl) else "depth"
-    return results | {"static": static, "played": kind}
+    return results | {"static": static}
 
 
 def evaluate_mixes(
-    depths: Sequence[str], budgets: Sequence[str], env: dict[str, Any], test_prompts: int
+    depths: Sequence[str], budgets: Sequence[str], given: dict[str, Any], test_prompts: int
 ) -> dict[str, Any]:
     """Every mix of depths and budgets, each a number or a run folder."""
-    policies = {f"depth {d}, budget {b}": mixed(d, b) for d in depths for b in budgets}
-    control = next(iter(policies.values())).control
-    sizes = {(p.control.width, p.control.max_depth) for p in policies.values()}
-    if len(sizes) > 1:
-        raise ValueError("the runs were trained with different width or max_depth; they cannot be mixed")
-    for run in [value for value in (*depths, *budgets) if not value.isdigit()]:
-        trained = agents.read_config(Path(run))["env"]
-        env = {
-            **{
-                k: trained[k]
-                for k in ("target", "drafter", "device", "dtype", "template", "max_new_tokens")
-                if k in trained
-            },
-            **env,
-        }
-    decoder = decoder_for(env, control)
+    trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdigit()]
+    for key in ("target", "drafter", "width", "max_depth"):
+        if len({str(env.get(key)) for env in trained}) > 1:
+            raise ValueError(f"the runs were trained with different {key}; they cannot be mixed")
+    env = (trained[0] if trained else {}) | given
+    policies, learned = {}, []
+    for depth, budget in itertools.product(depths, budgets):
+        name = f"depth {depth}, budget {budget}"
+        policies[name] = mixed(depth, budget, env)
+        if not (depth + budget).isdigit():
+            learned.append(name)
+    decoder = decoder_for(env, next(iter(policies.values())).control)
     prompts = encoded_prompts(env, "test", test_prompts)
-    with_runs = [f"depth {d}, budget {b}" for d in depths for b in budgets if not (d + b).isdigit()]
-    return run_tables(policies, env, decoder, prompts, ["plain"], with_runs) | {"played": "depth"}
+    return run_tables(policies, env, decoder, prompts, ["plain"], learned)
 
 
-def mixed(depth: str, budget: str) -> Policy:
+def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
     """The policy for one depth and one budget, each a number or a run folder."""
+    sizes = {key: env[key] for key in ("width", "max_depth") if key in env}
     if depth.isdigit() and budget.isdigit():
-        fixed = DepthControl(budget=int(budget))
+        fixed = DepthControl(budget=int(budget), **sizes)
         return Policy(fixed, FixedAgent(fixed, int(depth)))
     if depth.isdigit():
-        sized = learned(budget, BudgetControl)
+        sized = learned_policy(budget, BudgetControl)
         sized.control.depth = int(depth)  # type: ignore[attr-defined]
         return sized
-    policy = learned(depth, DepthControl)
+    policy = learned_policy(depth, DepthControl)
     if budget.isdigit():
         policy.control.budget = int(budget)  # type: ignore[attr-defined]
     else:
-        policy.control.partner = learned(budget, BudgetControl)
+        partner = learned_policy(budget, BudgetControl)
+        policy.control.compose(partner.control, partner.agent)
     return policy
 
 
-def learned(run: str, kind: type[Control]) -> Policy:
+def learned_policy(run: str, kind: type[Control]) -> Policy:
     """The policy of a run of one problem, without its partner."""
     control, agent = agents.load(run)
     if not isinstance(control, kind):
@@ -184,11 +174,12 @@ def learned(run: str, kind: type[Control]) -> Policy:
 
 
 def save(results: dict[str, Any], folder: Path) -> None:
-    """results.json, results.md and results.png in a folder; the table is printed too."""
+    """results.png, results.md and, last, results.json in a folder; the table is printed too."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    (folder / "results.md").write_text(markdown(results))
     draw(results, folder / "results.png")
+    with whole(folder / "results.md") as path:
+        path.write_text(markdown(results))
+    write_json(folder / "results.json", results)
     print(markdown(results))
     print(f"picture: {folder / 'results.png'}")
 
@@ -205,7 +196,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clock", help="wall, or a cost table (default: the run's)")
     parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
     parser.add_argument("--max-new-tokens", type=int, help="per prompt (default: the run's)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: the run's, or runs/mixes)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results (default: the run's, its eval/ for other settings than its own, or runs/mixes)",
+    )
     return parser.parse_args()
 
 
@@ -226,10 +221,10 @@ def main() -> None:
             save(results, args.out or Path("runs/mixes"))
         elif args.run:
             results = evaluate_run(args.run, overrides, args.count, None)
-            save(results, args.out or args.run)
+            save(results, args.out or (args.run / "eval" if overrides else args.run))
         else:
             raise ValueError("nothing to evaluate: give RUN=runs/…, or DEPTH=… and BUDGET=…")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -17,7 +17,7 @@ from spec_envs.files import whole
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results of :func:`experiments.evaluate.evaluate` as a table with what is needed to read it."""
+    """What :func:`experiments.evaluate.run_tables` returns, as a table with what is needed to read it."""
     arms, references = results["arms"], results["references"]
     head = ["arm", "tokens/s", *(f"over {r} [95 %]" for r in references), "emitted/cycle", "verified/cycle"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -27,8 +27,19 @@ def markdown(results: dict[str, Any]) -> str:
         cells += [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ratios]
         cells += [f"{row['emitted_per_cycle']:.2f}", f"{row['verified_per_cycle']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *notes(results)]
+    lines += ["", *tasks_table(results), "", *notes(results)]
     return "\n".join(lines) + "\n"
+
+
+def tasks_table(results: dict[str, Any]) -> list[str]:
+    """Throughput over plain decoding by task."""
+    tasks, rates = results["tasks"], results["by_task"]
+    lines = [f"| over plain, by task | {' | '.join(tasks)} |", f"|---{'|---' * len(tasks)}|"]
+    for name, by_name in rates.items():
+        if name not in ("plain", "plain again"):
+            ratios = [f"{by_name[task] / rates['plain'][task]:.2f}" for task in tasks]
+            lines.append(f"| {name} | {' | '.join(ratios)} |")
+    return lines
 
 
 def notes(results: dict[str, Any]) -> list[str]:
@@ -62,27 +73,19 @@ def notes(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def action_labels(control: Control) -> list[str]:
-    """Names of a control's actions."""
-    return [str(b) for b in control.budgets] if isinstance(control, BudgetControl) else ["verify", "expand"]
-
-
-def depths_or_actions(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each setting was played, by task: depths of finished trees, or budgets.
-
-    A depth is what a run of "expand" decisions led to; the first expansion is always made.
-    """
+def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """How often each setting was played, by task: budgets, or the depths that runs of "expand" decisions led to."""
     histogram: dict[str, dict[str, int]] = {}
     for task, group in by_task(samples).items():
         if isinstance(control, BudgetControl):
-            counts = dict.fromkeys(action_labels(control), 0)
+            counts = dict.fromkeys(map(str, control.budgets), 0)
             for sample in group:
                 for action in sample.actions:
                     counts[str(control.budgets[action])] += 1
         else:
             counts = {str(depth): 0 for depth in range(1, control.max_depth + 1)}
             for sample in group:
-                depth = 1
+                depth = 1  # the first expansion is always made
                 for action in sample.actions:
                     depth += action
                     if not action or depth == control.max_depth:
@@ -100,7 +103,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1 + len(histograms), 1, squeeze=False)[:, 0]
     draw_arms(axes[0], results["arms"], results["references"][0])
     for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
-        draw_histogram(axis, name, histogram, results["played"])
+        draw_histogram(axis, name, histogram)
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -118,12 +121,12 @@ def draw_arms(axis: Any, arms: dict[str, Any], reference: str) -> None:
     axis.set_xlabel(f"throughput over {reference}, 95 % interval")
 
 
-def draw_histogram(axis: Any, name: str, histogram: dict[str, dict[str, int]], played: str) -> None:
+def draw_histogram(axis: Any, name: str, histogram: dict[str, dict[str, int]]) -> None:
     """Share of cycles per setting, one line per task."""
     for task, counts in histogram.items():
         total = max(1, sum(counts.values()))
         axis.plot(list(counts), [n / total for n in counts.values()], marker="o", markersize=3, label=task)
-    axis.set_xlabel(played)
+    axis.set_xlabel("setting played (depth or budget)")
     axis.set_ylabel("share of cycles")
     axis.set_title(name, fontsize=10)
     axis.legend(fontsize=8)

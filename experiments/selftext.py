@@ -67,14 +67,18 @@ def write_conversations(
         tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
         path.open("a") as file,
     ):
+        barren = 0  # rounds in a row without a finished user turn
         while written < tokens:
-            rng = random.Random(f"{seed}-{written}")  # a resumed run draws what an undisturbed one would
+            rng = random.Random(f"{seed}-{written}-{barren}")  # a resumed run draws what an undisturbed one would
             generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
             openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(3 * batch)]
             starts = [tokenizer(prefix + o, add_special_tokens=False)["input_ids"] for o in openings]
             turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
             users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
             users = [user for user in users if user.strip()]
+            barren = 0 if users else barren + 1
+            if barren == 3:
+                raise ValueError("the target ends no user turn of its own; give --conversations and --tokens 0")
             for first in range(0, len(users), batch):
                 group = users[first : first + batch]
                 answers = generate_batch(target, [encode(tokenizer, user) for user in group], max_answer, eos)

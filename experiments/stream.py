@@ -21,8 +21,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("prompt", help="a user turn")
     parser.add_argument("--run", type=Path, help="run folder of the policy (default: a fixed depth)")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the run's)")
+    parser.add_argument("--top-p", type=float, help="mass kept when sampling (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     return parser.parse_args()
 
@@ -36,11 +36,14 @@ def main() -> None:
         else:
             control = DepthControl()
             agent, env = FixedAgent(control, 5), {}
-        env = {**env, "temperature": args.temperature, "top_p": args.top_p}
+        given = {"temperature": args.temperature, "top_p": args.top_p}
+        env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)
         tokenizer = load_tokenizer(env.get("target", "smollm2-135m"))
         prompt = encode(tokenizer, args.prompt, env.get("template"))
+        plain = plain_decoder(decoder)
         generate(decoder, control, agent, prompt, 8).run()  # warm-up
+        generate(plain, None, None, prompt, 8).run()
         generation = generate(decoder, control, agent, prompt, args.max_new_tokens, args.seed)
         shown = ""
         for _ in generation:  # whole texts are decoded, so that characters of several tokens come out whole
@@ -48,10 +51,10 @@ def main() -> None:
             if not text.endswith("\ufffd"):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    plain = generate(plain_decoder(decoder), None, None, prompt, args.max_new_tokens, args.seed).run()
-    print(f"\n\n{last_line(generation, plain)}")
+    reference = generate(plain, None, None, prompt, args.max_new_tokens, args.seed).run()
+    print(f"\n\n{last_line(generation, reference)}")
 
 
 def last_line(generation: Generation, plain: Generation) -> str:

@@ -27,7 +27,7 @@ from experiments.evaluate import STATIC_PROMPTS, best_static, decoder_for, encod
 from experiments.machine import revision, versions
 from experiments.report import markdown
 from spec_envs import ENVIRONMENTS
-from spec_envs.controls import CONTROLS, Policy
+from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
 
@@ -81,7 +81,7 @@ def make_env(config: dict[str, Any]) -> gym.Env:
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
     if config["partner"]:
-        spec_env.control.partner = Policy(*agents.load(config["partner"]))
+        spec_env.control.compose(*agents.load(config["partner"]))
     return env
 
 
@@ -103,12 +103,21 @@ def train_agent(folder: Path, config: dict[str, Any]) -> None:
         agent.load(Path(config["init"]))
     spec_env.policy_seconds = agent.decision_seconds
 
-    decoder = decoder_for(config["env"], control)
+    if not spec_env.decoder.clock.priced:
+        pace = folder / "last" / "pace.json"  # measured once: a resumed run is paid by the same yardstick
+        if not pace.exists():
+            write_json(pace, spec_env.pace)
+        spec_env.given_pace = json.loads(pace.read_text())
+
+    played = make_control(ENVIRONMENTS[config["id"]], config["env"])  # a validation must not disturb the episode
+    if config["partner"]:
+        played.compose(*agents.load(config["partner"]))
+    decoder = decoder_for(config["env"], played)
     prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"])
     plain = decoded(plain_decoder(decoder), None)
 
     def validate() -> float:
-        arms = {"plain": plain, "agent": decoded(decoder, Policy(control, agent))}
+        arms = {"plain": plain, "agent": decoded(decoder, Policy(played, agent))}
         samples = run_arms(arms, prompts, config["env"].get("max_new_tokens", 128), "validation")
         return ratio(samples["agent"], samples["plain"])["value"]
 
@@ -155,6 +164,7 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
                 "env": {k: v for k, v in experiment.env.items() if k in own} | stage.env,
                 "total_timesteps": stage.total_timesteps or experiment.total_timesteps,
                 "partner": str(partner) if partner else None,
+                "checkpoint": None,
                 "init": str(newest[stage.id]) if stage.id in newest else experiment.init,
                 "stages": [],
             }

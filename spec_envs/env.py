@@ -124,7 +124,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         )
         self.tokenizer = load_tokenizer(target)
         self.target, self.template, self.max_new_tokens = target, template, max_new_tokens
-        self.episode, self.reward_name, self._pace = episode, reward, pace
+        self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in self.prompts}
+        self._check_lengths()
+        self.episode, self.reward_name, self.given_pace = episode, reward, pace
         self.policy_seconds, self.render_mode = policy_seconds, render_mode
         self.prompt: Prompt | None = None
         self._mark: dict[str, float] = {}
@@ -187,8 +189,19 @@ class SpecEnv(gym.Env[np.ndarray, int]):
 
     @property
     def pace(self) -> float:
-        """Tokens per second that a second costs."""
-        return self._pace if self._pace is not None else self.plain_rate * static_over_plain(self.drafter)
+        """Tokens per second that a second costs: given, or the speed of the pair's best static setting."""
+        return self.given_pace if self.given_pace is not None else self.plain_rate * static_over_plain(self.drafter)
+
+    def _check_lengths(self) -> None:
+        """Refuse prompts that would not fit when their turn comes."""
+        context = self.decoder.verifier.target.shape.context
+        room = context - self.max_new_tokens - self.control.max_depth - 1
+        longest = max(self.encoded, key=lambda prompt: len(self.encoded[prompt]))
+        if (length := len(self.encoded[longest])) > room:
+            raise ValueError(
+                f"a prompt of {longest.task} has {length} tokens; with max_new_tokens {self.max_new_tokens} the model's "
+                f"context of {context} has room for {room}: choose other prompts or lower max_new_tokens"
+            )
 
     def _begin_text(self, given: str | Prompt | None) -> None:
         if isinstance(given, str):
@@ -196,13 +209,14 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.prompt = given
         if len(self.clocks) > 1:
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
-        self.decoder.finished = True
-        while self.decoder.finished:
+        for _ in range(100):  # a prompt whose first token is EOS is not used
             prompt = given or self.prompts[self.np_random.integers(len(self.prompts))]
-            ids = encode(self.tokenizer, prompt.text, self.template)
+            ids = self.encoded.get(prompt) or encode(self.tokenizer, prompt.text, self.template)
             self.decoder.start(ids, self.max_new_tokens, self.np_random)
-            if self.decoder.finished and given:
-                raise ValueError("the target's first token already ends the text; give another prompt")
+            if given or not self.decoder.finished:
+                break
+        if self.decoder.finished:
+            raise ValueError("the target's first token already ends the text; give another prompt")
         self.prompt = prompt
         self.control.reset(self.np_random)
         self._mark = dict(self.decoder.clock.totals)

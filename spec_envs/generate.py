@@ -50,6 +50,7 @@ class Generation:
     def __iter__(self) -> Iterator[list[int]]:
         decoder, clock = self.decoder, self.decoder.clock
         before = dict(clock.totals)
+        self.seconds, self.actions = 0.0, []
         decoder.start(self.prompt, self.max_new_tokens, self.rng)
         if self.policy:
             self.policy.reset(self.rng)
@@ -98,5 +99,12 @@ def generate(
     Returns:
         A :class:`Generation`: iterate over it to stream, or call ``run()``.
     """
-    policy = Policy(control, agent) if control is not None and agent is not None else None
+    policy = None
+    if control is not None and agent is not None:
+        policy = Policy(control, agent)
+        if (decoder.tree.width, decoder.max_depth) != (control.width, control.max_depth):
+            raise ValueError(
+                f"the decoder drafts width {decoder.tree.width} and max_depth {decoder.max_depth}, the control expects "
+                f"{control.width} and {control.max_depth}; pass them to load_decoder"
+            )
     return Generation(decoder, policy, list(prompt), max_new_tokens, np.random.default_rng(seed))

@@ -3,8 +3,8 @@
 The shipped set has five kinds of task named after the benchmarks whose kind they are (the texts were written for this
 project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
 ``humaneval`` (code), each split into train, validation and test. Other sets are read from
-``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name with a slash is a data set on the hub, ``org/name`` or
-``org/name:column`` (needs the ``datasets`` extra).
+``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name with a slash is a data set on the hub, ``org/name``,
+optionally with a configuration and a column, ``org/name@config:column`` (needs the ``datasets`` extra).
 """
 
 from __future__ import annotations
@@ -87,16 +87,17 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
 
 
 def read_hub(name: str) -> list[tuple[str, str]]:
-    """Texts and splits of a data set on the hub (``org/name`` or ``org/name:column``), or of a local folder."""
+    """Texts and splits of a data set on the hub (``org/name@config:column``, both optional), or of a local folder."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
             f"{name} is a data set on the hub: install the extra with pip install 'spec-envs[datasets]'"
         ) from None
-    identifier, _, column = name.partition(":")
+    place, _, column = name.partition(":")
+    identifier, _, configuration = place.partition("@")
     try:
-        splits = load_dataset(identifier)
+        splits = load_dataset(identifier, configuration or None)
     except Exception as error:  # the library raises many kinds
         raise ValueError(
             f"cannot load the data set {identifier!r} from the hub: {str(error).splitlines()[0]}"
@@ -104,9 +105,7 @@ def read_hub(name: str) -> list[tuple[str, str]]:
     columns = next(iter(splits.values())).column_names
     column = column or next((c for c in COLUMNS if c in columns), "")
     if column not in columns:
-        raise ValueError(
-            f"{identifier} has no column {column!r} of prompts; name one: {identifier}:{'|'.join(columns)}"
-        )
+        raise ValueError(f"{identifier} has no column {column!r} of prompts; name one: {place}:{'|'.join(columns)}")
     texts = [row[column] for part in splits.values() for row in part]
     texts = [text[0] if isinstance(text, list) else text for text in texts]
     return [(text, hashed_split(text)) for text in texts]

@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     agent.save(tmp_path)
     before = (tmp_path / "policy.safetensors").read_bytes()
 
-    def full(state: Any, path: Path) -> None:
+    def full(state: Any, path: Path, metadata: Any) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

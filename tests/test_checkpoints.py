@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from spec_envs.decoding import checkpoints
 from spec_envs.decoding.checkpoints import load_config, load_target, load_tokenizer, load_weights, model_folder
-from spec_envs.decoding.drafters.eagle import EagleDrafter
+from spec_envs.decoding.drafters.eagle import EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from tests.conftest import CPU, REAL
 
@@ -35,7 +35,7 @@ def test_missing_and_corrupt_weights(copied: Path) -> None:
     weights = copied / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cannot read the weights .*model.safetensors: .*; delete the file"):
+    with pytest.raises(ValueError, match=r"cannot read the weights .*model.safetensors: .*; delete it"):
         load_weights(copied)
     weights.unlink()
     with pytest.raises(ValueError, match=r"holds no weights; expected \*.safetensors"):
@@ -64,7 +64,7 @@ def test_shards_and_torch_files(copied: Path) -> None:
 def test_a_corrupt_gguf(tmp_path: Path) -> None:
     bad = tmp_path / "model.gguf"
     bad.write_bytes(b"GGUF but not really" * 10)
-    with pytest.raises(ValueError, match=r"cannot read the GGUF file .*model.gguf"):
+    with pytest.raises(ValueError, match=r"cannot convert the GGUF file .*model.gguf"):
         model_folder(str(bad))
     assert not list((checkpoints.CACHE / "models").glob("model-*"))
 
@@ -109,7 +109,7 @@ def test_published_heads_load(copied_head: Path, tiny_target: Path) -> None:
     torch.save(state, copied_head / "pytorch_model.bin")
     head = EagleHead.load(str(copied_head))
     assert head.draft_ids.tolist() == list(range(16)) and head.t2d.all()
-    EagleDrafter(head, load_target(str(tiny_target), CPU, torch.float32))
+    EagleModel(head, load_target(str(tiny_target), CPU, torch.float32))
 
 
 def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None:
@@ -122,10 +122,10 @@ def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None
     head = EagleHead.load(str(copied_head))
     head.config.vocab_size = 20
     with pytest.raises(ValueError, match="the drafter's vocabulary is 20, the target's is 16; use a head trained"):
-        EagleDrafter(head, target)
+        EagleModel(head, target)
     head.config.hidden_size = 48
     with pytest.raises(ValueError, match="the drafter's hidden size is 48, the target's is 32"):
-        EagleDrafter(head, target)
+        EagleModel(head, target)
 
 
 def test_a_target_is_not_a_head(tiny_target: Path) -> None:

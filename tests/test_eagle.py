@@ -10,7 +10,7 @@ from experiments.eagle_training import Batch, Objective, Unrolled, drafted_rows,
 from experiments.recording import Example, load_shard, record
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.checkpoints import load_target, load_weights
-from spec_envs.decoding.drafters.eagle import EagleDrafter
+from spec_envs.decoding.drafters.eagle import captured_layers
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.pair import load_decoder
 from tests.conftest import CPU
@@ -26,7 +26,7 @@ def test_training_unrolls_what_inference_drafts(tiny_target: Path, tiny_drafter:
         decoder.expand()
     chain, scores = decoder.tree.tokens.tolist(), decoder.tree.scores
     text = [*prompt, *decoder.tokens, *chain]
-    features, final = read_batch(target, [text], EagleDrafter(head, target).capture)
+    features, final = read_batch(target, [text], captured_layers(8))
     batch = Batch.of([Example(torch.tensor(text), len(prompt), features[0], final[0])], CPU)
     row = len(prompt) - 1
     rows = torch.tensor([[row, row + 1]])

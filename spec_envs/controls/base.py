@@ -45,14 +45,15 @@ class Control(ABC):
         entries: the observation's ranges in order; ``self.slices[name]`` finds one.
         width, max_depth: of the tree.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
-        uses_partner: name of the keyword that a partner replaces.
+        name, partner_name: of this problem, and of the one whose policy it can be composed with.
     """
 
     action_space: spaces.Space
     width: int
     max_depth: int
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
-    uses_partner: ClassVar[str] = ""
+    name: ClassVar[str]
+    partner_name: ClassVar[str]
 
     def __init__(self, observation: str, cost_features: bool):
         if observation not in self.observations:
@@ -72,6 +73,21 @@ class Control(ABC):
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
+
+    def compose(self, control: Control, agent: Agent) -> None:
+        """Let a trained policy of the other problem make its decisions here.
+
+        Raises:
+            ValueError: a policy of the same problem, or for trees of another size.
+        """
+        if control.name != self.partner_name:
+            raise ValueError(
+                f"a {self.name} policy wants a {self.partner_name} policy as its partner, not {control.name}"
+            )
+        mine, theirs = (self.width, self.max_depth), (control.width, control.max_depth)
+        if mine != theirs:
+            raise ValueError(f"the partner was trained with width and max_depth {theirs}, this environment has {mine}")
+        self.partner = Policy(control, agent)
 
     def reset(self, rng: np.random.Generator) -> None:
         """A new text begins."""

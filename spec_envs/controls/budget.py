@@ -75,7 +75,7 @@ class BudgetControl(Control):
     - v0: initial version.
     """
 
-    uses_partner = "depth"
+    name, partner_name = "budget", "depth"
 
     def __init__(
         self,
@@ -91,6 +91,8 @@ class BudgetControl(Control):
             if budgets not in NAMED:
                 raise ValueError(f"budgets is {budgets!r}; expected numbers or one of {', '.join(NAMED)}")
             budgets = NAMED[budgets]
+        if max_depth < 1 or width < 1:
+            raise ValueError(f"max_depth and width are {max_depth} and {width}; expected at least 1")
         if not budgets or min(budgets) < 0 or list(budgets) != sorted(set(budgets)):
             raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes")
         if depth != "random" and not (isinstance(depth, int) and 0 <= depth <= max_depth):

@@ -75,7 +75,7 @@ class DepthControl(Control):
     - v0: initial version.
     """
 
-    uses_partner = "budget"
+    name, partner_name = "depth", "budget"
 
     def __init__(
         self,
@@ -86,6 +86,10 @@ class DepthControl(Control):
         cost_features: bool = False,
     ):
         super().__init__(observation, cost_features)
+        if max_depth < 2 or width < 1 or budget < 0:
+            raise ValueError(
+                f"max_depth, width and budget are {max_depth}, {width} and {budget}; expected at least 2, 1 and 0"
+            )
         self.max_depth, self.width, self.budget = max_depth, width, budget
         self.action_space = spaces.Discrete(2)
         if observation == "ltd":

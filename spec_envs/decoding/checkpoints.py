@@ -167,8 +167,9 @@ def sha256(path: Path) -> str:
 def converted(gguf: Path, digest: str) -> Path:
     """The Hugging Face folder of a GGUF file: dequantised to float32, converted once per file content."""
     folder = CACHE / "models" / f"{gguf.stem}-{digest[:12]}"
-    if folder.is_dir():
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
+    shutil.rmtree(folder, ignore_errors=True)
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -176,8 +177,8 @@ def converted(gguf: Path, digest: str) -> Path:
         convert(gguf, scratch)
         scratch.chmod(0o755)
         scratch.rename(folder)
-    except (ValueError, KeyError, OSError, IndexError) as error:
-        raise ValueError(f"cannot read the GGUF file {gguf}: {error}") from error
+    except (ValueError, KeyError, OSError, IndexError, SafetensorError) as error:
+        raise ValueError(f"cannot convert the GGUF file {gguf}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -210,7 +211,9 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
             loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"cannot read the weights {file}: {reason}; delete the file and fetch it again") from None
+            raise ValueError(
+                f"cannot read the weights {file}: {reason}; delete it and fetch or convert it again"
+            ) from None
         weights.update(loaded)
     return weights
 

@@ -12,12 +12,16 @@ import torch
 from spec_envs.decoding.checkpoints import load_target, load_tokenizer, registry, resolve_device, resolve_dtype
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.eagle import EagleDrafter
+from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
-load_head = functools.cache(EagleHead.load)
+
+@functools.cache
+def load_eagle(name: str, target: Transformer) -> EagleModel:
+    """The EAGLE-3 head ``name`` in its inference form, loaded once per target and shared."""
+    return EagleModel(EagleHead.load(name), target)
 
 
 def default_drafter(target: str) -> str:
@@ -80,8 +84,8 @@ def load_decoder(
     model = load_target(target, at, resolve_dtype(dtype, at))
     eagle: EagleDrafter | None = None
     if drafter is not None:
-        head = load_head(default_drafter(target) if drafter == "auto" else drafter)
-        eagle = EagleDrafter(head, model, width, max_depth)
+        name = default_drafter(target) if drafter == "auto" else drafter
+        eagle = EagleDrafter(load_eagle(name, model), width, max_depth)
     verifier = LocalVerifier(model, eagle.capture if eagle else (), temperature, top_p)
     return Decoder(verifier, eagle, clock or WallClock(at), eos_ids(target, model), max_depth)
 

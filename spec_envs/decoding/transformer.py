@@ -119,7 +119,7 @@ class RMSNorm:
 class Rope:
     """Rotary position tables (cosine, and sine with the sign of the half it multiplies), computed in float32."""
 
-    def __init__(self, config: PretrainedConfig, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: PretrainedConfig, head_dim: int, length: int, dtype: torch.dtype, device: torch.device):
         parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
         kind = parameters.get("rope_type", "default")
         if kind == "default":
@@ -130,7 +130,7 @@ class Rope:
             frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         else:
             raise ValueError(f"rope type {kind!r} is not supported; expected default, {', '.join(STATIC_ROPE)}")
-        angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies.float())
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
         cos, sin = angles.cos() * scale, angles.sin() * scale
         self.cos = torch.cat([cos, cos], -1).to(device, dtype)
         self.sin = torch.cat([-sin, sin], -1).to(device, dtype)
@@ -234,9 +234,11 @@ class Transformer:
             self.norm = RMSNorm(weights["model.norm.weight"], self.shape.norm_eps)
             tied = config.tie_word_embeddings or "lm_head.weight" not in weights
             self.lm_head = Linear(self.embedding if tied else weights["lm_head.weight"])
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the weights do not fit their config.json: {error}") from error
-        self.rope = Rope(config, self.shape.head_dim, dtype, self.device)
+        self.rope = Rope(config, self.shape.head_dim, self.shape.context, dtype, self.device)
 
     def cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for ``batch`` sequences of at most ``capacity`` rows."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.linear import Linear
-from spec_envs.decoding.transformer import AncestorMask, KVCache, Layer, RMSNorm, Rope, Shape, Transformer
+from spec_envs.decoding.transformer import AncestorMask, KVCache, Layer, RMSNorm, Rope, Shape, Transformer, part
 from spec_envs.decoding.tree import Tree
 
 
@@ -19,23 +19,18 @@ def captured_layers(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
-class EagleDrafter:
-    """Drafts a tree with an EAGLE-3 head.
-
-    Row t of its cache belongs to position t of the text: it read the target's features of token t and the embedding
-    of token t + 1, and predicts token t + 2. Frontier rows lie behind the committed ones, one block per level.
+class EagleModel:
+    """An EAGLE-3 head in its inference form; shared by every drafter that uses it.
 
     Args:
         head: the weights.
-        target: the model it was trained for; its embedding is shared.
-        width: children per node and nodes expanded per level.
-        max_depth: expansions after the first level that there is room for.
+        target: the model it was trained for; its embedding, dtype and device are shared.
 
     Raises:
         ValueError: the head belongs to another hidden size or vocabulary.
     """
 
-    def __init__(self, head: EagleHead, target: Transformer, width: int = 10, max_depth: int = 12):
+    def __init__(self, head: EagleHead, target: Transformer):
         config = head.config
         for what, mine, theirs in (
             ("hidden size", config.hidden_size, target.shape.hidden),
@@ -45,15 +40,11 @@ class EagleDrafter:
                 raise ValueError(
                     f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target"
                 )
-        self.target, self.width, self.max_depth = target, width, max_depth
-        self.capture = tuple(
-            getattr(config, "eagle_aux_hidden_state_layer_ids", None) or captured_layers(target.shape.layers)
-        )
-        self.vocab = config.vocab_size
+        self.target = target
+        self.capture = head.captured_layers or captured_layers(target.shape.layers)
         dtype, device = target.dtype, target.device
         state = {name: t.to(device, dtype) if t.is_floating_point() else t for name, t in head.state_dict().items()}
-        prefix = "midlayer."
-        layer = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+        layer = part(state, "midlayer.")
         self.shape = Shape(
             hidden=config.hidden_size,
             layers=1,
@@ -69,10 +60,49 @@ class EagleDrafter:
         self.hidden_norm = RMSNorm(layer["hidden_norm.weight"], self.shape.norm_eps)
         self.norm = RMSNorm(state["norm.weight"], self.shape.norm_eps)
         self.lm_head = Linear(state["lm_head.weight"])
-        self.rope = Rope(config, self.shape.head_dim, dtype, device)
+        self.rope = Rope(config, self.shape.head_dim, self.shape.context, dtype, device)
         self.draft_ids = head.draft_ids.numpy()
+
+    def forward(
+        self, hidden: Tensor, tokens: np.ndarray, positions: np.ndarray, cache: KVCache, mask: Tensor | None
+    ) -> Tensor:
+        """The layer on rows of hidden states ``[n, hidden]``, each with the token behind it."""
+        device = self.target.device
+        embedded = self.target.embed(torch.from_numpy(tokens).to(device))
+        x = torch.cat([self.layer.input_norm(embedded), self.hidden_norm(hidden)], -1)[None]
+        rope = self.rope.at(torch.from_numpy(positions).to(device)[None])
+        keys, values = cache.data[0, 0], cache.data[1, 0]
+        causal = mask is None and len(tokens) > 1
+        y = hidden[None] + self.layer.attend(x, keys, values, cache.length, rope, mask, causal)
+        return (y + self.layer.feed(self.layer.post_norm(y)))[0]
+
+    def children(self, hidden: Tensor, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``width`` most probable next tokens of each row ``[n, width]`` and their log-probabilities."""
+        log_probs = self.lm_head(self.norm(hidden)).float().log_softmax(-1)
+        best, index = log_probs.topk(width, dim=-1)
+        return self.draft_ids[index.cpu().numpy()], best.clamp(max=0.0).cpu().numpy()
+
+
+class EagleDrafter:
+    """Drafts a tree with an EAGLE-3 head.
+
+    Row t of its cache belongs to position t of the text: it read the target's features of token t and the embedding
+    of token t + 1, and predicts token t + 2. Frontier rows lie behind the committed ones, one block per level.
+
+    Args:
+        model: the head.
+        width: children per node and nodes expanded per level.
+        max_depth: expansions after the first level that there is room for.
+    """
+
+    def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
+        if width > model.shape.vocab:
+            raise ValueError(f"width is {width}; the drafter's vocabulary has {model.shape.vocab} tokens only")
+        self.model, self.width = model, width
+        self.capture, self.vocab = model.capture, model.target.shape.vocab
+        self.device = model.target.device
         self.frontier_rows = width * max_depth
-        self.cache = KVCache(self.shape, 0, dtype, device)
+        self.cache = KVCache(model.shape, 0, model.target.dtype, self.device)
         self.mask = self._new_mask(0)
 
     @torch.inference_mode()
@@ -80,7 +110,7 @@ class EagleDrafter:
         """Forget the last text and process this one but for its last row, which the first cycle completes."""
         need = len(text) + positions + self.frontier_rows
         if need > self.cache.capacity:
-            self.cache = KVCache(self.shape, max(2048, need), self.target.dtype, self.target.device)
+            self.cache = KVCache(self.model.shape, max(2048, need), self.model.target.dtype, self.device)
             self.mask = self._new_mask(64)
         self.cache.length = 0
         self._catch_up(features[:-1], text[1:-1])
@@ -96,7 +126,7 @@ class EagleDrafter:
         """Process the tokens committed since the last call; the last row gives level 0."""
         hidden = self._catch_up(torch.cat(self.features), self.tokens)[-1:]
         self.features, self.tokens = [], []
-        tokens, log_probs = self._children(hidden)
+        tokens, log_probs = self.model.children(hidden, self.width)
         tree.start(tokens[0], log_probs[0])
         self.hidden = hidden.expand(self.width, -1)  # what the frontier nodes read: their parent's output
         self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
@@ -105,19 +135,19 @@ class EagleDrafter:
     def expand(self, tree: Tree) -> None:
         """One forward over the frontier, behind the rows of earlier levels."""
         committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
-        mask = self.mask.window(committed, torch.from_numpy(self.lineage).to(self.target.device))
+        mask = self.mask.window(committed, torch.from_numpy(self.lineage).to(self.device))
         positions = np.full(self.width, committed + earlier // self.width)
         self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
-        output = self._forward(self.hidden, tree.tokens[tree.frontier], positions, mask)
+        output = self.model.forward(self.hidden, tree.tokens[tree.frontier], positions, self.cache, mask)
         self.cache.length = committed
-        parents = tree.grow(*self._children(output))
-        self.hidden = output[torch.from_numpy(parents).to(self.target.device)]
+        parents = tree.grow(*self.model.children(output, self.width))
+        self.hidden = output[torch.from_numpy(parents).to(self.device)]
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
 
     def _new_mask(self, rows: int) -> AncestorMask:
         rows = max(rows, self.width)
         columns = max(rows, self.frontier_rows)
-        return AncestorMask(rows, columns, self.cache.capacity, self.target.dtype, self.target.device)
+        return AncestorMask(rows, columns, self.cache.capacity, self.model.target.dtype, self.device)
 
     def _catch_up(self, features: Tensor, tokens: Sequence[int]) -> Tensor:
         """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""
@@ -130,23 +160,7 @@ class EagleDrafter:
                 self.mask = self._new_mask(n)
             visible = torch.ones(n, n, dtype=torch.bool, device=features.device).tril_()
             mask = self.mask.window(length, visible)
-        hidden = self._forward(self.fc(features[None])[0], np.array(tokens), np.arange(length, length + n), mask)
+        hidden = self.model.fc(features[None])[0]
+        hidden = self.model.forward(hidden, np.array(tokens), np.arange(length, length + n), self.cache, mask)
         self.cache.length += n
         return hidden
-
-    def _forward(self, hidden: Tensor, tokens: np.ndarray, positions: np.ndarray, mask: Tensor | None) -> Tensor:
-        """The layer on rows of hidden states ``[n, hidden]``, each with the token behind it."""
-        device = self.target.device
-        embedded = self.target.embed(torch.from_numpy(tokens).to(device))
-        x = torch.cat([self.layer.input_norm(embedded), self.hidden_norm(hidden)], -1)[None]
-        rope = self.rope.at(torch.from_numpy(positions).to(device)[None])
-        keys, values = self.cache.data[0, 0], self.cache.data[1, 0]
-        causal = mask is None and len(tokens) > 1
-        y = hidden[None] + self.layer.attend(x, keys, values, self.cache.length, rope, mask, causal)
-        return (y + self.layer.feed(self.layer.post_norm(y)))[0]
-
-    def _children(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The ``width`` most probable next tokens of each row ``[n, width]`` and their log-probabilities."""
-        log_probs = self.lm_head(self.norm(hidden)).float().log_softmax(-1)
-        best, index = log_probs.topk(self.width, dim=-1)
-        return self.draft_ids[index.cpu().numpy()], best.clamp(max=0.0).cpu().numpy()

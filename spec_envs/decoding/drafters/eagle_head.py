@@ -84,6 +84,14 @@ class EagleHead(nn.Module):
         """Target ids of the draft vocabulary, ``[draft_vocab]``."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    @property
+    def captured_layers(self) -> tuple[int, ...] | None:
+        """Layers of the target whose inputs the head reads, where its config names them."""
+        nested = getattr(self.config, "eagle_config", None) or {}
+        name = "eagle_aux_hidden_state_layer_ids"
+        named = getattr(self.config, name, None) or nested.get(name)
+        return tuple(named) if named else None
+
     @classmethod
     def from_target(cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor) -> EagleHead:
         """A head for ``target`` that starts as the target's own last layer and output head.
@@ -141,7 +149,12 @@ class EagleHead(nn.Module):
             folder = DATA / drafters[name]["path"]
         else:
             folder = folder_or_hub(name, f"a drafter of models.yml ({', '.join(drafters)})")
-        raw = json.loads((folder / "config.json").read_text())
+        try:
+            raw = json.loads((folder / "config.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"cannot read {folder}/config.json of the drafter ({error}); fetch or train it again"
+            ) from None
         config = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "architectures")})
         weights = load_weights(folder)
         if missing := {"fc.weight", "midlayer.self_attn.q_proj.weight", "lm_head.weight"} - weights.keys():
