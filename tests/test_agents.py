@@ -149,15 +149,22 @@ def write_run(folder: Path, trained: Any, **config: Any) -> Path:
 
 
 def test_runs_load_with_their_partner(tmp_path: Path) -> None:
-    budget = AGENTS["dqn"](control=BudgetControl(budgets="ltd"), seed=1)
+    sizes = {"budgets": "ltd", "max_depth": 6}
+    budget = AGENTS["dqn"](control=BudgetControl(**sizes), seed=1)
     depth = AGENTS["ppo"](control=DepthControl(max_depth=6), seed=2, pi_arch=[8])
-    partner = write_run(tmp_path / "b", budget, id="SpecBudget-v0", agent="dqn", env={"budgets": "ltd"})
+    partner = write_run(tmp_path / "b", budget, id="SpecBudget-v0", agent="dqn", env=sizes)
     run = write_run(
         tmp_path / "d", depth, env={"max_depth": 6}, partner=str(partner), hyperparameters={"pi_arch": [8], "seed": 0}
     )
     control, agent = agents.load(run)
     assert isinstance(control, DepthControl) and control.max_depth == 6
     assert isinstance(control.partner.control, BudgetControl) and len(control.partner.control.budgets) == 24
+    with pytest.raises(
+        ValueError, match=r"trained with width and max_depth \(10, 6\), this environment has \(10, 12\)"
+    ):
+        DepthControl().compose(*agents.load(partner))
+    with pytest.raises(ValueError, match="a depth policy wants a budget policy as its partner, not depth"):
+        DepthControl(max_depth=6).compose(*agents.load(run))
     seen = control.observation_space.sample()
     assert agent.predict(seen, deterministic=True)[0] == depth.predict(seen, deterministic=True)[0]
 
