@@ -26,8 +26,8 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.files import write_json
 
-DEPTHS = (1, 2, 3, 4, 6, 8, 10)
-BUDGETS = (4, 8, 12, 16, 24, 32, 48, 64)
+DEPTHS = (1, 2, 3, 4, 5, 6, 8)
+BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 
 
 def static_policy(depth: int, budget: int) -> Policy:

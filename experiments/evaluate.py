@@ -217,7 +217,7 @@ def main() -> None:
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
         if args.depth or args.budget:
-            results = evaluate_mixes(args.depth.split() or ["6"], args.budget.split() or ["60"], overrides, args.count)
+            results = evaluate_mixes(args.depth.split() or ["2"], args.budget.split() or ["16"], overrides, args.count)
             save(results, args.out or Path("runs/mixes"))
         elif args.run:
             results = evaluate_run(args.run, overrides, args.count, None)

@@ -35,7 +35,7 @@ def main() -> None:
             env = agents.read_config(args.run)["env"]
         else:
             control = DepthControl()
-            agent, env = FixedAgent(control, 5), {}
+            agent, env = FixedAgent(control, 2), {}
         given = {"temperature": args.temperature, "top_p": args.top_p}
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)

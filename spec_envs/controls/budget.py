@@ -64,7 +64,7 @@ class BudgetControl(Control):
     ## Arguments
 
     - `budgets=(4, 8, …, 96)`: what the actions stand for; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
-    - `depth=6`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
+    - `depth=2`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
     - `max_depth=12`: most expansions.
     - `width=10`: children per node, and nodes expanded per level.
 
@@ -80,7 +80,7 @@ class BudgetControl(Control):
     def __init__(
         self,
         budgets: Sequence[int] | str = (4, 8, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96),
-        depth: int | str = 6,
+        depth: int | str = 2,
         max_depth: int = 12,
         width: int = 10,
         observation: str = "default",
