@@ -31,10 +31,8 @@ from spec_envs.decoding.pair import load_decoder, make_clocks
 from spec_envs.files import whole, write_json
 from spec_envs.prompts import Prompt, encode, load_prompts
 
-STATIC_PROMPTS, STATIC_TOKENS = (
-    5,
-    64,
-)  # training prompts that the grid of static settings is tried on, and tokens of each
+# Training prompts that the grid of static settings is tried on, and tokens of each.
+STATIC_PROMPTS, STATIC_TOKENS = 5, 48
 
 
 def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
