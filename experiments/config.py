@@ -41,6 +41,8 @@ class Experiment(BaseModel):
         eval_prompts: prompts of a validation.
         test_prompts: prompts of the final table.
         checkpoint_freq: steps between checkpoints.
+        calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
+            always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
         init: run folder whose policy weights training starts from.
         checkpoint: checkpoint.pt's folder to go on from.
@@ -56,6 +58,7 @@ class Experiment(BaseModel):
     eval_prompts: int = Field(default=10, ge=1)
     test_prompts: int = Field(default=15, ge=2)
     checkpoint_freq: int = Field(default=2048, ge=1)
+    calibrate: bool = True
     partner: str | None = None
     init: str | None = None
     checkpoint: str | None = None

@@ -23,6 +23,7 @@ from experiments.arms import decoded, plain_decoder, run_arms
 from experiments.callbacks import Keeper, Monitor
 from experiments.comparison import ratio
 from experiments.config import Experiment, load_experiment
+from experiments.costs import cost_curves
 from experiments.evaluate import STATIC_PROMPTS, best_static, decoder_for, encoded_prompts, evaluate_run, save
 from experiments.machine import revision, versions
 from experiments.report import markdown
@@ -75,9 +76,17 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
         temporary.write_text(yaml.safe_dump(config | made_with, sort_keys=False))
 
 
-def make_env(config: dict[str, Any]) -> gym.Env:
-    """The training environment of a run, its partner composed in."""
-    env = gym.make(config["id"], **config["env"])
+def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
+    """The training environment of a run, its partner composed in, its clock calibrated."""
+    keywords = dict(config["env"])
+    if config["calibrate"] and keywords.get("clock", "wall") == "wall":
+        table = folder / "clock.json"
+        if not table.exists():
+            print("measuring this machine's cost table", file=sys.stderr)
+            control = make_control(ENVIRONMENTS[config["id"]], keywords)
+            write_json(table, cost_curves(decoder_for(keywords, control)))
+        keywords["clock"] = str(table)
+    env = gym.make(config["id"], **keywords)
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
     if config["partner"]:
@@ -87,7 +96,7 @@ def make_env(config: dict[str, Any]) -> gym.Env:
 
 def train_agent(folder: Path, config: dict[str, Any]) -> None:
     """Train to the run's total and keep the best agent in the folder."""
-    env = make_env(config)
+    env = make_env(folder, config)
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
     control = spec_env.control

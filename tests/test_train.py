@@ -15,6 +15,7 @@ import yaml
 
 import agents
 from experiments import evaluate, stream, train
+from spec_envs.decoding.clock import CostTable
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +51,7 @@ def test_train_ends_with_a_table_and_a_picture(
     assert config["versions"]["torch"] and config["revision"] and config["hyperparameters"]["gamma"] == 1.0
     assert list(folder.glob("events_*/events.out.tfevents.*"))
     assert [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] == 128
+    assert CostTable.load(str(folder / "clock.json")).seconds("verify", 1) > 0
     agents.load(folder)
 
     run_train(monkeypatch, arguments)
