@@ -20,7 +20,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException as error:
+    except BaseException as error:  # KeyboardInterrupt too: clean up, then raise on
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or "No space left" in str(error):
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
