@@ -46,13 +46,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--conversations", type=Path, nargs="*", default=[], help="further JSONL files with user and assistant"
     )
-    parser.add_argument("--draft-vocab", type=int, default=4864, help="most frequent tokens that can be drafted")
+    parser.add_argument("--draft-vocab", type=int, default=3328, help="most frequent tokens, drafted in any text")
     parser.add_argument("--epochs", type=float, default=4, help="passes over the text")
     parser.add_argument("--steps", type=int, default=7, help="levels the head is unrolled over")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a batch")
     parser.add_argument("--learning-rate", type=float, default=1.6e-3, help="peak of AdamW's schedule")
     parser.add_argument("--deep-share", type=float, default=0.25, help="share of the rows that deep levels train on")
-    parser.add_argument("--longest", type=int, default=768, help="longer conversations are left out (tokens)")
+    parser.add_argument("--longest", type=int, default=1024, help="longer conversations are left out (tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of text, batches and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", default="auto", help="of the target and of autocast: auto, bfloat16, float32")
@@ -94,7 +94,8 @@ def make_drafter(args: argparse.Namespace) -> None:
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
     text = args.work / "text.jsonl"
     if args.tokens:
-        write_conversations(target, tokenizer, text, args.tokens, seed=args.seed)
+        longest = min(args.longest, target.shape.context)
+        write_conversations(target, tokenizer, text, args.tokens, longest=longest, seed=args.seed)
     files = [*args.conversations, *([text] if args.tokens else [])]
     conversations = [tokenized(tokenizer, c) for file in files for c in read_conversations(file)]
     random.Random(args.seed).shuffle(conversations)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,17 +49,18 @@ class Batch:
         return cls(ids, features, final, lengths, answers)
 
 
-def drafted_rows(batch: Batch, step: int) -> Tensor:
-    """Rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer."""
+def drafted_rows(batch: Batch, step: int, within_answer: bool = True) -> Tensor:
+    """Rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer, or inside the whole text."""
     row = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
-    return (row >= batch.answers[:, None] - 1) & (row + 2 + step < batch.lengths[:, None])
+    first = batch.answers[:, None] - 1 if within_answer else 0
+    return (row >= first) & (row + 2 + step < batch.lengths[:, None])
 
 
-def sample_rows(batch: Batch, share: float) -> Tensor:
+def sample_rows(batch: Batch, share: float, generator: torch.Generator | None = None) -> Tensor:
     """The same number of the answers' rows of every conversation, at random, ascending: ``[B, n]``."""
     inside = drafted_rows(batch, 0)
     count = max(1, round(share * int(inside.sum(1).max())))
-    keys = torch.rand(inside.shape, device=inside.device).masked_fill_(~inside, 2.0)
+    keys = torch.rand(inside.shape, device=inside.device, generator=generator).masked_fill_(~inside, 2.0)
     return keys.topk(count, dim=1, largest=False).indices.sort(1).values
 
 
@@ -77,7 +79,7 @@ class Unrolled(nn.Module):
         self.rope = Rope(head.config, head.config.head_dim, LONGEST, torch.float32, embedding.device)
 
     def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
-        """Yield each step's logits: ``[B, T, draft_vocab]`` at step 0, ``[B, n, draft_vocab]`` for ``rows`` behind it."""
+        """Yield each step's normed output: ``[B, T, hidden]`` at step 0, ``[B, n, hidden]`` for ``rows`` behind it."""
         width = batch.ids.shape[1]
         all_rows = torch.arange(width, device=batch.ids.device).expand(len(batch.ids), -1)
         hidden, keys, values = self.head.fc(batch.features), [], []
@@ -91,7 +93,7 @@ class Unrolled(nn.Module):
             hidden = hidden + self._attend(q, keys, values, at)
             layer = self.head.midlayer
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            yield self.head.lm_head(self.head.norm(hidden))
+            yield self.head.norm(hidden)
 
     def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 + step``."""
@@ -120,49 +122,68 @@ class Unrolled(nn.Module):
 
 
 class Objective:
-    """Cross-entropy to the target's distribution over the draft vocabulary.
+    """Cross-entropy to the target's distribution over the draft vocabulary: of the whole text at the first step, of
+    the answers behind it.
 
-    Positions at which the target's own choice cannot be drafted carry no loss, as published.
+    In training that vocabulary is the shortlist and every token of the batch: the output rows are the target's and
+    stay fixed, so a head that learns to point at a token need not have it on the shortlist.
+
+    Args:
+        output_head: the target's output rows ``[vocab, hidden]``.
+        dtype: of autocast.
     """
 
     def __init__(self, model: Unrolled, output_head: Tensor, dtype: torch.dtype):
-        """``output_head``: the target's output rows ``[vocab, hidden]``."""
         self.model, self.dtype = model, dtype
-        self.t2d = model.head.t2d
-        self.draft_ids = model.head.draft_ids
-        self.draft_rows = output_head[self.draft_ids].to(dtype)
+        self.shortlist = model.head.t2d
+        self.output_head = output_head.to(dtype)
 
-    def __call__(self, batch: Batch, steps: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows.
 
         Args:
             share: of the rows that the steps behind the first are run for.
+            generator: draws those rows.
         """
-        device, width = batch.ids.device, batch.ids.shape[1]
-        rows = sample_rows(batch, share)
+        device = batch.ids.device
+        rows = sample_rows(batch, share, generator)
         loss = torch.zeros((), device=device)
         alive = torch.zeros(0, dtype=torch.bool, device=device)  # rows whose chain so far is right
         survived, counted = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
+        vocabulary = self.shortlist.clone()
+        vocabulary[batch.ids] = True
+        vocabulary = vocabulary.nonzero()[:, 0]
+        output_rows = self.output_head[vocabulary]
+        draftable = self._draftable(batch)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for step, logits in enumerate(self.model(batch, steps, rows)):
+            for step, hidden in enumerate(self.model(batch, steps, rows)):
                 inside = drafted_rows(batch, step)
-                following = F.pad(batch.ids[:, step + 2 :], (0, step + 2))  # what each row predicts
                 if step:
-                    inside, following = inside.gather(1, rows), following.gather(1, rows)
-                picked = (inside & self.t2d[following]).nonzero(as_tuple=True)
+                    inside = inside.gather(1, rows)
+                trained = inside if step else drafted_rows(batch, 0, within_answer=False)
+                picked = trained.nonzero(as_tuple=True)
                 at = rows[picked] if step else picked[1]
-                final = batch.final[picked[0], (at + 1 + step).clamp(max=width - 1)].to(self.dtype)
-                wanted = (final @ self.draft_rows.T).float().softmax(-1)
-                logits = logits[picked].float()
-                step_loss = -(wanted * logits.log_softmax(-1)).sum() / inside.sum().clamp(min=1)
-                loss = loss + STEP_DECAY**step * step_loss
+                ahead = (picked[0], at + 1 + step)  # what has been read when the prediction is made
+                wanted = F.linear(batch.final[ahead].to(self.dtype), output_rows).float().softmax(-1)
+                logits = F.linear(hidden[picked], output_rows).float()
+                loss = loss + STEP_DECAY**step * F.cross_entropy(logits, wanted)
+                following = batch.ids[picked[0], at + 2 + step]
                 right = torch.zeros_like(inside)
-                right[picked] = self.draft_ids[logits.argmax(-1)] == following[picked]
-                alive = right if step == 0 else alive & right
+                right[picked] = (vocabulary[logits.argmax(-1)] == following) & (
+                    self.shortlist[following] | (draftable[picked[0], at + 2 + step] <= at + 1)
+                )
+                alive = right & inside if step == 0 else alive & right
                 survived[step], counted[step] = alive.sum(), inside.sum()
                 if step == 0:
                     alive = alive.gather(1, rows)
         return loss, survived, counted
+
+    @staticmethod
+    def _draftable(batch: Batch) -> Tensor:
+        """Where in its text each token occurs first, ``[B, T]``: from there on the drafter's vocabulary has it."""
+        return (batch.ids[:, :, None] == batch.ids[:, None, :]).byte().argmax(-1)
 
 
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
@@ -197,8 +218,9 @@ def train(
     seed: int,
 ) -> None:
     """Train the head in place; an interrupted run continues from ``checkpoint`` at the epoch's next batch."""
-    model, device = objective.model, objective.draft_rows.device
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+    model, device = objective.model, objective.output_head.device
+    trained = [p for p in model.head.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     per_epoch = sum(1 for _ in batches(paths, batch_tokens, random.Random(0)))
     done = 0
     if checkpoint.exists():
@@ -207,23 +229,37 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         done = state["done"]
     total = round(epochs * per_epoch)
-    with tqdm(total=total, initial=done, unit="batch", desc="training the head") as bar:
+    # Products of this size do not split well over cores: each core takes a part of the batch instead.
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+
+    def gradient(examples: list[Example], part_seed: str) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(random.Random(part_seed).getrandbits(63))
+        loss, survived, rows = objective(Batch.of(examples, device), steps, share, generator)
+        return torch.autograd.grad(loss, trained), loss.detach(), survived, rows
+
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, tqdm(total=total, initial=done, unit="batch", desc="training the head") as bar:
         for epoch in range(done // per_epoch, math.ceil(epochs)):
             for i, examples in enumerate(batches(paths, batch_tokens, random.Random(f"{seed}-{epoch}"))):
                 if not done <= epoch * per_epoch + i < total:
                     continue
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, total, peak)
-                loss, survived, rows = objective(Batch.of(examples, device), steps, share)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.head.parameters(), 0.5)
+                seeds = [f"{seed}-{done}-{worker}" for worker in range(workers)]
+                parts = [examples[worker::workers] for worker in range(min(workers, len(examples)))]
+                found = list(pool.map(gradient, parts, seeds))
+                for parameter, *grads in zip(trained, *(grads for grads, *_ in found), strict=True):
+                    parameter.grad = torch.stack(grads).mean(0)
+                nn.utils.clip_grad_norm_(trained, 0.5)
                 optimizer.step()
                 done += 1
                 bar.update()
                 if done % 10 == 0:
+                    loss, survived, rows = (sum(parts) for parts in zip(*(rest for _, *rest in found), strict=True))
                     chain = (survived / rows.clamp(min=1)).tolist()
-                    bar.set_postfix(loss=f"{loss.item():.3f}", accepted=" ".join(f"{a:.2f}" for a in chain))
+                    bar.set_postfix(
+                        loss=f"{float(loss) / len(found):.3f}", accepted=" ".join(f"{a:.2f}" for a in chain)
+                    )
                 if done % 200 == 0 or done == total:
                     state = {"head": model.head.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
                     with whole(checkpoint) as temporary:
@@ -235,7 +271,7 @@ def report(objective: Objective, paths: list[Path], batch_tokens: int, depth: in
     """Cumulative chain acceptance by depth 1…``depth`` on held-out text."""
     survived, rows = torch.zeros(depth), torch.zeros(depth)
     for examples in batches(paths, batch_tokens, random.Random(0)):
-        _, s, r = objective(Batch.of(examples, objective.draft_rows.device), depth)
+        _, s, r = objective(Batch.of(examples, objective.output_head.device), depth)
         survived += s.cpu()
         rows += r.cpu()
     return {

@@ -1,7 +1,7 @@
 """Text that the target writes itself: what its drafter learns from, so that no data set is needed.
 
-A user turn is sampled at temperature 1 from the bare chat template (the model then writes the kind of request it
-was tuned on), then the target answers it greedily. One conversation is one JSON line.
+User turns are put together (``turns.py``) or sampled at temperature 1 from the bare chat template (the model then
+writes the kind of request it was tuned on); the target answers them greedily. One conversation is one JSON line.
 """
 
 from __future__ import annotations
@@ -14,23 +14,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from experiments.turns import OPENINGS, composed_turn, training_turns
 from spec_envs.decoding.batch import generate_batch
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.prompts import decode, encode
 
 MARK = "\x00turn\x00"
-
-# How some user turns begin, so that every kind of task occurs; the model writes the rest.
-OPENINGS = (
-    "Summarize the following article.\n\n",
-    "Summarize this text in one sentence.\n\n",
-    "Complete the following Python function.\n\ndef ",
-    "Write a Python function that ",
-    "Solve this problem step by step: ",
-    "How many ",
-    "Explain ",
-    "Write a short ",
-)
 
 
 def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -47,22 +36,25 @@ def write_conversations(
     batch: int = 128,
     max_turn: int = 160,
     max_answer: int = 224,
+    longest: int = 1024,
     opened: float = 0.4,
+    composed: float = 0.5,
     seed: int = 0,
 ) -> None:
     """Append conversations to ``path`` until it holds ``tokens`` answer tokens.
 
     Args:
-        batch: answers written at once; three times as many user turns, which are shorter, are sampled at once.
+        batch: answers written at once; twice as many user turns, which are shorter, are sampled at once.
         max_turn, max_answer: limits in tokens; a longer turn is dropped, a longer answer is cut.
-        opened: share of the user turns that start with one of ``OPENINGS``.
+        longest: of turn and answer together, in tokens; longer turns are dropped.
+        opened: share of the sampled user turns that start with one of ``OPENINGS``.
+        composed: share of the user turns that are put together.
     """
     conversations = read_conversations(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(c) + "\n" for c in conversations))  # without a line cut short
     written = sum(len(c["answer_ids"]) for c in conversations)
     eos = {tokenizer.eos_token_id}
-    prefix = user_prefix(tokenizer)
     with (
         tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
         path.open("a") as file,
@@ -70,23 +62,45 @@ def write_conversations(
         barren = 0  # rounds in a row without a finished user turn
         while written < tokens:
             rng = random.Random(f"{seed}-{written}-{barren}")  # a resumed run draws what an undisturbed one would
-            generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
-            openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(3 * batch)]
-            starts = [tokenizer(prefix + o, add_special_tokens=False)["input_ids"] for o in openings]
-            turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
-            users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
-            users = [user for user in users if user.strip()]
+            users = sampled_turns(target, tokenizer, 2 * batch, max_turn, opened, rng)
             barren = 0 if users else barren + 1
             if barren == 3:
                 raise ValueError("the target ends no user turn of its own; give --conversations and --tokens 0")
-            for first in range(0, len(users), batch):
-                group = users[first : first + batch]
-                answers = generate_batch(target, [encode(tokenizer, user) for user in group], max_answer, eos)
-                for user, answer in zip(group, answers, strict=True):
-                    file.write(json.dumps({"user": user, "answer_ids": answer}) + "\n")
-                    written += len(answer)
+            if not conversations:
+                users += training_turns()
+            texts = [
+                decode(tokenizer, c["answer_ids"]) for c in rng.sample(conversations, min(400, len(conversations)))
+            ]
+            users += [composed_turn(rng, texts) for _ in range(round(len(users) * composed / (1 - composed)))]
+            encoded = sorted(((encode(tokenizer, user), user) for user in users), key=lambda pair: len(pair[0]))
+            prompts = [(ids, user) for ids, user in encoded if len(ids) + max_answer <= longest]
+            for first in range(0, len(prompts), batch):
+                group = prompts[first : first + batch]
+                answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos)
+                new = [{"user": user, "answer_ids": answer} for (_, user), answer in zip(group, answers, strict=True)]
+                file.writelines(json.dumps(conversation) + "\n" for conversation in new)
+                conversations += new
+                written += sum(map(len, answers))
                 file.flush()
                 bar.update(min(written, tokens) - bar.n)
+
+
+def sampled_turns(
+    target: Transformer,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_turn: int,
+    opened: float,
+    rng: random.Random,
+) -> list[str]:
+    """User turns the target writes: those of ``count`` that it ends within ``max_turn`` tokens."""
+    generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
+    prefix, eos = user_prefix(tokenizer), {tokenizer.eos_token_id}
+    openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(count)]
+    starts = [tokenizer(prefix + opening, add_special_tokens=False)["input_ids"] for opening in openings]
+    turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
+    users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
+    return [user for user in users if user.strip()]
 
 
 def read_conversations(path: Path) -> list[dict]:

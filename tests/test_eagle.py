@@ -31,8 +31,8 @@ def test_training_unrolls_what_inference_drafts(tiny_target: Path, tiny_drafter:
     row = len(prompt) - 1
     rows = torch.tensor([[row, row + 1]])
     with torch.no_grad():
-        for step, logits in enumerate(Unrolled(head, target.embedding)(batch, 6, rows)):
-            log_probs = logits[0, row if step == 0 else 0].log_softmax(-1)
+        for step, hidden in enumerate(Unrolled(head, target.embedding)(batch, 6, rows)):
+            log_probs = head.lm_head(hidden[0, row if step == 0 else 0]).log_softmax(-1)
             expected = scores[step] - (scores[step - 1] if step else 0.0)
             assert head.draft_ids[log_probs.argmax()] == chain[step]
             assert abs(float(log_probs.max()) - expected) < 1e-4
@@ -86,3 +86,28 @@ def test_saving_and_loading_is_exact(tiny_drafter: Path, tmp_path: Path) -> None
         head.state_dict().items(), EagleHead.load(str(tmp_path)).state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_tokens_of_the_text_can_be_drafted(tiny_target: Path, tmp_path: Path) -> None:
+    """A head whose output rows are the target's drafts from its shortlist and from what the text has had so far."""
+    target, weights = load_target(str(tiny_target), CPU, torch.float32), load_weights(tiny_target)
+    EagleHead.from_target(target, weights, torch.arange(8)).save(tmp_path)
+    decoder = load_decoder(str(tiny_target), str(tmp_path), "cpu", "float32", width=8)
+    text = [3, 12, 9, 12]
+    decoder.start(text, 40, np.random.default_rng(0))
+    while not decoder.finished:
+        decoder.begin()
+        vocabulary = decoder.drafter.vocabulary  # type: ignore[union-attr]
+        assert set(vocabulary.ids) == set(range(8)) | set(text) | set(decoder.tokens)
+        assert set(decoder.tree.tokens) <= set(vocabulary.ids)
+        normed = torch.randn(2, target.shape.hidden)
+        model = decoder.drafter.model  # type: ignore[union-attr]
+        tokens, log_probs = model.children(normed, len(vocabulary.ids), vocabulary)
+        expected = target.lm_head(model.norm(normed))[:, vocabulary.ids].log_softmax(-1)
+        order = np.argsort(vocabulary.ids)
+        for row in range(2):
+            by_id = log_probs[row][np.argsort(tokens[row])]
+            assert np.allclose(by_id, expected[row][order], atol=1e-2)
+        decoder.expand()
+        decoder.verify(12)
+    assert len(vocabulary.ids) > 10

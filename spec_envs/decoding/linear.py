@@ -35,6 +35,10 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows ``[n, in]`` of the weight."""
+        return (self.weight.to_dense() if self.packed else self.weight)[index]
+
 
 def packs(weight: Tensor) -> bool:
     """Whether the weight gains from oneDNN's layout: bfloat16 on a CPU that computes in it."""

@@ -232,8 +232,8 @@ class Transformer:
             self.embedding = weights["model.embed_tokens.weight"]
             self.layers = [Layer(part(weights, f"model.layers.{i}."), self.shape) for i in range(self.shape.layers)]
             self.norm = RMSNorm(weights["model.norm.weight"], self.shape.norm_eps)
-            tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-            self.lm_head = Linear(self.embedding if tied else weights["lm_head.weight"])
+            self.tied = config.tie_word_embeddings or "lm_head.weight" not in weights
+            self.lm_head = Linear(self.embedding if self.tied else weights["lm_head.weight"])
         except torch.OutOfMemoryError:
             raise
         except (KeyError, RuntimeError) as error:
@@ -290,6 +290,10 @@ class Transformer:
     def head(self, x: Tensor) -> Tensor:
         """Logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
         return self.lm_head(self.norm(x))
+
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """The head's rows ``[n, hidden]`` of token ids ``[n]``."""
+        return self.embedding[ids] if self.tied else self.lm_head.rows(ids)
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,18 +20,6 @@ class Verdict:
 
     path: list[int]
     token: int
-
-
-class Verifier(Protocol):
-    """Keeps the target's cache and decides; the decoder sends it ids and parents only."""
-
-    vocab: int
-
-    def start(self, prompt: Sequence[int], positions: int, rows: int, rng: np.random.Generator) -> int:
-        """Prefill and return the first token; the text may grow by ``positions``, the cache by ``rows``."""
-
-    def verify(self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray) -> Verdict:
-        """Verify drafted nodes behind the last token of the text, commit what is accepted."""
 
 
 class LocalVerifier:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle_head import EagleHead
@@ -60,8 +61,10 @@ class EagleModel:
         self.hidden_norm = RMSNorm(layer["hidden_norm.weight"], self.shape.norm_eps)
         self.norm = RMSNorm(state["norm.weight"], self.shape.norm_eps)
         self.lm_head = Linear(state["lm_head.weight"])
+        self.shortlist = head.draft_ids.numpy()
+        own = target.output_rows(head.draft_ids.to(device))
+        self.widens = torch.allclose(state["lm_head.weight"], own, rtol=1e-2, atol=1e-3)  # but for rounding
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, dtype, device)
-        self.draft_ids = head.draft_ids.numpy()
 
     def forward(
         self, hidden: Tensor, tokens: np.ndarray, positions: np.ndarray, cache: KVCache, mask: Tensor | None
@@ -76,11 +79,42 @@ class EagleModel:
         y = hidden[None] + self.layer.attend(x, keys, values, cache.length, rope, mask, causal)
         return (y + self.layer.feed(self.layer.post_norm(y)))[0]
 
-    def children(self, hidden: Tensor, width: int) -> tuple[np.ndarray, np.ndarray]:
+    def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
         """The ``width`` most probable next tokens of each row ``[n, width]`` and their log-probabilities."""
-        log_probs = self.lm_head(self.norm(hidden)).float().log_softmax(-1)
-        best, index = log_probs.topk(width, dim=-1)
-        return self.draft_ids[index.cpu().numpy()], best.clamp(max=0.0).cpu().numpy()
+        normed = self.norm(hidden)
+        logits = self.lm_head(normed)
+        if vocabulary.rows is not None:
+            logits = torch.cat([logits, F.linear(normed, vocabulary.rows)], -1)
+        best, index = logits.float().log_softmax(-1).topk(width, dim=-1)
+        return vocabulary.ids[index.cpu().numpy()], best.clamp(max=0.0).cpu().numpy()
+
+
+class Vocabulary:
+    """What can be drafted in one text: the head's shortlist and, where its output rows are the target's own, every
+    token of the text so far (names in an article to summarise, identifiers of a program).
+
+    Attributes:
+        ids: target ids ``[n]``, the shortlist first.
+        rows: output rows of the ids behind the shortlist, or None.
+    """
+
+    def __init__(self, model: EagleModel):
+        self.model = model
+        self.ids = model.shortlist
+        self.rows: Tensor | None = None
+        self.known = np.zeros(model.target.shape.vocab, dtype=bool)
+        self.known[self.ids] = True
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Note tokens of the text."""
+        text = np.asarray(tokens)
+        new = np.unique(text[~self.known[text]])
+        if not self.model.widens or not len(new):
+            return
+        self.known[new] = True
+        self.ids = np.concatenate([self.ids, new])
+        rows = self.model.target.output_rows(torch.from_numpy(new).to(self.model.target.device))
+        self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
 
 class EagleDrafter:
@@ -113,6 +147,8 @@ class EagleDrafter:
             self.cache = KVCache(self.model.shape, max(2048, need), self.model.target.dtype, self.device)
             self.mask = self._new_mask(64)
         self.cache.length = 0
+        self.vocabulary = Vocabulary(self.model)
+        self.vocabulary.add(text)
         self._catch_up(features[:-1], text[1:-1])
         self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not processed yet
 
@@ -124,9 +160,10 @@ class EagleDrafter:
     @torch.inference_mode()
     def root(self, tree: Tree) -> None:
         """Process the tokens committed since the last call; the last row gives level 0."""
+        self.vocabulary.add(self.tokens)
         hidden = self._catch_up(torch.cat(self.features), self.tokens)[-1:]
         self.features, self.tokens = [], []
-        tokens, log_probs = self.model.children(hidden, self.width)
+        tokens, log_probs = self.model.children(hidden, self.width, self.vocabulary)
         tree.start(tokens[0], log_probs[0])
         self.hidden = hidden.expand(self.width, -1)  # what the frontier nodes read: their parent's output
         self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
@@ -140,7 +177,7 @@ class EagleDrafter:
         self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
         output = self.model.forward(self.hidden, tree.tokens[tree.frontier], positions, self.cache, mask)
         self.cache.length = committed
-        parents = tree.grow(*self.model.children(output, self.width))
+        parents = tree.grow(*self.model.children(output, self.width, self.vocabulary))
         self.hidden = output[torch.from_numpy(parents).to(self.device)]
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
 

@@ -94,7 +94,7 @@ class EagleHead(nn.Module):
 
     @classmethod
     def from_target(cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor) -> EagleHead:
-        """A head for ``target`` that starts as the target's own last layer and output head.
+        """A head for ``target`` that starts as the target's own last layer; its output rows stay the target's.
 
         Args:
             weights: the target's state dict.
@@ -107,7 +107,7 @@ class EagleHead(nn.Module):
             intermediate_size=source.intermediate_size,
             num_hidden_layers=1,
             num_attention_heads=source.num_attention_heads,
-            num_key_value_heads=source.num_key_value_heads,
+            num_key_value_heads=source.num_attention_heads,  # the next token is read through the values only
             head_dim=target.shape.head_dim,
             rms_norm_eps=source.rms_norm_eps,
             max_position_embeddings=source.max_position_embeddings,
@@ -126,7 +126,9 @@ class EagleHead(nn.Module):
             state[f"midlayer.{block}.{name}.weight"] = weights[f"{last}{block}.{name}.weight"]
         for name in ("q_proj", "k_proj", "v_proj"):  # reads the hidden state as the target's layer does
             projection = state[f"midlayer.self_attn.{name}.weight"].zero_()
-            projection[:, hidden:] = weights[f"{last}self_attn.{name}.weight"]
+            heads = weights[f"{last}self_attn.{name}.weight"].unflatten(0, (-1, target.shape.head_dim))
+            heads = heads.repeat_interleave(config.num_attention_heads // len(heads), 0)
+            projection[:, hidden:] = heads.flatten(0, 1)
         for name, origin in (("hidden_norm", "input_layernorm"), ("post_attention_layernorm",) * 2):
             state[f"midlayer.{name}.weight"] = weights[f"{last}{origin}.weight"]
         state["fc.weight"].zero_()[:, 2 * hidden :] = torch.eye(hidden)  # the highest of the three layers
@@ -135,6 +137,7 @@ class EagleHead(nn.Module):
         state["d2t"] = draft_ids - torch.arange(len(draft_ids))
         state["t2d"][draft_ids] = True
         head.load_state_dict(state)
+        head.lm_head.requires_grad_(False)
         return head
 
     @classmethod
