@@ -103,7 +103,8 @@ class AncestorMask:
         n, m = visible.shape
         block = self.buffer[0, 0, :n, self.capacity : self.capacity + m]
         block.fill_(float("-inf")).masked_fill_(visible, 0.0)
-        return self.buffer[:, :, :n, self.capacity - prefix : self.capacity + m]
+        window = self.buffer[:, :, :n, self.capacity - prefix : self.capacity + m]
+        return window if window.device.type == "cpu" else window.contiguous()  # CUDA kernels want aligned rows
 
 
 class RMSNorm:
