@@ -27,7 +27,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.files import write_json
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8)
-BUDGETS = (4, 8, 12, 16, 24, 32, 48)
+BUDGETS = (3, 7, 11, 15, 23, 31, 47)
 
 
 def static_policy(depth: int, budget: int) -> Policy:
@@ -40,7 +40,7 @@ def best_static(decoder: Decoder, env: dict[str, Any]) -> tuple[tuple[int, int],
     """The fastest (depth, budget) on training prompts: each axis in turn from a middling start, until neither moves."""
     prompts = encoded_prompts(env, "train", STATIC_PROMPTS)
     rates: dict[tuple[int, int], float] = {}
-    best = (4, 16)
+    best = (4, 15)
     while True:
         line = [(d, best[1]) for d in DEPTHS] + [(best[0], b) for b in BUDGETS]
         new = list(dict.fromkeys(setting for setting in line if setting not in rates))

@@ -10,7 +10,7 @@ import numpy as np
 
 from spec_envs.decoding.decoder import Decoder
 
-VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96)
+VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # a row more than a tile of 16 costs a jump
 CONTEXT = 256  # rows in the cache when a curve is measured
 
 

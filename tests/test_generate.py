@@ -64,7 +64,7 @@ def test_streaming_gives_the_tokens_cycle_by_cycle(tiny: dict) -> None:
 
 def test_a_partner_decides_the_rest_and_is_charged(tiny: dict) -> None:
     depth, budget = make_control("depth", {}), make_control("budget", {})
-    fixed_budget = AGENTS["fixed"](control=budget, value=16)
+    fixed_budget = AGENTS["fixed"](control=budget, value=15)
     fixed_depth = AGENTS["fixed"](control=depth, value=3)
     fixed_budget.decision_seconds = fixed_depth.decision_seconds = 0.25
 

@@ -63,7 +63,8 @@ class BudgetControl(Control):
 
     ## Arguments
 
-    - `budgets=(4, 8, …, 96)`: what the actions stand for; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
+    - `budgets=(3, 7, …, 95)`: what the actions stand for, by default such that with the root whole tiles of a
+      matrix unit are filled; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
     - `depth=2`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
     - `max_depth=12`: most expansions.
     - `width=10`: children per node, and nodes expanded per level.
@@ -79,7 +80,7 @@ class BudgetControl(Control):
 
     def __init__(
         self,
-        budgets: Sequence[int] | str = (4, 8, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96),
+        budgets: Sequence[int] | str = (3, 7, 11, 15, 19, 23, 31, 39, 47, 63, 79, 95),
         depth: int | str = 2,
         max_depth: int = 12,
         width: int = 10,
