@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from agents.fixed import FixedAgent
 from experiments.arms import decoded, plain_decoder, run_arms, transformers_arm
-from experiments.comparison import by_task, divergences, same_text, summary, throughput
+from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
 from experiments.costs import VERIFY_ROWS, cost_curves, describe
 from experiments.evaluate import STATIC_PROMPTS, STATIC_TOKENS, decoder_for, encoded_prompts
 from experiments.machine import machine
@@ -36,7 +36,7 @@ def static_policy(depth: int, budget: int) -> Policy:
     return Policy(control, FixedAgent(control, depth))
 
 
-def best_static(decoder: Decoder, env: dict[str, Any]) -> tuple[tuple[int, int], dict[str, float]]:
+def best_static(decoder: Decoder, env: dict[str, Any]) -> tuple[tuple[int, int], dict[str, Any]]:
     """The fastest (depth, budget) on training prompts: each axis in turn from a middling start, until neither moves."""
     prompts = encoded_prompts(env, "train", STATIC_PROMPTS)
     rates: dict[tuple[int, int], float] = {}
@@ -50,15 +50,22 @@ def best_static(decoder: Decoder, env: dict[str, Any]) -> tuple[tuple[int, int],
             rates |= {setting: throughput(samples[f"{setting[0]},{setting[1]}"]) for setting in new}
         leader = max(rates, key=rates.__getitem__)
         if leader == best or not new:
-            return best, {f"depth {d}, budget {b}": rate for (d, b), rate in sorted(rates.items())}
+            tried = {f"depth {d}, budget {b}": rate for (d, b), rate in sorted(rates.items())}
+            return best, {"name": "depth, budget", "best": list(best), "tokens_per_second": tried}
         best = leader
 
 
 def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
     """Everything in one run."""
     decoder = decoder_for(env, DepthControl())
-    (depth, budget), grid = best_static(decoder, env)
-    curves = cost_curves(decoder, rows=tuple(VERIFY_ROWS))
+    best, grid = best_static(decoder, env)
+    return checked(lambda prompts: measure(decoder, env, best, prompts) | {"static": grid}, count)
+
+
+def measure(decoder: Decoder, env: dict[str, Any], best: tuple[int, int], count: int) -> dict[str, Any]:
+    """The arms on held-out prompts, and the cost curves."""
+    depth, budget = best
+    curves = cost_curves(decoder, rows=VERIFY_ROWS)
     plain = plain_decoder(decoder)
     arms = {
         "plain": decoded(plain, None),
@@ -81,7 +88,6 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
         "expand_ratio": curves["draft"][decoder.tree.width] / one,
         "arms": rows,
         "references": ["plain", "transformers generate"],
-        "static": {"name": "depth, budget", "best": [depth, budget], "tokens_per_second": grid},
         "prompts": len(samples["plain"]),
         "tasks": list(by_task(samples["plain"])),
         "max_new_tokens": env["max_new_tokens"],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,24 @@ def summary(samples: dict[str, list[Sample]], references: Sequence[str]) -> dict
             "prompts": len(arm),
         }
     return rows
+
+
+def checked(measure: Callable[[int], dict[str, Any]], prompts: int) -> dict[str, Any]:
+    """``measure(prompts)``; where plain decoding run twice differs from itself, once more with twice the prompts.
+
+    The first try is kept under ``first_try``.
+    """
+    results = measure(prompts)
+    if agrees(results):
+        return results
+    print("plain decoding differs from itself (A/A): measuring once more with twice the prompts", file=sys.stderr)
+    return measure(2 * prompts) | {"first_try": results}
+
+
+def agrees(results: dict[str, Any]) -> bool:
+    """Whether the A/A interval of a table contains 1."""
+    interval = results["arms"]["plain again"]["over_plain"]
+    return interval["low"] <= 1 <= interval["high"]
 
 
 def same_text(a: Sequence[Sample], b: Sequence[Sample]) -> float:

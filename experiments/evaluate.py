@@ -17,7 +17,7 @@ import agents
 from agents.fixed import FixedAgent, settings
 from agents.random import RandomAgent
 from experiments.arms import Arm, Encoded, decoded, plain_decoder, run_arms, transformers_arm
-from experiments.comparison import by_task, divergences, same_text, summary, throughput
+from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
 from experiments.costs import cost_curves, describe
 from experiments.machine import machine
 from experiments.report import draw, markdown, settings_played
@@ -68,11 +68,12 @@ def run_tables(
     policies: dict[str, Policy],
     env: dict[str, Any],
     decoder: Decoder,
-    prompts: Sequence[Encoded],
+    test_prompts: int,
     references: Sequence[str],
     learned: Sequence[str],
 ) -> dict[str, Any]:
     """Run plain decoding (twice), transformers and the policies side by side; everything a table needs."""
+    prompts = encoded_prompts(env, "test", test_prompts)
     max_new_tokens = env.get("max_new_tokens", 128)
     plain = plain_decoder(decoder)
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
@@ -118,9 +119,11 @@ def evaluate_run(
         "static": Policy(alone, FixedAgent(alone, static["best"])),
         name: Policy(control, agent),
     }
-    prompts = encoded_prompts(env, "test", test_prompts)
-    results = run_tables(policies, env, decoder, prompts, ["plain", "static"], [name])
-    return results | {"static": static}
+
+    def measure(count: int) -> dict[str, Any]:
+        return run_tables(policies, env, decoder, count, ["plain", "static"], [name]) | {"static": static}
+
+    return checked(measure, test_prompts)
 
 
 def evaluate_mixes(
@@ -139,8 +142,7 @@ def evaluate_mixes(
         if not (depth + budget).isdigit():
             learned.append(name)
     decoder = decoder_for(env, next(iter(policies.values())).control)
-    prompts = encoded_prompts(env, "test", test_prompts)
-    return run_tables(policies, env, decoder, prompts, ["plain"], learned)
+    return checked(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
 
 
 def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
@@ -215,7 +217,7 @@ def main() -> None:
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
         if args.depth or args.budget:
-            results = evaluate_mixes(args.depth.split() or ["2"], args.budget.split() or ["16"], overrides, args.count)
+            results = evaluate_mixes(args.depth.split() or ["2"], args.budget.split() or ["15"], overrides, args.count)
             save(results, args.out or Path("runs/mixes"))
         elif args.run:
             results = evaluate_run(args.run, overrides, args.count, None)

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.arms import Sample
-from experiments.comparison import by_task
+from experiments.comparison import agrees, by_task
 from spec_envs.controls import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.files import whole
@@ -28,7 +28,9 @@ def markdown(results: dict[str, Any]) -> str:
         cells += [f"{row['emitted_per_cycle']:.2f}", f"{row['verified_per_cycle']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *tasks_table(results), "", *notes(results)]
-    return "\n".join(lines) + "\n"
+    if "first_try" in results:
+        lines += ["", "The first try, whose A/A interval excludes 1:", "", markdown(results["first_try"])]
+    return "\n".join(lines).strip() + "\n"
 
 
 def tasks_table(results: dict[str, Any]) -> list[str]:
@@ -57,10 +59,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results.get("static"):
         static = results["static"]
         lines.append(f"Best static setting on training prompts: {static['name']} {static['best']}.")
-    if again := results["arms"].get("plain again"):
-        interval = again["over_plain"]
-        verdict = "contains" if interval["low"] <= 1 <= interval["high"] else "EXCLUDES"
-        lines.append(f"A/A check (plain twice): the interval {verdict} 1.")
+    lines.append(f"A/A check (plain twice): the interval {'contains' if agrees(results) else 'EXCLUDES'} 1.")
     for name, found in results.get("divergences", {}).items():
         lines.append(
             f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "

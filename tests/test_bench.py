@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import bench
 from experiments.arms import Encoded, Sample
-from experiments.comparison import ratio, throughput
+from experiments.comparison import checked, ratio, throughput
 from spec_envs.decoding.clock import CostTable
 
 
@@ -46,3 +47,13 @@ def test_ratios_are_of_sums_and_paired() -> None:
     noisy = [sample(s.tokens, s.seconds * f) for s, f in zip(slow, (0.4, 0.6, 0.5), strict=True)]
     found = ratio(noisy, slow)
     assert found["low"] < found["value"] < found["high"]
+
+
+def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
+    def measure(prompts: int) -> dict[str, Any]:
+        low = 1.1 if prompts < 8 else 0.9
+        return {"arms": {"plain again": {"over_plain": {"low": low, "high": 1.2}}}, "prompts": prompts}
+
+    assert "first_try" not in checked(measure, 8)
+    repeated = checked(measure, 5)
+    assert repeated["prompts"] == 10 and repeated["first_try"]["prompts"] == 5
