@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ import yaml
 
 from agents.fixed import FixedAgent
 from agents.random import RandomAgent
-from agents.sb3 import ALGORITHMS, SB3Agent
+from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, make_control
+from spec_envs.decoding.clock import CostTable
 
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
@@ -31,11 +33,29 @@ def load(run: str | Path) -> tuple[Control, Any]:
     folder = Path(run)
     config = read_config(folder)
     control = make_control(ENVIRONMENTS[config["id"]], config["env"])
+    if control.cost_features:
+        control.costs = cost_table(folder, config["env"])
     if config.get("partner"):
         control.compose(*load(config["partner"]))
     agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
     agent.load(folder)
     return control, agent
+
+
+def cost_table(folder: Path, env: dict[str, Any]) -> CostTable:
+    """The table that a run's training was priced with (the first of several)."""
+    if (folder / "clock.json").exists():
+        return CostTable.load(str(folder / "clock.json"))
+    clock = env["clock"]
+    return CostTable.load(clock if isinstance(clock, str) else clock[0])
+
+
+def known_hyperparameters(name: str) -> set[str]:
+    """What may stand under ``hyperparameters:`` for an agent."""
+    known = set(inspect.signature(AGENTS[name]).parameters)
+    if name in ALGORITHMS:
+        known |= set(inspect.signature(ALGORITHMS[name]).parameters) - RESERVED
+    return known - {"control", "algorithm", "hyperparameters", "seed", "total_timesteps"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

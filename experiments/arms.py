@@ -133,6 +133,8 @@ def run_arms(
 
     A prompt on which an arm has nothing to do (the first token ends the text) is left out for all.
     """
+    if not prompts:
+        raise ValueError("there are no prompts to run; expected at least one")
     names = list(arms)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     with tqdm(total=len(names) * (len(prompts) + 1), desc=desc, unit="text") as bar:
@@ -147,4 +149,6 @@ def run_arms(
             if all(sample.tokens > 0 for sample in turn.values()):
                 for name, sample in turn.items():
                     samples[name].append(sample)
+    if not samples[names[0]]:
+        raise ValueError(f"no prompt is answered with more than one token within max_new_tokens={max_new_tokens}")
     return samples

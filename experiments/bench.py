@@ -14,80 +14,52 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from agents.fixed import FixedAgent
 from experiments.arms import decoded, plain_decoder, run_arms, transformers_arm
 from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
-from experiments.costs import VERIFY_ROWS, cost_curves, describe
-from experiments.evaluate import STATIC_PROMPTS, STATIC_TOKENS, decoder_for, encoded_prompts
+from experiments.costs import cost_curves, describe
+from experiments.live import decoder_for, encoded_prompts
 from experiments.machine import machine
 from experiments.report import draw_arms, markdown
-from spec_envs.controls import Policy
+from experiments.static import best_static, static_policy
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.files import write_json
-
-DEPTHS = (1, 2, 3, 4, 5, 6, 8)
-BUDGETS = (3, 7, 11, 15, 23, 31, 47)
-
-
-def static_policy(depth: int, budget: int) -> Policy:
-    """Every cycle drafts ``depth`` expansions and verifies ``budget`` nodes."""
-    control = DepthControl(budget=budget)
-    return Policy(control, FixedAgent(control, depth))
-
-
-def best_static(decoder: Decoder, env: dict[str, Any]) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The fastest (depth, budget) on training prompts: each axis in turn from a middling start, until neither moves."""
-    prompts = encoded_prompts(env, "train", STATIC_PROMPTS)
-    rates: dict[tuple[int, int], float] = {}
-    best = (4, 15)
-    while True:
-        line = [(d, best[1]) for d in DEPTHS] + [(best[0], b) for b in BUDGETS]
-        new = list(dict.fromkeys(setting for setting in line if setting not in rates))
-        if new:
-            arms = {f"{d},{b}": decoded(decoder, static_policy(d, b)) for d, b in new}
-            samples = run_arms(arms, prompts, STATIC_TOKENS, "static settings")
-            rates |= {setting: throughput(samples[f"{setting[0]},{setting[1]}"]) for setting in new}
-        leader = max(rates, key=rates.__getitem__)
-        if leader == best or not new:
-            tried = {f"depth {d}, budget {b}": rate for (d, b), rate in sorted(rates.items())}
-            return best, {"name": "depth, budget", "best": list(best), "tokens_per_second": tried}
-        best = leader
+from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.files import whole, write_json
 
 
 def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
     """Everything in one run."""
     decoder = decoder_for(env, DepthControl())
-    best, grid = best_static(decoder, env)
-    return checked(lambda prompts: measure(decoder, env, best, prompts) | {"static": grid}, count)
+    static = best_static(env, decoder.tree.width, decoder.max_depth)
+    return checked(lambda prompts: measure(decoder, env, static, prompts), count)
 
 
-def measure(decoder: Decoder, env: dict[str, Any], best: tuple[int, int], count: int) -> dict[str, Any]:
+def measure(decoder: Decoder, env: dict[str, Any], static: dict[str, Any], count: int) -> dict[str, Any]:
     """The arms on held-out prompts, and the cost curves."""
-    depth, budget = best
-    curves = cost_curves(decoder, rows=VERIFY_ROWS)
+    curves = cost_curves(decoder)
     plain = plain_decoder(decoder)
     arms = {
         "plain": decoded(plain, None),
         "plain again": decoded(plain, None),
         "transformers generate": transformers_arm(env["target"], decoder),
-        "static": decoded(decoder, static_policy(depth, budget)),
+        "static": decoded(decoder, static_policy(*static["best"])),
     }
     prompts = encoded_prompts(env, "test", count)
     samples = run_arms(arms, prompts, env["max_new_tokens"], "held-out prompts")
     rows = summary(samples, ["plain", "transformers generate"])
-    static = rows["static"]
-    inside = static["parts"]["draft"] + static["parts"]["verify"]
+    speculative = rows["static"]
+    inside = speculative["parts"]["draft"] + speculative["parts"]["verify"]
     one = curves["verify"][1]
     return {
         "plain_over_transformers": rows["plain"]["over_transformers generate"],
-        "static_over_plain": static["over_plain"],
-        "emitted_per_cycle": static["emitted_per_cycle"],
-        "overhead_share": 1 - inside / static["seconds"],
+        "static_over_plain": speculative["over_plain"],
+        "emitted_per_cycle": speculative["emitted_per_cycle"],
+        "overhead_share": 1 - inside / speculative["seconds"],
         "verify_curve": {n: s / one for n, s in curves["verify"].items()},
         "expand_ratio": curves["draft"][decoder.tree.width] / one,
         "arms": rows,
         "references": ["plain", "transformers generate"],
+        "static": static,
         "prompts": len(samples["plain"]),
         "tasks": list(by_task(samples["plain"])),
         "max_new_tokens": env["max_new_tokens"],
@@ -119,12 +91,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     bottom.set_xlabel("rows of the forward")
     bottom.set_ylim(bottom=0)
     bottom.legend()
-    figure.savefig(path, dpi=110)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m", help="model (default smollm2-135m)")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
     parser.add_argument("--drafter", default="auto", help="EAGLE-3 head (default: the shipped one)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

@@ -37,13 +37,9 @@ class Monitor(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self.path.exists():  # a resumed run: what came after its checkpoint is done again
-            lines = [
-                line
-                for line in self.path.read_text().splitlines()
-                if json.loads(line)["timesteps"] <= self.num_timesteps
-            ]
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with whole(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+                temporary.write_text("".join(x for x in lines if json.loads(x)["timesteps"] <= self.num_timesteps))
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.hyperparameters.items()}
         metrics = {"spec/tokens_per_second": 0.0, "spec/speedup": 0.0, "rollout/ep_rew_mean": 0.0}
         self.logger.record("hparams", HParam(shown, metrics), exclude=TEXT_ONLY)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agents import AGENTS
+from agents import AGENTS, known_hyperparameters
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
-from spec_envs.env import SpecEnv
+from spec_envs.env import check_keywords
 
 FOLDER = Path(__file__).parent
 
@@ -115,28 +114,39 @@ def check(experiment: Experiment, env_id: str, place: Any) -> None:
             f"{place(('agent',))}: no agent {experiment.agent!r}{nearest(experiment.agent, AGENTS)}; "
             f"there are {', '.join(AGENTS)}"
         )
-    known = {*inspect.signature(SpecEnv).parameters, *inspect.signature(CONTROLS[ENVIRONMENTS[env_id]]).parameters}
-    for key in experiment.env:
-        if key not in known - {"control", "own"}:
-            raise ValueError(f"{place(('env', key))}: unknown environment keyword {key!r}{nearest(key, known)}")
+    check_env(experiment.env, env_id, lambda key: place(("env", key)))
     for stage in experiment.stages:
         if stage.id not in ENVIRONMENTS:
             raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
-        known = {
-            *inspect.signature(SpecEnv).parameters,
-            *inspect.signature(CONTROLS[ENVIRONMENTS[stage.id]]).parameters,
-        }
-        if unknown := [key for key in stage.env if key not in known]:
+        check_env(stage.env, stage.id, lambda key: place(("stages",)))
+    known = known_hyperparameters(experiment.agent)
+    for key in experiment.hyperparameters:
+        if key not in known:
+            hint = nearest(key, known) or f"; there are {', '.join(sorted(known))}" if known else "; it has none"
             raise ValueError(
-                f"{place(('stages',))}: unknown keyword {unknown[0]!r}{nearest(unknown[0], known)} of {stage.id}"
+                f"{place(('hyperparameters', key))}: unknown hyper-parameter {key!r} of {experiment.agent}{hint}"
             )
-    for section in ("env", "hyperparameters"):
-        for key, value in getattr(experiment, section).items():
-            if isinstance(value, str) and is_number(value):
-                raise ValueError(
-                    f"{place((section, key))}: {key} is the text {value!r}, not a number; "
-                    f"YAML wants a point and a sign in exponents: write {float(value)!r}"
-                )
+        refuse_numbers_as_text(key, experiment.hyperparameters[key], place(("hyperparameters", key)))
+
+
+def check_env(env: dict[str, Any], env_id: str, place: Callable[[str], str]) -> None:
+    """Refuse keywords that an environment does not have, and values of the wrong type."""
+    for key, value in env.items():
+        refuse_numbers_as_text(key, value, place(key))
+        try:
+            check_keywords(CONTROLS[ENVIRONMENTS[env_id]], {key: value})
+        except TypeError as error:
+            raise ValueError(f"{place(key)}: {error}") from None
+
+
+def refuse_numbers_as_text(key: str, value: Any, place: str) -> None:
+    """Refuse what YAML reads as text though a number was meant, also within lists."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and is_number(item):
+            raise ValueError(
+                f"{place}: {key} is the text {item!r}, not a number; "
+                f"YAML wants a point and a sign in exponents: write {float(item)!r}"
+            )
 
 
 def is_number(text: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from experiments.eagle_training import Objective, Unrolled, report, train
-from experiments.recording import SHARD, record, tokenized
+from experiments.recording import record, tokenized
 from experiments.selftext import read_conversations, write_conversations
 from spec_envs.decoding.checkpoints import (
     load_target,
@@ -29,6 +29,7 @@ from spec_envs.decoding.checkpoints import (
 )
 from spec_envs.decoding.drafters.eagle import captured_layers
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import write_json
 
 HELD_OUT = 0.02  # share of the conversations that only the report sees
@@ -37,8 +38,8 @@ REPORTED = 12  # levels
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m", help="model to draft for")
-    parser.add_argument("--out", type=Path, default=Path("runs/drafter/head"), help="folder of the finished head")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help="model to draft for")
+    parser.add_argument("--out", type=Path, help="folder of the finished head (default: head in the work folder)")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/drafter"), help="folder of text, recordings, checkpoint"
     )
@@ -71,10 +72,24 @@ def claim(work: Path, settings: dict[str, Any]) -> None:
     """Note what a work folder is for; refuse one that was begun with other settings, whose parts would not fit."""
     note = work / "settings.json"
     if not note.exists():
+        if work.exists() and any(work.iterdir()):
+            raise ValueError(f"{work} holds something else; choose another --work, or delete it")
         work.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
     elif differing := [key for key, value in json.loads(note.read_text()).items() if settings.get(key) != value]:
         raise ValueError(f"{work} was begun with another {', '.join(differing)}; choose another --work, or delete it")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot work before hours are spent."""
+    for name, fits, expected in (
+        ("steps", args.steps >= 1, "1 or more"),
+        ("deep_share", 0 < args.deep_share <= 1, "a number in (0, 1]"),
+        ("draft_vocab", args.draft_vocab >= 16, "16 or more"),
+        ("epochs", args.epochs > 0, "a positive number"),
+    ):
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {expected}")
 
 
 def main() -> None:
@@ -87,33 +102,38 @@ def main() -> None:
 
 def make_drafter(args: argparse.Namespace) -> None:
     """Text, recordings, training, report."""
-    fixed = ("target", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens", "dtype")
-    claim(args.work, {name: str(getattr(args, name)) for name in fixed})
+    check(args)
+    given = [conversation for file in args.conversations for conversation in read_conversations(file)]
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
+    capture = captured_layers(target.shape.layers)
+    longest = min(args.longest, target.shape.context)
+    kept = ("target", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens")
+    claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)})
     text = args.work / "text.jsonl"
     if args.tokens:
-        longest = min(args.longest, target.shape.context)
         write_conversations(target, tokenizer, text, args.tokens, longest=longest, seed=args.seed)
-    files = [*args.conversations, *([text] if args.tokens else [])]
-    conversations = [tokenized(tokenizer, c) for file in files for c in read_conversations(file)]
+        given += read_conversations(text)
+    conversations = [c for c in (tokenized(tokenizer, c) for c in given) if len(c[0]) <= longest]
     random.Random(args.seed).shuffle(conversations)
-    answered = sum(len(ids) - answer for ids, answer in conversations)
-    print(f"{len(conversations)} conversations, {answered} answer tokens", file=sys.stderr)
+    held_out = max(1, round(len(conversations) * HELD_OUT))
+    if len(conversations) < 2:
+        raise ValueError(
+            f"there are {len(conversations)} conversations of at most {longest} tokens; expected 2 or more"
+        )
+    answered = sum(len(ids) - answer for ids, answer in conversations[held_out:])
+    print(f"{len(conversations) - held_out} conversations, {answered} answer tokens", file=sys.stderr)
 
-    paths = record(target, conversations, args.work / "recorded", captured_layers(target.shape.layers), args.longest)
-    if len(paths) < 2:
-        raise ValueError(f"{len(conversations)} conversations are too few; give --tokens for more than {2 * SHARD}")
-    held_out = max(1, round(len(paths) * HELD_OUT))
-    weights = load_weights(model_folder(args.target))
-    draft_ids = draft_vocabulary(conversations, args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
-    head = EagleHead.from_target(target, weights, draft_ids).to(device)
-    output_head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).to(device)
-    objective = Objective(Unrolled(head, target.embedding.float()), output_head, dtype)
+    unseen = record(target, conversations[:held_out], args.work / "held-out", capture)
+    seen = record(target, conversations[held_out:], args.work / "recorded", capture)
+    draft_ids = draft_vocabulary(conversations[held_out:], args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
+    head = EagleHead.from_target(target, load_weights(model_folder(args.target)), draft_ids).to(device)
+    unrolled = Unrolled(head, target.embedding.float(), longest + max(args.steps, REPORTED))
+    objective = Objective(unrolled, target.output_weight(), dtype)
     train(
         objective,
-        paths[held_out:],
+        seen,
         args.work / "checkpoint.pt",
         args.epochs,
         args.steps,
@@ -122,11 +142,11 @@ def make_drafter(args: argparse.Namespace) -> None:
         args.deep_share,
         args.seed,
     )
-    head.cpu().save(args.out)
-    head.to(device)
+    out = args.out or args.work / "head"
+    head.save(out)
     result = {"target": args.target, "answer_tokens": answered, "epochs": args.epochs, "draft_vocab": len(draft_ids)}
-    result |= report(objective, paths[:held_out], args.batch_tokens, REPORTED)
-    (args.out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    result |= report(objective, unseen, REPORTED)
+    write_json(out / "report.json", result)
     print(json.dumps(result, indent=2))
 
 

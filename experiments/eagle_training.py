@@ -4,11 +4,13 @@ outputs, so that deep levels see in training what they see in use."""
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from experiments.recording import Example, load_shard
+from experiments.recording import Example, load_shard, shard_lengths
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.transformer import Rope, rotate
 from spec_envs.files import whole
 
-LONGEST = 4096  # positions of a training text
 STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
 
 
@@ -72,11 +73,12 @@ class Unrolled(nn.Module):
     steps can be run for a random share of the rows, which are nearly as good a sample and much cheaper.
     """
 
-    def __init__(self, head: EagleHead, embedding: Tensor):
+    def __init__(self, head: EagleHead, embedding: Tensor, positions: int):
+        """``positions``: of the longest text and the levels unrolled behind it."""
         super().__init__()
         self.head = head
         self.embedding = embedding
-        self.rope = Rope(head.config, head.config.head_dim, LONGEST, torch.float32, embedding.device)
+        self.rope = Rope(head.config, head.config.head_dim, positions, torch.float32, embedding.device)
 
     def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
         """Yield each step's normed output: ``[B, T, hidden]`` at step 0, ``[B, n, hidden]`` for ``rows`` behind it."""
@@ -168,7 +170,7 @@ class Objective:
                 ahead = (picked[0], at + 1 + step)  # what has been read when the prediction is made
                 wanted = F.linear(batch.final[ahead].to(self.dtype), output_rows).float().softmax(-1)
                 logits = F.linear(hidden[picked], output_rows).float()
-                loss = loss + STEP_DECAY**step * F.cross_entropy(logits, wanted)
+                loss = loss + STEP_DECAY**step * F.cross_entropy(logits, wanted, reduction="sum") / max(1, len(at))
                 following = batch.ids[picked[0], at + 2 + step]
                 right = torch.zeros_like(inside)
                 right[picked] = (vocabulary[logits.argmax(-1)] == following) & (
@@ -189,13 +191,21 @@ class Objective:
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
     """Examples of similar length, about ``tokens`` tokens at a time, in random order within shuffled files."""
     for path in rng.sample(paths, len(paths)):
-        groups: list[list[Example]] = [[]]
-        for example in load_shard(path):  # shortest first
-            if groups[-1] and (len(groups[-1]) + 1) * len(example.ids) > tokens:
-                groups.append([])
-            groups[-1].append(example)
+        examples = load_shard(path)  # shortest first
+        groups = grouped([len(example.ids) for example in examples], tokens)
         rng.shuffle(groups)
-        yield from groups
+        for group in groups:
+            yield [examples[i] for i in group]
+
+
+def grouped(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices of ascending ``lengths`` in runs that, padded, hold about ``tokens`` tokens."""
+    groups: list[list[int]] = [[]]
+    for i, length in enumerate(lengths):
+        if groups[-1] and (len(groups[-1]) + 1) * length > tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> float:
@@ -221,12 +231,15 @@ def train(
     model, device = objective.model, objective.output_head.device
     trained = [p for p in model.head.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
-    per_epoch = sum(1 for _ in batches(paths, batch_tokens, random.Random(0)))
+    per_epoch = sum(len(grouped(shard_lengths(path), batch_tokens)) for path in paths)
     done = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        model.head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            state = torch.load(checkpoint, weights_only=True, map_location=device)
+            model.head.load_state_dict(state["head"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}; delete it") from None
         done = state["done"]
     total = round(epochs * per_epoch)
     # Products of this size do not split well over cores: each core takes a part of the batch instead.
@@ -248,8 +261,9 @@ def train(
                 seeds = [f"{seed}-{done}-{worker}" for worker in range(workers)]
                 parts = [examples[worker::workers] for worker in range(min(workers, len(examples)))]
                 found = list(pool.map(gradient, parts, seeds))
+                tokens = [sum(len(example.ids) for example in part) for part in parts]
                 for parameter, *grads in zip(trained, *(grads for grads, *_ in found), strict=True):
-                    parameter.grad = torch.stack(grads).mean(0)
+                    parameter.grad = sum(n / sum(tokens) * grad for n, grad in zip(tokens, grads, strict=True))
                 nn.utils.clip_grad_norm_(trained, 0.5)
                 optimizer.step()
                 done += 1
@@ -267,10 +281,13 @@ def train(
 
 
 @torch.no_grad()
-def report(objective: Objective, paths: list[Path], batch_tokens: int, depth: int) -> dict:
-    """Cumulative chain acceptance by depth 1…``depth`` on held-out text."""
+def report(objective: Objective, paths: list[Path], depth: int) -> dict[str, Any]:
+    """Cumulative chain acceptance by depth 1…``depth`` on held-out text.
+
+    A lower bound of what is drafted in use: here tokens that the text only brings later compete as well.
+    """
     survived, rows = torch.zeros(depth), torch.zeros(depth)
-    for examples in batches(paths, batch_tokens, random.Random(0)):
+    for examples in batches(paths, 1, random.Random(0)):  # one text at a time, each with its own vocabulary
         _, s, r = objective(Batch.of(examples, objective.output_head.device), depth)
         survived += s.cpu()
         rows += r.cpu()

@@ -8,60 +8,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import agents
-from agents.fixed import FixedAgent, settings
 from agents.random import RandomAgent
-from experiments.arms import Arm, Encoded, decoded, plain_decoder, run_arms, transformers_arm
+from experiments.arms import Arm, decoded, plain_decoder, run_arms, transformers_arm
 from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
 from experiments.costs import cost_curves, describe
+from experiments.live import decoder_for, encoded_prompts
 from experiments.machine import machine
 from experiments.report import draw, markdown, settings_played
+from experiments.static import best_static, static_policy
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
-from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import load_decoder, make_clocks
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter
 from spec_envs.files import whole, write_json
-from spec_envs.prompts import Prompt, encode, load_prompts
-
-# Training prompts that the grid of static settings is tried on, and tokens of each.
-STATIC_PROMPTS, STATIC_TOKENS = 5, 48
-
-
-def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
-    """The decoder that an environment with these keyword arguments has."""
-    names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
-    clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")))[0]
-    chosen = {name: env[name] for name in names if name in env}
-    return load_decoder(**chosen, clock=clock, width=control.width, max_depth=control.max_depth)
-
-
-def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
-    """``count`` prompts of a split, taken from the tasks in turn."""
-    prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
-    tokenizer = load_tokenizer(env.get("target", "smollm2-135m"))
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.task, []).append(prompt)
-    mixed = [p for turn in itertools.zip_longest(*groups.values()) for p in turn if p is not None]
-    return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
-
-
-def best_static(env_id: str, env: dict[str, Any], prompts: Sequence[Encoded]) -> dict[str, Any]:
-    """The static setting with the highest throughput on training prompts, by exhaustive grid."""
-    control = make_control(ENVIRONMENTS[env_id], env)
-    decoder = decoder_for(env, control)
-    arms = {str(v): decoded(decoder, Policy(control, FixedAgent(control, v))) for v in settings(control)}
-    samples = run_arms(arms, prompts, min(STATIC_TOKENS, env.get("max_new_tokens", 128)), "static settings")
-    rates = {int(name): throughput(arm) for name, arm in samples.items()}
-    return {"name": control.name, "best": max(rates, key=rates.__getitem__), "tokens_per_second": rates}
 
 
 def run_tables(
@@ -78,7 +47,7 @@ def run_tables(
     plain = plain_decoder(decoder)
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not decoder.clock.priced:
-        arms["transformers generate"] = transformers_arm(env.get("target", "smollm2-135m"), decoder)
+        arms["transformers generate"] = transformers_arm(env.get("target", DEFAULT_TARGET), decoder)
     arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
     samples = run_arms(arms, prompts, max_new_tokens, "held-out prompts")
     results: dict[str, Any] = {
@@ -103,27 +72,41 @@ def run_tables(
     return results
 
 
-def evaluate_run(
-    run: Path, overrides: dict[str, Any], test_prompts: int, static: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The table of one run: plain, random, best static setting, trained policy, transformers."""
+def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None = None) -> dict[str, Any]:
+    """The table of one run: plain, random, best static setting, trained policy, transformers.
+
+    Args:
+        overrides: environment keywords other than the run's; the static setting is then chosen anew.
+        test_prompts: how many; the run's own number by default.
+    """
     config = agents.read_config(run)
     env = {**config["env"], **overrides}
     control, agent = agents.load(run)
     decoder = decoder_for(env, control)
-    static = static or best_static(config["id"], env, encoded_prompts(env, "train", STATIC_PROMPTS))
+    static_file = run / "static.json"
+    if overrides or not static_file.exists():
+        static = best_static(env, control.width, control.max_depth)
+        if not overrides:
+            write_json(static_file, static)
+    else:
+        static = json.loads(static_file.read_text())
+    depth, budget = static["best"]
     alone = make_control(ENVIRONMENTS[config["id"]], env)
+    alone.costs = control.costs
+    for played in (control, alone):
+        if isinstance(played, BudgetControl) and played.depth == "random":  # of training only
+            played.depth = depth
     name = config["agent"]
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),
-        "static": Policy(alone, FixedAgent(alone, static["best"])),
+        "static": static_policy(depth, budget, control.width, control.max_depth),
         name: Policy(control, agent),
     }
 
     def measure(count: int) -> dict[str, Any]:
         return run_tables(policies, env, decoder, count, ["plain", "static"], [name]) | {"static": static}
 
-    return checked(measure, test_prompts)
+    return checked(measure, test_prompts or config["test_prompts"])
 
 
 def evaluate_mixes(
@@ -131,9 +114,8 @@ def evaluate_mixes(
 ) -> dict[str, Any]:
     """Every mix of depths and budgets, each a number or a run folder."""
     trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdigit()]
-    for key in ("target", "drafter", "width", "max_depth"):
-        if len({str(env.get(key)) for env in trained}) > 1:
-            raise ValueError(f"the runs were trained with different {key}; they cannot be mixed")
+    if len({models(env) for env in trained}) > 1:
+        raise ValueError("the runs were trained with different targets or drafters; they cannot be mixed")
     env = (trained[0] if trained else {}) | given
     policies, learned = {}, []
     for depth, budget in itertools.product(depths, budgets):
@@ -145,14 +127,22 @@ def evaluate_mixes(
     return checked(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
 
 
+def models(env: dict[str, Any]) -> tuple[str, str]:
+    """Target and drafter of an environment with these keyword arguments."""
+    target = env.get("target", DEFAULT_TARGET)
+    drafter = env.get("drafter", "auto")
+    return target, default_drafter(target) if drafter == "auto" else drafter
+
+
 def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
     """The policy for one depth and one budget, each a number or a run folder."""
     sizes = {key: env[key] for key in ("width", "max_depth") if key in env}
     if depth.isdigit() and budget.isdigit():
-        fixed = DepthControl(budget=int(budget), **sizes)
-        return Policy(fixed, FixedAgent(fixed, int(depth)))
+        return static_policy(int(depth), int(budget), **sizes)
     if depth.isdigit():
         sized = learned_policy(budget, BudgetControl)
+        if not 0 <= int(depth) <= sized.control.max_depth:
+            raise ValueError(f"depth is {depth}; expected 0 to {sized.control.max_depth}")
         sized.control.depth = int(depth)  # type: ignore[attr-defined]
         return sized
     policy = learned_policy(depth, DepthControl)
@@ -184,6 +174,13 @@ def save(results: dict[str, Any], folder: Path) -> None:
     print(f"picture: {folder / 'results.png'}")
 
 
+def other_folder(run: Path, overrides: dict[str, Any]) -> Path:
+    """Where a run's table under other settings than its own goes."""
+    if not overrides:
+        return run
+    return run / "eval" / "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}") for key, value in overrides.items())
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
@@ -191,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", default="", help="budgets, each a number or a run folder, separated by spaces")
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
     parser.add_argument("--prompts", help="prompt sets, separated by commas")
-    parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
+    parser.add_argument("--count", type=int, help="held-out prompts (default: as many as the run had, or 15)")
     parser.add_argument("--dtype", help="auto, bfloat16, float32 (default: the run's)")
     parser.add_argument("--clock", help="wall, or a cost table (default: the run's)")
     parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
@@ -199,7 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results (default: the run's, its eval/ for other settings than its own, or runs/mixes)",
+        help="folder of the results (default: the run's, one in its eval/ for other settings, or runs/mixes)",
     )
     return parser.parse_args()
 
@@ -217,11 +214,12 @@ def main() -> None:
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
         if args.depth or args.budget:
-            results = evaluate_mixes(args.depth.split() or ["2"], args.budget.split() or ["15"], overrides, args.count)
+            depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["15"]
+            results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
             save(results, args.out or Path("runs/mixes"))
         elif args.run:
-            results = evaluate_run(args.run, overrides, args.count, None)
-            save(results, args.out or (args.run / "eval" if overrides else args.run))
+            results = evaluate_run(args.run, overrides, args.count)
+            save(results, args.out or other_folder(args.run, overrides))
         else:
             raise ValueError("nothing to evaluate: give RUN=runs/…, or DEPTH=… and BUDGET=…")
     except (ValueError, OSError) as error:

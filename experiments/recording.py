@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -46,15 +47,13 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: dict) -> tuple[l
 
 def record(
     target: Transformer,
-    tokenized_conversations: list[tuple[list[int], int]],
+    conversations: list[tuple[list[int], int]],
     folder: Path,
     capture: tuple[int, ...],
-    longest: int,
     batch: int = 8,
 ) -> list[Path]:
-    """Write one safetensors file per ``SHARD`` conversations of at most ``longest`` tokens; finished files are kept."""
+    """Write one safetensors file per ``SHARD`` conversations; finished files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    conversations = [c for c in tokenized_conversations if len(c[0]) <= longest]
     shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):
@@ -79,6 +78,12 @@ def record(
         with whole(path) as temporary:
             save_file(tensors, temporary)
     return paths
+
+
+def shard_lengths(path: Path) -> list[int]:
+    """Tokens of the conversations of one file, shortest first."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("lengths").tolist()
 
 
 def load_shard(path: Path) -> list[Example]:

@@ -58,7 +58,8 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines.append(results["curves"] + ".")
     if results.get("static"):
         static = results["static"]
-        lines.append(f"Best static setting on training prompts: {static['name']} {static['best']}.")
+        depth, budget = static["best"]
+        lines.append(f"Best static setting on training prompts: depth {depth}, budget {budget}.")
     lines.append(f"A/A check (plain twice): the interval {'contains' if agrees(results) else 'EXCLUDES'} 1.")
     for name, found in results.get("divergences", {}).items():
         lines.append(

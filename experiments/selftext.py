@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from experiments.turns import OPENINGS, composed_turn, training_turns
 from spec_envs.decoding.batch import generate_batch
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.files import whole
 from spec_envs.prompts import decode, encode
 
 MARK = "\x00turn\x00"
@@ -50,32 +52,37 @@ def write_conversations(
         opened: share of the sampled user turns that start with one of ``OPENINGS``.
         composed: share of the user turns that are put together.
     """
+    if longest <= max_answer:
+        raise ValueError(f"longest is {longest}; expected more than an answer's {max_answer} tokens")
     conversations = read_conversations(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(c) + "\n" for c in conversations))  # without a line cut short
+    with whole(path) as temporary:  # without a line cut short
+        temporary.write_text("".join(json.dumps(c) + "\n" for c in conversations))
     written = sum(len(c["answer_ids"]) for c in conversations)
     eos = {tokenizer.eos_token_id}
+    answered = {c["user"] for c in conversations}
+    shipped = [turn for turn in training_turns() if turn not in answered]
     with (
         tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
         path.open("a") as file,
     ):
-        barren = 0  # rounds in a row without a finished user turn
+        barren = 0  # rounds in a row that had nothing to answer
         while written < tokens:
-            rng = random.Random(f"{seed}-{written}-{barren}")  # a resumed run draws what an undisturbed one would
-            users = sampled_turns(target, tokenizer, 2 * batch, max_turn, opened, rng)
-            barren = 0 if users else barren + 1
-            if barren == 3:
-                raise ValueError("the target ends no user turn of its own; give --conversations and --tokens 0")
-            if not conversations:
-                users += training_turns()
+            rng = random.Random(f"{seed}-{written}-{barren}")
+            users = sampled_turns(target, tokenizer, 2 * batch, max_turn, opened, rng) + shipped
+            shipped = []
             texts = [
                 decode(tokenizer, c["answer_ids"]) for c in rng.sample(conversations, min(400, len(conversations)))
             ]
             users += [composed_turn(rng, texts) for _ in range(round(len(users) * composed / (1 - composed)))]
-            encoded = sorted(((encode(tokenizer, user), user) for user in users), key=lambda pair: len(pair[0]))
-            prompts = [(ids, user) for ids, user in encoded if len(ids) + max_answer <= longest]
-            for first in range(0, len(prompts), batch):
-                group = prompts[first : first + batch]
+            prompts = sorted(((encode(tokenizer, user), user) for user in users), key=lambda pair: len(pair[0]))
+            prompts = [(ids, user) for ids, user in prompts if len(ids) + max_answer <= longest]
+            barren = 0 if prompts else barren + 1
+            if barren == 3:
+                raise ValueError("the target ends no user turn of its own; give --conversations and --tokens 0")
+            groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+            rng.shuffle(groups)  # an interrupted round lacks texts of every length, not the longest
+            for group in groups:
                 answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos)
                 new = [{"user": user, "answer_ids": answer} for (_, user), answer in zip(group, answers, strict=True)]
                 file.writelines(json.dumps(conversation) + "\n" for conversation in new)
@@ -103,18 +110,25 @@ def sampled_turns(
     return [user for user in users if user.strip()]
 
 
-def read_conversations(path: Path) -> list[dict]:
+def read_conversations(path: Path) -> list[dict[str, Any]]:
     """Conversations of a JSONL file, each with ``user`` and ``answer_ids``, or ``assistant`` (text).
 
     Raises:
         ValueError: a malformed line; the last one may be cut short by a killed run and is left out.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     conversations = []
     for number, line in enumerate(lines, 1):
         try:
-            conversations.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            conversation = json.loads(line)
+            answer = conversation.get("answer_ids", conversation.get("assistant"))
+            if not isinstance(conversation["user"], str) or not isinstance(answer, list | str):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON ({error}); expected a conversation per line") from None
+                raise ValueError(
+                    f'{path}:{number} is not a conversation; expected {{"user": "…", "assistant": "…"}} on one line'
+                ) from None
+            continue
+        conversations.append(conversation)
     return conversations

@@ -9,10 +9,11 @@ from pathlib import Path
 import agents
 from agents.fixed import FixedAgent
 from experiments.arms import plain_decoder
-from experiments.evaluate import decoder_for
+from experiments.live import decoder_for
 from spec_envs import Generation, generate
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.prompts import decode, encode
 
 
@@ -39,7 +40,7 @@ def main() -> None:
         given = {"temperature": args.temperature, "top_p": args.top_p}
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)
-        tokenizer = load_tokenizer(env.get("target", "smollm2-135m"))
+        tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
         prompt = encode(tokenizer, args.prompt, env.get("template"))
         plain = plain_decoder(decoder)
         generate(decoder, control, agent, prompt, 8).run()  # warm-up

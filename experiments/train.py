@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from experiments.callbacks import Keeper, Monitor
 from experiments.comparison import ratio
 from experiments.config import Experiment, load_experiment
 from experiments.costs import cost_curves
-from experiments.evaluate import STATIC_PROMPTS, best_static, decoder_for, encoded_prompts, evaluate_run, save
+from experiments.evaluate import evaluate_run, save
+from experiments.live import decoder_for, encoded_prompts
 from experiments.machine import revision, versions
 from experiments.report import markdown
 from spec_envs import ENVIRONMENTS
@@ -50,6 +52,7 @@ def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> dic
         "stanza": stanza,
         "seed": seed,
         **experiment.model_dump(exclude={"hyperparameters", "stages"}),
+        "partner": str(Path(experiment.partner).resolve()) if experiment.partner else None,
         "hyperparameters": hyperparameters,
     }
 
@@ -94,15 +97,14 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     return env
 
 
-def train_agent(folder: Path, config: dict[str, Any]) -> None:
-    """Train to the run's total and keep the best agent in the folder."""
+def build(folder: Path, config: dict[str, Any]) -> tuple[gym.Env, Any]:
+    """Environment and agent, as far as a run that was interrupted had come."""
+    agent = AGENTS[config["agent"]](
+        control=make_control(ENVIRONMENTS[config["id"]], config["env"]), **config["hyperparameters"]
+    )
     env = make_env(folder, config)
-    spec_env = env.unwrapped
-    assert isinstance(spec_env, SpecEnv)
-    control = spec_env.control
-    agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
     if not isinstance(agent, SB3Agent):
-        return
+        return env, agent
     if (folder / "last" / "checkpoint.pt").exists():
         agent.load_checkpoint(folder / "last")
         print(f"going on at step {agent.model.num_timesteps} of {config['total_timesteps']}", file=sys.stderr)
@@ -110,8 +112,14 @@ def train_agent(folder: Path, config: dict[str, Any]) -> None:
         agent.load_checkpoint(Path(config["checkpoint"]))
     elif config["init"]:
         agent.load(Path(config["init"]))
-    spec_env.policy_seconds = agent.decision_seconds
+    return env, agent
 
+
+def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Agent) -> None:
+    """Train to the run's total and keep the best agent in the folder."""
+    spec_env = env.unwrapped
+    assert isinstance(spec_env, SpecEnv)
+    spec_env.policy_seconds = agent.decision_seconds
     if not spec_env.decoder.clock.priced:
         pace = folder / "last" / "pace.json"  # measured once: a resumed run is paid by the same yardstick
         if not pace.exists():
@@ -121,6 +129,8 @@ def train_agent(folder: Path, config: dict[str, Any]) -> None:
     played = make_control(ENVIRONMENTS[config["id"]], config["env"])  # a validation must not disturb the episode
     if config["partner"]:
         played.compose(*agents.load(config["partner"]))
+    if played.cost_features:
+        played.costs = agents.cost_table(folder, config["env"])
     decoder = decoder_for(config["env"], played)
     prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"])
     plain = decoded(plain_decoder(decoder), None)
@@ -143,6 +153,7 @@ def train_agent(folder: Path, config: dict[str, Any]) -> None:
 def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
     """One run from settings to table."""
     config = resolved(experiment, env_id, stanza, seed)
+    fresh = not folder.exists()
     open_run(folder, config)
     results = folder / "results.json"
     if results.exists():
@@ -150,14 +161,15 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
         print(markdown(json.loads(results.read_text())))
         return
     if not (folder / "policy.safetensors").exists():
-        train_agent(folder, config)
-    static_file = folder / "static.json"
-    if not static_file.exists():
-        write_json(
-            static_file, best_static(env_id, config["env"], encoded_prompts(config["env"], "train", STATIC_PROMPTS))
-        )
-    static = json.loads(static_file.read_text())
-    save(evaluate_run(folder, {}, experiment.test_prompts, static), folder)
+        try:
+            env, agent = build(folder, config)
+        except Exception:
+            if fresh:  # settings that cannot be built must not claim the folder
+                shutil.rmtree(folder)
+            raise
+        if isinstance(agent, SB3Agent):
+            train_agent(folder, config, env, agent)
+    save(evaluate_run(folder, {}, experiment.test_prompts), folder)
     print(f"run: {folder}")
 
 

@@ -6,16 +6,24 @@ import difflib
 import inspect
 import multiprocessing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import gymnasium as gym
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from spec_envs import render
 from spec_envs.controls import CONTROLS, Control
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.clock import PricedClock
-from spec_envs.decoding.pair import default_drafter, load_decoder, make_clocks, plain_seconds, static_over_plain
+from spec_envs.decoding.pair import (
+    DEFAULT_TARGET,
+    default_drafter,
+    load_decoder,
+    make_clocks,
+    plain_seconds,
+    static_over_plain,
+)
 from spec_envs.prompts import Prompt, decode, encode, load_prompts
 
 REWARDS = ("saved", "ltd")
@@ -62,7 +70,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self,
         control: str,
         *,
-        target: str = "smollm2-135m",
+        target: str = DEFAULT_TARGET,
         drafter: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
@@ -83,8 +91,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         render_mode: str | None = None,
         **own: Any,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "control", "own", "__class__")}
         kind = CONTROLS[control]
-        check_keywords(kind, own)
+        check_keywords(kind, given | own)
         choice("episode", episode, EPISODES)
         choice("reward", reward, REWARDS)
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
@@ -246,14 +255,24 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         return info
 
 
-def check_keywords(kind: type[Control], own: dict[str, Any]) -> None:
-    """Refuse a keyword that neither SpecEnv nor the control knows, and name the nearest one."""
-    known = {n for f in (SpecEnv, kind) for n in inspect.signature(f).parameters} - {"control", "own", "self"}
-    mine = set(inspect.signature(kind).parameters)
-    for name in own:
-        if name not in mine:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+def keyword_types(kind: type[Control]) -> dict[str, Any]:
+    """Annotations of the keywords that an environment of this control has."""
+    hints = get_type_hints(SpecEnv.__init__) | get_type_hints(kind.__init__)
+    return {name: hint for name, hint in hints.items() if name not in ("control", "own", "return")}
+
+
+def check_keywords(kind: type[Control], given: dict[str, Any]) -> None:
+    """Refuse a keyword that neither SpecEnv nor the control knows, naming the nearest one, and wrong types."""
+    types = keyword_types(kind)
+    for name, value in given.items():
+        if name not in types:
+            nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.0)[0]
             raise TypeError(f"unknown keyword {name!r} for {kind.__name__}; did you mean {nearest!r}?")
+        try:
+            plain = value.item() if isinstance(value, np.generic) else value
+            TypeAdapter(types[name]).validate_python(plain, strict=True)
+        except ValidationError:
+            raise TypeError(f"{name} is {value!r}; expected {inspect.formatannotation(types[name])}") from None
 
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

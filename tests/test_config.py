@@ -79,7 +79,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             "env:\n  max_depht: 3\nagents:\n  ppo: {}\n",
-            r"SpecDepth-v0.yml:2: unknown environment keyword 'max_depht' \(did you mean 'max_depth'",
+            r"SpecDepth-v0.yml:2: unknown keyword 'max_depht' for DepthControl; did you mean 'max_depth'",
         ),
         ("agents:\n  ppo:\n    agent: pppo\n", r"SpecDepth-v0.yml:3: no agent 'pppo' \(did you mean 'ppo'"),
         ("agents:\n  ppo: {}\nagent: x\n", r"SpecDepth-v0.yml:3: unknown key 'agent'; expected env and agents"),

@@ -31,7 +31,7 @@ def test_training_unrolls_what_inference_drafts(tiny_target: Path, tiny_drafter:
     row = len(prompt) - 1
     rows = torch.tensor([[row, row + 1]])
     with torch.no_grad():
-        for step, hidden in enumerate(Unrolled(head, target.embedding)(batch, 6, rows)):
+        for step, hidden in enumerate(Unrolled(head, target.embedding, 64)(batch, 6, rows)):
             log_probs = head.lm_head(hidden[0, row if step == 0 else 0]).log_softmax(-1)
             expected = scores[step] - (scores[step - 1] if step else 0.0)
             assert head.draft_ids[log_probs.argmax()] == chain[step]
@@ -56,21 +56,21 @@ def test_training_improves_and_goes_on_where_it_stopped(tiny_target: Path, tmp_p
             decoder.verify(0)
         texts.append((decoder.prompt + decoder.tokens, 6))
     capture = (2, 4, 5)
-    paths = record(target, texts, tmp_path / "recorded", capture, longest=100)
+    paths = record(target, texts, tmp_path / "recorded", capture)
     assert len(load_shard(paths[0])) == 40
     before = paths[0].stat().st_mtime_ns
-    assert record(target, texts, tmp_path / "recorded", capture, 100) == paths and paths[0].stat().st_mtime_ns == before
+    assert record(target, texts, tmp_path / "recorded", capture) == paths and paths[0].stat().st_mtime_ns == before
 
     def objective() -> Objective:
         torch.manual_seed(0)
         head = EagleHead.from_target(target, weights, torch.arange(16))
-        return Objective(Unrolled(head, target.embedding), weights["model.embed_tokens.weight"], torch.float32)
+        return Objective(Unrolled(head, target.embedding, 64), target.output_weight(), torch.float32)
 
-    untrained = report(objective(), paths, 256, depth=4)
+    untrained = report(objective(), paths, depth=4)
     settings = {"steps": 3, "batch_tokens": 256, "peak": 3e-3, "share": 1.0, "seed": 0}
     straight = objective()
     train(straight, paths, tmp_path / "a.pt", epochs=40, **settings)
-    trained = report(straight, paths, 256, depth=4)
+    trained = report(straight, paths, depth=4)
     assert trained["chain_acceptance"][0] > untrained["chain_acceptance"][0] + 0.1
     assert trained["chain_acceptance"] == sorted(trained["chain_acceptance"], reverse=True)
     again = objective()

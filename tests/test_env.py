@@ -102,7 +102,7 @@ def test_the_next_root_is_charged_to_the_next_step(tiny: dict) -> None:
     for _ in range(3):
         _, _, done, _, info = env.step(2)
         assert info["seconds"]["draft"] == pytest.approx(table.seconds("draft", 1) + 3 * table.seconds("draft", 10))
-        assert info["seconds"]["verify"] == pytest.approx(table.seconds("verify", 13))
+        assert info["seconds"]["verify"] == pytest.approx(table.seconds("verify", 12))
         assert not done
 
 

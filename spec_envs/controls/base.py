@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
@@ -45,6 +45,7 @@ class Control(ABC):
         entries: the observation's ranges in order; ``self.slices[name]`` finds one.
         width, max_depth: of the tree.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
+        costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
         name, partner_name: of this problem, and of the one whose policy it can be composed with.
     """
 
@@ -60,13 +61,14 @@ class Control(ABC):
             raise ValueError(f"observation is {observation!r}; expected one of {', '.join(self.observations)}")
         self.observation, self.cost_features = observation, cost_features
         self.partner: Policy | None = None
+        self.costs: CostTable | None = None
         self.rng = np.random.default_rng()
 
     def _declare(self, entries: list[Entry]) -> None:
         """Fix the observation's layout."""
         if self.cost_features:
             size = len(COST_ROWS) + 1
-            entries = [*entries, Entry("costs", size, 0.0, 1.0, read_costs)]
+            entries = [*entries, Entry("costs", size, 0.0, 1.0, self._read_costs)]
         self.entries = entries
         ends = np.cumsum([entry.size for entry in entries])
         self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
@@ -108,6 +110,17 @@ class Control(ABC):
             start = self.slices[entry.name].start
             vector[start : start + len(value)] = value
         return np.clip(vector, self.observation_space.low, self.observation_space.high, out=vector)
+
+    def _read_costs(self, decoder: Decoder) -> list[float]:
+        """The cost table in force: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1)."""
+        table = decoder.clock.table if isinstance(decoder.clock, PricedClock) else self.costs
+        if table is None:
+            raise ValueError("cost_features need a cost table: set the control's costs, or give the clock one")
+        plain = table.seconds("verify", 1)
+        return [
+            *(plain / table.seconds("verify", n) for n in COST_ROWS),
+            table.seconds("draft", decoder.tree.width) / plain,
+        ]
 
     @abstractmethod
     def prepare(self, decoder: Decoder) -> None:
@@ -166,17 +179,6 @@ def read_position(decoder: Decoder) -> float:
 def read_context(decoder: Decoder) -> float:
     """Length of the text in units of 4096 tokens."""
     return decoder.length / CONTEXT_UNIT
-
-
-def read_costs(decoder: Decoder) -> list[float]:
-    """The cost table in force: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1)."""
-    assert isinstance(decoder.clock, PricedClock)
-    table = decoder.clock.table
-    plain = table.seconds("verify", 1)
-    return [
-        *(plain / table.seconds("verify", n) for n in COST_ROWS),
-        table.seconds("draft", decoder.tree.width) / plain,
-    ]
 
 
 def common_entries() -> list[Entry]:

@@ -1,5 +1,7 @@
 """Matrix product with constant weights, in the layout the processor reads fastest."""
 
+import platform
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,6 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.packed = packs(weight)
         if self.packed:
@@ -35,9 +36,9 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Rows ``[n, in]`` of the weight."""
-        return (self.weight.to_dense() if self.packed else self.weight)[index]
+    def dense(self) -> Tensor:
+        """The weight ``[out, in]``; a copy where it is packed."""
+        return self.weight.to_dense() if self.packed else self.weight
 
 
 def packs(weight: Tensor) -> bool:
@@ -50,4 +51,6 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):  # where oneDNN would emulate it
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

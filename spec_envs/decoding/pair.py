@@ -17,6 +17,8 @@ from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
+DEFAULT_TARGET = "smollm2-135m"
+
 
 @functools.cache
 def load_eagle(name: str, target: Transformer) -> EagleModel:
@@ -59,7 +61,7 @@ def eos_ids(target: str, model: Transformer) -> set[int]:
 
 
 def load_decoder(
-    target: str = "smollm2-135m",
+    target: str = DEFAULT_TARGET,
     drafter: str | None = "auto",
     device: str = "auto",
     dtype: str = "auto",

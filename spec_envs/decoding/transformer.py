@@ -104,7 +104,7 @@ class AncestorMask:
         block = self.buffer[0, 0, :n, self.capacity : self.capacity + m]
         block.fill_(float("-inf")).masked_fill_(visible, 0.0)
         window = self.buffer[:, :, :n, self.capacity - prefix : self.capacity + m]
-        return window if window.device.type == "cpu" else window.contiguous()  # CUDA kernels want aligned rows
+        return window if window.device.type == "cpu" else window.clone()  # CUDA kernels want aligned rows
 
 
 class RMSNorm:
@@ -292,9 +292,9 @@ class Transformer:
         """Logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
         return self.lm_head(self.norm(x))
 
-    def output_rows(self, ids: Tensor) -> Tensor:
-        """The head's rows ``[n, hidden]`` of token ids ``[n]``."""
-        return self.embedding[ids] if self.tied else self.lm_head.rows(ids)
+    def output_weight(self) -> Tensor:
+        """The head's weight ``[vocab, hidden]``; a copy where it is packed and not the embedding's."""
+        return self.embedding if self.tied else self.lm_head.dense()
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

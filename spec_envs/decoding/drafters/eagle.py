@@ -16,7 +16,13 @@ from spec_envs.decoding.tree import Tree
 
 
 def captured_layers(layers: int) -> tuple[int, int, int]:
-    """The low, middle and high layer of a target whose inputs the head reads, as in the published heads."""
+    """The low, middle and high layer of a target whose inputs the head reads, as in the published heads.
+
+    Raises:
+        ValueError: the target has too few layers for three different ones.
+    """
+    if layers < 7:
+        raise ValueError(f"the target has {layers} layers; an EAGLE-3 head reads three of at least 7")
     return 2, layers // 2, layers - 3
 
 
@@ -62,8 +68,10 @@ class EagleModel:
         self.norm = RMSNorm(state["norm.weight"], self.shape.norm_eps)
         self.lm_head = Linear(state["lm_head.weight"])
         self.shortlist = head.draft_ids.numpy()
-        own = target.output_rows(head.draft_ids.to(device))
-        self.widens = torch.allclose(state["lm_head.weight"], own, rtol=1e-2, atol=1e-3)  # but for rounding
+        output = target.output_weight()
+        own = output[head.draft_ids.to(device)]
+        shares = torch.allclose(state["lm_head.weight"], own, rtol=1e-2, atol=1e-3)  # but for rounding
+        self.output_weight = output if shares else None  # where every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, dtype, device)
 
     def forward(
@@ -109,11 +117,11 @@ class Vocabulary:
         """Note tokens of the text."""
         text = np.asarray(tokens)
         new = np.unique(text[~self.known[text]])
-        if not self.model.widens or not len(new):
+        if self.model.output_weight is None or not len(new):
             return
         self.known[new] = True
         self.ids = np.concatenate([self.ids, new])
-        rows = self.model.target.output_rows(torch.from_numpy(new).to(self.model.target.device))
+        rows = self.model.output_weight[torch.from_numpy(new).to(self.model.target.device)]
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
 

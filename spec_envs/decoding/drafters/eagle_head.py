@@ -133,7 +133,7 @@ class EagleHead(nn.Module):
             state[f"midlayer.{name}.weight"] = weights[f"{last}{origin}.weight"]
         state["fc.weight"].zero_()[:, 2 * hidden :] = torch.eye(hidden)  # the highest of the three layers
         state["norm.weight"] = weights["model.norm.weight"]
-        state["lm_head.weight"] = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[draft_ids]
+        state["lm_head.weight"] = target.output_weight()[draft_ids.to(target.device)]
         state["d2t"] = draft_ids - torch.arange(len(draft_ids))
         state["t2d"][draft_ids] = True
         head.load_state_dict(state)
@@ -186,4 +186,5 @@ class EagleHead(nn.Module):
         with whole(folder / "model.safetensors") as path:
             save_file(state, path)
         self.config.dtype = dtype
-        self.config.to_json_file(folder / "config.json", use_diff=False)
+        with whole(folder / "config.json") as path:
+            self.config.to_json_file(path, use_diff=False)

@@ -1,0 +1,34 @@
+"""What an environment's settings mean outside of Gymnasium: its decoder and its prompts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from experiments.arms import Encoded
+from spec_envs.controls import Control
+from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder, make_clocks
+from spec_envs.prompts import Prompt, encode, load_prompts
+
+
+def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
+    """The decoder that an environment with these keyword arguments has."""
+    names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
+    clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")))[0]
+    chosen = {name: env[name] for name in names if name in env}
+    return load_decoder(**chosen, clock=clock, width=control.width, max_depth=control.max_depth)
+
+
+def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
+    """``count`` prompts of a split, taken from the tasks in turn."""
+    if count < 1:
+        raise ValueError(f"the number of prompts is {count}; expected 1 or more")
+    prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
+    tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.task, []).append(prompt)
+    mixed = [p for turn in itertools.zip_longest(*groups.values()) for p in turn if p is not None]
+    return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
