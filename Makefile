@@ -15,8 +15,9 @@ DEPTH ?=
 BUDGET ?=
 DATA_DIR ?=
 PROMPTS ?=
+export PROMPT
 PROMPT ?= Explain in three sentences why the sky is blue.
-COUNT ?= 15
+COUNT ?=
 ARGS ?=
 
 .PHONY: help setup train eval bench drafter generate tensorboard test lint
@@ -35,9 +36,9 @@ train: $(READY)  ## train AGENT on ENV from experiments/ENV.yml; SET="key=value 
 	$(PY) -m experiments.train $(ENV) --agent $(AGENT) --seed $(SEED) --root $(ROOT) --set $(SET)
 
 eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (numbers or runs)
-	$(PY) -m experiments.evaluate $(RUN) --depth "$(DEPTH)" --budget "$(BUDGET)" --count $(COUNT) \
+	$(PY) -m experiments.evaluate $(RUN) --depth "$(DEPTH)" --budget "$(BUDGET)" \
 		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(PROMPTS),--prompts $(PROMPTS)) \
-		$(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
+		$(if $(COUNT),--count $(COUNT)) $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
 
 bench: $(READY)  ## speed of plain and static decoding against transformers, cost curves; runs/bench.json
 	$(PY) -m experiments.bench $(ARGS)
@@ -46,7 +47,7 @@ drafter: $(READY)  ## train an EAGLE-3 head for a target; ARGS="--target … --t
 	$(PY) -m experiments.drafter $(ARGS)
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
-	$(PY) -m experiments.stream "$(PROMPT)" $(if $(RUN),--run $(RUN)) $(ARGS)
+	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)
 
 tensorboard: $(READY)  ## look into the runs
 	$(PY) -m tensorboard.main --logdir runs

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
-from spec_envs.files import whole
+from spec_envs.files import whole, write_bytes, write_torch
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppo": PPO,
@@ -139,7 +139,12 @@ class SB3Agent:
         remaining = total_timesteps - self.model.num_timesteps
         if remaining > 0:
             self.model.learn(
-                remaining, callback, tb_log_name="events", reset_num_timesteps=False, progress_bar=progress_bar
+                remaining,
+                callback,
+                log_interval=1,
+                tb_log_name="events",
+                reset_num_timesteps=False,
+                progress_bar=progress_bar,
             )
         self.redeploy()
         return self
@@ -147,8 +152,8 @@ class SB3Agent:
     def save(self, folder: Path) -> None:
         """Write the policy's weights."""
         state = {name: t.contiguous() for name, t in self.model.policy.state_dict().items()}
-        with whole(folder / "policy.safetensors") as path:
-            save_file(state, path, metadata={"decision_seconds": str(self.decision_seconds)})
+        metadata = {"decision_seconds": str(self.decision_seconds)}
+        write_bytes(folder / "policy.safetensors", save(state, metadata))
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.
@@ -179,8 +184,7 @@ class SB3Agent:
             arrays = {name: getattr(buffer, name) for name in BUFFER}
             with whole(folder / "replay.npz") as path, path.open("wb") as file:
                 np.savez_compressed(file, pos=buffer.pos, full=buffer.full, **arrays)
-        with whole(folder / "checkpoint.pt") as path:
-            torch.save(state, path)
+        write_torch(folder / "checkpoint.pt", state)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint.

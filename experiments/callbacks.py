@@ -76,7 +76,7 @@ class Monitor(BaseCallback):
             "emitted_per_cycle": self.emitted / self.cycles,
             "accepted_per_cycle": self.accepted / self.cycles,
             "acceptance": self.accepted / max(1, self.verified),
-            **{f"seconds_{part}": s / total for part, s in self.seconds.items()},
+            **{f"seconds_{part}": s for part, s in self.seconds.items()},
         }
         for name, value in line.items():
             self.logger.record(f"spec/{name}", value)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from experiments.recording import Example, load_shard, shard_lengths
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.transformer import Rope, rotate
-from spec_envs.files import whole
+from spec_envs.files import write_torch
 
+CHECKPOINT_EVERY = 200  # batches
 STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
 
 
@@ -274,10 +275,9 @@ def train(
                     bar.set_postfix(
                         loss=f"{float(loss) / len(found):.3f}", accepted=" ".join(f"{a:.2f}" for a in chain)
                     )
-                if done % 200 == 0 or done == total:
+                if done % CHECKPOINT_EVERY == 0 or done == total:
                     state = {"head": model.head.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
-                    with whole(checkpoint) as temporary:
-                        torch.save(state, temporary)
+                    write_torch(checkpoint, state)
 
 
 @torch.no_grad()

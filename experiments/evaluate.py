@@ -20,7 +20,7 @@ from agents.random import RandomAgent
 from experiments.arms import Arm, decoded, plain_decoder, run_arms, transformers_arm
 from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
 from experiments.costs import cost_curves, describe
-from experiments.live import decoder_for, encoded_prompts
+from experiments.live import decoder_for, encoded_prompts, models
 from experiments.machine import machine
 from experiments.report import draw, markdown, settings_played
 from experiments.static import best_static, static_policy
@@ -29,7 +29,7 @@ from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter
+from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
 
 
@@ -125,13 +125,6 @@ def evaluate_mixes(
             learned.append(name)
     decoder = decoder_for(env, next(iter(policies.values())).control)
     return checked(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
-
-
-def models(env: dict[str, Any]) -> tuple[str, str]:
-    """Target and drafter of an environment with these keyword arguments."""
-    target = env.get("target", DEFAULT_TARGET)
-    drafter = env.get("drafter", "auto")
-    return target, default_drafter(target) if drafter == "auto" else drafter
 
 
 def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:

@@ -9,7 +9,7 @@ from experiments.arms import Encoded
 from spec_envs.controls import Control
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder, make_clocks
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder, make_clocks
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 
@@ -32,3 +32,10 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
         groups.setdefault(prompt.task, []).append(prompt)
     mixed = [p for turn in itertools.zip_longest(*groups.values()) for p in turn if p is not None]
     return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
+
+
+def models(env: dict[str, Any]) -> tuple[str, str]:
+    """Target and drafter of an environment with these keyword arguments."""
+    target = env.get("target", DEFAULT_TARGET)
+    drafter = env.get("drafter", "auto")
+    return target, default_drafter(target) if drafter == "auto" else drafter

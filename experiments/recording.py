@@ -75,9 +75,14 @@ def record(
             "features": torch.cat(features),
             "final": torch.cat(final),
         }
-        with whole(path) as temporary:
-            save_file(tensors, temporary)
+        save_shard(path, tensors)
     return paths
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file of recordings, whole or not at all."""
+    with whole(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def shard_lengths(path: Path) -> list[int]:

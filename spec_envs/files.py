@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -22,10 +25,23 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except BaseException as error:  # KeyboardInterrupt too: clean up, then raise on
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if isinstance(error, OSError) or "(os error" in str(error):  # the latter from safetensors
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise OSError(f"could not write {path}: {reason}; free some space or choose another folder") from error
         raise
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write bytes whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_torch(path: Path, state: Any) -> None:
+    """``torch.save``, whole or not at all; by way of memory, for torch itself does not say why it could not write."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from agents import AGENTS
 from agents.fixed import FixedAgent, settings
 from agents.sb3 import ALGORITHMS, SB3Agent
 from agents.schedules import schedule
+from experiments import recording
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
+from spec_envs.files import write_json, write_torch
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
@@ -183,19 +187,26 @@ def test_unreadable_runs(tmp_path: Path) -> None:
         agents.load(run)
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = AGENTS["ppo"](control=DepthControl(), seed=0)
-    agent.save(tmp_path)
-    before = (tmp_path / "policy.safetensors").read_bytes()
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files cannot grow beyond 2,000 bytes: writing fails for real, half way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def full(state: Any, path: Path, metadata: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agents.sb3.save_file", full)
-    with pytest.raises(
-        OSError, match=r"could not write .*policy.safetensors: No space left on device; free some space"
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, small_disk: None) -> None:
+    agent = AGENTS["dqn"](control=DepthControl(), seed=0, buffer_size=50)
+    (tmp_path / "policy.safetensors").write_bytes(b"the one before")
+    for write, name in (
+        (agent.save, "policy.safetensors"),
+        (agent.save_checkpoint, "replay.npz"),
+        (lambda folder: write_torch(folder / "checkpoint.pt", torch.zeros(2000)), "checkpoint.pt"),
+        (lambda folder: write_json(folder / "results.json", list(range(2000))), "results.json"),
+        (lambda folder: recording.save_shard(folder / "0.safetensors", {"x": torch.zeros(2000)}), "0.safetensors"),
     ):
-        agent.save(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["policy.safetensors"]
-    assert (tmp_path / "policy.safetensors").read_bytes() == before
+        with pytest.raises(OSError, match=rf"could not write .*{name}: .*; free some space"):
+            write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
+    assert (tmp_path / "policy.safetensors").read_bytes() == b"the one before"

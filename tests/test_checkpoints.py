@@ -61,7 +61,16 @@ def test_shards_and_torch_files(copied: Path) -> None:
         load_weights(copied)
 
 
-def test_a_corrupt_gguf(tmp_path: Path) -> None:
+def test_a_cached_gguf_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / f"{REAL}.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"is not the file it should be \(SHA-256\); delete it"):
+        model_folder(REAL)
+
+
+def test_a_corrupt_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
     bad = tmp_path / "model.gguf"
     bad.write_bytes(b"GGUF but not really" * 10)
     with pytest.raises(ValueError, match=r"cannot convert the GGUF file .*model.gguf"):

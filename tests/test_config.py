@@ -81,6 +81,26 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "env:\n  max_depht: 3\nagents:\n  ppo: {}\n",
             r"SpecDepth-v0.yml:2: unknown keyword 'max_depht' for DepthControl; did you mean 'max_depth'",
         ),
+        (
+            "agents:\n  ppo:\n    hyperparameters:\n      n_stepss: 32\n",
+            r"SpecDepth-v0.yml:4: unknown hyper-parameter 'n_stepss' of ppo \(did you mean 'n_steps'",
+        ),
+        (
+            "agents:\n  ppo:\n    agent: fixed\n    hyperparameters:\n      depth: 3\n",
+            r"SpecDepth-v0.yml:5: unknown hyper-parameter 'depth' of fixed; there are value",
+        ),
+        (
+            "agents:\n  ppo:\n    hyperparameters:\n      pi_arch: [3e2]\n",
+            r"SpecDepth-v0.yml:4: pi_arch is the text '3e2', not a number",
+        ),
+        (
+            "env:\n  max_new_tokens: many\nagents:\n  ppo: {}\n",
+            r"SpecDepth-v0.yml:2: max_new_tokens is 'many'; expected int",
+        ),
+        (
+            "agents:\n  ppo:\n    stages:\n      - {id: SpecBudget-v0, env: {max_depth: 1e1}}\n",
+            r"SpecDepth-v0.yml:3: max_depth is the text '1e1', not a number",
+        ),
         ("agents:\n  ppo:\n    agent: pppo\n", r"SpecDepth-v0.yml:3: no agent 'pppo' \(did you mean 'ppo'"),
         ("agents:\n  ppo: {}\nagent: x\n", r"SpecDepth-v0.yml:3: unknown key 'agent'; expected env and agents"),
         ("agents: [\n", r"is not YAML"),

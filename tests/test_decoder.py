@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from spec_envs.decoding.checkpoints import load_target
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.tree import ROOT
+from spec_envs.decoding.verifier import LocalVerifier
+from tests.conftest import CPU
 
 
 def plain(tiny: dict, prompt: list[int], n: int) -> list[int]:
@@ -82,7 +87,19 @@ def test_cut_at_eos(tiny: dict, tiny_decoder: Decoder, rng: np.random.Generator)
         assert tiny_decoder.cycles == [] or tiny_decoder.cycles[-1].accepted <= tiny_decoder.cycles[-1].emitted
 
 
-def test_sampling_is_seeded_and_stays_within_top_p(tiny: dict) -> None:
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.3), (0.2, 0.99), (1.0, 1e-6)])
+def test_temperature_and_top_p_are_those_of_transformers(tiny: dict, temperature: float, top_p: float) -> None:
+    target = load_target(tiny["target"], CPU, torch.float32)
+    verifier = LocalVerifier(target, (), temperature, top_p)
+    for seed in range(20):
+        logits = 3 * torch.randn(500, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        warped = TemperatureLogitsWarper(temperature)(None, logits[None])
+        if top_p < 1:
+            warped = TopPLogitsWarper(top_p)(None, warped)
+        assert np.allclose(verifier._probabilities(logits), warped[0].softmax(-1), atol=1e-12)
+
+
+def test_sampling_is_seeded(tiny: dict) -> None:
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature=1.0, top_p=0.6)
 
     def text(seed: int) -> list[int]:

@@ -4,8 +4,10 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from experiments import eagle_training
 from experiments.eagle_training import Batch, Objective, Unrolled, drafted_rows, report, train
 from experiments.recording import Example, load_shard, record
 from spec_envs.decoding.batch import read_batch
@@ -44,7 +46,9 @@ def test_rows_inside_the_answer() -> None:
     assert drafted_rows(batch, 2)[0].nonzero()[:, 0].tolist() == [2]
 
 
-def test_training_improves_and_goes_on_where_it_stopped(tiny_target: Path, tmp_path: Path) -> None:
+def test_training_improves_and_goes_on_where_it_stopped(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, weights = load_target(str(tiny_target), CPU, torch.float32), load_weights(tiny_target)
     rng = random.Random(0)
     texts = []
@@ -73,10 +77,25 @@ def test_training_improves_and_goes_on_where_it_stopped(tiny_target: Path, tmp_p
     trained = report(straight, paths, depth=4)
     assert trained["chain_acceptance"][0] > untrained["chain_acceptance"][0] + 0.1
     assert trained["chain_acceptance"] == sorted(trained["chain_acceptance"], reverse=True)
-    again = objective()
-    train(again, paths, tmp_path / "a.pt", epochs=40, **settings)  # finished: nothing left to do
-    for a, b in zip(straight.model.head.parameters(), again.model.head.parameters(), strict=True):
+
+    monkeypatch.setattr(eagle_training, "CHECKPOINT_EVERY", 7)
+    killed, passes = objective(), []
+
+    def kill(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == 30:
+            raise KeyboardInterrupt
+
+    killed.model.register_forward_pre_hook(kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, paths, tmp_path / "b.pt", epochs=40, **settings)
+    resumed = objective()
+    train(resumed, paths, tmp_path / "b.pt", epochs=40, **settings)
+    for a, b in zip(straight.model.head.parameters(), resumed.model.head.parameters(), strict=True):
         assert torch.equal(a, b)
+    (tmp_path / "b.pt").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"cannot go on from .*b.pt.*; delete it"):
+        train(objective(), paths, tmp_path / "b.pt", epochs=40, **settings)
 
 
 def test_saving_and_loading_is_exact(tiny_drafter: Path, tmp_path: Path) -> None:

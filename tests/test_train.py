@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import agents
 from experiments import evaluate, stream, train
@@ -49,7 +50,12 @@ def test_train_ends_with_a_table_and_a_picture(
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     config = yaml.safe_load((folder / "config.yml").read_text())
     assert config["versions"]["torch"] and config["revision"] and config["hyperparameters"]["gamma"] == 1.0
-    assert list(folder.glob("events_*/events.out.tfevents.*"))
+    events = EventAccumulator(str(next(folder.glob("events_*"))), size_guidance={"histograms": 0}).Reload().Tags()
+    assert set(events["scalars"]) >= {
+        *(f"spec/{name}" for name in ("tokens_per_second", "speedup", "emitted_per_cycle", "acceptance")),
+        *(f"spec/seconds_{part}" for part in ("draft", "verify", "policy")),
+    }
+    assert any(tag.startswith("actions/") for tag in events["histograms"])
     assert [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] == 128
     assert CostTable.load(str(folder / "clock.json")).seconds("verify", 1) > 0
     agents.load(folder)
@@ -62,6 +68,36 @@ def test_train_ends_with_a_table_and_a_picture(
     monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "3", "--temperature", "1.0"])
     evaluate.main()
     assert "temperature 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
+    stream.main()
+    assert "12 tokens" in capsys.readouterr().out
+
+
+def test_settings_that_cannot_be_built_claim_no_folder(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"env.{key}={value}" for key, value in tiny.items()]
+    arguments = ["SpecDepth-v0", "--agent", "fixed", "--root", str(tmp_path), "--set", "test_prompts=3", *overrides]
+    with pytest.raises(SystemExit, match="no prompt set gsm9k"):
+        run_train(monkeypatch, [*arguments, "env.prompts=gsm9k"])
+    with pytest.raises(SystemExit, match="value is 99"):
+        run_train(monkeypatch, [*arguments, "hyperparameters.value=99"])
+    with pytest.raises(SystemExit, match="nowhere is not a readable run folder"):
+        run_train(monkeypatch, [*arguments, "partner=nowhere"])
+    assert not (tmp_path / "SpecDepth-v0" / "fixed-0").exists()
+    run_train(monkeypatch, arguments)
+    assert (tmp_path / "SpecDepth-v0" / "fixed-0" / "results.json").exists()
+
+
+def test_cost_features_from_training_to_deployment(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy that sees a cost table is trained with the calibrated one and shown the same live."""
+    arguments = command("SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=64", "eval_freq=32")
+    run_train(monkeypatch, [*arguments, "env.cost_features=true", "env.clock=wall"])
+    folder = tmp_path / "SpecDepth-v0" / "ppo-0"
+    control, _ = agents.load(folder)
+    assert control.costs == CostTable.load(str(folder / "clock.json"))
     monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
     stream.main()
     assert "12 tokens" in capsys.readouterr().out
@@ -95,8 +131,8 @@ def test_mixes_of_learned_and_fixed(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
-    for env_id in ("SpecDepth-v0", "SpecBudget-v0"):
-        run_train(monkeypatch, command(env_id, "ppo", tmp_path, tiny, "total_timesteps=32", "eval_freq=0"))
+    for env_id, *stated in (("SpecDepth-v0", "env.max_depth=12", "env.width=10"), ("SpecBudget-v0",)):
+        run_train(monkeypatch, command(env_id, "ppo", tmp_path, tiny, "total_timesteps=32", "eval_freq=0", *stated))
         runs.append(str(tmp_path / env_id / "ppo-0"))
     out = tmp_path / "mixes"
     mixes = ["--depth", f"3 {runs[0]}", "--budget", f"16 {runs[1]}", "--count", "3", "--out", str(out)]
@@ -106,6 +142,9 @@ def test_mixes_of_learned_and_fixed(
     assert len([name for name in arms if name.startswith("depth")]) == 4
     monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", runs[1], "--budget", "16"])
     with pytest.raises(SystemExit, match="is not a run of DepthControl"):
+        evaluate.main()
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", "20", "--budget", runs[1]])
+    with pytest.raises(SystemExit, match="depth is 20; expected 0 to 12"):
         evaluate.main()
 
 

@@ -88,7 +88,12 @@ def folder_or_hub(name: str, also: str) -> Path:
             raise ValueError(f"{path} has no config.json; expected a folder in the Hugging Face layout")
         return path
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.jinja"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin", "*.model", "*.jinja"])
+            )
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -169,6 +174,8 @@ def converted(gguf: Path, digest: str) -> Path:
     folder = CACHE / "models" / f"{gguf.stem}-{digest[:12]}"
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
+    if sha256(gguf) != digest:
+        raise ValueError(f"{gguf} is not the file it should be (SHA-256); delete it, to have it fetched again")
     shutil.rmtree(folder, ignore_errors=True)
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -202,9 +209,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: no weights, or a file that cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    patterns = ("model*.safetensors", "pytorch_model*.bin")  # not the copies some repositories have beside them
+    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
     if not files:
-        raise ValueError(f"{folder} holds no weights; expected *.safetensors or pytorch_model*.bin")
+        raise ValueError(f"{folder} holds no weights; expected {' or '.join(patterns)}")
     weights: dict[str, Tensor] = {}
     for file in files:
         try:

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 
 from spec_envs.decoding.checkpoints import folder_or_hub, load_weights, registry
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import whole
+from spec_envs.files import whole, write_bytes
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -183,8 +183,7 @@ class EagleHead(nn.Module):
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in self.state_dict().items()
         }
-        with whole(folder / "model.safetensors") as path:
-            save_file(state, path)
+        write_bytes(folder / "model.safetensors", save(state))
         self.config.dtype = dtype
         with whole(folder / "config.json") as path:
             self.config.to_json_file(path, use_diff=False)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import drafter, selftext
+from experiments.turns import composed_turn, library_functions, training_turns
+from spec_envs.decoding.checkpoints import load_target, load_tokenizer
+from spec_envs.decoding.drafters.eagle_head import EagleHead
+from tests.conftest import CPU
+
+
+def conversations(path: Path, count: int = 30) -> Path:
+    rng = random.Random(0)
+    words = lambda: " ".join(rng.choice(["a", "b", "c", "d"]) for _ in range(12))  # noqa: E731
+    path.write_text("".join(json.dumps({"user": words(), "assistant": words()}) + "\n" for _ in range(count)))
+    return path
+
+
+def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["drafter", *map(str, arguments)])
+    drafter.main()
+
+
+def test_a_drafter_from_given_conversations(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = conversations(tmp_path / "given.jsonl")
+    common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--work", tmp_path / "work"]
+    common += ["--steps", 2, "--draft-vocab", 16, "--dtype", "float32", "--device", "cpu"]
+    make(monkeypatch, *common, "--epochs", 2)
+    report = json.loads((tmp_path / "work" / "head" / "report.json").read_text())
+    assert len(report["chain_acceptance"]) == 12 and report["positions"] > 0
+    head = EagleHead.load(str(tmp_path / "work" / "head"))
+    assert len(head.draft_ids) == report["draft_vocab"]
+    recorded = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
+    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")  # goes on; nothing is recorded again
+    assert recorded == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
+    assert json.loads((tmp_path / "longer" / "report.json").read_text())["epochs"] == 3
+    with pytest.raises(SystemExit, match="was begun with another seed; choose another --work"):
+        make(monkeypatch, *common, "--seed", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 0], "--steps is 0; expected 1 or more"),
+        (["--deep-share", 5], r"--deep-share is 5.0; expected a number in \(0, 1\]"),
+        (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
+    ],
+)
+def test_mistakes_claim_no_folder(
+    arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        make(monkeypatch, "--work", tmp_path / "work", *arguments)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("line", ["3", '{"prompt": "x"}', '{"user": "x"}', "{"])
+def test_malformed_conversations(line: str, tmp_path: Path) -> None:
+    good = '{"user": "a\u2028b", "assistant": "c"}\n'
+    path = tmp_path / "given.jsonl"
+    path.write_text(line + "\n" + good, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"given.jsonl:1 is not a conversation"):
+        selftext.read_conversations(path)
+    path.write_text(good + line, encoding="utf-8")  # cut short by a kill
+    assert len(selftext.read_conversations(path)) == 1
+
+
+def test_a_target_that_ends_no_turn(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftext, "sampled_turns", lambda *_: [])
+    monkeypatch.setattr(selftext, "training_turns", lambda: [])
+    target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
+    with pytest.raises(ValueError, match="ends no user turn of its own"):
+        selftext.write_conversations(target, tokenizer, tmp_path / "text.jsonl", 100)
+
+
+def test_composed_turns_are_of_every_kind() -> None:
+    rng = random.Random(0)
+    turns = [composed_turn(rng, ["An article about bees."]) for _ in range(40)]
+    assert any("An article about bees." in turn for turn in turns) and any("def " in turn for turn in turns)
+    assert len(library_functions()) > 500 and all(head.startswith("def ") for head in library_functions())
+    assert len(training_turns()) > 100
