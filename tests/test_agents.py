@@ -197,7 +197,9 @@ def small_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, small_disk: None) -> None:
-    agent = AGENTS["dqn"](control=DepthControl(), seed=0, buffer_size=50)
+    agent = AGENTS["dqn"](control=DepthControl(), seed=0, buffer_size=500)
+    seen = agent.model.replay_buffer.observations
+    seen[:] = np.random.default_rng(0).random(seen.shape)
     (tmp_path / "policy.safetensors").write_bytes(b"the one before")
     for write, name in (
         (agent.save, "policy.safetensors"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import bench
+from experiments import bench, static
 from experiments.arms import Encoded, Sample
 from experiments.comparison import checked, ratio, throughput
 from spec_envs.decoding.clock import CostTable
@@ -16,8 +16,8 @@ from spec_envs.decoding.clock import CostTable
 def test_the_benchmark_writes_its_figures_and_a_usable_clock(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "DEPTHS", (1, 4))
-    monkeypatch.setattr(bench, "BUDGETS", (8, 16))
+    monkeypatch.setattr(static, "DEPTHS", (1, 4))
+    monkeypatch.setattr(static, "BUDGETS", (8, 16))
     arguments = ["--target", tiny["target"], "--drafter", tiny["drafter"], "--dtype", "float32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--count", "3", "--out", str(tmp_path)])
     bench.main()

@@ -15,7 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import agents
-from experiments import evaluate, stream, train
+from experiments import evaluate, static, stream, train
 from spec_envs.decoding.clock import CostTable
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,12 @@ def command(env_id: str, agent: str, root: Path, tiny: dict, *settings: str) -> 
     overrides = [f"env.{key}={value}" for key, value in tiny.items()]
     small = ["test_prompts=3", "eval_prompts=2", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
     return [env_id, "--agent", agent, "--root", str(root), "--set", *overrides, *small, *settings]
+
+
+@pytest.fixture(autouse=True)
+def few_static_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "DEPTHS", (2, 4))
+    monkeypatch.setattr(static, "BUDGETS", (7, 15))
 
 
 def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
