@@ -7,14 +7,16 @@ from typing import Any
 from agents.fixed import FixedAgent
 from experiments.arms import decoded, run_arms
 from experiments.comparison import throughput
+from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
+from spec_envs.decoding.clock import CostTable, PricedClock
 
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
-DEPTHS = (1, 2, 3, 4, 5, 6, 8, 12)
-BUDGETS = (3, 7, 11, 15, 23, 31, 47)
-START = (4, 15)
+DEPTHS = (1, 2, 3, 4, 6, 8)
+BUDGETS = (3, 7, 11, 15, 23, 31)
+START = (2, 11)
 
 
 def static_policy(depth: int, budget: int, width: int = 10, max_depth: int = 12) -> Policy:
@@ -26,13 +28,15 @@ def static_policy(depth: int, budget: int, width: int = 10, max_depth: int = 12)
 def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, Any]:
     """The fastest depth and budget: each axis in turn from a middling start, until neither moves.
 
-    Throughput is unimodal along either axis up to noise, so the search ends where an exhaustive one would, within
-    the noise that either has; it tries a third of the settings.
+    Under a measured clock the cost curves are measured first and price the search, so that a busy moment of the
+    machine does not choose. What the chosen setting is worth is then measured live.
 
     Returns:
         ``best`` (depth, budget) and the ``tokens_per_second`` of every setting tried.
     """
     decoder = decoder_for(env, DepthControl(max_depth, width))
+    if not decoder.clock.priced:
+        decoder.clock = PricedClock(CostTable("measured", **cost_curves(decoder)))
     prompts = encoded_prompts(env, "train", PROMPTS)
     tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
     rates: dict[tuple[int, int], float] = {}

@@ -66,7 +66,7 @@ class DepthControl(Control):
 
     - `max_depth=12`: most expansions after the first level.
     - `width=10`: children per node, and nodes expanded per level.
-    - `budget=15`: nodes verified; with the root 16 rows, which a matrix unit takes in one tile.
+    - `budget=11`: nodes verified.
 
     and the shared ones of `SpecEnv`.
 
@@ -81,7 +81,7 @@ class DepthControl(Control):
         self,
         max_depth: int = 12,
         width: int = 10,
-        budget: int = 15,
+        budget: int = 11,
         observation: str = "default",
         cost_features: bool = False,
     ):
