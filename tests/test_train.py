@@ -111,7 +111,7 @@ def test_cost_features_from_training_to_deployment(
 
 def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
     arguments = command(
-        "SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=4096", "checkpoint_freq=64", "eval_freq=0"
+        "SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=1024", "checkpoint_freq=64", "eval_freq=0"
     )
     run = [sys.executable, "-m", "experiments.train", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "going on at step" in again.stderr
     steps = [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert steps[-1] == 4096
+    assert steps[-1] == 1024
     assert (folder / "results.json").exists()
 
 
