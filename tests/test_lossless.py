@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
 def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """χ² of the first emitted token against transformers' distribution, with enough draws to see a bias of 0.03.
 
-    The draws go through the verifier, on a drafted tree behind a real text. A rule that accepts the drafter's best
+    The draws go through the verifier's forward and rule, on a drafted tree behind a real text. A rule that accepts the drafter's best
     child a little too often is shown to be caught with the same number of draws.
     """
     temperature, top_p = 0.7, 0.95
@@ -88,20 +89,20 @@ def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkey
             decoder.verify(12)
         mask = verifier._mask(parents)
         positions = verifier.cache.length + np.concatenate([[0], levels + 1])
-        hidden = verifier._forward(np.concatenate([[verifier.last], tokens]), positions, mask)
+        logits = verifier.target.head(verifier._forward(np.concatenate([[verifier.last], tokens]), positions, mask))
+    distribution = functools.cache(lambda row: verifier._probabilities(logits[row]))
     order = np.argsort(-p)[:8]
     order = order[p[order] > 0.005]
     rest = 1 - p[order].sum()
     expected = np.append(p[order], rest) if rest > 0.005 else p[order] / p[order].sum()
     draws = draws_for_power(expected, bias=0.03, power=0.95)
 
-    @torch.inference_mode()
     def statistic() -> float:
         where = {int(token): i for i, token in enumerate(order)}
         counts = np.zeros(len(expected))
         for _ in range(draws):
-            verdict = verifier._decide(tokens, parents, hidden)
-            first = int(tokens[verdict.path[0]]) if verdict.path else verdict.token
+            path, token = accept.sampled(tokens, parents, distribution, rng.random)
+            first = int(tokens[path[0]]) if path else token
             counts[min(where.get(first, len(order)), len(expected) - 1)] += 1
         return float(((counts - draws * expected) ** 2 / (draws * expected)).sum())
 
