@@ -72,7 +72,7 @@ def test_a_partner_decides_the_rest_and_is_charged(tiny: dict) -> None:
     env.unwrapped.control.partner = Policy(budget, fixed_budget)
     env.reset(seed=0)
     info = env.step(0)[4]
-    assert info["verified"] == 16 and info["seconds"]["policy"] == 0.25
+    assert info["verified"] == 15 and info["seconds"]["policy"] == 0.25
 
     env = gym.make("SpecBudget-v0", **tiny)
     env.unwrapped.control.partner = Policy(depth, fixed_depth)
