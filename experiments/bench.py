@@ -14,15 +14,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.arms import decoded, plain_decoder, run_arms, transformers_arm
-from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
-from experiments.costs import cost_curves, describe
-from experiments.live import decoder_for, encoded_prompts
-from experiments.machine import machine
+from experiments.comparison import with_aa_check
+from experiments.evaluate import run_tables
+from experiments.live import decoder_for
 from experiments.report import draw_arms, markdown
 from experiments.static import best_static, static_policy
 from spec_envs.controls.depth import DepthControl
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
 
@@ -31,51 +28,23 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
     """Everything in one run."""
     decoder = decoder_for(env, DepthControl())
     static = best_static(env, decoder.tree.width, decoder.max_depth)
-    return checked(lambda prompts: measure(decoder, env, static, prompts), count)
+    policies = {"static": static_policy(*static["best"])}
+    references = ["plain", "transformers generate"]
 
+    def measure(prompts: int) -> dict[str, Any]:
+        return run_tables(policies, env, decoder, prompts, references, ["static"]) | {"static": static}
 
-def measure(decoder: Decoder, env: dict[str, Any], static: dict[str, Any], count: int) -> dict[str, Any]:
-    """The arms on held-out prompts, and the cost curves."""
-    curves = cost_curves(decoder)
-    plain = plain_decoder(decoder)
-    arms = {
-        "plain": decoded(plain, None),
-        "plain again": decoded(plain, None),
-        "transformers generate": transformers_arm(env["target"], decoder),
-        "static": decoded(decoder, static_policy(*static["best"])),
-    }
-    prompts = encoded_prompts(env, "test", count)
-    samples = run_arms(arms, prompts, env["max_new_tokens"], "held-out prompts")
-    rows = summary(samples, ["plain", "transformers generate"])
-    speculative = rows["static"]
+    results = with_aa_check(measure, count)
+    speculative, verify = results["arms"]["static"], results["seconds"]["verify"]
     inside = speculative["parts"]["draft"] + speculative["parts"]["verify"]
-    one = curves["verify"][1]
     return {
-        "plain_over_transformers": rows["plain"]["over_transformers generate"],
+        "plain_over_transformers": results["arms"]["plain"]["over_transformers generate"],
         "static_over_plain": speculative["over_plain"],
         "emitted_per_cycle": speculative["emitted_per_cycle"],
         "overhead_share": 1 - inside / speculative["seconds"],
-        "verify_curve": {n: s / one for n, s in curves["verify"].items()},
-        "expand_ratio": curves["draft"][decoder.tree.width] / one,
-        "arms": rows,
-        "references": ["plain", "transformers generate"],
-        "static": static,
-        "prompts": len(samples["plain"]),
-        "tasks": list(by_task(samples["plain"])),
-        "max_new_tokens": env["max_new_tokens"],
-        "temperature": decoder.verifier.temperature,
-        "machine": machine(decoder),
-        "curves": describe(curves),
-        "seconds": curves,
-        "divergences": {
-            "static": divergences(decoder, samples["static"])
-            | {"same_text": same_text(samples["static"], samples["plain"])}
-        }
-        if decoder.verifier.temperature == 0
-        else {},
-        "by_task": {
-            name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
-        },
+        "verify_curve": {n: s / verify[1] for n, s in verify.items()},
+        "expand_ratio": results["seconds"]["draft"][decoder.tree.width] / verify[1],
+        **results,
     }
 
 

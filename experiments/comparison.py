@@ -55,19 +55,19 @@ def summary(samples: dict[str, list[Sample]], references: Sequence[str]) -> dict
     return rows
 
 
-def checked(measure: Callable[[int], dict[str, Any]], prompts: int) -> dict[str, Any]:
+def with_aa_check(measure: Callable[[int], dict[str, Any]], prompts: int) -> dict[str, Any]:
     """``measure(prompts)``; where plain decoding run twice differs from itself, once more with twice the prompts.
 
     The first try is kept under ``first_try``.
     """
     results = measure(prompts)
-    if agrees(results):
+    if aa_agrees(results):
         return results
     print("plain decoding differs from itself (A/A): measuring once more with twice the prompts", file=sys.stderr)
     return measure(2 * prompts) | {"first_try": results}
 
 
-def agrees(results: dict[str, Any]) -> bool:
+def aa_agrees(results: dict[str, Any]) -> bool:
     """Whether the A/A interval of a table contains 1."""
     interval = results["arms"]["plain again"]["over_plain"]
     return interval["low"] <= 1 <= interval["high"]

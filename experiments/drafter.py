@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from experiments.eagle_training import Objective, Unrolled, report, train
+from experiments.eagle_objective import Objective, Unrolled
+from experiments.eagle_training import report, train
 from experiments.recording import record, tokenized
 from experiments.selftext import read_conversations, write_conversations
 from spec_envs.decoding.checkpoints import (

@@ -18,9 +18,9 @@ from typing import Any
 import agents
 from agents.random import RandomAgent
 from experiments.arms import Arm, decoded, plain_decoder, run_arms, transformers_arm
-from experiments.comparison import by_task, checked, divergences, same_text, summary, throughput
+from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
 from experiments.costs import cost_curves, describe
-from experiments.live import decoder_for, encoded_prompts, models
+from experiments.live import decoder_for, encoded_prompts, target_and_drafter
 from experiments.machine import machine
 from experiments.report import draw, markdown, settings_played
 from experiments.static import best_static, static_policy
@@ -50,6 +50,7 @@ def run_tables(
         arms["transformers generate"] = transformers_arm(env.get("target", DEFAULT_TARGET), decoder)
     arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
     samples = run_arms(arms, prompts, max_new_tokens, "held-out prompts")
+    curves = None if decoder.clock.priced else cost_curves(decoder)
     results: dict[str, Any] = {
         "arms": summary(samples, references),
         "references": list(references),
@@ -58,7 +59,8 @@ def run_tables(
         "max_new_tokens": max_new_tokens,
         "temperature": decoder.verifier.temperature,
         "machine": machine(decoder),
-        "curves": None if decoder.clock.priced else describe(cost_curves(decoder)),
+        "seconds": curves,
+        "curves": describe(curves) if curves else None,
         "actions": {name: settings_played(policies[name].control, samples[name]) for name in learned},
         "by_task": {
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
@@ -106,7 +108,7 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     def measure(count: int) -> dict[str, Any]:
         return run_tables(policies, env, decoder, count, ["plain", "static"], [name]) | {"static": static}
 
-    return checked(measure, test_prompts or config["test_prompts"])
+    return with_aa_check(measure, test_prompts or config["test_prompts"])
 
 
 def evaluate_mixes(
@@ -114,7 +116,7 @@ def evaluate_mixes(
 ) -> dict[str, Any]:
     """Every mix of depths and budgets, each a number or a run folder."""
     trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdigit()]
-    if len({models(env) for env in trained}) > 1:
+    if len({target_and_drafter(env) for env in trained}) > 1:
         raise ValueError("the runs were trained with different targets or drafters; they cannot be mixed")
     env = (trained[0] if trained else {}) | given
     policies, learned = {}, []
@@ -124,7 +126,7 @@ def evaluate_mixes(
         if not (depth + budget).isdigit():
             learned.append(name)
     decoder = decoder_for(env, next(iter(policies.values())).control)
-    return checked(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
+    return with_aa_check(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
 
 
 def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
@@ -207,7 +209,7 @@ def main() -> None:
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
         if args.depth or args.budget:
-            depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["15"]
+            depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["11"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
             save(results, args.out or Path("runs/mixes"))
         elif args.run:

@@ -34,7 +34,7 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
 
 
-def models(env: dict[str, Any]) -> tuple[str, str]:
+def target_and_drafter(env: dict[str, Any]) -> tuple[str, str]:
     """Target and drafter of an environment with these keyword arguments."""
     target = env.get("target", DEFAULT_TARGET)
     drafter = env.get("drafter", "auto")

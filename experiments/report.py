@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.arms import Sample
-from experiments.comparison import agrees, by_task
+from experiments.comparison import aa_agrees, by_task
 from spec_envs.controls import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.files import whole
@@ -54,13 +54,13 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, clock {machine['clock']}; {versions}; "
         f"revision {machine['revision']}.",
     ]
-    if results.get("curves"):
+    if results["curves"]:
         lines.append(results["curves"] + ".")
     if results.get("static"):
         static = results["static"]
         depth, budget = static["best"]
         lines.append(f"Best static setting on training prompts: depth {depth}, budget {budget}.")
-    lines.append(f"A/A check (plain twice): the interval {'contains' if agrees(results) else 'EXCLUDES'} 1.")
+    lines.append(f"A/A check (plain twice): the interval {'contains' if aa_agrees(results) else 'EXCLUDES'} 1.")
     for name, found in results.get("divergences", {}).items():
         lines.append(
             f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
@@ -68,7 +68,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     for name, histogram in results.get("actions", {}).items():
         played = {action for counts in histogram.values() for action, n in counts.items() if n}
-        if len(played) == 1:
+        if len(played) == 1 and name != "static":
             lines.append(f"{name} plays one action only: it is a static setting.")
     return lines
 

@@ -83,6 +83,8 @@ def write_conversations(
             groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
             rng.shuffle(groups)  # an interrupted round lacks texts of every length, not the longest
             for group in groups:
+                if written >= tokens:
+                    break
                 answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos)
                 new = [{"user": user, "answer_ids": answer} for (_, user), answer in zip(group, answers, strict=True)]
                 file.writelines(json.dumps(conversation) + "\n" for conversation in new)

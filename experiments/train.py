@@ -26,7 +26,7 @@ from experiments.comparison import ratio
 from experiments.config import Experiment, load_experiment
 from experiments.costs import cost_curves
 from experiments.evaluate import evaluate_run, save
-from experiments.live import decoder_for, encoded_prompts, models
+from experiments.live import decoder_for, encoded_prompts, target_and_drafter
 from experiments.machine import revision, versions
 from experiments.report import markdown
 from spec_envs import ENVIRONMENTS
@@ -93,7 +93,7 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
     if config["partner"]:
-        if models(agents.read_config(Path(config["partner"]))["env"]) != models(keywords):
+        if target_and_drafter(agents.read_config(Path(config["partner"]))["env"]) != target_and_drafter(keywords):
             raise ValueError(f"the partner {config['partner']} was trained with another target or drafter")
         spec_env.control.compose(*agents.load(config["partner"]))
     return env

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bench, static
 from experiments.arms import Encoded, Sample
-from experiments.comparison import checked, ratio, throughput
+from experiments.comparison import ratio, throughput, with_aa_check
 from spec_envs.decoding.clock import CostTable
 
 
@@ -54,6 +54,6 @@ def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
         low = 1.1 if prompts < 8 else 0.9
         return {"arms": {"plain again": {"over_plain": {"low": low, "high": 1.2}}}, "prompts": prompts}
 
-    assert "first_try" not in checked(measure, 8)
-    repeated = checked(measure, 5)
+    assert "first_try" not in with_aa_check(measure, 8)
+    repeated = with_aa_check(measure, 5)
     assert repeated["prompts"] == 10 and repeated["first_try"]["prompts"] == 5

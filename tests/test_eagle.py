@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from experiments import eagle_training
-from experiments.eagle_training import Batch, Objective, Unrolled, drafted_rows, report, train
+from experiments.eagle_objective import Batch, Objective, Unrolled, drafted_rows
+from experiments.eagle_training import report, train
 from experiments.recording import Example, load_shard, record
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.checkpoints import load_target, load_weights
