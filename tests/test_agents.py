@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +188,21 @@ def test_unreadable_runs(tmp_path: Path) -> None:
         agents.load(run)
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """Files cannot grow beyond 2,000 bytes: writing fails for real, half way."""
+    """Files cannot grow beyond 2,000 bytes: writing fails for real, half way.
+
+    Not a fixture: pytest writes its own dot, perhaps to a file, before it tears fixtures down.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, small_disk: None) -> None:
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     agent = AGENTS["dqn"](control=DepthControl(), seed=0, buffer_size=500)
     seen = agent.model.replay_buffer.observations
     seen[:] = np.random.default_rng(0).random(seen.shape)
@@ -208,7 +214,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, small_disk: Non
         (lambda folder: write_json(folder / "results.json", list(range(2000))), "results.json"),
         (lambda folder: recording.save_shard(folder / "0.safetensors", {"x": torch.zeros(2000)}), "0.safetensors"),
     ):
-        with pytest.raises(OSError, match=rf"could not write .*{name}: .*; free some space"):
+        with pytest.raises(OSError, match=rf"could not write .*{name}: .*; free some space"), small_disk():
             write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
     assert (tmp_path / "policy.safetensors").read_bytes() == b"the one before"
