@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from experiments.comparison import aa_agrees, by_task
 from spec_envs.controls import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.files import whole
+
+COLLAPSED = 0.95  # share of one setting from which a policy is reported as a static setting
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -67,10 +70,17 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"(largest logit gap {found['largest_gap']:.2f}); same tokens as plain on {100 * found['same_text']:.0f} % of prompts."
         )
     for name, histogram in results.get("actions", {}).items():
-        played = {action for counts in histogram.values() for action, n in counts.items() if n}
-        if len(played) == 1 and name != "static":
-            lines.append(f"{name} plays one action only: it is a static setting.")
+        setting, share = most_played(histogram)
+        if share >= COLLAPSED:
+            lines.append(f"{name} plays {setting} in {100 * share:.1f} % of its cycles: it is a static setting.")
     return lines
+
+
+def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
+    """The setting played most over all tasks, and its share of the cycles."""
+    counts = sum((Counter(by_setting) for by_setting in histogram.values()), Counter())
+    setting, count = counts.most_common(1)[0]
+    return setting, count / counts.total()
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:

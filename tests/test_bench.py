@@ -10,6 +10,7 @@ import pytest
 from experiments import bench, static
 from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
+from experiments.report import most_played
 from spec_envs.decoding.clock import CostTable
 
 
@@ -57,3 +58,8 @@ def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
     assert "first_try" not in with_aa_check(measure, 8)
     repeated = with_aa_check(measure, 5)
     assert repeated["prompts"] == 10 and repeated["first_try"]["prompts"] == 5
+
+
+def test_a_collapsed_policy_is_found() -> None:
+    played = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
+    assert most_played(played) == ("7", 0.98)
