@@ -15,8 +15,10 @@ DEPTH ?=
 BUDGET ?=
 DATA_DIR ?=
 PROMPTS ?=
-export PROMPT
 PROMPT ?= Explain in three sentences why the sky is blue.
+# As it was written, dollar signs and all.
+override PROMPT := $(value PROMPT)
+export PROMPT
 COUNT ?=
 ARGS ?=
 
@@ -50,7 +52,7 @@ generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)
 
 tensorboard: $(READY)  ## look into the runs
-	$(PY) -m tensorboard.main --logdir runs
+	$(PY) -m tensorboard.main --logdir $(ROOT)
 
 test: $(READY)  ## run the tests
 	$(PY) -m pytest $(ARGS)

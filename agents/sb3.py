@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
 }
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
-RESERVED = {"self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"}
+RESERVED = {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
+    *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
+    *("_init_setup_model", "rollout_buffer_class", "rollout_buffer_kwargs"),
+    *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
+}
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
@@ -56,7 +61,7 @@ class SB3Agent:
         decision_seconds: time of one bare decision; measured when the agent is made, then kept with its weights.
 
     Raises:
-        ValueError: a hyper-parameter that the algorithm does not have.
+        ValueError: a hyper-parameter that the algorithm does not have, or a value that it refuses.
     """
 
     def __init__(
@@ -80,16 +85,24 @@ class SB3Agent:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         value_based = issubclass(kind, OffPolicyAlgorithm)
+        for name, layers in (("pi_arch", pi_arch), ("vf_arch", vf_arch)):
+            if not isinstance(layers, Sequence) or not all(isinstance(n, int) and n > 0 for n in layers):
+                raise ValueError(f"{name} is {layers!r}; expected the sizes of hidden layers, such as [64, 64]")
         arch: Any = list(pi_arch) if value_based else {"pi": list(pi_arch), "vf": list(vf_arch)}
-        self.model = kind(
-            "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy",
-            Spaces(control),
-            learning_rate=schedule(lr_schedule, learning_rate, total_timesteps, warmup_timesteps),
-            policy_kwargs={"net_arch": arch, "activation_fn": ACTIVATIONS[activation]},
-            seed=seed,
-            device="cpu",  # the networks are small; the accelerator belongs to the decoder
-            **hyperparameters,
-        )
+        learning_rates = schedule(lr_schedule, learning_rate, total_timesteps, warmup_timesteps)
+        try:
+            self.model = kind(
+                "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy",
+                Spaces(control),
+                learning_rate=learning_rates,
+                policy_kwargs={"net_arch": arch, "activation_fn": ACTIVATIONS[activation]},
+                seed=seed,
+                device="cpu",  # the networks are small; the accelerator belongs to the decoder
+                **hyperparameters,
+            )
+        except (AssertionError, TypeError) as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
+            raise ValueError(f"{algorithm} refuses its hyper-parameters ({given}): {error}") from None
         self.seed = seed
         self.rng = np.random.default_rng(seed)
         self.redeploy()

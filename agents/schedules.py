@@ -15,6 +15,8 @@ def schedule(
     ``adawm`` (arXiv 2603.01639): with T total and w warm-up steps (1 % of T by default), peak · t / w while t < w,
     then peak · (1 − (t − w) / (T − w)), never below 0.
     """
+    if not isinstance(peak, (int, float)):
+        raise ValueError(f"learning_rate is {peak!r}; expected a number")
     if name not in SCHEDULES:
         raise ValueError(f"lr_schedule is {name!r}; expected one of {', '.join(SCHEDULES)}")
     if name == "constant":

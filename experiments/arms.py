@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging as transformers_logging
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.checkpoints import model_folder
@@ -96,6 +97,7 @@ class FirstToken(StoppingCriteria):
 def transformers_arm(target: str, decoder: Decoder) -> Arm:
     """Hugging Face's ``generate`` on the same weights, dtype and device."""
     verifier = decoder.verifier
+    transformers_logging.disable_progress_bar()  # of reading the weights
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.dtype)
     model.to(verifier.target.device).eval()
     synchronize = WallClock(verifier.target.device).synchronize

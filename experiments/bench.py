@@ -7,13 +7,13 @@ Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `c
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
 from experiments.evaluate import run_tables
 from experiments.live import decoder_for
@@ -87,10 +87,8 @@ def main() -> None:
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,
     }
-    try:
+    with one_sentence():
         results = bench(env, args.count)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "bench.json", results)
     write_json(args.out / "clock.json", results["seconds"])

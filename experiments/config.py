@@ -36,10 +36,10 @@ class Experiment(BaseModel):
         env: keyword arguments of the environment, over those of the file.
         total_timesteps: environment steps of training.
         hyperparameters: keyword arguments of the agent.
-        eval_freq: steps between validations (0: none); the best agent is kept.
+        eval_freq: steps between validations (0: none), each at the end of a rollout; the best agent is kept.
         eval_prompts: prompts of a validation.
         test_prompts: prompts of the final table.
-        checkpoint_freq: steps between checkpoints.
+        checkpoint_freq: steps between checkpoints, each at the end of a rollout.
         calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
             always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
@@ -88,26 +88,29 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path.name} has no stanza {stanza!r}{nearest(stanza, stanzas)}; it has {', '.join(stanzas)}")
     chosen = dict(stanzas[stanza] or {})
     chosen["env"] = {**raw.get("env", {}), **chosen.get("env", {})}
-    for override in overrides:
-        apply(override, chosen)
+    overridden = [apply(override, chosen) for override in overrides]
     chosen.setdefault("agent", stanza)
+
+    def place(where: tuple[str, ...]) -> str:
+        """Where a key was set: an override, or a line of the file."""
+        if any(where[: len(key)] == key for key in overridden):
+            return "SET"
+        return f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}"
+
     try:
         experiment = Experiment.model_validate(chosen)
     except ValidationError as error:
         first = error.errors()[0]
         where = tuple(str(part) for part in first["loc"])
-        hint = nearest(where[-1], Experiment.model_fields) if first["type"] == "extra_forbidden" else ""
-        place = f"{path.name}:{line_of(text, ('agents', stanza, *where))}"
-        raise ValueError(f"{place}: {'.'.join(where)}: {first['msg']}{hint}") from None
-    check(
-        experiment,
-        env_id,
-        lambda where: f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}",
-    )
+        reason = first["msg"]
+        if first["type"] == "extra_forbidden":
+            reason = f"unknown key{nearest(where[-1], Experiment.model_fields)}"
+        raise ValueError(f"{place(where)}: {'.'.join(where)}: {reason}") from None
+    check(experiment, env_id, place)
     return experiment
 
 
-def check(experiment: Experiment, env_id: str, place: Any) -> None:
+def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]], str]) -> None:
     """Refuse unknown agents and environment keywords, and numbers that YAML reads as text."""
     if experiment.agent not in AGENTS:
         raise ValueError(
@@ -158,17 +161,22 @@ def is_number(text: str) -> bool:
     return True
 
 
-def apply(override: str, config: dict[str, Any]) -> None:
-    """Set ``a.b=value`` in nested dictionaries."""
-    key, separator, value = override.partition("=")
+def apply(override: str, config: dict[str, Any]) -> tuple[str, ...]:
+    """Set ``a.b=value`` in nested dictionaries; returns the keys."""
+    key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not key=value; for example env.max_new_tokens=64")
-    *parents, last = key.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r} is not YAML; write lists without spaces, as in [64,64]") from None
+    *parents, last = keys = key.strip().split(".")
     for parent in parents:
         config = config.setdefault(parent, {})
         if not isinstance(config, dict):
             raise ValueError(f"override {override!r}: {parent} holds no keys")
-    config[last] = yaml.safe_load(value)
+    config[last] = float(value) if isinstance(value, str) and is_number(value) else value  # 3e-4 is text to YAML
+    return tuple(keys)
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from experiments.command import one_sentence
 from experiments.eagle_objective import Objective, Unrolled
 from experiments.eagle_training import report, train
 from experiments.recording import record, tokenized
@@ -95,10 +96,8 @@ def check(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
-    try:
+    with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
         make_drafter(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def make_drafter(args: argparse.Namespace) -> None:

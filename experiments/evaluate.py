@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import agents
 from agents.random import RandomAgent
 from experiments.arms import Arm, decoded, plain_decoder, run_arms, transformers_arm
+from experiments.command import one_sentence
 from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
 from experiments.costs import cost_curves, describe
 from experiments.live import decoder_for, encoded_prompts, target_and_drafter
@@ -62,6 +62,7 @@ def run_tables(
         "seconds": curves,
         "curves": describe(curves) if curves else None,
         "actions": {name: settings_played(policies[name].control, samples[name]) for name in learned},
+        "decisions": {name: policies[name].control.name for name in learned},
         "by_task": {
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
@@ -69,7 +70,7 @@ def run_tables(
     if decoder.verifier.temperature == 0:
         results["divergences"] = {
             name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
-            for name in learned
+            for name in ("plain", *learned)
         }
     return results
 
@@ -169,18 +170,20 @@ def save(results: dict[str, Any], folder: Path) -> None:
     print(f"picture: {folder / 'results.png'}")
 
 
-def other_folder(run: Path, overrides: dict[str, Any]) -> Path:
-    """Where a run's table under other settings than its own goes."""
-    if not overrides:
-        return run
-    return run / "eval" / "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}") for key, value in overrides.items())
+def folder_name(settings: dict[str, Any]) -> str:
+    """The settings of an evaluation as the name of its folder."""
+    return "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}").strip("_") for key, value in settings.items())
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
-    parser.add_argument("--depth", default="", help="depths, each a number or a run folder, separated by spaces")
-    parser.add_argument("--budget", default="", help="budgets, each a number or a run folder, separated by spaces")
+    parser.add_argument(
+        "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 2)"
+    )
+    parser.add_argument(
+        "--budget", default="", help="budgets, each a number or a run folder, separated by spaces (default 11)"
+    )
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
     parser.add_argument("--prompts", help="prompt sets, separated by commas")
     parser.add_argument("--count", type=int, help="held-out prompts (default: as many as the run had, or 15)")
@@ -191,7 +194,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results (default: the run's, one in its eval/ for other settings, or runs/mixes)",
+        help="folder of the results (default: the run's, or one below its eval/ or runs/mixes/ named by the settings)",
     )
     return parser.parse_args()
 
@@ -207,18 +210,20 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
-    try:
+    with one_sentence():
         if args.depth or args.budget:
             depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["11"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
-            save(results, args.out or Path("runs/mixes"))
+            mix = {"depth": depths, "budget": budgets, **overrides, "count": args.count or 15}
+            save(results, args.out or Path("runs/mixes") / folder_name(mix))
         elif args.run:
             results = evaluate_run(args.run, overrides, args.count)
-            save(results, args.out or other_folder(args.run, overrides))
+            if args.count not in (None, agents.read_config(args.run)["test_prompts"]):
+                overrides["count"] = args.count
+            own = args.run / "eval" / folder_name(overrides) if overrides else args.run
+            save(results, args.out or own)
         else:
             raise ValueError("nothing to evaluate: give RUN=runs/…, or DEPTH=… and BUDGET=…")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -65,14 +65,20 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines.append(f"Best static setting on training prompts: depth {depth}, budget {budget}.")
     lines.append(f"A/A check (plain twice): the interval {'contains' if aa_agrees(results) else 'EXCLUDES'} 1.")
     for name, found in results.get("divergences", {}).items():
-        lines.append(
+        line = (
             f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
-            f"(largest logit gap {found['largest_gap']:.2f}); same tokens as plain on {100 * found['same_text']:.0f} % of prompts."
+            f"(largest logit gap {found['largest_gap']:.2f})"
         )
+        if name != "plain":
+            line += f"; same tokens as plain on {100 * found['same_text']:.0f} % of prompts"
+        lines.append(line + ".")
     for name, histogram in results.get("actions", {}).items():
         setting, share = most_played(histogram)
         if share >= COLLAPSED:
-            lines.append(f"{name} plays {setting} in {100 * share:.1f} % of its cycles: it is a static setting.")
+            lines.append(
+                f"{name} plays {results['decisions'][name]} {setting} in {100 * share:.1f} % of its cycles: "
+                "it is a static setting."
+            )
     return lines
 
 
@@ -112,8 +118,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1 + len(histograms), 1, squeeze=False)[:, 0]
     draw_arms(axes[0], results["arms"], results["references"][0])
+    axes[0].set_title(f"{results['prompts']} held-out prompts, temperature {results['temperature']}", fontsize=10)
     for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
-        draw_histogram(axis, name, histogram)
+        draw_histogram(axis, histogram)
+        axis.set_xlabel(f"{results['decisions'][name]} played by {name}")
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -131,12 +139,13 @@ def draw_arms(axis: Any, arms: dict[str, Any], reference: str) -> None:
     axis.set_xlabel(f"throughput over {reference}, 95 % interval")
 
 
-def draw_histogram(axis: Any, name: str, histogram: dict[str, dict[str, int]]) -> None:
-    """Share of cycles per setting, one line per task."""
-    for task, counts in histogram.items():
+def draw_histogram(axis: Any, histogram: dict[str, dict[str, int]]) -> None:
+    """Share of cycles per setting, one bar per task."""
+    width = 0.8 / len(histogram)
+    for i, (task, counts) in enumerate(histogram.items()):
         total = max(1, sum(counts.values()))
-        axis.plot(list(counts), [n / total for n in counts.values()], marker="o", markersize=3, label=task)
-    axis.set_xlabel("setting played (depth or budget)")
+        at = [x + (i - (len(histogram) - 1) / 2) * width for x in range(len(counts))]
+        axis.bar(at, [n / total for n in counts.values()], width, label=task)
+        axis.set_xticks(range(len(counts)), list(counts))
     axis.set_ylabel("share of cycles")
-    axis.set_title(name, fontsize=10)
     axis.legend(fontsize=8)

@@ -46,7 +46,7 @@ def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, An
         new = list(dict.fromkeys(setting for setting in line if setting not in rates))
         if new:
             arms = {f"{d},{b}": decoded(decoder, static_policy(d, b, width, max_depth)) for d, b in new}
-            samples = run_arms(arms, prompts, tokens, "static settings")
+            samples = run_arms(arms, prompts, tokens, f"best static setting, {len(new)} to try")
             rates |= {setting: throughput(samples[f"{setting[0]},{setting[1]}"]) for setting in new}
         leader = max(rates, key=rates.__getitem__)
         if leader == best or not new:

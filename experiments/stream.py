@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import agents
 from agents.fixed import FixedAgent
 from experiments.arms import plain_decoder
+from experiments.command import one_sentence
 from experiments.live import decoder_for
 from spec_envs import Generation, generate
 from spec_envs.controls.depth import DepthControl
@@ -30,7 +30,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    try:
+    with one_sentence():
+        if args.max_new_tokens < 2:
+            raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; expected 2 or more")
         if args.run:
             control, agent = agents.load(args.run)
             env = agents.read_config(args.run)["env"]
@@ -52,10 +54,8 @@ def main() -> None:
             if not text.endswith("\ufffd"):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    reference = generate(plain, None, None, prompt, args.max_new_tokens, args.seed).run()
-    print(f"\n\n{last_line(generation, reference)}")
+        reference = generate(plain, None, None, prompt, args.max_new_tokens, args.seed).run()
+        print(f"\n\n{last_line(generation, reference)}")
 
 
 def last_line(generation: Generation, plain: Generation) -> str:

@@ -22,6 +22,7 @@ from agents import AGENTS
 from agents.sb3 import SB3Agent
 from experiments.arms import decoded, plain_decoder, run_arms
 from experiments.callbacks import Keeper, Monitor
+from experiments.command import one_sentence
 from experiments.comparison import ratio
 from experiments.config import Experiment, load_experiment
 from experiments.costs import cost_curves
@@ -61,17 +62,19 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
     """Make the folder of a run, or check that it is this run's.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings.
+        ValueError: the folder belongs to a run with other settings that has trained or was evaluated already.
     """
     if (folder / "config.yml").exists():
         found = agents.read_config(folder)
         differing = sorted(key for key in config if found.get(key) != config[key])
-        if differing:
+        if not differing:
+            return
+        if any((folder / name).exists() for name in ("last/checkpoint.pt", "policy.safetensors", "results.json")):
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(differing)}; "
                 "choose another SEED or ROOT, or delete that folder to start over"
             )
-        return
+        shutil.rmtree(folder)  # there was nothing in it to go on from
     for part in (folder, folder / "best", folder / "last"):
         part.mkdir(parents=True, exist_ok=True)
     made_with = {"versions": versions(), "revision": revision()}
@@ -170,6 +173,7 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
                 shutil.rmtree(folder)
             raise
         if isinstance(agent, SB3Agent):
+            print(f"training {stanza} for {config['total_timesteps']} steps", file=sys.stderr)
             train_agent(folder, config, env, agent)
     save(evaluate_run(folder, {}, experiment.test_prompts), folder)
     print(f"run: {folder}")
@@ -210,17 +214,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    try:
+    with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
         experiment = load_experiment(args.env, args.agent, args.set)
         folder = run_folder(args.root, args.env, args.agent, args.seed)
         if experiment.stages:
             run_stages(experiment, args.agent, args.seed, folder)
         else:
             run(experiment, args.env, args.agent, args.seed, folder)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

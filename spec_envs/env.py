@@ -48,8 +48,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             environment deterministic. Of several tables one is drawn per episode.
         episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
         reward: ``"saved"`` or ``"ltd"``.
-        pace: tokens per second that a second costs under ``"saved"``; by default the speed of the pair's best
-            static setting.
+        pace: tokens per second that a second costs under ``"saved"``; by default that of the pair's best static
+            setting: plain speed under this clock, times ``static_over_plain`` of models.yml (1 where the drafter
+            is not listed there).
         observation: ``"default"`` or ``"ltd"``.
         cost_features: append the clock's cost table to the observation.
         policy_seconds: charged for every decision (an experiment sets the agent's measured time).
@@ -104,7 +105,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             )
         if max_new_tokens < 2:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 2 or more (the first one is the prefill's)")
-        if pace is not None and pace < 0:
+        if pace is not None and not 0 <= pace < float("inf"):
             raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
         self.clocks = make_clocks(clock, resolve_device(device))
         if not all(c.priced for c in self.clocks):
@@ -147,9 +148,14 @@ class SpecEnv(gym.Env[np.ndarray, int]):
 
         Args:
             options: ``{"prompt": text or Prompt}`` sets the prompt and begins a new text.
+
+        Raises:
+            ValueError: another option, or a prompt of another type.
         """
         super().reset(seed=seed)
         given = (options or {}).get("prompt")
+        if set(options or {}) - {"prompt"} or not isinstance(given, (str, Prompt, type(None))):
+            raise ValueError(f"options is {options!r}; expected {{'prompt': a text or a Prompt}}")
         if seed is not None or given is not None or self.episode == "prompt" or self.decoder.finished:
             self._begin_text(given)
         observation = self.control.observe(self.decoder)
@@ -161,6 +167,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         """Carry out a decision. What the next decision needs is drafted here too, and charged to the next step."""
         if not self.action_space.contains(int(action)):
             raise ValueError(f"action {action!r} is not in {self.action_space}")
+        if self.prompt is None or self.decoder.finished:
+            raise ValueError("there is no text to go on with; call reset() first")
         clock = self.decoder.clock
         clock.charge("policy", self.policy_seconds)
         cycle = self.control.act(self.decoder, int(action))
@@ -206,6 +214,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         context = self.decoder.verifier.target.shape.context
         room = context - self.max_new_tokens - self.control.max_depth - 1
         longest = max(self.encoded, key=lambda prompt: len(self.encoded[prompt]))
+        if room < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; the model's context is {context} tokens in all")
         if (length := len(self.encoded[longest])) > room:
             raise ValueError(
                 f"a prompt of {longest.task} has {length} tokens; with max_new_tokens {self.max_new_tokens} the model's "

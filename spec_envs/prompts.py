@@ -92,7 +92,7 @@ def read_hub(name: str) -> list[tuple[str, str]]:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
-            f"{name} is a data set on the hub: install the extra with pip install 'spec-envs[datasets]'"
+            f"{name} is a data set on the hub: install the extra `datasets`, as in pip install -e '.[datasets]'"
         ) from None
     place, _, column = name.partition(":")
     identifier, _, configuration = place.partition("@")

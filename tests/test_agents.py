@@ -122,6 +122,19 @@ def test_schedules_that_do_not_exist() -> None:
         schedule("adawm", 1.0, 10, 10)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n_steps": 1}, r"ppo refuses its hyper-parameters \(n_steps=1\): "),
+        ({"pi_arch": 64}, r"pi_arch is 64; expected the sizes of hidden layers"),
+        ({"learning_rate": "fast"}, r"learning_rate is 'fast'; expected a number"),
+    ],
+)
+def test_refused_hyperparameters(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AGENTS["ppo"](control=DepthControl(), **given)
+
+
 def test_unknown_hyperparameter() -> None:
     with pytest.raises(ValueError, match=r"ppo has no n_step; it has .*n_steps"):
         AGENTS["ppo"](control=DepthControl(), n_step=4)

@@ -54,6 +54,22 @@ def test_overrides() -> None:
     )
     assert changed.total_timesteps == 64 and changed.env["max_new_tokens"] == 32
     assert changed.hyperparameters["pi_arch"] == [8, 4] and changed.hyperparameters["gamma"] == 1.0
+    assert load_experiment("SpecDepth-v0", "ppo", ["hyperparameters.gamma=5e-1"]).hyperparameters["gamma"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("total_timestep=64", "SET: total_timestep: unknown key .did you mean 'total_timesteps'"),
+        ("total_timesteps=many", "SET: total_timesteps: Input should be a valid integer"),
+        ("env.max_depht=3", "SET: unknown keyword 'max_depht'"),
+        ("hyperparameters.n_step=3", "SET: unknown hyper-parameter 'n_step' of ppo"),
+        ("hyperparameters.pi_arch=[64,", "is not YAML; write lists without spaces"),
+    ],
+)
+def test_mistakes_in_overrides(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experiment("SpecDepth-v0", "ppo", [override])
 
 
 @pytest.fixture

@@ -202,7 +202,16 @@ def observed(step: Any) -> list:
         ({"split": "dev"}, ValueError, "split is 'dev'; expected one of train"),
         ({"clock": "sundial"}, ValueError, "no cost table 'sundial'"),
         ({"clock": "wall", "cost_features": True}, ValueError, "need cost tables"),
+        ({"clock": []}, ValueError, "clock is an empty list"),
+        ({"pace": float("nan")}, ValueError, "pace is nan; expected tokens per second"),
         ({"dtype": "float8"}, ValueError, "dtype 'float8' is unknown"),
+        ({"device": "gpu"}, ValueError, "device 'gpu' cannot be used here"),
+        ({"max_new_tokens": 10**6}, ValueError, "max_new_tokens is 1000000; the model's context is"),
+        (
+            {"target": "smollm", "drafter": "auto"},
+            ValueError,
+            "no drafter is shipped for 'smollm', only for smollm2-135m",
+        ),
         ({"drafter": "nowhere/at-all"}, ValueError, "no model 'nowhere/at-all'"),
     ],
 )
@@ -234,6 +243,21 @@ def test_a_given_prompt(tiny: dict) -> None:
     _, _ = env.reset(seed=0, options={"prompt": "the a of and"})
     assert env.unwrapped.decoder.prompt == env.unwrapped.tokenizer("the a of and .")["input_ids"]
     assert env.unwrapped.prompt.task == "given"
+
+
+@pytest.mark.parametrize("options", [{"promt": "the a"}, {"prompt": ["the a"]}])
+def test_bad_options(options: dict, tiny: dict) -> None:
+    with pytest.raises(ValueError, match=r"expected \{'prompt': a text or a Prompt\}"):
+        make("SpecDepth-v0", tiny).reset(seed=0, options=options)
+
+
+def test_there_is_no_step_behind_the_end(tiny: dict) -> None:
+    env = make("SpecBudget-v0", tiny)
+    env.reset(seed=0)
+    while not env.step(0)[2]:
+        pass
+    with pytest.raises(ValueError, match=r"call reset\(\) first"):
+        env.step(0)
 
 
 @pytest.mark.parametrize("env_id", IDS)

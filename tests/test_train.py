@@ -68,6 +68,10 @@ def test_train_ends_with_a_table_and_a_picture(
 
     run_train(monkeypatch, arguments)
     assert "is finished" in capsys.readouterr().out
+    (untrained := tmp_path / env_id / "ppo-1").mkdir()
+    (untrained / "config.yml").write_text((folder / "config.yml").read_text())
+    train.open_run(untrained, {**config, "seed": 1})  # nothing was trained there yet: other settings may have it
+    assert agents.read_config(untrained)["seed"] == 1
     with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
         run_train(monkeypatch, [*arguments, "total_timesteps=256"])
 

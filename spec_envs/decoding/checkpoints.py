@@ -52,8 +52,20 @@ def registry() -> dict[str, dict[str, Any]]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA if there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """``"auto"`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such kind of device, or none here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); expected auto, cpu or cuda") from None
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

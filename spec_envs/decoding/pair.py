@@ -36,8 +36,8 @@ def default_drafter(target: str) -> str:
         if entry["target"] == target:
             return name
     raise ValueError(
-        f"no drafter is shipped for {target!r}; name one with drafter= (a folder or hub id of an EAGLE-3 head), "
-        "or train one with `make drafter`"
+        f"no drafter is shipped for {target!r}, only for {', '.join(e['target'] for e in registry()['drafters'].values())}; "
+        "name one with drafter= (a folder or hub id of an EAGLE-3 head), or train one with `make drafter`"
     )
 
 
@@ -49,6 +49,8 @@ def static_over_plain(drafter: str) -> float:
 def make_clocks(clock: str | Sequence[str], device: torch.device) -> list[WallClock]:
     """Clocks by name: ``"wall"``, or one or several cost tables."""
     names = [clock] if isinstance(clock, str) else list(clock)
+    if not names:
+        raise ValueError("clock is an empty list; expected 'wall' or cost tables")
     return [WallClock(device) if name == "wall" else PricedClock(CostTable.load(name)) for name in names]
 
 
