@@ -114,9 +114,10 @@ def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, di
 def draw(results: dict[str, Any], path: Path) -> None:
     """Speed of every arm with its interval, and what the learned arms played, by task."""
     histograms = results.get("actions", {})
-    figure = Figure(figsize=(11, 3.2 + 2.8 * len(histograms)), layout="constrained")
+    heights = [1 + 0.35 * len(results["arms"]), *[2.8] * len(histograms)]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1 + len(histograms), 1, squeeze=False)[:, 0]
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     draw_arms(axes[0], results["arms"], results["references"][0])
     axes[0].set_title(f"{results['prompts']} held-out prompts, temperature {results['temperature']}", fontsize=10)
     for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
