@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,9 @@ def save(results: dict[str, Any], folder: Path) -> None:
 
 
 def folder_name(settings: dict[str, Any]) -> str:
-    """The settings of an evaluation as the name of its folder."""
-    return "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}").strip("_") for key, value in settings.items())
+    """The settings of an evaluation as the name of its folder, of a length that every file system takes."""
+    name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}").strip("_") for key, value in settings.items())
+    return name if len(name) <= 150 else f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
 
 
 def arguments() -> argparse.Namespace:
@@ -217,11 +219,10 @@ def main() -> None:
             mix = {"depth": depths, "budget": budgets, **overrides, "count": args.count or 15}
             save(results, args.out or Path("runs/mixes") / folder_name(mix))
         elif args.run:
+            other_count = args.count not in (None, agents.read_config(args.run)["test_prompts"])
+            settings = overrides | ({"count": args.count} if other_count else {})
             results = evaluate_run(args.run, overrides, args.count)
-            if args.count not in (None, agents.read_config(args.run)["test_prompts"]):
-                overrides["count"] = args.count
-            own = args.run / "eval" / folder_name(overrides) if overrides else args.run
-            save(results, args.out or own)
+            save(results, args.out or (args.run / "eval" / folder_name(settings) if settings else args.run))
         else:
             raise ValueError("nothing to evaluate: give RUN=runs/…, or DEPTH=… and BUDGET=…")
 

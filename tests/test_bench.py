@@ -10,6 +10,7 @@ import pytest
 from experiments import bench, static
 from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
+from experiments.evaluate import folder_name
 from experiments.report import most_played
 from spec_envs.decoding.clock import CostTable
 
@@ -58,6 +59,12 @@ def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
     assert "first_try" not in with_aa_check(measure, 8)
     repeated = with_aa_check(measure, 5)
     assert repeated["prompts"] == 10 and repeated["first_try"]["prompts"] == 5
+
+
+def test_evaluations_have_folders_of_their_own() -> None:
+    assert folder_name({"temperature": 1.0, "count": 3}) == "temperature_1.0-count_3"
+    long = [folder_name({"depth": ["runs/" + "x" * 200, end]}) for end in "12"]
+    assert max(map(len, long)) < 160 and long[0] != long[1]
 
 
 def test_a_collapsed_policy_is_found() -> None:

@@ -78,6 +78,10 @@ def test_train_ends_with_a_table_and_a_picture(
     monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "3", "--temperature", "1.0"])
     evaluate.main()
     assert "temperature 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "2"])
+    evaluate.main()  # fewer prompts than the run's: its own table stays
+    assert (folder / "eval" / "count_2" / "results.md").exists()
+    assert json.loads((folder / "results.json").read_text()) == results
     monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
     stream.main()
     assert "12 tokens" in capsys.readouterr().out

@@ -5,6 +5,7 @@ Parts are ``prefill`` (never part of a cycle), ``draft``, ``verify`` and ``polic
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -87,12 +88,19 @@ class CostTable:
 
     def seconds(self, part: str, rows: int) -> float:
         """Seconds of a forward of ``rows`` rows."""
-        curve = self.draft if part == "draft" else self.verify
-        known = sorted(curve)
+        known, costs = self._points["draft" if part == "draft" else "verify"]
         if rows > known[-1] and len(known) > 1:
-            a, b = known[-2:]
-            return curve[b] + (rows - b) * (curve[b] - curve[a]) / (b - a)
-        return float(np.interp(rows, known, [curve[n] for n in known]))
+            slope = (costs[-1] - costs[-2]) / (known[-1] - known[-2])
+            return float(costs[-1] + (rows - known[-1]) * slope)
+        return float(np.interp(rows, known, costs))
+
+    @functools.cached_property
+    def _points(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Both curves as rows, ascending, and their seconds."""
+        curves = {"verify": sorted(self.verify.items()), "draft": sorted(self.draft.items())}
+        return {
+            part: (np.array([n for n, _ in curve]), np.array([s for _, s in curve])) for part, curve in curves.items()
+        }
 
 
 class PricedClock(WallClock):

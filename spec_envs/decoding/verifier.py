@@ -68,7 +68,7 @@ class LocalVerifier:
         self.rng = rng
         hidden = self._forward(np.asarray(prompt), np.arange(len(prompt)), None)
         self.cache.length = len(prompt)
-        self.last = self._decide(np.zeros(0, np.int64), np.zeros(0, np.int64), hidden[-1:]).token
+        self.last = self._decide(np.zeros(0, np.int64), np.zeros(0, np.int64), self.target.head(hidden[-1:])).token
         return self.last
 
     @torch.inference_mode()
@@ -77,7 +77,7 @@ class LocalVerifier:
         mask = self._mask(parents) if len(tokens) else None
         positions = self.cache.length + np.concatenate([[0], levels + 1])
         hidden = self._forward(np.concatenate([[self.last], tokens]), positions, mask)
-        verdict = self._decide(tokens, parents, hidden)
+        verdict = self._decide(tokens, parents, self.target.head(hidden))
         rows = [0, *(node + 1 for node in verdict.path)]
         self.features = self.features[rows]
         self.cache.keep(rows)
@@ -100,9 +100,8 @@ class LocalVerifier:
         visible = torch.from_numpy(ancestors(parents)).to(self.target.device)
         return self.mask.window(self.cache.length, visible)
 
-    def _decide(self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor) -> Verdict:
-        """Apply the acceptance rule to hidden states ``[n + 1, hidden]``."""
-        logits = self.target.head(hidden)
+    def _decide(self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor) -> Verdict:
+        """Apply the acceptance rule to logits ``[n + 1, vocab]``."""
         if self.temperature == 0:
             choices = logits.argmax(-1).cpu().numpy()
             return Verdict(*accept.greedy(tokens, parents, choices))
