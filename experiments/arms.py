@@ -95,10 +95,10 @@ class FirstToken(StoppingCriteria):
 
 
 def transformers_arm(target: str, decoder: Decoder) -> Arm:
-    """Hugging Face's ``generate`` on the same weights, dtype and device."""
+    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8)."""
     verifier = decoder.verifier
     transformers_logging.disable_progress_bar()  # of reading the weights
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.precision.cache)
     model.to(verifier.target.device).eval()
     synchronize = WallClock(verifier.target.device).synchronize
     settings: dict[str, Any] = {

@@ -58,7 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=1024, help="longer conversations are left out (tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of text, batches and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--dtype", default="auto", help="of the target and of autocast: auto, bfloat16, float32")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the target: auto, int8, bfloat16, float32 (autocast is bfloat16 at int8)"
+    )
     return parser.parse_args()
 
 
@@ -130,7 +132,7 @@ def make_drafter(args: argparse.Namespace) -> None:
     draft_ids = draft_vocabulary(conversations[held_out:], args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
     head = EagleHead.from_target(target, load_weights(model_folder(args.target)), draft_ids).to(device)
     unrolled = Unrolled(head, target.embedding.float(), longest + max(args.steps, REPORTED))
-    objective = Objective(unrolled, target.output_weight(), dtype)
+    objective = Objective(unrolled, target.output_weight(), target.precision.cache)
     train(
         objective,
         seen,

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from experiments.recording import Example
 from spec_envs.decoding.drafters.eagle_head import EagleHead
-from spec_envs.decoding.transformer import Rope, rotate
+from spec_envs.decoding.rope import Rope, rotate
 
 STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
 

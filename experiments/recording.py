@@ -66,8 +66,8 @@ def record(
             f, h = read_batch(target, texts, capture)
             width = f.shape[1]
             for row, ids in enumerate(texts):
-                features.append(f[row, width - len(ids) :].cpu())
-                final.append(h[row, width - len(ids) :].cpu())
+                features.append(f[row, width - len(ids) :].to("cpu", target.precision.cache))
+                final.append(h[row, width - len(ids) :].to("cpu", target.precision.cache))
         tensors = {
             "ids": torch.tensor([t for ids, _ in shard for t in ids], dtype=torch.int32),
             "lengths": torch.tensor([len(ids) for ids, _ in shard]),

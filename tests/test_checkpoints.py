@@ -94,8 +94,8 @@ def test_ranges_of_wheels() -> None:
 
 def test_dtypes() -> None:
     assert checkpoints.resolve_dtype("float32", CPU) is torch.float32
-    assert checkpoints.resolve_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, bfloat16"):
+    assert checkpoints.resolve_dtype("auto", CPU) in (torch.int8, torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, int8, bfloat16"):
         checkpoints.resolve_dtype("int3", CPU)
 
 

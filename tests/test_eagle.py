@@ -123,7 +123,7 @@ def test_tokens_of_the_text_can_be_drafted(tiny_target: Path, tmp_path: Path) ->
         normed = torch.randn(2, target.shape.hidden)
         model = decoder.drafter.model  # type: ignore[union-attr]
         tokens, log_probs = model.children(normed, len(vocabulary.ids), vocabulary)
-        expected = target.lm_head(model.norm(normed))[:, vocabulary.ids].log_softmax(-1)
+        expected = target.head.linear(model.norm(normed))[:, vocabulary.ids].log_softmax(-1)
         order = np.argsort(vocabulary.ids)
         for row in range(2):
             by_id = log_probs[row][np.argsort(tokens[row])]

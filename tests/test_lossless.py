@@ -18,6 +18,7 @@ from spec_envs.controls import Policy, make_control
 from spec_envs.decoding import accept
 from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
 from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.tree import ancestors
 from spec_envs.prompts import TASKS, encode, load_prompts
 from tests.conftest import REAL
 
@@ -87,9 +88,9 @@ def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkey
             if np.sort(p)[-2] > 0.15:
                 break
             decoder.verify(12)
-        mask = verifier._mask(parents)
         positions = verifier.cache.length + np.concatenate([[0], levels + 1])
-        logits = verifier.target.head(verifier._forward(np.concatenate([[verifier.last], tokens]), positions, mask))
+        rows = np.concatenate([[verifier.last], tokens])
+        logits = verifier.target.head(verifier._forward(rows, positions, ancestors(parents)))
     distribution, known = verifier._probabilities, {}
 
     def once(row: torch.Tensor) -> np.ndarray:
@@ -108,7 +109,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkey
         where = {int(token): i for i, token in enumerate(order)}
         counts = np.zeros(len(expected))
         for _ in range(draws):
-            verdict = verifier._decide(tokens, parents, logits)
+            verdict = verifier._sample(tokens, parents, logits)
             first = int(tokens[verdict.path[0]]) if verdict.path else verdict.token
             counts[min(where.get(first, len(order)), len(expected) - 1)] += 1
         return float(((counts - draws * expected) ** 2 / (draws * expected)).sum())

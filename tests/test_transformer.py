@@ -17,7 +17,7 @@ from transformers import (
 
 from spec_envs.decoding.batch import generate_batch, read_batch
 from spec_envs.decoding.checkpoints import load_target, model_folder
-from spec_envs.decoding.transformer import AncestorMask, Transformer
+from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from tests.conftest import CPU, REAL
 
@@ -84,12 +84,10 @@ def check_tree(model: Transformer, reference: torch.nn.Module, vocab: int, prefi
     cache = model.cache(prefix + 20)
     model.forward(model.embed(text[:, :-1]), cache, torch.arange(prefix - 1)[None])
     cache.length = prefix - 1
-    mask = AncestorMask(16, 16, cache.capacity, model.dtype, CPU).window(
-        prefix - 1, torch.from_numpy(ancestors(parents))
-    )
+    seen = torch.from_numpy(ancestors(parents))
     ids = torch.cat([text[:, -1:], torch.from_numpy(tokens)[None]], 1)
     at = torch.from_numpy(prefix - 1 + np.concatenate([[0], levels + 1]))[None]
-    logits = model.head(model.forward(model.embed(ids), cache, at, mask)[0])[0]
+    logits = model.head(model.forward(model.embed(ids), cache, at, seen)[0])[0]
     for node in range(-1, len(parents)):
         path, walk = [], node
         while walk != ROOT:

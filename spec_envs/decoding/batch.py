@@ -18,19 +18,6 @@ def left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tup
     return ids, padding
 
 
-def padding_mask(padding: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask ``[batch, 1, rows, columns]``: causal, and blind to padding on the left.
-
-    The lowest finite number stands for minus infinity, so that a padding row, which sees nothing, stays a number.
-    """
-    column = torch.arange(columns, device=padding.device)
-    row = torch.arange(columns - rows, columns, device=padding.device)
-    hidden = (column[None, None, :] < padding[:, None, None]) | (column[None, None, :] > row[None, :, None])
-    return torch.zeros(hidden.shape, dtype=dtype, device=padding.device).masked_fill_(hidden, torch.finfo(dtype).min)[
-        :, None
-    ]
-
-
 @torch.inference_mode()
 def generate_batch(
     target: Transformer,
@@ -51,12 +38,11 @@ def generate_batch(
     width = ids.shape[1]
     cache = target.cache(width + max_new_tokens, len(prompts))
     positions = (torch.arange(width, device=target.device)[None] - padding[:, None]).clamp_(min=0)
-    x, _ = target.forward(target.embed(ids), cache, positions, padding_mask(padding, width, width, target.dtype))
+    x, _ = target.forward(target.embed(ids), cache, positions, padding=padding)
     cache.length = width
     texts: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # the text that each row of the batch writes
     ended: set[int] = set()
-    mask = padding_mask(padding, 1, cache.capacity, target.dtype)
     for step in range(max_new_tokens):
         tokens = choose(target.head(x[:, -1]), temperature, generator)
         for text, token in zip(alive, tokens.tolist(), strict=True):
@@ -70,10 +56,10 @@ def generate_batch(
         if len(open_rows) <= len(alive) * 7 // 8:
             kept = torch.tensor(open_rows, device=target.device)
             cache.select(kept)
-            tokens, padding, mask = tokens[kept], padding[kept], mask[kept]
+            tokens, padding = tokens[kept], padding[kept]
             alive = [alive[row] for row in open_rows]
         positions = (cache.length - padding)[:, None]
-        x, _ = target.forward(target.embed(tokens[:, None]), cache, positions, mask[..., : cache.length + 1])
+        x, _ = target.forward(target.embed(tokens[:, None]), cache, positions, padding=padding)
         cache.length += 1
     return texts
 
@@ -98,6 +84,7 @@ def read_batch(target: Transformer, texts: Sequence[Sequence[int]], capture: Seq
     ids, padding = left_padded(texts, target.device)
     n = ids.shape[1]
     positions = (torch.arange(n, device=target.device)[None] - padding[:, None]).clamp_(min=0)
-    mask = padding_mask(padding, n, n, target.dtype)
-    x, captured = target.forward(target.embed(ids), target.cache(n, len(texts)), positions, mask, capture=capture)
+    x, captured = target.forward(
+        target.embed(ids), target.cache(n, len(texts)), positions, None, padding, capture=capture
+    )
     return torch.cat(captured, -1), target.norm(x)

@@ -37,12 +37,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from spec_envs.decoding import kernels
 from spec_envs.decoding.linear import fast_bfloat16
-from spec_envs.decoding.transformer import ARCHITECTURES, Transformer
+from spec_envs.decoding.shape import ARCHITECTURES
+from spec_envs.decoding.transformer import Transformer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 CACHE = user_cache_path("spec-envs")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @functools.cache
@@ -69,11 +71,20 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``"auto"`` is bfloat16 where the device is fast at it, else float32."""
+    """``"auto"`` is int8 on a CPU that multiplies it in tiles, else bfloat16 where the device is fast at it, else
+    float32.
+
+    Raises:
+        ValueError: an unknown dtype, or int8 elsewhere than on a CPU.
+    """
     if dtype == "auto":
+        if device.type == "cpu" and kernels.tiled():
+            return torch.int8
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+    if dtype == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype 'int8' is computed on a CPU only, not on {device}; expected bfloat16 or float32 there")
     return DTYPES[dtype]
 
 

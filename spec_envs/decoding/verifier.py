@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
-from spec_envs.decoding.transformer import AncestorMask, Transformer
+from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
 
 
@@ -45,7 +45,6 @@ class LocalVerifier:
         self.vocab = target.shape.vocab
         self.features = torch.empty(0)
         self.cache = target.cache(0)
-        self.mask: AncestorMask | None = None
 
     @torch.inference_mode()
     def start(self, prompt: Sequence[int], positions: int, rows: int, rng: np.random.Generator) -> int:
@@ -63,48 +62,44 @@ class LocalVerifier:
         need = len(prompt) + rows
         if need > self.cache.capacity:
             self.cache = self.target.cache(max(2048, need))
-            self.mask = None
         self.cache.length = 0
         self.rng = rng
         hidden = self._forward(np.asarray(prompt), np.arange(len(prompt)), None)
         self.cache.length = len(prompt)
-        self.last = self._decide(np.zeros(0, np.int64), np.zeros(0, np.int64), self.target.head(hidden[-1:])).token
+        self.last = self._decide(np.zeros(0, np.int64), np.zeros(0, np.int64), hidden[-1:]).token
         return self.last
 
     @torch.inference_mode()
     def verify(self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray) -> Verdict:
         """One forward over the root and the nodes ``[n]``."""
-        mask = self._mask(parents) if len(tokens) else None
+        seen = ancestors(parents) if len(tokens) else None
         positions = self.cache.length + np.concatenate([[0], levels + 1])
-        hidden = self._forward(np.concatenate([[self.last], tokens]), positions, mask)
-        verdict = self._decide(tokens, parents, self.target.head(hidden))
+        hidden = self._forward(np.concatenate([[self.last], tokens]), positions, seen)
+        verdict = self._decide(tokens, parents, hidden)
         rows = [0, *(node + 1 for node in verdict.path)]
         self.features = self.features[rows]
         self.cache.keep(rows)
         self.last = verdict.token
         return verdict
 
-    def _forward(self, tokens: np.ndarray, positions: np.ndarray, mask: Tensor | None) -> Tensor:
+    def _forward(self, tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray | None) -> Tensor:
         device = self.target.device
         x = self.target.embed(torch.from_numpy(tokens).to(device)[None])
         at = torch.from_numpy(positions).to(device)[None]
-        hidden, captured = self.target.forward(x, self.cache, at, mask, capture=self.capture)
+        rows = None if seen is None else torch.from_numpy(seen).to(device)
+        hidden, captured = self.target.forward(x, self.cache, at, rows, capture=self.capture)
         self.features = torch.cat(captured, -1)[0] if captured else hidden[0, :, :0]
         return hidden[0]
 
-    def _mask(self, parents: np.ndarray) -> Tensor:
-        rows = len(parents) + 1
-        if self.mask is None or self.mask.buffer.shape[2] < rows:
-            size = max(rows, 64)
-            self.mask = AncestorMask(size, size, self.cache.capacity, self.target.dtype, self.target.device)
-        visible = torch.from_numpy(ancestors(parents)).to(self.target.device)
-        return self.mask.window(self.cache.length, visible)
-
-    def _decide(self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor) -> Verdict:
-        """Apply the acceptance rule to logits ``[n + 1, vocab]``."""
+    def _decide(self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor) -> Verdict:
+        """Apply the acceptance rule to the target's last hidden states ``[n + 1, hidden]``."""
         if self.temperature == 0:
-            choices = logits.argmax(-1).cpu().numpy()
+            choices = self.target.head.argmax(hidden).cpu().numpy()
             return Verdict(*accept.greedy(tokens, parents, choices))
+        return self._sample(tokens, parents, self.target.head(hidden))
+
+    def _sample(self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor) -> Verdict:
+        """The sampling rule on logits ``[n + 1, vocab]``."""
         return Verdict(*accept.sampled(tokens, parents, lambda row: self._probabilities(logits[row]), self.rng.random))
 
     def _probabilities(self, logits: Tensor) -> np.ndarray:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle_head import EagleHead
-from spec_envs.decoding.linear import Linear
-from spec_envs.decoding.transformer import AncestorMask, KVCache, Layer, RMSNorm, Rope, Shape, Transformer, part
+from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.rope import Rope
+from spec_envs.decoding.shape import Shape, part
+from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Tree
 
 
@@ -49,7 +51,7 @@ class EagleModel:
                 )
         self.target = target
         self.capture = head.captured_layers or captured_layers(target.shape.layers)
-        dtype, device = target.dtype, target.device
+        dtype, device, modules = target.precision.weights, target.device, target.precision.modules
         state = {name: t.to(device, dtype) if t.is_floating_point() else t for name, t in head.state_dict().items()}
         layer = part(state, "midlayer.")
         self.shape = Shape(
@@ -62,39 +64,41 @@ class EagleModel:
             context=target.shape.context,
             norm_eps=config.rms_norm_eps,
         )
-        self.fc = Linear(state["fc.weight"])
-        self.layer = Layer(layer, self.shape)
-        self.hidden_norm = RMSNorm(layer["hidden_norm.weight"], self.shape.norm_eps)
-        self.norm = RMSNorm(state["norm.weight"], self.shape.norm_eps)
-        self.lm_head = Linear(state["lm_head.weight"])
+        self.fc = modules.Linear(state["fc.weight"])
+        self.layers = modules.Layers([layer], self.shape)
+        self.input_norm = modules.RMSNorm(layer["input_layernorm.weight"], self.shape.norm_eps)
+        self.hidden_norm = modules.RMSNorm(layer["hidden_norm.weight"], self.shape.norm_eps)
+        self.norm = modules.RMSNorm(state["norm.weight"], self.shape.norm_eps)
+        self.lm_head = modules.Linear(state["lm_head.weight"])
+        self.most_probable = modules.most_probable
         self.shortlist = head.draft_ids.numpy()
         output = target.output_weight()
-        own = output[head.draft_ids.to(device)]
+        own = output[head.draft_ids.to(device)].to(dtype)
         shares = torch.allclose(state["lm_head.weight"], own, rtol=1e-2, atol=1e-3)  # but for rounding
         self.output_weight = output if shares else None  # where every token can join the shortlist
-        self.rope = Rope(config, self.shape.head_dim, self.shape.context, dtype, device)
+        self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
+
+    def cache(self, capacity: int) -> KVCache:
+        """An empty cache for a text of at most ``capacity`` rows."""
+        return KVCache(self.shape, capacity, self.target.precision.cache, self.target.device)
 
     def forward(
-        self, hidden: Tensor, tokens: np.ndarray, positions: np.ndarray, cache: KVCache, mask: Tensor | None
+        self, hidden: Tensor, tokens: np.ndarray, positions: np.ndarray, cache: KVCache, seen: np.ndarray | None = None
     ) -> Tensor:
         """The layer on rows of hidden states ``[n, hidden]``, each with the token behind it."""
         device = self.target.device
         embedded = self.target.embed(torch.from_numpy(tokens).to(device))
-        x = torch.cat([self.layer.input_norm(embedded), self.hidden_norm(hidden)], -1)[None]
+        entering = torch.cat([self.input_norm(embedded), self.hidden_norm(hidden)], -1)[None]
         rope = self.rope.at(torch.from_numpy(positions).to(device)[None])
-        keys, values = cache.data[0, 0], cache.data[1, 0]
-        causal = mask is None and len(tokens) > 1
-        y = hidden[None] + self.layer.attend(x, keys, values, cache.length, rope, mask, causal)
-        return (y + self.layer.feed(self.layer.post_norm(y)))[0]
+        rows = None if seen is None else torch.from_numpy(seen).to(device)
+        return self.layers(hidden[None], cache, rope, rows, entering=entering)[0][0]
 
     def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
         """The ``width`` most probable next tokens of each row ``[n, width]`` and their log-probabilities."""
         normed = self.norm(hidden)
-        logits = self.lm_head(normed)
-        if vocabulary.rows is not None:
-            logits = torch.cat([logits, F.linear(normed, vocabulary.rows)], -1)
-        best, index = logits.float().log_softmax(-1).topk(width, dim=-1)
-        return vocabulary.ids[index.cpu().numpy()], best.clamp(max=0.0).cpu().numpy()
+        extra = None if vocabulary.rows is None else F.linear(normed, vocabulary.rows)
+        index, log_probabilities = self.most_probable(self.lm_head(normed), extra, width)
+        return vocabulary.ids[index.cpu().numpy()], log_probabilities.cpu().numpy()
 
 
 class Vocabulary:
@@ -122,6 +126,7 @@ class Vocabulary:
         self.known[new] = True
         self.ids = np.concatenate([self.ids, new])
         rows = self.model.output_weight[torch.from_numpy(new).to(self.model.target.device)]
+        rows = rows.to(self.model.target.precision.hidden)
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
 
@@ -144,16 +149,14 @@ class EagleDrafter:
         self.capture, self.vocab = model.capture, model.target.shape.vocab
         self.device = model.target.device
         self.frontier_rows = width * max_depth
-        self.cache = KVCache(model.shape, 0, model.target.dtype, self.device)
-        self.mask = self._new_mask(0)
+        self.cache = model.cache(0)
 
     @torch.inference_mode()
     def start(self, text: Sequence[int], positions: int, features: Tensor) -> None:
         """Forget the last text and process this one but for its last row, which the first cycle completes."""
         need = len(text) + positions + self.frontier_rows
         if need > self.cache.capacity:
-            self.cache = KVCache(self.model.shape, max(2048, need), self.model.target.dtype, self.device)
-            self.mask = self._new_mask(64)
+            self.cache = self.model.cache(max(2048, need))
         self.cache.length = 0
         self.vocabulary = Vocabulary(self.model)
         self.vocabulary.add(text)
@@ -180,32 +183,20 @@ class EagleDrafter:
     def expand(self, tree: Tree) -> None:
         """One forward over the frontier, behind the rows of earlier levels."""
         committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
-        mask = self.mask.window(committed, torch.from_numpy(self.lineage).to(self.device))
         positions = np.full(self.width, committed + earlier // self.width)
         self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
-        output = self.model.forward(self.hidden, tree.tokens[tree.frontier], positions, self.cache, mask)
+        output = self.model.forward(self.hidden, tree.tokens[tree.frontier], positions, self.cache, self.lineage)
         self.cache.length = committed
         parents = tree.grow(*self.model.children(output, self.width, self.vocabulary))
         self.hidden = output[torch.from_numpy(parents).to(self.device)]
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
-
-    def _new_mask(self, rows: int) -> AncestorMask:
-        rows = max(rows, self.width)
-        columns = max(rows, self.frontier_rows)
-        return AncestorMask(rows, columns, self.cache.capacity, self.model.target.dtype, self.device)
 
     def _catch_up(self, features: Tensor, tokens: Sequence[int]) -> Tensor:
         """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""
         n, length = len(features), self.cache.length
         if n == 0:
             return features
-        mask = None
-        if n > 1 and length > 0:
-            if n > self.mask.buffer.shape[2]:  # after long plain decoding
-                self.mask = self._new_mask(n)
-            visible = torch.ones(n, n, dtype=torch.bool, device=features.device).tril_()
-            mask = self.mask.window(length, visible)
         hidden = self.model.fc(features[None])[0]
-        hidden = self.model.forward(hidden, np.array(tokens), np.arange(length, length + n), self.cache, mask)
+        hidden = self.model.forward(hidden, np.array(tokens), np.arange(length, length + n), self.cache)
         self.cache.length += n
         return hidden

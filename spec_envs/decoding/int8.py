@@ -1,0 +1,284 @@
+"""Decoder layers in int8 on a CPU: weights quantised per output channel, every row of activations by itself.
+
+Integer sums do not depend on what else is in the batch, and the kernels add everything else in one order per row, so
+a row has the same bits alone, in a tree and in a batch: speculative decoding in int8 is exactly plain decoding.
+The classes are those of ``layers.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from spec_envs.decoding import kernels
+from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.kernels import threads
+from spec_envs.decoding.layers import joined
+from spec_envs.decoding.shape import Shape
+
+BLOCK, COLUMNS, TILE = 64, 32, 16  # inputs and outputs that are packed together, outputs of a tile
+
+
+class CMatrix(Structure):
+    _fields_ = [
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+    ]
+
+
+class CLayer(Structure):
+    _fields_ = [
+        *((name, CMatrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
+        ("eps", c_float),
+    ]
+
+
+class CCache(Structure):
+    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("layers", "batch", "capacity", "length"))]
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernels, with their signatures.
+
+    Raises:
+        ValueError: they cannot be had here.
+    """
+    found = kernels.library()
+    if found is None:
+        raise ValueError("dtype 'int8' needs the compiled kernels; install a C++ compiler (g++), or pass another dtype")
+    if found.forward.argtypes is None:
+        pointer, number = c_void_p, c_int64
+        found.rms_norm.argtypes = [pointer, pointer, number, number, c_float, pointer]
+        product = [POINTER(CMatrix), pointer, number, pointer, c_float, pointer]
+        found.linear.argtypes = [*product, number, number]
+        found.linear_argmax.argtypes = [*product, number]
+        found.most_probable.argtypes = [
+            pointer,
+            number,
+            number,
+            pointer,
+            number,
+            number,
+            number,
+            *[pointer] * 2,
+            number,
+        ]
+        rows = [pointer, pointer, POINTER(CCache), number, pointer, pointer, pointer, number, pointer, pointer]
+        found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
+        for name in ("rms_norm", "linear", "linear_argmax", "most_probable", "forward"):
+            getattr(found, name).restype = None
+    return found
+
+
+def floats(x: Tensor) -> Tensor:
+    """Contiguous float32."""
+    return x.to(torch.float32).contiguous()
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class RMSNorm:
+    """Root-mean-square norm with a gain, in float32."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps, self.library = floats(weight), eps, library()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = floats(x)
+        out, width = torch.empty_like(x), x.shape[-1]
+        self.library.rms_norm(x.data_ptr(), self.weight.data_ptr(), x.numel() // width, width, self.eps, out.data_ptr())
+        return out
+
+
+class Linear:
+    """``y = x Wᵀ + b`` with the weight in int8 per output and the rows of x in int8 per row.
+
+    Args:
+        weight: ``[out, in]``, in a multiple of 16.
+        bias: ``[out]`` or None.
+        norm: applied to x first.
+
+    Raises:
+        ValueError: a width that the kernels do not compute.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None):
+        self.outputs, self.inputs = weight.shape
+        if self.inputs % TILE:
+            raise ValueError(f"dtype 'int8' needs widths that are multiples of {TILE}, not {self.inputs}")
+        self.norm, self.library = norm, library()
+        self.weight, self.scale = packed(weight)
+        self.bias = None if bias is None else padded(floats(bias)[None], 1, COLUMNS)[0]
+        self.matrix = CMatrix(address(self.weight), address(self.scale), address(self.bias), self.inputs, self.outputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        x, stride = floats(x), len(self.scale)
+        out = torch.empty(*x.shape[:-1], stride)
+        self.library.linear(
+            byref(self.matrix), x.data_ptr(), x.numel() // self.inputs, *self._norm(), out.data_ptr(), stride, threads()
+        )
+        return out[..., : self.outputs]
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """The index of the largest output of each row, ``[...]``."""
+        x = floats(x)
+        out = torch.empty(x.shape[:-1], dtype=torch.int64)
+        self.library.linear_argmax(
+            byref(self.matrix), x.data_ptr(), x.numel() // self.inputs, *self._norm(), out.data_ptr(), threads()
+        )
+        return out
+
+    def dense(self) -> Tensor:
+        """The quantised weight ``[out, in]`` as floats."""
+        return unpacked(self.weight, self.scale)[: self.outputs, : self.inputs]
+
+    def _norm(self) -> tuple[int | None, float]:
+        return (None, 0.0) if self.norm is None else (self.norm.weight.data_ptr(), self.norm.eps)
+
+
+class Head:
+    """Logits of hidden states through the final norm, or the most probable token of each.
+
+    Args:
+        weight: ``[vocab, hidden]``.
+    """
+
+    def __init__(self, weight: Tensor, norm: RMSNorm):
+        self.linear = Linear(weight, norm=norm)
+        self.argmax = self.linear.argmax
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., hidden]`` to ``[..., vocab]``."""
+        return self.linear(x)
+
+
+class Layers:
+    """A stack of decoder layers; see ``layers.Layers``.
+
+    Raises:
+        ValueError: a width that the kernels do not compute.
+    """
+
+    def __init__(self, weights: Sequence[dict[str, Tensor]], shape: Shape):
+        if shape.head_dim % COLUMNS or shape.hidden % TILE:
+            raise ValueError(
+                f"dtype 'int8' needs heads of a multiple of {COLUMNS} and a hidden size of a multiple of {TILE}, "
+                f"not {shape.head_dim} and {shape.hidden}"
+            )
+        self.shape, self.library = shape, library()
+        self.kept: list[Linear | Tensor] = []  # what the structures point to
+        self.structures = (CLayer * len(weights))(*(self._structure(w) for w in weights))
+
+    def __call__(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        rope: tuple[Tensor, Tensor],
+        seen: Tensor | None = None,
+        padding: Tensor | None = None,
+        layers: range | None = None,
+        capture: Collection[int] = (),
+        entering: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
+        layers = layers if layers is not None else range(len(self.structures))
+        x = floats(x).clone()
+        captured = {i: torch.empty_like(x) for i in sorted(capture) if i in layers}
+        pointers = (c_void_p * len(self.structures))(*(address(captured.get(i)) for i in range(len(self.structures))))
+        cos, sin = rope[0].contiguous(), rope[1].contiguous()
+        seen = None if seen is None else seen.contiguous()
+        entering = None if entering is None else floats(entering)
+        _, sides, batch, _, rows, _ = cache.data.shape
+        self.library.forward(
+            self.structures,
+            layers.start,
+            layers.stop,
+            x.data_ptr(),
+            address(entering),
+            byref(CCache(cache.data.data_ptr(), sides, batch, rows, cache.length)),
+            x.shape[1],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            address(seen),
+            0 if seen is None else seen.shape[1],
+            address(padding),
+            pointers,
+            threads(),
+        )
+        return x, list(captured.values())
+
+    def _structure(self, weights: dict[str, Tensor]) -> CLayer:
+        s = self.shape
+        gate, up = (joined(weights, [f"mlp.{name}_proj"]) for name in ("gate", "up"))
+        linears = [
+            Linear(*joined(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
+            Linear(*joined(weights, ["self_attn.o_proj"])),
+            Linear(interleaved(gate[0], up[0]), None if gate[1] is None else interleaved(gate[1], up[1])),
+            Linear(*joined(weights, ["mlp.down_proj"])),
+        ]
+        names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        gains = [floats(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None for name in names]
+        self.kept += [*linears, *(gain for gain in gains if gain is not None)]
+        matrices = [linear.matrix for linear in linears]
+        return CLayer(*matrices, *map(address, gains), s.hidden, s.heads, s.kv_heads, s.head_dim, s.norm_eps)
+
+
+def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """Indices and log-probabilities ``[n, width]`` of the largest logits of ``[n, a]`` and ``[n, b]`` side by side."""
+    n, index = len(logits), torch.empty(len(logits), width, dtype=torch.int64)
+    log_probability = torch.empty(n, width)
+    extra = None if extra is None else floats(extra)
+    library().most_probable(
+        logits.data_ptr(), logits.shape[1], logits.stride(0), address(extra), 0 if extra is None else extra.shape[1],
+        n, width, index.data_ptr(), log_probability.data_ptr(), threads(),
+    )  # fmt: skip
+    return index, log_probability
+
+
+def hadamard(order: int) -> Tensor:
+    """The symmetric orthogonal Hadamard matrix of a power of two (Sylvester's)."""
+    h = torch.ones(1, 1)
+    while len(h) < order:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / order**0.5
+
+
+def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight ``[out, in]``, turned by the Hadamard matrix in blocks of 64 inputs (QuaRot, arXiv 2404.00456) and
+    quantised per output, in the order in which the kernels read it; and its scales ``[out rounded up to 32]``."""
+    w = padded(floats(weight), COLUMNS, BLOCK)
+    w = (w.unflatten(1, (-1, BLOCK)) @ hadamard(BLOCK)).flatten(1)
+    scale = w.abs().amax(1) / 127
+    w = (w / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
+    tiles = w.view(len(w) // COLUMNS, 2, TILE, -1, TILE, 4)  # columns, tile, output, step, four inputs, input
+    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous(), scale
+
+
+def unpacked(tiles: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of ``packed``, but for rounding."""
+    w = tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(scale), -1, BLOCK).float() * scale[:, None, None]
+    return (w @ hadamard(BLOCK)).flatten(1)
+
+
+def padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """``x`` with zeros below and to the right, up to multiples of ``rows`` and ``columns``."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
+
+
+def interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    """Outputs of gate and up in turn, a tile of each."""
+    if len(gate) % TILE:
+        raise ValueError(f"dtype 'int8' needs an intermediate size of a multiple of {TILE}, not {len(gate)}")
+    return torch.stack([gate.unflatten(0, (-1, TILE)), up.unflatten(0, (-1, TILE))], 1).flatten(0, 2)

@@ -1,0 +1,251 @@
+// The decoder's forward in int8 on a CPU, built by build.py and called through ctypes (int8.py).
+//
+// Every function runs on `threads` threads, and gives a row the same bits whatever other rows it is called with.
+#include <omp.h>
+
+#include "attention.h"
+
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// This thread's part of `count` things.
+struct Share {
+    int begin, end;
+    explicit Share(int count) {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        begin = count * thread / threads, end = count * (thread + 1) / threads;
+    }
+};
+
+void normalise(const float* x, const float* gain, int64_t width, float eps, float* out) {
+    Floats squares = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Floats v = load(x + i);
+        squares += v * v;
+    }
+    const float inverse = 1 / std::sqrt(sum(squares) / width + eps);
+    for (int64_t i = 0; i < width; i += LANES)
+        store(out + i, gain ? load(x + i) * inverse * load(gain + i) : load(x + i) * inverse);
+}
+
+// Quantise this thread's rows of x, through a norm where there is a gain.
+void prepare(const float* x, int rows, const float* gain, float eps, const Matrix& m, Quantised& out) {
+    std::vector<float> row(m.stride());
+    const Share share(rows);
+    for (int r = share.begin; r < share.end; r++) {
+        if (gain)
+            normalise(x + r * m.inputs, gain, m.inputs, eps, row.data());
+        else
+            std::memcpy(row.data(), x + r * m.inputs, m.inputs * sizeof(float));
+        quantise(row.data(), m.inputs, out.rows.data() + int64_t(r) * m.stride(), &out.scale[r]);
+    }
+}
+
+template <class Sink>
+void multiply_share(const Matrix& m, const Quantised& x, int rows, Sink sink) {
+    const Share share(m.columns());
+    product(m, x, rows, share.begin, share.end, sink);
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Layer {
+    Matrix qkv, out, gate_up, down;
+    const float *input_norm, *post_norm;
+    const float *q_norm, *k_norm;  // [head_dim], or null
+    int64_t hidden, heads, kv_heads, head_dim;
+    float eps;
+};
+
+struct Cache {  // bfloat16 [2][layers][batch][kv_heads][capacity][head_dim]
+    uint16_t* data;
+    int64_t layers, batch, capacity, length;
+};
+
+// Ask the system for the tile registers; 0 if the code was built for a processor that has more than this one grants.
+int usable() {
+#if defined(__AMX_INT8__) && defined(__linux__)
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#else
+    return 1;
+#endif
+}
+
+int has_tiles() {
+#ifdef __AMX_INT8__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void rms_norm(const float* x, const float* gain, int64_t rows, int64_t width, float eps, float* out) {
+    for (int64_t r = 0; r < rows; r++) normalise(x + r * width, gain, width, eps, out + r * width);
+}
+
+// out [rows][stride] = x Wᵀ + b, of normed rows where there is a gain.
+void linear(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, float* out, int64_t stride,
+            int64_t threads) {
+    static thread_local Quantised quantised;
+    Quantised& q = quantised;
+    q.reserve(rows, m->stride());
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        prepare(x, rows, gain, eps, *m, q);
+#pragma omp barrier
+        multiply_share(*m, q, rows, Store{out, stride});
+    }
+}
+
+// The index of the largest output of every row, of normed rows where there is a gain.
+void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, int64_t* out,
+                   int64_t threads) {
+    static thread_local Quantised quantised;
+    Quantised& q = quantised;
+    q.reserve(rows, m->stride());
+    std::vector<Best> found(threads, Best(rows, m->outputs));
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        prepare(x, rows, gain, eps, *m, q);
+#pragma omp barrier
+        const Share share(m->columns());
+        product(*m, q, rows, share.begin, share.end, found[omp_get_thread_num()]);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int best = 0;  // threads have ascending columns
+        for (int t = 1; t < threads; t++)
+            if (found[t].value[r] > found[best].value[r]) best = t;
+        out[r] = found[best].index[r];
+    }
+}
+
+// Layers [first, last) on new rows x [batch][count][hidden], in place.
+//
+// entering: what the first layer's attention reads, [rows][qkv inputs], already normed; null for its norm of x.
+// cos, sin: [rows][head_dim], the sine with the sign of the half it multiplies.
+// seen: [count][named], which of the last `named` columns each row sees; null for causal.
+// padding: [batch] columns on the left that nobody sees, or null.
+// captured: per layer, where to copy what enters it, or null.
+void forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
+             int64_t count, const float* cos, const float* sin, const uint8_t* seen, int64_t named,
+             const int64_t* padding, float* const* captured, int64_t threads) {
+    const Layer& any = layers[first];
+    const int64_t batch = cache->batch, rows = batch * count, hidden = any.hidden, dim = any.head_dim;
+    const int64_t heads = any.heads, kv_heads = any.kv_heads, group = heads / kv_heads;
+    const int64_t width = (heads + 2 * kv_heads) * dim, inner = any.down.inputs;
+    const int64_t head_stride = cache->capacity * dim, sequence_stride = kv_heads * head_stride;
+    const int64_t side = cache->layers * batch * sequence_stride;
+    const Visibility visible(seen, count, cache->length + count, named, group);
+    static thread_local std::vector<float> qkv_rows, attended_rows, fed_rows;
+    static thread_local Quantised quantised;
+    std::vector<float>&qkv = qkv_rows, &attended = attended_rows, &fed = fed_rows;
+    Quantised& q = quantised;
+    qkv.resize(rows * width);
+    attended.resize(rows * heads * dim);
+    fed.resize(rows * inner);
+    for (const Matrix* m : {&any.qkv, &any.out, &any.gate_up, &any.down}) q.reserve(rows, m->stride());
+
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        static thread_local Scratch scratch;
+        for (int64_t l = first; l < last; l++) {
+            const Layer& layer = layers[l];
+            uint16_t* keys = cache->data + l * batch * sequence_stride;
+            uint16_t* values = keys + side;
+            const Share own(rows);
+            if (captured && captured[l])
+                std::memcpy(captured[l] + own.begin * hidden, x + own.begin * hidden,
+                            (own.end - own.begin) * hidden * sizeof(float));
+            if (entering && l == first)
+                prepare(entering, rows, nullptr, 0, layer.qkv, q);
+            else
+                prepare(x, rows, layer.input_norm, layer.eps, layer.qkv, q);
+#pragma omp barrier
+            multiply_share(layer.qkv, q, rows, Store{qkv.data(), width});
+#pragma omp barrier
+            const Share turned(rows * (heads + kv_heads));
+            for (int i = turned.begin; i < turned.end; i++) {  // rotary positions; keys and values to the cache
+                const int64_t row = i / (heads + kv_heads), head = i % (heads + kv_heads), half = dim / 2;
+                float* v = qkv.data() + row * width + head * dim;
+                const float* gain = head < heads ? layer.q_norm : layer.k_norm;
+                if (gain) normalise(v, gain, dim, layer.eps, v);
+                for (int64_t d = 0; d < half; d += LANES) {
+                    const float *c = cos + row * dim + d, *s = sin + row * dim + d;
+                    const Floats a = load(v + d), b = load(v + d + half);
+                    store(v + d, a * load(c) + b * load(s));
+                    store(v + d + half, b * load(c + half) + a * load(s + half));
+                }
+                if (head < heads) continue;
+                const int64_t sequence = row / count, at = cache->length + row % count;
+                const int64_t offset = sequence * sequence_stride + (head - heads) * head_stride + at * dim;
+                for (int64_t d = 0; d < dim; d++) {
+                    keys[offset + d] = bfloat16(v[d]);
+                    values[offset + d] = bfloat16(v[kv_heads * dim + d]);
+                }
+            }
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+            for (int task = 0; task < int(batch * kv_heads * visible.blocks); task++) {
+                const int64_t block = task % visible.blocks, head = task / visible.blocks % kv_heads;
+                const int64_t sequence = task / visible.blocks / kv_heads;
+                const int64_t offset = sequence * sequence_stride + head * head_stride;
+                attend(qkv.data() + sequence * count * width + head * group * dim, width, keys + offset,
+                       values + offset, padding ? padding[sequence] : 0, visible, block, group, dim,
+                       attended.data() + sequence * count * heads * dim + head * group * dim, heads * dim, scratch);
+            }
+            prepare(attended.data(), rows, nullptr, 0, layer.out, q);
+#pragma omp barrier
+            multiply_share(layer.out, q, rows, Add{x, hidden});
+#pragma omp barrier
+            prepare(x, rows, layer.post_norm, layer.eps, layer.gate_up, q);
+#pragma omp barrier
+            multiply_share(layer.gate_up, q, rows, SwiGLU{fed.data(), inner});
+#pragma omp barrier
+            prepare(fed.data(), rows, nullptr, 0, layer.down, q);
+#pragma omp barrier
+            multiply_share(layer.down, q, rows, Add{x, hidden});
+#pragma omp barrier
+        }
+    }
+}
+
+// The `best` largest log-probabilities of every row over the outputs of two heads side by side, best first.
+void most_probable(const float* a, int64_t a_width, int64_t a_stride, const float* b, int64_t b_width, int64_t rows,
+                   int64_t best, int64_t* index, float* log_probability, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* part[2] = {a + r * a_stride, b + r * b_width};
+        const int64_t width[2] = {a_width, b ? b_width : 0};
+        std::vector<std::pair<float, int64_t>> top(best, {-INFINITY, -1});  // descending
+        for (int side = 0; side < 2; side++)
+            for (int64_t i = 0; i < width[side]; i++) {
+                const float v = part[side][i];
+                if (!(v > top.back().first)) continue;
+                int64_t place = best - 1;
+                for (; place > 0 && v > top[place - 1].first; place--) top[place] = top[place - 1];
+                top[place] = {v, side * a_width + i};
+            }
+        Floats lanes = {};
+        for (int side = 0; side < 2; side++)
+            for (int64_t i = 0; i < width[side]; i += LANES) {
+                Floats v = all(-INFINITY);
+                std::memcpy(&v, part[side] + i, std::min<int64_t>(LANES, width[side] - i) * sizeof(float));
+                lanes += exponential(v - top[0].first);
+            }
+        const float total = std::log(sum(lanes));
+        for (int64_t i = 0; i < best; i++) {
+            index[r * best + i] = top[i].second;
+            log_probability[r * best + i] = std::min(0.0f, top[i].first - top[0].first - total);
+        }
+    }
+}
+}
