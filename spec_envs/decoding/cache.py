@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spec_envs.decoding.shape import Shape
 
-TILE = 16  # rows are allocated in tiles, which kernels read as a whole
+BLOCK = 64  # rows are allocated in blocks, which the int8 kernels read as a whole
 
 
 class KVCache:
@@ -23,7 +23,7 @@ class KVCache:
     """
 
     def __init__(self, shape: Shape, capacity: int, dtype: torch.dtype, device: torch.device, batch: int = 1):
-        rows = -(-capacity // TILE) * TILE
+        rows = -(-capacity // BLOCK) * BLOCK
         self.data = torch.zeros(
             2, shape.layers, batch, shape.kv_heads, rows, shape.head_dim, dtype=dtype, device=device
         )

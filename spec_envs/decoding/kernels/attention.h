@@ -8,10 +8,7 @@
 
 #include "matrix.h"
 
-struct Keys {  // one layer of a cache, bfloat16 [batch][kv_heads][capacity][head_dim]; capacity a multiple of 16
-    uint16_t *keys, *values;
-    int64_t sequence, head;  // elements from one sequence, and from one head, to the next
-};
+constexpr int KEYS = 64;  // scored at a time; a cache has rows in multiples of it
 
 // Which keys the new rows see: all earlier ones behind the padding, and of the last `last` columns those named.
 struct Visibility {
@@ -36,8 +33,7 @@ struct Visibility {
 
 struct Scratch {
     std::vector<float> scores;      // [keys][16 queries]
-    std::vector<float> queries;     // [head_dim][16 queries]
-    std::vector<uint16_t> packed;   // the same in pairs of bfloat16: [head_dim / 2][16][2]
+    std::vector<uint32_t> queries;  // [head_dim / 2][16 queries]: two bfloat16
 };
 
 inline Ints lane_bits() {
@@ -46,42 +42,74 @@ inline Ints lane_bits() {
     return bits;
 }
 
-// Dot products of the queries with keys [begin rounded down, end rounded up to 16).
+// Query `lane` of a block, scaled, rounded to bfloat16 like the keys.
+inline void pack(const float* query, float scale, int head_dim, int lane, uint32_t* out) {
+    for (int d = 0; d < head_dim; d += LANES) {
+        uint32_t pairs[LANES / 2];
+        const Ints rounded = rounded_bfloat16(load(query + d) * scale);
+        for (int i = 0; i < LANES / 2; i++) pairs[i] = uint32_t(rounded[2 * i]) | uint32_t(rounded[2 * i + 1]) << 16;
+        for (int i = 0; i < LANES / 2; i++) out[(d / 2 + i) * LANES + lane] = pairs[i];
+    }
+}
+
+// Dot products of the queries with keys [begin rounded down, end rounded up to KEYS).
 inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_dim, Scratch& s) {
 #ifdef __AMX_BF16__
-    for (int64_t block = begin / 16; block * 16 < end; block++) {
+    const int64_t row = head_dim * 2, tile = 16 * head_dim;
+    for (int64_t j = begin / KEYS * KEYS; j < end; j += KEYS) {
         _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         for (int d = 0; d < head_dim; d += 32) {
-            _tile_loadd(1, keys + block * 16 * head_dim + d, head_dim * 2);
-            _tile_loadd(2, s.packed.data() + d * 16, 64);
-            _tile_dpbf16ps(0, 1, 2);
+            const uint16_t* key = keys + j * head_dim + d;
+            _tile_loadd(4, s.queries.data() + d * 8, 64);
+            _tile_loadd(5, key, row);
+            _tile_dpbf16ps(0, 5, 4);
+            _tile_loadd(6, key + tile, row);
+            _tile_dpbf16ps(1, 6, 4);
+            _tile_loadd(5, key + 2 * tile, row);
+            _tile_dpbf16ps(2, 5, 4);
+            _tile_loadd(6, key + 3 * tile, row);
+            _tile_dpbf16ps(3, 6, 4);
         }
-        _tile_stored(0, s.scores.data() + block * 256, 64);
+        float* out = s.scores.data() + j * LANES;
+        _tile_stored(0, out, 64);
+        _tile_stored(1, out + 256, 64);
+        _tile_stored(2, out + 512, 64);
+        _tile_stored(3, out + 768, 64);
     }
 #else
     for (int64_t j = begin; j < end; j++) {
         Floats dot = {};
-        for (int d = 0; d < head_dim; d++) {
-            const uint32_t bits = uint32_t(keys[j * head_dim + d]) << 16;
-            float key;
-            std::memcpy(&key, &bits, 4);
-            dot += load(s.queries.data() + d * LANES) * key;
+        for (int d = 0; d < head_dim; d += 2) {
+            Ints pair;
+            std::memcpy(&pair, s.queries.data() + d * 8, sizeof pair);
+            dot += (Floats)(pair << 16) * widened(keys[j * head_dim + d]);
+            dot += (Floats)(pair & int(0xffff0000)) * widened(keys[j * head_dim + d + 1]);
         }
         store(s.scores.data() + j * LANES, dot);
     }
 #endif
 }
 
-// out[query][32 dimensions] for 8 of the queries.
+// Sums over the keys of weights[key][query] * values[key] for some queries and PAIRS * 32 dimensions: the even ones of
+// 32 in one vector, the odd ones in the next, as they come out of pairs of bfloat16.
+template <int QUERIES, int PAIRS>
 inline void weigh(const float* weights, const uint16_t* values, int64_t begin, int64_t end, int head_dim,
-                  Floats out[8][2]) {
-    Floats sums[8][2] = {};
+                  Floats* out) {
+    Floats sums[QUERIES][2 * PAIRS] = {};
     for (int64_t j = begin; j < end; j++) {
-        const Floats a = load_bfloat16(values + j * head_dim), b = load_bfloat16(values + j * head_dim + LANES);
-        for (int q = 0; q < 8; q++) {
+        Floats value[2 * PAIRS];
+        for (int d = 0; d < PAIRS; d++) {
+            Ints two;
+            std::memcpy(&two, values + j * head_dim + d * 2 * LANES, sizeof two);
+            value[2 * d] = (Floats)(two << 16);
+            value[2 * d + 1] = (Floats)(two & int(0xffff0000));
+        }
+        for (int q = 0; q < QUERIES; q++) {
             const Floats w = all(weights[j * LANES + q]);
-            sums[q][0] += w * a;
-            sums[q][1] += w * b;
+            for (int d = 0; d < 2 * PAIRS; d++) sums[q][d] += w * value[d];
         }
     }
     std::memcpy(out, sums, sizeof sums);
@@ -100,46 +128,55 @@ inline void attend(const float* queries, int64_t stride, const uint16_t* keys, c
     while (end > base && lanes[end - 1 - base] == 0) end--;
     const int64_t begin = std::min(padding, end);
 
-    if (s.scores.size() < size_t(visible.end + 16) * LANES) s.scores.resize((visible.end + 16) * LANES);
-    s.queries.assign(head_dim * LANES, 0);
-    s.packed.assign(head_dim * LANES, 0);
-    const auto at = [&](int query) {
+    if (s.scores.size() < size_t(visible.end + KEYS) * LANES) s.scores.resize((visible.end + KEYS) * LANES);
+    s.queries.assign(head_dim / 2 * LANES, 0);
+    const auto at = [&](int query, int64_t stride) {
         const int64_t i = int64_t(block) * LANES + query;
         return i / heads_per_key * stride + i % heads_per_key * head_dim;
     };
-    for (int q = 0; q < here; q++)
-        for (int d = 0; d < head_dim; d++) {
-            const float x = queries[at(q) + d];
-            s.queries[d * LANES + q] = x;
-            s.packed[d / 2 * 2 * LANES + 2 * q + d % 2] = bfloat16(x);
-        }
+    const float scale = LOG2_E / std::sqrt(float(head_dim));
+    for (int q = 0; q < here; q++) pack(queries + at(q, stride), scale, head_dim, q, s.queries.data());
     scores(keys, begin, end, head_dim, s);
 
+    // Softmax over the keys: those before `base` are seen by all, the later ones by some.
     const Ints bits = lane_bits();
-    const Floats lowest = all(-INFINITY), scale = all(1 / std::sqrt(float(head_dim)));
-    const auto masked = [&](int64_t j) {
-        const Floats v = load(s.scores.data() + j * LANES);
-        return j < base ? v : ((bits & int(lanes[j - base])) != 0 ? v : lowest);
-    };
-    Floats top = lowest;
-    for (int64_t j = begin; j < end; j++) top = larger(masked(j), top);
-    top = top == lowest ? Floats{} : top;  // a row that sees nothing
-    Floats total = {};
-    for (int64_t j = begin; j < end; j++) {
-        const Floats weight = exponential((masked(j) - top) * scale);
-        store(s.scores.data() + j * LANES, weight);
+    const auto sees = [&](int64_t j) { return (bits & int(lanes[j - base])) != 0; };
+    float* row = s.scores.data();
+    Floats top = all(-INFINITY), total = {};
+    int64_t j = begin;
+    for (; j < std::min(base, end); j++) top = larger(top, load(row + j * LANES));
+    for (; j < end; j++) top = sees(j) ? larger(top, load(row + j * LANES)) : top;
+    for (j = begin; j < std::min(base, end); j++) {
+        const Floats weight = power_of_two(load(row + j * LANES) - top);
+        store(row + j * LANES, weight);
         total += weight;
     }
-    for (int q = 0; q < here; q += 8)
-        for (int d = 0; d < head_dim; d += 2 * LANES) {
-            Floats sums[8][2];
-            weigh(s.scores.data() + q, values + d, begin, end, head_dim, sums);
-            for (int i = 0; i < 8 && q + i < here; i++) {
-                const int64_t index = int64_t(block) * LANES + q + i;
-                float* p = out + index / heads_per_key * out_stride + index % heads_per_key * head_dim + d;
-                const float inverse = total[q + i] > 0 ? 1 / total[q + i] : 0;
-                store(p, sums[i][0] * inverse);
-                store(p + LANES, sums[i][1] * inverse);
+    for (; j < end; j++) {
+        const Floats weight = sees(j) ? power_of_two(load(row + j * LANES) - top) : Floats{};
+        store(row + j * LANES, weight);
+        total += weight;
+    }
+    const float* weights = s.scores.data();
+    const auto write = [&](int q, int count, int d, int pairs, const Floats* sums) {
+        for (int i = 0; i < count && q + i < here; i++) {
+            const float inverse = total[q + i] > 0 ? 1 / total[q + i] : 0;
+            for (int pair = 0; pair < pairs; pair++, sums += 2) {
+                float* p = out + at(q + i, out_stride) + d + pair * 2 * LANES;
+                for (int lane = 0; lane < LANES; lane++)
+                    p[2 * lane] = sums[0][lane] * inverse, p[2 * lane + 1] = sums[1][lane] * inverse;
             }
         }
+    };
+    Floats sums[16];
+    if (here <= 4 && head_dim % 64 == 0)
+        for (int d = 0; d < head_dim; d += 64) {
+            weigh<4, 2>(weights, values + d, begin, end, head_dim, sums);
+            write(0, 4, d, 2, sums);
+        }
+    else
+        for (int q = 0; q < here; q += 8)
+            for (int d = 0; d < head_dim; d += 32) {
+                weigh<8, 1>(weights + q, values + d, begin, end, head_dim, sums);
+                write(q, 8, d, 1, sums);
+            }
 }

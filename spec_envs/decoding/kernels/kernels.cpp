@@ -187,9 +187,9 @@ void forward(const Layer* layers, int64_t first, int64_t last, float* x, const f
                 if (head < heads) continue;
                 const int64_t sequence = row / count, at = cache->length + row % count;
                 const int64_t offset = sequence * sequence_stride + (head - heads) * head_stride + at * dim;
-                for (int64_t d = 0; d < dim; d++) {
-                    keys[offset + d] = bfloat16(v[d]);
-                    values[offset + d] = bfloat16(v[kv_heads * dim + d]);
+                for (int64_t d = 0; d < dim; d += LANES) {
+                    store_bfloat16(keys + offset + d, load(v + d));
+                    store_bfloat16(values + offset + d, load(v + kv_heads * dim + d));
                 }
             }
 #pragma omp barrier

@@ -18,7 +18,7 @@ constexpr int BLOCK = 64;    // inputs of one step of a product, and of one Hada
 constexpr int COLUMNS = 32;  // outputs packed together: two tiles of 16
 constexpr int GROUP = 4;     // such columns taken for one block of rows after another, while they are in the cache
 constexpr int STEP = BLOCK * COLUMNS;
-constexpr int AHEAD = 8 * STEP;  // bytes of weight fetched ahead
+constexpr int AHEAD = 4 * STEP;  // bytes of weight fetched ahead
 
 struct Matrix {
     const int8_t* weight;  // [outputs / 32][inputs / 64][2][16][16][4]: tile, four inputs, output, input

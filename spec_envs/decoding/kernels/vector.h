@@ -6,6 +6,7 @@
 constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
 
 inline Floats load(const float* p) {
     Floats v;
@@ -17,17 +18,21 @@ inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 inline Floats all(float x) { return x - Floats{}; }
 
-inline Floats load_bfloat16(const uint16_t* p) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
-    Halves halves;
-    std::memcpy(&halves, p, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+inline float widened(uint16_t bfloat16) {
+    const uint32_t bits = uint32_t(bfloat16) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
 }
 
-inline uint16_t bfloat16(float x) {  // round to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+inline Ints rounded_bfloat16(Floats x) {  // to nearest, ties to even
+    const Ints bits = (Ints)x;
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
+}
+
+inline void store_bfloat16(uint16_t* p, Floats x) {
+    const Halves halves = __builtin_convertvector(rounded_bfloat16(x), Halves);
+    std::memcpy(p, &halves, sizeof halves);
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -44,20 +49,24 @@ inline float largest(Floats v) {
     return top;
 }
 
-// e^x to about one unit in the last place, 0 below -87.
+// 2^x to a few units in the last place, for x up to 127; below -126 it stays at 2^-126.
+inline Floats power_of_two(Floats x) {
+    const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+    x = larger(x, all(-126.0f));
+    const Floats shifted = x + magic;
+    const Floats r = x - (shifted - magic);  // in [-0.5, 0.5]
+    Floats p = all(1.321867248e-03f);
+    p = p * r + 9.671697938e-03f;
+    p = p * r + 5.550892952e-02f;
+    p = p * r + 2.402223800e-01f;
+    p = p * r + 6.931468559e-01f;
+    p = p * r + 1.0f;
+    return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
 inline Floats exponential(Floats x) {
-    const Floats in_range = x > -87.0f ? x : all(-87.0f);
-    const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Floats n = (in_range * 1.44269504f + magic) - magic;
-    Floats r = in_range - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-    return x > -87.0f ? p * power : Floats{};
+    x = x * LOG2_E;
+    return power_of_two(x < 127.0f ? x : all(127.0f));
 }
