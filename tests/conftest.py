@@ -25,6 +25,10 @@ WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "o
 REAL = "smollm2-135m"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prompts", type=int, default=20, help="prompts of the losslessness test in int8 (default 20)")
+
+
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the Hugging Face layout with a random Llama of eight layers."""

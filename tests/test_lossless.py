@@ -11,7 +11,7 @@ from scipy.stats import chi2, ncx2
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
 from agents.random import RandomAgent
-from experiments.arms import Encoded, decoded
+from experiments.arms import Encoded, decoded, plain_decoder
 from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
@@ -143,10 +143,31 @@ def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
     return draws
 
 
-def test_near_ties_are_all_that_flips_in_the_default_dtype(prompts: dict) -> None:
+def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Config) -> None:
+    """Token for token, and every token is the argmax of one forward over the whole text."""
+    count, tokens = pytestconfig.getoption("--prompts"), 64
+    decoder = load_decoder(REAL, "auto", "cpu", "int8")
+    tokenizer, texts = load_tokenizer(REAL), load_prompts("all", "all")
+    chosen = [Encoded(p.task, encode(tokenizer, p.text)) for p in texts[:: len(texts) // count]][:count]
+    plain = decoded(plain_decoder(decoder), None)
+    arms = []
+    for env_id in ENVIRONMENTS:
+        control = make_control(ENVIRONMENTS[env_id], {"depth": "random", "budget": 32})
+        arms.append(decoded(decoder, Policy(control, RandomAgent(control, seed=1))))
+    accepted, samples = 0, []
+    for i, prompt in enumerate(chosen):
+        sample = arms[i % len(arms)](prompt, tokens, i)
+        assert sample.ids == plain(prompt, tokens, i).ids, prompt
+        accepted += sample.accepted
+        samples.append(sample)
+    assert len(samples) == count and accepted > 5 * count
+    assert divergences(decoder, samples) == {"per_1000": 0.0, "largest_gap": 0.0}
+
+
+def test_near_ties_are_all_that_flips_in_bfloat16(prompts: dict) -> None:
     """Every emitted token is the argmax of a forward over its text, or within a small logit gap of it."""
     control = make_control("depth", {"budget": 32})
-    decoder = load_decoder(REAL, "auto", "cpu", "auto")
+    decoder = load_decoder(REAL, "auto", "cpu", "bfloat16")
     arm = decoded(decoder, Policy(control, RandomAgent(control, seed=0)))
     samples = [arm(Encoded(task, ids), TOKENS, 0) for task, ids in prompts.items()]
     found = divergences(decoder, samples)

@@ -61,7 +61,8 @@ class KVCache:
                 return None
             seen = torch.ones(n, n, dtype=torch.bool, device=self.data.device).tril_()
         if self.masks is None or not self.masks.fits(*seen.shape):
-            self.masks = MaskBuffer(*seen.shape, self.capacity, self.data.dtype, self.data.device)
+            rows, columns = seen.shape
+            self.masks = MaskBuffer(rows, columns, self.capacity, self.data.dtype, self.data.device)
         return self.masks.window(self.length + n - seen.shape[1], seen)
 
 

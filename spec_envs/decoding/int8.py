@@ -225,7 +225,9 @@ class Layers:
         linears = [
             Linear(*joined(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
             Linear(*joined(weights, ["self_attn.o_proj"])),
-            Linear(interleaved(gate[0], up[0]), None if gate[1] is None else interleaved(gate[1], up[1])),
+            Linear(
+                interleaved(gate[0], up[0]), None if gate[1] is None or up[1] is None else interleaved(gate[1], up[1])
+            ),
             Linear(*joined(weights, ["mlp.down_proj"])),
         ]
         names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")

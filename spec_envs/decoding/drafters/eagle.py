@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
 from spec_envs.decoding.transformer import Transformer

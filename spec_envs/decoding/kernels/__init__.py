@@ -25,18 +25,18 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, after one line that says why, where they cannot be had."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
-        return without(f"no C++ compiler ({', '.join(COMPILERS)}) was found")
-    try:
-        kernels = ctypes.CDLL(str(compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        return without(f"{compiler} could not build them: {output.strip().splitlines()[0]}")
-    return kernels if kernels.usable() else without("the system does not grant the tile registers")
-
-
-def without(reason: str) -> None:
-    """Say that the kernels are missing."""
-    print(f"int8 decoding is not available: {reason}", file=sys.stderr, flush=True)
+        reason = f"no C++ compiler ({', '.join(COMPILERS)}) was found"
+    else:
+        try:
+            kernels = ctypes.CDLL(str(compiled(compiler)))
+            if kernels.usable():
+                return kernels
+            reason = "the system does not grant the tile registers"
+        except (OSError, subprocess.CalledProcessError) as error:
+            output = (getattr(error, "stderr", None) or str(error)).strip()
+            reason = f"{compiler} could not build the kernels: {output.splitlines()[0] if output else error}"
+    print(f"int8 decoding is not available here: {reason}", file=sys.stderr, flush=True)
+    return None
 
 
 def compiled(compiler: str, flags: tuple[str, ...] = FLAGS) -> Path:
@@ -63,13 +63,8 @@ def run(*command: str) -> str:
 
 def tiled() -> bool:
     """Whether the kernels are here and use the processor's tile registers (Intel AMX)."""
-    found = library() if amx() else None
+    found = library() if torch.cpu._is_amx_tile_supported() else None
     return found is not None and bool(found.has_tiles())
-
-
-def amx() -> bool:
-    """Whether the processor has tile registers; asked before anything is compiled."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def threads() -> int:

@@ -193,7 +193,7 @@ void forward(const Layer* layers, int64_t first, int64_t last, float* x, const f
                 }
             }
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
             for (int task = 0; task < int(batch * kv_heads * visible.blocks); task++) {
                 const int64_t block = task % visible.blocks, head = task / visible.blocks % kv_heads;
                 const int64_t sequence = task / visible.blocks / kv_heads;
@@ -226,21 +226,26 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
         const float* part[2] = {a + r * a_stride, b + r * b_width};
         const int64_t width[2] = {a_width, b ? b_width : 0};
         std::vector<std::pair<float, int64_t>> top(best, {-INFINITY, -1});  // descending
+        const auto lanes_of = [&](int side, int64_t i) {
+            if (i + LANES <= width[side]) return load(part[side] + i);
+            Floats v = all(-INFINITY);
+            std::memcpy(&v, part[side] + i, (width[side] - i) * sizeof(float));
+            return v;
+        };
         for (int side = 0; side < 2; side++)
-            for (int64_t i = 0; i < width[side]; i++) {
-                const float v = part[side][i];
-                if (!(v > top.back().first)) continue;
-                int64_t place = best - 1;
-                for (; place > 0 && v > top[place - 1].first; place--) top[place] = top[place - 1];
-                top[place] = {v, side * a_width + i};
+            for (int64_t i = 0; i < width[side]; i += LANES) {
+                const Floats v = lanes_of(side, i);
+                if (!any(v > top.back().first)) continue;
+                for (int lane = 0; lane < LANES; lane++) {
+                    if (!(v[lane] > top.back().first)) continue;
+                    int64_t place = best - 1;
+                    for (; place > 0 && v[lane] > top[place - 1].first; place--) top[place] = top[place - 1];
+                    top[place] = {v[lane], side * a_width + i + lane};
+                }
             }
         Floats lanes = {};
         for (int side = 0; side < 2; side++)
-            for (int64_t i = 0; i < width[side]; i += LANES) {
-                Floats v = all(-INFINITY);
-                std::memcpy(&v, part[side] + i, std::min<int64_t>(LANES, width[side] - i) * sizeof(float));
-                lanes += exponential(v - top[0].first);
-            }
+            for (int64_t i = 0; i < width[side]; i += LANES) lanes += exponential(lanes_of(side, i) - top[0].first);
         const float total = std::log(sum(lanes));
         for (int64_t i = 0; i < best; i++) {
             index[r * best + i] = top[i].second;

@@ -122,7 +122,7 @@ struct Best {  // the largest output of every row, the first of equals
     int64_t outputs;
     Best(int rows, int64_t outputs) : value(rows, -INFINITY), index(rows, 0), outputs(outputs) {}
     void operator()(int row, int column, Floats v) {
-        if (column + LANES <= outputs && !(largest(v) > value[row])) return;
+        if (!any(v > value[row])) return;
         for (int i = 0; i < LANES && column + i < outputs; i++)
             if (v[i] > value[row]) value[row] = v[i], index[row] = column + i;
     }

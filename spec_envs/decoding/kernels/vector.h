@@ -37,6 +37,13 @@ inline void store_bfloat16(uint16_t* p, Floats x) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+inline bool any(Ints condition) {
+    uint64_t words[8], found = 0;
+    std::memcpy(words, &condition, sizeof words);
+    for (uint64_t word : words) found |= word;
+    return found != 0;
+}
+
 inline float sum(Floats v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];

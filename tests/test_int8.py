@@ -1,0 +1,257 @@
+"""int8: what the kernels compute, and that a row has the same bits whatever it is computed with."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from spec_envs.decoding import checkpoints, int8, kernels, layers, linear
+from spec_envs.decoding.batch import generate_batch, read_batch
+from spec_envs.decoding.checkpoints import load_target
+from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.tree import ROOT, ancestors
+from tests.conftest import CPU, REAL
+
+SHAPE = {
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 150,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.08,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4}),
+    "qwen3": Qwen3Config(**{**SHAPE, "head_dim": 64}),
+}
+PORTABLE = (*kernels.FLAGS, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+
+if kernels.library() is None:
+    pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
+
+
+@pytest.fixture(params=["as built", "portable"])
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as they are used here, and as a processor without tile registers has them."""
+    if request.param == "portable":
+        library = ctypes.CDLL(str(kernels.compiled("c++", PORTABLE)))
+        assert not library.has_tiles()
+        monkeypatch.setattr(kernels, "library", lambda: library)
+
+
+class Quantised(linear.Linear):
+    """What a product in int8 is, in torch's own operators."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.inputs = weight.shape[1]
+        super().__init__(int8.unpacked(*int8.packed(weight))[: len(weight), : self.inputs], bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        turned = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)) @ int8.hadamard(64)
+        scale = turned.abs().amax((-1, -2), keepdim=True).clamp(min=1e-30) / 127
+        rows = ((turned / scale).round() * scale @ int8.hadamard(64)).flatten(-2)
+        return super().__call__(rows[..., : self.inputs])
+
+
+def pair(config: PretrainedConfig) -> tuple[Transformer, Transformer]:
+    """A random model in the kernels' int8 and in torch's."""
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    weights = reference.state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "Linear", Quantised)
+        return Transformer(config, weights, torch.int8, CPU), Transformer(config, weights, torch.float32, CPU)
+
+
+def test_a_product_is_that_of_quantised_rows_and_weights(build: None) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(150, 80), torch.randn(150), torch.randn(37, 80) * torch.rand(37, 1) * 9
+    product = int8.Linear(weight, bias)
+    expected = Quantised(weight, bias)(x)
+    torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-3)
+    assert (product.dense() - weight).norm() < 0.01 * weight.norm()
+    assert (expected - (x @ weight.T + bias)).norm() < 0.02 * (x @ weight.T).norm()
+    assert torch.equal(product.argmax(x), product(x).argmax(-1))
+    assert not product(torch.zeros(2, 80)).sub(bias).any()
+
+
+def test_norms_and_best_children_are_those_of_torch(build: None) -> None:
+    torch.manual_seed(0)
+    x, gain = torch.randn(5, 80), torch.rand(80)
+    torch.testing.assert_close(int8.RMSNorm(gain, 1e-5)(x), layers.RMSNorm(gain, 1e-5)(x), rtol=1e-5, atol=1e-6)
+    logits, extra = torch.randn(7, 150)[:, :141] * 5, torch.randn(7, 21) * 5
+    for other in (extra, None):
+        index, log_p = int8.most_probable(logits, other, 12)
+        expected, expected_log_p = layers.most_probable(logits, other, 12)
+        assert torch.equal(index, expected)
+        torch.testing.assert_close(log_p, expected_log_p, rtol=1e-4, atol=1e-5)
+
+
+def whole(model: Transformer, ids: Tensor) -> Tensor:
+    positions = torch.arange(ids.shape[1])[None]
+    return model.head(model.forward(model.embed(ids), model.cache(ids.shape[1]), positions)[0])[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_computes_what_torch_does(name: str, build: None) -> None:
+    model, reference = pair(CONFIGS[name])
+    ids = torch.randint(0, 150, (1, 90), generator=torch.Generator().manual_seed(0))
+    ours, theirs = whole(model, ids), whole(reference, ids)
+    error = (ours - theirs).norm() / theirs.norm()
+    assert 0 < error < 0.03
+    states = reference.forward(reference.embed(ids), reference.cache(90), torch.arange(90)[None], capture=(0, 2))[1]
+    cache = model.cache(90)
+    _, captured = model.forward(model.embed(ids), cache, torch.arange(90)[None], capture=(2, 0))
+    assert torch.equal(captured[0], model.embed(ids))
+    assert (captured[1] - states[1]).norm() < 0.02 * states[1].norm()
+    shallow, _ = model.forward(model.embed(ids), model.cache(90), torch.arange(90)[None], layers=range(0, 2))
+    assert torch.equal(shallow, captured[1])
+
+
+def rows_alone(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> list[Tensor]:
+    """Logits of every node of a tree, its path decoded one token at a time."""
+    rows = []
+    for node in range(-1, len(parents)):
+        path: list[int] = []
+        walk = node
+        while walk != ROOT:
+            path.insert(0, int(tokens[walk]))
+            walk = int(parents[walk])
+        cache = model.cache(512)
+        text = [*prefix[0].tolist(), *path]
+        for i, token in enumerate(text):
+            x, _ = model.forward(model.embed(torch.tensor([[token]])), cache, torch.tensor([[i]]))
+            cache.length += 1
+        rows.append(model.head(x)[0, 0])
+    return rows
+
+
+def tree_logits(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> Tensor:
+    """Logits of the root (the prefix's last token) and of every node, in one forward behind the prefix."""
+    start = prefix.shape[1] - 1
+    levels = np.zeros(len(parents), dtype=np.int64)
+    for node, parent in enumerate(parents):
+        levels[node] = 0 if parent == ROOT else levels[parent] + 1
+    cache = model.cache(512)
+    model.forward(model.embed(prefix[:, :-1]), cache, torch.arange(start)[None])
+    cache.length = start
+    ids = torch.cat([prefix[:, -1:], torch.from_numpy(tokens)[None]], 1)
+    at = torch.from_numpy(start + np.concatenate([[0], levels + 1]))[None]
+    return model.head(model.forward(model.embed(ids), cache, at, torch.from_numpy(ancestors(parents)))[0])[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_has_the_same_bits_alone_and_in_a_tree(name: str, build: None) -> None:
+    model, _ = pair(CONFIGS[name])
+    rng = np.random.default_rng(0)
+    prefix = torch.from_numpy(rng.integers(0, 150, (1, 45)))
+    for nodes in (1, 2, 7, 15, 16, 33, 95):
+        parents = np.array([rng.integers(-1, i) if i else ROOT for i in range(nodes)])
+        tokens = rng.integers(0, 150, nodes)
+        together = tree_logits(model, prefix, tokens, parents)
+        shown = np.arange(-1, nodes) if nodes < 20 else rng.choice(nodes, 4, replace=False)
+        alone = rows_alone(model, prefix, tokens, parents) if nodes < 20 else None
+        for node in shown:
+            if alone is None:
+                chain = path_to(parents, int(node))
+                expected = rows_alone(model, prefix, tokens[chain], np.arange(len(chain)) - 1)[-1]
+            else:
+                expected = alone[node + 1]
+            assert torch.equal(together[node + 1], expected), (nodes, node)
+
+
+def path_to(parents: np.ndarray, node: int) -> list[int]:
+    """Nodes from the first level to ``node``."""
+    path = [node]
+    while parents[path[0]] != ROOT:
+        path.insert(0, int(parents[path[0]]))
+    return path
+
+
+@torch.inference_mode()
+def test_batches_padded_on_the_left_change_nothing(build: None) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 150, n).tolist() for n in (3, 17, 9, 70, 5, 12)]
+    together = generate_batch(model, prompts, 20, eos={7, 11})
+    assert together == [generate_batch(model, [prompt], 20, eos={7, 11})[0] for prompt in prompts]
+    features, final = read_batch(model, prompts, capture=(1,))
+    for row, prompt in enumerate(prompts):
+        f, h = read_batch(model, [prompt], capture=(1,))
+        assert torch.equal(features[row, -len(prompt) :], f[0]) and torch.equal(final[row, -len(prompt) :], h[0])
+
+
+@torch.inference_mode()
+@pytest.mark.model
+def test_the_default_model_has_the_same_bits_in_batches_of_every_size() -> None:
+    model = load_target(REAL, CPU, torch.int8)
+    generator = torch.Generator().manual_seed(0)
+    prefix, rest = (torch.randint(3, 49152, (1, n), generator=generator) for n in (100, 96))
+    cache = model.cache(256)
+    model.forward(model.embed(prefix), cache, torch.arange(100)[None])
+    cache.length = 100
+    alone = []
+    for i in range(96):
+        x, _ = model.forward(model.embed(rest[:, i : i + 1]), cache, torch.tensor([[100 + i]]))
+        cache.length += 1
+        alone.append(model.head(x)[0])
+    expected = torch.cat(alone)
+    for n in range(2, 97):
+        cache.length = 100
+        x, _ = model.forward(model.embed(rest[:, :n]), cache, torch.arange(100, 100 + n)[None])
+        assert torch.equal(model.head(x)[0], expected[:n]), n
+        assert torch.equal(model.head.argmax(x)[0], expected[:n].argmax(-1)), n
+
+
+def test_widths_that_the_kernels_do_not_compute() -> None:
+    with pytest.raises(ValueError, match="multiple of 32 and a hidden size of a multiple of 16, not 8 and 66"):
+        pair(LlamaConfig(**{**SHAPE, "head_dim": 8, "hidden_size": 66}))
+    with pytest.raises(ValueError, match="intermediate size of a multiple of 16, not 100"):
+        pair(LlamaConfig(**{**SHAPE, "intermediate_size": 100}))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [(None, "no C\\+\\+ compiler"), ("false", "false could not build"), ("nowhere", "nowhere")]
+)
+def test_without_a_compiler_the_default_is_another_dtype(
+    compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without: Callable = kernels.library.__wrapped__
+    monkeypatch.setattr(kernels, "library", without)
+    monkeypatch.setattr(kernels, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    assert checkpoints.resolve_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
+        int8.Linear(torch.randn(4, 64))
+    assert capsys.readouterr().err.startswith("int8 decoding is not available here")
+
+
+def test_kernels_are_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "user_cache_path", lambda name: tmp_path)
+    built = kernels.compiled("c++")
+    stamp = built.stat().st_mtime_ns
+    assert kernels.compiled("c++") == built and built.stat().st_mtime_ns == stamp
+    assert capsys.readouterr().err.count("compiling") == 1
+    assert [path.name for path in built.parent.iterdir()] == [built.name]  # nothing half-written beside it
+    assert kernels.compiled("c++", (*kernels.FLAGS, "-DOTHER")) != built
