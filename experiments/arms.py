@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.utils import logging as transformers_logging
 
 from spec_envs.controls import Policy
-from spec_envs.decoding.checkpoints import model_folder
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.verifier import LocalVerifier
@@ -79,53 +73,6 @@ def plain_decoder(decoder: Decoder) -> Decoder:
     plain = LocalVerifier(verifier.target, (), verifier.temperature, verifier.top_p)
     clock = decoder.clock if decoder.clock.priced else WallClock(verifier.target.device)
     return Decoder(plain, None, clock, decoder.eos)
-
-
-class FirstToken(StoppingCriteria):
-    """Never stops; notes when the first token was there."""
-
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.synchronize, self.at = synchronize, 0.0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if not self.at:
-            self.synchronize()
-            self.at = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def transformers_arm(target: str, decoder: Decoder) -> Arm:
-    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8)."""
-    verifier = decoder.verifier
-    transformers_logging.disable_progress_bar()  # of reading the weights
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.precision.cache)
-    model.to(verifier.target.device).eval()
-    synchronize = WallClock(verifier.target.device).synchronize
-    settings: dict[str, Any] = {
-        "do_sample": False,
-        "eos_token_id": sorted(decoder.eos),
-        "pad_token_id": min(decoder.eos),
-    }
-    if verifier.temperature:
-        settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig()  # not the checkpoint's own penalties and filters
-
-    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
-        torch.manual_seed(seed)
-        first = FirstToken(synchronize)
-        ids = torch.tensor([prompt.ids], device=model.device)
-        begin = time.perf_counter()
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings),
-            stopping_criteria=StoppingCriteriaList([first]),
-        )
-        tokens = out[0, ids.shape[1] :].tolist()
-        end = time.perf_counter()
-        return Sample(prompt, len(tokens) - 1, end - first.at, first.at - begin, tokens, cycles=len(tokens) - 1)
-
-    return run
 
 
 def run_arms(

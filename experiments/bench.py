@@ -1,5 +1,6 @@
-"""Decoding speed of this machine in one run (`make bench`): plain decoding against transformers' generate, the best
-static speculation against plain, cost curves, and the share of a step spent outside drafter and target.
+"""Decoding speed of this machine in one run (`make bench`): plain decoding and the best static speculation against
+transformers and llama.cpp on the same weights, cost curves by dtype, how near a forward is to the time that reading
+its weights takes, what each dtype costs in quality, and the share of a step spent outside drafter and target.
 
 Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `clock=runs/clock.json`.
 """
@@ -10,58 +11,126 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
+from experiments.costs import curves_by_dtype, read_seconds, weight_bytes
 from experiments.evaluate import run_tables
-from experiments.live import decoder_for
+from experiments.live import decoder_for, encoded_prompts
+from experiments.quality import quality
+from experiments.references import llamacpp_arms, transformers_arms
 from experiments.report import draw_arms, markdown
 from experiments.static import best_static, static_policy
 from spec_envs.controls.depth import DepthControl
+from spec_envs.decoding import kernels
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
+
+RATIOS = {
+    "plain_over_transformers": ("plain", "transformers generate"),
+    "plain_over_llamacpp": ("plain", "llama.cpp"),
+    "static_over_plain": ("static", "plain"),
+    "static_over_llamacpp": ("static", "llama.cpp"),
+    "static_over_assisted": ("static", "transformers assisted"),
+    "assisted_over_transformers": ("transformers assisted", "transformers generate"),
+    "lookup_over_llamacpp": ("llama.cpp lookup", "llama.cpp"),
+}
 
 
 def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
     """Everything in one run."""
     decoder = decoder_for(env, DepthControl())
+    target, device = decoder.verifier.target, decoder.verifier.target.device
     static = best_static(env, decoder.tree.width, decoder.max_depth)
     policies = {"static": static_policy(*static["best"])}
-    references = ["plain", "transformers generate"]
+    others = transformers_arms(env["target"], decoder, assisted=True)
+    if not decoder.verifier.temperature and device.type == "cpu":
+        others |= llamacpp_arms(env["target"], torch.get_num_threads())
+    references = ["plain", *others]
 
     def measure(prompts: int) -> dict[str, Any]:
-        return run_tables(policies, env, decoder, prompts, references, ["static"]) | {"static": static}
+        return run_tables(policies, env, decoder, prompts, references, ["static"], others) | {"static": static}
 
     results = with_aa_check(measure, count)
-    speculative, verify = results["arms"]["static"], results["seconds"]["verify"]
+    arms, verify = results["arms"], results["seconds"]["verify"]
+    speculative = arms["static"]
     inside = speculative["parts"]["draft"] + speculative["parts"]["verify"]
+    curves = curves_by_dtype(env, device)
+    texts = [prompt.ids for prompt in encoded_prompts(env, "test", count)]
     return {
-        "plain_over_transformers": results["arms"]["plain"]["over_transformers generate"],
-        "static_over_plain": speculative["over_plain"],
+        **{name: arms[a][f"over_{b}"] for name, (a, b) in RATIOS.items() if a in arms and b in arms},
+        **(share_of_floor(weight_bytes(decoder), verify[1]) if kernels.library() and device.type == "cpu" else {}),
         "emitted_per_cycle": speculative["emitted_per_cycle"],
         "overhead_share": 1 - inside / speculative["seconds"],
         "verify_curve": {n: s / verify[1] for n, s in verify.items()},
         "expand_ratio": results["seconds"]["draft"][decoder.tree.width] / verify[1],
+        "curves_by_dtype": curves,
+        "quality": quality(env["target"], device, list(curves), texts),
+        "dtype": str(target.dtype).removeprefix("torch."),
         **results,
     }
 
 
+def share_of_floor(size: int, seconds: float) -> dict[str, float]:
+    """How much of a plain step is the time that its weights take to be read."""
+    floor = read_seconds(size)
+    return {
+        "weight_bytes": size,
+        "read_bytes_per_second": size / floor,
+        "floor_seconds": floor,
+        "share_of_floor": floor / seconds,
+    }
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Arms over plain, and the cost curves."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    """Arms over plain, and the cost curves of every dtype."""
+    figure = Figure(figsize=(9, 9), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1)
     draw_arms(top, results["arms"], "plain")
-    curve = results["verify_curve"]
-    bottom.plot(list(curve), list(curve.values()), marker="o", label="T_verify(n) / T_verify(1)")
-    bottom.axhline(results["expand_ratio"], color="tab:orange", label="T_expand / T_verify(1)")
+    for dtype, curves in results["curves_by_dtype"].items():
+        line = bottom.plot(
+            list(curves["verify"]), [1000 * s for s in curves["verify"].values()], marker="o", label=f"target, {dtype}"
+        )
+        widest = max(curves["draft"])
+        bottom.plot(widest, 1000 * curves["draft"][widest], "x", color=line[0].get_color(), label=f"drafter, {dtype}")
+    if "floor_seconds" in results:
+        label = f"reading the {results['dtype']} weights"
+        bottom.axhline(1000 * results["floor_seconds"], color="black", linestyle=":", label=label)
     bottom.set_xlabel("rows of the forward")
-    bottom.set_ylim(bottom=0)
-    bottom.legend()
+    bottom.set_ylabel("milliseconds")
+    bottom.set_yscale("log")
+    bottom.legend(fontsize=8)
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The figures below the table."""
+    found = [
+        f"{name}: {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+        for name, r in ((name, results[name]) for name in RATIOS if name in results)
+    ]
+    names = ("share_of_floor", "emitted_per_cycle", "overhead_share", "expand_ratio")
+    found += [f"{name}: {results[name]:.3f}" for name in names if name in results]
+    if "floor_seconds" in results:
+        found.append(
+            f"reading {results['weight_bytes'] / 1e6:.0f} MB of weights: {1000 * results['floor_seconds']:.1f} ms "
+            f"({results['read_bytes_per_second'] / 1e9:.1f} GB/s)"
+        )
+    for dtype, curves in results["curves_by_dtype"].items():
+        target = ", ".join(f"{n}: {1000 * s:.1f}" for n, s in curves["verify"].items())
+        draft = ", ".join(f"{n}: {1000 * s:.2f}" for n, s in curves["draft"].items())
+        found.append(f"{dtype}: target ms by rows {target}; drafter {draft}")
+    found += [
+        f"{dtype}: perplexity {q['perplexity']:.3f}, {100 * q['agreement']:.1f} % of argmaxes are float32's, "
+        f"divergence {q['kl']:.5f} nats"
+        for dtype, q in results["quality"].items()
+    ]
+    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -69,7 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
     parser.add_argument("--drafter", default="auto", help="EAGLE-3 head (default: the shipped one)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16, float16, float32")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -93,12 +162,7 @@ def main() -> None:
     write_json(args.out / "bench.json", results)
     write_json(args.out / "clock.json", results["seconds"])
     draw(results, args.out / "bench.png")
-    print(markdown(results))
-    for key in ("plain_over_transformers", "static_over_plain"):
-        r = results[key]
-        print(f"{key}: {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
-    for key in ("emitted_per_cycle", "overhead_share", "expand_ratio"):
-        print(f"{key}: {results[key]:.3f}")
+    print("\n".join([markdown(results), *lines(results)]))
     print(f"written: {args.out}/bench.json, bench.png, clock.json")
 
 

@@ -1,14 +1,22 @@
-"""Cost curves of this machine: seconds of a target forward and of a drafter forward by rows."""
+"""Cost curves of this machine, seconds of a target forward and of a drafter forward by rows, and how near a forward is
+to the time that reading its weights takes."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
+from experiments.live import decoder_for
+from spec_envs.controls.depth import DepthControl
+from spec_envs.decoding import int8, kernels
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.linear import fast_bfloat16
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # a row more than a tile of 16 costs a jump
 CONTEXT = 256  # rows in the cache when a curve is measured
@@ -49,6 +57,42 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
         part: {n: statistics.median(seconds[3:]) for n, seconds in curve.items()}
         for part, curve in (("verify", verify), ("draft", draft))
     }
+
+
+def curves_by_dtype(env: dict[str, Any], device: torch.device) -> dict[str, dict[str, dict[int, float]]]:
+    """Cost curves in every dtype that computes at speed here."""
+    dtypes = ["int8"] if device.type == "cpu" and kernels.tiled() else []
+    dtypes += ["bfloat16"] if fast_bfloat16(device) else []
+    curves = {}
+    for dtype in [*dtypes, "float32"]:
+        try:
+            decoder = decoder_for({**env, "dtype": dtype}, DepthControl())
+        except ValueError as error:  # widths that the int8 kernels do not compute
+            print(f"no cost curve in {dtype}: {error}", file=sys.stderr)
+            continue
+        curves[dtype] = cost_curves(decoder, repeats=5)
+    return curves
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of weights that one forward of the target reads: every layer and the head."""
+    shape, target = decoder.verifier.target.shape, decoder.verifier.target
+    heads = shape.heads + 2 * shape.kv_heads
+    attention = shape.hidden * shape.head_dim * (heads + shape.heads)
+    feed = 3 * shape.hidden * target.config.intermediate_size
+    count = shape.layers * (attention + feed) + shape.vocab * shape.hidden
+    return count * target.dtype.itemsize
+
+
+def read_seconds(size: int, repeats: int = 15) -> float:
+    """Seconds of reading ``size`` bytes of memory once, on all threads: the floor of a forward of that many bytes."""
+    data = torch.zeros(size // 4)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        int8.read_all(data)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def timed(synchronize: Callable[[], None]) -> float:

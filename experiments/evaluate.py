@@ -17,12 +17,13 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
-from experiments.arms import Arm, decoded, plain_decoder, run_arms, transformers_arm
+from experiments.arms import Arm, decoded, plain_decoder, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
 from experiments.costs import cost_curves, describe
 from experiments.live import decoder_for, encoded_prompts, target_and_drafter
 from experiments.machine import machine
+from experiments.references import transformers_arms
 from experiments.report import draw, markdown, settings_played
 from experiments.static import best_static, static_policy
 from spec_envs import ENVIRONMENTS
@@ -41,14 +42,21 @@ def run_tables(
     test_prompts: int,
     references: Sequence[str],
     learned: Sequence[str],
+    others: dict[str, Arm] | None = None,
 ) -> dict[str, Any]:
-    """Run plain decoding (twice), transformers and the policies side by side; everything a table needs."""
+    """Run plain decoding (twice), other software and the policies side by side; everything a table needs.
+
+    Args:
+        references: arms that all are compared with.
+        learned: policies whose actions are shown.
+        others: arms of other software; transformers' ``generate`` by default.
+    """
     prompts = encoded_prompts(env, "test", test_prompts)
     max_new_tokens = env.get("max_new_tokens", 128)
     plain = plain_decoder(decoder)
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not decoder.clock.priced:
-        arms["transformers generate"] = transformers_arm(env.get("target", DEFAULT_TARGET), decoder)
+        arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
     arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
     samples = run_arms(arms, prompts, max_new_tokens, "held-out prompts")
     curves = None if decoder.clock.priced else cost_curves(decoder)

@@ -74,6 +74,8 @@ def library() -> ctypes.CDLL:
         ]
         rows = [pointer, pointer, POINTER(CCache), number, pointer, pointer, pointer, number, pointer, pointer]
         found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
+        found.read_all.argtypes = [pointer, number, number]
+        found.read_all.restype = number
         for name in ("rms_norm", "linear", "linear_argmax", "most_probable", "forward"):
             getattr(found, name).restype = None
     return found
@@ -116,7 +118,9 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None):
         self.outputs, self.inputs = weight.shape
         if self.inputs % TILE:
-            raise ValueError(f"dtype 'int8' needs widths that are multiples of {TILE}, not {self.inputs}")
+            raise ValueError(
+                f"dtype 'int8' needs widths that are multiples of {TILE}, not {self.inputs}; pass another dtype"
+            )
         self.norm, self.library = norm, library()
         self.weight, self.scale = packed(weight)
         self.bias = None if bias is None else padded(floats(bias)[None], 1, COLUMNS)[0]
@@ -175,7 +179,7 @@ class Layers:
         if shape.head_dim % COLUMNS or shape.hidden % TILE:
             raise ValueError(
                 f"dtype 'int8' needs heads of a multiple of {COLUMNS} and a hidden size of a multiple of {TILE}, "
-                f"not {shape.head_dim} and {shape.hidden}"
+                f"not {shape.head_dim} and {shape.hidden}; pass another dtype"
             )
         self.shape, self.library = shape, library()
         self.kept: list[Linear | Tensor] = []  # what the structures point to
@@ -249,6 +253,11 @@ def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Ten
     return index, log_probability
 
 
+def read_all(data: Tensor) -> None:
+    """Read every byte of ``data`` once, on all threads, as fast as memory gives them."""
+    library().read_all(data.data_ptr(), data.nbytes, threads())
+
+
 def hadamard(order: int) -> Tensor:
     """The symmetric orthogonal Hadamard matrix of a power of two (Sylvester's)."""
     h = torch.ones(1, 1)
@@ -282,5 +291,7 @@ def padded(x: Tensor, rows: int, columns: int) -> Tensor:
 def interleaved(gate: Tensor, up: Tensor) -> Tensor:
     """Outputs of gate and up in turn, a tile of each."""
     if len(gate) % TILE:
-        raise ValueError(f"dtype 'int8' needs an intermediate size of a multiple of {TILE}, not {len(gate)}")
+        raise ValueError(
+            f"dtype 'int8' needs an intermediate size of a multiple of {TILE}, not {len(gate)}; pass another dtype"
+        )
     return torch.stack([gate.unflatten(0, (-1, TILE)), up.unflatten(0, (-1, TILE))], 1).flatten(0, 2)

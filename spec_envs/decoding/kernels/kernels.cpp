@@ -218,6 +218,24 @@ void forward(const Layer* layers, int64_t first, int64_t last, float* x, const f
     }
 }
 
+// The sum of all bytes, read in order by every thread in its own part: how fast memory can be read.
+int64_t read_all(const float* data, int64_t bytes, int64_t threads) {
+    float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        const Share share(bytes / 1024);
+        Floats sums[4] = {};
+        for (int64_t i = share.begin * 256; i < share.end * 256; i += 4 * LANES) {
+            for (int j = 0; j < 4; j++) {
+                __builtin_prefetch(data + i + AHEAD / 4 + j * LANES);
+                sums[j] += load(data + i + j * LANES);
+            }
+        }
+        for (const Floats& part : sums) total += sum(part);
+    }
+    return int64_t(total);
+}
+
 // The `best` largest log-probabilities of every row over the outputs of two heads side by side, best first.
 void most_probable(const float* a, int64_t a_width, int64_t a_stride, const float* b, int64_t b_width, int64_t rows,
                    int64_t best, int64_t* index, float* log_probability, int64_t threads) {

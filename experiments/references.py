@@ -1,0 +1,99 @@
+"""Arms of other software on the same weights: transformers' generate, plain and assisted, and llama.cpp's server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging as transformers_logging
+
+from experiments.arms import Arm, Encoded, Sample
+from spec_envs.decoding.checkpoints import model_folder
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.llama_server import LlamaServer, gguf_of
+
+LOOKUP = 10  # tokens that prompt lookup drafts, transformers' usual number
+NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ever does in short answers
+
+
+class FirstToken(StoppingCriteria):
+    """Never stops; notes when the first token was there."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize, self.at, self.calls = synchronize, 0.0, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        if not self.at:
+            self.synchronize()
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def transformers_arms(target: str, decoder: Decoder, assisted: bool = False) -> dict[str, Arm]:
+    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8); if asked,
+    also assisted by prompt lookup, which needs no second model."""
+    verifier = decoder.verifier
+    transformers_logging.disable_progress_bar()  # of reading the weights
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.precision.cache)
+    model.to(verifier.target.device).eval()
+    model.generation_config = GenerationConfig()  # not the checkpoint's own penalties and filters
+    synchronize = WallClock(verifier.target.device).synchronize
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "eos_token_id": sorted(decoder.eos),
+        "pad_token_id": min(decoder.eos),
+    }
+    if verifier.temperature:
+        settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
+
+    def arm(**further: Any) -> Arm:
+        def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+            torch.manual_seed(seed)
+            first = FirstToken(synchronize)
+            ids = torch.tensor([prompt.ids], device=model.device)
+            begin = time.perf_counter()
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings, **further),
+                stopping_criteria=StoppingCriteriaList([first]),
+            )
+            tokens = out[0, ids.shape[1] :].tolist()
+            end = time.perf_counter()
+            return Sample(prompt, len(tokens) - 1, end - first.at, first.at - begin, tokens, cycles=first.calls - 1)
+
+        return run
+
+    arms = {"transformers generate": arm()}
+    return arms | {"transformers assisted": arm(prompt_lookup_num_tokens=LOOKUP)} if assisted else arms
+
+
+def llamacpp_arms(target: str, threads: int) -> dict[str, Arm]:
+    """llama.cpp's server on the target's own GGUF file, plain and drafting by prompt lookup; none for a target in
+    another format. Seconds are the server's own, of generation after the prompt."""
+    found = gguf_of(target)
+    if found is None:
+        return {}
+    file, needed = found
+    lookup = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
+    lookup += ["--spec-ngram-simple-size-m", str(LOOKUP)]
+
+    def arm(arguments: Sequence[str]) -> Arm:
+        server = LlamaServer(file, [*needed, *arguments], threads)
+
+        def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+            answer = server.complete(prompt.ids, max_new_tokens)
+            timings, tokens = answer["timings"], answer["tokens"]
+            seconds, prefill = timings["predicted_ms"] / 1000, timings["prompt_ms"] / 1000
+            accepted = timings.get("draft_n_accepted", 0)
+            made = timings["predicted_n"] - 1
+            return Sample(prompt, made, seconds, prefill, tokens, cycles=made - accepted, accepted=accepted)
+
+        return run
+
+    return {"llama.cpp": arm([]), "llama.cpp lookup": arm(lookup)}

@@ -1,0 +1,198 @@
+"""A llama-server process (llama.cpp) on loopback: started, asked for completions of token ids, and stopped."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+from spec_envs.decoding.checkpoints import CACHE, download_wheels, fetch_gguf, registry, sha256
+
+START_SECONDS, STOP_SECONDS = 120, 5
+
+
+class LlamaServer:
+    """One model, and maybe a draft model, behind one slot of a server of its own.
+
+    Args:
+        model: GGUF file.
+        arguments: further ones of llama-server (``["--spec-type", "ngram-simple"]``).
+        threads: of the server.
+        context: tokens of prompt and answer.
+        binary: the program; by default the one on PATH, else the one of models.yml's wheel.
+
+    Raises:
+        ValueError: no program, or it did not start; the sentence ends with the last lines of its log.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str] = (),
+        threads: int = 2,
+        context: int = 4096,
+        binary: str | None = None,
+    ):
+        program = find_binary(binary)
+        self.port = free_port()
+        handle, log = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
+        self.log = Path(log)
+        command = [
+            *(str(program), "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--device", "none", "--parallel", "1", "--threads", str(threads), "--ctx-size", str(context)),
+            *("--no-webui", "--offline", *arguments),
+        ]
+        library_path = os.pathsep.join([str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH", "")])
+        with os.fdopen(handle, "wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"LD_LIBRARY_PATH": library_path},
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            )
+        atexit.register(self.close)
+        self._wait()
+
+    def complete(self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any) -> dict:
+        """Continue token ids, greedily unless ``settings`` say otherwise; the server's answer with ``timings``."""
+        body = {
+            "prompt": list(prompt),
+            "n_predict": max_new_tokens,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+            **settings,
+        }
+        return self._ask("/completion", body, timeout)
+
+    def close(self) -> None:
+        """Stop the process; may be called twice."""
+        atexit.unregister(self.close)
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        """Return when the model is loaded."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise self._failure(f"llama-server ended with status {self.process.returncode} while it started")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        raise self._failure(f"llama-server was not ready after {START_SECONDS} s")
+
+    def _ask(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            message = error.read().decode(errors="replace")[:500]
+            raise ValueError(f"llama-server refused the request with status {error.code}: {message}") from None
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            raise self._failure(f"llama-server did not answer ({error})") from None
+
+    def _failure(self, what: str) -> ValueError:
+        """``what`` and the end of the log; nothing is left running."""
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-5:] if self.log.exists() else []
+        self.close()
+        return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}")
+
+
+def die_with_parent() -> None:
+    """Have the system end this process when the one that started it is gone, however that came about."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def find_binary(binary: str | None = None) -> Path:
+    """llama-server: as given, on PATH, or out of the wheel that models.yml names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if binary is not None:
+        found = shutil.which(binary)
+        if found is None:
+            raise ValueError(f"{binary!r} is no program; expected a path to llama-server")
+        return Path(found).resolve()
+    if on_path := shutil.which("llama-server"):
+        return Path(on_path).resolve()
+    return fetch_binary()
+
+
+def fetch_binary() -> Path:
+    """The program of the wheel in models.yml, downloaded once, verified by hash and unpacked into the cache."""
+    entry = registry()["llama-server"]
+    folder = CACHE / "llama-server" / entry["sha256"][:12]
+    program = folder / "bin" / "llama-server"
+    if program.is_file():
+        return program
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        try:
+            wheel = download_wheels([entry["wheel"]], Path(scratch))[0]
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"no llama-server on PATH, and none to be fetched: {error}") from None
+        if (digest := sha256(wheel)) != entry["sha256"]:
+            raise ValueError(f"{entry['wheel']} has SHA-256 {digest}, expected {entry['sha256']}; it is not used")
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                parts = PurePosixPath(member).parts
+                if len(parts) == 3 and parts[1] in ("bin", "lib") and not member.endswith("/"):
+                    target = unpacked / parts[1] / parts[2]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(member))
+        (unpacked / "bin" / "llama-server").chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        unpacked.rename(folder)
+    return program
+
+
+def gguf_of(target: str) -> tuple[Path, list[str]] | None:
+    """The GGUF file of a target and what llama-server needs to be told of it; None for a model in another format."""
+    if target in registry()["models"]:
+        return fetch_gguf(target), registry()["models"][target].get("llama_server", [])
+    path = Path(target).expanduser()
+    return (path, []) if path.suffix == ".gguf" and path.is_file() else None
