@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from spec_envs.decoding import checkpoints, int8, kernels, layers, linear
 from spec_envs.decoding.batch import generate_batch, read_batch
 from spec_envs.decoding.checkpoints import load_target
+from spec_envs.decoding.kernels import packing
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from tests.conftest import CPU, REAL
@@ -56,12 +57,12 @@ class Quantised(linear.Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.inputs = weight.shape[1]
-        super().__init__(int8.unpacked(*int8.packed(weight))[: len(weight), : self.inputs], bias)
+        super().__init__(packing.unpacked(*packing.packed(weight))[: len(weight), : self.inputs], bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        turned = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)) @ int8.hadamard(64)
+        turned = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)) @ packing.hadamard(64)
         scale = turned.abs().amax((-1, -2), keepdim=True).clamp(min=1e-30) / 127
-        rows = ((turned / scale).round() * scale @ int8.hadamard(64)).flatten(-2)
+        rows = ((turned / scale).round() * scale @ packing.hadamard(64)).flatten(-2)
         return super().__call__(rows[..., : self.inputs])
 
 

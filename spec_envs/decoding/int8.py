@@ -7,87 +7,19 @@ The classes are those of ``layers.py``.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from ctypes import byref, c_void_p
 
 import torch
 from torch import Tensor
 
-from spec_envs.decoding import kernels
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.kernels import threads
+from spec_envs.decoding.kernels.bindings import CCache, CLayer, CMatrix, address, floats, library
+from spec_envs.decoding.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
 from spec_envs.decoding.layers import joined
+from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape
-
-BLOCK, COLUMNS, TILE = 64, 32, 16  # inputs and outputs that are packed together, outputs of a tile
-
-
-class CMatrix(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("inputs", c_int64),
-        ("outputs", c_int64),
-    ]
-
-
-class CLayer(Structure):
-    _fields_ = [
-        *((name, CMatrix) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
-        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
-        ("eps", c_float),
-    ]
-
-
-class CCache(Structure):
-    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("layers", "batch", "capacity", "length"))]
-
-
-def library() -> ctypes.CDLL:
-    """The compiled kernels, with their signatures.
-
-    Raises:
-        ValueError: they cannot be had here.
-    """
-    found = kernels.library()
-    if found is None:
-        raise ValueError("dtype 'int8' needs the compiled kernels; install a C++ compiler (g++), or pass another dtype")
-    if found.forward.argtypes is None:
-        pointer, number = c_void_p, c_int64
-        found.rms_norm.argtypes = [pointer, pointer, number, number, c_float, pointer]
-        product = [POINTER(CMatrix), pointer, number, pointer, c_float, pointer]
-        found.linear.argtypes = [*product, number, number]
-        found.linear_argmax.argtypes = [*product, number]
-        found.most_probable.argtypes = [
-            pointer,
-            number,
-            number,
-            pointer,
-            number,
-            number,
-            number,
-            *[pointer] * 2,
-            number,
-        ]
-        rows = [pointer, pointer, POINTER(CCache), number, pointer, pointer, pointer, number, pointer, pointer]
-        found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
-        found.read_all.argtypes = [pointer, number, number]
-        found.read_all.restype = number
-        for name in ("rms_norm", "linear", "linear_argmax", "most_probable", "forward"):
-            getattr(found, name).restype = None
-    return found
-
-
-def floats(x: Tensor) -> Tensor:
-    """Contiguous float32."""
-    return x.to(torch.float32).contiguous()
-
-
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 class RMSNorm:
@@ -189,7 +121,8 @@ class Layers:
         self,
         x: Tensor,
         cache: KVCache,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
+        positions: Tensor,
         seen: Tensor | None = None,
         padding: Tensor | None = None,
         layers: range | None = None,
@@ -201,20 +134,20 @@ class Layers:
         x = floats(x).clone()
         captured = {i: torch.empty_like(x) for i in sorted(capture) if i in layers}
         pointers = (c_void_p * len(self.structures))(*(address(captured.get(i)) for i in range(len(self.structures))))
-        cos, sin = rope[0].contiguous(), rope[1].contiguous()
+        positions = positions.contiguous()
         seen = None if seen is None else seen.contiguous()
         entering = None if entering is None else floats(entering)
-        _, sides, batch, _, rows, _ = cache.data.shape
         self.library.forward(
             self.structures,
             layers.start,
             layers.stop,
             x.data_ptr(),
             address(entering),
-            byref(CCache(cache.data.data_ptr(), sides, batch, rows, cache.length)),
+            byref(c_cache(cache)),
             x.shape[1],
-            cos.data_ptr(),
-            sin.data_ptr(),
+            positions.data_ptr(),
+            rope.cos.data_ptr(),
+            rope.sin.data_ptr(),
             address(seen),
             0 if seen is None else seen.shape[1],
             address(padding),
@@ -241,6 +174,12 @@ class Layers:
         return CLayer(*matrices, *map(address, gains), s.hidden, s.heads, s.kv_heads, s.head_dim, s.norm_eps)
 
 
+def c_cache(cache: KVCache) -> CCache:
+    """The cache as the kernels take it."""
+    _, layers, batch, _, rows, _ = cache.data.shape
+    return CCache(cache.data.data_ptr(), layers, batch, rows, cache.length)
+
+
 def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Indices and log-probabilities ``[n, width]`` of the largest logits of ``[n, a]`` and ``[n, b]`` side by side."""
     n, index = len(logits), torch.empty(len(logits), width, dtype=torch.int64)
@@ -256,42 +195,3 @@ def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Ten
 def read_all(data: Tensor) -> None:
     """Read every byte of ``data`` once, on all threads, as fast as memory gives them."""
     library().read_all(data.data_ptr(), data.nbytes, threads())
-
-
-def hadamard(order: int) -> Tensor:
-    """The symmetric orthogonal Hadamard matrix of a power of two (Sylvester's)."""
-    h = torch.ones(1, 1)
-    while len(h) < order:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / order**0.5
-
-
-def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight ``[out, in]``, turned by the Hadamard matrix in blocks of 64 inputs (QuaRot, arXiv 2404.00456) and
-    quantised per output, in the order in which the kernels read it; and its scales ``[out rounded up to 32]``."""
-    w = padded(floats(weight), COLUMNS, BLOCK)
-    w = (w.unflatten(1, (-1, BLOCK)) @ hadamard(BLOCK)).flatten(1)
-    scale = w.abs().amax(1) / 127
-    w = (w / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
-    tiles = w.view(len(w) // COLUMNS, 2, TILE, -1, TILE, 4)  # columns, tile, output, step, four inputs, input
-    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous(), scale
-
-
-def unpacked(tiles: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of ``packed``, but for rounding."""
-    w = tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(scale), -1, BLOCK).float() * scale[:, None, None]
-    return (w @ hadamard(BLOCK)).flatten(1)
-
-
-def padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """``x`` with zeros below and to the right, up to multiples of ``rows`` and ``columns``."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
-
-
-def interleaved(gate: Tensor, up: Tensor) -> Tensor:
-    """Outputs of gate and up in turn, a tile of each."""
-    if len(gate) % TILE:
-        raise ValueError(
-            f"dtype 'int8' needs an intermediate size of a multiple of {TILE}, not {len(gate)}; pass another dtype"
-        )
-    return torch.stack([gate.unflatten(0, (-1, TILE)), up.unflatten(0, (-1, TILE))], 1).flatten(0, 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.linear import Linear
-from spec_envs.decoding.rope import rotate
+from spec_envs.decoding.rope import Rope, rotate
 from spec_envs.decoding.shape import Shape
 
 
@@ -58,7 +58,8 @@ class Layers:
         self,
         x: Tensor,
         cache: KVCache,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
+        positions: Tensor,
         seen: Tensor | None = None,
         padding: Tensor | None = None,
         layers: range | None = None,
@@ -69,7 +70,7 @@ class Layers:
 
         Args:
             x: hidden states ``[batch, n, hidden]``.
-            rope: tables ``[batch, n, head_dim]``.
+            rope, positions: tables of rotary positions and which of them the rows have, ``[batch, n]``.
             seen, padding: see ``KVCache.mask``.
             capture: layers whose input is handed out.
             entering: what the first layer's attention reads instead of the norm of x, ``[batch, n, width]``.
@@ -77,14 +78,14 @@ class Layers:
         Returns:
             Hidden states ``[batch, n, hidden]`` and the captured inputs, in order of layer.
         """
-        mask = cache.mask(x.shape[1], seen, padding)
+        mask, tables = cache.mask(x.shape[1], seen, padding), rope.at(positions)
         captured = []
         for i in layers if layers is not None else range(len(self.layers)):
             if i in capture:
                 captured.append(x)
             layer = self.layers[i]
             read = layer.input_norm(x) if entering is None else entering
-            x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], cache.length, rope, mask)
+            x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], cache.length, tables, mask)
             x = x + layer.feed(layer.post_norm(x))
         return x, captured
 

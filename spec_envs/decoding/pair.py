@@ -14,6 +14,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.drafters.eagle_int8 import eagle_model
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
@@ -23,7 +24,7 @@ DEFAULT_TARGET = "smollm2-135m"
 @functools.cache
 def load_eagle(name: str, target: Transformer) -> EagleModel:
     """The EAGLE-3 head ``name`` in its inference form, loaded once per target and shared."""
-    return EagleModel(EagleHead.load(name), target)
+    return eagle_model(EagleHead.load(name), target)
 
 
 def default_drafter(target: str) -> str:

@@ -108,7 +108,7 @@ class Transformer:
         """
         if cache.length + x.shape[1] > cache.capacity:
             raise ValueError(f"{cache.length + x.shape[1]} rows do not fit a cache of {cache.capacity}")
-        return self.layers(x, cache, self.rope.at(positions), seen, padding, layers, capture)
+        return self.layers(x, cache, self.rope, positions, seen, padding, layers, capture)
 
     def output_weight(self) -> Tensor:
         """The head's weight ``[vocab, hidden]``; a copy where it is packed and not the embedding's."""

@@ -82,16 +82,35 @@ class EagleModel:
         """An empty cache for a text of at most ``capacity`` rows."""
         return KVCache(self.shape, capacity, self.target.precision.cache, self.target.device)
 
-    def forward(
-        self, hidden: Tensor, tokens: np.ndarray, positions: np.ndarray, cache: KVCache, seen: np.ndarray | None = None
-    ) -> Tensor:
-        """The layer on rows of hidden states ``[n, hidden]``, each with the token behind it."""
+    def step(
+        self,
+        hidden: Tensor,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        cache: KVCache,
+        vocabulary: Vocabulary,
+        width: int,
+        last: int,
+        seen: np.ndarray | None = None,
+    ) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
+        """One forward, written to the cache behind its committed rows.
+
+        Args:
+            hidden: hidden states ``[n, hidden]`` of the rows.
+            tokens, positions: the token behind each row, and the row's rotary position, ``[n]``.
+            last: how many rows, counted from the end, are asked for children.
+            seen: see ``KVCache.mask``.
+
+        Returns:
+            The rows' own hidden states ``[n, hidden]``, and the ``children`` of the last ones.
+        """
         device = self.target.device
         embedded = self.target.embed(torch.from_numpy(tokens).to(device))
         entering = torch.cat([self.input_norm(embedded), self.hidden_norm(hidden)], -1)[None]
-        rope = self.rope.at(torch.from_numpy(positions).to(device)[None])
+        at = torch.from_numpy(positions).to(device)[None]
         rows = None if seen is None else torch.from_numpy(seen).to(device)
-        return self.layers(hidden[None], cache, rope, rows, entering=entering)[0][0]
+        output = self.layers(hidden[None], cache, self.rope, at, rows, entering=entering)[0][0]
+        return output, self.children(output[len(output) - last :], width, vocabulary)
 
     def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
         """The ``width`` most probable next tokens of each row ``[n, width]`` and their log-probabilities."""
@@ -119,13 +138,12 @@ class Vocabulary:
 
     def add(self, tokens: Sequence[int]) -> None:
         """Note tokens of the text."""
-        text = np.asarray(tokens)
-        new = np.unique(text[~self.known[text]])
-        if self.model.output_weight is None or not len(new):
+        new = sorted({token for token in tokens if not self.known[token]})
+        if self.model.output_weight is None or not new:
             return
         self.known[new] = True
         self.ids = np.concatenate([self.ids, new])
-        rows = self.model.output_weight[torch.from_numpy(new).to(self.model.target.device)]
+        rows = self.model.output_weight[torch.tensor(new, device=self.model.target.device)]
         rows = rows.to(self.model.target.precision.hidden)
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
@@ -160,7 +178,8 @@ class EagleDrafter:
         self.cache.length = 0
         self.vocabulary = Vocabulary(self.model)
         self.vocabulary.add(text)
-        self._catch_up(features[:-1], text[1:-1])
+        if len(features) > 1:
+            self._catch_up(features[:-1], text[1:-1], 0)
         self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not processed yet
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
@@ -172,11 +191,10 @@ class EagleDrafter:
     def root(self, tree: Tree) -> None:
         """Process the tokens committed since the last call; the last row gives level 0."""
         self.vocabulary.add(self.tokens)
-        hidden = self._catch_up(torch.cat(self.features), self.tokens)[-1:]
+        hidden, (tokens, log_probs) = self._catch_up(torch.cat(self.features), self.tokens, 1)
         self.features, self.tokens = [], []
-        tokens, log_probs = self.model.children(hidden, self.width, self.vocabulary)
         tree.start(tokens[0], log_probs[0])
-        self.hidden = hidden.expand(self.width, -1)  # what the frontier nodes read: their parent's output
+        self.hidden = hidden[-1:].expand(self.width, -1)  # what the frontier nodes read: their parent's output
         self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
 
     @torch.inference_mode()
@@ -185,18 +203,22 @@ class EagleDrafter:
         committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
         positions = np.full(self.width, committed + earlier // self.width)
         self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
-        output = self.model.forward(self.hidden, tree.tokens[tree.frontier], positions, self.cache, self.lineage)
+        tokens = tree.tokens[tree.frontier]
+        output, children = self.model.step(
+            self.hidden, tokens, positions, self.cache, self.vocabulary, self.width, self.width, self.lineage
+        )
         self.cache.length = committed
-        parents = tree.grow(*self.model.children(output, self.width, self.vocabulary))
+        parents = tree.grow(*children)
         self.hidden = output[torch.from_numpy(parents).to(self.device)]
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
 
-    def _catch_up(self, features: Tensor, tokens: Sequence[int]) -> Tensor:
+    def _catch_up(
+        self, features: Tensor, tokens: Sequence[int], last: int
+    ) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
         """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""
         n, length = len(features), self.cache.length
-        if n == 0:
-            return features
         hidden = self.model.fc(features[None])[0]
-        hidden = self.model.forward(hidden, np.array(tokens), np.arange(length, length + n), self.cache)
+        positions = np.arange(length, length + n)
+        step = self.model.step(hidden, np.array(tokens), positions, self.cache, self.vocabulary, self.width, last)
         self.cache.length += n
-        return hidden
+        return step

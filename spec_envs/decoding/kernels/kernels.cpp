@@ -130,13 +130,14 @@ void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* g
 // Layers [first, last) on new rows x [batch][count][hidden], in place.
 //
 // entering: what the first layer's attention reads, [rows][qkv inputs], already normed; null for its norm of x.
-// cos, sin: [rows][head_dim], the sine with the sign of the half it multiplies.
+// positions: [rows], rows of the tables cos and sin [position][head_dim], the sine with the sign of the half it
+//            multiplies.
 // seen: [count][named], which of the last `named` columns each row sees; null for causal.
 // padding: [batch] columns on the left that nobody sees, or null.
 // captured: per layer, where to copy what enters it, or null.
 void forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
-             int64_t count, const float* cos, const float* sin, const uint8_t* seen, int64_t named,
-             const int64_t* padding, float* const* captured, int64_t threads) {
+             int64_t count, const int64_t* positions, const float* cos, const float* sin, const uint8_t* seen,
+             int64_t named, const int64_t* padding, float* const* captured, int64_t threads) {
     const Layer& any = layers[first];
     const int64_t batch = cache->batch, rows = batch * count, hidden = any.hidden, dim = any.head_dim;
     const int64_t heads = any.heads, kv_heads = any.kv_heads, group = heads / kv_heads;
@@ -179,7 +180,7 @@ void forward(const Layer* layers, int64_t first, int64_t last, float* x, const f
                 const float* gain = head < heads ? layer.q_norm : layer.k_norm;
                 if (gain) normalise(v, gain, dim, layer.eps, v);
                 for (int64_t d = 0; d < half; d += LANES) {
-                    const float *c = cos + row * dim + d, *s = sin + row * dim + d;
+                    const float *c = cos + positions[row] * dim + d, *s = sin + positions[row] * dim + d;
                     const Floats a = load(v + d), b = load(v + d + half);
                     store(v + d, a * load(c) + b * load(s));
                     store(v + d + half, b * load(c + half) + a * load(s + half));
@@ -270,5 +271,46 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
             log_probability[r * best + i] = std::min(0.0f, top[i].first - top[0].first - total);
         }
     }
+}
+
+struct Eagle {  // an EAGLE-3 head; tables as in forward
+    const Layer* layer;
+    const uint16_t* embedding;  // bfloat16 [vocabulary][hidden]
+    const float *input_norm, *hidden_norm, *norm, *cos, *sin;
+    Matrix head;
+};
+
+// One forward of an EAGLE-3 head on rows [count][hidden], in place, each with the token behind it, and the `width` most
+// probable next tokens of the last `last` of them, over the head's outputs and `extras` further rows.
+void eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
+           const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
+           int64_t width, int64_t* index, float* log_probability, int64_t threads) {
+    const int64_t size = e->layer->hidden;
+    const float eps = e->layer->eps;
+    std::vector<float> entering(count * 2 * size);
+    for (int64_t r = 0; r < count; r++) {
+        float* row = entering.data() + r * 2 * size;
+        for (int64_t i = 0; i < size; i++) row[i] = widened(e->embedding[tokens[r] * size + i]);
+        normalise(row, e->input_norm, size, eps, row);
+        normalise(hidden + r * size, e->hidden_norm, size, eps, row + size);
+    }
+    forward(e->layer, 0, 1, hidden, entering.data(), cache, count, positions, e->cos, e->sin, seen, named, nullptr,
+            nullptr, threads);
+    if (!last) return;
+    const float* final_rows = hidden + (count - last) * size;
+    const int64_t stride = e->head.columns() * COLUMNS;
+    std::vector<float> logits(last * stride), others(last * extras);
+    linear(&e->head, final_rows, last, e->norm, eps, logits.data(), stride, threads);
+    std::vector<float> normed(size);
+    for (int64_t r = 0; r < last && extras; r++) {
+        normalise(final_rows + r * size, e->norm, size, eps, normed.data());
+        for (int64_t j = 0; j < extras; j++) {
+            Floats dot = {};
+            for (int64_t i = 0; i < size; i += LANES) dot += load(normed.data() + i) * load(extra + j * size + i);
+            others[r * extras + j] = sum(dot);
+        }
+    }
+    most_probable(logits.data(), e->head.outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
+                  log_probability, threads);
 }
 }

@@ -1,0 +1,88 @@
+"""The kernels' structures and signatures, as ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from spec_envs.decoding import kernels
+
+
+class CMatrix(Structure):
+    _fields_ = [
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+    ]
+
+
+class CLayer(Structure):
+    _fields_ = [
+        *((name, CMatrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
+        ("eps", c_float),
+    ]
+
+
+class CCache(Structure):
+    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("layers", "batch", "capacity", "length"))]
+
+
+class CEagle(Structure):
+    _fields_ = [
+        ("layer", POINTER(CLayer)),
+        *((name, c_void_p) for name in ("embedding", "input_norm", "hidden_norm", "norm", "cos", "sin")),
+        ("head", CMatrix),
+    ]
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernels, with their signatures.
+
+    Raises:
+        ValueError: they cannot be had here.
+    """
+    found = kernels.library()
+    if found is None:
+        raise ValueError("dtype 'int8' needs the compiled kernels; install a C++ compiler (g++), or pass another dtype")
+    if found.forward.argtypes is None:
+        pointer, number = c_void_p, c_int64
+        found.rms_norm.argtypes = [pointer, pointer, number, number, c_float, pointer]
+        product = [POINTER(CMatrix), pointer, number, pointer, c_float, pointer]
+        found.linear.argtypes = [*product, number, number]
+        found.linear_argmax.argtypes = [*product, number]
+        found.most_probable.argtypes = [
+            pointer,
+            number,
+            number,
+            pointer,
+            number,
+            number,
+            number,
+            *[pointer] * 2,
+            number,
+        ]
+        rows = [pointer, pointer, POINTER(CCache), number, *[pointer] * 4, number, pointer, pointer]
+        found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
+        rows = [pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
+        found.eagle.argtypes = [POINTER(CEagle), *rows, number, pointer, number, number, pointer, pointer, number]
+        found.read_all.argtypes = [pointer, number, number]
+        found.read_all.restype = number
+        for name in ("rms_norm", "linear", "linear_argmax", "most_probable", "forward", "eagle"):
+            getattr(found, name).restype = None
+    return found
+
+
+def floats(x: Tensor) -> Tensor:
+    """Contiguous float32."""
+    return x.to(torch.float32).contiguous()
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
