@@ -28,15 +28,12 @@ def greedy(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> tupl
     Returns:
         Accepted nodes from the root on, and the target's choice behind them.
     """
-    path: list[int] = []
-    node = ROOT
-    while True:
-        children = children_of(parents, node)
-        matching = children[tokens[children] == choices[node + 1]]
-        if not len(matching):
-            return path, int(choices[node + 1])
-        node = int(matching[0])
-        path.append(node)
+    nodes = {edge: node for node, edge in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))}
+    path, node, chosen = [], ROOT, choices.tolist()
+    while (child := nodes.get((node, chosen[node + 1]))) is not None:
+        path.append(child)
+        node = child
+    return path, chosen[node + 1]
 
 
 def sampled(
