@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from transformers import (
 
 from spec_envs.decoding.batch import generate_batch, read_batch
 from spec_envs.decoding.checkpoints import load_target, model_folder
+from spec_envs.decoding.graphs import GraphedLayers
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from tests.conftest import CPU, REAL
@@ -171,3 +175,35 @@ def test_weights_of_another_config() -> None:
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 5})
     with pytest.raises(ValueError, match=r"do not fit their config.json"):
         Transformer(config, reference.state_dict(), torch.float32, CPU)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_form_that_graphs_capture_computes_the_same(name: str) -> None:
+    """Fixed shapes, indices in tensors and buckets of columns, without a GPU: what a graph would replay is run again."""
+    recorded = []
+
+    def record(run: Callable) -> tuple[Callable[[], None], Any]:
+        recorded.append(1)
+        hidden, captured = run()
+
+        def replay() -> None:
+            again, states = run()
+            hidden.copy_(again)
+            for old, new in zip(captured, states, strict=True):
+                old.copy_(new)
+
+        return replay, (hidden, captured)
+
+    model, reference = pair(CONFIGS[name])
+    model.layers = GraphedLayers(model.layers, record)
+    ids = torch.randint(0, 120, (1, 80), generator=torch.Generator().manual_seed(0))
+    assert (whole(model, ids) - reference(ids).logits).abs().max() <= TOLERANCE
+    recorded.clear()
+    assert (token_by_token(model, ids) - reference(ids).logits).abs().max() <= TOLERANCE
+    assert len(recorded) == 1  # one graph for eighty steps
+    check_tree(model, reference, 120, 30)
+    check_tree(model, reference, 120, 254)  # the tree lies in the next bucket
+    states = reference(ids, output_hidden_states=True).hidden_states
+    _, captured = model.forward(model.embed(ids), model.cache(80), torch.arange(80)[None], capture=(1,))
+    assert (captured[0] - states[1]).abs().max() < 1e-3

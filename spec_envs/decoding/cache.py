@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self.masks: MaskBuffer | None = None
+        self.graphs: dict[tuple, Any] = {}  # forwards captured over this memory, and gone with it
 
     def keep(self, rows: Sequence[int]) -> None:
         """Commit the rows ``length + r`` for r in ``rows`` (ascending) as the next rows of the sequence."""

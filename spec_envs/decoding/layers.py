@@ -78,14 +78,31 @@ class Layers:
         Returns:
             Hidden states ``[batch, n, hidden]`` and the captured inputs, in order of layer.
         """
-        mask, tables = cache.mask(x.shape[1], seen, padding), rope.at(positions)
+        mask, end = cache.mask(x.shape[1], seen, padding), cache.length + x.shape[1]
+        rows = slice(cache.length, end)
+        return self.run(x, cache, rope.at(positions), mask, rows, end, layers, capture, entering)
+
+    def run(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        tables: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        rows: slice | Tensor,
+        columns: int,
+        layers: range | None,
+        capture: Collection[int],
+        entering: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The layers with everything made up: ``tables`` of rotary positions, an additive ``mask``, the ``rows`` of the
+        cache to write, and how many of its ``columns`` to read."""
         captured = []
         for i in layers if layers is not None else range(len(self.layers)):
             if i in capture:
                 captured.append(x)
             layer = self.layers[i]
             read = layer.input_norm(x) if entering is None else entering
-            x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], cache.length, tables, mask)
+            x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], rows, columns, tables, mask)
             x = x + layer.feed(layer.post_norm(x))
         return x, captured
 
@@ -107,21 +124,29 @@ class Layer:
             self.qk_gain = torch.cat([q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1)])
 
     def attend(
-        self, x: Tensor, keys: Tensor, values: Tensor, start: int, rope: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: slice | Tensor,
+        columns: int,
+        tables: tuple[Tensor, Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
-        """Attention of rows ``x`` ``[batch, n, width]``, written to and read from ``[batch, kv_heads, rows, d]``."""
+        """Attention of ``x`` ``[batch, n, width]``, written to ``rows`` of ``[batch, kv_heads, capacity, d]`` and reading
+        its first ``columns``."""
         s, n = self.shape, x.shape[1]
         heads = self.qkv(x).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim))
         qk, v = heads[:, :, : s.heads + s.kv_heads], heads[:, :, s.heads + s.kv_heads :]
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (s.head_dim,), None, s.norm_eps) * self.qk_gain
-        qk = rotate(qk, rope)
-        keys[:, :, start : start + n] = qk[:, :, s.heads :].transpose(1, 2)
-        values[:, :, start : start + n] = v.transpose(1, 2)
+        qk = rotate(qk, tables)
+        keys[:, :, rows] = qk[:, :, s.heads :].transpose(1, 2)
+        values[:, :, rows] = v.transpose(1, 2)
         attended = F.scaled_dot_product_attention(
             qk[:, :, : s.heads].transpose(1, 2),
-            keys[:, :, : start + n],
-            values[:, :, : start + n],
+            keys[:, :, :columns],
+            values[:, :, :columns],
             attn_mask=mask,
             is_causal=mask is None and n > 1,
             enable_gqa=s.heads != s.kv_heads,

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from spec_envs.decoding import int8, layers
 from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.graphs import graphed
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
 
@@ -62,7 +63,7 @@ class Transformer:
             embedding = weights["model.embed_tokens.weight"]
             self.embedding = embedding.to(precision.cache)
             parts = [part(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
-            self.layers = modules.Layers(parts, self.shape)
+            self.layers = graphed(modules.Layers(parts, self.shape), self.device)
             self.norm = modules.RMSNorm(weights["model.norm.weight"], self.shape.norm_eps)
             self.tied = config.tie_word_embeddings or "lm_head.weight" not in weights
             self.head = modules.Head(embedding if self.tied else weights["lm_head.weight"], self.norm)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.graphs import graphed
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
 from spec_envs.decoding.transformer import Transformer
@@ -65,7 +66,7 @@ class EagleModel:
             norm_eps=config.rms_norm_eps,
         )
         self.fc = modules.Linear(state["fc.weight"])
-        self.layers = modules.Layers([layer], self.shape)
+        self.layers = graphed(modules.Layers([layer], self.shape), device)
         self.input_norm = modules.RMSNorm(layer["input_layernorm.weight"], self.shape.norm_eps)
         self.hidden_norm = modules.RMSNorm(layer["hidden_norm.weight"], self.shape.norm_eps)
         self.norm = modules.RMSNorm(state["norm.weight"], self.shape.norm_eps)
