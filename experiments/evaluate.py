@@ -192,7 +192,7 @@ def arguments() -> argparse.Namespace:
         "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 2)"
     )
     parser.add_argument(
-        "--budget", default="", help="budgets, each a number or a run folder, separated by spaces (default 11)"
+        "--budget", default="", help="budgets, each a number or a run folder, separated by spaces (default 7)"
     )
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
     parser.add_argument("--prompts", help="prompt sets, separated by commas")
@@ -222,7 +222,7 @@ def main() -> None:
     overrides = {key: value for key, value in given.items() if value is not None}
     with one_sentence():
         if args.depth or args.budget:
-            depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["11"]
+            depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["7"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
             mix = {"depth": depths, "budget": budgets, **overrides, "count": args.count or 15}
             save(results, args.out or Path("runs/mixes") / folder_name(mix))

@@ -16,7 +16,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
 DEPTHS = (1, 2, 3, 4, 6, 8)
 BUDGETS = (3, 7, 11, 15, 23, 31)
-START = (2, 11)
+START = (2, 7)
 
 
 def static_policy(depth: int, budget: int, width: int = 10, max_depth: int = 12) -> Policy:

@@ -66,7 +66,7 @@ class DepthControl(Control):
 
     - `max_depth=12`: most expansions after the first level.
     - `width=10`: children per node, and nodes expanded per level.
-    - `budget=11`: nodes verified.
+    - `budget=7`: nodes verified.
 
     and the shared ones of `SpecEnv`.
 
@@ -81,7 +81,7 @@ class DepthControl(Control):
         self,
         max_depth: int = 12,
         width: int = 10,
-        budget: int = 11,
+        budget: int = 7,
         observation: str = "default",
         cost_features: bool = False,
     ):
