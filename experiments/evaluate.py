@@ -189,7 +189,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
     parser.add_argument(
-        "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 2)"
+        "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 1)"
     )
     parser.add_argument(
         "--budget", default="", help="budgets, each a number or a run folder, separated by spaces (default 7)"
@@ -222,7 +222,7 @@ def main() -> None:
     overrides = {key: value for key, value in given.items() if value is not None}
     with one_sentence():
         if args.depth or args.budget:
-            depths, budgets = args.depth.split() or ["2"], args.budget.split() or ["7"]
+            depths, budgets = args.depth.split() or ["1"], args.budget.split() or ["7"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
             mix = {"depth": depths, "budget": budgets, **overrides, "count": args.count or 15}
             save(results, args.out or Path("runs/mixes") / folder_name(mix))

@@ -65,7 +65,7 @@ class BudgetControl(Control):
 
     - `budgets=(3, 7, …, 95)`: what the actions stand for, by default such that with the root whole tiles of a
       matrix unit are filled; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
-    - `depth=2`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
+    - `depth=1`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
     - `max_depth=12`: most expansions.
     - `width=10`: children per node, and nodes expanded per level.
 
@@ -81,7 +81,7 @@ class BudgetControl(Control):
     def __init__(
         self,
         budgets: Sequence[int] | str = (3, 7, 11, 15, 19, 23, 31, 39, 47, 63, 79, 95),
-        depth: int | str = 2,
+        depth: int | str = 1,
         max_depth: int = 12,
         width: int = 10,
         observation: str = "default",
