@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4}),
     "qwen3": Qwen3Config(**{**SHAPE, "head_dim": 64}),
 }
-PORTABLE = (*kernels.FLAGS, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if platform.machine() == "x86_64" else ()
+PORTABLE = (*kernels.FLAGS, *WITHOUT_TILES)
 
 if kernels.library() is None:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
@@ -219,6 +221,19 @@ def test_the_default_model_has_the_same_bits_in_batches_of_every_size() -> None:
         x, _ = model.forward(model.embed(rest[:, :n]), cache, torch.arange(100, 100 + n)[None])
         assert torch.equal(model.head(x)[0], expected[:n]), n
         assert torch.equal(model.head.argmax(x)[0], expected[:n].argmax(-1)), n
+
+
+@torch.inference_mode()
+def test_rows_that_do_not_fit_are_refused(build: None) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    x = model.embed(torch.zeros(1, 3, dtype=torch.long))
+    for positions in ([[0, 1, 512]], [[0, -1, 2]]):
+        with pytest.raises(IndexError, match="rows do not fit"):
+            model.forward(x, model.cache(8), torch.tensor(positions))
+    cache = model.cache(64)
+    cache.length = 62
+    with pytest.raises(IndexError, match="rows do not fit"):
+        model.layers(x, cache, model.rope, torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_widths_that_the_kernels_do_not_compute() -> None:

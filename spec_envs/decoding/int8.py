@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.kernels import threads
-from spec_envs.decoding.kernels.bindings import CCache, CLayer, CMatrix, address, floats, library
+from spec_envs.decoding.kernels.bindings import CCache, CLayer, CMatrix, CTables, address, floats, library
 from spec_envs.decoding.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
 from spec_envs.decoding.layers import joined
 from spec_envs.decoding.rope import Rope
@@ -146,8 +146,7 @@ class Layers:
             byref(c_cache(cache)),
             x.shape[1],
             positions.data_ptr(),
-            rope.cos.data_ptr(),
-            rope.sin.data_ptr(),
+            byref(c_tables(rope)),
             address(seen),
             0 if seen is None else seen.shape[1],
             address(padding),
@@ -178,6 +177,11 @@ def c_cache(cache: KVCache) -> CCache:
     """The cache as the kernels take it."""
     _, layers, batch, _, rows, _ = cache.data.shape
     return CCache(cache.data.data_ptr(), layers, batch, rows, cache.length)
+
+
+def c_tables(rope: Rope) -> CTables:
+    """The tables as the kernels take them."""
+    return CTables(rope.cos.data_ptr(), rope.sin.data_ptr(), len(rope.cos))
 
 
 def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor]:

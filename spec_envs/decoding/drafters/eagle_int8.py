@@ -11,7 +11,7 @@ from torch import Tensor
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.drafters.eagle import EagleModel, Vocabulary
 from spec_envs.decoding.drafters.eagle_head import EagleHead
-from spec_envs.decoding.int8 import c_cache
+from spec_envs.decoding.int8 import c_cache, c_tables
 from spec_envs.decoding.kernels import threads
 from spec_envs.decoding.kernels.bindings import CEagle, address, floats, library
 from spec_envs.decoding.transformer import Transformer
@@ -22,9 +22,15 @@ class Int8EagleModel(EagleModel):
 
     def __init__(self, head: EagleHead, target: Transformer):
         super().__init__(head, target)
-        tensors = (target.embedding, self.input_norm.weight, self.hidden_norm.weight, self.norm.weight)
-        tables = (self.rope.cos, self.rope.sin)
-        self.structure = CEagle(self.layers.structures, *map(address, (*tensors, *tables)), self.lm_head.matrix)
+        norms = (self.input_norm.weight, self.hidden_norm.weight, self.norm.weight)
+        self.structure = CEagle(
+            self.layers.structures,
+            address(target.embedding),
+            len(target.embedding),
+            *map(address, norms),
+            c_tables(self.rope),
+            self.lm_head.matrix,
+        )
 
     def step(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,17 @@ class CCache(Structure):
     _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("layers", "batch", "capacity", "length"))]
 
 
+class CTables(Structure):
+    _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("rows", c_int64)]
+
+
 class CEagle(Structure):
     _fields_ = [
         ("layer", POINTER(CLayer)),
-        *((name, c_void_p) for name in ("embedding", "input_norm", "hidden_norm", "norm", "cos", "sin")),
+        ("embedding", c_void_p),
+        ("vocabulary", c_int64),
+        *((name, c_void_p) for name in ("input_norm", "hidden_norm", "norm")),
+        ("tables", CTables),
         ("head", CMatrix),
     ]
 
@@ -57,26 +65,25 @@ def library() -> ctypes.CDLL:
         product = [POINTER(CMatrix), pointer, number, pointer, c_float, pointer]
         found.linear.argtypes = [*product, number, number]
         found.linear_argmax.argtypes = [*product, number]
-        found.most_probable.argtypes = [
-            pointer,
-            number,
-            number,
-            pointer,
-            number,
-            number,
-            number,
-            *[pointer] * 2,
-            number,
-        ]
-        rows = [pointer, pointer, POINTER(CCache), number, *[pointer] * 4, number, pointer, pointer]
+        logits = [pointer, number, number, pointer, number]
+        found.most_probable.argtypes = [*logits, number, number, pointer, pointer, number]
+        rows = [pointer, pointer, POINTER(CCache), number, pointer, POINTER(CTables), pointer, number, pointer, pointer]
         found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
         rows = [pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
         found.eagle.argtypes = [POINTER(CEagle), *rows, number, pointer, number, number, pointer, pointer, number]
         found.read_all.argtypes = [pointer, number, number]
         found.read_all.restype = number
-        for name in ("rms_norm", "linear", "linear_argmax", "most_probable", "forward", "eagle"):
+        for name in ("rms_norm", "linear", "linear_argmax", "most_probable"):
             getattr(found, name).restype = None
+        for name in ("forward", "eagle"):
+            getattr(found, name).errcheck = refused
     return found
+
+
+def refused(status: int, function: Any, arguments: tuple) -> None:
+    """Raise IndexError where a kernel returned that rows do not fit."""
+    if status:
+        raise IndexError("rows do not fit the cache, the context or the vocabulary")
 
 
 def floats(x: Tensor) -> Tensor:

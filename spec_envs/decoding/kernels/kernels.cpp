@@ -1,4 +1,4 @@
-// The decoder's forward in int8 on a CPU, built by build.py and called through ctypes (int8.py).
+// The decoder's forward in int8 on a CPU, compiled by __init__.py and called through bindings.py.
 //
 // Every function runs on `threads` threads, and gives a row the same bits whatever other rows it is called with.
 #include <omp.h>
@@ -68,6 +68,11 @@ struct Cache {  // bfloat16 [2][layers][batch][kv_heads][capacity][head_dim]
     int64_t layers, batch, capacity, length;
 };
 
+struct Tables {  // of rotary positions: [rows][head_dim], the sine with the sign of the half it multiplies
+    const float *cos, *sin;
+    int64_t rows;
+};
+
 // Ask the system for the tile registers; 0 if the code was built for a processor that has more than this one grants.
 int usable() {
 #if defined(__AMX_INT8__) && defined(__linux__)
@@ -130,16 +135,19 @@ void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* g
 // Layers [first, last) on new rows x [batch][count][hidden], in place.
 //
 // entering: what the first layer's attention reads, [rows][qkv inputs], already normed; null for its norm of x.
-// positions: [rows], rows of the tables cos and sin [position][head_dim], the sine with the sign of the half it
-//            multiplies.
+// positions: [rows], which of the tables' rows they have.
 // seen: [count][named], which of the last `named` columns each row sees; null for causal.
 // padding: [batch] columns on the left that nobody sees, or null.
 // captured: per layer, where to copy what enters it, or null.
-void forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
-             int64_t count, const int64_t* positions, const float* cos, const float* sin, const uint8_t* seen,
-             int64_t named, const int64_t* padding, float* const* captured, int64_t threads) {
+// Returns 0, or 1 if the rows do not fit the cache or the tables: then nothing was done.
+int forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
+            int64_t count, const int64_t* positions, const Tables* tables, const uint8_t* seen, int64_t named,
+            const int64_t* padding, float* const* captured, int64_t threads) {
     const Layer& any = layers[first];
     const int64_t batch = cache->batch, rows = batch * count, hidden = any.hidden, dim = any.head_dim;
+    if (cache->length + count > cache->capacity || named > cache->length + count) return 1;
+    for (int64_t r = 0; r < rows; r++)
+        if (positions[r] < 0 || positions[r] >= tables->rows) return 1;
     const int64_t heads = any.heads, kv_heads = any.kv_heads, group = heads / kv_heads;
     const int64_t width = (heads + 2 * kv_heads) * dim, inner = any.down.inputs;
     const int64_t head_stride = cache->capacity * dim, sequence_stride = kv_heads * head_stride;
@@ -180,7 +188,7 @@ void forward(const Layer* layers, int64_t first, int64_t last, float* x, const f
                 const float* gain = head < heads ? layer.q_norm : layer.k_norm;
                 if (gain) normalise(v, gain, dim, layer.eps, v);
                 for (int64_t d = 0; d < half; d += LANES) {
-                    const float *c = cos + positions[row] * dim + d, *s = sin + positions[row] * dim + d;
+                    const float *c = tables->cos + positions[row] * dim + d, *s = tables->sin + positions[row] * dim + d;
                     const Floats a = load(v + d), b = load(v + d + half);
                     store(v + d, a * load(c) + b * load(s));
                     store(v + d + half, b * load(c + half) + a * load(s + half));
@@ -217,6 +225,7 @@ void forward(const Layer* layers, int64_t first, int64_t last, float* x, const f
 #pragma omp barrier
         }
     }
+    return 0;
 }
 
 // The sum of all bytes, read in order by every thread in its own part: how fast memory can be read.
@@ -273,20 +282,24 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
     }
 }
 
-struct Eagle {  // an EAGLE-3 head; tables as in forward
+struct Eagle {  // an EAGLE-3 head
     const Layer* layer;
     const uint16_t* embedding;  // bfloat16 [vocabulary][hidden]
-    const float *input_norm, *hidden_norm, *norm, *cos, *sin;
+    int64_t vocabulary;
+    const float *input_norm, *hidden_norm, *norm;
+    Tables tables;
     Matrix head;
 };
 
 // One forward of an EAGLE-3 head on rows [count][hidden], in place, each with the token behind it, and the `width` most
-// probable next tokens of the last `last` of them, over the head's outputs and `extras` further rows.
-void eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
-           const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
-           int64_t width, int64_t* index, float* log_probability, int64_t threads) {
+// probable next tokens of the last `last` of them, over the head's outputs and `extras` further rows. Returns as forward.
+int eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
+          const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
+          int64_t width, int64_t* index, float* log_probability, int64_t threads) {
     const int64_t size = e->layer->hidden;
     const float eps = e->layer->eps;
+    for (int64_t r = 0; r < count; r++)
+        if (tokens[r] < 0 || tokens[r] >= e->vocabulary) return 1;
     std::vector<float> entering(count * 2 * size);
     for (int64_t r = 0; r < count; r++) {
         float* row = entering.data() + r * 2 * size;
@@ -294,9 +307,10 @@ void eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, 
         normalise(row, e->input_norm, size, eps, row);
         normalise(hidden + r * size, e->hidden_norm, size, eps, row + size);
     }
-    forward(e->layer, 0, 1, hidden, entering.data(), cache, count, positions, e->cos, e->sin, seen, named, nullptr,
-            nullptr, threads);
-    if (!last) return;
+    if (forward(e->layer, 0, 1, hidden, entering.data(), cache, count, positions, &e->tables, seen, named, nullptr,
+                nullptr, threads))
+        return 1;
+    if (!last) return 0;
     const float* final_rows = hidden + (count - last) * size;
     const int64_t stride = e->head.columns() * COLUMNS;
     std::vector<float> logits(last * stride), others(last * extras);
@@ -312,5 +326,6 @@ void eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, 
     }
     most_probable(logits.data(), e->head.outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
                   log_probability, threads);
+    return 0;
 }
 }
