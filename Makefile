@@ -42,7 +42,7 @@ eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (
 		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(PROMPTS),--prompts $(PROMPTS)) \
 		$(if $(COUNT),--count $(COUNT)) $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
 
-bench: $(READY)  ## speed of plain and static decoding against transformers, cost curves; runs/bench.json
+bench: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
 	$(PY) -m experiments.bench $(ARGS)
 
 drafter: $(READY)  ## train an EAGLE-3 head for a target; ARGS="--target … --tokens …", ARGS=--help

@@ -8,6 +8,7 @@ Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `c
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
     policies = {"static": static_policy(*static["best"])}
     others = transformers_arms(env["target"], decoder, assisted=True)
     if not decoder.verifier.temperature and device.type == "cpu":
-        others |= llamacpp_arms(env["target"], torch.get_num_threads())
+        try:
+            others |= llamacpp_arms(env["target"], torch.get_num_threads())
+        except ValueError as error:
+            print(f"llama.cpp is left out: {error}", file=sys.stderr)
     references = ["plain", *others]
 
     def measure(prompts: int) -> dict[str, Any]:

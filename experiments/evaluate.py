@@ -197,7 +197,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
     parser.add_argument("--prompts", help="prompt sets, separated by commas")
     parser.add_argument("--count", type=int, help="held-out prompts (default: as many as the run had, or 15)")
-    parser.add_argument("--dtype", help="auto, bfloat16, float32 (default: the run's)")
+    parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default: the run's)")
     parser.add_argument("--clock", help="wall, or a cost table (default: the run's)")
     parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
     parser.add_argument("--max-new-tokens", type=int, help="per prompt (default: the run's)")

@@ -21,16 +21,16 @@ NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ev
 
 
 class FirstToken(StoppingCriteria):
-    """Never stops; notes when the first token was there."""
+    """Never stops; notes when the first tokens were there: one, or what the first step of an assisted run accepted."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.synchronize, self.at, self.calls = synchronize, 0.0, 0
+        self.synchronize, self.at, self.calls, self.length = synchronize, 0.0, 0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.calls += 1
         if not self.at:
             self.synchronize()
-            self.at = time.perf_counter()
+            self.at, self.length = time.perf_counter(), input_ids.shape[1]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -65,7 +65,8 @@ def transformers_arms(target: str, decoder: Decoder, assisted: bool = False) -> 
             )
             tokens = out[0, ids.shape[1] :].tolist()
             end = time.perf_counter()
-            return Sample(prompt, len(tokens) - 1, end - first.at, first.at - begin, tokens, cycles=first.calls - 1)
+            made = out.shape[1] - first.length
+            return Sample(prompt, made, end - first.at, first.at - begin, tokens, cycles=first.calls - 1)
 
         return run
 

@@ -37,7 +37,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         control: which problem: ``"depth"`` or ``"budget"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
         drafter: EAGLE-3 head: a name of models.yml, a folder or hub id; ``"auto"`` is the target's shipped one.
-        device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"bfloat16"``, ``"float32"``).
+        device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"int8"``, ``"bfloat16"``, ``"float32"``).
         prompts: prompt sets, separated by commas, or ``"all"``.
         data_dir: folder with ``{name}/question.jsonl`` files instead of the shipped prompts.
         split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.

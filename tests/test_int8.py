@@ -41,6 +41,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if platform.machine() == "x86_64" else ()
 PORTABLE = (*kernels.FLAGS, *WITHOUT_TILES)
 
+COMPILER = kernels.find_compiler() or "c++"
+
 if kernels.library() is None:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
 
@@ -49,7 +51,7 @@ if kernels.library() is None:
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as they are used here, and as a processor without tile registers has them."""
     if request.param == "portable":
-        library = ctypes.CDLL(str(kernels.compiled("c++", PORTABLE)))
+        library = ctypes.CDLL(str(kernels.compiled(COMPILER, PORTABLE)))
         assert not library.has_tiles()
         monkeypatch.setattr(kernels, "library", lambda: library)
 
@@ -265,9 +267,9 @@ def test_kernels_are_compiled_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "user_cache_path", lambda name: tmp_path)
-    built = kernels.compiled("c++")
+    built = kernels.compiled(COMPILER)
     stamp = built.stat().st_mtime_ns
-    assert kernels.compiled("c++") == built and built.stat().st_mtime_ns == stamp
+    assert kernels.compiled(COMPILER) == built and built.stat().st_mtime_ns == stamp
     assert capsys.readouterr().err.count("compiling") == 1
     assert [path.name for path in built.parent.iterdir()] == [built.name]  # nothing half-written beside it
-    assert kernels.compiled("c++", (*kernels.FLAGS, "-DOTHER")) != built
+    assert kernels.compiled(COMPILER, (*kernels.FLAGS, "-DOTHER")) != built

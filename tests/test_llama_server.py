@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,13 @@ from spec_envs.decoding.llama_server import LlamaServer, gguf_of
 from spec_envs.prompts import encode
 from tests.conftest import REAL
 
-pytestmark = pytest.mark.model
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
+        reason="no llama-server on PATH, and the wheel is for Linux on x86-64",
+    ),
+]
 
 
 def alive(process: int) -> bool:

@@ -31,7 +31,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self.masks: MaskBuffer | None = None
-        self.graphs: dict[tuple, Any] = {}  # forwards captured over this memory, and gone with it
+        self.graphs: dict[tuple, Any] = {}  # forwards captured over this memory
 
     def keep(self, rows: Sequence[int]) -> None:
         """Commit the rows ``length + r`` for r in ``rows`` (ascending) as the next rows of the sequence."""

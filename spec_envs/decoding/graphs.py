@@ -6,6 +6,7 @@ attention reads a bucket of columns of which a mask hides those that are not the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -16,7 +17,7 @@ from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.layers import Layers
 from spec_envs.decoding.rope import Rope
 
-MAX_ROWS = 96  # of a decoding forward; more are a prompt, whose launches do not matter
+MAX_ROWS = 96  # of a decoding forward; more, or an empty cache, are a prompt, whose launches do not matter
 BUCKET = 256  # columns that one graph more reads
 
 Outputs = tuple[Tensor, list[Tensor]]
@@ -28,6 +29,12 @@ def graphed(layers: Any, device: torch.device) -> Any:
     return GraphedLayers(layers) if device.type == "cuda" else layers
 
 
+@functools.cache
+def memory_pool() -> Any:
+    """Memory that the graphs share."""
+    return torch.cuda.graph_pool_handle()
+
+
 def record_cuda(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
     """Capture ``run``; returns what replays it and the outputs that a replay overwrites."""
     side = torch.cuda.Stream()
@@ -37,7 +44,7 @@ def record_cuda(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory_pool()):  # one for all: they are replayed one after another
         outputs = run()
     return graph.replay, outputs
 
@@ -67,7 +74,7 @@ class GraphedLayers:
     ) -> Outputs:
         """See ``Layers``."""
         batch, n = x.shape[:2]
-        if batch > 1 or padding is not None or n > MAX_ROWS:
+        if batch > 1 or padding is not None or n > MAX_ROWS or cache.length == 0:
             return self.layers(x, cache, rope, positions, seen, padding, layers, capture, entering)
         columns = min(-(-(cache.length + n) // BUCKET) * BUCKET, cache.data.shape[4])
         key = (cache.data.data_ptr(), n, columns, layers, tuple(capture), entering is None)

@@ -131,6 +131,8 @@ class Layers:
     ) -> tuple[Tensor, list[Tensor]]:
         """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
         layers = layers if layers is not None else range(len(self.structures))
+        if x.shape[0] != cache.data.shape[2] or positions.shape != x.shape[:2]:
+            raise IndexError(f"rows {tuple(x.shape)}, positions {tuple(positions.shape)} and cache do not fit together")
         x = floats(x).clone()
         captured = {i: torch.empty_like(x) for i in sorted(capture) if i in layers}
         pointers = (c_void_p * len(self.structures))(*(address(captured.get(i)) for i in range(len(self.structures))))
@@ -166,8 +168,17 @@ class Layers:
             ),
             Linear(*joined(weights, ["mlp.down_proj"])),
         ]
+        widths = [(linear.inputs, linear.outputs) for linear in linears]
+        attended, read, inner = s.heads * s.head_dim, linears[0].inputs, linears[3].inputs
+        whole = (s.heads + 2 * s.kv_heads) * s.head_dim
+        expected = [(read, whole), (attended, s.hidden), (s.hidden, 2 * inner), (inner, s.hidden)]
+        if widths != expected or read not in (s.hidden, 2 * s.hidden):
+            raise RuntimeError(f"a layer has products of {widths} inputs and outputs, expected {expected}")
         names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
         gains = [floats(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None for name in names]
+        for gain, width in zip(gains, (s.hidden, s.hidden, s.head_dim, s.head_dim), strict=True):
+            if gain is not None and len(gain) != width:
+                raise RuntimeError(f"a norm has {len(gain)} gains, expected {width}")
         self.kept += [*linears, *(gain for gain in gains if gain is not None)]
         matrices = [linear.matrix for linear in linears]
         return CLayer(*matrices, *map(address, gains), s.hidden, s.heads, s.kv_heads, s.head_dim, s.norm_eps)

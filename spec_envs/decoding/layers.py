@@ -101,7 +101,7 @@ class Layers:
             if i in capture:
                 captured.append(x)
             layer = self.layers[i]
-            read = layer.input_norm(x) if entering is None else entering
+            read, entering = layer.input_norm(x) if entering is None else entering, None
             x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], rows, columns, tables, mask)
             x = x + layer.feed(layer.post_norm(x))
         return x, captured

@@ -24,6 +24,7 @@ from typing import Any, Self
 from spec_envs.decoding.checkpoints import CACHE, download_wheels, fetch_gguf, registry, sha256
 
 START_SECONDS, STOP_SECONDS = 120, 5
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is nothing for a proxy
 
 
 class LlamaServer:
@@ -57,7 +58,8 @@ class LlamaServer:
             *("--device", "none", "--parallel", "1", "--threads", str(threads), "--ctx-size", str(context)),
             *("--no-webui", "--offline", *arguments),
         ]
-        library_path = os.pathsep.join([str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH", "")])
+        folders = [str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH")]
+        library_path = os.pathsep.join(filter(None, folders))
         with os.fdopen(handle, "wb") as out:
             self.process = subprocess.Popen(
                 command,
@@ -107,7 +109,7 @@ class LlamaServer:
             if self.process.poll() is not None:
                 raise self._failure(f"llama-server ended with status {self.process.returncode} while it started")
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                with DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
@@ -118,7 +120,7 @@ class LlamaServer:
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with DIRECT.open(request, timeout=timeout) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")[:500]
@@ -133,9 +135,13 @@ class LlamaServer:
         return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}")
 
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def die_with_parent() -> None:
-    """Have the system end this process when the one that started it is gone, however that came about."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """Have the system end this process when the thread that started it is gone, however that came about."""
+    assert LIBC is not None
+    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def free_port() -> int:

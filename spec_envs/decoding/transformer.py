@@ -26,17 +26,22 @@ class Precision:
 
     Attributes:
         modules: where ``RMSNorm``, ``Linear``, ``Layers`` and ``Head`` come from.
-        weights: dtype in which weights are handed to them.
+        weights: dtype in which weights are handed to them; None is their own.
         hidden: dtype of hidden states and logits.
         cache: dtype of keys, values and the embedding.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.modules: ModuleType
+        self.weights: torch.dtype | None
         if dtype == torch.int8:
-            self.modules, self.weights, self.hidden, self.cache = int8, torch.float32, torch.float32, torch.bfloat16
+            self.modules, self.weights, self.hidden, self.cache = int8, None, torch.float32, torch.bfloat16
         else:
             self.modules, self.weights, self.hidden, self.cache = layers, dtype, dtype, dtype
+
+    def cast(self, weight: Tensor, device: torch.device) -> Tensor:
+        """A weight as the parts want it."""
+        return weight.to(device, self.weights or weight.dtype)
 
 
 class Transformer:
@@ -58,7 +63,7 @@ class Transformer:
         self.dtype, self.device = dtype, torch.device(device)
         self.precision = precision = Precision(dtype)
         modules = precision.modules
-        weights = {name: tensor.to(self.device, precision.weights) for name, tensor in weights.items()}
+        weights = {name: precision.cast(tensor, self.device) for name, tensor in weights.items()}
         try:
             embedding = weights["model.embed_tokens.weight"]
             self.embedding = embedding.to(precision.cache)

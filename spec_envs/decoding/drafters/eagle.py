@@ -52,8 +52,10 @@ class EagleModel:
                 )
         self.target = target
         self.capture = head.captured_layers or captured_layers(target.shape.layers)
-        dtype, device, modules = target.precision.weights, target.device, target.precision.modules
-        state = {name: t.to(device, dtype) if t.is_floating_point() else t for name, t in head.state_dict().items()}
+        device, precision, modules = target.device, target.precision, target.precision.modules
+        state = {
+            name: precision.cast(t, device) if t.is_floating_point() else t for name, t in head.state_dict().items()
+        }
         layer = part(state, "midlayer.")
         self.shape = Shape(
             hidden=config.hidden_size,
@@ -74,7 +76,7 @@ class EagleModel:
         self.most_probable = modules.most_probable
         self.shortlist = head.draft_ids.numpy()
         output = target.output_weight()
-        own = output[head.draft_ids.to(device)].to(dtype)
+        own = output[head.draft_ids.to(device)].to(state["lm_head.weight"].dtype)
         shares = torch.allclose(state["lm_head.weight"], own, rtol=1e-2, atol=1e-3)  # but for rounding
         self.output_weight = output if shares else None  # where every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)

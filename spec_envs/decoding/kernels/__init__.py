@@ -23,7 +23,7 @@ COMPILERS = ("c++", "g++", "clang++")
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, after one line that says why, where they cannot be had."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    compiler = find_compiler()
     if compiler is None:
         reason = f"no C++ compiler ({', '.join(COMPILERS)}) was found"
     else:
@@ -37,6 +37,11 @@ def library() -> ctypes.CDLL | None:
             reason = f"{compiler} could not build the kernels: {output.splitlines()[0] if output else error}"
     print(f"int8 decoding is not available here: {reason}", file=sys.stderr, flush=True)
     return None
+
+
+def find_compiler() -> str | None:
+    """``$CXX``, or the first compiler on PATH."""
+    return os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
 
 
 def compiled(compiler: str, flags: tuple[str, ...] = FLAGS) -> Path:

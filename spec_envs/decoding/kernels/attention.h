@@ -56,6 +56,7 @@ inline void pack(const float* query, float scale, int head_dim, int lane, uint32
 inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_dim, Scratch& s) {
 #ifdef __AMX_BF16__
     const int64_t row = head_dim * 2, tile = 16 * head_dim;
+    settle();
     for (int64_t j = begin / KEYS * KEYS; j < end; j += KEYS) {
         _tile_zero(0);
         _tile_zero(1);
@@ -79,6 +80,7 @@ inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_di
         _tile_stored(2, out + 512, 64);
         _tile_stored(3, out + 768, 64);
     }
+    settle();
 #else
     for (int64_t j = begin; j < end; j++) {
         Floats dot = {};

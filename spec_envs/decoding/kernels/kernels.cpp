@@ -14,8 +14,8 @@ namespace {
 
 // This thread's part of `count` things.
 struct Share {
-    int begin, end;
-    explicit Share(int count) {
+    int64_t begin, end;
+    explicit Share(int64_t count) {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         begin = count * thread / threads, end = count * (thread + 1) / threads;
     }
@@ -36,7 +36,7 @@ void normalise(const float* x, const float* gain, int64_t width, float eps, floa
 void prepare(const float* x, int rows, const float* gain, float eps, const Matrix& m, Quantised& out) {
     std::vector<float> row(m.stride());
     const Share share(rows);
-    for (int r = share.begin; r < share.end; r++) {
+    for (int64_t r = share.begin; r < share.end; r++) {
         if (gain)
             normalise(x + r * m.inputs, gain, m.inputs, eps, row.data());
         else
@@ -182,7 +182,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
             multiply_share(layer.qkv, q, rows, Store{qkv.data(), width});
 #pragma omp barrier
             const Share turned(rows * (heads + kv_heads));
-            for (int i = turned.begin; i < turned.end; i++) {  // rotary positions; keys and values to the cache
+            for (int64_t i = turned.begin; i < turned.end; i++) {  // rotary positions; keys and values to the cache
                 const int64_t row = i / (heads + kv_heads), head = i % (heads + kv_heads), half = dim / 2;
                 float* v = qkv.data() + row * width + head * dim;
                 const float* gain = head < heads ? layer.q_norm : layer.k_norm;

@@ -153,9 +153,13 @@ struct alignas(64) TileShape {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Some compilers do not know that tile instructions read memory: what was stored before must have been stored.
+inline void settle() { asm volatile("" ::: "memory"); }
+
 struct Tiles {  // the tile registers of this thread, while it is in scope
     Tiles() {
-        const TileShape shape;
+        static constexpr TileShape shape;
+        settle();
         _tile_loadconfig(&shape);
     }
     ~Tiles() { _tile_release(); }
@@ -164,6 +168,7 @@ struct Tiles {  // the tile registers of this thread, while it is in scope
 template <int HEIGHT>  // tiles of 16 rows: 1 or 2
 inline void multiply(const Matrix& m, const int8_t* rows, int, const int8_t* weight, bool first, Sums& sums) {
     const int stride = m.stride();
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     if (HEIGHT > 1) {
@@ -190,6 +195,7 @@ inline void multiply(const Matrix& m, const int8_t* rows, int, const int8_t* wei
         _tile_stored(2, sums[1][0], 64);
         _tile_stored(3, sums[1][1], 64);
     }
+    settle();
 }
 #else
 struct Tiles {
