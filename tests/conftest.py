@@ -6,6 +6,7 @@ choice: trees are accepted deep, which exercises everything behind acceptance.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spec_envs.decoding import kernels
 from spec_envs.decoding.checkpoints import load_target, load_weights
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle_head import EagleHead
@@ -23,6 +25,8 @@ from spec_envs.decoding.pair import load_decoder
 CPU = torch.device("cpu")
 WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "on", "we", "you", "def"], ".", ","]
 REAL = "smollm2-135m"
+# A build that fails where there is all it needs is a failure of the tests, not a reason to skip them.
+WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or kernels.find_compiler() is None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,8 +12,8 @@ from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
 from experiments.evaluate import folder_name
 from experiments.report import most_played
-from spec_envs.decoding import kernels
 from spec_envs.decoding.clock import CostTable
+from tests.conftest import WITHOUT_KERNELS
 
 
 def test_the_benchmark_writes_its_figures_and_a_usable_clock(
@@ -38,7 +38,7 @@ def test_the_benchmark_writes_its_figures_and_a_usable_clock(
     }
     assert results["verify_curve"]["1"] == 1.0 and results["expand_ratio"] > 0
     assert results["quality"]["float32"] == pytest.approx({**results["quality"]["float32"], "agreement": 1, "kl": 0})
-    assert kernels.library() is None or results["share_of_floor"] > 0
+    assert WITHOUT_KERNELS or results["share_of_floor"] > 0
     assert results["curves_by_dtype"]["float32"]["verify"]["96"] > 0
     assert 0 < results["overhead_share"] < 1 and results["emitted_per_cycle"] >= 1
     assert CostTable.load(str(tmp_path / "clock.json")).seconds("verify", 30) > 0

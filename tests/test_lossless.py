@@ -15,12 +15,12 @@ from experiments.arms import Encoded, decoded, plain_decoder
 from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
-from spec_envs.decoding import accept, kernels
+from spec_envs.decoding import accept
 from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.tree import ancestors
 from spec_envs.prompts import TASKS, encode, load_prompts
-from tests.conftest import REAL
+from tests.conftest import REAL, WITHOUT_KERNELS
 
 pytestmark = pytest.mark.model
 TOKENS = 40
@@ -143,7 +143,7 @@ def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
     return draws
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="int8 needs a C++ compiler")
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Config) -> None:
     """Token for token, and every token is the argmax of one forward over the whole text."""
     count, tokens = pytestconfig.getoption("--prompts"), 64
