@@ -10,17 +10,18 @@ import numpy as np
 from spec_envs.controls.base import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import EXPAND, VERIFY, DepthControl
+from spec_envs.controls.k import KControl
 
 
 class FixedAgent:
-    """Plays one depth (``SpecDepth-v0``) or one budget (``SpecBudget-v0``).
+    """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``) or one chain length.
 
     Args:
         control: the problem.
-        value: the depth, or the number of nodes.
+        value: the depth, the number of nodes, or the length.
 
     Raises:
-        ValueError: a depth or budget that the control does not offer.
+        ValueError: a value that the control does not offer.
     """
 
     decision_seconds = 0.0
@@ -35,6 +36,8 @@ class FixedAgent:
     ) -> tuple[Any, Any]:
         if isinstance(self.control, BudgetControl):
             return self.control.budgets.index(self.value), state
+        if isinstance(self.control, KControl):
+            return self.value, state
         return (EXPAND if self._expansions(observation) < self.value else VERIFY), state
 
     def _expansions(self, observation: np.ndarray) -> int:
@@ -58,5 +61,7 @@ def settings(control: Control) -> tuple[int, ...]:
     """Every static setting of a control."""
     if isinstance(control, BudgetControl):
         return control.budgets
+    if isinstance(control, KControl):
+        return tuple(range(control.k_max + 1))
     assert isinstance(control, DepthControl)
     return tuple(range(1, control.max_depth + 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from matplotlib.figure import Figure
 
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
-from experiments.costs import curves_by_dtype, read_seconds, weight_bytes
+from experiments.costs import curves_by_dtype, dtypes_at_speed, read_seconds, weight_bytes
 from experiments.evaluate import run_tables
-from experiments.live import decoder_for, encoded_prompts
+from experiments.live import decoder_for, encoded_prompts, target_and_drafter
 from experiments.quality import quality
-from experiments.references import llamacpp_arms, transformers_arms
+from experiments.references import assisted_arms, llamacpp_arms
 from experiments.report import draw_arms, markdown
-from experiments.static import best_static, static_policy
+from experiments.static import best_chain, best_static, static_chain, static_policy
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
 from spec_envs.decoding import kernels
-from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.decoding.pair import DEFAULT_TARGET, drafts_chains
 from spec_envs.files import whole, write_json
 
 RATIOS = {
@@ -37,20 +39,25 @@ RATIOS = {
     "static_over_llamacpp": ("static", "llama.cpp"),
     "static_over_assisted": ("static", "transformers assisted"),
     "assisted_over_transformers": ("transformers assisted", "transformers generate"),
-    "lookup_over_llamacpp": ("llama.cpp lookup", "llama.cpp"),
+    "static_over_llamacpp_drafting": ("static", "llama.cpp drafting"),
+    "llamacpp_drafting_over_llamacpp": ("llama.cpp drafting", "llama.cpp"),
 }
 
 
-def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
+def bench(env: dict[str, Any], count: int, dtypes: Sequence[str] | None) -> dict[str, Any]:
     """Everything in one run."""
-    decoder = decoder_for(env, DepthControl())
+    target_name, drafter = target_and_drafter(env)
+    chain = drafts_chains(drafter)
+    control = KControl() if chain else DepthControl()
+    decoder = decoder_for(env, control)
     target, device = decoder.verifier.target, decoder.verifier.target.device
-    static = best_static(env, decoder.tree.width, decoder.max_depth)
-    policies = {"static": static_policy(*static["best"])}
-    others = transformers_arms(env["target"], decoder, assisted=True)
+    static = best_chain(env) if chain else best_static(env, decoder.tree.width, decoder.max_depth)
+    policies = {"static": static_chain(*static["best"]) if chain else static_policy(*static["best"])}
+    draft = (drafter, static["best"][0]) if chain else None
+    others = assisted_arms(target_name, decoder, draft)
     if not decoder.verifier.temperature and device.type == "cpu":
         try:
-            others |= llamacpp_arms(env["target"], torch.get_num_threads())
+            others |= llamacpp_arms(target_name, torch.get_num_threads(), draft)
         except ValueError as error:
             print(f"llama.cpp is left out: {error}", file=sys.stderr)
     references = ["plain", *others]
@@ -62,7 +69,7 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
     arms, verify = results["arms"], results["seconds"]["verify"]
     speculative = arms["static"]
     inside = speculative["parts"]["draft"] + speculative["parts"]["verify"]
-    curves = curves_by_dtype(env, device)
+    curves = curves_by_dtype(env, control, dtypes or dtypes_at_speed(device))
     texts = [prompt.ids for prompt in encoded_prompts(env, "test", count)]
     return {
         **{name: arms[a][f"over_{b}"] for name, (a, b) in RATIOS.items() if a in arms and b in arms},
@@ -72,7 +79,7 @@ def bench(env: dict[str, Any], count: int) -> dict[str, Any]:
         "verify_curve": {n: s / verify[1] for n, s in verify.items()},
         "expand_ratio": results["seconds"]["draft"][decoder.tree.width] / verify[1],
         "curves_by_dtype": curves,
-        "quality": quality(env["target"], device, list(curves), texts),
+        "quality": quality(target_name, device, list(curves), texts) if "float32" in curves else {},
         "dtype": str(target.dtype).removeprefix("torch."),
         **results,
     }
@@ -140,9 +147,15 @@ def lines(results: dict[str, Any]) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
-    parser.add_argument("--drafter", default="auto", help="EAGLE-3 head (default: the shipped one)")
+    parser.add_argument("--drafter", default="auto", help="EAGLE-3 head or draft model (default: the target's own)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16, float16, float32")
+    parser.add_argument(
+        "--dtypes",
+        type=lambda names: names.split(","),
+        help="whose cost curves are compared, separated by commas, and with float32 among them their quality (default: "
+        "all that compute at speed here, and float32)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -161,7 +174,7 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
     }
     with one_sentence():
-        results = bench(env, args.count)
+        results = bench(env, args.count, args.dtypes)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "bench.json", results)
     write_json(args.out / "clock.json", results["seconds"])

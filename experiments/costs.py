@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from experiments.live import decoder_for
-from spec_envs.controls.depth import DepthControl
+from spec_envs.controls import Control
 from spec_envs.decoding import int8, kernels
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.linear import fast_bfloat16
@@ -50,7 +50,7 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
             begin = timed(sync)
             decoder.expand()
             draft[decoder.tree.width].append(timed(sync) - begin)
-            decoder.verify(1)
+            decoder.verify(decoder.tree.width + 1)  # the whole of a chain, which may not be cut
     finally:
         decoder.eos = eos
     return {
@@ -59,14 +59,20 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
     }
 
 
-def curves_by_dtype(env: dict[str, Any], device: torch.device) -> dict[str, dict[str, dict[int, float]]]:
-    """Cost curves in every dtype that computes at speed here."""
+def dtypes_at_speed(device: torch.device) -> list[str]:
+    """The dtypes that compute at speed here, and float32."""
     dtypes = ["int8"] if device.type == "cpu" and kernels.tiled() else []
-    dtypes += ["bfloat16"] if fast_bfloat16(device) else []
+    return [*dtypes, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
+
+
+def curves_by_dtype(
+    env: dict[str, Any], control: Control, dtypes: Sequence[str]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Cost curves in each of ``dtypes`` that the model can be computed in."""
     curves = {}
-    for dtype in [*dtypes, "float32"]:
+    for dtype in dtypes:
         try:
-            decoder = decoder_for({**env, "dtype": dtype}, DepthControl())
+            decoder = decoder_for({**env, "dtype": dtype}, control)
         except ValueError as error:  # widths that the int8 kernels do not compute
             print(f"no cost curve in {dtype}: {error}", file=sys.stderr)
             continue

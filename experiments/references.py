@@ -34,14 +34,45 @@ class FirstToken(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def transformers_arms(target: str, decoder: Decoder, assisted: bool = False) -> dict[str, Arm]:
-    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8); if asked,
-    also assisted by prompt lookup, which needs no second model."""
-    verifier = decoder.verifier
+def transformers_arms(target: str, decoder: Decoder) -> dict[str, Arm]:
+    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8)."""
+    return {"transformers generate": transformers_arm(language_model(target, decoder), decoder)}
+
+
+def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) -> dict[str, Arm]:
+    """``generate`` plain and assisted: by a draft model, a fixed number of tokens at a time, or by prompt lookup.
+
+    Args:
+        draft: the model and the number; None is prompt lookup.
+    """
+    model = language_model(target, decoder)
+    if draft is None:
+        further: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP}
+    else:
+        name, k = draft
+        assistant = language_model(name, decoder)
+        fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+        assistant.generation_config.update(num_assistant_tokens=k, **fixed)
+        further = {"assistant_model": assistant}
+    return {
+        "transformers generate": transformers_arm(model, decoder),
+        "transformers assisted": transformers_arm(model, decoder, **further),
+    }
+
+
+def language_model(name: str, decoder: Decoder) -> Any:
+    """A model of transformers on the decoder's device, without the penalties and filters of its own."""
+    target = decoder.verifier.target
     transformers_logging.disable_progress_bar()  # of reading the weights
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(target), dtype=verifier.target.precision.cache)
-    model.to(verifier.target.device).eval()
-    model.generation_config = GenerationConfig()  # not the checkpoint's own penalties and filters
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=target.precision.cache)
+    model.to(target.device).eval()
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
+    """``generate`` with ``further`` arguments."""
+    verifier = decoder.verifier
     synchronize = WallClock(verifier.target.device).synchronize
     settings: dict[str, Any] = {
         "do_sample": False,
@@ -51,38 +82,43 @@ def transformers_arms(target: str, decoder: Decoder, assisted: bool = False) -> 
     if verifier.temperature:
         settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
 
-    def arm(**further: Any) -> Arm:
-        def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
-            torch.manual_seed(seed)
-            first = FirstToken(synchronize)
-            ids = torch.tensor([prompt.ids], device=model.device)
-            begin = time.perf_counter()
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings, **further),
-                stopping_criteria=StoppingCriteriaList([first]),
-            )
-            tokens = out[0, ids.shape[1] :].tolist()
-            end = time.perf_counter()
-            made = out.shape[1] - first.length
-            return Sample(prompt, made, end - first.at, first.at - begin, tokens, cycles=first.calls - 1)
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        torch.manual_seed(seed)
+        first = FirstToken(synchronize)
+        ids = torch.tensor([prompt.ids], device=model.device)
+        begin = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings),
+            stopping_criteria=StoppingCriteriaList([first]),
+            **further,
+        )
+        tokens = out[0, ids.shape[1] :].tolist()
+        end = time.perf_counter()
+        made = out.shape[1] - first.length
+        return Sample(prompt, made, end - first.at, first.at - begin, tokens, cycles=first.calls - 1)
 
-        return run
-
-    arms = {"transformers generate": arm()}
-    return arms | {"transformers assisted": arm(prompt_lookup_num_tokens=LOOKUP)} if assisted else arms
+    return run
 
 
-def llamacpp_arms(target: str, threads: int) -> dict[str, Arm]:
-    """llama.cpp's server on the target's own GGUF file, plain and drafting by prompt lookup; none for a target in
-    another format. Seconds are the server's own, of generation after the prompt."""
-    found = gguf_of(target)
-    if found is None:
+def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
+    """llama.cpp's server on the models' own GGUF files, plain and drafting; none for models in another format. Seconds
+    are the server's own, of generation after the prompt.
+
+    Args:
+        draft: draft model and number of tokens; None is prompt lookup.
+    """
+    found, drafts = gguf_of(target), gguf_of(draft[0]) if draft else None
+    if found is None or (draft and drafts is None):
         return {}
     file, needed = found
-    lookup = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
-    lookup += ["--spec-ngram-simple-size-m", str(LOOKUP)]
+    if draft and drafts:
+        drafting = ["--spec-type", "draft-simple", "--model-draft", str(drafts[0])]
+        drafting += ["--spec-draft-n-max", str(draft[1]), "--spec-draft-p-min", "0"]
+    else:
+        drafting = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
+        drafting += ["--spec-ngram-simple-size-m", str(LOOKUP)]
 
     def arm(arguments: Sequence[str]) -> Arm:
         server = LlamaServer(file, [*needed, *arguments], threads)
@@ -97,4 +133,4 @@ def llamacpp_arms(target: str, threads: int) -> dict[str, Arm]:
 
         return run
 
-    return {"llama.cpp": arm([]), "llama.cpp lookup": arm(lookup)}
+    return {"llama.cpp": arm([]), "llama.cpp drafting": arm(drafting)}

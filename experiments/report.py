@@ -10,10 +10,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from agents.fixed import settings
 from experiments.arms import Sample
 from experiments.comparison import aa_agrees, by_task
 from spec_envs.controls import Control
-from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.depth import DepthControl
 from spec_envs.files import whole
 
 COLLAPSED = 0.95  # share of one setting from which a policy is reported as a static setting
@@ -60,9 +61,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results["curves"]:
         lines.append(results["curves"] + ".")
     if results.get("static"):
-        static = results["static"]
-        depth, budget = static["best"]
-        lines.append(f"Best static setting on training prompts: depth {depth}, budget {budget}.")
+        lines.append(f"Best static setting on training prompts: {results['static']['setting']}.")
     lines.append(f"A/A check (plain twice): the interval {'contains' if aa_agrees(results) else 'EXCLUDES'} 1.")
     for name, found in results.get("divergences", {}).items():
         line = (
@@ -90,16 +89,15 @@ def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each setting was played, by task: budgets, or the depths that runs of "expand" decisions led to."""
+    """How often each setting was played, by task: budgets, lengths, or the depths that runs of "expand" led to."""
     histogram: dict[str, dict[str, int]] = {}
     for task, group in by_task(samples).items():
-        if isinstance(control, BudgetControl):
-            counts = dict.fromkeys(map(str, control.budgets), 0)
+        counts = dict.fromkeys(map(str, settings(control)), 0)
+        if not isinstance(control, DepthControl):
             for sample in group:
                 for action in sample.actions:
-                    counts[str(control.budgets[action])] += 1
+                    counts[str(settings(control)[action])] += 1
         else:
-            counts = {str(depth): 0 for depth in range(1, control.max_depth + 1)}
             for sample in group:
                 depth = 1  # the first expansion is always made
                 for action in sample.actions:

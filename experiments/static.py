@@ -1,4 +1,5 @@
-"""The best static setting: one depth and one budget for every cycle, chosen on training prompts."""
+"""The best static setting, chosen on training prompts: one depth and one budget of a tree for every cycle, or one length
+of a chain."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
 DEPTHS = (1, 2, 3, 4, 6, 8)
 BUDGETS = (3, 7, 11, 15, 23, 31)
+KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 START = (2, 7)
 
 
@@ -25,31 +28,62 @@ def static_policy(depth: int, budget: int, width: int = 10, max_depth: int = 12)
     return Policy(control, FixedAgent(control, depth))
 
 
+def static_chain(k: int) -> Policy:
+    """Every cycle drafts ``k`` tokens and verifies them."""
+    control = KControl()
+    return Policy(control, FixedAgent(control, k))
+
+
 def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, Any]:
     """The fastest depth and budget: each axis in turn from a middling start, until neither moves.
 
-    Under a measured clock the cost curves are measured first and price the search, so that a busy moment of the
-    machine does not choose. What the chosen setting is worth is then measured live.
-
     Returns:
-        ``best`` (depth, budget) and the ``tokens_per_second`` of every setting tried.
+        ``best`` (depth, budget), ``setting`` in words, and the ``tokens_per_second`` of every setting tried.
     """
-    decoder = decoder_for(env, DepthControl(max_depth, width))
-    if not decoder.clock.priced:
-        decoder.clock = PricedClock(CostTable("measured", **cost_curves(decoder)))
-    prompts = encoded_prompts(env, "train", PROMPTS)
-    tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
+    search = Search(env, DepthControl(max_depth, width))
     rates: dict[tuple[int, int], float] = {}
     best = (min(START[0], max_depth), START[1])
     while True:
         line = [(d, best[1]) for d in DEPTHS if d <= max_depth] + [(best[0], b) for b in BUDGETS]
         new = list(dict.fromkeys(setting for setting in line if setting not in rates))
         if new:
-            arms = {f"{d},{b}": decoded(decoder, static_policy(d, b, width, max_depth)) for d, b in new}
-            samples = run_arms(arms, prompts, tokens, f"best static setting, {len(new)} to try")
-            rates |= {setting: throughput(samples[f"{setting[0]},{setting[1]}"]) for setting in new}
+            rates |= search.rates({setting: static_policy(*setting, width, max_depth) for setting in new})
         leader = max(rates, key=rates.__getitem__)
         if leader == best or not new:
             tried = {f"depth {d}, budget {b}": rate for (d, b), rate in sorted(rates.items())}
-            return {"best": list(leader), "tokens_per_second": tried}
+            depth, budget = leader
+            return {"best": [depth, budget], "setting": f"depth {depth}, budget {budget}", "tokens_per_second": tried}
         best = leader
+
+
+def best_chain(env: dict[str, Any]) -> dict[str, Any]:
+    """The fastest length of a chain.
+
+    Returns:
+        ``best`` (k), ``setting`` in words, and the ``tokens_per_second`` of every length tried.
+    """
+    rates = Search(env, KControl()).rates({k: static_chain(k) for k in KS})
+    best = max(rates, key=rates.__getitem__)
+    tried = {f"k {k}": rate for k, rate in rates.items()}
+    return {"best": [best], "setting": f"k {best}", "tokens_per_second": tried}
+
+
+class Search:
+    """Tries settings on training prompts.
+
+    Under a measured clock the cost curves are measured first and price the search, so that a busy moment of the
+    machine does not choose. What the chosen setting is worth is then measured live.
+    """
+
+    def __init__(self, env: dict[str, Any], control: DepthControl | KControl):
+        self.decoder = decoder_for(env, control)
+        if not self.decoder.clock.priced:
+            self.decoder.clock = PricedClock(CostTable("measured", **cost_curves(self.decoder)))
+        self.prompts = encoded_prompts(env, "train", PROMPTS)
+        self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
+
+    def rates(self, policies: dict[Any, Policy]) -> dict[Any, float]:
+        """Tokens per second of each policy."""
+        arms = {str(setting): decoded(self.decoder, policy) for setting, policy in policies.items()}
+        samples = run_arms(arms, self.prompts, self.tokens, f"best static setting, {len(arms)} to try")
+        return {setting: throughput(samples[str(setting)]) for setting in policies}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ class Branch:
         return self
 
     def __lt__(self, threshold: float) -> bool:
-        return self.oracle.fork([threshold / self.scale, 1 - threshold / self.scale]) == 0
+        below = min(1.0, threshold / self.scale)
+        return self.oracle.fork([below, 1 - below]) == 0
 
 
 class Oracle:
@@ -75,7 +77,8 @@ def emitted(tokens: np.ndarray, result: tuple[list[int], int]) -> tuple[int, ...
     return (*(int(tokens[n]) for n in path), last)
 
 
-def distribution(rule: Callable, tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) -> dict[tuple, float]:
+def distribution(rule: Callable, tokens: np.ndarray, parents: Any, p: np.ndarray) -> dict[tuple, float]:
+    """What a rule emits, with its probability; ``parents`` of a tree, or the proposals of a chain."""
     oracle = Oracle()
     found: dict[tuple, float] = {}
 
@@ -126,6 +129,75 @@ def test_sampled_keeps_the_targets_distribution(nodes: int, seed: int) -> None:
         p /= p.sum(1, keepdims=True)
     found = distribution(accept.sampled, tokens, parents, p)
     assert total_variation(found, target_distribution(tokens, parents, p)) < 1e-12
+
+
+def chain_distribution(rule: Callable, length: int, p: dict, q: dict) -> dict[tuple, float]:
+    """What a cycle emits when every token of its chain is drawn from the draft's distribution behind the ones before."""
+    found: dict[tuple, float] = {}
+    for tokens in itertools.product(range(VOCAB), repeat=length):
+        proposals = [q[tokens[:i]] for i in range(length)]
+        drawn = np.prod([proposal[token] for proposal, token in zip(proposals, tokens, strict=True)])
+        if drawn == 0:
+            continue
+        rows = np.array([p[tokens[:i]] for i in range(length + 1)])
+        for outcome, probability in distribution(rule, np.array(tokens, dtype=np.int64), proposals, rows).items():
+            found[outcome] = found.get(outcome, 0.0) + drawn * probability
+    return found
+
+
+def chained_exactly(emitted: dict[tuple, float], length: int, p: dict) -> float:
+    """Total variation between the target and what is emitted, continued by the target to the longest cycle's length."""
+    whole: dict[tuple, float] = {}
+    for start, probability in emitted.items():
+        for rest in itertools.product(range(VOCAB), repeat=length + 1 - len(start)):
+            text = (*start, *rest)
+            below = np.prod([p[text[:i]][text[i]] for i in range(len(start), length + 1)])
+            whole[text] = whole.get(text, 0.0) + probability * below
+    exact = {
+        text: float(np.prod([p[text[:i]][text[i]] for i in range(length + 1)]))
+        for text in itertools.product(range(VOCAB), repeat=length + 1)
+    }
+    return total_variation(whole, exact)
+
+
+def random_texts(length: int, seed: int) -> tuple[dict, dict]:
+    """Random distributions of a target and of a draft behind every text of up to ``length`` tokens."""
+    rng = np.random.default_rng(seed)
+    p, q = {}, {}
+    for n in range(length + 1):
+        for text in itertools.product(range(VOCAB), repeat=n):
+            p[text], q[text] = rng.dirichlet(np.ones(VOCAB)), rng.dirichlet(np.ones(VOCAB))
+            if seed == 3:  # as top-p leaves them: zeros
+                for distribution in (p[text], q[text]):
+                    distribution[distribution < 0.15] = 0.0
+                    distribution /= distribution.sum()
+    return p, q
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_chains_keep_the_targets_distribution(length: int, seed: int) -> None:
+    p, q = random_texts(length, seed)
+    assert chained_exactly(chain_distribution(accept.chained, length, p, q), length, p) < 1e-12
+
+
+def test_the_enumeration_catches_a_wrong_residual() -> None:
+    """Zeroing only the refused token gives (.425, .275, .30) where the target has (.4, .4, .2)."""
+
+    def wrong(tokens: Any, proposals: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
+        p = probabilities(0).copy()
+        if uniform() * proposals[0][tokens[0]] < p[tokens[0]]:
+            return [0], accept.inverse_cdf(probabilities(1), uniform())
+        p[tokens[0]] = 0.0
+        return [], accept.inverse_cdf(p, uniform())
+
+    p, q = random_texts(1, 0)
+    p[()], q[()] = np.array([0.4, 0.4, 0.2, 0, 0]), np.array([0.7, 0.05, 0.25, 0, 0])
+    first = np.zeros(VOCAB)
+    for text, probability in chain_distribution(wrong, 1, p, q).items():
+        first[text[0]] += probability
+    assert first[:3] == pytest.approx([0.425, 0.275, 0.30])
+    assert chained_exactly(chain_distribution(wrong, 1, p, q), 1, p) > 0.1
 
 
 def test_the_enumeration_catches_a_wrong_rule() -> None:

@@ -87,14 +87,21 @@ def test_a_server_does_not_outlive_its_process() -> None:
 
 
 def test_arms_count_the_servers_own_tokens() -> None:
-    arms = llamacpp_arms(REAL, threads=2)
+    arms = llamacpp_arms(REAL, 2, None)
     prompt = Encoded("chat", encode(load_tokenizer(REAL), "Repeat ten times: one two three."))
     samples = {name: arm(prompt, 24, 0) for name, arm in arms.items()}
-    assert set(samples) == {"llama.cpp", "llama.cpp lookup"}
+    assert set(samples) == {"llama.cpp", "llama.cpp drafting"}
     for sample in samples.values():
         assert 0 < sample.tokens < 24 and sample.seconds > 0 and sample.prefill_seconds > 0
     assert samples["llama.cpp"].cycles == samples["llama.cpp"].tokens
-    assert llamacpp_arms("some/hub-id", threads=2) == {}
+    assert llamacpp_arms("some/hub-id", 2, None) == {}
+
+
+def test_a_draft_model_is_played_at_the_given_length() -> None:
+    """The target as its own draft: every draft is accepted, so each cycle makes one token more than it drafts."""
+    drafting = llamacpp_arms(REAL, 2, (REAL, 4))["llama.cpp drafting"]
+    sample = drafting(Encoded("chat", encode(load_tokenizer(REAL), "Write a short story about a fox.")), 41, 0)
+    assert sample.tokens == 40 and sample.cycles <= 12
 
 
 def test_a_wheel_with_another_hash_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

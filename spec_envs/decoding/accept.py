@@ -6,7 +6,7 @@ Each rule walks a verified subtree from the root. ``parents`` holds, per node, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -70,6 +70,34 @@ def sampled(
             p[token] = 0.0
         else:
             return path, inverse_cdf(p, uniform())
+
+
+def chained(
+    tokens: np.ndarray,
+    proposals: Sequence[np.ndarray],
+    probabilities: Callable[[int], np.ndarray],
+    uniform: Callable[[], float],
+) -> tuple[list[int], int]:
+    """Keep a prefix of a drawn chain so that what is emitted is distributed as the target's own samples.
+
+    x drawn from q is accepted with probability min(1, p(x)/q(x)); behind the first refusal the token is drawn from what
+    p has over q, max(0, p − q), and behind an accepted chain from the target's next distribution (Leviathan et al. 2023,
+    arXiv 2211.17192, algorithm 1).
+
+    Args:
+        tokens: the chain ``[n]``.
+        proposals: the distribution ``[vocab]`` that each was drawn from.
+        probabilities: the target's distribution ``[vocab]`` at a row (0 is the root).
+        uniform: draws from [0, 1).
+
+    Returns:
+        Accepted nodes from the root on, and the token drawn behind them.
+    """
+    for node, (token, q) in enumerate(zip(tokens.tolist(), proposals, strict=True)):
+        p = probabilities(node)
+        if not uniform() * q[token] < p[token]:
+            return list(range(node)), inverse_cdf(np.maximum(p - q, 0.0), uniform())
+    return list(range(len(tokens))), inverse_cdf(probabilities(len(tokens)), uniform())
 
 
 def inverse_cdf(weights: np.ndarray, u: float) -> int:

@@ -102,7 +102,7 @@ class Decoder:
         with self.clock.time("prefill", len(prompt)):
             first = self.verifier.start(prompt, positions, positions + self.tree.capacity, rng)
             if self.drafter:
-                self.drafter.start([*prompt, first], positions, self.verifier.features)
+                self.drafter.start([*prompt, first], positions, self.verifier.features, rng)
         self.tokens = [first]
         self.finished = first in self.eos or max_new_tokens == 1
         self.drafting = False
@@ -134,15 +134,21 @@ class Decoder:
         """One target forward over the ``budget`` best candidates (all by default); at least one token is emitted.
 
         Without a first level, or with budget 0, this is one step of plain decoding.
+
+        Raises:
+            ValueError: a budget below 0, or one that would cut a chain that was drawn: what is left of it would not be
+                distributed as the acceptance rule expects.
         """
         self._check_alive()
         drafted, depth = self.tree.size, self.tree.expansions
         if budget is not None and budget < 0:
             raise ValueError(f"budget is {budget}; expected 0 or more nodes")
         selected = min(drafted, budget if budget is not None else drafted)
+        if self.tree.proposals and selected < drafted:
+            raise ValueError(f"budget is {budget}, but {drafted} tokens were drawn; a drawn chain is verified whole")
         with self.clock.time("verify", selected + 1):
             tokens, parents, levels = self.tree.subtree(self.tree.select(selected))
-            verdict = self.verifier.verify(tokens, parents, levels)
+            verdict = self.verifier.verify(tokens, parents, levels, self.tree.proposals)
         emitted = self._cut([*(int(tokens[node]) for node in verdict.path), verdict.token])
         self.tokens.extend(emitted)
         self.finished = emitted[-1] in self.eos or len(self.tokens) == self.max_new_tokens

@@ -12,8 +12,10 @@ import torch
 from spec_envs.decoding.checkpoints import load_target, load_tokenizer, registry, resolve_device, resolve_dtype
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import Drafter
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
-from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
@@ -25,6 +27,33 @@ DEFAULT_TARGET = "smollm2-135m"
 def load_eagle(name: str, target: Transformer) -> EagleModel:
     """The EAGLE-3 head ``name`` in its inference form, loaded once per target and shared."""
     return eagle_model(EagleHead.load(name), target)
+
+
+def load_drafter(
+    name: str, target: str, model: Transformer, temperature: float, top_p: float, width: int, max_depth: int
+) -> Drafter:
+    """The drafter ``name`` for the target of that name and these weights; see ``load_decoder``.
+
+    Raises:
+        ValueError: a name that leads nowhere, or a drafter that does not fit the target or the width.
+    """
+    if not drafts_chains(name):
+        return EagleDrafter(load_eagle(name, model), width, max_depth)
+    if width != 1:
+        raise ValueError(f"the draft model {name!r} drafts a chain, not a tree of width {width}; take an EAGLE-3 head")
+    if load_tokenizer(name).get_vocab() != load_tokenizer(target).get_vocab():
+        raise ValueError(f"the draft model {name!r} has another tokenizer than {target!r}; take one of the same family")
+    draft, known = load_target(name, model.device, model.dtype), len(load_tokenizer(name))
+    if draft.shape.vocab < known:
+        raise ValueError(
+            f"the draft model {name!r} knows {draft.shape.vocab} of its tokenizer's {known} tokens; take another"
+        )
+    return DraftModelDrafter(draft, model.shape.vocab, temperature, top_p)
+
+
+def drafts_chains(drafter: str) -> bool:
+    """Whether a drafter is a draft model, which drafts chains, and not a head, which drafts trees."""
+    return not is_head(drafter_folder(drafter))
 
 
 def default_drafter(target: str) -> str:
@@ -78,21 +107,21 @@ def load_decoder(
 
     Args:
         target: name of models.yml, hub id, folder or GGUF file.
-        drafter: name of models.yml, folder or hub id of an EAGLE-3 head; ``"auto"`` is the one shipped for the
-            target, None decodes plainly.
+        drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"auto"`` is the
+            target's own in models.yml, None decodes plainly.
         device, dtype: ``"auto"``, or as in torch.
         temperature, top_p: 0 is greedy.
         clock: None measures on the wall.
-        width, max_depth: children per node, and most expansions after the first level.
+        width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
     """
     at = resolve_device(device)
     model = load_target(target, at, resolve_dtype(dtype, at))
-    eagle: EagleDrafter | None = None
+    loaded: Drafter | None = None
     if drafter is not None:
         name = default_drafter(target) if drafter == "auto" else drafter
-        eagle = EagleDrafter(load_eagle(name, model), width, max_depth)
-    verifier = LocalVerifier(model, eagle.capture if eagle else (), temperature, top_p)
-    return Decoder(verifier, eagle, clock or WallClock(at), eos_ids(target, model), max_depth)
+        loaded = load_drafter(name, target, model, temperature, top_p, width, max_depth)
+    verifier = LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
+    return Decoder(verifier, loaded, clock or WallClock(at), eos_ids(target, model), max_depth)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ class Tree:
     Attributes, each an array over the nodes:
         tokens, parents (``ROOT`` on level 0), levels, scores (log-probability of the path from the root).
         frontier: ids of the nodes that the next expansion feeds to the drafter, best first.
+        proposals: of a chain that was drawn, the distribution ``[vocab]`` that each node was drawn from; else empty.
     """
 
     def __init__(self, width: int, max_depth: int):
@@ -33,6 +34,7 @@ class Tree:
         self.size = 0
         self.level_starts: list[int] = []
         self.frontier = np.zeros(0, dtype=np.int64)
+        self.proposals: list[np.ndarray] = []
 
     @property
     def tokens(self) -> np.ndarray:
@@ -60,14 +62,15 @@ class Tree:
         """Path log-probabilities of the nodes added last."""
         return self._scores[self.level_starts[-1] : self.size] if self.level_starts else self.scores
 
-    def start(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        """Level 0: the root's children ``[width]``, best first."""
+    def start(self, tokens: np.ndarray, log_probs: np.ndarray, proposal: np.ndarray | None = None) -> None:
+        """Level 0: the root's children ``[width]``, best first; or the one that was drawn from ``proposal``."""
         self.clear()
-        self._add(tokens, np.full(len(tokens), ROOT), log_probs)
+        self._add(tokens, np.full(len(tokens), ROOT), log_probs, proposal)
         self.frontier = np.arange(len(tokens))
 
-    def grow(self, tokens: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
-        """A further level: children ``[frontier, width]`` of every frontier node, best first.
+    def grow(self, tokens: np.ndarray, log_probs: np.ndarray, proposal: np.ndarray | None = None) -> np.ndarray:
+        """A further level: children ``[frontier, width]`` of every frontier node, best first; or of a chain's last node
+        the one that was drawn from ``proposal``.
 
         Returns:
             For each node of the new frontier, the index of its parent in the old one.
@@ -75,7 +78,7 @@ class Tree:
         children = tokens.shape[1]
         scores = (self._scores[self.frontier][:, None] + log_probs).ravel()
         first = self.size
-        self._add(tokens.ravel(), np.repeat(self.frontier, children), scores)
+        self._add(tokens.ravel(), np.repeat(self.frontier, children), scores, proposal)
         best = np.argsort(-scores, kind="stable")[: self.width]
         self.frontier = first + best
         return best // children
@@ -93,7 +96,7 @@ class Tree:
         index[ids] = np.arange(len(ids))
         return self.tokens[ids], index[self.parents[ids]], self.levels[ids]
 
-    def _add(self, tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray) -> None:
+    def _add(self, tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, proposal: np.ndarray | None) -> None:
         new = slice(self.size, self.size + len(tokens))
         if new.stop > len(self._tokens):
             raise ValueError(f"the tree is full at {self.expansions} expansions")
@@ -102,6 +105,8 @@ class Tree:
         self._levels[new] = len(self.level_starts)
         self.level_starts.append(new.start)
         self.size = new.stop
+        if proposal is not None:
+            self.proposals.append(proposal)
 
 
 def ancestors(parents: np.ndarray) -> np.ndarray:

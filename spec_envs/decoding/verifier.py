@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
+from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
 
@@ -70,12 +71,14 @@ class LocalVerifier:
         return self.last
 
     @torch.inference_mode()
-    def verify(self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray) -> Verdict:
-        """One forward over the root and the nodes ``[n]``."""
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[np.ndarray] = ()
+    ) -> Verdict:
+        """One forward over the root and the nodes ``[n]``; ``proposals`` are those of a chain that was drawn."""
         seen = ancestors(parents) if len(tokens) else None
         positions = self.cache.length + np.concatenate([[0], levels + 1])
         hidden = self._forward(np.concatenate([[self.last], tokens]), positions, seen)
-        verdict = self._decide(tokens, parents, hidden)
+        verdict = self._decide(tokens, parents, hidden, proposals)
         rows = [0, *(node + 1 for node in verdict.path)]
         self.features = self.features[rows]
         self.cache.keep(rows)
@@ -91,23 +94,27 @@ class LocalVerifier:
         self.features = torch.cat(captured, -1)[0] if captured else hidden[0, :, :0]
         return hidden[0]
 
-    def _decide(self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor) -> Verdict:
+    def _decide(
+        self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, proposals: Sequence[np.ndarray] = ()
+    ) -> Verdict:
         """Apply the acceptance rule to the target's last hidden states ``[n + 1, hidden]``."""
         if self.temperature == 0:
             choices = self.target.head.argmax(hidden).cpu().numpy()
             return Verdict(*accept.greedy(tokens, parents, choices))
-        return self._sample(tokens, parents, self.target.head(hidden))
+        return self._sample(tokens, parents, self.target.head(hidden), proposals)
 
-    def _sample(self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor) -> Verdict:
+    def _sample(
+        self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor, proposals: Sequence[np.ndarray] = ()
+    ) -> Verdict:
         """The sampling rule on logits ``[n + 1, vocab]``."""
-        return Verdict(*accept.sampled(tokens, parents, lambda row: self._probabilities(logits[row]), self.rng.random))
+
+        def distribution(row: int) -> np.ndarray:
+            return self._probabilities(logits[row])
+
+        if len(proposals):
+            return Verdict(*accept.chained(tokens, proposals, distribution, self.rng.random))
+        return Verdict(*accept.sampled(tokens, parents, distribution, self.rng.random))
 
     def _probabilities(self, logits: Tensor) -> np.ndarray:
-        """The sampling distribution ``[vocab]`` (float64): temperature, then the smallest set of mass ``top_p``."""
-        p = (logits.double() / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            ordered, index = p.sort(descending=True, stable=True)
-            dropped = ordered.cumsum(-1) - ordered >= self.top_p
-            p[index[dropped]] = 0.0
-            p /= p.sum()
-        return p.cpu().numpy()
+        """The sampling distribution ``[vocab]`` (float64) of a row of logits."""
+        return probabilities(logits, self.temperature, self.top_p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from spec_envs.decoding.tree import Tree
@@ -23,10 +24,10 @@ class Drafter(Protocol):
     vocab: int
     width: int
 
-    def start(self, text: Sequence[int], positions: int, features: Tensor) -> None:
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """A new text (prompt and first token) that may grow by ``positions``.
 
-        ``features`` ``[len(text) - 1, …]`` belong to its tokens but the last.
+        ``features`` ``[len(text) - 1, …]`` belong to its tokens but the last; ``rng`` is for a drafter that draws.
         """
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:

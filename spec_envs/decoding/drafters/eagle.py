@@ -173,7 +173,7 @@ class EagleDrafter:
         self.cache = model.cache(0)
 
     @torch.inference_mode()
-    def start(self, text: Sequence[int], positions: int, features: Tensor) -> None:
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Forget the last text and process this one but for its last row, which the first cycle completes."""
         need = len(text) + positions + self.frontier_rows
         if need > self.cache.capacity:

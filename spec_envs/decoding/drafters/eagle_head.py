@@ -8,17 +8,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 
-from spec_envs.decoding.checkpoints import folder_or_hub, load_weights, registry
+from spec_envs.decoding.checkpoints import load_weights, model_folder, registry
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import whole, write_bytes
 
 DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def drafter_folder(name: str) -> Path:
+    """The folder of a drafter: one shipped with the package, or any model that has a name here.
+
+    Raises:
+        ValueError: the name leads nowhere.
+    """
+    shipped = registry()["drafters"].get(name, {})
+    return DATA / shipped["path"] if "path" in shipped else model_folder(name)
+
+
+def is_head(folder: Path) -> bool:
+    """Whether a folder says of itself that it holds an EAGLE head, not a language model."""
+    config = read_json(folder / "config.json")
+    return "draft_vocab_size" in config or any("eagle" in name.lower() for name in config.get("architectures") or ())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A drafter's config.json.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path} of the drafter ({error}); fetch or train it again") from None
 
 
 class EagleAttention(nn.Module):
@@ -147,17 +176,8 @@ class EagleHead(nn.Module):
         Raises:
             ValueError: missing or corrupt files, or tensors that are not an EAGLE-3 head's.
         """
-        drafters = registry()["drafters"]
-        if name in drafters:
-            folder = DATA / drafters[name]["path"]
-        else:
-            folder = folder_or_hub(name, f"a drafter of models.yml ({', '.join(drafters)})")
-        try:
-            raw = json.loads((folder / "config.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"cannot read {folder}/config.json of the drafter ({error}); fetch or train it again"
-            ) from None
+        folder = drafter_folder(name)
+        raw = read_json(folder / "config.json")
         config = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "architectures")})
         weights = load_weights(folder)
         if missing := {"fc.weight", "midlayer.self_attn.q_proj.weight", "lm_head.weight"} - weights.keys():

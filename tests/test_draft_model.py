@@ -1,0 +1,192 @@
+"""Draft models: chains are exact under greedy decoding and in distribution, and their cache is rolled back right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from spec_envs.controls.k import KControl
+from spec_envs.decoding import accept
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
+from spec_envs.decoding.pair import drafts_chains, load_decoder
+from spec_envs.decoding.sampling import probabilities
+from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.tree import Tree
+from tests.conftest import REAL, WITHOUT_KERNELS, WORDS
+from tests.test_decoder import plain
+
+VOCAB = len(WORDS)
+
+
+def save_draft(folder: Path, tokenizer: Path, **changes: Any) -> Path:
+    """A random Llama of one layer with the tokenizer of another folder."""
+    torch.manual_seed(7)
+    config: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.4,
+        "eos_token_id": 0,
+    }
+    LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_draft(tmp_path_factory.mktemp("tiny-draft"), tiny_target)
+
+
+def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
+    return load_decoder(tiny["target"], str(draft), "cpu", "float32", width=1, max_depth=7, **settings)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict, tiny_draft: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    decoder = chain_decoder(tiny, tiny_draft)
+    prompt = rng.integers(2, VOCAB, int(rng.integers(1, 40))).tolist()
+    decoder.start(prompt, 80, rng)
+    while not decoder.finished:
+        decoder.cycle(int(rng.integers(0, 9)))
+    assert decoder.tokens == plain(tiny, prompt, 80)
+
+
+def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.random.Generator) -> None:
+    """So what the draft reads after every kind of cycle is the committed text, and nothing else."""
+    decoder = chain_decoder(tiny, tiny["target"])
+    decoder.eos = frozenset()
+    decoder.start([3, 4, 5], 300, rng)
+    while not decoder.finished:
+        k = int(rng.integers(0, 9))
+        cycle = decoder.cycle(k)
+        assert cycle.accepted == min(k, cycle.emitted) and cycle.drafted == k
+
+
+def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> None:
+    """After a cycle whose chain was refused at any place, the draft's next proposal is that of a fresh reading."""
+    decoder = chain_decoder(tiny, tiny["target"])
+    drafter = decoder.drafter
+    assert isinstance(drafter, DraftModelDrafter)
+    decoder.eos = frozenset()
+    fresh = DraftModelDrafter(drafter.model, VOCAB)
+    for wrong in range(1, 5):
+        decoder.start([3, 4, 5], 40, rng)
+        for level in range(5):
+            decoder.expand() if level else decoder.begin()
+            if level == wrong:  # as if the draft had been mistaken here
+                decoder.tree._tokens[level] = (decoder.tree._tokens[level] + 1) % VOCAB
+        accepted = decoder.verify().accepted
+        assert accepted == wrong
+        decoder.begin()
+        fresh.start(decoder.prompt + decoder.tokens, 8, torch.empty(0), rng)
+        tree = Tree(1, 7)
+        fresh.root(tree)
+        assert decoder.tree.tokens[0] == tree.tokens[0] and decoder.tree.scores[0] == pytest.approx(
+            tree.scores[0], abs=1e-4
+        )
+
+
+def deviation(tiny: dict, draft: Path, temperature: float, top_p: float, tokens: int = 2000) -> float:
+    """p-value that sampled texts are the target's: each token's place in the target's own cumulative distribution, with
+    the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
+    decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
+    decoder.eos = frozenset()
+    assert isinstance(decoder.drafter, DraftModelDrafter)
+    rng, places = np.random.default_rng(3), []
+
+    def distributions(model: Transformer, text: torch.Tensor) -> np.ndarray:
+        hidden, _ = model.forward(model.embed(text), model.cache(text.shape[1]), torch.arange(text.shape[1])[None])
+        return np.stack([probabilities(logits, temperature, top_p) for logits in model.head(hidden)[0]])
+
+    while len(places) < tokens:
+        decoder.start(rng.integers(2, VOCAB, 5).tolist(), 100, rng)
+        while not decoder.finished:
+            decoder.cycle(int(rng.integers(0, 5)))
+        text = torch.tensor([decoder.prompt + decoder.tokens])
+        p, q = (distributions(model, text) for model in (decoder.verifier.target, decoder.drafter.model))
+        for at in range(len(decoder.prompt), text.shape[1]):
+            mine, token = p[at - 1], int(text[0, at])
+            before = mine[q[at - 1] - mine > (q[at - 1] - mine)[token]].sum()
+            places.append(before + rng.random() * mine[token])
+            assert mine[token] > 0
+    return float(kstest(places, "uniform").pvalue)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
+def test_sampled_text_has_the_targets_distribution(
+    tiny: dict, tiny_draft: Path, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert deviation(tiny, tiny_draft, temperature, top_p) > 0.001
+    monkeypatch.setattr(accept.np, "maximum", lambda difference, zero: difference.clip(0) + 0.3)  # a wrong residual
+    with pytest.raises(AssertionError):
+        assert deviation(tiny, tiny_draft, temperature, top_p) > 0.001
+
+
+def test_a_drawn_chain_is_not_cut(tiny: dict, tiny_draft: Path, rng: np.random.Generator) -> None:
+    decoder = chain_decoder(tiny, tiny_draft, temperature=1.0)
+    decoder.start([3, 4], 40, rng)
+    decoder.expand()
+    with pytest.raises(ValueError, match="budget is 1, but 2 tokens were drawn; a drawn chain is verified whole"):
+        decoder.verify(1)
+    decoder.verify(2)
+
+
+def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    assert drafts_chains(str(tiny_draft)) and not drafts_chains(tiny["drafter"])
+    with pytest.raises(ValueError, match=r"drafts a chain, not a tree of width 10; take an EAGLE-3 head"):
+        load_decoder(tiny["target"], str(tiny_draft), "cpu", "float32")
+    with pytest.raises(ValueError, match=r"has another tokenizer than .*; take one of the same family"):
+        load_decoder(tiny["target"], REAL, "cpu", "float32", width=1)
+    few = save_draft(tmp_path / "few", tiny_draft, vocab_size=VOCAB - 2)
+    with pytest.raises(ValueError, match=r"knows 14 of its tokenizer's 16 tokens; take another"):
+        chain_decoder(tiny, few)
+    short = save_draft(tmp_path / "short", tiny_draft, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="the draft model's context is 64 tokens, and text and answer may need 85"):
+        chain_decoder(tiny, short).start([3] * 40, 36, rng)
+
+
+def test_embeddings_padded_to_another_size(tiny: dict, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Models of one family differ in how many unused rows their embedding ends with."""
+    padded = save_draft(tmp_path / "padded", Path(tiny["target"]), vocab_size=VOCAB + 9)
+    for temperature in (0.0, 1.0):
+        decoder = chain_decoder(tiny, padded, temperature=temperature)
+        decoder.start([3, 4, 5], 30, rng)
+        while not decoder.finished:
+            decoder.cycle(4)
+        if not temperature:
+            assert decoder.tokens == plain(tiny, [3, 4, 5], 30)
+
+
+def test_k_is_observed(tiny: dict, rng: np.random.Generator) -> None:
+    control = KControl(k_max=8)
+    decoder = chain_decoder(tiny, tiny["target"])
+    decoder.start([3, 4], 60, rng)
+    assert not control.observe(decoder)[:3].any()
+    control.act(decoder, 4)
+    control.act(decoder, 0)
+    seen = control.observe(decoder)
+    assert seen in control.observation_space
+    assert seen[control.slices["acceptance"]].tolist() == [1.0, 1.0] and seen[control.slices["last_k"]] == 0
+    assert control.act(decoder, 6).drafted == 6
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator) -> None:
+    """Bit for bit: a token read alone by the drafter and in a chain by the verifier."""
+    decoder = load_decoder(REAL, REAL, "cpu", "int8", width=1, max_depth=7)
+    decoder.start(list(range(50, 80)), 60, rng)
+    while not decoder.finished:
+        cycle = decoder.cycle(5)
+        assert cycle.accepted == min(5, cycle.emitted)
