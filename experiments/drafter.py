@@ -107,7 +107,7 @@ def make_drafter(args: argparse.Namespace) -> None:
     check(args)
     given = [conversation for file in args.conversations for conversation in read_conversations(file)]
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
+    dtype = resolve_dtype(args.dtype, device, args.target)
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
     capture = captured_layers(target.shape.layers)
     longest = min(args.longest, target.shape.context)

@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spec_envs.decoding import kernels
+from spec_envs.decoding import int8, kernels
 from spec_envs.decoding.linear import fast_bfloat16
 from spec_envs.decoding.shape import ARCHITECTURES
 from spec_envs.decoding.transformer import Transformer
@@ -70,15 +70,15 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``"auto"`` is int8 on a CPU that multiplies it in tiles, else bfloat16 where the device is fast at it, else
-    float32.
+def resolve_dtype(dtype: str, device: torch.device, model: str) -> torch.dtype:
+    """``"auto"`` is int8 on a CPU that multiplies it in tiles, for a model whose widths the kernels compute; else
+    bfloat16 where the device is fast at it, else float32.
 
     Raises:
         ValueError: an unknown dtype, or int8 elsewhere than on a CPU.
     """
     if dtype == "auto":
-        if device.type == "cpu" and kernels.tiled():
+        if device.type == "cpu" and kernels.tiled() and int8.computes(load_config(model_folder(model))):
             return torch.int8
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:

@@ -12,6 +12,7 @@ from ctypes import byref, c_void_p
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.kernels import threads
@@ -20,6 +21,12 @@ from spec_envs.decoding.kernels.packing import COLUMNS, TILE, interleaved, packe
 from spec_envs.decoding.layers import joined
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape
+
+
+def computes(config: PretrainedConfig) -> bool:
+    """Whether the kernels compute a model of these widths."""
+    shape = Shape.from_config(config)
+    return not (shape.head_dim % COLUMNS or shape.hidden % TILE or config.intermediate_size % TILE)
 
 
 class RMSNorm:

@@ -115,7 +115,7 @@ def load_decoder(
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
     """
     at = resolve_device(device)
-    model = load_target(target, at, resolve_dtype(dtype, at))
+    model = load_target(target, at, resolve_dtype(dtype, at, target))
     loaded: Drafter | None = None
     if drafter is not None:
         name = default_drafter(target) if drafter == "auto" else drafter
