@@ -29,9 +29,10 @@ from spec_envs.decoding.checkpoints import (
     resolve_device,
     resolve_dtype,
 )
-from spec_envs.decoding.drafters.eagle import captured_layers
+from spec_envs.decoding.drafters.eagle import EagleModel, captured_layers
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import write_json
 
 HELD_OUT = 0.02  # share of the conversations that only the report sees
@@ -41,6 +42,7 @@ REPORTED = 12  # levels
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--target", default=DEFAULT_TARGET, help="model to draft for")
+    parser.add_argument("--init", help="head of this project to train on (default: the target's own last layer)")
     parser.add_argument("--out", type=Path, help="folder of the finished head (default: head in the work folder)")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/drafter"), help="folder of text, recordings, checkpoint"
@@ -70,6 +72,19 @@ def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos:
     counts[eos] = max(counts.values()) + 1
     frequent = [token for token, _ in counts.most_common(min(size, vocab))]
     return torch.tensor(sorted(frequent))
+
+
+def trained_head(name: str, target: Transformer) -> EagleHead:
+    """A head to train on.
+
+    Raises:
+        ValueError: its output rows are not the target's, which is what this training holds fixed.
+    """
+    head = EagleHead.load(name)
+    if EagleModel(head, target).output_weight is None:
+        raise ValueError(f"the head {name!r} has output rows of its own; expected one that `make drafter` made")
+    head.lm_head.requires_grad_(False)
+    return head
 
 
 def claim(work: Path, settings: dict[str, Any]) -> None:
@@ -109,9 +124,10 @@ def make_drafter(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device, args.target)
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
+    head = trained_head(args.init, target) if args.init else None
     capture = captured_layers(target.shape.layers)
     longest = min(args.longest, target.shape.context)
-    kept = ("target", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens")
+    kept = ("target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens")
     claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)})
     text = args.work / "text.jsonl"
     if args.tokens:
@@ -129,8 +145,10 @@ def make_drafter(args: argparse.Namespace) -> None:
 
     unseen = record(target, conversations[:held_out], args.work / "held-out", capture)
     seen = record(target, conversations[held_out:], args.work / "recorded", capture)
-    draft_ids = draft_vocabulary(conversations[held_out:], args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
-    head = EagleHead.from_target(target, load_weights(model_folder(args.target)), draft_ids).to(device)
+    if head is None:
+        ids = draft_vocabulary(conversations[held_out:], args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
+        head = EagleHead.from_target(target, load_weights(model_folder(args.target)), ids)
+    head.to(device)
     unrolled = Unrolled(head, target.embedding.float(), longest + max(args.steps, REPORTED))
     objective = Objective(unrolled, target.output_weight(), target.precision.cache)
     train(
@@ -146,7 +164,12 @@ def make_drafter(args: argparse.Namespace) -> None:
     )
     out = args.out or args.work / "head"
     head.save(out)
-    result = {"target": args.target, "answer_tokens": answered, "epochs": args.epochs, "draft_vocab": len(draft_ids)}
+    result = {
+        "target": args.target,
+        "answer_tokens": answered,
+        "epochs": args.epochs,
+        "draft_vocab": len(head.draft_ids),
+    }
     result |= report(objective, unseen, REPORTED)
     write_json(out / "report.json", result)
     print(json.dumps(result, indent=2))
