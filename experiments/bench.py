@@ -8,7 +8,6 @@ Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `c
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from experiments.static import best_chain, best_static, static_chain, static_pol
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding import kernels
+from spec_envs.decoding.checkpoints import DTYPES
 from spec_envs.decoding.pair import DEFAULT_TARGET, drafts_chains
 from spec_envs.files import whole, write_json
 
@@ -44,7 +44,7 @@ RATIOS = {
 }
 
 
-def bench(env: dict[str, Any], count: int, dtypes: Sequence[str] | None) -> dict[str, Any]:
+def bench(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> dict[str, Any]:
     """Everything in one run."""
     target_name, drafter = target_and_drafter(env)
     chain = drafts_chains(drafter)
@@ -56,10 +56,7 @@ def bench(env: dict[str, Any], count: int, dtypes: Sequence[str] | None) -> dict
     draft = (drafter, static["best"][0]) if chain else None
     others = assisted_arms(target_name, decoder, draft)
     if not decoder.verifier.temperature and device.type == "cpu":
-        try:
-            others |= llamacpp_arms(target_name, torch.get_num_threads(), draft)
-        except ValueError as error:
-            print(f"llama.cpp is left out: {error}", file=sys.stderr)
+        others |= llamacpp_arms(target_name, torch.get_num_threads(), draft)
     references = ["plain", *others]
 
     def measure(prompts: int) -> dict[str, Any]:
@@ -69,7 +66,7 @@ def bench(env: dict[str, Any], count: int, dtypes: Sequence[str] | None) -> dict
     arms, verify = results["arms"], results["seconds"]["verify"]
     speculative = arms["static"]
     inside = speculative["parts"]["draft"] + speculative["parts"]["verify"]
-    curves = curves_by_dtype(env, control, dtypes or dtypes_at_speed(device))
+    curves = curves_by_dtype(env, control, compared or dtypes_at_speed(device))
     texts = [prompt.ids for prompt in encoded_prompts(env, "test", count)]
     return {
         **{name: arms[a][f"over_{b}"] for name, (a, b) in RATIOS.items() if a in arms and b in arms},
@@ -144,6 +141,16 @@ def lines(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def dtypes(names: str) -> list[str]:
+    """Dtypes separated by commas."""
+    found = [name.strip() for name in names.split(",")]
+    if unknown := set(found) - set(DTYPES):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))} is unknown; expected some of {', '.join(DTYPES)}"
+        )
+    return found
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
@@ -152,7 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16, float16, float32")
     parser.add_argument(
         "--dtypes",
-        type=lambda names: names.split(","),
+        type=dtypes,
         help="whose cost curves are compared, separated by commas, and with float32 among them their quality (default: "
         "all that compute at speed here, and float32)",
     )

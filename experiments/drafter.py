@@ -51,7 +51,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--conversations", type=Path, nargs="*", default=[], help="further JSONL files with user and assistant"
     )
-    parser.add_argument("--draft-vocab", type=int, default=3328, help="most frequent tokens, drafted in any text")
+    parser.add_argument(
+        "--draft-vocab",
+        type=int,
+        default=3328,
+        help="most frequent tokens, drafted in any text (with --init: that head's)",
+    )
     parser.add_argument("--epochs", type=float, default=4, help="passes over the text")
     parser.add_argument("--steps", type=int, default=7, help="levels the head is unrolled over")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a batch")
@@ -95,7 +100,9 @@ def claim(work: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{work} holds something else; choose another --work, or delete it")
         work.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
-    elif differing := [key for key, value in json.loads(note.read_text()).items() if settings.get(key) != value]:
+        return
+    noted = json.loads(note.read_text())
+    if differing := [key for key in settings if noted.get(key, str(None)) != settings[key]]:
         raise ValueError(f"{work} was begun with another {', '.join(differing)}; choose another --work, or delete it")
 
 
@@ -122,10 +129,10 @@ def make_drafter(args: argparse.Namespace) -> None:
     check(args)
     given = [conversation for file in args.conversations for conversation in read_conversations(file)]
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device, args.target)
+    dtype = resolve_dtype(args.dtype, device, [args.target])
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
     head = trained_head(args.init, target) if args.init else None
-    capture = captured_layers(target.shape.layers)
+    capture = (head and head.captured_layers) or captured_layers(target.shape.layers)
     longest = min(args.longest, target.shape.context)
     kept = ("target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens")
     claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)})

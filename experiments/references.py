@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,18 +47,17 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
         draft: the model and the number; None is prompt lookup.
     """
     model = language_model(target, decoder)
+    arms = {"transformers generate": transformers_arm(model, decoder)}
     if draft is None:
-        further: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP}
-    else:
-        name, k = draft
-        assistant = language_model(name, decoder)
-        fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
-        assistant.generation_config.update(num_assistant_tokens=k, **fixed)
-        further = {"assistant_model": assistant}
-    return {
-        "transformers generate": transformers_arm(model, decoder),
-        "transformers assisted": transformers_arm(model, decoder, **further),
-    }
+        return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=LOOKUP)}
+    name, k = draft
+    assistant = language_model(name, decoder)
+    if assistant.config.vocab_size != model.config.vocab_size:
+        print("transformers assisted is left out: it wants models of one vocabulary size", file=sys.stderr)
+        return arms
+    fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    assistant.generation_config.update(num_assistant_tokens=k, **fixed)
+    return arms | {"transformers assisted": transformers_arm(model, decoder, assistant_model=assistant)}
 
 
 def language_model(name: str, decoder: Decoder) -> Any:
@@ -103,34 +103,38 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
 
 
 def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """llama.cpp's server on the models' own GGUF files, plain and drafting; none for models in another format. Seconds
-    are the server's own, of generation after the prompt.
+    """llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had, for a model in
+    another format or a server that does not start, is left out, and a line says why.
 
     Args:
         draft: draft model and number of tokens; None is prompt lookup.
     """
-    found, drafts = gguf_of(target), gguf_of(draft[0]) if draft else None
-    if found is None or (draft and drafts is None):
-        return {}
-    file, needed = found
-    if draft and drafts:
-        drafting = ["--spec-type", "draft-simple", "--model-draft", str(drafts[0])]
-        drafting += ["--spec-draft-n-max", str(draft[1]), "--spec-draft-p-min", "0"]
-    else:
+    if draft is None:
         drafting = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
         drafting += ["--spec-ngram-simple-size-m", str(LOOKUP)]
+    else:
+        drafting = ["--spec-type", "draft-simple", "--spec-draft-n-max", str(draft[1]), "--spec-draft-p-min", "0"]
+    arms = {}
+    for name, arguments, drafter in (("llama.cpp", [], None), ("llama.cpp drafting", drafting, draft and draft[0])):
+        try:
+            model, needed = gguf_of(target)
+            if drafter is not None:
+                arguments = [*arguments, "--model-draft", str(gguf_of(drafter)[0])]
+            arms[name] = llamacpp_arm(LlamaServer(model, [*needed, *arguments], threads))
+        except ValueError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return arms
 
-    def arm(arguments: Sequence[str]) -> Arm:
-        server = LlamaServer(file, [*needed, *arguments], threads)
 
-        def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
-            answer = server.complete(prompt.ids, max_new_tokens)
-            timings, tokens = answer["timings"], answer["tokens"]
-            seconds, prefill = timings["predicted_ms"] / 1000, timings["prompt_ms"] / 1000
-            accepted = timings.get("draft_n_accepted", 0)
-            made = timings["predicted_n"] - 1
-            return Sample(prompt, made, seconds, prefill, tokens, cycles=made - accepted, accepted=accepted)
+def llamacpp_arm(server: LlamaServer) -> Arm:
+    """A server; seconds are its own, of generation after the prompt."""
 
-        return run
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        answer = server.complete(prompt.ids, max_new_tokens)
+        timings, tokens = answer["timings"], answer["tokens"]
+        seconds, prefill = timings["predicted_ms"] / 1000, timings["prompt_ms"] / 1000
+        accepted = timings.get("draft_n_accepted", 0)
+        made = timings["predicted_n"] - 1
+        return Sample(prompt, made, seconds, prefill, tokens, cycles=made - accepted, accepted=accepted)
 
-    return {"llama.cpp": arm([]), "llama.cpp drafting": arm(drafting)}
+    return run

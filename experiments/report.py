@@ -61,7 +61,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results["curves"]:
         lines.append(results["curves"] + ".")
     if results.get("static"):
-        lines.append(f"Best static setting on training prompts: {results['static']['setting']}.")
+        lines.append(f"Best static setting on training prompts: {setting_name(results['static']['best'])}.")
     lines.append(f"A/A check (plain twice): the interval {'contains' if aa_agrees(results) else 'EXCLUDES'} 1.")
     for name, found in results.get("divergences", {}).items():
         line = (
@@ -79,6 +79,12 @@ def notes(results: dict[str, Any]) -> list[str]:
                 "it is a static setting."
             )
     return lines
+
+
+def setting_name(setting: Sequence[int]) -> str:
+    """A static setting in words: the length of a chain, or depth and budget of a tree."""
+    names = ("k",) if len(setting) == 1 else ("depth", "budget")
+    return ", ".join(f"{name} {value}" for name, value in zip(names, setting, strict=True))
 
 
 def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:

@@ -10,6 +10,7 @@ from experiments.arms import decoded, run_arms
 from experiments.comparison import throughput
 from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
+from experiments.report import setting_name
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
@@ -38,7 +39,7 @@ def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, An
     """The fastest depth and budget: each axis in turn from a middling start, until neither moves.
 
     Returns:
-        ``best`` (depth, budget), ``setting`` in words, and the ``tokens_per_second`` of every setting tried.
+        ``best`` (depth, budget) and the ``tokens_per_second`` of every setting tried.
     """
     search = Search(env, DepthControl(max_depth, width))
     rates: dict[tuple[int, int], float] = {}
@@ -50,22 +51,20 @@ def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, An
             rates |= search.rates({setting: static_policy(*setting, width, max_depth) for setting in new})
         leader = max(rates, key=rates.__getitem__)
         if leader == best or not new:
-            tried = {f"depth {d}, budget {b}": rate for (d, b), rate in sorted(rates.items())}
-            depth, budget = leader
-            return {"best": [depth, budget], "setting": f"depth {depth}, budget {budget}", "tokens_per_second": tried}
+            tried = {setting_name(setting): rate for setting, rate in sorted(rates.items())}
+            return {"best": list(leader), "tokens_per_second": tried}
         best = leader
 
 
 def best_chain(env: dict[str, Any]) -> dict[str, Any]:
-    """The fastest length of a chain.
+    """The fastest length of a chain, at least 1.
 
     Returns:
-        ``best`` (k), ``setting`` in words, and the ``tokens_per_second`` of every length tried.
+        ``best`` (k) and the ``tokens_per_second`` of every length tried.
     """
-    rates = Search(env, KControl()).rates({k: static_chain(k) for k in KS})
+    rates = Search(env, KControl()).rates({(k,): static_chain(k) for k in KS})
     best = max(rates, key=rates.__getitem__)
-    tried = {f"k {k}": rate for k, rate in rates.items()}
-    return {"best": [best], "setting": f"k {best}", "tokens_per_second": tried}
+    return {"best": list(best), "tokens_per_second": {setting_name(setting): rate for setting, rate in rates.items()}}
 
 
 class Search:

@@ -19,6 +19,7 @@ from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.pair import (
     DEFAULT_TARGET,
     default_drafter,
+    drafts_chains,
     load_decoder,
     make_clocks,
     plain_seconds,
@@ -36,7 +37,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     Args:
         control: which problem: ``"depth"`` or ``"budget"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
-        drafter: EAGLE-3 head: a name of models.yml, a folder or hub id; ``"auto"`` is the target's shipped one.
+        drafter: EAGLE-3 head or, for ``width=1``, draft model: a name of models.yml, a folder, hub id or GGUF file;
+            ``"auto"`` is the target's own in models.yml.
         device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"int8"``, ``"bfloat16"``, ``"float32"``).
         prompts: prompt sets, separated by commas, or ``"all"``.
         data_dir: folder with ``{name}/question.jsonl`` files instead of the shipped prompts.
@@ -49,7 +51,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
         reward: ``"saved"`` or ``"ltd"``.
         pace: tokens per second that a second costs under ``"saved"``; by default that of the pair's best static
-            setting: plain speed under this clock, times ``static_over_plain`` of models.yml (1 where the drafter
+            setting: plain speed under this clock, times ``static_over_plain`` of models.yml (1 where the pair
             is not listed there).
         observation: ``"default"`` or ``"ltd"``.
         cost_features: append the clock's cost table to the observation.
@@ -121,6 +123,11 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.observation_space = self.control.observation_space
         self.prompts = load_prompts(prompts, split, data_dir)
         self.drafter = default_drafter(target) if drafter == "auto" else drafter
+        if temperature > 0 and drafts_chains(self.drafter):
+            raise ValueError(
+                f"temperature is {temperature}, at which the draft model {self.drafter!r} draws its chain; a drawn chain is "
+                "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
+            )
         self.decoder = load_decoder(
             target,
             self.drafter,
@@ -207,18 +214,22 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     @property
     def pace(self) -> float:
         """Tokens per second that a second costs: given, or the speed of the pair's best static setting."""
-        return self.given_pace if self.given_pace is not None else self.plain_rate * static_over_plain(self.drafter)
+        return (
+            self.given_pace
+            if self.given_pace is not None
+            else self.plain_rate * static_over_plain(self.target, self.drafter)
+        )
 
     def _check_lengths(self) -> None:
         """Refuse prompts that would not fit when their turn comes."""
-        context = self.decoder.verifier.target.shape.context
+        context = self.decoder.context
         room = context - self.max_new_tokens - self.control.max_depth - 1
         longest = max(self.encoded, key=lambda prompt: len(self.encoded[prompt]))
         if room < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; the model's context is {context} tokens in all")
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; the context is {context} tokens in all")
         if (length := len(self.encoded[longest])) > room:
             raise ValueError(
-                f"a prompt of {longest.task} has {length} tokens; with max_new_tokens {self.max_new_tokens} the model's "
+                f"a prompt of {longest.task} has {length} tokens; with max_new_tokens {self.max_new_tokens} the "
                 f"context of {context} has room for {room}: choose other prompts or lower max_new_tokens"
             )
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spec_envs.decoding import kernels
 from spec_envs.decoding.checkpoints import load_target, load_weights
@@ -69,6 +69,29 @@ def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) ->
     head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(14))
     head.save(folder, torch.float32)
     return folder
+
+
+def save_draft(folder: Path, tokenizer: Path, **changes: Any) -> Path:
+    """A random Llama of one layer with the tokenizer of another folder."""
+    torch.manual_seed(7)
+    config: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": len(WORDS),
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.4,
+        "eos_token_id": 0,
+    }
+    LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_draft(tmp_path_factory.mktemp("tiny-draft"), tiny_target)
 
 
 @pytest.fixture(scope="session")

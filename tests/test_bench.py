@@ -11,9 +11,11 @@ from experiments import bench, static
 from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
 from experiments.evaluate import folder_name
+from experiments.references import assisted_arms
 from experiments.report import most_played
 from spec_envs.decoding.clock import CostTable
-from tests.conftest import WITHOUT_KERNELS
+from spec_envs.decoding.pair import load_decoder
+from tests.conftest import WITHOUT_KERNELS, save_draft
 
 
 def test_the_benchmark_writes_its_figures_and_a_usable_clock(
@@ -43,6 +45,33 @@ def test_the_benchmark_writes_its_figures_and_a_usable_clock(
     assert 0 < results["overhead_share"] < 1 and results["emitted_per_cycle"] >= 1
     assert CostTable.load(str(tmp_path / "clock.json")).seconds("verify", 30) > 0
     assert (tmp_path / "bench.png").exists() and "static_over_plain" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_a_draft_model(
+    tiny: dict, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(static, "KS", (1, 4))
+    arguments = ["--target", tiny["target"], "--drafter", str(tiny_draft), "--dtype", "float32", "--device", "cpu"]
+    arguments += ["--count", "3", "--dtypes", "float32"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path)])
+    bench.main()
+    results, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr()
+    assert results["static"]["best"][0] in (1, 4) and f"k {results['static']['best'][0]}" in printed.out
+    assert results["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) == {"1"}
+    assert "llama.cpp is left out" in printed.err
+    monkeypatch.setattr(sys, "argv", ["bench", "--dtypes", "int8,bf16"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "bf16 is unknown; expected some of int8, bfloat16" in capsys.readouterr().err
+
+
+def test_an_assistant_of_another_size_is_left_out(
+    tiny: dict, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    padded = save_draft(tmp_path / "padded", tiny_target, vocab_size=99)
+    decoder = load_decoder(tiny["target"], str(padded), "cpu", "float32", width=1)
+    assert set(assisted_arms(tiny["target"], decoder, (str(padded), 4))) == {"transformers generate"}
+    assert "wants models of one vocabulary size" in capsys.readouterr().err
 
 
 def test_ratios_are_of_sums_and_paired() -> None:

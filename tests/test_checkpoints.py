@@ -93,17 +93,17 @@ def test_ranges_of_wheels() -> None:
 
 
 def test_dtypes() -> None:
-    assert checkpoints.resolve_dtype("float32", CPU, REAL) is torch.float32
-    assert checkpoints.resolve_dtype("auto", CPU, REAL) in (torch.int8, torch.bfloat16, torch.float32)
+    assert checkpoints.resolve_dtype("float32", CPU, [REAL]) is torch.float32
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.int8, torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, int8, bfloat16"):
-        checkpoints.resolve_dtype("int3", CPU, REAL)
+        checkpoints.resolve_dtype("int3", CPU, [REAL])
 
 
 def test_the_default_dtype_computes_the_model(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of eight are too narrow for the int8 kernels; the default is then another dtype, not an error."""
     monkeypatch.setattr(checkpoints.kernels, "tiled", lambda: True)
-    assert checkpoints.resolve_dtype("auto", CPU, REAL) is torch.int8
-    assert checkpoints.resolve_dtype("auto", CPU, str(tiny_target)) in (torch.bfloat16, torch.float32)
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) is torch.int8
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL, str(tiny_target)]) in (torch.bfloat16, torch.float32)
 
 
 def test_published_heads_load(copied_head: Path, tiny_target: Path) -> None:

@@ -13,8 +13,9 @@ from spec_envs.decoding.verifier import LocalVerifier
 from tests.conftest import CPU
 
 
-def plain(tiny: dict, prompt: list[int], n: int) -> list[int]:
+def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = None) -> list[int]:
     decoder = load_decoder(tiny["target"], None, "cpu", "float32")
+    decoder.eos = decoder.eos if eos is None else eos
     decoder.start(prompt, n, np.random.default_rng(0))
     while not decoder.finished:
         decoder.verify(0)

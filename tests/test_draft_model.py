@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from spec_envs.controls.k import KControl
 from spec_envs.decoding import accept
@@ -19,33 +19,10 @@ from spec_envs.decoding.pair import drafts_chains, load_decoder
 from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Tree
-from tests.conftest import REAL, WITHOUT_KERNELS, WORDS
+from tests.conftest import REAL, WITHOUT_KERNELS, WORDS, save_draft
 from tests.test_decoder import plain
 
 VOCAB = len(WORDS)
-
-
-def save_draft(folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    """A random Llama of one layer with the tokenizer of another folder."""
-    torch.manual_seed(7)
-    config: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.4,
-        "eos_token_id": 0,
-    }
-    LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_draft(tmp_path_factory.mktemp("tiny-draft"), tiny_target)
 
 
 def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
@@ -55,12 +32,15 @@ def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict, tiny_draft: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    decoder = chain_decoder(tiny, tiny_draft)
-    prompt = rng.integers(2, VOCAB, int(rng.integers(1, 40))).tolist()
+    decoder, prompt = chain_decoder(tiny, tiny_draft), rng.integers(2, VOCAB, int(rng.integers(1, 40))).tolist()
+    expected = plain(tiny, prompt, 80, frozenset())
+    decoder.eos = frozenset()
     decoder.start(prompt, 80, rng)
     while not decoder.finished:
         decoder.cycle(int(rng.integers(0, 9)))
-    assert decoder.tokens == plain(tiny, prompt, 80)
+    assert decoder.tokens == expected
+    accepted = [cycle.accepted for cycle in decoder.cycles]
+    assert max(accepted) > 0 and any(c.accepted < c.drafted for c in decoder.cycles)
 
 
 def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.random.Generator) -> None:
@@ -150,7 +130,7 @@ def test_a_drawn_chain_is_not_cut(tiny: dict, tiny_draft: Path, rng: np.random.G
 
 def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     assert drafts_chains(str(tiny_draft)) and not drafts_chains(tiny["drafter"])
-    with pytest.raises(ValueError, match=r"drafts a chain, not a tree of width 10; take an EAGLE-3 head"):
+    with pytest.raises(ValueError, match=r"drafts a chain, not a tree of width 10; pass width=1"):
         load_decoder(tiny["target"], str(tiny_draft), "cpu", "float32")
     with pytest.raises(ValueError, match=r"has another tokenizer than .*; take one of the same family"):
         load_decoder(tiny["target"], REAL, "cpu", "float32", width=1)
@@ -158,20 +138,40 @@ def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"knows 14 of its tokenizer's 16 tokens; take another"):
         chain_decoder(tiny, few)
     short = save_draft(tmp_path / "short", tiny_draft, max_position_embeddings=64)
-    with pytest.raises(ValueError, match="the draft model's context is 64 tokens, and text and answer may need 85"):
-        chain_decoder(tiny, short).start([3] * 40, 36, rng)
+    decoder = chain_decoder(tiny, short)
+    with pytest.raises(ValueError, match="40 tokens and generation may need 25 more, but the context is 64: shorten"):
+        decoder.start([3] * 40, 17, rng)
+    decoder.eos = frozenset()
+    decoder.start([3] * 39, 17, rng)
+    while not decoder.finished:
+        decoder.cycle(8)
 
 
-def test_embeddings_padded_to_another_size(tiny: dict, tmp_path: Path, rng: np.random.Generator) -> None:
-    """Models of one family differ in how many unused rows their embedding ends with."""
-    padded = save_draft(tmp_path / "padded", Path(tiny["target"]), vocab_size=VOCAB + 9)
-    for temperature in (0.0, 1.0):
-        decoder = chain_decoder(tiny, padded, temperature=temperature)
-        decoder.start([3, 4, 5], 30, rng)
-        while not decoder.finished:
-            decoder.cycle(4)
-        if not temperature:
-            assert decoder.tokens == plain(tiny, [3, 4, 5], 30)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("padded", ["draft", "target"])
+def test_embeddings_padded_to_another_size(
+    tiny: dict, tiny_draft: Path, tmp_path: Path, padded: str, temperature: float, rng: np.random.Generator
+) -> None:
+    """Models of one family differ in how many unused rows their embedding ends with; a target may even emit those."""
+    target, draft = Path(tiny["target"]), tiny_draft
+    if padded == "draft":
+        draft = save_draft(tmp_path / "padded", target, vocab_size=VOCAB + 9)
+    else:
+        model = LlamaForCausalLM.from_pretrained(target)
+        model.resize_token_embeddings(VOCAB + 9, mean_resizing=False)
+        model.save_pretrained(tmp_path / "padded")
+        AutoTokenizer.from_pretrained(target).save_pretrained(tmp_path / "padded")
+        target = tmp_path / "padded"
+    pair = {"target": str(target)}
+    decoder = chain_decoder(pair, draft, temperature=temperature)
+    decoder.eos = frozenset()
+    decoder.start([3, 4, 5], 120, rng)
+    while not decoder.finished:
+        decoder.cycle(4)
+    if not temperature:
+        assert decoder.tokens == plain(pair, [3, 4, 5], 120, frozenset())
+    elif padded == "target":
+        assert max(decoder.tokens) >= VOCAB
 
 
 def test_k_is_observed(tiny: dict, rng: np.random.Generator) -> None:

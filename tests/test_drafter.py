@@ -51,13 +51,13 @@ def test_a_head_is_trained_on(
 ) -> None:
     given = conversations(tmp_path / "given.jsonl")
     common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--dtype", "float32"]
-    common += ["--steps", 2, "--epochs", 1]
+    common += ["--steps", 2, "--epochs", 4]
     make(monkeypatch, *common, "--work", tmp_path / "work", "--init", tiny_drafter)
     before, after = EagleHead.load(str(tiny_drafter)), EagleHead.load(str(tmp_path / "work" / "head"))
     assert torch.equal(before.draft_ids, after.draft_ids)
     assert torch.allclose(before.lm_head.weight, after.lm_head.weight, atol=1e-3)
     moved = (before.fc.weight - after.fc.weight).abs().max()
-    assert 1e-4 < moved < 0.1  # from where it was, not from the target's last layer
+    assert 1e-4 < moved < 0.05  # from where it was, not from the target's last layer
     before.lm_head.weight.data += 1
     before.save(tmp_path / "other")
     with pytest.raises(SystemExit, match=r"has output rows of its own; expected one that `make drafter` made"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,9 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
+from spec_envs.decoding.pair import static_over_plain
 from spec_envs.env import SpecEnv
+from tests.conftest import REAL
 
 IDS = list(ENVIRONMENTS)
 LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
@@ -206,11 +209,11 @@ def observed(step: Any) -> list:
         ({"pace": float("nan")}, ValueError, "pace is nan; expected tokens per second"),
         ({"dtype": "float8"}, ValueError, "dtype 'float8' is unknown"),
         ({"device": "gpu"}, ValueError, "device 'gpu' cannot be used here"),
-        ({"max_new_tokens": 10**6}, ValueError, "max_new_tokens is 1000000; the model's context is"),
+        ({"max_new_tokens": 10**6}, ValueError, "max_new_tokens is 1000000; the context is"),
         (
             {"target": "smollm", "drafter": "auto"},
             ValueError,
-            "no drafter is shipped for 'smollm', only for smollm2-135m",
+            "no drafter is known for 'smollm', only for smollm2-135m",
         ),
         ({"drafter": "nowhere/at-all"}, ValueError, "no model 'nowhere/at-all'"),
     ],
@@ -218,6 +221,26 @@ def observed(step: Any) -> list:
 def test_bad_keywords(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
     with pytest.raises(error, match=re.escape(message)):
         make("SpecDepth-v0", tiny, **keywords)
+
+
+def test_a_draft_model_is_a_tree_of_width_one(tiny: dict, tiny_draft: Path) -> None:
+    env = make("SpecDepth-v0", tiny | {"drafter": str(tiny_draft)}, width=1, max_depth=5)
+    env.reset(seed=0)
+    done, rng = False, np.random.default_rng(0)
+    while not done:
+        _, _, done, _, info = env.step(int(rng.integers(2)))
+        assert info["verified"] <= 6
+    with pytest.raises(
+        ValueError, match="is a draft model, which drafts a chain, not a tree of width 10; pass width=1"
+    ):
+        make("SpecDepth-v0", tiny | {"drafter": str(tiny_draft)})
+    with pytest.raises(ValueError, match=r"temperature is 1.0, at which the draft model .* draws its chain"):
+        make("SpecBudget-v0", tiny | {"drafter": str(tiny_draft)}, width=1, temperature=1.0)
+
+
+def test_pace_is_of_the_pair() -> None:
+    assert static_over_plain("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b") > 1
+    assert static_over_plain("a/larger-one", "qwen2.5-coder-0.5b") == 1 == static_over_plain(REAL, "a/head")
 
 
 def test_bad_keywords_of_budget(tiny: dict) -> None:

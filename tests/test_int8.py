@@ -257,7 +257,7 @@ def test_without_a_compiler_the_default_is_another_dtype(
     monkeypatch.delenv("CXX", raising=False)
     if compiler:
         monkeypatch.setenv("CXX", compiler)
-    assert checkpoints.resolve_dtype("auto", CPU, REAL) in (torch.bfloat16, torch.float32)
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
         int8.Linear(torch.randn(4, 64))
     assert capsys.readouterr().err.startswith("int8 decoding is not available here")

@@ -39,7 +39,7 @@ def alive(process: int) -> bool:
 
 
 def test_a_server_continues_ids_and_is_gone_afterwards() -> None:
-    file, arguments = gguf_of(REAL) or pytest.fail("the default model has a GGUF file")
+    file, arguments = gguf_of(REAL)
     prompt = encode(load_tokenizer(REAL), "What is the capital of France?")
     with LlamaServer(file, arguments) as server:
         answer = server.complete(prompt, 12)
@@ -86,7 +86,7 @@ def test_a_server_does_not_outlive_its_process() -> None:
     assert not alive(server)
 
 
-def test_arms_count_the_servers_own_tokens() -> None:
+def test_arms_count_the_servers_own_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     arms = llamacpp_arms(REAL, 2, None)
     prompt = Encoded("chat", encode(load_tokenizer(REAL), "Repeat ten times: one two three."))
     samples = {name: arm(prompt, 24, 0) for name, arm in arms.items()}
@@ -95,6 +95,8 @@ def test_arms_count_the_servers_own_tokens() -> None:
         assert 0 < sample.tokens < 24 and sample.seconds > 0 and sample.prefill_seconds > 0
     assert samples["llama.cpp"].cycles == samples["llama.cpp"].tokens
     assert llamacpp_arms("some/hub-id", 2, None) == {}
+    assert "llama.cpp is left out: 'some/hub-id' is no GGUF file" in capsys.readouterr().err
+    assert set(llamacpp_arms(REAL, 2, ("some/hub-id", 4))) == {"llama.cpp"}
 
 
 def test_a_draft_model_is_played_at_the_given_length() -> None:

@@ -16,7 +16,10 @@ from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
 from spec_envs.decoding import accept
+from spec_envs.decoding.accept import inverse_cdf
 from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.tree import ancestors
 from spec_envs.prompts import TASKS, encode, load_prompts
@@ -66,28 +69,40 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
     assert accepted > 40  # speculation took place
 
 
-def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("drafts", ["tree", "chain"])
+def test_sampling_keeps_the_distribution_of_the_real_model(
+    drafts: str, prompts: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """χ² of the first emitted token against transformers' distribution, with enough draws to see a bias of 0.03.
 
-    The draws go through the verifier's own decision, on a drafted tree behind a real text; only the forward, and the
-    distribution at each row, are made once for all of them. A rule that accepts the drafter's best child a little too
-    often is shown to be caught with the same number of draws.
+    The draws go through the verifier's own decision, on a drafted tree, or a token drawn from a draft model (the target
+    itself, hotter), behind a real text; only the forward, and the distribution at each row, are made once for all of
+    them. A rule that emits the most probable token a little too often is shown to be caught with the same number of
+    draws.
     """
     temperature, top_p = 0.7, 0.95
     decoder = load_decoder(REAL, "auto", "cpu", "float32", temperature=temperature, top_p=top_p)
     reference = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
     verifier, rng = decoder.verifier, np.random.default_rng(0)
+    if drafts == "chain":
+        drafter = DraftModelDrafter(verifier.target, verifier.vocab, temperature=1.3)
+        decoder = Decoder(verifier, drafter, decoder.clock, decoder.eos)
     decoder.start(prompts["mt_bench"], 40, rng)
     with torch.inference_mode():
         while True:  # until the model is in doubt
-            decoder.expand()
-            tokens, parents, levels = decoder.tree.subtree(decoder.tree.select(12))
+            if drafts == "chain":
+                decoder.begin()
+            else:
+                decoder.expand()
+            size = min(12, decoder.tree.size)
+            tokens, parents, levels = decoder.tree.subtree(decoder.tree.select(size))
             text = torch.tensor([decoder.prompt + decoder.tokens])
             logits = TemperatureLogitsWarper(temperature)(text, reference(text).logits[:, -1].double())
             p = TopPLogitsWarper(top_p)(text, logits)[0].softmax(-1).numpy()
             if np.sort(p)[-2] > 0.15:
                 break
-            decoder.verify(12)
+            decoder.verify(size)
+        proposals = list(decoder.tree.proposals)
         positions = verifier.cache.length + np.concatenate([[0], levels + 1])
         rows = np.concatenate([[verifier.last], tokens])
         logits = verifier.target.head(verifier._forward(rows, positions, ancestors(parents)))
@@ -109,7 +124,9 @@ def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkey
         where = {int(token): i for i, token in enumerate(order)}
         counts = np.zeros(len(expected))
         for _ in range(draws):
-            verdict = verifier._sample(tokens, parents, logits)
+            if proposals:
+                tokens[0] = inverse_cdf(proposals[0], rng.random())
+            verdict = verifier._sample(tokens, parents, logits, proposals)
             first = int(tokens[verdict.path[0]]) if verdict.path else verdict.token
             counts[min(where.get(first, len(order)), len(expected) - 1)] += 1
         return float(((counts - draws * expected) ** 2 / (draws * expected)).sum())
@@ -117,15 +134,16 @@ def test_sampling_keeps_the_distribution_of_the_real_model(prompts: dict, monkey
     critical = chi2.isf(0.001, len(expected) - 1)
     assert statistic() < critical
 
-    unbiased, best = accept.sampled, int(np.flatnonzero(levels == 0)[0])
-    share = 0.03 / (1 - p[tokens[best]])  # of the draws that would be another token: a total variation of 0.03
+    rule = "chained" if proposals else "sampled"
+    unbiased, best = getattr(accept, rule), int(order[0])
+    share = 0.03 / (1 - p[best])  # of the draws that would be another token: a total variation of 0.03
 
     def biased(tokens: np.ndarray, *arguments: Any) -> tuple[list[int], int]:
         path, token = unbiased(tokens, *arguments)
-        first = path[0] if path else None
-        return ([best], token) if first != best and rng.random() < share else (path, token)
+        first = tokens[path[0]] if path else token
+        return ([], best) if first != best and rng.random() < share else (path, token)
 
-    monkeypatch.setattr(accept, "sampled", biased)
+    monkeypatch.setattr(accept, rule, biased)
     assert statistic() > critical
 
 

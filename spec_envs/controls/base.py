@@ -46,7 +46,7 @@ class Control(ABC):
         width, max_depth: of the tree.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
-        name, partner_name: of this problem, and of the one whose policy it can be composed with.
+        name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
     action_space: spaces.Space
@@ -54,7 +54,7 @@ class Control(ABC):
     max_depth: int
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
     name: ClassVar[str]
-    partner_name: ClassVar[str]
+    partner_name: ClassVar[str | None]
 
     def __init__(self, observation: str, cost_features: bool):
         if observation not in self.observations:

@@ -12,6 +12,8 @@ WINDOWS = (4, 16)  # cycles over which acceptance is observed
 
 class KControl(Control):
     """
+    The control of fixed lengths in `make bench`; no environment has it yet.
+
     ## Description
 
     A draft model proposes a chain of K tokens, each read by its next forward, and the target verifies all of them in
@@ -40,14 +42,14 @@ class KControl(Control):
     - `k_max=16`: longest chain.
     """
 
-    name, partner_name = "k", "none"
+    name, partner_name = "k", None
     observations = ("default",)
     width = 1
 
     def __init__(self, k_max: int = 16, observation: str = "default", cost_features: bool = False):
         super().__init__(observation, cost_features)
-        if k_max < 1:
-            raise ValueError(f"k_max is {k_max}; expected 1 or more")
+        if k_max < 2:
+            raise ValueError(f"k_max is {k_max}; expected 2 or more")
         self.k_max, self.max_depth = k_max, k_max - 1
         self.action_space = spaces.Discrete(k_max + 1)
         self._declare(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,16 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str, device: torch.device, model: str) -> torch.dtype:
-    """``"auto"`` is int8 on a CPU that multiplies it in tiles, for a model whose widths the kernels compute; else
+def resolve_dtype(dtype: str, device: torch.device, models: Sequence[str]) -> torch.dtype:
+    """``"auto"`` is int8 on a CPU that multiplies it in tiles, for models whose widths the kernels compute; else
     bfloat16 where the device is fast at it, else float32.
 
     Raises:
         ValueError: an unknown dtype, or int8 elsewhere than on a CPU.
     """
     if dtype == "auto":
-        if device.type == "cpu" and kernels.tiled() and int8.computes(load_config(model_folder(model))):
+        tiled = device.type == "cpu" and kernels.tiled()
+        if tiled and all(int8.computes(load_config(model_folder(name))) for name in models):
             return torch.int8
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
@@ -100,12 +101,6 @@ def model_folder(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return converted(path, sha256(path))
-    return folder_or_hub(name, f"a name of models.yml ({', '.join(models)}), a GGUF file")
-
-
-def folder_or_hub(name: str, also: str) -> Path:
-    """A local folder as it is, or a snapshot of a hub repository."""
-    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json; expected a folder in the Hugging Face layout")
@@ -118,9 +113,10 @@ def folder_or_hub(name: str, also: str) -> Path:
             )
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, known = str(error).strip().splitlines()[0], dict.fromkeys([*models, *registry()["drafters"]])
         raise ValueError(
-            f"no model {name!r}: expected {also}, a local folder, or a reachable hub id ({reason})"
+            f"no model {name!r}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, or a "
+            f"reachable hub id ({reason})"
         ) from None
 
 

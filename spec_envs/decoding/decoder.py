@@ -61,6 +61,7 @@ class Decoder:
 
     Attributes:
         prompt, tokens: ids of the text, and of what was emitted (the first token included).
+        context: most tokens of a text, and of what may be drafted behind it.
         tree: candidates of the cycle under way.
         cycles: finished cycles of this text.
         finished: whether EOS was emitted or max_new_tokens reached.
@@ -82,6 +83,7 @@ class Decoder:
         self.verifier, self.drafter, self.clock = verifier, drafter, clock
         self.eos = frozenset(eos)
         self.max_depth = max_depth
+        self.context = min(side.context for side in (verifier, drafter) if side is not None)
         self.tree = Tree(drafter.width if drafter else 0, max_depth)
         self.finished = True
 
@@ -96,11 +98,16 @@ class Decoder:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
         positions = max_new_tokens + self.max_depth + 1
+        if len(prompt) + positions > self.context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and generation may need {positions} more, but the context is "
+                f"{self.context}: shorten the prompt or lower max_new_tokens"
+            )
         self.prompt, self.max_new_tokens = list(prompt), max_new_tokens
         self.tree.clear()
         self.cycles: list[Cycle] = []
         with self.clock.time("prefill", len(prompt)):
-            first = self.verifier.start(prompt, positions, positions + self.tree.capacity, rng)
+            first = self.verifier.start(prompt, positions + self.tree.capacity, rng)
             if self.drafter:
                 self.drafter.start([*prompt, first], positions, self.verifier.features, rng)
         self.tokens = [first]

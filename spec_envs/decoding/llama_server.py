@@ -196,9 +196,15 @@ def fetch_binary() -> Path:
     return program
 
 
-def gguf_of(target: str) -> tuple[Path, list[str]] | None:
-    """The GGUF file of a target and what llama-server needs to be told of it; None for a model in another format."""
-    if target in registry()["models"]:
-        return fetch_gguf(target), registry()["models"][target].get("llama_server", [])
-    path = Path(target).expanduser()
-    return (path, []) if path.suffix == ".gguf" and path.is_file() else None
+def gguf_of(model: str) -> tuple[Path, list[str]]:
+    """The GGUF file of a model and what llama-server needs to be told of it.
+
+    Raises:
+        ValueError: a model in another format.
+    """
+    if model in registry()["models"]:
+        return fetch_gguf(model), registry()["models"][model].get("llama_server", [])
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ValueError(f"{model!r} is no GGUF file, which is all that llama-server reads")
+    return path, []

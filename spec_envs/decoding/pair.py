@@ -35,12 +35,10 @@ def load_drafter(
     """The drafter ``name`` for the target of that name and these weights; see ``load_decoder``.
 
     Raises:
-        ValueError: a name that leads nowhere, or a drafter that does not fit the target or the width.
+        ValueError: a drafter that does not fit the target.
     """
     if not drafts_chains(name):
         return EagleDrafter(load_eagle(name, model), width, max_depth)
-    if width != 1:
-        raise ValueError(f"the draft model {name!r} drafts a chain, not a tree of width {width}; take an EAGLE-3 head")
     if load_tokenizer(name).get_vocab() != load_tokenizer(target).get_vocab():
         raise ValueError(f"the draft model {name!r} has another tokenizer than {target!r}; take one of the same family")
     draft, known = load_target(name, model.device, model.dtype), len(load_tokenizer(name))
@@ -57,7 +55,7 @@ def drafts_chains(drafter: str) -> bool:
 
 
 def default_drafter(target: str) -> str:
-    """The shipped drafter of a target.
+    """The drafter that models.yml has for a target.
 
     Raises:
         ValueError: there is none.
@@ -66,14 +64,15 @@ def default_drafter(target: str) -> str:
         if entry["target"] == target:
             return name
     raise ValueError(
-        f"no drafter is shipped for {target!r}, only for {', '.join(e['target'] for e in registry()['drafters'].values())}; "
-        "name one with drafter= (a folder or hub id of an EAGLE-3 head), or train one with `make drafter`"
+        f"no drafter is known for {target!r}, only for {', '.join(e['target'] for e in registry()['drafters'].values())}; "
+        "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model), or train one with `make drafter`"
     )
 
 
-def static_over_plain(drafter: str) -> float:
+def static_over_plain(target: str, drafter: str) -> float:
     """Speed of the pair's best static setting in units of plain decoding; 1 where it was never measured."""
-    return registry()["drafters"].get(drafter, {}).get("static_over_plain", 1.0)
+    entry = registry()["drafters"].get(drafter, {})
+    return entry.get("static_over_plain", 1.0) if entry.get("target") == target else 1.0
 
 
 def make_clocks(clock: str | Sequence[str], device: torch.device) -> list[WallClock]:
@@ -113,13 +112,24 @@ def load_decoder(
         temperature, top_p: 0 is greedy.
         clock: None measures on the wall.
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
+
+    Raises:
+        ValueError: a name that leads nowhere, or models that do not fit together or the width.
     """
-    at = resolve_device(device)
-    model = load_target(target, at, resolve_dtype(dtype, at, target))
+    at, models = resolve_device(device), [target]
+    if drafter == "auto":
+        drafter = default_drafter(target)
+    if drafter is not None and drafts_chains(drafter):
+        if width != 1:
+            raise ValueError(
+                f"{drafter!r} is a draft model, which drafts a chain, not a tree of width {width}; pass width=1, or take an "
+                "EAGLE-3 head"
+            )
+        models.append(drafter)
+    model = load_target(target, at, resolve_dtype(dtype, at, models))
     loaded: Drafter | None = None
     if drafter is not None:
-        name = default_drafter(target) if drafter == "auto" else drafter
-        loaded = load_drafter(name, target, model, temperature, top_p, width, max_depth)
+        loaded = load_drafter(drafter, target, model, temperature, top_p, width, max_depth)
     verifier = LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
     return Decoder(verifier, loaded, clock or WallClock(at), eos_ids(target, model), max_depth)
 

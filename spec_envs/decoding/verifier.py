@@ -43,23 +43,13 @@ class LocalVerifier:
             raise ValueError(f"top_p is {top_p}; expected a number in (0, 1]")
         self.target, self.capture = target, tuple(capture)
         self.temperature, self.top_p = temperature, top_p
-        self.vocab = target.shape.vocab
+        self.vocab, self.context = target.shape.vocab, target.shape.context
         self.features = torch.empty(0)
         self.cache = target.cache(0)
 
     @torch.inference_mode()
-    def start(self, prompt: Sequence[int], positions: int, rows: int, rng: np.random.Generator) -> int:
-        """Prefill and draw the first token.
-
-        Raises:
-            ValueError: the prompt and what may follow it do not fit the model's context.
-        """
-        context = self.target.shape.context
-        if len(prompt) + positions > context:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and generation may need {positions} more, but the model's "
-                f"context is {context}: shorten the prompt or lower max_new_tokens"
-            )
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        """Prefill and draw the first token; ``rows`` of the cache may follow the prompt."""
         need = len(prompt) + rows
         if need > self.cache.capacity:
             self.cache = self.target.cache(max(2048, need))

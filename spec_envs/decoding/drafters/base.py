@@ -17,11 +17,13 @@ class Drafter(Protocol):
     Attributes:
         capture: layers of the target whose inputs ``features`` it reads; empty for a drafter that needs ids only.
         vocab: size of the target vocabulary it was made for.
+        context: most tokens of a text.
         width: children per node and nodes expanded per level.
     """
 
     capture: tuple[int, ...]
     vocab: int
+    context: int
     width: int
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:

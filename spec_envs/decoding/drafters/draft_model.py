@@ -34,24 +34,15 @@ class DraftModelDrafter:
     width = 1
 
     def __init__(self, model: Transformer, vocab: int, temperature: float = 0.0, top_p: float = 1.0):
-        self.model, self.vocab = model, vocab
+        self.model, self.vocab, self.context = model, vocab, model.shape.context
         self.temperature, self.top_p = temperature, top_p
         self.most_probable = model.precision.modules.most_probable
         self.cache = model.cache(0)
 
     @torch.inference_mode()
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Forget the last text and read this one but for its last token, which the first cycle reads.
-
-        Raises:
-            ValueError: the text does not fit the draft model's context.
-        """
-        need, context = len(text) + positions, self.model.shape.context
-        if need > context:
-            raise ValueError(
-                f"the draft model's context is {context} tokens, and text and answer may need {need}: shorten the prompt "
-                "or lower max_new_tokens"
-            )
+        """Forget the last text and read this one but for its last token, which the first cycle reads."""
+        need = len(text) + positions
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
         self.cache.length, self.rng = 0, rng

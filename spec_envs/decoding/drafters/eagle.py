@@ -167,7 +167,8 @@ class EagleDrafter:
         if width > model.shape.vocab:
             raise ValueError(f"width is {width}; the drafter's vocabulary has {model.shape.vocab} tokens only")
         self.model, self.width = model, width
-        self.capture, self.vocab = model.capture, model.target.shape.vocab
+        self.capture = model.capture
+        self.vocab, self.context = model.target.shape.vocab, model.shape.context
         self.device = model.target.device
         self.frontier_rows = width * max_depth
         self.cache = model.cache(0)
