@@ -178,7 +178,7 @@ class EagleHead(nn.Module):
         """
         folder = drafter_folder(name)
         raw = read_json(folder / "config.json")
-        config = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "architectures")})
+        config = LlamaConfig(**{k: v for k, v in raw.items() if k != "model_type"})
         weights = load_weights(folder)
         if missing := {"fc.weight", "midlayer.self_attn.q_proj.weight", "lm_head.weight"} - weights.keys():
             raise ValueError(f"{folder} is not an EAGLE-3 head: it lacks {', '.join(sorted(missing))}")
