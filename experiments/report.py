@@ -98,11 +98,12 @@ def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, di
     """How often each setting was played, by task: budgets, lengths, or the depths that runs of "expand" led to."""
     histogram: dict[str, dict[str, int]] = {}
     for task, group in by_task(samples).items():
-        counts = dict.fromkeys(map(str, settings(control)), 0)
+        offered = [str(setting) for setting in settings(control)]
+        counts = dict.fromkeys(offered, 0)
         if not isinstance(control, DepthControl):
             for sample in group:
                 for action in sample.actions:
-                    counts[str(settings(control)[action])] += 1
+                    counts[offered[action]] += 1
         else:
             for sample in group:
                 depth = 1  # the first expansion is always made

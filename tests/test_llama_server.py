@@ -101,9 +101,9 @@ def test_arms_count_the_servers_own_tokens(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_draft_model_is_played_at_the_given_length() -> None:
     """The target as its own draft: every draft is accepted, so each cycle makes one token more than it drafts."""
-    drafting = llamacpp_arms(REAL, 2, (REAL, 4))["llama.cpp drafting"]
+    drafting = llamacpp_arms(REAL, 2, (REAL, 8))["llama.cpp drafting"]
     sample = drafting(Encoded("chat", encode(load_tokenizer(REAL), "Write a short story about a fox.")), 41, 0)
-    assert sample.tokens == 40 and sample.cycles <= 12
+    assert sample.tokens == 40 and sample.cycles <= 8  # the server's own default of 3 would need 10
 
 
 def test_a_wheel_with_another_hash_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,16 +29,12 @@ def load_eagle(name: str, target: Transformer) -> EagleModel:
     return eagle_model(EagleHead.load(name), target)
 
 
-def load_drafter(
-    name: str, target: str, model: Transformer, temperature: float, top_p: float, width: int, max_depth: int
-) -> Drafter:
-    """The drafter ``name`` for the target of that name and these weights; see ``load_decoder``.
+def load_draft_model(name: str, target: str, model: Transformer, temperature: float, top_p: float) -> DraftModelDrafter:
+    """The draft model ``name`` for the target of that name and these weights.
 
     Raises:
-        ValueError: a drafter that does not fit the target.
+        ValueError: it has another tokenizer, or lacks some of its tokens.
     """
-    if not drafts_chains(name):
-        return EagleDrafter(load_eagle(name, model), width, max_depth)
     if load_tokenizer(name).get_vocab() != load_tokenizer(target).get_vocab():
         raise ValueError(f"the draft model {name!r} has another tokenizer than {target!r}; take one of the same family")
     draft, known = load_target(name, model.device, model.dtype), len(load_tokenizer(name))
@@ -119,7 +115,8 @@ def load_decoder(
     at, models = resolve_device(device), [target]
     if drafter == "auto":
         drafter = default_drafter(target)
-    if drafter is not None and drafts_chains(drafter):
+    chain = drafter is not None and drafts_chains(drafter)
+    if drafter is not None and chain:
         if width != 1:
             raise ValueError(
                 f"{drafter!r} is a draft model, which drafts a chain, not a tree of width {width}; pass width=1, or take an "
@@ -128,8 +125,10 @@ def load_decoder(
         models.append(drafter)
     model = load_target(target, at, resolve_dtype(dtype, at, models))
     loaded: Drafter | None = None
-    if drafter is not None:
-        loaded = load_drafter(drafter, target, model, temperature, top_p, width, max_depth)
+    if drafter is not None and chain:
+        loaded = load_draft_model(drafter, target, model, temperature, top_p)
+    elif drafter is not None:
+        loaded = EagleDrafter(load_eagle(drafter, model), width, max_depth)
     verifier = LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
     return Decoder(verifier, loaded, clock or WallClock(at), eos_ids(target, model), max_depth)
 
