@@ -1,5 +1,5 @@
 # Every target sets itself up first. Variables: ENV, AGENT, SEED, SET, ROOT, RUN, DEPTH, BUDGET, DATA_DIR, PROMPTS,
-# TEMPERATURE, COUNT, PROMPT, ARGS.
+# TEMPERATURE, COUNT, PROMPT, KIND, ARGS.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready
@@ -20,9 +20,10 @@ PROMPT ?= Explain in three sentences why the sky is blue.
 override PROMPT := $(value PROMPT)
 export PROMPT
 COUNT ?=
+KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench drafter generate tensorboard test lint
+.PHONY: help setup train eval bench drafter tune generate tensorboard test lint
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -45,8 +46,11 @@ eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (
 bench: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
 	$(PY) -m experiments.bench $(ARGS)
 
-drafter: $(READY)  ## train an EAGLE-3 head for a target; ARGS="--target … --tokens …", ARGS=--help
-	$(PY) -m experiments.drafter $(ARGS)
+drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
+	$(PY) -m experiments.drafter --kind $(KIND) $(ARGS)
+
+tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; ARGS=--help
+	$(PY) -m experiments.tune $(if $(filter file,$(origin ENV)),SpecK-v0,$(ENV)) --agent $(AGENT) --set $(SET) $(ARGS)
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)

@@ -10,9 +10,17 @@ from typing import Any
 
 import yaml
 
+from agents.adaedl import AdaedlAgent
+from agents.adaptive_k import AdaptiveKAgent
+from agents.confidence import ConfidenceAgent
 from agents.fixed import FixedAgent
+from agents.gammatune import GammaTuneAgent
+from agents.hf_schedule import ScheduleAgent
 from agents.random import RandomAgent
 from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
+from agents.specdec_plus import SpecDecPlusAgent
+from agents.svip import SvipAgent
+from agents.ucb import UcbAgent
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, make_control
 from spec_envs.decoding.clock import CostTable
@@ -20,6 +28,14 @@ from spec_envs.decoding.clock import CostTable
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
     "fixed": FixedAgent,
+    "adaptive-k": AdaptiveKAgent,
+    "hf-schedule": ScheduleAgent,
+    "confidence": ConfidenceAgent,
+    "svip": SvipAgent,
+    "adaedl": AdaedlAgent,
+    "gammatune": GammaTuneAgent,
+    "ucb": UcbAgent,
+    "specdec++": SpecDecPlusAgent,
     **{name: partial(SB3Agent, algorithm=name) for name in ALGORITHMS},
 }
 

@@ -48,7 +48,7 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         rng = np.random.default_rng(seed)
-        done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng).run()
+        done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task).run()
         cycles = done.cycles
         parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "policy")}
         return Sample(
@@ -76,17 +76,23 @@ def plain_decoder(decoder: Decoder) -> Decoder:
 
 
 def run_arms(
-    arms: dict[str, Arm], prompts: Sequence[Encoded], max_new_tokens: int, desc: str, seed: int = 0
+    arms: dict[str, Arm],
+    prompts: Sequence[Encoded],
+    max_new_tokens: int,
+    desc: str,
+    seed: int = 0,
+    quiet: bool = False,
 ) -> dict[str, list[Sample]]:
     """Every arm on every prompt, prompt by prompt in rotating order, after one warm-up each.
 
-    A prompt on which an arm has nothing to do (the first token ends the text) is left out for all.
+    A prompt on which an arm has nothing to do (the first token ends the text) is left out for all. ``quiet`` shows no
+    progress bar.
     """
     if not prompts:
         raise ValueError("there are no prompts to run; expected at least one")
     names = list(arms)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    with tqdm(total=len(names) * (len(prompts) + 1), desc=desc, unit="text") as bar:
+    with tqdm(total=len(names) * (len(prompts) + 1), desc=desc, unit="text", disable=quiet) as bar:
         for name in names:
             arms[name](prompts[0], min(16, max_new_tokens), seed)
             bar.update()

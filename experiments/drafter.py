@@ -1,7 +1,9 @@
-"""Train an EAGLE-3 head for a target on text the target writes itself (`make drafter`).
+"""Train a drafter for a target on text the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft model
+of a few of the target's own layers (`make drafter KIND=draft-model`).
 
 Four parts, each of which goes on where it was interrupted: write text, record hidden states, train, report on
-held-out text. The head is saved in the published checkpoint layout and is ready for `drafter=`.
+held-out text. A head is saved in the published checkpoint layout, a draft model in Hugging Face's without what it shares
+with the target; both are ready for `drafter=`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 
 from experiments.command import one_sentence
+from experiments.distillation import Distillation, Student
+from experiments.drafter_training import report, train
 from experiments.eagle_objective import Objective, Unrolled
-from experiments.eagle_training import report, train
 from experiments.recording import record, tokenized
 from experiments.selftext import read_conversations, write_conversations
 from spec_envs.decoding.checkpoints import (
@@ -35,6 +38,9 @@ from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import write_json
 
+KINDS = ("eagle3", "draft-model")
+LEARNING_RATES = {"eagle3": 1.6e-3, "draft-model": 2e-3}
+BATCH_TOKENS = {"eagle3": 2048, "draft-model": 1024}
 HELD_OUT = 0.02  # share of the conversations that only the report sees
 REPORTED = 12  # levels
 
@@ -42,10 +48,14 @@ REPORTED = 12  # levels
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--target", default=DEFAULT_TARGET, help="model to draft for")
+    parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what to train")
+    parser.add_argument("--layers", type=int, default=3, help="of a draft model: the target's first ones and its last")
     parser.add_argument("--init", help="head of this project to train on (default: the target's own last layer)")
-    parser.add_argument("--out", type=Path, help="folder of the finished head (default: head in the work folder)")
+    parser.add_argument("--out", type=Path, help="folder of the finished drafter (default: head in the work folder)")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/drafter"), help="folder of text, recordings, checkpoint"
+        "--work",
+        type=Path,
+        help="folder of text, recordings, checkpoint (default: runs/drafter, or runs/draft-model)",
     )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens the target writes")
     parser.add_argument(
@@ -58,17 +68,23 @@ def arguments() -> argparse.Namespace:
         help="most frequent tokens, drafted in any text (with --init: that head's)",
     )
     parser.add_argument("--epochs", type=float, default=4, help="passes over the text")
-    parser.add_argument("--steps", type=int, default=7, help="levels the head is unrolled over")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a batch")
-    parser.add_argument("--learning-rate", type=float, default=1.6e-3, help="peak of AdamW's schedule")
-    parser.add_argument("--deep-share", type=float, default=0.25, help="share of the rows that deep levels train on")
+    parser.add_argument("--steps", type=int, default=7, help="levels a head is unrolled over, or lengths shown")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a batch (default: 2048, or 1024)")
+    parser.add_argument("--learning-rate", type=float, help="peak of AdamW's schedule (default: 1.6e-3, or 2e-3)")
+    parser.add_argument(
+        "--deep-share", type=float, default=0.25, help="share of the rows that a head's deep levels see"
+    )
     parser.add_argument("--longest", type=int, default=1024, help="longer conversations are left out (tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of text, batches and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument(
         "--dtype", default="auto", help="of the target: auto, int8, bfloat16, float32 (autocast is bfloat16 at int8)"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.work = args.work or Path("runs") / ("drafter" if args.kind == "eagle3" else args.kind)
+    args.batch_tokens = args.batch_tokens or BATCH_TOKENS[args.kind]
+    args.learning_rate = args.learning_rate or LEARNING_RATES[args.kind]
+    return args
 
 
 def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos: int, vocab: int) -> torch.Tensor:
@@ -113,6 +129,7 @@ def check(args: argparse.Namespace) -> None:
         ("deep_share", 0 < args.deep_share <= 1, "a number in (0, 1]"),
         ("draft_vocab", args.draft_vocab >= 16, "16 or more"),
         ("epochs", args.epochs > 0, "a positive number"),
+        ("init", args.init is None or args.kind == "eagle3", "none with --kind draft-model"),
     ):
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {expected}")
@@ -132,9 +149,12 @@ def make_drafter(args: argparse.Namespace) -> None:
     dtype = resolve_dtype(args.dtype, device, [args.target])
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
     head = trained_head(args.init, target) if args.init else None
-    capture = (head and head.captured_layers) or captured_layers(target.shape.layers)
+    capture: tuple[int, ...] = ()
+    if args.kind == "eagle3":
+        capture = (head and head.captured_layers) or captured_layers(target.shape.layers)
     longest = min(args.longest, target.shape.context)
-    kept = ("target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens")
+    kept = ["target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens"]
+    kept += ["layers"] if args.kind == "draft-model" else []
     claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)})
     text = args.work / "text.jsonl"
     if args.tokens:
@@ -152,12 +172,16 @@ def make_drafter(args: argparse.Namespace) -> None:
 
     unseen = record(target, conversations[:held_out], args.work / "held-out", capture)
     seen = record(target, conversations[held_out:], args.work / "recorded", capture)
-    if head is None:
-        ids = draft_vocabulary(conversations[held_out:], args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
-        head = EagleHead.from_target(target, load_weights(model_folder(args.target)), ids)
-    head.to(device)
-    unrolled = Unrolled(head, target.embedding.float(), longest + max(args.steps, REPORTED))
-    objective = Objective(unrolled, target.output_weight(), target.precision.cache)
+    ids = draft_vocabulary(conversations[held_out:], args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab)
+    drafter: EagleHead | Student
+    objective: Objective | Distillation
+    if args.kind == "draft-model":
+        drafter = Student.from_target(args.target, target, args.layers, ids).to(device)
+        objective = Distillation(drafter, target.output_weight(), target.precision.cache)
+    else:
+        drafter = head or EagleHead.from_target(target, load_weights(model_folder(args.target)), ids)
+        unrolled = Unrolled(drafter.to(device), target.embedding.float(), longest + max(args.steps, REPORTED))
+        objective = Objective(unrolled, target.output_weight(), target.precision.cache)
     train(
         objective,
         seen,
@@ -170,12 +194,12 @@ def make_drafter(args: argparse.Namespace) -> None:
         args.seed,
     )
     out = args.out or args.work / "head"
-    head.save(out)
+    drafter.save(out)
     result = {
         "target": args.target,
         "answer_tokens": answered,
         "epochs": args.epochs,
-        "draft_vocab": len(head.draft_ids),
+        "draft_vocab": len(drafter.draft_ids),
     }
     result |= report(objective, unseen, REPORTED)
     write_json(out / "report.json", result)

@@ -129,7 +129,7 @@ class Objective:
     """
 
     def __init__(self, model: Unrolled, output_head: Tensor, dtype: torch.dtype):
-        self.model, self.dtype = model, dtype
+        self.model, self.trained, self.dtype = model, model.head, dtype
         self.shortlist = model.head.t2d
         self.output_head = output_head.to(dtype)
 
@@ -151,7 +151,7 @@ class Objective:
         vocabulary[batch.ids] = True
         vocabulary = vocabulary.nonzero()[:, 0]
         output_rows = self.output_head[vocabulary]
-        first_occurrence = self._first_occurrence(batch)
+        first = first_occurrence(batch.ids)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             for step, hidden in enumerate(self.model(batch, steps, rows)):
                 inside = drafted_rows(batch, step)
@@ -167,7 +167,7 @@ class Objective:
                 following = batch.ids[picked[0], at + 2 + step]
                 right = torch.zeros_like(inside)
                 right[picked] = (vocabulary[logits.argmax(-1)] == following) & (
-                    self.shortlist[following] | (first_occurrence[picked[0], at + 2 + step] <= at + 1)
+                    self.shortlist[following] | (first[picked[0], at + 2 + step] <= at + 1)
                 )
                 alive = right & inside if step == 0 else alive & right
                 survived[step], counted[step] = alive.sum(), inside.sum()
@@ -175,7 +175,7 @@ class Objective:
                     alive = alive.gather(1, rows)
         return loss, survived, counted
 
-    @staticmethod
-    def _first_occurrence(batch: Batch) -> Tensor:
-        """Where in its text each token occurs first, ``[B, T]``: from there on the drafter's vocabulary has it."""
-        return (batch.ids[:, :, None] == batch.ids[:, None, :]).byte().argmax(-1)
+
+def first_occurrence(ids: Tensor) -> Tensor:
+    """Where in its text each token ``[B, T]`` occurs first: from there on the drafter's vocabulary has it."""
+    return (ids[:, :, None] == ids[:, None, :]).byte().argmax(-1)

@@ -25,7 +25,7 @@ from experiments.live import decoder_for, encoded_prompts, target_and_drafter
 from experiments.machine import machine
 from experiments.references import transformers_arms
 from experiments.report import draw, markdown, settings_played
-from experiments.static import best_static, static_policy
+from experiments.static import best_like, static_like, static_policy
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
@@ -97,21 +97,20 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     decoder = decoder_for(env, control)
     static_file = run / "static.json"
     if overrides or not static_file.exists():
-        static = best_static(env, control.width, control.max_depth)
+        static = best_like(env, control)
         if not overrides:
             write_json(static_file, static)
     else:
         static = json.loads(static_file.read_text())
-    depth, budget = static["best"]
     alone = make_control(ENVIRONMENTS[config["id"]], env)
     alone.costs = control.costs
     for played in (control, alone):
         if isinstance(played, BudgetControl) and played.depth == "random":  # of training only
-            played.depth = depth
+            played.depth = static["best"][0]
     name = config["agent"]
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),
-        "static": static_policy(depth, budget, control.width, control.max_depth),
+        "static": static_like(control, static["best"]),
         name: Policy(control, agent),
     }
 

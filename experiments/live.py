@@ -22,7 +22,7 @@ def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
 
 
 def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
-    """``count`` prompts of a split, taken from the tasks in turn."""
+    """``count`` prompts of a split, taken from the tasks in turn: one each, or as many as ``switch_every`` says."""
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
@@ -30,7 +30,9 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.task, []).append(prompt)
-    mixed = [p for turn in itertools.zip_longest(*groups.values()) for p in turn if p is not None]
+    size = max(1, env.get("switch_every", 0))
+    blocks = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups.values()]
+    mixed = [p for turn in itertools.zip_longest(*blocks, fillvalue=()) for block in turn for p in block]
     return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
 
 

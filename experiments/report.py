@@ -15,6 +15,7 @@ from experiments.arms import Sample
 from experiments.comparison import aa_agrees, by_task
 from spec_envs.controls import Control
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
 from spec_envs.files import whole
 
 COLLAPSED = 0.95  # share of one setting from which a policy is reported as a static setting
@@ -95,23 +96,25 @@ def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each setting was played, by task: budgets, lengths, or the depths that runs of "expand" led to."""
+    """How often each setting was played, by task: budgets, lengths, or the depths and lengths that runs of "go on" led
+    to."""
     histogram: dict[str, dict[str, int]] = {}
+    stepwise = isinstance(control, DepthControl) or (isinstance(control, KControl) and control.decision == "token")
+    first = int(isinstance(control, DepthControl))  # the first expansion is always made
+    longest = control.k_max if isinstance(control, KControl) else control.max_depth
     for task, group in by_task(samples).items():
         offered = [str(setting) for setting in settings(control)]
         counts = dict.fromkeys(offered, 0)
-        if not isinstance(control, DepthControl):
-            for sample in group:
-                for action in sample.actions:
+        for sample in group:
+            grown = first
+            for action in sample.actions:
+                if not stepwise:
                     counts[offered[action]] += 1
-        else:
-            for sample in group:
-                depth = 1  # the first expansion is always made
-                for action in sample.actions:
-                    depth += action
-                    if not action or depth == control.max_depth:
-                        counts[str(depth)] += 1
-                        depth = 1
+                    continue
+                grown += action
+                if not action or grown == longest:
+                    counts[str(grown)] += 1
+                    grown = first
         histogram[task] = counts
     return histogram
 

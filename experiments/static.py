@@ -3,6 +3,7 @@ of a chain."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agents.fixed import FixedAgent
@@ -11,7 +12,7 @@ from experiments.comparison import throughput
 from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from experiments.report import setting_name
-from spec_envs.controls import Policy
+from spec_envs.controls import Control, Policy
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
@@ -19,7 +20,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
 DEPTHS = (1, 2, 3, 4, 6, 8)
 BUDGETS = (3, 7, 11, 15, 23, 31)
-KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+KS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 START = (2, 7)
 
 
@@ -29,10 +30,24 @@ def static_policy(depth: int, budget: int, width: int = 10, max_depth: int = 12)
     return Policy(control, FixedAgent(control, depth))
 
 
-def static_chain(k: int) -> Policy:
+def static_chain(k: int, k_max: int = 16) -> Policy:
     """Every cycle drafts ``k`` tokens and verifies them."""
-    control = KControl()
+    control = KControl(k_max, observation="counters")
     return Policy(control, FixedAgent(control, k))
+
+
+def static_like(control: Control, setting: Sequence[int]) -> Policy:
+    """A static setting of the problem that a control poses."""
+    if isinstance(control, KControl):
+        return static_chain(setting[0], control.k_max)
+    return static_policy(setting[0], setting[1], control.width, control.max_depth)
+
+
+def best_like(env: dict[str, Any], control: Control) -> dict[str, Any]:
+    """The fastest static setting of the problem that a control poses; see ``best_static``."""
+    if isinstance(control, KControl):
+        return best_chain(env, control.k_max)
+    return best_static(env, control.width, control.max_depth)
 
 
 def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, Any]:
@@ -56,13 +71,14 @@ def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, An
         best = leader
 
 
-def best_chain(env: dict[str, Any]) -> dict[str, Any]:
-    """The fastest length of a chain, at least 1.
+def best_chain(env: dict[str, Any], k_max: int = 16) -> dict[str, Any]:
+    """The fastest length of a chain; 0 is plain decoding.
 
     Returns:
         ``best`` (k) and the ``tokens_per_second`` of every length tried.
     """
-    rates = Search(env, KControl()).rates({(k,): static_chain(k) for k in KS})
+    settings = [(k,) for k in KS if k <= k_max]
+    rates = Search(env, KControl(k_max)).rates({setting: static_chain(*setting, k_max) for setting in settings})
     best = max(rates, key=rates.__getitem__)
     return {"best": list(best), "tokens_per_second": {setting_name(setting): rate for setting, rate in rates.items()}}
 
@@ -74,7 +90,7 @@ class Search:
     machine does not choose. What the chosen setting is worth is then measured live.
     """
 
-    def __init__(self, env: dict[str, Any], control: DepthControl | KControl):
+    def __init__(self, env: dict[str, Any], control: Control):
         self.decoder = decoder_for(env, control)
         if not self.decoder.clock.priced:
             self.decoder.clock = PricedClock(CostTable("measured", **cost_curves(self.decoder)))

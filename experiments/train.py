@@ -175,6 +175,9 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
         if isinstance(agent, SB3Agent):
             print(f"training {stanza} for {config['total_timesteps']} steps", file=sys.stderr)
             train_agent(folder, config, env, agent)
+        else:
+            agent.learn(config["total_timesteps"], env)
+            agent.save(folder)
     save(evaluate_run(folder, {}, experiment.test_prompts), folder)
     print(f"run: {folder}")
 

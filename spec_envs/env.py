@@ -35,13 +35,14 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
-        control: which problem: ``"depth"`` or ``"budget"``.
+        control: which problem: ``"depth"``, ``"budget"`` or ``"k"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
-        drafter: EAGLE-3 head or, for ``width=1``, draft model: a name of models.yml, a folder, hub id or GGUF file;
-            ``"auto"`` is the target's own in models.yml.
+        drafter: EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file;
+            ``"lookup"`` is prompt lookup, ``"auto"`` the target's own in models.yml.
         device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"int8"``, ``"bfloat16"``, ``"float32"``).
         prompts: prompt sets, separated by commas, or ``"all"``.
         data_dir: folder with ``{name}/question.jsonl`` files instead of the shipped prompts.
+        switch_every: texts after which another prompt set has its turn; 0 draws every text from all sets.
         split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
         max_new_tokens: most tokens of a text, the first one included.
@@ -79,6 +80,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         dtype: str = "auto",
         prompts: str = "all",
         data_dir: str | None = None,
+        switch_every: int = 0,
         split: str = "train",
         template: str | None = None,
         max_new_tokens: int = 128,
@@ -107,6 +109,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             )
         if max_new_tokens < 2:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 2 or more (the first one is the prefill's)")
+        if switch_every < 0:
+            raise ValueError(f"switch_every is {switch_every}; expected texts, or 0 for none")
         if pace is not None and not 0 <= pace < float("inf"):
             raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
         self.clocks = make_clocks(clock, resolve_device(device))
@@ -122,8 +126,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.action_space = self.control.action_space
         self.observation_space = self.control.observation_space
         self.prompts = load_prompts(prompts, split, data_dir)
-        self.drafter = default_drafter(target) if drafter == "auto" else drafter
-        if temperature > 0 and drafts_chains(self.drafter):
+        self.drafter = default_drafter(target, chain=self.control.width == 1) if drafter == "auto" else drafter
+        if temperature > 0 and self.control.cuts and drafts_chains(self.drafter):
             raise ValueError(
                 f"temperature is {temperature}, at which the draft model {self.drafter!r} draws its chain; a drawn chain is "
                 "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
@@ -143,6 +147,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.target, self.template, self.max_new_tokens = target, template, max_new_tokens
         self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in self.prompts}
         self._check_lengths()
+        self.switch_every, self.texts, self.turn = switch_every, 0, ""
         self.episode, self.reward_name, self.given_pace = episode, reward, pace
         self.policy_seconds, self.render_mode = policy_seconds, render_mode
         self.prompt: Prompt | None = None
@@ -160,6 +165,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             ValueError: another option, or a prompt of another type.
         """
         super().reset(seed=seed)
+        if seed is not None:
+            self.texts, self.turn = 0, ""
         given = (options or {}).get("prompt")
         if set(options or {}) - {"prompt"} or not isinstance(given, (str, Prompt, type(None))):
             raise ValueError(f"options is {options!r}; expected {{'prompt': a text or a Prompt}}")
@@ -240,7 +247,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         if len(self.clocks) > 1:
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
         for _ in range(100):  # a prompt whose first token is EOS is not used
-            prompt = given or self.prompts[self.np_random.integers(len(self.prompts))]
+            prompt = given or self._draw_prompt()
             ids = self.encoded.get(prompt) or encode(self.tokenizer, prompt.text, self.template)
             self.decoder.start(ids, self.max_new_tokens, self.np_random)
             if given or not self.decoder.finished:
@@ -248,9 +255,21 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         if self.decoder.finished:
             raise ValueError("the target's first token already ends the text; give another prompt")
         self.prompt = prompt
-        self.control.reset(self.np_random)
+        self.control.reset(self.np_random, prompt.task)
+        self.texts += given is None
         self._mark = dict(self.decoder.clock.totals)
         self._text_began = dict(self.decoder.clock.totals)
+
+    def _draw_prompt(self) -> Prompt:
+        """Any prompt, or with ``switch_every`` one of the set whose turn it is."""
+        if not self.switch_every:
+            return self.prompts[self.np_random.integers(len(self.prompts))]
+        tasks = list(dict.fromkeys(prompt.task for prompt in self.prompts))
+        if self.texts % self.switch_every == 0 and len(tasks) > 1:
+            others = [task for task in tasks if task != self.turn]
+            self.turn = others[self.np_random.integers(len(others))]
+        ours = [prompt for prompt in self.prompts if prompt.task == (self.turn or tasks[0])]
+        return ours[self.np_random.integers(len(ours))]
 
     def _info(self, cycle: Any, seconds: dict[str, float]) -> dict[str, Any]:
         emitted = cycle.emitted if cycle else 0

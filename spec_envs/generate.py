@@ -30,6 +30,7 @@ class Generation:
     prompt: list[int]
     max_new_tokens: int
     rng: np.random.Generator
+    task: str = ""
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     actions: list[int] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Generation:
         self.seconds, self.actions = 0.0, []
         decoder.start(self.prompt, self.max_new_tokens, self.rng)
         if self.policy:
-            self.policy.reset(self.rng)
+            self.policy.reset(self.rng, self.task)
         self.prefill_seconds = clock.since(before)["prefill"]
         yield decoder.tokens[:1]
         while not decoder.finished:
@@ -86,6 +87,7 @@ def generate(
     prompt: list[int],
     max_new_tokens: int = 256,
     seed: int | None = None,
+    task: str = "",
 ) -> Generation:
     """Decode a prompt under an agent's control; without control and agent, plainly.
 
@@ -95,6 +97,7 @@ def generate(
         prompt: token ids (``spec_envs.prompts.encode``).
         max_new_tokens: most tokens to emit.
         seed: of the sampling, at temperature above 0.
+        task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.TASKS``, or any other.
 
     Returns:
         A :class:`Generation`: iterate over it to stream, or call ``run()``.
@@ -107,4 +110,4 @@ def generate(
                 f"the decoder drafts width {decoder.tree.width} and max_depth {decoder.max_depth}, the control expects "
                 f"{control.width} and {control.max_depth}; pass them to load_decoder"
             )
-    return Generation(decoder, policy, list(prompt), max_new_tokens, np.random.default_rng(seed))
+    return Generation(decoder, policy, list(prompt), max_new_tokens, np.random.default_rng(seed), task)

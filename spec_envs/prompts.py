@@ -2,7 +2,8 @@
 
 The shipped set has five kinds of task named after the benchmarks whose kind they are (the texts were written for this
 project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
-``humaneval`` (code), each split into train, validation and test. Other sets are read from
+``humaneval`` (code), and one more that only its name brings in: ``json`` (structured output). Each is split into train,
+validation and test. Other sets are read from
 ``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name with a slash is a data set on the hub, ``org/name``,
 optionally with a configuration and a column, ``org/name@config:column`` (needs the ``datasets`` extra).
 """
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).parent / "data" / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
+FURTHER = ("json",)  # shipped, but not part of "all"
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("turns", "prompt", "question", "instruction", "article", "document", "text")  # of data sets on the hub
 
@@ -36,7 +38,8 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     """Prompts by name, in the order of their files.
 
     Args:
-        names: set names separated by commas, or ``"all"`` for every local set there is.
+        names: set names separated by commas; ``"all"`` among them is every local set there is (of the shipped ones, those
+            of ``TASKS``).
         split: ``"train"``, ``"validation"`` or ``"test"``. Rows of a foreign file that state no split are divided
             by a hash of their text: six tenths train, one tenth validation, three tenths test.
         data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
@@ -48,7 +51,8 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
     wanted = [name.strip() for name in names.split(",")]
     found = prompt_files(data_dir) if any("/" not in name for name in wanted) else {}
-    chosen = list(found) if names == "all" else wanted
+    every = [name for name in found if data_dir is not None or name in TASKS]
+    chosen = list(dict.fromkeys(name for part in wanted for name in (every if part == "all" else [part])))
     if unknown := [name for name in chosen if name not in found and "/" not in name]:
         raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
     prompts = [
@@ -65,7 +69,7 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
 def prompt_files(data_dir: str | None) -> dict[str, Path]:
     """Prompt sets by name."""
     if data_dir is None:
-        return {task: SHIPPED / f"{task}.jsonl" for task in TASKS}
+        return {name: SHIPPED / f"{name}.jsonl" for name in (*TASKS, *FURTHER)}
     files = {path.parent.name: path for path in sorted(Path(data_dir).expanduser().glob("*/question.jsonl"))}
     if not files:
         raise ValueError(f"{data_dir} holds no prompts; expected NAME/question.jsonl below it")

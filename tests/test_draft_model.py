@@ -60,7 +60,7 @@ def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> N
     drafter = decoder.drafter
     assert isinstance(drafter, DraftModelDrafter)
     decoder.eos = frozenset()
-    fresh = DraftModelDrafter(drafter.model, VOCAB)
+    fresh = DraftModelDrafter(drafter.model, decoder.verifier.target)
     for wrong in range(1, 5):
         decoder.start([3, 4, 5], 40, rng)
         for level in range(5):

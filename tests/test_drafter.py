@@ -5,14 +5,18 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from experiments import drafter, selftext
 from experiments.turns import composed_turn, library_functions, training_turns
-from spec_envs.decoding.checkpoints import load_target, load_tokenizer
+from spec_envs.decoding.batch import generate_batch
+from spec_envs.decoding.checkpoints import load_target, load_tokenizer, load_weights
 from spec_envs.decoding.drafters.eagle_head import EagleHead
-from tests.conftest import CPU
+from spec_envs.decoding.pair import load_decoder
+from spec_envs.prompts import encode
+from tests.conftest import CPU, WORDS
 
 
 def conversations(path: Path, count: int = 30) -> Path:
@@ -105,3 +109,36 @@ def test_composed_turns_are_of_every_kind() -> None:
     assert any("An article about bees." in turn for turn in turns) and any("def " in turn for turn in turns)
     assert len(library_functions()) > 500 and all(head.startswith("def ") for head in library_functions())
     assert len(training_turns()) > 100
+
+
+def test_a_draft_model_from_given_conversations(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts as a few of the target's own layers, learns from what the target writes, and what is saved drafts for
+    that target."""
+    target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
+    users = [" ".join(random.Random(i).choices(WORDS[2:14], k=6)) for i in range(60)]
+    answers = generate_batch(target, [encode(tokenizer, user) for user in users], 40, set())
+    given = tmp_path / "given.jsonl"
+    rows = [{"user": user, "answer_ids": answer} for user, answer in zip(users, answers, strict=True)]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--kind", "draft-model", "--layers", 4, "--target", tiny_target, "--conversations", given, "--tokens", 0]
+    common += ["--draft-vocab", 16, "--dtype", "float32", "--device", "cpu", "--steps", 3, "--learning-rate", 3e-3]
+    make(monkeypatch, *common, "--work", tmp_path / "work", "--epochs", 1)
+    make(monkeypatch, *common, "--work", tmp_path / "work", "--epochs", 30, "--out", tmp_path / "longer")
+    folders = [tmp_path / "work" / "head", tmp_path / "longer"]
+    before, after = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    assert after["chain_acceptance"][0] > before["chain_acceptance"][0]
+    kept = {name for name in load_weights(folders[1]) if "embed" in name or "lm_head" in name}
+    assert not kept  # these are the target's
+    accepted = []
+    for folder in folders:
+        decoder = load_decoder(str(tiny_target), str(folder), "cpu", "float32", width=1, max_depth=5)
+        decoder.eos = frozenset()
+        decoder.start([3, 4, 5], 200, np.random.default_rng(0))
+        while not decoder.finished:
+            decoder.cycle(2)
+        accepted.append(sum(cycle.accepted for cycle in decoder.cycles) / len(decoder.cycles))
+    assert accepted[1] > accepted[0] + 0.1
+    with pytest.raises(SystemExit, match="layers are 8; expected 1 to 7"):
+        make(monkeypatch, *common, "--work", tmp_path / "other", "--layers", 8)

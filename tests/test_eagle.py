@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import eagle_training
+from experiments import drafter_training
+from experiments.drafter_training import report, train
 from experiments.eagle_objective import Batch, Objective, Unrolled, drafted_rows
-from experiments.eagle_training import report, train
 from experiments.recording import Example, load_shard, record
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.checkpoints import load_target, load_weights
@@ -79,7 +79,7 @@ def test_training_improves_and_goes_on_where_it_stopped(
     assert trained["chain_acceptance"][0] > untrained["chain_acceptance"][0] + 0.1
     assert trained["chain_acceptance"] == sorted(trained["chain_acceptance"], reverse=True)
 
-    monkeypatch.setattr(eagle_training, "CHECKPOINT_EVERY", 7)
+    monkeypatch.setattr(drafter_training, "CHECKPOINT_EVERY", 7)
     killed, passes = objective(), []
 
     def kill(*_: object) -> None:
@@ -122,7 +122,7 @@ def test_tokens_of_the_text_can_be_drafted(tiny_target: Path, tmp_path: Path) ->
         assert set(decoder.tree.tokens) <= set(vocabulary.ids)
         normed = torch.randn(2, target.shape.hidden)
         model = decoder.drafter.model  # type: ignore[union-attr]
-        tokens, log_probs = model.children(normed, len(vocabulary.ids), vocabulary)
+        tokens, log_probs, _, _ = model.children(normed, len(vocabulary.ids), vocabulary)
         expected = target.head.linear(model.norm(normed))[:, vocabulary.ids].log_softmax(-1)
         order = np.argsort(vocabulary.ids)
         for row in range(2):

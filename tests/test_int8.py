@@ -101,10 +101,14 @@ def test_norms_and_best_children_are_those_of_torch(build: None) -> None:
     torch.testing.assert_close(int8.RMSNorm(gain, 1e-5)(x), layers.RMSNorm(gain, 1e-5)(x), rtol=1e-5, atol=1e-6)
     logits, extra = torch.randn(7, 150)[:, :141] * 5, torch.randn(7, 21) * 5
     for other in (extra, None):
-        index, log_p = int8.most_probable(logits, other, 12)
-        expected, expected_log_p = layers.most_probable(logits, other, 12)
+        index, *values = int8.most_probable(logits, other, 12)
+        expected, *expected_values = layers.most_probable(logits, other, 12)
         assert torch.equal(index, expected)
-        torch.testing.assert_close(log_p, expected_log_p, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
+        both = logits if other is None else torch.cat([logits, other], -1)
+        torch.testing.assert_close(
+            values[1], torch.distributions.Categorical(logits=both).entropy(), rtol=1e-4, atol=1e-5
+        )
 
 
 def whole(model: Transformer, ids: Tensor) -> Tensor:

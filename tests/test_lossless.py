@@ -85,7 +85,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
     reference = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
     verifier, rng = decoder.verifier, np.random.default_rng(0)
     if drafts == "chain":
-        drafter = DraftModelDrafter(verifier.target, verifier.vocab, temperature=1.3)
+        drafter = DraftModelDrafter(verifier.target, verifier.target, temperature=1.3)
         decoder = Decoder(verifier, drafter, decoder.clock, decoder.eos)
     decoder.start(prompts["mt_bench"], 40, rng)
     with torch.inference_mode():

@@ -1,22 +1,28 @@
 import numpy as np
 import pytest
 
-from spec_envs.decoding.tree import ROOT, Tree, ancestors
+from spec_envs.decoding.tree import ROOT, Children, Tree, ancestors
 
 
 def grown(width: int, depth: int, seed: int) -> Tree:
     rng = np.random.default_rng(seed)
     tree = Tree(width, depth)
 
-    def children(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def children(rows: int) -> Children:
         log_probs = -np.sort(rng.exponential(size=(rows, width)), axis=1).astype(np.float32)
-        return rng.permuted(np.tile(np.arange(50), (rows, 1)), axis=1)[:, :width], log_probs
+        tokens = rng.permuted(np.tile(np.arange(50), (rows, 1)), axis=1)[:, :width]
+        return Children(tokens, log_probs, np.zeros(rows, np.float32))
 
-    tokens, log_probs = children(1)
-    tree.start(tokens[0], log_probs[0])
+    tree.start(children(1))
     for _ in range(depth):
-        tree.grow(*children(width))
+        tree.grow(children(width))
     return tree
+
+
+def certain(tokens: list[list[int]]) -> Children:
+    """Children of probability 1."""
+    array = np.array(tokens)
+    return Children(array, np.zeros(array.shape, np.float32), np.zeros(len(array), np.float32))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 12])
@@ -51,8 +57,8 @@ def test_selection_is_the_best_and_connected(budget: int) -> None:
 
 def test_ties_take_the_parent_first() -> None:
     tree = Tree(2, 2)
-    tree.start(np.array([1, 2]), np.zeros(2, np.float32))
-    tree.grow(np.array([[3, 4], [5, 6]]), np.zeros((2, 2), np.float32))
+    tree.start(certain([[1, 2]]))
+    tree.grow(certain([[3, 4], [5, 6]]))
     assert tree.select(3).tolist() == [0, 1, 2]
     _, parents, levels = tree.subtree(tree.select(3))
     assert parents.tolist() == [ROOT, ROOT, 0]
@@ -67,4 +73,4 @@ def test_ancestors() -> None:
 def test_a_full_tree_says_so() -> None:
     tree = grown(2, 1, seed=0)
     with pytest.raises(ValueError, match="full at 1 expansions"):
-        tree.grow(np.zeros((2, 2), int), np.zeros((2, 2), np.float32))
+        tree.grow(certain([[0, 0], [0, 0]]))

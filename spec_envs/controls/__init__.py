@@ -8,10 +8,11 @@ from typing import Any
 from spec_envs.controls.base import Agent, Control, Policy
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
 
 __all__ = ["CONTROLS", "Agent", "Control", "Policy", "make_control"]
 
-CONTROLS: dict[str, type[Control]] = {"depth": DepthControl, "budget": BudgetControl}
+CONTROLS: dict[str, type[Control]] = {"depth": DepthControl, "budget": BudgetControl, "k": KControl}
 
 
 def make_control(name: str, keywords: dict[str, Any]) -> Control:

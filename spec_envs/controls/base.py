@@ -46,6 +46,9 @@ class Control(ABC):
         width, max_depth: of the tree.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
+        task: of the text under way, ``""`` where it is not known.
+        cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
+        engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
@@ -54,6 +57,8 @@ class Control(ABC):
     max_depth: int
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
     name: ClassVar[str]
+    cuts: ClassVar[bool] = True
+    engine: str = "torch"
     partner_name: ClassVar[str | None]
 
     def __init__(self, observation: str, cost_features: bool):
@@ -62,7 +67,7 @@ class Control(ABC):
         self.observation, self.cost_features = observation, cost_features
         self.partner: Policy | None = None
         self.costs: CostTable | None = None
-        self.rng = np.random.default_rng()
+        self.rng, self.task = np.random.default_rng(), ""
 
     def _declare(self, entries: list[Entry]) -> None:
         """Fix the observation's layout."""
@@ -91,11 +96,11 @@ class Control(ABC):
             raise ValueError(f"the partner was trained with width and max_depth {theirs}, this environment has {mine}")
         self.partner = Policy(control, agent)
 
-    def reset(self, rng: np.random.Generator) -> None:
-        """A new text begins."""
-        self.rng = rng
+    def reset(self, rng: np.random.Generator, task: str = "") -> None:
+        """A new text begins, of a task of that name."""
+        self.rng, self.task = rng, task
         if self.partner:
-            self.partner.reset(rng)
+            self.partner.reset(rng, task)
 
     def observe(self, decoder: Decoder) -> np.ndarray:
         """What the agent sees, float32. The first call of a cycle drafts what the first decision needs.
@@ -139,9 +144,9 @@ class Policy:
         self.state: Any = None
         self.fresh = True
 
-    def reset(self, rng: np.random.Generator) -> None:
+    def reset(self, rng: np.random.Generator, task: str = "") -> None:
         """A new text begins."""
-        self.control.reset(rng)
+        self.control.reset(rng, task)
         self.state, self.fresh = None, True
 
     def decide(self, decoder: Decoder) -> int:

@@ -2,76 +2,231 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Entry, read_context, read_position
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.controls.context import KINDS, context_kind
+from spec_envs.decoding.decoder import Cycle, Decoder, merged
+from spec_envs.prompts import TASKS
 
-WINDOWS = (4, 16)  # cycles over which acceptance is observed
+VERIFY, DRAFT = 0, 1
+WINDOWS = (4, 16)  # decisions over which acceptance is observed
+ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
+SNIPPET, FRESH = 96, 16  # tokens that the kind of text is told from, and after how many new ones it is told anew
+SEGMENT = 64  # tokens between decisions where an engine is asked for whole segments
+ENGINES = ("torch", "llama-server")
+DECISIONS = ("cycle", "token")
 
 
 class KControl(Control):
     """
-    The control of fixed lengths in `make bench`; no environment has it yet.
-
     ## Description
 
     A draft model proposes a chain of K tokens, each read by its next forward, and the target verifies all of them in
-    one. Every cycle the agent decides K. Long chains pay where the draft model is nearly always right; where it is
-    not, K = 0, plain decoding, is the fastest. The length is that of Leviathan et al. 2023 (arXiv 2211.17192).
+    one. Long chains pay where the draft model is nearly always right; where it is not, K = 0, plain decoding, is the
+    fastest. The agent decides K once per cycle (`decision="cycle"`), or after each drafted token whether to go on
+    (`decision="token"`). The chain is that of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however
+    it is chosen, since a token that was drawn is verified whatever made the agent stop behind it.
 
     ## Action Space
 
-    `Discrete(k_max + 1)`: action K drafts K tokens and verifies them; 0 is a step of plain decoding.
+    `decision="cycle"`: `Discrete(k_max + 1)`: action K drafts K tokens and verifies them; 0 is plain decoding.
+    `decision="token"`: `Discrete(2)`: 0 verifies, 1 drafts one more token; the first decision of a cycle is made before
+    anything is drafted, and at `k_max` tokens verification follows within the step.
 
     ## Observation Space
 
-    A `Box` of float32:
+    A `Box` of float32. With `decision="token"` it begins with the chain under way:
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
-    | 0–1 | `acceptance`: accepted / drafted tokens over 4 and 16 cycles (0 where nothing was drafted) | 0 | 1 |
-    | 2 | `last_k`: K of the last cycle / `k_max` | 0 | 1 |
-    | 3 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
-    | 4 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 0 | `drafted`: tokens of the chain / `k_max` | 0 | 1 |
+    | 1 | `probability`: that the draft model gave its last token (1 before the first) | 0 | 1 |
+    | 2 | `entropy`: of the distribution that token is from, nats / 10 (0 before the first) | 0 | 1 |
+    | 3 | `path`: product of the chain's probabilities | 0 | 1 |
 
+    With `decision="cycle"` it begins with the last cycle's chain (left out where decisions are for whole segments, of
+    which a server reports counts only):
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 0 | `confidence`: mean probability of its tokens (0 without a chain) | 0 | 1 |
+    | 1 | `entropy`: mean entropy of their distributions, nats / 10 | 0 | 1 |
+
+    Then follow, in both:
+
+    | Size | Observation | Min | Max |
+    |------|-------------|-----|-----|
+    | 2 | `acceptance`: accepted / drafted tokens over 4 and 16 decisions (0 where nothing was drafted) | 0 | 1 |
+    | 1 | `last_k`: length asked for last / `k_max` | 0 | 1 |
+    | 1 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
+    | 1 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 1 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 5 | `kind`: one-hot of code, prose, math, json, list, told from the last 96 tokens | 0 | 1 |
+    | 6 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
+
+    `observation="counters"` is `acceptance`, `last_k`, `last_acceptance`, `position` and `context` alone.
     `cost_features=True` appends `costs`, as in SpecDepth-v0.
+
+    ## Rewards, Starting State, Episode End, Information
+
+    As in SpecDepth-v0; nothing is drafted when an episode starts.
 
     ## Arguments
 
     - `k_max=16`: longest chain.
+    - `decision="cycle"`, or `"token"`.
+    - `engine="torch"`, or `"llama-server"`: a server of llama.cpp decodes whole segments.
+    - `adjustment_interval=None`: tokens that a decision is kept for; by default one cycle, or 64 on a server.
+
+    and the shared ones of `SpecEnv`.
+
+    ## Version History
+
+    - v0: initial version.
     """
 
     name, partner_name = "k", None
-    observations = ("default",)
+    observations = ("default", "counters")
     width = 1
+    cuts = False
 
-    def __init__(self, k_max: int = 16, observation: str = "default", cost_features: bool = False):
+    def __init__(
+        self,
+        k_max: int = 16,
+        decision: str = "cycle",
+        engine: str = "torch",
+        adjustment_interval: int | None = None,
+        observation: str = "default",
+        cost_features: bool = False,
+    ):
         super().__init__(observation, cost_features)
         if k_max < 2:
             raise ValueError(f"k_max is {k_max}; expected 2 or more")
-        self.k_max, self.max_depth = k_max, k_max - 1
-        self.action_space = spaces.Discrete(k_max + 1)
-        self._declare(
-            [
-                Entry("acceptance", len(WINDOWS), 0.0, 1.0, read_acceptance),
-                Entry("last_k", 1, 0.0, 1.0, self._read_last_k),
-                Entry("position", 1, 0.0, 1.0, read_position),
-                Entry("context", 1, 0.0, 1.0, read_context),
+        for name, value, allowed in (("decision", decision, DECISIONS), ("engine", engine, ENGINES)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        interval = (SEGMENT if engine == "llama-server" else 0) if adjustment_interval is None else adjustment_interval
+        if interval < 0 or (engine == "llama-server" and not interval):
+            raise ValueError(f"adjustment_interval is {interval}; expected tokens (on torch, 0 decides every cycle)")
+        if decision == "token" and interval:
+            raise ValueError('decision="token" is made while a chain is drafted; it has no segments and no server')
+        self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
+        self.adjustment_interval = interval
+        self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
+        self.decided: list[Cycle] = []  # one per decision that led to a verification
+        self.last_k = 0
+        self._declare(self._entries())
+
+    def _entries(self) -> list[Entry]:
+        counters = [
+            Entry("acceptance", len(WINDOWS), 0.0, 1.0, self._read_acceptance),
+            Entry("last_k", 1, 0.0, 1.0, lambda decoder: self.last_k / self.k_max),
+            Entry("last_acceptance", 1, 0.0, 1.0, lambda decoder: acceptance(self.decided[-1:])),
+            Entry("position", 1, 0.0, 1.0, read_position),
+            Entry("context", 1, 0.0, 1.0, read_context),
+        ]
+        if self.observation == "counters":
+            return counters
+        chain: list[Entry] = []
+        if self.decision == "token":
+            names = ("drafted", "probability", "entropy", "path")
+            chain = [Entry(name, 1, 0.0, 1.0, partial(self._read_of_chain, i)) for i, name in enumerate(names)]
+        elif not self.adjustment_interval:
+            chain = [
+                Entry("confidence", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("probabilities"))),
+                Entry("entropy", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("entropies")) / ENTROPY_UNIT),
             ]
-        )
+        return [
+            *chain,
+            *counters,
+            Entry("kind", len(KINDS), 0.0, 1.0, lambda decoder: one_hot(self._kind(decoder), KINDS)),
+            Entry("task", len(TASKS) + 1, 0.0, 1.0, lambda decoder: one_hot(self.task, (*TASKS, ""))),
+        ]
+
+    def reset(self, rng: np.random.Generator, task: str = "") -> None:
+        super().reset(rng, task)
+        self.decided, self.last_k = [], 0
+        self.kind, self.kind_at = "", 0
+        self.before: np.ndarray | None = None
+
+    def observe(self, decoder: Decoder) -> np.ndarray:
+        """See ``Control.observe``. Within a chain only what belongs to it is read again."""
+        if self.decision == "token" and decoder.tree.size and self.before is not None and "path" in self.slices:
+            vector = self.before.copy()
+            vector[: self.slices["path"].stop] = self._read_chain(decoder)
+            return vector
+        self.before = super().observe(decoder)
+        return self.before.copy()
 
     def prepare(self, decoder: Decoder) -> None:
-        """Nothing is drafted before K is decided."""
+        """Nothing is drafted before it is decided."""
 
-    def act(self, decoder: Decoder, action: int) -> Cycle:
-        return decoder.cycle(action)
+    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+        if self.decision == "token":
+            if action == DRAFT:
+                draft(decoder)
+                if decoder.tree.size < self.k_max and decoder.tree.size:
+                    return None
+            self.last_k = decoder.tree.size
+            self.decided.append(decoder.verify())
+            return self.decided[-1]
+        cycles = [decoder.cycle(action)]
+        while not decoder.finished and sum(cycle.emitted for cycle in cycles) < self.adjustment_interval:
+            cycles.append(decoder.cycle(action))
+        self.last_k = action
+        self.decided.append(merged(cycles))
+        return self.decided[-1]
 
-    def _read_last_k(self, decoder: Decoder) -> float:
-        return decoder.cycles[-1].drafted / self.k_max if decoder.cycles else 0.0
+    def _read_acceptance(self, decoder: Decoder) -> list[float]:
+        return [acceptance(self.decided[-n:]) for n in WINDOWS]
+
+    def _read_of_chain(self, i: int, decoder: Decoder) -> float:
+        return self._read_chain(decoder)[i]
+
+    def _read_chain(self, decoder: Decoder) -> tuple[float, float, float, float]:
+        tree = decoder.tree
+        if not tree.size:
+            return 0.0, 1.0, 0.0, 1.0
+        path = float(tree.scores[-1])
+        above = float(tree.scores[-2]) if tree.size > 1 else 0.0
+        entropy = min(1.0, float(tree.entropies[-1][0]) / ENTROPY_UNIT)
+        return tree.size / self.k_max, float(np.exp(path - above)), entropy, float(np.exp(path))
+
+    def _last_nodes(self, name: str) -> np.ndarray:
+        return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
+
+    def _kind(self, decoder: Decoder) -> str:
+        """The kind of text, told anew when enough of it is new."""
+        if not self.kind or decoder.length >= self.kind_at + FRESH:
+            tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens][-SNIPPET:]
+            self.kind, self.kind_at = context_kind(decoder.detokenize(tail)), decoder.length
+        return self.kind
 
 
-def read_acceptance(decoder: Decoder) -> list[float]:
-    """Accepted over drafted tokens of the last cycles: a ratio of sums, not a mean of ratios."""
-    recent = [decoder.cycles[-n:] for n in WINDOWS]
-    return [sum(c.accepted for c in cycles) / max(1, sum(c.drafted for c in cycles)) for cycles in recent]
+def draft(decoder: Decoder) -> None:
+    """Draft one more token."""
+    if decoder.drafting:
+        decoder.expand()
+    else:
+        decoder.begin()
+
+
+def acceptance(cycles: list[Cycle]) -> float:
+    """Accepted over drafted tokens: a ratio of sums, not a mean of ratios."""
+    drafted = sum(cycle.drafted for cycle in cycles)
+    return sum(cycle.accepted for cycle in cycles) / drafted if drafted else 0.0
+
+
+def one_hot(name: str, names: tuple[str, ...]) -> list[float]:
+    """1 at the name's place; at the last place for a name that is not there."""
+    at = names.index(name) if name in names else len(names) - 1
+    return [float(i == at) for i in range(len(names))]
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean; 0 of nothing."""
+    return float(values.mean()) if len(values) else 0.0

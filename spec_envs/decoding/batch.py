@@ -87,4 +87,4 @@ def read_batch(target: Transformer, texts: Sequence[Sequence[int]], capture: Seq
     x, captured = target.forward(
         target.embed(ids), target.cache(n, len(texts)), positions, None, padding, capture=capture
     )
-    return torch.cat(captured, -1), target.norm(x)
+    return torch.cat([x[..., :0], *captured], -1), target.norm(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,15 @@ from spec_envs.decoding.verifier import LocalVerifier
 
 @dataclass(frozen=True)
 class Drafted:
-    """The nodes a cycle verified, for those who want to look: tokens, parents, levels ``[n]`` and the accepted path."""
+    """The nodes a cycle verified, for those who want to look: tokens, parents, levels ``[n]`` and the accepted path; of
+    a chain also each token's probability and the entropy in nats of the distribution it is from."""
 
     tokens: np.ndarray
     parents: np.ndarray
     levels: np.ndarray
     path: list[int]
+    probabilities: np.ndarray
+    entropies: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,18 @@ class Cycle:
         return len(self.tokens)
 
 
+def merged(cycles: Sequence[Cycle]) -> Cycle:
+    """Several cycles as one: what they emitted, accepted, drafted and cost together; the nodes are the last one's."""
+    if len(cycles) == 1:
+        return cycles[0]
+    accepted, drafted, verified = (
+        sum(getattr(c, name) for c in cycles) for name in ("accepted", "drafted", "verified")
+    )
+    seconds = {part: sum(cycle.seconds[part] for cycle in cycles) for part in cycles[0].seconds}
+    tokens = [token for cycle in cycles for token in cycle.tokens]
+    return Cycle(tokens, accepted, drafted, verified, cycles[-1].depth, seconds, cycles[-1].nodes)
+
+
 class Decoder:
     """Drives a drafter and a verifier over one text at a time.
 
@@ -58,6 +73,7 @@ class Decoder:
         clock: charged for every forward.
         eos: ids that end a text.
         max_depth: most expansions of a cycle.
+        detokenize: text of token ids, for controls that look at it.
 
     Attributes:
         prompt, tokens: ids of the text, and of what was emitted (the first token included).
@@ -77,12 +93,13 @@ class Decoder:
         clock: WallClock,
         eos: Collection[int],
         max_depth: int = 12,
+        detokenize: Callable[[list[int]], str] = lambda ids: "",
     ):
         if drafter is not None and drafter.vocab != verifier.vocab:
             raise ValueError(f"the drafter's vocabulary has {drafter.vocab} ids, the target's {verifier.vocab}")
         self.verifier, self.drafter, self.clock = verifier, drafter, clock
         self.eos = frozenset(eos)
-        self.max_depth = max_depth
+        self.max_depth, self.detokenize = max_depth, detokenize
         self.context = min(side.context for side in (verifier, drafter) if side is not None)
         self.tree = Tree(drafter.width if drafter else 0, max_depth)
         self.finished = True
@@ -165,7 +182,7 @@ class Decoder:
         del seconds["prefill"]
         self._cycle_began = dict(self.clock.totals)
         accepted = min(len(verdict.path), len(emitted))
-        nodes = Drafted(tokens, parents, levels, verdict.path[:accepted])
+        nodes = Drafted(tokens, parents, levels, verdict.path[:accepted], *self._confidence())
         self.cycles.append(Cycle(emitted, accepted, drafted, selected, depth, seconds, nodes))
         self.tree.clear()
         self.drafting = False
@@ -178,6 +195,12 @@ class Decoder:
             for _ in range(k - 1):
                 self.expand()
         return self.verify()
+
+    def _confidence(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a chain: each token's probability, and the entropy of the distribution it is from."""
+        if self.tree.width != 1 or not self.tree.size:
+            return np.zeros(0), np.zeros(0)
+        return np.exp(np.diff(self.tree.scores, prepend=0.0)), np.concatenate(self.tree.entropies)
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """Tokens up to the first EOS and to max_new_tokens."""

@@ -202,16 +202,16 @@ def c_tables(rope: Rope) -> CTables:
     return CTables(rope.cos.data_ptr(), rope.sin.data_ptr(), len(rope.cos))
 
 
-def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-    """Indices and log-probabilities ``[n, width]`` of the largest logits of ``[n, a]`` and ``[n, b]`` side by side."""
+def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``layers.most_probable``."""
     n, index = len(logits), torch.empty(len(logits), width, dtype=torch.int64)
-    log_probability = torch.empty(n, width)
+    log_probability, entropy = torch.empty(n, width), torch.empty(n)
     extra = None if extra is None else floats(extra)
     library().most_probable(
         logits.data_ptr(), logits.shape[1], logits.stride(0), address(extra), 0 if extra is None else extra.shape[1],
-        n, width, index.data_ptr(), log_probability.data_ptr(), threads(),
+        n, width, index.data_ptr(), log_probability.data_ptr(), entropy.data_ptr(), threads(),
     )  # fmt: skip
-    return index, log_probability
+    return index, log_probability, entropy
 
 
 def read_all(data: Tensor) -> None:

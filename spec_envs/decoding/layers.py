@@ -159,11 +159,14 @@ class Layer:
         return self.down(F.silu(gate).mul_(up))
 
 
-def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-    """Indices and log-probabilities ``[n, width]`` of the largest logits of ``[n, a]`` and ``[n, b]`` side by side."""
+def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the logits ``[n, a]`` and ``[n, b]`` side by side: indices and log-probabilities ``[n, width]`` of the largest,
+    and the entropy in nats ``[n]``."""
     both = logits if extra is None else torch.cat([logits, extra], -1)
-    best, index = both.float().log_softmax(-1).topk(width, dim=-1)
-    return index, best.clamp(max=0.0)
+    log_probabilities = both.float().log_softmax(-1)
+    best, index = log_probabilities.topk(width, dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities.clamp(min=-100.0)).sum(-1)
+    return index, best.clamp(max=0.0), entropy
 
 
 def fused(weights: dict[str, Tensor], names: list[str]) -> Linear:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from spec_envs.decoding.checkpoints import load_target, load_tokenizer, registry, resolve_device, resolve_dtype
+from spec_envs.decoding.checkpoints import (
+    load_config,
+    load_target,
+    load_tokenizer,
+    load_weights,
+    registry,
+    resolve_device,
+    resolve_dtype,
+)
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import Drafter
-from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
+from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
 DEFAULT_TARGET = "smollm2-135m"
+LOOKUP = "lookup"  # the drafter without weights
 
 
 @functools.cache
@@ -33,8 +44,12 @@ def load_draft_model(name: str, target: str, model: Transformer, temperature: fl
     """The draft model ``name`` for the target of that name and these weights.
 
     Raises:
-        ValueError: it has another tokenizer, or lacks some of its tokens.
+        ValueError: it has another tokenizer, lacks some of its tokens, or was made for another target.
     """
+    folder = drafter_folder(name)
+    if not (folder / "tokenizer_config.json").is_file():  # it shares the target's
+        draft, shortlist = load_shared(folder, model)
+        return DraftModelDrafter(draft, model, temperature, top_p, shortlist)
     if load_tokenizer(name).get_vocab() != load_tokenizer(target).get_vocab():
         raise ValueError(f"the draft model {name!r} has another tokenizer than {target!r}; take one of the same family")
     draft, known = load_target(name, model.device, model.dtype), len(load_tokenizer(name))
@@ -42,27 +57,36 @@ def load_draft_model(name: str, target: str, model: Transformer, temperature: fl
         raise ValueError(
             f"the draft model {name!r} knows {draft.shape.vocab} of its tokenizer's {known} tokens; take another"
         )
-    return DraftModelDrafter(draft, model.shape.vocab, temperature, top_p)
+    return DraftModelDrafter(draft, model, temperature, top_p)
+
+
+@functools.cache
+def load_shared(folder: Path, target: Transformer) -> tuple[Transformer, np.ndarray]:
+    """A draft model on a target's embedding and output rows, loaded once per target, and its shortlist."""
+    return on_the_target(load_config(folder), load_weights(folder), target)
 
 
 def drafts_chains(drafter: str) -> bool:
-    """Whether a drafter is a draft model, which drafts chains, and not a head, which drafts trees."""
-    return not is_head(drafter_folder(drafter))
+    """Whether a drafter is a draft model or prompt lookup, which draft chains, and not a head, which drafts trees."""
+    return drafter == LOOKUP or not is_head(drafter_folder(drafter))
 
 
-def default_drafter(target: str) -> str:
-    """The drafter that models.yml has for a target.
+def default_drafter(target: str, chain: bool = False) -> str:
+    """The drafter that models.yml has for a target: one that drafts chains, or the first one.
 
     Raises:
         ValueError: there is none.
     """
-    for name, entry in registry()["drafters"].items():
-        if entry["target"] == target:
-            return name
-    raise ValueError(
-        f"no drafter is known for {target!r}, only for {', '.join(e['target'] for e in registry()['drafters'].values())}; "
-        "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model), or train one with `make drafter`"
-    )
+    known = [name for name, entry in registry()["drafters"].items() if entry["target"] == target]
+    found = next((name for name in known if not chain or drafts_chains(name)), None)
+    if found is None:
+        raise ValueError(
+            f"no drafter is known for {target!r}, only for "
+            f"{', '.join(dict.fromkeys(e['target'] for e in registry()['drafters'].values()))}; "
+            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, or 'lookup'), or train one with "
+            "`make drafter`"
+        )
+    return found
 
 
 def static_over_plain(target: str, drafter: str) -> float:
@@ -102,8 +126,8 @@ def load_decoder(
 
     Args:
         target: name of models.yml, hub id, folder or GGUF file.
-        drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"auto"`` is the
-            target's own in models.yml, None decodes plainly.
+        drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
+            prompt lookup, ``"auto"`` the target's own in models.yml, None decodes plainly.
         device, dtype: ``"auto"``, or as in torch.
         temperature, top_p: 0 is greedy.
         clock: None measures on the wall.
@@ -114,23 +138,32 @@ def load_decoder(
     """
     at, models = resolve_device(device), [target]
     if drafter == "auto":
-        drafter = default_drafter(target)
+        drafter = default_drafter(target, chain=width == 1)
     chain = drafter is not None and drafts_chains(drafter)
-    if drafter is not None and chain:
-        if width != 1:
-            raise ValueError(
-                f"{drafter!r} is a draft model, which drafts a chain, not a tree of width {width}; pass width=1, or take an "
-                "EAGLE-3 head"
-            )
-        models.append(drafter)
+    if chain and width != 1:
+        raise ValueError(
+            f"{drafter!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
+        )
+    if drafter is not None and chain and drafter != LOOKUP:
+        models.append(str(drafter_folder(drafter)))
     model = load_target(target, at, resolve_dtype(dtype, at, models))
     loaded: Drafter | None = None
-    if drafter is not None and chain:
+    if drafter == LOOKUP:
+        loaded = LookupDrafter(model.shape.vocab, model.shape.context)
+    elif drafter is not None and chain:
         loaded = load_draft_model(drafter, target, model, temperature, top_p)
     elif drafter is not None:
         loaded = EagleDrafter(load_eagle(drafter, model), width, max_depth)
     verifier = LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
-    return Decoder(verifier, loaded, clock or WallClock(at), eos_ids(target, model), max_depth)
+    tokenizer = load_tokenizer(target)
+    return Decoder(
+        verifier,
+        loaded,
+        clock or WallClock(at),
+        eos_ids(target, model),
+        max_depth,
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+    )
 
 
 @functools.cache

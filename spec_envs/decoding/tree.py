@@ -6,9 +6,24 @@ parent's id is below its children's, and every level is a contiguous range.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 ROOT = -1
+
+
+class Children(NamedTuple):
+    """What a drafter proposes behind each of n nodes.
+
+    tokens and log_probs ``[n, width]``, best first; entropies ``[n]`` in nats of the distributions they are from;
+    proposal: where the one child was drawn, the distribution ``[vocab]`` that it was drawn from.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    entropies: np.ndarray
+    proposal: np.ndarray | None = None
 
 
 class Tree:
@@ -17,6 +32,7 @@ class Tree:
     Attributes, each an array over the nodes:
         tokens, parents (``ROOT`` on level 0), levels, scores (log-probability of the path from the root).
         frontier: ids of the nodes that the next expansion feeds to the drafter, best first.
+        entropies: per level, in nats, of the distributions its nodes are from.
         proposals: of a chain that was drawn, the distribution ``[vocab]`` that each node was drawn from; else empty.
     """
 
@@ -34,6 +50,7 @@ class Tree:
         self.size = 0
         self.level_starts: list[int] = []
         self.frontier = np.zeros(0, dtype=np.int64)
+        self.entropies: list[np.ndarray] = []
         self.proposals: list[np.ndarray] = []
 
     @property
@@ -62,26 +79,26 @@ class Tree:
         """Path log-probabilities of the nodes added last."""
         return self._scores[self.level_starts[-1] : self.size] if self.level_starts else self.scores
 
-    def start(self, tokens: np.ndarray, log_probs: np.ndarray, proposal: np.ndarray | None = None) -> None:
-        """Level 0: the root's children ``[width]``, best first; or the one that was drawn from ``proposal``."""
+    def start(self, children: Children) -> None:
+        """Level 0: the children of the root."""
         self.clear()
-        self._add(tokens, np.full(len(tokens), ROOT), log_probs, proposal)
-        self.frontier = np.arange(len(tokens))
+        width = children.tokens.shape[1]
+        self._add(children, np.full(width, ROOT), children.log_probs[0])
+        self.frontier = np.arange(width)
 
-    def grow(self, tokens: np.ndarray, log_probs: np.ndarray, proposal: np.ndarray | None = None) -> np.ndarray:
-        """A further level: children ``[frontier, width]`` of every frontier node, best first; or of a chain's last node
-        the one that was drawn from ``proposal``.
+    def grow(self, children: Children) -> np.ndarray:
+        """A further level: the children of every frontier node.
 
         Returns:
             For each node of the new frontier, the index of its parent in the old one.
         """
-        children = tokens.shape[1]
-        scores = (self._scores[self.frontier][:, None] + log_probs).ravel()
+        width = children.tokens.shape[1]
+        scores = (self._scores[self.frontier][:, None] + children.log_probs).ravel()
         first = self.size
-        self._add(tokens.ravel(), np.repeat(self.frontier, children), scores, proposal)
+        self._add(children, np.repeat(self.frontier, width), scores)
         best = np.argsort(-scores, kind="stable")[: self.width]
         self.frontier = first + best
-        return best // children
+        return best // width
 
     def select(self, budget: int) -> np.ndarray:
         """Ids (ascending) of the ``budget`` best candidates by path log-probability.
@@ -96,7 +113,8 @@ class Tree:
         index[ids] = np.arange(len(ids))
         return self.tokens[ids], index[self.parents[ids]], self.levels[ids]
 
-    def _add(self, tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, proposal: np.ndarray | None) -> None:
+    def _add(self, children: Children, parents: np.ndarray, scores: np.ndarray) -> None:
+        tokens = children.tokens.ravel()
         new = slice(self.size, self.size + len(tokens))
         if new.stop > len(self._tokens):
             raise ValueError(f"the tree is full at {self.expansions} expansions")
@@ -105,8 +123,9 @@ class Tree:
         self._levels[new] = len(self.level_starts)
         self.level_starts.append(new.start)
         self.size = new.stop
-        if proposal is not None:
-            self.proposals.append(proposal)
+        self.entropies.append(children.entropies)
+        if children.proposal is not None:
+            self.proposals.append(children.proposal)
 
 
 def ancestors(parents: np.ndarray) -> np.ndarray:

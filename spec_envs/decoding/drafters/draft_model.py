@@ -1,5 +1,9 @@
 """Draft model: a smaller language model of the target's vocabulary, which drafts a chain of tokens (Leviathan et al.
-2023, arXiv 2211.17192)."""
+2023, arXiv 2211.17192).
+
+It is a model of its own, or a few layers between the target's embedding and output rows (`make drafter
+KIND=draft-model`), which draft from a shortlist and from the tokens of the text.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from spec_envs.decoding.accept import inverse_cdf
+from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.tree import Children, Tree
+
+SHORTLIST = "shortlist"  # tensor of target ids in the weights of a model without embedding and output rows of its own
 
 
 class DraftModelDrafter:
@@ -26,16 +34,25 @@ class DraftModelDrafter:
 
     Args:
         model: the draft model.
-        vocab: ids of the target; what the model has beyond them is padding and is never drafted.
+        target: what it drafts for; the ids that the model has beyond the target's are padding and are never drafted.
         temperature, top_p: of the target.
+        shortlist: ids that the model's output rows belong to, of a model that shares the target's; None is all.
     """
 
     capture: tuple[int, ...] = ()
     width = 1
 
-    def __init__(self, model: Transformer, vocab: int, temperature: float = 0.0, top_p: float = 1.0):
-        self.model, self.vocab, self.context = model, vocab, model.shape.context
-        self.temperature, self.top_p = temperature, top_p
+    def __init__(
+        self,
+        model: Transformer,
+        target: Transformer,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        shortlist: np.ndarray | None = None,
+    ):
+        self.model, self.target, self.vocab, self.context = model, target, target.shape.vocab, model.shape.context
+        self.temperature, self.sampling, self.shortlist = temperature, (temperature, top_p), shortlist
+        self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
         self.cache = model.cache(0)
 
@@ -46,6 +63,9 @@ class DraftModelDrafter:
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
         self.cache.length, self.rng = 0, rng
+        if self.shortlist is not None:
+            self.vocabulary = Vocabulary(self.shortlist, self.target.output_weight(), self.target)
+            self.vocabulary.add(text)
         self._read(text[:-1])
         self.committed = self.cache.length
         self.chain: list[int] = []  # drafted tokens that have been read
@@ -64,9 +84,11 @@ class DraftModelDrafter:
     @torch.inference_mode()
     def root(self, tree: Tree) -> None:
         """Read what was committed since the last call, and draft the first token."""
+        if self.vocabulary is not None:
+            self.vocabulary.add(self.unread)
         hidden = self._read(self.unread)
         self.committed, self.unread = self.cache.length, []
-        tree.start(*self._propose(hidden))
+        tree.start(self._propose(hidden))
 
     @torch.inference_mode()
     def expand(self, tree: Tree) -> None:
@@ -74,8 +96,7 @@ class DraftModelDrafter:
         last = int(tree.tokens[-1])
         hidden = self._read([last])
         self.chain.append(last)
-        tokens, log_probs, proposal = self._propose(hidden)
-        tree.grow(tokens[None], log_probs[None], proposal)
+        tree.grow(self._propose(hidden))
 
     def _read(self, tokens: Sequence[int]) -> Tensor:
         """Append rows for tokens; the hidden state of the last one, ``[1, hidden]``."""
@@ -89,13 +110,46 @@ class DraftModelDrafter:
         self.cache.length += len(tokens)
         return hidden[0, -1:]
 
-    def _propose(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """The next token ``[1]``, its log-probability ``[1]``, and what it was drawn from."""
+    def _propose(self, hidden: Tensor) -> Children:
+        """The next token behind a hidden state ``[1, hidden]``."""
         logits = self.model.head(hidden)[:, : self.vocab]
+        extra = None if self.vocabulary is None else self.vocabulary.logits(self.model.norm(hidden))
         if self.temperature == 0:
-            index, log_probability = self.most_probable(logits, None, 1)
-            return index[0].cpu().numpy(), log_probability[0].cpu().numpy(), None
+            index, *rest = self.most_probable(logits, extra, 1)
+            tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)
+            return Children(tokens if self.vocabulary is None else self.vocabulary.ids[tokens], log_probs, entropies)
+        drawn_from = probabilities((logits if extra is None else torch.cat([logits, extra], -1))[0], *self.sampling)
         q = np.zeros(self.vocab)
-        q[: logits.shape[1]] = probabilities(logits[0], self.temperature, self.top_p)
+        q[slice(len(drawn_from)) if self.vocabulary is None else self.vocabulary.ids] = drawn_from
         token = inverse_cdf(q, self.rng.random())
-        return np.array([token]), np.log(q[[token]]), q
+        entropy = -np.sum(drawn_from * np.log(np.maximum(drawn_from, 1e-300)))
+        return Children(np.array([[token]]), np.log(q[[[token]]]), np.array([entropy]), q)
+
+
+def on_the_target(
+    config: PretrainedConfig, weights: dict[str, Tensor], target: Transformer
+) -> tuple[Transformer, np.ndarray]:
+    """A draft model of layers only, between the target's embedding and its output rows of a shortlist.
+
+    Args:
+        weights: Hugging Face's names without ``model.embed_tokens.weight``, and ``shortlist`` ``[n]``.
+
+    Returns:
+        The model, whose head gives the shortlist's logits, and the shortlist.
+
+    Raises:
+        ValueError: weights that belong to another target, or no shortlist.
+    """
+    if SHORTLIST not in weights:
+        raise ValueError(f"the draft model has neither an embedding nor a tensor {SHORTLIST!r}; make it again")
+    mine, theirs = (config.hidden_size, config.vocab_size), (target.shape.hidden, target.shape.vocab)
+    if mine != theirs:
+        raise ValueError(
+            f"the draft model was made for a target of hidden size and vocabulary {mine}, not {theirs}; take one of its own"
+        )
+    shortlist = weights[SHORTLIST].long()
+    rows = target.output_weight()[shortlist.to(target.device)]
+    config.tie_word_embeddings = False
+    own = {name: tensor for name, tensor in weights.items() if name != SHORTLIST}
+    own |= {"model.embed_tokens.weight": target.embedding, "lm_head.weight": rows}
+    return Transformer(config, own, target.dtype, target.device), shortlist.numpy()

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.graphs import graphed
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.tree import Children, Tree
 
 
 def captured_layers(layers: int) -> tuple[int, int, int]:
@@ -95,7 +95,7 @@ class EagleModel:
         width: int,
         last: int,
         seen: np.ndarray | None = None,
-    ) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
+    ) -> tuple[Tensor, Children]:
         """One forward, written to the cache behind its committed rows.
 
         Args:
@@ -105,7 +105,7 @@ class EagleModel:
             seen: see ``KVCache.mask``.
 
         Returns:
-            The rows' own hidden states ``[n, hidden]``, and the ``children`` of the last ones.
+            The rows' own hidden states ``[n, hidden]``, and the children of the last ones.
         """
         device = self.target.device
         embedded = self.target.embed(torch.from_numpy(tokens).to(device))
@@ -115,40 +115,11 @@ class EagleModel:
         output = self.layers(hidden[None], cache, self.rope, at, rows, entering=entering)[0][0]
         return output, self.children(output[len(output) - last :], width, vocabulary)
 
-    def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-        """The ``width`` most probable next tokens of each row ``[n, width]`` and their log-probabilities."""
+    def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> Children:
+        """The ``width`` most probable next tokens of each row."""
         normed = self.norm(hidden)
-        extra = None if vocabulary.rows is None else F.linear(normed, vocabulary.rows)
-        index, log_probabilities = self.most_probable(self.lm_head(normed), extra, width)
-        return vocabulary.ids[index.cpu().numpy()], log_probabilities.cpu().numpy()
-
-
-class Vocabulary:
-    """What can be drafted in one text: the head's shortlist and, where its output rows are the target's own, every
-    token of the text so far (names in an article to summarise, identifiers of a program).
-
-    Attributes:
-        ids: target ids ``[n]``, the shortlist first.
-        rows: output rows of the ids behind the shortlist, or None.
-    """
-
-    def __init__(self, model: EagleModel):
-        self.model = model
-        self.ids = model.shortlist
-        self.rows: Tensor | None = None
-        self.known = np.zeros(model.target.shape.vocab, dtype=bool)
-        self.known[self.ids] = True
-
-    def add(self, tokens: Sequence[int]) -> None:
-        """Note tokens of the text."""
-        new = sorted({token for token in tokens if not self.known[token]})
-        if self.model.output_weight is None or not new:
-            return
-        self.known[new] = True
-        self.ids = np.concatenate([self.ids, new])
-        rows = self.model.output_weight[torch.tensor(new, device=self.model.target.device)]
-        rows = rows.to(self.model.target.precision.hidden)
-        self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
+        index, *rest = self.most_probable(self.lm_head(normed), vocabulary.logits(normed), width)
+        return Children(vocabulary.ids[index.cpu().numpy()], *(values.cpu().numpy() for values in rest))
 
 
 class EagleDrafter:
@@ -180,7 +151,7 @@ class EagleDrafter:
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
         self.cache.length = 0
-        self.vocabulary = Vocabulary(self.model)
+        self.vocabulary = Vocabulary(self.model.shortlist, self.model.output_weight, self.model.target)
         self.vocabulary.add(text)
         if len(features) > 1:
             self._catch_up(features[:-1], text[1:-1], 0)
@@ -195,9 +166,9 @@ class EagleDrafter:
     def root(self, tree: Tree) -> None:
         """Process the tokens committed since the last call; the last row gives level 0."""
         self.vocabulary.add(self.tokens)
-        hidden, (tokens, log_probs) = self._catch_up(torch.cat(self.features), self.tokens, 1)
+        hidden, children = self._catch_up(torch.cat(self.features), self.tokens, 1)
         self.features, self.tokens = [], []
-        tree.start(tokens[0], log_probs[0])
+        tree.start(children)
         self.hidden = hidden[-1:].expand(self.width, -1)  # what the frontier nodes read: their parent's output
         self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
 
@@ -212,13 +183,11 @@ class EagleDrafter:
             self.hidden, tokens, positions, self.cache, self.vocabulary, self.width, self.width, self.lineage
         )
         self.cache.length = committed
-        parents = tree.grow(*children)
+        parents = tree.grow(children)
         self.hidden = output[torch.from_numpy(parents).to(self.device)]
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
 
-    def _catch_up(
-        self, features: Tensor, tokens: Sequence[int], last: int
-    ) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
+    def _catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
         """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""
         n, length = len(features), self.cache.length
         hidden = self.model.fc(features[None])[0]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
-from spec_envs.decoding.drafters.eagle import EagleModel, Vocabulary
+from spec_envs.decoding.drafters.eagle import EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.int8 import c_cache, c_tables
 from spec_envs.decoding.kernels import threads
 from spec_envs.decoding.kernels.bindings import CEagle, address, floats, library
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.tree import Children
 
 
 class Int8EagleModel(EagleModel):
@@ -42,11 +44,12 @@ class Int8EagleModel(EagleModel):
         width: int,
         last: int,
         seen: np.ndarray | None = None,
-    ) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
+    ) -> tuple[Tensor, Children]:
         """See ``EagleModel.step``."""
         output = floats(hidden).clone()
         extra = vocabulary.rows
         index, log_probabilities = np.empty((last, width), np.int64), np.empty((last, width), np.float32)
+        entropies = np.empty(last, np.float32)
         seen = None if seen is None else np.ascontiguousarray(seen)
         library().eagle(
             byref(self.structure),
@@ -63,9 +66,10 @@ class Int8EagleModel(EagleModel):
             width,
             index.ctypes.data,
             log_probabilities.ctypes.data,
+            entropies.ctypes.data,
             threads(),
         )
-        return output, (vocabulary.ids[index], log_probabilities)
+        return output, Children(vocabulary.ids[index], log_probabilities, entropies)
 
 
 def eagle_model(head: EagleHead, target: Transformer) -> EagleModel:

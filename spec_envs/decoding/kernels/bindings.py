@@ -66,11 +66,22 @@ def library() -> ctypes.CDLL:
         found.linear.argtypes = [*product, number, number]
         found.linear_argmax.argtypes = [*product, number]
         logits = [pointer, number, number, pointer, number]
-        found.most_probable.argtypes = [*logits, number, number, pointer, pointer, number]
+        found.most_probable.argtypes = [*logits, number, number, pointer, pointer, pointer, number]
         rows = [pointer, pointer, POINTER(CCache), number, pointer, POINTER(CTables), pointer, number, pointer, pointer]
         found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
         rows = [pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
-        found.eagle.argtypes = [POINTER(CEagle), *rows, number, pointer, number, number, pointer, pointer, number]
+        found.eagle.argtypes = [
+            POINTER(CEagle),
+            *rows,
+            number,
+            pointer,
+            number,
+            number,
+            pointer,
+            pointer,
+            pointer,
+            number,
+        ]
         found.read_all.argtypes = [pointer, number, number]
         found.read_all.restype = number
         for name in ("rms_norm", "linear", "linear_argmax", "most_probable"):

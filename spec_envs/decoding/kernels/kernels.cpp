@@ -246,9 +246,10 @@ int64_t read_all(const float* data, int64_t bytes, int64_t threads) {
     return int64_t(total);
 }
 
-// The `best` largest log-probabilities of every row over the outputs of two heads side by side, best first.
+// The `best` largest log-probabilities of every row over the outputs of two heads side by side, best first, and the
+// entropy of the row in nats.
 void most_probable(const float* a, int64_t a_width, int64_t a_stride, const float* b, int64_t b_width, int64_t rows,
-                   int64_t best, int64_t* index, float* log_probability, int64_t threads) {
+                   int64_t best, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const float* part[2] = {a + r * a_stride, b + r * b_width};
@@ -271,10 +272,18 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
                     top[place] = {v[lane], side * a_width + i + lane};
                 }
             }
-        Floats lanes = {};
+        Floats mass = {}, weighted = {};
+        const Floats lowest = all(-100.0f);  // far below any share of the sum, and finite
         for (int side = 0; side < 2; side++)
-            for (int64_t i = 0; i < width[side]; i += LANES) lanes += exponential(lanes_of(side, i) - top[0].first);
-        const float total = std::log(sum(lanes));
+            for (int64_t i = 0; i < width[side]; i += LANES) {
+                Floats below = lanes_of(side, i) - top[0].first;
+                below = below > lowest ? below : lowest;
+                const Floats share = exponential(below);
+                mass += share;
+                weighted += share * below;
+            }
+        const float total = std::log(sum(mass));
+        entropy[r] = std::max(0.0f, total - sum(weighted) / sum(mass));
         for (int64_t i = 0; i < best; i++) {
             index[r * best + i] = top[i].second;
             log_probability[r * best + i] = std::min(0.0f, top[i].first - top[0].first - total);
@@ -292,10 +301,11 @@ struct Eagle {  // an EAGLE-3 head
 };
 
 // One forward of an EAGLE-3 head on rows [count][hidden], in place, each with the token behind it, and the `width` most
-// probable next tokens of the last `last` of them, over the head's outputs and `extras` further rows. Returns as forward.
+// probable next tokens of the last `last` of them with their entropies, over the head's outputs and `extras` further rows.
+// Returns as forward.
 int eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
           const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
-          int64_t width, int64_t* index, float* log_probability, int64_t threads) {
+          int64_t width, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
     const int64_t size = e->layer->hidden;
     const float eps = e->layer->eps;
     for (int64_t r = 0; r < count; r++)
@@ -325,7 +335,7 @@ int eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, c
         }
     }
     most_probable(logits.data(), e->head.outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
-                  log_probability, threads);
+                  log_probability, entropy, threads);
     return 0;
 }
 }

@@ -1,4 +1,4 @@
-"""Training of an EAGLE-3 head on recorded conversations, and its report on held-out ones."""
+"""Training of a drafter on recorded conversations, and its report on held-out ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments.distillation import Distillation
 from experiments.eagle_objective import Batch, Objective
 from experiments.recording import Example, load_shard, shard_lengths
 from spec_envs.files import write_torch
@@ -50,7 +51,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> floa
 
 
 def train(
-    objective: Objective,
+    objective: Objective | Distillation,
     paths: list[Path],
     checkpoint: Path,
     epochs: float,
@@ -60,16 +61,16 @@ def train(
     share: float,
     seed: int,
 ) -> None:
-    """Train the head in place; an interrupted run continues from ``checkpoint`` at the epoch's next batch."""
-    model, device = objective.model, objective.output_head.device
-    trained = [p for p in model.head.parameters() if p.requires_grad]
+    """Train a drafter in place; an interrupted run continues from ``checkpoint`` at the epoch's next batch."""
+    model, device = objective.trained, objective.output_head.device
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     per_epoch = sum(len(grouped(shard_lengths(path), batch_tokens)) for path in paths)
     done = 0
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, weights_only=True, map_location=device)
-            model.head.load_state_dict(state["head"])
+            model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}; delete it") from None
@@ -84,7 +85,7 @@ def train(
         return torch.autograd.grad(loss, trained), loss.detach(), survived, rows
 
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    with pool, tqdm(total=total, initial=done, unit="batch", desc="training the head") as bar:
+    with pool, tqdm(total=total, initial=done, unit="batch", desc="training the drafter") as bar:
         for epoch in range(done // per_epoch, math.ceil(epochs)):
             for i, examples in enumerate(batches(paths, batch_tokens, random.Random(f"{seed}-{epoch}"))):
                 if not done <= epoch * per_epoch + i < total:
@@ -108,12 +109,12 @@ def train(
                         loss=f"{float(loss) / len(found):.3f}", accepted=" ".join(f"{a:.2f}" for a in chain)
                     )
                 if done % CHECKPOINT_EVERY == 0 or done == total:
-                    state = {"head": model.head.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
                     write_torch(checkpoint, state)
 
 
 @torch.no_grad()
-def report(objective: Objective, paths: list[Path], depth: int) -> dict[str, Any]:
+def report(objective: Objective | Distillation, paths: list[Path], depth: int) -> dict[str, Any]:
     """Cumulative chain acceptance by depth 1…``depth`` on held-out text.
 
     A lower bound of what is drafted in use: here tokens that the text only brings later compete as well.

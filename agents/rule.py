@@ -1,0 +1,113 @@
+"""What agents that follow a rule have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from spec_envs.controls.base import Control
+from spec_envs.controls.k import KControl
+
+
+class Rule(ABC):
+    """An agent without anything to train, for any control. What it remembers, it remembers over texts."""
+
+    decision_seconds = 0.0
+
+    def __init__(self, control: Control):
+        self.control = control
+
+    @abstractmethod
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """See ``spec_envs.controls.base.Agent``."""
+
+    def learn(self, total_timesteps: int, env: Any = None) -> Self:
+        """Nothing to learn."""
+        return self
+
+    def save(self, folder: Path) -> None:  # noqa: B027 - most rules have nothing
+        """Nothing to save: all there is stands in the run's config."""
+
+    def load(self, folder: Path) -> None:  # noqa: B027
+        """Nothing to load."""
+
+    def read(self, observation: np.ndarray, name: str) -> float:
+        """An entry of the observation, the first of several."""
+        return float(observation[self.control.slices[name].start])
+
+
+class ChainRule(Rule):
+    """A published rule for the length of a chain.
+
+    Raises:
+        ValueError: another control, or one that decides at other times or shows something else than the rule looks at.
+    """
+
+    decision: ClassVar[str]
+    looks_at: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, control: Control):
+        super().__init__(control)
+        if not isinstance(control, KControl) or control.decision != self.decision:
+            raise ValueError(
+                f'{type(self).__name__} needs SpecK-v0 with decision="{self.decision}", not {control.name} with '
+                f"{getattr(control, 'decision', 'other decisions')!r}"
+            )
+        if missing := set(self.looks_at) - set(control.slices):
+            raise ValueError(
+                f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
+                f'{control.observation!r} lacks here; pass observation="default", and no adjustment_interval'
+            )
+        self.k_max = control.k_max
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        """Hyper-parameters to try, suggested by an Optuna trial."""
+        return {}
+
+
+class LengthRule(ChainRule):
+    """A rule that moves K after every decision by what the last chain brought."""
+
+    decision = "cycle"
+
+    def __init__(self, control: Control, k: float):
+        super().__init__(control)
+        self.k = k
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        if not np.all(episode_start):  # there was a last chain
+            self.update(self.read(observation, "last_acceptance"), observation)
+        return int(np.clip(round(self.k), 0, self.k_max)), state
+
+    @abstractmethod
+    def update(self, accepted: float, observation: np.ndarray) -> None:
+        """Move ``k`` after a chain of which that share was accepted."""
+
+
+class StopRule(ChainRule):
+    """A rule that drafts until it expects too little of the next token."""
+
+    decision = "token"
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        if self.read(observation, "drafted") == 0:
+            self.begin(observation)
+            return 1, state
+        return int(not self.stops(observation)), state
+
+    def begin(self, observation: np.ndarray) -> None:
+        """A cycle begins; its first token is always drafted."""
+
+    @abstractmethod
+    def stops(self, observation: np.ndarray) -> bool:
+        """Whether to verify what is drafted."""

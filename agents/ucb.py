@@ -1,0 +1,63 @@
+"""A bandit over the draft length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from agents.rule import ChainRule
+from spec_envs.controls.base import Control
+
+
+class UcbAgent(ChainRule):
+    """Discounted UCB over K: each arm is worth its tokens per unit of time, a chain of K costing as much as 1 + c·K plain
+    steps, plus a bonus where it was tried little lately (Garivier and Moulines 2011, arXiv 0805.3415; bandits over draft
+    lengths: Hou et al. 2025, BanditSpec, arXiv 2505.15141). It learns while it serves.
+
+    Args:
+        cost: c, of a drafted token in units of a plain step.
+        exploration: weight of the bonus.
+        discount: of what was seen one decision earlier.
+        arms: lengths to choose from, as far as the environment has them.
+    """
+
+    decision = "cycle"
+    looks_at = ("last_k", "last_acceptance")
+
+    def __init__(
+        self,
+        control: Control,
+        cost: float = 0.1,
+        exploration: float = 0.3,
+        discount: float = 0.995,
+        arms: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
+    ):
+        super().__init__(control)
+        self.exploration, self.discount = exploration, discount
+        self.arms = np.array([k for k in arms if k <= self.k_max])
+        self.prices = 1 + cost * self.arms
+        self.tries, self.tokens = np.zeros(len(self.arms)), np.zeros(len(self.arms))
+        self.played = 0
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        if not np.all(episode_start):
+            self.tries *= self.discount
+            self.tokens *= self.discount
+            self.tries[self.played] += 1
+            self.tokens[self.played] += 1 + self.read(observation, "last_acceptance") * self.arms[self.played]
+        tried = np.maximum(self.tries, 1e-9)
+        bonus = np.sqrt(np.log(max(self.tries.sum(), np.e)) / tried)
+        worth = (self.tokens / tried + self.exploration * (1 + self.arms) * bonus) / self.prices
+        self.played = int(np.argmax(np.where(self.tries == 0, np.inf, worth)))
+        return int(self.arms[self.played]), state
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "cost": trial.suggest_float("cost", 0.02, 0.5, log=True),
+            "exploration": trial.suggest_float("exploration", 0.005, 0.5, log=True),
+            "discount": trial.suggest_categorical("discount", [0.97, 0.99, 0.995, 0.999, 1.0]),
+        }

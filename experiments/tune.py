@@ -1,0 +1,144 @@
+"""Tune a published controller on training prompts (`make tune AGENT=…`), with Optuna.
+
+Every trial decodes the same training prompts under other hyper-parameters; a cost table of this machine, measured when
+the study begins, prices the forwards, so that a busy moment chooses nothing. Killed at any moment, the same command goes
+on. Writes runs/tune/<EnvId>/<stanza>/: study.log, clock.json, best.yml and history.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.visualization.matplotlib import plot_optimization_history
+
+from agents import AGENTS
+from agents.rule import Rule
+from experiments.arms import decoded, run_arms
+from experiments.command import one_sentence
+from experiments.comparison import throughput
+from experiments.config import load_experiment
+from experiments.costs import cost_curves
+from experiments.live import decoder_for, encoded_prompts
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import Policy, make_control
+from spec_envs.decoding.clock import CostTable
+from spec_envs.env import SpecEnv
+from spec_envs.files import whole, write_json
+
+
+def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: int, tokens: int, folder: Path) -> None:
+    """Run the study up to ``trials`` trials in all and write what was best."""
+    experiment = load_experiment(env_id, stanza, overrides)
+    control = make_control(ENVIRONMENTS[env_id], experiment.env)
+    kind = AGENTS[experiment.agent]
+    if not hasattr(kind, "space"):
+        tunable = ", ".join(name for name, agent in AGENTS.items() if hasattr(agent, "space"))
+        raise ValueError(f"{experiment.agent} has nothing to tune here; the agents that have are {tunable}")
+    agent = kind(control=control, **experiment.hyperparameters)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, study = claim(folder, experiment.env, control, prompts, tokens)
+    if not any(trial.state.is_finished() for trial in study.trials):
+        train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
+        study.enqueue_trial(published(kind, experiment.hyperparameters))
+    decoder = decoder_for({**experiment.env, "clock": str(table)}, control)
+    chosen = encoded_prompts(experiment.env, "train", prompts)
+
+    def speed(trial: optuna.Trial) -> float:
+        settings = {**experiment.hyperparameters, **kind.space(trial)}
+        trial.set_user_attr("hyperparameters", settings)
+        candidate = kind(control=control, **settings)
+        candidate.load(folder)
+        arms = {"candidate": decoded(decoder, Policy(control, candidate))}
+        return throughput(run_arms(arms, chosen, tokens, "", quiet=True)["candidate"])
+
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    study.optimize(speed, max(0, trials - done), show_progress_bar=sys.stderr.isatty())
+    best = study.best_trial
+    with whole(folder / "best.yml") as path:
+        path.write_text(yaml.safe_dump({"hyperparameters": best.user_attrs["hyperparameters"]}, sort_keys=False))
+    figure = plot_optimization_history(study).get_figure(root=True)
+    assert figure is not None
+    with whole(folder / "history.png") as path:
+        figure.savefig(path, format="png", dpi=110)
+    print(f"{len(study.trials)} trials; first {study.trials[0].value:.1f}, best {best.value:.1f} priced tokens/s with")
+    print(yaml.safe_dump(best.user_attrs["hyperparameters"], sort_keys=False).strip())
+    print(f"written: {folder}/best.yml, history.png; study.log holds every trial")
+
+
+def claim(folder: Path, env: dict[str, Any], control: Any, prompts: int, tokens: int) -> tuple[Path, optuna.Study]:
+    """The cost table and the study of a folder, begun or gone on with.
+
+    Raises:
+        ValueError: it was begun with other settings.
+    """
+    settings = {"env": env, "prompts": prompts, "tokens": tokens}
+    note, table = folder / "settings.json", folder / "clock.json"
+    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(settings)):
+        raise ValueError(f"{folder} was begun with other settings; choose another --root, or delete it")
+    write_json(note, settings)
+    if env.get("clock", "wall") != "wall":
+        write_json(table, vars_of(CostTable.load(env["clock"])))
+    elif not table.exists():
+        print("measuring this machine's cost table", file=sys.stderr)
+        write_json(table, cost_curves(decoder_for(env, control)))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="tune",
+        storage=JournalStorage(JournalFileBackend(str(folder / "study.log"))),
+        sampler=optuna.samplers.TPESampler(seed=0),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    return table, study
+
+
+def vars_of(table: CostTable) -> dict[str, dict[int, float]]:
+    """A cost table's curves as they are written."""
+    return {"verify": table.verify, "draft": table.draft}
+
+
+def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
+    """What an agent with a learned part learns once, for all trials."""
+    spec_env = SpecEnv(ENVIRONMENTS[env_id], **{**env, "clock": str(table)})
+    agent.learn(total_timesteps, spec_env)
+    agent.save(folder)
+    spec_env.close()
+
+
+def published(kind: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the study tries first: those of the stanza and the agent's defaults, as far as they are tuned."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    tuned = kind.space(optuna.create_study().ask())
+    return {name: value for name, value in (defaults | hyperparameters).items() if name in tuned}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
+    parser.add_argument("--agent", required=True, help="stanza of experiments/<env>.yml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the stanza")
+    parser.add_argument("--trials", type=int, default=30, help="in all (default 30)")
+    parser.add_argument("--prompts", type=int, default=12, help="training prompts (default 12)")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of each (default 64)")
+    parser.add_argument("--root", type=Path, default=Path("runs/tune"), help="where studies are written")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence("interrupted; the same command goes on with the next trial"):
+        folder = args.root / args.env / args.agent
+        tune(args.env, args.agent, args.set, args.trials, args.prompts, args.tokens, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What can be drafted in a text: a shortlist, and the tokens of the text itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_envs.decoding.transformer import Transformer
+
+
+class Vocabulary:
+    """A drafter's shortlist and, where its output rows are the target's own, every token of one text so far (names in an
+    article to summarise, identifiers of a program).
+
+    Args:
+        shortlist: target ids ``[n]``.
+        output_weight: the target's output rows, or None where the drafter has others.
+        target: for its device and dtypes.
+
+    Attributes:
+        ids: target ids, the shortlist first.
+        rows: output rows of the ids behind the shortlist, or None.
+    """
+
+    def __init__(self, shortlist: np.ndarray, output_weight: Tensor | None, target: Transformer):
+        self.ids, self.output_weight, self.target = shortlist, output_weight, target
+        self.rows: Tensor | None = None
+        self.known = np.zeros(target.shape.vocab, dtype=bool)
+        self.known[shortlist] = True
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Note tokens of the text."""
+        new = sorted({token for token in tokens if not self.known[token]})
+        if self.output_weight is None or not new:
+            return
+        self.known[new] = True
+        self.ids = np.concatenate([self.ids, new])
+        rows = self.output_weight[torch.tensor(new, device=self.target.device)].to(self.target.precision.hidden)
+        self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
+
+    def logits(self, normed: Tensor) -> Tensor | None:
+        """Of normed hidden states ``[n, hidden]``: those of the ids behind the shortlist, if there are any."""
+        return None if self.rows is None else F.linear(normed, self.rows)
