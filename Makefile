@@ -23,10 +23,10 @@ COUNT ?=
 KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench drafter tune generate tensorboard test lint
+.PHONY: help setup train eval bench bench-k drafter tune generate tensorboard test lint
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
 
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,9 @@ eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (
 
 bench: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
 	$(PY) -m experiments.bench $(ARGS)
+
+bench-k: $(READY)  ## fixed draft lengths, controllers and trained agents by context; runs/bench-k.json; ARGS=--help
+	$(PY) -m experiments.bench_k $(ARGS)
 
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
 	$(PY) -m experiments.drafter --kind $(KIND) $(ARGS)

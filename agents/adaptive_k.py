@@ -205,7 +205,7 @@ class AdaptiveKAgent(ChainRule):
         k_min = trial.suggest_int("k_min", 0, 4)
         return {
             "k_min": k_min,
-            "k_max": trial.suggest_int("k_max", 5, 16),
+            "k_max": trial.suggest_int("k_max", 5, 24),
             "k_current": k_min + trial.suggest_int("above_k_min", 0, 1),
             "target_acceptance": trial.suggest_float("target_acceptance", 0.3, 0.9),
             "adjustment_interval": trial.suggest_categorical("adjustment_interval", [8, 16, 32, 64]),

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.generate import Generation
 
 
@@ -69,10 +68,8 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
 
 def plain_decoder(decoder: Decoder) -> Decoder:
     """A decoder for the same target and sampling that never drafts."""
-    verifier = decoder.verifier
-    plain = LocalVerifier(verifier.target, (), verifier.temperature, verifier.top_p)
-    clock = decoder.clock if decoder.clock.priced else WallClock(verifier.target.device)
-    return Decoder(plain, None, clock, decoder.eos)
+    clock = decoder.clock if decoder.clock.priced else WallClock(decoder.verifier.device)
+    return Decoder(decoder.verifier.plain(), None, clock, decoder.eos)
 
 
 def run_arms(

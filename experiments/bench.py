@@ -50,7 +50,7 @@ def bench(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> di
     chain = drafts_chains(drafter)
     control = KControl() if chain else DepthControl()
     decoder = decoder_for(env, control)
-    target, device = decoder.verifier.target, decoder.verifier.target.device
+    target, device = decoder.local.target, decoder.verifier.device
     static = best_chain(env) if chain else best_static(env, decoder.tree.width, decoder.max_depth)
     policies = {"static": static_chain(*static["best"]) if chain else static_policy(*static["best"])}
     draft = (drafter, static["best"][0]) if chain else None

@@ -94,7 +94,7 @@ def divergences(decoder: Decoder, samples: Sequence[Sample]) -> dict[str, float]
         ``per_1000``: how many in a thousand, and ``largest_gap``: the most that the logit of such a token lies below
         the best one. Near-ties flip in bfloat16; in int8 and float32 both are 0.
     """
-    target, wrong, total, gap = decoder.verifier.target, 0, 0, 0.0
+    target, wrong, total, gap = decoder.local.target, 0, 0, 0.0
     for sample in samples:
         prompt = sample.prompt.ids
         ids = torch.tensor([prompt + sample.ids[:-1]], device=target.device)

@@ -40,10 +40,10 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
             for n in rows:
                 chain = np.arange(n - 1)
                 begin = timed(sync)
-                state = decoder.verifier.cache.length, decoder.verifier.last
+                state = decoder.local.cache.length, decoder.local.last
                 decoder.verifier.verify(rng.integers(3, decoder.verifier.vocab, n - 1), chain - 1, chain)
                 verify[n].append(timed(sync) - begin)
-                decoder.verifier.cache.length, decoder.verifier.last = state
+                decoder.local.cache.length, decoder.local.last = state
             begin = timed(sync)
             decoder.begin()
             if decoder.tree.width > 1:  # of a chain, the tokens behind the first are enough
@@ -83,7 +83,7 @@ def curves_by_dtype(
 
 def weight_bytes(decoder: Decoder) -> int:
     """Bytes of weights that one forward of the target reads: every layer and the head."""
-    shape, target = decoder.verifier.target.shape, decoder.verifier.target
+    shape, target = decoder.local.target.shape, decoder.local.target
     heads = shape.heads + 2 * shape.kv_heads
     attention = shape.hidden * shape.head_dim * (heads + shape.heads)
     feed = 3 * shape.hidden * target.config.intermediate_size

@@ -17,7 +17,7 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
-from experiments.arms import Arm, decoded, plain_decoder, run_arms
+from experiments.arms import Arm, Sample, decoded, plain_decoder, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
 from experiments.costs import cost_curves, describe
@@ -32,6 +32,7 @@ from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.files import whole, write_json
 
 
@@ -51,21 +52,43 @@ def run_tables(
         learned: policies whose actions are shown.
         others: arms of other software; transformers' ``generate`` by default.
     """
+    samples = side_by_side(policies, env, decoder, test_prompts, others)
+    return tables(samples, policies, env, decoder, references, learned)
+
+
+def side_by_side(
+    policies: dict[str, Policy],
+    env: dict[str, Any],
+    decoder: Decoder,
+    test_prompts: int,
+    others: dict[str, Arm] | None = None,
+) -> dict[str, list[Sample]]:
+    """Every arm of a table on the held-out prompts."""
     prompts = encoded_prompts(env, "test", test_prompts)
-    max_new_tokens = env.get("max_new_tokens", 128)
     plain = plain_decoder(decoder)
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not decoder.clock.priced:
         arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
     arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
-    samples = run_arms(arms, prompts, max_new_tokens, "held-out prompts")
+    return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+
+
+def tables(
+    samples: dict[str, list[Sample]],
+    policies: dict[str, Policy],
+    env: dict[str, Any],
+    decoder: Decoder,
+    references: Sequence[str],
+    learned: Sequence[str],
+) -> dict[str, Any]:
+    """What a table shows of the arms that were run."""
     curves = None if decoder.clock.priced else cost_curves(decoder)
     results: dict[str, Any] = {
         "arms": summary(samples, references),
         "references": list(references),
         "prompts": len(samples["plain"]),
         "tasks": list(by_task(samples["plain"])),
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": env.get("max_new_tokens", 128),
         "temperature": decoder.verifier.temperature,
         "machine": machine(decoder),
         "seconds": curves,
@@ -76,7 +99,7 @@ def run_tables(
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
     }
-    if decoder.verifier.temperature == 0:
+    if decoder.verifier.temperature == 0 and isinstance(decoder.verifier, LocalVerifier):
         results["divergences"] = {
             name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
             for name in ("plain", *learned)

@@ -10,11 +10,18 @@ from spec_envs.controls import Control
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder, make_clocks
+from spec_envs.decoding.synthetic import Profile
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 
 def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
     """The decoder that an environment with these keyword arguments has."""
+    if env.get("trace"):
+        profile = Profile.load(env["trace"])
+        clock = env.get("clock", "wall")
+        return profile.decoder(
+            make_clocks(profile.clock if clock == "wall" else clock, resolve_device("cpu"))[0], control.max_depth
+        )
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
     clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")))[0]
     chosen = {name: env[name] for name in names if name in env}
@@ -25,6 +32,11 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     """``count`` prompts of a split, taken from the tasks in turn: one each, or as many as ``switch_every`` says."""
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
+    if env.get("trace"):
+        return [
+            Encoded(*prompt)
+            for prompt in itertools.islice(itertools.cycle(Profile.load(env["trace"]).prompts()), count)
+        ]
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
     tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
     groups: dict[str, list[Prompt]] = {}

@@ -18,11 +18,10 @@ PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-cont
 
 def machine(decoder: Decoder) -> dict[str, Any]:
     """Processor, threads, dtype, versions and revision, for the head of a table."""
-    target = decoder.verifier.target
     return {
-        "processor": processor(target.device),
+        "processor": processor(decoder.verifier.device),
         "threads": torch.get_num_threads(),
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": decoder.verifier.dtype,
         "clock": decoder.clock.table.name if isinstance(decoder.clock, PricedClock) else "wall",
         "versions": versions(),
         "revision": revision(),

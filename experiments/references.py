@@ -62,7 +62,7 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
 
 def language_model(name: str, decoder: Decoder) -> Any:
     """A model of transformers on the decoder's device, without the penalties and filters of its own."""
-    target = decoder.verifier.target
+    target = decoder.local.target
     transformers_logging.disable_progress_bar()  # of reading the weights
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=target.precision.cache)
     model.to(target.device).eval()
@@ -73,7 +73,7 @@ def language_model(name: str, decoder: Decoder) -> Any:
 def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
     """``generate`` with ``further`` arguments."""
     verifier = decoder.verifier
-    synchronize = WallClock(verifier.target.device).synchronize
+    synchronize = WallClock(verifier.device).synchronize
     settings: dict[str, Any] = {
         "do_sample": False,
         "eos_token_id": sorted(decoder.eos),

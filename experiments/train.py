@@ -85,7 +85,7 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
 def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     """The training environment of a run, its partner composed in, its clock calibrated."""
     keywords = dict(config["env"])
-    if config["calibrate"] and keywords.get("clock", "wall") == "wall":
+    if config["calibrate"] and keywords.get("clock", "wall") == "wall" and not keywords.get("trace"):
         table = folder / "clock.json"
         if not table.exists():
             print("measuring this machine's cost table", file=sys.stderr)
@@ -157,14 +157,22 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
 
 def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
     """One run from settings to table."""
-    config = resolved(experiment, env_id, stanza, seed)
-    fresh = not folder.exists()
-    open_run(folder, config)
     results = folder / "results.json"
     if results.exists():
+        open_run(folder, resolved(experiment, env_id, stanza, seed))
         print(f"{folder} is finished; delete it to train again\n")
         print(markdown(json.loads(results.read_text())))
         return
+    trained(experiment, env_id, stanza, seed, folder)
+    save(evaluate_run(folder, {}, experiment.test_prompts), folder)
+    print(f"run: {folder}")
+
+
+def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
+    """Train a run as far as it is not trained yet."""
+    config = resolved(experiment, env_id, stanza, seed)
+    fresh = not folder.exists()
+    open_run(folder, config)
     if not (folder / "policy.safetensors").exists():
         try:
             env, agent = build(folder, config)
@@ -178,8 +186,6 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
         else:
             agent.learn(config["total_timesteps"], env)
             agent.save(folder)
-    save(evaluate_run(folder, {}, experiment.test_prompts), folder)
-    print(f"run: {folder}")
 
 
 def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:

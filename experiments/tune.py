@@ -11,11 +11,13 @@ import argparse
 import inspect
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.visualization.matplotlib import plot_optimization_history
@@ -65,6 +67,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     best = study.best_trial
     with whole(folder / "best.yml") as path:
         path.write_text(yaml.safe_dump({"hyperparameters": best.user_attrs["hyperparameters"]}, sort_keys=False))
+    warnings.simplefilter("ignore", ExperimentalWarning)  # that the picture may look otherwise one day
     figure = plot_optimization_history(study).get_figure(root=True)
     assert figure is not None
     with whole(folder / "history.png") as path:

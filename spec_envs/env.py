@@ -25,7 +25,8 @@ from spec_envs.decoding.pair import (
     plain_seconds,
     static_over_plain,
 )
-from spec_envs.prompts import Prompt, decode, encode, load_prompts
+from spec_envs.decoding.synthetic import Profile
+from spec_envs.prompts import Prompt, encode, load_prompts
 
 REWARDS = ("saved", "ltd")
 EPISODES = ("prompt", "cycle")
@@ -47,8 +48,10 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
         max_new_tokens: most tokens of a text, the first one included.
         temperature, top_p: sampling of the target; temperature 0 is greedy.
+        trace: a synthetic profile (a name of ``data/profiles``, or a JSON file) plays draft model and target instead of
+            models; for chains only.
         clock: ``"wall"`` measures; the name or path of a cost table prices forwards instead, which makes the
-            environment deterministic. Of several tables one is drawn per episode.
+            environment deterministic. Of several tables one is drawn per episode. A profile brings its own.
         episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
         reward: ``"saved"`` or ``"ltd"``.
         pace: tokens per second that a second costs under ``"saved"``; by default that of the pair's best static
@@ -86,6 +89,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        trace: str | None = None,
         clock: str | Sequence[str] = "wall",
         episode: str = "prompt",
         reward: str = "saved",
@@ -113,6 +117,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             raise ValueError(f"switch_every is {switch_every}; expected texts, or 0 for none")
         if pace is not None and not 0 <= pace < float("inf"):
             raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
+        profile = Profile.load(trace) if trace else None
+        if profile and clock == "wall":
+            clock = profile.clock
         self.clocks = make_clocks(clock, resolve_device(device))
         if not all(c.priced for c in self.clocks):
             if cost_features or len(self.clocks) > 1:
@@ -125,27 +132,38 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.control = kind(observation=observation, cost_features=cost_features, **own)
         self.action_space = self.control.action_space
         self.observation_space = self.control.observation_space
-        self.prompts = load_prompts(prompts, split, data_dir)
-        self.drafter = default_drafter(target, chain=self.control.width == 1) if drafter == "auto" else drafter
-        if temperature > 0 and self.control.cuts and drafts_chains(self.drafter):
-            raise ValueError(
-                f"temperature is {temperature}, at which the draft model {self.drafter!r} draws its chain; a drawn chain is "
-                "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
-            )
-        self.decoder = load_decoder(
-            target,
-            self.drafter,
-            device,
-            dtype,
-            temperature,
-            top_p,
-            self.clocks[0],
-            self.control.width,
-            self.control.max_depth,
-        )
-        self.tokenizer = load_tokenizer(target)
         self.target, self.template, self.max_new_tokens = target, template, max_new_tokens
-        self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in self.prompts}
+        if profile:
+            if self.control.width != 1 or temperature > 0:
+                raise ValueError(
+                    f"trace is {trace!r}, a profile of chains under greedy decoding, which is all it plays"
+                )
+            self.best_static = profile.static_over_plain
+            self.decoder = profile.decoder(self.clocks[0], self.control.max_depth)
+            self.encoded = {Prompt(kind, str(i)): ids for i, (kind, ids) in enumerate(profile.prompts())}
+        else:
+            drafter = default_drafter(target, chain=self.control.width == 1) if drafter == "auto" else drafter
+            if temperature > 0 and self.control.cuts and drafts_chains(drafter):
+                raise ValueError(
+                    f"temperature is {temperature}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
+                    "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
+                )
+            self.best_static = static_over_plain(target, drafter)
+            self.decoder = load_decoder(
+                target,
+                drafter,
+                device,
+                dtype,
+                temperature,
+                top_p,
+                self.clocks[0],
+                self.control.width,
+                self.control.max_depth,
+            )
+            self.tokenizer = load_tokenizer(target)
+            chosen = load_prompts(prompts, split, data_dir)
+            self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in chosen}
+        self.prompts = list(self.encoded)
         self._check_lengths()
         self.switch_every, self.texts, self.turn = switch_every, 0, ""
         self.episode, self.reward_name, self.given_pace = episode, reward, pace
@@ -202,11 +220,11 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     def render(self) -> str | np.ndarray | None:
         """The text so far and the tree: coloured text, or a picture ``[height, width, 3]``."""
         if self.render_mode == "rgb_array":
-            return render.picture(self.decoder, self.tokenizer)
+            return render.picture(self.decoder)
         if self.render_mode == "ansi":
-            return render.ansi(self.decoder, self.tokenizer)
+            return render.ansi(self.decoder)
         if self.render_mode == "human":
-            print(render.ansi(self.decoder, self.tokenizer), flush=True)
+            print(render.ansi(self.decoder), flush=True)
         return None
 
     @property
@@ -215,17 +233,13 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         clock = self.decoder.clock
         if isinstance(clock, PricedClock):
             return 1 / clock.table.seconds("verify", 1)
-        model = self.decoder.verifier.target
+        model = self.decoder.local.target
         return 1 / plain_seconds(self.target, model.device, model.dtype)
 
     @property
     def pace(self) -> float:
         """Tokens per second that a second costs: given, or the speed of the pair's best static setting."""
-        return (
-            self.given_pace
-            if self.given_pace is not None
-            else self.plain_rate * static_over_plain(self.target, self.drafter)
-        )
+        return self.given_pace if self.given_pace is not None else self.plain_rate * self.best_static
 
     def _check_lengths(self) -> None:
         """Refuse prompts that would not fit when their turn comes."""
@@ -288,7 +302,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             total = sum(self.decoder.clock.since(self._text_began).values())
             tokens = len(self.decoder.tokens)
             assert self.prompt is not None
-            info["text"] = decode(self.tokenizer, self.decoder.tokens)
+            info["text"] = self.decoder.detokenize(self.decoder.tokens)
             info["task"] = self.prompt.task
             info["tokens"] = tokens
             info["speedup"] = (tokens - 1) / total / self.plain_rate  # the first token is the prefill's

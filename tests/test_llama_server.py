@@ -21,13 +21,11 @@ from spec_envs.decoding.llama_server import LlamaServer, gguf_of
 from spec_envs.prompts import encode
 from tests.conftest import REAL
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.skipif(
-        shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
-        reason="no llama-server on PATH, and the wheel is for Linux on x86-64",
-    ),
-]
+needs_a_server = pytest.mark.skipif(
+    shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="no llama-server on PATH, and the wheel is for Linux on x86-64",
+)
+pytestmark = [pytest.mark.server, pytest.mark.model, needs_a_server]
 
 
 def alive(process: int) -> bool:
@@ -46,6 +44,8 @@ def test_a_server_continues_ids_and_is_gone_afterwards() -> None:
         again = server.complete(prompt, 12)
         with pytest.raises(ValueError, match="refused the request with status 400"):
             server.complete([10**9], 4)
+        with pytest.raises(ValueError, match=r"refused the request with status 501: .*metrics"):
+            server.metrics()
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
         with pytest.raises(ValueError, match=r"did not answer .*the last lines of its log: "):

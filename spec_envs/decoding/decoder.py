@@ -10,7 +10,7 @@ import numpy as np
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.tree import Tree
-from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.decoding.verifier import LocalVerifier, Verifier
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Decoder:
 
     def __init__(
         self,
-        verifier: LocalVerifier,
+        verifier: Verifier,
         drafter: Drafter | None,
         clock: WallClock,
         eos: Collection[int],
@@ -131,6 +131,17 @@ class Decoder:
         self.finished = first in self.eos or max_new_tokens == 1
         self.drafting = False
         self._cycle_began = dict(self.clock.totals)
+
+    @property
+    def local(self) -> LocalVerifier:
+        """The verifier, where the target is a model in this process.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not isinstance(self.verifier, LocalVerifier):
+            raise ValueError("there is no target in this process to look into; expected a decoder over a model")
+        return self.verifier
 
     @property
     def length(self) -> int:

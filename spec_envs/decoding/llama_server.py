@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
+import http.client
 import json
 import os
 import shutil
@@ -58,22 +60,25 @@ class LlamaServer:
             *("--device", "none", "--parallel", "1", "--threads", str(threads), "--ctx-size", str(context)),
             *("--no-webui", "--offline", *arguments),
         ]
-        folders = [str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH")]
-        library_path = os.pathsep.join(filter(None, folders))
         with os.fdopen(handle, "wb") as out:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"LD_LIBRARY_PATH": library_path},
+                env=environment(program),
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,
             )
         atexit.register(self.close)
         self._wait()
 
     def complete(self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any) -> dict:
-        """Continue token ids, greedily unless ``settings`` say otherwise; the server's answer with ``timings``."""
+        """Continue token ids, greedily unless ``settings`` say otherwise; the server's answer with ``timings``.
+
+        Raises:
+            ValueError: the request was refused; or there was no answer within ``timeout`` seconds, or the server is
+                gone: then it is ended, and the sentence closes with the last lines of its log.
+        """
         body = {
             "prompt": list(prompt),
             "n_predict": max_new_tokens,
@@ -82,7 +87,21 @@ class LlamaServer:
             "return_tokens": True,
             **settings,
         }
-        return self._ask("/completion", body, timeout)
+        return json.loads(self._ask("/completion", timeout, json.dumps(body).encode()))
+
+    def context(self) -> int:
+        """Most tokens of prompt and answer, as the server has it: a model may allow fewer than were asked for."""
+        return json.loads(self._ask("/props"))["default_generation_settings"]["n_ctx"]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges of llama.cpp by name, labels included, since this process began.
+
+        Raises:
+            ValueError: the server was started without ``--metrics``.
+        """
+        lines = self._ask("/metrics").decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line.startswith("llamacpp:"))
+        return {name: float(value) for name, value in samples}
 
     def close(self) -> None:
         """Stop the process; may be called twice."""
@@ -107,30 +126,35 @@ class LlamaServer:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise self._failure(f"llama-server ended with status {self.process.returncode} while it started")
+                raise self.failure(f"llama-server ended with status {self.process.returncode} while it started")
             try:
                 with DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
-        raise self._failure(f"llama-server was not ready after {START_SECONDS} s")
+        raise self.failure(f"llama-server was not ready after {START_SECONDS} s")
 
-    def _ask(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+    def _ask(self, path: str, timeout: float = 60, body: bytes | None = None) -> bytes:
+        """The answer to a GET or, with a body of JSON, a POST."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
         )
         try:
             with DIRECT.open(request, timeout=timeout) as response:
-                return json.load(response)
+                return response.read()
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")[:500]
             raise ValueError(f"llama-server refused the request with status {error.code}: {message}") from None
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            raise self._failure(f"llama-server did not answer ({error})") from None
+        except TimeoutError:
+            raise self.failure(f"llama-server did not answer within {timeout:g} s") from None
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+            raise self.failure(f"llama-server did not answer ({error})") from None
 
-    def _failure(self, what: str) -> ValueError:
-        """``what`` and the end of the log; nothing is left running."""
-        tail = self.log.read_text(errors="replace").strip().splitlines()[-5:] if self.log.exists() else []
+    def failure(self, what: str, about: str = "") -> ValueError:
+        """``what`` and the last lines of the log, of those that hold ``about``; nothing is left running."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        tail = [line for line in lines if about in line][-5:]
+        self.process.kill()  # one that hangs would not hear of a gentler signal
         self.close()
         return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}")
 
@@ -194,6 +218,36 @@ def fetch_binary() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         unpacked.rename(folder)
     return program
+
+
+def environment(program: Path) -> dict[str, str]:
+    """Variables to run the program with, so that it finds the libraries that came with it."""
+    folders = [str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH")]
+    return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}
+
+
+@functools.cache
+def options(program: Path) -> str:
+    """What ``--help`` says; the names of options changed from build to build.
+
+    Raises:
+        ValueError: the program does not run.
+    """
+    try:
+        answer = subprocess.run(
+            [program, "--help"], capture_output=True, text=True, timeout=60, env=environment(program)
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{program} does not run: {error}") from None
+    return answer.stdout + answer.stderr
+
+
+def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
+    """Arguments for chains of ``k`` tokens by a draft model, all of them verified, however unsure it is of them."""
+    if "--spec-draft-n-max" in options(program):  # since 2026; there the older names end the program
+        lengths = ["--spec-type", "draft-simple", "--spec-draft-n-max", str(k), "--spec-draft-n-min", "0"]
+        return [*lengths, "--spec-draft-p-min", "0", "--model-draft", str(drafter)]
+    return ["--draft-max", str(k), "--draft-min", "0", "--draft-p-min", "0", "--model-draft", str(drafter)]
 
 
 def gguf_of(model: str) -> tuple[Path, list[str]]:

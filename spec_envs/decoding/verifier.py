@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,40 @@ class Verdict:
 
     path: list[int]
     token: int
+
+
+class Verifier(Protocol):
+    """The target's side as a decoder sees it.
+
+    Attributes:
+        vocab, context: ids of the target, and most tokens of a text.
+        temperature, top_p: of its sampling.
+        device, dtype: where and in what it computes, for the head of a table.
+        features: what the drafter reads of the rows committed by the last call.
+    """
+
+    vocab: int
+    context: int
+    temperature: float
+    top_p: float
+    features: Tensor
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        """See ``LocalVerifier``."""
+
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[np.ndarray] = ()
+    ) -> Verdict:
+        """See ``LocalVerifier``."""
+
+    def plain(self) -> Verifier:
+        """Another one of the same target and sampling, with a state of its own, for a decoder that never drafts."""
 
 
 class LocalVerifier:
@@ -46,6 +81,18 @@ class LocalVerifier:
         self.vocab, self.context = target.shape.vocab, target.shape.context
         self.features = torch.empty(0)
         self.cache = target.cache(0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.target.dtype).removeprefix("torch.")
+
+    def plain(self) -> LocalVerifier:
+        """See ``Verifier``."""
+        return LocalVerifier(self.target, (), self.temperature, self.top_p)
 
     @torch.inference_mode()
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:

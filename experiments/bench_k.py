@@ -1,0 +1,212 @@
+"""Fixed and adaptive draft lengths side by side (`make bench-k`): K = 4, 8 and 16, the best fixed K, the controllers of
+the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
+
+The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
+ones. Agents that are not trained yet are trained first. Writes runs/bench-k.json and runs/bench-k.png; the figures of
+another target stand in the same file under its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import agents
+from agents import AGENTS
+from agents.rule import Rule
+from experiments.arms import Sample, decoded, run_arms
+from experiments.command import one_sentence
+from experiments.comparison import ratio, throughput, with_aa_check
+from experiments.config import Experiment, load_experiment
+from experiments.evaluate import side_by_side, tables
+from experiments.live import decoder_for, encoded_prompts
+from experiments.report import draw_arms, markdown
+from experiments.static import best_chain, static_chain
+from experiments.train import run_folder, trained
+from spec_envs.controls import Policy, make_control
+from spec_envs.controls.k import KControl
+from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.files import whole, write_json
+
+ID = "SpecK-v0"
+FIXED = (4, 8, 16)
+LONGEST = 24  # tokens that any of the arms drafts
+CONTROLLERS = (
+    *("adaptive-k", "adaptive-k-tuned", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb"),
+    *("specdec++", "ppo", "ppo-token"),
+)
+CONTEXTS = {"humaneval": "code", "gsm8k": "math", "json": "json"}  # all other tasks are prose
+BEST = "best fixed"
+
+
+def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path) -> dict[str, Any]:
+    """Everything in one run.
+
+    Args:
+        env: keyword arguments of all arms (target, drafter, dtype, …).
+        stanzas: of experiments/SpecK-v0.yml.
+        count: held-out prompts.
+        root: where trained agents lie, or will.
+    """
+    experiments = {name: experiment_for(name, env) for name in stanzas}
+    shared = load_experiment(ID, "fixed").env | env
+    policies = {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
+    decoder = decoder_for(shared, KControl(LONGEST))
+    static = best_chain(shared, KControl().k_max)
+    arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(*static["best"])} | policies
+    validation = run_arms(
+        {name: decoded(decoder, policy) for name, policy in policies.items()},
+        encoded_prompts(shared, "validation", max(4, count // 3)),
+        shared["max_new_tokens"],
+        "choosing the best agent",
+    )
+    best = max(validation, key=lambda name: throughput(validation[name]))
+
+    def measure(prompts: int) -> dict[str, Any]:
+        samples = side_by_side(arms, shared, decoder, prompts)
+        found = tables(samples, arms, shared, decoder, ["plain", BEST], list(policies))
+        return found | {"static": static} | by_context(samples) | headline(samples, best)
+
+    return with_aa_check(measure, count)
+
+
+def experiment_for(stanza: str, env: dict[str, Any]) -> Experiment:
+    """A stanza with other keyword arguments of the environment."""
+    return load_experiment(ID, stanza, [f"env.{key}={json.dumps(value)}" for key, value in env.items()])
+
+
+def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
+    """A controller as its stanza has it, or a trained agent, which is trained first if need be."""
+    kind = AGENTS[experiment.agent]
+    if isinstance(kind, type) and issubclass(kind, Rule) and kind.learn is Rule.learn:
+        control = make_control("k", experiment.env)
+        return Policy(control, kind(control=control, **experiment.hyperparameters))
+    folder = run_folder(root, ID, name, 0)
+    trained(experiment, ID, name, 0, folder)
+    return Policy(*agents.load(folder))
+
+
+def contexts(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Samples by context."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(CONTEXTS.get(sample.prompt.task, "prose"), []).append(sample)
+    return groups
+
+
+def by_context(samples: dict[str, list[Sample]]) -> dict[str, Any]:
+    """Tokens per second by context, their variation over contexts, and how acceptance is distributed over texts."""
+    rates = {name: {c: throughput(group) for c, group in contexts(arm).items()} for name, arm in samples.items()}
+    return {
+        "by_context": rates,
+        "variation": {
+            name: statistics.pstdev(found.values()) / statistics.fmean(found.values()) for name, found in rates.items()
+        },
+        "acceptance": {
+            name: [s.accepted / s.verified for s in arm if s.verified]
+            for name, arm in samples.items()
+            if sum(s.verified for s in arm)
+        },
+    }
+
+
+def headline(samples: dict[str, list[Sample]], best: str) -> dict[str, Any]:
+    """The ratios that the benchmark is about."""
+    return {
+        "best_fixed_over_plain": ratio(samples[BEST], samples["plain"]),
+        "best_agent": best,
+        "best_agent_over_best_fixed": ratio(samples[best], samples[BEST]),
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables as text."""
+    names = list(next(iter(results["by_context"].values())))
+    head = f"| tokens/s | {' | '.join(names)} | variation | acceptance by text: quartiles |"
+    lines = [markdown(results), head, f"|---{'|---' * (len(names) + 2)}|"]
+    for arm, rates in results["by_context"].items():
+        quartiles = "–"
+        if arm in results["acceptance"]:
+            quartiles = ", ".join(f"{q:.2f}" for q in np.quantile(results["acceptance"][arm], (0.25, 0.5, 0.75)))
+        cells = [f"{rates[name]:.1f}" for name in names]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {results['variation'][arm]:.3f} | {quartiles} |")
+    for key, what in (
+        ("best_fixed_over_plain", f"K = {results['static']['best'][0]}, the best fixed length, over plain"),
+        ("best_agent_over_best_fixed", f"{results['best_agent']}, the best agent on validation prompts, over it"),
+    ):
+        found = results[key]
+        lines.append(f"\n{what}: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Arms over plain, tokens per second by context, and acceptance over texts."""
+    figure = Figure(figsize=(11, 4 + 0.8 * len(results["arms"])), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = figure.subplots(3, 1, height_ratios=[2, 1.2, 1.2])
+    draw_arms(top, results["arms"], "plain")
+    names = list(next(iter(results["by_context"].values())))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results["by_context"]))]
+        middle.bar(at, [rates[name] for rates in results["by_context"].values()], width, label=name)
+    middle.set_xticks(range(len(results["by_context"])), list(results["by_context"]), rotation=20, fontsize=8)
+    middle.set_ylabel("tokens/s")
+    middle.legend(fontsize=8, ncols=len(names))
+    bottom.boxplot(list(results["acceptance"].values()), tick_labels=list(results["acceptance"]))
+    bottom.tick_params(axis="x", rotation=20, labelsize=8)
+    bottom.set_ylabel("accepted / drafted, by text")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", help=f"model (default {DEFAULT_TARGET})")
+    parser.add_argument("--drafter", help="draft model, EAGLE-3 head, or 'lookup' (default: the target's draft model)")
+    parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default auto)")
+    parser.add_argument("--temperature", type=float, help="of the target (default 0, greedy)")
+    parser.add_argument("--trace", help="a synthetic profile instead of models")
+    parser.add_argument("--switch-every", type=int, help="texts after which the prompt set changes (default: at each)")
+    parser.add_argument("--max-new-tokens", type=int, help="per prompt (default 96)")
+    parser.add_argument("--count", type=int, default=24, help="held-out prompts (default 24)")
+    parser.add_argument("--agents", default=",".join(CONTROLLERS), help="stanzas of experiments/SpecK-v0.yml")
+    parser.add_argument("--root", type=Path, help="where trained agents lie (default: runs, or runs/NAME)")
+    parser.add_argument(
+        "--name", help="key of these figures in the JSON file, and of its picture (default: at the top)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    keys = ("target", "drafter", "dtype", "temperature", "trace", "switch_every", "max_new_tokens")
+    env = {key: value for key in keys if (value := getattr(args, key)) is not None}
+    with one_sentence("interrupted; agents trained so far are kept"):
+        stanzas = [name.strip() for name in args.agents.split(",")]
+        results = bench_k(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / "bench-k.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if args.name:
+            write_json(path, kept | {args.name: results})
+        else:
+            others = {key: value for key, value in kept.items() if isinstance(value, dict) and "best_agent" in value}
+            write_json(path, results | others)
+        picture = path.with_name(f"bench-k-{args.name}.png" if args.name else "bench-k.png")
+        draw(results, picture)
+        print(report(results))
+        print(f"written: {path}, {picture}")
+
+
+if __name__ == "__main__":
+    main()

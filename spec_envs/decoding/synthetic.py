@@ -1,0 +1,168 @@
+"""Synthetic decoding: whether a drafted token is right is drawn, not computed.
+
+A profile states, per kind of text, how probable it is that the i-th token of a chain is accepted when those before it
+were. Behind the ordinary decoder stand a drafter and a verifier that play this out in microseconds; with a cost table
+that is a whole environment for fast training and for tests. It stands in for no model: a profile is made up, or fitted
+to published counts, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.tree import Children, Tree
+from spec_envs.decoding.verifier import Verdict
+
+PROFILES = Path(__file__).resolve().parents[1] / "data" / "profiles"
+CONTEXT = 32768
+EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, what the target does not say, and from 2 on what it says, one per kind
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of text: its weight among the prompts, how it looks, and the chance of acceptance by place in the chain
+    (the last one holds for all further places)."""
+
+    name: str
+    weight: int
+    snippet: str
+    acceptance: np.ndarray
+
+    def survival(self, k: int) -> np.ndarray:
+        """The chance that the first 1…k tokens of a chain are all accepted, ``[k]``."""
+        return np.cumprod(self.acceptance[np.minimum(np.arange(k), len(self.acceptance) - 1)])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A synthetic pair of models.
+
+    Attributes:
+        clock: name of the cost table that belongs to it.
+        static_over_plain: speed of the best fixed length under that table, in units of plain decoding.
+        concentration: how alike a kind's tokens are: the chance of one is drawn from a beta distribution with the mean
+            that its place has and this sum of parameters, and is what the drafter reports.
+    """
+
+    name: str
+    clock: str
+    static_over_plain: float
+    concentration: float
+    prompt_tokens: int
+    kinds: tuple[Kind, ...]
+
+    @classmethod
+    def load(cls, source: str) -> Self:
+        """Read a shipped profile by name, or a JSON file by path.
+
+        Raises:
+            ValueError: no such profile, or one that is malformed.
+        """
+        path = PROFILES / f"{source}.json"
+        if not path.is_file():
+            path = Path(source)
+        if not path.is_file():
+            shipped = ", ".join(sorted(p.stem for p in PROFILES.glob("*.json")))
+            raise ValueError(f"no synthetic profile {source!r}: expected a JSON file, or one of {shipped}")
+        try:
+            raw: dict[str, Any] = json.loads(path.read_text())
+            kinds = tuple(
+                Kind(name, int(kind["weight"]), str(kind["snippet"]), np.array(kind["acceptance"], float))
+                for name, kind in raw["kinds"].items()
+            )
+            if any(k.weight < 1 or not len(k.acceptance) or not (k.acceptance > 0).all() for k in kinds) or not kinds:
+                raise ValueError("a kind without weight or acceptance")
+            if any((k.acceptance >= 1).any() for k in kinds):
+                raise ValueError("a token that is always accepted")
+            pace, concentration = float(raw["static_over_plain"]), float(raw["concentration"])
+            return cls(path.stem, str(raw["clock"]), pace, concentration, int(raw["prompt_tokens"]), kinds)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a synthetic profile ({error}); see those in {PROFILES}") from None
+
+    def prompts(self) -> list[tuple[str, list[int]]]:
+        """Kind and ids of every prompt there is, as many of a kind as its weight says."""
+        ids = [(kind.name, [FIRST + i] * self.prompt_tokens) for i, kind in enumerate(self.kinds)]
+        return [prompt for prompt, kind in zip(ids, self.kinds, strict=True) for _ in range(kind.weight)]
+
+    def decoder(self, clock: WallClock, max_depth: int) -> Decoder:
+        """A decoder of chains that plays the profile out."""
+        vocab = FIRST + len(self.kinds)
+        drafter = SyntheticDrafter(self, vocab)
+        return Decoder(SyntheticVerifier(vocab), drafter, clock, {EOS}, max_depth, self.detokenize)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text that looks like its kind."""
+        return " ".join(self.kinds[i - FIRST].snippet if i >= FIRST else "?" for i in ids)
+
+
+class SyntheticDrafter:
+    """Drafts the token that the target says with the chance that the profile gives; reports that chance."""
+
+    capture: tuple[int, ...] = ()
+    width = 1
+    context = CONTEXT
+
+    def __init__(self, profile: Profile, vocab: int):
+        self.profile, self.vocab = profile, vocab
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        self.right, self.rng = text[-1], rng
+        self.kind = self.profile.kinds[self.right - FIRST]
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """The next chain is drawn anew."""
+
+    def root(self, tree: Tree) -> None:
+        tree.start(self._child(0))
+
+    def expand(self, tree: Tree) -> None:
+        tree.grow(self._child(tree.size))
+
+    def _child(self, place: int) -> Children:
+        mean = self.kind.acceptance[min(place, len(self.kind.acceptance) - 1)]
+        sure = self.profile.concentration * mean
+        chance = float(np.clip(self.rng.beta(sure, self.profile.concentration - sure), 1e-6, 1 - 1e-6))
+        token = self.right if self.rng.random() < chance else WRONG
+        entropy = -chance * np.log(chance) - (1 - chance) * np.log1p(-chance)
+        return Children(np.array([[token]]), np.log([[chance]]), np.array([entropy]))
+
+
+class SyntheticVerifier:
+    """Accepts the tokens of a chain up to the first wrong one."""
+
+    context, temperature, top_p = CONTEXT, 0.0, 1.0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> str:
+        return "synthetic"
+
+    def __init__(self, vocab: int):
+        self.vocab, self.features = vocab, torch.empty(0)
+
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        self.right = prompt[-1]
+        return self.right
+
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[np.ndarray] = ()
+    ) -> Verdict:
+        wrong = np.flatnonzero(tokens != self.right)
+        return Verdict(list(range(wrong[0] if len(wrong) else len(tokens))), self.right)
+
+    def plain(self) -> SyntheticVerifier:
+        """One of the same texts."""
+        return SyntheticVerifier(self.vocab)
