@@ -9,7 +9,6 @@ import numpy as np
 from tqdm import tqdm
 
 from spec_envs.controls import Policy
-from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.generate import Generation
 
@@ -64,12 +63,6 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
         )
 
     return run
-
-
-def plain_decoder(decoder: Decoder) -> Decoder:
-    """A decoder for the same target and sampling that never drafts."""
-    clock = decoder.clock if decoder.clock.priced else WallClock(decoder.verifier.device)
-    return Decoder(decoder.verifier.plain(), None, clock, decoder.eos)
 
 
 def run_arms(

@@ -53,7 +53,7 @@ def bench(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> di
     target, device = decoder.local.target, decoder.verifier.device
     static = best_chain(env) if chain else best_static(env, decoder.tree.width, decoder.max_depth)
     policies = {"static": static_chain(*static["best"]) if chain else static_policy(*static["best"])}
-    draft = (drafter, static["best"][0]) if chain else None
+    draft = (drafter, max(1, static["best"][0])) if chain else None
     others = assisted_arms(target_name, decoder, draft)
     if not decoder.verifier.temperature and device.type == "cpu":
         others |= llamacpp_arms(target_name, torch.get_num_threads(), draft)

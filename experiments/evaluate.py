@@ -17,7 +17,7 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
-from experiments.arms import Arm, Sample, decoded, plain_decoder, run_arms
+from experiments.arms import Arm, Sample, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
 from experiments.costs import cost_curves, describe
@@ -31,8 +31,8 @@ from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 from spec_envs.decoding.pair import DEFAULT_TARGET
-from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.files import whole, write_json
 
 
@@ -65,9 +65,9 @@ def side_by_side(
 ) -> dict[str, list[Sample]]:
     """Every arm of a table on the held-out prompts."""
     prompts = encoded_prompts(env, "test", test_prompts)
-    plain = plain_decoder(decoder)
-    arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
-    if not decoder.clock.priced:
+    plain = decoded(decoder.plain(), None)
+    arms: dict[str, Arm] = {"plain": plain, "plain again": plain}
+    if not decoder.clock.priced and not isinstance(decoder, LlamaServerDecoder):
         arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
     arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
     return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
@@ -82,14 +82,15 @@ def tables(
     learned: Sequence[str],
 ) -> dict[str, Any]:
     """What a table shows of the arms that were run."""
-    curves = None if decoder.clock.priced else cost_curves(decoder)
+    measurable = not decoder.clock.priced and not isinstance(decoder, LlamaServerDecoder)
+    curves = cost_curves(decoder) if measurable else None
     results: dict[str, Any] = {
         "arms": summary(samples, references),
         "references": list(references),
         "prompts": len(samples["plain"]),
         "tasks": list(by_task(samples["plain"])),
         "max_new_tokens": env.get("max_new_tokens", 128),
-        "temperature": decoder.verifier.temperature,
+        "temperature": decoder.temperature,
         "machine": machine(decoder),
         "seconds": curves,
         "curves": describe(curves) if curves else None,
@@ -99,7 +100,7 @@ def tables(
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
     }
-    if decoder.verifier.temperature == 0 and isinstance(decoder.verifier, LocalVerifier):
+    if decoder.in_process and not decoder.temperature:
         results["divergences"] = {
             name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
             for name in ("plain", *learned)

@@ -9,23 +9,18 @@ from experiments.arms import Encoded
 from spec_envs.controls import Control
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder, make_clocks
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, make_clocks, open_decoder
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 
 def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
     """The decoder that an environment with these keyword arguments has."""
-    if env.get("trace"):
-        profile = Profile.load(env["trace"])
-        clock = env.get("clock", "wall")
-        return profile.decoder(
-            make_clocks(profile.clock if clock == "wall" else clock, resolve_device("cpu"))[0], control.max_depth
-        )
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
-    clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")))[0]
+    device, trace = resolve_device(env.get("device", "auto")), env.get("trace")
+    clock = make_clocks(env.get("clock", "wall"), device, trace)[0]
     chosen = {name: env[name] for name in names if name in env}
-    return load_decoder(**chosen, clock=clock, width=control.width, max_depth=control.max_depth)
+    return open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **chosen)
 
 
 def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:

@@ -19,9 +19,9 @@ PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-cont
 def machine(decoder: Decoder) -> dict[str, Any]:
     """Processor, threads, dtype, versions and revision, for the head of a table."""
     return {
-        "processor": processor(decoder.verifier.device),
+        "processor": processor(decoder.device),
         "threads": torch.get_num_threads(),
-        "dtype": decoder.verifier.dtype,
+        "dtype": decoder.dtype,
         "clock": decoder.clock.table.name if isinstance(decoder.clock, PricedClock) else "wall",
         "versions": versions(),
         "revision": revision(),

@@ -12,10 +12,11 @@ from experiments.comparison import throughput
 from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from experiments.report import setting_name
-from spec_envs.controls import Control, Policy
+from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
 DEPTHS = (1, 2, 3, 4, 6, 8)
@@ -78,7 +79,8 @@ def best_chain(env: dict[str, Any], k_max: int = 16) -> dict[str, Any]:
         ``best`` (k) and the ``tokens_per_second`` of every length tried.
     """
     settings = [(k,) for k in KS if k <= k_max]
-    rates = Search(env, KControl(k_max)).rates({setting: static_chain(*setting, k_max) for setting in settings})
+    search = Search(env, make_control("k", {**env, "k_max": k_max}))
+    rates = search.rates({setting: static_chain(*setting, k_max) for setting in settings})
     best = max(rates, key=rates.__getitem__)
     return {"best": list(best), "tokens_per_second": {setting_name(setting): rate for setting, rate in rates.items()}}
 
@@ -87,12 +89,12 @@ class Search:
     """Tries settings on training prompts.
 
     Under a measured clock the cost curves are measured first and price the search, so that a busy moment of the
-    machine does not choose. What the chosen setting is worth is then measured live.
+    machine does not choose (a server is timed live). What the chosen setting is worth is then measured live.
     """
 
     def __init__(self, env: dict[str, Any], control: Control):
         self.decoder = decoder_for(env, control)
-        if not self.decoder.clock.priced:
+        if not self.decoder.clock.priced and not isinstance(self.decoder, LlamaServerDecoder):
             self.decoder.clock = PricedClock(CostTable("measured", **cost_curves(self.decoder)))
         self.prompts = encoded_prompts(env, "train", PROMPTS)
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import agents
 from agents.fixed import FixedAgent
-from experiments.arms import plain_decoder
 from experiments.command import one_sentence
 from experiments.live import decoder_for
 from spec_envs import Generation, generate
@@ -44,7 +43,7 @@ def main() -> None:
         decoder = decoder_for(env, control)
         tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
         prompt = encode(tokenizer, args.prompt, env.get("template"))
-        plain = plain_decoder(decoder)
+        plain = decoder.plain()
         generate(decoder, control, agent, prompt, 8).run()  # warm-up
         generate(plain, None, None, prompt, 8).run()
         generation = generate(decoder, control, agent, prompt, args.max_new_tokens, args.seed)

@@ -20,7 +20,7 @@ import yaml
 import agents
 from agents import AGENTS
 from agents.sb3 import SB3Agent
-from experiments.arms import decoded, plain_decoder, run_arms
+from experiments.arms import decoded, run_arms
 from experiments.callbacks import Keeper, Monitor
 from experiments.command import one_sentence
 from experiments.comparison import ratio
@@ -85,11 +85,12 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
 def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     """The training environment of a run, its partner composed in, its clock calibrated."""
     keywords = dict(config["env"])
-    if config["calibrate"] and keywords.get("clock", "wall") == "wall" and not keywords.get("trace"):
+    control = make_control(ENVIRONMENTS[config["id"]], keywords)
+    measured = keywords.get("clock", "wall") == "wall" and not keywords.get("trace") and control.engine == "torch"
+    if config["calibrate"] and measured:
         table = folder / "clock.json"
         if not table.exists():
             print("measuring this machine's cost table", file=sys.stderr)
-            control = make_control(ENVIRONMENTS[config["id"]], keywords)
             write_json(table, cost_curves(decoder_for(keywords, control)))
         keywords["clock"] = str(table)
     env = gym.make(config["id"], **keywords)
@@ -138,7 +139,7 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
         played.costs = agents.cost_table(folder, config["env"])
     decoder = decoder_for(config["env"], played)
     prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"])
-    plain = decoded(plain_decoder(decoder), None)
+    plain = decoded(decoder.plain(), None)
 
     def validate() -> float:
         arms = {"plain": plain, "agent": decoded(decoder, Policy(played, agent))}

@@ -16,12 +16,13 @@ from spec_envs import render
 from spec_envs.controls import CONTROLS, Control
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
 from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 from spec_envs.decoding.pair import (
     DEFAULT_TARGET,
     default_drafter,
     drafts_chains,
-    load_decoder,
     make_clocks,
+    open_decoder,
     plain_seconds,
     static_over_plain,
 )
@@ -117,10 +118,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             raise ValueError(f"switch_every is {switch_every}; expected texts, or 0 for none")
         if pace is not None and not 0 <= pace < float("inf"):
             raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
-        profile = Profile.load(trace) if trace else None
-        if profile and clock == "wall":
-            clock = profile.clock
-        self.clocks = make_clocks(clock, resolve_device(device))
+        self.clocks = make_clocks(clock, resolve_device(device), trace)
         if not all(c.priced for c in self.clocks):
             if cost_features or len(self.clocks) > 1:
                 raise ValueError("cost_features and a list of clocks need cost tables; a measured clock has none")
@@ -133,33 +131,34 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.action_space = self.control.action_space
         self.observation_space = self.control.observation_space
         self.target, self.template, self.max_new_tokens = target, template, max_new_tokens
-        if profile:
-            if self.control.width != 1 or temperature > 0:
-                raise ValueError(
-                    f"trace is {trace!r}, a profile of chains under greedy decoding, which is all it plays"
-                )
+        engine, chain = self.control.engine, self.control.width == 1
+        if drafter == "auto" and not trace:
+            drafter = default_drafter(target, chain, engine)
+        if temperature > 0 and self.control.cuts and chain and drafts_chains(drafter):
+            raise ValueError(
+                f"temperature is {temperature}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
+                "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
+            )
+        self.decoder = open_decoder(
+            engine,
+            trace,
+            self.control.segment,
+            self.clocks[0],
+            self.control.width,
+            self.control.max_depth,
+            target=target,
+            drafter=drafter,
+            device=device,
+            dtype=dtype,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        if trace:
+            profile = Profile.load(trace)
             self.best_static = profile.static_over_plain
-            self.decoder = profile.decoder(self.clocks[0], self.control.max_depth)
             self.encoded = {Prompt(kind, str(i)): ids for i, (kind, ids) in enumerate(profile.prompts())}
         else:
-            drafter = default_drafter(target, chain=self.control.width == 1) if drafter == "auto" else drafter
-            if temperature > 0 and self.control.cuts and drafts_chains(drafter):
-                raise ValueError(
-                    f"temperature is {temperature}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
-                    "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
-                )
-            self.best_static = static_over_plain(target, drafter)
-            self.decoder = load_decoder(
-                target,
-                drafter,
-                device,
-                dtype,
-                temperature,
-                top_p,
-                self.clocks[0],
-                self.control.width,
-                self.control.max_depth,
-            )
+            self.best_static = static_over_plain(target, drafter) if engine == "torch" else 1.0
             self.tokenizer = load_tokenizer(target)
             chosen = load_prompts(prompts, split, data_dir)
             self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in chosen}
@@ -227,12 +226,18 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             print(render.ansi(self.decoder), flush=True)
         return None
 
+    def close(self) -> None:
+        """End what the decoder runs beside this process; may be called twice."""
+        self.decoder.close()
+
     @property
     def plain_rate(self) -> float:
         """Tokens per second of plain decoding: measured once per process, or priced."""
         clock = self.decoder.clock
         if isinstance(clock, PricedClock):
             return 1 / clock.table.seconds("verify", 1)
+        if isinstance(self.decoder, LlamaServerDecoder):
+            return self.decoder.plain_rate()
         model = self.decoder.local.target
         return 1 / plain_seconds(self.target, model.device, model.dtype)
 
@@ -273,6 +278,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.texts += given is None
         self._mark = dict(self.decoder.clock.totals)
         self._text_began = dict(self.decoder.clock.totals)
+        self._restarts_began = getattr(self.decoder, "restart_seconds", 0.0)
 
     def _draw_prompt(self) -> Prompt:
         """Any prompt, or with ``switch_every`` one of the set whose turn it is."""
@@ -305,6 +311,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             info["text"] = self.decoder.detokenize(self.decoder.tokens)
             info["task"] = self.prompt.task
             info["tokens"] = tokens
+            if isinstance(self.decoder, LlamaServerDecoder):
+                info["restart_seconds"] = self.decoder.restart_seconds - self._restarts_began
             info["speedup"] = (tokens - 1) / total / self.plain_rate  # the first token is the prefill's
         return info
 

@@ -21,6 +21,7 @@ from experiments.config import load_experiment
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import KControl
+from spec_envs.decoding.synthetic import PROFILES
 from spec_envs.generate import Generation
 
 NAME = "qwen2.5-coder-32b-cpu"
@@ -226,6 +227,28 @@ def test_specdec_learns_acceptance_and_is_saved(tmp_path: Path) -> None:
     assert again.acceptance(observation) == agent.acceptance(observation)
     with pytest.raises(ValueError, match="cannot read the policy"):
         again.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["ucb", "ppo"])
+def test_a_useless_drafter_is_left_alone(name: str, tmp_path: Path) -> None:
+    """Where next to nothing is accepted, what learns ends at K = 0: on held-out texts never below 0.97 of plain."""
+    profile = json.loads((PROFILES / f"{NAME}.json").read_text())
+    for kind in profile["kinds"].values():
+        kind["acceptance"] = [0.01]
+    path = tmp_path / "useless.json"
+    path.write_text(json.dumps(profile | {"static_over_plain": 1.0}))
+    overrides = [f"env.trace={path}", "env.max_new_tokens=256"]
+    experiment = load_experiment("SpecK-v0", name, overrides)
+    env = gym.make("SpecK-v0", **experiment.env).unwrapped
+    agent = AGENTS[name](control=env.control, **experiment.hyperparameters)
+    if name == "ppo":
+        agent.learn(8192, env)
+    played = env.control
+    rates = [
+        Generation(env.decoder, Policy(played, agent), [2] * 64, 1024, np.random.default_rng(seed)).run()
+        for seed in range(4)
+    ]
+    assert np.mean([done.tokens_per_second for done in rates[1:]]) > 0.97 * env.plain_rate
 
 
 def test_adaptive_agent_moves_k_with_the_kind_of_text(tmp_path: Path) -> None:

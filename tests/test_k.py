@@ -176,6 +176,16 @@ def test_lookup_drafts_what_followed_before(tiny: dict[str, Any], rng: np.random
     assert decoder.tree.tokens.tolist() == [5]
 
 
+def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None:
+    """An agent that always goes on ends every cycle all the same."""
+    env = make({**tiny, "drafter": "lookup"}, decision="token")
+    env.reset(seed=0)
+    for _ in range(24 * 17):
+        if env.step(DRAFT)[2]:
+            break
+    assert env.decoder.finished
+
+
 @pytest.mark.parametrize(
     ("snippet", "kind"),
     [

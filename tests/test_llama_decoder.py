@@ -1,4 +1,4 @@
-"""Segments on a real llama-server: lengths that take effect, the same text whatever they are, and nothing left behind."""
+"""Segments on a real llama-server: lengths take effect, the text is the same under all, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 from spec_envs.decoding.llama_server import LlamaServer, gguf_of
+from spec_envs.env import SpecEnv
 from spec_envs.prompts import encode
 from tests.conftest import REAL
 from tests.test_llama_server import alive, needs_a_server
@@ -119,6 +121,27 @@ def test_a_text_ends_at_eos_and_arguments_are_checked(decoder: LlamaServerDecode
             LlamaServerDecoder(**({"target": REAL, "drafter": REAL, "k_max": 4} | arguments))
     with pytest.raises(ValueError, match="no cost table can price"):
         LlamaServerDecoder(REAL, REAL, 4, clock=PricedClock(CostTable.load("qwen3-14b-a6000")))
+
+
+def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
+    """The shipped draft model drafts for the target in llama.cpp too; one step is a segment, and nothing is left."""
+    env = gym.make("SpecK-v0", engine="llama-server", adjustment_interval=16, k_max=4, max_new_tokens=40).unwrapped
+    assert isinstance(env, SpecEnv) and isinstance(env.decoder, LlamaServerDecoder)
+    env.reset(seed=0, options={"prompt": STORY})
+    done, k, accepted = False, 4, 0
+    while not done:
+        see, reward, done, _, info = env.step(k)
+        assert env.observation_space.contains(see) and np.isfinite(reward)
+        assert info["emitted"] == 16 or done
+        assert (info["drafted"] > 0) == (k > 0)
+        accepted += info["accepted"]
+        k = 0
+    assert accepted > 0  # so the file that was written for llama.cpp says what the draft model says
+    assert info["tokens"] == 40 and info["restart_seconds"] > 0 and info["speedup"] > 0
+    process = env.decoder.server.process.pid
+    env.close()
+    env.close()
+    assert not alive(process)
 
 
 @pytest.mark.parametrize("ending", ["killed", "hanging"])

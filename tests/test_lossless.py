@@ -11,7 +11,7 @@ from scipy.stats import chi2, ncx2
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
 from agents.random import RandomAgent
-from experiments.arms import Encoded, decoded, plain_decoder
+from experiments.arms import Encoded, decoded
 from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
@@ -168,7 +168,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
     decoder = load_decoder(REAL, "auto", "cpu", "int8")
     tokenizer, texts = load_tokenizer(REAL), load_prompts("all", "all")
     chosen = [Encoded(p.task, encode(tokenizer, p.text)) for p in texts[:: max(1, len(texts) // count)]][:count]
-    plain = decoded(plain_decoder(decoder), None)
+    plain = decoded(decoder.plain(), None)
     arms = []
     for env_id in ENVIRONMENTS:
         control = make_control(ENVIRONMENTS[env_id], {"depth": "random", "budget": 32})

@@ -97,14 +97,18 @@ def test_training_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("keywords", "message"),
     [
         ({"trace": "nothing"}, "no synthetic profile 'nothing': expected a JSON file, or one of qwen2.5-coder-32b-cpu"),
-        ({"trace": NAME, "temperature": 1.0}, "a profile of chains under greedy decoding"),
+        ({"trace": NAME, "engine": "llama-server"}, "which takes the place of llama-server; give one of the two"),
+        ({"trace": NAME, "temperature": 1.0}, "plays chains under greedy decoding only"),
     ],
 )
 def test_mistakes_are_named(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gym.make("SpecK-v0", **keywords)
-    with pytest.raises(ValueError, match=r"a profile of chains|no synthetic profile"):
-        gym.make("SpecDepth-v0", **keywords)
+
+
+def test_trees_are_not_played() -> None:
+    with pytest.raises(ValueError, match="plays chains under greedy decoding only, not trees"):
+        gym.make("SpecDepth-v0", trace=NAME)
 
 
 @pytest.mark.parametrize("change", [{"kinds": {}}, {"clock": None, "kinds": 3}, {"concentration": "much"}])

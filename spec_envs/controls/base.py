@@ -49,6 +49,7 @@ class Control(ABC):
         task: of the text under way, ``""`` where it is not known.
         cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
+        segment: tokens of a cycle of such an engine.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
@@ -59,6 +60,7 @@ class Control(ABC):
     name: ClassVar[str]
     cuts: ClassVar[bool] = True
     engine: str = "torch"
+    segment: int = 0
     partner_name: ClassVar[str | None]
 
     def __init__(self, observation: str, cost_features: bool):

@@ -35,7 +35,7 @@ class KControl(Control):
 
     `decision="cycle"`: `Discrete(k_max + 1)`: action K drafts K tokens and verifies them; 0 is plain decoding.
     `decision="token"`: `Discrete(2)`: 0 verifies, 1 drafts one more token; the first decision of a cycle is made before
-    anything is drafted, and at `k_max` tokens verification follows within the step.
+    anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more, verification follows within the step.
 
     ## Observation Space
 
@@ -116,6 +116,7 @@ class KControl(Control):
             raise ValueError('decision="token" is made while a chain is drafted; it has no segments and no server')
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
         self.adjustment_interval = interval
+        self.segment = interval if engine == "llama-server" else 0
         self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
         self.decided: list[Cycle] = []  # one per decision that led to a verification
         self.last_k = 0
@@ -168,8 +169,9 @@ class KControl(Control):
     def act(self, decoder: Decoder, action: int) -> Cycle | None:
         if self.decision == "token":
             if action == DRAFT:
+                before = decoder.tree.size
                 draft(decoder)
-                if decoder.tree.size < self.k_max and decoder.tree.size:
+                if before < decoder.tree.size < self.k_max:  # a drafter that has nothing more to say does not grow it
                     return None
             self.last_k = decoder.tree.size
             self.decided.append(decoder.verify())

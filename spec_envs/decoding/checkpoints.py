@@ -256,6 +256,13 @@ def load_config(folder: Path) -> PretrainedConfig:
         ) from None
 
 
+def eos_ids(name: str, config: PretrainedConfig) -> set[int]:
+    """Ids that end a text of the model ``name``: the tokenizer's and the config's."""
+    configured = config.eos_token_id
+    ids = {load_tokenizer(name).eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return {i for i in ids if i is not None}
+
+
 @functools.cache
 def load_target(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model ``name``, loaded once per process and shared; its weights are never written to."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.drafters.base import Drafter
@@ -65,6 +66,19 @@ def merged(cycles: Sequence[Cycle]) -> Cycle:
     return Cycle(tokens, accepted, drafted, verified, cycles[-1].depth, seconds, cycles[-1].nodes)
 
 
+def check_room(prompt: Sequence[int], max_new_tokens: int, positions: int, context: int) -> None:
+    """Refuse a prompt that is empty, or that does not leave ``positions`` of the context."""
+    if not len(prompt):
+        raise ValueError("the prompt is empty; expected at least one token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    if len(prompt) + positions > context:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and generation may need {positions} more, but the context is "
+            f"{context}: shorten the prompt or lower max_new_tokens"
+        )
+
+
 class Decoder:
     """Drives a drafter and a verifier over one text at a time.
 
@@ -110,16 +124,8 @@ class Decoder:
         Raises:
             ValueError: the prompt is empty or does not fit the context.
         """
-        if not len(prompt):
-            raise ValueError("the prompt is empty; expected at least one token")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
         positions = max_new_tokens + self.max_depth + 1
-        if len(prompt) + positions > self.context:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and generation may need {positions} more, but the context is "
-                f"{self.context}: shorten the prompt or lower max_new_tokens"
-            )
+        check_room(prompt, max_new_tokens, positions, self.context)
         self.prompt, self.max_new_tokens = list(prompt), max_new_tokens
         self.tree.clear()
         self.cycles: list[Cycle] = []
@@ -133,6 +139,11 @@ class Decoder:
         self._cycle_began = dict(self.clock.totals)
 
     @property
+    def in_process(self) -> bool:
+        """Whether the target is a model in this process."""
+        return isinstance(self.verifier, LocalVerifier)
+
+    @property
     def local(self) -> LocalVerifier:
         """The verifier, where the target is a model in this process.
 
@@ -142,6 +153,29 @@ class Decoder:
         if not isinstance(self.verifier, LocalVerifier):
             raise ValueError("there is no target in this process to look into; expected a decoder over a model")
         return self.verifier
+
+    @property
+    def temperature(self) -> float:
+        """Of the target's sampling; 0 is greedy."""
+        return self.verifier.temperature
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target computes."""
+        return self.verifier.device
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.verifier.dtype
+
+    def plain(self) -> Decoder:
+        """A decoder for the same target and sampling that never drafts."""
+        clock = self.clock if self.clock.priced else WallClock(self.device)
+        return Decoder(self.verifier.plain(), None, clock, self.eos, detokenize=self.detokenize)
+
+    def close(self) -> None:
+        """Nothing to close: the weights are shared."""
 
     @property
     def length(self) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from spec_envs.decoding.checkpoints import load_config, load_tokenizer, model_folder
+from spec_envs.decoding.checkpoints import eos_ids, load_config, load_tokenizer, model_folder
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.decoder import Cycle, Drafted
+from spec_envs.decoding.decoder import Cycle, Decoder, Drafted, check_room
 from spec_envs.decoding.llama_server import LlamaServer, chain_arguments, find_binary, gguf_of, options
 from spec_envs.decoding.tree import Tree
 
@@ -23,7 +23,7 @@ PROBE = [0] * 8  # ids of every vocabulary, for requests of which only the count
 PLAIN_TOKENS, PLAIN_RUNS = 24, 3  # of the measurement of plain decoding
 
 
-class LlamaServerDecoder:
+class LlamaServerDecoder(Decoder):
     """Drives a llama-server over one text at a time, greedily; a cycle is a segment of tokens with one draft length.
 
     Seconds are the server's own (``prompt_ms`` and ``predicted_ms`` of its timings); what HTTP and JSON add, a few
@@ -34,8 +34,9 @@ class LlamaServerDecoder:
     restarts it; the time of that is ``restart_seconds`` and charged to nothing, but the new server has to read the text
     again, which is charged to the cycle. Builds that honour a request's own ``speculative.n_max`` are never restarted.
 
-    On the processor the text is the server's own greedy one whatever ``k`` does, with one thread; with several, llama.cpp
-    splits a single row's attention between them once a text has some 256 tokens, and near-ties may fall differently.
+    On the processor the text is the server's own greedy one whatever ``k`` does, with one thread; with several,
+    llama.cpp splits a single row's attention between them once a text has some 256 tokens, and near-ties may fall
+    differently.
 
     Args:
         target, drafter: names of models.yml or GGUF files; the two may be the same.
@@ -54,6 +55,7 @@ class LlamaServerDecoder:
         max_depth: ``k_max - 1``, a chain's expansions.
         per_request: whether the server honours a request's own draft length.
         restart_seconds: wall seconds of restarts because ``k`` changed.
+        temperature, device, dtype: as in ``Decoder``.
 
     Raises:
         ValueError: a model in another format, a priced clock, or a server that did not start or does not draft.
@@ -82,9 +84,7 @@ class LlamaServerDecoder:
         self.k_max, self.max_depth, self.segment = k_max, k_max - 1, segment
         self.tree = Tree(1, self.max_depth)
         tokenizer = load_tokenizer(target)
-        configured = load_config(model_folder(target)).eos_token_id
-        ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-        self.eos = frozenset(ends - {None})
+        self.eos = frozenset(eos_ids(target, load_config(model_folder(target))))
         self.detokenize = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
         self.finished, self.restart_seconds, self.rate = True, 0.0, 0.0
         self.server, self.k = self._serve(k_max), k_max
@@ -101,16 +101,7 @@ class LlamaServerDecoder:
         Raises:
             ValueError: the prompt is empty or does not fit the context; or as in ``cycle``.
         """
-        if not len(prompt):
-            raise ValueError("the prompt is empty; expected at least one token")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-        positions = max_new_tokens + self.k_max
-        if len(prompt) + positions > self.context:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and generation may need {positions} more, but the context is "
-                f"{self.context}: shorten the prompt or lower max_new_tokens"
-            )
+        check_room(prompt, max_new_tokens, max_new_tokens + self.k_max, self.context)
         self.prompt, self.max_new_tokens = [int(token) for token in prompt], max_new_tokens
         self.tokens: list[int] = []
         self.cycles: list[Cycle] = []
@@ -118,9 +109,40 @@ class LlamaServerDecoder:
         self._cycle_began = dict(self.clock.totals)
 
     @property
-    def length(self) -> int:
-        """Tokens of the whole text."""
-        return len(self.prompt) + len(self.tokens)
+    def temperature(self) -> float:
+        return 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> str:
+        return "the GGUF file's weights"
+
+    @property
+    def in_process(self) -> bool:
+        return False
+
+    def begin(self) -> None:
+        """A server drafts within its cycles only.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("a llama-server decodes whole cycles; call cycle(k)")
+
+    expand = begin
+
+    def verify(self, budget: int | None = None) -> Cycle:
+        """Plain decoding of a segment, with budget 0."""
+        if budget != 0:
+            self.begin()
+        return self.cycle(0)
+
+    def plain(self) -> Decoder:
+        """The same server: plain decoding is a length of 0."""
+        return self
 
     def cycle(self, k: int) -> Cycle:
         """Up to ``segment`` tokens, drafted ``k`` at a time and all verified; 0 is plain decoding.

@@ -24,6 +24,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from spec_envs.decoding.checkpoints import CACHE, download_wheels, fetch_gguf, registry, sha256
+from spec_envs.decoding.drafters.eagle_head import drafter_folder, is_head
+from spec_envs.decoding.gguf_export import exported
 
 START_SECONDS, STOP_SECONDS = 120, 5
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is nothing for a proxy
@@ -251,11 +253,15 @@ def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
 
 
 def gguf_of(model: str) -> tuple[Path, list[str]]:
-    """The GGUF file of a model and what llama-server needs to be told of it.
+    """The GGUF file of a model and what llama-server needs to be told of it. A shipped draft model's is written once.
 
     Raises:
         ValueError: a model in another format.
     """
+    drafter = registry()["drafters"].get(model, {})
+    if "path" in drafter and drafter["target"] in registry()["models"] and not is_head(drafter_folder(model)):
+        target, needed = gguf_of(drafter["target"])
+        return exported(drafter_folder(model), target), needed
     if model in registry()["models"]:
         return fetch_gguf(model), registry()["models"][model].get("llama_server", [])
     path = Path(model).expanduser()

@@ -6,11 +6,13 @@ import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from spec_envs.decoding.checkpoints import (
+    eos_ids,
     load_config,
     load_target,
     load_tokenizer,
@@ -27,6 +29,8 @@ from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
 from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.llama_decoder import LlamaServerDecoder
+from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
@@ -71,12 +75,15 @@ def drafts_chains(drafter: str) -> bool:
     return drafter == LOOKUP or not is_head(drafter_folder(drafter))
 
 
-def default_drafter(target: str, chain: bool = False) -> str:
-    """The drafter that models.yml has for a target: one that drafts chains, or the first one.
+def default_drafter(target: str, chain: bool = False, engine: str = "torch") -> str:
+    """The drafter that models.yml has for a target: one that drafts chains, or the first one. On llama-server a
+    target without one, such as a GGUF file, drafts for itself.
 
     Raises:
         ValueError: there is none.
     """
+    if engine == "llama-server" and target not in registry()["models"]:
+        return target
     known = [name for name, entry in registry()["drafters"].items() if entry["target"] == target]
     found = next((name for name in known if not chain or drafts_chains(name)), None)
     if found is None:
@@ -95,20 +102,14 @@ def static_over_plain(target: str, drafter: str) -> float:
     return entry.get("static_over_plain", 1.0) if entry.get("target") == target else 1.0
 
 
-def make_clocks(clock: str | Sequence[str], device: torch.device) -> list[WallClock]:
-    """Clocks by name: ``"wall"``, or one or several cost tables."""
+def make_clocks(clock: str | Sequence[str], device: torch.device, trace: str | None = None) -> list[WallClock]:
+    """Clocks by name: ``"wall"``, or one or several cost tables. A synthetic profile's own stands in for the wall."""
+    if trace and clock == "wall":
+        clock = Profile.load(trace).clock
     names = [clock] if isinstance(clock, str) else list(clock)
     if not names:
         raise ValueError("clock is an empty list; expected 'wall' or cost tables")
     return [WallClock(device) if name == "wall" else PricedClock(CostTable.load(name)) for name in names]
-
-
-def eos_ids(target: str, model: Transformer) -> set[int]:
-    """Ids that end a text: the tokenizer's and the model config's."""
-    ids = {load_tokenizer(target).eos_token_id}
-    configured = model.config.eos_token_id
-    ids.update(configured if isinstance(configured, list) else [configured])
-    return {i for i in ids if i is not None}
 
 
 def load_decoder(
@@ -160,10 +161,43 @@ def load_decoder(
         verifier,
         loaded,
         clock or WallClock(at),
-        eos_ids(target, model),
+        eos_ids(target, model.config),
         max_depth,
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
     )
+
+
+def open_decoder(
+    engine: str = "torch",
+    trace: str | None = None,
+    segment: int = 0,
+    clock: WallClock | None = None,
+    width: int = 1,
+    max_depth: int = 12,
+    **models: Any,
+) -> Decoder:
+    """What decodes under a control: models here, a synthetic profile, or a llama-server.
+
+    Args:
+        segment: tokens of a cycle of the server.
+        models: ``target``, ``drafter``, ``device``, ``dtype``, ``temperature`` and ``top_p`` of ``load_decoder``.
+
+    Raises:
+        ValueError: something that the engine or the profile does not do.
+    """
+    if (trace or engine != "torch") and (width != 1 or models.get("temperature", 0.0)):
+        raise ValueError(
+            f"{trace or engine!r} plays chains under greedy decoding only, not trees, and at no temperature"
+        )
+    if trace and engine != "torch":
+        raise ValueError(f"trace is {trace!r}, which takes the place of {engine}; give one of the two")
+    if trace:
+        return Profile.load(trace).decoder(clock or make_clocks("wall", torch.device("cpu"), trace)[0], max_depth)
+    if engine == "torch":
+        return load_decoder(**models, clock=clock, width=width, max_depth=max_depth)
+    target, drafter = models.get("target", DEFAULT_TARGET), models.get("drafter", "auto")
+    drafter = default_drafter(target, engine=engine) if drafter == "auto" else drafter
+    return LlamaServerDecoder(target, drafter, max_depth + 1, segment, clock=clock)
 
 
 @functools.cache
