@@ -14,7 +14,7 @@ from experiments.eagle_objective import Batch, drafted_rows, first_occurrence
 from spec_envs.decoding.checkpoints import load_config, load_weights, model_folder
 from spec_envs.decoding.shape import part
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import whole, write_bytes
+from spec_envs.files import write_bytes, write_json
 
 
 def kept_layers(layers: int, count: int) -> list[int]:
@@ -72,8 +72,8 @@ class Student(nn.Module):
         state["shortlist"] = self.draft_ids.to(torch.int32)
         write_bytes(folder / "model.safetensors", save(state))
         self.config.dtype = dtype
-        with whole(folder / "config.json") as path:
-            self.config.to_json_file(path, use_diff=False)
+        settings = self.config.to_diff_dict()
+        write_json(folder / "config.json", {k: v for k, v in settings.items() if not k.startswith("_")})
 
 
 class Distillation:

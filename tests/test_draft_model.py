@@ -11,7 +11,6 @@ import torch
 from scipy.stats import kstest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from spec_envs.controls.k import KControl
 from spec_envs.decoding import accept
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
@@ -174,19 +173,6 @@ def test_embeddings_padded_to_another_size(
         assert max(decoder.tokens) >= VOCAB
 
 
-def test_k_is_observed(tiny: dict, rng: np.random.Generator) -> None:
-    control = KControl(k_max=8)
-    decoder = chain_decoder(tiny, tiny["target"])
-    decoder.start([3, 4], 60, rng)
-    assert not control.observe(decoder)[:3].any()
-    control.act(decoder, 4)
-    control.act(decoder, 0)
-    seen = control.observe(decoder)
-    assert seen in control.observation_space
-    assert seen[control.slices["acceptance"]].tolist() == [1.0, 1.0] and seen[control.slices["last_k"]] == 0
-    assert control.act(decoder, 6).drafted == 6
-
-
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator) -> None:
     """Bit for bit: a token read alone by the drafter and in a chain by the verifier."""
@@ -195,3 +181,21 @@ def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator)
     while not decoder.finished:
         cycle = decoder.cycle(5)
         assert cycle.accepted == min(5, cycle.emitted)
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+def test_the_shipped_draft_model_in_one_call_is_that_of_many(rng: np.random.Generator) -> None:
+    """The whole step in the kernels drafts what the model's parts one by one draft, also tokens that only the text has."""
+    one, many = (load_decoder(REAL, "smollm2-135m-draft", "cpu", "int8", width=1, max_depth=7) for _ in range(2))
+    assert isinstance(many.drafter, DraftModelDrafter) and many.drafter.call is not None
+    many.drafter.call = None
+    prompt = rng.integers(3, 49_000, 60).tolist()
+    for decoder in (one, many):
+        decoder.start(prompt, 60, rng)
+    while not one.finished:
+        cycles = [decoder.cycle(5) for decoder in (one, many)]
+        assert cycles[0].tokens == cycles[1].tokens
+        np.testing.assert_array_equal(cycles[0].nodes.tokens, cycles[1].nodes.tokens)
+        np.testing.assert_allclose(cycles[0].nodes.probabilities, cycles[1].nodes.probabilities, rtol=2e-3)
+        np.testing.assert_allclose(cycles[0].nodes.entropies, cycles[1].nodes.entropies, atol=2e-3)
+    assert one.drafter.vocabulary.rows is not None  # type: ignore[union-attr]

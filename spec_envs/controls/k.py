@@ -118,8 +118,7 @@ class KControl(Control):
         self.adjustment_interval = interval
         self.segment = interval if engine == "llama-server" else 0
         self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
-        self.decided: list[Cycle] = []  # one per decision that led to a verification
-        self.last_k = 0
+        self._forget()
         self._declare(self._entries())
 
     def _entries(self) -> list[Entry]:
@@ -150,9 +149,13 @@ class KControl(Control):
 
     def reset(self, rng: np.random.Generator, task: str = "") -> None:
         super().reset(rng, task)
-        self.decided, self.last_k = [], 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.decided: list[Cycle] = []  # one per decision that led to a verification
+        self.last_k = 0
         self.kind, self.kind_at = "", 0
-        self.before: np.ndarray | None = None
+        self.before: np.ndarray | None = None  # what was observed before the chain under way
 
     def observe(self, decoder: Decoder) -> np.ndarray:
         """See ``Control.observe``. Within a chain only what belongs to it is read again."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from spec_envs.decoding.accept import inverse_cdf
+from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.transformer import Transformer
@@ -54,6 +55,11 @@ class DraftModelDrafter:
         self.temperature, self.sampling, self.shortlist = temperature, (temperature, top_p), shortlist
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
+        self.call: Int8Step | None = None  # a whole step in int8, for greedy chains
+        if model.dtype == torch.int8 and temperature == 0:
+            head = model.head.linear
+            outputs = min(self.vocab, head.outputs)
+            self.call = Int8Step(model.layers, model.norm, head, model.embedding, model.rope, outputs)
         self.cache = model.cache(0)
 
     @torch.inference_mode()
@@ -86,17 +92,29 @@ class DraftModelDrafter:
         """Read what was committed since the last call, and draft the first token."""
         if self.vocabulary is not None:
             self.vocabulary.add(self.unread)
-        hidden = self._read(self.unread)
+        children = self._step(self.unread)
         self.committed, self.unread = self.cache.length, []
-        tree.start(self._propose(hidden))
+        tree.start(children)
 
     @torch.inference_mode()
     def expand(self, tree: Tree) -> None:
         """Read the chain's last token and draft the next one."""
         last = int(tree.tokens[-1])
-        hidden = self._read([last])
+        children = self._step([last])
         self.chain.append(last)
-        tree.grow(self._propose(hidden))
+        tree.grow(children)
+
+    def _step(self, tokens: Sequence[int]) -> Children:
+        """Append rows for tokens, and draft the one behind them."""
+        if self.call is None:
+            return self._propose(self._read(tokens))
+        n, length = len(tokens), self.cache.length
+        ids = np.minimum(np.array(tokens, np.int64), self.model.shape.vocab - 1)  # padding of the target's
+        extra = None if self.vocabulary is None else self.vocabulary.rows
+        hidden, positions = torch.empty(n, self.model.shape.hidden), np.arange(length, length + n)
+        index, *rest = self.call(hidden, ids, positions, self.cache, extra, 1, 1)
+        self.cache.length += n
+        return Children(index if self.vocabulary is None else self.vocabulary.ids[index], *rest)
 
     def _read(self, tokens: Sequence[int]) -> Tensor:
         """Append rows for tokens; the hidden state of the last one, ``[1, hidden]``."""

@@ -1,8 +1,6 @@
-"""EAGLE-3 head in int8: a whole draft step is one call into the kernels, since it is made several times a cycle."""
+"""EAGLE-3 head in int8."""
 
 from __future__ import annotations
-
-from ctypes import byref
 
 import numpy as np
 import torch
@@ -11,10 +9,9 @@ from torch import Tensor
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.drafters.eagle import EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.int8 import c_cache, c_tables
-from spec_envs.decoding.kernels import threads
-from spec_envs.decoding.kernels.bindings import CEagle, address, floats, library
+from spec_envs.decoding.kernels.bindings import floats
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
@@ -24,14 +21,14 @@ class Int8EagleModel(EagleModel):
 
     def __init__(self, head: EagleHead, target: Transformer):
         super().__init__(head, target)
-        norms = (self.input_norm.weight, self.hidden_norm.weight, self.norm.weight)
-        self.structure = CEagle(
-            self.layers.structures,
-            address(target.embedding),
-            len(target.embedding),
-            *map(address, norms),
-            c_tables(self.rope),
-            self.lm_head.matrix,
+        self.call = Int8Step(
+            self.layers,
+            self.norm,
+            self.lm_head,
+            target.embedding,
+            self.rope,
+            self.lm_head.outputs,
+            (self.input_norm, self.hidden_norm),
         )
 
     def step(
@@ -47,29 +44,8 @@ class Int8EagleModel(EagleModel):
     ) -> tuple[Tensor, Children]:
         """See ``EagleModel.step``."""
         output = floats(hidden).clone()
-        extra = vocabulary.rows
-        index, log_probabilities = np.empty((last, width), np.int64), np.empty((last, width), np.float32)
-        entropies = np.empty(last, np.float32)
-        seen = None if seen is None else np.ascontiguousarray(seen)
-        library().eagle(
-            byref(self.structure),
-            output.data_ptr(),
-            tokens.ctypes.data,
-            len(tokens),
-            positions.ctypes.data,
-            byref(c_cache(cache)),
-            None if seen is None else seen.ctypes.data,
-            0 if seen is None else seen.shape[1],
-            last,
-            address(extra),
-            0 if extra is None else len(extra),
-            width,
-            index.ctypes.data,
-            log_probabilities.ctypes.data,
-            entropies.ctypes.data,
-            threads(),
-        )
-        return output, Children(vocabulary.ids[index], log_probabilities, entropies)
+        index, *rest = self.call(output, tokens, positions, cache, vocabulary.rows, width, last, seen)
+        return output, Children(vocabulary.ids[index], *rest)
 
 
 def eagle_model(head: EagleHead, target: Transformer) -> EagleModel:

@@ -39,14 +39,16 @@ class CTables(Structure):
     _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("rows", c_int64)]
 
 
-class CEagle(Structure):
+class CDrafter(Structure):
     _fields_ = [
-        ("layer", POINTER(CLayer)),
+        ("layers", POINTER(CLayer)),
+        ("count", c_int64),
         ("embedding", c_void_p),
         ("vocabulary", c_int64),
         *((name, c_void_p) for name in ("input_norm", "hidden_norm", "norm")),
         ("tables", CTables),
         ("head", CMatrix),
+        ("outputs", c_int64),
     ]
 
 
@@ -70,8 +72,8 @@ def library() -> ctypes.CDLL:
         rows = [pointer, pointer, POINTER(CCache), number, pointer, POINTER(CTables), pointer, number, pointer, pointer]
         found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
         rows = [pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
-        found.eagle.argtypes = [
-            POINTER(CEagle),
+        found.draft.argtypes = [
+            POINTER(CDrafter),
             *rows,
             number,
             pointer,
@@ -86,7 +88,7 @@ def library() -> ctypes.CDLL:
         found.read_all.restype = number
         for name in ("rms_norm", "linear", "linear_argmax", "most_probable"):
             getattr(found, name).restype = None
-        for name in ("forward", "eagle"):
+        for name in ("forward", "draft"):
             getattr(found, name).errcheck = refused
     return found
 

@@ -291,50 +291,54 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
     }
 }
 
-struct Eagle {  // an EAGLE-3 head
-    const Layer* layer;
+struct Drafter {  // an EAGLE-3 head, or without input_norm a language model
+    const Layer* layers;
+    int64_t count;
     const uint16_t* embedding;  // bfloat16 [vocabulary][hidden]
     int64_t vocabulary;
     const float *input_norm, *hidden_norm, *norm;
     Tables tables;
     Matrix head;
+    int64_t outputs;  // of the head that can be drafted, the first ones
 };
 
-// One forward of an EAGLE-3 head on rows [count][hidden], in place, each with the token behind it, and the `width` most
-// probable next tokens of the last `last` of them with their entropies, over the head's outputs and `extras` further rows.
-// Returns as forward.
-int eagle(const Eagle* e, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
+// One forward of a drafter on rows [count][hidden], in place: of an EAGLE-3 head, each with the token behind it, or of a
+// language model, each made of its token. And the `width` most probable next tokens of the last `last` of them with their
+// entropies, over the head's outputs and `extras` further rows. Returns as forward.
+int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
           const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
           int64_t width, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
-    const int64_t size = e->layer->hidden;
-    const float eps = e->layer->eps;
+    const int64_t size = d->layers->hidden;
+    const float eps = d->layers->eps;
     for (int64_t r = 0; r < count; r++)
-        if (tokens[r] < 0 || tokens[r] >= e->vocabulary) return 1;
-    std::vector<float> entering(count * 2 * size);
+        if (tokens[r] < 0 || tokens[r] >= d->vocabulary) return 1;
+    const int64_t stride_in = d->input_norm ? 2 * size : size;
+    std::vector<float> entering(d->input_norm ? count * stride_in : 0);
     for (int64_t r = 0; r < count; r++) {
-        float* row = entering.data() + r * 2 * size;
-        for (int64_t i = 0; i < size; i++) row[i] = widened(e->embedding[tokens[r] * size + i]);
-        normalise(row, e->input_norm, size, eps, row);
-        normalise(hidden + r * size, e->hidden_norm, size, eps, row + size);
+        float* row = d->input_norm ? entering.data() + r * stride_in : hidden + r * size;
+        for (int64_t i = 0; i < size; i++) row[i] = widened(d->embedding[tokens[r] * size + i]);
+        if (!d->input_norm) continue;
+        normalise(row, d->input_norm, size, eps, row);
+        normalise(hidden + r * size, d->hidden_norm, size, eps, row + size);
     }
-    if (forward(e->layer, 0, 1, hidden, entering.data(), cache, count, positions, &e->tables, seen, named, nullptr,
-                nullptr, threads))
+    if (forward(d->layers, 0, d->count, hidden, d->input_norm ? entering.data() : nullptr, cache, count, positions,
+                &d->tables, seen, named, nullptr, nullptr, threads))
         return 1;
     if (!last) return 0;
     const float* final_rows = hidden + (count - last) * size;
-    const int64_t stride = e->head.columns() * COLUMNS;
+    const int64_t stride = d->head.columns() * COLUMNS;
     std::vector<float> logits(last * stride), others(last * extras);
-    linear(&e->head, final_rows, last, e->norm, eps, logits.data(), stride, threads);
+    linear(&d->head, final_rows, last, d->norm, eps, logits.data(), stride, threads);
     std::vector<float> normed(size);
     for (int64_t r = 0; r < last && extras; r++) {
-        normalise(final_rows + r * size, e->norm, size, eps, normed.data());
+        normalise(final_rows + r * size, d->norm, size, eps, normed.data());
         for (int64_t j = 0; j < extras; j++) {
             Floats dot = {};
             for (int64_t i = 0; i < size; i += LANES) dot += load(normed.data() + i) * load(extra + j * size + i);
             others[r * extras + j] = sum(dot);
         }
     }
-    most_probable(logits.data(), e->head.outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
+    most_probable(logits.data(), d->outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
                   log_probability, entropy, threads);
     return 0;
 }
