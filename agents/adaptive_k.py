@@ -14,6 +14,7 @@ import numpy as np
 from agents.rule import ChainRule
 from spec_envs.controls.base import Control
 from spec_envs.controls.context import KINDS, context_kind
+from spec_envs.controls.k import KControl
 
 UNKNOWN_RATE = 0.5  # while there is no history
 JSON_K = 6
@@ -74,18 +75,22 @@ class AdaptiveSpecController:
         self.history: deque[tuple[int, int]] = deque()
         self.tokens = 0  # emitted since the last adjustment
 
-    def record_acceptance(self, accepted: int, drafted: int) -> None:
+    def record_acceptance(self, accepted: int, drafted: int, tokens: int | None = None) -> None:
         """Note a cycle: drafted tokens, and how many of them the target accepted.
+
+        Args:
+            tokens: emitted; by default those accepted and the one that the target adds itself.
 
         Raises:
             ValueError: numbers that cannot be.
         """
         if not 0 <= accepted <= drafted:
             raise ValueError(f"accepted is {accepted} of {drafted} drafted; expected 0 to {drafted}")
-        self.history.append((accepted, drafted))
-        while sum(d for _, d in self.history) - self.history[0][1] >= self.config.acceptance_window:
+        if drafted:
+            self.history.append((accepted, drafted))
+        while self.history and sum(d for _, d in self.history) - self.history[0][1] >= self.config.acceptance_window:
             self.history.popleft()
-        self.tokens += accepted + 1  # the target adds one itself
+        self.tokens += accepted + 1 if tokens is None else tokens
 
     def get_rolling_acceptance(self) -> float:
         """Accepted over drafted tokens of the window; 0.5 while nothing was drafted."""
@@ -105,13 +110,12 @@ class AdaptiveSpecController:
     def get_k_for_context(self, snippet: str) -> int:
         """The draft length for a text that looks like this: K + 8 for code, K − 4 for mathematics, 6 for JSON (at least
         k_min), K otherwise; within [k_min, k_max]. K itself stays as it is."""
-        return self.k_for_kind(context_kind(snippet))
+        return self.k_for_kind(context_kind(snippet), self.config.k_current)
 
-    def k_for_kind(self, kind: str) -> int:
-        """See ``get_k_for_context``."""
-        c = self.config
-        k = {"code": c.k_current + 8, "math": c.k_current - 4, "json": max(c.k_min, JSON_K)}.get(kind, c.k_current)
-        return min(max(k, c.k_min), c.k_max)
+    def k_for_kind(self, kind: str, base: int) -> int:
+        """The context rule for a K of ``base``; see ``get_k_for_context``."""
+        k = {"code": base + 8, "math": base - 4, "json": max(self.config.k_min, JSON_K)}.get(kind, base)
+        return min(max(k, self.config.k_min), self.config.k_max)
 
     def change_k(self, k: int, details: dict[str, Any]) -> int:
         """Set K, within its bounds; a change is logged with ``details``."""
@@ -146,11 +150,12 @@ def step(rate: float, target: float) -> int:
 
 
 class AdaptiveKAgent(ChainRule):
-    """The controller as an agent. Where the kind of text changes, K moves to what the context rule says and is adjusted
-    from there (as published, the rule changed the length in use but not the one being learned).
+    """The controller as an agent. While a text is of one kind K is what the context rule makes of it and is adjusted from
+    there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the length
+    in use but not the one being learned).
 
     Args:
-        k_min, …, acceptance_window: see ``SpecConfig``; k_max is at most the environment's.
+        k_min, …, acceptance_window: see ``SpecConfig``; k_max is at most the environment's, k_current within the bounds.
         use_context: whether to follow the context rule.
         audit_log, session: see ``AdaptiveSpecController``.
     """
@@ -172,13 +177,12 @@ class AdaptiveKAgent(ChainRule):
         session: str = "default",
     ):
         super().__init__(control)
-        longest = min(k_max, self.k_max)
-        config = SpecConfig(
-            k_min, longest, min(k_current, longest), target_acceptance, adjustment_interval, acceptance_window
-        )
+        longest = max(k_min, min(k_max, self.k_max))
+        first = min(max(k_current, k_min), longest)
+        config = SpecConfig(k_min, longest, first, target_acceptance, adjustment_interval, acceptance_window)
         self.controller = AdaptiveSpecController(config, audit_log, session)
         self.use_context = use_context and "kind" in control.slices
-        self.kind = ""
+        self.kind, self.added = "", 0  # of the text, and what the context rule added to K for it
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -188,25 +192,28 @@ class AdaptiveKAgent(ChainRule):
         if self.use_context:
             kind = KINDS[int(np.argmax(observation[self.control.slices["kind"]]))]
             if kind != self.kind:
-                self.controller.change_k(self.controller.k_for_kind(kind), {"context": kind})
-                self.kind = kind
+                base = self.controller.config.k_current - self.added
+                k = self.controller.k_for_kind(kind, base)
+                self.kind, self.added = kind, k - base
+                self.controller.change_k(k, {"context": kind})
         if self.controller.should_adjust():
             self.controller.compute_new_k()
         return self.controller.config.k_current, state
 
     def _record(self, observation: np.ndarray) -> None:
         """Report the last decision: a cycle, or a segment, of which only the rate is seen."""
-        interval = getattr(self.control, "adjustment_interval", 0)
-        drafted = interval or round(self.read(observation, "last_k") * self.k_max)
-        self.controller.record_acceptance(round(self.read(observation, "last_acceptance") * drafted), drafted)
+        assert isinstance(self.control, KControl)
+        k, rate = self.read(observation, "last_k"), self.read(observation, "last_acceptance")
+        interval = self.control.adjustment_interval
+        drafted = interval * (k > 0) if interval else round(k * self.k_max)
+        self.controller.record_acceptance(round(rate * drafted), drafted, interval or None)
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:
-        k_min = trial.suggest_int("k_min", 0, 4)
         return {
-            "k_min": k_min,
-            "k_max": trial.suggest_int("k_max", 5, 24),
-            "k_current": k_min + trial.suggest_int("above_k_min", 0, 1),
+            "k_min": trial.suggest_int("k_min", 1, 4),
+            "k_max": trial.suggest_int("k_max", 4, 24),
+            "k_current": trial.suggest_int("k_current", 1, 24),
             "target_acceptance": trial.suggest_float("target_acceptance", 0.3, 0.9),
             "adjustment_interval": trial.suggest_categorical("adjustment_interval", [8, 16, 32, 64]),
             "acceptance_window": trial.suggest_categorical("acceptance_window", [16, 32, 64, 128]),

@@ -29,6 +29,11 @@ class FixedAgent(Rule):
         self.value = value
         if value not in settings(control):
             raise ValueError(f"value is {value}; expected one of {', '.join(map(str, settings(control)))}")
+        stepwise = isinstance(control, KControl) and control.decision == "token"
+        if stepwise and "drafted" not in control.slices:
+            raise ValueError(
+                f"a fixed length looks at drafted, which observation={control.observation!r} does not show"
+            )
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False

@@ -19,7 +19,7 @@ class ScheduleAgent(LengthRule):
         increase, decrease: tokens.
     """
 
-    looks_at = ("last_acceptance",)
+    looks_at = ("last_k", "last_acceptance")
 
     def __init__(self, control: Control, k: int = 5, increase: int = 2, decrease: int = 1):
         super().__init__(control, k)

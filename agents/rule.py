@@ -83,7 +83,7 @@ class LengthRule(ChainRule):
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
-        if not np.all(episode_start):  # there was a last chain
+        if not np.all(episode_start) and self.read(observation, "last_k"):  # there was a last chain
             self.update(self.read(observation, "last_acceptance"), observation)
         return int(np.clip(round(self.k), 0, self.k_max)), state
 

@@ -47,7 +47,8 @@ class UcbAgent(ChainRule):
             self.tries *= self.discount
             self.tokens *= self.discount
             self.tries[self.played] += 1
-            self.tokens[self.played] += 1 + self.read(observation, "last_acceptance") * self.arms[self.played]
+            drafted = self.read(observation, "last_k") * self.k_max
+            self.tokens[self.played] += 1 + self.read(observation, "last_acceptance") * drafted
         tried = np.maximum(self.tries, 1e-9)
         bonus = np.sqrt(np.log(max(self.tries.sum(), np.e)) / tried)
         worth = (self.tokens / tried + self.exploration * (1 + self.arms) * bonus) / self.prices

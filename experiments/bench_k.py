@@ -2,7 +2,7 @@
 the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
-ones. Agents that are not trained yet are trained first. Writes runs/bench-k.json and runs/bench-k.png; the figures of
+ones. Agents that are not trained yet are trained first, with one seed; controllers play the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of
 another target stand in the same file under its name.
 """
 
@@ -43,7 +43,7 @@ CONTROLLERS = (
     *("adaptive-k", "adaptive-k-tuned", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb"),
     *("specdec++", "ppo", "ppo-token"),
 )
-CONTEXTS = {"humaneval": "code", "gsm8k": "math", "json": "json"}  # all other tasks are prose
+CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math", "json": "json"}  # all else is prose
 BEST = "best fixed"
 
 
@@ -58,12 +58,16 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
     """
     experiments = {name: experiment_for(name, env) for name in stanzas}
     shared = load_experiment(ID, "fixed").env | env
-    policies = {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
+
+    def policies() -> dict[str, Policy]:
+        """Every controller as it is before it has seen anything."""
+        return {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
+
+    policies()  # what has to be trained is trained before anything is measured
     decoder = decoder_for(shared, KControl(LONGEST))
     static = best_chain(shared, KControl().k_max)
-    arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(*static["best"])} | policies
     validation = run_arms(
-        {name: decoded(decoder, policy) for name, policy in policies.items()},
+        {name: decoded(decoder, policy) for name, policy in policies().items()},
         encoded_prompts(shared, "validation", max(4, count // 3)),
         shared["max_new_tokens"],
         "choosing the best agent",
@@ -71,8 +75,9 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
     best = max(validation, key=lambda name: throughput(validation[name]))
 
     def measure(prompts: int) -> dict[str, Any]:
+        arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(*static["best"])} | policies()
         samples = side_by_side(arms, shared, decoder, prompts)
-        found = tables(samples, arms, shared, decoder, ["plain", BEST], list(policies))
+        found = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
         return found | {"static": static} | by_context(samples) | headline(samples, best)
 
     return with_aa_check(measure, count)
@@ -168,6 +173,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def is_bench(value: Any) -> bool:
+    """Whether a value of the JSON file is the figures of another target."""
+    return isinstance(value, dict) and "best_agent" in value
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help=f"model (default {DEFAULT_TARGET})")
@@ -200,7 +210,7 @@ def main() -> None:
         if args.name:
             write_json(path, kept | {args.name: results})
         else:
-            others = {key: value for key, value in kept.items() if isinstance(value, dict) and "best_agent" in value}
+            others = {key: value for key, value in kept.items() if key != "first_try" and is_bench(value)}
             write_json(path, results | others)
         picture = path.with_name(f"bench-k-{args.name}.png" if args.name else "bench-k.png")
         draw(results, picture)

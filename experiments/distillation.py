@@ -51,6 +51,8 @@ class Student(nn.Module):
         config, weights = load_config(folder), load_weights(folder)
         kept = kept_layers(config.num_hidden_layers, count)
         config.num_hidden_layers = count
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[layer] for layer in kept]
         student = cls(config, target, draft_ids)
         state = {"norm.weight": weights["model.norm.weight"].float()}
         for i, layer in enumerate(kept):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from experiments.command import one_sentence
-from experiments.distillation import Distillation, Student
+from experiments.distillation import Distillation, Student, kept_layers
 from experiments.drafter_training import report, train
 from experiments.eagle_objective import Objective, Unrolled
 from experiments.recording import record, tokenized
@@ -118,7 +118,8 @@ def claim(work: Path, settings: dict[str, Any]) -> None:
         write_json(note, settings)
         return
     noted = json.loads(note.read_text())
-    if differing := [key for key in settings if noted.get(key, str(None)) != settings[key]]:
+    keys = dict.fromkeys([*settings, *noted])
+    if differing := [key for key in keys if noted.get(key, str(None)) != settings.get(key, str(None))]:
         raise ValueError(f"{work} was begun with another {', '.join(differing)}; choose another --work, or delete it")
 
 
@@ -149,12 +150,14 @@ def make_drafter(args: argparse.Namespace) -> None:
     dtype = resolve_dtype(args.dtype, device, [args.target])
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
     head = trained_head(args.init, target) if args.init else None
+    if args.kind == "draft-model":
+        kept_layers(target.shape.layers, args.layers)
     capture: tuple[int, ...] = ()
     if args.kind == "eagle3":
         capture = (head and head.captured_layers) or captured_layers(target.shape.layers)
     longest = min(args.longest, target.shape.context)
     kept = ["target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens"]
-    kept += ["layers"] if args.kind == "draft-model" else []
+    kept += ["kind", "layers"] if args.kind == "draft-model" else []
     claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)})
     text = args.work / "text.jsonl"
     if args.tokens:

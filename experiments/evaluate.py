@@ -65,12 +65,17 @@ def side_by_side(
 ) -> dict[str, list[Sample]]:
     """Every arm of a table on the held-out prompts."""
     prompts = encoded_prompts(env, "test", test_prompts)
-    plain = decoded(decoder.plain(), None)
-    arms: dict[str, Arm] = {"plain": plain, "plain again": plain}
+    plain = decoder.plain()
+    arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not decoder.clock.priced and not isinstance(decoder, LlamaServerDecoder):
         arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
-    arms |= {name: decoded(decoder, policy) for name, policy in policies.items()}
-    return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+    decoders = {name: decoder.separate() for name in policies}
+    arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
+    try:
+        return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+    finally:
+        for used in (plain, *decoders.values()):
+            used.close()
 
 
 def tables(

@@ -15,9 +15,11 @@ from experiments.arms import Arm, Encoded, Sample
 from spec_envs.decoding.checkpoints import model_folder
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.llama_server import LlamaServer, gguf_of
+from spec_envs.decoding.drafters.eagle_head import drafter_folder
+from spec_envs.decoding.llama_server import LlamaServer, chain_arguments, find_binary, gguf_of
+from spec_envs.decoding.pair import LOOKUP
 
-LOOKUP = 10  # tokens that prompt lookup drafts, transformers' usual number
+LOOKED_UP = 10  # tokens that prompt lookup drafts, transformers' usual number
 NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ever does in short answers
 
 
@@ -49,8 +51,13 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
     model = language_model(target, decoder)
     arms = {"transformers generate": transformers_arm(model, decoder)}
     if draft is None:
-        return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=LOOKUP)}
+        return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=LOOKED_UP)}
     name, k = draft
+    if name == LOOKUP:
+        return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=k)}
+    if not (drafter_folder(name) / "tokenizer_config.json").is_file():
+        print("transformers assisted is left out: the draft model is no model of its own", file=sys.stderr)
+        return arms
     assistant = language_model(name, decoder)
     if assistant.config.vocab_size != model.config.vocab_size:
         print("transformers assisted is left out: it wants models of one vocabulary size", file=sys.stderr)
@@ -109,21 +116,24 @@ def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> d
     Args:
         draft: draft model and number of tokens; None is prompt lookup.
     """
-    if draft is None:
-        drafting = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
-        drafting += ["--spec-ngram-simple-size-m", str(LOOKUP)]
-    else:
-        drafting = ["--spec-type", "draft-simple", "--spec-draft-n-max", str(draft[1]), "--spec-draft-p-min", "0"]
+    lookup = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
+    lookup += ["--spec-ngram-simple-size-m", str(LOOKED_UP)]
     arms = {}
-    for name, arguments, drafter in (("llama.cpp", [], None), ("llama.cpp drafting", drafting, draft and draft[0])):
+    for name in ("llama.cpp", "llama.cpp drafting"):
         try:
-            model, needed = gguf_of(target)
-            if drafter is not None:
-                arguments = [*arguments, "--model-draft", str(gguf_of(drafter)[0])]
-            arms[name] = llamacpp_arm(LlamaServer(model, [*needed, *arguments], threads))
+            model, arguments = gguf_of(target)
+            if name == "llama.cpp drafting":
+                by_model = draft is not None and draft[0] != LOOKUP
+                arguments = [*arguments, *(chain(*draft) if draft and by_model else lookup)]
+            arms[name] = llamacpp_arm(LlamaServer(model, arguments, threads))
         except ValueError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     return arms
+
+
+def chain(drafter: str, k: int) -> list[str]:
+    """What llama-server needs to be told to draft ``k`` tokens by a model."""
+    return chain_arguments(find_binary(), gguf_of(drafter)[0], k)
 
 
 def llamacpp_arm(server: LlamaServer) -> Arm:

@@ -101,6 +101,11 @@ class Search:
 
     def rates(self, policies: dict[Any, Policy]) -> dict[Any, float]:
         """Tokens per second of each policy."""
-        arms = {str(setting): decoded(self.decoder, policy) for setting, policy in policies.items()}
-        samples = run_arms(arms, self.prompts, self.tokens, f"best static setting, {len(arms)} to try")
+        decoders = {setting: self.decoder.separate() for setting in policies}
+        arms = {str(setting): decoded(decoders[setting], policy) for setting, policy in policies.items()}
+        try:
+            samples = run_arms(arms, self.prompts, self.tokens, f"best static setting, {len(arms)} to try")
+        finally:
+            for used in (self.decoder, *decoders.values()):
+                used.close()
         return {setting: throughput(samples[str(setting)]) for setting in policies}

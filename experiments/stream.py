@@ -38,6 +38,10 @@ def main() -> None:
         else:
             control = DepthControl()
             agent, env = FixedAgent(control, 2), {}
+        if env.get("trace"):
+            raise ValueError(
+                f"{args.run} was trained on a synthetic profile, which writes no text; name a run on models"
+            )
         given = {"temperature": args.temperature, "top_p": args.top_p}
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)

@@ -139,7 +139,8 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
         played.costs = agents.cost_table(folder, config["env"])
     decoder = decoder_for(config["env"], played)
     prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"])
-    plain = decoded(decoder.plain(), None)
+    plain_decoder = decoder.plain()
+    plain = decoded(plain_decoder, None)
 
     def validate() -> float:
         arms = {"plain": plain, "agent": decoded(decoder, Policy(played, agent))}
@@ -153,7 +154,8 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
     if (folder / "best" / "policy.safetensors").exists():
         agent.load(folder / "best")
     agent.save(folder)
-    env.close()
+    for used in (env, decoder, plain_decoder):
+        used.close()
 
 
 def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
@@ -187,6 +189,7 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
         else:
             agent.learn(config["total_timesteps"], env)
             agent.save(folder)
+            env.close()
 
 
 def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:

@@ -32,7 +32,9 @@ from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Policy, make_control
-from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.checkpoints import resolve_device
+from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.pair import make_clocks
 from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
 
@@ -46,11 +48,14 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
         tunable = ", ".join(name for name, agent in AGENTS.items() if hasattr(agent, "space"))
         raise ValueError(f"{experiment.agent} has nothing to tune here; the agents that have are {tunable}")
     agent = kind(control=control, **experiment.hyperparameters)
+    if control.engine != "torch":
+        raise ValueError(f"a {control.engine} cannot be priced; tune on engine=torch, at the same adjustment_interval")
     folder.mkdir(parents=True, exist_ok=True)
-    table, study = claim(folder, experiment.env, control, prompts, tokens)
-    if not any(trial.state.is_finished() for trial in study.trials):
+    learned = {"hyperparameters": experiment.hyperparameters, "total_timesteps": experiment.total_timesteps}
+    table, study = claim(folder, experiment.env, control, prompts, tokens, learned)
+    if not finished(study):
         train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
-        study.enqueue_trial(published(kind, experiment.hyperparameters))
+        study.enqueue_trial(published(kind, experiment.hyperparameters), skip_if_exists=True)
     decoder = decoder_for({**experiment.env, "clock": str(table)}, control)
     chosen = encoded_prompts(experiment.env, "train", prompts)
 
@@ -62,8 +67,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
         arms = {"candidate": decoded(decoder, Policy(control, candidate))}
         return throughput(run_arms(arms, chosen, tokens, "", quiet=True)["candidate"])
 
-    done = sum(trial.state.is_finished() for trial in study.trials)
-    study.optimize(speed, max(0, trials - done), show_progress_bar=sys.stderr.isatty())
+    study.optimize(speed, max(0, trials - len(finished(study))), show_progress_bar=sys.stderr.isatty())
     best = study.best_trial
     with whole(folder / "best.yml") as path:
         path.write_text(yaml.safe_dump({"hyperparameters": best.user_attrs["hyperparameters"]}, sort_keys=False))
@@ -72,24 +76,33 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     assert figure is not None
     with whole(folder / "history.png") as path:
         figure.savefig(path, format="png", dpi=110)
-    print(f"{len(study.trials)} trials; first {study.trials[0].value:.1f}, best {best.value:.1f} priced tokens/s with")
+    first = finished(study)[0]
+    print(f"{len(finished(study))} trials; first {first.value:.1f}, best {best.value:.1f} priced tokens/s with")
     print(yaml.safe_dump(best.user_attrs["hyperparameters"], sort_keys=False).strip())
     print(f"written: {folder}/best.yml, history.png; study.log holds every trial")
 
 
-def claim(folder: Path, env: dict[str, Any], control: Any, prompts: int, tokens: int) -> tuple[Path, optuna.Study]:
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that came to a figure; one that was interrupted does not count."""
+    return study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def claim(
+    folder: Path, env: dict[str, Any], control: Any, prompts: int, tokens: int, learned: dict[str, Any]
+) -> tuple[Path, optuna.Study]:
     """The cost table and the study of a folder, begun or gone on with.
 
     Raises:
         ValueError: it was begun with other settings.
     """
-    settings = {"env": env, "prompts": prompts, "tokens": tokens}
+    settings = {"env": env, "prompts": prompts, "tokens": tokens, **learned}
     note, table = folder / "settings.json", folder / "clock.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(settings)):
         raise ValueError(f"{folder} was begun with other settings; choose another --root, or delete it")
     write_json(note, settings)
-    if env.get("clock", "wall") != "wall":
-        write_json(table, vars_of(CostTable.load(env["clock"])))
+    clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")), env.get("trace"))[0]
+    if isinstance(clock, PricedClock):
+        write_json(table, {"verify": clock.table.verify, "draft": clock.table.draft})
     elif not table.exists():
         print("measuring this machine's cost table", file=sys.stderr)
         write_json(table, cost_curves(decoder_for(env, control)))
@@ -102,11 +115,6 @@ def claim(folder: Path, env: dict[str, Any], control: Any, prompts: int, tokens:
         load_if_exists=True,
     )
     return table, study
-
-
-def vars_of(table: CostTable) -> dict[str, dict[int, float]]:
-    """A cost table's curves as they are written."""
-    return {"verify": table.verify, "draft": table.draft}
 
 
 def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:

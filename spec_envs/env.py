@@ -58,7 +58,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         pace: tokens per second that a second costs under ``"saved"``; by default that of the pair's best static
             setting: plain speed under this clock, times ``static_over_plain`` of models.yml (1 where the pair
             is not listed there).
-        observation: ``"default"`` or ``"ltd"``.
+        observation: ``"default"``; ``"ltd"`` for trees, ``"counters"`` for chains.
         cost_features: append the clock's cost table to the observation.
         policy_seconds: charged for every decision (an experiment sets the agent's measured time).
         render_mode: None, ``"ansi"``, ``"human"`` or ``"rgb_array"``.
@@ -130,7 +130,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.control = kind(observation=observation, cost_features=cost_features, **own)
         self.action_space = self.control.action_space
         self.observation_space = self.control.observation_space
-        self.target, self.template, self.max_new_tokens = target, template, max_new_tokens
+        self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
         engine, chain = self.control.engine, self.control.width == 1
         if drafter == "auto" and not trace:
             drafter = default_drafter(target, chain, engine)
@@ -262,6 +262,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     def _begin_text(self, given: str | Prompt | None) -> None:
         if isinstance(given, str):
             given = Prompt("given", given)
+        if given is not None and self.trace and given not in self.encoded:
+            raise ValueError(f"the profile {self.trace!r} has prompts of its own; a text cannot be given")
         self.prompt = given
         if len(self.clocks) > 1:
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]

@@ -20,7 +20,7 @@ class Generation:
         tokens: ids emitted so far, the prefill's first token included.
         cycles: finished cycles.
         seconds: whole seconds from the first cycle on: drafting, verifying, deciding and everything around them
-            (the prefill apart). Under a priced clock: the priced seconds.
+            (the prefill apart). Under a priced clock, or on a server that times itself: what the clock was charged.
         prefill_seconds: of the prompt and the first token.
         actions: decisions taken, in order.
     """
@@ -60,7 +60,8 @@ class Generation:
         while not decoder.finished:
             mark, began = dict(clock.totals), time.perf_counter()
             cycle = self._cycle()
-            spent = sum(clock.since(mark).values()) if clock.priced else time.perf_counter() - began
+            timed = clock.priced or decoder.times_itself
+            spent = sum(clock.since(mark).values()) if timed else time.perf_counter() - began
             self.seconds += spent
             yield cycle.tokens
 

@@ -20,6 +20,7 @@ from agents.schedules import schedule
 from experiments import recording
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
 from spec_envs.files import write_json, write_torch
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -54,11 +55,12 @@ class Identity(gym.Env):
 
 
 def test_every_algorithm_is_in_the_zoo() -> None:
-    assert set(AGENTS) == {"random", "fixed", *ALGORITHMS}
+    controllers = {"adaptive-k", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb", "specdec++"}
+    assert set(AGENTS) == {"random", "fixed", *ALGORITHMS, *controllers}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("control", [DepthControl(), BudgetControl()], ids=["depth", "budget"])
+@pytest.mark.parametrize("control", [DepthControl(), BudgetControl(), KControl()], ids=["depth", "budget", "k"])
 def test_the_bare_network_decides_as_stable_baselines_does(name: str, control: Any) -> None:
     agent = AGENTS[name](control=control, seed=3, pi_arch=[16, 8], vf_arch=[8], activation="relu", **SMALL[name])
     rng = np.random.default_rng(0)

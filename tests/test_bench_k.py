@@ -33,7 +33,7 @@ def test_figures_by_context(
     assert results["best_fixed_over_plain"] == arms["best fixed"]["over_plain"]
     assert results["best_agent_over_best_fixed"] == arms[results["best_agent"]]["over_best fixed"]
     assert arms["plain"]["tokens_per_second"] == pytest.approx(1 / 0.36)
-    assert set(results["by_context"]["K = 4"]) == {"prose"}  # the profile's kinds are no tasks of ours
+    assert set(results["by_context"]["K = 4"]) == {"code", "prose", "math"}
     fixed = results["static"]["tokens_per_second"]
     assert f"k {results['static']['best'][0]}" == max(fixed, key=fixed.get)
     out = capsys.readouterr().out

@@ -24,6 +24,12 @@ IDS = list(ENVIRONMENTS)
 LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
 
 
+def variants(*keywords: dict) -> list[tuple[str, dict]]:
+    """Every environment with each of the keyword arguments that it offers."""
+    offered = {env_id: CONTROLS[ENVIRONMENTS[env_id]].observations for env_id in IDS}
+    return [(i, k) for i in IDS for k in keywords if k.get("observation", "default") in offered[i]]
+
+
 def make(env_id: str, tiny: dict, **keywords: Any) -> gym.Env:
     return gym.make(env_id, **{**tiny, **keywords})
 
@@ -41,8 +47,7 @@ def rollout(env: gym.Env, seed: int, steps: int) -> list:
     return trace
 
 
-@pytest.mark.parametrize("env_id", IDS)
-@pytest.mark.parametrize("keywords", [{}, LTD, {"cost_features": True}], ids=["default", "ltd", "costs"])
+@pytest.mark.parametrize(("env_id", "keywords"), variants({}, LTD, {"cost_features": True}))
 def test_checkers_pass_without_warnings(env_id: str, keywords: dict, tiny: dict) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -50,8 +55,7 @@ def test_checkers_pass_without_warnings(env_id: str, keywords: dict, tiny: dict)
         check_env_sb3(make(env_id, tiny, **keywords).unwrapped)
 
 
-@pytest.mark.parametrize("env_id", IDS)
-@pytest.mark.parametrize("keywords", [{}, LTD, {"temperature": 1.0, "top_p": 0.9}], ids=["default", "ltd", "sampled"])
+@pytest.mark.parametrize(("env_id", "keywords"), variants({}, LTD, {"temperature": 1.0, "top_p": 0.9}))
 def test_a_priced_clock_makes_rollouts_identical(env_id: str, keywords: dict, tiny: dict) -> None:
     first, second = (rollout(make(env_id, tiny, **keywords), 7, 60) for _ in range(2))
     assert first == second
@@ -231,7 +235,7 @@ def test_a_draft_model_is_a_tree_of_width_one(tiny: dict, tiny_draft: Path) -> N
         _, _, done, _, info = env.step(int(rng.integers(2)))
         assert info["verified"] <= 6
     with pytest.raises(
-        ValueError, match="is a draft model, which drafts a chain, not a tree of width 10; pass width=1"
+        ValueError, match="drafts a chain, not a tree of width 10; pass width=1, or take an EAGLE-3 head"
     ):
         make("SpecDepth-v0", tiny | {"drafter": str(tiny_draft)})
     with pytest.raises(ValueError, match=r"temperature is 1.0, at which the draft model .* draws its chain"):

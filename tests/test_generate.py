@@ -31,7 +31,8 @@ def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], l
 def test_generate_is_the_environment(env_id: str, name: str, tiny: dict) -> None:
     env = gym.make(env_id, **tiny)
     control = make_control(ENVIRONMENTS[env_id], {})
-    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    sizes = {"width": control.width, "max_depth": control.max_depth}
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", **sizes)
     different = set()
     for seed in range(4):
         agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])

@@ -59,7 +59,7 @@ def test_plain_decoding_is_transformers_generate(prompts: dict, plain_texts: dic
 def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: dict, plain_texts: dict) -> None:
     keywords = {"budgets": [4, 12, 24, 48], "depth": "random", "budget": 32, "max_depth": 8}
     control = make_control(ENVIRONMENTS[env_id], keywords)
-    decoder = load_decoder(REAL, "auto", "cpu", "float32", max_depth=8)
+    decoder = load_decoder(REAL, "auto", "cpu", "float32", width=control.width, max_depth=control.max_depth)
     agent = RandomAgent(control, seed=1)
     accepted = 0
     for task, ids in prompts.items():
@@ -170,16 +170,25 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
     chosen = [Encoded(p.task, encode(tokenizer, p.text)) for p in texts[:: max(1, len(texts) // count)]][:count]
     plain = decoded(decoder.plain(), None)
     arms = []
-    for env_id in ENVIRONMENTS:
-        control = make_control(ENVIRONMENTS[env_id], {"depth": "random", "budget": 32})
-        arms.append(decoded(decoder, Policy(control, RandomAgent(control, seed=1))))
+    keywords: list[tuple[str, str, dict]] = [
+        ("depth", "auto", {"budget": 32}),
+        ("budget", "auto", {"depth": "random"}),
+        ("k", "auto", {}),
+        ("k", "auto", {"decision": "token"}),
+        ("k", "lookup", {}),
+    ]
+    assert {name for name, *_ in keywords} == set(ENVIRONMENTS.values())
+    for name, drafter, own in keywords:
+        control = make_control(name, own)
+        drafting = load_decoder(REAL, drafter, "cpu", "int8", width=control.width, max_depth=control.max_depth)
+        arms.append(decoded(drafting, Policy(control, RandomAgent(control, seed=1))))
     accepted, samples = 0, []
     for i, prompt in enumerate(chosen):
         sample = arms[i % len(arms)](prompt, tokens, i)
         assert sample.ids == plain(prompt, tokens, i).ids, prompt
         accepted += sample.accepted
         samples.append(sample)
-    assert accepted > 5 * len(samples)
+    assert accepted > 3 * len(samples)
     assert divergences(decoder, samples) == {"per_1000": 0.0, "largest_gap": 0.0}
 
 

@@ -116,9 +116,9 @@ class BudgetControl(Control):
         if decoder.drafting:
             return
         if self.partner:
-            decoder.expand()
-            while decoder.tree.expansions < self.max_depth and self.partner.decide(decoder):
-                decoder.expand()
+            grew = decoder.expand()
+            while grew and decoder.tree.expansions < self.max_depth and self.partner.decide(decoder):
+                grew = decoder.expand()
         else:
             depth = self.rng.integers(1, self.max_depth + 1) if self.depth == "random" else self.depth
             decoder.begin()

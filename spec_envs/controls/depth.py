@@ -109,10 +109,8 @@ class DepthControl(Control):
 
     def act(self, decoder: Decoder, action: int) -> Cycle | None:
         self.prepare(decoder)
-        if action == EXPAND:
-            decoder.expand()
-            if decoder.tree.expansions < self.max_depth:
-                return None
+        if action == EXPAND and decoder.expand() and decoder.tree.expansions < self.max_depth:
+            return None
         return decoder.verify(self._budget(decoder))
 
     def _budget(self, decoder: Decoder) -> int:

@@ -16,6 +16,7 @@ VERIFY, DRAFT = 0, 1
 WINDOWS = (4, 16)  # decisions over which acceptance is observed
 ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
 SNIPPET, FRESH = 96, 16  # tokens that the kind of text is told from, and after how many new ones it is told anew
+OPENING, JSON = 8, ("{", "```json", "```\n{")  # tokens of an answer by which it is told to be JSON as a whole
 SEGMENT = 64  # tokens between decisions where an engine is asked for whole segments
 ENGINES = ("torch", "llama-server")
 DECISIONS = ("cycle", "token")
@@ -39,41 +40,43 @@ class KControl(Control):
 
     ## Observation Space
 
-    A `Box` of float32. With `decision="token"` it begins with the chain under way:
+    A `Box` of float32; with the default `decision="cycle"`:
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
-    | 0 | `drafted`: tokens of the chain / `k_max` | 0 | 1 |
-    | 1 | `probability`: that the draft model gave its last token (1 before the first) | 0 | 1 |
-    | 2 | `entropy`: of the distribution that token is from, nats / 10 (0 before the first) | 0 | 1 |
-    | 3 | `path`: product of the chain's probabilities | 0 | 1 |
+    | 0 | `confidence`: mean probability that the last chain's tokens had (0 without a chain) | 0 | 1 |
+    | 1 | `entropy`: mean entropy of the distributions they are from, nats / 10 | 0 | 1 |
+    | 2–3 | `acceptance`: accepted / drafted tokens over 4 and 16 decisions (0 where nothing was drafted) | 0 | 1 |
+    | 4 | `last_k`: tokens of the last chain / `k_max` | 0 | 1 |
+    | 5 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
+    | 6 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 7 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 8–12 | `kind`: one-hot of code, prose, math, json, list, told from the last 96 tokens | 0 | 1 |
+    | 13–18 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
-    With `decision="cycle"` it begins with the last cycle's chain (left out where decisions are for whole segments, of
-    which a server reports counts only):
-
-    | Num | Observation | Min | Max |
-    |-----|-------------|-----|-----|
-    | 0 | `confidence`: mean probability of its tokens (0 without a chain) | 0 | 1 |
-    | 1 | `entropy`: mean entropy of their distributions, nats / 10 | 0 | 1 |
-
-    Then follow, in both:
-
-    | Size | Observation | Min | Max |
-    |------|-------------|-----|-----|
-    | 2 | `acceptance`: accepted / drafted tokens over 4 and 16 decisions (0 where nothing was drafted) | 0 | 1 |
-    | 1 | `last_k`: length asked for last / `k_max` | 0 | 1 |
-    | 1 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
-    | 1 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
-    | 1 | `context`: tokens of the text / 4096 | 0 | 1 |
-    | 5 | `kind`: one-hot of code, prose, math, json, list, told from the last 96 tokens | 0 | 1 |
-    | 6 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
+    With `decision="token"` the first two give way to four of the chain under way: `drafted` (its tokens / `k_max`),
+    `probability` (that the draft model gave its last token; 1 before the first), `entropy` (of the distribution that
+    token is from, nats / 10; 0 before the first) and `path` (product of the chain's probabilities). With an
+    `adjustment_interval` they are left out, since a server reports counts only, and `last_k` is the length asked for.
 
     `observation="counters"` is `acceptance`, `last_k`, `last_acceptance`, `position` and `context` alone.
     `cost_features=True` appends `costs`, as in SpecDepth-v0.
 
-    ## Rewards, Starting State, Episode End, Information
+    ## Rewards
 
-    As in SpecDepth-v0; nothing is drafted when an episode starts.
+    As in SpecDepth-v0, `"saved"`; with `episode="cycle"` also `"ltd"`.
+
+    ## Starting State
+
+    The target's first token after the prompt; nothing is drafted.
+
+    ## Episode End
+
+    As in SpecDepth-v0.
+
+    ## Information
+
+    As in SpecDepth-v0; on llama-server the last step also has `restart_seconds`.
 
     ## Arguments
 
@@ -182,8 +185,8 @@ class KControl(Control):
         cycles = [decoder.cycle(action)]
         while not decoder.finished and sum(cycle.emitted for cycle in cycles) < self.adjustment_interval:
             cycles.append(decoder.cycle(action))
-        self.last_k = action
         self.decided.append(merged(cycles))
+        self.last_k = action if self.adjustment_interval else cycles[0].drafted
         return self.decided[-1]
 
     def _read_acceptance(self, decoder: Decoder) -> list[float]:
@@ -208,7 +211,9 @@ class KControl(Control):
         """The kind of text, told anew when enough of it is new."""
         if not self.kind or decoder.length >= self.kind_at + FRESH:
             tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens][-SNIPPET:]
-            self.kind, self.kind_at = context_kind(decoder.detokenize(tail)), decoder.length
+            opening = decoder.detokenize(decoder.tokens[:OPENING]).lstrip()
+            self.kind = "json" if opening.startswith(JSON) else context_kind(decoder.detokenize(tail))
+            self.kind_at = decoder.length
         return self.kind
 
 

@@ -96,9 +96,13 @@ class Decoder:
         cycles: finished cycles of this text.
         finished: whether EOS was emitted or max_new_tokens reached.
 
+        times_itself: whether seconds are those that another process reports.
+
     Raises:
         ValueError: drafter and target have different vocabularies.
     """
+
+    times_itself = False
 
     def __init__(
         self,
@@ -174,6 +178,10 @@ class Decoder:
         clock = self.clock if self.clock.priced else WallClock(self.device)
         return Decoder(self.verifier.plain(), None, clock, self.eos, detokenize=self.detokenize)
 
+    def separate(self) -> Decoder:
+        """A decoder for another arm of a comparison: itself, for nothing of it outlives a text."""
+        return self
+
     def close(self) -> None:
         """Nothing to close: the weights are shared."""
 
@@ -192,12 +200,14 @@ class Decoder:
             self.drafter.root(self.tree)
         self.drafting = True
 
-    def expand(self) -> None:
-        """One drafter forward: the tree grows by a level."""
+    def expand(self) -> bool:
+        """One drafter forward: the tree grows by a level. False where the drafter has nothing more to say."""
         self.begin()
+        before = self.tree.size
         assert self.drafter is not None
         with self.clock.time("draft", len(self.tree.frontier)):
             self.drafter.expand(self.tree)
+        return self.tree.size > before
 
     def verify(self, budget: int | None = None) -> Cycle:
         """One target forward over the ``budget`` best candidates (all by default); at least one token is emitted.

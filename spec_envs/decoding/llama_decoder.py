@@ -15,6 +15,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder, Drafted, check_room
 from spec_envs.decoding.llama_server import LlamaServer, chain_arguments, find_binary, gguf_of, options
 from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.verifier import LocalVerifier
 
 # Rows of a forward. llama.cpp's attention on the processor rounds differently from 64 rows on (GGML_FA_TILE_Q): a text
 # read again after a restart would go on differently at near-ties. Reading prompts this way takes about a fifth longer.
@@ -61,6 +62,8 @@ class LlamaServerDecoder(Decoder):
         ValueError: a model in another format, a priced clock, or a server that did not start or does not draft.
     """
 
+    times_itself = True
+
     def __init__(
         self,
         target: str,
@@ -77,6 +80,7 @@ class LlamaServerDecoder(Decoder):
         self.clock = clock or WallClock(torch.device("cpu"))
         if self.clock.priced:
             raise ValueError("llama-server times itself, which no cost table can price; expected clock='wall'")
+        self.names = target, drafter
         (self.model, needed), (self.draft, further) = gguf_of(target), gguf_of(drafter)
         self.arguments = [*needed, *(further if further != needed else [])]
         self.threads, self.timeout = threads or torch.get_num_threads(), timeout
@@ -124,6 +128,10 @@ class LlamaServerDecoder(Decoder):
     def in_process(self) -> bool:
         return False
 
+    @property
+    def local(self) -> LocalVerifier:
+        raise ValueError("there is no target in this process to look into; expected a decoder over a model")
+
     def begin(self) -> None:
         """A server drafts within its cycles only.
 
@@ -132,7 +140,9 @@ class LlamaServerDecoder(Decoder):
         """
         raise RuntimeError("a llama-server decodes whole cycles; call cycle(k)")
 
-    expand = begin
+    def expand(self) -> bool:
+        """See ``begin``."""
+        raise RuntimeError("a llama-server decodes whole cycles; call cycle(k)")
 
     def verify(self, budget: int | None = None) -> Cycle:
         """Plain decoding of a segment, with budget 0."""
@@ -140,9 +150,15 @@ class LlamaServerDecoder(Decoder):
             self.begin()
         return self.cycle(0)
 
+    def separate(self) -> LlamaServerDecoder:
+        """The same on a server of its own, so that the lengths of one arm do not restart the server of another."""
+        return LlamaServerDecoder(
+            *self.names, self.k_max, self.segment, self.threads, str(self.program), timeout=self.timeout
+        )
+
     def plain(self) -> Decoder:
-        """The same server: plain decoding is a length of 0."""
-        return self
+        """The same on a server of its own: plain decoding is a length of 0."""
+        return self.separate()
 
     def cycle(self, k: int) -> Cycle:
         """Up to ``segment`` tokens, drafted ``k`` at a time and all verified; 0 is plain decoding.

@@ -196,7 +196,7 @@ def open_decoder(
     if engine == "torch":
         return load_decoder(**models, clock=clock, width=width, max_depth=max_depth)
     target, drafter = models.get("target", DEFAULT_TARGET), models.get("drafter", "auto")
-    drafter = default_drafter(target, engine=engine) if drafter == "auto" else drafter
+    drafter = default_drafter(target, True, engine) if drafter == "auto" else drafter
     return LlamaServerDecoder(target, drafter, max_depth + 1, segment, clock=clock)
 
 
