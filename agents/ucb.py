@@ -29,8 +29,8 @@ class UcbAgent(ChainRule):
         self,
         control: Control,
         cost: float = 0.1,
-        exploration: float = 0.3,
-        discount: float = 0.995,
+        exploration: float = 0.05,
+        discount: float = 0.999,
         arms: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
     ):
         super().__init__(control)

@@ -273,7 +273,7 @@ def test_adaptive_agent_moves_k_with_the_kind_of_text(tmp_path: Path) -> None:
 def test_adaptive_agent_in_segments_adjusts_after_each() -> None:
     """Of a segment only the rate is known; 64 tokens are an interval whatever was accepted, and plain ones say nothing."""
     control = KControl(24, adjustment_interval=64)
-    agent = AdaptiveKAgent(control)
+    agent = AdaptiveKAgent(control, use_context=False)
     assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
     assert agent.predict(see(control, last_k=8 / 24, last_acceptance=0.2))[0] == 4
     assert agent.controller.get_rolling_acceptance() == pytest.approx(0.2, abs=0.01)
