@@ -167,7 +167,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 def die_with_parent() -> None:
     """Have the system end this process when the thread that started it is gone, however that came about."""
     assert LIBC is not None
-    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; it has nothing to save, and may hang when asked to end
 
 
 def free_port() -> int:
