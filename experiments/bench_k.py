@@ -40,7 +40,7 @@ ID = "SpecK-v0"
 FIXED = (4, 8, 16)
 LONGEST = 24  # tokens that any of the arms drafts
 CONTROLLERS = (
-    *("adaptive-k", "adaptive-k-tuned", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb"),
+    *("adaptive-k", "adaptive-k-short", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb"),
     *("specdec++", "ppo", "ppo-token"),
 )
 CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math", "json": "json"}  # all else is prose

@@ -53,6 +53,7 @@ class DraftModelDrafter:
     ):
         self.model, self.target, self.vocab, self.context = model, target, target.shape.vocab, model.shape.context
         self.temperature, self.sampling, self.shortlist = temperature, (temperature, top_p), shortlist
+        self.output_weight = None if shortlist is None else target.output_weight()  # once: it may be a copy
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
         self.call: Int8Step | None = None  # a whole step in int8, for greedy chains
@@ -70,7 +71,7 @@ class DraftModelDrafter:
             self.cache = self.model.cache(max(2048, need))
         self.cache.length, self.rng = 0, rng
         if self.shortlist is not None:
-            self.vocabulary = Vocabulary(self.shortlist, self.target.output_weight(), self.target)
+            self.vocabulary = Vocabulary(self.shortlist, self.output_weight, self.target)
             self.vocabulary.add(text)
         self._read(text[:-1])
         self.committed = self.cache.length
