@@ -22,6 +22,7 @@ class AdaedlAgent(StopRule):
         target: acceptance rate that is wanted.
         step: by which λ is moved.
         rate_memory, threshold_memory: share of the old value in the moving averages of the acceptance rate and of λ.
+        copy_threshold: see ``StopRule``.
     """
 
     looks_at = ("drafted", "entropy", "last_acceptance")
@@ -35,8 +36,9 @@ class AdaedlAgent(StopRule):
         step: float = 0.01,
         rate_memory: float = 0.5,
         threshold_memory: float = 0.9,
+        copy_threshold: float = 0.1,
     ):
-        super().__init__(control)
+        super().__init__(control, copy_threshold)
         self.scale, self.threshold, self.target, self.step = scale, threshold, target, step
         self.rate_memory, self.threshold_memory = rate_memory, threshold_memory
         self.rate = target
@@ -59,4 +61,5 @@ class AdaedlAgent(StopRule):
             "threshold": trial.suggest_float("threshold", 0.0, 0.9),
             "target": trial.suggest_float("target", 0.3, 0.95),
             "step": trial.suggest_float("step", 0.001, 0.1, log=True),
+            **StopRule.space(trial),
         }

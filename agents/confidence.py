@@ -17,12 +17,13 @@ class ConfidenceAgent(StopRule):
     Args:
         threshold: of the probability.
         cumulative: compare the product of the chain's probabilities instead of the last one.
+        copy_threshold: see ``StopRule``.
     """
 
     looks_at = ("drafted", "probability", "path")
 
-    def __init__(self, control: Control, threshold: float = 0.4, cumulative: bool = False):
-        super().__init__(control)
+    def __init__(self, control: Control, threshold: float = 0.4, cumulative: bool = False, copy_threshold: float = 0.1):
+        super().__init__(control, copy_threshold)
         self.threshold, self.entry = threshold, "path" if cumulative else "probability"
 
     def stops(self, observation: np.ndarray) -> bool:
@@ -33,4 +34,5 @@ class ConfidenceAgent(StopRule):
         return {
             "threshold": trial.suggest_float("threshold", 0.02, 0.98),
             "cumulative": trial.suggest_categorical("cumulative", [False, True]),
+            **StopRule.space(trial),
         }

@@ -93,9 +93,19 @@ class LengthRule(ChainRule):
 
 
 class StopRule(ChainRule):
-    """A rule that drafts until it expects too little of the next token."""
+    """A rule that drafts until it expects too little of the next token.
+
+    The published rules weigh a forward of the draft model; a token that is copied for nothing is not theirs to weigh.
+
+    Args:
+        copy_threshold: the chain is gone on with by copying while the product of its probabilities is at least this.
+    """
 
     decision = "token"
+
+    def __init__(self, control: Control, copy_threshold: float = 0.1):
+        super().__init__(control)
+        self.copy_threshold = copy_threshold
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -103,7 +113,10 @@ class StopRule(ChainRule):
         if self.read(observation, "drafted") == 0:
             self.begin(observation)
             return 1, state
-        return int(not self.stops(observation)), state
+        stops = self.stops(observation)
+        if "free" in self.control.slices and self.read(observation, "free"):
+            stops = self.read(observation, "path") < self.copy_threshold
+        return int(not stops), state
 
     def begin(self, observation: np.ndarray) -> None:
         """A cycle begins; its first token is always drafted."""
@@ -111,3 +124,7 @@ class StopRule(ChainRule):
     @abstractmethod
     def stops(self, observation: np.ndarray) -> bool:
         """Whether to verify what is drafted."""
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {"copy_threshold": trial.suggest_float("copy_threshold", 0.02, 0.5, log=True)}

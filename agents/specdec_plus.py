@@ -31,6 +31,7 @@ class SpecDecPlusAgent(StopRule):
         rejection_weight: 6 is the published one.
         hidden: units of the head's one layer.
         epochs: passes over what was noted.
+        copy_threshold: see ``StopRule``.
     """
 
     looks_at = ("drafted", "probability", "entropy", "path")
@@ -43,8 +44,9 @@ class SpecDecPlusAgent(StopRule):
         hidden: int = 32,
         epochs: int = 200,
         seed: int = 0,
+        copy_threshold: float = 0.1,
     ):
-        super().__init__(control)
+        super().__init__(control, copy_threshold)
         self.threshold, self.rejection_weight, self.epochs, self.seed = threshold, rejection_weight, epochs, seed
         torch.manual_seed(seed)
         assert control.observation_space.shape is not None
@@ -132,4 +134,4 @@ class SpecDecPlusAgent(StopRule):
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:
-        return {"threshold": trial.suggest_float("threshold", 0.2, 0.95)}
+        return {"threshold": trial.suggest_float("threshold", 0.2, 0.95), **StopRule.space(trial)}

@@ -17,12 +17,13 @@ class SvipAgent(StopRule):
 
     Args:
         threshold: of √H, H in nats.
+        copy_threshold: see ``StopRule``.
     """
 
     looks_at = ("drafted", "entropy")
 
-    def __init__(self, control: Control, threshold: float = 0.6):
-        super().__init__(control)
+    def __init__(self, control: Control, threshold: float = 0.6, copy_threshold: float = 0.1):
+        super().__init__(control, copy_threshold)
         self.threshold = threshold
 
     def stops(self, observation: np.ndarray) -> bool:
@@ -30,4 +31,4 @@ class SvipAgent(StopRule):
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:
-        return {"threshold": trial.suggest_float("threshold", 0.1, 2.5)}
+        return {"threshold": trial.suggest_float("threshold", 0.1, 2.5), **StopRule.space(trial)}

@@ -16,9 +16,12 @@ from experiments.live import decoder_for
 from spec_envs.controls import Control
 from spec_envs.decoding import int8, kernels
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.linear import fast_bfloat16
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # a row more than a tile of 16 costs a jump
+DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, or more that it has to catch up with
 CONTEXT = 256  # rows in the cache when a curve is measured
 
 
@@ -31,7 +34,8 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
     prompt = rng.integers(3, decoder.verifier.vocab, CONTEXT).tolist()
     sync = decoder.clock.synchronize
     verify: dict[int, list[float]] = {n: [] for n in rows}
-    draft: dict[int, list[float]] = {1: [], decoder.tree.width: []}
+    model = draft_model(decoder)
+    draft: dict[int, list[float]] = {n: [] for n in (DRAFT_ROWS if model else (1, decoder.tree.width))}
     eos, decoder.eos = decoder.eos, frozenset()
     try:
         decoder.start(prompt, 4 * (repeats + 3) + 16, rng)
@@ -44,13 +48,19 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
                 decoder.verifier.verify(rng.integers(3, decoder.verifier.vocab, n - 1), chain - 1, chain)
                 verify[n].append(timed(sync) - begin)
                 decoder.local.cache.length, decoder.local.last = state
+            if model is not None:
+                for n in DRAFT_ROWS:
+                    begin = timed(sync)
+                    model.preview(prompt[:n])
+                    draft[n].append(timed(sync) - begin)
             begin = timed(sync)
             decoder.begin()
             if decoder.tree.width > 1:  # of a chain, the tokens behind the first are enough
                 draft[1].append(timed(sync) - begin)
             begin = timed(sync)
             decoder.expand()
-            draft[decoder.tree.width].append(timed(sync) - begin)
+            if model is None:
+                draft[decoder.tree.width].append(timed(sync) - begin)
             decoder.verify(decoder.tree.width + 1)  # the whole of a chain, which may not be cut
     finally:
         decoder.eos = eos
@@ -58,6 +68,12 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
         part: {n: statistics.median(seconds[3:]) for n, seconds in curve.items()}
         for part, curve in (("verify", verify), ("draft", draft))
     }
+
+
+def draft_model(decoder: Decoder) -> DraftModelDrafter | None:
+    """The draft model of a decoder that has one, be it behind prompt lookup."""
+    drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
+    return drafter if isinstance(drafter, DraftModelDrafter) else None
 
 
 def dtypes_at_speed(device: torch.device) -> list[str]:
@@ -112,8 +128,5 @@ def describe(curves: dict[str, dict[int, float]]) -> str:
     """The curves in units of one plain step, in one line."""
     plain = curves["verify"][1]
     verify = ", ".join(f"{n}: {s / plain:.2f}" for n, s in curves["verify"].items())
-    widest = max(curves["draft"])
-    return (
-        f"T_verify(1) {1000 * plain:.1f} ms; T_verify(n)/T_verify(1) {verify}; "
-        f"T_expand/T_verify(1) {curves['draft'][widest] / plain:.3f}"
-    )
+    draft = ", ".join(f"{n}: {s / plain:.3f}" for n, s in curves["draft"].items())
+    return f"T_verify(1) {1000 * plain:.1f} ms; T_verify(n)/T_verify(1) {verify}; T_draft(n)/T_verify(1) {draft}"

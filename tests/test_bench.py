@@ -57,7 +57,7 @@ def test_the_benchmark_of_a_draft_model(
     bench.main()
     results, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr()
     assert results["static"]["best"][0] in (1, 4) and f"k {results['static']['best'][0]}" in printed.out
-    assert results["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) == {"1"}
+    assert results["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) >= {"1", "8"}
     assert "llama.cpp is left out" in printed.err
     monkeypatch.setattr(sys, "argv", ["bench", "--dtypes", "int8,bf16"])
     with pytest.raises(SystemExit):

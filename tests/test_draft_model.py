@@ -11,6 +11,7 @@ import torch
 from scipy.stats import kstest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from experiments.costs import draft_model
 from spec_envs.decoding import accept
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
@@ -77,12 +78,11 @@ def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> N
         )
 
 
-def deviation(tiny: dict, draft: Path, temperature: float, top_p: float, tokens: int = 2000) -> float:
+def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
     """p-value that sampled texts are the target's: each token's place in the target's own cumulative distribution, with
     the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
     decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
     decoder.eos = frozenset()
-    assert isinstance(decoder.drafter, DraftModelDrafter)
     rng, places = np.random.default_rng(3), []
 
     def distributions(model: Transformer, text: torch.Tensor) -> np.ndarray:
@@ -94,7 +94,7 @@ def deviation(tiny: dict, draft: Path, temperature: float, top_p: float, tokens:
         while not decoder.finished:
             decoder.cycle(int(rng.integers(0, 5)))
         text = torch.tensor([decoder.prompt + decoder.tokens])
-        p, q = (distributions(model, text) for model in (decoder.verifier.target, decoder.drafter.model))
+        p, q = (distributions(model, text) for model in (decoder.verifier.target, draft_model(decoder).model))
         for at in range(len(decoder.prompt), text.shape[1]):
             mine, token = p[at - 1], int(text[0, at])
             before = mine[q[at - 1] - mine > (q[at - 1] - mine)[token]].sum()

@@ -13,7 +13,6 @@ from gymnasium.utils.env_checker import check_env
 
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.controls.k import DRAFT, VERIFY, KControl
-from spec_envs.decoding.pair import load_decoder
 from spec_envs.env import SpecEnv
 from tests.test_decoder import plain
 
@@ -70,7 +69,9 @@ def test_observation_of_cycles(pair: dict[str, Any]) -> None:
     control = env.control
     see, _ = env.reset(seed=3)
     read = lambda name: see[control.slices[name]]  # noqa: E731
-    assert not np.any([read(n).any() for n in ("confidence", "entropy", "acceptance", "last_k", "last_acceptance")])
+    assert not np.any(
+        [read(n).any() for n in ("confidence", "entropy", "match", "acceptance", "last_k", "last_acceptance")]
+    )
     done, asked = False, []
     while not done:
         action = int(rng.integers(9))
@@ -98,14 +99,14 @@ def test_observation_of_tokens(pair: dict[str, Any]) -> None:
     """The chain under way; the rest stays as it was when the cycle began."""
     env = make(pair, decision="token", k_max=4)
     begun, _ = env.reset(seed=1)
-    assert begun[:4].tolist() == [0, 1, 0, 1]
+    assert begun[:5].tolist() == [0, 1, 0, 1, 0]
     path = 1.0
     for drafted in (1, 2, 3):
         see, reward, _, _, info = env.step(DRAFT)
         assert info["emitted"] == 0 and reward < 0  # it costs, and has brought nothing yet
         path *= float(see[1])
         assert see[0] == pytest.approx(drafted / 4) and see[3] == pytest.approx(path, rel=1e-5)
-        assert np.array_equal(see[4:], begun[4:]) and 0 < see[2] < 0.3
+        assert see[4] == 0 and np.array_equal(see[5:], begun[5:]) and 0 < see[2] < 0.3
     see, _, _, _, info = env.step(DRAFT)  # the fourth is verified at once
     assert info["drafted"] == 4 and info["emitted"] >= 1
     assert see[:4].tolist() == [0, 1, 0, 1] or env.decoder.finished
@@ -153,27 +154,6 @@ def test_domains_take_turns(pair: dict[str, Any]) -> None:
 def test_mistakes_are_named(pair: dict[str, Any], own: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(pair, **own)
-
-
-def test_lookup_drafts_what_followed_before(tiny: dict[str, Any], rng: np.random.Generator) -> None:
-    decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=7)
-    drafter = decoder.drafter
-    assert drafter is not None
-    for text, expected in [
-        ([3, 4, 5, 6, 7, 3, 4, 5], [6, 7, 3, 4, 5]),  # three tokens match; the draft ends with the text
-        ([5, 9, 4, 5, 8, 6, 5], [8, 6, 5]),  # one matches: its latest occurrence
-        ([3, 4, 5, 6], []),
-    ]:
-        drafter.start(text, 20, np.zeros(0), rng)  # type: ignore[arg-type]
-        decoder.tree.clear()
-        drafter.root(decoder.tree)
-        for _ in range(7):
-            drafter.expand(decoder.tree)
-        assert decoder.tree.tokens.tolist() == expected
-    drafter.start([3, 4, 5], 20, np.zeros(0), rng)  # type: ignore[arg-type]
-    drafter.commit([6, 3, 4], np.zeros(0))  # type: ignore[arg-type]
-    drafter.root(decoder.tree)
-    assert decoder.tree.tokens.tolist() == [5]
 
 
 def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None:

@@ -176,6 +176,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         ("k", "auto", {}),
         ("k", "auto", {"decision": "token"}),
         ("k", "lookup", {}),
+        ("k", "smollm2-135m-draft", {}),
     ]
     assert {name for name, *_ in keywords} == set(ENVIRONMENTS.values())
     for name, drafter, own in keywords:

@@ -10,6 +10,8 @@ from gymnasium import spaces
 from spec_envs.controls.base import Control, Entry, read_context, read_position
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
+from spec_envs.decoding.drafters.copying import LONGEST, CopyingDrafter
+from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.prompts import TASKS
 
 VERIFY, DRAFT = 0, 1
@@ -26,9 +28,9 @@ class KControl(Control):
     """
     ## Description
 
-    A draft model proposes a chain of K tokens, each read by its next forward, and the target verifies all of them in
-    one. Long chains pay where the draft model is nearly always right; where it is not, K = 0, plain decoding, is the
-    fastest. The agent decides K once per cycle (`decision="cycle"`), or after each drafted token whether to go on
+    A chain of K tokens is drafted, each by a forward of a draft model or copied from where the text read like this
+    before (`drafter="lookup+…"`, the default), and the target verifies all of them in one forward. Long chains pay where
+    the drafter is nearly always right; where it is not, K = 0, plain decoding, is the fastest. The agent decides K once per cycle (`decision="cycle"`), or after each drafted token whether to go on
     (`decision="token"`). The chain is that of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however
     it is chosen, since a token that was drawn is verified whatever made the agent stop behind it.
 
@@ -46,18 +48,21 @@ class KControl(Control):
     |-----|-------------|-----|-----|
     | 0 | `confidence`: mean probability that the last chain's tokens had (0 without a chain) | 0 | 1 |
     | 1 | `entropy`: mean entropy of the distributions they are from, nats / 10 | 0 | 1 |
-    | 2–3 | `acceptance`: accepted / drafted tokens over 4 and 16 decisions (0 where nothing was drafted) | 0 | 1 |
-    | 4 | `last_k`: tokens of the last chain / `k_max` | 0 | 1 |
-    | 5 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
-    | 6 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
-    | 7 | `context`: tokens of the text / 4096 | 0 | 1 |
-    | 8–12 | `kind`: one-hot of code, prose, math, json, list, told from the last 96 tokens | 0 | 1 |
-    | 13–18 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
+    | 2 | `match`: how many of the text's last tokens stood in it before, of what prompt lookup copies from, / 16 | 0 | 1 |
+    | 3–4 | `acceptance`: accepted / drafted tokens over 4 and 16 decisions (0 where nothing was drafted) | 0 | 1 |
+    | 5 | `last_k`: tokens of the last chain / `k_max` | 0 | 1 |
+    | 6 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
+    | 7 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 8 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 9–13 | `kind`: one-hot of code, prose, math, json, list, told from the last 96 tokens | 0 | 1 |
+    | 14–19 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
-    With `decision="token"` the first two give way to four of the chain under way: `drafted` (its tokens / `k_max`),
-    `probability` (that the draft model gave its last token; 1 before the first), `entropy` (of the distribution that
-    token is from, nats / 10; 0 before the first) and `path` (product of the chain's probabilities). With an
-    `adjustment_interval` they are left out, since a server reports counts only, and `last_k` is the length asked for.
+    With `decision="token"` the first two give way to five of the chain under way: `drafted` (its tokens / `k_max`),
+    `probability` (that the drafter gave its last token; 1 before the first), `entropy` (of the distribution that
+    token is from, nats / 10; 0 before the first), `path` (product of the chain's probabilities) and `free` (1 where the
+    next token would be copied, for nothing; 0 where the draft model would be asked). With an
+    `adjustment_interval` the first three are left out, since a server reports counts only, and `last_k` is the length
+    asked for.
 
     `observation="counters"` is `acceptance`, `last_k`, `last_acceptance`, `position` and `context` alone.
     `cost_features=True` appends `costs`, as in SpecDepth-v0.
@@ -136,13 +141,15 @@ class KControl(Control):
             return counters
         chain: list[Entry] = []
         if self.decision == "token":
-            names = ("drafted", "probability", "entropy", "path")
+            names = ("drafted", "probability", "entropy", "path", "free")
             chain = [Entry(name, 1, 0.0, 1.0, partial(self._read_of_chain, i)) for i, name in enumerate(names)]
         elif not self.adjustment_interval:
             chain = [
                 Entry("confidence", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("probabilities"))),
                 Entry("entropy", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("entropies")) / ENTROPY_UNIT),
             ]
+        if not self.adjustment_interval:
+            chain.append(Entry("match", 1, 0.0, 1.0, read_match))
         return [
             *chain,
             *counters,
@@ -162,9 +169,9 @@ class KControl(Control):
 
     def observe(self, decoder: Decoder) -> np.ndarray:
         """See ``Control.observe``. Within a chain only what belongs to it is read again."""
-        if self.decision == "token" and decoder.tree.size and self.before is not None and "path" in self.slices:
+        if self.decision == "token" and decoder.tree.size and self.before is not None and "free" in self.slices:
             vector = self.before.copy()
-            vector[: self.slices["path"].stop] = self._read_chain(decoder)
+            vector[: self.slices["free"].stop] = self._read_chain(decoder)
             return vector
         self.before = super().observe(decoder)
         return self.before.copy()
@@ -195,14 +202,14 @@ class KControl(Control):
     def _read_of_chain(self, i: int, decoder: Decoder) -> float:
         return self._read_chain(decoder)[i]
 
-    def _read_chain(self, decoder: Decoder) -> tuple[float, float, float, float]:
-        tree = decoder.tree
+    def _read_chain(self, decoder: Decoder) -> tuple[float, float, float, float, float]:
+        tree, free = decoder.tree, float(copies(decoder))
         if not tree.size:
-            return 0.0, 1.0, 0.0, 1.0
+            return 0.0, 1.0, 0.0, 1.0, free
         path = float(tree.scores[-1])
         above = float(tree.scores[-2]) if tree.size > 1 else 0.0
         entropy = min(1.0, float(tree.entropies[-1][0]) / ENTROPY_UNIT)
-        return tree.size / self.k_max, float(np.exp(path - above)), entropy, float(np.exp(path))
+        return tree.size / self.k_max, float(np.exp(path - above)), entropy, float(np.exp(path)), free
 
     def _last_nodes(self, name: str) -> np.ndarray:
         return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
@@ -215,6 +222,22 @@ class KControl(Control):
             self.kind = "json" if opening.startswith(JSON) else context_kind(decoder.detokenize(tail))
             self.kind_at = decoder.length
         return self.kind
+
+
+def read_match(decoder: Decoder) -> float:
+    """How many of the text's last tokens stood in it before, in units of the most that are counted; 0 without lookup."""
+    if not isinstance(decoder.drafter, LookupDrafter | CopyingDrafter):
+        return 0.0
+    found = decoder.drafter.seen.find()
+    return min(1.0, found.matched / LONGEST) if found else 0.0
+
+
+def copies(decoder: Decoder) -> bool:
+    """Whether the next token of the chain under way would be copied."""
+    drafter = decoder.drafter
+    if isinstance(drafter, CopyingDrafter):
+        return drafter.source(decoder.tree.tokens.tolist()) is not None
+    return isinstance(drafter, LookupDrafter)
 
 
 def draft(decoder: Decoder) -> None:

@@ -20,6 +20,13 @@ PARTS = ("prefill", "draft", "verify", "policy")
 COSTS = Path(__file__).resolve().parents[1] / "data" / "costs"
 
 
+@dataclass
+class Forward:
+    """What is being timed; where its rows turn out within, they are set there. 0 is no forward at all."""
+
+    rows: int
+
+
 class WallClock:
     """Measured seconds; the device is synchronised on both sides of every part.
 
@@ -34,11 +41,11 @@ class WallClock:
         self.totals = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
-    def time(self, part: str, rows: int) -> Iterator[None]:
-        """Charge what runs inside to ``part``; ``rows`` is the number of rows of its forward."""
+    def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
+        """Charge what runs inside to ``part``; ``rows`` are those of its forward, as far as they are known before."""
         self.synchronize()
         begin = time.perf_counter()
-        yield
+        yield Forward(rows)
         self.synchronize()
         self.charge(part, time.perf_counter() - begin)
 
@@ -88,6 +95,8 @@ class CostTable:
 
     def seconds(self, part: str, rows: int) -> float:
         """Seconds of a forward of ``rows`` rows."""
+        if not rows:
+            return 0.0
         known, costs = self._points["draft" if part == "draft" else "verify"]
         if rows > known[-1] and len(known) > 1:
             slope = (costs[-1] - costs[-2]) / (known[-1] - known[-2])
@@ -113,6 +122,7 @@ class PricedClock(WallClock):
         self.table = table
 
     @contextmanager
-    def time(self, part: str, rows: int) -> Iterator[None]:
-        yield
-        self.charge(part, self.table.seconds(part, rows))
+    def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
+        forward = Forward(rows)
+        yield forward
+        self.charge(part, self.table.seconds(part, forward.rows))

@@ -196,8 +196,8 @@ class Decoder:
             return
         self._check_alive()
         assert self.drafter is not None
-        with self.clock.time("draft", 1):
-            self.drafter.root(self.tree)
+        with self.clock.time("draft") as forward:
+            forward.rows = self.drafter.root(self.tree)
         self.drafting = True
 
     def expand(self) -> bool:
@@ -205,8 +205,8 @@ class Decoder:
         self.begin()
         before = self.tree.size
         assert self.drafter is not None
-        with self.clock.time("draft", len(self.tree.frontier)):
-            self.drafter.expand(self.tree)
+        with self.clock.time("draft") as forward:
+            forward.rows = self.drafter.expand(self.tree)
         return self.tree.size > before
 
     def verify(self, budget: int | None = None) -> Cycle:

@@ -24,6 +24,7 @@ from spec_envs.decoding.checkpoints import (
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import Drafter
+from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
@@ -35,7 +36,7 @@ from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
 DEFAULT_TARGET = "smollm2-135m"
-LOOKUP = "lookup"  # the drafter without weights
+LOOKUP = "lookup"  # the drafter without weights; in front of another's name and a plus sign, it goes first
 
 
 @functools.cache
@@ -70,14 +71,19 @@ def load_shared(folder: Path, target: Transformer) -> tuple[Transformer, np.ndar
     return on_the_target(load_config(folder), load_weights(folder), target)
 
 
+def without_lookup(drafter: str) -> str:
+    """The name of the model of ``lookup+model``; any other name as it is."""
+    return drafter.removeprefix(f"{LOOKUP}+")
+
+
 def drafts_chains(drafter: str) -> bool:
     """Whether a drafter is a draft model or prompt lookup, which draft chains, and not a head, which drafts trees."""
-    return drafter == LOOKUP or not is_head(drafter_folder(drafter))
+    return drafter == LOOKUP or drafter != without_lookup(drafter) or not is_head(drafter_folder(drafter))
 
 
 def default_drafter(target: str, chain: bool = False, engine: str = "torch") -> str:
-    """The drafter that models.yml has for a target: one that drafts chains, or the first one. On llama-server a
-    target without one, such as a GGUF file, drafts for itself.
+    """The drafter that models.yml has for a target: one that drafts chains, or the first one. On llama-server it drafts
+    without lookup, and a target without one, such as a GGUF file, drafts for itself.
 
     Raises:
         ValueError: there is none.
@@ -93,7 +99,7 @@ def default_drafter(target: str, chain: bool = False, engine: str = "torch") -> 
             "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, or 'lookup'), or train one with "
             "`make drafter`"
         )
-    return found
+    return without_lookup(found) if engine == "llama-server" else found
 
 
 def static_over_plain(target: str, drafter: str) -> float:
@@ -128,7 +134,8 @@ def load_decoder(
     Args:
         target: name of models.yml, hub id, folder or GGUF file.
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
-            prompt lookup, ``"auto"`` the target's own in models.yml, None decodes plainly.
+            prompt lookup, ``"lookup+NAME"`` that of a draft model where the text does not repeat itself, ``"auto"`` the
+            target's own in models.yml, None decodes plainly.
         device, dtype: ``"auto"``, or as in torch.
         temperature, top_p: 0 is greedy.
         clock: None measures on the wall.
@@ -145,14 +152,17 @@ def load_decoder(
         raise ValueError(
             f"{drafter!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
         )
-    if drafter is not None and chain and drafter != LOOKUP:
-        models.append(str(drafter_folder(drafter)))
+    name = without_lookup(drafter) if drafter else ""
+    if chain and drafter != LOOKUP:
+        models.append(str(drafter_folder(name)))
     model = load_target(target, at, resolve_dtype(dtype, at, models))
     loaded: Drafter | None = None
     if drafter == LOOKUP:
         loaded = LookupDrafter(model.shape.vocab, model.shape.context)
     elif drafter is not None and chain:
-        loaded = load_draft_model(drafter, target, model, temperature, top_p)
+        loaded = load_draft_model(name, target, model, temperature, top_p)
+        if name != drafter:
+            loaded = CopyingDrafter(loaded)
     elif drafter is not None:
         loaded = EagleDrafter(load_eagle(drafter, model), width, max_depth)
     verifier = LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
@@ -197,6 +207,8 @@ def open_decoder(
         return load_decoder(**models, clock=clock, width=width, max_depth=max_depth)
     target, drafter = models.get("target", DEFAULT_TARGET), models.get("drafter", "auto")
     drafter = default_drafter(target, True, engine) if drafter == "auto" else drafter
+    if drafter != without_lookup(drafter):
+        raise ValueError(f"drafter is {drafter!r}; a llama-server drafts by a model alone: {without_lookup(drafter)!r}")
     return LlamaServerDecoder(target, drafter, max_depth + 1, segment, clock=clock)
 
 

@@ -122,11 +122,13 @@ class SyntheticDrafter:
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """The next chain is drawn anew."""
 
-    def root(self, tree: Tree) -> None:
+    def root(self, tree: Tree) -> int:
         tree.start(self._child(0))
+        return 1
 
-    def expand(self, tree: Tree) -> None:
+    def expand(self, tree: Tree) -> int:
         tree.grow(self._child(tree.size))
+        return 1
 
     def _child(self, place: int) -> Children:
         mean = self.kind.acceptance[min(place, len(self.kind.acceptance) - 1)]

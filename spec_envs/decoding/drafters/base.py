@@ -35,8 +35,12 @@ class Drafter(Protocol):
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Tokens added to the text, and the features of the tokens in front of them, ``[len(tokens), …]``."""
 
-    def root(self, tree: Tree) -> None:
-        """Catch up with the text, then start the tree with the root's best children."""
+    def root(self, tree: Tree) -> int:
+        """Catch up with the text, then start the tree with the root's best children.
 
-    def expand(self, tree: Tree) -> None:
-        """Grow the tree by the best children of its frontier."""
+        Returns:
+            Rows that this was a forward of; 0 where none was needed.
+        """
+
+    def expand(self, tree: Tree) -> int:
+        """Grow the tree by the best children of its frontier; the rows of the forward, as above."""

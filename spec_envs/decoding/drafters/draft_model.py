@@ -88,22 +88,37 @@ class DraftModelDrafter:
         self.chain = []
         self.unread.extend(tokens[kept:])
 
-    @torch.inference_mode()
-    def root(self, tree: Tree) -> None:
+    def root(self, tree: Tree) -> int:
         """Read what was committed since the last call, and draft the first token."""
-        if self.vocabulary is not None:
-            self.vocabulary.add(self.unread)
-        children = self._step(self.unread)
-        self.committed, self.unread = self.cache.length, []
+        children, rows = self.draft([])
         tree.start(children)
+        return rows
+
+    def expand(self, tree: Tree) -> int:
+        """Read the chain's last token and draft the next one."""
+        children, rows = self.draft(tree.tokens.tolist())
+        tree.grow(children)
+        return rows
 
     @torch.inference_mode()
-    def expand(self, tree: Tree) -> None:
-        """Read the chain's last token and draft the next one."""
-        last = int(tree.tokens[-1])
-        children = self._step([last])
-        self.chain.append(last)
-        tree.grow(children)
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        """The token behind a chain, of which what was not read yet is read, and the rows that were."""
+        if self.vocabulary is not None:
+            self.vocabulary.add(self.unread)
+        rows = [*self.unread, *chain[len(self.chain) :]]
+        children = self._step(rows)
+        self.committed += len(self.unread)
+        self.unread, self.chain = [], chain
+        return children, len(rows)
+
+    def preview(self, tokens: list[int]) -> Children:
+        """What would be drafted behind further committed tokens; nothing is kept."""
+        kept, self.unread, self.chain = (self.unread, self.committed), tokens, []
+        self.cache.length = self.committed
+        children, _ = self.draft([])
+        self.unread, self.committed = kept
+        self.cache.length = self.committed
+        return children
 
     def _step(self, tokens: Sequence[int]) -> Children:
         """Append rows for tokens, and draft the one behind them."""

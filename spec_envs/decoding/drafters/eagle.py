@@ -163,17 +163,19 @@ class EagleDrafter:
         self.tokens.extend(tokens)
 
     @torch.inference_mode()
-    def root(self, tree: Tree) -> None:
+    def root(self, tree: Tree) -> int:
         """Process the tokens committed since the last call; the last row gives level 0."""
         self.vocabulary.add(self.tokens)
+        rows = len(self.tokens)
         hidden, children = self._catch_up(torch.cat(self.features), self.tokens, 1)
         self.features, self.tokens = [], []
         tree.start(children)
         self.hidden = hidden[-1:].expand(self.width, -1)  # what the frontier nodes read: their parent's output
         self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
+        return rows
 
     @torch.inference_mode()
-    def expand(self, tree: Tree) -> None:
+    def expand(self, tree: Tree) -> int:
         """One forward over the frontier, behind the rows of earlier levels."""
         committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
         positions = np.full(self.width, committed + earlier // self.width)
@@ -186,6 +188,7 @@ class EagleDrafter:
         parents = tree.grow(children)
         self.hidden = output[torch.from_numpy(parents).to(self.device)]
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
+        return self.width
 
     def _catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
         """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""

@@ -4,11 +4,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from spec_envs.decoding.tree import Children, Tree
+
+
+class Occurrence(NamedTuple):
+    """An earlier place that reads like the text's end: the index of the token behind it, and how many tokens match."""
+
+    next: int
+    matched: int
+
+
+class Occurrences:
+    """Where every run of up to ``ngram`` tokens of a text ended last.
+
+    Args:
+        text: what it begins with.
+        ngram: most tokens that are looked up.
+        longest: most tokens that are compared, to tell how far a match reaches back.
+    """
+
+    def __init__(self, text: Sequence[int], ngram: int, longest: int = 0):
+        self.text: list[int] = []
+        self.ends: dict[tuple[int, ...], int] = {}
+        self.ngram, self.longest = ngram, max(ngram, longest)
+        self.append(text)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Tokens that the text goes on with; a run is noted when something stands behind it."""
+        for token in tokens:
+            for n in range(1, min(self.ngram, len(self.text)) + 1):
+                self.ends[tuple(self.text[-n:])] = len(self.text)
+            self.text.append(token)
+
+    def find(self, chain: Sequence[int] = ()) -> Occurrence | None:
+        """The latest earlier place that reads like the end of the text with a chain behind it: of those that match in
+        the most tokens, up to ``ngram``."""
+        tail = [*self.text[-self.longest :], *chain][-self.longest :]
+        for n in range(min(self.ngram, len(tail)), 0, -1):
+            end = self.ends.get(tuple(tail[-n:]))
+            if end is not None:
+                while n < min(len(tail), end) and self.text[end - 1 - n] == tail[-1 - n]:
+                    n += 1
+                return Occurrence(end, n)
+        return None
 
 
 class LookupDrafter:
@@ -29,35 +72,28 @@ class LookupDrafter:
         self.vocab, self.context, self.ngram = vocab, context, ngram
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Note where every run of up to ``ngram`` tokens ends last, the text's own end left out."""
-        self.text: list[int] = []
-        self.ends: dict[tuple[int, ...], int] = {}
-        self._append(text)
+        """Forget the last text and take this one."""
+        self.seen = Occurrences(text, self.ngram)
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Append tokens to the text."""
-        self._append(tokens)
+        self.seen.append(tokens)
 
-    def root(self, tree: Tree) -> None:
+    def root(self, tree: Tree) -> int:
         """Find the earlier occurrence, and draft the token behind it."""
         tree.clear()
-        lengths = range(min(self.ngram, len(self.text)), 0, -1)
-        found = (self.ends.get(tuple(self.text[-n:])) for n in lengths)
-        self.next = next((end for end in found if end is not None), len(self.text))
-        if self.next < len(self.text):
+        found = self.seen.find()
+        self.next = found.next if found else len(self.seen.text)
+        if found:
             tree.start(self._child())
+        return 0
 
-    def expand(self, tree: Tree) -> None:
+    def expand(self, tree: Tree) -> int:
         """Draft the token behind the last one, as far as the text goes."""
-        if tree.size and self.next < len(self.text):
+        if tree.size and self.next < len(self.seen.text):
             tree.grow(self._child())
+        return 0
 
     def _child(self) -> Children:
-        token, self.next = self.text[self.next], self.next + 1
+        token, self.next = self.seen.text[self.next], self.next + 1
         return Children(np.array([[token]]), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            for n in range(1, min(self.ngram, len(self.text)) + 1):
-                self.ends[tuple(self.text[-n:])] = len(self.text)
-            self.text.append(token)
