@@ -23,7 +23,8 @@ class Encoded:
 
 @dataclass
 class Sample:
-    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's."""
+    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's; ``lengths``
+    are the candidates drafted by cycle."""
 
     prompt: Encoded
     tokens: int
@@ -35,6 +36,7 @@ class Sample:
     verified: int = 0
     parts: dict[str, float] = field(default_factory=dict)
     actions: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
 
 Arm = Callable[[Encoded, int, int], Sample]
@@ -60,6 +62,7 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
             verified=sum(c.verified for c in cycles),
             parts=parts,
             actions=done.actions,
+            lengths=[c.drafted for c in cycles],
         )
 
     return run

@@ -2,8 +2,9 @@
 the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
-ones. Agents that are not trained yet are trained first, with one seed; controllers play the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of
-another target stand in the same file under its name.
+ones. Agents that are not trained yet are trained first, with one seed and always on this project's own decoder;
+controllers play the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of another
+target, or of a server of llama.cpp, stand in the same file under a name.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ CONTROLLERS = (
     *("adaptive-k", "adaptive-k-short", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb"),
     *("specdec++", "ppo", "ppo-token"),
 )
+ON_SERVER = ("adaptive-k", "adaptive-k-short", "hf-schedule", "gammatune", "ucb", "ppo-segment")  # decide by segment
+SERVED_TOKENS = 320  # five segments
 CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math", "json": "json"}  # all else is prose
 BEST = "best fixed"
 
@@ -58,25 +61,29 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
     """
     experiments = {name: experiment_for(name, env) for name in stanzas}
     shared = load_experiment(ID, "fixed").env | env
+    own = {"engine": env["engine"]} if "engine" in env else {}
 
     def policies() -> dict[str, Policy]:
         """Every controller as it is before it has seen anything."""
         return {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
 
     policies()  # what has to be trained is trained before anything is measured
-    decoder = decoder_for(shared, KControl(LONGEST))
+    decoder = decoder_for(shared, KControl(LONGEST, **own))
     static = best_chain(shared, KControl().k_max)
+    played = {name: (decoder.separate(), policy) for name, policy in policies().items()}
     validation = run_arms(
-        {name: decoded(decoder, policy) for name, policy in policies().items()},
+        {name: decoded(*pair) for name, pair in played.items()},
         encoded_prompts(shared, "validation", max(4, count // 3)),
         shared["max_new_tokens"],
         "choosing the best agent",
     )
+    for used, _ in played.values():
+        used.close()
     best = max(validation, key=lambda name: throughput(validation[name]))
 
     def measure(prompts: int) -> dict[str, Any]:
         arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(*static["best"])} | policies()
-        samples = side_by_side(arms, shared, decoder, prompts)
+        samples = side_by_side(arms, shared, decoder, prompts, others={})
         found = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
         return found | {"static": static} | by_context(samples) | headline(samples, best)
 
@@ -95,7 +102,8 @@ def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
         control = make_control("k", experiment.env)
         return Policy(control, kind(control=control, **experiment.hyperparameters))
     folder = run_folder(root, ID, name, 0)
-    trained(experiment, ID, name, 0, folder)
+    env = {key: value for key, value in experiment.env.items() if key != "engine"}
+    trained(experiment.model_copy(update={"env": env}), ID, name, 0, folder)
     return Policy(*agents.load(folder))
 
 
@@ -184,14 +192,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drafter", help="draft model, EAGLE-3 head, or 'lookup' (default: the target's draft model)")
     parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default auto)")
     parser.add_argument("--temperature", type=float, help="of the target (default 0, greedy)")
+    parser.add_argument("--engine", help="torch (default), or llama-server, of which the figures stand under its name")
     parser.add_argument("--trace", help="a synthetic profile instead of models")
     parser.add_argument("--switch-every", type=int, help="texts after which the prompt set changes (default: at each)")
-    parser.add_argument("--max-new-tokens", type=int, help="per prompt (default 96)")
+    parser.add_argument("--max-new-tokens", type=int, help=f"per prompt (default 96; {SERVED_TOKENS} on llama-server)")
     parser.add_argument("--count", type=int, default=24, help="held-out prompts (default 24)")
-    parser.add_argument("--agents", default=",".join(CONTROLLERS), help="stanzas of experiments/SpecK-v0.yml")
+    parser.add_argument("--agents", help=f"stanzas of experiments/SpecK-v0.yml (default {','.join(CONTROLLERS)})")
     parser.add_argument("--root", type=Path, help="where trained agents lie (default: runs, or runs/NAME)")
     parser.add_argument(
-        "--name", help="key of these figures in the JSON file, and of its picture (default: at the top)"
+        "--name", help="key of these figures in the JSON file, and of their picture (default: at the top)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
@@ -199,20 +208,25 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    keys = ("target", "drafter", "dtype", "temperature", "trace", "switch_every", "max_new_tokens")
+    keys = ("target", "drafter", "dtype", "temperature", "engine", "trace", "switch_every", "max_new_tokens")
     env = {key: value for key in keys if (value := getattr(args, key)) is not None}
+    if args.engine == "llama-server":
+        env.setdefault("max_new_tokens", SERVED_TOKENS)
     with one_sentence("interrupted; agents trained so far are kept"):
-        stanzas = [name.strip() for name in args.agents.split(",")]
+        served = args.engine == "llama-server"
+        name = args.name or (args.engine if served else "")
+        given = args.agents or ",".join(ON_SERVER if served else CONTROLLERS)
+        stanzas = [stanza.strip() for stanza in given.split(",")]
         results = bench_k(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "bench-k.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        if args.name:
-            write_json(path, kept | {args.name: results})
+        if name:
+            write_json(path, kept | {name: results})
         else:
             others = {key: value for key, value in kept.items() if key != "first_try" and is_bench(value)}
             write_json(path, results | others)
-        picture = path.with_name(f"bench-k-{args.name}.png" if args.name else "bench-k.png")
+        picture = path.with_name(f"bench-k-{name}.png" if name else "bench-k.png")
         draw(results, picture)
         print(report(results))
         print(f"written: {path}, {picture}")

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from experiments.eagle_objective import Batch, drafted_rows, first_occurrence
+from experiments.batches import Batch, drafted_rows, first_occurrence
 from spec_envs.decoding.checkpoints import load_config, load_weights, model_folder
 from spec_envs.decoding.shape import part
 from spec_envs.decoding.transformer import Transformer

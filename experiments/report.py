@@ -96,25 +96,25 @@ def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each setting was played, by task: budgets, lengths, or the depths and lengths that runs of "go on" led
-    to."""
+    """How often each setting was played, by task: budgets, lengths, or the depths that runs of "go on" led to."""
     histogram: dict[str, dict[str, int]] = {}
-    stepwise = isinstance(control, DepthControl) or (isinstance(control, KControl) and control.decision == "token")
-    first = int(isinstance(control, DepthControl))  # the first expansion is always made
-    longest = control.k_max if isinstance(control, KControl) else control.max_depth
     for task, group in by_task(samples).items():
         offered = [str(setting) for setting in settings(control)]
         counts = dict.fromkeys(offered, 0)
         for sample in group:
-            grown = first
+            if isinstance(control, KControl) and control.decision == "token":
+                for length in sample.lengths:
+                    counts[str(length)] += 1
+                continue
+            depth = 1  # the first expansion is always made
             for action in sample.actions:
-                if not stepwise:
+                if not isinstance(control, DepthControl):
                     counts[offered[action]] += 1
                     continue
-                grown += action
-                if not action or grown == longest:
-                    counts[str(grown)] += 1
-                    grown = first
+                depth += action
+                if not action or depth == control.max_depth:
+                    counts[str(depth)] += 1
+                    depth = 1
         histogram[task] = counts
     return histogram
 

@@ -44,6 +44,19 @@ def write_torch(path: Path, state: Any) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
+def find_json(source: str, folder: Path, what: str) -> Path:
+    """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in (folder / f"{source}.json", Path(source)):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+    raise ValueError(f"no {what} {source!r}: expected a JSON file, or one of {shipped}")
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON whole or not at all."""
     with whole(path) as temporary:

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spec_envs.files import find_json
+
 PARTS = ("prefill", "draft", "verify", "policy")
 COSTS = Path(__file__).resolve().parents[1] / "data" / "costs"
 
@@ -76,12 +78,7 @@ class CostTable:
         Raises:
             ValueError: no such table, or one that is malformed.
         """
-        path = COSTS / f"{source}.json"
-        if not path.is_file():
-            path = Path(source)
-        if not path.is_file():
-            shipped = ", ".join(sorted(p.stem for p in COSTS.glob("*.json")))
-            raise ValueError(f"no cost table {source!r}: expected 'wall', a JSON file, or one of {shipped}")
+        path = find_json(source, COSTS, "cost table")
         try:
             raw = json.loads(path.read_text())
             curves = {part: {int(n): float(s) for n, s in raw[part].items()} for part in ("verify", "draft")}

@@ -22,6 +22,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.tree import Children, Tree
 from spec_envs.decoding.verifier import Verdict
+from spec_envs.files import find_json
 
 PROFILES = Path(__file__).resolve().parents[1] / "data" / "profiles"
 CONTEXT = 32768
@@ -68,12 +69,7 @@ class Profile:
         Raises:
             ValueError: no such profile, or one that is malformed.
         """
-        path = PROFILES / f"{source}.json"
-        if not path.is_file():
-            path = Path(source)
-        if not path.is_file():
-            shipped = ", ".join(sorted(p.stem for p in PROFILES.glob("*.json")))
-            raise ValueError(f"no synthetic profile {source!r}: expected a JSON file, or one of {shipped}")
+        path = find_json(source, PROFILES, "synthetic profile")
         try:
             raw: dict[str, Any] = json.loads(path.read_text())
             kinds = tuple(
