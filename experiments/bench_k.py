@@ -41,10 +41,10 @@ ID = "SpecK-v0"
 FIXED = (4, 8, 16)
 LONGEST = 24  # tokens that any of the arms drafts
 CONTROLLERS = (
-    *("adaptive-k", "adaptive-k-short", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb"),
-    *("specdec++", "ppo", "ppo-token"),
+    *("adaptive-k", "adaptive-k-tuned", "hf-schedule-tuned", "gammatune-tuned", "ucb-tuned", "confidence-tuned"),
+    *("svip-tuned", "adaedl-tuned", "specdec++-tuned", "ppo", "ppo-token"),
 )
-ON_SERVER = ("adaptive-k", "adaptive-k-short", "hf-schedule", "gammatune", "ucb", "ppo-segment")  # decide by segment
+ON_SERVER = ("adaptive-k", "adaptive-k-tuned", "hf-schedule", "gammatune", "ucb", "ppo-segment")  # decide by segment
 SERVED_TOKENS = 320  # five segments
 CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math", "json": "json"}  # all else is prose
 BEST = "best fixed"
