@@ -73,7 +73,7 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
     played = {name: (decoder.separate(), policy) for name, policy in policies().items()}
     validation = run_arms(
         {name: decoded(*pair) for name, pair in played.items()},
-        encoded_prompts(shared, "validation", max(4, count // 3)),
+        encoded_prompts(shared, "validation", count),
         shared["max_new_tokens"],
         "choosing the best agent",
     )
@@ -171,11 +171,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for i, name in enumerate(names):
         at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results["by_context"]))]
         middle.bar(at, [rates[name] for rates in results["by_context"].values()], width, label=name)
-    middle.set_xticks(range(len(results["by_context"])), list(results["by_context"]), rotation=20, fontsize=8)
+    slanted = {"rotation": 35, "ha": "right", "fontsize": 8}
+    middle.set_xticks(range(len(results["by_context"])), list(results["by_context"]), **slanted)
     middle.set_ylabel("tokens/s")
     middle.legend(fontsize=8, ncols=len(names))
-    bottom.boxplot(list(results["acceptance"].values()), tick_labels=list(results["acceptance"]))
-    bottom.tick_params(axis="x", rotation=20, labelsize=8)
+    bottom.boxplot(list(results["acceptance"].values()))
+    bottom.set_xticks(range(1, len(results["acceptance"]) + 1), list(results["acceptance"]), **slanted)
     bottom.set_ylabel("accepted / drafted, by text")
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

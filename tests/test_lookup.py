@@ -136,6 +136,8 @@ def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
     assert len(matches) > 2 and 10 < sum(free) < 70
     with pytest.raises(ValueError, match="a llama-server drafts by a model alone"):
         gym.make("SpecK-v0", drafter="lookup+smollm2-135m-draft", engine="llama-server")
+    with pytest.raises(ValueError, match="dtype is 'int8'; a llama-server computes as its file is"):
+        gym.make("SpecK-v0", dtype="int8", engine="llama-server")
 
 
 @pytest.mark.parametrize("name", ["confidence", "svip", "adaedl"])

@@ -205,6 +205,9 @@ def open_decoder(
         return Profile.load(trace).decoder(clock or make_clocks("wall", torch.device("cpu"), trace)[0], max_depth)
     if engine == "torch":
         return load_decoder(**models, clock=clock, width=width, max_depth=max_depth)
+    for name, default in (("dtype", "auto"), ("top_p", 1.0)):
+        if models.get(name, default) != default:
+            raise ValueError(f"{name} is {models[name]!r}; a llama-server computes as its file is and decodes greedily")
     target, drafter = models.get("target", DEFAULT_TARGET), models.get("drafter", "auto")
     drafter = default_drafter(target, True, engine) if drafter == "auto" else drafter
     if drafter != without_lookup(drafter):
