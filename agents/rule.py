@@ -114,7 +114,7 @@ class StopRule(ChainRule):
             self.begin(observation)
             return 1, state
         stops = self.stops(observation)
-        if "free" in self.control.slices and self.read(observation, "free"):
+        if self.read(observation, "free"):
             stops = self.read(observation, "path") < self.copy_threshold
         return int(not stops), state
 

@@ -25,7 +25,7 @@ class SpecDecPlusAgent(StopRule):
     model's hidden state; this one reads the observation.
 
     ``learn`` drafts chains of every length up to the longest, notes which tokens were accepted, and fits the head by
-    cross-entropy in which a rejection weighs more, as long as that helps on the last fifth of what was noted.
+    cross-entropy in which a rejection weighs more; what does best on the last fifth of what was noted is kept.
 
     Args:
         threshold: of the chance of a rejection; 0.7 is the published one.
@@ -81,16 +81,20 @@ class SpecDecPlusAgent(StopRule):
         fitted = slice(max(1, len(seen) * 4 // 5))
         held_out = slice(fitted.stop, None) if fitted.stop < len(seen) else fitted
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=1e-3)
+
+        def loss(rows: slice) -> torch.Tensor:
+            logits = self.head(seen[rows])[:, 0]
+            return nn.functional.binary_cross_entropy_with_logits(logits, accepted[rows], weight[rows])
+
         best, least = self.head.state_dict(), float("inf")
         for _ in range(self.epochs):
             optimizer.zero_grad()
-            losses = nn.functional.binary_cross_entropy_with_logits(
-                self.head(seen)[:, 0], accepted, weight, reduction="none"
-            )
-            if (loss := losses[held_out].mean().item()) < least:
-                best, least = copy.deepcopy(self.head.state_dict()), loss
-            losses[fitted].mean().backward()
+            loss(fitted).backward()
             optimizer.step()
+            with torch.no_grad():
+                after = loss(held_out).item()
+            if after < least:
+                best, least = copy.deepcopy(self.head.state_dict()), after
         self.head.load_state_dict(best)
         self._unpack()
         return self

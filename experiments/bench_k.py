@@ -70,15 +70,17 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
     policies()  # what has to be trained is trained before anything is measured
     decoder = decoder_for(shared, KControl(LONGEST, **own))
     static = best_chain(shared, KControl().k_max)
-    played = {name: (decoder.separate(), policy) for name, policy in policies().items()}
-    validation = run_arms(
-        {name: decoded(*pair) for name, pair in played.items()},
-        encoded_prompts(shared, "validation", count),
-        shared["max_new_tokens"],
-        "choosing the best agent",
-    )
-    for used, _ in played.values():
-        used.close()
+    candidates = {name: (decoder.separate(), policy) for name, policy in policies().items()}
+    try:
+        validation = run_arms(
+            {name: decoded(*pair) for name, pair in candidates.items()},
+            encoded_prompts(shared, "validation", count),
+            shared["max_new_tokens"],
+            "choosing the best agent",
+        )
+    finally:
+        for used, _ in candidates.values():
+            used.close()
     best = max(validation, key=lambda name: throughput(validation[name]))
 
     def measure(prompts: int) -> dict[str, Any]:
@@ -101,6 +103,9 @@ def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
     if isinstance(kind, type) and issubclass(kind, Rule) and kind.learn is Rule.learn:
         control = make_control("k", experiment.env)
         return Policy(control, kind(control=control, **experiment.hyperparameters))
+    control = make_control("k", experiment.env)
+    if control.engine != "torch" and not experiment.env.get("adjustment_interval"):
+        raise ValueError(f"{name} is trained to decide every cycle; a server needs a stanza with adjustment_interval")
     folder = run_folder(root, ID, name, 0)
     env = {key: value for key, value in experiment.env.items() if key != "engine"}
     trained(experiment.model_copy(update={"env": env}), ID, name, 0, folder)
@@ -190,7 +195,10 @@ def is_bench(value: Any) -> bool:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help=f"model (default {DEFAULT_TARGET})")
-    parser.add_argument("--drafter", help="draft model, EAGLE-3 head, or 'lookup' (default: the target's draft model)")
+    parser.add_argument(
+        "--drafter",
+        help="draft model, EAGLE-3 head, 'lookup', or 'lookup+NAME' (default: the target's own of models.yml)",
+    )
     parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default auto)")
     parser.add_argument("--temperature", type=float, help="of the target (default 0, greedy)")
     parser.add_argument("--engine", help="torch (default), or llama-server, of which the figures stand under its name")

@@ -53,13 +53,13 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
                     begin = timed(sync)
                     model.preview(prompt[:n])
                     draft[n].append(timed(sync) - begin)
-            begin = timed(sync)
-            decoder.begin()
-            if decoder.tree.width > 1:  # of a chain, the tokens behind the first are enough
-                draft[1].append(timed(sync) - begin)
-            begin = timed(sync)
-            decoder.expand()
-            if model is None:
+            else:
+                begin = timed(sync)
+                decoder.begin()
+                if decoder.tree.width > 1:  # of lookup, the tokens behind the first are enough
+                    draft[1].append(timed(sync) - begin)
+                begin = timed(sync)
+                decoder.expand()
                 draft[decoder.tree.width].append(timed(sync) - begin)
             decoder.verify(decoder.tree.width + 1)  # the whole of a chain, which may not be cut
     finally:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments.batches import Batch
 from experiments.distillation import Distillation
-from experiments.eagle_objective import Batch, Objective
+from experiments.eagle_objective import Objective
 from experiments.recording import Example, load_shard, shard_lengths
 from spec_envs.files import write_torch
 

@@ -40,7 +40,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         control: which problem: ``"depth"``, ``"budget"`` or ``"k"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
         drafter: EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file;
-            ``"lookup"`` is prompt lookup, ``"auto"`` the target's own in models.yml.
+            ``"lookup"`` is prompt lookup, ``"lookup+NAME"`` that in front of a draft model, ``"auto"`` the target's own
+            in models.yml.
         device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"int8"``, ``"bfloat16"``, ``"float32"``).
         prompts: prompt sets, separated by commas, or ``"all"``.
         data_dir: folder with ``{name}/question.jsonl`` files instead of the shipped prompts.

@@ -45,3 +45,8 @@ def test_clocks_charge_parts() -> None:
         spent = clock.since(before)
         assert spent["policy"] == 0.25 and spent["draft"] == 0.0
         assert spent["verify"] == 2.0 if clock.priced else 0.01 <= spent["verify"] < 1.0
+
+
+def test_a_curve_that_falls_is_not_followed_below_its_end() -> None:
+    table = CostTable("made up", {1: 1.0}, {1: 2.0, 10: 1.0})
+    assert table.seconds("draft", 500) == 1.0 and table.seconds("draft", 0) == 0.0

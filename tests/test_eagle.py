@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from experiments import drafter_training
+from experiments.batches import Batch, drafted_rows
 from experiments.drafter_training import report, train
-from experiments.eagle_objective import Batch, Objective, Unrolled, drafted_rows
+from experiments.eagle_objective import Objective, Unrolled
 from experiments.recording import Example, load_shard, record
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.checkpoints import load_target, load_weights

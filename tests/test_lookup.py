@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from agents import AGENTS
 from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.copying import CopyingDrafter, copied_right
-from spec_envs.decoding.drafters.lookup import Occurrences
-from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.lookup import Occurrences, copied_right
+from spec_envs.decoding.pair import default_drafter, load_decoder, static_over_plain
 from spec_envs.env import SpecEnv
 from tests.test_decoder import plain
 from tests.test_draft_model import deviation
@@ -103,8 +102,25 @@ def test_only_copies_are_refused_where_the_target_drafts_for_itself(tiny: dict[s
     assert copied > 10 and refused > 3 and len(decoder.cycles) > 20
 
 
-def test_sampled_text_has_the_targets_distribution(tiny: dict[str, Any], tiny_draft: Path) -> None:
-    assert deviation(tiny, f"lookup+{tiny_draft}", 0.7, 0.95) > 0.001
+def test_when_sampling_a_copy_is_proposed_for_certain(tiny: dict[str, Any], tiny_draft: Path) -> None:
+    """So that the acceptance rule, exact for any proposal, stays exact."""
+    decoder, copied = copying(tiny, tiny_draft, temperature=0.8), 0
+    decoder.eos = frozenset()
+    decoder.start([3, 4, 5, 6, 7, 3, 4, 5], 100, np.random.default_rng(0))
+    while not decoder.finished:
+        free = []
+        for _ in range(5):
+            assert isinstance(decoder.drafter, CopyingDrafter)
+            free.append(decoder.drafter.source(decoder.tree.tokens.tolist()) is not None)
+            decoder.expand() if decoder.drafting else decoder.begin()
+        assert len(decoder.tree.proposals) == 5
+        for token, proposal, was_free in zip(decoder.tree.tokens, decoder.tree.proposals, free, strict=True):
+            assert proposal.sum() == pytest.approx(1.0) and proposal[token] > 0
+            assert not was_free or proposal[token] == 1.0
+        copied += sum(free)
+        decoder.verify()
+    assert copied > 5
+    assert deviation(tiny, f"lookup+{tiny_draft}", 0.8, 0.9) > 0.001
 
 
 def test_copies_are_the_surer_the_longer_they_match() -> None:
@@ -136,7 +152,7 @@ def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
     assert len(matches) > 2 and 10 < sum(free) < 70
     with pytest.raises(ValueError, match="a llama-server drafts by a model alone"):
         gym.make("SpecK-v0", drafter="lookup+smollm2-135m-draft", engine="llama-server")
-    with pytest.raises(ValueError, match="dtype is 'int8'; a llama-server computes as its file is"):
+    with pytest.raises(ValueError, match="dtype is 'int8'; a llama-server computes on the CPU, as its file is"):
         gym.make("SpecK-v0", dtype="int8", engine="llama-server")
 
 
@@ -147,5 +163,22 @@ def test_rules_go_on_copying_while_the_chain_is_likely(name: str) -> None:
     rule, at = AGENTS[name](control=control, copy_threshold=0.2), control.slices
     see = np.zeros(control.observation_space.shape, np.float32)
     see[at["drafted"]], see[at["probability"]], see[at["entropy"]] = 0.5, 0.01, 0.5  # what all of them stop at
-    played = [rule.predict(see * 1)[0] for see[at["path"]], see[at["free"]] in itertools.product((0.19, 0.21), (0, 1))]
-    assert played == [0, 0, 0, 1]
+
+    def played(path: float, free: int) -> int:
+        see[at["path"]], see[at["free"]] = path, free
+        return rule.predict(see)[0]
+
+    assert played(0.21, 1) == 1
+    assert played(0.19, 1) == played(0.21, 0) == played(0.19, 0) == 0
+
+
+def test_lookup_goes_first_by_default() -> None:
+    drafter = default_drafter("smollm2-135m", chain=True)
+    assert drafter == "lookup+smollm2-135m-draft" and static_over_plain("smollm2-135m", drafter) > 1
+    assert default_drafter("smollm2-135m", True, "llama-server") == "smollm2-135m-draft"
+
+
+def test_lookup_goes_in_front_of_draft_models_only(tiny: dict[str, Any]) -> None:
+    for name in ("", tiny["drafter"]):
+        with pytest.raises(ValueError, match="expected the name of a draft model behind the plus sign"):
+            copying(tiny, name)

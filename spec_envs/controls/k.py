@@ -10,8 +10,8 @@ from gymnasium import spaces
 from spec_envs.controls.base import Control, Entry, read_context, read_position
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
-from spec_envs.decoding.drafters.copying import LONGEST, CopyingDrafter
-from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.lookup import LONGEST, LookupDrafter
 from spec_envs.prompts import TASKS
 
 VERIFY, DRAFT = 0, 1
@@ -30,9 +30,10 @@ class KControl(Control):
 
     A chain of K tokens is drafted, each by a forward of a draft model or copied from where the text read like this
     before (`drafter="lookup+…"`, the default), and the target verifies all of them in one forward. Long chains pay where
-    the drafter is nearly always right; where it is not, K = 0, plain decoding, is the fastest. The agent decides K once per cycle (`decision="cycle"`), or after each drafted token whether to go on
-    (`decision="token"`). The chain is that of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however
-    it is chosen, since a token that was drawn is verified whatever made the agent stop behind it.
+    the drafter is nearly always right; where it is not, K = 0, plain decoding, is the fastest. The agent decides K once
+    per cycle (`decision="cycle"`), or after each drafted token whether to go on (`decision="token"`). The chain is that
+    of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however it is chosen, since a token that was drawn
+    is verified whatever made the agent stop behind it.
 
     ## Action Space
 
@@ -48,7 +49,7 @@ class KControl(Control):
     |-----|-------------|-----|-----|
     | 0 | `confidence`: mean probability that the last chain's tokens had (0 without a chain) | 0 | 1 |
     | 1 | `entropy`: mean entropy of the distributions they are from, nats / 10 | 0 | 1 |
-    | 2 | `match`: how many of the text's last tokens stood in it before, of what prompt lookup copies from, / 16 | 0 | 1 |
+    | 2 | `match`: how many of the text's last tokens match the place that would be copied from, / 16 | 0 | 1 |
     | 3–4 | `acceptance`: accepted / drafted tokens over 4 and 16 decisions (0 where nothing was drafted) | 0 | 1 |
     | 5 | `last_k`: tokens of the last chain / `k_max` | 0 | 1 |
     | 6 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
@@ -141,8 +142,9 @@ class KControl(Control):
             return counters
         chain: list[Entry] = []
         if self.decision == "token":
-            names = ("drafted", "probability", "entropy", "path", "free")
+            names = ("drafted", "probability", "entropy", "path")
             chain = [Entry(name, 1, 0.0, 1.0, partial(self._read_of_chain, i)) for i, name in enumerate(names)]
+            chain.append(Entry("free", 1, 0.0, 1.0, lambda decoder: float(copies(decoder))))
         elif not self.adjustment_interval:
             chain = [
                 Entry("confidence", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("probabilities"))),
@@ -171,7 +173,7 @@ class KControl(Control):
         """See ``Control.observe``. Within a chain only what belongs to it is read again."""
         if self.decision == "token" and decoder.tree.size and self.before is not None and "free" in self.slices:
             vector = self.before.copy()
-            vector[: self.slices["free"].stop] = self._read_chain(decoder)
+            vector[: self.slices["free"].stop] = *self._read_chain(decoder), copies(decoder)
             return vector
         self.before = super().observe(decoder)
         return self.before.copy()
@@ -202,14 +204,14 @@ class KControl(Control):
     def _read_of_chain(self, i: int, decoder: Decoder) -> float:
         return self._read_chain(decoder)[i]
 
-    def _read_chain(self, decoder: Decoder) -> tuple[float, float, float, float, float]:
-        tree, free = decoder.tree, float(copies(decoder))
+    def _read_chain(self, decoder: Decoder) -> tuple[float, float, float, float]:
+        tree = decoder.tree
         if not tree.size:
-            return 0.0, 1.0, 0.0, 1.0, free
+            return 0.0, 1.0, 0.0, 1.0
         path = float(tree.scores[-1])
         above = float(tree.scores[-2]) if tree.size > 1 else 0.0
         entropy = min(1.0, float(tree.entropies[-1][0]) / ENTROPY_UNIT)
-        return tree.size / self.k_max, float(np.exp(path - above)), entropy, float(np.exp(path)), free
+        return tree.size / self.k_max, float(np.exp(path - above)), entropy, float(np.exp(path))
 
     def _last_nodes(self, name: str) -> np.ndarray:
         return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
@@ -226,7 +228,7 @@ class KControl(Control):
 
 def read_match(decoder: Decoder) -> float:
     """How many of the text's last tokens stood in it before, in units of the most that are counted; 0 without lookup."""
-    if not isinstance(decoder.drafter, LookupDrafter | CopyingDrafter):
+    if decoder.finished or not isinstance(decoder.drafter, LookupDrafter | CopyingDrafter):
         return 0.0
     found = decoder.drafter.seen.find()
     return min(1.0, found.matched / LONGEST) if found else 0.0
@@ -234,10 +236,9 @@ def read_match(decoder: Decoder) -> float:
 
 def copies(decoder: Decoder) -> bool:
     """Whether the next token of the chain under way would be copied."""
-    drafter = decoder.drafter
-    if isinstance(drafter, CopyingDrafter):
-        return drafter.source(decoder.tree.tokens.tolist()) is not None
-    return isinstance(drafter, LookupDrafter)
+    if decoder.finished or not isinstance(decoder.drafter, LookupDrafter | CopyingDrafter):
+        return False
+    return decoder.drafter.source(decoder.tree.tokens.tolist()) is not None
 
 
 def draft(decoder: Decoder) -> None:

@@ -24,7 +24,7 @@ COSTS = Path(__file__).resolve().parents[1] / "data" / "costs"
 
 @dataclass
 class Forward:
-    """What is being timed; where its rows turn out within, they are set there. 0 is no forward at all."""
+    """A forward being timed; its rows may be set while it runs. 0 costs nothing under a table."""
 
     rows: int
 
@@ -78,7 +78,7 @@ class CostTable:
         Raises:
             ValueError: no such table, or one that is malformed.
         """
-        path = find_json(source, COSTS, "cost table")
+        path = find_json(source, COSTS, "clock 'wall' or cost table")
         try:
             raw = json.loads(path.read_text())
             curves = {part: {int(n): float(s) for n, s in raw[part].items()} for part in ("verify", "draft")}
@@ -96,7 +96,7 @@ class CostTable:
             return 0.0
         known, costs = self._points["draft" if part == "draft" else "verify"]
         if rows > known[-1] and len(known) > 1:
-            slope = (costs[-1] - costs[-2]) / (known[-1] - known[-2])
+            slope = max(0.0, costs[-1] - costs[-2]) / (known[-1] - known[-2])  # noise may bend a flat curve down
             return float(costs[-1] + (rows - known[-1]) * slope)
         return float(np.interp(rows, known, costs))
 

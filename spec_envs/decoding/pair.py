@@ -96,7 +96,7 @@ def default_drafter(target: str, chain: bool = False, engine: str = "torch") -> 
         raise ValueError(
             f"no drafter is known for {target!r}, only for "
             f"{', '.join(dict.fromkeys(e['target'] for e in registry()['drafters'].values()))}; "
-            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, or 'lookup'), or train one with "
+            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and a draft model), or train one with "
             "`make drafter`"
         )
     return without_lookup(found) if engine == "llama-server" else found
@@ -153,6 +153,8 @@ def load_decoder(
             f"{drafter!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
         )
     name = without_lookup(drafter) if drafter else ""
+    if name != (drafter or "") and (not name or is_head(drafter_folder(name))):
+        raise ValueError(f"drafter is {drafter!r}; expected the name of a draft model behind the plus sign")
     if chain and drafter != LOOKUP:
         models.append(str(drafter_folder(name)))
     model = load_target(target, at, resolve_dtype(dtype, at, models))
@@ -205,9 +207,11 @@ def open_decoder(
         return Profile.load(trace).decoder(clock or make_clocks("wall", torch.device("cpu"), trace)[0], max_depth)
     if engine == "torch":
         return load_decoder(**models, clock=clock, width=width, max_depth=max_depth)
-    for name, default in (("dtype", "auto"), ("top_p", 1.0)):
-        if models.get(name, default) != default:
-            raise ValueError(f"{name} is {models[name]!r}; a llama-server computes as its file is and decodes greedily")
+    for name, allowed in (("dtype", ("auto",)), ("top_p", (1.0,)), ("device", ("auto", "cpu"))):
+        if models.get(name, allowed[0]) not in allowed:
+            raise ValueError(
+                f"{name} is {models[name]!r}; a llama-server computes on the CPU, as its file is, and decodes greedily"
+            )
     target, drafter = models.get("target", DEFAULT_TARGET), models.get("drafter", "auto")
     drafter = default_drafter(target, True, engine) if drafter == "auto" else drafter
     if drafter != without_lookup(drafter):

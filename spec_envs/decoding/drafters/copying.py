@@ -8,17 +8,17 @@ import numpy as np
 from torch import Tensor
 
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
-from spec_envs.decoding.drafters.lookup import Occurrence, Occurrences
+from spec_envs.decoding.drafters.lookup import LONGEST, Occurrence, Occurrences, copy
 from spec_envs.decoding.tree import Children, Tree
 
-SHORTEST, NGRAM, LONGEST = 2, 4, 16  # matching tokens: at least, looked up at once, and most that are counted
+SHORTEST, NGRAM = 2, 4  # matching tokens: at least, and looked up at once
 
 
 class CopyingDrafter:
     """Drafts a chain token by token: where the last tokens, drafted ones included, stood in the text before, the one that
     followed there is copied, which costs nothing; elsewhere the draft model drafts.
 
-    A copied token counts as probable as such copies are right (``copied_right``). When sampling, its proposal is all on
+    When sampling, a copy's proposal is all on
     that one token, so that the acceptance rule stays exact.
 
     Args:
@@ -64,22 +64,9 @@ class CopyingDrafter:
         source = self.source(chain)
         if source is None:
             return self.model.draft(chain)
-        token = self.seen.text[source.next]
-        more = Occurrence(source.next + 1, source.matched + 1)
-        self.copying = more if more.next < len(self.seen.text) else None
-        p = copied_right(source.matched)
-        entropy = -p * np.log(p) - (1 - p) * np.log1p(-p)
-        proposal = None
+        token, proposal = self.seen.text[source.next], None
+        self.copying = self.seen.behind(source)
         if self.model.temperature:
             proposal = np.zeros(self.vocab)
             proposal[token] = 1.0
-        return Children(np.array([[token]]), np.log([[p]]), np.array([entropy]), proposal), 0
-
-
-def copied_right(matched: int) -> float:
-    """How probable it is that a token is right that is copied from behind so many matching ones.
-
-    A fit: of the shipped training prompts as smollm2-135m answers them, half of the copies behind two matching tokens
-    are right, two thirds behind three, nine tenths behind eight.
-    """
-    return 1 / (1 + (2 / min(matched, LONGEST)) ** 1.5)
+        return copy(token, source.matched, proposal), 0

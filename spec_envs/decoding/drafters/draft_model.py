@@ -112,7 +112,8 @@ class DraftModelDrafter:
         return children, len(rows)
 
     def preview(self, tokens: list[int]) -> Children:
-        """What would be drafted behind further committed tokens; nothing is kept."""
+        """Draft as if these tokens were the ones to catch up with, for timing between cycles: the cache and what is to be
+        read stay as they were."""
         kept, self.unread, self.chain = (self.unread, self.committed), tokens, []
         self.cache.length = self.committed
         children, _ = self.draft([])

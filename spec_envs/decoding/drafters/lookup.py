@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spec_envs.decoding.tree import Children, Tree
 
+LONGEST = 16  # most matching tokens that are counted
+
 
 class Occurrence(NamedTuple):
     """An earlier place that reads like the text's end: the index of the token behind it, and how many tokens match."""
@@ -53,12 +55,31 @@ class Occurrences:
                 return Occurrence(end, n)
         return None
 
+    def behind(self, source: Occurrence) -> Occurrence | None:
+        """Where the next token is copied from; None at the end of the text."""
+        return Occurrence(source.next + 1, source.matched + 1) if source.next + 1 < len(self.text) else None
+
+
+def copied_right(matched: int) -> float:
+    """How probable it is that a token is right that is copied from behind so many matching ones.
+
+    A fit: of the shipped training prompts as smollm2-135m answers them, half of the copies behind two matching tokens
+    are right, two thirds behind three, nine tenths behind eight.
+    """
+    return 1 / (1 + (2 / min(matched, LONGEST)) ** 1.5)
+
+
+def copy(token: int, matched: int, proposal: np.ndarray | None = None) -> Children:
+    """A copied token as what a drafter proposes, as probable as such copies are right."""
+    p = copied_right(matched)
+    entropy = -p * np.log(p) - (1 - p) * np.log1p(-p)
+    return Children(np.array([[token]]), np.log([[p]]), np.array([entropy]), proposal)
+
 
 class LookupDrafter:
     """Drafts the continuation of the latest earlier occurrence of the text's last tokens, the longest that occurs.
 
-    Where none does, the tree stays empty, and a cycle is one of plain decoding. There are no probabilities: every
-    drafted token counts as certain.
+    Where none does, the tree stays empty, and a cycle is one of plain decoding.
 
     Args:
         vocab, context: of the target.
@@ -70,10 +91,11 @@ class LookupDrafter:
 
     def __init__(self, vocab: int, context: int, ngram: int = 3):
         self.vocab, self.context, self.ngram = vocab, context, ngram
+        self.copying: Occurrence | None = None  # where the token behind the chain would be copied from
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Forget the last text and take this one."""
-        self.seen = Occurrences(text, self.ngram)
+        self.seen = Occurrences(text, self.ngram, LONGEST)
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Append tokens to the text."""
@@ -82,18 +104,21 @@ class LookupDrafter:
     def root(self, tree: Tree) -> int:
         """Find the earlier occurrence, and draft the token behind it."""
         tree.clear()
-        found = self.seen.find()
-        self.next = found.next if found else len(self.seen.text)
-        if found:
-            tree.start(self._child())
+        self.copying = self.seen.find()
+        if self.copying:
+            tree.start(self._child(self.copying))
         return 0
 
     def expand(self, tree: Tree) -> int:
         """Draft the token behind the last one, as far as the text goes."""
-        if tree.size and self.next < len(self.seen.text):
-            tree.grow(self._child())
+        if tree.size and self.copying:
+            tree.grow(self._child(self.copying))
         return 0
 
-    def _child(self) -> Children:
-        token, self.next = self.seen.text[self.next], self.next + 1
-        return Children(np.array([[token]]), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+    def source(self, chain: list[int]) -> Occurrence | None:
+        """Where the token behind a chain would be copied from."""
+        return self.copying if chain else self.seen.find()
+
+    def _child(self, source: Occurrence) -> Children:
+        self.copying = self.seen.behind(source)
+        return copy(self.seen.text[source.next], source.matched)
