@@ -97,26 +97,31 @@ def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
     """How often each setting was played, by task: budgets, lengths, or the depths that runs of "go on" led to."""
-    histogram: dict[str, dict[str, int]] = {}
+    offered = settings(control)
+
+    def played(sample: Sample) -> list[int]:
+        if isinstance(control, DepthControl):
+            return depths(sample.actions, control.max_depth)
+        if isinstance(control, KControl) and control.decision == "token":
+            return sample.lengths
+        return [offered[action] for action in sample.actions]
+
+    histogram = {}
     for task, group in by_task(samples).items():
-        offered = [str(setting) for setting in settings(control)]
-        counts = dict.fromkeys(offered, 0)
-        for sample in group:
-            if isinstance(control, KControl) and control.decision == "token":
-                for length in sample.lengths:
-                    counts[str(length)] += 1
-                continue
-            depth = 1  # the first expansion is always made
-            for action in sample.actions:
-                if not isinstance(control, DepthControl):
-                    counts[offered[action]] += 1
-                    continue
-                depth += action
-                if not action or depth == control.max_depth:
-                    counts[str(depth)] += 1
-                    depth = 1
-        histogram[task] = counts
+        counts = Counter(str(setting) for sample in group for setting in played(sample))
+        histogram[task] = {str(setting): counts[str(setting)] for setting in offered}
     return histogram
+
+
+def depths(actions: Sequence[int], max_depth: int) -> list[int]:
+    """The depths that runs of "go on" led to; the first expansion is always made."""
+    found, depth = [], 1
+    for action in actions:
+        depth += action
+        if not action or depth == max_depth:
+            found.append(depth)
+            depth = 1
+    return found
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

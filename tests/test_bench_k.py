@@ -51,3 +51,12 @@ def test_unknown_stanza(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(SystemExit, match=r"has no stanza 'svib' \(did you mean 'svip'\?\)"):
         run(monkeypatch, tmp_path, "--agents", "svib")
     assert not (tmp_path / "bench-k.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stanza", "message"), [("ppo", "ppo is trained to decide every cycle"), ("ppo-token", "it has no segments")]
+)
+def test_on_a_server_only_segments_are_decided(tmp_path: Path, stanza: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench_k.policy_of(stanza, bench_k.experiment_for(stanza, {"engine": "llama-server"}), tmp_path)
+    assert not list(tmp_path.iterdir())
