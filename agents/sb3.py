@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
+from scipy.special import ndtr, softmax
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import Tensor, nn
+from torch import nn
 
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
@@ -35,6 +36,12 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
 }
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
+FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
+    nn.ReLU: lambda x: np.maximum(x, 0),
+    nn.Tanh: np.tanh,
+    nn.ELU: lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    nn.GELU: lambda x: x * ndtr(x),
+}
 RESERVED = {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
     *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
     *("_init_setup_model", "rollout_buffer_class", "rollout_buffer_kwargs"),
@@ -122,19 +129,17 @@ class SB3Agent:
             timings.append(time.perf_counter() - begin)
         return float(np.median(timings))
 
-    @torch.inference_mode()
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         """The action for one observation, by the bare network; ``state`` is the recurrent state or None."""
         if episode_start is not None and np.all(episode_start):
             state = None
-        preferences, state = self.network(torch.from_numpy(np.asarray(observation, np.float32)).unsqueeze(0), state)
-        values = preferences[0]
+        preferences, state = self.network(np.asarray(observation, np.float32), state)
         if deterministic:
-            return int(values.argmax()), state
-        weights = values.softmax(-1).double().numpy() if self.network.logits else np.ones(len(values))
-        return int(self.rng.choice(len(values), p=weights / weights.sum())), state
+            return int(preferences.argmax()), state
+        weights = softmax(preferences.astype(float)) if self.network.logits else np.ones(len(preferences))
+        return int(self.rng.choice(len(weights), p=weights / weights.sum())), state
 
     def learn(
         self,
@@ -231,25 +236,43 @@ class Spaces(gym.Env):
         self.observation_space, self.action_space = control.observation_space, control.action_space
 
 
-class Bare(nn.Module):
-    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them.
+class Bare:
+    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them and in NumPy,
+    by which a decision of so small a network costs a fraction of one by torch.
 
-    Attributes:
+    Args:
+        layers: linear ones and activations; their weights are copied.
         logits: whether preferences are log-probabilities up to a constant (else values).
+        lstm: in front of them, computed by torch.
+        quantiles: of each action's value, which is their mean.
     """
 
     def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):
-        super().__init__()
-        self.layers, self.logits, self.lstm, self.quantiles = layers, logits, lstm, quantiles
+        self.logits, self.lstm, self.quantiles = logits, lstm, quantiles
+        leaves = [module for module in layers.modules() if not list(module.children())]
+        self.steps = [in_numpy(module) for module in leaves]
 
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    @torch.inference_mode()
+    def remember(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        """An observation through the recurrent part."""
+        assert self.lstm is not None
+        out, state = self.lstm(torch.from_numpy(x)[None, None], state)
+        return out[0, 0].numpy(), state
+
+    def __call__(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
         if self.lstm is not None:
-            x, state = self.lstm(x.unsqueeze(0), state)
-            x = x.squeeze(0)
-        out = self.layers(x)
-        if self.quantiles > 1:
-            out = out.unflatten(-1, (self.quantiles, -1)).mean(-2)
-        return out, state
+            x, state = self.remember(x, state)
+        for step in self.steps:
+            x = step(x)
+        return x.reshape(self.quantiles, -1).mean(0), state
+
+
+def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """A linear layer or an activation as a function of one vector."""
+    if isinstance(module, nn.Linear):
+        weight, bias = module.weight.detach().numpy().copy(), module.bias.detach().numpy().copy()
+        return lambda x: weight @ x + bias
+    return FUNCTIONS[type(module)]
 
 
 def bare(policy: Any) -> Bare:

@@ -113,9 +113,11 @@ class Control(ABC):
             self.prepare(decoder)
         vector = np.zeros(self.observation_space.shape, dtype=np.float32)
         for entry in self.entries:
-            value = np.atleast_1d(entry.read(decoder))
-            start = self.slices[entry.name].start
-            vector[start : start + len(value)] = value
+            value, start = entry.read(decoder), self.slices[entry.name].start
+            if np.isscalar(value):
+                vector[start] = value
+            else:
+                vector[start : start + len(value)] = value
         return np.clip(vector, self.observation_space.low, self.observation_space.high, out=vector)
 
     def _read_costs(self, decoder: Decoder) -> list[float]:

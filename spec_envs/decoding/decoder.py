@@ -255,7 +255,9 @@ class Decoder:
         """Of a chain: each token's probability, and the entropy of the distribution it is from."""
         if self.tree.width != 1 or not self.tree.size:
             return np.zeros(0), np.zeros(0)
-        return np.exp(np.diff(self.tree.scores, prepend=0.0)), np.concatenate(self.tree.entropies)
+        steps = self.tree.scores.copy()
+        steps[1:] -= self.tree.scores[:-1]
+        return np.exp(steps), np.concatenate(self.tree.entropies)
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """Tokens up to the first EOS and to max_new_tokens."""
