@@ -44,8 +44,9 @@ def write_torch(path: Path, state: Any) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
-def find_json(source: str, folder: Path, what: str) -> Path:
-    """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path.
+def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
+    """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path. ``others``: names that
+    mean something else to who asks.
 
     Raises:
         ValueError: there is none.
@@ -53,8 +54,8 @@ def find_json(source: str, folder: Path, what: str) -> Path:
     for path in (folder / f"{source}.json", Path(source)):
         if path.is_file():
             return path
-    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
-    raise ValueError(f"no {what} {source!r}: expected a JSON file, or one of {shipped}")
+    names = ", ".join([*others, *sorted(path.stem for path in folder.glob("*.json"))])
+    raise ValueError(f"no {what} {source!r}: expected a JSON file, or one of {names}")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -78,7 +78,7 @@ class CostTable:
         Raises:
             ValueError: no such table, or one that is malformed.
         """
-        path = find_json(source, COSTS, "clock 'wall' or cost table")
+        path = find_json(source, COSTS, "cost table", "wall")
         try:
             raw = json.loads(path.read_text())
             curves = {part: {int(n): float(s) for n, s in raw[part].items()} for part in ("verify", "draft")}
