@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
-from scipy.special import ndtr, softmax
+from scipy.special import softmax
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from agents.bare import bare
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
 from spec_envs.files import whole, write_bytes, write_torch
@@ -36,12 +36,6 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
 }
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
-FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
-    nn.ReLU: lambda x: np.maximum(x, 0),
-    nn.Tanh: np.tanh,
-    nn.ELU: lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
-    nn.GELU: lambda x: x * ndtr(x),
-}
 RESERVED = {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
     *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
     *("_init_setup_model", "rollout_buffer_class", "rollout_buffer_kwargs"),
@@ -234,52 +228,3 @@ class Spaces(gym.Env):
 
     def __init__(self, control: Control):
         self.observation_space, self.action_space = control.observation_space, control.action_space
-
-
-class Bare:
-    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them and in NumPy,
-    by which a decision of so small a network costs a fraction of one by torch.
-
-    Args:
-        layers: linear ones and activations; their weights are copied.
-        logits: whether preferences are log-probabilities up to a constant (else values).
-        lstm: in front of them, computed by torch.
-        quantiles: of each action's value, which is their mean.
-    """
-
-    def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):
-        self.logits, self.lstm, self.quantiles = logits, lstm, quantiles
-        leaves = [module for module in layers.modules() if not list(module.children())]
-        self.steps = [in_numpy(module) for module in leaves]
-
-    @torch.inference_mode()
-    def remember(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
-        """An observation through the recurrent part."""
-        assert self.lstm is not None
-        out, state = self.lstm(torch.from_numpy(x)[None, None], state)
-        return out[0, 0].numpy(), state
-
-    def __call__(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
-        if self.lstm is not None:
-            x, state = self.remember(x, state)
-        for step in self.steps:
-            x = step(x)
-        return x.reshape(self.quantiles, -1).mean(0), state
-
-
-def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """A linear layer or an activation as a function of one vector."""
-    if isinstance(module, nn.Linear):
-        weight, bias = module.weight.detach().numpy().copy(), module.bias.detach().numpy().copy()
-        return lambda x: weight @ x + bias
-    return FUNCTIONS[type(module)]
-
-
-def bare(policy: Any) -> Bare:
-    """The network that a policy's deterministic action is the argmax of."""
-    if isinstance(policy, ActorCriticPolicy):
-        layers = nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)
-        return Bare(layers, logits=True, lstm=getattr(policy, "lstm_actor", None))
-    if hasattr(policy, "quantile_net"):
-        return Bare(policy.quantile_net.quantile_net, logits=False, quantiles=policy.quantile_net.n_quantiles)
-    return Bare(policy.q_net.q_net, logits=False)

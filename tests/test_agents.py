@@ -97,6 +97,16 @@ def test_learning_saving_loading_and_going_on(name: str, tmp_path: Path) -> None
         assert resumed.model.replay_buffer.size() == 128
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "gelu"])
+def test_the_bare_network_computes_what_torch_does(activation: str) -> None:
+    agent = AGENTS["ppo"](control=DepthControl(), seed=3, pi_arch=[16, 8], vf_arch=[8], activation=activation)
+    seen = np.random.default_rng(0).normal(size=(20, *agent.model.observation_space.shape)).astype(np.float32)
+    policy = agent.model.policy
+    with torch.no_grad():
+        expected = policy.action_net(policy.mlp_extractor.policy_net(torch.from_numpy(seen))).numpy()
+    np.testing.assert_allclose([agent.network(x, None)[0] for x in seen], expected, atol=1e-5)
+
+
 def test_ppo_learns_the_identity() -> None:
     control = DepthControl()
     agent = AGENTS["ppo"](control=control, seed=0, learning_rate=3e-3, gamma=0.0, n_steps=256, n_epochs=10)

@@ -12,12 +12,15 @@ from gymnasium.utils.env_checker import check_env
 
 from agents import AGENTS
 from spec_envs.controls import make_control
+from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.lookup import Occurrences, copied_right
 from spec_envs.decoding.pair import default_drafter, load_decoder, static_over_plain
 from spec_envs.env import SpecEnv
+from spec_envs.prompts import encode, load_prompts
+from tests.conftest import REAL, WITHOUT_KERNELS
 from tests.test_decoder import plain
 from tests.test_draft_model import deviation
 
@@ -121,6 +124,23 @@ def test_when_sampling_a_copy_is_proposed_for_certain(tiny: dict[str, Any], tiny
         decoder.verify()
     assert copied > 5
     assert deviation(tiny, f"lookup+{tiny_draft}", 0.8, 0.9) > 0.001
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+def test_copies_are_as_often_right_as_they_say() -> None:
+    """On answers of the default model to held-out prompts, a token at a time."""
+    decoder, tokenizer = load_decoder(REAL, "lookup", "cpu", "int8", width=1), load_tokenizer(REAL)
+    said, right = [], []
+    for prompt in load_prompts("all", "test")[::9]:
+        decoder.start(encode(tokenizer, prompt.text), 64, np.random.default_rng(0))
+        while not decoder.finished:
+            cycle = decoder.cycle(1)
+            said += cycle.nodes.probabilities.tolist()
+            right += [cycle.accepted] * cycle.drafted
+    said_array, right_array = np.array(said), np.array(right)
+    for low, high in ((0.45, 0.7), (0.7, 0.9), (0.9, 1.0)):
+        picked = (said_array >= low) & (said_array < high)
+        assert picked.sum() > 20 and abs(said_array[picked].mean() - right_array[picked].mean()) < 0.15
 
 
 def test_copies_are_the_surer_the_longer_they_match() -> None:

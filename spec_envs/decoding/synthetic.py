@@ -20,7 +20,8 @@ from torch import Tensor
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.tree import Children, Tree
+from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Verdict
 from spec_envs.files import find_json
 
@@ -101,11 +102,9 @@ class Profile:
         return " ".join(self.kinds[i - FIRST].snippet if i >= FIRST else "?" for i in ids)
 
 
-class SyntheticDrafter:
+class SyntheticDrafter(ChainDrafter):
     """Drafts the token that the target says with the chance that the profile gives; reports that chance."""
 
-    capture: tuple[int, ...] = ()
-    width = 1
     context = CONTEXT
 
     def __init__(self, profile: Profile, vocab: int):
@@ -118,21 +117,13 @@ class SyntheticDrafter:
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """The next chain is drawn anew."""
 
-    def root(self, tree: Tree) -> int:
-        tree.start(self._child(0))
-        return 1
-
-    def expand(self, tree: Tree) -> int:
-        tree.grow(self._child(tree.size))
-        return 1
-
-    def _child(self, place: int) -> Children:
-        mean = self.kind.acceptance[min(place, len(self.kind.acceptance) - 1)]
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        mean = self.kind.acceptance[min(len(chain), len(self.kind.acceptance) - 1)]
         sure = self.profile.concentration * mean
         chance = float(np.clip(self.rng.beta(sure, self.profile.concentration - sure), 1e-6, 1 - 1e-6))
         token = self.right if self.rng.random() < chance else WRONG
         entropy = -chance * np.log(chance) - (1 - chance) * np.log1p(-chance)
-        return Children(np.array([[token]]), np.log([[chance]]), np.array([entropy]))
+        return Children(np.array([[token]]), np.log([[chance]]), np.array([entropy])), 1
 
 
 class SyntheticVerifier:

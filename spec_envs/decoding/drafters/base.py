@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.tree import Children, Tree
 
 
 class Drafter(Protocol):
@@ -44,3 +45,26 @@ class Drafter(Protocol):
 
     def expand(self, tree: Tree) -> int:
         """Grow the tree by the best children of its frontier; the rows of the forward, as above."""
+
+
+class ChainDrafter(ABC):
+    """What drafters of chains that can always say one more token have in common."""
+
+    capture: tuple[int, ...] = ()
+    width: int = 1
+
+    def root(self, tree: Tree) -> int:
+        """Draft the first token of a chain."""
+        children, rows = self.draft([])
+        tree.start(children)
+        return rows
+
+    def expand(self, tree: Tree) -> int:
+        """Draft the token behind the chain."""
+        children, rows = self.draft(tree.tokens.tolist())
+        tree.grow(children)
+        return rows
+
+    @abstractmethod
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        """The token behind the committed text and a chain of drafted ones, and the rows of the forward (0 without)."""

@@ -15,16 +15,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from spec_envs.decoding.accept import inverse_cdf
+from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.decoding.tree import Children, Tree
+from spec_envs.decoding.tree import Children
 
 SHORTLIST = "shortlist"  # tensor of target ids in the weights of a model without embedding and output rows of its own
 
 
-class DraftModelDrafter:
+class DraftModelDrafter(ChainDrafter):
     """Drafts a chain, each token read by the next forward.
 
     Under greedy decoding the chain is the model's own most probable text. When sampling, every token is drawn from the
@@ -39,9 +40,6 @@ class DraftModelDrafter:
         temperature, top_p: of the target.
         shortlist: ids that the model's output rows belong to, of a model that shares the target's; None is all.
     """
-
-    capture: tuple[int, ...] = ()
-    width = 1
 
     def __init__(
         self,
@@ -88,21 +86,9 @@ class DraftModelDrafter:
         self.chain = []
         self.unread.extend(tokens[kept:])
 
-    def root(self, tree: Tree) -> int:
-        """Read what was committed since the last call, and draft the first token."""
-        children, rows = self.draft([])
-        tree.start(children)
-        return rows
-
-    def expand(self, tree: Tree) -> int:
-        """Read the chain's last token and draft the next one."""
-        children, rows = self.draft(tree.tokens.tolist())
-        tree.grow(children)
-        return rows
-
     @torch.inference_mode()
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """The token behind a chain, of which what was not read yet is read, and the rows that were."""
+        """Read what is new of the committed text and of the chain, and draft the next token."""
         if self.vocabulary is not None:
             self.vocabulary.add(self.unread)
         rows = [*self.unread, *chain[len(self.chain) :]]

@@ -30,7 +30,7 @@ class Occurrences:
         longest: most tokens that are compared, to tell how far a match reaches back.
     """
 
-    def __init__(self, text: Sequence[int], ngram: int, longest: int = 0):
+    def __init__(self, text: Sequence[int], ngram: int, longest: int = LONGEST):
         self.text: list[int] = []
         self.ends: dict[tuple[int, ...], int] = {}
         self.ngram, self.longest = ngram, max(ngram, longest)
@@ -63,8 +63,7 @@ class Occurrences:
 def copied_right(matched: int) -> float:
     """How probable it is that a token is right that is copied from behind so many matching ones.
 
-    A fit: of the shipped training prompts as smollm2-135m answers them, half of the copies behind two matching tokens
-    are right, two thirds behind three, nine tenths behind eight.
+    A fit to answers of smollm2-135m: half behind two matching tokens, two thirds behind three, nine tenths behind eight.
     """
     return 1 / (1 + (2 / min(matched, LONGEST)) ** 1.5)
 
@@ -95,7 +94,7 @@ class LookupDrafter:
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Forget the last text and take this one."""
-        self.seen = Occurrences(text, self.ngram, LONGEST)
+        self.seen = Occurrences(text, self.ngram)
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Append tokens to the text."""
