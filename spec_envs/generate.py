@@ -20,7 +20,8 @@ class Generation:
         tokens: ids emitted so far, the prefill's first token included.
         cycles: finished cycles.
         seconds: whole seconds from the first cycle on: drafting, verifying, deciding and everything around them
-            (the prefill apart). Under a priced clock, or on a server that times itself: what the clock was charged.
+            (the prefill apart), and those of a simulated network. Under a priced clock, or on a server that times itself:
+            what the clock was charged.
         prefill_seconds: of the prompt and the first token.
         actions: decisions taken, in order.
     """
@@ -58,10 +59,11 @@ class Generation:
         self.prefill_seconds = clock.since(before)["prefill"]
         yield decoder.tokens[:1]
         while not decoder.finished:
-            mark, began = dict(clock.totals), time.perf_counter()
+            mark, simulated, began = dict(clock.totals), clock.simulated, time.perf_counter()
             cycle = self._cycle()
             timed = clock.priced or decoder.times_itself
-            spent = sum(clock.since(mark).values()) if timed else time.perf_counter() - began
+            elapsed = time.perf_counter() - began + clock.simulated - simulated
+            spent = sum(clock.since(mark).values()) if timed else elapsed
             self.seconds += spent
             yield cycle.tokens
 

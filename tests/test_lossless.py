@@ -16,7 +16,6 @@ from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
 from spec_envs.decoding import accept
-from spec_envs.decoding.accept import inverse_cdf
 from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
@@ -125,7 +124,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
         counts = np.zeros(len(expected))
         for _ in range(draws):
             if proposals:
-                tokens[0] = inverse_cdf(proposals[0], rng.random())
+                tokens[0] = proposals[0].draw(rng.random())
             verdict = verifier._sample(tokens, parents, logits, proposals)
             first = int(tokens[verdict.path[0]]) if verdict.path else verdict.token
             counts[min(where.get(first, len(order)), len(expected) - 1)] += 1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from spec_envs.decoding.sampling import inverse_cdf
 from spec_envs.decoding.tree import ROOT
 
 
@@ -93,15 +94,26 @@ def chained(
     Returns:
         Accepted nodes from the root on, and the token drawn behind them.
     """
-    for node, (token, q) in enumerate(zip(tokens.tolist(), proposals, strict=True)):
-        p = probabilities(node)
-        if not uniform() * q[token] < p[token]:
-            return list(range(node)), inverse_cdf(np.maximum(p - q, 0.0), uniform())
-    return list(range(len(tokens))), inverse_cdf(probabilities(len(tokens)), uniform())
+    kept = prefix(tokens, [q[token] for q, token in zip(proposals, tokens, strict=True)], probabilities, uniform)
+    p = probabilities(kept)
+    return list(range(kept)), inverse_cdf(p if kept == len(tokens) else residual(p, proposals[kept]), uniform())
 
 
-def inverse_cdf(weights: np.ndarray, u: float) -> int:
-    """The index drawn by ``u`` in [0, 1) from unnormalised ``weights`` ``[n]``; never one of weight 0."""
-    below = np.cumsum(weights)
-    index = int(np.searchsorted(below, u * below[-1], side="right"))
-    return min(index, int(np.flatnonzero(weights)[-1]))
+def prefix(
+    tokens: np.ndarray,
+    chances: Sequence[float],
+    probabilities: Callable[[int], np.ndarray],
+    uniform: Callable[[], float],
+) -> int:
+    """How many tokens of a drawn chain are kept: the first half of ``chained``, for which it is enough to know the
+    ``chances`` q(x) that the drafted tokens had."""
+    for node, (token, chance) in enumerate(zip(tokens.tolist(), chances, strict=True)):
+        if not uniform() * chance < probabilities(node)[token]:
+            return node
+    return len(tokens)
+
+
+def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """What the target's distribution ``[vocab]`` has over the draft's, from which the token behind the first refusal is
+    drawn (unnormalised)."""
+    return np.maximum(p - q, 0.0)

@@ -1,6 +1,6 @@
 """Seconds by part: measured on the wall, or priced from a calibrated table.
 
-Parts are ``prefill`` (never part of a cycle), ``draft``, ``verify`` and ``policy``. A priced clock makes every environment deterministic by seed.
+Parts are ``prefill`` (never part of a cycle), ``draft``, ``verify``, ``network`` and ``policy``. A priced clock makes every environment deterministic by seed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ import torch
 
 from spec_envs.files import find_json
 
-PARTS = ("prefill", "draft", "verify", "policy")
+PARTS = ("prefill", "draft", "verify", "network", "policy")
 COSTS = Path(__file__).resolve().parents[1] / "data" / "costs"
 
 
 @dataclass
 class Forward:
-    """A forward being timed; its rows may be set while it runs. 0 costs nothing under a table."""
+    """A forward being timed; its rows, and how often it is made, may be set while it runs. 0 costs nothing under a
+    table."""
 
     rows: int
+    times: int = 1
 
 
 class WallClock:
     """Measured seconds; the device is synchronised on both sides of every part.
 
     Attributes:
-        totals: seconds charged so far by part; only ever growing.
+        totals: seconds charged so far by part.
+        simulated: those among them, of a measured clock, that nobody waited for.
     """
 
     priced = False
@@ -41,6 +44,7 @@ class WallClock:
     def __init__(self, device: torch.device):
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.totals = dict.fromkeys(PARTS, 0.0)
+        self.simulated = 0.0
 
     @contextmanager
     def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
@@ -54,6 +58,16 @@ class WallClock:
     def charge(self, part: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere."""
         self.totals[part] += seconds
+
+    def travel(self, seconds: float, part: str, simulated: bool) -> None:
+        """Charge seconds of a network: on top of what else was charged, or as a share of what was measured as ``part``.
+        Those of a prompt are part of the prefill."""
+        into = "prefill" if part == "prefill" else "network"
+        if simulated or self.priced:
+            self.simulated += seconds
+        else:
+            self.totals[part] -= seconds
+        self.charge(into, seconds)
 
     def since(self, earlier: dict[str, float]) -> dict[str, float]:
         """Seconds by part since a copy of ``totals`` was taken."""
@@ -122,4 +136,4 @@ class PricedClock(WallClock):
     def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
         forward = Forward(rows)
         yield forward
-        self.charge(part, self.table.seconds(part, forward.rows))
+        self.charge(part, forward.times * self.table.seconds(part, forward.rows))

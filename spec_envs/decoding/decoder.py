@@ -11,7 +11,7 @@ import torch
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.tree import Tree
-from spec_envs.decoding.verifier import LocalVerifier, Verifier
+from spec_envs.decoding.verifier import LocalVerifier, Traffic, Verifier
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Drafted:
     entropies: np.ndarray
 
 
+NOTHING = Drafted(*(np.zeros(0, np.int64) for _ in range(3)), [], np.zeros(0), np.zeros(0))
+
+
 @dataclass(frozen=True)
 class Cycle:
     """One draft-and-verify round.
@@ -39,6 +42,8 @@ class Cycle:
         depth: expansions after the first level.
         seconds: by part (draft, verify, policy).
         nodes: the verified nodes.
+        bytes_up, bytes_down: sent to the target and back, where a network lies between.
+        unverified: emitted tokens that the target never saw.
     """
 
     tokens: list[int]
@@ -48,6 +53,9 @@ class Cycle:
     depth: int
     seconds: dict[str, float]
     nodes: Drafted
+    bytes_up: int = 0
+    bytes_down: int = 0
+    unverified: int = 0
 
     @property
     def emitted(self) -> int:
@@ -58,12 +66,11 @@ def merged(cycles: Sequence[Cycle]) -> Cycle:
     """Several cycles as one: what they emitted, accepted, drafted and cost together; the nodes are the last one's."""
     if len(cycles) == 1:
         return cycles[0]
-    accepted, drafted, verified = (
-        sum(getattr(c, name) for c in cycles) for name in ("accepted", "drafted", "verified")
-    )
+    counts = ("accepted", "drafted", "verified", "bytes_up", "bytes_down", "unverified")
+    accepted, drafted, verified, *rest = (sum(getattr(c, name) for c in cycles) for name in counts)
     seconds = {part: sum(cycle.seconds[part] for cycle in cycles) for part in cycles[0].seconds}
     tokens = [token for cycle in cycles for token in cycle.tokens]
-    return Cycle(tokens, accepted, drafted, verified, cycles[-1].depth, seconds, cycles[-1].nodes)
+    return Cycle(tokens, accepted, drafted, verified, cycles[-1].depth, seconds, cycles[-1].nodes, *rest)
 
 
 def check_room(prompt: Sequence[int], max_new_tokens: int, positions: int, context: int) -> None:
@@ -137,6 +144,7 @@ class Decoder:
             first = self.verifier.start(prompt, positions + self.tree.capacity, rng)
             if self.drafter:
                 self.drafter.start([*prompt, first], positions, self.verifier.features, rng)
+        self.clock.travel(self.verifier.traffic.seconds, "prefill", self.verifier.traffic.simulated)
         self.tokens = [first]
         self.finished = first in self.eos or max_new_tokens == 1
         self.drafting = False
@@ -229,19 +237,10 @@ class Decoder:
             tokens, parents, levels = self.tree.subtree(self.tree.select(selected))
             verdict = self.verifier.verify(tokens, parents, levels, self.tree.proposals)
         emitted = self._cut([*(int(tokens[node]) for node in verdict.path), verdict.token])
-        self.tokens.extend(emitted)
-        self.finished = emitted[-1] in self.eos or len(self.tokens) == self.max_new_tokens
-        if self.drafter and not self.finished:
-            self.drafter.commit(emitted, self.verifier.features)
-        seconds = self.clock.since(self._cycle_began)
-        del seconds["prefill"]
-        self._cycle_began = dict(self.clock.totals)
         accepted = min(len(verdict.path), len(emitted))
         nodes = Drafted(tokens, parents, levels, verdict.path[:accepted], *self._confidence())
-        self.cycles.append(Cycle(emitted, accepted, drafted, selected, depth, seconds, nodes))
-        self.tree.clear()
-        self.drafting = False
-        return self.cycles[-1]
+        counts = {"accepted": accepted, "drafted": drafted, "verified": selected, "depth": depth}
+        return self._emit(emitted, self.verifier.traffic, nodes, **counts)
 
     def cycle(self, k: int) -> Cycle:
         """Draft ``k`` levels and verify all of them; 0 is plain decoding."""
@@ -250,6 +249,41 @@ class Decoder:
             for _ in range(k - 1):
                 self.expand()
         return self.verify()
+
+    def decode(self, count: int) -> Cycle:
+        """The target alone adds up to ``count`` tokens, as one cycle; behind a network in one exchange."""
+        self._check_undrafted()
+        with self.clock.time("verify", 1) as forward:
+            tokens = self.verifier.decode(min(count, self.max_new_tokens - len(self.tokens)), self.eos)
+            forward.times = len(tokens)
+        return self._emit(tokens, self.verifier.traffic)
+
+    def unverified(self, k: int) -> Cycle:
+        """``k`` drafted tokens become text as they are, without the target: not what it would have said."""
+        self._check_undrafted()
+        self.begin()
+        for _ in range(k - 1):
+            self.expand()
+        emitted = self._cut(self.tree.tokens.tolist())
+        self.verifier.append(emitted)
+        return self._emit(emitted, Traffic(), drafted=self.tree.size, unverified=len(emitted))
+
+    def _emit(self, emitted: list[int], traffic: Traffic, nodes: Drafted = NOTHING, **counts: int) -> Cycle:
+        """End a cycle: the text grows, what it cost is charged, the tree is dropped. ``counts`` are those of ``Cycle``."""
+        self.tokens.extend(emitted)
+        self.finished = emitted[-1] in self.eos or len(self.tokens) == self.max_new_tokens
+        if self.drafter and not self.finished:
+            self.drafter.commit(emitted, self.verifier.features)
+        self.clock.travel(traffic.seconds, "verify", traffic.simulated)
+        seconds = self.clock.since(self._cycle_began)
+        del seconds["prefill"]
+        self._cycle_began = dict(self.clock.totals)
+        counts = dict.fromkeys(("accepted", "drafted", "verified", "depth"), 0) | counts
+        sent = {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}
+        self.cycles.append(Cycle(tokens=emitted, seconds=seconds, nodes=nodes, **counts, **sent))
+        self.tree.clear()
+        self.drafting = False
+        return self.cycles[-1]
 
     def _confidence(self) -> tuple[np.ndarray, np.ndarray]:
         """Of a chain: each token's probability, and the entropy of the distribution it is from."""
@@ -266,6 +300,11 @@ class Decoder:
             if token in self.eos:
                 return tokens[: i + 1]
         return tokens
+
+    def _check_undrafted(self) -> None:
+        self._check_alive()
+        if self.tree.size:
+            raise RuntimeError("a cycle is under way; call verify() first")
 
     def _check_alive(self) -> None:
         if self.finished:

@@ -9,7 +9,7 @@ to published counts, and says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +21,9 @@ from torch import Tensor
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children
-from spec_envs.decoding.verifier import Verdict
+from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.files import find_json
 
 PROFILES = Path(__file__).resolve().parents[1] / "data" / "profiles"
@@ -129,7 +130,7 @@ class SyntheticDrafter(ChainDrafter):
 class SyntheticVerifier:
     """Accepts the tokens of a chain up to the first wrong one."""
 
-    context, temperature, top_p = CONTEXT, 0.0, 1.0
+    context, temperature, top_p, traffic = CONTEXT, 0.0, 1.0, Traffic()
 
     @property
     def device(self) -> torch.device:
@@ -147,10 +148,17 @@ class SyntheticVerifier:
         return self.right
 
     def verify(
-        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[np.ndarray] = ()
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
         wrong = np.flatnonzero(tokens != self.right)
         return Verdict(list(range(wrong[0] if len(wrong) else len(tokens))), self.right)
+
+    def decode(self, count: int, eos: Collection[int]) -> list[int]:
+        """The right token, over and over."""
+        return [self.right] * count
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Whatever the text says, the right token stays right."""
 
     def plain(self) -> SyntheticVerifier:
         """One of the same texts."""

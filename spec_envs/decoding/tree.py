@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spec_envs.decoding.sampling import Proposal
+
 ROOT = -1
 
 
@@ -17,13 +19,13 @@ class Children(NamedTuple):
     """What a drafter proposes behind each of n nodes.
 
     tokens and log_probs ``[n, width]``, best first; entropies ``[n]`` in nats of the distributions they are from;
-    proposal: where the one child was drawn, the distribution ``[vocab]`` that it was drawn from.
+    proposal: where the one child was drawn, the distribution that it was drawn from.
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
     entropies: np.ndarray
-    proposal: np.ndarray | None = None
+    proposal: Proposal | None = None
 
 
 class Tree:
@@ -33,7 +35,7 @@ class Tree:
         tokens, parents (``ROOT`` on level 0), levels, scores (log-probability of the path from the root).
         frontier: ids of the nodes that the next expansion feeds to the drafter, best first.
         entropies: per level, in nats, of the distributions its nodes are from.
-        proposals: of a chain that was drawn, the distribution ``[vocab]`` that each node was drawn from; else empty.
+        proposals: of a chain that was drawn, the distribution that each node was drawn from; else empty.
     """
 
     def __init__(self, width: int, max_depth: int):
@@ -51,7 +53,7 @@ class Tree:
         self.level_starts: list[int] = []
         self.frontier = np.zeros(0, dtype=np.int64)
         self.entropies: list[np.ndarray] = []
-        self.proposals: list[np.ndarray] = []
+        self.proposals: list[Proposal] = []
 
     @property
     def tokens(self) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
-from spec_envs.decoding.sampling import probabilities
+from spec_envs.decoding.sampling import Proposal, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
 
@@ -24,6 +25,17 @@ class Verdict:
     token: int
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a call of a verifier sent over a network: bytes both ways, and the seconds that took, which were waited for or
+    (``simulated``) were not."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    simulated: bool = False
+
+
 class Verifier(Protocol):
     """The target's side as a decoder sees it.
 
@@ -32,6 +44,7 @@ class Verifier(Protocol):
         temperature, top_p: of its sampling.
         device, dtype: where and in what it computes, for the head of a table.
         features: what the drafter reads of the rows committed by the last call.
+        traffic: of the last call.
     """
 
     vocab: int
@@ -39,6 +52,7 @@ class Verifier(Protocol):
     temperature: float
     top_p: float
     features: Tensor
+    traffic: Traffic
 
     @property
     def device(self) -> torch.device: ...
@@ -50,8 +64,14 @@ class Verifier(Protocol):
         """See ``LocalVerifier``."""
 
     def verify(
-        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[np.ndarray] = ()
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
+        """See ``LocalVerifier``."""
+
+    def decode(self, count: int, eos: Collection[int]) -> list[int]:
+        """See ``LocalVerifier``."""
+
+    def append(self, tokens: Sequence[int]) -> None:
         """See ``LocalVerifier``."""
 
     def plain(self) -> Verifier:
@@ -70,6 +90,8 @@ class LocalVerifier:
     Attributes:
         features: captured states of the rows committed by the last call, ``[rows, len(capture) * hidden]``.
     """
+
+    traffic = Traffic()
 
     def __init__(self, target: Transformer, capture: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0):
         if temperature < 0:
@@ -109,7 +131,7 @@ class LocalVerifier:
 
     @torch.inference_mode()
     def verify(
-        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[np.ndarray] = ()
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
         """One forward over the root and the nodes ``[n]``; ``proposals`` are those of a chain that was drawn."""
         seen = ancestors(parents) if len(tokens) else None
@@ -122,6 +144,22 @@ class LocalVerifier:
         self.last = verdict.token
         return verdict
 
+    def decode(self, count: int, eos: Collection[int]) -> list[int]:
+        """The target's own next tokens, up to ``count`` or the first of ``eos``."""
+        tokens: list[int] = []
+        nothing = np.zeros(0, np.int64)
+        while len(tokens) < count and not (tokens and tokens[-1] in eos):
+            tokens.append(self.verify(nothing, nothing, nothing).token)
+        return tokens
+
+    @torch.inference_mode()
+    def append(self, tokens: Sequence[int]) -> None:
+        """Take tokens that the target did not choose into the text."""
+        new = np.array([self.last, *tokens[:-1]])
+        self._forward(new, self.cache.length + np.arange(len(new)), None)
+        self.cache.length += len(new)
+        self.last = tokens[-1]
+
     def _forward(self, tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray | None) -> Tensor:
         device = self.target.device
         x = self.target.embed(torch.from_numpy(tokens).to(device)[None])
@@ -132,7 +170,7 @@ class LocalVerifier:
         return hidden[0]
 
     def _decide(
-        self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, proposals: Sequence[np.ndarray] = ()
+        self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
         """Apply the acceptance rule to the target's last hidden states ``[n + 1, hidden]``."""
         if self.temperature == 0:
@@ -141,15 +179,17 @@ class LocalVerifier:
         return self._sample(tokens, parents, self.target.head(hidden), proposals)
 
     def _sample(
-        self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor, proposals: Sequence[np.ndarray] = ()
+        self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
         """The sampling rule on logits ``[n + 1, vocab]``."""
 
+        @functools.cache
         def distribution(row: int) -> np.ndarray:
             return self._probabilities(logits[row])
 
-        if len(proposals):
-            return Verdict(*accept.chained(tokens, proposals, distribution, self.rng.random))
+        if proposals:
+            drawn_from = [proposal.dense(self.vocab) for proposal in proposals]
+            return Verdict(*accept.chained(tokens, drawn_from, distribution, self.rng.random))
         return Verdict(*accept.sampled(tokens, parents, distribution, self.rng.random))
 
     def _probabilities(self, logits: Tensor) -> np.ndarray:

@@ -48,10 +48,16 @@ class Drafter(Protocol):
 
 
 class ChainDrafter(ABC):
-    """What drafters of chains that can always say one more token have in common."""
+    """What drafters of chains that can always say one more token have in common.
+
+    Attributes:
+        top_k: how many of the most probable tokens a drawn one is among, their weights rounded as they are sent over a
+            network (see ``Proposal.truncated``); None draws from the whole distribution.
+    """
 
     capture: tuple[int, ...] = ()
     width: int = 1
+    top_k: int | None = None
 
     def root(self, tree: Tree) -> int:
         """Draft the first token of a chain."""

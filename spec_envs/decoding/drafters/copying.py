@@ -10,6 +10,7 @@ from torch import Tensor
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.lookup import Occurrence, Occurrences, copy
+from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children
 
 SHORTEST, NGRAM = 2, 4  # matching tokens: at least, and looked up at once
@@ -37,6 +38,15 @@ class CopyingDrafter(ChainDrafter):
         self.seen = Occurrences(text, NGRAM)
         self._forget()
 
+    @property
+    def top_k(self) -> int | None:
+        """Of what the draft model draws from; see ``ChainDrafter``."""
+        return self.model.top_k
+
+    @top_k.setter
+    def top_k(self, k: int | None) -> None:
+        self.model.top_k = k
+
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Append tokens to the text."""
         self.model.commit(tokens, features)
@@ -56,14 +66,11 @@ class CopyingDrafter(ChainDrafter):
         source = self.source(chain)
         if source is None:
             return self.model.draft(chain)
-        token, proposal = self.seen.text[source.next], None
+        token = self.seen.text[source.next]
         self.found = self.seen.behind(source)
         if self.found:  # the copy goes on from there
             self.found_behind = len(chain) + 1
-        if self.model.temperature:
-            proposal = np.zeros(self.vocab)
-            proposal[token] = 1.0
-        return copy(token, source.matched, proposal), 0
+        return copy(token, source.matched, Proposal.certain(token) if self.model.temperature else None), 0
 
     def _forget(self) -> None:
         """The next chain is another one."""

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from spec_envs.decoding.accept import inverse_cdf
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.sampling import probabilities
+from spec_envs.decoding.sampling import Proposal, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
@@ -139,12 +138,13 @@ class DraftModelDrafter(ChainDrafter):
             index, *rest = self.most_probable(logits, extra, 1)
             tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)
             return Children(tokens if self.vocabulary is None else self.vocabulary.ids[tokens], log_probs, entropies)
-        drawn_from = probabilities((logits if extra is None else torch.cat([logits, extra], -1))[0], *self.sampling)
-        q = np.zeros(self.vocab)
-        q[slice(len(drawn_from)) if self.vocabulary is None else self.vocabulary.ids] = drawn_from
-        token = inverse_cdf(q, self.rng.random())
-        entropy = -np.sum(drawn_from * np.log(np.maximum(drawn_from, 1e-300)))
-        return Children(np.array([[token]]), np.log(q[[[token]]]), np.array([entropy]), q)
+        q = probabilities((logits if extra is None else torch.cat([logits, extra], -1))[0], *self.sampling)
+        proposal = Proposal(np.arange(len(q)) if self.vocabulary is None else self.vocabulary.ids, q)
+        if self.top_k is not None:
+            proposal = proposal.truncated(self.top_k)
+        token = proposal.draw(self.rng.random())
+        entropy = -np.sum(q * np.log(np.maximum(q, 1e-300)))
+        return Children(np.array([[token]]), np.log([[proposal.probability(token)]]), np.array([entropy]), proposal)
 
 
 def on_the_target(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children, Tree
 
 LONGEST = 16  # most matching tokens that are counted
@@ -68,7 +69,7 @@ def copied_right(matched: int) -> float:
     return 1 / (1 + (2 / min(matched, LONGEST)) ** 1.5)
 
 
-def copy(token: int, matched: int, proposal: np.ndarray | None = None) -> Children:
+def copy(token: int, matched: int, proposal: Proposal | None = None) -> Children:
     """A copied token as what a drafter proposes, as probable as such copies are right."""
     p = copied_right(matched)
     entropy = -p * np.log(p) - (1 - p) * np.log1p(-p)
