@@ -1,0 +1,336 @@
+"""Simulated links between an edge device that drafts and a server that verifies.
+
+A link has a state (rate up, rate down, round trip) that holds for one round and then moves: it stays (constant), follows
+a Markov chain, or follows a recorded trace. What an exchange costs is computed from the state of its round; the states
+are drawn from a generator of their own, so that two policies that send different bytes meet the same link.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from scipy.sparse.csgraph import connected_components
+
+from spec_envs.files import find_json
+
+LINKS = Path(__file__).resolve().parents[1] / "data" / "links"
+LITERAL = "constant:up=46,down=563,rtt=50"
+LITERAL_KEYS = {"up": "up_mbps", "down": "down_mbps", "rtt": "rtt_ms", "jitter": "jitter_ms", "loss": "loss"}
+PACKET = 1500  # bytes, at most
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class LinkState:
+    """A link during one round: Mbps and milliseconds as people write them, bytes and seconds as the rest computes."""
+
+    up_mbps: float
+    down_mbps: float
+    rtt_ms: float
+
+    @property
+    def up(self) -> float:
+        """Bytes per second from the edge to the server."""
+        return self.up_mbps * 1e6 / 8
+
+    @property
+    def down(self) -> float:
+        """Bytes per second from the server to the edge."""
+        return self.down_mbps * 1e6 / 8
+
+    @property
+    def rtt(self) -> float:
+        """Seconds of a round trip of nothing."""
+        return self.rtt_ms / 1e3
+
+
+class Link:
+    """A link of one state, and the base of those whose state moves.
+
+    Args:
+        name: as asked for: a shipped name, the stem of a file, or a literal.
+        states: every state that it can be in.
+        jitter_ms: mean of an exponential addition to every exchange.
+        loss: probability that a packet is lost, each time it is sent.
+
+    Attributes:
+        state: that of this round; the first of ``states`` until the first ``reset``.
+    """
+
+    def __init__(self, name: str, states: tuple[LinkState, ...], jitter_ms: float = 0.0, loss: float = 0.0):
+        self.name, self.states, self.jitter_ms, self.loss = name, states, jitter_ms, loss
+        self.state = states[0]
+        self.moves, self.noise = np.random.default_rng(0).spawn(2)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """A new text: draw where the link starts. Two generators are spawned from ``rng``, one for the states and one
+        for jitter and loss; ``rng`` itself is not drawn from."""
+        self.moves, self.noise = rng.spawn(2)
+        self.state = self._first()
+
+    def move(self) -> None:
+        """Go on to the state of the next round, whatever was sent in this one."""
+
+    def seconds(self, bytes_up: int, bytes_down: int) -> float:
+        """Seconds of one exchange: round trip, jitter, serialisation both ways, and what was lost sent again, which
+        costs a further round trip each time that anything of one way is still missing."""
+        up, up_rounds = self._sent(bytes_up)
+        down, down_rounds = self._sent(bytes_down)
+        trips = 1 + up_rounds + down_rounds
+        return trips * self.state.rtt + self.jitter() + up / self.state.up + down / self.state.down
+
+    def push(self, bytes_down: int) -> float:
+        """Seconds that a frame adds which follows another one down a stream: its serialisation and that of its packets
+        that were lost. No round trip and no jitter: those overlap with the frames before it."""
+        return self._sent(bytes_down)[0] / self.state.down
+
+    def jitter(self) -> float:
+        """Seconds that an exchange takes longer than its round trip, drawn anew."""
+        return float(self.noise.exponential(self.jitter_ms / 1e3)) if self.jitter_ms else 0.0
+
+    def _sent(self, size: int) -> tuple[float, int]:
+        """Bytes that go over the line until ``size`` have arrived, in packets of equal size, and how many times what
+        was lost was sent again."""
+        if not self.loss or not size:
+            return float(size), 0
+        packets = math.ceil(size / PACKET)
+        sent, rounds, missing = packets, 0, self.noise.binomial(packets, self.loss)
+        while missing:
+            sent, rounds, missing = sent + missing, rounds + 1, self.noise.binomial(missing, self.loss)
+        return size / packets * sent, rounds
+
+    def _first(self) -> LinkState:
+        """The state a text starts in."""
+        return self.states[0]
+
+
+class MarkovLink(Link):
+    """A Markov chain of states that starts in its stationary distribution.
+
+    Args:
+        transitions: probabilities of the next state by row, ``[n, n]``; every state can be reached from every other.
+    """
+
+    def __init__(self, name: str, states: tuple[LinkState, ...], transitions: np.ndarray, **common: float):
+        super().__init__(name, states, **common)
+        self.transitions = transitions / transitions.sum(axis=1, keepdims=True)
+        balance = self.transitions.T - np.eye(len(states))
+        balance[-1] = 1.0  # one equation follows from the others; in its place, the sum
+        self.stationary = np.linalg.solve(balance, np.eye(len(states))[-1])
+        self.index = 0
+
+    def move(self) -> None:
+        self.index = int(self.moves.choice(len(self.states), p=self.transitions[self.index]))
+        self.state = self.states[self.index]
+
+    def _first(self) -> LinkState:
+        self.index = int(self.moves.choice(len(self.states), p=self.stationary))
+        return self.states[self.index]
+
+
+class TraceLink(Link):
+    """A recorded trace, played in a circle from a moment drawn for every text.
+
+    Args:
+        ms: when every row begins, ascending; the last one lasts as long as the one before it.
+        rows: the state of every row.
+        interval_ms: by how much of the trace a round moves on.
+    """
+
+    def __init__(self, name: str, ms: np.ndarray, rows: list[LinkState], interval_ms: float, **common: float):
+        super().__init__(name, tuple(dict.fromkeys(rows)), **common)
+        self.begins, self.rows, self.interval_ms = ms - ms[0], rows, interval_ms
+        self.period = float(2 * self.begins[-1] - self.begins[-2])
+        self.at = 0.0
+
+    def move(self) -> None:
+        self.at = (self.at + self.interval_ms) % self.period
+        self.state = self._row()
+
+    def _first(self) -> LinkState:
+        self.at = float(self.moves.uniform(0, self.period))
+        return self._row()
+
+    def _row(self) -> LinkState:
+        return self.rows[int(np.searchsorted(self.begins, self.at, side="right")) - 1]
+
+
+class Checked(BaseModel):
+    """Data of a file: no unknown keys, no numbers in quotes, nothing infinite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StateData(Checked):
+    """A state of a Markov chain."""
+
+    up_mbps: Positive
+    down_mbps: Positive
+    rtt_ms: NotNegative
+
+    def state(self) -> LinkState:
+        return LinkState(self.up_mbps, self.down_mbps, self.rtt_ms)
+
+
+class Common(Checked):
+    """What every kind of link may have."""
+
+    jitter_ms: NotNegative = 0.0
+    loss: float = Field(default=0.0, ge=0, lt=1)
+
+    def common(self) -> dict[str, float]:
+        return {"jitter_ms": self.jitter_ms, "loss": self.loss}
+
+
+class ConstantData(StateData, Common):
+    """A link that is always the same."""
+
+    kind: Literal["constant"]
+
+    def link(self, name: str, folder: Path) -> Link:
+        return Link(name, (self.state(),), **self.common())
+
+
+class MarkovData(Common):
+    """A Markov chain: the probability to stay (all other states are then equally probable), or all transitions."""
+
+    kind: Literal["markov"]
+    states: list[StateData] = Field(min_length=2)
+    stay: float | None = Field(default=None, ge=0, lt=1)
+    transitions: list[list[NotNegative]] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        n = len(self.states)
+        if (self.stay is None) == (self.transitions is None):
+            raise ValueError("expected either stay or transitions")
+        if self.transitions is not None:
+            if len(self.transitions) != n or any(len(row) != n for row in self.transitions):
+                raise ValueError(f"transitions of {n} states are {n} rows of {n} probabilities")
+            if any(abs(sum(row) - 1) > 1e-6 for row in self.transitions):
+                raise ValueError("every row of transitions sums to 1")
+            if connected_components(np.array(self.transitions) > 0, connection="strong")[0] > 1:
+                raise ValueError("every state must be within reach of every other")
+        return self
+
+    def link(self, name: str, folder: Path) -> Link:
+        n = len(self.states)
+        if self.transitions is not None:
+            transitions = np.array(self.transitions, float)
+        else:
+            assert self.stay is not None
+            transitions = np.full((n, n), (1 - self.stay) / (n - 1))
+            np.fill_diagonal(transitions, self.stay)
+        return MarkovLink(name, tuple(data.state() for data in self.states), transitions, **self.common())
+
+
+class TraceData(Common):
+    """A CSV beside the JSON. ``rtt_ms`` holds where the CSV has no such column."""
+
+    kind: Literal["trace"]
+    csv: str
+    interval_ms: Positive = 200.0
+    rtt_ms: NotNegative = 50.0
+
+    def link(self, name: str, folder: Path) -> Link:
+        rows = read_trace(folder / self.csv)
+        states = [
+            LinkState(row.up_mbps or row.mbps, row.mbps, self.rtt_ms if row.rtt_ms is None else row.rtt_ms)
+            for row in rows
+        ]
+        return TraceLink(name, np.array([row.ms for row in rows]), states, self.interval_ms, **self.common())
+
+
+class TraceRow(BaseModel):
+    """A row of a trace: when it begins, rate down, rate up (by default as down) and round trip."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    ms: float
+    mbps: Positive
+    up_mbps: Positive | None = None
+    rtt_ms: NotNegative | None = None
+
+
+DATA: TypeAdapter[ConstantData | MarkovData | TraceData] = TypeAdapter(
+    Annotated[ConstantData | MarkovData | TraceData, Field(discriminator="kind")]
+)
+ROWS = TypeAdapter(Annotated[list[TraceRow], Field(min_length=2)])
+
+
+def load_link(source: str) -> Link:
+    """A shipped link by name, a JSON file or a trace (``.csv``) by path, or a literal
+    ``"constant:up=46,down=563,rtt=50"`` (Mbps, Mbps, ms; ``jitter`` in ms and ``loss`` may follow).
+
+    Raises:
+        ValueError: no such link, or one that is malformed.
+    """
+    if source.startswith("constant:"):
+        return _check(_literal(source), repr(source), f"expected {LITERAL!r}").link(source, LINKS)
+    path = find_json(source, LINKS, "link", "a trace's .csv", LITERAL)
+    if path.suffix == ".csv":
+        return TraceData(kind="trace", csv=path.name).link(path.stem, path.parent)
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a link ({error}); expected JSON as in {LINKS}") from None
+    return _check(raw, str(path), f"see those in {LINKS}").link(path.stem, path.parent)
+
+
+def read_trace(path: Path) -> list[TraceRow]:
+    """Rows of a trace: a CSV with the columns ``ms`` and ``mbps``, and maybe ``up_mbps`` and ``rtt_ms``.
+
+    Raises:
+        ValueError: there is no such file, or it is malformed.
+    """
+    expected = "expected a header ms,mbps (up_mbps and rtt_ms may follow) and at least two rows of numbers"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: expected the CSV of a trace")
+    try:
+        with path.open(newline="") as file:
+            rows = ROWS.validate_python(list(csv.DictReader(file, restval="")))
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a trace ({_first_error(error)}); {expected}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a trace ({error}); {expected}") from None
+    for number, (row, following) in enumerate(itertools.pairwise(rows), 1):
+        if following.ms <= row.ms:
+            raise ValueError(f"{path} is not a trace (row {number}: ms does not ascend); sort the rows by time")
+    return rows
+
+
+def _literal(source: str) -> dict[str, Any]:
+    """``constant:key=number,…`` as the data of a file."""
+    data: dict[str, Any] = {"kind": "constant"}
+    for part in source.removeprefix("constant:").split(","):
+        key, _, number = part.partition("=")
+        try:
+            data[LITERAL_KEYS[key.strip()]] = float(number)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"link {source!r}: {part!r} is not one of {', '.join(LITERAL_KEYS)} with a number; expected {LITERAL!r}"
+            ) from None
+    return data
+
+
+def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | TraceData:
+    """The data of a link, or one sentence about what is wrong with it."""
+    try:
+        return DATA.validate_python(raw)
+    except ValidationError as error:
+        raise ValueError(f"{what} is not a link ({_first_error(error)}); {hint}") from None
+
+
+def _first_error(error: ValidationError) -> str:
+    """Place and reason of the first thing that is wrong."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")

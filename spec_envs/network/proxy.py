@@ -1,0 +1,256 @@
+"""A TCP proxy that gives a real connection the rate and the delay of a simulated link:
+`python -m spec_envs.network.proxy --listen 8766 --to 127.0.0.1:8765 --link markov-1-500`.
+
+Bytes pass a token bucket of their direction, then half a round trip during which others pass the bucket. Nothing is
+lost: a link's ``loss`` is left to those who compute with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from spec_envs.network.link import LINKS, LITERAL, PACKET, Link, load_link
+
+LOG = logging.getLogger(__name__)
+BURST = 0.002  # seconds of the rate that an idle direction saves up: what timers miss
+CHUNK_SECONDS, CHUNK = 0.01, 65536  # bytes of one chunk last at most so long, and are at most so many
+CHUNKS = 1024  # under way in one direction before it stops reading
+Chunks = asyncio.Queue[tuple[float, bytes]]  # when to deliver, and what; no bytes: the end
+
+
+class Way:
+    """One direction of the link: a token bucket that all connections share.
+
+    Args:
+        rate: bytes per second at this moment.
+    """
+
+    def __init__(self, rate: Callable[[], float]):
+        self.rate = rate
+        self.free = 0.0  # when all that was let in so far has left
+
+    @property
+    def chunk(self) -> int:
+        """Bytes to take at a time, so few that a new rate is soon felt."""
+        return int(np.clip(self.rate() * CHUNK_SECONDS, PACKET, CHUNK))
+
+    async def send(self, size: int) -> None:
+        """Return when the last of ``size`` bytes has left."""
+        now = asyncio.get_running_loop().time()
+        self.free = max(self.free, now - BURST) + size / self.rate()
+        if self.free > now:
+            await asyncio.sleep(self.free - now)
+
+
+class ShapedProxy:
+    """Forwards every connection to one address, over a simulated link; the side that connects is the edge.
+
+    Both ``with`` (on a thread of its own) and ``async with`` start and stop it.
+
+    Args:
+        link: whose state counts; it is reset at the start.
+        to: host and port of the server behind.
+        listen: host and port; port 0 takes a free one.
+        seed: of the states and the jitter.
+        interval: seconds after which the state moves.
+
+    Attributes:
+        port: that it listens on.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        to: tuple[str, int],
+        listen: tuple[str, int] = ("127.0.0.1", 0),
+        seed: int = 0,
+        interval: float = 0.2,
+    ):
+        self.link, self.to, self.listen, self.seed, self.interval = link, to, listen, seed, interval
+        self.port = listen[1]
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.up, self.down = Way(lambda: link.state.up), Way(lambda: link.state.down)
+
+    async def __aenter__(self) -> Self:
+        self.link.reset(np.random.default_rng(self.seed))
+        try:
+            self.server = await asyncio.start_server(self._connected, *self.listen)
+        except OSError as error:
+            host, port = self.listen
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+            raise OSError(f"could not listen on {host}:{port} ({reason}); choose another address") from None
+        self.port = self.server.sockets[0].getsockname()[1]
+        self._keep(asyncio.create_task(self._move()))
+        return self
+
+    async def __aexit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close on the next turn of the loop
+
+    def __enter__(self) -> Self:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="shaped-proxy", daemon=True)
+        self.thread.start()
+        try:
+            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self.loop).result()
+        except BaseException:
+            self._end_thread()
+            raise
+
+    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        asyncio.run_coroutine_threadsafe(self.__aexit__(), self.loop).result()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Hold on to a task until it is done."""
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _move(self) -> None:
+        """The state moves on, whether anything is sent or not."""
+        while True:
+            await asyncio.sleep(self.interval)
+            self.link.move()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward a new connection."""
+        self._keep(asyncio.create_task(self._forward(reader, writer)))
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward until both sides have said their last, or one is gone."""
+        up: Chunks = asyncio.Queue(CHUNKS)
+        down: Chunks = asyncio.Queue(CHUNKS)
+        try:
+            far_reader, far_writer = await asyncio.open_connection(*self.to)
+        except OSError as error:
+            LOG.warning("no connection to %s:%d (%s); is the server running?", *self.to, error)
+            writer.transport.abort()
+            return
+        writers = (writer, far_writer)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._take(reader, self.up, up))
+                group.create_task(deliver(up, far_writer))
+                group.create_task(self._take(far_reader, self.down, down))
+                group.create_task(deliver(down, writer))
+            for each in writers:
+                each.close()
+        except* OSError:
+            pass  # the other side hears of it below
+        finally:
+            for each in writers:
+                if not each.is_closing():
+                    each.transport.abort()
+
+    async def _take(self, reader: asyncio.StreamReader, way: Way, chunks: Chunks) -> None:
+        """Let bytes in at the rate of their direction, and say when they arrive: in order, after half a round trip.
+
+        Half the jitter is drawn for every message, which is what comes while nothing before it is under way.
+        """
+        loop, arrival, jitter = asyncio.get_running_loop(), 0.0, 0.0
+        while data := await reader.read(way.chunk):
+            if arrival <= loop.time():
+                jitter = self.link.jitter() / 2
+            await way.send(len(data))
+            arrival = max(arrival, loop.time() + self.link.state.rtt / 2 + jitter)
+            await chunks.put((arrival, data))
+        await chunks.put((max(arrival, loop.time() + self.link.state.rtt / 2), b""))
+
+
+async def deliver(chunks: Chunks, writer: asyncio.StreamWriter) -> None:
+    """Write chunks when they arrive; the last one is the end."""
+    loop = asyncio.get_running_loop()
+    while True:
+        arrival, data = await chunks.get()
+        if (wait := arrival - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        if not data:
+            writer.write_eof()
+            return
+        writer.write(data)
+        await writer.drain()
+
+
+def address(text: str) -> tuple[str, int]:
+    """``PORT`` of loopback, or ``HOST:PORT``."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; expected PORT or HOST:PORT")
+    return host or "127.0.0.1", int(port)
+
+
+def milliseconds(text: str) -> float:
+    """A positive time in seconds, given in ms."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected milliseconds above 0")
+    return value / 1e3
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="A TCP proxy that gives connections the rate and the delay of a simulated link.",
+        epilog="Example: --listen 8766 --to 127.0.0.1:8765 --link markov-1-500. Who connects to --listen is the edge: "
+        "its bytes go up. The rate of a direction is shared by all connections; lost packets are not imitated.",
+    )
+    parser.add_argument(
+        "--listen", type=address, required=True, metavar="[HOST:]PORT", help="where to listen (host: loopback)"
+    )
+    parser.add_argument("--to", type=address, required=True, metavar="[HOST:]PORT", help="the server behind")
+    shipped = ", ".join(sorted(path.stem for path in LINKS.glob("*.json")))
+    parser.add_argument(
+        "--link", required=True, help=f"{shipped}; a JSON file; a .csv of ms,mbps; or a literal {LITERAL}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of states and jitter (default: 0)")
+    parser.add_argument(
+        "--interval-ms",
+        type=milliseconds,
+        default="200",
+        dest="interval",
+        metavar="MS",
+        help="time after which the link's state moves (default: 200)",
+    )
+    return parser.parse_args()
+
+
+async def run(proxy: ShapedProxy) -> None:
+    """Forward until interrupted."""
+    async with proxy:
+        print(f"{proxy.listen[0]}:{proxy.port} → {proxy.to[0]}:{proxy.to[1]} over {proxy.link.name}", flush=True)
+        await asyncio.Event().wait()
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        link = load_link(args.link)
+        asyncio.run(run(ShapedProxy(link, args.to, args.listen, args.seed, args.interval)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()
