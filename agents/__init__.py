@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from agents.fixed import FixedAgent
 from agents.gammatune import GammaTuneAgent
 from agents.hf_schedule import ScheduleAgent
 from agents.random import RandomAgent
+from agents.rl_adapter import Settings
+from agents.rl_adapter_agent import RLAdapterAgent
 from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
 from agents.specdec_plus import SpecDecPlusAgent
 from agents.svip import SvipAgent
@@ -38,6 +41,7 @@ AGENTS: dict[str, Callable[..., Any]] = {
     "gammatune": GammaTuneAgent,
     "ucb": UcbAgent,
     "specdec++": SpecDecPlusAgent,
+    "rl-adapter": RLAdapterAgent,
     **{name: partial(SB3Agent, algorithm=name) for name in ALGORITHMS},
 }
 
@@ -75,6 +79,8 @@ def known_hyperparameters(name: str) -> set[str]:
     known = set(inspect.signature(AGENTS[name]).parameters)
     if name in ALGORITHMS:
         known |= set(inspect.signature(ALGORITHMS[name]).parameters) - RESERVED
+    if name == "rl-adapter":
+        known |= {field.name for field in fields(Settings)}
     return known - {"control", "algorithm", "hyperparameters", "seed", "total_timesteps"}
 
 

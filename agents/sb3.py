@@ -23,6 +23,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch import nn
 
 from agents.bare import bare
+from agents.ddqn import DoubleDQN
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
 from spec_envs.files import whole, write_bytes, write_torch
@@ -33,12 +34,13 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "trpo": TRPO,
     "recurrent-ppo": RecurrentPPO,
     "dqn": DQN,
+    "ddqn": DoubleDQN,
     "qrdqn": QRDQN,
 }
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
 RESERVED = {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
     *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
-    *("_init_setup_model", "rollout_buffer_class", "rollout_buffer_kwargs"),
+    *("_init_setup_model", "base", "rollout_buffer_class", "rollout_buffer_kwargs"),
     *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
 }
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
