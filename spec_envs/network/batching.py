@@ -1,0 +1,81 @@
+"""Requests that wait at the same time share a forward."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from spec_envs.network.engine import Answer, Engine, Job
+from spec_envs.network.metrics import Metrics
+
+
+@dataclass
+class Waiting:
+    """A job that nobody works on yet."""
+
+    job: Job
+    done: asyncio.Future[Done]
+    since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An answer, the seconds that computing it took, and those that it waited before."""
+
+    answer: Answer
+    seconds: float
+    queued: float
+
+
+class Batcher:
+    """Runs an engine off the event loop, one forward after another; what came in meanwhile is the next batch.
+
+    Args:
+        together: whether a batch may have more than one job.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, together: bool = True):
+        self.engine, self.metrics, self.together = engine, metrics, together
+        self.waiting: list[Waiting] = []
+        self.some = asyncio.Event()
+
+    async def answer(self, job: Job) -> Done:
+        """The answer to a job, once its turn has come."""
+        waiting = Waiting(job, asyncio.get_running_loop().create_future())
+        self.waiting.append(waiting)
+        self.some.set()
+        return await waiting.done
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "target") as executor:
+            while True:
+                await self.some.wait()
+                batch = self._next()
+                begin = time.perf_counter()
+                try:
+                    answers = await loop.run_in_executor(executor, self.engine.run, [w.job for w in batch])
+                except Exception as error:
+                    for waiting in batch:
+                        if not waiting.done.cancelled():
+                            waiting.done.set_exception(error)
+                    continue
+                seconds = time.perf_counter() - begin
+                for waiting, answer in zip(batch, answers, strict=True):
+                    self.metrics.judged(waiting.job, answer, begin - waiting.since)
+                    if not waiting.done.cancelled():
+                        waiting.done.set_result(Done(answer, seconds, begin - waiting.since))
+                self.metrics.batch.observe(len(batch))
+                self.metrics.forward.observe(seconds)
+
+    def _next(self) -> list[Waiting]:
+        """Who is served next: everybody who waits, or who has waited longest; not who went away."""
+        alive = [w for w in self.waiting if not w.done.cancelled()]
+        batch = alive if self.together else alive[:1]
+        self.waiting = alive[len(batch) :]
+        if not self.waiting:
+            self.some.clear()
+        return batch

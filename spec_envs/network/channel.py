@@ -1,0 +1,318 @@
+"""Where an edge's requests go: over a WebSocket to a cloud, or over a simulated link to one in this process."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from spec_envs.decoding.verifier import Traffic
+from spec_envs.network.engine import Engine, Session
+from spec_envs.network.link import Link
+from spec_envs.network.wire import (
+    LATER,
+    MAX_BYTES,
+    Hello,
+    Message,
+    Plain,
+    Refused,
+    Tokens,
+    Verdict,
+    Verify,
+    Welcome,
+    decode,
+    encode,
+    expect,
+    unpack_ids,
+)
+
+TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the bearer token of a cloud that wants one
+
+
+class CloudAway(ConnectionError):
+    """The cloud does not answer."""
+
+
+class Channel(Protocol):
+    """Requests and answers of one session at a time.
+
+    Attributes:
+        rtt: seconds of a round trip of next to nothing, as last seen.
+    """
+
+    rtt: float
+
+    def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
+        """A new session."""
+
+    def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
+        """The answer to a request that is made out for what the cloud has of the text: ``shared`` tokens, or fewer."""
+
+    def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
+        """The tokens of plain decoding as they come."""
+
+    def another(self) -> Channel:
+        """A channel to the same cloud over the same kind of link."""
+
+    def close(self) -> None:
+        """End the session; may be called twice."""
+
+
+class SimulatedChannel:
+    """A cloud in this process behind a simulated link: messages are encoded and decoded as they would be, what they take
+    on the link is computed, nobody waits for it.
+
+    Args:
+        engine: with a session to spare.
+        link: moves on with every request.
+    """
+
+    def __init__(self, engine: Engine, link: Link):
+        self.engine, self.link = engine, link
+        self.session: Session | None = None
+        self.rtt = link.state.rtt
+
+    def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
+        self.close()
+        self.link.reset(rng)
+        frame = encode(hello)
+        self.session = self.engine.open(expect(decode(frame), Hello))
+        reply = encode(Welcome(0, self.engine.context, self.engine.vocab, "simulated"))
+        traffic = self._traffic(len(frame), len(reply))
+        self.rtt = self.link.state.rtt
+        return expect(decode(reply), Welcome), traffic
+
+    def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
+        frame = encode(request(shared))
+        reply = encode(self.judge(expect(decode(frame), Verify)))
+        self.rtt = self.link.state.rtt
+        traffic = self._traffic(len(frame), len(reply))
+        self.link.move()
+        return expect(decode(reply), Verdict), traffic
+
+    def judge(self, request: Verify) -> Verdict:
+        """The cloud's answer."""
+        assert self.session is not None
+        [answer] = self.engine.run([self.engine.job(self.session, request)])
+        return answer.verdict(request.number, seconds=0.0, queued=0.0)
+
+    def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
+        plain = request(shared)
+        frame, first = encode(plain), True
+        self.rtt = self.link.state.rtt
+        for tokens in self.tokens(expect(decode(frame), Plain)):
+            reply = encode(tokens)
+            if first:
+                traffic = self._traffic(len(frame), len(reply))
+            else:
+                traffic = Traffic(0, len(reply), self.link.push(len(reply)), True)
+            first = False
+            if tokens.last:
+                self.link.move()
+            yield expect(decode(reply), Tokens), traffic
+
+    def tokens(self, request: Plain) -> Iterator[Tokens]:
+        """The cloud's answers."""
+        assert self.session is not None
+        stop, job = set(unpack_ids(request.stop, self.engine.vocab).tolist()), self.engine.job(self.session, request)
+        for left in range(request.count - 1, -1, -1):
+            [answer] = self.engine.run([job])
+            assert answer.token is not None
+            last = not left or answer.token in stop
+            yield Tokens(request.number, answer.token, last, 0.0, 0.0)
+            if last:
+                return
+            job = self.engine.going_on(job)
+
+    def another(self) -> SimulatedChannel:
+        return SimulatedChannel(self.engine.another(), self.link)
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.engine.close(self.session)
+            self.session = None
+
+    def _traffic(self, up: int, down: int) -> Traffic:
+        return Traffic(up, down, self.link.seconds(up, down), True)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a failure is of the connection, or passes, so that trying again may help."""
+    if isinstance(error, InvalidStatus):
+        return error.response.status_code >= 500
+    if isinstance(error, Refused):
+        return error.code in (*LATER, "message")
+    return isinstance(error, (OSError, WebSocketException, EOFError))
+
+
+class SocketChannel:
+    """A WebSocket to a cloud. Where the connection is lost it is opened anew, with back-off, and the request is made again
+    for what the cloud still has of the text; the cloud's answer is the same.
+
+    Args:
+        url: ``ws://host:port`` or ``wss://…``.
+        patience: seconds after which a cloud that does not answer is given up.
+        timeout: seconds that an answer may take.
+        token: for a cloud that wants one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
+    """
+
+    def __init__(self, url: str, patience: float = 20.0, timeout: float = 60.0, token: str | None = None):
+        if not url.startswith(("ws://", "wss://")):
+            raise ValueError(f"the cloud's address is {url!r}; expected ws://host:port, or wss:// with TLS")
+        self.url, self.patience, self.timeout = url, patience, timeout
+        self.token = token if token is not None else os.environ.get(TOKEN, "")
+        self.connection: ClientConnection | None = None
+        self.hello: Hello | None = None
+        self.have = 0  # tokens that the cloud had when the connection was opened
+        self.rtt = 0.0
+
+    def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
+        self.hello = hello
+
+        def attempt() -> tuple[Welcome, Traffic]:
+            if self.connection is None:
+                self._connect()
+            return self._greet()
+
+        return self._patiently(attempt)
+
+    def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
+        def attempt() -> tuple[Verdict, Traffic]:
+            message = request(self._reconnected(shared))
+            began = time.perf_counter()
+            up = self._send(message)
+            verdict, down = self._answer(message.number, Verdict)
+            elapsed = time.perf_counter() - began
+            assert self.connection is not None
+            self.rtt = self.connection.latency or self.rtt
+            return verdict, Traffic(up, down, max(0.0, elapsed - verdict.seconds - verdict.queued))
+
+        return self._patiently(attempt)
+
+    def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
+        got: list[Tokens] = []
+
+        def attempt() -> tuple[Tokens, Traffic]:
+            up, began = 0, time.perf_counter()
+            if self.connection is None or not got:
+                plain = request(self._reconnected(shared))
+                self.number, self.due = plain.number, len(got)  # what was had already comes again
+                up = self._send(plain)
+            while True:
+                tokens, down = self._answer(self.number, Tokens)
+                if not self.due:
+                    break
+                self.due -= 1
+            elapsed = time.perf_counter() - began
+            return tokens, Traffic(up, down, max(0.0, elapsed - tokens.seconds - tokens.queued))
+
+        while not got or not got[-1].last:
+            tokens, traffic = self._patiently(attempt)
+            got.append(tokens)
+            yield tokens, traffic
+
+    def another(self) -> SocketChannel:
+        return SocketChannel(self.url, self.patience, self.timeout, self.token)
+
+    def close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close()
+
+    def _patiently(self, attempt: Callable[[], Any]) -> Any:
+        """The outcome of an attempt that may take several."""
+
+        def drop(state: RetryCallState) -> None:
+            if state.outcome is not None and state.outcome.failed:
+                self._drop()
+
+        tries = Retrying(
+            retry=retry_if_exception(lost),
+            wait=wait_random_exponential(multiplier=0.05, max=2.0),
+            stop=stop_after_delay(self.patience),
+            after=drop,
+            reraise=True,
+        )
+        try:
+            return tries(attempt)
+        except BaseException as error:
+            self._drop()
+            if isinstance(error, InvalidStatus) and error.response.status_code == 401:
+                raise ValueError(f"the cloud at {self.url} wants a bearer token; set {TOKEN} to its own") from None
+            if isinstance(error, Refused) and not lost(error):
+                raise ValueError(f"the cloud at {self.url} refused: {error}") from None
+            if isinstance(error, (Refused, WebSocketException, OSError, EOFError)):
+                raise CloudAway(
+                    f"the cloud at {self.url} does not answer ({str(error) or type(error).__name__}); "
+                    "start one with `make cloud`, or check the address"
+                ) from None
+            raise
+
+    def _connect(self) -> None:
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        context = ssl.create_default_context() if self.url.startswith("wss://") else None
+        try:
+            self.connection = connect(
+                self.url, additional_headers=headers, ssl=context, max_size=MAX_BYTES, compression=None, proxy=None,
+                open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None,
+            )  # fmt: skip
+        except InvalidHandshake:
+            raise
+        except EOFError as error:  # closed in the middle of the handshake
+            raise ConnectionError(str(error)) from None
+
+    def _greet(self) -> tuple[Welcome, Traffic]:
+        """Say hello on a connection that is open."""
+        assert self.hello is not None
+        began = time.perf_counter()
+        up = self._send(self.hello)
+        while isinstance(message := decode(reply := self._receive()), (Verdict, Tokens)):
+            pass  # of a text that was broken off
+        self.rtt = time.perf_counter() - began
+        welcome = expect(message, Welcome)
+        self.have = welcome.have
+        return welcome, Traffic(up, len(reply), self.rtt)
+
+    def _reconnected(self, shared: int) -> int:
+        """How many tokens of the text the cloud has, of which ``shared`` are known to be right."""
+        if self.connection is None:
+            self._connect()
+            self._greet()
+            return min(shared, self.have)
+        return shared
+
+    def _send(self, message: Message) -> int:
+        """Send a message, and behind it a ping, which is answered whatever the cloud computes."""
+        frame = encode(message)
+        assert self.connection is not None
+        self.connection.send(frame)
+        self.connection.ping()
+        return len(frame)
+
+    def _receive(self) -> Any:
+        assert self.connection is not None
+        return self.connection.recv(timeout=self.timeout)
+
+    def _answer(self, number: int, kind: Any) -> tuple[Any, int]:
+        """The answer to request ``number``; others, which belong to a request made twice, are passed over."""
+        while True:
+            reply = self._receive()
+            message = decode(reply)
+            if isinstance(message, (Verdict, Tokens)) and message.number != number:
+                continue
+            if isinstance(message, Welcome):
+                continue
+            return expect(message, kind), len(reply)
+
+    def _drop(self) -> None:
+        """Give up a connection that failed."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.socket.close()

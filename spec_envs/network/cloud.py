@@ -1,0 +1,377 @@
+"""The cloud: a WebSocket server with the target, which judges the drafts of many edges (`make cloud`).
+
+Listens on loopback unless told otherwise; on any other address edges have to know a bearer token, read from the
+environment variable SPEC_ENVS_TOKEN. `/healthz` and Prometheus' `/metrics` are on the same port. SIGTERM lets texts that
+are under way come to their end, and takes no new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import logging
+import os
+import signal
+import ssl
+import sys
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import torch
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from spec_envs.decoding.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
+from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.network.batching import Batcher
+from spec_envs.network.channel import TOKEN
+from spec_envs.network.engine import Engine, Session
+from spec_envs.network.metrics import Metrics
+from spec_envs.network.wire import (
+    MAX_BYTES,
+    Hello,
+    Message,
+    Plain,
+    Refused,
+    Tokens,
+    Verify,
+    Welcome,
+    decode,
+    encode,
+    unpack_ids,
+    vocabulary_hash,
+)
+
+PORT = 8765
+GOING_AWAY, POLICY = 1001, 1008  # WebSocket close codes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the cloud allows.
+
+    Attributes:
+        sessions: at once; twice as many connections.
+        tokens: of a text.
+        message: bytes.
+        idle: seconds after which a connection on which nothing comes in is closed, and a session without one forgotten.
+        grace: seconds that texts under way have when the cloud shuts down.
+    """
+
+    sessions: int = 64
+    tokens: int = 2048
+    message: int = MAX_BYTES
+    idle: float = 300.0
+    grace: float = 20.0
+
+
+class Cloud:
+    """Serves the sessions of an engine.
+
+    Args:
+        engine: the target with room for ``limits.sessions``.
+        name: of the target, for the edges.
+        limits: see ``Limits``.
+        token: that edges have to bear; empty asks for none.
+        batching: whether requests that wait at the same time share a forward.
+    """
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, token: str = "", batching: bool = True):
+        self.engine, self.name, self.limits, self.token = engine, name, limits, token
+        self.metrics = Metrics()
+        self.batcher = Batcher(engine, self.metrics, batching)
+        self.attached: dict[bytes, ServerConnection] = {}  # by session
+        self.detached: dict[bytes, float] = {}  # when the connections of sessions were lost
+        self.connections = 0
+        self.draining = False
+
+    @contextlib.asynccontextmanager
+    async def listening(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> Any:
+        """Serve while the block lasts; yields the server."""
+        async with (
+            serve(
+                self.connected, host, port, ssl=tls, process_request=self.received, max_size=self.limits.message,
+                compression=None, ping_interval=None, close_timeout=2.0, server_header=None, max_queue=4,
+            ) as server,
+            asyncio.TaskGroup() as tasks,
+        ):  # fmt: skip
+            running = [tasks.create_task(self.batcher.run()), tasks.create_task(self._forget_lost())]
+            try:
+                yield server
+            finally:
+                for task in running:
+                    task.cancel()
+
+    def received(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer plain HTTP, and refuse connections before they are made."""
+        if request.path == "/healthz":
+            return connection.respond(
+                HTTPStatus.SERVICE_UNAVAILABLE if self.draining else HTTPStatus.OK,
+                "draining\n" if self.draining else "ok\n",
+            )
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "expected Authorization: Bearer and the cloud's token\n")
+        if request.path == "/metrics":
+            kind, body = self.metrics.page()
+            headers = Headers({"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"})
+            return Response(HTTPStatus.OK.value, "OK", headers, body)
+        if request.path != "/":
+            return connection.respond(HTTPStatus.NOT_FOUND, "there are /, /healthz and /metrics\n")
+        if self.connections >= 2 * self.limits.sessions:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections; try again later\n")
+        return None
+
+    async def connected(self, connection: ServerConnection) -> None:
+        """Serve one connection to its end."""
+        self.connections += 1
+        talk = Conversation(self, connection)
+        try:
+            while True:
+                async with asyncio.timeout(self.limits.idle):
+                    frame = await connection.recv()
+                self.metrics.received.inc(len(frame))
+                await talk.take(frame)
+        except Refused as refused:
+            self.metrics.refused.labels(refused.code).inc()
+            with contextlib.suppress(ConnectionClosed):
+                await connection.send(encode(refused.message()))
+                await connection.close(POLICY, refused.code)
+        except TimeoutError:
+            await connection.close(POLICY, "nothing came in")
+        except ConnectionClosed:
+            pass
+        finally:
+            self.connections -= 1
+            await talk.end()
+
+    def attach(self, hello: Hello, connection: ServerConnection) -> Session:
+        """The session of a greeting, which from now on belongs to this connection.
+
+        Raises:
+            Refused: there is none to be had.
+        """
+        if self.draining and hello.session not in self.engine.sessions:
+            raise Refused("draining", "the cloud is shutting down and takes no new texts; try another one, or later")
+        if not self.engine.free and self.detached and hello.session not in self.engine.sessions:
+            self.forget(min(self.detached, key=self.detached.__getitem__))  # who left first
+        session = self.engine.open(hello)
+        other = self.attached.get(hello.session)
+        if other is not None and other is not connection:
+            other.transport.abort()  # the edge came back before its loss was noticed here
+        self.attached[hello.session] = connection
+        self.detached.pop(hello.session, None)
+        self.metrics.sessions.set(len(self.engine.sessions))
+        return session
+
+    def detach(self, session: Session, connection: ServerConnection, lost: bool) -> None:
+        """A connection goes; where it was ``lost`` its session is kept for a while."""
+        key = session.hello.session
+        if self.attached.get(key) is not connection:
+            return
+        del self.attached[key]
+        self.detached[key] = time.monotonic()
+        if not lost:
+            self.forget(key)
+
+    def forget(self, key: bytes) -> None:
+        """Drop a session without a connection."""
+        del self.detached[key]
+        self.engine.close(self.engine.sessions[key])
+        self.metrics.sessions.set(len(self.engine.sessions))
+
+    async def _forget_lost(self) -> None:
+        """Drop sessions whose edges do not come back."""
+        while True:
+            await asyncio.sleep(min(1.0, self.limits.idle / 4))
+            now = time.monotonic()
+            for key in [key for key, since in self.detached.items() if now - since > self.limits.idle]:
+                self.forget(key)
+
+    async def drain(self) -> None:
+        """Take no new texts, and wait for those under way."""
+        self.draining = True
+        begin = time.monotonic()
+        while self.attached and time.monotonic() - begin < self.limits.grace:
+            await asyncio.sleep(0.05)
+
+
+class Conversation:
+    """What is said on one connection."""
+
+    def __init__(self, cloud: Cloud, connection: ServerConnection):
+        self.cloud, self.connection = cloud, connection
+        self.session: Session | None = None
+        self.number = -1  # of the last request: one that comes in twice is not served twice
+        self.streaming: asyncio.Task[None] | None = None
+
+    async def take(self, frame: Any) -> None:
+        """Answer a message.
+
+        Raises:
+            Refused: it cannot be.
+        """
+        message = decode(frame)
+        if isinstance(message, Hello):
+            await self._stop_streaming()
+            await self._greet(message)
+        elif not isinstance(message, (Verify, Plain)):
+            raise Refused("message", f"a {type(message).__name__} came in; expected a request")
+        elif self.session is None:
+            raise Refused("message", f"a {type(message).__name__} came in; expected Hello first")
+        elif message.number > self.number:
+            self.number = message.number
+            await self._stop_streaming()
+            job = self.cloud.engine.job(self.session, message)
+            if isinstance(message, Plain):
+                self.streaming = asyncio.create_task(self._stream(message, job))
+                return
+            done = await self.cloud.batcher.answer(job)
+            await self._send(done.answer.verdict(message.number, done.seconds, done.queued))
+
+    async def _greet(self, hello: Hello) -> None:
+        old, self.session = self.session, self.cloud.attach(hello, self.connection)
+        if old is not None and old is not self.session:
+            self.cloud.detach(old, self.connection, lost=False)
+        engine = self.cloud.engine
+        await self._send(Welcome(len(self.session.tokens), engine.context, engine.vocab, self.cloud.name))
+
+    async def _stream(self, request: Plain, job: Any) -> None:
+        """Send token after token."""
+        engine = self.cloud.engine
+        stop = set(unpack_ids(request.stop, engine.vocab).tolist())
+        with contextlib.suppress(ConnectionClosed):
+            for left in range(request.count - 1, -1, -1):
+                done = await self.cloud.batcher.answer(job)
+                token = done.answer.token
+                assert token is not None
+                last = not left or token in stop
+                await self._send(Tokens(request.number, token, last, done.seconds, done.queued))
+                if last:
+                    return
+                job = engine.going_on(job)
+
+    async def _stop_streaming(self) -> None:
+        """Break off plain decoding that nobody wants any more."""
+        if self.streaming is not None:
+            self.streaming.cancel()
+            await asyncio.gather(self.streaming, return_exceptions=True)
+            self.streaming = None
+
+    async def _send(self, message: Message) -> None:
+        frame = encode(message)
+        self.cloud.metrics.sent.inc(len(frame))
+        await self.connection.send(frame)
+
+    async def end(self) -> None:
+        """The connection is closed: with a greeting, or it was lost."""
+        await self._stop_streaming()
+        if self.session is not None:
+            lost = self.connection.protocol.close_rcvd is None
+            self.cloud.detach(self.session, self.connection, lost)
+
+
+def warm(engine: Engine) -> None:
+    """The first forwards, which are slow, before anybody waits for one."""
+    hello = Hello(1, engine.vocabulary, bytes(16), 1.0, 1.0, 0)
+    session = engine.open(hello)
+    for rows in (32, 1, 8):
+        engine.run([engine.job(session, Verify(0, 0, bytes(rows * 4), b"", "ids"))])
+    engine.close(session)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help=f"port to listen on; 0 takes a free one (default {PORT})"
+    )
+    parser.add_argument("--tls-certificate", help="PEM file with the certificate chain")
+    parser.add_argument("--tls-key", help="PEM file with its key")
+    parser.add_argument("--sessions", type=int, default=64, help="texts at once (default 64)")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="longest text, the prompt included (default 2048)")
+    parser.add_argument("--max-message", type=int, default=MAX_BYTES, help="longest message in bytes (default 16 MiB)")
+    parser.add_argument(
+        "--idle", type=float, default=300.0, help="seconds until a silent edge is forgotten (default 300)"
+    )
+    parser.add_argument("--grace", type=float, default=20.0, help="seconds that SIGTERM leaves to texts (default 20)")
+    parser.add_argument("--no-batching", action="store_true", help="a forward of its own for every request")
+    parser.add_argument("--threads", type=int, help="of torch (default: all processors)")
+    return parser.parse_args()
+
+
+def opened(args: argparse.Namespace) -> tuple[Cloud, ssl.SSLContext | None]:
+    """The cloud that the arguments describe.
+
+    Raises:
+        ValueError: arguments that make no sense together.
+    """
+    token = os.environ.get(TOKEN, "")
+    if not is_loopback(args.host) and not token:
+        raise ValueError(
+            f"host is {args.host}, which others can reach; set the environment variable {TOKEN} to a secret that edges "
+            "have to bear, or listen on 127.0.0.1"
+        )
+    if args.sessions < 1 or args.max_tokens < 2 or args.max_message < 1 or args.idle <= 0:
+        raise ValueError("sessions, max-tokens, max-message and idle are to be positive")
+    if bool(args.tls_certificate) != bool(args.tls_key):
+        raise ValueError("TLS needs both --tls-certificate and --tls-key")
+    tls = None
+    if args.tls_certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(args.tls_certificate, args.tls_key)
+    elif not is_loopback(args.host):
+        print("warning: without TLS the token and all texts can be read on the way", file=sys.stderr)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    target = load_target(args.target, device, resolve_dtype(args.dtype, device, [args.target]))
+    vocabulary = vocabulary_hash(load_tokenizer(args.target))
+    engine = Engine(target, vocabulary, args.sessions, args.max_tokens)
+    warm(engine)
+    limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace)
+    return Cloud(engine, args.target, limits, token, not args.no_batching), tls
+
+
+async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with cloud.listening(host, port, tls) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        print(f"listening on {'wss' if tls else 'ws'}://{host}:{port}", flush=True)
+        await stop.wait()
+        await cloud.drain()
+
+
+def main() -> None:
+    args = arguments()
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # what strangers send is no error of ours
+    try:
+        cloud, tls = opened(args)
+        asyncio.run(run(cloud, args.host, args.port, tls))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
