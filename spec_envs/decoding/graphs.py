@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.cache import KVCache, SlotBatch
 from spec_envs.decoding.layers import Layers
 from spec_envs.decoding.rope import Rope
 
@@ -63,7 +63,7 @@ class GraphedLayers:
     def __call__(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: KVCache | SlotBatch,
         rope: Rope,
         positions: Tensor,
         seen: Tensor | None = None,
@@ -74,7 +74,8 @@ class GraphedLayers:
     ) -> Outputs:
         """See ``Layers``."""
         batch, n = x.shape[:2]
-        if batch > 1 or padding is not None or n > MAX_ROWS or cache.length == 0:
+        direct = batch > 1 or padding is not None or n > MAX_ROWS
+        if direct or isinstance(cache, SlotBatch) or cache.length == 0:
             return self.layers(x, cache, rope, positions, seen, padding, layers, capture, entering)
         columns = min(-(-(cache.length + n) // BUCKET) * BUCKET, cache.data.shape[4])
         key = (cache.data.data_ptr(), n, columns, layers, tuple(capture), entering is None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.cache import KVCache, SlotBatch
 from spec_envs.decoding.kernels import threads
 from spec_envs.decoding.kernels.bindings import CCache, CLayer, CMatrix, CTables, address, floats, library
 from spec_envs.decoding.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
@@ -127,7 +127,7 @@ class Layers:
     def __call__(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: KVCache | SlotBatch,
         rope: Rope,
         positions: Tensor,
         seen: Tensor | None = None,
@@ -138,7 +138,8 @@ class Layers:
     ) -> tuple[Tensor, list[Tensor]]:
         """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
         layers = layers if layers is not None else range(len(self.structures))
-        if x.shape[0] != cache.data.shape[2] or positions.shape != x.shape[:2]:
+        memory = c_cache(cache)
+        if x.shape[0] != memory.batch or positions.shape != x.shape[:2]:
             raise IndexError(f"rows {tuple(x.shape)}, positions {tuple(positions.shape)} and cache do not fit together")
         x = floats(x).clone()
         captured = {i: torch.empty_like(x) for i in sorted(capture) if i in layers}
@@ -152,7 +153,7 @@ class Layers:
             layers.stop,
             x.data_ptr(),
             address(entering),
-            byref(c_cache(cache)),
+            byref(memory),
             x.shape[1],
             positions.data_ptr(),
             byref(c_tables(rope)),
@@ -191,10 +192,13 @@ class Layers:
         return CLayer(*matrices, *map(address, gains), s.hidden, s.heads, s.kv_heads, s.head_dim, s.norm_eps)
 
 
-def c_cache(cache: KVCache) -> CCache:
+def c_cache(cache: KVCache | SlotBatch) -> CCache:
     """The cache as the kernels take it."""
-    _, layers, batch, _, rows, _ = cache.data.shape
-    return CCache(cache.data.data_ptr(), layers, batch, rows, cache.length)
+    _, layers, sequences, _, rows, _ = cache.data.shape
+    memory = (cache.data.data_ptr(), layers, sequences, rows)
+    if isinstance(cache, KVCache):
+        return CCache(*memory, sequences, cache.length)
+    return CCache(*memory, len(cache.slots), 0, cache.slots.data_ptr(), cache.owner.lengths.ctypes.data)
 
 
 def c_tables(rope: Rope) -> CTables:

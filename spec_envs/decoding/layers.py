@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.cache import KVCache, SlotBatch
 from spec_envs.decoding.linear import Linear
 from spec_envs.decoding.rope import Rope, rotate
 from spec_envs.decoding.shape import Shape
@@ -57,7 +57,7 @@ class Layers:
     def __call__(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: KVCache | SlotBatch,
         rope: Rope,
         positions: Tensor,
         seen: Tensor | None = None,
@@ -71,21 +71,20 @@ class Layers:
         Args:
             x: hidden states ``[batch, n, hidden]``.
             rope, positions: tables of rotary positions and which of them the rows have, ``[batch, n]``.
-            seen, padding: see ``KVCache.mask``.
+            seen, padding: see ``KVCache.mask``; None with slots.
             capture: layers whose input is handed out.
             entering: what the first layer's attention reads instead of the norm of x, ``[batch, n, width]``.
 
         Returns:
             Hidden states ``[batch, n, hidden]`` and the captured inputs, in order of layer.
         """
-        mask, end = cache.mask(x.shape[1], seen, padding), cache.length + x.shape[1]
-        rows = slice(cache.length, end)
-        return self.run(x, cache, rope.at(positions), mask, rows, end, layers, capture, entering)
+        rows, columns, mask = cache.place(x.shape[1], seen, padding)
+        return self.run(x, cache, rope.at(positions), mask, rows, columns, layers, capture, entering)
 
     def run(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: KVCache | SlotBatch,
         tables: tuple[Tensor, Tensor],
         mask: Tensor | None,
         rows: slice | Tensor,
@@ -102,7 +101,7 @@ class Layers:
                 captured.append(x)
             layer = self.layers[i]
             read, entering = layer.input_norm(x) if entering is None else entering, None
-            x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], rows, columns, tables, mask)
+            x = x + layer.attend(read, cache.data[0, i], cache.data[1, i], cache.slots, rows, columns, tables, mask)
             x = x + layer.feed(layer.post_norm(x))
         return x, captured
 
@@ -128,25 +127,32 @@ class Layer:
         x: Tensor,
         keys: Tensor,
         values: Tensor,
+        slots: Tensor | None,
         rows: slice | Tensor,
         columns: int,
         tables: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
         """Attention of ``x`` ``[batch, n, width]``, written to ``rows`` of ``[batch, kv_heads, capacity, d]`` and reading
-        its first ``columns``."""
+        its first ``columns``; with ``slots`` ``[batch]`` these are the sequences, and ``rows`` is ``[batch, n]``."""
         s, n = self.shape, x.shape[1]
         heads = self.qkv(x).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim))
         qk, v = heads[:, :, : s.heads + s.kv_heads], heads[:, :, s.heads + s.kv_heads :]
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (s.head_dim,), None, s.norm_eps) * self.qk_gain
         qk = rotate(qk, tables)
-        keys[:, :, rows] = qk[:, :, s.heads :].transpose(1, 2)
-        values[:, :, rows] = v.transpose(1, 2)
+        if slots is None:
+            keys[:, :, rows] = qk[:, :, s.heads :].transpose(1, 2)
+            values[:, :, rows] = v.transpose(1, 2)
+            keys, values = keys[:, :, :columns], values[:, :, :columns]
+        else:
+            keys[slots[:, None], :, rows] = qk[:, :, s.heads :]
+            values[slots[:, None], :, rows] = v
+            keys, values = keys[slots, :, :columns], values[slots, :, :columns]
         attended = F.scaled_dot_product_attention(
             qk[:, :, : s.heads].transpose(1, 2),
-            keys[:, :, :columns],
-            values[:, :, :columns],
+            keys,
+            values,
             attn_mask=mask,
             is_causal=mask is None and n > 1,
             enable_gqa=s.heads != s.kv_heads,

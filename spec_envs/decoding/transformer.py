@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from spec_envs.decoding import int8, layers
-from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.graphs import graphed
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
@@ -82,6 +82,10 @@ class Transformer:
         """An empty cache for ``batch`` sequences of at most ``capacity`` rows."""
         return KVCache(self.shape, capacity, self.precision.cache, self.device, batch)
 
+    def slots(self, count: int, capacity: int) -> Slots:
+        """``count`` empty slots for sequences of at most ``capacity`` rows, each with a length of its own."""
+        return Slots(self.shape, count, capacity, self.precision.cache, self.device)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` of token ids ``[...]``."""
         return F.embedding(ids, self.embedding).to(self.precision.hidden)
@@ -89,7 +93,7 @@ class Transformer:
     def forward(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: KVCache | SlotBatch,
         positions: Tensor,
         seen: Tensor | None = None,
         padding: Tensor | None = None,
@@ -98,22 +102,25 @@ class Transformer:
     ) -> tuple[Tensor, list[Tensor]]:
         """Run ``layers`` (all by default) on new rows behind the cache's committed ones.
 
-        Rows are written to the cache but not committed: set ``cache.length`` or call ``cache.keep``.
+        Rows are written to the cache but not committed: set ``cache.length`` or call ``cache.keep``, and for a batch of
+        slots set the slots' ``lengths``.
 
         Args:
             x: hidden states ``[batch, n, hidden]`` entering the first of ``layers``.
             cache: where earlier rows are read and these are written.
-            positions: rotary positions ``[batch, n]``.
+            positions: rotary positions ``[batch, n]``, below the context in padding rows, too.
             seen: ``[n, m]`` (bool), which of the last m columns each row sees, all columns before them being visible;
                 by default each sees the new rows up to itself.
-            padding: ``[batch]`` columns on the left that nobody sees.
+            padding: ``[batch]`` columns on the left that nobody sees. With slots both are None.
             capture: layers whose input is handed out.
 
         Returns:
             Hidden states ``[batch, n, hidden]`` (before the final norm) and the captured inputs, in order of layer.
+
+        Raises:
+            ValueError: rows that do not fit the cache.
         """
-        if cache.length + x.shape[1] > cache.capacity:
-            raise ValueError(f"{cache.length + x.shape[1]} rows do not fit a cache of {cache.capacity}")
+        cache.check(x, seen, padding)
         return self.layers(x, cache, self.rope, positions, seen, padding, layers, capture)
 
     def output_weight(self) -> Tensor:

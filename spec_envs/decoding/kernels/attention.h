@@ -12,13 +12,13 @@ constexpr int KEYS = 64;  // scored at a time; a cache has rows in multiples of 
 
 // Which keys the new rows see: all earlier ones behind the padding, and of the last `last` columns those named.
 struct Visibility {
-    int64_t count, end, last;  // new rows of a sequence; keys; columns that `lanes` describes
+    int64_t count, last;  // new rows of a sequence; columns that `lanes` describes
     std::vector<uint16_t> lanes;  // [blocks of 16 queries][last]: which queries of the block see the key
     int blocks;
 
     // `seen` [count][last], or null: every row sees the new rows up to itself.
-    Visibility(const uint8_t* seen, int64_t count, int64_t end, int64_t named, int heads_per_key)
-        : count(count), end(end), last(seen ? named : count) {
+    Visibility(const uint8_t* seen, int64_t count, int64_t named, int heads_per_key)
+        : count(count), last(seen ? named : count) {
         blocks = (count * heads_per_key + LANES - 1) / LANES;
         lanes.assign(blocks * last, 0);
         for (int64_t query = 0; query < count * heads_per_key; query++) {
@@ -120,17 +120,18 @@ inline void weigh(const float* weights, const uint16_t* values, int64_t begin, i
 // Attention of block `block` of the queries of one head of keys; call within the scope of a Tiles.
 //
 // queries and out: rows of `stride` and `out_stride` floats; query i belongs to row i / heads_per_key.
+// keys and values: `written` rows, the new ones last, of which nobody sees the first `padding`.
 inline void attend(const float* queries, int64_t stride, const uint16_t* keys, const uint16_t* values,
-                   int64_t padding, const Visibility& visible, int block, int heads_per_key, int head_dim, float* out,
-                   int64_t out_stride, Scratch& s) {
+                   int64_t padding, int64_t written, const Visibility& visible, int block, int heads_per_key,
+                   int head_dim, float* out, int64_t out_stride, Scratch& s) {
     const int here = std::min<int64_t>(LANES, visible.count * heads_per_key - int64_t(block) * LANES);
     const uint16_t* lanes = visible.lanes.data() + block * visible.last;
-    const int64_t base = visible.end - visible.last;
-    int64_t end = visible.end;
+    const int64_t base = written - visible.last;
+    int64_t end = written;
     while (end > base && lanes[end - 1 - base] == 0) end--;
     const int64_t begin = std::min(padding, end);
 
-    if (s.scores.size() < size_t(visible.end + KEYS) * LANES) s.scores.resize((visible.end + KEYS) * LANES);
+    if (s.scores.size() < size_t(written + KEYS) * LANES) s.scores.resize((written + KEYS) * LANES);
     s.queries.assign(head_dim / 2 * LANES, 0);
     const auto at = [&](int query, int64_t stride) {
         const int64_t i = int64_t(block) * LANES + query;

@@ -32,7 +32,11 @@ class CLayer(Structure):
 
 
 class CCache(Structure):
-    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("layers", "batch", "capacity", "length"))]
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("layers", "sequences", "capacity", "batch", "length")),
+        *((name, c_void_p) for name in ("slots", "lengths")),
+    ]
 
 
 class CTables(Structure):

@@ -63,9 +63,15 @@ struct Layer {
     float eps;
 };
 
-struct Cache {  // bfloat16 [2][layers][batch][kv_heads][capacity][head_dim]
+struct Cache {  // bfloat16 [2][layers][sequences][kv_heads][capacity][head_dim]
     uint16_t* data;
-    int64_t layers, batch, capacity, length;
+    int64_t layers, sequences, capacity;
+    int64_t batch, length;  // sequences that have new rows; the committed rows of each
+    // [batch], which sequences have them, and [sequences], committed rows; or null: all of them, `length` rows.
+    const int64_t *slots, *lengths;
+
+    int64_t sequence(int64_t entry) const { return slots ? slots[entry] : entry; }
+    int64_t committed(int64_t entry) const { return slots ? lengths[slots[entry]] : length; }
 };
 
 struct Tables {  // of rotary positions: [rows][head_dim], the sine with the sign of the half it multiplies
@@ -145,14 +151,18 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
             const int64_t* padding, float* const* captured, int64_t threads) {
     const Layer& any = layers[first];
     const int64_t batch = cache->batch, rows = batch * count, hidden = any.hidden, dim = any.head_dim;
-    if (cache->length + count > cache->capacity || named > cache->length + count) return 1;
+    for (int64_t i = 0; i < batch; i++) {
+        if (cache->sequence(i) < 0 || cache->sequence(i) >= cache->sequences) return 1;
+        const int64_t end = cache->committed(i) + count;
+        if (end < count || end > cache->capacity || named > end) return 1;
+    }
     for (int64_t r = 0; r < rows; r++)
         if (positions[r] < 0 || positions[r] >= tables->rows) return 1;
     const int64_t heads = any.heads, kv_heads = any.kv_heads, group = heads / kv_heads;
     const int64_t width = (heads + 2 * kv_heads) * dim, inner = any.down.inputs;
     const int64_t head_stride = cache->capacity * dim, sequence_stride = kv_heads * head_stride;
-    const int64_t side = cache->layers * batch * sequence_stride;
-    const Visibility visible(seen, count, cache->length + count, named, group);
+    const int64_t layer_stride = cache->sequences * sequence_stride, side = cache->layers * layer_stride;
+    const Visibility visible(seen, count, named, group);
     static thread_local std::vector<float> qkv_rows, attended_rows, fed_rows;
     static thread_local Quantised quantised;
     std::vector<float>&qkv = qkv_rows, &attended = attended_rows, &fed = fed_rows;
@@ -168,7 +178,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
         static thread_local Scratch scratch;
         for (int64_t l = first; l < last; l++) {
             const Layer& layer = layers[l];
-            uint16_t* keys = cache->data + l * batch * sequence_stride;
+            uint16_t* keys = cache->data + l * layer_stride;
             uint16_t* values = keys + side;
             const Share own(rows);
             if (captured && captured[l])
@@ -194,8 +204,9 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                     store(v + d + half, b * load(c + half) + a * load(s + half));
                 }
                 if (head < heads) continue;
-                const int64_t sequence = row / count, at = cache->length + row % count;
-                const int64_t offset = sequence * sequence_stride + (head - heads) * head_stride + at * dim;
+                const int64_t entry = row / count, at = cache->committed(entry) + row % count;
+                const int64_t offset =
+                    cache->sequence(entry) * sequence_stride + (head - heads) * head_stride + at * dim;
                 for (int64_t d = 0; d < dim; d += LANES) {
                     store_bfloat16(keys + offset + d, load(v + d));
                     store_bfloat16(values + offset + d, load(v + kv_heads * dim + d));
@@ -205,11 +216,11 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
 #pragma omp for schedule(static)
             for (int task = 0; task < int(batch * kv_heads * visible.blocks); task++) {
                 const int64_t block = task % visible.blocks, head = task / visible.blocks % kv_heads;
-                const int64_t sequence = task / visible.blocks / kv_heads;
-                const int64_t offset = sequence * sequence_stride + head * head_stride;
-                attend(qkv.data() + sequence * count * width + head * group * dim, width, keys + offset,
-                       values + offset, padding ? padding[sequence] : 0, visible, block, group, dim,
-                       attended.data() + sequence * count * heads * dim + head * group * dim, heads * dim, scratch);
+                const int64_t entry = task / visible.blocks / kv_heads;
+                const int64_t offset = cache->sequence(entry) * sequence_stride + head * head_stride;
+                attend(qkv.data() + entry * count * width + head * group * dim, width, keys + offset, values + offset,
+                       padding ? padding[entry] : 0, cache->committed(entry) + count, visible, block, group, dim,
+                       attended.data() + entry * count * heads * dim + head * group * dim, heads * dim, scratch);
             }
             prepare(attended.data(), rows, nullptr, 0, layer.out, q);
 #pragma omp barrier
