@@ -50,7 +50,7 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
         rng = np.random.default_rng(seed)
         done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task).run()
         cycles = done.cycles
-        parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "policy")}
+        parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "network", "policy")}
         return Sample(
             prompt=prompt,
             tokens=len(done.tokens) - 1,

@@ -7,20 +7,20 @@ from typing import Any
 
 from experiments.arms import Encoded
 from spec_envs.controls import Control
-from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
+from spec_envs.controls.opening import clocks_for, decoder_under, recorded_prompts
+from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, make_clocks, open_decoder
-from spec_envs.decoding.synthetic import Profile
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 
 def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
     """The decoder that an environment with these keyword arguments has."""
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
-    device, trace = resolve_device(env.get("device", "auto")), env.get("trace")
-    clock = make_clocks(env.get("clock", "wall"), device, trace)[0]
-    chosen = {name: env[name] for name in names if name in env}
-    return open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **chosen)
+    trace = env.get("trace")
+    clock = clocks_for(env.get("clock", "wall"), env.get("device", "auto"), trace)[0]
+    chosen = {"temperature": control.temperature} | {name: env[name] for name in names if name in env}
+    return decoder_under(control, trace, clock, **chosen)
 
 
 def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
@@ -28,10 +28,8 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     if env.get("trace"):
-        return [
-            Encoded(*prompt)
-            for prompt in itertools.islice(itertools.cycle(Profile.load(env["trace"]).prompts()), count)
-        ]
+        recorded = recorded_prompts(env["trace"], split)
+        return [Encoded(*prompt) for prompt in itertools.islice(itertools.cycle(recorded), count)]
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
     tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
     groups: dict[str, list[Prompt]] = {}

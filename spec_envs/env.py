@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import multiprocessing
 from collections.abc import Sequence
@@ -14,22 +15,24 @@ from pydantic import TypeAdapter, ValidationError
 
 from spec_envs import render
 from spec_envs.controls import CONTROLS, Control
-from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
+from spec_envs.controls.opening import clocks_for, decoder_under, recorded_prompts
+from spec_envs.controls.topk import TopKControl
+from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.decoder import Cycle
 from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 from spec_envs.decoding.pair import (
     DEFAULT_TARGET,
     default_drafter,
     drafts_chains,
-    make_clocks,
-    open_decoder,
     plain_seconds,
     static_over_plain,
 )
 from spec_envs.decoding.synthetic import Profile
+from spec_envs.network.expected import ExpectedTrace
+from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode, load_prompts
 
-REWARDS = ("saved", "ltd")
 EPISODES = ("prompt", "cycle")
 
 
@@ -37,7 +40,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
-        control: which problem: ``"depth"``, ``"budget"`` or ``"k"``.
+        control: which problem: ``"depth"``, ``"budget"``, ``"k"`` or ``"topk"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
         drafter: EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file;
             ``"lookup"`` is prompt lookup, ``"lookup+NAME"`` that in front of a draft model, ``"auto"`` the target's own
@@ -49,17 +52,18 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
         max_new_tokens: most tokens of a text, the first one included.
-        temperature, top_p: sampling of the target; temperature 0 is greedy.
+        temperature, top_p: sampling of the target; temperature 0 is greedy, the control's own default where none is given.
         trace: a synthetic profile (a name of ``data/profiles``, or a JSON file) plays draft model and target instead of
-            models; for chains only.
+            models, for chains; over a link an expected-acceptance trace does (a name of ``data/traces``, or an npz file),
+            approximately.
         clock: ``"wall"`` measures; the name or path of a cost table prices forwards instead, which makes the
             environment deterministic. Of several tables one is drawn per episode. A profile brings its own.
         episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
-        reward: ``"saved"`` or ``"ltd"``.
+        reward: ``"saved"``; ``"ltd"`` for trees and chains, ``"rl_adapter"`` over a link.
         pace: tokens per second that a second costs under ``"saved"``; by default that of the pair's best static
             setting: plain speed under this clock, times ``static_over_plain`` of models.yml (1 where the pair
             is not listed there).
-        observation: ``"default"``; ``"ltd"`` for trees, ``"counters"`` for chains.
+        observation: ``"default"``; ``"ltd"`` for trees, ``"counters"`` for chains, ``"rl_adapter"`` over a link.
         cost_features: append the clock's cost table to the observation.
         policy_seconds: charged for every decision (an experiment sets the agent's measured time).
         render_mode: None, ``"ansi"``, ``"human"`` or ``"rgb_array"``.
@@ -89,7 +93,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         split: str = "train",
         template: str | None = None,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_p: float = 1.0,
         trace: str | None = None,
         clock: str | Sequence[str] = "wall",
@@ -106,20 +110,22 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         kind = CONTROLS[control]
         check_keywords(kind, given | own)
         choice("episode", episode, EPISODES)
-        choice("reward", reward, REWARDS)
+        choice("reward", reward, kind.rewards)
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        if reward == "ltd" and episode == "prompt":
+        if reward != "saved" and episode == "prompt":
             raise ValueError(
-                'reward="ltd" needs episode="cycle": summed over a prompt, emitted / seconds would pay for many cheap '
+                f'reward="{reward}" needs episode="cycle": summed over a prompt, tokens / seconds would pay for many cheap '
                 "cycles instead of fast text"
             )
+        temperature = kind.temperature if temperature is None else temperature
         if max_new_tokens < 2:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 2 or more (the first one is the prefill's)")
         if switch_every < 0:
             raise ValueError(f"switch_every is {switch_every}; expected texts, or 0 for none")
         if pace is not None and not 0 <= pace < float("inf"):
             raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
-        self.clocks = make_clocks(clock, resolve_device(device), trace)
+        self.control = kind(observation=observation, cost_features=cost_features, **own)
+        self.clocks = clocks_for(clock, device, trace)
         if not all(c.priced for c in self.clocks):
             if cost_features or len(self.clocks) > 1:
                 raise ValueError("cost_features and a list of clocks need cost tables; a measured clock has none")
@@ -128,7 +134,6 @@ class SpecEnv(gym.Env[np.ndarray, int]):
                     "a measured clock in a worker process would be disturbed by its siblings; "
                     "use a cost table (clock=…) or one process"
                 )
-        self.control = kind(observation=observation, cost_features=cost_features, **own)
         self.action_space = self.control.action_space
         self.observation_space = self.control.observation_space
         self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
@@ -140,26 +145,17 @@ class SpecEnv(gym.Env[np.ndarray, int]):
                 f"temperature is {temperature}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
                 "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
             )
-        self.decoder = open_decoder(
-            engine,
-            trace,
-            self.control.segment,
-            self.clocks[0],
-            self.control.width,
-            self.control.max_depth,
-            target=target,
-            drafter=drafter,
-            device=device,
-            dtype=dtype,
-            temperature=temperature,
-            top_p=top_p,
+        models = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
+        self.decoder = decoder_under(
+            self.control, trace, self.clocks[0], **models, temperature=temperature, top_p=top_p
         )
         if trace:
-            profile = Profile.load(trace)
-            self.best_static = profile.static_over_plain
-            self.encoded = {Prompt(kind, str(i)): ids for i, (kind, ids) in enumerate(profile.prompts())}
+            self.best_static = 1.0 if ExpectedTrace.named(trace) else Profile.load(trace).static_over_plain
+            recorded = recorded_prompts(trace, split)
+            self.encoded = {Prompt(task, str(i)): ids for i, (task, ids) in enumerate(recorded)}
         else:
-            self.best_static = static_over_plain(target, drafter) if engine == "torch" else 1.0
+            alone = engine == "torch" and not isinstance(self.control, TopKControl)
+            self.best_static = static_over_plain(target, drafter) if alone else 1.0
             self.tokenizer = load_tokenizer(target)
             chosen = load_prompts(prompts, split, data_dir)
             self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in chosen}
@@ -208,9 +204,12 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self._mark = dict(clock.totals)
         info = self._info(cycle, seconds)
         if self.reward_name == "saved":
-            reward = info["emitted"] - self.pace * sum(seconds.values())
-        else:
+            reward = self._worth(cycle) - self.pace * sum(seconds.values())
+        elif self.reward_name == "ltd":
             reward = cycle.emitted / (100 * sum(cycle.seconds.values())) if cycle else 0.0
+        else:
+            assert cycle is not None
+            reward = cycle.accepted / sum(cycle.seconds.values())
         terminated = self.decoder.finished or (self.episode == "cycle" and cycle is not None)
         observation = self.control.observe(self.decoder)
         if self.render_mode == "human":
@@ -239,8 +238,15 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             return 1 / clock.table.seconds("verify", 1)
         if isinstance(self.decoder, LlamaServerDecoder):
             return self.decoder.plain_rate()
-        model = self.decoder.local.target
-        return 1 / plain_seconds(self.target, model.device, model.dtype)
+        return 1 / self._plain_seconds
+
+    @functools.cached_property
+    def _plain_seconds(self) -> float:
+        """Of a step of plain decoding by the target, without the network."""
+        verifier = self.decoder.verifier
+        if isinstance(verifier, RemoteVerifier):
+            return self.decoder.plain().verifier.plain_seconds()
+        return plain_seconds(self.target, verifier.device, self.decoder.local.target.dtype)
 
     @property
     def pace(self) -> float:
@@ -294,6 +300,15 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         ours = [prompt for prompt in self.prompts if prompt.task == (self.turn or tasks[0])]
         return ours[self.np_random.integers(len(ours))]
 
+    def _worth(self, cycle: Cycle | None) -> float:
+        """Tokens of a cycle; one that the target never saw counts as ``edge_value``."""
+        if cycle is None:
+            return 0.0
+        if not cycle.unverified:
+            return float(cycle.emitted)
+        assert isinstance(self.control, TopKControl) and self.control.edge_value is not None
+        return self.control.edge_value * cycle.emitted
+
     def _info(self, cycle: Any, seconds: dict[str, float]) -> dict[str, Any]:
         emitted = cycle.emitted if cycle else 0
         spent = sum(seconds.values())
@@ -302,11 +317,13 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             "accepted": cycle.accepted if cycle else 0,
             "drafted": cycle.drafted if cycle else 0,
             "verified": cycle.verified if cycle else 0,
-            "bytes_up": 0,
-            "bytes_down": 0,
+            "bytes_up": cycle.bytes_up if cycle else 0,
+            "bytes_down": cycle.bytes_down if cycle else 0,
             "seconds": {part: s for part, s in seconds.items() if part != "prefill"},
             "saved": emitted - self.plain_rate * spent,
         }
+        if isinstance(self.control, TopKControl):
+            info["unverified"] = cycle.unverified if cycle else 0
         if cycle and self.decoder.finished:
             total = sum(self.decoder.clock.since(self._text_began).values())
             tokens = len(self.decoder.tokens)

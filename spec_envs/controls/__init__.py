@@ -9,10 +9,16 @@ from spec_envs.controls.base import Agent, Control, Policy
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.controls.topk import TopKControl
 
 __all__ = ["CONTROLS", "Agent", "Control", "Policy", "make_control"]
 
-CONTROLS: dict[str, type[Control]] = {"depth": DepthControl, "budget": BudgetControl, "k": KControl}
+CONTROLS: dict[str, type[Control]] = {
+    "depth": DepthControl,
+    "budget": BudgetControl,
+    "k": KControl,
+    "topk": TopKControl,
+}
 
 
 def make_control(name: str, keywords: dict[str, Any]) -> Control:

@@ -47,6 +47,8 @@ class Control(ABC):
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
         task: of the text under way, ``""`` where it is not known.
+        rewards: names of the rewards that it can be paid by.
+        temperature: of the target where none is given.
         cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         segment: tokens of a cycle of such an engine.
@@ -57,6 +59,8 @@ class Control(ABC):
     width: int
     max_depth: int
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
+    rewards: ClassVar[tuple[str, ...]] = ("saved", "ltd")
+    temperature: ClassVar[float] = 0.0
     name: ClassVar[str]
     cuts: ClassVar[bool] = True
     engine: str = "torch"

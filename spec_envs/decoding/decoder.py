@@ -27,7 +27,8 @@ class Drafted:
     entropies: np.ndarray
 
 
-NOTHING = Drafted(*(np.zeros(0, np.int64) for _ in range(3)), [], np.zeros(0), np.zeros(0))
+NONE, NO_TOKENS = np.zeros(0), np.zeros(0, np.int64)
+NOTHING = Drafted(NO_TOKENS, NO_TOKENS, NO_TOKENS, [], NONE, NONE)
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,9 @@ class DraftModelDrafter(ChainDrafter):
         ids = np.minimum(np.array(tokens, np.int64), self.model.shape.vocab - 1)  # padding of the target's
         extra = None if self.vocabulary is None else self.vocabulary.rows
         hidden, positions = torch.empty(n, self.model.shape.hidden), np.arange(length, length + n)
-        index, *rest = self.call(hidden, ids, positions, self.cache, extra, 1, 1)
+        index, log_probs, entropies = self.call(hidden, ids, positions, self.cache, extra, 1, 1)
         self.cache.length += n
-        return Children(index if self.vocabulary is None else self.vocabulary.ids[index], *rest)
+        return Children(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
 
     def _read(self, tokens: Sequence[int]) -> Tensor:
         """Append rows for tokens; the hidden state of the last one, ``[1, hidden]``."""

@@ -44,8 +44,8 @@ class Int8EagleModel(EagleModel):
     ) -> tuple[Tensor, Children]:
         """See ``EagleModel.step``."""
         output = floats(hidden).clone()
-        index, *rest = self.call(output, tokens, positions, cache, vocabulary.rows, width, last, seen)
-        return output, Children(vocabulary.ids[index], *rest)
+        index, log_probs, entropies = self.call(output, tokens, positions, cache, vocabulary.rows, width, last, seen)
+        return output, Children(vocabulary.ids[index], log_probs, entropies)
 
 
 def eagle_model(head: EagleHead, target: Transformer) -> EagleModel:

@@ -1,0 +1,118 @@
+"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable it
+is at each of their tokens that a drafted one would be accepted, for every k. Approximate when played, see
+`spec_envs/network/expected.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from experiments.command import one_sentence
+from experiments.live import encoded_prompts
+from spec_envs.controls.published_state import KS
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.files import whole
+from spec_envs.network.expected import TRACES, ExpectedTrace, Text
+
+COUNTS = {"train": 60, "validation": 12, "test": 30}  # texts
+
+
+class Watched(LocalVerifier):
+    """Remembers the distribution that it drew from last."""
+
+    def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
+        self.p = super()._probabilities(logits)
+        return self.p
+
+
+def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], tokens: int, seed: int) -> Text:
+    """One text; its drafter is asked at every token for the next one alone."""
+    verifier, drafter = decoder.verifier, decoder.drafter
+    assert isinstance(verifier, Watched) and isinstance(drafter, ChainDrafter)
+    rng = np.random.default_rng(seed)
+    nothing = np.zeros(0, np.int64)
+    text = [verifier.start(prompt, tokens + 1, rng)]
+    drafter.start([*prompt, text[0]], tokens + 1, verifier.features, rng)
+    rows = []
+    while len(text) < tokens and text[-1] not in decoder.eos:
+        children, forward = drafter.draft([])
+        assert children.proposal is not None
+        token = verifier.verify(nothing, nothing, nothing).token
+        drafter.commit([token], verifier.features)
+        q = children.proposal
+        accepted = [expected_acceptance(verifier.p, q, k) for k in KS]
+        weights = q.weights / q.weights.sum()
+        rows.append((accepted, (weights**2).sum(), children.entropies[0], np.count_nonzero(q.weights), forward == 0))
+        text.append(token)
+    acceptance, probability, entropy, entries, free = (np.array(column) for column in zip(*rows, strict=True))
+    half = np.float16
+    return Text(
+        task, split, list(prompt), text, last(acceptance.astype(half)), last(probability.astype(half)),
+        last(entropy.astype(half)), last(entries.astype(np.int32)), last(free),
+    )  # fmt: skip
+
+
+def last(rows: np.ndarray) -> np.ndarray:
+    """Rows ``[n]`` and one more, like the last, for the token behind which nothing was recorded."""
+    return np.concatenate([rows, rows[-1:]])
+
+
+def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
+    """Σ min(p, q̂) of the target's distribution ``[vocab]`` and the draft's cut to ``k`` entries; 0 is uncut."""
+    cut = q.truncated(k) if k else q
+    weights = cut.weights.astype(float)
+    return float(np.minimum(p[cut.ids], weights / weights.sum()).sum())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default=DEFAULT_TARGET)
+    parser.add_argument("--drafter", default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices it")
+    parser.add_argument("--max-new-tokens", type=int, default=97, help="of a text (default 97)")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--prompts", default="all")
+    parser.add_argument("--scale", type=float, default=1.0, help=f"times {COUNTS} texts")
+    parser.add_argument("--out", type=Path, help="file (default: the shipped one of that name)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence():
+        drafter = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
+        decoder = load_decoder(args.target, drafter, dtype=args.dtype, temperature=args.temperature, width=1)
+        local = decoder.local
+        decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
+        env = {"target": args.target, "prompts": args.prompts}
+        texts = []
+        for split, count in COUNTS.items():
+            prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
+            for seed, prompt in enumerate(tqdm(prompts, desc=f"texts of {split}", unit="text")):
+                texts.append(record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed))
+        eos = min(decoder.eos)
+        trace = ExpectedTrace(
+            "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts)
+        )
+        path = args.out or TRACES / f"{args.target}-topk.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            trace.save(temporary)
+        print(
+            f"{path}: {len(texts)} texts, {sum(len(t.tokens) for t in texts)} tokens, {path.stat().st_size / 1e3:.0f} kB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""From a control and an environment's names to a live decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spec_envs.controls.base import Control
+from spec_envs.controls.topk import TopKControl
+from spec_envs.decoding.checkpoints import resolve_device
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.pair import DEFAULT_TARGET, make_clocks, open_decoder
+from spec_envs.decoding.synthetic import Profile
+from spec_envs.network.expected import ExpectedTrace
+from spec_envs.network.link import load_link
+from spec_envs.network.linked import is_address, linked
+
+
+def clocks_for(clock: str | Sequence[str], device: str, trace: str | None) -> list[WallClock]:
+    """The clocks of those names; a trace's own table stands in for the wall."""
+    if trace and ExpectedTrace.named(trace):
+        clock, trace = ExpectedTrace.load(trace).clock if clock == "wall" else clock, None
+    return make_clocks(clock, resolve_device(device), trace)
+
+
+def recorded_prompts(trace: str, split: str) -> list[tuple[str, list[int]]]:
+    """Task and ids of a trace's prompts; those of a synthetic profile are the same in every split."""
+    if not ExpectedTrace.named(trace):
+        return Profile.load(trace).prompts()
+    prompts = ExpectedTrace.load(trace).prompts(split)
+    if not prompts:
+        raise ValueError(f"the trace {trace!r} has no texts of the split {split!r}")
+    return prompts
+
+
+def decoder_under(control: Control, trace: str | None, clock: WallClock, **models: Any) -> Decoder:
+    """What decodes under a control: models here, a server, a cloud behind a link, or a trace that plays them.
+
+    Args:
+        models: ``target``, ``drafter``, ``device``, ``dtype``, ``temperature`` and ``top_p`` of ``load_decoder``.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    if isinstance(control, TopKControl) and trace:
+        recorded = ExpectedTrace.load(trace)
+        if is_address(control.link):
+            raise ValueError(f"trace is {trace!r}, which takes the place of the cloud; give a simulated link")
+        if models.get("temperature", recorded.temperature) != recorded.temperature:
+            raise ValueError(f"the trace {trace!r} was recorded at temperature {recorded.temperature}; give that")
+        return recorded.decoder(clock, control.max_depth, load_link(control.link))
+    decoder = open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **models)
+    if isinstance(control, TopKControl):
+        decoder = linked(decoder, control.link, models.get("target", DEFAULT_TARGET))
+    return decoder

@@ -1,0 +1,221 @@
+"""How much of a draft's distribution to send over a network, how long a draft to send, and whether to send one."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from spec_envs.controls.base import Control, Entry, read_context, read_position
+from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot
+from spec_envs.controls.published_state import KS, published_state
+from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.network.estimate import Estimate
+from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.wire import MODES
+from spec_envs.prompts import TASKS
+
+ACTIONS = ("k", "joint")
+SEGMENTS = (16, 64)  # tokens that the cloud alone decodes in one exchange
+LENGTHS = (1, 2, 4, 8, 16, 32)
+MBPS, MILLISECONDS = (0.1, 10_000.0), (0.1, 10_000.0)  # what the observation shows as 0 and as 1
+
+
+class Choice(NamedTuple):
+    """An action: draft ``length`` tokens and tell their distributions by ``mode`` (cut to ``top_k`` entries with
+    ``"topk"``); or, with ``"cloud"``, have the cloud decode that many alone, or with ``"edge"`` take them unverified."""
+
+    mode: str
+    length: int
+    top_k: int = 0
+
+    def __str__(self) -> str:
+        if self.mode in ("cloud", "edge"):
+            return f"{self.mode} {self.length}"
+        return f"{self.length} × {self.top_k if self.mode == 'topk' else self.mode}"
+
+
+class TopKControl(Control):
+    """
+    ## Description
+
+    An edge with a small drafter and a cloud with the target speak over a link whose rate and round trip move. The edge
+    drafts a chain and sends it with as much of each token's distribution as the agent says; the cloud judges it in one
+    forward. Few entries are quickly sent, but a distribution that is cut far is further from the target's, and less of
+    the chain is accepted. The protocols are those of `spec_envs.network.wire`, every one of them exact: q is cut to k
+    entries, rounded to float16 and only then drawn from (k = 0: ids and q(x) alone, DSSD, arXiv 2507.12000). Under greedy
+    decoding ids are enough and k cannot matter; so temperature is 1 by default.
+
+    ## Action Space
+
+    `actions="k"`: `Discrete(11)`, which of `ks` (by default 0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000)
+    entries are sent of each of `k` drafted tokens' distributions.
+
+    `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of `ks` and
+    the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with `edge_value`, `k`
+    tokens of the drafter's own, which nobody verifies.
+
+    ## Observation Space
+
+    A `Box` of 15 float32:
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 0 | `up`: rate to the cloud as the edge estimates it, log scale from 0.1 to 10,000 Mbps | 0 | 1 |
+    | 1 | `down`: rate from the cloud, likewise | 0 | 1 |
+    | 2 | `rtt`: round trip as last measured, log scale from 0.1 to 10,000 ms | 0 | 1 |
+    | 3–4 | `acceptance`: accepted / drafted tokens over 4 and 16 cycles (0 where nothing was drafted) | 0 | 1 |
+    | 5 | `confidence`: mean probability that the last chain's tokens had (0 without a chain) | 0 | 1 |
+    | 6 | `entropy`: mean entropy of the distributions they are from, nats / 10 | 0 | 1 |
+    | 7 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 8 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 9–14 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
+
+    `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.published_state`), linear in Mbps
+    and blind below some ten of them. `cost_features=True` appends `costs`, as in SpecDepth-v0.
+
+    ## Rewards
+
+    `"saved"`: emitted − pace · seconds, as in SpecDepth-v0; the seconds are the round's own: drafting, verifying, and the
+    bytes both ways. With `episode="cycle"` also `"rl_adapter"`, the published one: accepted / seconds.
+
+    ## Starting State
+
+    The target's first token after the prompt; the link is in a state drawn anew.
+
+    ## Episode End
+
+    As in SpecDepth-v0.
+
+    ## Information
+
+    As in SpecDepth-v0; `bytes_up` and `bytes_down` are those of the encoded messages, `seconds` has `network`.
+    `unverified` are the tokens that the cloud never saw (0 without `edge_value`).
+
+    ## Arguments
+
+    - `ks`: candidates for k; more than the vocabulary, or than the drafter's distribution has, is all of it.
+    - `k=4`: tokens of a draft; with `actions="joint"` of the longest one.
+    - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a trace in CSV, or
+      `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not slept; or the address of a cloud,
+      `"ws://127.0.0.1:8765"`. The state of a simulated link moves between rounds, whatever was sent.
+    - `protocol="auto"`: `"scalar"` or `"full"` tells every distribution that way, whatever k says.
+    - `actions="k"`, or `"joint"`.
+    - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves the
+      action out.
+
+    and the shared ones of `SpecEnv`; `temperature` is 1 by default.
+
+    ## Version History
+
+    - v0: initial version.
+    """
+
+    name, partner_name = "topk", None
+    observations = ("default", "rl_adapter")
+    rewards = ("saved", "rl_adapter")
+    temperature = 1.0
+    width = 1
+    cuts = False
+
+    def __init__(
+        self,
+        ks: tuple[int, ...] | list[int] = KS,
+        k: int = 4,
+        link: str = "markov-1-500",
+        protocol: str = "auto",
+        actions: str = "k",
+        edge_value: float | None = None,
+        observation: str = "default",
+        cost_features: bool = False,
+    ):
+        super().__init__(observation, cost_features)
+        if k < 1:
+            raise ValueError(f"k is {k}; expected 1 or more drafted tokens")
+        if not ks or min(ks) < 0 or len(set(ks)) < len(ks):
+            raise ValueError(f"ks is {ks}; expected different numbers of entries, 0 or more")
+        for name, value, allowed in (("actions", actions, ACTIONS), ("protocol", protocol, ("auto", *MODES[1:]))):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        if edge_value is not None and (actions == "k" or not 0 <= edge_value <= 1):
+            raise ValueError(f'edge_value is {edge_value}; expected 0 to 1, with actions="joint"')
+        if observation == "rl_adapter" and actions == "joint":
+            raise ValueError('observation="rl_adapter" is the published state, for actions="k"')
+        self.ks, self.k, self.link, self.protocol, self.edge_value = tuple(ks), k, link, protocol, edge_value
+        self.max_depth = max(k - 1, 1)
+        self.choices = self._choices(actions)
+        self.action_space = spaces.Discrete(len(self.choices))
+        self._declare(self._entries())
+
+    def _choices(self, actions: str) -> list[Choice]:
+        if actions == "k":
+            return [self._cut(self.k, top_k) for top_k in self.ks]
+        lengths = [length for length in LENGTHS if length <= self.k]
+        drafts = [self._cut(length, top_k) for length in lengths for top_k in self.ks]
+        drafts += [Choice("full", length) for length in lengths if self.protocol == "auto"]
+        edge = [] if self.edge_value is None else [Choice("edge", self.k)]
+        return [*dict.fromkeys(drafts), *(Choice("cloud", count) for count in SEGMENTS), *edge]
+
+    def _cut(self, length: int, top_k: int) -> Choice:
+        if self.protocol != "auto":
+            return Choice(self.protocol, length, top_k if self.protocol == "topk" else 0)
+        return Choice("topk", length, top_k) if top_k else Choice("scalar", length)
+
+    def _entries(self) -> list[Entry]:
+        if self.observation == "rl_adapter":
+            return [Entry("state", 10, 0.0, 1.0, self._read_published)]
+        return [
+            Entry("up", 1, 0.0, 1.0, lambda d: log_scaled(estimate(d).up_mbps, MBPS)),
+            Entry("down", 1, 0.0, 1.0, lambda d: log_scaled(estimate(d).down_mbps, MBPS)),
+            Entry("rtt", 1, 0.0, 1.0, lambda d: log_scaled(estimate(d).rtt_ms, MILLISECONDS)),
+            Entry("acceptance", len(WINDOWS), 0.0, 1.0, lambda d: [acceptance(drafted(d)[-n:]) for n in WINDOWS]),
+            Entry("confidence", 1, 0.0, 1.0, partial(read_last, "probabilities")),
+            Entry("entropy", 1, 0.0, 1.0, lambda d: read_last("entropies", d) / ENTROPY_UNIT),
+            Entry("position", 1, 0.0, 1.0, read_position),
+            Entry("context", 1, 0.0, 1.0, read_context),
+            Entry("task", len(TASKS) + 1, 0.0, 1.0, lambda d: one_hot(self.task, (*TASKS, ""))),
+        ]
+
+    def _read_published(self, decoder: Decoder) -> np.ndarray:
+        link, accepted = estimate(decoder), acceptance(drafted(decoder)[-WINDOWS[-1] :])
+        entropy = read_last("entropies", decoder)
+        return published_state(link.up_mbps, link.rtt_ms, accepted, entropy, self.task)
+
+    def prepare(self, decoder: Decoder) -> None:
+        """Nothing is drafted before it is decided from what."""
+
+    def act(self, decoder: Decoder, action: int) -> Cycle:
+        choice, verifier, drafter = self.choices[action], decoder.verifier, decoder.drafter
+        assert isinstance(verifier, RemoteVerifier) and isinstance(drafter, ChainDrafter)
+        if choice.mode == "cloud":
+            return decoder.decode(choice.length)
+        verifier.mode = choice.mode if choice.mode in MODES else "topk"
+        drafter.top_k = {"topk": choice.top_k, "full": verifier.vocab}.get(choice.mode)
+        return decoder.unverified(choice.length) if choice.mode == "edge" else decoder.cycle(choice.length)
+
+
+def estimate(decoder: Decoder) -> Estimate:
+    """What the edge knows of its link."""
+    assert isinstance(decoder.verifier, RemoteVerifier)
+    return decoder.verifier.estimate
+
+
+def drafted(decoder: Decoder) -> list[Cycle]:
+    """The cycles in which a draft was judged, latest last, as many as an observation looks at."""
+    return [cycle for cycle in decoder.cycles[-4 * WINDOWS[-1] :] if cycle.verified]
+
+
+def read_last(name: str, decoder: Decoder) -> float:
+    """The mean of a property of the last chain's tokens; 0 before the first one."""
+    cycles = drafted(decoder)
+    return mean(getattr(cycles[-1].nodes, name)) if cycles else 0.0
+
+
+def log_scaled(value: float, bounds: tuple[float, float]) -> float:
+    """0 at the lower bound, 1 at the upper one, even steps for even ratios."""
+    low, high = bounds
+    return min(1.0, max(0.0, math.log(value / low) / math.log(high / low))) if value > 0 else 0.0
