@@ -13,9 +13,10 @@ def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> np.
     softmax of ``logits / temperature``."""
     p = (logits.double() / temperature).softmax(-1)
     if top_p < 1:
-        ordered, index = p.sort(descending=True, stable=True)
-        dropped = ordered.cumsum(-1) - ordered >= top_p
-        p[index[dropped]] = 0.0
+        p[p < (1 - top_p) / len(p)] = 0.0  # together less than what is dropped; a whole vocabulary takes long to sort
+        [left] = p.nonzero(as_tuple=True)
+        ordered, index = p[left].sort(descending=True, stable=True)
+        p[left[index[ordered.cumsum(-1) - ordered >= top_p]]] = 0.0
         p /= p.sum()
     return p.cpu().numpy()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 NOISE = 1e-3  # seconds by which two round trips differ for no reason that matters
 PRIOR = 20e6 / 8  # bytes per second, of a link of which nothing is known
 FASTEST = 10e9 / 8
@@ -51,8 +49,9 @@ class Estimate:
 
 
 def improved(rate: float, size: int, seconds: float) -> float:
-    """A rate in view of a transfer, averaged in the logarithm."""
-    seen = size / max(seconds, size / FASTEST)
-    evidence = max(seconds, size / rate)
-    weight = evidence / (evidence + NOISE)
-    return math.exp((1 - weight) * math.log(rate) + weight * math.log(seen))
+    """A rate in view of a transfer: the seconds that were expected of it and those that were seen, averaged. What was
+    expected, or was seen beyond what noise explains, is the evidence."""
+    expected = size / rate
+    evidence = max(seconds - 2 * NOISE, expected)
+    weight = evidence**2 / (evidence**2 + NOISE**2)
+    return size / max((1 - weight) * expected + weight * seconds, size / FASTEST)
