@@ -11,20 +11,22 @@ from spec_envs.controls.base import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.controls.topk import TopKControl
 
 
 class FixedAgent(Rule):
-    """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``) or one chain length (``SpecK-v0``).
+    """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``), one chain length (``SpecK-v0``) or one choice of
+    what to send (``SpecTopK-v0``).
 
     Args:
         control: the problem.
-        value: the depth, the number of nodes, or the length.
+        value: the depth, the number of nodes, the length, or the choice by its name (``"4x300"``, ``"cloud 64"``).
 
     Raises:
         ValueError: a value that the control does not offer.
     """
 
-    def __init__(self, control: Control, value: int, seed: int = 0):
+    def __init__(self, control: Control, value: int | str, seed: int = 0):
         super().__init__(control)
         self.value = value
         if value not in settings(control):
@@ -39,10 +41,11 @@ class FixedAgent(Rule):
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         control = self.control
-        if isinstance(control, BudgetControl):
-            return control.budgets.index(self.value), state
+        if isinstance(control, (BudgetControl, TopKControl)):
+            return settings(control).index(self.value), state
         if isinstance(control, KControl) and control.decision == "cycle":
             return self.value, state
+        assert isinstance(self.value, int)
         return int(self._grown(observation) < self.value), state  # one level or token more, or verify
 
     def _grown(self, observation: np.ndarray) -> int:
@@ -54,8 +57,10 @@ class FixedAgent(Rule):
         return round(self.read(observation, "depth") * 10)
 
 
-def settings(control: Control) -> tuple[int, ...]:
+def settings(control: Control) -> tuple[int, ...] | tuple[str, ...]:
     """Every static setting of a control."""
+    if isinstance(control, TopKControl):
+        return tuple(map(str, control.choices))
     if isinstance(control, BudgetControl):
         return control.budgets
     if isinstance(control, KControl):

@@ -11,6 +11,9 @@ from tqdm import tqdm
 from spec_envs.controls import Policy
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.generate import Generation
+from spec_envs.network.channel import SimulatedChannel
+from spec_envs.network.link import LinkState
+from spec_envs.network.remote import RemoteVerifier
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Encoded:
 @dataclass
 class Sample:
     """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's; ``lengths``
-    are the candidates drafted by cycle."""
+    are the candidates drafted by cycle, ``states`` those of a simulated link."""
 
     prompt: Encoded
     tokens: int
@@ -37,6 +40,9 @@ class Sample:
     parts: dict[str, float] = field(default_factory=dict)
     actions: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    states: list[LinkState] = field(default_factory=list)
 
 
 Arm = Callable[[Encoded, int, int], Sample]
@@ -48,7 +54,8 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         rng = np.random.default_rng(seed)
-        done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task).run()
+        done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task)
+        states = [link_state(decoder) for _ in done][1:]
         cycles = done.cycles
         parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "network", "policy")}
         return Sample(
@@ -63,9 +70,20 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
             parts=parts,
             actions=done.actions,
             lengths=[c.drafted for c in cycles],
+            bytes_up=sum(c.bytes_up for c in cycles),
+            bytes_down=sum(c.bytes_down for c in cycles),
+            states=[state for state in states if state],
         )
 
     return run
+
+
+def link_state(decoder: Decoder) -> LinkState | None:
+    """The state that a simulated link had in the cycle that has just ended."""
+    verifier = decoder.verifier
+    if isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel):
+        return verifier.channel.used
+    return None
 
 
 def run_arms(

@@ -34,6 +34,8 @@ class Experiment(BaseModel):
     Attributes:
         agent: a name of ``agents.AGENTS``; by default the stanza's own.
         env: keyword arguments of the environment, over those of the file.
+        eval_env: what is otherwise in the final table, over ``env``; ``{trace: null}`` plays on the models what was trained
+            on a trace.
         total_timesteps: environment steps of training.
         hyperparameters: keyword arguments of the agent.
         eval_freq: steps between validations (0: none), each at the end of a rollout; the best agent is kept.
@@ -51,6 +53,7 @@ class Experiment(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     agent: str
     env: dict[str, Any] = {}
+    eval_env: dict[str, Any] = {}
     total_timesteps: int = Field(default=1, ge=1)
     hyperparameters: dict[str, Any] = {}
     eval_freq: int = Field(default=0, ge=0)
@@ -118,6 +121,7 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             f"there are {', '.join(AGENTS)}"
         )
     check_env(experiment.env, env_id, lambda key: place(("env", key)))
+    check_env(experiment.eval_env, env_id, lambda key: place(("eval_env", key)))
     for stage in experiment.stages:
         if stage.id not in ENVIRONMENTS:
             raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")

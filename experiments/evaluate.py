@@ -21,7 +21,8 @@ from experiments.arms import Arm, Sample, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
 from experiments.costs import cost_curves, describe
-from experiments.live import decoder_for, encoded_prompts, target_and_drafter
+from experiments.link_references import link_policies, played_by_state
+from experiments.live import decoder_for, encoded_prompts, local_decoder, target_and_drafter
 from experiments.machine import machine
 from experiments.references import transformers_arms
 from experiments.report import draw, markdown, settings_played
@@ -30,10 +31,11 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
+from spec_envs.network.linked import is_address
 
 
 def run_tables(
@@ -67,7 +69,7 @@ def side_by_side(
     prompts = encoded_prompts(env, "test", test_prompts)
     plain = decoder.plain()
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
-    if not decoder.clock.priced and not isinstance(decoder, LlamaServerDecoder):
+    if not decoder.clock.priced and decoder.in_process:
         arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
     decoders = {name: decoder.separate() for name in policies}
     arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
@@ -87,8 +89,12 @@ def tables(
     learned: Sequence[str],
 ) -> dict[str, Any]:
     """What a table shows of the arms that were run."""
-    measurable = not decoder.clock.priced and not isinstance(decoder, LlamaServerDecoder)
-    curves = cost_curves(decoder) if measurable else None
+    control = next(iter(policies.values())).control
+    curves = None
+    if not decoder.clock.priced and isinstance(control, TopKControl) and not is_address(control.link):
+        curves = cost_curves(local_decoder(env, control))
+    elif not decoder.clock.priced and decoder.in_process:
+        curves = cost_curves(decoder)
     results: dict[str, Any] = {
         "arms": summary(samples, references),
         "references": list(references),
@@ -105,6 +111,13 @@ def tables(
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
     }
+    if isinstance(control, TopKControl):
+        results["link"] = control.link
+        results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}
+        results["bytes_per_token"] = {
+            name: [sum(getattr(s, way) for s in arm) / sum(s.tokens for s in arm) for way in ("bytes_up", "bytes_down")]
+            for name, arm in samples.items()
+        }
     if decoder.in_process and not decoder.temperature:
         results["divergences"] = {
             name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
@@ -121,12 +134,12 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
         test_prompts: how many; the run's own number by default.
     """
     config = agents.read_config(run)
-    env = {**config["env"], **overrides}
+    env = {**config["env"], **config.get("eval_env", {}), **overrides}
     control, agent = agents.load(run)
     decoder = decoder_for(env, control)
     static_file = run / "static.json"
     if overrides or not static_file.exists():
-        static = best_like(env, control)
+        static = best_like(env if overrides else config["env"], control)
         if not overrides:
             write_json(static_file, static)
     else:
@@ -140,11 +153,15 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),
         "static": static_like(control, static["best"]),
-        name: Policy(control, agent),
     }
+    references = ["plain", "static"]
+    if isinstance(control, TopKControl):
+        policies |= link_policies(control, decoder, static)
+        references += [reference for reference in policies if reference not in ("random", "static")]
+    policies[name] = Policy(control, agent)
 
     def measure(count: int) -> dict[str, Any]:
-        return run_tables(policies, env, decoder, count, ["plain", "static"], [name]) | {"static": static}
+        return run_tables(policies, env, decoder, count, references, [name]) | {"static": static}
 
     return with_aa_check(measure, test_prompts or config["test_prompts"])
 

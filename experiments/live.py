@@ -10,7 +10,8 @@ from spec_envs.controls import Control
 from spec_envs.controls.opening import clocks_for, decoder_under, recorded_prompts
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 
@@ -21,6 +22,16 @@ def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
     clock = clocks_for(env.get("clock", "wall"), env.get("device", "auto"), trace)[0]
     chosen = {"temperature": control.temperature} | {name: env[name] for name in names if name in env}
     return decoder_under(control, trace, clock, **chosen)
+
+
+def local_decoder(env: dict[str, Any], control: Control) -> Decoder:
+    """The same pair without a link between, on a measured clock: what cost curves are measured on."""
+    decoder = decoder_for({**env, "clock": "wall"}, control)
+    if isinstance(decoder.verifier, RemoteVerifier):
+        names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
+        given = {"temperature": control.temperature} | {name: env[name] for name in names if name in env}
+        return load_decoder(**given, width=control.width, max_depth=control.max_depth)
+    return decoder
 
 
 def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:

@@ -64,6 +64,12 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results.get("static"):
         lines.append(f"Best static setting on training prompts: {setting_name(results['static']['best'])}.")
     lines.append(f"A/A check (plain twice): the interval {'contains' if aa_agrees(results) else 'EXCLUDES'} 1.")
+    if "link" in results:
+        lines.append(
+            f"Link {results['link']}; simulated delays are computed and added. plain is the cloud alone, streamed."
+        )
+        sent = ", ".join(f"{name} {up:.0f} and {down:.0f}" for name, (up, down) in results["bytes_per_token"].items())
+        lines.append(f"Bytes up and down per token: {sent}.")
     for name, found in results.get("divergences", {}).items():
         line = (
             f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
@@ -82,8 +88,10 @@ def notes(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def setting_name(setting: Sequence[int]) -> str:
-    """A static setting in words: the length of a chain, or depth and budget of a tree."""
+def setting_name(setting: Sequence[Any]) -> str:
+    """A static setting in words: what is sent over a link, the length of a chain, or depth and budget of a tree."""
+    if isinstance(setting[0], str):
+        return setting[0]
     names = ("k",) if len(setting) == 1 else ("depth", "budget")
     return ", ".join(f"{name} {value}" for name, value in zip(names, setting, strict=True))
 
@@ -99,7 +107,7 @@ def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, di
     """How often each setting was played, by task: budgets, lengths, or the depths that runs of "go on" led to."""
     offered = settings(control)
 
-    def played(sample: Sample) -> list[int]:
+    def played(sample: Sample) -> Sequence[Any]:
         if isinstance(control, DepthControl):
             return depths(sample.actions, control.max_depth)
         if isinstance(control, KControl) and control.decision == "token":
@@ -126,7 +134,7 @@ def depths(actions: Sequence[int], max_depth: int) -> list[int]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Speed of every arm with its interval, and what the learned arms played, by task."""
-    histograms = results.get("actions", {})
+    histograms = results.get("by_state") or results.get("actions", {})
     heights = [1 + 0.35 * len(results["arms"]), *[2.8] * len(histograms)]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -134,8 +142,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     draw_arms(axes[0], results["arms"], results["references"][0])
     axes[0].set_title(f"{results['prompts']} held-out prompts, temperature {results['temperature']}", fontsize=10)
     for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
-        draw_histogram(axis, histogram)
-        axis.set_xlabel(f"{results['decisions'][name]} played by {name}")
+        if "by_state" in results:
+            draw_shares(axis, histogram)
+            axis.set_ylabel(f"choices of {name}")
+        else:
+            draw_histogram(axis, histogram)
+            axis.set_xlabel(f"{results['decisions'][name]} played by {name}")
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -151,6 +163,25 @@ def draw_arms(axis: Any, arms: dict[str, Any], reference: str) -> None:
     for i, value in enumerate(values):
         axis.text(0.02, i, f"{value:.2f}×", va="center", color="white", fontsize=8)
     axis.set_xlabel(f"throughput over {reference}, 95 % interval")
+
+
+def draw_shares(axis: Any, histogram: dict[str, dict[str, int]]) -> None:
+    """Share of each choice in each state of a link, one bar per state from narrow to wide; rare choices together."""
+    total = sum((Counter(counts) for counts in histogram.values()), Counter())
+    common = [choice for choice, n in total.most_common(9) if n >= 0.01 * total.total()]
+    bottom = [0.0] * len(histogram)
+    for choice in [*common, None]:
+        shares = []
+        for counts in histogram.values():
+            n = sum(v for c, v in counts.items() if c == choice or (choice is None and c not in common))
+            shares.append(n / max(1, sum(counts.values())))
+        if any(shares):
+            axis.bar(range(len(histogram)), shares, 0.8, bottom, label=choice or "others")
+            bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
+    few = len(histogram) <= 12
+    axis.set_xticks(range(len(histogram)) if few else [], list(histogram) if few else [], fontsize=8)
+    axis.set_xlabel("state of the link: rate up, round trip")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_histogram(axis: Any, histogram: dict[str, dict[str, int]]) -> None:

@@ -10,11 +10,13 @@ from agents.fixed import FixedAgent
 from experiments.arms import decoded, run_arms
 from experiments.comparison import throughput
 from experiments.costs import cost_curves
+from experiments.link_references import best_choices
 from experiments.live import decoder_for, encoded_prompts
 from experiments.report import setting_name
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 
@@ -37,8 +39,10 @@ def static_chain(k: int, k_max: int = 16) -> Policy:
     return Policy(control, FixedAgent(control, k))
 
 
-def static_like(control: Control, setting: Sequence[int]) -> Policy:
+def static_like(control: Control, setting: Sequence[Any]) -> Policy:
     """A static setting of the problem that a control poses."""
+    if isinstance(control, TopKControl):
+        return Policy(control, FixedAgent(control, setting[0]))
     if isinstance(control, KControl):
         return static_chain(setting[0], control.k_max)
     return static_policy(setting[0], setting[1], control.width, control.max_depth)
@@ -46,6 +50,8 @@ def static_like(control: Control, setting: Sequence[int]) -> Policy:
 
 def best_like(env: dict[str, Any], control: Control) -> dict[str, Any]:
     """The fastest static setting of the problem that a control poses; see ``best_static``."""
+    if isinstance(control, TopKControl):
+        return best_choices(env, control)
     if isinstance(control, KControl):
         return best_chain(env, control.k_max)
     return best_static(env, control.width, control.max_depth)

@@ -54,6 +54,8 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
         weights = q.weights / q.weights.sum()
         rows.append((accepted, (weights**2).sum(), children.entropies[0], np.count_nonzero(q.weights), forward == 0))
         text.append(token)
+    if not rows:
+        rows = [([0.0] * len(KS), 1.0, 0.0, 1, False)]
     acceptance, probability, entropy, entries, free = (np.array(column) for column in zip(*rows, strict=True))
     half = np.float16
     return Text(
@@ -100,7 +102,8 @@ def main() -> None:
         for split, count in COUNTS.items():
             prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
             for seed, prompt in enumerate(tqdm(prompts, desc=f"texts of {split}", unit="text")):
-                texts.append(record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed))
+                text = record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed)
+                texts += [text] if len(text.tokens) > 1 else []
         eos = min(decoder.eos)
         trace = ExpectedTrace(
             "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts)

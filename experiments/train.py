@@ -27,13 +27,18 @@ from experiments.comparison import ratio
 from experiments.config import Experiment, load_experiment
 from experiments.costs import cost_curves
 from experiments.evaluate import evaluate_run, save
-from experiments.live import decoder_for, encoded_prompts, target_and_drafter
+from experiments.live import decoder_for, encoded_prompts, local_decoder, target_and_drafter
 from experiments.machine import revision, versions
 from experiments.report import markdown
+from experiments.static import best_like
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS, Policy, make_control
+from spec_envs.controls.topk import TopKControl
 from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
+from spec_envs.network.linked import is_address
+
+TRAINED = ("policy.safetensors", "rl_adapter.pth")  # what a trained agent leaves behind
 
 
 def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
@@ -69,7 +74,7 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
         differing = sorted(key for key in config if found.get(key) != config[key])
         if not differing:
             return
-        if any((folder / name).exists() for name in ("last/checkpoint.pt", "policy.safetensors", "results.json")):
+        if any((folder / name).exists() for name in ("last/checkpoint.pt", *TRAINED, "results.json")):
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(differing)}; "
                 "choose another SEED or ROOT, or delete that folder to start over"
@@ -87,11 +92,11 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     keywords = dict(config["env"])
     control = make_control(ENVIRONMENTS[config["id"]], keywords)
     measured = keywords.get("clock", "wall") == "wall" and not keywords.get("trace") and control.engine == "torch"
-    if config["calibrate"] and measured:
+    if config["calibrate"] and measured and not is_address(keywords.get("link", "")):
         table = folder / "clock.json"
         if not table.exists():
             print("measuring this machine's cost table", file=sys.stderr)
-            write_json(table, cost_curves(decoder_for(keywords, control)))
+            write_json(table, cost_curves(local_decoder(keywords, control)))
         keywords["clock"] = str(table)
     env = gym.make(config["id"], **keywords)
     spec_env = env.unwrapped
@@ -126,7 +131,12 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
     spec_env.policy_seconds = agent.decision_seconds
-    if not spec_env.decoder.clock.priced:
+    if isinstance(spec_env.control, TopKControl) and spec_env.given_pace is None:
+        static = folder / "static.json"
+        if not static.exists():
+            write_json(static, best_like(config["env"], spec_env.control))
+        spec_env.given_pace = json.loads(static.read_text())["pace"]
+    elif not spec_env.decoder.clock.priced:
         pace = folder / "last" / "pace.json"  # measured once: a resumed run is paid by the same yardstick
         if not pace.exists():
             write_json(pace, spec_env.pace)
@@ -176,7 +186,7 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
     config = resolved(experiment, env_id, stanza, seed)
     fresh = not folder.exists()
     open_run(folder, config)
-    if not (folder / "policy.safetensors").exists():
+    if not any((folder / name).exists() for name in TRAINED):
         try:
             env, agent = build(folder, config)
         except Exception:
@@ -187,6 +197,9 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
             print(f"training {stanza} for {config['total_timesteps']} steps", file=sys.stderr)
             train_agent(folder, config, env, agent)
         else:
+            spec_env = env.unwrapped
+            assert isinstance(spec_env, SpecEnv)
+            spec_env.policy_seconds = agent.decision_seconds
             agent.learn(config["total_timesteps"], env)
             agent.save(folder)
             env.close()

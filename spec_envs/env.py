@@ -245,7 +245,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         """Of a step of plain decoding by the target, without the network."""
         verifier = self.decoder.verifier
         if isinstance(verifier, RemoteVerifier):
-            return self.decoder.plain().verifier.plain_seconds()
+            return verifier.plain().plain_seconds()
         return plain_seconds(self.target, verifier.device, self.decoder.local.target.dtype)
 
     @property

@@ -74,6 +74,8 @@ class Generation:
             action = self.policy.decide(self.decoder)
             self.actions.append(action)
             if cycle := self.policy.control.act(self.decoder, action):
+                if self.policy.learning:
+                    self.policy.learn(self.decoder, action, cycle)
                 return cycle
 
     def run(self) -> Generation:
@@ -91,6 +93,7 @@ def generate(
     max_new_tokens: int = 256,
     seed: int | None = None,
     task: str = "",
+    learn: bool = False,
 ) -> Generation:
     """Decode a prompt under an agent's control; without control and agent, plainly.
 
@@ -101,13 +104,14 @@ def generate(
         max_new_tokens: most tokens to emit.
         seed: of the sampling, at temperature above 0.
         task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.TASKS``, or any other.
+        learn: whether the agent explores and goes on learning from every cycle, if it can (``rl-adapter``).
 
     Returns:
         A :class:`Generation`: iterate over it to stream, or call ``run()``.
     """
     policy = None
     if control is not None and agent is not None:
-        policy = Policy(control, agent)
+        policy = Policy(control, agent, learn)
         if (decoder.tree.width, decoder.max_depth) != (control.width, control.max_depth):
             raise ValueError(
                 f"the decoder drafts width {decoder.tree.width} and max_depth {decoder.max_depth}, the control expects "

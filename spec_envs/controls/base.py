@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from gymnasium import spaces
@@ -35,6 +35,14 @@ class Agent(Protocol):
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         """Action and next recurrent state."""
+
+
+@runtime_checkable
+class Learner(Agent, Protocol):
+    """An agent that goes on learning while it serves."""
+
+    def record(self, observation: np.ndarray, action: int, reward: float, following: np.ndarray, done: bool) -> Any:
+        """Learn from a decision."""
 
 
 class Control(ABC):
@@ -145,10 +153,19 @@ class Control(ABC):
 
 
 class Policy:
-    """A control with the agent that plays it: a partner inside another control, or what ``generate`` runs."""
+    """A control with the agent that plays it: a partner inside another control, or what ``generate`` runs.
 
-    def __init__(self, control: Control, agent: Agent):
-        self.control, self.agent = control, agent
+    Args:
+        learning: whether the agent explores, and learns from every cycle.
+
+    Raises:
+        ValueError: it is to, and cannot.
+    """
+
+    def __init__(self, control: Control, agent: Agent, learning: bool = False):
+        if learning and not isinstance(agent, Learner):
+            raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter does")
+        self.control, self.agent, self.learning = control, agent, learning
         self.state: Any = None
         self.fresh = True
 
@@ -161,10 +178,16 @@ class Policy:
         """Observe and choose an action; its time is charged to the clock."""
         observation = self.control.observe(decoder)
         start = np.array([self.fresh])
-        action, self.state = self.agent.predict(observation, self.state, start, deterministic=True)
-        self.fresh = False
+        action, self.state = self.agent.predict(observation, self.state, start, deterministic=not self.learning)
+        self.fresh, self.observed = False, observation
         decoder.clock.charge("policy", self.agent.decision_seconds)
         return int(action)
+
+    def learn(self, decoder: Decoder, action: int, cycle: Cycle) -> None:
+        """Tell the agent what came of its last decision: accepted tokens per second (its own time is not charged)."""
+        assert isinstance(self.agent, Learner)
+        reward = cycle.accepted / max(sum(cycle.seconds.values()), 1e-9)
+        self.agent.record(self.observed, action, reward, self.control.observe(decoder), decoder.finished)
 
 
 def read_survival(decoder: Decoder) -> np.ndarray:

@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.mode in ("cloud", "edge"):
             return f"{self.mode} {self.length}"
-        return f"{self.length} × {self.top_k if self.mode == 'topk' else self.mode}"
+        return f"{self.length}x{self.top_k if self.mode == 'topk' else self.mode}"
 
 
 class TopKControl(Control):

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +27,7 @@ from spec_envs.decoding.verifier import Traffic
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.link import Link
 from spec_envs.network.remote import RemoteVerifier
-from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcome, ids_dtype, unpack_ids
+from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcome, encode, ids_dtype, unpack_ids
 
 TRACES = Path(__file__).resolve().parents[1] / "data" / "traces"
 CONTEXT = 2**20
@@ -106,9 +107,11 @@ class ExpectedTrace:
                         data["tasks"], data["splits"], prompts, *columns, strict=True
                     )
                 )
-                words = [str(data[name]) for name in ("target", "drafter", "clock")]
-                numbers = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
-                return cls(path.stem, *words, *numbers, tuple(data["ks"].tolist()), texts)
+                target, drafter, clock = (str(data[name]) for name in ("target", "drafter", "clock"))
+                vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
+                return cls(
+                    path.stem, target, drafter, clock, vocab, eos, temperature, tuple(data["ks"].tolist()), texts
+                )
         except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not an expected-acceptance trace ({error}); record it anew") from None
 
@@ -119,22 +122,22 @@ class ExpectedTrace:
 
     def save(self, path: Path) -> None:
         """Write an npz file."""
-        joined = {
+        columns: dict[str, Any] = {
             name: np.concatenate([np.asarray(getattr(text, name)) for text in self.texts])
             for name in ("tokens", "acceptance", "probability", "entropy", "entries", "free")
         }
+        columns |= {
+            "version": VERSION,
+            "lengths": [len(text.tokens) for text in self.texts],
+            "prompts": np.concatenate([text.prompt for text in self.texts]).astype(np.int32),
+            "prompt_lengths": [len(text.prompt) for text in self.texts],
+            "tasks": [text.task for text in self.texts],
+            "splits": [text.split for text in self.texts],
+        }
+        own = ("target", "drafter", "clock", "vocab", "eos", "temperature", "ks")
+        columns |= {name: getattr(self, name) for name in own}
         with path.open("wb") as file:
-            np.savez_compressed(
-                file,
-                version=VERSION,
-                lengths=[len(text.tokens) for text in self.texts],
-                prompts=np.concatenate([text.prompt for text in self.texts]).astype(np.int32),
-                prompt_lengths=[len(text.prompt) for text in self.texts],
-                tasks=[text.task for text in self.texts],
-                splits=[text.split for text in self.texts],
-                **{name: getattr(self, name) for name in ("target", "drafter", "clock", "vocab", "eos", "temperature", "ks")},
-                **joined,
-            )  # fmt: skip
+            np.savez_compressed(file, **columns)
 
     def prompts(self, split: str = "all") -> list[tuple[str, list[int]]]:
         """Task and ids of every prompt of a split."""
@@ -204,6 +207,8 @@ class TraceDrafter(ChainDrafter):
 class TraceChannel(SimulatedChannel):
     """A link to a cloud that says the recorded text."""
 
+    text: Text | None = None
+
     def __init__(self, trace: ExpectedTrace, link: Link):
         self.trace, self.link, self.rtt = trace, link, link.state.rtt
         self.wide = ids_dtype(trace.vocab)
@@ -212,7 +217,7 @@ class TraceChannel(SimulatedChannel):
         self.link.reset(rng)
         self.rtt, self.text = self.link.state.rtt, None
         welcome = Welcome(0, CONTEXT, self.trace.vocab, "simulated")
-        return welcome, self.passed(hello, welcome)
+        return welcome, self._traffic(len(encode(hello)), len(encode(welcome)))
 
     def judge(self, request: Verify) -> Verdict:
         """Tokens are kept as far as they are the recorded ones."""
@@ -248,5 +253,6 @@ class TraceChannel(SimulatedChannel):
         """The recorded tokens, and which of them comes next."""
         if self.text is None:
             self.text = self.trace.find(unpack_ids(request.text, self.trace.vocab).tolist())
+        assert self.text is not None
         at = request.at + len(request.text) // self.wide.itemsize - len(self.text.prompt)
         return self.text.tokens, at

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.accept import residual
+from spec_envs.decoding.decoder import NO_TOKENS
 from spec_envs.decoding.sampling import Proposal, inverse_cdf, probabilities
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.network import wire
@@ -62,7 +63,7 @@ class RemoteVerifier:
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """Send the prompt; the first token. The cloud's seed is drawn from ``rng``, which draws residuals, too."""
         welcome = self._begin(prompt, rng)
-        token = self.verify(*[np.zeros(0, np.int64)] * 3).token
+        token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
         self.traffic = added(welcome, self.traffic)
         return token
 
@@ -134,7 +135,7 @@ class RemoteVerifier:
         self.text += [int(token) for token in tokens]
 
     def plain_seconds(self) -> float:
-        """The cloud's own seconds of a plain step, as it reports them; 0 from a simulated one."""
+        """The cloud's own seconds of a plain step, as it reports them."""
         self._begin([0] * 64, np.random.default_rng(0))
         answers = [answer for answer, _ in self._stream(PLAIN_TOKENS, ())]
         return float(np.median([answer.seconds for answer in answers[1:]]))
@@ -159,7 +160,7 @@ class CloudOnly(RemoteVerifier):
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         welcome = self._begin(prompt, rng)
         self.stream = self._stream(rows, ())
-        token = self.verify(*[np.zeros(0, np.int64)] * 3).token
+        token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
         self.traffic = added(welcome, self.traffic)
         return token
 
