@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from spec_envs.network.engine import Answer, Engine, Job
 from spec_envs.network.metrics import Metrics
+from spec_envs.network.wire import Refused
+
+LOG = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """A job that nobody works on yet."""
 
@@ -42,7 +46,11 @@ class Batcher:
         self.some = asyncio.Event()
 
     async def answer(self, job: Job) -> Done:
-        """The answer to a job, once its turn has come."""
+        """The answer to a job, once its turn has come.
+
+        Raises:
+            Refused: the engine failed at it, or at one that it shared a forward with.
+        """
         waiting = Waiting(job, asyncio.get_running_loop().create_future())
         self.waiting.append(waiting)
         self.some.set()
@@ -58,10 +66,11 @@ class Batcher:
                 begin = time.perf_counter()
                 try:
                     answers = await loop.run_in_executor(executor, self.engine.run, [w.job for w in batch])
-                except Exception as error:
+                except Exception:
+                    LOG.exception("a forward of %d requests failed", len(batch))
                     for waiting in batch:
                         if not waiting.done.cancelled():
-                            waiting.done.set_exception(error)
+                            waiting.done.set_exception(Refused("internal", "the cloud failed at a forward; try again"))
                     continue
                 seconds = time.perf_counter() - begin
                 for waiting, answer in zip(batch, answers, strict=True):
@@ -72,10 +81,13 @@ class Batcher:
                 self.metrics.forward.observe(seconds)
 
     def _next(self) -> list[Waiting]:
-        """Who is served next: everybody who waits, or who has waited longest; not who went away."""
+        """Who is served next: everybody who waits, or who has waited longest; not who went away. Of two jobs for a slot,
+        as there are after a connection was lost, the second has to wait for the first."""
         alive = [w for w in self.waiting if not w.done.cancelled()]
-        batch = alive if self.together else alive[:1]
-        self.waiting = alive[len(batch) :]
+        first = {w.job.session.slot: w for w in reversed(alive)}
+        batch = [w for w in alive if first[w.job.session.slot] is w]
+        batch = batch if self.together else batch[:1]
+        self.waiting = [w for w in alive if w not in batch]
         if not self.waiting:
             self.some.clear()
         return batch

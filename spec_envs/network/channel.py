@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from msgspec.structs import replace
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    stop_all,
+    wait_random_exponential,
+)
 from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
@@ -30,6 +39,7 @@ from spec_envs.network.wire import (
     decode,
     encode,
     expect,
+    pack_ids,
     unpack_ids,
 )
 
@@ -71,7 +81,10 @@ class SimulatedChannel:
 
     Args:
         engine: with a session to spare.
-        link: moves on with every request.
+        link: moves on with every forward of the target, be it the judgement of a draft or a token of plain decoding.
+
+    Attributes:
+        used: the state of the link at the last request.
     """
 
     def __init__(self, engine: Engine, link: Link):
@@ -100,36 +113,37 @@ class SimulatedChannel:
     def judge(self, request: Verify) -> Verdict:
         """The cloud's answer."""
         assert self.session is not None
+        begin = time.perf_counter()
         [answer] = self.engine.run([self.engine.job(self.session, request)])
-        return answer.verdict(request.number, seconds=0.0, queued=0.0)
+        return answer.verdict(request.number, time.perf_counter() - begin, queued=0.0)
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
         plain = request(shared)
         frame, first = encode(plain), True
-        self.rtt = self.link.state.rtt
         for tokens in self.tokens(expect(decode(frame), Plain)):
             reply = encode(tokens)
+            self.rtt = self.link.state.rtt
             if first:
                 traffic = self._traffic(len(frame), len(reply))
             else:
                 traffic = Traffic(0, len(reply), self.link.push(len(reply)), True)
             first = False
-            if tokens.last:
-                self.link.move()
+            self.link.move()
             yield expect(decode(reply), Tokens), traffic
 
     def tokens(self, request: Plain) -> Iterator[Tokens]:
         """The cloud's answers."""
         assert self.session is not None
         stop, job = set(unpack_ids(request.stop, self.engine.vocab).tolist()), self.engine.job(self.session, request)
-        for left in range(request.count - 1, -1, -1):
+        for index in range(request.count):
+            begin = time.perf_counter()
             [answer] = self.engine.run([job])
             assert answer.token is not None
-            last = not left or answer.token in stop
-            yield Tokens(request.number, answer.token, last, 0.0, 0.0)
+            last = index == request.count - 1 or answer.token in stop
+            yield Tokens(request.number, answer.token, last, time.perf_counter() - begin, 0.0, index)
             if last:
                 return
-            job = self.engine.going_on(job)
+            job = self.engine.going_on(job, answer.token)
 
     def another(self) -> SimulatedChannel:
         return SimulatedChannel(self.engine.another(), self.link)
@@ -140,6 +154,7 @@ class SimulatedChannel:
             self.session = None
 
     def _traffic(self, up: int, down: int) -> Traffic:
+        self.used = self.link.state
         return Traffic(up, down, self.link.seconds(up, down), True)
 
 
@@ -147,6 +162,8 @@ def lost(error: BaseException) -> bool:
     """Whether a failure is of the connection, or passes, so that trying again may help."""
     if isinstance(error, InvalidStatus):
         return error.response.status_code >= 500
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return False
     if isinstance(error, Refused):
         return error.code in (*LATER, "message")
     return isinstance(error, (OSError, WebSocketException, EOFError))
@@ -158,7 +175,7 @@ class SocketChannel:
 
     Args:
         url: ``ws://host:port`` or ``wss://…``.
-        patience: seconds after which a cloud that does not answer is given up.
+        patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
         timeout: seconds that an answer may take.
         token: for a cloud that wants one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
     """
@@ -170,7 +187,7 @@ class SocketChannel:
         self.token = token if token is not None else os.environ.get(TOKEN, "")
         self.connection: ClientConnection | None = None
         self.hello: Hello | None = None
-        self.have = 0  # tokens that the cloud had when the connection was opened
+        self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened, and its vocabulary
         self.rtt = 0.0
 
     def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
@@ -192,30 +209,37 @@ class SocketChannel:
             elapsed = time.perf_counter() - began
             assert self.connection is not None
             self.rtt = self.connection.latency or self.rtt
+            self.connection.ping()  # while the line is idle; the next exchange knows the round trip
             return verdict, Traffic(up, down, max(0.0, elapsed - verdict.seconds - verdict.queued))
 
         return self._patiently(attempt)
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
-        got: list[Tokens] = []
+        got: list[int] = []
+        asked = 0  # how many of them were had when the request was made
 
         def attempt() -> tuple[Tokens, Traffic]:
+            nonlocal asked
             up, began = 0, time.perf_counter()
             if self.connection is None or not got:
-                plain = request(self._reconnected(shared))
-                self.number, self.due = plain.number, len(got)  # what was had already comes again
-                up = self._send(plain)
+                plain, asked = request(self._reconnected(shared)), len(got)
+                text = plain.text + pack_ids(got, self.vocab)
+                up = self._send(replace(plain, text=text, count=plain.count - asked))
+                self.number = plain.number
             while True:
                 tokens, down = self._answer(self.number, Tokens)
-                if not self.due:
+                if tokens.index >= len(got) - asked:  # no message that came twice
                     break
-                self.due -= 1
+            if tokens.index > len(got) - asked:
+                raise Refused("message", f"token {tokens.index} of a stream came in; expected {len(got) - asked}")
             elapsed = time.perf_counter() - began
             return tokens, Traffic(up, down, max(0.0, elapsed - tokens.seconds - tokens.queued))
 
-        while not got or not got[-1].last:
+        last = False
+        while not last:
             tokens, traffic = self._patiently(attempt)
-            got.append(tokens)
+            got.append(tokens.token)
+            last = tokens.last
             yield tokens, traffic
 
     def another(self) -> SocketChannel:
@@ -236,7 +260,7 @@ class SocketChannel:
         tries = Retrying(
             retry=retry_if_exception(lost),
             wait=wait_random_exponential(multiplier=0.05, max=2.0),
-            stop=stop_after_delay(self.patience),
+            stop=stop_all(stop_after_delay(self.patience), stop_after_attempt(2)),
             after=drop,
             reraise=True,
         )
@@ -262,7 +286,7 @@ class SocketChannel:
             self.connection = connect(
                 self.url, additional_headers=headers, ssl=context, max_size=MAX_BYTES, compression=None, proxy=None,
                 open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None,
-            )  # fmt: skip
+            ).__enter__()  # fmt: skip
         except InvalidHandshake:
             raise
         except EOFError as error:  # closed in the middle of the handshake
@@ -277,7 +301,7 @@ class SocketChannel:
             pass  # of a text that was broken off
         self.rtt = time.perf_counter() - began
         welcome = expect(message, Welcome)
-        self.have = welcome.have
+        self.have, self.vocab = welcome.have, welcome.vocab
         return welcome, Traffic(up, len(reply), self.rtt)
 
     def _reconnected(self, shared: int) -> int:
@@ -289,11 +313,9 @@ class SocketChannel:
         return shared
 
     def _send(self, message: Message) -> int:
-        """Send a message, and behind it a ping, which is answered whatever the cloud computes."""
         frame = encode(message)
         assert self.connection is not None
         self.connection.send(frame)
-        self.connection.ping()
         return len(frame)
 
     def _receive(self) -> Any:
@@ -315,4 +337,4 @@ class SocketChannel:
         """Give up a connection that failed."""
         connection, self.connection = self.connection, None
         if connection is not None:
-            connection.socket.close()
+            connection.close_socket()

@@ -45,12 +45,13 @@ from spec_envs.network.wire import (
     Welcome,
     decode,
     encode,
+    pack_ids,
     unpack_ids,
     vocabulary_hash,
 )
 
 PORT = 8765
-GOING_AWAY, POLICY = 1001, 1008  # WebSocket close codes
+POLICY = 1008  # WebSocket close code
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Limits:
         sessions: at once; twice as many connections.
         tokens: of a text.
         message: bytes.
-        idle: seconds after which a connection on which nothing comes in is closed, and a session without one forgotten.
+        idle: seconds after which a connection on which nothing is said is closed, and a session without one forgotten.
         grace: seconds that texts under way have when the cloud shuts down.
     """
 
@@ -89,23 +90,31 @@ class Cloud:
         self.batcher = Batcher(engine, self.metrics, batching)
         self.attached: dict[bytes, ServerConnection] = {}  # by session
         self.detached: dict[bytes, float] = {}  # when the connections of sessions were lost
-        self.connections = 0
+        self.talks: set[Conversation] = set()
         self.draining = False
 
     @contextlib.asynccontextmanager
     async def listening(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> Any:
-        """Serve while the block lasts; yields the server."""
-        async with (
-            serve(
+        """Serve while the block lasts; yields the server.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        try:
+            server = await serve(
                 self.connected, host, port, ssl=tls, process_request=self.received, max_size=self.limits.message,
                 compression=None, ping_interval=None, close_timeout=2.0, server_header=None, max_queue=4,
-            ) as server,
-            asyncio.TaskGroup() as tasks,
-        ):  # fmt: skip
-            running = [tasks.create_task(self.batcher.run()), tasks.create_task(self._forget_lost())]
+            )  # fmt: skip
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+            raise OSError(f"could not listen on {host}:{port} ({reason}); choose another address") from None
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self.batcher.run()), tasks.create_task(self._forget_silent())]
             try:
                 yield server
             finally:
+                server.close()
+                await server.wait_closed()  # the last answers are still worked out
                 for task in running:
                     task.cancel()
 
@@ -125,31 +134,23 @@ class Cloud:
             return Response(HTTPStatus.OK.value, "OK", headers, body)
         if request.path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, "there are /, /healthz and /metrics\n")
-        if self.connections >= 2 * self.limits.sessions:
+        if len(self.talks) >= 2 * self.limits.sessions:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections; try again later\n")
         return None
 
     async def connected(self, connection: ServerConnection) -> None:
         """Serve one connection to its end."""
-        self.connections += 1
         talk = Conversation(self, connection)
+        self.talks.add(talk)
         try:
             while True:
-                async with asyncio.timeout(self.limits.idle):
-                    frame = await connection.recv()
-                self.metrics.received.inc(len(frame))
-                await talk.take(frame)
+                await talk.take(await connection.recv())
         except Refused as refused:
-            self.metrics.refused.labels(refused.code).inc()
-            with contextlib.suppress(ConnectionClosed):
-                await connection.send(encode(refused.message()))
-                await connection.close(POLICY, refused.code)
-        except TimeoutError:
-            await connection.close(POLICY, "nothing came in")
+            await talk.refuse(refused)
         except ConnectionClosed:
             pass
         finally:
-            self.connections -= 1
+            self.talks.remove(talk)
             await talk.end()
 
     def attach(self, hello: Hello, connection: ServerConnection) -> Session:
@@ -187,28 +188,37 @@ class Cloud:
         self.engine.close(self.engine.sessions[key])
         self.metrics.sessions.set(len(self.engine.sessions))
 
-    async def _forget_lost(self) -> None:
-        """Drop sessions whose edges do not come back."""
+    async def _forget_silent(self) -> None:
+        """Drop connections on which nothing is said, or what is said is not read, and sessions whose edges do not come
+        back."""
         while True:
             await asyncio.sleep(min(1.0, self.limits.idle / 4))
-            now = time.monotonic()
-            for key in [key for key, since in self.detached.items() if now - since > self.limits.idle]:
+            then = time.monotonic() - self.limits.idle
+            for talk in self.talks:
+                if talk.since < then:
+                    talk.connection.transport.abort()
+            for key in [key for key, since in self.detached.items() if since < then]:
                 self.forget(key)
 
     async def drain(self) -> None:
-        """Take no new texts, and wait for those under way."""
+        """Take no new texts, and wait for those under way, also for edges that lost their connection."""
         self.draining = True
         begin = time.monotonic()
-        while self.attached and time.monotonic() - begin < self.limits.grace:
+        while self.engine.sessions and time.monotonic() - begin < self.limits.grace:
             await asyncio.sleep(0.05)
 
 
 class Conversation:
-    """What is said on one connection."""
+    """What is said on one connection.
+
+    Attributes:
+        since: when something was last said.
+    """
 
     def __init__(self, cloud: Cloud, connection: ServerConnection):
         self.cloud, self.connection = cloud, connection
         self.session: Session | None = None
+        self.since = time.monotonic()
         self.number = -1  # of the last request: one that comes in twice is not served twice
         self.streaming: asyncio.Task[None] | None = None
 
@@ -218,9 +228,10 @@ class Conversation:
         Raises:
             Refused: it cannot be.
         """
+        self.since = time.monotonic()
+        self.cloud.metrics.received.inc(len(frame))
         message = decode(frame)
         if isinstance(message, Hello):
-            await self._stop_streaming()
             await self._greet(message)
         elif not isinstance(message, (Verify, Plain)):
             raise Refused("message", f"a {type(message).__name__} came in; expected a request")
@@ -237,9 +248,11 @@ class Conversation:
             await self._send(done.answer.verdict(message.number, done.seconds, done.queued))
 
     async def _greet(self, hello: Hello) -> None:
-        old, self.session = self.session, self.cloud.attach(hello, self.connection)
-        if old is not None and old is not self.session:
-            self.cloud.detach(old, self.connection, lost=False)
+        if self.session is None or self.session.hello != hello:
+            await self._stop_streaming()
+            if self.session is not None and self.session.hello.session != hello.session:
+                self.cloud.detach(self.session, self.connection, lost=False)
+            self.session = self.cloud.attach(hello, self.connection)
         engine = self.cloud.engine
         await self._send(Welcome(len(self.session.tokens), engine.context, engine.vocab, self.cloud.name))
 
@@ -247,16 +260,20 @@ class Conversation:
         """Send token after token."""
         engine = self.cloud.engine
         stop = set(unpack_ids(request.stop, engine.vocab).tolist())
-        with contextlib.suppress(ConnectionClosed):
-            for left in range(request.count - 1, -1, -1):
+        try:
+            for index in range(request.count):
                 done = await self.cloud.batcher.answer(job)
                 token = done.answer.token
                 assert token is not None
-                last = not left or token in stop
-                await self._send(Tokens(request.number, token, last, done.seconds, done.queued))
+                last = index == request.count - 1 or token in stop
+                await self._send(Tokens(request.number, token, last, done.seconds, done.queued, index))
                 if last:
                     return
-                job = engine.going_on(job)
+                job = engine.going_on(job, token)
+        except Refused as refused:
+            await self.refuse(refused)
+        except ConnectionClosed:
+            pass
 
     async def _stop_streaming(self) -> None:
         """Break off plain decoding that nobody wants any more."""
@@ -269,12 +286,20 @@ class Conversation:
         frame = encode(message)
         self.cloud.metrics.sent.inc(len(frame))
         await self.connection.send(frame)
+        self.since = time.monotonic()
+
+    async def refuse(self, refused: Refused) -> None:
+        """Say why, and close the connection."""
+        self.cloud.metrics.refused.labels(refused.code).inc()
+        with contextlib.suppress(ConnectionClosed):
+            await self._send(refused.message())
+        await self.connection.close(POLICY, refused.code)
 
     async def end(self) -> None:
         """The connection is closed: with a greeting, or it was lost."""
         await self._stop_streaming()
         if self.session is not None:
-            lost = self.connection.protocol.close_rcvd is None
+            lost = not self.connection.protocol.close_rcvd_then_sent
             self.cloud.detach(self.session, self.connection, lost)
 
 
@@ -283,7 +308,8 @@ def warm(engine: Engine) -> None:
     hello = Hello(1, engine.vocabulary, bytes(16), 1.0, 1.0, 0)
     session = engine.open(hello)
     for rows in (32, 1, 8):
-        engine.run([engine.job(session, Verify(0, 0, bytes(rows * 4), b"", "ids"))])
+        text = pack_ids([0] * min(rows, engine.context - 1), engine.vocab)
+        engine.run([engine.job(session, Verify(0, 0, text, b"", "ids"))])
     engine.close(session)
 
 
@@ -331,13 +357,21 @@ def opened(args: argparse.Namespace) -> tuple[Cloud, ssl.SSLContext | None]:
             "have to bear, or listen on 127.0.0.1"
         )
     if args.sessions < 1 or args.max_tokens < 2 or args.max_message < 1 or args.idle <= 0:
-        raise ValueError("sessions, max-tokens, max-message and idle are to be positive")
+        raise ValueError("sessions, max-message and idle are to be positive, and max-tokens is to be 2 or more")
+    if not 0 <= args.port < 2**16 or (args.threads is not None and args.threads < 1):
+        raise ValueError(f"port is {args.port} and threads is {args.threads}; expected 0 to 65535, and 1 or more")
     if bool(args.tls_certificate) != bool(args.tls_key):
         raise ValueError("TLS needs both --tls-certificate and --tls-key")
     tls = None
     if args.tls_certificate:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(args.tls_certificate, args.tls_key)
+        try:
+            tls.load_cert_chain(args.tls_certificate, args.tls_key)
+        except OSError as error:
+            raise ValueError(
+                f"could not load the TLS certificate {args.tls_certificate} with the key {args.tls_key} ({error}); "
+                "expected two PEM files that belong together"
+            ) from None
     elif not is_loopback(args.host):
         print("warning: without TLS the token and all texts can be read on the way", file=sys.stderr)
     if args.threads:
@@ -358,7 +392,7 @@ async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None) ->
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with cloud.listening(host, port, tls) as server:
         port = next(iter(server.sockets)).getsockname()[1]
-        print(f"listening on {'wss' if tls else 'ws'}://{host}:{port}", flush=True)
+        print(f"listening on {'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await stop.wait()
         await cloud.drain()
 

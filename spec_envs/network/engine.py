@@ -47,15 +47,16 @@ class Session:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was found to make sense; ``drafted_from`` are the distributions ``[vocab]`` that the draft is from, or
-    its chances ``[n]``."""
+    """A request that was found to make sense: to judge ``draft`` behind ``text``, whose first ``at`` tokens the session had.
+    ``drafted_from`` are the distributions ``[vocab]`` that the draft is from, ``chances`` its tokens' q(x)."""
 
     session: Session
     at: int
     text: np.ndarray
     draft: np.ndarray
     mode: str
-    drafted_from: Sequence[np.ndarray] | np.ndarray = ()
+    drafted_from: Sequence[np.ndarray] = ()
+    chances: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class Engine:
             if not self.free:
                 raise Refused("busy", f"all {len(self.slots.lengths)} sessions are taken; try again later")
             found = self.sessions[hello.session] = Session(hello, self.free.pop())
-        if found.hello != hello:  # sampled otherwise: another text
-            found.hello, found.tokens = hello, []
+        elif found.hello != hello:  # sampled otherwise: another text
+            found = self.sessions[hello.session] = Session(hello, found.slot)
         return found
 
     def another(self) -> Engine:
@@ -132,37 +133,39 @@ class Engine:
         Raises:
             Refused: it makes no sense.
         """
-        text = unpack_ids(request.text, self.vocab)
+        new = unpack_ids(request.text, self.vocab)
         if request.at > len(session.tokens):
             raise Refused(
                 "request", f"the session has {len(session.tokens)} tokens; expected at most that, not {request.at}"
             )
-        if not request.at + len(text):
+        if not request.at + len(new):
             raise Refused("request", "the text is empty; expected at least one token")
+        text = np.concatenate([np.array(session.tokens[: request.at], np.int64), new])
         if isinstance(request, Plain):
             unpack_ids(request.stop, self.vocab)
-            self._check_room(request.at + len(text) + request.count)
+            self._check_room(len(text) + request.count)
             return Job(session, request.at, text, np.zeros(0, np.int64), "ids")
         draft = unpack_ids(request.draft, self.vocab)
-        self._check_room(request.at + len(text) + len(draft) + 1)
+        self._check_room(len(text) + len(draft) + 1)
         if len(draft) > LONGEST_DRAFT:
             raise Refused("limit", f"a draft of {len(draft)} tokens came in; expected at most {LONGEST_DRAFT}")
         if request.mode not in MODES or (len(draft) and (request.mode == "ids") != (session.hello.temperature == 0)):
             raise Refused("request", f"mode {request.mode!r} came in at temperature {session.hello.temperature}")
-        drafted_from: Sequence[np.ndarray] | np.ndarray = ()
+        drafted_from: list[np.ndarray] = []
+        chances: list[float] = []
         if request.mode == "scalar":
-            drafted_from = chances = unpack_floats(request.chances)
+            chances = unpack_floats(request.chances).tolist()
         elif request.mode != "ids":
             drafted_from = [unpack_proposal(sent, self.vocab) for sent in request.proposals[: len(draft) + 1]]
-            chances = np.array([q[token] for q, token in zip(drafted_from, draft, strict=False)])
-        if request.mode != "ids" and (len(drafted_from) != len(draft) or not (chances > 0).all()):
+            chances = [float(q[token]) for q, token in zip(drafted_from, draft, strict=False)]
+        told = len(drafted_from or chances)
+        if request.mode != "ids" and (told != len(draft) or not all(chance > 0 for chance in chances)):
             raise Refused("request", "a drafted token has no distribution, or no chance in it")
-        return Job(session, request.at, text, draft, request.mode, drafted_from)
+        return Job(session, request.at, text, draft, request.mode, drafted_from, chances)
 
-    def going_on(self, job: Job) -> Job:
-        """What asks for the token behind the answer to ``job``."""
-        nothing = np.zeros(0, np.int64)
-        return Job(job.session, len(job.session.tokens), nothing, nothing, "ids")
+    def going_on(self, job: Job, token: int) -> Job:
+        """What asks for the token behind ``token``, which was the answer to ``job``."""
+        return Job(job.session, len(job.text), np.append(job.text, token), np.zeros(0, np.int64), "ids")
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.context:
@@ -184,11 +187,10 @@ class Engine:
         return [answers[i] for i in range(len(jobs))]
 
     def _rows(self, job: Job) -> list[int]:
-        """Bring the session to the text of the request; the tokens that a forward has to read, the draft's included."""
-        session, lengths = job.session, self.slots.lengths
-        session.tokens = [*session.tokens[: job.at], *job.text.tolist()]
-        lengths[session.slot] = min(lengths[session.slot], job.at, len(session.tokens) - 1)
-        return [*session.tokens[lengths[session.slot] :], *job.draft.tolist()]
+        """The tokens that a forward has to read, the draft's included; the cache is rolled back to what is before them."""
+        slot, lengths = job.session.slot, self.slots.lengths
+        lengths[slot] = min(lengths[slot], job.at, len(job.text) - 1)
+        return [*job.text[lengths[slot] :].tolist(), *job.draft.tolist()]
 
     def _forward(self, slots: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
         """Last hidden states ``[sessions, n, hidden]`` of the rows, those of short ones followed by junk."""
@@ -208,15 +210,14 @@ class Engine:
         answers = []
         for job, end, h in zip(jobs, ends, hidden, strict=True):
             own = slice(end - len(h), end)
-            tokens, hello = job.session.tokens, job.session.hello
+            hello = job.session.hello
             if hello.temperature == 0:
                 answer = keep(job, choices[own])
             else:
-                answer = judge(job, logits[own], np.random.default_rng([hello.seed, len(tokens)]).random)
-            tokens += job.draft[: answer.accepted].tolist()
+                answer = judge(job, logits[own], np.random.default_rng([hello.seed, len(job.text)]).random)
+            tokens = [*job.text.tolist(), *job.draft[: answer.accepted].tolist()]
             self.slots.lengths[job.session.slot] = len(tokens)
-            if answer.token is not None:
-                tokens.append(answer.token)
+            job.session.tokens = tokens if answer.token is None else [*tokens, answer.token]
             answers.append(answer)
         return answers
 
@@ -236,8 +237,7 @@ def judge(job: Job, logits: Tensor, uniform: Callable[[], float]) -> Answer:
         return probabilities(logits[row], hello.temperature, hello.top_p)
 
     if job.mode == "scalar":
-        chances = np.asarray(job.drafted_from)
-        kept = accept.prefix(job.draft, chances, p, uniform)
+        kept = accept.prefix(job.draft, job.chances, p, uniform)
         if kept < len(job.draft):
             return Answer(kept, None, logits[kept])
         return Answer(kept, inverse_cdf(p(kept), uniform()))

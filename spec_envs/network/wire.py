@@ -85,7 +85,7 @@ class Verify(Struct, array_like=True, frozen=True, tag=3):
     draft: bytes
     mode: str
     chances: bytes = b""
-    proposals: list[Sent] = []
+    proposals: Annotated[list[Sent], Meta(max_length=1024)] = []
 
 
 class Verdict(Struct, array_like=True, frozen=True, tag=4):
@@ -112,13 +112,14 @@ class Plain(Struct, array_like=True, frozen=True, tag=5):
 
 
 class Tokens(Struct, array_like=True, frozen=True, tag=6):
-    """The next token of plain decoding, and whether it is the last one."""
+    """The next token of plain decoding, whether it is the last one, and how many came before it."""
 
     number: Count
     token: Count
     last: bool
     seconds: float
     queued: float
+    index: Count = 0
 
 
 class Error(Struct, array_like=True, frozen=True, tag=7):
@@ -136,8 +137,9 @@ CODES = {
     "limit": "more than the cloud allows",
     "busy": "no session is free; try again later",
     "draining": "the cloud is shutting down; try again later",
+    "internal": "the cloud failed; try again",
 }
-LATER = ("busy", "draining")  # codes after which trying again may help
+LATER = ("busy", "draining", "internal")  # codes after which trying again may help
 
 Message = Hello | Welcome | Verify | Verdict | Plain | Tokens | Error
 M = TypeVar("M")
@@ -172,7 +174,7 @@ def decode(frame: Any) -> Message:
         raise Refused("message", "a text frame came in; expected a binary one")
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused("message", f"{len(frame)} bytes that are no message of version {VERSION}: {error}") from None
 
 
