@@ -1,5 +1,5 @@
 # Every target sets itself up first. Variables: ENV, AGENT, SEED, SET, ROOT, RUN, DEPTH, BUDGET, DATA_DIR, PROMPTS,
-# TEMPERATURE, COUNT, PROMPT, KIND, ARGS.
+# TEMPERATURE, COUNT, PROMPT, HOST, KIND, ARGS.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready
@@ -20,10 +20,13 @@ PROMPT ?= Explain in three sentences why the sky is blue.
 override PROMPT := $(value PROMPT)
 export PROMPT
 COUNT ?=
+# Not the environment's, where some shells and compilers have one.
+HOST = localhost
 KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench bench-k drafter tune generate tensorboard test lint
+.PHONY: help setup train eval bench bench-k drafter tune generate cloud edge edge-cloud cloud-load \
+	tensorboard test lint
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -57,6 +60,18 @@ tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on trai
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)
+
+cloud: $(READY)  ## serve a target that verifies what edges draft, on port 8765; ARGS=--help
+	$(PY) -m spec_envs.network.cloud $(ARGS)
+
+edge: $(READY)  ## stream an answer to PROMPT, drafted here and verified by the cloud at HOST (or URL); ARGS=--help
+	$(PY) -m spec_envs.network.edge $(HOST) --prompt "$$PROMPT" $(ARGS)
+
+edge-cloud: $(READY)  ## edge and cloud against the cloud alone, through a real socket; ARGS="--num-prompts 5 --iterations 2"
+	$(PY) -m experiments.edge_cloud $(ARGS)
+
+cloud-load: $(READY)  ## a cloud under 1, 4 and 16 edges, with and without batching; runs/cloud-load.json; ARGS=--help
+	$(PY) -m experiments.cloud_load $(ARGS)
 
 tensorboard: $(READY)  ## look into the runs
 	$(PY) -m tensorboard.main --logdir $(ROOT)
