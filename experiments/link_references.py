@@ -20,7 +20,7 @@ from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.network.channel import SimulatedChannel
-from spec_envs.network.link import Link, LinkState, MarkovLink, load_link
+from spec_envs.network.link import LinkState, MarkovLink, load_link
 from spec_envs.network.linked import is_address
 from spec_envs.network.remote import RemoteVerifier
 
@@ -60,7 +60,7 @@ def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
     Returns:
         ``best``, the choice with the highest throughput; ``best_k``, the best one that drafts as many tokens as the
         environment does by default and says only how much of each distribution is sent; ``per_state``, for each state of a
-        simulated link the choice that is best there; ``pace``, the throughput of that policy as it was estimated; and
+        Markov link the choice that is best there; ``pace``, the throughput of that policy as it was estimated; and
         the ``tokens_per_second`` of every choice.
     """
     decoder = decoder_for(env, control)
@@ -88,30 +88,42 @@ def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
         "pace": max(rates.values()),
         "tokens_per_second": rates,
     }
-    if not is_address(control.link):
+    link = None if is_address(control.link) else load_link(control.link)
+    if isinstance(link, MarkovLink):
         outcomes = {name: Outcome.of(arm) for name, arm in samples.items()}
-        found["per_state"], found["pace"] = per_state(outcomes, load_link(control.link))
+        found["per_state"], found["pace"] = per_state(outcomes, link)
     return found
 
 
-def per_state(outcomes: dict[str, Outcome], link: Link) -> tuple[dict[str, str], float]:
-    """The policy that knows the link's state and has the highest throughput ΣN/ΣT, by Dinkelbach's method: the rate λ at
-    which the best N − λT is 0 on average; the choice of each state, and λ."""
-    share = link.stationary if isinstance(link, MarkovLink) else np.full(len(link.states), 1 / len(link.states))
-    names, jitter = list(outcomes), link.jitter_ms / 1e3
+def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str, str], float]:
+    """The policy that knows the link's state and has the highest throughput ΣN/ΣT: the choice of each state, and the rate.
+
+    The state moves with every forward of the target, of which a draft takes one and n tokens of the cloud alone take n. So
+    this is an average-reward semi-Markov problem: at the optimum λ, max over choices of N − λT + Σ P^forwards h − h = 0 in
+    every state, for some h (Puterman 1994, section 11.4). Policy iteration, from the best choice of each state alone.
+    """
+    names, n, jitter = list(outcomes), len(link.states), link.jitter_ms / 1e3
     tokens = np.array([outcomes[name].tokens for name in names])
-    seconds = np.array([[outcomes[name].over(state, jitter) for name in names] for state in link.states])
-    rate, chosen = 0.0, np.zeros(len(link.states), int)
+    seconds = np.array([[outcomes[name].over(state, jitter) for state in link.states] for name in names])
+    forwards = [max(1, round(o.tokens)) if name.startswith("cloud") else 1 for name, o in outcomes.items()]
+    moves = np.array([np.linalg.matrix_power(link.transitions, count) for count in forwards])
+    chosen = (tokens[:, None] / seconds).argmax(0)
     while True:
-        chosen = (tokens - rate * seconds).argmax(1)
-        better = float(share @ tokens[chosen] / (share @ seconds[np.arange(len(chosen)), chosen]))
-        if better <= rate * (1 + 1e-12):
-            return {label(s): names[c] for s, c in zip(link.states, chosen, strict=True)}, rate
-        rate = better
+        own = (chosen, np.arange(n))
+        # Unknown are h, with h = 0 in the first state, and in its place λ: N = h − P h + λT.
+        system = np.eye(n) - moves[own]
+        system[:, 0] = seconds[own]
+        rate, *rest = np.linalg.solve(system, tokens[chosen])
+        bias = np.array([0.0, *rest])
+        gain = tokens[:, None] - rate * seconds + moves @ bias
+        better = np.where(gain.max(0) > gain[own] + 1e-9, gain.argmax(0), chosen)
+        if (better == chosen).all():
+            return {label(s): names[c] for s, c in zip(link.states, chosen, strict=True)}, float(rate)
+        chosen = better
 
 
 def link_policies(control: TopKControl, decoder: Decoder, found: dict[str, Any]) -> dict[str, Policy]:
-    """Further references: the best static k, and over a simulated link the best choice of each of its states."""
+    """Further references: the best static k, and over a Markov link the best choice of each of its states."""
     policies = {}
     if found["best_k"] != found["best"]:
         policies["static k"] = Policy(control, FixedAgent(control, found["best_k"][0]))

@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "trpo": {"n_steps": 32, "batch_size": 16},
     "recurrent-ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 1},
     "dqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
+    "ddqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
     "qrdqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
 }
 
@@ -56,6 +57,7 @@ class Identity(gym.Env):
 
 def test_every_algorithm_is_in_the_zoo() -> None:
     controllers = {"adaptive-k", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb", "specdec++"}
+    controllers |= {"rl-adapter"}
     assert set(AGENTS) == {"random", "fixed", *ALGORITHMS, *controllers}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -11,8 +12,11 @@ import pytest
 from agents import AGENTS
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
+from spec_envs.controls.opening import decoder_under
+from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.prompts import encode
+from tests.conftest import CPU
 
 
 def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
@@ -28,11 +32,12 @@ def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], l
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 @pytest.mark.parametrize("name", ["ppo", "qrdqn", "recurrent-ppo"])
-def test_generate_is_the_environment(env_id: str, name: str, tiny: dict) -> None:
-    env = gym.make(env_id, **tiny)
+def test_generate_is_the_environment(env_id: str, name: str, tiny: dict, tiny_draft: Path) -> None:
+    chosen = tiny | ({"drafter": str(tiny_draft)} if env_id == "SpecTopK-v0" else {})
+    env = gym.make(env_id, **chosen)
     control = make_control(ENVIRONMENTS[env_id], {})
-    sizes = {"width": control.width, "max_depth": control.max_depth}
-    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", **sizes)
+    models = {part: chosen[part] for part in ("target", "drafter", "device", "dtype")}
+    decoder = decoder_under(control, None, WallClock(CPU), **models, temperature=control.temperature)
     different = set()
     for seed in range(4):
         agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])

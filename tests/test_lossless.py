@@ -15,14 +15,16 @@ from experiments.arms import Encoded, decoded
 from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.controls import Policy, make_control
+from spec_envs.controls.opening import decoder_under
 from spec_envs.decoding import accept
 from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
+from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
-from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.pair import default_drafter, load_decoder
 from spec_envs.decoding.tree import ancestors
 from spec_envs.prompts import TASKS, encode, load_prompts
-from tests.conftest import REAL, WITHOUT_KERNELS
+from tests.conftest import CPU, REAL, WITHOUT_KERNELS
 
 pytestmark = pytest.mark.model
 TOKENS = 40
@@ -58,7 +60,8 @@ def test_plain_decoding_is_transformers_generate(prompts: dict, plain_texts: dic
 def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: dict, plain_texts: dict) -> None:
     keywords = {"budgets": [4, 12, 24, 48], "depth": "random", "budget": 32, "max_depth": 8}
     control = make_control(ENVIRONMENTS[env_id], keywords)
-    decoder = load_decoder(REAL, "auto", "cpu", "float32", width=control.width, max_depth=control.max_depth)
+    models = {"target": REAL, "drafter": default_drafter(REAL, control.width == 1), "device": "cpu", "dtype": "float32"}
+    decoder = decoder_under(control, None, WallClock(CPU), **models, temperature=0.0)
     agent = RandomAgent(control, seed=1)
     accepted = 0
     for task, ids in prompts.items():
@@ -176,11 +179,14 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         ("k", "auto", {"decision": "token"}),
         ("k", "lookup", {}),
         ("k", "smollm2-135m-draft", {}),
+        ("topk", "lookup+smollm2-135m-draft", {"actions": "joint", "k": 8, "ks": [0, 50]}),
     ]
     assert {name for name, *_ in keywords} == set(ENVIRONMENTS.values())
     for name, drafter, own in keywords:
         control = make_control(name, own)
-        drafting = load_decoder(REAL, drafter, "cpu", "int8", width=control.width, max_depth=control.max_depth)
+        models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}
+        drafter = default_drafter(REAL, control.width == 1) if drafter == "auto" else drafter
+        drafting = decoder_under(control, None, WallClock(CPU), drafter=drafter, **models)
         arms.append(decoded(drafting, Policy(control, RandomAgent(control, seed=1))))
     accepted, samples = 0, []
     for i, prompt in enumerate(chosen):

@@ -102,7 +102,7 @@ class TopKControl(Control):
     - `k=4`: tokens of a draft; with `actions="joint"` of the longest one.
     - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a trace in CSV, or
       `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not slept; or the address of a cloud,
-      `"ws://127.0.0.1:8765"`. The state of a simulated link moves between rounds, whatever was sent.
+      `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
     - `protocol="auto"`: `"scalar"` or `"full"` tells every distribution that way, whatever k says.
     - `actions="k"`, or `"joint"`.
     - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves the
@@ -190,11 +190,12 @@ class TopKControl(Control):
 
     def act(self, decoder: Decoder, action: int) -> Cycle:
         choice, verifier, drafter = self.choices[action], decoder.verifier, decoder.drafter
-        assert isinstance(verifier, RemoteVerifier) and isinstance(drafter, ChainDrafter)
+        assert isinstance(verifier, RemoteVerifier)
         if choice.mode == "cloud":
             return decoder.decode(choice.length)
         verifier.mode = choice.mode if choice.mode in MODES else "topk"
-        drafter.top_k = {"topk": choice.top_k, "full": verifier.vocab}.get(choice.mode)
+        if isinstance(drafter, ChainDrafter):  # and not prompt lookup, which is certain of what it says
+            drafter.top_k = {"topk": choice.top_k, "full": verifier.vocab}.get(choice.mode)
         return decoder.unverified(choice.length) if choice.mode == "edge" else decoder.cycle(choice.length)
 
 

@@ -88,6 +88,8 @@ class RemoteVerifier:
         """
         if not np.array_equal(parents, np.arange(len(tokens)) - 1):
             raise ValueError("a tree was drafted; behind a network chains are verified: take a drafter of chains")
+        if self.temperature and not proposals:  # of a drafter that is certain of what it says
+            proposals = [Proposal.certain(token) for token in tokens.tolist()]
         mode = self.mode if len(tokens) and self.temperature else "ids"
         if mode not in MODES or (mode == "ids" and self.temperature and len(tokens)):
             raise ValueError(f"mode is {self.mode!r}; expected scalar, topk or full at temperature {self.temperature}")
