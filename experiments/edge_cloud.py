@@ -162,7 +162,7 @@ def report(results: dict[str, Any]) -> str:
         f"Means per text: {results['prompts']} held-out prompts × {results['iterations']}, at most "
         f"{results['max_new_tokens']} new tokens, temperature {results['temperature']:g}, drafts of {results['k']} tokens, "
         f"mode {results['mode']}, {results['link']}.",
-        f"{head['processor']}, {head['threads']} threads, {head['dtype']}; "
+        f"{head['processor']}, {head['threads']} threads, dtype {head['dtype']}; "
         f"{', '.join(f'{name} {v}' for name, v in head['versions'].items())}; revision {head['revision']}.",
     ]
     if results["prompts"] > 1:
@@ -179,7 +179,9 @@ def report(results: dict[str, Any]) -> str:
 
 
 def interval(found: dict[str, float]) -> str:
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    """A ratio, with its interval where there is one."""
+    between = f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] < found["high"] else ""
+    return f"{found['value']:.2f}{between}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -228,6 +230,8 @@ def edge_cloud(args: argparse.Namespace) -> dict[str, Any]:
         results = with_aa_check(measured, args.num_prompts) if args.num_prompts > 1 else measured(1)
     where = f"over {args.link}" if args.link else "over loopback" if own else f"to {url}"
     settings = {name: getattr(args, name) for name in ("target", "drafter", "temperature", "k", "mode", "top_k")}
+    if not args.temperature:
+        settings["mode"] = "ids"
     head = machine(decoder)
     if own:
         dtype = resolve_dtype(args.dtype, resolve_device(args.device), [args.target])
