@@ -337,7 +337,7 @@ def test_what_is_no_message_of_the_protocol_is_refused(
         ("message", [first, "text"]),
         ("message", [encode(ask)]),
         ("message", [encode(Plain(1, 0, ids, 4, b""))]),
-        ("message", [first, encode(Welcome(0, 0, 0, ""))]),
+        ("message", [first, encode(Welcome(0, 0, 0))]),
         ("message", [first, encode(Verdict(1, 0, 3, 0.0, 0.0))]),
         ("message", [first, encode(Tokens(1, 3, True, 0.0, 0.0))]),
         ("message", [first, encode(Error("busy", "you are"))]),
@@ -668,7 +668,7 @@ def test_an_engine_that_fails_is_asked_again(
         return run(jobs)
 
     engine.run = failing  # type: ignore[method-assign]
-    cloud = Cloud(engine, "tiny", Limits(4))
+    cloud = Cloud(engine, Limits(4))
     with in_process(cloud) as url:
         for kind in KINDS:
             assert edges(url, kind).text(20) == texts[kind][:20]
@@ -686,7 +686,7 @@ def test_an_edge_that_gives_a_connection_up_leaves_nothing_behind(
     engine: Engine, edges: Edges, texts: dict[str, list[int]]
 ) -> None:
     """No thread, and no session once it has said goodbye."""
-    with in_process(Cloud(engine, "tiny", Limits(4))) as url:
+    with in_process(Cloud(engine, Limits(4))) as url:
         before = threading.active_count()
         edge = edges(url)
         edge.start(20)

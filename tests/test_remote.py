@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from spec_envs.network import engine, remote, wire
 from spec_envs.network.channel import Channel, SimulatedChannel, SocketChannel
 from spec_envs.network.engine import Engine, judge, keep
 from spec_envs.network.link import load_link
+from spec_envs.network.proxy import ShapedProxy
 from spec_envs.network.remote import RemoteVerifier
 from tests.conftest import CPU, REAL, WORDS
 from tests.test_accept import VOCAB, Branch, Oracle, chained_exactly, random_texts
@@ -54,7 +56,7 @@ class EnumeratedChannel:
 
     def begin(self, hello: wire.Hello, rng: Any) -> tuple[wire.Welcome, Traffic]:
         self.session = self.engine.open(wire.expect(wire.decode(wire.encode(hello)), wire.Hello))
-        return wire.Welcome(0, 99, VOCAB, "enumerated"), Traffic(1, 1)
+        return wire.Welcome(0, 99, VOCAB), Traffic(1, 1)
 
     def exchange(self, shared: int, request: Callable[[int], wire.Verify]) -> tuple[wire.Verdict, Traffic]:
         frame = wire.encode(request(shared))
@@ -452,3 +454,19 @@ def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: s
     replaced = (bins[emitted] == most) & (np.random.default_rng(0).random(draws) < 0.03 / expected[most])
     biased = np.where(replaced, np.flatnonzero(bins == second)[0], emitted)
     assert expected[most] > 0.03 and statistic(biased) > critical
+
+
+def test_the_estimate_learns_a_real_link(cloud: str, target: Transformer, tiny_target: Path) -> None:
+    """Long messages over a slow connection: their upload is not taken for round trip."""
+    vocabulary = wire.vocabulary_hash(load_tokenizer(str(tiny_target)))
+    port = int(cloud.rpartition(":")[2])
+    with ShapedProxy(load_link("constant:up=0.2,down=4,rtt=20"), ("127.0.0.1", port)) as proxy:
+        verifier = verifier_of(target, SocketChannel(f"ws://127.0.0.1:{proxy.port}"), vocabulary)
+        verifier.mode = "full"
+        verifier.start([3], 400, np.random.default_rng(0))
+        proposal = Proposal(np.arange(len(WORDS)), np.ones(len(WORDS), np.float16))
+        for _ in range(6):
+            verifier.verify(np.full(50, 5), np.arange(50) - 1, np.arange(50), [proposal] * 50)
+            time.sleep(0.1)
+        verifier.channel.close()
+    assert verifier.estimate.up_mbps < 0.4  # a busy machine can only make it slower

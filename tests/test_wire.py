@@ -47,7 +47,7 @@ KEY, SESSION = b"v" * 16, b"s" * 16
 SAMPLED = Hello(VERSION, KEY, SESSION, 0.7, 0.95, 2**63 - 1)
 MESSAGES: list[Message] = [
     SAMPLED,
-    Welcome(0, 2048, 49_152, "smollm2-135m"),
+    Welcome(0, 2048, 49_152),
     Verify(1, 0, b"", b"", "ids"),
     Verify(2**31 - 1, 300, b"ab", b"cdef", "scalar", b"8 bytes.8 bytes."),
     Verify(2, 300, b"ab", b"cdef", "topk", b"", [Sent(b"ids ", b"weig"), Sent(b"", b"hts.")]),

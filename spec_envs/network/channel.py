@@ -97,7 +97,7 @@ class SimulatedChannel:
         self.link.reset(rng)
         frame = encode(hello)
         self.session = self.engine.open(expect(decode(frame), Hello))
-        reply = encode(Welcome(0, self.engine.context, self.engine.vocab, "simulated"))
+        reply = encode(Welcome(0, self.engine.context, self.engine.vocab))
         traffic = self._traffic(len(frame), len(reply))
         self.rtt = self.link.state.rtt
         return expect(decode(reply), Welcome), traffic

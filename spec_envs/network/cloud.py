@@ -78,14 +78,13 @@ class Cloud:
 
     Args:
         engine: the target with room for ``limits.sessions``.
-        name: of the target, for the edges.
         limits: see ``Limits``.
         token: that edges have to bear; empty asks for none.
         batching: whether requests that wait at the same time share a forward.
     """
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, token: str = "", batching: bool = True):
-        self.engine, self.name, self.limits, self.token = engine, name, limits, token
+    def __init__(self, engine: Engine, limits: Limits, token: str = "", batching: bool = True):
+        self.engine, self.limits, self.token = engine, limits, token
         self.metrics = Metrics()
         self.batcher = Batcher(engine, self.metrics, batching)
         self.attached: dict[bytes, ServerConnection] = {}  # by session
@@ -254,7 +253,7 @@ class Conversation:
                 self.cloud.detach(self.session, self.connection, lost=False)
             self.session = self.cloud.attach(hello, self.connection)
         engine = self.cloud.engine
-        await self._send(Welcome(len(self.session.tokens), engine.context, engine.vocab, self.cloud.name))
+        await self._send(Welcome(len(self.session.tokens), engine.context, engine.vocab))
 
     async def _stream(self, request: Plain, job: Any) -> None:
         """Send token after token."""
@@ -382,7 +381,7 @@ def opened(args: argparse.Namespace) -> tuple[Cloud, ssl.SSLContext | None]:
     engine = Engine(target, vocabulary, args.sessions, args.max_tokens)
     warm(engine)
     limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace)
-    return Cloud(engine, args.target, limits, token, not args.no_batching), tls
+    return Cloud(engine, limits, token, not args.no_batching), tls
 
 
 async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None) -> None:

@@ -216,7 +216,7 @@ class TraceChannel(SimulatedChannel):
     def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
         self.link.reset(rng)
         self.rtt, self.text = self.link.state.rtt, None
-        welcome = Welcome(0, CONTEXT, self.trace.vocab, "simulated")
+        welcome = Welcome(0, CONTEXT, self.trace.vocab)
         return welcome, self._traffic(len(encode(hello)), len(encode(welcome)))
 
     def judge(self, request: Verify) -> Verdict:

@@ -69,7 +69,6 @@ class Welcome(Struct, array_like=True, frozen=True, tag=2):
     have: Count
     context: Count
     vocab: Count
-    name: str
 
 
 class Verify(Struct, array_like=True, frozen=True, tag=3):
