@@ -17,7 +17,7 @@ from experiments.command import one_sentence
 from experiments.live import encoded_prompts
 from spec_envs.controls.published_state import KS
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.drafters.base import ChainDrafter, Copier
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
@@ -45,22 +45,23 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
     drafter.start([*prompt, text[0]], tokens + 1, verifier.features, rng)
     rows = []
     while len(text) < tokens and text[-1] not in decoder.eos:
-        children, forward = drafter.draft([])
+        matched = drafter.matched() if isinstance(drafter, Copier) else 0
+        children, _ = drafter.draft([])
         assert children.proposal is not None
         token = verifier.verify(nothing, nothing, nothing).token
         drafter.commit([token], verifier.features)
         q = children.proposal
         accepted = [expected_acceptance(verifier.p, q, k) for k in KS]
         weights = q.weights / q.weights.sum()
-        rows.append((accepted, (weights**2).sum(), children.entropies[0], np.count_nonzero(q.weights), forward == 0))
+        rows.append((accepted, (weights**2).sum(), children.entropies[0], np.count_nonzero(q.weights), matched))
         text.append(token)
     if not rows:
-        rows = [([0.0] * len(KS), 1.0, 0.0, 1, False)]
-    acceptance, probability, entropy, entries, free = (np.array(column) for column in zip(*rows, strict=True))
+        rows = [([0.0] * len(KS), 1.0, 0.0, 1, 0)]
+    acceptance, probability, entropy, entries, match = (np.array(column) for column in zip(*rows, strict=True))
     half = np.float16
     return Text(
         task, split, list(prompt), text, last(acceptance.astype(half)), last(probability.astype(half)),
-        last(entropy.astype(half)), last(entries.astype(np.int32)), last(free),
+        last(entropy.astype(half)), last(entries.astype(np.int32)), last(match.astype(np.int16)),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from spec_envs.controls.base import Control, Entry, read_context, read_position
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
+from spec_envs.decoding.drafters.base import Copier
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.lookup import LONGEST, LookupDrafter
 from spec_envs.prompts import TASKS
@@ -228,10 +229,9 @@ class KControl(Control):
 
 def read_match(decoder: Decoder) -> float:
     """How many of the text's last tokens stood in it before, in units of the most that are counted; 0 without lookup."""
-    if decoder.finished or not isinstance(decoder.drafter, LookupDrafter | CopyingDrafter):
+    if decoder.finished or not isinstance(decoder.drafter, Copier):
         return 0.0
-    found = decoder.drafter.seen.find()
-    return min(1.0, found.matched / LONGEST) if found else 0.0
+    return min(1.0, decoder.drafter.matched() / LONGEST)
 
 
 def copies(decoder: Decoder) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Entry, read_context, read_position
-from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot
+from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot, read_match
 from spec_envs.controls.published_state import KS, published_state
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
@@ -61,7 +61,7 @@ class TopKControl(Control):
 
     ## Observation Space
 
-    A `Box` of 15 float32:
+    A `Box` of 16 float32:
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
@@ -71,9 +71,10 @@ class TopKControl(Control):
     | 3–4 | `acceptance`: accepted / drafted tokens over 4 and 16 cycles (0 where nothing was drafted) | 0 | 1 |
     | 5 | `confidence`: mean probability that the last chain's tokens had (0 without a chain) | 0 | 1 |
     | 6 | `entropy`: mean entropy of the distributions they are from, nats / 10 | 0 | 1 |
-    | 7 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
-    | 8 | `context`: tokens of the text / 4096 | 0 | 1 |
-    | 9–14 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
+    | 7 | `match`: how many of the text's last tokens match the place that would be copied from, / 16 | 0 | 1 |
+    | 8 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 9 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 10–15 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
     `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.published_state`), linear in Mbps
     and blind below some ten of them. `cost_features=True` appends `costs`, as in SpecDepth-v0.
@@ -175,6 +176,7 @@ class TopKControl(Control):
             Entry("acceptance", len(WINDOWS), 0.0, 1.0, lambda d: [acceptance(drafted(d)[-n:]) for n in WINDOWS]),
             Entry("confidence", 1, 0.0, 1.0, partial(read_last, "probabilities")),
             Entry("entropy", 1, 0.0, 1.0, lambda d: read_last("entropies", d) / ENTROPY_UNIT),
+            Entry("match", 1, 0.0, 1.0, read_match),
             Entry("position", 1, 0.0, 1.0, read_position),
             Entry("context", 1, 0.0, 1.0, read_context),
             Entry("task", len(TASKS) + 1, 0.0, 1.0, lambda d: one_hot(self.task, (*TASKS, ""))),

@@ -21,6 +21,7 @@ from torch import Tensor
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.drafters.copying import SHORTEST
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic
@@ -31,7 +32,7 @@ from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcom
 
 TRACES = Path(__file__).resolve().parents[1] / "data" / "traces"
 CONTEXT = 2**20
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Text:
     """A recorded text and what a drafter would have done at each of its n tokens behind the first.
 
     ``acceptance`` ``[n, ks]``; ``probability`` that a drawn token is expected to have and ``entropy`` in nats ``[n]`` of the
-    drafter's distribution; ``entries`` ``[n]`` that it has; ``free`` ``[n]``, whether the token would be copied.
+    drafter's distribution; ``entries`` ``[n]`` that it has; ``match`` ``[n]``, how many of the last tokens match the place that
+    would be copied from.
     """
 
     task: str
@@ -50,7 +52,7 @@ class Text:
     probability: np.ndarray
     entropy: np.ndarray
     entries: np.ndarray
-    free: np.ndarray
+    match: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ExpectedTrace:
                     raise ValueError(f"version {data['version']}; this is version {VERSION}")
                 ends = np.cumsum(data["lengths"])
                 prompts = np.split(data["prompts"], np.cumsum(data["prompt_lengths"])[:-1])
-                names = ("tokens", "acceptance", "probability", "entropy", "entries", "free")
+                names = ("tokens", "acceptance", "probability", "entropy", "entries", "match")
                 columns = [np.split(data[name], ends[:-1]) for name in names]
                 if len({len(column) for column in (prompts, data["tasks"], data["splits"], *columns)}) > 1:
                     raise ValueError("its arrays are of different lengths")
@@ -124,7 +126,7 @@ class ExpectedTrace:
         """Write an npz file."""
         columns: dict[str, Any] = {
             name: np.concatenate([np.asarray(getattr(text, name)) for text in self.texts])
-            for name in ("tokens", "acceptance", "probability", "entropy", "entries", "free")
+            for name in ("tokens", "acceptance", "probability", "entropy", "entries", "match")
         }
         columns |= {
             "version": VERSION,
@@ -180,18 +182,22 @@ class TraceDrafter(ChainDrafter):
         """Go on behind them."""
         self.at += len(tokens)
 
+    def matched(self) -> int:
+        """See ``Copier``."""
+        return int(self.text.match[min(self.at, len(self.text.match) - 1)])
+
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """The token behind the chain; copies cost no rows."""
         text = self.text
         at = min(self.at + len(chain), len(text.acceptance) - 1)
-        entries, free = int(text.entries[at]), bool(text.free[at])
+        entries = int(text.entries[at])
         right = text.tokens[min(at + 1, len(text.tokens) - 1)]
         token = right if self.rng.random() < text.acceptance[at, self._column(entries)] else (right + 1) % self.vocab
         kept = entries if self.top_k is None else min(entries, self.top_k)
         proposal = Proposal(self.ids[:kept], self.ones[:kept])
         log_prob = np.log([[max(float(text.probability[at]), 1e-6)]])
         children = Children(np.array([[token]]), log_prob, text.entropy[at : at + 1].astype(float), proposal)
-        return children, 0 if free else 1
+        return children, 0 if text.match[at] >= SHORTEST else 1
 
     def _column(self, entries: int) -> int:
         """Where acceptance stands for the k of now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -45,6 +45,14 @@ class Drafter(Protocol):
 
     def expand(self, tree: Tree) -> int:
         """Grow the tree by the best children of its frontier; the rows of the forward, as above."""
+
+
+@runtime_checkable
+class Copier(Protocol):
+    """A drafter that may copy from where the text read like this before."""
+
+    def matched(self) -> int:
+        """How many of the text's last tokens match the place that would be copied from; 0 where there is none."""
 
 
 class ChainDrafter(ABC):

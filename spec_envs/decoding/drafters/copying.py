@@ -53,6 +53,11 @@ class CopyingDrafter(ChainDrafter):
         self.seen.append(tokens)
         self._forget()
 
+    def matched(self) -> int:
+        """See ``Copier``."""
+        found = self.seen.find()
+        return found.matched if found else 0
+
     def source(self, chain: list[int]) -> Occurrence | None:
         """Where the token behind a chain would be copied from; None where the draft model would be asked."""
         if self.found_behind != len(chain):

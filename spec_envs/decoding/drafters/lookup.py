@@ -115,6 +115,11 @@ class LookupDrafter:
             tree.grow(self._child(self.copying))
         return 0
 
+    def matched(self) -> int:
+        """See ``Copier``."""
+        found = self.seen.find()
+        return found.matched if found else 0
+
     def source(self, chain: list[int]) -> Occurrence | None:
         """Where the token behind a chain would be copied from."""
         return self.copying if chain else self.seen.find()
