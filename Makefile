@@ -25,7 +25,7 @@ HOST = localhost
 KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench bench-k drafter tune generate cloud edge edge-cloud cloud-load \
+.PHONY: help setup train eval bench bench-k drafter tune generate trace cloud edge edge-cloud cloud-load \
 	tensorboard test lint
 
 help:  ## list the targets
@@ -60,6 +60,9 @@ tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on trai
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)
+
+trace: $(READY)  ## record an expected-acceptance trace for SpecTopK-v0; ARGS=--help
+	$(PY) -m experiments.topk_trace $(ARGS)
 
 cloud: $(READY)  ## serve a target that verifies what edges draft, on port 8765; ARGS=--help
 	$(PY) -m spec_envs.network.cloud $(ARGS)

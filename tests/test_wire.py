@@ -54,7 +54,7 @@ MESSAGES: list[Message] = [
     Verdict(2, 1, -1, 0.01, 0.0, b"logits", "float32"),
     Verdict(3, 64, 49_151, 0.01, 1e-6),
     Plain(4, 12, b"ab", 2**20, b"\0\0"),
-    Tokens(4, 17, True, 0.01, 0.0),
+    Tokens(4, 17, True, 0.01, 0.0, 3),
     Error("busy", "all sessions are taken"),
 ]
 
@@ -126,7 +126,7 @@ def test_text_frames_and_other_kinds_are_refused() -> None:
     with pytest.raises(Refused, match="text frame"):
         decode("hello")
     with pytest.raises(Refused, match="a Tokens came in; expected Verdict"):
-        expect(Tokens(1, 2, True, 0.0, 0.0), Verdict)
+        expect(Tokens(1, 2, True, 0.0, 0.0, 0), Verdict)
     with pytest.raises(Refused, match="come later") as refused:
         expect(Error("busy", "come later"), Verdict)
     assert refused.value.code == "busy" and refused.value.code in wire.LATER

@@ -185,7 +185,7 @@ class Decoder:
     def plain(self) -> Decoder:
         """A decoder for the same target and sampling that never drafts."""
         clock = self.clock if self.clock.priced else WallClock(self.device)
-        return Decoder(self.verifier.plain(), None, clock, self.eos, detokenize=self.detokenize)
+        return Decoder(self.verifier.plain(self.eos), None, clock, self.eos, 0, self.detokenize)
 
     def separate(self) -> Decoder:
         """A decoder for another arm of a comparison: itself, for nothing of it outlives a text."""

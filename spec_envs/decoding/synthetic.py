@@ -160,6 +160,6 @@ class SyntheticVerifier:
     def append(self, tokens: Sequence[int]) -> None:
         """Whatever the text says, the right token stays right."""
 
-    def plain(self) -> SyntheticVerifier:
+    def plain(self, eos: Collection[int] = ()) -> SyntheticVerifier:
         """One of the same texts."""
         return SyntheticVerifier(self.vocab)

@@ -74,8 +74,9 @@ class Verifier(Protocol):
     def append(self, tokens: Sequence[int]) -> None:
         """See ``LocalVerifier``."""
 
-    def plain(self) -> Verifier:
-        """Another one of the same target and sampling, with a state of its own, for a decoder that never drafts."""
+    def plain(self, eos: Collection[int] = ()) -> Verifier:
+        """Another one of the same target and sampling, with a state of its own, for a decoder that never drafts and whose
+        texts end at ``eos``."""
 
 
 class LocalVerifier:
@@ -112,7 +113,7 @@ class LocalVerifier:
     def dtype(self) -> str:
         return str(self.target.dtype).removeprefix("torch.")
 
-    def plain(self) -> LocalVerifier:
+    def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
         """See ``Verifier``."""
         return LocalVerifier(self.target, (), self.temperature, self.top_p)
 

@@ -241,13 +241,12 @@ class TraceChannel(SimulatedChannel):
 
     def tokens(self, request: Plain) -> Iterator[Tokens]:
         tokens, at = self._behind(request)
-        for left in range(request.count - 1, -1, -1):
-            token = tokens[at] if at < len(tokens) else self.trace.eos
-            last = not left or token == self.trace.eos
-            yield Tokens(request.number, token, last, 0.0, 0.0)
+        for index in range(request.count):
+            token = tokens[at + index] if at + index < len(tokens) else self.trace.eos
+            last = index == request.count - 1 or token == self.trace.eos
+            yield Tokens(request.number, token, last, 0.0, 0.0, index)
             if last:
                 return
-            at += 1
 
     def another(self) -> TraceChannel:
         return TraceChannel(self.trace, self.link)

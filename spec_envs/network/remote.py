@@ -54,11 +54,13 @@ class RemoteVerifier:
         self.estimate, self.traffic = Estimate(), Traffic()
         self.number = 0
 
-    def plain(self) -> RemoteVerifier:
+    def plain(self, eos: Collection[int] = ()) -> RemoteVerifier:
         """The cloud alone, which streams the target's own text."""
-        return CloudOnly(
+        verifier = CloudOnly(
             self.channel.another(), self.vocabulary, self.vocab, self.context, self.temperature, self.top_p
         )
+        verifier.eos = eos
+        return verifier
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """Send the prompt; the first token. The cloud's seed is drawn from ``rng``, which draws residuals, too."""
@@ -159,9 +161,11 @@ class RemoteVerifier:
 class CloudOnly(RemoteVerifier):
     """Plain decoding by the cloud, streamed: after the prompt every token is a message of its own, which nobody asks for."""
 
+    eos: Collection[int] = ()
+
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         welcome = self._begin(prompt, rng)
-        self.stream = self._stream(rows, ())
+        self.stream = self._stream(rows - 1, self.eos)
         token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
         self.traffic = added(welcome, self.traffic)
         return token

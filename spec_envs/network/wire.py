@@ -118,7 +118,7 @@ class Tokens(Struct, array_like=True, frozen=True, tag=6):
     last: bool
     seconds: float
     queued: float
-    index: Count = 0
+    index: Count
 
 
 class Error(Struct, array_like=True, frozen=True, tag=7):
