@@ -339,7 +339,7 @@ def test_what_is_no_message_of_the_protocol_is_refused(
         ("message", [encode(Plain(1, 0, ids, 4, b""))]),
         ("message", [first, encode(Welcome(0, 0, 0))]),
         ("message", [first, encode(Verdict(1, 0, 3, 0.0, 0.0))]),
-        ("message", [first, encode(Tokens(1, 3, True, 0.0, 0.0))]),
+        ("message", [first, encode(Tokens(1, 3, True, 0.0, 0.0, 0))]),
         ("message", [first, encode(Error("busy", "you are"))]),
         ("message", [first, encode(ask).replace(b"ids", b"\xff\xfe\xfd")]),
         ("version", [encode(replaced(hello, version=VERSION + 1))]),
