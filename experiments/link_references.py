@@ -25,7 +25,7 @@ from spec_envs.network.linked import is_address
 from spec_envs.network.remote import RemoteVerifier
 
 PROMPTS, TOKENS = 12, 64  # training prompts that choices are tried on, and tokens of each
-RECORDED = 1000  # prompts where a trace plays, which costs little
+RECORDED = 40  # prompts where a trace plays, which costs little
 
 
 @dataclass(frozen=True)
