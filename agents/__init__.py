@@ -26,9 +26,8 @@ from agents.svip import SvipAgent
 from agents.ucb import UcbAgent
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, make_control
-from spec_envs.decoding.checkpoints import resolve_device
+from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.pair import make_clocks
 
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
@@ -68,7 +67,7 @@ def cost_table(folder: Path, env: dict[str, Any]) -> CostTable:
     """The table that a run's training was priced with (the first of several)."""
     if (folder / "clock.json").exists():
         return CostTable.load(str(folder / "clock.json"))
-    clock = make_clocks(env.get("clock", "wall"), resolve_device("cpu"), env.get("trace"))[0]
+    clock = clocks_for(env.get("clock", "wall"), "cpu", env.get("trace"))[0]
     if not isinstance(clock, PricedClock):
         raise ValueError(f"{folder} was trained on a measured clock, which has no cost table to show")
     return clock.table

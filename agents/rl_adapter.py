@@ -71,8 +71,10 @@ def settings(args: argparse.Namespace | dict[str, Any] | None) -> Settings:
     Raises:
         ValueError: an unknown name (the nearest one is named), or a value out of its range.
     """
-    given = vars(args) if isinstance(args, argparse.Namespace) else dict(args or {})
     known = [field.name for field in fields(Settings)]
+    given = dict(args or {}) if not isinstance(args, argparse.Namespace) else vars(args)
+    if isinstance(args, argparse.Namespace):  # a host program's own, which has much else
+        given = {name: value for name, value in given.items() if name in known}
     for name in given:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from agents.rl_adapter import FILE, STATE, RLNetworkAdapter
 from spec_envs.controls.base import Control
 from spec_envs.controls.published_state import KS
+from spec_envs.env import SpecEnv
 
 
 class RLAdapterAgent:
@@ -72,8 +73,11 @@ class RLAdapterAgent:
         observation, _ = env.reset(seed=self.seed + self.adapter.update_count)  # what goes on sees other prompts
         for _ in tqdm(range(total_timesteps), desc="learning k", unit="step"):
             action = self.adapter.act(observation, training=True)
-            following, reward, terminated, truncated, _ = env.step(action)
-            self.record(observation, action, float(reward), following, terminated)
+            following, reward, terminated, truncated, info = env.step(action)
+            over = terminated and (
+                not isinstance(env.unwrapped, SpecEnv) or "text" in info
+            )  # with episode="cycle" texts go on
+            self.record(observation, action, float(reward), following, over)
             observation = env.reset()[0] if terminated or truncated else following
         return self
 

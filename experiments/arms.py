@@ -26,7 +26,8 @@ class Encoded:
 
 @dataclass
 class Sample:
-    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's; ``lengths``
+    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's,
+    and ``tokens`` those that no target verified; ``lengths``
     are the candidates drafted by cycle, ``states`` those of a simulated link."""
 
     prompt: Encoded
@@ -60,7 +61,7 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
         parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "network", "policy")}
         return Sample(
             prompt=prompt,
-            tokens=len(done.tokens) - 1,
+            tokens=len(done.tokens) - 1 - sum(c.unverified for c in cycles),
             seconds=done.seconds,
             prefill_seconds=done.prefill_seconds,
             ids=list(done.tokens),

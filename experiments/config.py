@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,10 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
         )
     check_env(experiment.env, env_id, lambda key: place(("env", key)))
     check_env(experiment.eval_env, env_id, lambda key: place(("eval_env", key)))
+    for key in set(experiment.eval_env) & set(inspect.signature(CONTROLS[ENVIRONMENTS[env_id]]).parameters):
+        raise ValueError(
+            f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
+        )
     for stage in experiment.stages:
         if stage.id not in ENVIRONMENTS:
             raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")

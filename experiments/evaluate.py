@@ -113,7 +113,8 @@ def tables(
     }
     if isinstance(control, TopKControl):
         results["link"] = control.link
-        results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}
+        if not is_address(control.link):
+            results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}
         results["bytes_per_token"] = {
             name: [sum(getattr(s, way) for s in arm) / sum(s.tokens for s in arm) for way in ("bytes_up", "bytes_down")]
             for name, arm in samples.items()

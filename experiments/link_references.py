@@ -24,6 +24,7 @@ from spec_envs.network.link import LinkState, MarkovLink, load_link
 from spec_envs.network.linked import is_address
 from spec_envs.network.remote import RemoteVerifier
 
+DRAFT = 4  # tokens of the drafts among which the best static k is looked for
 PROMPTS, TOKENS = 12, 64  # training prompts that choices are tried on, and tokens of each
 RECORDED = 40  # prompts where a trace plays, which costs little
 
@@ -58,9 +59,9 @@ def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
     """Try every choice on training prompts.
 
     Returns:
-        ``best``, the choice with the highest throughput; ``best_k``, the best one that drafts as many tokens as the
-        environment does by default and says only how much of each distribution is sent; ``per_state``, for each state of a
-        Markov link the choice that is best there; ``pace``, the throughput of that policy as it was estimated; and
+        ``best``, the choice with the highest throughput; ``best_k``, the best one that drafts ``DRAFT`` tokens and
+        says only how much of each distribution is sent; ``per_state``, for each state of a
+        Markov link without loss the choice that is best there; ``pace``, the throughput of that policy as it was estimated; and
         the ``tokens_per_second`` of every choice.
     """
     decoder = decoder_for(env, control)
@@ -70,26 +71,23 @@ def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
     prompts = encoded_prompts(env, "train", PROMPTS)
     if recorded:
         prompts = list({tuple(p.ids): p for p in encoded_prompts(env, "train", RECORDED)}.values())
-    tokens = min(env.get("max_new_tokens", 128), env.get("max_new_tokens", 128) if recorded else TOKENS)
+    longest = env.get("max_new_tokens", 128)
+    tokens = longest if recorded else min(longest, TOKENS)
     names = [name for name in settings(control) if not str(name).startswith("edge")]
     arms = {str(name): decoded(decoder, Policy(control, FixedAgent(control, name))) for name in names}
     samples = run_arms(arms, prompts, tokens, f"best choice over the link, {len(arms)} to try")
     decoder.close()
     rates = {name: throughput(arm) for name, arm in samples.items()}
-    length = min(TopKControl().k, control.k)
+    length = min(DRAFT, control.k)
     ks = [str(choice) for choice in control.choices if choice.length == length and choice.mode in ("topk", "scalar")]
     found: dict[str, Any] = {
         "best": [max(rates, key=rates.__getitem__)],
-        "best_k": [
-            max(
-                (name for name in rates if name in ks), key=rates.__getitem__, default=max(rates, key=rates.__getitem__)
-            )
-        ],
+        "best_k": [max([name for name in rates if name in ks] or list(rates), key=rates.__getitem__)],
         "pace": max(rates.values()),
         "tokens_per_second": rates,
     }
     link = None if is_address(control.link) else load_link(control.link)
-    if isinstance(link, MarkovLink):
+    if isinstance(link, MarkovLink) and not link.loss:
         outcomes = {name: Outcome.of(arm) for name, arm in samples.items()}
         found["per_state"], found["pace"] = per_state(outcomes, link)
     return found

@@ -34,14 +34,13 @@ def main() -> None:
             raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; expected 2 or more")
         if args.run:
             control, agent = agents.load(args.run)
-            env = agents.read_config(args.run)["env"]
+            config = agents.read_config(args.run)
+            env = {**config["env"], **config.get("eval_env", {})}
         else:
             control = DepthControl()
             agent, env = FixedAgent(control, 2), {}
         if env.get("trace"):
-            raise ValueError(
-                f"{args.run} was trained on a synthetic profile, which writes no text; name a run on models"
-            )
+            raise ValueError(f"{args.run} was trained on a trace, which writes no text; name a run on models")
         given = {"temperature": args.temperature, "top_p": args.top_p}
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)

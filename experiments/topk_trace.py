@@ -6,6 +6,8 @@ is at each of their tokens that a drafted one would be accepted, for every k. Ap
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +17,19 @@ from tqdm import tqdm
 
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
+from experiments.machine import versions
 from spec_envs.controls.published_state import KS
+from spec_envs.decoding.checkpoints import model_folder
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
-from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.decoding.drafters.eagle_head import drafter_folder
+from spec_envs.decoding.pair import DEFAULT_TARGET, LOOKUP, default_drafter, load_decoder, without_lookup
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.files import whole
 from spec_envs.network.expected import TRACES, ExpectedTrace, Text
 
-COUNTS = {"train": 60, "validation": 12, "test": 30}  # texts
+COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
 
 
 class Watched(LocalVerifier):
@@ -53,7 +58,7 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
         q = children.proposal
         accepted = [expected_acceptance(verifier.p, q, k) for k in KS]
         weights = q.weights / q.weights.sum()
-        rows.append((accepted, (weights**2).sum(), children.entropies[0], np.count_nonzero(q.weights), matched))
+        rows.append((accepted, (weights**2).sum(), children.entropies[0], len(q.truncated(len(q.ids)).ids), matched))
         text.append(token)
     if not rows:
         rows = [([0.0] * len(KS), 1.0, 0.0, 1, 0)]
@@ -63,6 +68,20 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
         task, split, list(prompt), text, last(acceptance.astype(half)), last(probability.astype(half)),
         last(entropy.astype(half)), last(entries.astype(np.int32)), last(match.astype(np.int16)),
     )  # fmt: skip
+
+
+def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
+    """What a trace is valid for, as JSON: hashes of both weights, dtype and prompts."""
+    folders = {"target": model_folder(target)}
+    if drafter != LOOKUP:
+        folders["drafter"] = drafter_folder(without_lookup(drafter))
+    hashes = {}
+    for side, folder in folders.items():
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        hashes[side] = digest.hexdigest()
+    return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "versions": versions()})
 
 
 def last(rows: np.ndarray) -> np.ndarray:
@@ -106,8 +125,9 @@ def main() -> None:
                 text = record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed)
                 texts += [text] if len(text.tokens) > 1 else []
         eos = min(decoder.eos)
+        source = made_with(args.target, drafter, local.dtype, args.prompts)
         trace = ExpectedTrace(
-            "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts)
+            "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
         )
         path = args.out or TRACES / f"{args.target}-topk.npz"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -320,7 +320,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             "bytes_up": cycle.bytes_up if cycle else 0,
             "bytes_down": cycle.bytes_down if cycle else 0,
             "seconds": {part: s for part, s in seconds.items() if part != "prefill"},
-            "saved": emitted - self.plain_rate * spent,
+            "saved": self._worth(cycle) - self.plain_rate * spent,
         }
         if isinstance(self.control, TopKControl):
             info["unverified"] = cycle.unverified if cycle else 0
@@ -333,7 +333,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             info["tokens"] = tokens
             if isinstance(self.decoder, LlamaServerDecoder):
                 info["restart_seconds"] = self.decoder.restart_seconds - self._restarts_began
-            info["speedup"] = (tokens - 1) / total / self.plain_rate  # the first token is the prefill's
+            worth = sum(self._worth(done) for done in self.decoder.cycles)  # without the first token, the prefill's
+            info["speedup"] = worth / total / self.plain_rate
         return info
 
 

@@ -122,7 +122,7 @@ def emitted(
                 channel: Any = EnumeratedChannel(oracle, logits)
                 verifier = RemoteVerifier(channel, KEY, VOCAB, 99, temperature, top_p)
                 verifier.mode = mode
-                verifier._begin([0], rng)
+                verifier._begin([0], 1, rng)
                 verdict = verifier.verify(draft, np.arange(length) - 1, np.arange(length), told)
                 text = (*draft[verdict.path].tolist(), verdict.token)
                 assert verifier.text == [0, *text]
@@ -433,7 +433,7 @@ def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: s
         verifier.mode = mode
         for draw in range(first, draws, 8):
             rng = np.random.default_rng(draw)
-            verifier._begin(prompt, rng)
+            verifier._begin(prompt, 1, rng)
             token = proposal.draw(rng.random())
             verdict = verifier.verify(np.array([token]), np.array([-1]), np.array([0]), [proposal])
             drawn.append((token, True) if verdict.path else (verdict.token, False))

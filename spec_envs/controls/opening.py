@@ -10,6 +10,7 @@ from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.pair import DEFAULT_TARGET, make_clocks, open_decoder
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.network.expected import ExpectedTrace
@@ -47,10 +48,23 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
         recorded = ExpectedTrace.load(trace)
         if is_address(control.link):
             raise ValueError(f"trace is {trace!r}, which takes the place of the cloud; give a simulated link")
-        if models.get("temperature", recorded.temperature) != recorded.temperature:
-            raise ValueError(f"the trace {trace!r} was recorded at temperature {recorded.temperature}; give that")
+        made = {
+            "target": recorded.target,
+            "drafter": recorded.drafter,
+            "temperature": recorded.temperature,
+            "top_p": 1.0,
+        }
+        for name, value in made.items():
+            if models.get(name, "auto") not in ("auto", value):
+                raise ValueError(f"the trace {trace!r} was recorded with {name} {value!r}, not {models[name]!r}")
+        if unknown := sorted(set(control.ks) - set(recorded.ks)):
+            raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
         return recorded.decoder(clock, control.max_depth, load_link(control.link))
     decoder = open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **models)
     if isinstance(control, TopKControl):
+        if control.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
+            raise ValueError(
+                "edge_value is for a drafter that can always say more; take a draft model, not lookup alone"
+            )
         decoder = linked(decoder, control.link, models.get("target", DEFAULT_TARGET))
     return decoder

@@ -14,12 +14,13 @@ from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_ho
 from spec_envs.controls.published_state import KS, published_state
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.network.engine import LONGEST_DRAFT
 from spec_envs.network.estimate import Estimate
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.wire import MODES
 from spec_envs.prompts import TASKS
 
-ACTIONS = ("k", "joint")
+ACTIONS, PROTOCOLS = ("k", "joint"), ("auto", "scalar", "full")
 SEGMENTS = (16, 64)  # tokens that the cloud alone decodes in one exchange
 LENGTHS = (1, 2, 4, 8, 16, 32)
 MBPS, MILLISECONDS = (0.1, 10_000.0), (0.1, 10_000.0)  # what the observation shows as 0 and as 1
@@ -104,7 +105,7 @@ class TopKControl(Control):
     - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a trace in CSV, or
       `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not slept; or the address of a cloud,
       `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
-    - `protocol="auto"`: `"scalar"` or `"full"` tells every distribution that way, whatever k says.
+    - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` tells every distribution that way.
     - `actions="k"`, or `"joint"`.
     - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves the
       action out.
@@ -139,11 +140,17 @@ class TopKControl(Control):
             raise ValueError(f"k is {k}; expected 1 or more drafted tokens")
         if not ks or min(ks) < 0 or len(set(ks)) < len(ks):
             raise ValueError(f"ks is {ks}; expected different numbers of entries, 0 or more")
-        for name, value, allowed in (("actions", actions, ACTIONS), ("protocol", protocol, ("auto", *MODES[1:]))):
+        for name, value, allowed in (("actions", actions, ACTIONS), ("protocol", protocol, PROTOCOLS)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
         if edge_value is not None and (actions == "k" or not 0 <= edge_value <= 1):
             raise ValueError(f'edge_value is {edge_value}; expected 0 to 1, with actions="joint"')
+        if protocol != "auto" and actions == "k":
+            raise ValueError(
+                f'protocol="{protocol}" tells every distribution alike, whatever k is; give actions="joint"'
+            )
+        if max(k, *SEGMENTS) > LONGEST_DRAFT:
+            raise ValueError(f"k is {k}; expected at most {LONGEST_DRAFT}, the longest draft that a cloud judges")
         if observation == "rl_adapter" and actions == "joint":
             raise ValueError('observation="rl_adapter" is the published state, for actions="k"')
         self.ks, self.k, self.link, self.protocol, self.edge_value = tuple(ks), k, link, protocol, edge_value
@@ -163,7 +170,7 @@ class TopKControl(Control):
 
     def _cut(self, length: int, top_k: int) -> Choice:
         if self.protocol != "auto":
-            return Choice(self.protocol, length, top_k if self.protocol == "topk" else 0)
+            return Choice(self.protocol, length)
         return Choice("topk", length, top_k) if top_k else Choice("scalar", length)
 
     def _entries(self) -> list[Entry]:

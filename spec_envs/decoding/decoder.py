@@ -41,7 +41,7 @@ class Cycle:
         drafted: candidates drafted.
         verified: drafted nodes sent to the target (the root not counted).
         depth: expansions after the first level.
-        seconds: by part (draft, verify, policy).
+        seconds: by part (draft, verify, network, policy).
         nodes: the verified nodes.
         bytes_up, bytes_down: sent to the target and back, where a network lies between.
         unverified: emitted tokens that the target never saw.
@@ -192,7 +192,8 @@ class Decoder:
         return self
 
     def close(self) -> None:
-        """Nothing to close: the weights are shared."""
+        """Let go of what lies outside of this process; the weights are shared. May be called twice."""
+        self.verifier.close()
 
     @property
     def length(self) -> int:

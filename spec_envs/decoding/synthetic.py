@@ -160,6 +160,9 @@ class SyntheticVerifier:
     def append(self, tokens: Sequence[int]) -> None:
         """Whatever the text says, the right token stays right."""
 
+    def close(self) -> None:
+        """Nothing lies outside."""
+
     def plain(self, eos: Collection[int] = ()) -> SyntheticVerifier:
         """One of the same texts."""
         return SyntheticVerifier(self.vocab)

@@ -74,6 +74,9 @@ class Verifier(Protocol):
     def append(self, tokens: Sequence[int]) -> None:
         """See ``LocalVerifier``."""
 
+    def close(self) -> None:
+        """Let go of what lies outside of this process; may be called twice."""
+
     def plain(self, eos: Collection[int] = ()) -> Verifier:
         """Another one of the same target and sampling, with a state of its own, for a decoder that never drafts and whose
         texts end at ``eos``."""
@@ -112,6 +115,9 @@ class LocalVerifier:
     @property
     def dtype(self) -> str:
         return str(self.target.dtype).removeprefix("torch.")
+
+    def close(self) -> None:
+        """Nothing lies outside."""
 
     def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
         """See ``Verifier``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import ssl
 import time
@@ -43,6 +44,7 @@ from spec_envs.network.wire import (
     unpack_ids,
 )
 
+PING_EVERY = 8  # tokens of a stream
 TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the bearer token of a cloud that wants one
 
 
@@ -67,6 +69,9 @@ class Channel(Protocol):
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
         """The tokens of plain decoding as they come."""
+
+    def idle(self) -> None:
+        """A round goes by in which nothing is sent."""
 
     def another(self) -> Channel:
         """A channel to the same cloud over the same kind of link."""
@@ -126,7 +131,8 @@ class SimulatedChannel:
             if first:
                 traffic = self._traffic(len(frame), len(reply))
             else:
-                traffic = Traffic(0, len(reply), self.link.push(len(reply)), True)
+                # A token travels while the next one is computed; only the last one is waited for.
+                traffic = Traffic(0, len(reply), self.link.push(len(reply)) if tokens.last else 0.0, True)
             first = False
             self.link.move()
             yield expect(decode(reply), Tokens), traffic
@@ -145,8 +151,12 @@ class SimulatedChannel:
                 return
             job = self.engine.going_on(job, answer.token)
 
+    def idle(self) -> None:
+        self.used = self.link.state
+        self.link.move()
+
     def another(self) -> SimulatedChannel:
-        return SimulatedChannel(self.engine.another(), self.link)
+        return SimulatedChannel(self.engine.another(), copy.deepcopy(self.link))
 
     def close(self) -> None:
         if self.session is not None:
@@ -176,7 +186,7 @@ class SocketChannel:
     Args:
         url: ``ws://host:port`` or ``wss://…``.
         patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
-        timeout: seconds that an answer may take.
+        timeout: seconds that an answer may take, if the patience lasts that long.
         token: for a cloud that wants one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
     """
 
@@ -240,7 +250,13 @@ class SocketChannel:
             tokens, traffic = self._patiently(attempt)
             got.append(tokens.token)
             last = tokens.last
+            if self.connection is not None and len(got) % PING_EVERY == 1:
+                self.connection.ping()
+                self.rtt = self.connection.latency or self.rtt
             yield tokens, traffic
+
+    def idle(self) -> None:
+        """A real link needs no telling."""
 
     def another(self) -> SocketChannel:
         return SocketChannel(self.url, self.patience, self.timeout, self.token)
@@ -320,7 +336,7 @@ class SocketChannel:
 
     def _receive(self) -> Any:
         assert self.connection is not None
-        return self.connection.recv(timeout=self.timeout)
+        return self.connection.recv(timeout=min(self.timeout, self.patience))
 
     def _answer(self, number: int, kind: Any) -> tuple[Any, int]:
         """The answer to request ``number``; others, which belong to a request made twice, are passed over."""

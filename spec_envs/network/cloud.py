@@ -102,7 +102,7 @@ class Cloud:
         try:
             server = await serve(
                 self.connected, host, port, ssl=tls, process_request=self.received, max_size=self.limits.message,
-                compression=None, ping_interval=None, close_timeout=2.0, server_header=None, max_queue=4,
+                origins=[None], compression=None, ping_interval=None, close_timeout=2.0, server_header=None, max_queue=4,
             )  # fmt: skip
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
@@ -273,6 +273,9 @@ class Conversation:
             await self.refuse(refused)
         except ConnectionClosed:
             pass
+        except Exception:
+            logging.exception("a stream failed")
+            await self.refuse(Refused("internal", "the cloud failed; try again"))
 
     async def _stop_streaming(self) -> None:
         """Break off plain decoding that nobody wants any more."""

@@ -3,11 +3,12 @@
 For texts that the target sampled, a trace has at every position with what probability a token drafted there would be
 accepted, Σ min(p, q̂_k), for each k. Played, every drafted token is right with its probability, and the text goes on as it
 was recorded. That is approximate, and only that: the text does not depend on what was drafted, and a refusal tells
-nothing about the token behind it. Messages are encoded as they would be, so that bytes are right to the byte.
+nothing about the token behind it. Messages are encoded with as many entries as they would have, so that bytes are real.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcom
 
 TRACES = Path(__file__).resolve().parents[1] / "data" / "traces"
 CONTEXT = 2**20
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ExpectedTrace:
         temperature: that the texts were sampled at.
         ks: the numbers of entries that acceptance is known for; 0 stands for the whole distribution.
         texts: all of them.
+        source: JSON of what it is valid for: hashes of both weights, dtype, prompts.
     """
 
     name: str
@@ -78,6 +80,7 @@ class ExpectedTrace:
     temperature: float
     ks: tuple[int, ...]
     texts: tuple[Text, ...]
+    source: str = "{}"
 
     @classmethod
     @functools.cache
@@ -111,9 +114,8 @@ class ExpectedTrace:
                 )
                 target, drafter, clock = (str(data[name]) for name in ("target", "drafter", "clock"))
                 vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
-                return cls(
-                    path.stem, target, drafter, clock, vocab, eos, temperature, tuple(data["ks"].tolist()), texts
-                )
+                ks, source = tuple(data["ks"].tolist()), str(data["source"])
+                return cls(path.stem, target, drafter, clock, vocab, eos, temperature, ks, texts, source)
         except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not an expected-acceptance trace ({error}); record it anew") from None
 
@@ -136,7 +138,7 @@ class ExpectedTrace:
             "tasks": [text.task for text in self.texts],
             "splits": [text.split for text in self.texts],
         }
-        own = ("target", "drafter", "clock", "vocab", "eos", "temperature", "ks")
+        own = ("target", "drafter", "clock", "vocab", "eos", "temperature", "ks", "source")
         columns |= {name: getattr(self, name) for name in own}
         with path.open("wb") as file:
             np.savez_compressed(file, **columns)
@@ -249,7 +251,7 @@ class TraceChannel(SimulatedChannel):
                 return
 
     def another(self) -> TraceChannel:
-        return TraceChannel(self.trace, self.link)
+        return TraceChannel(self.trace, copy.deepcopy(self.link))
 
     def close(self) -> None:
         """There is no session."""

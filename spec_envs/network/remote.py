@@ -19,6 +19,7 @@ from spec_envs.network.estimate import Estimate
 from spec_envs.network.wire import MODES, VERSION, Hello, Plain, Tokens, Verify, pack_floats, pack_ids, pack_proposal
 
 PLAIN_TOKENS = 24  # of the measurement of plain decoding
+FIRST = 2**16  # number of the first request: all that follow are as many bytes long
 
 
 class RemoteVerifier:
@@ -52,7 +53,7 @@ class RemoteVerifier:
         self.temperature, self.top_p = temperature, top_p
         self.mode = "topk"
         self.estimate, self.traffic = Estimate(), Traffic()
-        self.number = 0
+        self.number = FIRST
 
     def plain(self, eos: Collection[int] = ()) -> RemoteVerifier:
         """The cloud alone, which streams the target's own text."""
@@ -64,18 +65,22 @@ class RemoteVerifier:
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """Send the prompt; the first token. The cloud's seed is drawn from ``rng``, which draws residuals, too."""
-        welcome = self._begin(prompt, rng)
+        welcome = self._begin(prompt, rows, rng)
         token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
         self.traffic = added(welcome, self.traffic)
         return token
 
-    def _begin(self, prompt: Sequence[int], rng: np.random.Generator) -> Traffic:
+    def _begin(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> Traffic:
         self.text, self.shared, self.rng = [int(token) for token in prompt], 0, rng
+        self.estimate = Estimate()  # nothing of a text outlives it
         seed = int(rng.integers(2**63 - 1))
         hello = Hello(VERSION, self.vocabulary, secrets.token_bytes(16), self.temperature, self.top_p, seed)
         welcome, traffic = self.channel.begin(hello, rng)
-        if len(prompt) > welcome.context:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; the cloud takes texts of up to {welcome.context}")
+        if len(prompt) + rows > welcome.context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and up to {rows} may follow; the cloud takes texts of up to "
+                f"{welcome.context}: shorten the prompt or lower max_new_tokens"
+            )
         self.estimate.ping(self.channel.rtt)
         return traffic
 
@@ -122,26 +127,32 @@ class RemoteVerifier:
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
         """The target's own next tokens, up to ``count`` or the first of ``eos``, in one exchange."""
-        total, tokens = Traffic(), []
+        self.traffic, tokens = Traffic(), []
         for answer, traffic in self._stream(count, eos):
             tokens.append(answer.token)
-            # A token travels while the next one is computed; only the last one is waited for.
-            seconds = traffic.seconds if answer.last or not total.bytes_up else 0.0
-            total = added(total, Traffic(traffic.bytes_up, traffic.bytes_down, seconds, traffic.simulated))
-        self.traffic = total
+            self.traffic = added(self.traffic, traffic)
         self.text += tokens
         self.shared = len(self.text)
         self.estimate.ping(self.channel.rtt)
         return tokens
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Take tokens into the text that the target did not choose; they go up with the next request."""
+        """Take tokens into the text that the target did not choose; they go up with the next request. A simulated link
+        moves on meanwhile."""
+        self.channel.idle()
         self.text += [int(token) for token in tokens]
+
+    def close(self) -> None:
+        """End the session; may be called twice."""
+        self.channel.close()
 
     def plain_seconds(self) -> float:
         """The cloud's own seconds of a plain step, as it reports them."""
-        self._begin([0] * 64, np.random.default_rng(0))
-        answers = [answer for answer, _ in self._stream(PLAIN_TOKENS, ())]
+        try:
+            self._begin([0] * 64, PLAIN_TOKENS, np.random.default_rng(0))
+            answers = [answer for answer, _ in self._stream(PLAIN_TOKENS, ())]
+        finally:
+            self.channel.close()
         return float(np.median([answer.seconds for answer in answers[1:]]))
 
     def _stream(self, count: int, eos: Collection[int]) -> Iterator[tuple[Tokens, Traffic]]:
@@ -164,7 +175,7 @@ class CloudOnly(RemoteVerifier):
     eos: Collection[int] = ()
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
-        welcome = self._begin(prompt, rng)
+        welcome = self._begin(prompt, rows, rng)
         self.stream = self._stream(rows - 1, self.eos)
         token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
         self.traffic = added(welcome, self.traffic)

@@ -222,8 +222,14 @@ def unpack_ids(data: bytes, vocab: int) -> np.ndarray:
 
 
 def pack_proposal(proposal: Proposal, vocab: int) -> Sent:
-    """A distribution as it is sent: with its ids, or over the whole vocabulary, whichever is shorter."""
+    """A distribution as it is sent: with its ids, or over the whole vocabulary, whichever is shorter.
+
+    Raises:
+        ValueError: its weights are not those of float16: it was not rounded before it was drawn from.
+    """
     ids, weights = pack_ids(proposal.ids, vocab), proposal.weights.astype(np.float16)
+    if (weights != proposal.weights).any():
+        raise ValueError("a draft was drawn from a distribution that cannot be sent; set the drafter's top_k first")
     if len(ids) + weights.nbytes <= 2 * vocab:
         return Sent(ids, weights.astype("<f2").tobytes())
     dense = np.zeros(vocab, "<f2")
