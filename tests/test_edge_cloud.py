@@ -58,7 +58,7 @@ def test_edge_against_cloud(
     own, plain = results["arms"]["edge-cloud"], results["arms"]["plain"]
     assert own["network_s"] > 0.003 * own["rounds"] and own["bytes_up"] > 0 and own["edge_s"] > 0
     assert plain["edge_s"] == 0 and plain["bytes_up"] == 0 and plain["acceptance"] is None
-    assert results["speedup"]["value"] == pytest.approx(own["tokens_per_second"] / plain["tokens_per_second"])
+    assert results["speedup"] == pytest.approx(own["tokens_per_second"] / plain["tokens_per_second"])
     assert (tmp_path / "edge-cloud.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "| cloud-only again |" in out and f"{results['assessment']}." in out

@@ -221,7 +221,11 @@ def refused_token_zeroed(token: int, drawn_from: Proposal, whole: Proposal) -> P
 
 
 def whole_told(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
-    return whole
+    return whole.truncated(VOCAB)
+
+
+def rounded_late(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    return drawn_from.truncated(VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,7 @@ def whole_told(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
         ("scalar", 2, residual_of_whole, 1e-2),  # drawn from the cut one
         ("scalar", None, residual_of_cut, 1e-2),  # drawn from the whole one
         ("scalar", None, refused_token_zeroed, 1e-2),
-        ("full", None, as_drawn, 1e-6),  # drawn before it was rounded to float16
+        ("full", None, rounded_late, 1e-6),  # drawn before it was rounded to float16
         ("topk", 3, whole_told, 1e-2),  # told whole, drawn from the cut one
     ],
 )
@@ -240,6 +244,14 @@ def test_the_enumeration_catches_mismatched_distributions(
     p, q = random_texts(2, 0)
     logits, exact = targets(p, torch.float64)
     assert chained_exactly(emitted(mode, logits, q, 2, cut_to(k), tell), 2, exact) > least
+
+
+def test_what_was_not_rounded_before_it_was_drawn_from_is_not_sent() -> None:
+    p, q = random_texts(1, 0)
+    with pytest.raises(
+        ValueError, match="drawn from a distribution that cannot be sent; set the drafter's top_k first"
+    ):
+        emitted("full", targets(p, torch.float64)[0], q, 1, cut_to(None))
 
 
 def test_zeroing_only_the_refused_token_gives_the_known_wrong_distribution() -> None:
@@ -386,7 +398,9 @@ def test_drafts_without_their_distributions_are_refused(
 
 def test_a_prompt_longer_than_the_clouds_context_is_refused(target: Transformer, rng: np.random.Generator) -> None:
     verifier = verifier_of(target, SimulatedChannel(Engine(target, KEY, context=8), load_link("constant-5g")))
-    with pytest.raises(ValueError, match="the prompt has 9 tokens; the cloud takes texts of up to 8"):
+    with pytest.raises(
+        ValueError, match="the prompt has 9 tokens and up to 10 may follow; the cloud takes texts of up to 8"
+    ):
         verifier.start([3] * 9, 10, rng)
 
 

@@ -97,6 +97,23 @@ def test_the_cloud_alone_says_the_same_for_a_seed_and_moves_the_link_per_token(c
     assert info["seconds"]["verify"] == pytest.approx(info["emitted"] * 0.0496)
 
 
+def test_nothing_of_a_text_outlives_it(chain: dict) -> None:
+    """The same seed is the same episode, whatever was played before: bytes, seconds, what the edge knows of its link."""
+    env = make(chain, **JOINT, max_new_tokens=50).unwrapped
+
+    def played(seed: int) -> list:
+        rng, found = np.random.default_rng(0), [env.reset(seed=seed)[0].tolist()]
+        while not env.decoder.finished:
+            seen, *_, info = env.step(int(rng.integers(env.action_space.n)))
+            seconds = {part: round(s, 9) for part, s in info["seconds"].items()}
+            found.append((seen.tolist(), info["bytes_up"], info["bytes_down"], info["emitted"], seconds))
+        return found
+
+    first = played(4)
+    played(5)
+    assert played(4) == first
+
+
 def test_greedy_text_is_the_targets_whatever_is_chosen(chain: dict) -> None:
     env = make(chain, **JOINT, temperature=0.0, max_new_tokens=60).unwrapped
     rng = np.random.default_rng(0)

@@ -243,6 +243,9 @@ class SocketChannel:
             if tokens.index > len(got) - asked:
                 raise Refused("message", f"token {tokens.index} of a stream came in; expected {len(got) - asked}")
             elapsed = time.perf_counter() - began
+            if tokens.index % PING_EVERY == 0 and self.connection is not None:
+                self.rtt = self.connection.latency or self.rtt
+                self.connection.ping()
             return tokens, Traffic(up, down, max(0.0, elapsed - tokens.seconds - tokens.queued))
 
         last = False
@@ -250,9 +253,6 @@ class SocketChannel:
             tokens, traffic = self._patiently(attempt)
             got.append(tokens.token)
             last = tokens.last
-            if self.connection is not None and len(got) % PING_EVERY == 1:
-                self.connection.ping()
-                self.rtt = self.connection.latency or self.rtt
             yield tokens, traffic
 
     def idle(self) -> None:
