@@ -32,9 +32,9 @@ from experiments.machine import processor, revision, versions
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
-from spec_envs.network.channel import SocketChannel
 from spec_envs.network.engine import LONGEST_DRAFT
 from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.websocket import SocketChannel
 from spec_envs.network.wire import VERSION, Hello, vocabulary_hash
 
 SERVERS = {"batched": [], "unbatched": ["--no-batching"]}

@@ -27,11 +27,11 @@ from spec_envs.decoding.checkpoints import load_target, load_tokenizer
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.network.batching import Batcher
-from spec_envs.network.channel import CloudAway, SocketChannel
-from spec_envs.network.cloud import Cloud, Limits
 from spec_envs.network.engine import Engine
 from spec_envs.network.metrics import Metrics
 from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.server import Cloud, Limits
+from spec_envs.network.websocket import CloudAway, SocketChannel
 from spec_envs.network.wire import (
     CODES,
     MODES,

@@ -27,11 +27,12 @@ from spec_envs.decoding.sampling import Proposal, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier, Traffic
 from spec_envs.network import engine, remote, wire
-from spec_envs.network.channel import Channel, SimulatedChannel, SocketChannel
+from spec_envs.network.channel import Channel, SimulatedChannel
 from spec_envs.network.engine import Engine, judge, keep
 from spec_envs.network.link import load_link
 from spec_envs.network.proxy import ShapedProxy
 from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.websocket import SocketChannel
 from tests.conftest import CPU, REAL, WORDS
 from tests.test_accept import VOCAB, Branch, Oracle, chained_exactly, random_texts
 from tests.test_lossless import draws_for_power

@@ -1,38 +1,20 @@
-"""Where an edge's requests go: over a WebSocket to a cloud, or over a simulated link to one in this process."""
+"""Where an edge's requests go: to a cloud (`websocket.py`), or over a simulated link to one in this process."""
 
 from __future__ import annotations
 
 import copy
-import os
-import ssl
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from msgspec.structs import replace
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_after_delay,
-    stop_all,
-    wait_random_exponential,
-)
-from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
-from websockets.sync.client import ClientConnection, connect
 
 from spec_envs.decoding.verifier import Traffic
 from spec_envs.network.engine import Engine, Session
 from spec_envs.network.link import Link
 from spec_envs.network.wire import (
-    LATER,
-    MAX_BYTES,
     Hello,
-    Message,
     Plain,
-    Refused,
     Tokens,
     Verdict,
     Verify,
@@ -40,16 +22,8 @@ from spec_envs.network.wire import (
     decode,
     encode,
     expect,
-    pack_ids,
     unpack_ids,
 )
-
-PING_EVERY = 8  # tokens of a stream
-TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the bearer token of a cloud that wants one
-
-
-class CloudAway(ConnectionError):
-    """The cloud does not answer."""
 
 
 class Channel(Protocol):
@@ -166,191 +140,3 @@ class SimulatedChannel:
     def _traffic(self, up: int, down: int) -> Traffic:
         self.used = self.link.state
         return Traffic(up, down, self.link.seconds(up, down), True)
-
-
-def lost(error: BaseException) -> bool:
-    """Whether a failure is of the connection, or passes, so that trying again may help."""
-    if isinstance(error, InvalidStatus):
-        return error.response.status_code >= 500
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return False
-    if isinstance(error, Refused):
-        return error.code in (*LATER, "message")
-    return isinstance(error, (OSError, WebSocketException, EOFError))
-
-
-class SocketChannel:
-    """A WebSocket to a cloud. Where the connection is lost it is opened anew, with back-off, and the request is made again
-    for what the cloud still has of the text; the cloud's answer is the same.
-
-    Args:
-        url: ``ws://host:port`` or ``wss://…``.
-        patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
-        timeout: seconds that an answer may take, if the patience lasts that long.
-        token: for a cloud that wants one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
-    """
-
-    def __init__(self, url: str, patience: float = 20.0, timeout: float = 60.0, token: str | None = None):
-        if not url.startswith(("ws://", "wss://")):
-            raise ValueError(f"the cloud's address is {url!r}; expected ws://host:port, or wss:// with TLS")
-        self.url, self.patience, self.timeout = url, patience, timeout
-        self.token = token if token is not None else os.environ.get(TOKEN, "")
-        self.connection: ClientConnection | None = None
-        self.hello: Hello | None = None
-        self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened, and its vocabulary
-        self.rtt = 0.0
-
-    def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
-        self.hello = hello
-
-        def attempt() -> tuple[Welcome, Traffic]:
-            if self.connection is None:
-                self._connect()
-            return self._greet()
-
-        return self._patiently(attempt)
-
-    def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
-        def attempt() -> tuple[Verdict, Traffic]:
-            message = request(self._reconnected(shared))
-            began = time.perf_counter()
-            up = self._send(message)
-            verdict, down = self._answer(message.number, Verdict)
-            elapsed = time.perf_counter() - began
-            assert self.connection is not None
-            self.rtt = self.connection.latency or self.rtt
-            self.connection.ping()  # while the line is idle; the next exchange knows the round trip
-            return verdict, Traffic(up, down, max(0.0, elapsed - verdict.seconds - verdict.queued))
-
-        return self._patiently(attempt)
-
-    def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
-        got: list[int] = []
-        asked = 0  # how many of them were had when the request was made
-
-        def attempt() -> tuple[Tokens, Traffic]:
-            nonlocal asked
-            up, began = 0, time.perf_counter()
-            if self.connection is None or not got:
-                plain, asked = request(self._reconnected(shared)), len(got)
-                text = plain.text + pack_ids(got, self.vocab)
-                up = self._send(replace(plain, text=text, count=plain.count - asked))
-                self.number = plain.number
-            while True:
-                tokens, down = self._answer(self.number, Tokens)
-                if tokens.index >= len(got) - asked:  # no message that came twice
-                    break
-            if tokens.index > len(got) - asked:
-                raise Refused("message", f"token {tokens.index} of a stream came in; expected {len(got) - asked}")
-            elapsed = time.perf_counter() - began
-            if tokens.index % PING_EVERY == 0 and self.connection is not None:
-                self.rtt = self.connection.latency or self.rtt
-                self.connection.ping()
-            return tokens, Traffic(up, down, max(0.0, elapsed - tokens.seconds - tokens.queued))
-
-        last = False
-        while not last:
-            tokens, traffic = self._patiently(attempt)
-            got.append(tokens.token)
-            last = tokens.last
-            yield tokens, traffic
-
-    def idle(self) -> None:
-        """A real link needs no telling."""
-
-    def another(self) -> SocketChannel:
-        return SocketChannel(self.url, self.patience, self.timeout, self.token)
-
-    def close(self) -> None:
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close()
-
-    def _patiently(self, attempt: Callable[[], Any]) -> Any:
-        """The outcome of an attempt that may take several."""
-
-        def drop(state: RetryCallState) -> None:
-            if state.outcome is not None and state.outcome.failed:
-                self._drop()
-
-        tries = Retrying(
-            retry=retry_if_exception(lost),
-            wait=wait_random_exponential(multiplier=0.05, max=2.0),
-            stop=stop_all(stop_after_delay(self.patience), stop_after_attempt(2)),
-            after=drop,
-            reraise=True,
-        )
-        try:
-            return tries(attempt)
-        except BaseException as error:
-            self._drop()
-            if isinstance(error, InvalidStatus) and error.response.status_code == 401:
-                raise ValueError(f"the cloud at {self.url} wants a bearer token; set {TOKEN} to its own") from None
-            if isinstance(error, Refused) and not lost(error):
-                raise ValueError(f"the cloud at {self.url} refused: {error}") from None
-            if isinstance(error, (Refused, WebSocketException, OSError, EOFError)):
-                raise CloudAway(
-                    f"the cloud at {self.url} does not answer ({str(error) or type(error).__name__}); "
-                    "start one with `make cloud`, or check the address"
-                ) from None
-            raise
-
-    def _connect(self) -> None:
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        context = ssl.create_default_context() if self.url.startswith("wss://") else None
-        try:
-            self.connection = connect(
-                self.url, additional_headers=headers, ssl=context, max_size=MAX_BYTES, compression=None, proxy=None,
-                open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None,
-            ).__enter__()  # fmt: skip
-        except InvalidHandshake:
-            raise
-        except EOFError as error:  # closed in the middle of the handshake
-            raise ConnectionError(str(error)) from None
-
-    def _greet(self) -> tuple[Welcome, Traffic]:
-        """Say hello on a connection that is open."""
-        assert self.hello is not None
-        began = time.perf_counter()
-        up = self._send(self.hello)
-        while isinstance(message := decode(reply := self._receive()), (Verdict, Tokens)):
-            pass  # of a text that was broken off
-        self.rtt = time.perf_counter() - began
-        welcome = expect(message, Welcome)
-        self.have, self.vocab = welcome.have, welcome.vocab
-        return welcome, Traffic(up, len(reply), self.rtt)
-
-    def _reconnected(self, shared: int) -> int:
-        """How many tokens of the text the cloud has, of which ``shared`` are known to be right."""
-        if self.connection is None:
-            self._connect()
-            self._greet()
-            return min(shared, self.have)
-        return shared
-
-    def _send(self, message: Message) -> int:
-        frame = encode(message)
-        assert self.connection is not None
-        self.connection.send(frame)
-        return len(frame)
-
-    def _receive(self) -> Any:
-        assert self.connection is not None
-        return self.connection.recv(timeout=min(self.timeout, self.patience))
-
-    def _answer(self, number: int, kind: Any) -> tuple[Any, int]:
-        """The answer to request ``number``; others, which belong to a request made twice, are passed over."""
-        while True:
-            reply = self._receive()
-            message = decode(reply)
-            if isinstance(message, (Verdict, Tokens)) and message.number != number:
-                continue
-            if isinstance(message, Welcome):
-                continue
-            return expect(message, kind), len(reply)
-
-    def _drop(self) -> None:
-        """Give up a connection that failed."""
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close_socket()

@@ -23,11 +23,11 @@ from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
-from spec_envs.network.channel import CloudAway, SocketChannel
 from spec_envs.network.cloud import PORT
 from spec_envs.network.engine import LONGEST_DRAFT
 from spec_envs.network.linked import is_address, linked, tell
 from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.websocket import CloudAway, SocketChannel
 from spec_envs.network.wire import MODES
 from spec_envs.prompts import decode, encode
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.network.channel import Channel, SimulatedChannel, SocketChannel
+from spec_envs.network.channel import Channel, SimulatedChannel
 from spec_envs.network.engine import Engine
 from spec_envs.network.link import load_link
 from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.websocket import SocketChannel
 from spec_envs.network.wire import MODES, vocabulary_hash
 
 SCHEMES = ("ws://", "wss://")
