@@ -24,6 +24,7 @@ from spec_envs.decoding.sampling import Proposal
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from tests.test_env import rollout
+from tests.test_remote import served
 
 JOINT: dict[str, Any] = {"actions": "joint", "k": 4, "ks": [0, 3, 8]}
 TRACE = "smollm2-135m-topk"
@@ -112,6 +113,25 @@ def test_nothing_of_a_text_outlives_it(chain: dict) -> None:
     first = played(4)
     played(5)
     assert played(4) == first
+
+
+def test_a_real_cloud_gives_the_same_episode(chain: dict) -> None:
+    """Same seed, same actions: the same tokens and bytes over a simulated link and through a socket to another process."""
+
+    def played(link: str) -> list:
+        env = make(chain, **JOINT, link=link, max_new_tokens=60).unwrapped
+        found = []
+        for seed in range(3):
+            env.reset(seed=seed)
+            rng = np.random.default_rng(seed)
+            while not env.decoder.finished:
+                info = env.step(int(rng.integers(env.action_space.n)))[4]
+                found.append((info["bytes_up"], info["bytes_down"], list(env.decoder.tokens)))
+        env.close()
+        return found
+
+    with served("--target", chain["target"], "--dtype", "float32", "--device", "cpu") as url:
+        assert played(url) == played("markov-1-500") == played("constant-5g")
 
 
 def test_greedy_text_is_the_targets_whatever_is_chosen(chain: dict) -> None:
