@@ -14,23 +14,27 @@ from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decode
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode, load_prompts
 
+MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
+
 
 def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
     """The decoder that an environment with these keyword arguments has."""
-    names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
     trace = env.get("trace")
     clock = clocks_for(env.get("clock", "wall"), env.get("device", "auto"), trace)[0]
-    chosen = {"temperature": control.temperature} | {name: env[name] for name in names if name in env}
-    return decoder_under(control, trace, clock, **chosen)
+    return decoder_under(control, trace, clock, **models_of(env, control))
+
+
+def models_of(env: dict[str, Any], control: Control) -> dict[str, Any]:
+    """Those keyword arguments that say what decodes, and how it samples."""
+    given = {name: env[name] for name in MODELS if name in env}
+    return {"temperature": control.temperature} | given
 
 
 def local_decoder(env: dict[str, Any], control: Control) -> Decoder:
     """The same pair without a link between, on a measured clock: what cost curves are measured on."""
     decoder = decoder_for({**env, "clock": "wall"}, control)
     if isinstance(decoder.verifier, RemoteVerifier):
-        names = ("target", "drafter", "device", "dtype", "temperature", "top_p")
-        given = {"temperature": control.temperature} | {name: env[name] for name in names if name in env}
-        return load_decoder(**given, width=control.width, max_depth=control.max_depth)
+        return load_decoder(**models_of(env, control), width=control.width, max_depth=control.max_depth)
     return decoder
 
 
