@@ -15,11 +15,14 @@ import os
 import signal
 import ssl
 import sys
+import threading
+from concurrent.futures import Executor
 
 import torch
 
 from spec_envs.decoding.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.network.batching import Here
 from spec_envs.network.engine import Engine
 from spec_envs.network.server import Cloud, Limits
 from spec_envs.network.websocket import TOKEN
@@ -75,7 +78,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def opened(args: argparse.Namespace) -> tuple[Cloud, ssl.SSLContext | None]:
+def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSLContext | None]:
     """The cloud that the arguments describe.
 
     Raises:
@@ -113,14 +116,11 @@ def opened(args: argparse.Namespace) -> tuple[Cloud, ssl.SSLContext | None]:
     engine = Engine(target, vocabulary, args.sessions, args.max_tokens)
     warm(engine)
     limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace)
-    return Cloud(engine, limits, token, not args.no_batching), tls
+    return Cloud(engine, limits, token, not args.no_batching, executor), tls
 
 
-async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, stop: asyncio.Event) -> None:
+    """Serve until ``stop`` is set, and then the texts under way."""
     async with cloud.listening(host, port, tls) as server:
         port = next(iter(server.sockets)).getsockname()[1]
         print(f"listening on {'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -128,12 +128,37 @@ async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None) ->
         await cloud.drain()
 
 
+def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: Here) -> None:
+    """Serve until SIGTERM or Ctrl-C: the connections in a thread of their own, the forwards in this one."""
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    failures: list[BaseException] = []
+
+    def connections() -> None:
+        try:
+            loop.run_until_complete(run(cloud, host, port, tls, stop))
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            here.shutdown()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    thread = threading.Thread(target=connections, name="connections")
+    thread.start()
+    here.work()
+    thread.join()
+    loop.close()
+    if failures:
+        raise failures[0]
+
+
 def main() -> None:
     args = arguments()
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # what strangers send is no error of ours
     try:
-        cloud, tls = opened(args)
-        asyncio.run(run(cloud, args.host, args.port, tls))
+        here = Here()
+        cloud, tls = opened(args, here)
+        serve(cloud, args.host, args.port, tls, here)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

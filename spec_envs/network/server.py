@@ -9,6 +9,7 @@ import logging
 import os
 import ssl
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -65,12 +66,20 @@ class Cloud:
         limits: see ``Limits``.
         token: that edges have to bear; empty asks for none.
         batching: whether requests that wait at the same time share a forward.
+        executor: where forwards run; see ``Batcher``.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, token: str = "", batching: bool = True):
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        token: str = "",
+        batching: bool = True,
+        executor: Executor | None = None,
+    ):
         self.engine, self.limits, self.token = engine, limits, token
         self.metrics = Metrics()
-        self.batcher = Batcher(engine, self.metrics, batching)
+        self.batcher = Batcher(engine, self.metrics, batching, executor)
         self.attached: dict[bytes, ServerConnection] = {}  # by session
         self.detached: dict[bytes, float] = {}  # when the connections of sessions were lost
         self.talks: set[Conversation] = set()
