@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ import torch
 from scipy.stats import chi2
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from experiments import cloud_process
 from spec_envs.decoding import accept
 from spec_envs.decoding.checkpoints import load_target, load_tokenizer, resolve_dtype
 from spec_envs.decoding.sampling import Proposal, probabilities
@@ -303,18 +301,11 @@ def test_greedy_text_is_plain_text_under_random_drafts(target: Transformer, seed
 
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[str]:
-    """The address of a cloud in a process of its own."""
-    command = [sys.executable, "-m", "spec_envs.network.cloud", "--device", "cpu", "--port", "0", *arguments]
-    without_token = os.environ | {"SPEC_ENVS_TOKEN": ""}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=without_token) as cloud:
-        try:
-            assert cloud.stdout is not None
-            line = cloud.stdout.readline()
-            assert line.startswith("listening on ws://"), line
-            yield line.split()[-1]
-        finally:
-            cloud.terminate()
-            cloud.wait(timeout=30)
+    """The address of a cloud in a process of its own, which asks for no token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEC_ENVS_TOKEN", "")
+        with cloud_process.cloud("--device", "cpu", *arguments) as url:
+            yield url
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ class TopKControl(Control):
             raise ValueError(
                 f'protocol="{protocol}" tells every distribution alike, whatever k is; give actions="joint"'
             )
-        if max(k, *SEGMENTS) > LONGEST_DRAFT:
+        if k > LONGEST_DRAFT:
             raise ValueError(f"k is {k}; expected at most {LONGEST_DRAFT}, the longest draft that a cloud judges")
         if observation == "rl_adapter" and actions == "joint":
             raise ValueError('observation="rl_adapter" is the published state, for actions="k"')

@@ -41,7 +41,7 @@ class Here(Executor):
     """Runs what other threads submit in the thread that calls ``work``.
 
     A thread that computes has a team of OpenMP threads of its own, and where there are more teams than processors their
-    barriers sleep instead of spinning: forwards in the thread that loaded the model take a third of the time.
+    barriers sleep instead of spinning. So forwards are made in the thread that loaded the model.
     """
 
     def __init__(self) -> None:
