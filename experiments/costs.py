@@ -78,7 +78,7 @@ def draft_model(decoder: Decoder) -> DraftModelDrafter | None:
 
 def dtypes_at_speed(device: torch.device) -> list[str]:
     """The dtypes that compute at speed here, and float32."""
-    dtypes = ["int8"] if device.type == "cpu" and kernels.tiled() else []
+    dtypes = ["int8"] if device.type == "cpu" and kernels.fast() else []
     return [*dtypes, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
 
 

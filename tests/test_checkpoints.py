@@ -101,7 +101,7 @@ def test_dtypes() -> None:
 
 def test_the_default_dtype_computes_the_model(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of eight are too narrow for the int8 kernels; the default is then another dtype, not an error."""
-    monkeypatch.setattr(checkpoints.kernels, "tiled", lambda: True)
+    monkeypatch.setattr(checkpoints.kernels, "fast", lambda: True)
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) is torch.int8
     assert checkpoints.resolve_dtype("auto", CPU, [REAL, str(tiny_target)]) in (torch.bfloat16, torch.float32)
 

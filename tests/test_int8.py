@@ -38,8 +38,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4}),
     "qwen3": Qwen3Config(**{**SHAPE, "head_dim": 64}),
 }
-WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if platform.machine() == "x86_64" else ()
-PORTABLE = (*kernels.FLAGS, *WITHOUT_TILES)
+X86 = platform.machine() == "x86_64"
+WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
+BUILDS = {  # flags, and what the products are then made of: tiles (2), vectors (1) or neither
+    "vectors": ((*kernels.FLAGS, *WITHOUT_TILES), (0, 1)),
+    "portable": ((*kernels.FLAGS, *WITHOUT_TILES, *(("-mno-avx512vnni",) if X86 else ())), (0,)),
+}
 
 COMPILER = kernels.find_compiler() or "c++"
 
@@ -47,12 +51,13 @@ if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
 
 
-@pytest.fixture(params=["as built", "portable"])
+@pytest.fixture(params=["as built", *BUILDS])
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as they are used here, and as a processor without tile registers has them."""
-    if request.param == "portable":
-        library = ctypes.CDLL(str(kernels.compiled(COMPILER, PORTABLE)))
-        assert not library.has_tiles()
+    """The kernels as they are used here, and as processors without tile registers have them."""
+    if request.param in BUILDS:
+        flags, expected = BUILDS[request.param]
+        library = ctypes.CDLL(str(kernels.compiled(COMPILER, flags)))
+        assert library.accelerated() in expected
         monkeypatch.setattr(kernels, "library", lambda: library)
 
 

@@ -30,7 +30,8 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
     from tests import test_int8  # skips where the kernels cannot be built
 
     if request.param == "portable":
-        library = ctypes.CDLL(str(kernels.compiled(test_int8.COMPILER, test_int8.PORTABLE)))
+        flags, _ = test_int8.BUILDS["portable"]
+        library = ctypes.CDLL(str(kernels.compiled(test_int8.COMPILER, flags)))
         monkeypatch.setattr(kernels, "library", lambda: library)
     return test_int8.pair(test_int8.CONFIGS.get(request.param, test_int8.CONFIGS["llama"]))[0]
 

@@ -71,15 +71,15 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device, models: Sequence[str]) -> torch.dtype:
-    """``"auto"`` is int8 on a CPU that multiplies it in tiles, for models whose widths the kernels compute; else
+    """``"auto"`` is int8 on a CPU that multiplies it in hardware, for models whose widths the kernels compute; else
     bfloat16 where the device is fast at it, else float32.
 
     Raises:
         ValueError: an unknown dtype, or int8 elsewhere than on a CPU.
     """
     if dtype == "auto":
-        tiled = device.type == "cpu" and kernels.tiled()
-        if tiled and all(int8.computes(load_config(model_folder(name))) for name in models):
+        fast = device.type == "cpu" and kernels.fast()
+        if fast and all(int8.computes(load_config(model_folder(name))) for name in models):
             return torch.int8
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:

@@ -66,10 +66,10 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def tiled() -> bool:
-    """Whether the kernels are here and use the processor's tile registers (Intel AMX)."""
-    found = library() if torch.cpu._is_amx_tile_supported() else None
-    return found is not None and bool(found.has_tiles())
+def fast() -> bool:
+    """Whether the kernels are here and use the processor's own products of int8 (Intel AMX, AVX-512 VNNI)."""
+    found = library() if torch.cpu._is_vnni_supported() else None
+    return found is not None and found.accelerated() > 0
 
 
 def threads() -> int:

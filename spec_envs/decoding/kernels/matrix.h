@@ -6,9 +6,10 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
 
@@ -202,6 +203,53 @@ struct Tiles {
     ~Tiles() {}
 };
 
+#ifdef __AVX512VNNI__
+// COUNT rows, whose sums stay in registers. The instruction takes the rows as unsigned: 128 is added to each of their
+// numbers, which is to flip its highest bit, and 128 times the weights is taken away from the sums beforehand.
+template <int COUNT>
+inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool first, Sums& sums, int at) {
+    const int stride = m.stride();
+    const __m512i flip = _mm512_set1_epi8(char(0x80));
+    __m512i dot[COUNT][2] = {}, added[2] = {};
+    for (int step = 0; step < m.steps(); step++, rows += BLOCK)
+        for (int four = 0; four < BLOCK; four += 4) {
+            const int8_t* w = weight + step * STEP + 16 * four;
+            if (first) {
+                _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + AHEAD + STEP / 2, _MM_HINT_T0);
+            }
+            const __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + STEP / 2);
+            added[0] = _mm512_dpbusd_epi32(added[0], flip, left);
+            added[1] = _mm512_dpbusd_epi32(added[1], flip, right);
+            for (int row = 0; row < COUNT; row++) {
+                int32_t inputs;
+                std::memcpy(&inputs, rows + int64_t(row) * stride + four, sizeof inputs);
+                const __m512i x = _mm512_xor_si512(_mm512_set1_epi32(inputs), flip);
+                dot[row][0] = _mm512_dpbusd_epi32(dot[row][0], x, left);
+                dot[row][1] = _mm512_dpbusd_epi32(dot[row][1], x, right);
+            }
+        }
+    for (int row = 0; row < COUNT; row++)
+        for (int tile = 0; tile < 2; tile++) {
+            int32_t* out = sums[(at + row) / 16][tile][(at + row) % 16];
+            _mm512_storeu_si512(out, _mm512_sub_epi32(dot[row][tile], added[tile]));
+        }
+}
+
+template <int HEIGHT>
+inline void multiply(const Matrix& m, const int8_t* rows, int count, const int8_t* weight, bool first, Sums& sums) {
+    int row = 0;
+    const auto next = [&](auto take) {
+        constexpr int COUNT = decltype(take)::value;
+        for (; row + COUNT <= count; row += COUNT)
+            dots<COUNT>(m, rows + int64_t(row) * m.stride(), weight, first && row == 0, sums, row);
+    };
+    next(std::integral_constant<int, 8>());
+    next(std::integral_constant<int, 4>());
+    next(std::integral_constant<int, 2>());
+    next(std::integral_constant<int, 1>());
+}
+#else
 template <int HEIGHT>
 inline void multiply(const Matrix& m, const int8_t* rows, int count, const int8_t* weight, bool, Sums& sums) {
     const int stride = m.stride();
@@ -218,6 +266,7 @@ inline void multiply(const Matrix& m, const int8_t* rows, int count, const int8_
                                   x[four + 3] * w[4 * i + 3];
             }
 }
+#endif
 #endif
 
 // The share of columns [begin, end) of a product, for all rows; call within the scope of a Tiles.
