@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.drafters.base import Drafter
-from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.drafters.base import Drafter, Reader
+from spec_envs.decoding.tree import Children, Tree
 from spec_envs.decoding.verifier import LocalVerifier, Traffic, Verifier
 
 
@@ -61,6 +62,11 @@ class Cycle:
     @property
     def emitted(self) -> int:
         return len(self.tokens)
+
+    @property
+    def scored(self) -> int:
+        """Of a chain, the drafted tokens that were judged: up to the first refused one, and within the text."""
+        return min(self.verified, self.accepted + (self.emitted > self.accepted))
 
 
 def merged(cycles: Sequence[Cycle]) -> Cycle:
@@ -218,6 +224,25 @@ class Decoder:
         with self.clock.time("draft") as forward:
             forward.rows = self.drafter.expand(self.tree)
         return self.tree.size > before
+
+    def look(self) -> Tensor:
+        """What the drafter's projection reads behind the text and the chain under way, ``[hidden]``: for an agent that
+        drafts in its place. Read once, however often it is asked for."""
+        self._check_alive()
+        assert isinstance(self.drafter, Reader)
+        with self.clock.time("draft") as forward:
+            state, forward.rows = self.drafter.look(self.tree.tokens.tolist())
+        return state[0]
+
+    def put(self, token: int) -> None:
+        """A token that was chosen outside joins the chain."""
+        self._check_alive()
+        children = Children(np.array([[token]]), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+        if self.tree.size:
+            self.tree.grow(children)
+        else:
+            self.tree.start(children)
+        self.drafting = True
 
     def verify(self, budget: int | None = None) -> Cycle:
         """One target forward over the ``budget`` best candidates (all by default); at least one token is emitted.

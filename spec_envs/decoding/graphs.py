@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache, SlotBatch
 from spec_envs.decoding.layers import Layers
+from spec_envs.decoding.lora import Additions
 from spec_envs.decoding.rope import Rope
 
 MAX_ROWS = 96  # of a decoding forward; more, or an empty cache, are a prompt, whose launches do not matter
@@ -71,17 +72,22 @@ class GraphedLayers:
         layers: range | None = None,
         capture: Collection[int] = (),
         entering: Tensor | None = None,
+        added: Additions | None = None,
     ) -> Outputs:
         """See ``Layers``."""
         batch, n = x.shape[:2]
         direct = batch > 1 or padding is not None or n > MAX_ROWS
         if direct or isinstance(cache, SlotBatch) or cache.length == 0:
-            return self.layers(x, cache, rope, positions, seen, padding, layers, capture, entering)
+            return self.layers(x, cache, rope, positions, seen, padding, layers, capture, entering, added)
         columns = min(-(-(cache.length + n) // BUCKET) * BUCKET, cache.data.shape[4])
-        key = (cache.data.data_ptr(), n, columns, layers, tuple(capture), entering is None)
+        key = (cache.data.data_ptr(), n, columns, layers, tuple(capture), entering is None, id(added))
         if key not in cache.graphs:
-            cache.graphs[key] = Graph(self, x, cache, rope, columns, layers, capture, entering)
+            cache.graphs[key] = Graph(self, x, cache, rope, columns, layers, capture, entering, added)
         return cache.graphs[key].replay(x, cache.length, positions, seen, entering)
+
+    def read(self, x: Tensor, rope: Rope, layers: range | None = None, added: Additions | None = None) -> Tensor:
+        """See ``Layers``."""
+        return self.layers.read(x, rope, layers, added)
 
 
 class Graph:
@@ -97,8 +103,10 @@ class Graph:
         layers: range | None,
         capture: Collection[int],
         entering: Tensor | None,
+        added: Additions | None,
     ):
         n = x.shape[1]
+        self.added = added  # kept, for the key of this graph is its identity
         self.x, self.entering = x.clone(), None if entering is None else entering.clone()
         self.rows = torch.arange(n, device=x.device) + cache.length
         self.positions = torch.zeros(1, n, dtype=torch.long, device=x.device)
@@ -106,7 +114,16 @@ class Graph:
         stack = owner.layers
         self.run, self.outputs = owner.record(
             lambda: stack.run(
-                self.x, cache, rope.at(self.positions), self.mask, self.rows, columns, layers, capture, self.entering
+                self.x,
+                cache,
+                rope.at(self.positions),
+                self.mask,
+                self.rows,
+                columns,
+                layers,
+                capture,
+                self.entering,
+                added,
             )
         )
 

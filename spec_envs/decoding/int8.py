@@ -8,7 +8,7 @@ The classes are those of ``layers.py``.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from ctypes import byref, c_void_p
+from ctypes import Array, byref, c_void_p
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 
 from spec_envs.decoding.cache import KVCache, SlotBatch
 from spec_envs.decoding.kernels import threads
-from spec_envs.decoding.kernels.bindings import CCache, CLayer, CMatrix, CTables, address, floats, library
+from spec_envs.decoding.kernels.bindings import CAdded, CCache, CLayer, CMatrix, CTables, address, floats, library
 from spec_envs.decoding.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
-from spec_envs.decoding.layers import joined
+from spec_envs.decoding.layers import feeds, joined
+from spec_envs.decoding.lora import Additions
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape
 
@@ -135,6 +136,7 @@ class Layers:
         layers: range | None = None,
         capture: Collection[int] = (),
         entering: Tensor | None = None,
+        added: Additions | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
         layers = layers if layers is not None else range(len(self.structures))
@@ -161,25 +163,25 @@ class Layers:
             0 if seen is None else seen.shape[1],
             address(padding),
             pointers,
+            c_added(added),
             threads(),
         )
         return x, list(captured.values())
 
     def _structure(self, weights: dict[str, Tensor]) -> CLayer:
         s = self.shape
-        gate, up = (joined(weights, [f"mlp.{name}_proj"]) for name in ("gate", "up"))
         linears = [
             Linear(*joined(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
             Linear(*joined(weights, ["self_attn.o_proj"])),
-            Linear(
-                interleaved(gate[0], up[0]), None if gate[1] is None or up[1] is None else interleaved(gate[1], up[1])
-            ),
-            Linear(*joined(weights, ["mlp.down_proj"])),
         ]
+        attended, read = s.heads * s.head_dim, linears[0].inputs
+        expected = [(read, (s.heads + 2 * s.kv_heads) * s.head_dim), (attended, s.hidden)]
+        if feeds(weights):
+            gate, up = (joined(weights, [f"mlp.{name}_proj"]) for name in ("gate", "up"))
+            bias = None if gate[1] is None or up[1] is None else interleaved(gate[1], up[1])
+            linears += [Linear(interleaved(gate[0], up[0]), bias), Linear(*joined(weights, ["mlp.down_proj"]))]
+            expected += [(s.hidden, 2 * linears[3].inputs), (linears[3].inputs, s.hidden)]
         widths = [(linear.inputs, linear.outputs) for linear in linears]
-        attended, read, inner = s.heads * s.head_dim, linears[0].inputs, linears[3].inputs
-        whole = (s.heads + 2 * s.kv_heads) * s.head_dim
-        expected = [(read, whole), (attended, s.hidden), (s.hidden, 2 * inner), (inner, s.hidden)]
         if widths != expected or read not in (s.hidden, 2 * s.hidden):
             raise RuntimeError(f"a layer has products of {widths} inputs and outputs, expected {expected}")
         names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
@@ -188,7 +190,7 @@ class Layers:
             if gain is not None and len(gain) != width:
                 raise RuntimeError(f"a norm has {len(gain)} gains, expected {width}")
         self.kept += [*linears, *(gain for gain in gains if gain is not None)]
-        matrices = [linear.matrix for linear in linears]
+        matrices = [linear.matrix for linear in linears] + [CMatrix()] * (4 - len(linears))
         return CLayer(*matrices, *map(address, gains), s.hidden, s.heads, s.kv_heads, s.head_dim, s.norm_eps)
 
 
@@ -199,6 +201,22 @@ def c_cache(cache: KVCache | SlotBatch) -> CCache:
     if isinstance(cache, KVCache):
         return CCache(*memory, sequences, cache.length)
     return CCache(*memory, len(cache.slots), 0, cache.slots.data_ptr(), cache.owner.lengths.ctypes.data)
+
+
+def c_added(added: Additions | None) -> Array[CAdded] | None:
+    """The additions as the kernels take them, made once for each."""
+    if added is None:
+        return None
+    if added.structures is None:
+
+        def low_rank(pair: tuple[Tensor, Tensor] | None) -> tuple[int | None, int | None, int]:
+            return (None, None, 0) if pair is None else (address(pair[0]), address(pair[1]), len(pair[0]))
+
+        nothing = (None, None, 0)
+        added.structures = (CAdded * len(added.layers))(
+            *(CAdded(*(nothing + nothing if a is None else low_rank(a.qkv) + low_rank(a.out))) for a in added.layers)
+        )
+    return added.structures
 
 
 def c_tables(rope: Rope) -> CTables:

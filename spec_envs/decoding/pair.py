@@ -23,20 +23,25 @@ from spec_envs.decoding.checkpoints import (
 )
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.base import Drafter
+from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
+from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.exit_files import is_exit, load_exit
+from spec_envs.decoding.exits import ExitAdapter
 from spec_envs.decoding.llama_decoder import LlamaServerDecoder
+from spec_envs.decoding.split import SplitVerifier
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 
 DEFAULT_TARGET = "smollm2-135m"
 LOOKUP = "lookup"  # the drafter without weights; in front of another's name and a plus sign, it goes first
+EXIT = "exit:"  # in front of a number of layers, an untrained exit of the target behind these
 
 
 @functools.cache
@@ -77,8 +82,33 @@ def without_lookup(drafter: str) -> str:
 
 
 def drafts_chains(drafter: str) -> bool:
-    """Whether a drafter is a draft model or prompt lookup, which draft chains, and not a head, which drafts trees."""
-    return drafter == LOOKUP or drafter != without_lookup(drafter) or not is_head(drafter_folder(drafter))
+    """Whether a drafter is a draft model, an exit or prompt lookup, which draft chains, and not a head, which drafts
+    trees."""
+    if drafter == LOOKUP or drafter != without_lookup(drafter) or exits(drafter):
+        return True
+    return not is_head(drafter_folder(drafter))
+
+
+def exits(drafter: str) -> bool:
+    """Whether a drafter is an early exit of the target: ``exit:N``, or a folder of a trained one."""
+    return drafter.startswith(EXIT) or is_exit(drafter)
+
+
+def open_exit(drafter: str, target: str, model: Transformer, kind: str, rank: int | None) -> ExitAdapter:
+    """The exit of that name, for this decoder alone.
+
+    Args:
+        kind, rank: of the adapter of an untrained one; see ``ExitAdapter.fresh``.
+
+    Raises:
+        ValueError: an exit that the target does not have, or a trained one of another target.
+    """
+    if not drafter.startswith(EXIT):
+        return load_exit(Path(drafter).expanduser(), model)
+    layers = drafter.removeprefix(EXIT)
+    if not layers.isdecimal():
+        raise ValueError(f"drafter is {drafter!r}; expected {EXIT} and a number of layers, such as {EXIT}2")
+    return ExitAdapter.fresh(model, target, int(layers), kind, rank)
 
 
 def default_drafter(target: str, chain: bool = False, engine: str = "torch") -> str:
@@ -128,18 +158,24 @@ def load_decoder(
     clock: WallClock | None = None,
     width: int = 10,
     max_depth: int = 12,
+    adapter: str = "head",
+    rank: int | None = None,
+    stop: float = 0.0,
 ) -> Decoder:
     """A decoder for a pair of models; the weights are shared with every other decoder of the process.
 
     Args:
         target: name of models.yml, hub id, folder or GGUF file.
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
-            prompt lookup, ``"lookup+NAME"`` that of a draft model where the text does not repeat itself, ``"auto"`` the
+            prompt lookup, ``"lookup+NAME"`` that of a draft model where the text does not repeat itself, ``"exit:N"`` an
+            untrained exit of the target behind N layers, the folder of a trained one that exit, ``"auto"`` the
             target's own in models.yml, None decodes plainly.
         device, dtype: ``"auto"``, or as in torch.
         temperature, top_p: 0 is greedy.
         clock: None measures on the wall.
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
+        adapter, rank: of an untrained exit, what may be trained of it (see ``ExitAdapter``).
+        stop: of an exit, see ``EarlyExitDrafter``.
 
     Raises:
         ValueError: a name that leads nowhere, or models that do not fit together or the width.
@@ -153,21 +189,25 @@ def load_decoder(
             f"{drafter!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
         )
     name = without_lookup(drafter) if drafter else ""
-    if name != (drafter or "") and (not name or is_head(drafter_folder(name))):
-        raise ValueError(f"drafter is {drafter!r}; expected the name of a draft model behind the plus sign")
-    if chain and drafter != LOOKUP:
+    if name != (drafter or "") and (not name or not drafts_chains(name)):
+        raise ValueError(f"drafter is {drafter!r}; expected the name of a draft model or an exit behind the plus sign")
+    if chain and drafter != LOOKUP and not exits(name):
         models.append(str(drafter_folder(name)))
     model = load_target(target, at, resolve_dtype(dtype, at, models))
     loaded: Drafter | None = None
+    verifier: LocalVerifier | None = None
     if drafter == LOOKUP:
         loaded = LookupDrafter(model.shape.vocab, model.shape.context)
     elif drafter is not None and chain:
-        loaded = load_draft_model(name, target, model, temperature, top_p)
-        if name != drafter:
-            loaded = CopyingDrafter(loaded)
+        if exits(name):
+            verifier = SplitVerifier(open_exit(name, target, model, adapter, rank), temperature, top_p)
+            drafting: ChainDrafter = EarlyExitDrafter(verifier, stop)
+        else:
+            drafting = load_draft_model(name, target, model, temperature, top_p)
+        loaded = drafting if name == drafter else CopyingDrafter(drafting)
     elif drafter is not None:
         loaded = EagleDrafter(load_eagle(drafter, model), width, max_depth)
-    verifier = LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
+    verifier = verifier or LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
     tokenizer = load_tokenizer(target)
     return Decoder(
         verifier,

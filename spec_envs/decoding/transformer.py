@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from spec_envs.decoding import int8, layers
 from spec_envs.decoding.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.graphs import graphed
+from spec_envs.decoding.lora import Additions
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
 
@@ -99,6 +100,7 @@ class Transformer:
         padding: Tensor | None = None,
         layers: range | None = None,
         capture: Collection[int] = (),
+        added: Additions | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run ``layers`` (all by default) on new rows behind the cache's committed ones.
 
@@ -113,6 +115,7 @@ class Transformer:
                 by default each sees the new rows up to itself.
             padding: ``[batch]`` columns on the left that nobody sees. With slots both are None.
             capture: layers whose input is handed out.
+            added: what low-rank adapters add to the products of the layers; the weights stay as they are.
 
         Returns:
             Hidden states ``[batch, n, hidden]`` (before the final norm) and the captured inputs, in order of layer.
@@ -121,7 +124,7 @@ class Transformer:
             ValueError: rows that do not fit the cache.
         """
         cache.check(x, seen, padding)
-        return self.layers(x, cache, self.rope, positions, seen, padding, layers, capture)
+        return self.layers(x, cache, self.rope, positions, seen, padding, layers, capture, added=added)
 
     def output_weight(self) -> Tensor:
         """The head's weight ``[vocab, hidden]``; a copy where it is packed and not the embedding's."""

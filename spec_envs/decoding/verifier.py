@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
+from spec_envs.decoding.lora import Additions
 from spec_envs.decoding.sampling import Proposal, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
@@ -93,9 +94,11 @@ class LocalVerifier:
 
     Attributes:
         features: captured states of the rows committed by the last call, ``[rows, len(capture) * hidden]``.
+        added: what a low-rank adapter adds to the target's layers, or None.
     """
 
     traffic = Traffic()
+    added: Additions | None = None
 
     def __init__(self, target: Transformer, capture: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0):
         if temperature < 0:
@@ -172,7 +175,7 @@ class LocalVerifier:
         x = self.target.embed(torch.from_numpy(tokens).to(device)[None])
         at = torch.from_numpy(positions).to(device)[None]
         rows = None if seen is None else torch.from_numpy(seen).to(device)
-        hidden, captured = self.target.forward(x, self.cache, at, rows, capture=self.capture)
+        hidden, captured = self.target.forward(x, self.cache, at, rows, capture=self.capture, added=self.added)
         self.features = torch.cat(captured, -1)[0] if captured else hidden[0, :, :0]
         return hidden[0]
 

@@ -55,14 +55,26 @@ class Copier(Protocol):
         """How many of the text's last tokens match the place that would be copied from; 0 where there is none."""
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A drafter that shows what it reads, to an agent that drafts in its place."""
+
+    def look(self, chain: list[int]) -> tuple[Tensor, int]:
+        """What its projection reads behind the text and a chain, ``[1, hidden]``, and the rows of the forward."""
+
+
 class ChainDrafter(ABC):
     """What drafters of chains that can always say one more token have in common.
 
     Attributes:
         top_k: how many of the most probable tokens a drawn one is among, their weights rounded as they are sent over a
             network (see ``Proposal.truncated``); None draws from the whole distribution.
+        temperature: at which it draws; 0 drafts the most probable token.
     """
 
+    vocab: int
+    context: int
+    temperature: float
     capture: tuple[int, ...] = ()
     width: int = 1
     top_k: int | None = None
@@ -78,6 +90,14 @@ class ChainDrafter(ABC):
         children, rows = self.draft(tree.tokens.tolist())
         tree.grow(children)
         return rows
+
+    @abstractmethod
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        """See ``Drafter``."""
+
+    @abstractmethod
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """See ``Drafter``."""
 
     @abstractmethod
     def draft(self, chain: list[int]) -> tuple[Children, int]:

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.lookup import Occurrence, Occurrences, copy
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children
@@ -23,14 +22,15 @@ class CopyingDrafter(ChainDrafter):
     When sampling, a copy's proposal is all on that one token, so that the acceptance rule stays exact.
 
     Args:
-        model: the draft model.
+        model: the draft model, or an early exit.
     """
 
     found: Occurrence | None  # where the next token would be copied from,
     found_behind: int  # behind a chain of this length; below 0 nothing was looked up yet
 
-    def __init__(self, model: DraftModelDrafter):
+    def __init__(self, model: ChainDrafter):
         self.model, self.vocab, self.context = model, model.vocab, model.context
+        self.capture, self.temperature = model.capture, model.temperature
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Forget the last text and take this one."""
@@ -75,7 +75,7 @@ class CopyingDrafter(ChainDrafter):
         self.found = self.seen.behind(source)
         if self.found:  # the copy goes on from there
             self.found_behind = len(chain) + 1
-        return copy(token, source.matched, Proposal.certain(token) if self.model.temperature else None), 0
+        return copy(token, source.matched, Proposal.certain(token) if self.temperature else None), 0
 
     def _forget(self) -> None:
         """The next chain is another one."""

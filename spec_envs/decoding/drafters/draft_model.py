@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.sampling import Proposal, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
@@ -50,7 +50,7 @@ class DraftModelDrafter(ChainDrafter):
     ):
         self.model, self.target, self.vocab, self.context = model, target, target.shape.vocab, model.shape.context
         self.temperature, self.sampling, self.shortlist = temperature, (temperature, top_p), shortlist
-        self.output_weight = None if shortlist is None else target.output_weight()  # once: it may be a copy
+        self.output_rows = None if shortlist is None else target.output_weight().__getitem__  # once: it may be a copy
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
         self.call: Int8Step | None = None  # a whole step in int8, for greedy chains
@@ -68,7 +68,7 @@ class DraftModelDrafter(ChainDrafter):
             self.cache = self.model.cache(max(2048, need))
         self.cache.length, self.rng = 0, rng
         if self.shortlist is not None:
-            self.vocabulary = Vocabulary(self.shortlist, self.output_weight, self.target)
+            self.vocabulary = Vocabulary(self.shortlist, self.output_rows, self.target)
             self.vocabulary.add(text)
         self._read(text[:-1])
         self.committed = self.cache.length
@@ -134,17 +134,10 @@ class DraftModelDrafter(ChainDrafter):
         """The next token behind a hidden state ``[1, hidden]``."""
         logits = self.model.head(hidden)[:, : self.vocab]
         extra = None if self.vocabulary is None else self.vocabulary.logits(self.model.norm(hidden))
+        ids = None if self.vocabulary is None else self.vocabulary.ids
         if self.temperature == 0:
-            index, *rest = self.most_probable(logits, extra, 1)
-            tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)
-            return Children(tokens if self.vocabulary is None else self.vocabulary.ids[tokens], log_probs, entropies)
-        q = probabilities((logits if extra is None else torch.cat([logits, extra], -1))[0], *self.sampling)
-        proposal = Proposal(np.arange(len(q)) if self.vocabulary is None else self.vocabulary.ids, q)
-        if self.top_k is not None:
-            proposal = proposal.truncated(self.top_k)
-        token = proposal.draw(self.rng.random())
-        entropy = -np.sum(q * np.log(np.maximum(q, 1e-300)))
-        return Children(np.array([[token]]), np.log([[proposal.probability(token)]]), np.array([entropy]), proposal)
+            return most_probable_child(logits, extra, ids, self.most_probable)
+        return drawn_child(logits, extra, ids, self.sampling, self.top_k, self.rng.random())
 
 
 def on_the_target(

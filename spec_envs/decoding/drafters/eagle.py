@@ -151,7 +151,9 @@ class EagleDrafter:
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
         self.cache.length = 0
-        self.vocabulary = Vocabulary(self.model.shortlist, self.model.output_weight, self.model.target)
+        output = self.model.output_weight
+        rows = None if output is None else output.__getitem__
+        self.vocabulary = Vocabulary(self.model.shortlist, rows, self.model.target)
         self.vocabulary.add(text)
         if len(features) > 1:
             self._catch_up(features[:-1], text[1:-1], 0)

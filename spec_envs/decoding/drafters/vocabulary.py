@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class Vocabulary:
 
     Args:
         shortlist: target ids ``[n]``.
-        output_weight: the target's output rows, or None where the drafter has others.
+        output_rows: output rows ``[n, hidden]`` of target ids ``[n]``, or None where the drafter has others.
         target: for its device and dtypes.
 
     Attributes:
@@ -26,8 +26,8 @@ class Vocabulary:
         rows: output rows of the ids behind the shortlist, or None.
     """
 
-    def __init__(self, shortlist: np.ndarray, output_weight: Tensor | None, target: Transformer):
-        self.ids, self.output_weight, self.target = shortlist, output_weight, target
+    def __init__(self, shortlist: np.ndarray, output_rows: Callable[[Tensor], Tensor] | None, target: Transformer):
+        self.ids, self.output_rows, self.target = shortlist, output_rows, target
         self.rows: Tensor | None = None
         self.known = np.zeros(target.shape.vocab, dtype=bool)
         self.known[shortlist] = True
@@ -35,11 +35,11 @@ class Vocabulary:
     def add(self, tokens: Sequence[int]) -> None:
         """Note tokens of the text."""
         new = sorted({token for token in tokens if not self.known[token]})
-        if self.output_weight is None or not new:
+        if self.output_rows is None or not new:
             return
         self.known[new] = True
         self.ids = np.concatenate([self.ids, new])
-        rows = self.output_weight[torch.tensor(new, device=self.target.device)].to(self.target.precision.hidden)
+        rows = self.output_rows(torch.tensor(new, device=self.target.device)).to(self.target.precision.hidden)
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
     def logits(self, normed: Tensor) -> Tensor | None:

@@ -39,6 +39,16 @@ class CCache(Structure):
     ]
 
 
+class CAdded(Structure):
+    _fields_ = [
+        *(
+            (f"{name}_{side}", kind)
+            for name in ("qkv", "out")
+            for side, kind in (("down", c_void_p), ("up", c_void_p), ("rank", c_int64))
+        ),
+    ]
+
+
 class CTables(Structure):
     _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("rows", c_int64)]
 
@@ -74,7 +84,7 @@ def library() -> ctypes.CDLL:
         logits = [pointer, number, number, pointer, number]
         found.most_probable.argtypes = [*logits, number, number, pointer, pointer, pointer, number]
         rows = [pointer, pointer, POINTER(CCache), number, pointer, POINTER(CTables), pointer, number, pointer, pointer]
-        found.forward.argtypes = [POINTER(CLayer), number, number, *rows, number]
+        found.forward.argtypes = [POINTER(CLayer), number, number, *rows, POINTER(CAdded), number]
         rows = [pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
         found.draft.argtypes = [
             POINTER(CDrafter),

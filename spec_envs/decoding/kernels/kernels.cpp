@@ -74,6 +74,36 @@ struct Cache {  // bfloat16 [2][layers][sequences][kv_heads][capacity][head_dim]
     int64_t committed(int64_t entry) const { return slots ? lengths[slots[entry]] : length; }
 };
 
+struct LowRank {  // down [rank][inputs] and up [rank][outputs]; rank 0 is nothing
+    const float *down, *up;
+    int64_t rank;
+
+    // out += up (down x) for this thread's rows, of normed rows where there is a gain.
+    void add(const float* x, int64_t rows, const Matrix& m, const float* gain, float eps, float* out,
+             int64_t stride) const {
+        std::vector<float> normed(m.inputs), inner(rank);
+        const Share share(rows);
+        for (int64_t r = share.begin; r < share.end; r++) {
+            const float* row = x + r * m.inputs;
+            if (gain) normalise(row, gain, m.inputs, eps, normed.data()), row = normed.data();
+            for (int64_t k = 0; k < rank; k++) {
+                Floats dot = {};
+                for (int64_t i = 0; i < m.inputs; i += LANES) dot += load(row + i) * load(down + k * m.inputs + i);
+                inner[k] = sum(dot);
+            }
+            for (int64_t j = 0; j < m.outputs; j += LANES) {
+                Floats total = load(out + r * stride + j);
+                for (int64_t k = 0; k < rank; k++) total += load(up + k * m.outputs + j) * inner[k];
+                store(out + r * stride + j, total);
+            }
+        }
+    }
+};
+
+struct Added {  // what an adapter adds to the products of a layer
+    LowRank qkv, out;
+};
+
 struct Tables {  // of rotary positions: [rows][head_dim], the sine with the sign of the half it multiplies
     const float *cos, *sin;
     int64_t rows;
@@ -149,10 +179,11 @@ void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* g
 // seen: [count][named], which of the last `named` columns each row sees; null for causal.
 // padding: [batch] columns on the left that nobody sees, or null.
 // captured: per layer, where to copy what enters it, or null.
+// added: per layer, what an adapter adds, or null.
 // Returns 0, or 1 if the rows do not fit the cache or the tables: then nothing was done.
 int forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
             int64_t count, const int64_t* positions, const Tables* tables, const uint8_t* seen, int64_t named,
-            const int64_t* padding, float* const* captured, int64_t threads) {
+            const int64_t* padding, float* const* captured, const Added* added, int64_t threads) {
     const Layer& any = layers[first];
     const int64_t batch = cache->batch, rows = batch * count, hidden = any.hidden, dim = any.head_dim;
     for (int64_t i = 0; i < batch; i++) {
@@ -175,6 +206,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
     attended.resize(rows * heads * dim);
     fed.resize(rows * inner);
     for (const Matrix* m : {&any.qkv, &any.out, &any.gate_up, &any.down}) q.reserve(rows, m->stride());
+    const Added nothing = {};
 
 #pragma omp parallel num_threads(threads)
     {
@@ -182,19 +214,23 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
         static thread_local Scratch scratch;
         for (int64_t l = first; l < last; l++) {
             const Layer& layer = layers[l];
+            const Added& more = added ? added[l] : nothing;
             uint16_t* keys = cache->data + l * layer_stride;
             uint16_t* values = keys + side;
             const Share own(rows);
             if (captured && captured[l])
                 std::memcpy(captured[l] + own.begin * hidden, x + own.begin * hidden,
                             (own.end - own.begin) * hidden * sizeof(float));
-            if (entering && l == first)
-                prepare(entering, rows, nullptr, 0, layer.qkv, q);
-            else
-                prepare(x, rows, layer.input_norm, layer.eps, layer.qkv, q);
+            const bool given = entering && l == first;
+            const float *read = given ? entering : x, *gain = given ? nullptr : layer.input_norm;
+            prepare(read, rows, gain, layer.eps, layer.qkv, q);
 #pragma omp barrier
             multiply_share(layer.qkv, q, rows, Store{qkv.data(), width});
 #pragma omp barrier
+            if (more.qkv.rank) {
+                more.qkv.add(read, rows, layer.qkv, gain, layer.eps, qkv.data(), width);
+#pragma omp barrier
+            }
             const Share turned(rows * (heads + kv_heads));
             for (int64_t i = turned.begin; i < turned.end; i++) {  // rotary positions; keys and values to the cache
                 const int64_t row = i / (heads + kv_heads), head = i % (heads + kv_heads), half = dim / 2;
@@ -230,6 +266,11 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
 #pragma omp barrier
             multiply_share(layer.out, q, rows, Add{x, hidden});
 #pragma omp barrier
+            if (more.out.rank) {
+                more.out.add(attended.data(), rows, layer.out, nullptr, 0, x, hidden);
+#pragma omp barrier
+            }
+            if (!layer.down.weight) continue;  // attention alone
             prepare(x, rows, layer.post_norm, layer.eps, layer.gate_up, q);
 #pragma omp barrier
             multiply_share(layer.gate_up, q, rows, SwiGLU{fed.data(), inner});
@@ -337,7 +378,7 @@ int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count,
         normalise(hidden + r * size, d->hidden_norm, size, eps, row + size);
     }
     if (forward(d->layers, 0, d->count, hidden, d->input_norm ? entering.data() : nullptr, cache, count, positions,
-                &d->tables, seen, named, nullptr, nullptr, threads))
+                &d->tables, seen, named, nullptr, nullptr, nullptr, threads))
         return 1;
     if (!last) return 0;
     const float* final_rows = hidden + (count - last) * size;

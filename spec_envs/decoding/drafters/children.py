@@ -1,0 +1,51 @@
+"""From a drafter's logits to the one child of a chain: the most probable token, or one that is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding.sampling import Proposal, probabilities
+from spec_envs.decoding.tree import Children
+
+MostProbable = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def most_probable_child(
+    logits: Tensor, extra: Tensor | None, ids: np.ndarray | None, most_probable: MostProbable
+) -> Children:
+    """The most probable token of logits ``[1, a]`` and ``[1, b]`` side by side.
+
+    Args:
+        ids: of the tokens ``[a + b]``; None where a token's place is its id.
+        most_probable: ``layers.most_probable`` or that of the int8 kernels.
+    """
+    index, *rest = most_probable(logits, extra, 1)
+    tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)
+    return Children(tokens if ids is None else ids[tokens], log_probs, entropies)
+
+
+def drawn_child(
+    logits: Tensor,
+    extra: Tensor | None,
+    ids: np.ndarray | None,
+    sampling: tuple[float, float],
+    top_k: int | None,
+    u: float,
+) -> Children:
+    """The token that ``u`` in [0, 1) draws from the same logits, and the distribution that it is drawn from.
+
+    Args:
+        sampling: temperature and top_p.
+        top_k: see ``ChainDrafter``.
+    """
+    q = probabilities((logits if extra is None else torch.cat([logits, extra], -1))[0], *sampling)
+    proposal = Proposal(np.arange(len(q)) if ids is None else ids, q)
+    if top_k is not None:
+        proposal = proposal.truncated(top_k)
+    token = proposal.draw(u)
+    entropy = -np.sum(q * np.log(np.maximum(q, 1e-300)))
+    return Children(np.array([[token]]), np.log([[proposal.probability(token)]]), np.array([entropy]), proposal)

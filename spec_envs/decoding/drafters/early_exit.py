@@ -1,0 +1,156 @@
+"""Early exit: the first layers of the target itself draft a chain, the others verify it (self-speculation; Kangaroo, arXiv
+2404.18911; DVI, arXiv 2510.05421)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding.cache import KVCache
+from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
+from spec_envs.decoding.drafters.vocabulary import Vocabulary
+from spec_envs.decoding.exits import ExitAdapter
+from spec_envs.decoding.split import SplitVerifier
+from spec_envs.decoding.tree import Children, Tree
+from spec_envs.decoding.transformer import Transformer
+
+STOP = 0.6  # Kangaroo's threshold of the confidence
+
+
+class EarlyExitDrafter(ChainDrafter):
+    """Drafts from the verifier's own exit, over one cache. What the adapter has learned since the last text counts when
+    the next one begins.
+
+    Args:
+        verifier: whose target drafts.
+        stop: nothing more is drafted behind a token that the exit gave less than this probability (Kangaroo's rule, with
+            0.6); 0 never stops.
+
+    Attributes:
+        adapter: the exit, and what is trained of it; an agent that improves it reaches it here.
+    """
+
+    def __init__(self, verifier: SplitVerifier, stop: float = 0.0):
+        if not 0 <= stop <= 1:
+            raise ValueError(f"stop is {stop}; expected a probability from 0 to 1")
+        self.verifier, self.adapter, self.stop = verifier, verifier.adapter, stop
+        self.target = verifier.target
+        self.vocab, self.context = self.target.shape.vocab, self.target.shape.context
+        self.temperature, self.sampling = verifier.temperature, (verifier.temperature, verifier.top_p)
+        self.capture = verifier.capture
+        self.version = -1
+        self.projection: Projection | None = None
+        self.attention: PlayedAttention | None = None
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        """See ``Drafter``; ``features`` are the exit states of the prompt."""
+        if self.version != self.adapter.version:
+            self.projection, self.version = None, self.adapter.version
+            self.attention = PlayedAttention(self.adapter) if self.adapter.kind == "kangaroo" else None
+        self.rng, self.vocabulary = rng, None
+        self.text = list(text)
+        if self.attention:
+            self.attention.start(features, len(text) + positions)
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """See ``Drafter``."""
+        self.text.extend(tokens)
+        if self.attention:
+            self.attention.commit(features)
+        if self.vocabulary is not None:
+            self.vocabulary.add(tokens)
+
+    def expand(self, tree: Tree) -> int:
+        """See ``Drafter``."""
+        confidence = np.exp(tree.scores[-1] - (tree.scores[-2] if tree.size > 1 else 0.0))
+        return super().expand(tree) if confidence >= self.stop else 0
+
+    @torch.inference_mode()
+    def look(self, chain: list[int]) -> tuple[Tensor, int]:
+        """See ``Reader``."""
+        states, rows = self.verifier.look(chain)
+        return (self.attention.look(states) if self.attention else states[-1:]), rows
+
+    @torch.inference_mode()
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        """See ``ChainDrafter``."""
+        state, rows = self.look(chain)
+        if self.projection is None:
+            self.projection = Projection(self.adapter)
+        if self.vocabulary is None and self.projection.ids is not None:
+            self.vocabulary = Vocabulary(self.projection.ids, self.adapter.rows, self.target)
+            self.vocabulary.add(self.text)
+        logits = self.projection.head(state)
+        extra = None if self.vocabulary is None else self.vocabulary.logits(self.projection.norm(state))
+        ids = None if self.vocabulary is None else self.vocabulary.ids
+        if self.temperature == 0:
+            return most_probable_child(logits, extra, ids, self.target.precision.modules.most_probable), rows
+        return drawn_child(logits, extra, ids, self.sampling, self.top_k, self.rng.random()), rows
+
+
+class Projection:
+    """An exit's projection as it is played: the adapter merged into the output rows of its shortlist.
+
+    Attributes:
+        ids: what its outputs are, ``[n]``; None is every id of the target.
+        head, norm: logits ``[rows, n]`` of what it reads, and the norm in front.
+    """
+
+    def __init__(self, adapter: ExitAdapter):
+        target, modules = adapter.target, adapter.target.precision.modules
+        self.ids = adapter.shortlist
+        self.norm = modules.RMSNorm(adapter.norm.detach().to(target.precision.hidden), target.shape.norm_eps)
+        ids = torch.from_numpy(self.ids) if self.ids is not None else torch.arange(target.shape.vocab)
+        rows = target.precision.cast(adapter.rows(ids.to(target.device)), target.device)
+        self.head = modules.Head(rows, self.norm)
+
+
+class PlayedAttention:
+    """Kangaroo's adapter as it is played, with keys and values of its own."""
+
+    def __init__(self, adapter: ExitAdapter):
+        target: Transformer = adapter.target
+        weights = {
+            name: target.precision.cast(weight.detach(), target.device)
+            for name, weight in adapter.attention.layer().items()
+        }
+        self.layers, self.target = target.precision.modules.Layers([weights], target.shape), target
+        self.shape = dataclasses.replace(target.shape, layers=1)
+        self.cache = self._cache(0)
+
+    def start(self, states: Tensor, rows: int) -> None:
+        """Read the exit states ``[n, hidden]`` of a new text, which may have ``rows`` in all."""
+        if rows > self.cache.capacity:
+            self.cache = self._cache(max(2048, rows))
+        self.cache.length = 0
+        self._read(states)
+        self.committed = self.cache.length
+        self.behind = states[:0]  # committed states that have not been read
+
+    def look(self, states: Tensor) -> Tensor:
+        """What becomes of the last of the exit states ``[n, hidden]`` behind the committed ones, ``[1, hidden]``."""
+        new = torch.cat([self.behind, states])[self.cache.length - self.committed :]
+        if len(new):
+            self.last = self._read(new)[-1:]
+        return self.last
+
+    def commit(self, states: Tensor) -> None:
+        """Keep the rows of these states; those that have not been read yet are next time."""
+        wanted = torch.cat([self.behind, states])
+        kept = min(self.cache.length - self.committed, len(wanted))
+        self.committed += kept
+        self.cache.length, self.behind = self.committed, wanted[kept:]
+
+    def _read(self, states: Tensor) -> Tensor:
+        positions = self.cache.length + torch.arange(len(states), device=states.device)[None]
+        x, _ = self.layers(states[None], self.cache, self.target.rope, positions)
+        self.cache.length += len(states)
+        return x[0]
+
+    def _cache(self, rows: int) -> KVCache:
+        return KVCache(self.shape, rows, self.target.precision.cache, self.target.device)

@@ -1,0 +1,134 @@
+"""An exit's adapter as files: low-rank weights in peft's layout, so that they load on a transformers model, too.
+
+``exit.json`` says what it is for. ``exit_proj/`` is an adapter of ``lm_head`` for the target cut off behind the exit
+(``num_hidden_layers=exit_layer``), ``lora_S/`` and ``lora_D/`` are adapters of the whole target, and
+``attention.safetensors`` holds Kangaroo's attention.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from spec_envs.decoding.exits import ExitAdapter, ExitSettings
+from spec_envs.decoding.lora import LowRank
+from spec_envs.decoding.transformer import Transformer
+from spec_envs.files import write_bytes, write_json
+
+SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+
+
+def is_exit(name: str | Path) -> bool:
+    """Whether a folder holds an exit's adapter."""
+    return (Path(name).expanduser() / SETTINGS).is_file()
+
+
+def save_exit(adapter: ExitAdapter, folder: Path) -> None:
+    """Write an adapter; every file is there whole or not at all, and ``exit.json`` last.
+
+    Raises:
+        OSError: a file could not be written; the sentence names it.
+    """
+    for part, config, tensors in parts(adapter):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / part / WEIGHTS, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        write_json(folder / part / CONFIG, config)
+    if adapter.kind == "kangaroo":
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
+        write_bytes(folder / ATTENTION, save({name: w.detach().cpu().contiguous() for name, w in weights.items()}))
+    shortlist = None if adapter.shortlist is None else adapter.shortlist.tolist()
+    write_json(folder / SETTINGS, asdict(adapter.settings) | {"shortlist": shortlist})
+
+
+def load_exit(folder: Path, target: Transformer) -> ExitAdapter:
+    """Read an adapter.
+
+    Raises:
+        ValueError: a file that is missing or damaged, or an adapter of another target.
+    """
+    try:
+        raw = json.loads((folder / SETTINGS).read_text())
+        shortlist = raw.pop("shortlist")
+        settings = ExitSettings(**raw)
+    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / SETTINGS} is damaged or missing ({str(error).splitlines()[0]}); train the exit again"
+        ) from None
+    adapter = ExitAdapter(target, settings)
+    try:
+        for part, _, tensors in parts(adapter):
+            take(tensors, load_file(folder / part / WEIGHTS))
+        if settings.kind == "kangaroo":
+            wanted = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
+            take(wanted, load_file(folder / ATTENTION))
+        if shortlist is not None:
+            adapter.shortlist = np.unique(np.array(shortlist, np.int64))
+            if not len(shortlist) or not 0 <= adapter.shortlist[0] <= adapter.shortlist[-1] < target.shape.vocab:
+                raise ValueError("a shortlist of ids that the target does not have")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"cannot read the exit in {folder}: {str(error).splitlines()[0]}; train it again, or take another folder"
+        ) from None
+    return adapter
+
+
+def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
+    """The low-rank parts: name, peft's configuration, and tensors by peft's names."""
+    settings = adapter.settings
+    if settings.kind == "layers":
+        for name, lora in (("lora_S", adapter.lora_S), ("lora_D", adapter.lora_D)):
+            chosen = {"target_modules": lora.products, "layers_to_transform": list(lora.range)}
+            tensors: dict[str, Tensor] = {}
+            for layer, products in lora.layers.items():
+                for product, low_rank in products.items():
+                    tensors |= named(f"model.layers.{layer}.self_attn.{product}", low_rank)
+            yield name, peft_config(settings, lora.alpha, **chosen), tensors
+    else:
+        alpha = adapter.exit_proj.scale * settings.rank
+        yield "exit_proj", peft_config(settings, alpha, target_modules=["lm_head"]), named("lm_head", adapter.exit_proj)
+
+
+def named(module: str, low_rank: LowRank) -> dict[str, Tensor]:
+    """Tensors of an addition by the names that peft has for it."""
+    return {f"base_model.model.{module}.lora_{side}.weight": getattr(low_rank, f"lora_{side}") for side in "AB"}
+
+
+def peft_config(settings: ExitSettings, alpha: float, **chosen: Any) -> dict[str, Any]:
+    """The contents of an ``adapter_config.json``."""
+    from peft import LoraConfig  # takes more than a second, and only files need it
+
+    config = LoraConfig(
+        base_model_name_or_path=settings.base_model,
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=alpha,
+        inference_mode=True,
+        **chosen,
+    )
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+@torch.no_grad()
+def take(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Copy tensors by name.
+
+    Raises:
+        ValueError: some are missing, too many, or of another shape.
+    """
+    if differing := sorted(set(wanted) ^ set(found)):
+        raise ValueError(f"tensors are missing or unknown: {', '.join(differing[:3])}")
+    for name, tensor in wanted.items():
+        if tensor.shape != found[name].shape:
+            raise ValueError(f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+        tensor.copy_(found[name])

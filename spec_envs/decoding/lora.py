@@ -1,0 +1,130 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): what is added to a target's products while its weights stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spec_envs.decoding.shape import Shape
+
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Added(NamedTuple):
+    """What is added to the products of a layer, as ``down`` ``[r, in]`` and ``up`` ``[r, out]`` (the scale within): to
+    queries, keys and values side by side, and to the output of attention. None is nothing."""
+
+    qkv: tuple[Tensor, Tensor] | None
+    out: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class Additions:
+    """What is added to every layer of a target, ready for a forward; ``structures`` is how the int8 kernels take it."""
+
+    layers: list[Added | None]
+    structures: Any = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that there is, in order."""
+        pairs = [pair for layer in self.layers if layer is not None for pair in layer if pair is not None]
+        return [tensor for pair in pairs for tensor in pair]
+
+
+class LowRank(nn.Module):
+    """``y += alpha / rank · (x Aᵀ) Bᵀ``; nothing at first, for B is 0.
+
+    Args:
+        inputs, outputs: widths of the product.
+        rank, alpha: as in peft's ``LoraConfig`` (``r``, ``lora_alpha``).
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., inputs]`` to ``[..., outputs]``."""
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+class LayersLoRA(nn.Module):
+    """Low-rank additions to attention products of a range of layers.
+
+    Args:
+        shape: of the target.
+        layers: which of its layers.
+        rank, alpha: see ``LowRank``.
+        products: names among ``PRODUCTS``; queries and values by default, as in the paper.
+
+    Raises:
+        ValueError: another product, or none.
+    """
+
+    def __init__(
+        self, shape: Shape, layers: range, rank: int, alpha: float, products: Sequence[str] = ("q_proj", "v_proj")
+    ):
+        super().__init__()
+        if not products or (unknown := set(products) - set(PRODUCTS)):
+            raise ValueError(f"products are {list(products)}; expected some of {', '.join(PRODUCTS)}, not {unknown}")
+        self.range, self.rank, self.alpha = layers, rank, alpha
+        self.products = [name for name in PRODUCTS if name in products]
+        attended, kept = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.widths = {
+            "q_proj": (shape.hidden, attended),
+            "k_proj": (shape.hidden, kept),
+            "v_proj": (shape.hidden, kept),
+            "o_proj": (attended, shape.hidden),
+        }
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): nn.ModuleDict({name: LowRank(*self.widths[name], rank, alpha) for name in self.products})
+                for layer in layers
+            }
+        )
+
+    def added(self, layer: int) -> Added:
+        """What is added to a layer; gradients flow from it to the parameters."""
+        found = self.layers[str(layer)]
+        assert isinstance(found, nn.ModuleDict)
+        return Added(self._joined(found, PRODUCTS[:3]), self._joined(found, PRODUCTS[3:]))
+
+    def _joined(self, found: nn.ModuleDict, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """The additions to products of the same input, whose outputs are side by side, as one."""
+        here = [name for name in names if name in found]
+        if not here:
+            return None
+        down = torch.cat([found[name].lora_A for name in here])
+        whole, blocks = sum(self.widths[name][1] for name in names), []
+        for i, name in enumerate(here):
+            before = sum(self.widths[other][1] for other in names[: names.index(name)])
+            ends = before, whole - before - self.widths[name][1]
+            blocks.append(F.pad(found[name].lora_B.T * found[name].scale, ends))
+        return down, torch.cat(blocks)
+
+
+def additions(parts: Sequence[LayersLoRA], layers: int) -> Additions:
+    """What several ranges of a target of so many layers add together; with gradients, where they are enabled."""
+    of: list[Added | None] = [None] * layers
+    for part in parts:
+        for layer in part.range:
+            of[layer] = part.added(layer)
+    return Additions(of)
+
+
+def frozen(added: Additions, dtype: torch.dtype) -> Additions:
+    """The same numbers without gradients, contiguous and in the dtype that a forward computes in."""
+
+    def plain(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        return None if pair is None else tuple(t.detach().to(dtype, copy=True).contiguous() for t in pair)  # type: ignore[return-value]
+
+    return Additions([None if a is None else Added(plain(a.qkv), plain(a.out)) for a in added.layers])
