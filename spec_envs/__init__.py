@@ -7,7 +7,13 @@ from spec_envs.version import __version__
 
 __all__ = ["ENVIRONMENTS", "Generation", "__version__", "generate"]
 
-ENVIRONMENTS = {"SpecDepth-v0": "depth", "SpecBudget-v0": "budget", "SpecK-v0": "k", "SpecTopK-v0": "topk"}
+ENVIRONMENTS = {
+    "SpecDepth-v0": "depth",
+    "SpecBudget-v0": "budget",
+    "SpecK-v0": "k",
+    "SpecTopK-v0": "topk",
+    "SpecDVI-v0": "dvi",
+}
 
 for _id, _control in ENVIRONMENTS.items():
     gym.register(_id, entry_point="spec_envs.env:SpecEnv", kwargs={"control": _control}, nondeterministic=True)

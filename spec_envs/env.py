@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from spec_envs import render
-from spec_envs.controls import CONTROLS, Control
+from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.controls.opening import clocks_for, decoder_under, recorded_prompts
 from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.checkpoints import load_tokenizer
@@ -23,7 +23,6 @@ from spec_envs.decoding.decoder import Cycle
 from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 from spec_envs.decoding.pair import (
     DEFAULT_TARGET,
-    default_drafter,
     drafts_chains,
     plain_seconds,
     static_over_plain,
@@ -34,17 +33,18 @@ from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode, load_prompts
 
 EPISODES = ("prompt", "cycle")
+RATES = ("ltd", "rl_adapter")  # rewards that are tokens over seconds
 
 
 class SpecEnv(gym.Env[np.ndarray, int]):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
-        control: which problem: ``"depth"``, ``"budget"``, ``"k"`` or ``"topk"``.
+        control: which problem: ``"depth"``, ``"budget"``, ``"k"``, ``"topk"`` or ``"dvi"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
         drafter: EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file;
-            ``"lookup"`` is prompt lookup, ``"lookup+NAME"`` that in front of a draft model, ``"auto"`` the target's own
-            in models.yml.
+            ``"lookup"`` is prompt lookup, ``"lookup+NAME"`` that in front of a draft model, ``"exit:N"`` an untrained early
+            exit of the target and the run folder of a trained one that exit; ``"auto"`` the target's own in models.yml.
         device, dtype: ``"auto"``, or as in torch (``"cpu"``, ``"cuda"``; ``"int8"``, ``"bfloat16"``, ``"float32"``).
         prompts: prompt sets, separated by commas, or ``"all"``.
         data_dir: folder with ``{name}/question.jsonl`` files instead of the shipped prompts.
@@ -59,11 +59,13 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         clock: ``"wall"`` measures; the name or path of a cost table prices forwards instead, which makes the
             environment deterministic. Of several tables one is drawn per episode. A profile brings its own.
         episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
-        reward: ``"saved"``; ``"ltd"`` for trees and chains, ``"rl_adapter"`` over a link.
+        reward: ``"saved"``; ``"ltd"`` for trees and chains, ``"rl_adapter"`` over a link, ``"accepted"`` at an exit, where it
+            is the default.
         pace: tokens per second that a second costs under ``"saved"``; by default that of the pair's best static
             setting: plain speed under this clock, times ``static_over_plain`` of models.yml (1 where the pair
             is not listed there).
-        observation: ``"default"``; ``"ltd"`` for trees, ``"counters"`` for chains, ``"rl_adapter"`` over a link.
+        observation: ``"default"``; ``"ltd"`` for trees, ``"counters"`` for chains, ``"rl_adapter"`` over a link,
+            ``"policy"`` at an exit.
         cost_features: append the clock's cost table to the observation.
         policy_seconds: charged for every decision (an experiment sets the agent's measured time).
         render_mode: None, ``"ansi"``, ``"human"`` or ``"rgb_array"``.
@@ -98,7 +100,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         trace: str | None = None,
         clock: str | Sequence[str] = "wall",
         episode: str = "prompt",
-        reward: str = "saved",
+        reward: str | None = None,
         pace: float | None = None,
         observation: str = "default",
         cost_features: bool = False,
@@ -110,9 +112,10 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         kind = CONTROLS[control]
         check_keywords(kind, given | own)
         choice("episode", episode, EPISODES)
+        reward = kind.rewards[0] if reward is None else reward
         choice("reward", reward, kind.rewards)
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        if reward != "saved" and episode == "prompt":
+        if reward in RATES and episode == "prompt":
             raise ValueError(
                 f'reward="{reward}" needs episode="cycle": summed over a prompt, tokens / seconds would pay for many cheap '
                 "cycles instead of fast text"
@@ -124,7 +127,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             raise ValueError(f"switch_every is {switch_every}; expected texts, or 0 for none")
         if pace is not None and not 0 <= pace < float("inf"):
             raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
-        self.control = kind(observation=observation, cost_features=cost_features, **own)
+        self.control = make_control(control, given | own)
         self.clocks = clocks_for(clock, device, trace)
         if not all(c.priced for c in self.clocks):
             if cost_features or len(self.clocks) > 1:
@@ -139,7 +142,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
         engine, chain = self.control.engine, self.control.width == 1
         if drafter == "auto" and not trace:
-            drafter = default_drafter(target, chain, engine)
+            drafter = self.control.default_drafter(target)
         if temperature > 0 and self.control.cuts and chain and drafts_chains(drafter):
             raise ValueError(
                 f"temperature is {temperature}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
@@ -203,7 +206,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         seconds = clock.since(self._mark)
         self._mark = dict(clock.totals)
         info = self._info(cycle, seconds)
-        if self.reward_name == "saved":
+        if self.reward_name == "accepted":
+            reward = float(cycle.accepted) if cycle else 0.0
+        elif self.reward_name == "saved":
             reward = self._worth(cycle) - self.pace * sum(seconds.values())
         elif self.reward_name == "ltd":
             reward = cycle.emitted / (100 * sum(cycle.seconds.values())) if cycle else 0.0
@@ -322,8 +327,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             "seconds": {part: s for part, s in seconds.items() if part != "prefill"},
             "saved": self._worth(cycle) - self.plain_rate * spent,
         }
-        if isinstance(self.control, TopKControl):
-            info["unverified"] = cycle.unverified if cycle else 0
+        info |= self.control.details(self.decoder, cycle)
         if cycle and self.decoder.finished:
             total = sum(self.decoder.clock.since(self._text_began).values())
             tokens = len(self.decoder.tokens)

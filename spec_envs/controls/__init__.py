@@ -8,6 +8,7 @@ from typing import Any
 from spec_envs.controls.base import Agent, Control, Policy
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.dvi import DVIControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
 
@@ -18,6 +19,7 @@ CONTROLS: dict[str, type[Control]] = {
     "budget": BudgetControl,
     "k": KControl,
     "topk": TopKControl,
+    "dvi": DVIControl,
 }
 
 

@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.pair import default_drafter
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
 COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verification curve
@@ -55,7 +56,7 @@ class Control(ABC):
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
         task: of the text under way, ``""`` where it is not known.
-        rewards: names of the rewards that it can be paid by.
+        rewards: names of the rewards that it can be paid by, the default first.
         temperature: of the target where none is given.
         cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
@@ -142,6 +143,14 @@ class Control(ABC):
             *(plain / table.seconds("verify", n) for n in COST_ROWS),
             table.seconds("draft", decoder.tree.width) / plain,
         ]
+
+    def default_drafter(self, target: str) -> str:
+        """The drafter of an environment that names none."""
+        return default_drafter(target, self.width == 1, self.engine)
+
+    def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
+        """What this problem adds to the info of a step, which ended a cycle or did not."""
+        return {}
 
     @abstractmethod
     def prepare(self, decoder: Decoder) -> None:

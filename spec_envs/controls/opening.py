@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spec_envs.controls.base import Control
+from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.clock import WallClock
@@ -60,6 +61,8 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
         if unknown := sorted(set(control.ks) - set(recorded.ks)):
             raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
         return recorded.decoder(clock, control.max_depth, load_link(control.link))
+    if isinstance(control, DVIControl):
+        return decoder_at_exit(control, trace, clock, **models)
     decoder = open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **models)
     if isinstance(control, TopKControl):
         if control.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
@@ -67,4 +70,23 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
                 "edge_value is for a drafter that can always say more; take a draft model, not lookup alone"
             )
         decoder = linked(decoder, control.link, models.get("target", DEFAULT_TARGET))
+    return decoder
+
+
+def decoder_at_exit(control: DVIControl, trace: str | None, clock: WallClock, **models: Any) -> Decoder:
+    """A decoder that drafts from the target's own exit."""
+    if trace:
+        raise ValueError(f"trace is {trace!r}; no trace plays SpecDVI-v0, whose states are those of a model")
+    if models.get("drafter", "auto") == "auto":
+        models["drafter"] = control.default_drafter(control.target)
+    models |= {"adapter": control.adapter, "rank": control.rank}
+    decoder = open_decoder(clock=clock, width=control.width, max_depth=control.max_depth, **models)
+    found = exit_of(decoder).settings
+    for name, wanted, has in (
+        ("exit_layer", control.exit_layer, found.exit_layer),
+        ("adapter", control.adapter, found.kind),
+        ("rank", control.rank or found.rank, found.rank),
+    ):
+        if wanted != has:
+            raise ValueError(f"{name} is {wanted}, but the exit {models['drafter']!r} has {has}; pass {name}={has!r}")
     return decoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -206,6 +206,9 @@ class TopKControl(Control):
         if isinstance(drafter, ChainDrafter):  # and not prompt lookup, which is certain of what it says
             drafter.top_k = {"topk": choice.top_k, "full": verifier.vocab}.get(choice.mode)
         return decoder.unverified(choice.length) if choice.mode == "edge" else decoder.cycle(choice.length)
+
+    def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
+        return {"unverified": cycle.unverified if cycle else 0}
 
 
 def estimate(decoder: Decoder) -> Estimate:

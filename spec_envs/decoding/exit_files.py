@@ -90,9 +90,8 @@ def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str,
         for name, lora in (("lora_S", adapter.lora_S), ("lora_D", adapter.lora_D)):
             chosen = {"target_modules": lora.products, "layers_to_transform": list(lora.range)}
             tensors: dict[str, Tensor] = {}
-            for layer, products in lora.layers.items():
-                for product, low_rank in products.items():
-                    tensors |= named(f"model.layers.{layer}.self_attn.{product}", low_rank)
+            for layer, product, low_rank in lora.parts():
+                tensors |= named(f"model.layers.{layer}.self_attn.{product}", low_rank)
             yield name, peft_config(settings, lora.alpha, **chosen), tensors
     else:
         alpha = adapter.exit_proj.scale * settings.rank
@@ -112,7 +111,7 @@ def peft_config(settings: ExitSettings, alpha: float, **chosen: Any) -> dict[str
         base_model_name_or_path=settings.base_model,
         task_type="CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type] - peft divides it
         inference_mode=True,
         **chosen,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,31 +85,42 @@ class LayersLoRA(nn.Module):
             "v_proj": (shape.hidden, kept),
             "o_proj": (attended, shape.hidden),
         }
-        self.layers = nn.ModuleDict(
-            {
-                str(layer): nn.ModuleDict({name: LowRank(*self.widths[name], rank, alpha) for name in self.products})
-                for layer in layers
-            }
+        self.low_ranks = nn.ModuleDict(
+            {key(layer, name): LowRank(*self.widths[name], rank, alpha) for layer in layers for name in self.products}
         )
+
+    def parts(self) -> Iterator[tuple[int, str, LowRank]]:
+        """Layer, product and addition of each."""
+        for layer in self.range:
+            for name in self.products:
+                yield layer, name, self._of(layer, name)
 
     def added(self, layer: int) -> Added:
         """What is added to a layer; gradients flow from it to the parameters."""
-        found = self.layers[str(layer)]
-        assert isinstance(found, nn.ModuleDict)
-        return Added(self._joined(found, PRODUCTS[:3]), self._joined(found, PRODUCTS[3:]))
+        return Added(self._joined(layer, PRODUCTS[:3]), self._joined(layer, PRODUCTS[3:]))
 
-    def _joined(self, found: nn.ModuleDict, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+    def _joined(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
         """The additions to products of the same input, whose outputs are side by side, as one."""
-        here = [name for name in names if name in found]
-        if not here:
-            return None
-        down = torch.cat([found[name].lora_A for name in here])
-        whole, blocks = sum(self.widths[name][1] for name in names), []
-        for i, name in enumerate(here):
-            before = sum(self.widths[other][1] for other in names[: names.index(name)])
-            ends = before, whole - before - self.widths[name][1]
-            blocks.append(F.pad(found[name].lora_B.T * found[name].scale, ends))
-        return down, torch.cat(blocks)
+        downs, ups, before = [], [], 0
+        whole = sum(self.widths[name][1] for name in names)
+        for name in names:
+            width = self.widths[name][1]
+            if name in self.products:
+                low_rank = self._of(layer, name)
+                downs.append(low_rank.lora_A)
+                ups.append(F.pad(low_rank.lora_B.T * low_rank.scale, (before, whole - before - width)))
+            before += width
+        return (torch.cat(downs), torch.cat(ups)) if downs else None
+
+    def _of(self, layer: int, name: str) -> LowRank:
+        found = self.low_ranks[key(layer, name)]
+        assert isinstance(found, LowRank)
+        return found
+
+
+def key(layer: int, name: str) -> str:
+    """A module's name, which may not hold a point."""
+    return f"{layer}-{name}"
 
 
 def additions(parts: Sequence[LayersLoRA], layers: int) -> Additions:

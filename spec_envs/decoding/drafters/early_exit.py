@@ -16,8 +16,8 @@ from spec_envs.decoding.drafters.children import drawn_child, most_probable_chil
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.exits import ExitAdapter
 from spec_envs.decoding.split import SplitVerifier
-from spec_envs.decoding.tree import Children, Tree
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.tree import Children, Tree
 
 STOP = 0.6  # Kangaroo's threshold of the confidence
 
@@ -52,8 +52,8 @@ class EarlyExitDrafter(ChainDrafter):
         if self.version != self.adapter.version:
             self.projection, self.version = None, self.adapter.version
             self.attention = PlayedAttention(self.adapter) if self.adapter.kind == "kangaroo" else None
-        self.rng, self.vocabulary = rng, None
-        self.text = list(text)
+        self.rng, self.text = rng, list(text)
+        self.vocabulary: Vocabulary | None = None
         if self.attention:
             self.attention.start(features, len(text) + positions)
 

@@ -1,0 +1,216 @@
+"""What to draft behind the target's own early exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from spec_envs.controls.base import Control, Entry, read_context, read_position
+from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS
+from spec_envs.decoding.checkpoints import load_config, model_folder
+from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.exits import KINDS, ExitAdapter
+from spec_envs.decoding.pair import DEFAULT_TARGET, EXIT
+from spec_envs.decoding.shape import Shape
+from spec_envs.decoding.split import SplitVerifier
+
+LARGE = float(np.finfo(np.float32).max)  # hidden states have no bound
+
+
+class DVIControl(Control):
+    """
+    ## Description
+
+    The target drafts for itself: its first `exit_layer` layers read the text, and what they make of the last token is
+    shown to the agent, which says the next token. When a block is drafted, the remaining layers go on from those very
+    states and judge it in one forward: what the target would have said is kept, and it adds a token of its own. An agent
+    that learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
+
+    ## Action Space
+
+    `Discrete(vocabulary)`: the token to draft.
+
+    ## Observation Space
+
+    A `Box` of float32; with the default target, of hidden size 576:
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 0–575 | `hidden`: the exit state of the last token, drafted ones included, behind Kangaroo's attention if there is one; 0 after the end of a text | −3.4e38 | 3.4e38 |
+
+    `observation="policy"` appends what the exit's own projection makes of it, at the price of computing it:
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 576 | `probability`: of its most probable token | 0 | 1 |
+    | 577 | `entropy`: of its distribution, nats / 10 | 0 | 1 |
+    | 578 | `drafted`: tokens of the block so far / `block` | 0 | 1 |
+    | 579–580 | `acceptance`: accepted / judged tokens over 4 and 16 cycles | 0 | 1 |
+    | 581 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 582 | `context`: tokens of the text / 4096 | 0 | 1 |
+
+    `cost_features=True` appends `costs`, as in SpecDepth-v0.
+
+    ## Rewards
+
+    `"accepted"` (default): 1 for a drafted token that the target takes, paid when its block is judged: at every step with
+    `block=1`, else at a block's last. Greedily the target takes its own most probable token; when it samples, token x
+    with the probability p(x) that it gives it (the agent's choice is a fixed proposal, whatever distribution it came
+    from, which is exact). Tokens behind the first refused one are never judged. `"saved"`: emitted − pace · seconds, as
+    in SpecDepth-v0.
+
+    ## Starting State
+
+    The target's first token after the prompt; the exit has read it.
+
+    ## Episode End
+
+    As in SpecDepth-v0.
+
+    ## Information
+
+    As in SpecDepth-v0, and `positions`: of a judged block, for each judged token `token`, `accepted`, and `confidence`,
+    the probability that the target gave it.
+
+    ## Arguments
+
+    - `exit_layer=2`: layers in front of the exit.
+    - `block=1`: drafted tokens that are verified together.
+    - `adapter="head"`: what may be trained. `"head"` is low rank on the exit's projection alone and `"kangaroo"` that
+      behind an adapter of norm, attention and norm (arXiv 2404.18911); with both the target stays as it is, and the text
+      is its own. `"layers"` is low rank on its layers, `lora_S` in front of the exit and `lora_D` behind it; the text is
+      then that of the adapted target. An agent reaches it as `env.unwrapped.decoder.drafter.adapter`.
+    - `rank=None`: of the low-rank weights; 64 for projections, 8 for layers.
+    - `stop=0`: a block is verified early behind a token that the exit gives less than this probability (Kangaroo: 0.6).
+    - `draft_temperature=0`: at which `reinforce` and `dvi` draw what they draft while they learn; 0 takes the most
+      probable token.
+
+    and the shared ones of `SpecEnv`; `drafter` is `"auto"` for an untrained exit, or the folder of a trained one.
+
+    ## Version History
+
+    - v0: initial version.
+    """
+
+    name, partner_name = "dvi", None
+    observations = ("default", "policy")
+    rewards = ("accepted", "saved")
+    width = 1
+    cuts = False
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        device: str = "auto",
+        dtype: str = "auto",
+        exit_layer: int = 2,
+        block: int = 1,
+        adapter: str = "head",
+        rank: int | None = None,
+        stop: float = 0.0,
+        draft_temperature: float = 0.0,
+        observation: str = "default",
+        cost_features: bool = False,
+    ):
+        super().__init__(observation, cost_features)
+        shape = Shape.from_config(load_config(model_folder(target)))
+        for name, value, fits, expected in (
+            ("exit_layer", exit_layer, 1 <= exit_layer < shape.layers, f"1 to {shape.layers - 1}, of {shape.layers} layers"),
+            ("block", block, block >= 1, "1 or more drafted tokens"),
+            ("adapter", adapter, adapter in KINDS, f"one of {', '.join(KINDS)}"),
+            ("rank", rank, rank is None or rank >= 1, "1 or more"),
+            ("stop", stop, 0 <= stop <= 1, "a probability from 0 to 1"),
+            ("draft_temperature", draft_temperature, draft_temperature >= 0, "0 (the most probable token) or more"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
+        self.target, self.device, self.dtype = target, device, dtype
+        self.exit_layer, self.block, self.adapter, self.rank = exit_layer, block, adapter, rank
+        self.stop, self.draft_temperature = stop, draft_temperature
+        self.max_depth = max(block - 1, 1)
+        self.action_space = spaces.Discrete(shape.vocab)
+        self.state: Tensor | None = None
+        self._declare(self._entries(shape.hidden))
+
+    def _entries(self, hidden: int) -> list[Entry]:
+        entries = [Entry("hidden", hidden, -LARGE, LARGE, self._read_hidden)]
+        if self.observation == "policy":
+            entries += [
+                Entry("probability", 1, 0.0, 1.0, lambda d: float(self._probabilities(d).max())),
+                Entry("entropy", 1, 0.0, 1.0, lambda d: entropy(self._probabilities(d)) / ENTROPY_UNIT),
+                Entry("drafted", 1, 0.0, 1.0, lambda d: d.tree.size / self.block),
+                Entry("acceptance", len(WINDOWS), 0.0, 1.0, lambda d: [judged(d.cycles[-n:]) for n in WINDOWS]),
+                Entry("position", 1, 0.0, 1.0, read_position),
+                Entry("context", 1, 0.0, 1.0, read_context),
+            ]
+        return entries
+
+    def default_drafter(self, target: str) -> str:
+        return f"{EXIT}{self.exit_layer}"
+
+    def prepare(self, decoder: Decoder) -> None:
+        self.state = decoder.look()
+
+    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+        unsure = self.stop > 0 and self._probabilities(decoder)[action] < self.stop
+        decoder.put(action)
+        if decoder.tree.size < self.block and not unsure:
+            return None
+        return decoder.verify()
+
+    def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
+        if cycle is None:
+            return {"positions": []}
+        verifier = decoder.verifier
+        assert isinstance(verifier, SplitVerifier)
+        tokens = torch.from_numpy(cycle.nodes.tokens[: cycle.scored])
+        logits = verifier.logits[: cycle.scored].float() / (decoder.temperature or 1.0)
+        confidences = logits.softmax(-1).cpu().gather(1, tokens[:, None])[:, 0].tolist()
+        return {
+            "positions": [
+                {"token": int(token), "accepted": i < cycle.accepted, "confidence": confidence}
+                for i, (token, confidence) in enumerate(zip(tokens, confidences, strict=True))
+            ]
+        }
+
+    def _read_hidden(self, decoder: Decoder) -> np.ndarray:
+        if decoder.finished or self.state is None:
+            return np.zeros(0)
+        return self.state.float().cpu().numpy()
+
+    def _probabilities(self, decoder: Decoder) -> np.ndarray:
+        """The exit's own distribution ``[vocabulary]`` of the next token, all 0 where there is none."""
+        if decoder.finished or self.state is None:
+            return np.zeros(1)
+        with torch.no_grad():
+            logits = exit_of(decoder).logits(self.state[None])[0]
+        return (logits / (self.draft_temperature or 1.0)).softmax(-1).cpu().numpy()
+
+
+def exit_of(decoder: Decoder) -> ExitAdapter:
+    """The exit that a decoder drafts from, and what was trained of it.
+
+    Raises:
+        ValueError: it has another drafter.
+    """
+    if not isinstance(decoder.drafter, EarlyExitDrafter):
+        raise ValueError(
+            f"SpecDVI-v0 drafts from the target's own exit: drafter is 'auto', '{EXIT}N' or the folder of a trained one"
+        )
+    return decoder.drafter.adapter
+
+
+def entropy(p: np.ndarray) -> float:
+    """In nats."""
+    return float(-(p * np.log(np.maximum(p, 1e-30))).sum())
+
+
+def judged(cycles: list[Cycle]) -> float:
+    """Accepted over judged tokens."""
+    scored = sum(cycle.scored for cycle in cycles)
+    return sum(cycle.accepted for cycle in cycles) / scored if scored else 0.0
