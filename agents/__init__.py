@@ -14,10 +14,13 @@ import yaml
 from agents.adaedl import AdaedlAgent
 from agents.adaptive_k import AdaptiveKAgent
 from agents.confidence import ConfidenceAgent
+from agents.dvi import DVIAgent
 from agents.fixed import FixedAgent
 from agents.gammatune import GammaTuneAgent
 from agents.hf_schedule import ScheduleAgent
+from agents.online import OnlineAgent
 from agents.random import RandomAgent
+from agents.reinforce import ReinforceAgent
 from agents.rl_adapter import Settings
 from agents.rl_adapter_agent import RLAdapterAgent
 from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
@@ -29,6 +32,7 @@ from spec_envs.controls import Control, make_control
 from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
 
+ONLINE: dict[str, type[OnlineAgent]] = {"reinforce": ReinforceAgent, "dvi": DVIAgent}
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
     "fixed": FixedAgent,
@@ -41,6 +45,7 @@ AGENTS: dict[str, Callable[..., Any]] = {
     "ucb": UcbAgent,
     "specdec++": SpecDecPlusAgent,
     "rl-adapter": RLAdapterAgent,
+    **ONLINE,
     **{name: partial(SB3Agent, algorithm=name) for name in ALGORITHMS},
 }
 
@@ -78,9 +83,11 @@ def known_hyperparameters(name: str) -> set[str]:
     known = set(inspect.signature(AGENTS[name]).parameters)
     if name in ALGORITHMS:
         known |= set(inspect.signature(ALGORITHMS[name]).parameters) - RESERVED
+    if name in ONLINE:
+        known |= set(inspect.signature(OnlineAgent).parameters)
     if name == "rl-adapter":
         known |= {field.name for field in fields(Settings)}
-    return known - {"control", "algorithm", "hyperparameters", "seed", "total_timesteps"}
+    return known - {"control", "algorithm", "hyperparameters", "seed", "total_timesteps", "online"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from scipy.special import ndtr
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from agents.exit_policy import BareExit, ExitPolicy
+
 FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
     nn.ReLU: lambda x: np.maximum(x, 0),
     nn.Tanh: np.tanh,
@@ -58,8 +60,10 @@ def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     return FUNCTIONS[type(module)]
 
 
-def bare(policy: Any) -> Bare:
+def bare(policy: Any) -> Bare | BareExit:
     """The network that a policy's deterministic action is the argmax of."""
+    if isinstance(policy, ExitPolicy):
+        return BareExit(policy.adapter)
     if isinstance(policy, ActorCriticPolicy):
         layers = nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)
         return Bare(layers, logits=True, lstm=getattr(policy, "lstm_actor", None))

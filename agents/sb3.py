@@ -24,8 +24,11 @@ from torch import nn
 
 from agents.bare import bare
 from agents.ddqn import DoubleDQN
+from agents.exit_policy import ExitPolicy
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
+from spec_envs.controls.dvi import DVIControl
+from spec_envs.decoding.exit_files import save_exit
 from spec_envs.files import whole, write_bytes, write_torch
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
@@ -93,12 +96,24 @@ class SB3Agent:
                 raise ValueError(f"{name} is {layers!r}; expected the sizes of hidden layers, such as [64, 64]")
         arch: Any = list(pi_arch) if value_based else {"pi": list(pi_arch), "vf": list(vf_arch)}
         learning_rates = schedule(lr_schedule, learning_rate, total_timesteps, warmup_timesteps)
+        policy: Any = "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy"
+        policy_kwargs = {"net_arch": arch, "activation_fn": ACTIVATIONS[activation]}
+        if isinstance(control, DVIControl):
+            if value_based or algorithm == "recurrent-ppo":
+                raise ValueError(
+                    f"{algorithm} has no policy that starts as an exit's projection; take ppo, a2c or trpo"
+                )
+            if control.adapter != "head":
+                raise ValueError(
+                    f'{algorithm} trains the projection alone: adapter is {control.adapter!r}, expected "head"'
+                )
+            policy, policy_kwargs = ExitPolicy, policy_kwargs | control.exit_keywords()
         try:
             self.model = kind(
-                "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy",
+                policy,
                 Spaces(control),
                 learning_rate=learning_rates,
-                policy_kwargs={"net_arch": arch, "activation_fn": ACTIVATIONS[activation]},
+                policy_kwargs=policy_kwargs,
                 seed=seed,
                 device="cpu",  # the networks are small; the accelerator belongs to the decoder
                 **hyperparameters,
@@ -168,6 +183,8 @@ class SB3Agent:
         state = {name: t.contiguous() for name, t in self.model.policy.state_dict().items()}
         metadata = {"decision_seconds": str(self.decision_seconds)}
         write_bytes(folder / "policy.safetensors", save(state, metadata))
+        if isinstance(self.model.policy, ExitPolicy):
+            save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.

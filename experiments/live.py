@@ -12,7 +12,7 @@ from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.network.remote import RemoteVerifier
-from spec_envs.prompts import Prompt, encode, load_prompts
+from spec_envs.prompts import encode_prompt, in_turn, load_prompts
 
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 
@@ -47,13 +47,8 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
         return [Encoded(*prompt) for prompt in itertools.islice(itertools.cycle(recorded), count)]
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
     tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.task, []).append(prompt)
-    size = max(1, env.get("switch_every", 0))
-    blocks = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups.values()]
-    mixed = [p for turn in itertools.zip_longest(*blocks, fillvalue=()) for block in turn for p in block]
-    return [Encoded(p.task, encode(tokenizer, p.text, env.get("template"))) for p in mixed[:count]]
+    mixed = in_turn(prompts, max(1, env.get("switch_every", 0)))
+    return [Encoded(p.task, encode_prompt(tokenizer, p, env.get("template"))) for p in mixed[:count]]
 
 
 def target_and_drafter(env: dict[str, Any]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
@@ -30,10 +31,14 @@ from spec_envs.decoding.pair import (
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.remote import RemoteVerifier
-from spec_envs.prompts import Prompt, encode, load_prompts
+from spec_envs.prompts import Prompt, encode_prompt, load_prompts
 
 EPISODES = ("prompt", "cycle")
 RATES = ("ltd", "rl_adapter")  # rewards that are tokens over seconds
+
+
+class EndedText(ValueError):
+    """The target's first token already ends the text."""
 
 
 class SpecEnv(gym.Env[np.ndarray, int]):
@@ -161,9 +166,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             self.best_static = static_over_plain(target, drafter) if alone else 1.0
             self.tokenizer = load_tokenizer(target)
             chosen = load_prompts(prompts, split, data_dir)
-            self.encoded = {prompt: encode(self.tokenizer, prompt.text, template) for prompt in chosen}
-        self.prompts = list(self.encoded)
+            self.encoded = {prompt: encode_prompt(self.tokenizer, prompt, template) for prompt in chosen}
         self._check_lengths()
+        self.prompts = list(self.encoded)
         self.switch_every, self.texts, self.turn = switch_every, 0, ""
         self.episode, self.reward_name, self.given_pace = episode, reward, pace
         self.policy_seconds, self.render_mode = policy_seconds, render_mode
@@ -259,12 +264,16 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         return self.given_pace if self.given_pace is not None else self.plain_rate * self.best_static
 
     def _check_lengths(self) -> None:
-        """Refuse prompts that would not fit when their turn comes."""
+        """Refuse prompts that would not fit when their turn comes; those of a log of conversations are left out."""
         context = self.decoder.context
         room = context - self.max_new_tokens - self.control.max_depth - 1
-        longest = max(self.encoded, key=lambda prompt: len(self.encoded[prompt]))
         if room < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; the context is {context} tokens in all")
+        long = [prompt for prompt, ids in self.encoded.items() if prompt.logged and len(ids) > room]
+        if long and len(long) < len(self.encoded):
+            print(f"left out {len(long)} of {len(self.encoded)} prompts, longer than {room} tokens", file=sys.stderr)
+            self.encoded = {prompt: ids for prompt, ids in self.encoded.items() if prompt not in long}
+        longest = max(self.encoded, key=lambda prompt: len(self.encoded[prompt]))
         if (length := len(self.encoded[longest])) > room:
             raise ValueError(
                 f"a prompt of {longest.task} has {length} tokens; with max_new_tokens {self.max_new_tokens} the "
@@ -281,12 +290,12 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
         for _ in range(100):  # a prompt whose first token is EOS is not used
             prompt = given or self._draw_prompt()
-            ids = self.encoded.get(prompt) or encode(self.tokenizer, prompt.text, self.template)
+            ids = self.encoded.get(prompt) or encode_prompt(self.tokenizer, prompt, self.template)
             self.decoder.start(ids, self.max_new_tokens, self.np_random)
             if given or not self.decoder.finished:
                 break
         if self.decoder.finished:
-            raise ValueError("the target's first token already ends the text; give another prompt")
+            raise EndedText("the target's first token already ends the text; give another prompt")
         self.prompt = prompt
         self.control.reset(self.np_random, prompt.task)
         self.texts += given is None

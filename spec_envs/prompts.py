@@ -4,12 +4,14 @@ The shipped set has five kinds of task named after the benchmarks whose kind the
 project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
 ``humaneval`` (code), and one more that only its name brings in: ``json`` (structured output). Each is split into train,
 validation and test. Other sets are read from
-``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name with a slash is a data set on the hub, ``org/name``,
-optionally with a configuration and a column, ``org/name@config:column`` (needs the ``datasets`` extra).
+``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name that ends in
+``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``); another name with a slash is a data set on the
+hub, ``org/name``, optionally with a configuration and a column, ``org/name@config:column`` (needs the ``datasets`` extra).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from spec_envs.conversations import is_log, read_log
 
 SHIPPED = Path(__file__).parent / "data" / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
@@ -28,10 +32,13 @@ COLUMNS = ("turns", "prompt", "question", "instruction", "article", "document", 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn and the task it belongs to."""
+    """One user turn, the task it belongs to, what was said before it (pairs of role and text), and whether it is from a
+    log of conversations."""
 
     task: str
     text: str
+    history: tuple[tuple[str, str], ...] = ()
+    logged: bool = False
 
 
 def load_prompts(names: str = "all", split: str = "train", data_dir: str | None = None) -> list[Prompt]:
@@ -50,17 +57,20 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
     wanted = [name.strip() for name in names.split(",")]
-    found = prompt_files(data_dir) if any("/" not in name for name in wanted) else {}
+    found = prompt_files(data_dir) if any("/" not in name and not is_log(name) for name in wanted) else {}
     every = [name for name in found if data_dir is not None or name in TASKS]
     chosen = list(dict.fromkeys(name for part in wanted for name in (every if part == "all" else [part])))
-    if unknown := [name for name in chosen if name not in found and "/" not in name]:
+    if unknown := [name for name in chosen if name not in found and "/" not in name and not is_log(name)]:
         raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
-    prompts = [
-        Prompt(name, text)
-        for name in chosen
-        for text, own in (read_questions(found[name]) if name in found else read_hub(name))
-        if split in (own, "all")
-    ]
+    prompts: list[Prompt] = []
+    for name in chosen:
+        if is_log(name):
+            path = Path(name).expanduser()
+            turns = [t for t in read_log(path) if split in (t.split or hashed_split(t.opening), "all")]
+            prompts += [Prompt(path.stem, turn.text, turn.history, logged=True) for turn in turns]
+            continue
+        rows = read_questions(found[name]) if name in found else read_hub(name)
+        prompts += [Prompt(name, text) for text, own in rows if split in (own, "all")]
     if not prompts:
         raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
     return prompts
@@ -121,21 +131,41 @@ def hashed_split(text: str) -> str:
     return "train" if tenth < 6 else "validation" if tenth < 7 else "test"
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, template: str | None = None) -> list[int]:
+def in_turn(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
+    """Prompts with their tasks in turn, ``size`` of each, as long as there are any."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.task, []).append(prompt)
+    blocks = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups.values()]
+    return [p for turn in itertools.zip_longest(*blocks, fillvalue=()) for block in turn for p in block]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> list[int]:
+    """Token ids of a prompt; see ``encode``."""
+    return encode(tokenizer, prompt.text, template, prompt.history)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    template: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
+) -> list[int]:
     """Token ids of a user turn, up to the place where the answer begins.
 
     Args:
         template: a Jinja chat template for models without one; ``"none"`` takes the text as it is.
+        history: roles and texts of what was said before.
 
     Raises:
         ValueError: the model has no chat template and none is given.
     """
     if template == "none":
-        return tokenizer(text)["input_ids"]
+        return tokenizer("\n\n".join([*(said for _, said in history), text]))["input_ids"]
     if template is None and tokenizer.chat_template is None:
         raise ValueError("the model has no chat template; give template= (Jinja), or template='none' for bare text")
-    message = [{"role": "user", "content": text}]
-    encoded: Any = tokenizer.apply_chat_template(message, chat_template=template, add_generation_prompt=True)
+    turns = [{"role": role, "content": said} for role, said in (*history, ("user", text))]
+    encoded: Any = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
     return encoded["input_ids"]
 
 

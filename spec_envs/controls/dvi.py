@@ -150,6 +150,11 @@ class DVIControl(Control):
             ]
         return entries
 
+    def exit_keywords(self) -> dict[str, Any]:
+        """What a policy needs to know to start as this exit's projection: arguments of ``agents.exit_policy.ExitPolicy``."""
+        names = {"target": self.target, "exit_device": self.device, "dtype": self.dtype, "exit_layer": self.exit_layer}
+        return names | {"rank": self.rank}
+
     def default_drafter(self, target: str) -> str:
         return f"{EXIT}{self.exit_layer}"
 

@@ -111,7 +111,7 @@ def peft_config(settings: ExitSettings, alpha: float, **chosen: Any) -> dict[str
         base_model_name_or_path=settings.base_model,
         task_type="CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type] - peft divides it
+        lora_alpha=round(alpha),
         inference_mode=True,
         **chosen,
     )

@@ -101,8 +101,9 @@ class LayersLoRA(nn.Module):
 
     def _joined(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
         """The additions to products of the same input, whose outputs are side by side, as one."""
-        downs, ups, before = [], [], 0
-        whole = sum(self.widths[name][1] for name in names)
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        before, whole = 0, sum(self.widths[name][1] for name in names)
         for name in names:
             width = self.widths[name][1]
             if name in self.products:

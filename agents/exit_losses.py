@@ -1,0 +1,52 @@
+"""What an exit is trained by. Each is a mean over rows, and a pure function of logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reinforce(
+    logits: Tensor, tokens: Tensor, rewards: Tensor, baseline: float, behaviour: Tensor | None = None
+) -> Tensor:
+    """−E[(r − b) · log π(t|h)], whose gradient is that of the expected reward (Williams 1992).
+
+    The refused tokens belong to it as much as the accepted ones. Tokens that an earlier policy drew are weighed by how
+    much more probable they have become, π / π_behaviour.
+
+    Args:
+        logits: of the policy, ``[n, vocab]``.
+        tokens, rewards: drawn, and whether they were taken, ``[n]``.
+        baseline: a number that does not depend on these tokens.
+        behaviour: log-probabilities with which they were drawn, ``[n]``; None is those of this policy.
+    """
+    log_probabilities = F.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    weight = torch.ones_like(rewards) if behaviour is None else (log_probabilities.detach() - behaviour).exp()
+    return -(weight * (rewards - baseline) * log_probabilities).mean()
+
+
+def expected_acceptance(logits: Tensor, verifier_logits: Tensor, temperature: float = 0.0) -> Tensor:
+    """The chance that the verifier takes the next draft, ``[n]``: exact, for its distribution is known.
+
+    Greedily it is π(a*), a* being the verifier's most probable token; when both draw it is Σ min(p, π) (Leviathan et al.
+    2023, arXiv 2211.17192, corollary 3.6).
+
+    Args:
+        logits, verifier_logits: ``[n, vocab]``.
+        temperature: of the verifier.
+    """
+    policy = logits.softmax(-1)
+    if temperature == 0:
+        return policy.gather(1, verifier_logits.argmax(-1, keepdim=True))[:, 0]
+    return torch.minimum(policy, (verifier_logits / temperature).softmax(-1)).sum(-1)
+
+
+def distillation(logits: Tensor, verifier_logits: Tensor) -> Tensor:
+    """KL(verifier ‖ policy) in nats."""
+    return F.kl_div(logits.log_softmax(-1), verifier_logits.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def masked_cross_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """−log π(t) where the mask is 1, over all rows."""
+    return (F.cross_entropy(logits, tokens.clamp(min=0), reduction="none") * mask).mean()

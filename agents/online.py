@@ -1,0 +1,456 @@
+"""Agents that improve an early exit while it decodes, from a stream of prompts."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from agents.journal import Journal
+from agents.replay import UNDRAFTED, Replay, Segment, joined, packed, unpacked
+from spec_envs.controls.base import Control
+from spec_envs.controls.dvi import DVIControl, exit_of
+from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
+from spec_envs.decoding.drafters.early_exit import Projection
+from spec_envs.decoding.exit_files import load_exit, save_exit
+from spec_envs.decoding.exits import ExitAdapter
+from spec_envs.decoding.sampling import inverse_cdf
+from spec_envs.decoding.split import SplitVerifier
+from spec_envs.decoding.transformer import Transformer
+from spec_envs.env import EndedText, SpecEnv
+from spec_envs.files import write_torch
+from spec_envs.prompts import Prompt, in_turn
+
+CHECKPOINT = "checkpoint.pt"
+ORDERS = ("shuffled", "logged")
+
+
+class OnlineAgent(ABC):
+    """Drafts by an exit's own projection, and improves it between the blocks that it drafts.
+
+    Args:
+        control: of ``SpecDVI-v0``.
+        seed: of draws, replay and the order of prompts.
+        fast_batch: judged rows between updates.
+        replay_size, replay_batch: rows that are remembered, and that join those of an update.
+        updates_per_batch: updates whenever there are ``fast_batch`` new rows.
+        texts: texts after which learning ends, if the steps have not ended it; None is no bound.
+        order: prompts ``"shuffled"``, or as they were ``"logged"``; with the environment's ``switch_every`` the prompt
+            sets take turns.
+        shortlist: most frequent tokens that a drafter proposes later (besides those of its text).
+
+    Attributes:
+        adapter: what is trained: that of the environment's decoder, or what was loaded.
+        steps, updates, texts_read, tokens: environment steps, updates, texts and emitted tokens so far.
+
+    Raises:
+        ValueError: another problem, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        seed: int = 0,
+        fast_batch: int = 64,
+        replay_size: int = 8192,
+        replay_batch: int = 192,
+        updates_per_batch: int = 1,
+        texts: int | None = None,
+        order: str = "shuffled",
+        shortlist: int = 4096,
+    ):
+        if not isinstance(control, DVIControl):
+            raise ValueError(f"{type(self).__name__} improves an early exit: it needs SpecDVI-v0, not {control.name}")
+        numbers = {"fast_batch": fast_batch, "replay_size": replay_size, "updates_per_batch": updates_per_batch}
+        for name, value in {**numbers, "shortlist": shortlist, "texts": 1 if texts is None else texts}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
+        if replay_batch < 0:
+            raise ValueError(f"replay_batch is {replay_batch}; expected 0 or more rows")
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+        self.control, self.seed, self.fast_batch, self.replay_batch = control, seed, fast_batch, replay_batch
+        self.updates_per_batch, self.texts, self.order, self.shortlist = updates_per_batch, texts, order, shortlist
+        self.replay = Replay(replay_size)
+        self.rng = np.random.default_rng(seed)
+        self.steps = self.updates = self.texts_read = self.tokens = 0
+        self.pending: list[Segment] = []
+        self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
+        self.temperature, self.decision_seconds = 0.0, 0.0
+        self._adapter: ExitAdapter | None = None
+        self._played: Projection | None = None
+
+    # --- deciding
+
+    @property
+    def adapter(self) -> ExitAdapter:
+        if self._adapter is None:
+            raise ValueError(f"{type(self).__name__} has no exit yet; load a run, or let it learn in an environment")
+        return self._adapter
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """The token to draft: the most probable one, or without ``deterministic`` one drawn at ``draft_temperature``."""
+        if deterministic or self.control.draft_temperature == 0:
+            if self._played is None:
+                self._played = Projection(self.adapter)
+            with torch.inference_mode():
+                best = int(self._played.head(self._hidden(observation)).argmax())
+            return best if self._played.ids is None else int(self._played.ids[best]), state
+        return self._drawn(observation)[0], state
+
+    def _hidden(self, observation: np.ndarray) -> Tensor:
+        """What the projection reads, ``[1, hidden]``, in the target's dtype."""
+        target = self.adapter.target
+        hidden = torch.from_numpy(np.asarray(observation, np.float32)[self.control.slices["hidden"]])[None]
+        return hidden.to(target.device, target.precision.hidden)
+
+    @torch.no_grad()
+    def _drawn(self, observation: np.ndarray) -> tuple[int, float]:
+        """A token drafted while learning, and its log-probability."""
+        logits = self.adapter.logits(self._hidden(observation))[0]
+        temperature = self.control.draft_temperature
+        log_probabilities = (logits / (temperature or 1.0)).log_softmax(-1)
+        if temperature == 0:
+            token = int(log_probabilities.argmax())
+        else:
+            token = inverse_cdf(log_probabilities.double().exp().cpu().numpy(), self.rng.random())
+        return token, float(log_probabilities[token])
+
+    # --- learning
+
+    def learn(
+        self,
+        total_timesteps: int,
+        env: gym.Env,
+        folder: Path | None = None,
+        checkpoint_freq: int = 2048,
+        validate: Callable[[ExitAdapter], dict[str, float]] | None = None,
+        eval_freq: int = 0,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Decode and learn, text by text, until ``total_timesteps`` drafted tokens or ``texts``; from the folder's
+        checkpoint on, if there is one.
+
+        Args:
+            folder: of the run, for checkpoints (below ``last``), ``log.jsonl``, ``validation.jsonl`` and TensorBoard.
+            checkpoint_freq, eval_freq: steps between checkpoints and between validations (0: none), each at the end of a
+                text.
+            validate: figures of a snapshot of the adapter.
+        """
+        spec_env = env.unwrapped
+        assert isinstance(spec_env, SpecEnv)
+        self._begin(spec_env)
+        if folder is not None and (folder / "last" / CHECKPOINT).exists():
+            self.load_checkpoint(folder / "last")
+        journal = Journal(folder, self.updates, {"agent": type(self).__name__, "seed": self.seed})
+        order = self._order(spec_env)
+        saved = validated = self.steps
+        last = self.texts if self.texts is not None else float("inf")
+
+        def validation() -> None:
+            if validate is not None:
+                found = validate(self.adapter.snapshot())
+                journal.write(
+                    "validation", {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens, **found}
+                )
+
+        if eval_freq and self.texts_read == 0:
+            validation()
+        with tqdm(
+            total=total_timesteps, initial=self.steps, unit="tok", desc="learning", disable=not progress_bar
+        ) as bar:
+            while self.steps < total_timesteps and self.texts_read < last:
+                before = self.steps
+                self._text(env, spec_env, order[self.texts_read % len(order)], journal)
+                bar.update(self.steps - before)
+                ended = self.steps >= total_timesteps or self.texts_read >= last
+                if eval_freq and (ended or self.steps - validated >= eval_freq):
+                    validation()
+                    validated = self.steps
+                if folder is not None and (ended or self.steps - saved >= checkpoint_freq):
+                    self.save_checkpoint(folder / "last")
+                    saved = self.steps
+        journal.close()
+        self._finish()
+        return self
+
+    def _begin(self, env: SpecEnv) -> None:
+        """Take the environment's exit; what was loaded before goes on from there."""
+        trained, self._adapter = self._adapter, exit_of(env.decoder)
+        if trained is not None and trained is not self._adapter:
+            self._adapter.load_state_dict(trained.state_dict())
+            self._adapter.touched()
+        self.counts = torch.zeros(self.adapter.target.shape.vocab, dtype=torch.int64)
+        self.temperature = env.decoder.temperature
+        self.adapter.requires_grad_(True)
+        self.optimizer = self.optimizers()
+
+    def _order(self, env: SpecEnv) -> list[Prompt]:
+        """One pass over the stream."""
+        prompts = list(env.prompts)
+        if self.order == "shuffled":
+            np.random.default_rng(self.seed).shuffle(prompts)  # type: ignore[arg-type]
+        return in_turn(prompts, env.switch_every) if env.switch_every else prompts
+
+    def _text(self, env: gym.Env, spec_env: SpecEnv, prompt: Prompt, journal: Journal) -> None:
+        """Decode one text and learn from it."""
+        self.texts_read += 1
+        try:
+            observation, _ = env.reset(seed=self.seed * 1_000_003 + self.texts_read, options={"prompt": prompt})
+        except EndedText:
+            return
+        rows: list[Segment] = []
+        block: list[float] = []  # log-probabilities of what is drafted
+        done = False
+        while not done:
+            token, log_probability = self._drawn(observation)
+            block.append(log_probability)
+            observation, _, done, _, info = env.step(token)
+            self.steps += 1
+            if not info["emitted"]:
+                continue
+            rows.append(self._judged(spec_env, info["positions"], block))
+            block = []
+            waiting = sum(map(len, rows)) + sum(map(len, self.pending))
+            if waiting >= self.fast_batch:
+                self.pending.append(merged(rows))
+                rows = []
+                self._update(journal)
+        if rows:
+            self.pending.append(merged(rows))
+
+    def _judged(self, env: SpecEnv, positions: list[dict[str, Any]], block: list[float]) -> Segment:
+        """What the last cycle tells, one row per emitted token."""
+        decoder, verifier = env.decoder, env.decoder.verifier
+        assert isinstance(verifier, SplitVerifier)
+        cycle = decoder.cycles[-1]
+        n, scored = cycle.emitted, len(positions)
+        text = torch.tensor([*decoder.prompt, *decoder.tokens[:-1]])
+        emitted = torch.tensor(cycle.tokens, device=verifier.device)
+        nats = -verifier.logits[:n].float().log_softmax(-1).gather(1, emitted[:, None]).sum()
+        self.counts += torch.bincount(emitted.cpu(), minlength=len(self.counts))
+        self.tokens += n
+        for name, value in (
+            ("accepted", cycle.accepted),
+            ("scored", scored),
+            ("emitted", n),
+            ("cycles", 1),
+            ("nats", nats),
+        ):
+            self.since[name] += float(value)
+
+        def padded(values: Iterable[Any], filler: float, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([*values, *[filler] * n][:n], dtype=dtype, device=verifier.device)
+
+        return Segment(
+            ids=text.to(verifier.device),
+            places=torch.arange(len(text) - n, len(text), device=verifier.device),
+            exits=verifier.features[:n].float().clone(),
+            finals=verifier.finals[:n].clone(),
+            drafted=padded((p["token"] for p in positions), UNDRAFTED, torch.int64),
+            rewards=padded((float(p["accepted"]) for p in positions), 0.0, torch.float32),
+            confidences=padded((p["confidence"] for p in positions), 0.0, torch.float32),
+            behaviour=padded(block[:scored], 0.0, torch.float32),
+        )
+
+    def _update(self, journal: Journal) -> None:
+        """Learn from the rows that wait and from remembered ones."""
+        since = self.since
+        line: dict[str, Any] = {"texts": self.texts_read, "tokens": self.tokens}
+        for _ in range(self.updates_per_batch):
+            remembered = self.replay.sample(self.replay_batch, self.rng)
+            line["loss_rl"], line["loss_slow"] = self.fast_update([*remembered, *self.pending])
+            self.updates += 1
+        line["accept_rate"] = since["accepted"] / since["scored"]
+        line["emitted_per_cycle"] = since["emitted"] / since["cycles"]
+        line["ppl_sample"] = self.perplexity()
+        journal.write("log", {"step": self.updates, **line})
+        self.replay.add(self.pending)
+        self.pending = []
+        self.since = dict.fromkeys(since, 0.0)
+
+    def perplexity(self) -> float:
+        """Of what was emitted since the last update, under the target as it is."""
+        if self.adapter.lossless:
+            return float(np.exp(self.since["nats"] / self.since["emitted"]))
+        segment = self.pending[-1]
+        with torch.no_grad():
+            logits = self.model.head(self.frozen_states(segment.ids)[segment.places[:-1]]).float()
+        if not len(logits):
+            return float("nan")
+        return float(torch.nn.functional.cross_entropy(logits, segment.ids[segment.places[:-1] + 1]).exp())
+
+    def step(self, name: str, loss: Tensor) -> None:
+        """One step of an optimiser; decoders take it up when their next text begins."""
+        optimizer = self.optimizer[name]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        self.adapter.touched()
+        self._played = None
+
+    def _finish(self) -> None:
+        """Learning has ended: what is played from now on drafts from a shortlist."""
+        frequent = self.counts.argsort(descending=True, stable=True)[: self.shortlist]
+        frequent = frequent[self.counts[frequent] > 0]
+        if len(frequent):
+            self.adapter.shortlist = frequent.sort().values.numpy()
+        self.adapter.touched()
+        self._played = None
+        self.decision_seconds = self.measure()
+
+    @abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By name; ``step`` takes one."""
+
+    @abstractmethod
+    def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
+        """An update on some rows; its two losses, for the log."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What an agent has beside weights and optimisers, for its checkpoint."""
+        return {}
+
+    def take_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have nothing
+        """Go on from it."""
+
+    # --- what gradients flow through
+
+    def drafting_weights(self) -> list[nn.Parameter]:
+        """What makes the exit a better drafter."""
+        adapter = self.adapter
+        if not adapter.lossless:
+            return list(adapter.lora_S.parameters())
+        return [
+            *adapter.exit_proj.parameters(),
+            *(adapter.attention.parameters() if adapter.kind == "kangaroo" else ()),
+        ]
+
+    def logits(self, segments: Sequence[Segment]) -> Tensor:
+        """The exit's, at the rows of the segments, ``[n, vocab]``, by today's weights."""
+        if self.adapter.kind == "head":  # its states do not depend on what is trained
+            return self.adapter.logits(joined(segments, "exits"))
+        states = [self.exit_states(segment.ids)[segment.places] for segment in segments]
+        return self.adapter.logits(torch.cat(states))
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        """The target in a dtype that gradients flow through."""
+        target = self.adapter.target
+        if target.device.type == "cuda" or target.dtype == torch.float32:
+            return target
+        return load_target(self.adapter.settings.base_model, target.device, torch.float32)
+
+    def exit_states(self, ids: Tensor) -> Tensor:
+        """What the projection reads at every token of a text, ``[m, hidden]``."""
+        adapter, shallow = self.adapter, range(self.adapter.exit_layer)
+        if not adapter.lossless:
+            model = self.model
+            return model.layers.read(model.embed(ids)[None], model.rope, shallow, adapter.additions())[0]
+        target = adapter.target
+        positions = torch.arange(len(ids), device=ids.device)[None]
+        with torch.no_grad():
+            states, _ = target.forward(target.embed(ids)[None], target.cache(len(ids)), positions, layers=shallow)
+        return adapter.read(states)[0]
+
+    def states_behind(self, ids: Tensor) -> Tensor:
+        """Hidden states of a text behind the last layer of the adapted target, ``[m, hidden]``, with gradients for
+        ``lora_D`` only."""
+        model, layers = self.model, range(self.adapter.exit_layer, self.model.shape.layers)
+        states = self.exit_states(ids).detach()
+        return model.layers.read(states[None], model.rope, layers, self.adapter.additions())[0]
+
+    @torch.no_grad()
+    def frozen_states(self, ids: Tensor) -> Tensor:
+        """The same of the target as it is."""
+        return self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]
+
+    # --- files
+
+    def save(self, folder: Path) -> None:
+        """Write the exit, as it serves as ``drafter=``."""
+        save_exit(self.adapter, folder)
+
+    def load(self, folder: Path) -> None:
+        """Read an exit.
+
+        Raises:
+            ValueError: none there, or one of another target, layer or kind.
+        """
+        control = self.control
+        device = resolve_device(control.device)
+        target = load_target(control.target, device, resolve_dtype(control.dtype, device, [control.target]))
+        adapter = load_exit(Path(folder), target)
+        found, wanted = (adapter.exit_layer, adapter.kind), (control.exit_layer, control.adapter)
+        if found != wanted:
+            raise ValueError(f"{folder} has exit_layer and adapter {found}, this agent's problem has {wanted}")
+        self._adapter, self._played = adapter, None
+        self.decision_seconds = self.measure()
+
+    def measure(self) -> float:
+        """Median seconds of a decision."""
+        blank, timings = np.ones(self.control.observation_space.shape or 0, np.float32), []
+        for _ in range(30):
+            begin = time.perf_counter()
+            self.predict(blank, deterministic=True)
+            timings.append(time.perf_counter() - begin)
+        return float(np.median(timings))
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write everything that learning needs to go on, between two texts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "adapter": self.adapter.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizer.items()},
+            "replay": packed(self.replay.segments),
+            "pending": packed(self.pending),
+            "counts": self.counts,
+            "since": self.since,
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "extra": self.extra_state(),
+            **{name: getattr(self, name) for name in ("steps", "updates", "texts_read", "tokens")},
+        }
+        write_torch(folder / CHECKPOINT, state)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: a damaged one, or one of another exit.
+        """
+        path = folder / CHECKPOINT
+        try:
+            state = torch.load(path, weights_only=True)
+            self.adapter.load_state_dict(state["adapter"])
+            for name, optimizer in self.optimizer.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; delete it to begin anew"
+            ) from None
+        self.replay.segments, self.pending = unpacked(state["replay"]), unpacked(state["pending"])
+        self.counts, self.since = state["counts"], state["since"]
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.take_extra_state(state["extra"])
+        for name in ("steps", "updates", "texts_read", "tokens"):
+            setattr(self, name, state[name])
+        self.adapter.touched()
+
+
+def merged(rows: Sequence[Segment]) -> Segment:
+    """Consecutive rows of one text as one segment."""
+    columns = {name: joined(rows, name) for name in Segment.__dataclass_fields__ if name != "ids"}
+    return Segment(ids=rows[-1].ids, **columns)
