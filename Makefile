@@ -5,7 +5,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 
 ENV ?= SpecDepth-v0
-AGENT ?= ppo
+AGENT ?=
 SEED ?= 0
 SET ?=
 ROOT ?= runs
@@ -38,8 +38,8 @@ $(READY): setup.cfg constraints.txt
 
 setup: $(READY)  ## make .venv with the pinned versions
 
-train: $(READY)  ## train AGENT on ENV from experiments/ENV.yml; SET="key=value …" overrides; then the table
-	$(PY) -m experiments.train $(ENV) --agent $(AGENT) --seed $(SEED) --root $(ROOT) --set $(SET)
+train: $(READY)  ## train AGENT (default: the file's first) on ENV from experiments/ENV.yml; SET="key=value …" overrides; then the table
+	$(PY) -m experiments.train $(ENV) $(if $(AGENT),--agent $(AGENT)) --seed $(SEED) --root $(ROOT) --set $(SET)
 
 eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (numbers or runs)
 	$(PY) -m experiments.evaluate $(RUN) --depth "$(DEPTH)" --budget "$(BUDGET)" \
@@ -56,7 +56,7 @@ drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; 
 	$(PY) -m experiments.drafter --kind $(KIND) $(ARGS)
 
 tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; ARGS=--help
-	$(PY) -m experiments.tune $(if $(filter file,$(origin ENV)),SpecK-v0,$(ENV)) --agent $(AGENT) --set $(SET) $(ARGS)
+	$(PY) -m experiments.tune $(if $(filter file,$(origin ENV)),SpecK-v0,$(ENV)) $(if $(AGENT),--agent $(AGENT)) --set $(SET) $(ARGS)
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)

@@ -78,8 +78,8 @@ def cost_table(folder: Path, env: dict[str, Any]) -> CostTable:
     return clock.table
 
 
-def known_hyperparameters(name: str) -> set[str]:
-    """What may stand under ``hyperparameters:`` for an agent."""
+def parameters(name: str) -> set[str]:
+    """Every keyword argument of an agent."""
     known = set(inspect.signature(AGENTS[name]).parameters)
     if name in ALGORITHMS:
         known |= set(inspect.signature(ALGORITHMS[name]).parameters) - RESERVED
@@ -87,7 +87,13 @@ def known_hyperparameters(name: str) -> set[str]:
         known |= set(inspect.signature(OnlineAgent).parameters)
     if name == "rl-adapter":
         known |= {field.name for field in fields(Settings)}
-    return known - {"control", "algorithm", "hyperparameters", "seed", "total_timesteps", "online"}
+    return known
+
+
+def known_hyperparameters(name: str) -> set[str]:
+    """What may stand under ``hyperparameters:`` for an agent."""
+    own = {"control", "algorithm", "hyperparameters", "online", "seed", "total_timesteps"}
+    return parameters(name) - own
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.exit_losses import distillation, expected_acceptance, masked_cross_entropy
-from agents.online import OnlineAgent
+from agents.online import OnlineAgent, adamw
 from agents.replay import Segment, joined
 from spec_envs.controls.base import Control
 
@@ -46,26 +46,28 @@ class DVIAgent(OnlineAgent):
         self.kl_floor, self.ce_weight, self.learning_rate = kl_floor, ce_weight, learning_rate
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"fast": torch.optim.AdamW(self.drafting_weights(), self.learning_rate, weight_decay=0.0)}
+        return {"fast": adamw(self.drafting_weights(), self.learning_rate)}
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float]:
         """The losses of acceptance and of distillation with cross-entropy."""
-        logits = self.logits(segments)
-        verifier_logits = self.verifier_logits(segments)
-        accepted = expected_acceptance(logits, verifier_logits, self.temperature).mean()
-        taught = distillation(logits, verifier_logits)
-        taken = masked_cross_entropy(logits, joined(segments, "drafted"), joined(segments, "rewards"))
         policy, teacher = self.weights()
-        supervised = teacher * taught + self.ce_weight * taken
-        self.step("fast", supervised - policy * accepted)
-        return -accepted.item(), supervised.item()
+        finals, drafted, rewards = (joined(segments, name) for name in ("finals", "drafted", "rewards"))
+        sums = [0.0, 0.0]
+
+        def loss(rows: slice, logits: Tensor) -> Tensor:
+            with torch.no_grad():
+                verifier_logits = self.adapter.target.head(finals[rows]).float()
+            accepted = expected_acceptance(logits, verifier_logits, self.temperature)
+            taken = masked_cross_entropy(logits, drafted[rows], rewards[rows])
+            supervised = teacher * distillation(logits, verifier_logits) + self.ce_weight * taken
+            for i, part in enumerate((-accepted, supervised)):
+                sums[i] += part.detach().sum().item() / len(finals)
+            return supervised - policy * accepted
+
+        self.descend("fast", segments, loss)
+        return sums[0], sums[1]
 
     def weights(self) -> tuple[float, float]:
         """Of acceptance and of distillation, at this update."""
         t = min(1.0, max(0.0, (self.updates - self.kl_steps) / self.anneal_steps))
         return t, (1 - t) + self.kl_floor * t
-
-    def verifier_logits(self, segments: Sequence[Segment]) -> Tensor:
-        """The verifier's, ``[n, vocab]``."""
-        with torch.no_grad():
-            return self.adapter.target.head(joined(segments, "finals")).float()

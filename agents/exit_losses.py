@@ -1,4 +1,4 @@
-"""What an exit is trained by. Each is a mean over rows, and a pure function of logits."""
+"""What an exit is trained by, row by row: pure functions of logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def reinforce(
     logits: Tensor, tokens: Tensor, rewards: Tensor, baseline: float, behaviour: Tensor | None = None
 ) -> Tensor:
-    """−E[(r − b) · log π(t|h)], whose gradient is that of the expected reward (Williams 1992).
+    """−(r − b) · log π(t|h), whose expected gradient is that of −E[r] (Williams 1992); ``[n]``.
 
     The refused tokens belong to it as much as the accepted ones. Tokens that an earlier policy drew are weighed by how
     much more probable they have become, π / π_behaviour.
@@ -23,7 +23,7 @@ def reinforce(
     """
     log_probabilities = F.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
     weight = torch.ones_like(rewards) if behaviour is None else (log_probabilities.detach() - behaviour).exp()
-    return -(weight * (rewards - baseline) * log_probabilities).mean()
+    return -weight * (rewards - baseline) * log_probabilities
 
 
 def expected_acceptance(logits: Tensor, verifier_logits: Tensor, temperature: float = 0.0) -> Tensor:
@@ -43,10 +43,11 @@ def expected_acceptance(logits: Tensor, verifier_logits: Tensor, temperature: fl
 
 
 def distillation(logits: Tensor, verifier_logits: Tensor) -> Tensor:
-    """KL(verifier ‖ policy) in nats."""
-    return F.kl_div(logits.log_softmax(-1), verifier_logits.log_softmax(-1), reduction="batchmean", log_target=True)
+    """KL(verifier ‖ policy) in nats, ``[n]``."""
+    wanted = verifier_logits.log_softmax(-1)
+    return F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
 
 
 def masked_cross_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """−log π(t) where the mask is 1, over all rows."""
-    return (F.cross_entropy(logits, tokens.clamp(min=0), reduction="none") * mask).mean()
+    """−log π(t) where the mask is 1, ``[n]``."""
+    return F.cross_entropy(logits, tokens.clamp(min=0), reduction="none") * mask

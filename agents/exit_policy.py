@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
 from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
@@ -50,7 +51,7 @@ class ExitPolicy(ActorCriticPolicy):
         self.action_net: ExitNet = ExitNet(self._exit())
         layers = self.net_arch["vf"] if isinstance(self.net_arch, dict) else self.net_arch
         extractor = ExitExtractor(self.action_net.adapter, list(layers), self.activation_fn)
-        self.mlp_extractor = extractor  # type: ignore[assignment] - of the same methods
+        self.mlp_extractor = extractor
         self.value_net = nn.Linear(extractor.latent_dim_vf, 1)
         settings = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **settings)
@@ -72,25 +73,15 @@ class ExitNet(nn.Module):
         return self.adapter.logits(observations[:, : self.adapter.target.shape.hidden])
 
 
-class ExitExtractor(nn.Module):
+class ExitExtractor(MlpExtractor):
     """Observations as they are for the action net, normalised and through layers for the value."""
 
     def __init__(self, adapter: ExitAdapter, layers: list[int], activation: type[nn.Module]):
-        super().__init__()
         self.hidden, self.eps = adapter.target.shape.hidden, adapter.target.shape.norm_eps
-        widths = [self.hidden, *layers]
-        stack = [m for a, b in zip(widths, layers, strict=False) for m in (nn.Linear(a, b), activation())]
-        self.value_net = nn.Sequential(*stack)
-        self.latent_dim_pi, self.latent_dim_vf = self.hidden, widths[-1]
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return features, self.forward_critic(features)
-
-    def forward_actor(self, features: Tensor) -> Tensor:
-        return features
+        super().__init__(self.hidden, {"pi": [], "vf": layers}, activation)
 
     def forward_critic(self, features: Tensor) -> Tensor:
-        return self.value_net(F.rms_norm(features[:, : self.hidden], (self.hidden,), None, self.eps))
+        return super().forward_critic(F.rms_norm(features[:, : self.hidden], (self.hidden,), None, self.eps))
 
 
 class BareExit:

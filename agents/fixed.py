@@ -10,6 +10,7 @@ from agents.rule import Rule
 from spec_envs.controls.base import Control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.dvi import DVIControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
 
@@ -30,7 +31,10 @@ class FixedAgent(Rule):
         super().__init__(control)
         self.value = value
         if value not in settings(control):
-            raise ValueError(f"value is {value}; expected one of {', '.join(map(str, settings(control)))}")
+            offered = (
+                ", ".join(map(str, settings(control))) or "none: its actions are tokens, which are never all alike"
+            )
+            raise ValueError(f"value is {value}; expected one of {offered}")
         stepwise = isinstance(control, KControl) and control.decision == "token"
         if stepwise and "drafted" not in control.slices:
             raise ValueError(
@@ -58,7 +62,9 @@ class FixedAgent(Rule):
 
 
 def settings(control: Control) -> tuple[int, ...] | tuple[str, ...]:
-    """Every static setting of a control."""
+    """Every static setting of a control; of one whose actions are tokens, none."""
+    if isinstance(control, DVIControl):
+        return ()
     if isinstance(control, TopKControl):
         return tuple(map(str, control.choices))
     if isinstance(control, BudgetControl):

@@ -33,6 +33,7 @@ from spec_envs.files import write_torch
 from spec_envs.prompts import Prompt, in_turn
 
 CHECKPOINT = "checkpoint.pt"
+ROWS = 32  # of logits at a time
 ORDERS = ("shuffled", "logged")
 
 
@@ -169,13 +170,14 @@ class OnlineAgent(ABC):
 
         if eval_freq and self.texts_read == 0:
             validation()
-        with tqdm(
-            total=total_timesteps, initial=self.steps, unit="tok", desc="learning", disable=not progress_bar
-        ) as bar:
+        bar = {"total": total_timesteps, "initial": self.steps, "unit": "tok"}
+        if self.texts is not None:
+            bar = {"total": self.texts, "initial": self.texts_read, "unit": "text"}
+        with tqdm(**bar, desc="learning", disable=not progress_bar) as shown:
             while self.steps < total_timesteps and self.texts_read < last:
                 before = self.steps
                 self._text(env, spec_env, order[self.texts_read % len(order)], journal)
-                bar.update(self.steps - before)
+                shown.update(self.steps - before if self.texts is None else 1)
                 ended = self.steps >= total_timesteps or self.texts_read >= last
                 if eval_freq and (ended or self.steps - validated >= eval_freq):
                     validation()
@@ -293,11 +295,35 @@ class OnlineAgent(ABC):
             return float("nan")
         return float(torch.nn.functional.cross_entropy(logits, segment.ids[segment.places[:-1] + 1]).exp())
 
+    def descend(self, name: str, segments: Sequence[Segment], loss: Callable[[slice, Tensor], Tensor]) -> float:
+        """One step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their logits are
+        then still in the processor's cache when they are read again.
+
+        Args:
+            loss: from a range of the rows and the exit's logits there, ``[n, vocab]``, to the loss of each, ``[n]``.
+        """
+        optimizer, states = self.optimizer[name], self.read_states(segments)
+        leaf = states.detach().requires_grad_(states.requires_grad)
+        optimizer.zero_grad()
+        total = 0.0
+        for first in range(0, len(leaf), ROWS):
+            rows = slice(first, first + ROWS)
+            part = loss(rows, self.adapter.logits(leaf[rows])).sum() / len(leaf)
+            part.backward()
+            total += part.item()
+        if states.requires_grad:
+            states.backward(leaf.grad)
+        self._stepped(optimizer)
+        return total
+
     def step(self, name: str, loss: Tensor) -> None:
         """One step of an optimiser; decoders take it up when their next text begins."""
         optimizer = self.optimizer[name]
         optimizer.zero_grad()
         loss.backward()
+        self._stepped(optimizer)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         self.adapter.touched()
         self._played = None
@@ -339,12 +365,11 @@ class OnlineAgent(ABC):
             *(adapter.attention.parameters() if adapter.kind == "kangaroo" else ()),
         ]
 
-    def logits(self, segments: Sequence[Segment]) -> Tensor:
-        """The exit's, at the rows of the segments, ``[n, vocab]``, by today's weights."""
-        if self.adapter.kind == "head":  # its states do not depend on what is trained
-            return self.adapter.logits(joined(segments, "exits"))
-        states = [self.exit_states(segment.ids)[segment.places] for segment in segments]
-        return self.adapter.logits(torch.cat(states))
+    def read_states(self, segments: Sequence[Segment]) -> Tensor:
+        """What the projection reads at the rows of the segments, ``[n, hidden]``, by today's weights."""
+        if self.adapter.kind == "head":  # which do not depend on what is trained
+            return joined(segments, "exits")
+        return torch.cat([self.exit_states(segment.ids)[segment.places] for segment in segments])
 
     @functools.cached_property
     def model(self) -> Transformer:
@@ -448,6 +473,11 @@ class OnlineAgent(ABC):
         for name in ("steps", "updates", "texts_read", "tokens"):
             setattr(self, name, state[name])
         self.adapter.touched()
+
+
+def adamw(weights: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW without decay."""
+    return torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
 
 
 def merged(rows: Sequence[Segment]) -> Segment:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from agents.exit_losses import distillation, reinforce
-from agents.online import OnlineAgent
+from agents.online import OnlineAgent, adamw
 from agents.replay import UNDRAFTED, Segment, joined
 from spec_envs.controls.base import Control
 
@@ -59,32 +60,33 @@ class ReinforceAgent(OnlineAgent):
         self.baseline = 0.0
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found: dict[str, torch.optim.Optimizer] = {
-            "fast": torch.optim.AdamW(self.drafting_weights(), self.learning_rate, weight_decay=0.0)
-        }
+        found: dict[str, torch.optim.Optimizer] = {"fast": adamw(self.drafting_weights(), self.learning_rate)}
         if not self.adapter.lossless:
-            deep = self.adapter.lora_D.parameters()
-            found["slow"] = torch.optim.AdamW(deep, self.slow_learning_rate, weight_decay=0.0)
+            found["slow"] = adamw(self.adapter.lora_D.parameters(), self.slow_learning_rate)
         return found
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
         """The losses of the policy and, where there was a slow step, of the verifier."""
-        loss = self.policy_loss(segments)
-        self.step("fast", loss)
-        drawn = joined(segments, "drafted") != UNDRAFTED
-        reward = joined(segments, "rewards")[drawn].mean().item()
-        self.baseline = self.baseline_momentum * self.baseline + (1 - self.baseline_momentum) * reward
+        fast = self.descend("fast", segments, self.policy_loss(segments))
+        rewards = joined(segments, "rewards")[joined(segments, "drafted") != UNDRAFTED]
+        momentum = self.baseline_momentum
+        self.baseline = momentum * self.baseline + (1 - momentum) * rewards.mean().item()
         slow = None
         if not self.adapter.lossless and (self.updates + 1) % self.slow_every == 0:
             slow = self.slow_update(segments[-1])
-        return loss.item(), slow
+        return fast, slow
 
-    def policy_loss(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """Of the rows behind which a token was drawn."""
-        drawn = joined(segments, "drafted") != UNDRAFTED
-        tokens, rewards, behaviour = (joined(segments, name)[drawn] for name in ("drafted", "rewards", "behaviour"))
-        logits = self.logits(segments)[drawn] / self.control.draft_temperature
-        return reinforce(logits, tokens, rewards, self.baseline, behaviour)
+    def policy_loss(self, segments: Sequence[Segment]) -> Callable[[slice, Tensor], Tensor]:
+        """Of rows and their logits; rows behind which nothing was drawn count for nothing."""
+        drafted, rewards, behaviour = (joined(segments, name) for name in ("drafted", "rewards", "behaviour"))
+        drawn = (drafted != UNDRAFTED).float()
+
+        def loss(rows: slice, logits: Tensor) -> Tensor:
+            tempered = logits / self.control.draft_temperature
+            tokens = drafted[rows].clamp(min=0)
+            return drawn[rows] * reinforce(tempered, tokens, rewards[rows], self.baseline, behaviour[rows])
+
+        return loss
 
     def slow_update(self, segment: Segment) -> float:
         """A supervised step of ``lora_D`` on one text."""
@@ -95,7 +97,7 @@ class ReinforceAgent(OnlineAgent):
         with torch.no_grad():
             frozen = self.model.head(self.frozen_states(segment.ids)[places]).float()
         loss = F.cross_entropy(verifier, segment.ids[places + 1])
-        loss = loss + self.beta_kl * distillation(frozen, verifier)
+        loss = loss + self.beta_kl * distillation(frozen, verifier).mean()
         self.step("slow", loss)
         return loss.item()
 

@@ -37,6 +37,7 @@ class Sample:
     ids: list[int]
     cycles: int = 0
     accepted: int = 0
+    scored: int = 0
     verified: int = 0
     parts: dict[str, float] = field(default_factory=dict)
     actions: list[int] = field(default_factory=list)
@@ -67,6 +68,7 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
             ids=list(done.tokens),
             cycles=len(cycles),
             accepted=sum(c.accepted for c in cycles),
+            scored=sum(c.scored for c in cycles),
             verified=sum(c.verified for c in cycles),
             parts=parts,
             actions=done.actions,

@@ -27,10 +27,10 @@ from experiments.arms import Sample, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import ratio, throughput, with_aa_check
 from experiments.config import Experiment, load_experiment
-from experiments.evaluate import side_by_side, tables
 from experiments.live import decoder_for, encoded_prompts
 from experiments.report import draw_arms, markdown
 from experiments.static import best_chain, static_chain
+from experiments.tables import side_by_side, tables
 from experiments.train import run_folder, trained
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import KControl

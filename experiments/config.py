@@ -43,6 +43,8 @@ class Experiment(BaseModel):
         eval_prompts: prompts of a validation.
         test_prompts: prompts of the final table.
         checkpoint_freq: steps between checkpoints, each at the end of a rollout.
+        own_text: user turns that the target writes when the run begins, and that are streamed in the place of
+            ``env.prompts`` (``SpecDVI-v0``); 0 takes the prompts.
         calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
             always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
@@ -61,6 +63,7 @@ class Experiment(BaseModel):
     eval_prompts: int = Field(default=10, ge=1)
     test_prompts: int = Field(default=15, ge=2)
     checkpoint_freq: int = Field(default=2048, ge=1)
+    own_text: int = Field(default=0, ge=0)
     calibrate: bool = True
     partner: str | None = None
     init: str | None = None
@@ -77,11 +80,7 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
     Raises:
         ValueError: an unknown id, stanza or key, or a value of the wrong type; the sentence names file and line.
     """
-    if env_id not in ENVIRONMENTS:
-        raise ValueError(
-            f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}"
-        )
-    path = FOLDER / f"{env_id}.yml"
+    path = file_of(env_id)
     text = path.read_text()
     raw = parse(text, path)
     if unknown := set(raw) - {"env", "agents"}:
@@ -112,6 +111,21 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{place(where)}: {'.'.join(where)}: {reason}") from None
     check(experiment, env_id, place)
     return experiment
+
+
+def file_of(env_id: str) -> Path:
+    """The YAML file of an environment."""
+    if env_id not in ENVIRONMENTS:
+        raise ValueError(
+            f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}"
+        )
+    return FOLDER / f"{env_id}.yml"
+
+
+def first_stanza(env_id: str) -> str:
+    """The stanza that an environment's file begins with: what is trained where none is named."""
+    path = file_of(env_id)
+    return next(iter(parse(path.read_text(), path)["agents"]))
 
 
 def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]], str]) -> None:

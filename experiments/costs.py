@@ -19,6 +19,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.linear import fast_bfloat16
+from spec_envs.decoding.split import SplitVerifier
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # a row more than a tile of 16 costs a jump
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, or more that it has to catch up with
@@ -42,10 +43,12 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
         decoder.cycle(2)
         for _ in range(repeats + 3):
             for n in rows:
-                chain = np.arange(n - 1)
+                chain, tokens = np.arange(n - 1), rng.integers(3, decoder.verifier.vocab, n - 1)
+                if isinstance(decoder.verifier, SplitVerifier) and n > 1:
+                    decoder.verifier.look(tokens[:-1].tolist())  # the last one's row alone is left to the verification
                 begin = timed(sync)
                 state = decoder.local.cache.length, decoder.local.last
-                decoder.verifier.verify(rng.integers(3, decoder.verifier.vocab, n - 1), chain - 1, chain)
+                decoder.verifier.verify(tokens, chain - 1, chain)
                 verify[n].append(timed(sync) - begin)
                 decoder.local.cache.length, decoder.local.last = state
             if model is not None:
@@ -56,7 +59,9 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
             else:
                 begin = timed(sync)
                 decoder.begin()
-                if decoder.tree.width > 1:  # of lookup, the tokens behind the first are enough
+                if decoder.tree.width > 1 or isinstance(
+                    decoder.verifier, SplitVerifier
+                ):  # of lookup, those behind are enough
                     draft[1].append(timed(sync) - begin)
                 begin = timed(sync)
                 decoder.expand()

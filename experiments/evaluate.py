@@ -17,114 +17,20 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
-from experiments.arms import Arm, Sample, decoded, run_arms
 from experiments.command import one_sentence
-from experiments.comparison import by_task, divergences, same_text, summary, throughput, with_aa_check
-from experiments.costs import cost_curves, describe
-from experiments.link_references import link_policies, played_by_state
-from experiments.live import decoder_for, encoded_prompts, local_decoder, target_and_drafter
-from experiments.machine import machine
-from experiments.references import transformers_arms
-from experiments.report import draw, markdown, settings_played
+from experiments.comparison import with_aa_check
+from experiments.exit_evaluation import evaluate_exit
+from experiments.link_references import link_policies
+from experiments.live import decoder_for, target_and_drafter
+from experiments.report import draw, markdown
 from experiments.static import best_like, static_like, static_policy
+from experiments.tables import run_tables
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.topk import TopKControl
-from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
-from spec_envs.network.linked import is_address
-
-
-def run_tables(
-    policies: dict[str, Policy],
-    env: dict[str, Any],
-    decoder: Decoder,
-    test_prompts: int,
-    references: Sequence[str],
-    learned: Sequence[str],
-    others: dict[str, Arm] | None = None,
-) -> dict[str, Any]:
-    """Run plain decoding (twice), other software and the policies side by side; everything a table needs.
-
-    Args:
-        references: arms that all are compared with.
-        learned: policies whose actions are shown.
-        others: arms of other software; transformers' ``generate`` by default.
-    """
-    samples = side_by_side(policies, env, decoder, test_prompts, others)
-    return tables(samples, policies, env, decoder, references, learned)
-
-
-def side_by_side(
-    policies: dict[str, Policy],
-    env: dict[str, Any],
-    decoder: Decoder,
-    test_prompts: int,
-    others: dict[str, Arm] | None = None,
-) -> dict[str, list[Sample]]:
-    """Every arm of a table on the held-out prompts."""
-    prompts = encoded_prompts(env, "test", test_prompts)
-    plain = decoder.plain()
-    arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
-    if not decoder.clock.priced and decoder.in_process:
-        arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
-    decoders = {name: decoder.separate() for name in policies}
-    arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
-    try:
-        return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
-    finally:
-        for used in (plain, *decoders.values()):
-            used.close()
-
-
-def tables(
-    samples: dict[str, list[Sample]],
-    policies: dict[str, Policy],
-    env: dict[str, Any],
-    decoder: Decoder,
-    references: Sequence[str],
-    learned: Sequence[str],
-) -> dict[str, Any]:
-    """What a table shows of the arms that were run."""
-    control = next(iter(policies.values())).control
-    curves = None
-    if not decoder.clock.priced and isinstance(control, TopKControl) and not is_address(control.link):
-        curves = cost_curves(local_decoder(env, control))
-    elif not decoder.clock.priced and decoder.in_process:
-        curves = cost_curves(decoder)
-    results: dict[str, Any] = {
-        "arms": summary(samples, references),
-        "references": list(references),
-        "prompts": len(samples["plain"]),
-        "tasks": list(by_task(samples["plain"])),
-        "max_new_tokens": env.get("max_new_tokens", 128),
-        "temperature": decoder.temperature,
-        "machine": machine(decoder),
-        "seconds": curves,
-        "curves": describe(curves) if curves else None,
-        "actions": {name: settings_played(policies[name].control, samples[name]) for name in learned},
-        "decisions": {name: policies[name].control.name for name in learned},
-        "by_task": {
-            name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
-        },
-    }
-    if isinstance(control, TopKControl):
-        results["link"] = control.link
-        if not is_address(control.link):
-            results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}
-        results["bytes_per_token"] = {
-            name: [sum(getattr(s, way) for s in arm) / sum(s.tokens for s in arm) for way in ("bytes_up", "bytes_down")]
-            for name, arm in samples.items()
-        }
-    if decoder.in_process and not decoder.temperature:
-        results["divergences"] = {
-            name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
-            for name in ("plain", *learned)
-        }
-    return results
 
 
 def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None = None) -> dict[str, Any]:
@@ -136,6 +42,8 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     """
     config = agents.read_config(run)
     env = {**config["env"], **config.get("eval_env", {}), **overrides}
+    if config["id"] == "SpecDVI-v0":
+        return with_aa_check(lambda count: evaluate_exit(run, env, count), test_prompts or config["test_prompts"])
     control, agent = agents.load(run)
     decoder = decoder_for(env, control)
     static_file = run / "static.json"

@@ -19,14 +19,16 @@ import yaml
 
 import agents
 from agents import AGENTS
+from agents.online import OnlineAgent
 from agents.sb3 import SB3Agent
 from experiments.arms import decoded, run_arms
 from experiments.callbacks import Keeper, Monitor
 from experiments.command import one_sentence
 from experiments.comparison import ratio
-from experiments.config import Experiment, load_experiment
+from experiments.config import Experiment, first_stanza, load_experiment
 from experiments.costs import cost_curves
 from experiments.evaluate import evaluate_run, save
+from experiments.exit_runs import CONVERSATIONS, improve, write_own_text
 from experiments.live import decoder_for, encoded_prompts, local_decoder, target_and_drafter
 from experiments.machine import revision, versions
 from experiments.report import markdown
@@ -38,7 +40,7 @@ from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
 from spec_envs.network.linked import is_address
 
-TRAINED = ("policy.safetensors", "rl_adapter.pth")  # what a trained agent leaves behind
+TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves behind
 
 
 def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
@@ -49,7 +51,7 @@ def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
 def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> dict[str, Any]:
     """The settings of a run as they are written beside its results."""
     hyperparameters = dict(experiment.hyperparameters)
-    parameters = inspect.signature(AGENTS[experiment.agent]).parameters
+    parameters = agents.parameters(experiment.agent)
     for name, value in (("seed", seed), ("total_timesteps", experiment.total_timesteps)):
         if name in parameters:
             hyperparameters[name] = value
@@ -98,6 +100,11 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
             print("measuring this machine's cost table", file=sys.stderr)
             write_json(table, cost_curves(local_decoder(keywords, control)))
         keywords["clock"] = str(table)
+    if config["own_text"]:
+        written = folder / CONVERSATIONS
+        if not written.exists():
+            write_own_text(written, keywords, config["own_text"], config["seed"])
+        keywords["prompts"] = str(written)
     env = gym.make(config["id"], **keywords)
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
@@ -196,6 +203,9 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
         if isinstance(agent, SB3Agent):
             print(f"training {stanza} for {config['total_timesteps']} steps", file=sys.stderr)
             train_agent(folder, config, env, agent)
+        elif isinstance(agent, OnlineAgent):
+            improve(folder, config, env, agent)
+            env.close()
         else:
             spec_env = env.unwrapped
             assert isinstance(spec_env, SpecEnv)
@@ -231,7 +241,7 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
-    parser.add_argument("--agent", default="ppo", help="stanza of experiments/<env>.yml (default ppo)")
+    parser.add_argument("--agent", default="", help="stanza of experiments/<env>.yml (default: its first)")
     parser.add_argument("--seed", type=int, default=0, help="of agent and environment (default 0)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the stanza")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default runs)")
@@ -241,12 +251,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
-        experiment = load_experiment(args.env, args.agent, args.set)
-        folder = run_folder(args.root, args.env, args.agent, args.seed)
+        stanza = args.agent or first_stanza(args.env)
+        experiment = load_experiment(args.env, stanza, args.set)
+        folder = run_folder(args.root, args.env, stanza, args.seed)
         if experiment.stages:
-            run_stages(experiment, args.agent, args.seed, folder)
+            run_stages(experiment, stanza, args.seed, folder)
         else:
-            run(experiment, args.env, args.agent, args.seed, folder)
+            run(experiment, args.env, stanza, args.seed, folder)
 
 
 if __name__ == "__main__":

@@ -33,16 +33,14 @@ class SplitVerifier(LocalVerifier):
         self.adapter, self.version = adapter, -1
         layers = self.target.shape.layers
         self.shallow, self.deep = range(adapter.exit_layer), range(adapter.exit_layer, layers)
-        self.states = torch.empty(0)
+        shape, dtype = (64, self.target.shape.hidden), self.target.precision.hidden
+        self.states = torch.empty(shape, dtype=dtype, device=self.device)  # of the rows that were looked at
         self.rows: list[int] = []
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """See ``LocalVerifier``; what the adapter has learned since the last text counts from now on."""
         if self.version != self.adapter.version:
             self.added, self.version = self.adapter.played_additions(), self.adapter.version
-        self.states = torch.empty(
-            rows, self.target.shape.hidden, dtype=self.target.precision.hidden, device=self.device
-        )
         self.rows = []
         return super().start(prompt, rows, rng)
 
@@ -71,6 +69,8 @@ class SplitVerifier(LocalVerifier):
                 )
             finally:
                 self.cache.length = committed
+            if len(wanted) > len(self.states):
+                self.states = torch.cat([self.states, torch.empty_like(self.states), x[0]])
             self.states[known : len(wanted)] = x[0]
             self.rows = wanted
         return self.states[: len(wanted)], len(new)

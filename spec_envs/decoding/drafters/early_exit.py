@@ -47,6 +47,11 @@ class EarlyExitDrafter(ChainDrafter):
         self.projection: Projection | None = None
         self.attention: PlayedAttention | None = None
 
+    def use(self, adapter: ExitAdapter) -> None:
+        """Draft and verify with another adapter of the same exit from the next text on: a snapshot, say."""
+        self.adapter = self.verifier.adapter = adapter
+        self.version = self.verifier.version = -1
+
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """See ``Drafter``; ``features`` are the exit states of the prompt."""
         if self.version != self.adapter.version:
