@@ -1,0 +1,107 @@
+"""Improve an early exit and say what it is worth: a stanza of experiments/SpecDVI-v0.yml by flags.
+
+    python -m experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8 --beta_kl 0.1
+        --baseline_momentum 0.9
+
+trains where the run was not trained yet, evaluates on held-out prompts and writes RESULTS/<stanza>-<seed>.json. A flag
+that is left out is as in the stanza; the key that it stands for is given with it below.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.command import one_sentence
+from experiments.config import load_experiment
+from experiments.evaluate import evaluate_run, save
+from experiments.train import run_folder, trained
+from spec_envs.files import write_json
+
+ENV = "SpecDVI-v0"
+REINFORCE = ("slow_every", "beta_kl", "baseline_momentum")  # which dvi does not have
+
+
+class Flag(NamedTuple):
+    """A flag's type, the key of the YAML that it sets, and what it is."""
+
+    kind: type
+    key: str
+    help: str
+
+
+FLAGS = {
+    "model_name": Flag(str, "env.target", "name of models.yml, hub id, folder or GGUF file"),
+    "exit_layer": Flag(int, "env.exit_layer", "layers in front of the exit"),
+    "adapter": Flag(str, "env.adapter", "head, kangaroo or layers"),
+    "rank": Flag(int, "env.rank", "of the low-rank weights"),
+    "block": Flag(int, "env.block", "drafted tokens that are verified together while learning"),
+    "draft_temperature": Flag(float, "env.draft_temperature", "at which drafts are drawn while learning"),
+    "max_new_tokens": Flag(int, "env.max_new_tokens", "per prompt"),
+    "switch_every": Flag(int, "env.switch_every", "prompts after which another set has its turn"),
+    "dtype": Flag(str, "env.dtype", "auto, int8, bfloat16 or float32"),
+    "fast_batch": Flag(int, "hyperparameters.fast_batch", "judged rows between updates"),
+    "replay_batch": Flag(int, "hyperparameters.replay_batch", "remembered rows that join those of an update"),
+    "slow_every": Flag(int, "hyperparameters.slow_every", "updates between steps of the verifier (reinforce)"),
+    "beta_kl": Flag(float, "hyperparameters.beta_kl", "weight of the KL to the frozen verifier (reinforce)"),
+    "baseline_momentum": Flag(float, "hyperparameters.baseline_momentum", "of the moving baseline (reinforce)"),
+    "learning_rate": Flag(float, "hyperparameters.learning_rate", "of what drafts"),
+    "texts": Flag(int, "hyperparameters.texts", "prompts of the one pass"),
+    "own_text": Flag(int, "own_text", "user turns that the target writes to learn from"),
+    "test_prompts": Flag(int, "test_prompts", "held-out prompts of the evaluation"),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--agent",
+        help=f"stanza of experiments/{ENV}.yml (default: reinforce if one of its flags is given, else dvi)",
+    )
+    for name, flag in FLAGS.items():
+        parser.add_argument(f"--{name}", type=flag.kind, help=f"{flag.help} ({flag.key})")
+    parser.add_argument(
+        "--conversations", nargs="+", metavar="PATH", help="logs in ShareGPT's format to learn from, one after another"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the stanza")
+    parser.add_argument("--seed", type=int, default=0, help="of agent and environment (default 0)")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default runs)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results (default results)")
+    return parser.parse_args()
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The flags that were given, as overrides of the stanza's keys."""
+    given = {flag.key: getattr(args, name) for name, flag in FLAGS.items() if getattr(args, name) is not None}
+    found = [f"{key}={value}" for key, value in given.items()]
+    if args.conversations:
+        paths = ",".join(str(Path(path).resolve()) for path in args.conversations)
+        found += [f"env.prompts={paths}", "eval_env.prompts=all", "own_text=0", "hyperparameters.order=logged"]
+    return [*found, *args.set]
+
+
+def improved(args: argparse.Namespace) -> dict[str, Any]:
+    """Train as far as it is not done, evaluate, and write the results."""
+    stanza = args.agent or ("reinforce" if any(getattr(args, name) is not None for name in REINFORCE) else "dvi")
+    experiment = load_experiment(ENV, stanza, overrides(args))
+    folder = run_folder(args.root, ENV, stanza, args.seed)
+    trained(experiment, ENV, stanza, args.seed, folder)
+    results = evaluate_run(folder, {}, experiment.test_prompts)
+    save(results, folder)
+    found = {"agent": stanza, "seed": args.seed, "run": str(folder), **results["exit"], "machine": results["machine"]}
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{stanza}-{args.seed}.json"
+    write_json(path, found)
+    print(f"results: {path}")
+    return found
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
+        improved(args)
+
+
+if __name__ == "__main__":
+    main()
