@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from agents.journal import Journal
 from agents.replay import UNDRAFTED, Replay, Segment, joined, packed, unpacked
+from agents.schedules import schedule
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
@@ -49,6 +50,8 @@ class OnlineAgent(ABC):
         texts: texts after which learning ends, if the steps have not ended it; None is no bound.
         order: prompts ``"shuffled"``, or as they were ``"logged"``; with the environment's ``switch_every`` the prompt
             sets take turns.
+        lr_schedule: of the learning rates over ``texts``, or over the steps where there is no bound; see
+            :func:`agents.schedules.schedule`.
         shortlist: most frequent tokens that a drafter proposes later (besides those of its text).
 
     Attributes:
@@ -69,6 +72,7 @@ class OnlineAgent(ABC):
         updates_per_batch: int = 1,
         texts: int | None = None,
         order: str = "shuffled",
+        lr_schedule: str = "constant",
         shortlist: int = 4096,
     ):
         if not isinstance(control, DVIControl):
@@ -83,10 +87,14 @@ class OnlineAgent(ABC):
             raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
         self.control, self.seed, self.fast_batch, self.replay_batch = control, seed, fast_batch, replay_batch
         self.updates_per_batch, self.texts, self.order, self.shortlist = updates_per_batch, texts, order, shortlist
+        self.lr_schedule = lr_schedule
+        schedule(lr_schedule, 1.0, 100)  # a name that there is
         self.replay = Replay(replay_size)
         self.rng = np.random.default_rng(seed)
         self.steps = self.updates = self.texts_read = self.tokens = 0
         self.pending: list[Segment] = []
+        self.done = 0.0  # share of the learning
+        self.rates = schedule("constant", 1.0, 1)
         self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
         self.temperature, self.decision_seconds = 0.0, 0.0
         self._adapter: ExitAdapter | None = None
@@ -158,6 +166,8 @@ class OnlineAgent(ABC):
             self.load_checkpoint(folder / "last")
         journal = Journal(folder, self.updates, {"agent": type(self).__name__, "seed": self.seed})
         order = self._order(spec_env)
+        whole = self.texts if self.texts is not None else total_timesteps
+        self.rates = schedule(self.lr_schedule, 1.0, max(2, whole))
         saved = validated = self.steps
         last = self.texts if self.texts is not None else float("inf")
 
@@ -176,6 +186,7 @@ class OnlineAgent(ABC):
         with tqdm(**bar, desc="learning", disable=not progress_bar) as shown:
             while self.steps < total_timesteps and self.texts_read < last:
                 before = self.steps
+                self.done = (self.texts_read if self.texts is not None else self.steps) / whole
                 self._text(env, spec_env, order[self.texts_read % len(order)], journal)
                 shown.update(self.steps - before if self.texts is None else 1)
                 ended = self.steps >= total_timesteps or self.texts_read >= last
@@ -192,6 +203,8 @@ class OnlineAgent(ABC):
     def _begin(self, env: SpecEnv) -> None:
         """Take the environment's exit; what was loaded before goes on from there."""
         trained, self._adapter = self._adapter, exit_of(env.decoder)
+        if self._adapter.version == 0:  # nobody has taught it yet
+            self._adapter.initialise(self.seed)
         if trained is not None and trained is not self._adapter:
             self._adapter.load_state_dict(trained.state_dict())
             self._adapter.touched()
@@ -324,6 +337,8 @@ class OnlineAgent(ABC):
         self._stepped(optimizer)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * self.rates(1 - self.done)
         optimizer.step()
         self.adapter.touched()
         self._played = None

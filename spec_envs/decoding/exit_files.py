@@ -80,6 +80,7 @@ def load_exit(folder: Path, target: Transformer) -> ExitAdapter:
         raise ValueError(
             f"cannot read the exit in {folder}: {str(error).splitlines()[0]}; train it again, or take another folder"
         ) from None
+    adapter.touched()
     return adapter
 
 

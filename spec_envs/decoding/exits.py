@@ -118,6 +118,13 @@ class ExitAdapter(nn.Module):
         shared = [self.target, *(self.__dict__.get(name) for name in ("_output", "_output_float"))]
         return copy.deepcopy(self, {id(x): x for x in shared}).requires_grad_(False)
 
+    def initialise(self, seed: int) -> None:
+        """Draw the low-rank weights anew, as those of an untrained exit."""
+        generator = torch.Generator(self.target.device).manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, LowRank):
+                module.initialise(generator)
+
     def touched(self) -> None:
         """Note that weights have changed."""
         self.version += 1
@@ -236,13 +243,13 @@ def check_exit(target: Transformer, exit_layer: int) -> None:
 
 def check(target: Transformer, settings: ExitSettings) -> None:
     """Refuse settings that do not fit the target."""
-    check_exit(target, settings.exit_layer)
-    if settings.kind not in KINDS:
-        raise ValueError(f"adapter is {settings.kind!r}; expected one of {', '.join(KINDS)}")
-    if settings.rank < 1:
-        raise ValueError(f"rank is {settings.rank}; expected 1 or more")
     if settings.fingerprint != fingerprint(target):
         raise ValueError(
             f"the adapter was trained on {settings.base_model!r}, whose weights are others than those of this target; "
             "take the target that it is for, or train one of its own"
         )
+    check_exit(target, settings.exit_layer)
+    if settings.kind not in KINDS:
+        raise ValueError(f"adapter is {settings.kind!r}; expected one of {', '.join(KINDS)}")
+    if settings.rank < 1:
+        raise ValueError(f"rank is {settings.rank}; expected 1 or more")

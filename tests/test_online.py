@@ -1,0 +1,376 @@
+"""Agents that improve an exit: their gradients are right, they learn, and a killed run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import agents
+from agents import AGENTS
+from agents.exit_losses import distillation, expected_acceptance, masked_cross_entropy, reinforce
+from agents.journal import Journal
+from agents.online import OnlineAgent
+from agents.replay import UNDRAFTED, Replay, Segment, joined
+from spec_envs.controls import make_control
+from spec_envs.decoding.exit_files import load_exit
+from spec_envs.decoding.exits import KINDS
+
+ROOT = Path(__file__).parents[1]
+EXIT: dict[str, Any] = {"exit_layer": 3, "prompts": "mt_bench", "drafter": "auto"}
+
+
+def built(tiny: dict, name: str, kind: str, env: dict | None = None, **own: Any) -> tuple[gym.Env, OnlineAgent]:
+    drawn = {"draft_temperature": 1.0} if name == "reinforce" else {}
+    keywords = {**tiny, **EXIT, "adapter": kind, "rank": 4, **drawn, **(env or {})}
+    made = AGENTS[name](control=make_control("dvi", keywords), **{"fast_batch": 16, "replay_batch": 16, **own})
+    return gym.make("SpecDVI-v0", **keywords), made
+
+
+def seen(env: gym.Env, agent: OnlineAgent, count: int) -> list[Segment]:
+    """Rows of a few texts, judged, with the agent bound to the environment."""
+    rows: list[Segment] = []
+    agent.fast_update = lambda segments: rows.extend(segments) or (0.0, None)  # type: ignore[method-assign]
+    agent.replay_batch = 0
+    agent.texts = count
+    agent.learn(10**6, env)
+    del agent.fast_update  # type: ignore[method-assign]
+    return rows
+
+
+def gradient(agent: OnlineAgent) -> Tensor:
+    return torch.cat([w.grad.flatten() if w.grad is not None else torch.zeros(w.numel()) for w in weights(agent)])
+
+
+def weights(agent: OnlineAgent) -> list[torch.nn.Parameter]:
+    for weight in (found := agent.drafting_weights()):
+        weight.requires_grad_(True)
+    return found
+
+
+def without_step(agent: OnlineAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are computed and nothing moves."""
+    monkeypatch.setattr(agent, "_stepped", lambda optimizer: None)
+    for optimizer in agent.optimizer.values():
+        monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reinforce_is_the_gradient_of_acceptance(kind: str, tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averaged over draws it is the exact one; without the rejected draws it is not, and with none of ``lora_S`` it
+    would not reach there."""
+    env, agent = built(tiny, "reinforce", kind)
+    with torch.no_grad():  # away from the start, where half of the weights are 0
+        torch.manual_seed(0)
+        adapter = env.unwrapped.decoder.drafter.adapter
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    [segment, *_] = seen(env, agent, 2)
+    without_step(agent, monkeypatch)
+    rows = 10
+    segment = Segment(segment.ids, *(getattr(segment, n)[:rows] for n in list(Segment.__dataclass_fields__)[1:]))
+    wanted = agent.adapter.target.head(segment.finals).argmax(-1)
+
+    for weight in weights(agent):
+        weight.grad = None
+    with torch.no_grad():
+        log_probabilities = agent.adapter.logits(agent.read_states([segment])).log_softmax(-1)
+    exact_loss = -expected_acceptance(
+        agent.adapter.logits(agent.read_states([segment])), agent.adapter.target.head(segment.finals)
+    ).mean()
+    exact_loss.backward()
+    exact = gradient(agent)
+    assert exact.norm() > 1e-4
+
+    def estimate(draws: int, baseline: float, kept_only: bool) -> Tensor:
+        """By the agent's own update, on draws of its own policy."""
+        for weight in weights(agent):
+            weight.grad = None
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.multinomial(log_probabilities.exp(), draws, replacement=True, generator=generator)
+        for i in range(draws):
+            agent.baseline, drafted = baseline, tokens[:, i]
+            rewards = (drafted == wanted).float()
+            if kept_only:
+                drafted = torch.where(rewards > 0, drafted, UNDRAFTED)
+            behaviour = log_probabilities.gather(1, tokens[:, i : i + 1])[:, 0]
+            fields = {n: getattr(segment, n) for n in Segment.__dataclass_fields__}
+            agent.fast_update([Segment(**{**fields, "drafted": drafted, "rewards": rewards, "behaviour": behaviour})])
+        return gradient(agent) / draws
+
+    draws = 3000 if kind == "head" else 600
+    for baseline in (0.0, 0.6):
+        found = estimate(draws, baseline, kept_only=False)
+        assert (found - exact).norm() < 0.25 * exact.norm(), (baseline, (found - exact).norm() / exact.norm())
+    assert (estimate(draws, 0.6, kept_only=True) - exact).norm() > 0.4 * exact.norm()
+
+
+def test_draws_of_an_earlier_policy_are_weighed() -> None:
+    """With importance weights the average over another policy's draws is the exact gradient, too."""
+    torch.manual_seed(0)
+    logits, old = torch.randn(1, 6, requires_grad=True), torch.randn(1, 6).log_softmax(-1)
+    reward = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    tokens = torch.arange(6)
+    losses = reinforce(logits.expand(6, 6), tokens, reward, 0.2, old[0])
+    (losses * old[0].exp()).sum().backward()  # the expectation over the old policy, enumerated
+    expected = torch.autograd.grad(-(logits.softmax(-1)[0] * reward).sum(), logits)[0]
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_losses() -> None:
+    torch.manual_seed(0)
+    logits, verifier = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = verifier.softmax(-1), logits.softmax(-1)
+    torch.testing.assert_close(expected_acceptance(logits, verifier), q[torch.arange(5), verifier.argmax(-1)])
+    torch.testing.assert_close(expected_acceptance(logits, verifier, 1.0), torch.minimum(p, q).sum(-1))
+    torch.testing.assert_close(distillation(logits, verifier), (p * (p.log() - q.log())).sum(-1))
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    tokens = torch.tensor([3, UNDRAFTED, 2, 1, UNDRAFTED])
+    expected = torch.stack([-q[0, 3].log(), torch.tensor(0.0), -q[2, 2].log(), torch.tensor(0.0), torch.tensor(0.0)])
+    torch.testing.assert_close(masked_cross_entropy(logits, tokens, mask), expected)
+    reverse = distillation(logits.requires_grad_(), verifier.requires_grad_()).sum()
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(reverse, [logits, verifier]))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_rows_are_those_that_were_judged(block: int, tiny: dict) -> None:
+    """Every emitted token is one row, with the states from which exit and target said what came next."""
+    env, agent = built(tiny, "dvi", "head", {"block": block})
+    segments = [*seen(env, agent, 3), *agent.pending]
+    target, rows = agent.adapter.target, 0
+    for segment in segments:
+        x = target.embed(segment.ids)[None]
+        positions = torch.arange(len(segment.ids))[None]
+        finals, [exits] = target.forward(x, target.cache(128), positions, capture=(3,))
+        torch.testing.assert_close(segment.exits, exits[0, segment.places], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(segment.finals, finals[0, segment.places], rtol=1e-3, atol=1e-3)
+        choices = target.head(segment.finals).argmax(-1)
+        following = segment.ids[segment.places[:-1] + 1]
+        assert torch.equal(choices[:-1], following)  # greedy: the text is the target's own
+        drafted = segment.drafted != UNDRAFTED
+        assert torch.equal(segment.rewards, ((segment.drafted == choices) & drafted).float())
+        rows += len(segment)
+    assert rows == agent.tokens and agent.tokens > 40
+    assert int(agent.counts.sum()) == agent.tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("dvi", "head"), ("dvi", "kangaroo"), ("dvi", "layers"), ("reinforce", "head")]
+)
+def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
+    """The cheapest learning test: of a few texts read again and again, far more drafts are right in the end."""
+    log = tmp_path / "log.jsonl"
+    rows = [{"conversations": [{"from": "human", "value": w}], "split": "train"} for w in ("the a", "we is", "in to")]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    shared = {"prompts": str(log), "max_new_tokens": 40, "rank": 8}
+
+    def acceptance(folder: str, texts: int, learning_rate: float) -> list[float]:
+        schedule = {"kl_steps": 60, "anneal_steps": 60} if name == "dvi" else {}
+        own = {"texts": texts, "learning_rate": learning_rate, "updates_per_batch": 4, "order": "logged"}
+        env, agent = built(tiny, name, kind, shared, **own, **schedule)
+        (tmp_path / folder).mkdir()
+        agent.learn(10**6, env, tmp_path / folder)
+        lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        assert set(lines[0]) >= {"step", "loss_rl", "loss_slow", "accept_rate", "ppl_sample", "tokens", "texts"}
+        return [line["accept_rate"] for line in lines]
+
+    before = np.mean(acceptance("before", 9, 0.0))
+    after = np.mean(acceptance("after", 60, 2e-2)[-10:])
+    assert after > before + (0.25 if name == "dvi" else 0.1), (before, after)
+
+
+def test_the_verifier_moves_slowly_and_only_behind_the_exit(tiny: dict) -> None:
+    env, agent = built(tiny, "reinforce", "layers", texts=4, slow_every=2, slow_learning_rate=1e-3)
+    agent.learn(10**6, env)
+    moved = {
+        name: max(float(low_rank.lora_B.abs().max()) for _, _, low_rank in part.parts())
+        for name, part in (("lora_S", agent.adapter.lora_S), ("lora_D", agent.adapter.lora_D))
+    }
+    assert 0 < moved["lora_D"] < 0.05 and moved["lora_S"] > 0
+    assert agent.adapter.lora_D.range == range(3, 8)
+
+
+def test_greedy_text_stays_the_targets_own_while_it_learns(tiny: dict) -> None:
+    """``head`` and ``kangaroo``: before, during and after."""
+    for kind in ("head", "kangaroo"):
+        env, agent = built(tiny, "dvi", kind, {"max_new_tokens": 30}, learning_rate=2e-2, texts=6)
+        texts: list[tuple[list[int], list[int]]] = []
+        step = env.unwrapped.step
+
+        def noted(action: int, step: Any = step, env: gym.Env = env, texts: list = texts) -> Any:
+            result = step(action)
+            if result[2]:
+                texts.append((env.unwrapped.decoder.prompt, list(env.unwrapped.decoder.tokens)))
+            return result
+
+        env.unwrapped.step = noted
+        agent.learn(10**6, env)
+        assert len(texts) == 6 and agent.updates > 4
+        plain = env.unwrapped.decoder.plain()
+        for prompt, tokens in texts:
+            plain.start(prompt, 30, np.random.default_rng(0))
+            while not plain.finished:
+                plain.verify(0)
+            assert plain.tokens == tokens
+
+
+def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
+    """A saved run gives the tokens that its environment's drafter would draft, from its shortlist."""
+    env, agent = built(tiny, "dvi", "head", learning_rate=2e-2, texts=8, shortlist=9)
+    agent.learn(10**6, env)
+    agent.save(tmp_path)
+    again = built(tiny, "dvi", "head")[1]
+    with pytest.raises(ValueError, match="DVIAgent has no exit yet"):
+        again.predict(np.zeros(32, np.float32), deterministic=True)
+    again.load(tmp_path)
+    decoder = env.unwrapped.decoder
+    assert again.adapter.shortlist is not None and len(again.adapter.shortlist) == 9
+    observation, _ = env.reset(seed=5)
+    logits = again.adapter.logits(torch.from_numpy(observation)[None])[0]
+    best = int(again.adapter.shortlist[logits[torch.from_numpy(again.adapter.shortlist)].argmax()])
+    assert again.predict(observation, deterministic=True)[0] == best
+    drafter = decoder.drafter
+    drafter.use(load_exit(tmp_path, decoder.local.target))
+    decoder.start([2], 20, np.random.default_rng(0))  # a text with few tokens beyond the shortlist
+    decoder.begin()
+    logits = again.adapter.logits(decoder.look()[None])[0]
+    allowed = sorted({*again.adapter.shortlist.tolist(), *decoder.prompt, *decoder.tokens})
+    if decoder.tree.size > 1:
+        raise AssertionError("one token was drafted")
+    logits = agent.adapter.logits(drafter.look([])[0])[0]
+    assert int(decoder.tree.tokens[0]) == allowed[int(logits[allowed].argmax())]
+    other = AGENTS["dvi"](control=make_control("dvi", {**tiny, **EXIT, "exit_layer": 2}))
+    with pytest.raises(ValueError, match=r"has exit_layer and adapter \(3, 'head'\), this agent's problem has"):
+        other.load(tmp_path)
+
+
+def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
+    for name, words in (("a", ("the", "of", "in")), ("b", ("is", "it", "on"))):
+        rows = [{"conversations": [{"from": "human", "value": f"{w} {w}"}], "split": "train"} for w in words]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    logs = ",".join(str(tmp_path / f"{name}.jsonl") for name in "ab")
+
+    def order(**own: Any) -> list[str]:
+        env, agent = built(tiny, "dvi", "head", {"prompts": logs, "switch_every": own.pop("switch_every", 0)}, **own)
+        return [prompt.text.split()[0] for prompt in agent._order(env.unwrapped)]
+
+    assert order(order="logged") == ["the", "of", "in", "is", "it", "on"]
+    assert order(order="logged", switch_every=2) == ["the", "of", "is", "it", "in", "on"]
+    assert order() == order(seed=0) != order(seed=1) and sorted(order()) == sorted(order(order="logged"))
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+import gymnasium as gym
+import spec_envs
+from agents import AGENTS
+from spec_envs.controls import make_control
+name, folder, keywords, own = sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3]), eval(sys.argv[4])
+agent = AGENTS[name](control=make_control("dvi", keywords), **own)
+agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), folder, checkpoint_freq=40)
+agent.save(folder)
+"""
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dvi", "kangaroo"), ("reinforce", "layers")])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
+    """Killed at random moments until it is done: log and weights are those of a run that was left alone."""
+    drawn = {"draft_temperature": 1.0} if name == "reinforce" else {}
+    keywords = {**tiny, **EXIT, "adapter": kind, "rank": 4, "max_new_tokens": 30, **drawn}
+    own = {"fast_batch": 16, "replay_batch": 32, "replay_size": 100, "texts": 24, "learning_rate": 5e-3}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+
+    def start(folder: Path) -> subprocess.Popen:
+        arguments = [sys.executable, "-c", COMMAND, name, str(folder), repr(keywords), repr(own)]
+        return subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    assert start(whole).wait() == 0
+    moments, kills = random.Random(1), 0
+    while kills < 3:
+        process = start(killed)
+        size = (killed / "log.jsonl").stat().st_size if (killed / "log.jsonl").exists() else 0
+        while process.poll() is None:  # until it has written something new, and a moment more
+            if (killed / "log.jsonl").exists() and (killed / "log.jsonl").stat().st_size > size + 300:
+                time.sleep(moments.random() * 0.3)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 1 and start(killed).wait() == 0
+    assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    for file in sorted(whole.rglob("*.safetensors")):
+        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()
+    last = (torch.load(folder / "last" / "checkpoint.pt", weights_only=True) for folder in (whole, killed))
+    assert str(next(last)) == str(next(last))
+
+
+def test_a_damaged_checkpoint_is_a_sentence(tiny: dict, tmp_path: Path) -> None:
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    env, agent = built(tiny, "dvi", "head")
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*checkpoint.pt: .*; delete it to begin anew"):
+        agent.learn(100, env, tmp_path)
+
+
+def test_a_journal_drops_what_is_done_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0, {"seed": 0})
+    for step in range(1, 6):
+        journal.write("log", {"step": step, "loss_rl": 0.5, "loss_slow": None})
+    journal.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while it wrote
+    Journal(tmp_path, 3, {}).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert list((tmp_path / "events").glob("events*"))
+
+
+def test_a_replay_forgets_the_oldest(tiny: dict) -> None:
+    env, agent = built(tiny, "dvi", "head")
+    segments = seen(env, agent, 4)
+    replay = Replay(40)
+    replay.add(segments)
+    assert sum(map(len, replay.segments)) <= 40 and replay.segments[-1] is segments[-1]
+    drawn = replay.sample(20, np.random.default_rng(0))
+    assert len({id(s) for s in drawn}) == len(drawn) and len(joined(drawn, "places")) >= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        ("dvi", {"fast_batch": 0}, "fast_batch is 0; expected 1 or more"),
+        ("dvi", {"replay_batch": -1}, "replay_batch is -1; expected 0 or more rows"),
+        ("dvi", {"order": "random"}, "order is 'random'; expected one of shuffled, logged"),
+        ("dvi", {"anneal_steps": 0}, "kl_steps and anneal_steps are 40 and 0"),
+        ("dvi", {"lr_schedule": "cosine"}, "lr_schedule is 'cosine'; expected one of constant, linear"),
+        ("reinforce", {"slow_every": 0}, "slow_every, beta_kl and baseline_momentum are 0, 0.1 and 0.9; expected"),
+        ("reinforce", {"baseline_momentum": 1.0}, "and a number from 0 to below 1"),
+    ],
+)
+def test_bad_hyperparameters(name: str, own: dict, message: str, tiny: dict) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(tiny, name, "head", **own)
+
+
+def test_bad_problems(tiny: dict) -> None:
+    with pytest.raises(ValueError, match="DVIAgent improves an early exit: it needs SpecDVI-v0, not k"):
+        AGENTS["dvi"](control=make_control("k", {}))
+    with pytest.raises(ValueError, match="draft_temperature is 0, at which nothing is drawn"):
+        AGENTS["reinforce"](control=make_control("dvi", {**tiny, **EXIT}))
+    assert agents.known_hyperparameters("dvi") >= {"fast_batch", "kl_steps", "texts"}
