@@ -25,7 +25,7 @@ HOST = localhost
 KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench bench-k drafter tune generate trace cloud edge edge-cloud cloud-load \
+.PHONY: help setup train eval bench bench-k bench-dvi drafter tune generate trace cloud edge edge-cloud cloud-load \
 	tensorboard test lint
 
 help:  ## list the targets
@@ -51,6 +51,9 @@ bench: $(READY)  ## speed of plain and static decoding against transformers and 
 
 bench-k: $(READY)  ## fixed draft lengths, controllers and trained agents by context; runs/bench-k.json; ARGS=--help
 	$(PY) -m experiments.bench_k $(ARGS)
+
+bench-dvi: $(READY)  ## learning curves of agents that improve an early exit; runs/bench-dvi/bench-dvi.md, .json, .png; ARGS=--help
+	$(PY) -m experiments.bench_dvi $(ARGS)
 
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
 	$(PY) -m experiments.drafter --kind $(KIND) $(ARGS)

@@ -176,7 +176,7 @@ def test_a_stable_baselines_policy_starts_as_the_exits_projection(tiny: dict, tm
     adapter = ExitAdapter.fresh(env.unwrapped.decoder.local.target, tiny["target"], 3)
     expected = adapter.logits(torch.from_numpy(observation)[None])
     got = model.policy.get_distribution(torch.from_numpy(observation)[None]).distribution.logits
-    torch.testing.assert_close(got, expected.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected.log_softmax(-1), rtol=1e-3, atol=1e-3)
     before = {name: p.clone() for name, p in model.policy.adapter.named_parameters()}
     model.learn(64)
     assert any(not torch.equal(p, before[name]) for name, p in model.policy.adapter.named_parameters())

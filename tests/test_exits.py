@@ -125,7 +125,7 @@ def test_what_is_drafted_is_what_one_pass_over_the_text_says(kind: str, target: 
     expected = adapter.read(shallow)[0].detach()
     assert len(seen) > 20
     for place, state in seen.items():
-        torch.testing.assert_close(state, expected[place], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state, expected[place], rtol=1e-3, atol=1e-3)
 
 
 def test_confidence_stops_a_chain(target: Transformer, tiny_target: Path) -> None:
@@ -156,7 +156,7 @@ def test_sampling_judges_by_the_target(target: Transformer, tiny_target: Path) -
         cycle = decoder.cycle(3)
         drawn += len(cycle.nodes.tokens)
         expected = logits_of(target, text + cycle.nodes.tokens.tolist())[len(text) - 1 :]
-        torch.testing.assert_close(verifier.logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(verifier.logits, expected, rtol=1e-3, atol=1e-3)
     assert drawn > 20 and any(cycle.accepted for cycle in decoder.cycles)
 
 
@@ -235,7 +235,7 @@ def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Pa
         ours = adapter.logits(states[0])
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert (theirs - logits_of(target, ids)).abs().max() > 0.01
 
 

@@ -14,7 +14,8 @@ from agents.random import RandomAgent
 from experiments.arms import Encoded, decoded
 from experiments.comparison import divergences
 from spec_envs import ENVIRONMENTS, generate
-from spec_envs.controls import Policy, make_control
+from spec_envs.controls import Agent, Policy, make_control
+from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.controls.opening import decoder_under
 from spec_envs.decoding import accept
 from spec_envs.decoding.checkpoints import load_tokenizer, model_folder
@@ -59,16 +60,34 @@ def test_plain_decoding_is_transformers_generate(prompts: dict, plain_texts: dic
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: dict, plain_texts: dict) -> None:
     keywords = {"budgets": [4, 12, 24, 48], "depth": "random", "budget": 32, "max_depth": 8}
-    control = make_control(ENVIRONMENTS[env_id], keywords)
-    models = {"target": REAL, "drafter": default_drafter(REAL, control.width == 1), "device": "cpu", "dtype": "float32"}
-    decoder = decoder_under(control, None, WallClock(CPU), **models, temperature=0.0)
-    agent = RandomAgent(control, seed=1)
+    models = {"target": REAL, "device": "cpu", "dtype": "float32"}
+    exits = {**models, "exit_layer": 24, "block": 3}
+    control = make_control(ENVIRONMENTS[env_id], exits if env_id == "SpecDVI-v0" else keywords)
+    drafter = control.default_drafter(REAL)
+    decoder = decoder_under(control, None, WallClock(CPU), **models, drafter=drafter, temperature=0.0)
+    agent: Agent = RandomAgent(control, seed=1)
+    if isinstance(control, DVIControl):  # of random tokens hardly one would ever be right
+        agent = Drafting(decoder, share=0.8)
     accepted = 0
     for task, ids in prompts.items():
         done = generate(decoder, control, agent, ids, TOKENS, seed=1).run()
         assert done.tokens == plain_texts[task], task
         accepted += sum(c.accepted for c in done.cycles)
     assert accepted > 40  # speculation took place
+
+
+class Drafting:
+    """Drafts what an untrained exit says, and now and then a random token."""
+
+    decision_seconds = 0.0
+
+    def __init__(self, decoder: Decoder, share: float):
+        self.adapter, self.share, self.rng = exit_of(decoder), share, np.random.default_rng(0)
+
+    def predict(self, observation: np.ndarray, *_: Any, **__: Any) -> tuple[int, None]:
+        if self.rng.random() > self.share:
+            return int(self.rng.integers(40_000)), None
+        return int(self.adapter.logits(torch.from_numpy(observation)[None]).argmax()), None
 
 
 @pytest.mark.parametrize("drafts", ["tree", "chain"])
@@ -179,7 +198,10 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         ("k", "auto", {"decision": "token"}),
         ("k", "lookup", {}),
         ("k", "smollm2-135m-draft", {}),
+        ("k", "exit:24", {}),
+        ("k", "lookup+exit:2", {"decision": "token"}),
         ("topk", "lookup+smollm2-135m-draft", {"actions": "joint", "k": 8, "ks": [0, 50]}),
+        ("dvi", "exit:24", {"exit_layer": 24, "block": 2, "dtype": "int8"}),
     ]
     assert {name for name, *_ in keywords} == set(ENVIRONMENTS.values())
     for name, drafter, own in keywords:
@@ -187,7 +209,8 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}
         drafter = default_drafter(REAL, control.width == 1) if drafter == "auto" else drafter
         drafting = decoder_under(control, None, WallClock(CPU), drafter=drafter, **models)
-        arms.append(decoded(drafting, Policy(control, RandomAgent(control, seed=1))))
+        agent: Agent = Drafting(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
+        arms.append(decoded(drafting, Policy(control, agent)))
     accepted, samples = 0, []
     for i, prompt in enumerate(chosen):
         sample = arms[i % len(arms)](prompt, tokens, i)
