@@ -46,18 +46,19 @@ class DVIAgent(OnlineAgent):
         self.kl_floor, self.ce_weight, self.learning_rate = kl_floor, ce_weight, learning_rate
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"fast": adamw(self.drafting_weights(), self.learning_rate)}
+        return {"fast": adamw(self.passes.weights(), self.learning_rate)}
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float]:
         """The losses of acceptance and of distillation with cross-entropy."""
         policy, teacher = self.weights()
+        temperature = self.decoder.temperature if self.decoder else 0.0
         finals, drafted, rewards = (joined(segments, name) for name in ("finals", "drafted", "rewards"))
         sums = [0.0, 0.0]
 
         def loss(rows: slice, logits: Tensor) -> Tensor:
             with torch.no_grad():
                 verifier_logits = self.adapter.target.head(finals[rows]).float()
-            accepted = expected_acceptance(logits, verifier_logits, self.temperature)
+            accepted = expected_acceptance(logits, verifier_logits, temperature)
             taken = masked_cross_entropy(logits, drafted[rows], rewards[rows])
             supervised = teacher * distillation(logits, verifier_logits) + self.ce_weight * taken
             for i, part in enumerate((-accepted, supervised)):

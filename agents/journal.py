@@ -35,8 +35,12 @@ class Journal:
         """A line of ``log`` or ``validation``; it has a ``step``."""
         if self.folder is None or self.writer is None:
             return
-        with (self.folder / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {path}: {error.strerror or error}; free some space") from error
         prefix = "dvi" if name == "log" else name
         for key, value in line.items():
             if key != "step" and value is not None:

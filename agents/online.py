@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,18 +15,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from agents.exit_agent import ExitAgent
+from agents.exit_pass import ExitPass
 from agents.journal import Journal
-from agents.replay import UNDRAFTED, Replay, Segment, joined, packed, unpacked
+from agents.replay import UNDRAFTED, Replay, Segment, merged, packed, unpacked
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
-from spec_envs.controls.dvi import DVIControl, exit_of
-from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
-from spec_envs.decoding.drafters.early_exit import Projection
-from spec_envs.decoding.exit_files import load_exit, save_exit
+from spec_envs.controls.dvi import exit_of
+from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.exits import ExitAdapter
-from spec_envs.decoding.sampling import inverse_cdf
 from spec_envs.decoding.split import SplitVerifier
-from spec_envs.decoding.transformer import Transformer
 from spec_envs.env import EndedText, SpecEnv
 from spec_envs.files import write_torch
 from spec_envs.prompts import Prompt, in_turn
@@ -38,8 +34,8 @@ ROWS = 32  # of logits at a time
 ORDERS = ("shuffled", "logged")
 
 
-class OnlineAgent(ABC):
-    """Drafts by an exit's own projection, and improves it between the blocks that it drafts.
+class OnlineAgent(ExitAgent, ABC):
+    """Improves the exit that it drafts by, between the blocks that it drafts.
 
     Args:
         control: of ``SpecDVI-v0``.
@@ -55,7 +51,6 @@ class OnlineAgent(ABC):
         shortlist: most frequent tokens that a drafter proposes later (besides those of its text).
 
     Attributes:
-        adapter: what is trained: that of the environment's decoder, or what was loaded.
         steps, updates, texts_read, tokens: environment steps, updates, texts and emitted tokens so far.
 
     Raises:
@@ -75,8 +70,7 @@ class OnlineAgent(ABC):
         lr_schedule: str = "constant",
         shortlist: int = 4096,
     ):
-        if not isinstance(control, DVIControl):
-            raise ValueError(f"{type(self).__name__} improves an early exit: it needs SpecDVI-v0, not {control.name}")
+        super().__init__(control, seed)
         numbers = {"fast_batch": fast_batch, "replay_size": replay_size, "updates_per_batch": updates_per_batch}
         for name, value in {**numbers, "shortlist": shortlist, "texts": 1 if texts is None else texts}.items():
             if value < 1:
@@ -85,60 +79,52 @@ class OnlineAgent(ABC):
             raise ValueError(f"replay_batch is {replay_batch}; expected 0 or more rows")
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
-        self.control, self.seed, self.fast_batch, self.replay_batch = control, seed, fast_batch, replay_batch
+        self.fast_batch, self.replay_batch = fast_batch, replay_batch
         self.updates_per_batch, self.texts, self.order, self.shortlist = updates_per_batch, texts, order, shortlist
         self.lr_schedule = lr_schedule
         schedule(lr_schedule, 1.0, 100)  # a name that there is
         self.replay = Replay(replay_size)
-        self.rng = np.random.default_rng(seed)
         self.steps = self.updates = self.texts_read = self.tokens = 0
         self.pending: list[Segment] = []
         self.done = 0.0  # share of the learning
         self.rates = schedule("constant", 1.0, 1)
         self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
-        self.temperature, self.decision_seconds = 0.0, 0.0
-        self._adapter: ExitAdapter | None = None
-        self._played: Projection | None = None
+        self.journal = Journal(None, 0, {})
+        self.decoder: Decoder | None = None
+        self.rows: list[Segment] = []  # of the text under way, since the last update
 
-    # --- deciding
+    def bind(self, decoder: Decoder) -> None:
+        """Improve the exit of this decoder from now on; weights that were loaded before go on there.
 
-    @property
-    def adapter(self) -> ExitAdapter:
-        if self._adapter is None:
-            raise ValueError(f"{type(self).__name__} has no exit yet; load a run, or let it learn in an environment")
-        return self._adapter
+        ``generate(decoder, control, agent, prompt, learn=True)`` then learns while it serves.
+        """
+        trained, self._adapter = self._adapter, exit_of(decoder)
+        if self._adapter.version == 0:  # nobody has taught it yet
+            self._adapter.initialise(self.seed)
+        if trained is not None and trained is not self._adapter:
+            self._adapter.load_state_dict(trained.state_dict())
+            self._adapter.touched()
+        self.decoder, self.passes, self._played, self.block = decoder, ExitPass(self._adapter), None, []
+        self.counts = torch.zeros(self._adapter.target.shape.vocab, dtype=torch.int64)
+        self._adapter.requires_grad_(True)
+        self.optimizer = self.optimizers()
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        """The token to draft: the most probable one, or without ``deterministic`` one drawn at ``draft_temperature``."""
-        if deterministic or self.control.draft_temperature == 0:
-            if self._played is None:
-                self._played = Projection(self.adapter)
-            with torch.inference_mode():
-                best = int(self._played.head(self._hidden(observation)).argmax())
-            return best if self._played.ids is None else int(self._played.ids[best]), state
-        return self._drawn(observation)[0], state
+    def record(self, observation: np.ndarray, action: int, reward: float, following: np.ndarray, done: bool) -> None:
+        """Learn from the cycle that has just ended, of the decoder that this agent is bound to.
 
-    def _hidden(self, observation: np.ndarray) -> Tensor:
-        """What the projection reads, ``[1, hidden]``, in the target's dtype."""
-        target = self.adapter.target
-        hidden = torch.from_numpy(np.asarray(observation, np.float32)[self.control.slices["hidden"]])[None]
-        return hidden.to(target.device, target.precision.hidden)
-
-    @torch.no_grad()
-    def _drawn(self, observation: np.ndarray) -> tuple[int, float]:
-        """A token drafted while learning, and its log-probability."""
-        logits = self.adapter.logits(self._hidden(observation))[0]
-        temperature = self.control.draft_temperature
-        log_probabilities = (logits / (temperature or 1.0)).log_softmax(-1)
-        if temperature == 0:
-            token = int(log_probabilities.argmax())
-        else:
-            token = inverse_cdf(log_probabilities.double().exp().cpu().numpy(), self.rng.random())
-        return token, float(log_probabilities[token])
-
-    # --- learning
+        Raises:
+            ValueError: it is bound to none.
+        """
+        if self.decoder is None:
+            raise ValueError(f"{type(self).__name__} is bound to no decoder; call bind(decoder) before it learns")
+        self.rows.append(self._judged(self.decoder))
+        self.block = []
+        enough = sum(map(len, self.rows)) + sum(map(len, self.pending)) >= self.fast_batch
+        if enough or done:
+            self.pending.append(merged(self.rows))
+            self.rows = []
+        if enough:
+            self._update()
 
     def learn(
         self,
@@ -161,10 +147,10 @@ class OnlineAgent(ABC):
         """
         spec_env = env.unwrapped
         assert isinstance(spec_env, SpecEnv)
-        self._begin(spec_env)
+        self.bind(spec_env.decoder)
         if folder is not None and (folder / "last" / CHECKPOINT).exists():
             self.load_checkpoint(folder / "last")
-        journal = Journal(folder, self.updates, {"agent": type(self).__name__, "seed": self.seed})
+        self.journal = Journal(folder, self.updates, {"agent": type(self).__name__, "seed": self.seed})
         order = self._order(spec_env)
         whole = self.texts if self.texts is not None else total_timesteps
         self.rates = schedule(self.lr_schedule, 1.0, max(2, whole))
@@ -174,9 +160,8 @@ class OnlineAgent(ABC):
         def validation() -> None:
             if validate is not None:
                 found = validate(self.adapter.snapshot())
-                journal.write(
-                    "validation", {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens, **found}
-                )
+                read = {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens}
+                self.journal.write("validation", read | found)
 
         if eval_freq and self.texts_read == 0:
             validation()
@@ -187,7 +172,7 @@ class OnlineAgent(ABC):
             while self.steps < total_timesteps and self.texts_read < last:
                 before = self.steps
                 self.done = (self.texts_read if self.texts is not None else self.steps) / whole
-                self._text(env, spec_env, order[self.texts_read % len(order)], journal)
+                self._text(env, order[self.texts_read % len(order)])
                 shown.update(self.steps - before if self.texts is None else 1)
                 ended = self.steps >= total_timesteps or self.texts_read >= last
                 if eval_freq and (ended or self.steps - validated >= eval_freq):
@@ -196,22 +181,9 @@ class OnlineAgent(ABC):
                 if folder is not None and (ended or self.steps - saved >= checkpoint_freq):
                     self.save_checkpoint(folder / "last")
                     saved = self.steps
-        journal.close()
+        self.journal.close()
         self._finish()
         return self
-
-    def _begin(self, env: SpecEnv) -> None:
-        """Take the environment's exit; what was loaded before goes on from there."""
-        trained, self._adapter = self._adapter, exit_of(env.decoder)
-        if self._adapter.version == 0:  # nobody has taught it yet
-            self._adapter.initialise(self.seed)
-        if trained is not None and trained is not self._adapter:
-            self._adapter.load_state_dict(trained.state_dict())
-            self._adapter.touched()
-        self.counts = torch.zeros(self.adapter.target.shape.vocab, dtype=torch.int64)
-        self.temperature = env.decoder.temperature
-        self.adapter.requires_grad_(True)
-        self.optimizer = self.optimizers()
 
     def _order(self, env: SpecEnv) -> list[Prompt]:
         """One pass over the stream."""
@@ -220,52 +192,33 @@ class OnlineAgent(ABC):
             np.random.default_rng(self.seed).shuffle(prompts)  # type: ignore[arg-type]
         return in_turn(prompts, env.switch_every) if env.switch_every else prompts
 
-    def _text(self, env: gym.Env, spec_env: SpecEnv, prompt: Prompt, journal: Journal) -> None:
+    def _text(self, env: gym.Env, prompt: Prompt) -> None:
         """Decode one text and learn from it."""
         self.texts_read += 1
         try:
             observation, _ = env.reset(seed=self.seed * 1_000_003 + self.texts_read, options={"prompt": prompt})
         except EndedText:
             return
-        rows: list[Segment] = []
-        block: list[float] = []  # log-probabilities of what is drafted
         done = False
         while not done:
-            token, log_probability = self._drawn(observation)
-            block.append(log_probability)
-            observation, _, done, _, info = env.step(token)
+            before, (token, _) = observation, self.predict(observation)
+            observation, reward, done, _, info = env.step(token)
             self.steps += 1
-            if not info["emitted"]:
-                continue
-            rows.append(self._judged(spec_env, info["positions"], block))
-            block = []
-            waiting = sum(map(len, rows)) + sum(map(len, self.pending))
-            if waiting >= self.fast_batch:
-                self.pending.append(merged(rows))
-                rows = []
-                self._update(journal)
-        if rows:
-            self.pending.append(merged(rows))
+            if info["emitted"]:
+                self.record(before, token, float(reward), observation, done)
 
-    def _judged(self, env: SpecEnv, positions: list[dict[str, Any]], block: list[float]) -> Segment:
-        """What the last cycle tells, one row per emitted token."""
-        decoder, verifier = env.decoder, env.decoder.verifier
+    def _judged(self, decoder: Decoder) -> Segment:
+        """What the decoder's last cycle tells, one row per emitted token."""
+        verifier, cycle = decoder.verifier, decoder.cycles[-1]
         assert isinstance(verifier, SplitVerifier)
-        cycle = decoder.cycles[-1]
-        n, scored = cycle.emitted, len(positions)
+        n, positions = cycle.emitted, self.control.details(decoder, cycle)["positions"]
         text = torch.tensor([*decoder.prompt, *decoder.tokens[:-1]])
         emitted = torch.tensor(cycle.tokens, device=verifier.device)
         nats = -verifier.logits[:n].float().log_softmax(-1).gather(1, emitted[:, None]).sum()
         self.counts += torch.bincount(emitted.cpu(), minlength=len(self.counts))
         self.tokens += n
-        for name, value in (
-            ("accepted", cycle.accepted),
-            ("scored", scored),
-            ("emitted", n),
-            ("cycles", 1),
-            ("nats", nats),
-        ):
-            self.since[name] += float(value)
+        told = {"accepted": cycle.accepted, "scored": len(positions), "emitted": n, "cycles": 1, "nats": float(nats)}
+        self.since = {name: value + told[name] for name, value in self.since.items()}
 
         def padded(values: Iterable[Any], filler: float, dtype: torch.dtype) -> Tensor:
             return torch.tensor([*values, *[filler] * n][:n], dtype=dtype, device=verifier.device)
@@ -278,10 +231,10 @@ class OnlineAgent(ABC):
             drafted=padded((p["token"] for p in positions), UNDRAFTED, torch.int64),
             rewards=padded((float(p["accepted"]) for p in positions), 0.0, torch.float32),
             confidences=padded((p["confidence"] for p in positions), 0.0, torch.float32),
-            behaviour=padded(block[:scored], 0.0, torch.float32),
+            behaviour=padded((self.block or [])[: len(positions)], 0.0, torch.float32),
         )
 
-    def _update(self, journal: Journal) -> None:
+    def _update(self) -> None:
         """Learn from the rows that wait and from remembered ones."""
         since = self.since
         line: dict[str, Any] = {"texts": self.texts_read, "tokens": self.tokens}
@@ -292,7 +245,7 @@ class OnlineAgent(ABC):
         line["accept_rate"] = since["accepted"] / since["scored"]
         line["emitted_per_cycle"] = since["emitted"] / since["cycles"]
         line["ppl_sample"] = self.perplexity()
-        journal.write("log", {"step": self.updates, **line})
+        self.journal.write("log", {"step": self.updates, **line})
         self.replay.add(self.pending)
         self.pending = []
         self.since = dict.fromkeys(since, 0.0)
@@ -301,12 +254,12 @@ class OnlineAgent(ABC):
         """Of what was emitted since the last update, under the target as it is."""
         if self.adapter.lossless:
             return float(np.exp(self.since["nats"] / self.since["emitted"]))
-        segment = self.pending[-1]
-        with torch.no_grad():
-            logits = self.model.head(self.frozen_states(segment.ids)[segment.places[:-1]]).float()
-        if not len(logits):
+        segment, target = self.pending[-1], self.adapter.target
+        places = segment.places[:-1]  # whose next tokens are known
+        if not len(places):
             return float("nan")
-        return float(torch.nn.functional.cross_entropy(logits, segment.ids[segment.places[:-1] + 1]).exp())
+        logits = target.head(self.passes.through(segment.ids, range(target.shape.layers))[places]).float()
+        return float(torch.nn.functional.cross_entropy(logits, segment.ids[places + 1]).exp())
 
     def descend(self, name: str, segments: Sequence[Segment], loss: Callable[[slice, Tensor], Tensor]) -> float:
         """One step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their logits are
@@ -315,7 +268,7 @@ class OnlineAgent(ABC):
         Args:
             loss: from a range of the rows and the exit's logits there, ``[n, vocab]``, to the loss of each, ``[n]``.
         """
-        optimizer, states = self.optimizer[name], self.read_states(segments)
+        optimizer, states = self.optimizer[name], self.passes.rows(segments)
         leaf = states.detach().requires_grad_(states.requires_grad)
         optimizer.zero_grad()
         total = 0.0
@@ -350,7 +303,7 @@ class OnlineAgent(ABC):
         if len(frequent):
             self.adapter.shortlist = frequent.sort().values.numpy()
         self.adapter.touched()
-        self._played = None
+        self.decoder, self._played, self.block = None, None, None
         self.decision_seconds = self.measure()
 
     @abstractmethod
@@ -365,89 +318,8 @@ class OnlineAgent(ABC):
         """What an agent has beside weights and optimisers, for its checkpoint."""
         return {}
 
-    def take_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have nothing
+    def take_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from it."""
-
-    # --- what gradients flow through
-
-    def drafting_weights(self) -> list[nn.Parameter]:
-        """What makes the exit a better drafter."""
-        adapter = self.adapter
-        if not adapter.lossless:
-            return list(adapter.lora_S.parameters())
-        return [
-            *adapter.exit_proj.parameters(),
-            *(adapter.attention.parameters() if adapter.kind == "kangaroo" else ()),
-        ]
-
-    def read_states(self, segments: Sequence[Segment]) -> Tensor:
-        """What the projection reads at the rows of the segments, ``[n, hidden]``, by today's weights."""
-        if self.adapter.kind == "head":  # which do not depend on what is trained
-            return joined(segments, "exits")
-        return torch.cat([self.exit_states(segment.ids)[segment.places] for segment in segments])
-
-    @functools.cached_property
-    def model(self) -> Transformer:
-        """The target in a dtype that gradients flow through."""
-        target = self.adapter.target
-        if target.device.type == "cuda" or target.dtype == torch.float32:
-            return target
-        return load_target(self.adapter.settings.base_model, target.device, torch.float32)
-
-    def exit_states(self, ids: Tensor) -> Tensor:
-        """What the projection reads at every token of a text, ``[m, hidden]``."""
-        adapter, shallow = self.adapter, range(self.adapter.exit_layer)
-        if not adapter.lossless:
-            model = self.model
-            return model.layers.read(model.embed(ids)[None], model.rope, shallow, adapter.additions())[0]
-        target = adapter.target
-        positions = torch.arange(len(ids), device=ids.device)[None]
-        with torch.no_grad():
-            states, _ = target.forward(target.embed(ids)[None], target.cache(len(ids)), positions, layers=shallow)
-        return adapter.read(states)[0]
-
-    def states_behind(self, ids: Tensor) -> Tensor:
-        """Hidden states of a text behind the last layer of the adapted target, ``[m, hidden]``, with gradients for
-        ``lora_D`` only."""
-        model, layers = self.model, range(self.adapter.exit_layer, self.model.shape.layers)
-        states = self.exit_states(ids).detach()
-        return model.layers.read(states[None], model.rope, layers, self.adapter.additions())[0]
-
-    @torch.no_grad()
-    def frozen_states(self, ids: Tensor) -> Tensor:
-        """The same of the target as it is."""
-        return self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]
-
-    # --- files
-
-    def save(self, folder: Path) -> None:
-        """Write the exit, as it serves as ``drafter=``."""
-        save_exit(self.adapter, folder)
-
-    def load(self, folder: Path) -> None:
-        """Read an exit.
-
-        Raises:
-            ValueError: none there, or one of another target, layer or kind.
-        """
-        control = self.control
-        device = resolve_device(control.device)
-        target = load_target(control.target, device, resolve_dtype(control.dtype, device, [control.target]))
-        adapter = load_exit(Path(folder), target)
-        found, wanted = (adapter.exit_layer, adapter.kind), (control.exit_layer, control.adapter)
-        if found != wanted:
-            raise ValueError(f"{folder} has exit_layer and adapter {found}, this agent's problem has {wanted}")
-        self._adapter, self._played = adapter, None
-        self.decision_seconds = self.measure()
-
-    def measure(self) -> float:
-        """Median seconds of a decision."""
-        blank, timings = np.ones(self.control.observation_space.shape or 0, np.float32), []
-        for _ in range(30):
-            begin = time.perf_counter()
-            self.predict(blank, deterministic=True)
-            timings.append(time.perf_counter() - begin)
-        return float(np.median(timings))
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write everything that learning needs to go on, between two texts."""
@@ -493,9 +365,3 @@ class OnlineAgent(ABC):
 def adamw(weights: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
     """AdamW without decay."""
     return torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
-
-
-def merged(rows: Sequence[Segment]) -> Segment:
-    """Consecutive rows of one text as one segment."""
-    columns = {name: joined(rows, name) for name in Segment.__dataclass_fields__ if name != "ids"}
-    return Segment(ids=rows[-1].ids, **columns)

@@ -60,7 +60,7 @@ class ReinforceAgent(OnlineAgent):
         self.baseline = 0.0
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found: dict[str, torch.optim.Optimizer] = {"fast": adamw(self.drafting_weights(), self.learning_rate)}
+        found: dict[str, torch.optim.Optimizer] = {"fast": adamw(self.passes.weights(), self.learning_rate)}
         if not self.adapter.lossless:
             found["slow"] = adamw(self.adapter.lora_D.parameters(), self.slow_learning_rate)
         return found
@@ -93,9 +93,10 @@ class ReinforceAgent(OnlineAgent):
         places = segment.places[:-1]  # whose next tokens are known
         if not len(places):
             return 0.0
-        verifier = self.model.head(self.states_behind(segment.ids)[places]).float()
+        head = self.passes.model.head
+        verifier = head(self.passes.behind(segment.ids)[places]).float()
         with torch.no_grad():
-            frozen = self.model.head(self.frozen_states(segment.ids)[places]).float()
+            frozen = head(self.passes.frozen(segment.ids)[places]).float()
         loss = F.cross_entropy(verifier, segment.ids[places + 1])
         loss = loss + self.beta_kl * distillation(frozen, verifier).mean()
         self.step("slow", loss)

@@ -79,3 +79,9 @@ def unpacked(state: Sequence[dict[str, Any]]) -> list[Segment]:
 def joined(segments: Sequence[Segment], name: str) -> Tensor:
     """One attribute of several segments, one after another."""
     return torch.cat([getattr(segment, name) for segment in segments])
+
+
+def merged(rows: Sequence[Segment]) -> Segment:
+    """Consecutive rows of one text as one segment."""
+    columns = {name: joined(rows, name) for name in Segment.__dataclass_fields__ if name != "ids"}
+    return Segment(ids=rows[-1].ids, **columns)

@@ -24,9 +24,11 @@ from agents.exit_losses import distillation, expected_acceptance, masked_cross_e
 from agents.journal import Journal
 from agents.online import OnlineAgent
 from agents.replay import UNDRAFTED, Replay, Segment, joined
+from spec_envs import generate
 from spec_envs.controls import make_control
 from spec_envs.decoding.exit_files import load_exit
 from spec_envs.decoding.exits import KINDS
+from spec_envs.decoding.pair import load_decoder
 
 ROOT = Path(__file__).parents[1]
 EXIT: dict[str, Any] = {"exit_layer": 3, "prompts": "mt_bench", "drafter": "auto"}
@@ -55,7 +57,7 @@ def gradient(agent: OnlineAgent) -> Tensor:
 
 
 def weights(agent: OnlineAgent) -> list[torch.nn.Parameter]:
-    for weight in (found := agent.drafting_weights()):
+    for weight in (found := agent.passes.weights()):
         weight.requires_grad_(True)
     return found
 
@@ -86,9 +88,9 @@ def test_reinforce_is_the_gradient_of_acceptance(kind: str, tiny: dict, monkeypa
     for weight in weights(agent):
         weight.grad = None
     with torch.no_grad():
-        log_probabilities = agent.adapter.logits(agent.read_states([segment])).log_softmax(-1)
+        log_probabilities = agent.adapter.logits(agent.passes.rows([segment])).log_softmax(-1)
     exact_loss = -expected_acceptance(
-        agent.adapter.logits(agent.read_states([segment])), agent.adapter.target.head(segment.finals)
+        agent.adapter.logits(agent.passes.rows([segment])), agent.adapter.target.head(segment.finals)
     ).mean()
     exact_loss.backward()
     exact = gradient(agent)
@@ -256,6 +258,32 @@ def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
         other.load(tmp_path)
 
 
+def test_it_learns_while_it_serves(tiny: dict, tmp_path: Path) -> None:
+    """``generate(learn=True)``, from a run that was saved; what it learned can be saved again."""
+    env, first = built(tiny, "dvi", "kangaroo", texts=3)
+    first.learn(10**6, env)
+    first.save(tmp_path)
+    keywords = {**tiny, **EXIT, "adapter": "kangaroo", "rank": 4, "block": 2}
+    control = make_control("dvi", keywords)
+    agent = AGENTS["dvi"](control=control, fast_batch=16, learning_rate=1e-2)
+    agent.load(tmp_path)
+    decoder = load_decoder(tiny["target"], str(tmp_path), "cpu", "float32", width=1, max_depth=control.max_depth)
+    with pytest.raises(ValueError, match=r"DVIAgent is bound to no decoder; call bind\(decoder\)"):
+        generate(decoder, control, agent, [2, 3, 4], 20, learn=True).run()
+    agent.bind(decoder)
+    before = agent.adapter.exit_proj.lora_B.clone()
+    for prompt in ([2, 3, 4], [5, 6], [9, 8, 7]):
+        done = generate(decoder, control, agent, prompt, 30, learn=True).run()
+        assert done.tokens == generate(decoder.plain(), None, None, prompt, 30).run().tokens
+    assert agent.updates >= 2 and not torch.equal(agent.adapter.exit_proj.lora_B, before)
+    assert agent.adapter is decoder.drafter.adapter
+    updates = agent.updates
+    generate(decoder, control, agent, [2, 3, 4], 30).run()  # without learn= nothing is learned
+    assert agent.updates == updates
+    agent.save(tmp_path / "again")
+    load_exit(tmp_path / "again", decoder.local.target)
+
+
 def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
     for name, words in (("a", ("the", "of", "in")), ("b", ("is", "it", "on"))):
         rows = [{"conversations": [{"from": "human", "value": f"{w} {w}"}], "split": "train"} for w in words]
@@ -277,6 +305,7 @@ from pathlib import Path
 import gymnasium as gym
 import spec_envs
 from agents import AGENTS
+from spec_envs import generate
 from spec_envs.controls import make_control
 name, folder, keywords, own = sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3]), eval(sys.argv[4])
 agent = AGENTS[name](control=make_control("dvi", keywords), **own)

@@ -173,7 +173,7 @@ class Policy:
 
     def __init__(self, control: Control, agent: Agent, learning: bool = False):
         if learning and not isinstance(agent, Learner):
-            raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter does")
+            raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter, dvi and reinforce do")
         self.control, self.agent, self.learning = control, agent, learning
         self.state: Any = None
         self.fresh = True

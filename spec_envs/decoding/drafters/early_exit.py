@@ -19,8 +19,6 @@ from spec_envs.decoding.split import SplitVerifier
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Children, Tree
 
-STOP = 0.6  # Kangaroo's threshold of the confidence
-
 
 class EarlyExitDrafter(ChainDrafter):
     """Drafts from the verifier's own exit, over one cache. What the adapter has learned since the last text counts when
