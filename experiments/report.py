@@ -70,6 +70,8 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
         sent = ", ".join(f"{name} {up:.0f} and {down:.0f}" for name, (up, down) in results["bytes_per_token"].items())
         lines.append(f"Bytes up and down per token: {sent}.")
+    if "exit" in results:
+        lines += exit_notes(results["exit"])
     for name, found in results.get("divergences", {}).items():
         line = (
             f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
@@ -85,6 +87,27 @@ def notes(results: dict[str, Any]) -> list[str]:
                 f"{name} plays {results['decisions'][name]} {setting} in {100 * share:.1f} % of its cycles: "
                 "it is a static setting."
             )
+    return lines
+
+
+def exit_notes(found: dict[str, Any]) -> list[str]:
+    """What learning changed at an exit, and what a cycle costs there."""
+    cost = found["cost_of_a_cycle"]
+    accepted, emitted = (
+        f"{found[f'{key}_before']:.3f} before and {found[f'{key}_after']:.3f} after learning"
+        for key in ("accept_rate", "emitted_per_cycle")
+    )
+    lines = [
+        f"Exit behind {found['exit_layer']} layers, adapter {found['adapter']}, {found['k']} drafted tokens per cycle: "
+        f"accepted of judged drafts {accepted}; emitted per cycle {emitted}.",
+        f"A cycle of the trained exit costs {cost['draft']:.2f} plain steps to draft and {cost['verify']:.2f} to verify, "
+        f"{cost['whole']:.2f} in all: what it must emit to be as fast as plain decoding.",
+        f"Verifier on the target's own texts: perplexity {found['perplexity']:.2f}, {found['drift']:.4f} nats per token "
+        f"from the target, {found['drift_argmax_per_1000']:.1f} of 1,000 most probable tokens are others.",
+    ]
+    if "same_text" in found:
+        same = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["same_text"].items())
+        lines.append(f"Prompts with the tokens of plain decoding by the same verifier: {same}.")
     return lines
 
 

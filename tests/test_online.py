@@ -193,6 +193,20 @@ def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
     assert after > before + (0.25 if name == "dvi" else 0.1), (before, after)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_exits_learn_in_bfloat16(kind: str, tiny: dict, tmp_path: Path) -> None:
+    """Where gradients do not flow through the target's own dtype, they do through a copy in float32."""
+    env, agent = built(tiny, "dvi", kind, {"dtype": "bfloat16", "max_new_tokens": 30}, texts=4)
+    agent.learn(10**6, env)
+    assert agent.updates > 2 and all(torch.isfinite(w).all() for w in agent.adapter.parameters())
+    assert any(w.abs().sum() > 0 for name, w in agent.adapter.named_parameters() if name.endswith("lora_B"))
+    agent.save(tmp_path)
+    decoder = load_decoder(tiny["target"], str(tmp_path), "cpu", "bfloat16", width=1)
+    decoder.start([2, 3, 4], 20, np.random.default_rng(0))
+    while not decoder.finished:
+        decoder.cycle(3)
+
+
 def test_the_verifier_moves_slowly_and_only_behind_the_exit(tiny: dict) -> None:
     env, agent = built(tiny, "reinforce", "layers", texts=4, slow_every=2, slow_learning_rate=1e-3)
     agent.learn(10**6, env)

@@ -151,7 +151,7 @@ class ExitAdapter(nn.Module):
         normed = F.rms_norm(states.float(), self.norm.shape, self.norm, self.target.shape.norm_eps)
         if self.kind == "head":
             with torch.no_grad():
-                base = self.target.head(states.detach()).float()
+                base = self.target.head(states.detach().to(self.target.precision.hidden)).float()
         else:
             base = F.linear(normed, self._output_float)
         return base if self.kind == "layers" else base + self.exit_proj(normed)
