@@ -23,7 +23,7 @@ from websockets.frames import CloseCode
 from spec_envs.network import cloud
 
 FORKS = multiprocessing.get_context("forkserver")  # has the imports behind it, which take most of a start
-FORKS.set_forkserver_preload(["spec_envs.network.cloud", "tests.cloud_process"])
+FORKS.set_forkserver_preload(["spec_envs.network.cloud", "tests.cloud_process", "agents"])
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 Fault = Callable[[int, str, Any], Awaitable[list[Any] | None]]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +25,8 @@ from spec_envs.controls import make_control
 from spec_envs.decoding.exit_files import load_exit
 from spec_envs.decoding.exits import KINDS
 from spec_envs.decoding.pair import load_decoder
+from tests.cloud_process import FORKS
 
-ROOT = Path(__file__).parents[1]
 EXIT: dict[str, Any] = {"exit_layer": 3, "prompts": "mt_bench", "drafter": "auto"}
 
 
@@ -313,19 +309,12 @@ def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
     assert order() == order(seed=0) != order(seed=1) and sorted(order()) == sorted(order(order="logged"))
 
 
-COMMAND = """
-import sys
-from pathlib import Path
-import gymnasium as gym
-import spec_envs
-from agents import AGENTS
-from spec_envs import generate
-from spec_envs.controls import make_control
-name, folder, keywords, own = sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3]), eval(sys.argv[4])
-agent = AGENTS[name](control=make_control("dvi", keywords), **own)
-agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), folder, checkpoint_freq=40)
-agent.save(folder)
-"""
+def learning(name: str, folder: str, keywords: dict, own: dict) -> None:
+    """A run in a process of its own."""
+    torch.set_num_threads(1)
+    agent = AGENTS[name](control=make_control("dvi", keywords), **own)
+    agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), Path(folder), checkpoint_freq=40)
+    agent.save(Path(folder))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dvi", "kangaroo"), ("reinforce", "layers")])
@@ -338,25 +327,31 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny:
     for folder in (whole, killed):
         folder.mkdir()
 
-    def start(folder: Path) -> subprocess.Popen:
-        arguments = [sys.executable, "-c", COMMAND, name, str(folder), repr(keywords), repr(own)]
-        return subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def start(folder: Path) -> Any:
+        process = FORKS.Process(target=learning, args=(name, str(folder), keywords, own), daemon=True)
+        process.start()
+        return process
 
-    assert start(whole).wait() == 0
+    def ended(process: Any) -> bool:
+        """Whether it came to its own end."""
+        process.join(120)
+        return process.exitcode == 0
+
+    assert ended(start(whole))
     moments, kills = random.Random(1), 0
     while kills < 3:
-        process = start(killed)
-        size = (killed / "log.jsonl").stat().st_size if (killed / "log.jsonl").exists() else 0
-        while process.poll() is None:  # until it has written something new, and a moment more
-            if (killed / "log.jsonl").exists() and (killed / "log.jsonl").stat().st_size > size + 300:
+        process, log = start(killed), killed / "log.jsonl"
+        size = log.stat().st_size if log.exists() else 0
+        while process.is_alive():  # until it has written something new, and a moment more
+            if log.exists() and log.stat().st_size > size + 300:
                 time.sleep(moments.random() * 0.3)
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 break
             time.sleep(0.01)
-        if process.wait() == 0:
+        if ended(process):
             break
         kills += 1
-    assert kills >= 1 and start(killed).wait() == 0
+    assert kills >= 1 and ended(start(killed))
     assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
     for file in sorted(whole.rglob("*.safetensors")):
         assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()

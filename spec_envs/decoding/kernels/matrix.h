@@ -6,7 +6,6 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
@@ -205,7 +204,7 @@ struct Tiles {
 
 #ifdef __AVX512VNNI__
 // COUNT rows, whose sums stay in registers. The instruction takes the rows as unsigned: 128 is added to each of their
-// numbers, which is to flip its highest bit, and 128 times the weights is taken away from the sums beforehand.
+// numbers, which is to flip its highest bit, and 128 times the weights is taken away from the sums.
 template <int COUNT>
 inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool first, Sums& sums, int at) {
     const int stride = m.stride();
@@ -238,16 +237,10 @@ inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool
 
 template <int HEIGHT>
 inline void multiply(const Matrix& m, const int8_t* rows, int count, const int8_t* weight, bool first, Sums& sums) {
-    int row = 0;
-    const auto next = [&](auto take) {
-        constexpr int COUNT = decltype(take)::value;
-        for (; row + COUNT <= count; row += COUNT)
-            dots<COUNT>(m, rows + int64_t(row) * m.stride(), weight, first && row == 0, sums, row);
-    };
-    next(std::integral_constant<int, 8>());
-    next(std::integral_constant<int, 4>());
-    next(std::integral_constant<int, 2>());
-    next(std::integral_constant<int, 1>());
+    using Dots = void (*)(const Matrix&, const int8_t*, const int8_t*, bool, Sums&, int);
+    static constexpr Dots of[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
+    for (int row = 0; row < count; row += 8)
+        of[std::min(8, count - row)](m, rows + int64_t(row) * m.stride(), weight, first && row == 0, sums, row);
 }
 #else
 template <int HEIGHT>
