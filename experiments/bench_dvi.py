@@ -30,7 +30,7 @@ from spec_envs.controls.dvi import exit_of
 from spec_envs.files import whole, write_json
 
 ENV = "SpecDVI-v0"
-STANZAS = ("reinforce", "reinforce-head", "dvi", "dvi-kangaroo")
+STANZAS = ("reinforce", "reinforce-head", "dvi")
 UNTRAINED = "untrained"
 
 
@@ -143,9 +143,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stanzas", nargs="+", default=list(STANZAS), help=f"of experiments/{ENV}.yml")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each")
-    parser.add_argument("--texts", type=int, default=600, help="prompts of the one pass")
+    parser.add_argument("--texts", type=int, default=300, help="prompts of the one pass")
     parser.add_argument("--conversations", type=Path, help="log to read (default: the target writes user turns)")
-    parser.add_argument("--eval-freq", type=int, default=6000, help="drafted tokens between validations")
+    parser.add_argument("--eval-freq", type=int, default=3000, help="drafted tokens between validations")
     parser.add_argument("--count", type=int, default=30, help="held-out prompts of the table")
     parser.add_argument("--k", type=int, default=VALIDATED_K, help="drafted tokens per cycle of the table")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of every stanza")

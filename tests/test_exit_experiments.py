@@ -45,8 +45,8 @@ def test_a_run_ends_with_a_table_and_a_drafter(
     own = ("own_text=12", "hyperparameters.texts=12", "eval_freq=60", "checkpoint_freq=60")
     arguments = ["SpecDVI-v0", "--root", str(tmp_path), "--set", *settings(tiny), *own]
     run(monkeypatch, train, *arguments)
-    assert first_stanza("SpecDVI-v0") == "dvi-kangaroo"
-    folder, table = tmp_path / "SpecDVI-v0" / "dvi-kangaroo-0", capsys.readouterr().out
+    assert first_stanza("SpecDVI-v0") == "dvi"
+    folder, table = tmp_path / "SpecDVI-v0" / "dvi-0", capsys.readouterr().out
     for arm in ("plain", "plain again", "transformers generate", "untrained exit", "trained exit", "dvi"):
         assert f"| {arm} |" in table
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")

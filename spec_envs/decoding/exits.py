@@ -115,7 +115,7 @@ class ExitAdapter(nn.Module):
 
     def snapshot(self) -> ExitAdapter:
         """A copy that does not learn."""
-        shared = [self.target, *(self.__dict__.get(name) for name in ("_output", "_output_float"))]
+        shared = [self.target, self.__dict__.get("_output")]
         return copy.deepcopy(self, {id(x): x for x in shared}).requires_grad_(False)
 
     def initialise(self, seed: int) -> None:
@@ -153,16 +153,13 @@ class ExitAdapter(nn.Module):
             with torch.no_grad():
                 base = self.target.head(states.detach().to(self.target.precision.hidden)).float()
         else:
-            base = F.linear(normed, self._output_float)
+            base = F.linear(normed.to(self._output.dtype), self._output).float()
         return base if self.kind == "layers" else base + self.exit_proj(normed)
 
     @functools.cached_property
     def _output(self) -> Tensor:
-        return self.target.output_weight()  # once: it may be a copy
-
-    @functools.cached_property
-    def _output_float(self) -> Tensor:
-        return self._output.float()
+        """The target's output rows ``[vocab, hidden]``, bfloat16 where it is computed in int8."""
+        return self.target.output_weight().to(self.target.precision.cache)  # once: it may be a copy
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:
