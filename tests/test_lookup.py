@@ -199,5 +199,5 @@ def test_lookup_goes_first_by_default() -> None:
 
 def test_lookup_goes_in_front_of_draft_models_only(tiny: dict[str, Any]) -> None:
     for name in ("", tiny["drafter"]):
-        with pytest.raises(ValueError, match="expected the name of a draft model behind the plus sign"):
+        with pytest.raises(ValueError, match="expected the name of a draft model or an exit behind the plus sign"):
             copying(tiny, name)
