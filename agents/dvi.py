@@ -51,14 +51,15 @@ class DVIAgent(OnlineAgent):
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float]:
         """The losses of acceptance and of distillation with cross-entropy."""
         policy, teacher = self.weights()
-        temperature = self.decoder.temperature if self.decoder else 0.0
+        verifier = self.decoder.verifier if self.decoder else None
+        drawing = (verifier.temperature, verifier.top_p) if verifier else (0.0, 1.0)
         finals, drafted, rewards = (joined(segments, name) for name in ("finals", "drafted", "rewards"))
         sums = [0.0, 0.0]
 
         def loss(rows: slice, logits: Tensor) -> Tensor:
             with torch.no_grad():
                 verifier_logits = self.adapter.target.head(finals[rows]).float()
-            accepted = expected_acceptance(logits, verifier_logits, temperature)
+            accepted = expected_acceptance(logits, verifier_logits, *drawing)
             taken = masked_cross_entropy(logits, drafted[rows], rewards[rows])
             supervised = teacher * distillation(logits, verifier_logits) + self.ce_weight * taken
             for i, part in enumerate((-accepted, supervised)):

@@ -15,7 +15,7 @@ from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
 from spec_envs.decoding.drafters.early_exit import Projection
 from spec_envs.decoding.exit_files import load_exit, save_exit
-from spec_envs.decoding.exits import ExitAdapter
+from spec_envs.decoding.exits import ExitAdapter, default_rank
 from spec_envs.decoding.sampling import inverse_cdf
 
 
@@ -96,10 +96,11 @@ class ExitAgent:
         control = self.control
         device = resolve_device(control.device)
         target = load_target(control.target, device, resolve_dtype(control.dtype, device, [control.target]))
-        adapter = load_exit(Path(folder), target)
-        found, wanted = (adapter.exit_layer, adapter.kind), (control.exit_layer, control.adapter)
+        adapter = load_exit(Path(folder), target, control.target)
+        found = (adapter.exit_layer, adapter.kind, adapter.settings.rank)
+        wanted = (control.exit_layer, control.adapter, control.rank or default_rank(control.adapter))
         if found != wanted:
-            raise ValueError(f"{folder} has exit_layer and adapter {found}, this agent's problem has {wanted}")
+            raise ValueError(f"{folder} has exit_layer, adapter and rank {found}, this agent's problem has {wanted}")
         self._adapter, self._played = adapter, None
         self.decision_seconds = self.measure()
 

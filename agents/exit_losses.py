@@ -26,20 +26,31 @@ def reinforce(
     return -weight * (rewards - baseline) * log_probabilities
 
 
-def expected_acceptance(logits: Tensor, verifier_logits: Tensor, temperature: float = 0.0) -> Tensor:
+def expected_acceptance(
+    logits: Tensor, verifier_logits: Tensor, temperature: float = 0.0, top_p: float = 1.0
+) -> Tensor:
     """The chance that the verifier takes the next draft, ``[n]``: exact, for its distribution is known.
 
-    Greedily it is π(a*), a* being the verifier's most probable token; when both draw it is Σ min(p, π) (Leviathan et al.
-    2023, arXiv 2211.17192, corollary 3.6).
+    Greedily it is π(a*), a* being the verifier's most probable token; when both draw, at the same temperature and from
+    their nuclei, it is Σ min(p, π) (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6).
 
     Args:
         logits, verifier_logits: ``[n, vocab]``.
-        temperature: of the verifier.
+        temperature, top_p: at which both draw; 0 is greedy.
     """
-    policy = logits.softmax(-1)
     if temperature == 0:
-        return policy.gather(1, verifier_logits.argmax(-1, keepdim=True))[:, 0]
-    return torch.minimum(policy, (verifier_logits / temperature).softmax(-1)).sum(-1)
+        return logits.softmax(-1).gather(1, verifier_logits.argmax(-1, keepdim=True))[:, 0]
+    return torch.minimum(*(nucleus((x / temperature).softmax(-1), top_p) for x in (logits, verifier_logits))).sum(-1)
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """The smallest sets of mass ``top_p`` of distributions ``[n, vocab]``, normalised."""
+    if top_p == 1:
+        return p
+    ordered, index = p.sort(dim=-1, descending=True, stable=True)
+    dropped = (ordered.cumsum(-1) - ordered >= top_p).detach()
+    kept = p.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), 0.0)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def distillation(logits: Tensor, verifier_logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agents.replay import Segment, joined
 from spec_envs.decoding.checkpoints import load_target
 from spec_envs.decoding.exits import ExitAdapter
+from spec_envs.decoding.lora import Additions
 from spec_envs.decoding.transformer import Transformer
 
 
@@ -42,6 +43,11 @@ class ExitPass:
             return target
         return load_target(self.adapter.settings.base_model, target.device, torch.float32)
 
+    def additions(self) -> Additions | None:
+        """What the adapter adds to the layers of ``model``, with gradients."""
+        added = self.adapter.additions()
+        return None if added is None else added.to(self.model.dtype)
+
     def rows(self, segments: Sequence[Segment]) -> Tensor:
         """What the projection reads at the rows of segments, ``[n, hidden]``."""
         if self.adapter.kind == "head":  # which does not depend on what is trained
@@ -53,7 +59,7 @@ class ExitPass:
         adapter, shallow = self.adapter, range(self.adapter.exit_layer)
         if not adapter.lossless:
             model = self.model
-            return model.layers.read(model.embed(ids)[None], model.rope, shallow, adapter.additions())[0]
+            return model.layers.read(model.embed(ids)[None], model.rope, shallow, self.additions())[0]
         return adapter.read(self.through(ids, shallow)[None])[0]
 
     @torch.no_grad()
@@ -68,7 +74,7 @@ class ExitPass:
         ``lora_D`` only."""
         model, layers = self.model, range(self.adapter.exit_layer, self.model.shape.layers)
         states = self.text(ids).detach()
-        return model.layers.read(states[None], model.rope, layers, self.adapter.additions())[0]
+        return model.layers.read(states[None], model.rope, layers, self.additions())[0]
 
     @torch.no_grad()
     def frozen(self, ids: Tensor) -> Tensor:

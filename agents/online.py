@@ -18,7 +18,7 @@ from tqdm import tqdm
 from agents.exit_agent import ExitAgent
 from agents.exit_pass import ExitPass
 from agents.journal import Journal
-from agents.replay import UNDRAFTED, Replay, Segment, merged, packed, unpacked
+from agents.replay import Replay, Segment, judged, merged, packed, unpacked
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import exit_of
@@ -32,6 +32,7 @@ from spec_envs.prompts import Prompt, in_turn
 CHECKPOINT = "checkpoint.pt"
 ROWS = 32  # of logits at a time
 ORDERS = ("shuffled", "logged")
+COUNTERS = ("steps", "updates", "texts_read", "tokens", "validated")  # of a checkpoint
 
 
 class OnlineAgent(ExitAgent, ABC):
@@ -43,10 +44,10 @@ class OnlineAgent(ExitAgent, ABC):
         fast_batch: judged rows between updates.
         replay_size, replay_batch: rows that are remembered, and that join those of an update.
         updates_per_batch: updates whenever there are ``fast_batch`` new rows.
-        texts: texts after which learning ends, if the steps have not ended it; None is no bound.
+        texts: after which learning ends, if the steps have not ended it; None reads every prompt of the stream once.
         order: prompts ``"shuffled"``, or as they were ``"logged"``; with the environment's ``switch_every`` the prompt
             sets take turns.
-        lr_schedule: of the learning rates over ``texts``, or over the steps where there is no bound; see
+        lr_schedule: of the learning rates over the texts, or over the steps if these end first; see
             :func:`agents.schedules.schedule`.
         shortlist: most frequent tokens that a drafter proposes later (besides those of its text).
 
@@ -84,12 +85,12 @@ class OnlineAgent(ExitAgent, ABC):
         self.lr_schedule = lr_schedule
         schedule(lr_schedule, 1.0, 100)  # a name that there is
         self.replay = Replay(replay_size)
-        self.steps = self.updates = self.texts_read = self.tokens = 0
+        self.steps = self.updates = self.texts_read = self.tokens = self.validated = 0
         self.pending: list[Segment] = []
         self.done = 0.0  # share of the learning
         self.rates = schedule("constant", 1.0, 1)
         self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
-        self.journal = Journal(None, 0, {})
+        self.journal = Journal(None, 0, 0, {})
         self.decoder: Decoder | None = None
         self.rows: list[Segment] = []  # of the text under way, since the last update
 
@@ -117,6 +118,9 @@ class OnlineAgent(ExitAgent, ABC):
         """
         if self.decoder is None:
             raise ValueError(f"{type(self).__name__} is bound to no decoder; call bind(decoder) before it learns")
+        if len(self.decoder.cycles) == 1 and self.rows:  # the text before was never ended
+            self.pending.append(merged(self.rows))
+            self.rows = []
         self.rows.append(self._judged(self.decoder))
         self.block = []
         enough = sum(map(len, self.rows)) + sum(map(len, self.pending)) >= self.fast_batch
@@ -150,12 +154,12 @@ class OnlineAgent(ExitAgent, ABC):
         self.bind(spec_env.decoder)
         if folder is not None and (folder / "last" / CHECKPOINT).exists():
             self.load_checkpoint(folder / "last")
-        self.journal = Journal(folder, self.updates, {"agent": type(self).__name__, "seed": self.seed})
+        shown = {"agent": type(self).__name__, "seed": self.seed}
+        self.journal = Journal(folder, self.updates, self.texts_read, shown)
         order = self._order(spec_env)
-        whole = self.texts if self.texts is not None else total_timesteps
-        self.rates = schedule(self.lr_schedule, 1.0, max(2, whole))
-        saved = validated = self.steps
-        last = self.texts if self.texts is not None else float("inf")
+        last = self.texts if self.texts is not None else len(order)
+        self.rates = schedule(self.lr_schedule, 1.0, max(2, last))
+        saved = self.steps
 
         def validation() -> None:
             if validate is not None:
@@ -165,19 +169,15 @@ class OnlineAgent(ExitAgent, ABC):
 
         if eval_freq and self.texts_read == 0:
             validation()
-        bar = {"total": total_timesteps, "initial": self.steps, "unit": "tok"}
-        if self.texts is not None:
-            bar = {"total": self.texts, "initial": self.texts_read, "unit": "text"}
-        with tqdm(**bar, desc="learning", disable=not progress_bar) as shown:
+        with tqdm(total=last, initial=self.texts_read, unit="text", desc="learning", disable=not progress_bar) as bar:
             while self.steps < total_timesteps and self.texts_read < last:
-                before = self.steps
-                self.done = (self.texts_read if self.texts is not None else self.steps) / whole
+                self.done = max(self.texts_read / last, self.steps / total_timesteps)
                 self._text(env, order[self.texts_read % len(order)])
-                shown.update(self.steps - before if self.texts is None else 1)
+                bar.update()
                 ended = self.steps >= total_timesteps or self.texts_read >= last
-                if eval_freq and (ended or self.steps - validated >= eval_freq):
+                if eval_freq and (ended or self.steps - self.validated >= eval_freq):
                     validation()
-                    validated = self.steps
+                    self.validated = self.steps
                 if folder is not None and (ended or self.steps - saved >= checkpoint_freq):
                     self.save_checkpoint(folder / "last")
                     saved = self.steps
@@ -212,27 +212,14 @@ class OnlineAgent(ExitAgent, ABC):
         verifier, cycle = decoder.verifier, decoder.cycles[-1]
         assert isinstance(verifier, SplitVerifier)
         n, positions = cycle.emitted, self.control.details(decoder, cycle)["positions"]
-        text = torch.tensor([*decoder.prompt, *decoder.tokens[:-1]])
         emitted = torch.tensor(cycle.tokens, device=verifier.device)
         nats = -verifier.logits[:n].float().log_softmax(-1).gather(1, emitted[:, None]).sum()
         self.counts += torch.bincount(emitted.cpu(), minlength=len(self.counts))
         self.tokens += n
         told = {"accepted": cycle.accepted, "scored": len(positions), "emitted": n, "cycles": 1, "nats": float(nats)}
         self.since = {name: value + told[name] for name, value in self.since.items()}
-
-        def padded(values: Iterable[Any], filler: float, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([*values, *[filler] * n][:n], dtype=dtype, device=verifier.device)
-
-        return Segment(
-            ids=text.to(verifier.device),
-            places=torch.arange(len(text) - n, len(text), device=verifier.device),
-            exits=verifier.features[:n].float().clone(),
-            finals=verifier.finals[:n].clone(),
-            drafted=padded((p["token"] for p in positions), UNDRAFTED, torch.int64),
-            rewards=padded((float(p["accepted"]) for p in positions), 0.0, torch.float32),
-            confidences=padded((p["confidence"] for p in positions), 0.0, torch.float32),
-            behaviour=padded((self.block or [])[: len(positions)], 0.0, torch.float32),
-        )
+        text, behaviour = [*decoder.prompt, *decoder.tokens[:-1]], (self.block or [])[: len(positions)]
+        return judged(verifier, text, positions, behaviour, n)
 
     def _update(self) -> None:
         """Learn from the rows that wait and from remembered ones."""
@@ -333,7 +320,7 @@ class OnlineAgent(ExitAgent, ABC):
             "since": self.since,
             "rng": json.dumps(self.rng.bit_generator.state),
             "extra": self.extra_state(),
-            **{name: getattr(self, name) for name in ("steps", "updates", "texts_read", "tokens")},
+            **{name: getattr(self, name) for name in COUNTERS},
         }
         write_torch(folder / CHECKPOINT, state)
 
@@ -357,7 +344,7 @@ class OnlineAgent(ExitAgent, ABC):
         self.counts, self.since = state["counts"], state["since"]
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.take_extra_state(state["extra"])
-        for name in ("steps", "updates", "texts_read", "tokens"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
         self.adapter.touched()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from spec_envs.decoding.split import SplitVerifier
 
 UNDRAFTED = -1  # in place of a token, at a row behind which nothing was drafted
 
@@ -40,6 +42,37 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+def judged(
+    verifier: SplitVerifier,
+    text: Sequence[int],
+    positions: Sequence[dict[str, Any]],
+    behaviour: Sequence[float],
+    n: int,
+) -> Segment:
+    """What the verifier's last call tells, one row for each of the ``n`` tokens that it emitted.
+
+    Args:
+        text: up to the last row.
+        positions: its judged drafts; see ``SpecDVI-v0``.
+        behaviour: the log-probabilities with which these were drafted, as far as they are known.
+    """
+    device = verifier.device
+
+    def padded(values: Iterable[Any], filler: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([*values, *[filler] * n][:n], dtype=dtype, device=device)
+
+    return Segment(
+        ids=torch.tensor(text, device=device),
+        places=torch.arange(len(text) - n, len(text), device=device),
+        exits=verifier.features[:n].float().clone(),
+        finals=verifier.finals[:n].clone(),
+        drafted=padded((p["token"] for p in positions), UNDRAFTED, torch.int64),
+        rewards=padded((float(p["accepted"]) for p in positions), 0.0, torch.float32),
+        confidences=padded((p["confidence"] for p in positions), 0.0, torch.float32),
+        behaviour=padded(behaviour, 0.0, torch.float32),
+    )
 
 
 class Replay:

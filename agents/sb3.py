@@ -28,6 +28,7 @@ from agents.exit_policy import ExitPolicy
 from agents.schedules import schedule
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl
+from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.exit_files import save_exit
 from spec_envs.files import whole, write_bytes, write_torch
 
@@ -96,6 +97,7 @@ class SB3Agent:
                 raise ValueError(f"{name} is {layers!r}; expected the sizes of hidden layers, such as [64, 64]")
         arch: Any = list(pi_arch) if value_based else {"pi": list(pi_arch), "vf": list(vf_arch)}
         learning_rates = schedule(lr_schedule, learning_rate, total_timesteps, warmup_timesteps)
+        device = torch.device("cpu")  # the networks are small; the accelerator belongs to the decoder
         policy: Any = "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy"
         policy_kwargs = {"net_arch": arch, "activation_fn": ACTIVATIONS[activation]}
         if isinstance(control, DVIControl):
@@ -108,6 +110,7 @@ class SB3Agent:
                     f'{algorithm} trains the projection alone: adapter is {control.adapter!r}, expected "head"'
                 )
             policy, policy_kwargs = ExitPolicy, policy_kwargs | control.exit_keywords()
+            device = resolve_device(control.device)  # where the exit's projection is
         try:
             self.model = kind(
                 policy,
@@ -115,7 +118,7 @@ class SB3Agent:
                 learning_rate=learning_rates,
                 policy_kwargs=policy_kwargs,
                 seed=seed,
-                device="cpu",  # the networks are small; the accelerator belongs to the decoder
+                device=device,
                 **hyperparameters,
             )
         except (AssertionError, TypeError) as error:
@@ -179,12 +182,12 @@ class SB3Agent:
         return self
 
     def save(self, folder: Path) -> None:
-        """Write the policy's weights."""
+        """Write the policy's weights, last, for they say that it is trained."""
+        if isinstance(self.model.policy, ExitPolicy):
+            save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
         state = {name: t.contiguous() for name, t in self.model.policy.state_dict().items()}
         metadata = {"decision_seconds": str(self.decision_seconds)}
         write_bytes(folder / "policy.safetensors", save(state, metadata))
-        if isinstance(self.model.policy, ExitPolicy):
-            save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.

@@ -123,7 +123,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for i, (stanza, rows) in enumerate(found["stanzas"].items()):
         curves = [row["curve"] for row in rows]
-        points = list(zip(*curves, strict=False))  # the same number of texts in each
+        points = list(zip(*curves, strict=False))  # validated after about as many tokens
         for axis, key in ((left, "accept_rate"), (right, "emitted_per_cycle")):
             for one in curves:
                 axis.plot([p["tokens"] for p in one], [p[key] for p in one], color=f"C{i}", alpha=0.25, linewidth=0.8)
@@ -156,6 +156,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
+        if args.eval_freq < 1:
+            raise ValueError(
+                f"--eval-freq is {args.eval_freq}; expected 1 or more, for the curves are what is validated"
+            )
         stream = args.conversations or args.root / "conversations.jsonl"
         if args.conversations is None and not stream.exists():
             own = [s.removeprefix("env.") for s in args.set if s.startswith("env.target=")]

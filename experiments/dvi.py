@@ -47,7 +47,7 @@ FLAGS = {
     "beta_kl": Flag(float, "hyperparameters.beta_kl", "weight of the KL to the frozen verifier (reinforce)"),
     "baseline_momentum": Flag(float, "hyperparameters.baseline_momentum", "of the moving baseline (reinforce)"),
     "learning_rate": Flag(float, "hyperparameters.learning_rate", "of what drafts"),
-    "texts": Flag(int, "hyperparameters.texts", "prompts of the one pass"),
+    "texts": Flag(int, "hyperparameters.texts", "prompts to read (without it each one once)"),
     "own_text": Flag(int, "own_text", "user turns that the target writes to learn from"),
     "test_prompts": Flag(int, "test_prompts", "held-out prompts of the evaluation"),
 }

@@ -22,10 +22,13 @@ from spec_envs.controls import Policy, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exit_files import is_exit
 from spec_envs.decoding.exits import ExitAdapter
 
 K_MAX = 8  # longest chain that is tried
+STOP_K, STOP = 6, 0.6  # published for Kangaroo (arXiv 2404.18911)
+KANGAROO = f"trained exit, up to {STOP_K}, stop below {STOP}"
 
 
 def exit_decoder(env: dict[str, Any], k: int, drafter: str | None = None) -> Decoder:
@@ -53,22 +56,30 @@ def acceptance(samples: Sequence[Sample]) -> dict[str, float]:
 
 def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> dict[str, Any]:
     """The table of a run of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
-    lookup in front, and the agent in its own environment. ``exit`` has what learning changed.
+    lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what learning changed.
 
     Args:
         env: keyword arguments of the environment.
+
+    Raises:
+        ValueError: the run was to train an exit and holds none.
     """
     config = agents.read_config(run)
     control, agent = agents.load(run)
     assert isinstance(control, DVIControl)
     untrained = control.default_drafter(control.target)
+    if not is_exit(run) and config["agent"] != "random":
+        raise ValueError(f"{run} holds no exit; delete it to train again")
     trained = str(run) if is_exit(run) else untrained
     static = best_chain(chain_env(env, trained), K_MAX)
     k = max(1, static["best"][0])
-    control.block, control.max_depth = k, max(k - 1, 1)
     chains = {"untrained exit": untrained, "trained exit": trained, "trained exit behind lookup": f"lookup+{trained}"}
-    policies = {name: static_chain(k, K_MAX) for name in chains} | {config["agent"]: Policy(control, agent)}
+    policies = {name: static_chain(k, K_MAX) for name in chains}
     decoders = {name: exit_decoder(env, K_MAX, drafter) for name, drafter in chains.items()}
+    decoders[KANGAROO] = stopping = exit_decoder(env, K_MAX, trained)
+    assert isinstance(stopping.drafter, EarlyExitDrafter)
+    stopping.drafter.stop = STOP
+    policies |= {KANGAROO: static_chain(STOP_K, K_MAX), config["agent"]: Policy(control, agent)}
     decoders[config["agent"]] = adapted = decoder_for({**env, "drafter": trained}, control)
 
     base = decoders["untrained exit"]

@@ -8,12 +8,14 @@ from typing import Any
 from experiments.arms import Encoded
 from spec_envs.controls import Control
 from spec_envs.controls.opening import clocks_for, decoder_under, recorded_prompts
-from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.decoding.checkpoints import load_config, load_tokenizer, model_folder
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.decoding.shape import Shape
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import encode_prompt, in_turn, load_prompts
 
+DRAFTED = 32  # rows behind a text that its drafts may take up
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 
 
@@ -39,16 +41,26 @@ def local_decoder(env: dict[str, Any], control: Control) -> Decoder:
 
 
 def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
-    """``count`` prompts of a split, taken from the tasks in turn: one each, or as many as ``switch_every`` says."""
+    """``count`` prompts of a split, taken from the tasks in turn: one each, or as many as ``switch_every`` says. Those of a
+    log of conversations that are too long are left out."""
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     if env.get("trace"):
         recorded = recorded_prompts(env["trace"], split)
         return [Encoded(*prompt) for prompt in itertools.islice(itertools.cycle(recorded), count)]
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
-    tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
+    target = env.get("target", DEFAULT_TARGET)
+    tokenizer, context = load_tokenizer(target), Shape.from_config(load_config(model_folder(target))).context
     mixed = in_turn(prompts, max(1, env.get("switch_every", 0)))
-    return [Encoded(p.task, encode_prompt(tokenizer, p, env.get("template"))) for p in mixed[:count]]
+    encoded = ((p, encode_prompt(tokenizer, p, env.get("template"))) for p in mixed)
+    room = context - env.get("max_new_tokens", 128) - DRAFTED
+    fitting = (Encoded(p.task, ids) for p, ids in encoded if not p.logged or len(ids) <= room)
+    if not (found := list(itertools.islice(fitting, count))):
+        raise ValueError(
+            f"every conversation in the split {split!r} is longer than {room} tokens, what the model has room for; give "
+            "other prompts or lower max_new_tokens"
+        )
+    return found
 
 
 def target_and_drafter(env: dict[str, Any]) -> tuple[str, str]:

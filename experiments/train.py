@@ -120,6 +120,9 @@ def build(folder: Path, config: dict[str, Any]) -> tuple[gym.Env, Any]:
     agent = AGENTS[config["agent"]](
         control=make_control(ENVIRONMENTS[config["id"]], config["env"]), **config["hyperparameters"]
     )
+    for key, kinds in (("checkpoint", SB3Agent), ("init", (SB3Agent, OnlineAgent))):
+        if config[key] and not isinstance(agent, kinds):
+            raise ValueError(f"{key} is {config[key]!r}, which the agent {config['agent']} does not take; leave it out")
     env = make_env(folder, config)
     if not isinstance(agent, SB3Agent):
         return env, agent

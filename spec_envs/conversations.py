@@ -41,7 +41,7 @@ def read_log(path: Path) -> list[Turn]:
         ValueError: no such file, or no conversation in it.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise ValueError(f"cannot read the conversations {path}: {error.strerror or error}") from None
     turns: list[Turn] = []
@@ -72,7 +72,7 @@ def rows(text: str) -> Iterator[tuple[str, Any]]:
             return
         except json.JSONDecodeError:
             pass
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028, too
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)

@@ -161,6 +161,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             self.best_static = 1.0 if ExpectedTrace.named(trace) else Profile.load(trace).static_over_plain
             recorded = recorded_prompts(trace, split)
             self.encoded = {Prompt(task, str(i)): ids for i, (task, ids) in enumerate(recorded)}
+            chosen = list(self.encoded)
         else:
             alone = engine == "torch" and not isinstance(self.control, TopKControl)
             self.best_static = static_over_plain(target, drafter) if alone else 1.0
@@ -168,7 +169,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             chosen = load_prompts(prompts, split, data_dir)
             self.encoded = {prompt: encode_prompt(self.tokenizer, prompt, template) for prompt in chosen}
         self._check_lengths()
-        self.prompts = list(self.encoded)
+        self.prompts = [prompt for prompt in chosen if prompt in self.encoded]  # equal ones as often as there are
         self.switch_every, self.texts, self.turn = switch_every, 0, ""
         self.episode, self.reward_name, self.given_pace = episode, reward, pace
         self.policy_seconds, self.render_mode = policy_seconds, render_mode

@@ -25,7 +25,8 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except BaseException as error:  # KeyboardInterrupt too: clean up, then raise on
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) or "(os error" in str(error):  # the latter from safetensors
+        told = isinstance(error, OSError) and error.errno is None  # of another file, by a block within this one
+        if not told and (isinstance(error, OSError) or "(os error" in str(error)):  # the latter from safetensors
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise OSError(f"could not write {path}: {reason}; free some space or choose another folder") from error
         raise

@@ -63,11 +63,13 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     if unknown := [name for name in chosen if name not in found and "/" not in name and not is_log(name)]:
         raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
     prompts: list[Prompt] = []
+    stems = [Path(name).stem for name in chosen]
     for name in chosen:
         if is_log(name):
             path = Path(name).expanduser()
+            task = path.stem if stems.count(path.stem) == 1 else name
             turns = [t for t in read_log(path) if split in (t.split or hashed_split(t.opening), "all")]
-            prompts += [Prompt(path.stem, turn.text, turn.history, logged=True) for turn in turns]
+            prompts += [Prompt(task, turn.text, turn.history, logged=True) for turn in turns]
             continue
         rows = read_questions(found[name]) if name in found else read_hub(name)
         prompts += [Prompt(name, text) for text, own in rows if split in (own, "all")]
@@ -89,7 +91,9 @@ def prompt_files(data_dir: str | None) -> dict[str, Path]:
 def read_questions(path: Path) -> list[tuple[str, str]]:
     """First turns and splits of a question.jsonl file."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             text = row["turns"][0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 
+from experiments.live import encoded_prompts
 from spec_envs.conversations import read_log, write_log
 from spec_envs.prompts import Prompt, in_turn, load_prompts
 
@@ -75,8 +76,14 @@ def test_splits_keep_conversations_whole(tmp_path: Path) -> None:
         for split in ("train", "validation", "test")
     ]
     assert sum(map(len, openings)) == len(set.union(*openings)) == 60 and all(openings)
-    write_log(log, ["the a", "of"], "train")
-    assert [p.text for p in load_prompts(str(log), "train")] == ["the a", "of"]
+    write_log(log, ["the\u2028a\x85", "of"], "train")
+    assert [p.text for p in load_prompts(str(log), "train")] == ["the\u2028a\x85", "of"]
+    log.write_text("\ufeff" + log.read_text())  # as some editors begin a file
+    assert len(load_prompts(str(log), "train")) == 2
+    (tmp_path / "other").mkdir()
+    write_log(tmp_path / "other" / "log.jsonl", ["in"], "train")
+    both = load_prompts(f"{log},{tmp_path / 'other' / 'log.jsonl'}", "train")
+    assert len({p.task for p in both}) == 2
 
 
 def test_domains_take_turns() -> None:
@@ -89,6 +96,11 @@ def test_an_environment_reads_logs(tiny: dict, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [GOOD, long])))
     env = gym.make("SpecDepth-v0", **tiny, prompts=str(tmp_path / "log.jsonl"), split="all")
     assert "left out 1 of 3 prompts, longer than" in capsys.readouterr().err
+    shown = {**tiny, "prompts": str(tmp_path / "log.jsonl")}
+    assert len(encoded_prompts(shown, "all", 9)) == 2
+    (tmp_path / "log.jsonl").write_text(json.dumps(long))
+    with pytest.raises(ValueError, match="every conversation in the split 'all' is longer than"):
+        encoded_prompts(shown, "all", 9)
     env.reset(seed=0, options={"prompt": env.unwrapped.prompts[1]})
     expected = env.unwrapped.tokenizer("the a . of and . in to . is it .")["input_ids"]
     assert env.unwrapped.decoder.prompt == expected

@@ -47,7 +47,15 @@ def test_a_run_ends_with_a_table_and_a_drafter(
     run(monkeypatch, train, *arguments)
     assert first_stanza("SpecDVI-v0") == "dvi"
     folder, table = tmp_path / "SpecDVI-v0" / "dvi-0", capsys.readouterr().out
-    for arm in ("plain", "plain again", "transformers generate", "untrained exit", "trained exit", "dvi"):
+    for arm in (
+        "plain",
+        "plain again",
+        "transformers generate",
+        "untrained exit",
+        "trained exit",
+        "trained exit, up to 6, stop below 0.6",
+        "dvi",
+    ):
         assert f"| {arm} |" in table
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "results.json").read_text())
@@ -74,6 +82,20 @@ def test_a_run_ends_with_a_table_and_a_drafter(
     assert "is finished" in capsys.readouterr().out
     run(monkeypatch, evaluate, str(folder), "--count", "2", "--temperature", "1.0")
     assert "temperature 1.0" in capsys.readouterr().out
+    (folder / "exit.json").unlink()
+    with pytest.raises(SystemExit, match=f"{folder} holds no exit; delete it to train again"):
+        run(monkeypatch, evaluate, str(folder), "--count", "2")
+    with pytest.raises(SystemExit, match="checkpoint is 'runs/other', which the agent dvi does not take"):
+        run(
+            monkeypatch,
+            train,
+            "SpecDVI-v0",
+            "--root",
+            str(tmp_path / "b"),
+            "--set",
+            "checkpoint=runs/other",
+            *settings(tiny),
+        )
 
 
 def test_flags_are_keys_of_the_stanza(

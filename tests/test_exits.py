@@ -22,7 +22,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exit_files import load_exit, save_exit
 from spec_envs.decoding.exits import KINDS, ExitAdapter, inject_lora
-from spec_envs.decoding.lora import LayersLoRA, additions, frozen
+from spec_envs.decoding.lora import LayersLoRA, additions
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.split import SplitVerifier
 from spec_envs.decoding.transformer import Transformer
@@ -160,6 +160,67 @@ def test_sampling_judges_by_the_target(target: Transformer, tiny_target: Path) -
     assert drawn > 20 and any(cycle.accepted for cycle in decoder.cycles)
 
 
+def test_drawn_chains_leave_the_targets_distribution_as_it_is(target: Transformer, tiny_target: Path) -> None:
+    """What follows the first token, over many draws, is distributed as the target's, and what the exit drew there was
+    taken as often as Σ min(p, q) says."""
+    adapter = trained(target, str(tiny_target), "head")
+    adapter.shortlist = None
+    decoder = decoder_of(adapter, temperature=0.8)
+    counts, expected, accepted, chance, draws = np.zeros(16), np.zeros(16), 0, 0.0, 1500
+    known: dict[int, tuple[np.ndarray, float]] = {}  # by first token: the target's distribution, and its overlap
+    for seed in range(draws):
+        decoder.start(PROMPTS[0], 3, np.random.default_rng(seed))
+        first = decoder.tokens[0]
+        accepted += decoder.cycle(2).accepted > 0
+        if first not in known:
+            ids = torch.tensor([[*PROMPTS[0], first]])
+            states, _ = target.forward(target.embed(ids), target.cache(9), torch.arange(6)[None], layers=range(3))
+            both = logits_of(target, ids[0].tolist())[-1], adapter.logits(states[0, -1:])[0].detach()
+            p, q = ((logits / 0.8).softmax(-1).numpy() for logits in both)
+            known[first] = p, np.minimum(p, q).sum()
+        counts[decoder.tokens[1]] += 1
+        expected += known[first][0]
+        chance += known[first][1]
+    deviation = (expected * (1 - expected / draws)) ** 0.5
+    assert (abs(counts - expected) < 4 * deviation + 1).all()
+    assert abs(accepted - chance) < 4 * (draws * 0.25) ** 0.5
+
+
+def test_an_exit_is_of_one_target_whatever_it_is_called(tiny_target: Path, tmp_path: Path) -> None:
+    """The fingerprint sees every tensor, and no dtype; the file's name of a target leads nowhere."""
+    targets = [load_target(str(tiny_target), CPU, dtype) for dtype in (torch.float32, torch.float16)]
+    assert targets[0].fingerprint == targets[1].fingerprint
+    save_exit(ExitAdapter.fresh(targets[0], str(tiny_target), 3, "kangaroo"), tmp_path / "exit")
+    shutil.copytree(tiny_target, tmp_path / "again")
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    same = load_target(str(tmp_path / "again"), CPU, torch.float32)
+    stored = json.loads((tmp_path / "exit" / "exit.json").read_text()) | {"base_model": "nobody/nothing"}
+    (tmp_path / "exit" / "exit.json").write_text(json.dumps(stored))
+    assert load_exit(tmp_path / "exit", same, str(tmp_path / "again")).settings.base_model == str(tmp_path / "again")
+    shutil.copytree(tiny_target, tmp_path / "tuned")
+    weights["model.layers.5.self_attn.q_proj.weight"] += 0.01
+    save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="whose weights are others"):
+        load_exit(tmp_path / "exit", load_target(str(tmp_path / "tuned"), CPU, torch.float32), "tuned")
+
+
+def test_a_change_keeps_its_place_in_memory(target: Transformer, tiny_target: Path) -> None:
+    """Graphs and kernels know what is added by its address."""
+    adapter = trained(target, str(tiny_target), "layers")
+    decoder = decoder_of(adapter)
+    decoded(decoder, PROMPTS[0], [2])
+    verifier = decoder.local
+    assert verifier.added is not None
+    added, kept = verifier.added, [t.data_ptr() for t in verifier.added.tensors()]
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapter.touched()
+    tokens = decoded(decoder, PROMPTS[0], [2])
+    assert verifier.added is added and [t.data_ptr() for t in added.tensors()] == kept
+    assert tokens == decoded(decoder.plain(), PROMPTS[0], [0]) == decoded(decoder_of(adapter), PROMPTS[0], [2])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_targets_weights_are_never_written_to(kind: str, target: Transformer, tiny_target: Path) -> None:
     before = logits_of(target, list(range(2, 14)))
@@ -214,7 +275,7 @@ def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Pa
     """Loaded by peft onto transformers' own model, the adapters say the same."""
     adapter = trained(target, str(tiny_target), kind)
     save_exit(adapter, tmp_path)
-    again = load_exit(tmp_path, target)
+    again = load_exit(tmp_path, target, str(tiny_target))
     assert again.settings == adapter.settings and np.array_equal(again.shortlist, adapter.shortlist)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), adapter.parameters(), strict=True))
     ids = list(range(2, 15))
@@ -265,7 +326,7 @@ def test_gradients_flow_through_what_is_added(products: tuple, target: Transform
         return target.head(hidden)[0].log_softmax(-1)[:, 5].sum()
 
     through = loss()
-    expected = logits_of(target, ids[0].tolist(), added=frozen(additions([lora], 8), torch.float32))
+    expected = logits_of(target, ids[0].tolist(), added=additions([lora], 8).frozen(torch.float32))
     assert float(through.detach()) == pytest.approx(float(expected.log_softmax(-1)[:, 5].sum()), rel=1e-5)
     through.backward()
     for parameter in list(lora.parameters())[:4]:
@@ -294,7 +355,7 @@ def test_adapters_in_int8(name: str) -> None:
     with torch.no_grad():
         for parameter in lora.parameters():
             parameter.normal_(0, 0.1)
-        added = frozen(additions([lora], 3), torch.float32)
+        added = additions([lora], 3).frozen(torch.float32)
     ids = torch.randint(150, (1, 20))
     with torch.inference_mode():
         together = logits_of(int8, ids[0].tolist(), added=added)
@@ -349,10 +410,11 @@ def test_bad_exits(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp
 
     save_exit(trained(target, name, "kangaroo"), tmp_path / "exit")
     with pytest.raises(ValueError, match="whose weights are others than those of this target"):
-        load_exit(tmp_path / "exit", load_target(str(tiny_draft), CPU, torch.float32))
+        load_exit(tmp_path / "exit", load_target(str(tiny_draft), CPU, torch.float32), name)
     for file, damage, message in (
         ("exit.json", "", "exit.json is damaged or missing"),
         ("exit.json", "{}", "exit.json is damaged or missing"),
+        ("exit.json", '{"exit_layer": "2"}', "exit.json is damaged or missing"),
         ("attention.safetensors", "not a tensor", "cannot read the exit in"),
         ("exit_proj/adapter_model.safetensors", None, "cannot read the exit in"),
     ):
@@ -360,12 +422,12 @@ def test_bad_exits(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp
         shutil.copytree(tmp_path / "exit", copy, dirs_exist_ok=True)
         (copy / file).unlink() if damage is None else (copy / file).write_text(damage)
         with pytest.raises(ValueError, match=message):
-            load_exit(copy, target)
+            load_exit(copy, target, name)
     wrong = tmp_path / "exit" / "exit_proj" / "adapter_model.safetensors"
     tensors = load_file(wrong)
     save_file({name: tensor[:-1].clone() for name, tensor in tensors.items()}, wrong)
     with pytest.raises(ValueError, match=r"is \(.*\), expected \(.*\); train it again"):
-        load_exit(tmp_path / "exit", target)
+        load_exit(tmp_path / "exit", target, name)
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(
@@ -380,12 +442,13 @@ def test_a_full_disk_leaves_no_half_of_a_file(
             file.write(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
     with torch.no_grad():
         adapter.lora_S.low_ranks["0-q_proj"].lora_A.add_(1.0)
-    with pytest.raises(
-        OSError, match=r"could not write .*adapter_model.safetensors: No space left on device; free some"
-    ):
-        save_exit(adapter, tmp_path)
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    write = Path.write_bytes
+    for written in range(5):  # files until it is full
+        left = iter([True] * written)
+        monkeypatch.setattr(Path, "write_bytes", lambda p, data, left=left: (write if next(left, 0) else full)(p, data))
+        with pytest.raises(OSError, match=r"^could not write [^:]*: No space left on device; free some [^:]*$"):
+            save_exit(adapter, tmp_path)
+        assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
     assert json.loads((tmp_path / "exit.json").read_text())["kind"] == "layers"

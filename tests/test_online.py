@@ -22,9 +22,11 @@ from agents.online import OnlineAgent
 from agents.replay import UNDRAFTED, Replay, Segment, joined
 from spec_envs import generate
 from spec_envs.controls import make_control
+from spec_envs.decoding.checkpoints import load_target
 from spec_envs.decoding.exit_files import load_exit
-from spec_envs.decoding.exits import KINDS
+from spec_envs.decoding.exits import KINDS, ExitAdapter
 from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.sampling import probabilities
 from tests.cloud_process import FORKS
 
 EXIT: dict[str, Any] = {"exit_layer": 3, "prompts": "mt_bench", "drafter": "auto"}
@@ -133,6 +135,11 @@ def test_losses() -> None:
     p, q = verifier.softmax(-1), logits.softmax(-1)
     torch.testing.assert_close(expected_acceptance(logits, verifier), q[torch.arange(5), verifier.argmax(-1)])
     torch.testing.assert_close(expected_acceptance(logits, verifier, 1.0), torch.minimum(p, q).sum(-1))
+    for temperature, top_p in ((0.5, 1.0), (1.0, 0.6), (0.7, 0.8)):  # both draw as a drafter and a verifier do
+        drawn = [[probabilities(row, temperature, top_p) for row in rows] for rows in (logits, verifier)]
+        overlap = torch.from_numpy(np.minimum(*map(np.array, drawn)).sum(-1)).float()
+        torch.testing.assert_close(expected_acceptance(logits, verifier, temperature, top_p), overlap)
+        torch.testing.assert_close(expected_acceptance(verifier, verifier, temperature, top_p), torch.ones(5))
     torch.testing.assert_close(distillation(logits, verifier), (p * (p.log() - q.log())).sum(-1))
     mask = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
     tokens = torch.tensor([3, UNDRAFTED, 2, 1, UNDRAFTED])
@@ -207,7 +214,7 @@ def test_the_verifier_moves_slowly_and_only_behind_the_exit(tiny: dict) -> None:
     env, agent = built(tiny, "reinforce", "layers", texts=4, slow_every=2, slow_learning_rate=1e-3)
     agent.learn(10**6, env)
     moved = {
-        name: max(float(low_rank.lora_B.abs().max()) for _, _, low_rank in part.parts())
+        name: max(low_rank.lora_B.abs().max().item() for _, _, low_rank in part.parts())
         for name, part in (("lora_S", agent.adapter.lora_S), ("lora_D", agent.adapter.lora_D))
     }
     assert 0 < moved["lora_D"] < 0.05 and moved["lora_S"] > 0
@@ -254,7 +261,7 @@ def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
     best = int(again.adapter.shortlist[logits[torch.from_numpy(again.adapter.shortlist)].argmax()])
     assert again.predict(observation, deterministic=True)[0] == best
     drafter = decoder.drafter
-    drafter.use(load_exit(tmp_path, decoder.local.target))
+    drafter.use(load_exit(tmp_path, decoder.local.target, tiny["target"]))
     decoder.start([2], 20, np.random.default_rng(0))  # a text with few tokens beyond the shortlist
     decoder.begin()
     logits = again.adapter.logits(decoder.look()[None])[0]
@@ -264,7 +271,9 @@ def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
     logits = agent.adapter.logits(drafter.look([])[0])[0]
     assert int(decoder.tree.tokens[0]) == allowed[int(logits[allowed].argmax())]
     other = AGENTS["dvi"](control=make_control("dvi", {**tiny, **EXIT, "exit_layer": 2}))
-    with pytest.raises(ValueError, match=r"has exit_layer and adapter \(3, 'head'\), this agent's problem has"):
+    with pytest.raises(
+        ValueError, match=r"has exit_layer, adapter and rank \(3, 'head', 4\), this agent's problem has"
+    ):
         other.load(tmp_path)
 
 
@@ -291,7 +300,53 @@ def test_it_learns_while_it_serves(tiny: dict, tmp_path: Path) -> None:
     generate(decoder, control, agent, [2, 3, 4], 30).run()  # without learn= nothing is learned
     assert agent.updates == updates
     agent.save(tmp_path / "again")
-    load_exit(tmp_path / "again", decoder.local.target)
+    load_exit(tmp_path / "again", decoder.local.target, tiny["target"])
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_text_that_nobody_reads_to_its_end_is_a_lesson_of_its_own(block: int, tiny: dict) -> None:
+    keywords = {**tiny, **EXIT, "adapter": "kangaroo", "rank": 4, "block": block}
+    control = make_control("dvi", keywords)
+    agent = AGENTS["dvi"](control=control, fast_batch=40, replay_batch=0)
+    decoder = gym.make("SpecDVI-v0", **keywords).unwrapped.decoder
+    agent.bind(decoder)
+    segments: list[Segment] = []
+    agent.fast_update = lambda found: segments.extend(found) or (0.0, None)  # type: ignore[method-assign]
+    for prompt in ([2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 6], [9, 8, 7]):
+        for count, _ in enumerate(generate(decoder, control, agent, prompt, 60, learn=True)):
+            if count == 9:  # whoever read it went away
+                break
+    generate(decoder, control, agent, [4, 4], 60, learn=True).run()
+    assert len({tuple(segment.ids[:2].tolist()) for segment in segments}) == 4
+    for segment in segments:
+        assert int(segment.places.max()) == len(segment.ids) - 1
+        drawn = agent.adapter.logits(agent.passes.rows([segment])).log_softmax(-1)
+        told = segment.drafted != UNDRAFTED
+        expected = drawn[told].gather(1, segment.drafted[told, None])[:, 0]
+        torch.testing.assert_close(segment.behaviour[told], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_additions_are_computed_in_the_targets_dtype(tiny: dict) -> None:
+    """Where gradients flow through the target's own dtype, as on CUDA."""
+    agent = built(tiny, "reinforce", "layers", texts=1)[1]
+    agent.bind(load_decoder(tiny["target"], "exit:3", "cpu", "float32", width=1, adapter="layers", rank=4))
+    for part in (agent.adapter.lora_S, agent.adapter.lora_D):
+        torch.nn.init.normal_(part.low_ranks[f"{part.range[0]}-q_proj"].lora_B)
+    agent.passes.model = load_target(tiny["target"], torch.device("cpu"), torch.float16)
+    agent.passes.text(torch.arange(2, 12)).float().sum().backward()
+    agent.passes.behind(torch.arange(2, 12)).float().sum().backward()
+    assert agent.adapter.lora_S.low_ranks["0-q_proj"].lora_A.grad.abs().sum() > 0
+    assert agent.adapter.lora_D.low_ranks["3-q_proj"].lora_A.grad.abs().sum() > 0
+
+
+def test_a_stream_ends(tiny: dict, tmp_path: Path) -> None:
+    """Each prompt is read once, equal ones as often as there are; more texts begin it again."""
+    log = tmp_path / "log.jsonl"
+    rows = [{"conversations": [{"from": "human", "value": w}], "split": "train"} for w in ("the a", "the a", "in to")]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    for texts, expected in ((None, 3), (2, 2), (5, 5)):
+        env, agent = built(tiny, "dvi", "head", {"prompts": str(log), "max_new_tokens": 20}, texts=texts)
+        assert agent.learn(10**6, env).texts_read == expected
 
 
 def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
@@ -313,13 +368,17 @@ def learning(name: str, folder: str, keywords: dict, own: dict) -> None:
     """A run in a process of its own."""
     torch.set_num_threads(1)
     agent = AGENTS[name](control=make_control("dvi", keywords), **own)
-    agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), Path(folder), checkpoint_freq=40)
+
+    def validate(adapter: ExitAdapter) -> dict[str, float]:
+        return {"norm": float(sum(p.norm() for p in adapter.parameters()))}
+
+    agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), Path(folder), 40, validate, eval_freq=60)
     agent.save(Path(folder))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dvi", "kangaroo"), ("reinforce", "layers")])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
-    """Killed at random moments until it is done: log and weights are those of a run that was left alone."""
+    """Killed at random moments until it is done: log, validations and weights are those of a run that was left alone."""
     drawn = {"draft_temperature": 1.0} if name == "reinforce" else {}
     keywords = {**tiny, **EXIT, "adapter": kind, "rank": 4, "max_new_tokens": 30, **drawn}
     own = {"fast_batch": 16, "replay_batch": 32, "replay_size": 100, "texts": 24, "learning_rate": 5e-3}
@@ -352,7 +411,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny:
             break
         kills += 1
     assert kills >= 1 and ended(start(killed))
-    assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    for log in ("log.jsonl", "validation.jsonl"):
+        assert (killed / log).read_text() == (whole / log).read_text()
     for file in sorted(whole.rglob("*.safetensors")):
         assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()
     last = (torch.load(folder / "last" / "checkpoint.pt", weights_only=True) for folder in (whole, killed))
@@ -368,14 +428,16 @@ def test_a_damaged_checkpoint_is_a_sentence(tiny: dict, tmp_path: Path) -> None:
 
 
 def test_a_journal_drops_what_is_done_again(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0, {"seed": 0})
+    journal = Journal(tmp_path, 0, 0, {"seed": 0})
     for step in range(1, 6):
-        journal.write("log", {"step": step, "loss_rl": 0.5, "loss_slow": None})
+        journal.write("log", {"step": step, "texts": step // 2, "loss_rl": 0.5, "loss_slow": None})
     journal.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while it wrote
-    Journal(tmp_path, 3, {}).close()
+    Journal(tmp_path, 3, 1, {}).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    Journal(tmp_path, 0, 0, {}).close()
+    assert not (tmp_path / "log.jsonl").exists()
     assert list((tmp_path / "events").glob("events*"))
 
 

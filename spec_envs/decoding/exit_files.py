@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -22,10 +24,17 @@ from torch import Tensor
 from spec_envs.decoding.exits import ExitAdapter, ExitSettings
 from spec_envs.decoding.lora import LowRank
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import write_bytes, write_json
+from spec_envs.files import whole
 
 SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+
+
+@dataclass(frozen=True)
+class Stored(ExitSettings):
+    """What ``exit.json`` holds."""
+
+    shortlist: list[int] | None
 
 
 def is_exit(name: str | Path) -> bool:
@@ -34,37 +43,38 @@ def is_exit(name: str | Path) -> bool:
 
 
 def save_exit(adapter: ExitAdapter, folder: Path) -> None:
-    """Write an adapter; every file is there whole or not at all, and ``exit.json`` last.
+    """Write an adapter; where that fails, what was there before stays.
 
     Raises:
         OSError: a file could not be written; the sentence names it.
     """
-    for part, config, tensors in parts(adapter):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / part / WEIGHTS, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-        write_json(folder / part / CONFIG, config)
-    if adapter.kind == "kangaroo":
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
-        write_bytes(folder / ATTENTION, save({name: w.detach().cpu().contiguous() for name, w in weights.items()}))
     shortlist = None if adapter.shortlist is None else adapter.shortlist.tolist()
-    write_json(folder / SETTINGS, asdict(adapter.settings) | {"shortlist": shortlist})
+    files = {folder / SETTINGS: as_json(asdict(adapter.settings) | {"shortlist": shortlist})}  # the last to be renamed
+    for part, config, tensors in parts(adapter):
+        files |= {folder / part / WEIGHTS: as_safetensors(tensors), folder / part / CONFIG: as_json(config)}
+    if adapter.kind == "kangaroo":
+        weights = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
+        files[folder / ATTENTION] = as_safetensors(weights)
+    with ExitStack() as stack:  # renamed when all are written
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(whole(path)).write_bytes(data)
 
 
-def load_exit(folder: Path, target: Transformer) -> ExitAdapter:
-    """Read an adapter.
+def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
+    """Read an adapter for a target that is called ``name`` here, whatever it was called where the adapter was trained.
 
     Raises:
         ValueError: a file that is missing or damaged, or an adapter of another target.
     """
     try:
-        raw = json.loads((folder / SETTINGS).read_text())
-        shortlist = raw.pop("shortlist")
-        settings = ExitSettings(**raw)
-    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        stored = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Stored)
+    except (OSError, msgspec.DecodeError) as error:
         raise ValueError(
             f"{folder / SETTINGS} is damaged or missing ({str(error).splitlines()[0]}); train the exit again"
         ) from None
+    shortlist = stored.shortlist
+    settings = ExitSettings(name, stored.fingerprint, stored.exit_layer, stored.kind, stored.rank)
     adapter = ExitAdapter(target, settings)
     try:
         for part, _, tensors in parts(adapter):
@@ -97,6 +107,16 @@ def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str,
     else:
         alpha = adapter.exit_proj.scale * settings.rank
         yield "exit_proj", peft_config(settings, alpha, target_modules=["lm_head"]), named("lm_head", adapter.exit_proj)
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    """For a file that people may read."""
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def as_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    """For a file of weights."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def named(module: str, low_rank: LowRank) -> dict[str, Tensor]:

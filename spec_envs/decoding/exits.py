@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from spec_envs.decoding.checkpoints import load_weights, model_folder
 from spec_envs.decoding.layers import Layers
-from spec_envs.decoding.lora import Additions, LayersLoRA, LowRank, additions, frozen
+from spec_envs.decoding.lora import Additions, LayersLoRA, LowRank, additions
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import part
 from spec_envs.decoding.transformer import Transformer
@@ -92,8 +91,8 @@ class ExitAdapter(nn.Module):
         Args:
             rank: of the low-rank weights; by default 64 of a projection, 8 of layers.
         """
-        rank = (LAYERS_RANK if kind == "layers" else HEAD_RANK) if rank is None else rank
-        return cls(target, ExitSettings(name, fingerprint(target), exit_layer, kind, rank))
+        rank = default_rank(kind) if rank is None else rank
+        return cls(target, ExitSettings(name, target.fingerprint, exit_layer, kind, rank))
 
     @property
     def exit_layer(self) -> int:
@@ -137,7 +136,7 @@ class ExitAdapter(nn.Module):
         """The same for a forward of the target as it is decoded with."""
         with torch.no_grad():
             added = self.additions()
-        return None if added is None else frozen(added, self.target.precision.hidden)
+        return None if added is None else added.frozen(self.target.precision.hidden)
 
     def read(self, states: Tensor) -> Tensor:
         """Exit states of whole texts ``[batch, n, hidden]``, padded on the right, as the projection reads them."""
@@ -222,11 +221,9 @@ def inject_lora(
     return {name: LayersLoRA(base_model.shape, where, rank, alpha, products) for name, where in layers.items()}
 
 
-def fingerprint(target: Transformer) -> str:
-    """Tells targets apart by some of their weights, in whatever dtype they are computed."""
-    rows = target.embedding[:: max(1, len(target.embedding) // 64)].to("cpu", torch.bfloat16)
-    numbers = str(sorted(asdict(target.shape).items())).encode()
-    return hashlib.sha256(numbers + rows.contiguous().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+def default_rank(kind: str) -> int:
+    """Of the low-rank weights of that kind of adapter."""
+    return LAYERS_RANK if kind == "layers" else HEAD_RANK
 
 
 def check_exit(target: Transformer, exit_layer: int) -> None:
@@ -240,7 +237,7 @@ def check_exit(target: Transformer, exit_layer: int) -> None:
 
 def check(target: Transformer, settings: ExitSettings) -> None:
     """Refuse settings that do not fit the target."""
-    if settings.fingerprint != fingerprint(target):
+    if settings.fingerprint != target.fingerprint:
         raise ValueError(
             f"the adapter was trained on {settings.base_model!r}, whose weights are others than those of this target; "
             "take the target that it is for, or train one of its own"

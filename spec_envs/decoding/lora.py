@@ -36,6 +36,32 @@ class Additions:
         pairs = [pair for layer in self.layers if layer is not None for pair in layer if pair is not None]
         return [tensor for pair in pairs for tensor in pair]
 
+    def to(self, dtype: torch.dtype) -> Additions:
+        """The same in another dtype; gradients flow through."""
+
+        def cast(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else (pair[0].to(dtype), pair[1].to(dtype))
+
+        return Additions([None if a is None else Added(cast(a.qkv), cast(a.out)) for a in self.layers])
+
+    def frozen(self, dtype: torch.dtype) -> Additions:
+        """The same numbers without gradients, contiguous, in memory of their own and in the dtype of a forward."""
+
+        def plain(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else tuple(t.detach().to(dtype, copy=True).contiguous() for t in pair)  # type: ignore[return-value]
+
+        return Additions([None if a is None else Added(plain(a.qkv), plain(a.out)) for a in self.layers])
+
+    def become(self, other: Additions) -> Additions:
+        """These with the numbers of the others, at the addresses that graphs and kernels know; the others where they have
+        other shapes."""
+        mine, theirs = self.tensors(), other.tensors()
+        if [t.shape for t in mine] != [t.shape for t in theirs]:
+            return other
+        for old, new in zip(mine, theirs, strict=True):
+            old.copy_(new)
+        return self
+
 
 class LowRank(nn.Module):
     """``y += alpha / rank · (x Aᵀ) Bᵀ``; nothing at first, for B is 0.
@@ -137,12 +163,3 @@ def additions(parts: Sequence[LayersLoRA], layers: int) -> Additions:
         for layer in part.range:
             of[layer] = part.added(layer)
     return Additions(of)
-
-
-def frozen(added: Additions, dtype: torch.dtype) -> Additions:
-    """The same numbers without gradients, contiguous and in the dtype that a forward computes in."""
-
-    def plain(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        return None if pair is None else tuple(t.detach().to(dtype, copy=True).contiguous() for t in pair)  # type: ignore[return-value]
-
-    return Additions([None if a is None else Added(plain(a.qkv), plain(a.out)) for a in added.layers])

@@ -104,7 +104,7 @@ def open_exit(drafter: str, target: str, model: Transformer, kind: str, rank: in
         ValueError: an exit that the target does not have, or a trained one of another target.
     """
     if not drafter.startswith(EXIT):
-        return load_exit(Path(drafter).expanduser(), model)
+        return load_exit(Path(drafter).expanduser(), model, target)
     layers = drafter.removeprefix(EXIT)
     if not layers.isdecimal():
         raise ValueError(f"drafter is {drafter!r}; expected {EXIT} and a number of layers, such as {EXIT}2")

@@ -40,7 +40,8 @@ class SplitVerifier(LocalVerifier):
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """See ``LocalVerifier``; what the adapter has learned since the last text counts from now on."""
         if self.version != self.adapter.version:
-            self.added, self.version = self.adapter.played_additions(), self.adapter.version
+            added, self.version = self.adapter.played_additions(), self.adapter.version
+            self.added = added if added is None or self.added is None else self.added.become(added)
         self.rows = []
         return super().start(prompt, rows, rng)
 

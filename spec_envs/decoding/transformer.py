@@ -6,6 +6,7 @@ range of layers and can hand out the hidden states that enter chosen layers, whi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from types import ModuleType
 
@@ -53,6 +54,9 @@ class Transformer:
         weights: state dict with Hugging Face's names (``model.layers.0.self_attn.q_proj.weight``, …).
         dtype, device: what to compute in and where; ``torch.int8`` is weights in int8 and rows quantised one by one.
 
+    Attributes:
+        fingerprint: tells weights apart, whatever dtype they are computed in.
+
     Raises:
         ValueError: another architecture, or weights that do not belong to the config.
     """
@@ -64,6 +68,7 @@ class Transformer:
         self.dtype, self.device = dtype, torch.device(device)
         self.precision = precision = Precision(dtype)
         modules = precision.modules
+        self.fingerprint = fingerprint(weights)
         weights = {name: precision.cast(tensor, self.device) for name, tensor in weights.items()}
         try:
             embedding = weights["model.embed_tokens.weight"]
@@ -129,3 +134,13 @@ class Transformer:
     def output_weight(self) -> Tensor:
         """The head's weight ``[vocab, hidden]``; a copy where it is packed and not the embedding's."""
         return self.embedding if self.tied else self.head.linear.dense()
+
+
+def fingerprint(weights: dict[str, Tensor], samples: int = 64) -> str:
+    """A digest of some numbers of every tensor of a model."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        flat = weights[name].detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // samples)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(weights[name].shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -86,7 +86,9 @@ class ChainDrafter(ABC):
         return rows
 
     def expand(self, tree: Tree) -> int:
-        """Draft the token behind the chain."""
+        """Draft the token behind the chain, if anything more is."""
+        if not self.goes_on(tree):
+            return 0
         children, rows = self.draft(tree.tokens.tolist())
         tree.grow(children)
         return rows
@@ -98,6 +100,10 @@ class ChainDrafter(ABC):
     @abstractmethod
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """See ``Drafter``."""
+
+    def goes_on(self, tree: Tree) -> bool:
+        """Whether anything more is drafted behind a chain."""
+        return True
 
     @abstractmethod
     def draft(self, chain: list[int]) -> tuple[Children, int]:

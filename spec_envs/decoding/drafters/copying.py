@@ -10,7 +10,7 @@ from torch import Tensor
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.lookup import Occurrence, Occurrences, copy
 from spec_envs.decoding.sampling import Proposal
-from spec_envs.decoding.tree import Children
+from spec_envs.decoding.tree import Children, Tree
 
 SHORTEST, NGRAM = 2, 4  # matching tokens: at least, and looked up at once
 
@@ -65,6 +65,10 @@ class CopyingDrafter(ChainDrafter):
             self.found = found if found and found.matched >= SHORTEST else None
             self.found_behind = len(chain)
         return self.found
+
+    def goes_on(self, tree: Tree) -> bool:
+        """See ``ChainDrafter``: as the model says."""
+        return self.model.goes_on(tree)
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """Copy the next token, or have the model draft it."""

@@ -68,10 +68,10 @@ class EarlyExitDrafter(ChainDrafter):
         if self.vocabulary is not None:
             self.vocabulary.add(tokens)
 
-    def expand(self, tree: Tree) -> int:
-        """See ``Drafter``."""
+    def goes_on(self, tree: Tree) -> bool:
+        """See ``ChainDrafter``."""
         confidence = np.exp(tree.scores[-1] - (tree.scores[-2] if tree.size > 1 else 0.0))
-        return super().expand(tree) if confidence >= self.stop else 0
+        return bool(confidence >= self.stop)
 
     @torch.inference_mode()
     def look(self, chain: list[int]) -> tuple[Tensor, int]:
