@@ -12,6 +12,7 @@ from experiments.live import decoder_for
 from spec_envs import Generation, generate
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.decoding.exit_files import is_exit
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.prompts import decode, encode
 
@@ -36,6 +37,8 @@ def main() -> None:
             control, agent = agents.load(args.run)
             config = agents.read_config(args.run)
             env = {**config["env"], **config.get("eval_env", {})}
+            if is_exit(args.run):
+                env["drafter"] = str(args.run)
         else:
             control = DepthControl()
             agent, env = FixedAgent(control, 2), {}

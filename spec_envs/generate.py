@@ -104,7 +104,8 @@ def generate(
         max_new_tokens: most tokens to emit.
         seed: of the sampling, at temperature above 0.
         task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.TASKS``, or any other.
-        learn: whether the agent explores and goes on learning from every cycle, if it can (``rl-adapter``).
+        learn: whether the agent explores and goes on learning from every cycle, if it can (``rl-adapter``, and
+            ``dvi`` and ``reinforce`` after ``agent.bind(decoder)``).
 
     Returns:
         A :class:`Generation`: iterate over it to stream, or call ``run()``.

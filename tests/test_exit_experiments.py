@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import agents
-from experiments import bench_dvi, dvi, evaluate, exit_runs, static, train
+from experiments import bench_dvi, dvi, evaluate, exit_runs, static, stream, train
 from experiments.config import first_stanza
 from spec_envs import generate
 from spec_envs.conversations import read_log
@@ -78,12 +78,15 @@ def test_a_run_ends_with_a_table_and_a_drafter(
     done = generate(decoder, control, agent, [2, 3, 4], 20).run()
     assert done.tokens == generate(decoder.plain(), None, None, [2, 3, 4], 20).run().tokens
 
+    run(monkeypatch, stream, "the a of", "--run", str(folder), "--max-new-tokens", "12")
+    assert "12 tokens, " in capsys.readouterr().out
+
     run(monkeypatch, train, *arguments)
     assert "is finished" in capsys.readouterr().out
     run(monkeypatch, evaluate, str(folder), "--count", "2", "--temperature", "1.0")
     assert "temperature 1.0" in capsys.readouterr().out
     (folder / "exit.json").unlink()
-    with pytest.raises(SystemExit, match=f"{folder} holds no exit; delete it to train again"):
+    with pytest.raises(SystemExit, match=r"exit.json is damaged or missing"):
         run(monkeypatch, evaluate, str(folder), "--count", "2")
     with pytest.raises(SystemExit, match="checkpoint is 'runs/other', which the agent dvi does not take"):
         run(
