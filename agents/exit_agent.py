@@ -83,11 +83,11 @@ class ExitAgent:
             token = inverse_cdf(log_probabilities.double().exp().cpu().numpy(), self.rng.random())
         return token, float(log_probabilities[token])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write the exit, as it serves as ``drafter=``."""
-        save_exit(self.adapter, folder)
+        save_exit(self.adapter, Path(folder))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path | str) -> None:
         """Read an exit.
 
         Raises:
@@ -97,12 +97,17 @@ class ExitAgent:
         device = resolve_device(control.device)
         target = load_target(control.target, device, resolve_dtype(control.dtype, device, [control.target]))
         adapter = load_exit(Path(folder), target, control.target)
+        self._check(adapter, str(folder))
+        self._adapter, self._played = adapter, None
+        self.decision_seconds = self.measure()
+
+    def _check(self, adapter: ExitAdapter, place: str) -> None:
+        """Refuse another exit than that of the agent's problem."""
+        control = self.control
         found = (adapter.exit_layer, adapter.kind, adapter.settings.rank)
         wanted = (control.exit_layer, control.adapter, control.rank or default_rank(control.adapter))
         if found != wanted:
-            raise ValueError(f"{folder} has exit_layer, adapter and rank {found}, this agent's problem has {wanted}")
-        self._adapter, self._played = adapter, None
-        self.decision_seconds = self.measure()
+            raise ValueError(f"{place} has exit_layer, adapter and rank {found}, this agent's problem has {wanted}")
 
     def measure(self) -> float:
         """Median seconds of a decision."""

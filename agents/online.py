@@ -98,7 +98,11 @@ class OnlineAgent(ExitAgent, ABC):
         """Improve the exit of this decoder from now on; weights that were loaded before go on there.
 
         ``generate(decoder, control, agent, prompt, learn=True)`` then learns while it serves.
+
+        Raises:
+            ValueError: it has another exit than this agent's problem.
         """
+        self._check(exit_of(decoder), "the decoder")
         trained, self._adapter = self._adapter, exit_of(decoder)
         if self._adapter.version == 0:  # nobody has taught it yet
             self._adapter.initialise(self.seed)

@@ -39,7 +39,7 @@ def train_all(args: argparse.Namespace, stream: Path) -> dict[str, list[Path]]:
     runs: dict[str, list[Path]] = {}
     for seed in args.seeds:  # a round of all stanzas before the next seed
         for stanza in args.stanzas:
-            settings = [f"env.prompts={stream}", "eval_env.prompts=all", "own_text=0"]
+            settings = [f"env.prompts={stream}", "env.split=all", "eval_env.prompts=all", "own_text=0"]
             settings += [f"hyperparameters.texts={args.texts}", f"eval_freq={args.eval_freq}", *args.set]
             folder = run_folder(args.root, ENV, stanza, seed)
             print(f"{stanza}, seed {seed}")

@@ -77,7 +77,8 @@ def overrides(args: argparse.Namespace) -> list[str]:
     found = [f"{key}={value}" for key, value in given.items()]
     if args.conversations:
         paths = ",".join(str(Path(path).resolve()) for path in args.conversations)
-        found += [f"env.prompts={paths}", "eval_env.prompts=all", "own_text=0", "hyperparameters.order=logged"]
+        found += [f"env.prompts={paths}", "env.split=all", "own_text=0", "hyperparameters.order=logged"]
+        found += ["eval_env.prompts=all"]
     return [*found, *args.set]
 
 

@@ -43,7 +43,7 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     config = agents.read_config(run)
     env = {**config["env"], **config.get("eval_env", {}), **overrides}
     if config["id"] == "SpecDVI-v0":
-        return with_aa_check(lambda count: evaluate_exit(run, env, count), test_prompts or config["test_prompts"])
+        return evaluate_exit(run, env, test_prompts or config["test_prompts"])
     control, agent = agents.load(run)
     decoder = decoder_for(env, control)
     static_file = run / "static.json"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import agents
 from agents.exit_losses import distillation
 from experiments.arms import Arm, Sample, decoded, run_arms
-from experiments.comparison import same_text
+from experiments.comparison import same_text, with_aa_check
 from experiments.live import decoder_for, encoded_prompts
 from experiments.references import transformers_arms
 from experiments.static import best_chain, static_chain
@@ -90,30 +90,35 @@ def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> dict[str
     if not exit_of(adapted).lossless:
         arms["plain, adapted"] = decoded(adapted.plain(), None)
     arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
-    prompts = encoded_prompts(env, "test", test_prompts)
-    samples = run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
 
-    results = tables(samples, policies, env, base, ["plain", "untrained exit"], [])
-    rows = results["arms"]
-    before, after = (acceptance(samples[name]) for name in ("untrained exit", "trained exit"))
-    results["static"] = static
-    results["exit"] = {
-        "exit_layer": control.exit_layer,
-        "adapter": control.adapter,
-        "k": k,
-        **{f"{key}_before": value for key, value in before.items()},
-        **{f"{key}_after": value for key, value in after.items()},
-        "tokens_per_s": rows["trained exit"]["tokens_per_second"],
-        "plain_tokens_per_s": rows["plain"]["tokens_per_second"],
-        **drift(exit_of(adapted), samples["plain"]),
-        "cost_of_a_cycle": cost_of_a_cycle(samples["trained exit"], samples["plain"]),
-    }
-    if not base.temperature:
-        mine = "plain, adapted" if "plain, adapted" in samples else "plain"
-        results["exit"]["same_text"] = {
-            name: same_text(samples[name], samples["plain" if name == "untrained exit" else mine]) for name in policies
+    def measure(count: int) -> dict[str, Any]:
+        prompts = encoded_prompts(env, "test", count)
+        samples = run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+
+        results = tables(samples, policies, env, decoders["trained exit"], ["plain", "untrained exit"], [])
+        rows = results["arms"]
+        before, after = (acceptance(samples[name]) for name in ("untrained exit", "trained exit"))
+        results["static"] = static
+        results["exit"] = {
+            "exit_layer": control.exit_layer,
+            "adapter": control.adapter,
+            "k": k,
+            **{f"{key}_before": value for key, value in before.items()},
+            **{f"{key}_after": value for key, value in after.items()},
+            "tokens_per_s": rows["trained exit"]["tokens_per_second"],
+            "plain_tokens_per_s": rows["plain"]["tokens_per_second"],
+            **drift(exit_of(adapted), samples["plain"]),
+            "cost_of_a_cycle": cost_of_a_cycle(samples["trained exit"], samples["plain"]),
         }
-    return results
+        if not base.temperature:
+            mine = "plain, adapted" if "plain, adapted" in samples else "plain"
+            results["exit"]["same_text"] = {
+                name: same_text(samples[name], samples["plain" if name == "untrained exit" else mine])
+                for name in policies
+            }
+        return results
+
+    return with_aa_check(measure, test_prompts)
 
 
 def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, float]:

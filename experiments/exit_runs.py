@@ -51,8 +51,6 @@ def improve(folder: Path, config: dict[str, Any], env: gym.Env, agent: OnlineAge
     shown = config["env"] | config["eval_env"]
     played = exit_decoder(shown, VALIDATED_K)
     prompts = encoded_prompts(shown, "validation", config["eval_prompts"]) if config["eval_freq"] else []
-    if config["init"]:
-        agent.load(Path(config["init"]))
 
     def validate(adapter: ExitAdapter) -> dict[str, float]:
         drafter = played.drafter

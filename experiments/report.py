@@ -101,7 +101,7 @@ def exit_notes(found: dict[str, Any]) -> list[str]:
         f"Exit behind {found['exit_layer']} layers, adapter {found['adapter']}, {found['k']} drafted tokens per cycle: "
         f"accepted of judged drafts {accepted}; emitted per cycle {emitted}.",
         f"A cycle of the trained exit costs {cost['draft']:.2f} plain steps to draft and {cost['verify']:.2f} to verify, "
-        f"{cost['whole']:.2f} in all: what it must emit to be as fast as plain decoding.",
+        f"{cost['whole']:.2f} with what is around that: what it must emit to be as fast as plain decoding.",
         f"Verifier on the target's own texts: perplexity {found['perplexity']:.2f}, {found['drift']:.4f} nats per token "
         f"from the target, {found['drift_argmax_per_1000']:.1f} of 1,000 most probable tokens are others.",
     ]

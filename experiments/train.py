@@ -123,6 +123,8 @@ def build(folder: Path, config: dict[str, Any]) -> tuple[gym.Env, Any]:
     for key, kinds in (("checkpoint", SB3Agent), ("init", (SB3Agent, OnlineAgent))):
         if config[key] and not isinstance(agent, kinds):
             raise ValueError(f"{key} is {config[key]!r}, which the agent {config['agent']} does not take; leave it out")
+    if isinstance(agent, OnlineAgent) and config["init"]:
+        agent.load(config["init"])
     env = make_env(folder, config)
     if not isinstance(agent, SB3Agent):
         return env, agent

@@ -329,6 +329,9 @@ def test_a_text_that_nobody_reads_to_its_end_is_a_lesson_of_its_own(block: int, 
 def test_additions_are_computed_in_the_targets_dtype(tiny: dict) -> None:
     """Where gradients flow through the target's own dtype, as on CUDA."""
     agent = built(tiny, "reinforce", "layers", texts=1)[1]
+    shallower = load_decoder(tiny["target"], "exit:2", "cpu", "float32", width=1, adapter="layers", rank=4)
+    with pytest.raises(ValueError, match=r"the decoder has exit_layer, adapter and rank \(2, 'layers', 4\)"):
+        agent.bind(shallower)
     agent.bind(load_decoder(tiny["target"], "exit:3", "cpu", "float32", width=1, adapter="layers", rank=4))
     for part in (agent.adapter.lora_S, agent.adapter.lora_D):
         torch.nn.init.normal_(part.low_ranks[f"{part.range[0]}-q_proj"].lora_B)
