@@ -122,13 +122,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for i, (stanza, rows) in enumerate(found["stanzas"].items()):
-        curves = [row["curve"] for row in rows]
+        curves, moved = [row["curve"] for row in rows], statistics.fmean(row["drift"] for row in rows)
         points = list(zip(*curves, strict=False))  # validated after about as many tokens
         for axis, key in ((left, "accept_rate"), (right, "emitted_per_cycle")):
             for one in curves:
                 axis.plot([p["tokens"] for p in one], [p[key] for p in one], color=f"C{i}", alpha=0.25, linewidth=0.8)
             mean = [[statistics.fmean(p[name] for p in point) for point in points] for name in ("tokens", key)]
-            axis.plot(*mean, color=f"C{i}", marker=".", label=stanza)
+            axis.plot(
+                *mean, color=f"C{i}", marker=".", label=stanza + (f", text drifts by {moved:.1f} nats" if moved else "")
+            )
     for axis, label in ((left, "accepted of judged drafts"), (right, "emitted tokens per cycle")):
         axis.set_xlabel("tokens decoded and learned from")
         axis.set_ylabel(label)
