@@ -98,7 +98,7 @@ def exit_notes(found: dict[str, Any]) -> list[str]:
         for key in ("accept_rate", "emitted_per_cycle")
     )
     lines = [
-        f"Exit behind {found['exit_layer']} layers, adapter {found['adapter']}, {found['k']} drafted tokens per cycle: "
+        f"Exit behind {found['exit_layer']} layers, adapter {found['adapter']}, {found['k']} drafted per cycle: "
         f"accepted of judged drafts {accepted}; emitted per cycle {emitted}.",
         f"A cycle of the trained exit costs {cost['draft']:.2f} plain steps to draft and {cost['verify']:.2f} to verify, "
         f"{cost['whole']:.2f} with what is around that: what it must emit to be as fast as plain decoding.",
