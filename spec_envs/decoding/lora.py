@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,19 +38,17 @@ class Additions:
 
     def to(self, dtype: torch.dtype) -> Additions:
         """The same in another dtype; gradients flow through."""
-
-        def cast(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-            return None if pair is None else (pair[0].to(dtype), pair[1].to(dtype))
-
-        return Additions([None if a is None else Added(cast(a.qkv), cast(a.out)) for a in self.layers])
+        return self._each(lambda tensor: tensor.to(dtype))
 
     def frozen(self, dtype: torch.dtype) -> Additions:
         """The same numbers without gradients, contiguous, in memory of their own and in the dtype of a forward."""
+        return self._each(lambda tensor: tensor.detach().to(dtype, copy=True).contiguous())
 
-        def plain(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-            return None if pair is None else tuple(t.detach().to(dtype, copy=True).contiguous() for t in pair)  # type: ignore[return-value]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Additions:
+        def both(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else (change(pair[0]), change(pair[1]))
 
-        return Additions([None if a is None else Added(plain(a.qkv), plain(a.out)) for a in self.layers])
+        return Additions([None if a is None else Added(both(a.qkv), both(a.out)) for a in self.layers])
 
     def become(self, other: Additions) -> Additions:
         """These with the numbers of the others, at the addresses that graphs and kernels know; the others where they have
