@@ -42,7 +42,8 @@ X86 = platform.machine() == "x86_64"
 WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
 BUILDS = {  # flags, and what the products are then made of: tiles (2), vectors (1) or neither
     "vectors": ((*kernels.FLAGS, *WITHOUT_TILES), (0, 1)),
-    "portable": ((*kernels.FLAGS, *WITHOUT_TILES, *(("-mno-avx512vnni",) if X86 else ())), (0,)),
+    "short vectors": ((*kernels.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),
+    "portable": ((*kernels.FLAGS, *WITHOUT_TILES, *(("-mno-avx2",) if X86 else ())), (0,)),
 }
 
 COMPILER = kernels.find_compiler() or "c++"

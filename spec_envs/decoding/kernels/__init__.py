@@ -67,8 +67,8 @@ def run(*command: str) -> str:
 
 
 def fast() -> bool:
-    """Whether the kernels are here and use the processor's own products of int8 (Intel AMX, AVX-512 VNNI)."""
-    found = library() if torch.cpu._is_vnni_supported() else None
+    """Whether the kernels are here and use the processor's instructions for int8 (Intel AMX, AVX-512 VNNI, AVX2)."""
+    found = library() if torch.cpu._is_avx2_supported() else None
     return found is not None and found.accelerated() > 0
 
 

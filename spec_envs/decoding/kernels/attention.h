@@ -81,6 +81,27 @@ inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_di
         _tile_stored(3, out + 768, 64);
     }
     settle();
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    // Four keys at a time in vectors of this processor's size, each with sums of its own.
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
+    for (int64_t j = begin; j < end; j += 4) {
+        const uint16_t* key[4];
+        for (int i = 0; i < 4; i++) key[i] = keys + std::min(j + i, end - 1) * head_dim;
+        __m256 dot[4][2] = {};
+        for (int d = 0; d < head_dim; d += 2)
+            for (int half = 0; half < 2; half++) {
+                const __m256i pair = _mm256_loadu_si256((const __m256i*)(s.queries.data() + d * 8) + half);
+                const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+                const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+                for (int i = 0; i < 4; i++) {
+                    dot[i][half] = _mm256_fmadd_ps(even, _mm256_set1_ps(widened(key[i][d])), dot[i][half]);
+                    dot[i][half] = _mm256_fmadd_ps(odd, _mm256_set1_ps(widened(key[i][d + 1])), dot[i][half]);
+                }
+            }
+        for (int i = 0; i < 4 && j + i < end; i++)
+            for (int half = 0; half < 2; half++)
+                _mm256_storeu_ps(s.scores.data() + (j + i) * LANES + 8 * half, dot[i][half]);
+    }
 #else
     for (int64_t j = begin; j < end; j++) {
         Floats dot = {};
@@ -100,6 +121,32 @@ inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_di
 template <int QUERIES, int PAIRS>
 inline void weigh(const float* weights, const uint16_t* values, int64_t begin, int64_t end, int head_dim,
                   Floats* out) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
+    for (int q = 0; q < QUERIES; q += 2)  // as many sums as registers have room for
+        for (int pair = 0; pair < PAIRS; pair++) {
+            __m256 sums[2][2][2] = {};  // query, even or odd, half
+            for (int64_t j = begin; j < end; j++) {
+                const __m256i* two = (const __m256i*)(values + j * head_dim + pair * 2 * LANES);
+                const __m256 weight[2] = {_mm256_set1_ps(weights[j * LANES + q]),
+                                          _mm256_set1_ps(weights[j * LANES + q + 1])};
+                for (int half = 0; half < 2; half++) {
+                    const __m256i both = _mm256_loadu_si256(two + half);
+                    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+                    const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(both, high));
+                    for (int i = 0; i < 2; i++) {
+                        sums[i][0][half] = _mm256_fmadd_ps(weight[i], even, sums[i][0][half]);
+                        sums[i][1][half] = _mm256_fmadd_ps(weight[i], odd, sums[i][1][half]);
+                    }
+                }
+            }
+            for (int i = 0; i < 2; i++)
+                for (int odd = 0; odd < 2; odd++)
+                    for (int half = 0; half < 2; half++)
+                        _mm256_storeu_ps((float*)(out + (q + i) * 2 * PAIRS + 2 * pair + odd) + 8 * half,
+                                         sums[i][odd][half]);
+        }
+#else
     Floats sums[QUERIES][2 * PAIRS] = {};
     for (int64_t j = begin; j < end; j++) {
         Floats value[2 * PAIRS];
@@ -115,6 +162,7 @@ inline void weigh(const float* weights, const uint16_t* values, int64_t begin, i
         }
     }
     std::memcpy(out, sums, sizeof sums);
+#endif
 }
 
 // Attention of block `block` of the queries of one head of keys; call within the scope of a Tiles.

@@ -118,12 +118,12 @@ int usable() {
 #endif
 }
 
-// Whether products use the processor's own for int8, so that several rows cost little more than one: 2 in tiles, 1 in
+// Whether products use the processor's instructions for int8, so that several rows cost little more than one: 2 in tiles, 1 in
 // vectors, 0 neither.
 int accelerated() {
 #if defined(__AMX_INT8__)
     return 2;
-#elif defined(__AVX512VNNI__)
+#elif defined(__AVX512VNNI__) || defined(__AVX2__)
     return 1;
 #else
     return 0;

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__) || defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -235,12 +235,53 @@ inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool
         }
 }
 
+constexpr int HELD = 8;  // rows whose sums registers have room for
+using Dots = void (*)(const Matrix&, const int8_t*, const int8_t*, bool, Sums&, int);
+constexpr Dots DOTS[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
+#elif defined(__AVX2__)
+// COUNT rows, whose sums stay in registers. The instruction takes one side as unsigned: the weights give theirs their
+// sign. No number is below -127, so two products fit 16 bits.
+template <int COUNT>
+inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool first, Sums& sums, int at) {
+    const int stride = m.stride();
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i dot[COUNT][4] = {};
+    for (int step = 0; step < m.steps(); step++, rows += BLOCK)
+        for (int four = 0; four < BLOCK; four += 4) {
+            const int8_t* w = weight + step * STEP + 16 * four;
+            if (first) {
+                _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + AHEAD + STEP / 2, _MM_HINT_T0);
+            }
+            for (int part = 0; part < 4; part++) {
+                const __m256i own = _mm256_loadu_si256((const __m256i*)(w + part / 2 * (STEP / 2) + part % 2 * 32));
+                const __m256i size = _mm256_abs_epi8(own);
+                for (int row = 0; row < COUNT; row++) {
+                    int32_t inputs;
+                    std::memcpy(&inputs, rows + int64_t(row) * stride + four, sizeof inputs);
+                    const __m256i signed_inputs = _mm256_sign_epi8(_mm256_set1_epi32(inputs), own);
+                    const __m256i pairs = _mm256_maddubs_epi16(size, signed_inputs);
+                    dot[row][part] = _mm256_add_epi32(dot[row][part], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+        }
+    for (int row = 0; row < COUNT; row++)
+        for (int part = 0; part < 4; part++) {
+            int32_t* out = sums[(at + row) / 16][part / 2][(at + row) % 16] + part % 2 * 8;
+            _mm256_storeu_si256((__m256i*)out, dot[row][part]);
+        }
+}
+
+constexpr int HELD = 2;
+using Dots = void (*)(const Matrix&, const int8_t*, const int8_t*, bool, Sums&, int);
+constexpr Dots DOTS[] = {nullptr, dots<1>, dots<2>};
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 template <int HEIGHT>
 inline void multiply(const Matrix& m, const int8_t* rows, int count, const int8_t* weight, bool first, Sums& sums) {
-    using Dots = void (*)(const Matrix&, const int8_t*, const int8_t*, bool, Sums&, int);
-    static constexpr Dots of[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
-    for (int row = 0; row < count; row += 8)
-        of[std::min(8, count - row)](m, rows + int64_t(row) * m.stride(), weight, first && row == 0, sums, row);
+    for (int row = 0; row < count; row += HELD)
+        DOTS[std::min(HELD, count - row)](m, rows + int64_t(row) * m.stride(), weight, first && row == 0, sums, row);
 }
 #else
 template <int HEIGHT>
