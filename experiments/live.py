@@ -46,7 +46,7 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     if env.get("trace"):
-        recorded = recorded_prompts(env["trace"], split)
+        recorded = recorded_prompts(env["trace"], split, env.get("prompts", "all"))
         return [Encoded(*prompt) for prompt in itertools.islice(itertools.cycle(recorded), count)]
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
     target = env.get("target", DEFAULT_TARGET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,8 +11,11 @@ from typing import Any
 
 import torch
 
+from spec_envs.decoding.checkpoints import model_folder
 from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.eagle_head import drafter_folder
+from spec_envs.decoding.pair import LOOKUP, without_lookup
 
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
 
@@ -51,3 +55,17 @@ def revision() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
+
+
+def weights_sha256(target: str, drafter: str) -> dict[str, str]:
+    """SHA-256 of the weights of ``target`` and ``drafter``; prompt lookup has none."""
+    folders = {"target": model_folder(target)}
+    if drafter != LOOKUP:
+        folders["drafter"] = drafter_folder(without_lookup(drafter))
+    hashes = {}
+    for side, folder in folders.items():
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        hashes[side] = digest.hexdigest()
+    return hashes

@@ -6,7 +6,6 @@ is at each of their tokens that a drafted one would be accepted, for every k. Ap
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,11 @@ from tqdm import tqdm
 
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
-from experiments.machine import versions
+from experiments.machine import versions, weights_sha256
 from spec_envs.controls.published_state import KS
-from spec_envs.decoding.checkpoints import model_folder
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
-from spec_envs.decoding.drafters.eagle_head import drafter_folder
-from spec_envs.decoding.pair import DEFAULT_TARGET, LOOKUP, default_drafter, load_decoder, without_lookup
+from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.files import whole
@@ -72,15 +69,7 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
 
 def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
     """What a trace is valid for, as JSON: hashes of both weights, dtype and prompts."""
-    folders = {"target": model_folder(target)}
-    if drafter != LOOKUP:
-        folders["drafter"] = drafter_folder(without_lookup(drafter))
-    hashes = {}
-    for side, folder in folders.items():
-        digest = hashlib.sha256()
-        for path in sorted(folder.glob("*.safetensors")):
-            digest.update(path.read_bytes())
-        hashes[side] = digest.hexdigest()
+    hashes = weights_sha256(target, drafter)
     return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "versions": versions()})
 
 

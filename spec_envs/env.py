@@ -29,6 +29,7 @@ from spec_envs.decoding.pair import (
     static_over_plain,
 )
 from spec_envs.decoding.synthetic import Profile
+from spec_envs.decoding.trace import Trace
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode_prompt, load_prompts
@@ -58,9 +59,9 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
         max_new_tokens: most tokens of a text, the first one included.
         temperature, top_p: sampling of the target; temperature 0 is greedy, the control's own default where none is given.
-        trace: a synthetic profile (a name of ``data/profiles``, or a JSON file) plays draft model and target instead of
-            models, for chains; over a link an expected-acceptance trace does (a name of ``data/traces``, or an npz file),
-            approximately.
+        trace: what plays draft model and target instead of models: the folder of a trace that `make trace` recorded, for
+            trees and chains, exactly; a synthetic profile (a name of ``data/profiles``, or a JSON file), for chains; over a
+            link an expected-acceptance trace (a name of ``data/traces``, or an npz file), approximately.
         clock: ``"wall"`` measures; the name or path of a cost table prices forwards instead, which makes the
             environment deterministic. Of several tables one is drawn per episode. A profile brings its own.
         episode: ``"prompt"`` or ``"cycle"`` (the text goes on over resets).
@@ -158,8 +159,10 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             self.control, trace, self.clocks[0], **models, temperature=temperature, top_p=top_p
         )
         if trace:
-            self.best_static = 1.0 if ExpectedTrace.named(trace) else Profile.load(trace).static_over_plain
-            recorded = recorded_prompts(trace, split)
+            self.best_static = self._static_of_trace(trace)
+            if Trace.named(trace):
+                Trace.load(trace).check({}, max_new_tokens)
+            recorded = recorded_prompts(trace, split, prompts)
             self.encoded = {Prompt(task, str(i)): ids for i, (task, ids) in enumerate(recorded)}
             chosen = list(self.encoded)
         else:
@@ -264,6 +267,14 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         """Tokens per second that a second costs: given, or the speed of the pair's best static setting."""
         return self.given_pace if self.given_pace is not None else self.plain_rate * self.best_static
 
+    @staticmethod
+    def _static_of_trace(trace: str) -> float:
+        """Speed of the best static setting over plain decoding, as far as it is known."""
+        if Trace.named(trace):
+            manifest = Trace.load(trace).manifest
+            return static_over_plain(manifest.target, manifest.drafter)
+        return 1.0 if ExpectedTrace.named(trace) else Profile.load(trace).static_over_plain
+
     def _check_lengths(self) -> None:
         """Refuse prompts that would not fit when their turn comes; those of a log of conversations are left out."""
         context = self.decoder.context
@@ -285,7 +296,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         if isinstance(given, str):
             given = Prompt("given", given)
         if given is not None and self.trace and given not in self.encoded:
-            raise ValueError(f"the profile {self.trace!r} has prompts of its own; a text cannot be given")
+            raise ValueError(f"{self.trace!r} has prompts of its own; another text cannot be given")
         self.prompt = given
         if len(self.clocks) > 1:
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]

@@ -11,8 +11,7 @@ from spec_envs.controls.base import Control, Entry, read_context, read_position
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
-from spec_envs.decoding.drafters.copying import CopyingDrafter
-from spec_envs.decoding.drafters.lookup import LONGEST, LookupDrafter
+from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.prompts import TASKS
 
 VERIFY, DRAFT = 0, 1
@@ -236,7 +235,7 @@ def read_match(decoder: Decoder) -> float:
 
 def copies(decoder: Decoder) -> bool:
     """Whether the next token of the chain under way would be copied."""
-    if decoder.finished or not isinstance(decoder.drafter, LookupDrafter | CopyingDrafter):
+    if decoder.finished or not isinstance(decoder.drafter, Copier):
         return False
     return decoder.drafter.source(decoder.tree.tokens.tolist()) is not None
 

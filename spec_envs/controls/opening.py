@@ -7,13 +7,16 @@ from typing import Any
 
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl, exit_of
+from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
-from spec_envs.decoding.checkpoints import resolve_device
-from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device
+from spec_envs.decoding.clock import PricedClock, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.pair import DEFAULT_TARGET, make_clocks, open_decoder
+from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.synthetic import Profile
+from spec_envs.decoding.trace import Trace
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from spec_envs.network.linked import is_address, linked
@@ -21,13 +24,21 @@ from spec_envs.network.linked import is_address, linked
 
 def clocks_for(clock: str | Sequence[str], device: str, trace: str | None) -> list[WallClock]:
     """The clocks of those names; a trace's own table stands in for the wall."""
-    if trace and ExpectedTrace.named(trace):
+    if trace and Trace.named(trace):
+        if clock == "wall":
+            return [PricedClock(Trace.load(trace).costs())]
+        trace = None
+    elif trace and ExpectedTrace.named(trace):
         clock, trace = ExpectedTrace.load(trace).clock if clock == "wall" else clock, None
     return make_clocks(clock, resolve_device(device), trace)
 
 
-def recorded_prompts(trace: str, split: str) -> list[tuple[str, list[int]]]:
-    """Task and ids of a trace's prompts; those of a synthetic profile are the same in every split."""
+def recorded_prompts(trace: str, split: str, names: str = "all") -> list[tuple[str, list[int]]]:
+    """Task and ids of a trace's prompts; those of a synthetic profile are the same in every split. ``names`` are prompt
+    sets of an exact trace."""
+    if Trace.named(trace):
+        recorded = Trace.load(trace)
+        return [(recorded.texts[i].task, recorded.texts[i].prompt) for i in recorded.of_split(split, names)]
     if not ExpectedTrace.named(trace):
         return Profile.load(trace).prompts()
     prompts = ExpectedTrace.load(trace).prompts(split)
@@ -63,6 +74,8 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
         return recorded.decoder(clock, control.max_depth, load_link(control.link))
     if isinstance(control, DVIControl):
         return decoder_at_exit(control, trace, clock, **models)
+    if trace and Trace.named(trace):
+        return replay_under(control, Trace.load(trace), clock, models)
     decoder = open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **models)
     if isinstance(control, TopKControl):
         if control.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
@@ -71,6 +84,26 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
             )
         decoder = linked(decoder, control.link, models.get("target", DEFAULT_TARGET))
     return decoder
+
+
+def replay_under(control: Control, trace: Trace, clock: WallClock, models: dict[str, Any]) -> Decoder:
+    """A decoder that replays a trace.
+
+    Raises:
+        ValueError: a trace of other settings, or of another kind than the control decides about.
+    """
+    chain = isinstance(control, KControl)
+    if control.engine != "torch":
+        raise ValueError(f"trace is {str(trace.folder)!r}, which takes the place of {control.engine}; give one of the two")
+    if trace.kind != ("chain" if chain else "tree"):
+        raise ValueError(f"the trace {trace.folder} is one of {trace.kind}s, which {control.name} does not decide about")
+    given = {**models, "width": control.width, "max_depth": control.max_depth}
+    trace.check(given | ({"target": "auto"} if given.get("target") == DEFAULT_TARGET else {}))  # that is: none was named
+
+    def detokenize(ids: list[int]) -> str:
+        return str(load_tokenizer(trace.manifest.target).decode(ids, skip_special_tokens=True))
+
+    return replayed(trace, clock, control.max_depth, detokenize)
 
 
 def decoder_at_exit(control: DVIControl, trace: str | None, clock: WallClock, **models: Any) -> Decoder:

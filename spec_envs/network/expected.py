@@ -188,6 +188,9 @@ class TraceDrafter(ChainDrafter):
         """See ``Copier``."""
         return int(self.text.match[min(self.at, len(self.text.match) - 1)])
 
+    def source(self, chain: list[int]) -> None:
+        """See ``Copier``; it was not recorded."""
+
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """The token behind the chain; copies cost no rows."""
         text = self.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -53,6 +53,9 @@ class Copier(Protocol):
 
     def matched(self) -> int:
         """How many of the text's last tokens match the place that would be copied from; 0 where there is none."""
+
+    def source(self, chain: list[int]) -> Any:
+        """Where the token behind a chain would be copied from; None where it would not be."""
 
 
 @runtime_checkable

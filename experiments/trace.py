@@ -1,0 +1,290 @@
+"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at every position of them the whole tree or
+chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of chains
+SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/trace.py`).
+
+Each text is kept as soon as it is recorded: killed at any moment, the same command goes on. `--shard 0/4` records a quarter
+of the texts, for several machines that share a disk; without it what is left is recorded and the trace is put together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from agents.random import RandomAgent
+from experiments.arms import Encoded, decoded, run_arms
+from experiments.command import one_sentence
+from experiments.costs import cost_curves
+from experiments.live import MODELS, encoded_prompts
+from experiments.machine import machine, weights_sha256
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import Policy, make_control
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.k import KControl
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
+from spec_envs.decoding.recorder import Columns, kind_of, record, watched
+from spec_envs.decoding.replay import replayed
+from spec_envs.decoding.trace import MANIFEST, VERSION, Manifest, Recorded, Trace, write_trace
+from spec_envs.files import whole, write_json
+from spec_envs.prompts import SPLITS
+
+TEXTS = (60, 12, 30)  # of train, validation and test
+CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
+TRACED = ("depth", "budget", "tree", "k")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be recorded: an environment's keyword arguments and how many texts of each split."""
+
+    env_id: str
+    env: dict[str, Any]
+    texts: tuple[int, int, int] = TEXTS
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the recording depends on."""
+        keys = (*MODELS, "prompts", "data_dir", "template", "max_new_tokens")
+        control = make_control(ENVIRONMENTS[self.env_id], self.env)
+        given = {key: self.env[key] for key in keys if key in self.env}
+        drafter = self.env.get("drafter", "auto")
+        given["drafter"] = control.default_drafter(self.target) if drafter == "auto" else drafter
+        return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
+
+    @property
+    def target(self) -> str:
+        return self.env.get("target", DEFAULT_TARGET)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.env.get("max_new_tokens", 128)
+
+    def chosen(self) -> list[tuple[str, Encoded]]:
+        """Split and prompt of every text, each once."""
+        found = [
+            (split, prompt)
+            for split, count in zip(SPLITS, self.texts, strict=True)
+            if count
+            for prompt in encoded_prompts(self.env, split, count)
+        ]
+        return list({tuple(prompt.ids): (split, prompt) for split, prompt in found}.values())
+
+    def decoder(self) -> Decoder:
+        """What is recorded."""
+        names = ("target", "drafter", "device", "dtype", "width", "max_depth")
+        settings = {**self.env, **self.settings}
+        return load_decoder(**{name: settings[name] for name in names if name in settings})
+
+
+def recorded(plan: Plan, folder: Path) -> Trace:
+    """The trace of a plan in a folder, recorded as far as it is not there yet.
+
+    Raises:
+        ValueError: the folder holds a trace of another plan, or a damaged one.
+    """
+    claim(plan, folder)
+    if not (folder / MANIFEST).exists():
+        record_texts(plan, folder)
+        assemble(plan, folder)
+    return Trace.load(folder)
+
+
+def claim(plan: Plan, folder: Path) -> None:
+    """Make a folder this plan's, or refuse one that is another's."""
+    note = folder / "settings.json"
+    if note.exists():
+        found = json.loads(note.read_text())
+        if differing := sorted(key for key in plan.settings | found if plan.settings.get(key) != found.get(key)):
+            raise ValueError(
+                f"{folder} holds a trace recorded with another {', '.join(differing)}; choose another --out, or delete it"
+            )
+        return
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
+    write_json(note, plan.settings)
+
+
+def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Record the texts ``shard[0]``, ``shard[0] + shard[1]``, … that are not there yet."""
+    todo = [(i, prompt) for i, (_, prompt) in enumerate(plan.chosen()) if not text_file(folder, i).exists()]
+    todo = [(i, prompt) for i, prompt in todo if i % shard[1] == shard[0]]
+    if not todo:
+        return
+    decoder = watched(plan.decoder())
+    for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
+        columns = record(decoder, prompt.ids, plan.max_new_tokens)
+        with whole(text_file(folder, i)) as path, path.open("wb") as file:
+            np.savez(file, **columns)  # type: ignore[arg-type]
+
+
+def text_file(folder: Path, i: int) -> Path:
+    """Where a text is kept until the trace is put together."""
+    return folder / "texts" / f"{i:05d}.npz"
+
+
+def assemble(plan: Plan, folder: Path) -> None:
+    """Put the texts together, with what forwards cost here; those that end with their first token are left out."""
+    decoder, kept, parts = plan.decoder(), [], []
+    for i, (split, prompt) in enumerate(plan.chosen()):
+        columns = read_text(text_file(folder, i))
+        if len(columns["tokens"]) > 1:
+            kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
+            parts.append(columns)
+    settings = plan.settings
+    manifest = Manifest(
+        version=VERSION,
+        kind=kind_of(decoder),  # type: ignore[arg-type]
+        target=plan.target,
+        drafter=settings["drafter"],
+        fingerprints=weights_sha256(plan.target, settings["drafter"]),
+        dtype=decoder.dtype,
+        template=plan.env.get("template"),
+        prompts=plan.env.get("prompts", "all"),
+        max_new_tokens=plan.max_new_tokens,
+        width=decoder.tree.width,
+        max_depth=decoder.max_depth,
+        vocab=decoder.verifier.vocab,
+        context=decoder.context,
+        eos=sorted(decoder.eos),
+        costs=as_text(cost_curves(decoder)),
+        made_with=machine(decoder),
+        texts=kept,
+        arrays={},
+    )
+    draft = folder / "draft"
+    write_trace(draft, manifest, parts)  # a whole trace, to be priced, before it takes its place
+    manifest.costs = as_text(calibrated(Trace.load(draft), decoder))
+    shutil.rmtree(draft)
+    write_trace(folder, manifest, parts)
+    shutil.rmtree(folder / "texts")
+
+
+def read_text(path: Path) -> Columns:
+    """The columns of a text.
+
+    Raises:
+        ValueError: the file is damaged, or another shard has not written it yet.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as columns:
+            return dict(columns)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
+
+
+def calibrated(trace: Trace, decoder: Decoder) -> dict[str, dict[int, float]]:
+    """Cost curves such that training texts under random settings cost what they cost on the wall.
+
+    A forward timed alone is a little faster than one of a text that is being decoded, with everything around it. What
+    lies around is charged to verifications.
+    """
+    table = trace.costs()
+    texts = [text for text in trace.texts if text.split == "train"][:CALIBRATION] or trace.texts[:CALIBRATION]
+    prompts = [Encoded(text.task, text.prompt) for text in texts]
+    control = random_settings(trace)
+    arms = {
+        "live": decoded(decoder, Policy(control, RandomAgent(control, seed=0))),
+        "priced": decoded(
+            replayed(trace, PricedClock(table), decoder.max_depth, lambda ids: ""),
+            Policy(random_settings(trace), RandomAgent(control, seed=0)),
+        ),
+    }
+    samples = run_arms(arms, prompts, trace.manifest.max_new_tokens, "what forwards cost")
+    parts = {name: {part: sum(s.parts[part] for s in arm) for part in arm[0].parts} for name, arm in samples.items()}
+    whole_seconds = sum(s.seconds for s in samples["live"])
+    around = whole_seconds - parts["live"]["draft"] - parts["live"]["policy"]
+    factors = {"draft": 1.0, "verify": around / parts["priced"]["verify"]}
+    if parts["priced"]["draft"]:
+        factors["draft"] = parts["live"]["draft"] / parts["priced"]["draft"]
+    return {part: {n: s * factors[part] for n, s in getattr(table, part).items()} for part in factors}
+
+
+def random_settings(trace: Trace) -> Any:
+    """Cycles of all sizes that anybody would play."""
+    manifest = trace.manifest
+    if manifest.kind == "chain":
+        return KControl(k_max=min(8, manifest.max_depth + 1), observation="counters")
+    depth = min(4, manifest.max_depth)
+    return BudgetControl((3, 7, 11, 15, 23, 31), "random", max_depth=depth, width=manifest.width)
+
+
+def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
+    """Cost curves with keys that JSON has."""
+    return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
+
+
+def default_folder(plan: Plan) -> Path:
+    """Where a plan's trace lies if nothing else is said."""
+    kind = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree"
+    return Path("runs/traces") / f"{Path(plan.target).name}-{kind}"
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``i/n`` as numbers."""
+    part, _, count = text.partition("/")
+    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard; expected i/n with i from 0 to n-1, such as 0/4")
+    return int(part), int(count)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    traced = [env_id for env_id, name in ENVIRONMENTS.items() if name in TRACED]
+    parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
+    parser.add_argument("--target", default=DEFAULT_TARGET)
+    parser.add_argument("--drafter", default="auto", help="(default: the target's own)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", default="all", help="prompt sets, separated by commas")
+    parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="per text (default 96)")
+    parser.add_argument("--depth", type=int, help="expansions of the trees (12), or one less than the chains' tokens (15)")
+    parser.add_argument(
+        "--texts", type=int, nargs=3, default=TEXTS, metavar=("TRAIN", "VALIDATION", "TEST"), help=f"(default {TEXTS})"
+    )
+    parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and put nothing together")
+    parser.add_argument("--out", type=Path, help="folder (default runs/traces/TARGET-KIND)")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
+    env = {
+        "target": args.target,
+        "drafter": args.drafter,
+        "device": args.device,
+        "dtype": args.dtype,
+        "prompts": args.prompts,
+        "data_dir": args.data_dir,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    if args.depth is not None:
+        env |= {"k_max": args.depth + 1} if ENVIRONMENTS[args.env] == "k" else {"max_depth": args.depth}
+    with one_sentence("interrupted; the same command goes on with the next text"):
+        plan = Plan(args.env, env, tuple(args.texts))
+        folder = args.out or default_folder(plan)
+        if args.shard:
+            claim(plan, folder)
+            record_texts(plan, folder, args.shard)
+            print(f"{folder}: shard {args.shard[0]} of {args.shard[1]} is recorded", file=sys.stderr)
+            return
+        trace = recorded(plan, folder)
+        size = sum(path.stat().st_size for path in trace.folder.glob("*.npy"))
+        ties = int(trace.ties().sum())
+        print(f"{folder}: {len(trace.texts)} texts, {trace.rows} positions, {ties} near-ties, {size / 1e6:.0f} MB")
+        print(f'replay it with gym.make("{args.env}", trace="{folder}")')
+
+
+if __name__ == "__main__":
+    main()

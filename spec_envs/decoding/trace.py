@@ -1,0 +1,304 @@
+"""Traces: what a drafter says at every position of the target's own texts, recorded once.
+
+Under greedy decoding neither the text nor the drafter's state depends on what was drafted before. So the whole tree (or
+chain) drafted at each position answers every depth, budget and length exactly, with no model in the loop (``replay.py``).
+
+A trace is a folder: ``manifest.json``, which says what it is valid for, and one memory-mapped array per column, with a
+row per emitted token: row i of a text is the state in which its tokens 0…i are emitted.
+
+| column | trees | chains |
+|---|---|---|
+| ``tokens``, ``gaps`` | the text; how far the target's best logit lay above the second | the same |
+| ``drafted``, ``log_probs`` | ``[C]`` nodes of the full tree, level by level | ``[K]`` tokens |
+| ``entropies`` | of the distribution behind the root and behind each node that was expanded | behind each token |
+| ``path`` | ``[L]`` which node of each level is on the text's path, -1 for none | |
+| ``ranks`` | ``[L, L]`` for each depth, the place of that node among all candidates up to it | |
+| ``right`` | | how many of the first tokens are the text's |
+| ``length``, ``copied``, ``matched`` | | tokens drafted; which were copied; tokens that match where it copies from |
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from spec_envs.decoding.clock import CostTable
+from spec_envs.files import whole, write_bytes
+
+VERSION = 1
+MANIFEST = "manifest.json"
+COLUMNS: dict[str, dict[str, Any]] = {
+    "tree": {
+        "tokens": np.int32,
+        "gaps": np.float32,
+        "drafted": np.int32,
+        "log_probs": np.float32,
+        "entropies": np.float32,
+        "path": np.int16,
+        "ranks": np.int16,
+    },
+    "chain": {
+        "tokens": np.int32,
+        "gaps": np.float32,
+        "drafted": np.int32,
+        "log_probs": np.float32,
+        "entropies": np.float32,
+        "right": np.int16,
+        "length": np.int16,
+        "copied": np.bool_,
+        "matched": np.int16,
+    },
+}
+TIE = {"float32": 1e-4, "int8": 1e-4}  # a gap of logits below which the target's choice is one of rounding;
+COARSE = 0.25  # in dtypes that round more than those
+
+
+class Recorded(msgspec.Struct, forbid_unknown_fields=True):
+    """A recorded text: its task, its split, the ids of its prompt, and how many tokens were emitted."""
+
+    task: str
+    split: Literal["train", "validation", "test"]
+    prompt: list[int]
+    tokens: int
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a trace is valid for.
+
+    Attributes:
+        kind: ``"tree"`` or ``"chain"``.
+        target, drafter, dtype, template, prompts, max_new_tokens: keyword arguments that it was recorded with.
+        fingerprints: of both models' weights.
+        width, max_depth: of the trees; a chain of ``max_depth + 1`` tokens has width 1.
+        vocab, context, eos: of the target.
+        costs: seconds of forwards by rows on the machine that recorded it (``CostTable``).
+        made_with: versions, processor and revision.
+        texts: in the order of the arrays' rows.
+        arrays: SHA-256 of every column's file.
+    """
+
+    version: int
+    kind: Literal["tree", "chain"]
+    target: str
+    drafter: str
+    fingerprints: dict[str, str]
+    dtype: str
+    template: str | None
+    prompts: str
+    max_new_tokens: int
+    width: int
+    max_depth: int
+    vocab: int
+    context: int
+    eos: list[int]
+    costs: dict[str, dict[str, float]]
+    made_with: dict[str, Any]
+    texts: list[Recorded]
+    arrays: dict[str, str]
+
+
+class Trace:
+    """A recorded trace, its columns mapped from disk.
+
+    Attributes:
+        folder, manifest, texts: see ``Manifest``.
+        starts: ``[texts + 1]``, the row at which each text begins.
+        columns: by name; see the module.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, columns: dict[str, np.ndarray]):
+        self.folder, self.manifest, self.texts, self.columns = folder, manifest, manifest.texts, columns
+        self.starts = np.concatenate([[0], np.cumsum([text.tokens for text in self.texts])])
+        self.by_prompt = {tuple(text.prompt): i for i, text in enumerate(self.texts)}
+
+    @classmethod
+    def load(cls, source: str | Path) -> Trace:
+        """The trace in a folder.
+
+        Raises:
+            ValueError: there is none, it is damaged, or it is of another version.
+        """
+        return _loaded(Path(source).expanduser().resolve())
+
+    @staticmethod
+    def named(source: str) -> bool:
+        """Whether a name is that of such a trace, and not of another kind of recording."""
+        return (Path(source).expanduser() / MANIFEST).is_file()
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def rows(self) -> int:
+        """Tokens emitted in all texts, and so rows of every column."""
+        return int(self.starts[-1])
+
+    def costs(self) -> CostTable:
+        """What forwards cost on the machine that recorded it."""
+        curves = {part: {int(n): s for n, s in curve.items()} for part, curve in self.manifest.costs.items()}
+        return CostTable(str(self.folder), **curves)
+
+    def ties(self) -> np.ndarray:
+        """Rows at which the target's next token is one of rounding ``[rows]`` (bool)."""
+        return self.columns["gaps"] < TIE.get(self.manifest.dtype, COARSE)
+
+    def of_split(self, split: str, prompts: str = "all") -> list[int]:
+        """Indices of the texts of a split (``"all"`` for every one) and of those prompt sets.
+
+        Raises:
+            ValueError: there are none.
+        """
+        names = [name.strip() for name in prompts.split(",")]
+        found = [
+            i
+            for i, text in enumerate(self.texts)
+            if split in (text.split, "all") and ("all" in names or text.task in names)
+        ]
+        if not found:
+            raise ValueError(f"the trace {self.folder} has no texts of the prompts {prompts!r} in the split {split!r}")
+        return found
+
+    def check(self, given: dict[str, Any], max_new_tokens: int | None = None) -> None:
+        """Refuse settings other than those that it was recorded with.
+
+        Args:
+            given: keyword arguments of an environment or of ``load_decoder``; ``"auto"`` takes what there is.
+
+        Raises:
+            ValueError: one differs; the sentence says which.
+        """
+        for name in ("target", "drafter", "dtype", "width"):
+            recorded = getattr(self.manifest, name)
+            if given.get(name, "auto") not in ("auto", recorded):
+                raise ValueError(f"the trace {self.folder} was recorded with {name} {recorded!r}, not {given[name]!r}")
+        if given.get("template") not in (None, self.manifest.template):
+            raise ValueError(f"the trace {self.folder} was recorded with another template")
+        if given.get("max_depth", 0) > self.manifest.max_depth:
+            raise ValueError(
+                f"the trace {self.folder} is {self.manifest.max_depth} expansions deep; {given['max_depth']} are asked for"
+            )
+        if given.get("temperature"):
+            raise ValueError(f"a trace is of greedy decoding; temperature is {given['temperature']}, expected 0")
+        if max_new_tokens is not None and max_new_tokens > self.manifest.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; the texts of {self.folder} were recorded up to "
+                f"{self.manifest.max_new_tokens}"
+            )
+
+
+@functools.lru_cache(8)
+def _loaded(folder: Path) -> Trace:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"there is no trace in {folder}: it has no {MANIFEST}; record one with `make trace`")
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        if manifest.version != VERSION:
+            raise ValueError(f"it is of version {manifest.version}, this is version {VERSION}")
+        rows, columns = sum(text.tokens for text in manifest.texts), {}
+        for name, dtype in COLUMNS[manifest.kind].items():
+            file = folder / f"{name}.npy"
+            if digest(file) != manifest.arrays.get(name):
+                raise ValueError(f"{file.name} is not the file that was recorded")
+            columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+            if len(columns[name]) != rows or columns[name].dtype != dtype:
+                raise ValueError(f"{file.name} has another shape or type than the manifest says")
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        raise ValueError(f"the trace in {folder} is damaged ({error}); delete it and record it anew") from None
+    return Trace(folder, manifest, columns)
+
+
+def write_trace(folder: Path, manifest: Manifest, parts: Sequence[dict[str, np.ndarray]]) -> None:
+    """Write a trace; the manifest last, without which there is none.
+
+    Args:
+        parts: the columns of every text, in the order of ``manifest.texts``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name, dtype in COLUMNS[manifest.kind].items():
+        with whole(folder / f"{name}.npy") as path, path.open("wb") as file:
+            np.save(file, np.concatenate([part[name] for part in parts]).astype(dtype, copy=False))
+        manifest.arrays[name] = digest(folder / f"{name}.npy")
+    write_bytes(folder / MANIFEST, json.dumps(msgspec.to_builtins(manifest), indent=1).encode())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Grown(NamedTuple):
+    """Full trees ``[rows, C]``: path log-probability and parent of every node, and ``[rows, L, W]`` the nodes of each
+    level that were expanded, best first."""
+
+    scores: np.ndarray
+    parents: np.ndarray
+    frontiers: np.ndarray
+
+
+def grown(log_probs: np.ndarray, width: int) -> Grown:
+    """The trees that children of these log-probabilities ``[rows, C]`` make, as ``Tree`` grows them."""
+    rows, nodes = log_probs.shape
+    levels = 1 + (nodes - width) // (width * width)
+    scores, parents = np.empty((rows, nodes), np.float32), np.full((rows, nodes), -1, np.int16)
+    frontiers = np.empty((rows, levels, width), np.int16)
+    scores[:, :width] = log_probs[:, :width]
+    frontiers[:, 0] = np.arange(width)
+    for level in range(1, levels):
+        here = level_slice(level, width)
+        above = frontiers[:, level - 1]
+        children = log_probs[:, here].reshape(rows, width, width)
+        scores[:, here] = (np.take_along_axis(scores, above.astype(np.intp), 1)[:, :, None] + children).reshape(rows, -1)
+        parents[:, here] = np.repeat(above, width, 1)
+        frontiers[:, level] = here.start + np.argsort(-scores[:, here], 1, kind="stable")[:, :width]
+    return Grown(scores, parents, frontiers)
+
+
+def level_slice(level: int, width: int) -> slice:
+    """Ids of the nodes of a level of a full tree."""
+    start = width + width * width * (level - 1) if level else 0
+    return slice(start, width + width * width * level)
+
+
+def on_path(tree: Grown, drafted: np.ndarray, text: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which nodes of full trees lie on the path of the text, and their place among the candidates.
+
+    Args:
+        tree, drafted: the trees of a whole text, ``[n, …]``; the one in row i is drafted behind token i.
+        text: its tokens ``[n]``.
+
+    Returns:
+        ``path`` ``[n, L]`` and ``ranks`` ``[n, L, L]``; see the module.
+    """
+    n, levels = tree.frontiers.shape[:2]
+    path = np.full((n, levels), -1, np.int16)
+    above = np.full(n, -1)
+    alive = np.ones(n, bool)
+    for level in range(levels):
+        here = level_slice(level, width)
+        wanted = np.full(n, -1)
+        wanted[: max(0, n - 1 - level)] = text[1 + level :]
+        hit = (drafted[:, here] == wanted[:, None]) & (tree.parents[:, here] == above[:, None]) & alive[:, None]
+        alive = hit.any(1)
+        above = np.where(alive, here.start + hit.argmax(1), -2)
+        path[:, level] = np.where(alive, above, -1)
+    ranks = np.full((n, levels, levels), -1, np.int16)
+    ids = np.arange(tree.scores.shape[1])
+    for level in range(levels):
+        node = path[:, level].astype(np.intp)
+        own = np.take_along_axis(tree.scores, np.maximum(node, 0)[:, None], 1)
+        better = (tree.scores > own) | ((tree.scores == own) & (ids < node[:, None]))
+        counts = better.cumsum(1)
+        for depth in range(level, levels):
+            ranks[:, depth, level] = np.where(node >= 0, counts[:, level_slice(depth, width).stop - 1], -1)
+    return path, ranks
