@@ -14,7 +14,9 @@ import yaml
 from agents.adaedl import AdaedlAgent
 from agents.adaptive_k import AdaptiveKAgent
 from agents.confidence import ConfidenceAgent
+from agents.ddd import DddAgent
 from agents.dvi import DVIAgent
+from agents.expected_gain import ExpectedGainAgent
 from agents.fixed import FixedAgent
 from agents.gammatune import GammaTuneAgent
 from agents.hf_schedule import ScheduleAgent
@@ -26,7 +28,10 @@ from agents.rl_adapter_agent import RLAdapterAgent
 from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
 from agents.specdec_plus import SpecDecPlusAgent
 from agents.svip import SvipAgent
+from agents.svip_tree import SvipTreeAgent
+from agents.tree_rule import PricedRule
 from agents.ucb import UcbAgent
+from agents.ucb_budget import UcbBudgetAgent
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, make_control
 from spec_envs.controls.opening import clocks_for
@@ -43,7 +48,11 @@ AGENTS: dict[str, Callable[..., Any]] = {
     "adaedl": AdaedlAgent,
     "gammatune": GammaTuneAgent,
     "ucb": UcbAgent,
+    "ucb-budget": UcbBudgetAgent,
     "specdec++": SpecDecPlusAgent,
+    "ddd": DddAgent,
+    "svip-tree": SvipTreeAgent,
+    "expected-gain": ExpectedGainAgent,
     "rl-adapter": RLAdapterAgent,
     **ONLINE,
     **{name: partial(SB3Agent, algorithm=name) for name in ALGORITHMS},
@@ -59,11 +68,11 @@ def load(run: str | Path) -> tuple[Control, Any]:
     folder = Path(run)
     config = read_config(folder)
     control = make_control(ENVIRONMENTS[config["id"]], config["env"])
-    if control.cost_features:
-        control.costs = cost_table(folder, config["env"])
     if config.get("partner"):
         control.compose(*load(config["partner"]))
     agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
+    if control.cost_features or isinstance(agent, PricedRule):
+        control.costs = cost_table(folder, config["env"])
     agent.load(folder)
     return control, agent
 

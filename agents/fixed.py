@@ -13,15 +13,17 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.dvi import DVIControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
+from spec_envs.controls.tree import EXPAND, TreeControl
 
 
 class FixedAgent(Rule):
-    """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``), one chain length (``SpecK-v0``) or one choice of
-    what to send (``SpecTopK-v0``).
+    """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``), one of both (``SpecTree-v0``), one chain length
+    (``SpecK-v0``) or one choice of what to send (``SpecTopK-v0``).
 
     Args:
         control: the problem.
-        value: the depth, the number of nodes, the length, or the choice by its name (``"4x300"``, ``"cloud 64"``).
+        value: the depth, the number of nodes, both (``"2x7"``; YAML wants quotes around ``"0x7"``, which is a number to it),
+            the length, or the choice by its name (``"4x300"``, ``"cloud 64"``).
 
     Raises:
         ValueError: a value that the control does not offer.
@@ -34,6 +36,9 @@ class FixedAgent(Rule):
             offered = (
                 ", ".join(map(str, settings(control))) or "none: its actions are tokens, which are never all alike"
             )
+            if isinstance(control, TreeControl):
+                budgets = ", ".join(map(str, control.budgets))
+                offered = f"DEPTHxBUDGET with depths 0 to {control.max_depth} and budgets {budgets}"
             raise ValueError(f"value is {value}; expected one of {offered}")
         stepwise = isinstance(control, KControl) and control.decision == "token"
         if stepwise and "drafted" not in control.slices:
@@ -49,6 +54,9 @@ class FixedAgent(Rule):
             return settings(control).index(self.value), state
         if isinstance(control, KControl) and control.decision == "cycle":
             return self.value, state
+        if isinstance(control, TreeControl):
+            depth, budget = map(int, str(self.value).split("x"))
+            return EXPAND if self._grown(observation) < depth else 1 + control.budgets.index(budget), state
         assert isinstance(self.value, int)
         return int(self._grown(observation) < self.value), state  # one level or token more, or verify
 
@@ -69,6 +77,8 @@ def settings(control: Control) -> tuple[int, ...] | tuple[str, ...]:
         return tuple(map(str, control.choices))
     if isinstance(control, BudgetControl):
         return control.budgets
+    if isinstance(control, TreeControl):
+        return tuple(f"{depth}x{budget}" for depth in range(control.max_depth + 1) for budget in control.budgets)
     if isinstance(control, KControl):
         return tuple(range(control.k_max + 1))
     assert isinstance(control, DepthControl)

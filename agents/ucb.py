@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.bandit import Bandit
 from agents.rule import ChainRule
 from spec_envs.controls.base import Control
 
@@ -34,26 +35,16 @@ class UcbAgent(ChainRule):
         arms: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
     ):
         super().__init__(control)
-        self.exploration, self.discount = exploration, discount
         self.arms = np.array([k for k in arms if k <= self.k_max])
-        self.prices = 1 + cost * self.arms
-        self.tries, self.tokens = np.zeros(len(self.arms)), np.zeros(len(self.arms))
-        self.played = 0
+        self.bandit = Bandit(1 + cost * self.arms, exploration, discount)
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         if not np.all(episode_start):
-            self.tries *= self.discount
-            self.tokens *= self.discount
-            self.tries[self.played] += 1
             drafted = self.read(observation, "last_k") * self.k_max
-            self.tokens[self.played] += 1 + self.read(observation, "last_acceptance") * drafted
-        tried = np.maximum(self.tries, 1e-9)
-        bonus = np.sqrt(np.log(max(self.tries.sum(), np.e)) / tried)
-        worth = (self.tokens / tried + self.exploration * (1 + self.arms) * bonus) / self.prices
-        self.played = int(np.argmax(np.where(self.tries == 0, np.inf, worth)))
-        return int(self.arms[self.played]), state
+            self.bandit.record(1 + self.read(observation, "last_acceptance") * drafted)
+        return int(self.arms[self.bandit.choose(1 + self.arms)]), state
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:

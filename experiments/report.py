@@ -16,9 +16,11 @@ from experiments.comparison import aa_agrees, by_task
 from spec_envs.controls import Control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.controls.tree import TreeControl
 from spec_envs.files import whole
 
 COLLAPSED = 0.95  # share of one setting from which a policy is reported as a static setting
+CROWDED = 24  # settings from which their names are written upwards
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -127,16 +129,22 @@ def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each setting was played, by task: budgets, lengths, or the depths that runs of "go on" led to."""
+    """How often each setting was played, by task: budgets, lengths, or the depths that runs of "go on" led to. Of the many
+    of a tree, only those that were played."""
     offered = settings(control)
 
     def played(sample: Sample) -> Sequence[Any]:
         if isinstance(control, DepthControl):
             return depths(sample.actions, control.max_depth)
+        if isinstance(control, TreeControl):
+            return trees(sample, control)
         if isinstance(control, KControl) and control.decision == "token":
             return sample.lengths
         return [offered[action] for action in sample.actions]
 
+    if isinstance(control, TreeControl):
+        found = {setting for sample in samples for setting in played(sample)}
+        offered = tuple(str(setting) for setting in offered if setting in found)
     histogram = {}
     for task, group in by_task(samples).items():
         counts = Counter(str(setting) for sample in group for setting in played(sample))
@@ -152,6 +160,17 @@ def depths(actions: Sequence[int], max_depth: int) -> list[int]:
         if not action or depth == max_depth:
             found.append(depth)
             depth = 1
+    return found
+
+
+def trees(sample: Sample, control: TreeControl) -> list[str]:
+    """Depth and budget of every cycle, as settings of a fixed agent: each expansion was a decision, and so was the
+    verification."""
+    found, decisions = [], iter(sample.actions)
+    for candidates in sample.lengths:
+        depth = max(0, candidates - control.width) // control.width**2
+        *_, last = (next(decisions) for _ in range(depth + 1))
+        found.append(f"{depth}x{control.budgets[last - 1]}")
     return found
 
 
@@ -214,6 +233,6 @@ def draw_histogram(axis: Any, histogram: dict[str, dict[str, int]]) -> None:
         total = max(1, sum(counts.values()))
         at = [x + (i - (len(histogram) - 1) / 2) * width for x in range(len(counts))]
         axis.bar(at, [n / total for n in counts.values()], width, label=task)
-        axis.set_xticks(range(len(counts)), list(counts))
+        axis.set_xticks(range(len(counts)), list(counts), rotation=90 if len(counts) > CROWDED else 0)
     axis.set_ylabel("share of cycles")
     axis.legend(fontsize=8)

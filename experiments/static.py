@@ -17,6 +17,7 @@ from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
+from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.llama_decoder import LlamaServerDecoder
 
@@ -33,6 +34,12 @@ def static_policy(depth: int, budget: int, width: int = 10, max_depth: int = 12)
     return Policy(control, FixedAgent(control, depth))
 
 
+def static_tree(depth: int, budget: int, width: int = 10, max_depth: int = 12) -> Policy:
+    """The same without a forced expansion: depth 0 verifies nodes of the first level."""
+    control = TreeControl(max_depth, width, (budget,))
+    return Policy(control, FixedAgent(control, f"{depth}x{budget}"))
+
+
 def static_chain(k: int, k_max: int = 16) -> Policy:
     """Every cycle drafts ``k`` tokens and verifies them."""
     control = KControl(k_max, observation="counters")
@@ -45,7 +52,8 @@ def static_like(control: Control, setting: Sequence[Any]) -> Policy:
         return Policy(control, FixedAgent(control, setting[0]))
     if isinstance(control, KControl):
         return static_chain(setting[0], control.k_max)
-    return static_policy(setting[0], setting[1], control.width, control.max_depth)
+    play = static_tree if isinstance(control, TreeControl) else static_policy
+    return play(setting[0], setting[1], control.width, control.max_depth)
 
 
 def best_like(env: dict[str, Any], control: Control) -> dict[str, Any]:
@@ -54,23 +62,28 @@ def best_like(env: dict[str, Any], control: Control) -> dict[str, Any]:
         return best_choices(env, control)
     if isinstance(control, KControl):
         return best_chain(env, control.k_max)
-    return best_static(env, control.width, control.max_depth)
+    return best_static(env, control.width, control.max_depth, isinstance(control, TreeControl))
 
 
-def best_static(env: dict[str, Any], width: int, max_depth: int) -> dict[str, Any]:
+def best_static(env: dict[str, Any], width: int, max_depth: int, joint: bool = False) -> dict[str, Any]:
     """The fastest depth and budget: each axis in turn from a middling start, until neither moves.
+
+    Args:
+        joint: of ``SpecTree-v0``, where a cycle may do with the first level and with one node.
 
     Returns:
         ``best`` (depth, budget) and the ``tokens_per_second`` of every setting tried.
     """
-    search = Search(env, DepthControl(max_depth, width))
+    play = static_tree if joint else static_policy
+    depths, budgets = ((0, *DEPTHS), (1, *BUDGETS)) if joint else (DEPTHS, BUDGETS)
     rates: dict[tuple[int, int], float] = {}
     best = (min(START[0], max_depth), START[1])
+    search = Search(env, play(*best, width, max_depth).control)
     while True:
-        line = [(d, best[1]) for d in DEPTHS if d <= max_depth] + [(best[0], b) for b in BUDGETS]
+        line = [(d, best[1]) for d in depths if d <= max_depth] + [(best[0], b) for b in budgets]
         new = list(dict.fromkeys(setting for setting in line if setting not in rates))
         if new:
-            rates |= search.rates({setting: static_policy(*setting, width, max_depth) for setting in new})
+            rates |= search.rates({setting: play(*setting, width, max_depth) for setting in new})
         leader = max(rates, key=rates.__getitem__)
         if leader == best or not new:
             tried = {setting_name(setting): rate for setting, rate in sorted(rates.items())}

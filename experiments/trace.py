@@ -31,7 +31,7 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.k import KControl
-from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.recorder import Columns, kind_of, record, watched
@@ -249,7 +249,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", default="all", help="prompt sets, separated by commas")
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per text (default 96)")
-    parser.add_argument("--depth", type=int, help="expansions of the trees (12), or one less than the chains' tokens (15)")
+    parser.add_argument(
+        "--depth", type=int, help="expansions of the trees (12), or one less than the chains' tokens (15)"
+    )
     parser.add_argument(
         "--texts", type=int, nargs=3, default=TEXTS, metavar=("TRAIN", "VALIDATION", "TEST"), help=f"(default {TEXTS})"
     )

@@ -33,7 +33,7 @@ from experiments.live import decoder_for, encoded_prompts
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Policy, make_control
 from spec_envs.decoding.checkpoints import resolve_device
-from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.pair import make_clocks
 from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
@@ -53,14 +53,15 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     folder.mkdir(parents=True, exist_ok=True)
     learned = {"hyperparameters": experiment.hyperparameters, "total_timesteps": experiment.total_timesteps}
     table, study = claim(folder, experiment.env, control, prompts, tokens, learned)
+    control.costs = CostTable.load(str(table))
     if not finished(study):
         train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
-        study.enqueue_trial(published(kind, experiment.hyperparameters), skip_if_exists=True)
+        study.enqueue_trial(published(agent, experiment.hyperparameters), skip_if_exists=True)
     decoder = decoder_for({**experiment.env, "clock": str(table)}, control)
     chosen = encoded_prompts(experiment.env, "train", prompts)
 
     def speed(trial: optuna.Trial) -> float:
-        settings = {**experiment.hyperparameters, **kind.space(trial)}
+        settings = {**experiment.hyperparameters, **agent.space(trial)}
         trial.set_user_attr("hyperparameters", settings)
         candidate = kind(control=control, **settings)
         candidate.load(folder)
@@ -125,10 +126,10 @@ def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_time
     spec_env.close()
 
 
-def published(kind: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+def published(agent: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
     """The settings that the study tries first: those of the stanza and the agent's defaults, as far as they are tuned."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
-    tuned = kind.space(optuna.create_study().ask())
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(agent)).parameters.items()}
+    tuned = agent.space(optuna.create_study().ask())
     return {name: value for name, value in (defaults | hyperparameters).items() if name in tuned}
 
 

@@ -10,10 +10,19 @@ __all__ = ["ENVIRONMENTS", "Generation", "__version__", "generate"]
 ENVIRONMENTS = {
     "SpecDepth-v0": "depth",
     "SpecBudget-v0": "budget",
+    "SpecTree-v0": "tree",
     "SpecK-v0": "k",
     "SpecTopK-v0": "topk",
     "SpecDVI-v0": "dvi",
 }
 
+REPLAYED = ("depth", "budget", "tree", "k")  # controls that a trace is replayed for in NumPy
+
 for _id, _control in ENVIRONMENTS.items():
-    gym.register(_id, entry_point="spec_envs.env:SpecEnv", kwargs={"control": _control}, nondeterministic=True)
+    gym.register(
+        _id,
+        entry_point="spec_envs.env:SpecEnv",
+        vector_entry_point="spec_envs.vector.env:ReplayVectorEnv" if _control in REPLAYED else None,
+        kwargs={"control": _control},
+        nondeterministic=True,
+    )

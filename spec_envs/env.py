@@ -46,7 +46,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
-        control: which problem: ``"depth"``, ``"budget"``, ``"k"``, ``"topk"`` or ``"dvi"``.
+        control: which problem: ``"depth"``, ``"budget"``, ``"tree"``, ``"k"``, ``"topk"`` or ``"dvi"``.
         target: model to decode: a name of models.yml, a hub id, a folder, or a GGUF file.
         drafter: EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file;
             ``"lookup"`` is prompt lookup, ``"lookup+NAME"`` that in front of a draft model, ``"exit:N"`` an untrained early

@@ -194,6 +194,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
     keywords: list[tuple[str, str, dict]] = [
         ("depth", "auto", {"budget": 32}),
         ("budget", "auto", {"depth": "random"}),
+        ("tree", "auto", {"budgets": [4, 24]}),
         ("k", "auto", {}),
         ("k", "auto", {"decision": "token"}),
         ("k", "lookup", {}),

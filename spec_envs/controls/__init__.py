@@ -11,12 +11,14 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.dvi import DVIControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
+from spec_envs.controls.tree import TreeControl
 
 __all__ = ["CONTROLS", "Agent", "Control", "Policy", "make_control"]
 
 CONTROLS: dict[str, type[Control]] = {
     "depth": DepthControl,
     "budget": BudgetControl,
+    "tree": TreeControl,
     "k": KControl,
     "topk": TopKControl,
     "dvi": DVIControl,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from gymnasium import spaces
@@ -88,17 +89,10 @@ class BudgetControl(Control):
         cost_features: bool = False,
     ):
         super().__init__(observation, cost_features)
-        if isinstance(budgets, str):
-            if budgets not in NAMED:
-                raise ValueError(f"budgets is {budgets!r}; expected numbers or one of {', '.join(NAMED)}")
-            budgets = NAMED[budgets]
-        if max_depth < 1 or width < 1:
-            raise ValueError(f"max_depth and width are {max_depth} and {width}; expected at least 1")
-        if not budgets or min(budgets) < 0 or list(budgets) != sorted(set(budgets)):
-            raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes")
+        self.budgets = offered(budgets, max_depth, width)
         if depth != "random" and not (isinstance(depth, int) and 0 <= depth <= max_depth):
             raise ValueError(f"depth is {depth!r}; expected a number from 0 to max_depth ({max_depth}) or 'random'")
-        self.budgets, self.depth, self.max_depth, self.width = tuple(budgets), depth, max_depth, width
+        self.depth, self.max_depth, self.width = depth, max_depth, width
         self.action_space = spaces.Discrete(len(self.budgets))
         if observation == "ltd":
             candidates = width + width * width * max_depth
@@ -106,7 +100,7 @@ class BudgetControl(Control):
         else:
             self._declare(
                 [
-                    Entry("gains", len(self.budgets), 0.0, 1.0, self._read_gains),
+                    Entry("gains", len(self.budgets), 0.0, 1.0, partial(read_gains, budgets=self.budgets)),
                     Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
                     *common_entries(),
                 ]
@@ -129,9 +123,27 @@ class BudgetControl(Control):
         self.prepare(decoder)
         return decoder.verify(self.budgets[action])
 
-    def _read_gains(self, decoder: Decoder) -> np.ndarray:
-        """Expected accepted tokens that each budget adds, by the drafter's own probabilities."""
-        scores = np.sort(decoder.tree.scores)[::-1]
-        below = np.concatenate([[0.0], np.cumsum(np.exp(scores))])
-        reached = below[np.minimum(self.budgets, len(scores))]
-        return np.diff(reached, prepend=0.0) / (self.max_depth + 1)
+
+def offered(budgets: Sequence[int] | str, max_depth: int, width: int) -> tuple[int, ...]:
+    """The budgets of a control, which may be given by name, for a tree of that size.
+
+    Raises:
+        ValueError: another name, numbers that do not ascend from 0 or more, or a tree without levels or nodes.
+    """
+    if isinstance(budgets, str):
+        if budgets not in NAMED:
+            raise ValueError(f"budgets is {budgets!r}; expected numbers or one of {', '.join(NAMED)}")
+        budgets = NAMED[budgets]
+    if max_depth < 1 or width < 1:
+        raise ValueError(f"max_depth and width are {max_depth} and {width}; expected at least 1")
+    if not budgets or min(budgets) < 0 or list(budgets) != sorted(set(budgets)):
+        raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes")
+    return tuple(budgets)
+
+
+def read_gains(decoder: Decoder, budgets: Sequence[int]) -> np.ndarray:
+    """Expected accepted tokens that each budget adds, by the drafter's own probabilities, in units of the deepest path."""
+    scores = np.sort(decoder.tree.scores)[::-1]
+    below = np.concatenate([[0.0], np.cumsum(np.exp(scores))])
+    reached = below[np.minimum(budgets, len(scores))]
+    return np.diff(reached, prepend=0.0) / (decoder.max_depth + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -219,11 +220,17 @@ class KControl(Control):
     def _kind(self, decoder: Decoder) -> str:
         """The kind of text, told anew when enough of it is new."""
         if not self.kind or decoder.length >= self.kind_at + FRESH:
-            tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens][-SNIPPET:]
-            opening = decoder.detokenize(decoder.tokens[:OPENING]).lstrip()
-            self.kind = "json" if opening.startswith(JSON) else context_kind(decoder.detokenize(tail))
+            tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens]
+            self.kind = told_kind(tail, decoder.tokens[:OPENING], decoder.detokenize)
             self.kind_at = decoder.length
         return self.kind
+
+
+def told_kind(tail: list[int], opening: list[int], detokenize: Callable[[list[int]], str]) -> str:
+    """The kind of a text, told from its last tokens and from the first ones of its answer."""
+    if detokenize(opening).lstrip().startswith(JSON):
+        return "json"
+    return context_kind(detokenize(tail[-SNIPPET:]))
 
 
 def read_match(decoder: Decoder) -> float:

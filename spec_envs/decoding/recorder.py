@@ -43,7 +43,9 @@ def watched(decoder: Decoder) -> Decoder:
     if decoder.temperature:
         raise ValueError(f"a trace is of greedy decoding; temperature is {decoder.temperature}, expected 0")
     if decoder.drafter is None or isinstance(getattr(decoder.drafter, "model", decoder.drafter), EarlyExitDrafter):
-        raise ValueError("an early exit is not recorded: it learns, and shares the target's cache; take another drafter")
+        raise ValueError(
+            "an early exit is not recorded: it learns, and shares the target's cache; take another drafter"
+        )
     verifier = GapVerifier(decoder.local.target, decoder.local.capture)
     return Decoder(verifier, decoder.drafter, decoder.clock, decoder.eos, decoder.max_depth, decoder.detokenize)
 
@@ -64,11 +66,11 @@ def record_chains(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) 
     longest, drafter = decoder.max_depth + 1, decoder.drafter
     rows: list[tuple[list[int], np.ndarray, list[float], list[bool], int]] = []
     while not decoder.finished:
-        copies = isinstance(drafter, Copier)
-        matched, copied = drafter.matched() if copies else 0, []
+        matched, copied = drafter.matched() if isinstance(drafter, Copier) else 0, []
         while decoder.tree.size < longest:
             before = decoder.tree.size
-            copied.append(copies and drafter.source(decoder.tree.tokens.tolist()) is not None)
+            chain = decoder.tree.tokens.tolist()
+            copied.append(isinstance(drafter, Copier) and drafter.source(chain) is not None)
             if not decoder.drafting:
                 decoder.begin()
             elif before:
@@ -192,9 +194,7 @@ def draft_together(drafter: EagleDrafter, features: Tensor, tokens: Sequence[int
                 seen[i * width : (i + 1) * width, start : start + width] = own
         frontier = np.concatenate([tree.tokens[tree.frontier] for tree in trees])
         cache.length = committed + level * rows
-        output, children = model.step(
-            entering, frontier, base + level, cache, drafter.vocabulary, width, rows, seen
-        )
+        output, children = model.step(entering, frontier, base + level, cache, drafter.vocabulary, width, rows, seen)
         cache.length = committed
         kept = []
         for i, tree in enumerate(trees):

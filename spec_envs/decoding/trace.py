@@ -258,7 +258,9 @@ def grown(log_probs: np.ndarray, width: int) -> Grown:
         here = level_slice(level, width)
         above = frontiers[:, level - 1]
         children = log_probs[:, here].reshape(rows, width, width)
-        scores[:, here] = (np.take_along_axis(scores, above.astype(np.intp), 1)[:, :, None] + children).reshape(rows, -1)
+        scores[:, here] = (np.take_along_axis(scores, above.astype(np.intp), 1)[:, :, None] + children).reshape(
+            rows, -1
+        )
         parents[:, here] = np.repeat(above, width, 1)
         frontiers[:, level] = here.start + np.argsort(-scores[:, here], 1, kind="stable")[:, :width]
     return Grown(scores, parents, frontiers)

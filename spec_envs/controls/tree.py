@@ -1,0 +1,119 @@
+"""How deep to draft and how many nodes to verify, decided together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from gymnasium import spaces
+
+from spec_envs.controls.base import Control, Entry, common_entries, read_survival
+from spec_envs.controls.budget import offered, read_gains
+from spec_envs.controls.depth import read_frontier
+from spec_envs.controls.k import ENTROPY_UNIT
+from spec_envs.decoding.decoder import Cycle, Decoder
+
+EXPAND = 0
+
+
+class TreeControl(Control):
+    """
+    ## Description
+
+    The drafter grows a token tree level by level. After each level the agent decides whether to grow another, or how many
+    of the best nodes the target verifies. What a further level is worth depends on how many nodes are verified, and the
+    other way round: here one policy decides both.
+
+    This is the problem that Learning to Draft (ICLR 2026, arXiv 2603.01639) splits into SpecDepth-v0 and SpecBudget-v0.
+
+    ## Action Space
+
+    `Discrete(1 + len(budgets))`: 0 expands by one more level; action i ≥ 1 verifies the `budgets[i − 1]` best nodes by path
+    log-probability. No expansion is forced. Where there is no further level, at `max_depth` or because the drafter has
+    nothing more to say, action 0 verifies the largest budget.
+
+    ## Observation Space
+
+    A `Box` of float32; with the default 13 `budgets`, `width=10` and `max_depth=12`:
+
+    | Num | Observation | Min | Max |
+    |-----|-------------|-----|-----|
+    | 0–9 | `frontier`: path probabilities of the nodes the next expansion would feed, best first | 0 | 1 |
+    | 10–22 | `survival`: per level, the summed path probability of its candidates (0 where not grown) | 0 | 1 |
+    | 23–35 | `gains`: per budget, the summed path probability of the nodes it adds to the one before / (`max_depth` + 1) | 0 | 1 |
+    | 36 | `entropy`: of the drafter's distribution behind the root, or behind the best node that the last expansion fed; nats / 10 | 0 | 1 |
+    | 37 | `expansions`: levels grown so far / `max_depth` | 0 | 1 |
+    | 38–39 | `recent`: accepted tokens per cycle over 4 and 16 cycles / (`max_depth` + 1) | 0 | 1 |
+    | 40 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 41 | `context`: tokens of the text / 4096 | 0 | 1 |
+
+    `cost_features=True` appends `costs`, as in SpecDepth-v0.
+
+    ## Rewards
+
+    As in SpecDepth-v0.
+
+    ## Starting State
+
+    The target's first token after the prompt, and a first level.
+
+    ## Episode End
+
+    As in SpecDepth-v0.
+
+    ## Information
+
+    As in SpecDepth-v0.
+
+    ## Arguments
+
+    - `budgets=(1, 3, 7, …, 95)`: as in SpecBudget-v0; 0 is plain decoding.
+    - `max_depth=12`: most expansions after the first level.
+    - `width=10`: children per node, and nodes expanded per level.
+
+    and the shared ones of `SpecEnv`.
+
+    ## Version History
+
+    - v0: initial version.
+    """
+
+    name, partner_name = "tree", None
+    observations = ("default",)
+
+    def __init__(
+        self,
+        max_depth: int = 12,
+        width: int = 10,
+        budgets: Sequence[int] | str = (1, 3, 7, 11, 15, 19, 23, 31, 39, 47, 63, 79, 95),
+        observation: str = "default",
+        cost_features: bool = False,
+    ):
+        super().__init__(observation, cost_features)
+        self.budgets = offered(budgets, max_depth, width)
+        self.max_depth, self.width = max_depth, width
+        self.action_space = spaces.Discrete(1 + len(self.budgets))
+        self._declare(
+            [
+                Entry("frontier", width, 0.0, 1.0, read_frontier),
+                Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
+                Entry("gains", len(self.budgets), 0.0, 1.0, partial(read_gains, budgets=self.budgets)),
+                Entry("entropy", 1, 0.0, 1.0, read_entropy),
+                *common_entries(),
+            ]
+        )
+
+    def prepare(self, decoder: Decoder) -> None:
+        decoder.begin()
+
+    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+        self.prepare(decoder)
+        if action == EXPAND and decoder.tree.expansions < self.max_depth and decoder.expand():
+            return None
+        return decoder.verify(self.budgets[action - 1])  # of EXPAND that is the last, the largest
+
+
+def read_entropy(decoder: Decoder) -> float:
+    """Entropy of the distribution that the last level's first nodes are from: the root's, or that of the best node which
+    the last expansion fed."""
+    return float(decoder.tree.entropies[-1][0]) / ENTROPY_UNIT if decoder.tree.size else 0.0
