@@ -16,10 +16,12 @@ from agents.adaptive_k import AdaptiveKAgent
 from agents.confidence import ConfidenceAgent
 from agents.ddd import DddAgent
 from agents.dvi import DVIAgent
+from agents.exact_pg import ExactPGAgent
 from agents.expected_gain import ExpectedGainAgent
 from agents.fixed import FixedAgent
 from agents.gammatune import GammaTuneAgent
 from agents.hf_schedule import ScheduleAgent
+from agents.hindsight import HindsightAgent
 from agents.online import OnlineAgent
 from agents.random import RandomAgent
 from agents.reinforce import ReinforceAgent
@@ -29,6 +31,7 @@ from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
 from agents.specdec_plus import SpecDecPlusAgent
 from agents.svip import SvipAgent
 from agents.svip_tree import SvipTreeAgent
+from agents.traced import TracedAgent
 from agents.tree_rule import PricedRule
 from agents.ucb import UcbAgent
 from agents.ucb_budget import UcbBudgetAgent
@@ -53,6 +56,8 @@ AGENTS: dict[str, Callable[..., Any]] = {
     "ddd": DddAgent,
     "svip-tree": SvipTreeAgent,
     "expected-gain": ExpectedGainAgent,
+    "hindsight": HindsightAgent,
+    "exact-pg": ExactPGAgent,
     "rl-adapter": RLAdapterAgent,
     **ONLINE,
     **{name: partial(SB3Agent, algorithm=name) for name in ALGORITHMS},
@@ -71,7 +76,7 @@ def load(run: str | Path) -> tuple[Control, Any]:
     if config.get("partner"):
         control.compose(*load(config["partner"]))
     agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
-    if control.cost_features or isinstance(agent, PricedRule):
+    if control.cost_features or isinstance(agent, (PricedRule, HindsightAgent)):
         control.costs = cost_table(folder, config["env"])
     agent.load(folder)
     return control, agent
@@ -94,6 +99,8 @@ def parameters(name: str) -> set[str]:
         known |= set(inspect.signature(ALGORITHMS[name]).parameters) - RESERVED
     if name in ONLINE:
         known |= set(inspect.signature(OnlineAgent).parameters)
+    if name in ("hindsight", "exact-pg"):
+        known |= set(inspect.signature(TracedAgent).parameters) - {"outputs", "activation", "hyperparameters"}
     if name == "rl-adapter":
         known |= {field.name for field in fields(Settings)}
     return known

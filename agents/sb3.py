@@ -20,6 +20,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
 from agents.bare import bare
@@ -61,6 +62,7 @@ class SB3Agent:
         learning_rate, lr_schedule, warmup_timesteps: see :func:`agents.schedules.schedule`.
         pi_arch, vf_arch: hidden layers of policy and value network (value-based algorithms use ``pi_arch``).
         activation: ``relu``, ``tanh``, ``elu`` or ``gelu``.
+        num_envs: environments that ``learn`` gets at once (``agents.vec_env.ReplayVecEnv``).
         hyperparameters: the algorithm's own constructor arguments.
 
     Attributes:
@@ -83,6 +85,7 @@ class SB3Agent:
         pi_arch: tuple[int, ...] = (64, 64),
         vf_arch: tuple[int, ...] = (64, 64),
         activation: str = "tanh",
+        num_envs: int = 1,
         **hyperparameters: Any,
     ):
         kind = ALGORITHMS[algorithm]
@@ -91,6 +94,8 @@ class SB3Agent:
             raise ValueError(f"{algorithm} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        if not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs!r}; expected 1 or more")
         value_based = issubclass(kind, OffPolicyAlgorithm)
         for name, layers in (("pi_arch", pi_arch), ("vf_arch", vf_arch)):
             if not isinstance(layers, Sequence) or not all(isinstance(n, int) and n > 0 for n in layers):
@@ -114,7 +119,7 @@ class SB3Agent:
         try:
             self.model = kind(
                 policy,
-                Spaces(control),
+                DummyVecEnv([lambda: Spaces(control)] * num_envs),  # type: ignore[list-item]
                 learning_rate=learning_rates,
                 policy_kwargs=policy_kwargs,
                 seed=seed,
@@ -158,13 +163,22 @@ class SB3Agent:
     def learn(
         self,
         total_timesteps: int,
-        env: gym.Env,
+        env: gym.Env | VecEnv,
         callback: list[BaseCallback] | None = None,
         log: Path | None = None,
         progress_bar: bool = False,
     ) -> SB3Agent:
-        """Train until ``total_timesteps`` in all, going on from what was loaded."""
+        """Train until ``total_timesteps`` in all, going on from what was loaded.
+
+        Raises:
+            ValueError: another number of environments than the agent was made for.
+        """
         vectorized = self.model._wrap_env(env, monitor_wrapper=True)
+        if vectorized.num_envs != self.model.n_envs:
+            raise ValueError(
+                f"there are {vectorized.num_envs} environments, the agent was made for {self.model.n_envs}; make it with "
+                f"num_envs={vectorized.num_envs}"
+            )
         vectorized.seed(self.seed + self.model.num_timesteps)  # a resumed run goes on with other prompts
         self.model.set_env(vectorized, force_reset=True)
         self.model.tensorboard_log = str(log) if log else None

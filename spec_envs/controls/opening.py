@@ -94,11 +94,17 @@ def replay_under(control: Control, trace: Trace, clock: WallClock, models: dict[
     """
     chain = isinstance(control, KControl)
     if control.engine != "torch":
-        raise ValueError(f"trace is {str(trace.folder)!r}, which takes the place of {control.engine}; give one of the two")
+        raise ValueError(
+            f"trace is {str(trace.folder)!r}, which takes the place of {control.engine}; give one of the two"
+        )
     if trace.kind != ("chain" if chain else "tree"):
-        raise ValueError(f"the trace {trace.folder} is one of {trace.kind}s, which {control.name} does not decide about")
+        raise ValueError(
+            f"the trace {trace.folder} is one of {trace.kind}s, which {control.name} does not decide about"
+        )
     given = {**models, "width": control.width, "max_depth": control.max_depth}
-    trace.check(given | ({"target": "auto"} if given.get("target") == DEFAULT_TARGET else {}))  # that is: none was named
+    trace.check(
+        given | ({"target": "auto"} if given.get("target") == DEFAULT_TARGET else {})
+    )  # that is: none was named
 
     def detokenize(ids: list[int]) -> str:
         return str(load_tokenizer(trace.manifest.target).decode(ids, skip_special_tokens=True))

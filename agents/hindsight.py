@@ -1,0 +1,156 @@
+"""Hindsight: learn what every plan would have brought, then weigh it against what it costs here."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from agents.lessons import Lessons
+from agents.plans import Plans
+from agents.traced import TracedAgent
+from spec_envs.controls.base import Control
+from spec_envs.decoding.clock import CostTable
+from spec_envs.vector.env import ReplayVectorEnv
+
+KEPT = 512  # cycles that are kept to find the pace of a cost table by
+UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
+
+
+class HindsightAgent(TracedAgent):
+    """Predicts from an observation how many tokens would be accepted under each plan that is still open (deeper trees,
+    other budgets, longer chains), and follows the one with the most A − λ·T, T being its remaining seconds under a cost
+    table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
+    with the weights: another table needs another λ, not another training.
+
+    A trace says what every action would have led to, so nothing is explored: the network is fitted to all plans of every
+    cycle at once, by least squares, whose optimum is their expectation. While a cycle goes on it predicts anew, so that it
+    stops where its first plan turns out too hopeful.
+
+    Args:
+        control, hyperparameters: see ``TracedAgent``.
+    """
+
+    def __init__(self, control: Control, **hyperparameters: Any):
+        plans = Plans(control)
+        count = len(plans.sizes) * (2 if plans.copies else 1)
+        super().__init__(control, count, (nn.ReLU, lambda x: np.maximum(x, 0)), **hyperparameters)
+        self.shift, self.scale = np.zeros(self.width, np.float32), np.ones(self.width, np.float32)
+        self.kept: Lessons | None = None
+        self.table: CostTable | None = UNIT
+        self.price(UNIT)
+        self.decision_seconds = self.measure()
+        self.table = None
+
+    def price(self, table: CostTable) -> Self:
+        """Play under another cost table."""
+        self.table = table
+        self.forward, self.verification = self.plans.forward(table), self.plans.verification(table)
+        self.pace = 1 / table.seconds("verify", 1)
+        for _ in range(12 if self.kept else 0):
+            assert self.kept is not None
+            begun = np.full(len(self.kept.begun), 0.0)
+            if not self.plans.copies:
+                begun += table.seconds("draft", 1) + self._made(self.kept.seen[:, 0]) * self.forward
+            plan = self._chosen(self.kept.seen)
+            tokens, seconds = self.kept._replace(begun=begun).outcome(plan, self.forward, self.verification)
+            self.pace = tokens.sum() / seconds.sum()
+        return self
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """The action for one observation, under the control's cost table if nothing else was said.
+
+        Raises:
+            ValueError: there is no cost table.
+        """
+        if self.table is None:
+            if self.control.costs is None:
+                raise ValueError(
+                    "hindsight weighs tokens against seconds: set the control's costs to a CostTable, or call price(table)"
+                )
+            self.price(self.control.costs)
+        return super().predict(observation, state)
+
+    def actions(self, observations: np.ndarray) -> np.ndarray:
+        """See ``TracedAgent``."""
+        level = self.plans.level(observations)
+        return self.plans.actions(level, self._best(observations, level))
+
+    def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """The plan ``[n]`` with the most A − λT among those that are open."""
+        predicted, count = self.outputs((observations - self.shift) / self.scale), len(self.plans.sizes)
+        if self.plans.copies:  # some tokens cost nothing, so that forwards are predicted, too
+            forwards = predicted[:, count:]
+        else:
+            forwards = self.plans.sizes - level[:, None] if self.plans.stepwise else np.zeros(count)
+        worth = predicted[:, :count] - self.pace * (forwards * self.forward + self.verification)
+        return np.where(self.plans.open(level), worth, -np.inf).argmax(1)
+
+    def _chosen(self, seen: np.ndarray) -> np.ndarray:
+        """The plan ``[n]`` with which each cycle ends, of what is seen at every level ``[n, levels, …]``."""
+        n, levels = seen.shape[:2]
+        level = np.broadcast_to(np.arange(levels), (n, levels))
+        plan = self._best(seen.reshape(n * levels, -1), level.ravel()).reshape(n, levels)
+        if not self.plans.stepwise:
+            return plan[:, 0]
+        ends = (self.plans.sizes[plan] <= level) & (level >= self.plans.first)
+        return plan[np.arange(n), ends.argmax(1)]
+
+    def _made(self, first: np.ndarray) -> np.ndarray:
+        """Expansions ``[n]`` that were made before the first decision of a cycle."""
+        return np.rint(first[:, self.control.slices["expansions"].start] * self.plans.deepest)
+
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
+        """Least squares over all open plans of all levels, deeper ones weighing less, since they are reached less often."""
+        plans, count = self.plans, len(self.plans.sizes)
+        flat = lessons.seen.reshape(-1, self.width)
+        self.shift, self.scale = flat.mean(0), flat.std(0) + 1e-3
+        seen = torch.from_numpy((lessons.seen - self.shift) / self.scale)
+        accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
+        level = np.arange(plans.levels)
+        weights = torch.from_numpy((plans.open(level) / (1.0 + level[:, None])).astype(np.float32))
+        optimizer, schedule = self.optimizer()
+        for _ in range(self.steps):
+            batch = torch.randint(len(seen), (self.batch_size,))
+            predicted = self.network(seen[batch])
+            error = (predicted[..., :count] - accepted[batch, None]) ** 2
+            if plans.copies:
+                further = forwards[batch, None].expand(-1, plans.levels, -1)
+                if plans.stepwise:  # those that were made are no longer to come
+                    further = further - forwards[batch][:, :, None]
+                error = error + 0.1 * (predicted[..., count:] - further) ** 2
+            loss = (error * weights).sum() / (weights.sum() * self.batch_size)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        self._unpack()
+        some = np.random.default_rng(self.seed).permutation(len(new.begun))[:KEPT]
+        self.kept = Lessons(*(column[some] for column in new))
+        self.price(env.cost_tables[0])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """See ``TracedAgent``.
+
+        Raises:
+            ValueError: nothing was learned.
+        """
+        if self.kept is None:
+            raise ValueError("there is nothing to save: the agent has not learned")
+        return {
+            "seen": self.kept.seen.astype(np.float16),
+            "accepted": self.kept.accepted.astype(np.int8),
+            "forwards": self.kept.forwards.astype(np.int8),
+            "shift": self.shift,
+            "scale": self.scale,
+        }
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """See ``TracedAgent``."""
+        seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
+        self.shift, self.scale = state["shift"], state["scale"]
+        self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None

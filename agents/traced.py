@@ -1,0 +1,163 @@
+"""What agents that learn from a trace have in common: a small network, and rounds of lessons to fit it to."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+from torch import nn
+
+from agents.lessons import Lessons, replay_of, taught
+from agents.plans import Plans
+from spec_envs.controls.base import Control
+from spec_envs.files import write_bytes
+from spec_envs.vector.env import ReplayVectorEnv
+
+FILE = "policy.safetensors"
+
+
+class TracedAgent(ABC):
+    """An agent that is fitted to all that a trace knows, over rounds: in the first the lessons are those of random play,
+    in each further one those of what was learned in the last are added.
+
+    Args:
+        control: of trees or chains.
+        outputs: of the network.
+        activation: between its layers, and the same in NumPy.
+        hidden: units of each of the two hidden layers.
+        cycles: that are looked at in each round.
+        rounds, steps, batch_size: optimiser's steps in each round, and cycles of a step.
+        learning_rate: at the beginning; it falls to 0 on half a cosine.
+        seed: of everything that is drawn.
+
+    Attributes:
+        decision_seconds: time of one decision; measured when the agent is made, then kept with its weights.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        outputs: int,
+        activation: tuple[type[nn.Module], Callable[[np.ndarray], np.ndarray]],
+        hidden: int = 64,
+        cycles: int = 8192,
+        rounds: int = 2,
+        steps: int = 600,
+        batch_size: int = 256,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-2,
+        seed: int = 0,
+    ):
+        self.control, self.plans = control, Plans(control)
+        self.cycles, self.rounds, self.steps, self.batch_size = cycles, rounds, steps, batch_size
+        self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
+        assert control.observation_space.shape is not None
+        self.width = control.observation_space.shape[0]
+        torch.manual_seed(seed)
+        between, self.activation = activation
+        self.network = nn.Sequential(
+            nn.Linear(self.width, hidden), between(), nn.Linear(hidden, hidden), between(), nn.Linear(hidden, outputs)
+        )
+        self._unpack()
+
+    @abstractmethod
+    def actions(self, observations: np.ndarray) -> np.ndarray:
+        """An action for each of the observations ``[n, …]``."""
+
+    @abstractmethod
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
+        """Learn from all lessons so far, of which ``new`` are those of the last round."""
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """The action for one observation; nothing is drawn."""
+        return int(self.actions(np.asarray(observation, np.float32)[None])[0]), state
+
+    def learn(self, total_timesteps: int = 0, env: gym.Env | ReplayVectorEnv | None = None) -> Self:
+        """Learn from a trace.
+
+        Args:
+            total_timesteps: ignored; how much is looked at stands in the hyper-parameters.
+            env: one that replays a trace.
+
+        Raises:
+            ValueError: an environment without a trace.
+        """
+        if env is None:
+            raise ValueError(f"{type(self).__name__} learns from a trace; pass env=, made with trace=FOLDER")
+        vector = replay_of(env)
+        rng = np.random.default_rng(self.seed)
+        torch.manual_seed(self.seed)
+        lessons: Lessons | None = None
+        for number in range(self.rounds):
+            actor = self.actions if number else lambda seen: rng.integers(vector.choices, size=len(seen))
+            new = taught(vector, actor, self.plans, self.cycles, self.seed + number)
+            lessons = new if lessons is None else Lessons(*map(np.concatenate, zip(lessons, new, strict=True)))
+            self.fit(lessons, new, vector)
+        self.decision_seconds = self.measure()
+        return self
+
+    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """For one round."""
+        adam = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+
+    def outputs(self, x: np.ndarray) -> np.ndarray:
+        """The network in NumPy, by which a decision costs a tenth of one by torch."""
+        *hidden, (weight, bias) = self.layers
+        for w, b in hidden:
+            x = self.activation(x @ w + b)
+        return x @ weight + bias
+
+    def _unpack(self) -> None:
+        """The network's weights as arrays."""
+        linear = [module for module in self.network if isinstance(module, nn.Linear)]
+        self.layers = [(m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()) for m in linear]
+
+    def measure(self) -> float:
+        """Median seconds of a decision."""
+        blank, timings = np.zeros(self.width, np.float32), []
+        for _ in range(50):
+            begin = time.perf_counter()
+            self.predict(blank)
+            timings.append(time.perf_counter() - begin)
+        return float(np.median(timings))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What is saved beside the network."""
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take it back."""
+
+    def save(self, folder: Path) -> None:
+        """Write the weights."""
+        state = {name: tensor.numpy() for name, tensor in self.network.state_dict().items()}
+        write_bytes(folder / FILE, save(state | self.state(), {"decision_seconds": str(self.decision_seconds)}))
+
+    def load(self, folder: Path) -> None:
+        """Read them.
+
+        Raises:
+            ValueError: none there, or those of another control.
+        """
+        try:
+            state = load_file(folder / FILE)
+            self.network.load_state_dict(
+                {name: torch.from_numpy(state[name].copy()) for name in self.network.state_dict()}
+            )
+            with safe_open(folder / FILE, "np") as file:
+                self.decision_seconds = float(file.metadata()["decision_seconds"])
+            self.restore(state)
+        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"cannot read the policy in {folder}: {str(error).splitlines()[0]}") from None
+        self._unpack()

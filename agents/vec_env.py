@@ -1,0 +1,122 @@
+"""Thousands of episodes of a trace at once, as Stable-Baselines3 wants them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+
+from spec_envs.vector.env import ReplayVectorEnv
+
+
+class ReplayVecEnv(VecEnv):
+    """A ``ReplayVectorEnv`` that Stable-Baselines3 trains on.
+
+    Args:
+        env: the environments; ``ReplayVecEnv.make`` takes their keyword arguments instead.
+
+    The info of an environment in which an episode ended has ``terminal_observation``, and at the end of a text also
+    ``task``, ``tokens``, ``speedup`` and what ``Monitor`` would say: ``episode``, with the return ``r``, the steps ``l``
+    and the seconds ``t`` since this object was made. With ``episode="cycle"`` those are of the whole text too. All other
+    environments share one empty info, so that a step costs no Python per environment.
+
+    One seed draws the texts of all environments; ``set_options({"texts": indices})`` names those that begin at the next
+    reset.
+
+    Attributes:
+        env: the environments.
+        arrays: what they said of the last step, ``[num_envs]`` each; see ``ReplayVectorEnv.step``.
+    """
+
+    env: ReplayVectorEnv
+
+    def __init__(self, env: ReplayVectorEnv):
+        self.env = env
+        self.arrays: dict[str, Any] = {}
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self.returns, self.lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
+        self.nothing: dict[str, Any] = {}  # Stable-Baselines3 writes to the infos of ended episodes only
+        self.began = time.perf_counter()
+
+    @classmethod
+    def make(cls, env_id: str, num_envs: int, **keywords: Any) -> ReplayVecEnv:
+        """As many environments of that id.
+
+        Args:
+            keywords: of ``ReplayVectorEnv``; ``trace`` is one of them.
+
+        Raises:
+            TypeError, ValueError: see ``ReplayVectorEnv``.
+        """
+        env = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **keywords)
+        assert isinstance(env, ReplayVectorEnv)
+        return cls(env)
+
+    def reset(self) -> np.ndarray:
+        """Begin a text in every environment."""
+        observations, _ = self.env.reset(seed=self._seeds[0], options=self._options[0])
+        self._reset_seeds()
+        self._reset_options()
+        self.returns[:], self.lengths[:] = 0.0, 0
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Carry out a decision in every environment."""
+        observations, rewards, done, _, self.arrays = self.env.step(self.actions)
+        self.returns += rewards
+        self.lengths += 1
+        infos = [self.nothing] * self.num_envs
+        for i in np.flatnonzero(done):
+            infos[i] = {"terminal_observation": self.arrays["final_obs"][i], "TimeLimit.truncated": False}
+        if "final_info" in self.arrays:
+            ended = np.flatnonzero(self.arrays["_final_info"])
+            seconds = time.perf_counter() - self.began
+            for i in ended:
+                infos[i] |= {name: values[i] for name, values in self.arrays["final_info"].items()}
+                infos[i]["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": seconds}
+            self.returns[ended], self.lengths[ended] = 0.0, 0
+        return observations, rewards.astype(np.float32), done, infos
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of ``env``, the same for every environment asked about."""
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of ``env``.
+
+        Raises:
+            ValueError: for some environments only.
+        """
+        self._for_all(indices)
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list:
+        """Call a method of ``env`` once; what it returns, for every environment.
+
+        Raises:
+            ValueError: for some environments only.
+        """
+        self._for_all(indices)
+        return [getattr(self.env, method_name)(*method_args, **method_kwargs)] * self.num_envs
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """As if in a ``Monitor`` and in nothing else: the infos have its ``episode``."""
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+    @staticmethod
+    def _for_all(indices: VecEnvIndices) -> None:
+        if indices is not None:
+            raise ValueError(f"indices is {indices!r}; one object is all the environments: leave indices out")
