@@ -25,7 +25,7 @@ HOST = localhost
 KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench bench-k bench-dvi drafter tune generate trace cloud edge edge-cloud cloud-load \
+.PHONY: help setup train eval bench bench-k bench-dvi benchmark minari drafter tune generate trace cloud edge edge-cloud cloud-load \
 	tensorboard test lint
 
 help:  ## list the targets
@@ -64,8 +64,14 @@ tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on trai
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$PROMPT" $(if $(RUN),--run $(RUN)) $(ARGS)
 
-trace: $(READY)  ## record an expected-acceptance trace for SpecTopK-v0; ARGS=--help
-	$(PY) -m experiments.topk_trace $(ARGS)
+trace: $(READY)  ## record a trace that ENV replays exactly (for SpecTopK-v0 an expected-acceptance one); ARGS=--help
+	$(PY) -m $(if $(filter SpecTopK-v0,$(ENV)),experiments.topk_trace,experiments.trace $(ENV)) $(ARGS)
+
+benchmark: $(READY)  ## where adaptive control pays: RESULTS.md, runs/benchmark.json; FAST=1 a small version, RAY=1 on Ray; ARGS=--help
+	$(PY) -m experiments.benchmark $(ARGS)
+
+minari: $(READY)  ## write episodes of a trace as a Minari data set; ARGS="runs/traces/NAME --name spec-envs/depth-random-v0"
+	$(PY) -m experiments.minari_export $(ARGS)
 
 cloud: $(READY)  ## serve a target that verifies what edges draft, on port 8765; ARGS=--help
 	$(PY) -m spec_envs.network.cloud $(ARGS)

@@ -84,7 +84,7 @@ class HindsightAgent(TracedAgent):
         """The plan ``[n]`` with the most A − λT among those that are open."""
         predicted, count = self.outputs((observations - self.shift) / self.scale), len(self.plans.sizes)
         if self.plans.copies:  # some tokens cost nothing, so that forwards are predicted, too
-            forwards = predicted[:, count:]
+            forwards = np.maximum(predicted[:, count:], 0)
         else:
             forwards = self.plans.sizes - level[:, None] if self.plans.stepwise else np.zeros(count)
         worth = predicted[:, :count] - self.pace * (forwards * self.forward + self.verification)

@@ -136,7 +136,7 @@ class TracedAgent(ABC):
         """What is saved beside the network."""
         return {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
+    def restore(self, state: dict[str, np.ndarray]) -> None:  # noqa: B027 - most have nothing
         """Take it back."""
 
     def save(self, folder: Path) -> None:

@@ -32,7 +32,7 @@ class Bounds:
     Args:
         control: of trees or chains; one that decides by token has the settings of one that decides by cycle.
         texts: indices of the trace.
-        policy_seconds: charged per cycle to whoever decides at all.
+        max_new_tokens: most tokens of a text, the first one included.
     """
 
     trace: Trace

@@ -45,6 +45,8 @@ class Experiment(BaseModel):
         checkpoint_freq: steps between checkpoints, each at the end of a rollout.
         own_text: user turns that the target writes when the run begins, and that are streamed in the place of
             ``env.prompts`` (``SpecDVI-v0``); 0 takes the prompts.
+        record: how many texts of train, validation and test are recorded when the run begins, into ``traces/`` of the root,
+            to train on; the final table is live.
         calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
             always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
@@ -64,6 +66,7 @@ class Experiment(BaseModel):
     test_prompts: int = Field(default=15, ge=2)
     checkpoint_freq: int = Field(default=2048, ge=1)
     own_text: int = Field(default=0, ge=0)
+    record: list[int] = Field(default=[], max_length=3)
     calibrate: bool = True
     partner: str | None = None
     init: str | None = None

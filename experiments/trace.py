@@ -25,13 +25,13 @@ from agents.random import RandomAgent
 from experiments.arms import Encoded, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.costs import cost_curves
-from experiments.live import MODELS, encoded_prompts
+from experiments.live import encoded_prompts
 from experiments.machine import machine, weights_sha256
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.k import KControl
-from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.recorder import Columns, kind_of, record, watched
@@ -40,6 +40,17 @@ from spec_envs.decoding.trace import MANIFEST, VERSION, Manifest, Recorded, Trac
 from spec_envs.files import whole, write_json
 from spec_envs.prompts import SPLITS
 
+DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
+    "target": DEFAULT_TARGET,
+    "drafter": "auto",
+    "device": "auto",
+    "dtype": "auto",
+    "temperature": 0.0,
+    "prompts": "all",
+    "data_dir": None,
+    "template": None,
+    "max_new_tokens": 128,
+}
 TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
 TRACED = ("depth", "budget", "tree", "k")
@@ -56,20 +67,19 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the recording depends on."""
-        keys = (*MODELS, "prompts", "data_dir", "template", "max_new_tokens")
         control = make_control(ENVIRONMENTS[self.env_id], self.env)
-        given = {key: self.env[key] for key in keys if key in self.env}
-        drafter = self.env.get("drafter", "auto")
-        given["drafter"] = control.default_drafter(self.target) if drafter == "auto" else drafter
+        given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
+        if given["drafter"] == "auto":
+            given["drafter"] = control.default_drafter(self.target)
         return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
 
     @property
     def target(self) -> str:
-        return self.env.get("target", DEFAULT_TARGET)
+        return self.env.get("target", DEFAULTS["target"])
 
     @property
     def max_new_tokens(self) -> int:
-        return self.env.get("max_new_tokens", 128)
+        return self.env.get("max_new_tokens", DEFAULTS["max_new_tokens"])
 
     def chosen(self) -> list[tuple[str, Encoded]]:
         """Split and prompt of every text, each once."""
@@ -164,7 +174,8 @@ def assemble(plan: Plan, folder: Path) -> None:
     )
     draft = folder / "draft"
     write_trace(draft, manifest, parts)  # a whole trace, to be priced, before it takes its place
-    manifest.costs = as_text(calibrated(Trace.load(draft), decoder))
+    trace = Trace.load(draft)
+    manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
     shutil.rmtree(draft)
     write_trace(folder, manifest, parts)
     shutil.rmtree(folder / "texts")
@@ -183,13 +194,12 @@ def read_text(path: Path) -> Columns:
         raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 
-def calibrated(trace: Trace, decoder: Decoder) -> dict[str, dict[int, float]]:
-    """Cost curves such that training texts under random settings cost what they cost on the wall.
+def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, dict[int, float]]:
+    """The curves of a table, scaled such that training texts under random settings cost what they cost on the wall.
 
     A forward timed alone is a little faster than one of a text that is being decoded, with everything around it. What
     lies around is charged to verifications.
     """
-    table = trace.costs()
     texts = [text for text in trace.texts if text.split == "train"][:CALIBRATION] or trace.texts[:CALIBRATION]
     prompts = [Encoded(text.task, text.prompt) for text in texts]
     control = random_settings(trace)
@@ -224,10 +234,10 @@ def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
     return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
 
 
-def default_folder(plan: Plan) -> Path:
+def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
     """Where a plan's trace lies if nothing else is said."""
     kind = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree"
-    return Path("runs/traces") / f"{Path(plan.target).name}-{kind}"
+    return root / "traces" / f"{Path(plan.target).name}-{kind}"
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from experiments.live import decoder_for, encoded_prompts, local_decoder, target
 from experiments.machine import revision, versions
 from experiments.report import markdown
 from experiments.static import best_like
+from experiments.trace import Plan, default_folder, recorded
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.controls.topk import TopKControl
@@ -94,12 +95,17 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     keywords = dict(config["env"])
     control = make_control(ENVIRONMENTS[config["id"]], keywords)
     measured = keywords.get("clock", "wall") == "wall" and not keywords.get("trace") and control.engine == "torch"
-    if config["calibrate"] and measured and not is_address(keywords.get("link", "")):
+    if config["calibrate"] and not config["record"] and measured and not is_address(keywords.get("link", "")):
         table = folder / "clock.json"
         if not table.exists():
             print("measuring this machine's cost table", file=sys.stderr)
             write_json(table, cost_curves(local_decoder(keywords, control)))
         keywords["clock"] = str(table)
+    if config["record"]:
+        plan = Plan(config["id"], keywords, tuple(config["record"]))
+        trace = recorded(plan, default_folder(plan, folder.parents[1]))
+        write_json(folder / "clock.json", trace.manifest.costs)
+        keywords["trace"] = str(trace.folder)
     if config["own_text"]:
         written = folder / CONVERSATIONS
         if not written.exists():

@@ -16,15 +16,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from experiments.trace import Plan, recorded
 from spec_envs.decoding import kernels
 from spec_envs.decoding.checkpoints import load_target, load_weights
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.trace import Trace
 
 CPU = torch.device("cpu")
 WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "on", "we", "you", "def"], ".", ","]
 REAL = "smollm2-135m"
+TEXTS = (4, 1, 2)  # of train, validation and test in the traces
 # A build that fails where there is all it needs is a failure of the tests, not a reason to skip them.
 WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or kernels.find_compiler() is None)
 
@@ -116,3 +119,20 @@ def tiny_decoder(tiny: dict[str, Any]) -> Decoder:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
+    """What is recorded of the tiny models: trees, chains of a draft model, and those behind prompt lookup."""
+    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
+    return {
+        "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], "max_depth": 4, "width": 4}, TEXTS),
+        "chain": Plan("SpecK-v0", env | {"drafter": str(tiny_draft), "k_max": 6}, TEXTS),
+        "copies": Plan("SpecK-v0", env | {"drafter": f"lookup+{tiny_draft}", "k_max": 6}, TEXTS),
+        "lookup": Plan("SpecK-v0", env | {"drafter": "lookup", "k_max": 6}, TEXTS),
+    }
+
+
+@pytest.fixture(scope="session")
+def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
+    return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}

@@ -17,7 +17,6 @@ from experiments.minari_export import exported
 from experiments.train import open_run, resolved
 from spec_envs.decoding.trace import Trace
 from spec_envs.env import SpecEnv
-from tests.test_trace import plans, traces  # noqa: F401 - fixtures
 
 minari = pytest.importorskip("minari", reason="the extra `minari` is not installed")
 
@@ -66,7 +65,7 @@ def test_an_episode_is_played_again(
     kind: str,
     policy: str,
     overrides: list[str],
-    traces: dict[str, Trace],  # noqa: F811
+    traces: dict[str, Trace],
 ) -> None:
     exported("spec-envs/tiny-v0", traces[kind].folder, env_id, policy, 6, 11, overrides)
     dataset = minari.load_dataset("spec-envs/tiny-v0")
@@ -76,7 +75,7 @@ def test_an_episode_is_played_again(
     assert replays(dataset) == dataset.total_steps > 6
 
 
-def test_a_run_plays_as_it_was_trained(traces: dict[str, Trace], tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_plays_as_it_was_trained(traces: dict[str, Trace], tmp_path: Path) -> None:
     folder = tmp_path / "a2c-0"
     keywords = {"max_new_tokens": 20, "width": 4, "max_depth": 3, "budget": 5}
     experiment = Experiment(agent="a2c", env=keywords, hyperparameters={"n_steps": 8})
@@ -99,7 +98,7 @@ def test_a_run_plays_as_it_was_trained(traces: dict[str, Trace], tmp_path: Path)
 
 
 def test_the_command_says_what_it_made_and_what_is_wrong(
-    traces: dict[str, Trace],  # noqa: F811
+    traces: dict[str, Trace],
     datasets: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

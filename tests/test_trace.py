@@ -15,27 +15,9 @@ from experiments.trace import Plan, claim, record_texts, recorded, shard_of
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.recorder import record, watched
 from spec_envs.decoding.trace import Trace, grown, level_slice
-from tests.conftest import REAL
+from tests.conftest import REAL, TEXTS
 
-COUNTS = (4, 1, 2)
 DEPTH = 4
-
-
-@pytest.fixture(scope="session")
-def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
-    """What is recorded of the tiny models: trees, chains of a draft model, and those behind prompt lookup."""
-    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
-    return {
-        "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], "max_depth": DEPTH, "width": 4}, COUNTS),
-        "chain": Plan("SpecK-v0", env | {"drafter": str(tiny_draft), "k_max": 6}, COUNTS),
-        "copies": Plan("SpecK-v0", env | {"drafter": f"lookup+{tiny_draft}", "k_max": 6}, COUNTS),
-        "lookup": Plan("SpecK-v0", env | {"drafter": "lookup", "k_max": 6}, COUNTS),
-    }
-
-
-@pytest.fixture(scope="session")
-def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
-    return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
 
 
 def replay_and_live(env_id: str, trace: Trace, plan: Plan, folder: Path, **keywords: Any) -> int:
@@ -145,7 +127,7 @@ def test_a_killed_recording_goes_on(plans: dict[str, Plan], tmp_path: Path, monk
     assert len(list((folder / "texts").glob("*.npz"))) == 3
     monkeypatch.setattr(recording, "record", lambda *args: (made.append(1), original(*args))[1])
     whole = recorded(plan, folder)
-    assert len(made) == sum(COUNTS)  # none was recorded twice
+    assert len(made) == sum(TEXTS)  # none was recorded twice
     assert [text.split for text in whole.texts] == ["train"] * 4 + ["validation"] + ["test"] * 2
 
 
@@ -153,7 +135,7 @@ def test_shards_together_are_the_trace(plans: dict[str, Plan], traces: dict[str,
     claim(plans["tree"], tmp_path)
     for shard in ((0, 2), (1, 2)):
         record_texts(plans["tree"], tmp_path, shard)
-    assert len(list((tmp_path / "texts").glob("*.npz"))) == sum(COUNTS)
+    assert len(list((tmp_path / "texts").glob("*.npz"))) == sum(TEXTS)
     whole = recorded(plans["tree"], tmp_path)
     assert whole.manifest.arrays == traces["tree"].manifest.arrays
 
@@ -177,7 +159,7 @@ def test_damaged_and_foreign_traces_are_refused(
         Trace.load(tmp_path / "cut")
     with pytest.raises(ValueError, match="version 0"):
         Trace.load(tmp_path / "old")
-    with pytest.raises(ValueError, match="recorded with another k_max|another max_depth|another drafter"):
+    with pytest.raises(ValueError, match=r"recorded with another drafter"):
         claim(plans["copies"], source)
     with pytest.raises(ValueError, match="one of chains"):
         gym.make("SpecDepth-v0", trace=str(source), max_new_tokens=8)

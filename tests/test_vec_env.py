@@ -16,12 +16,11 @@ from agents.sb3 import SB3Agent
 from agents.vec_env import ReplayVecEnv
 from experiments.trace import Plan
 from spec_envs.decoding.trace import Trace
-from tests.test_trace import plans, traces  # noqa: F401 - fixtures
 from tests.test_vector import sizes
 
 
 @pytest.fixture
-def keywords(traces: dict[str, Trace], plans: dict[str, Plan]) -> dict[str, Any]:  # noqa: F811
+def keywords(traces: dict[str, Trace], plans: dict[str, Plan]) -> dict[str, Any]:
     return {"trace": str(traces["tree"].folder), "split": "all", "max_new_tokens": 20, **sizes(plans["tree"])}
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from experiments.trace import Plan
 from spec_envs.decoding.trace import Trace
-from tests.test_trace import plans, traces  # noqa: F401 - fixtures
 
 COUNT = 7
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -42,8 +41,8 @@ def test_it_is_as_many_single_environments(
     env_id: str,
     name: str,
     keywords: dict[str, Any],
-    traces: dict[str, Trace],  # noqa: F811
-    plans: dict[str, Plan],  # noqa: F811
+    traces: dict[str, Trace],
+    plans: dict[str, Plan],
 ) -> None:
     shared = {"trace": str(traces[name].folder), "split": "all", "max_new_tokens": 20, "policy_seconds": 1e-4}
     shared |= sizes(plans[name]) | keywords
@@ -76,7 +75,7 @@ def test_it_is_as_many_single_environments(
     assert steps > 40
 
 
-def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:  # noqa: F811
+def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     keywords = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, "depth": "random", **sizes(plans["tree"])}
     runs = []
     for _ in range(2):
@@ -90,7 +89,7 @@ def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: 
     assert len(set(env.text)) > 1 and set(env.text) <= set(traces["tree"].of_split("train"))
 
 
-def test_one_of_several_tables_prices_a_text(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:  # noqa: F811
+def test_one_of_several_tables_prices_a_text(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     tables = ["qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2"]
     env = make_vector(
         "SpecDepth-v0", 32, trace=str(traces["tree"].folder), clock=tables, max_new_tokens=20, **sizes(plans["tree"])
@@ -102,7 +101,7 @@ def test_one_of_several_tables_prices_a_text(traces: dict[str, Trace], plans: di
     assert infos["seconds"]["verify"][slow].min() > infos["seconds"]["verify"][~slow].max()
 
 
-def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:  # noqa: F811
+def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     tree, chain = str(traces["tree"].folder), str(traces["chain"].folder)
     for match, env_id, keywords in (
         ("give trace=FOLDER", "SpecDepth-v0", {}),
@@ -125,8 +124,8 @@ def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dic
 
 
 def test_a_trace_of_the_shipped_tables_needs_no_models(
-    traces: dict[str, Trace],  # noqa: F811
-    plans: dict[str, Plan],  # noqa: F811
+    traces: dict[str, Trace],
+    plans: dict[str, Plan],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:

@@ -1,0 +1,319 @@
+"""Where adaptive control of speculative decoding pays, and where it does not (`make benchmark`).
+
+Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and then
+decodes held-out prompts live, all arms side by side. Beside them stand the best static setting S*, that of each task, the
+informed optimum I* (the best policy of what an agent sees, cross-fitted) and the clairvoyant one C*. Writes
+runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of the same; `RAY=1` records and trains on Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import bootstrap, trim_mean
+
+from agents.random import RandomAgent
+from experiments.arms import Encoded
+from experiments.benchmark_arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
+from experiments.benchmark_report import draw, results_md
+from experiments.bounds import Bounds
+from experiments.command import one_sentence
+from experiments.comparison import throughput
+from experiments.config import load_experiment
+from experiments.costs import cost_curves
+from experiments.live import decoder_for
+from experiments.machine import machine
+from experiments.scale_out import mapped
+from experiments.static import static_like
+from experiments.tables import run_tables
+from experiments.trace import Plan, as_text, calibrated, claim, default_folder, record_texts, recorded
+from spec_envs.controls import Policy
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.recorder import record, watched
+from spec_envs.decoding.replay import replayed
+from spec_envs.decoding.trace import MANIFEST, Trace
+from spec_envs.files import write_json
+from spec_envs.generate import Generation
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "SpecDepth-v0": {},
+    "SpecBudget-v0": {"depth": 2},
+    "SpecTree-v0": {},
+    "SpecK-v0": {"decision": "token"},
+}
+LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
+FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
+RANDOM_SEED = 11
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    texts: tuple[int, int, int]  # recorded, of train, validation and test
+    tokens: int
+    seeds: int
+    steps: int  # of PPO on the trace
+    ltd_steps: int
+    tuning: int  # training texts that rules are tuned on
+    folds: int
+    prompts: int  # live
+    cycles: int  # of random play, live against replayed
+
+
+FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300)
+FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40)
+
+
+def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
+    """The trace of a problem; on Ray its texts are recorded in shards."""
+    plan = Plan(env_id, env, size.texts)
+    folder = default_folder(plan, root)
+    claim(plan, folder)
+    if os.environ.get("RAY") and not (folder / MANIFEST).exists():
+        mapped(record_texts, [(plan, folder, (i, 4)) for i in range(4)], "recording")
+    return recorded(plan, folder)
+
+
+def measure(env_id: str, size: Size, root: Path, count: int) -> dict[str, Any]:
+    """Everything about one environment."""
+    shared = load_experiment(env_id, "random").env
+    env = {**shared, **PROBLEMS[env_id], "max_new_tokens": size.tokens}
+    trace = trace_of(env_id, {key: env[key] for key in shared} | {"max_new_tokens": size.tokens}, size, root)
+    problem = Problem(env_id, env, str(trace.folder))
+    control = problem.control()
+    decoder = decoder_for({**env, "trace": None}, control)
+    # the machine as it is now; the trace may have been recorded at another time
+    table = CostTable("this machine, now", **calibrated(trace, decoder, CostTable("raw", **cost_curves(decoder))))
+    found: dict[str, Any] = {
+        "costs": as_text({"verify": table.verify, "draft": table.draft}),
+        "machine": machine(decoder),
+    }
+    found |= equality(trace, problem, table, size.cycles)
+    found |= speeds(problem, found["live_steps_per_s"])
+    found["recording"] = recording_cost(trace, decoder)
+
+    bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
+    train_seconds, seconds = bounds.static(), test.static()
+    best = bounds.best(train_seconds)
+    static = seconds[:, best].sum()
+    by_task = bounds.best_by_task(train_seconds)
+    per_task = sum(seconds[i, by_task.get(task, best)] for i, task in enumerate(test.tasks))
+    clairvoyant, plain = test.clairvoyant().sum(), test.tokens.sum() * table.seconds("verify", 1)
+    found["static"] = list(bounds.names()[best])
+    found["static_over_plain"] = plain / static
+    found["per_task_over_static"] = static / per_task
+    found["clairvoyant"] = static / clairvoyant
+    found["informed"] = static / total_seconds(informed(problem, table, size.folds))
+
+    arms = [arm for arm in LEARNED if arm != "ltd" or env_id in ("SpecDepth-v0", "SpecBudget-v0")]
+    steps = {"ppo": size.steps, "ltd": size.ltd_steps}
+    jobs = [
+        (problem, arm, seed, steps.get(arm, 0), str(root / "benchmark" / env_id / f"{arm}-{seed}"))
+        for arm in arms
+        for seed in range(size.seeds)
+    ]
+    trainings = dict(zip([(job[1], job[2]) for job in jobs], mapped(train, jobs, f"training on {env_id}"), strict=True))
+    found["hindsight_train_s"] = float(
+        np.median([trainings["hindsight", seed]["seconds"] for seed in range(size.seeds)])
+    )
+    policies, replay = {"static": static_like(control, bounds.names()[best])}, {}
+    for arm in arms:
+        folders = [job[4] for job in jobs if job[1] == arm]
+        validation = [throughput(samples_of(problem, trained_policy(f, table), "validation", table)) for f in folders]
+        rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
+        ratios = np.array(rates) * static / test.tokens.sum()
+        replay[arm] = over_seeds(ratios) | {
+            "train_seconds": float(np.median([trainings[arm, seed]["seconds"] for seed in range(size.seeds)])),
+            "forwards": trainings[arm, 0]["forwards"],
+        }
+        chosen = folders[int(np.argmax(validation))]
+        policies[arm] = trained_policy(chosen, table)
+        replay[arm]["chosen"] = Path(chosen).name
+    for rule in GRIDS[env_id]:
+        policies[rule], settings = tuned(problem, rule, table, size.tuning)
+        rate = throughput(samples_of(problem, policies[rule], "test", table))
+        replay[rule] = {"value": rate * static / test.tokens.sum(), "settings": settings}
+    found["replay"] = replay
+    found["other_costs"] = other_costs(
+        problem, trace, size, str(root / "benchmark" / env_id / replay["hindsight"]["chosen"])
+    )
+    found["few_texts"] = few_texts(problem, table, static / test.tokens.sum(), root, size)
+
+    live = run_tables(policies, {**env, "trace": None}, decoder, count, ["plain", "static"], list(policies)[1:], {})
+    found["live"] = live
+    found["arms"] = {
+        name: {"over_static": row["over_static"]["value"], **{k: row["over_static"][k] for k in ("low", "high")}}
+        for name, row in live["arms"].items()
+    }
+    gap = found["clairvoyant"] - 1
+    found["gap_share"] = (replay["hindsight"]["value"] - 1) / gap if gap > 0 else 0.0
+    found["of_informed"] = replay["hindsight"]["value"] / found["informed"]
+    return found
+
+
+def total_seconds(samples: list[Any]) -> float:
+    """Of all texts."""
+    return sum(sample.seconds for sample in samples)
+
+
+def over_seeds(ratios: np.ndarray) -> dict[str, Any]:
+    """Interquartile mean over seeds with its 95 % bootstrap interval."""
+    value = float(trim_mean(ratios, 0.25))
+    if len(ratios) < 3 or np.ptp(ratios) == 0:
+        return {"value": value, "low": float(ratios.min()), "high": float(ratios.max()), "seeds": ratios.tolist()}
+    interval = bootstrap(
+        (ratios,), lambda x, axis: trim_mean(x, 0.25, axis=axis), n_resamples=2000, method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return {"value": value, "low": float(interval.low), "high": float(interval.high), "seeds": ratios.tolist()}
+
+
+def equality(trace: Trace, problem: Problem, table: CostTable, cycles: int) -> dict[str, Any]:
+    """Random play on held-out texts, live and replayed: accepted tokens of every cycle, and seconds as priced and timed."""
+    live_decoder = decoder_for({**problem.env, "trace": None}, problem.control())
+    detokenize = live_decoder.detokenize
+    replay_decoder = replayed(trace, PricedClock(table), live_decoder.max_depth, detokenize)
+    actors = {
+        name: Policy(c, RandomAgent(c, seed=RANDOM_SEED)) for name in ("live", "replay") for c in [problem.control()]
+    }
+    near, compared, wrong, tied, decisions = trace.ties(), 0, 0, 0, 0
+    spent = {"live": 0.0, "replay": 0.0}
+    texts = trace.of_split("test")
+    for i in texts * (1 + cycles // (20 * len(texts))):
+        text = Encoded(trace.texts[i].task, trace.texts[i].prompt)
+        runs = {}
+        for name, decoder in (("live", live_decoder), ("replay", replay_decoder)):
+            rng = np.random.default_rng(i)
+            runs[name] = Generation(
+                decoder, actors[name], text.ids, problem.env["max_new_tokens"], rng, text.task
+            ).run()
+            spent[name] += runs[name].seconds
+        decisions += len(runs["live"].actions)
+        at = int(trace.starts[i])
+        for mine, theirs in zip(runs["live"].cycles, runs["replay"].cycles, strict=False):
+            compared += 1
+            if mine.tokens != theirs.tokens or mine.accepted != theirs.accepted:
+                if near[at : at + mine.emitted + 1].any():
+                    tied += 1
+                else:
+                    wrong += 1
+                break
+            at += mine.emitted
+        if compared >= cycles:
+            break
+    return {
+        "replay_equals_live": {
+            "cycles": compared,
+            "mismatches": wrong,
+            "ties": tied,
+            "priced_over_timed": spent["replay"] / spent["live"],
+        },
+        "live_steps_per_s": decisions / spent["live"],
+    }
+
+
+def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) -> dict[str, float]:
+    """Environment steps per second in NumPy, which uses one core, and how many times the live environment that is."""
+    env = problem.environments(count)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(8)]
+    for i in range(5):
+        env.step(actions[i])
+    begin = time.perf_counter()
+    for i in range(steps):
+        env.step(actions[i % 8])
+    rate = count * steps / (time.perf_counter() - begin)
+    return {"replay_steps_per_s": rate, "replay_over_live": rate / live}
+
+
+def recording_cost(trace: Trace, decoder: Any) -> dict[str, float]:
+    """Seconds of recording a position, and of a live cycle that drafts all there is and verifies the most that is offered."""
+    text = next(text for text in trace.texts if text.split == "train")
+    begin = time.perf_counter()
+    columns = record(watched(decoder), text.prompt, trace.manifest.max_new_tokens)
+    position = (time.perf_counter() - begin) / len(columns["tokens"])
+    decoder.start(text.prompt, trace.manifest.max_new_tokens, np.random.default_rng(0))
+    cycles = []
+    while not decoder.finished and len(cycles) < 5:
+        begin = time.perf_counter()
+        decoder.begin()
+        while decoder.tree.expansions < decoder.max_depth and decoder.expand():
+            pass
+        decoder.verify(min(decoder.tree.size, 95))
+        cycles.append(time.perf_counter() - begin)
+    return {"position_seconds": position, "full_cycle_seconds": float(np.median(cycles))}
+
+
+def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, Any]:
+    """Hindsight with the same weights under cost tables that it has not seen, over the best static setting of each."""
+    found = {}
+    for name in FOREIGN:
+        table, control = CostTable.load(name), problem.control()
+        bounds, test = (
+            Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test")
+        )
+        best = bounds.best(bounds.static())
+        static = test.static()[:, best].sum()
+        seconds = total_seconds(samples_of(problem, trained_policy(folder, table), "test", table))
+        found[name] = {"static": list(bounds.names()[best]), "over_static": static / seconds, "clairvoyant": static / test.clairvoyant().sum()}  # fmt: skip
+    return found
+
+
+def few_texts(
+    problem: Problem, table: CostTable, seconds_per_token: float, root: Path, size: Size
+) -> list[dict[str, Any]]:
+    """Hindsight after the first few training texts, by forwards of the target that recording them took."""
+    found = []
+    for count in sorted({min(n, size.texts[0]) for n in (1, 3, 10)}):
+        folder = str(root / "benchmark" / problem.env_id / f"hindsight-of-{count}")
+        made = train(problem, "hindsight", 0, 0, folder, count)
+        rate = throughput(samples_of(problem, trained_policy(folder, table), "test", table))
+        found.append({"texts": count, "forwards": made["forwards"], "value": rate * seconds_per_token})
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--envs", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS), metavar="ENV")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where traces, runs and figures are written")
+    parser.add_argument("--report", type=Path, default=Path(), help="folder of RESULTS.md and RESULTS.png (default .)")
+    parser.add_argument(
+        "--seeds", type=int, help=f"of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
+    )
+    parser.add_argument(
+        "--count", type=int, help=f"held-out prompts, live (default {FULL.prompts}, fast {FAST.prompts})"
+    )
+    parser.add_argument("--fast", action="store_true", default=bool(os.environ.get("FAST")), help="the small version")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    size = FAST if args.fast else FULL
+    size = size._replace(seeds=args.seeds or size.seeds)
+    root = args.root / "fast" if args.fast else args.root
+    with one_sentence("interrupted; the same command goes on with what is not trained yet"):
+        results: dict[str, Any] = {}
+        for env_id in args.envs:
+            done = root / "benchmark" / env_id / "results.json"
+            if not done.exists():
+                done.parent.mkdir(parents=True, exist_ok=True)
+                write_json(done, measure(env_id, size, root, args.count or size.prompts))
+            results[env_id] = json.loads(done.read_text())
+            print(f"{env_id}: {done}")
+    write_json(root / "benchmark.json", results)
+    report = root if args.fast else args.report
+    draw(results, report / "RESULTS.png")
+    (report / "RESULTS.md").write_text(results_md(results, args.fast))
+    print(f"written: {root}/benchmark.json, {report}/RESULTS.md, RESULTS.png")
+
+
+if __name__ == "__main__":
+    main()

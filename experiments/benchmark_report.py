@@ -1,0 +1,140 @@
+"""RESULTS.md and RESULTS.png of a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.report import markdown, setting_name
+from spec_envs.files import whole
+
+
+def results_md(results: dict[str, Any], fast: bool) -> str:
+    """The report."""
+    lines = ["# Results", ""]
+    if fast:
+        lines += ["Of the small version (`FAST=1 make benchmark`): too few texts and seeds to tell arms apart.", ""]
+    lines += ["Written by `make benchmark`; every figure is in its benchmark.json.", "", *headroom(results), ""]
+    for env_id, found in results.items():
+        lines += ["", f"## {env_id}", "", *of_environment(found)]
+    return "\n".join(lines) + "\n"
+
+
+def headroom(results: dict[str, Any]) -> list[str]:
+    """What there is to be had, and who has it."""
+    lines = [
+        "Throughput on held-out texts, replayed under this machine's costs; S* is the best static setting (chosen on "
+        "training texts), I* the informed optimum (cross-fitted, as far as it could be found), C* the clairvoyant one, "
+        "which nobody can reach.",
+        "",
+        "| environment | S* | S* over plain | S* per task | I* over S* | C* over S* | `hindsight` over S* | of I* | of the "
+        "gap S* to C* |",
+        f"|{'---|' * 9}",
+    ]
+    for env_id, found in results.items():
+        hindsight = found["replay"]["hindsight"]
+        cells = [
+            f"`{env_id}`",
+            setting_name(found["static"]),
+            *(f"{found[key]:.3f}" for key in ("static_over_plain", "per_task_over_static", "informed", "clairvoyant")),
+            interval(hindsight),
+            f"{found['of_informed']:.3f}",
+            f"{100 * found['gap_share']:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *verdicts(results)]
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """Where adaptive control pays, in words, from the figures."""
+    lines = ["**Where adaptive control pays.**"]
+    for env_id, found in results.items():
+        live = found["arms"]["hindsight"]
+        pays = (
+            "pays"
+            if live["low"] > 1
+            else "does not pay"
+            if live["high"] < 1
+            else "cannot be told from the best static setting"
+        )
+        room, reached = found["clairvoyant"] - 1, found["informed"] - 1
+        known = reached / room if room > 0 else 0.0
+        verify = {int(n): s for n, s in found["costs"]["verify"].items()}
+        draft = {int(n): s for n, s in found["costs"]["draft"].items()}
+        drafts = draft[max(n for n in draft if n <= 10)] / verify[1]
+        lines.append(
+            f"`{env_id}`: live, `hindsight` {pays} ({interval(live, 'over_static')} of S*). Knowing everything would gain "
+            f"{100 * room:.0f} %; of that, {100 * max(0.0, known):.0f} % could be learned from what an agent sees: the rest is "
+            f"acceptance that nothing seen predicts. A draft step costs {drafts:.2f} of a plain one, verifying 8 rows "
+            f"{verify[8] / verify[1]:.2f}."
+        )
+    return ["\n\n".join(lines)]
+
+
+def of_environment(found: dict[str, Any]) -> list[str]:
+    """Everything about one environment."""
+    equal, recording = found["replay_equals_live"], found["recording"]
+    lines = [
+        "Replayed on held-out texts, over S*: interquartile mean over seeds with its 95 % interval, training seconds, and "
+        "forwards of the target that training takes live (for `hindsight` and `exact-pg`: that recording took).",
+        "",
+        "| arm | over S* | training s | target forwards |",
+        "|---|---|---|---|",
+    ]
+    for name, row in found["replay"].items():
+        trained = "train_seconds" in row
+        cells = [f"`{name}`", interval(row) if trained else f"{row['value']:.3f} (tuned: {row['settings']})"]
+        cells += [f"{row['train_seconds']:.0f}", f"{row['forwards']}"] if trained else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    few = ", ".join(f"{f['texts']} ({f['forwards']} forwards) {f['value']:.3f}" for f in found["few_texts"])
+    lines += ["", f"`hindsight` after few training texts: {few}."]
+    for name, other in found["other_costs"].items():
+        lines.append(
+            f"Under the cost table `{name}`, which it has not seen: {other['over_static']:.3f} of that table's best static "
+            f"setting ({setting_name(other['static'])}); clairvoyant {other['clairvoyant']:.3f}."
+        )
+    lines += [
+        "",
+        f"Replay against live under random play: {equal['cycles']} cycles, {equal['mismatches']} of them with another accepted "
+        f"length, {equal['ties']} at marked ties; priced over timed seconds {equal['priced_over_timed']:.3f}. "
+        f"{found['replay_steps_per_s'] / 1e6:.2f} million steps per second on one core, {found['live_steps_per_s']:.1f} live "
+        f"({found['replay_over_live']:.0f} times). Recording a position takes {1000 * recording['position_seconds']:.0f} ms, a "
+        f"live cycle at full depth {1000 * recording['full_cycle_seconds']:.0f} ms.",
+        "",
+        "Live:",
+        "",
+        markdown(found["live"]),
+    ]
+    return lines
+
+
+def interval(row: dict[str, Any], key: str = "value") -> str:
+    """A ratio with its interval."""
+    return f"{row[key]:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Live throughput of every arm over the best static setting, and how far I* and C* are."""
+    figure = Figure(figsize=(10, 3.2 * len(results)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+    for axis, (env_id, found) in zip(axes, results.items(), strict=True):
+        arms = {name: row for name, row in found["arms"].items() if not name.startswith("plain")}
+        names = list(arms)[::-1]
+        values = [arms[name]["over_static"] for name in names]
+        errors = [
+            [max(0.0, v - arms[n]["low"]) for n, v in zip(names, values, strict=True)],
+            [max(0.0, arms[n]["high"] - v) for n, v in zip(names, values, strict=True)],
+        ]
+        axis.barh(names, values, xerr=errors, color="tab:blue", alpha=0.75, capsize=3)
+        for key, colour in (("informed", "tab:green"), ("clairvoyant", "tab:red")):
+            axis.axvline(found[key], color=colour, linestyle="--", label=f"{key} (replayed)")
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xlim(left=0.6)
+        axis.set_title(f"{env_id}: throughput over the best static setting, live, 95 % interval", fontsize=10)
+        axis.legend(fontsize=8, loc="lower right")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

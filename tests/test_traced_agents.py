@@ -1,0 +1,402 @@
+"""Agents that learn from a trace: what they are taught is what happens, and they make something of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import agents
+from agents import AGENTS
+from agents.exact_pg import ExactPGAgent
+from agents.hindsight import HindsightAgent
+from agents.lessons import Lessons, lessons_of, replay_of, taught
+from agents.plans import Plans
+from agents.traced import FILE, TracedAgent
+from experiments.bounds import Bounds
+from experiments.config import Experiment
+from experiments.train import open_run, resolved
+from spec_envs import ENVIRONMENTS, generate
+from spec_envs.controls import make_control
+from spec_envs.controls.base import Control
+from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
+from spec_envs.controls.tree import TreeControl
+from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.pair import load_decoder
+from spec_envs.decoding.trace import Trace, level_slice
+from spec_envs.vector.env import ReplayVectorEnv
+
+TREE = {"max_depth": 4, "width": 4}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "depth": ("SpecDepth-v0", "tree", {**TREE, "budget": 5}),
+    "budget": ("SpecBudget-v0", "tree", {**TREE, "budgets": (0, 3, 30), "depth": 2}),
+    "tree": ("SpecTree-v0", "tree", {**TREE, "budgets": (0, 2, 30)}),
+    "one budget": ("SpecTree-v0", "tree", {**TREE, "budgets": (9,)}),
+    "k": ("SpecK-v0", "copies", {"k_max": 6}),
+    "token": ("SpecK-v0", "copies", {"k_max": 6, "decision": "token"}),
+    "drafted": ("SpecK-v0", "chain", {"k_max": 6, "decision": "token"}),
+}
+LEARNED = ("depth", "budget", "tree", "k", "token")
+# Drafter forwards of one price, so that counting them is to know their seconds.
+TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
+DEAR = CostTable("dear", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 2.0})
+SMALL = {"hidden": 16, "cycles": 256, "steps": 100, "batch_size": 64}
+
+
+def control_of(case: str) -> Control:
+    env_id, _, keywords = CASES[case]
+    return make_control(ENVIRONMENTS[env_id], keywords)
+
+
+def costs_in(folder: Path, table: CostTable = TABLE) -> str:
+    path = folder / f"{table.name.replace(' ', '-')}.json"
+    path.write_text(json.dumps({"verify": table.verify, "draft": table.draft}))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
+    """Environments of each case on the training texts; copy one before playing it."""
+    clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
+    for case, (env_id, name, keywords) in CASES.items():
+        shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}
+        made[case] = gym.make_vec(env_id, num_envs=8, vectorization_mode="vector_entry_point", **shared)
+    return made
+
+
+@pytest.fixture(scope="session")
+def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
+    """Both agents, trained in each case."""
+    return {
+        (name, case): AGENTS[name](control=control_of(case), seed=3, **SMALL).learn(env=copy.deepcopy(vectors[case]))
+        for case in LEARNED
+        for name in ("hindsight", "exact-pg")
+    }
+
+
+def random_lessons(env: ReplayVectorEnv, control: Control, cycles: int = 60) -> Lessons:
+    rng = np.random.default_rng(0)
+    return taught(copy.deepcopy(env), lambda seen: rng.integers(env.choices, size=len(seen)), Plans(control), cycles, 0)
+
+
+def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
+    """Seconds ``[texts]`` of the training texts under an agent."""
+    env = copy.deepcopy(env)
+    texts = np.resize(env.texts, env.num_envs)
+    seen, _ = env.reset(seed=0, options={"texts": texts})
+    alive, spent = np.ones(env.num_envs, bool), np.zeros(env.num_envs)
+    while alive.any():
+        seen, _, terminated, _, infos = env.step(agent.actions(seen))
+        spent += alive * sum(infos["seconds"].values())
+        alive &= ~terminated
+    return spent[: len(env.texts)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_following_a_plan_leads_to_the_cycle_that_it_names(
+    case: str,
+    traces: dict[str, Trace],
+    tmp_path: Path,
+) -> None:
+    env_id, name, keywords = CASES[case]
+    shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
+    env: Any = gym.make(env_id, **shared).unwrapped
+    control, found = env.control, Plans(env.control)
+    assert found.levels == (1 if case in ("budget", "k") else found.deepest + 1)
+    assert (found.first, found.copies) == (int(case == "depth"), case in ("k", "token", "drafted"))
+    for plan, size in enumerate(found.sizes.tolist()):
+        if size < found.first:
+            continue
+        observation, _ = env.reset(options={"prompt": env.prompts[1]})
+        level, emitted = found.first, 0
+        while not emitted:
+            assert found.level(observation[None])[0] == (level if found.stepwise else 0)
+            opened = found.open(found.level(observation[None]))[0]
+            assert opened[plan] and (opened == (found.sizes >= level if found.stepwise else True)).all()
+            action = found.actions(found.level(observation[None]), np.array([plan]))[0]
+            observation, _, _, _, info = env.step(int(action))
+            emitted, level = info["emitted"], level + 1
+        drafted = size if found.copies else level_slice(size, control.width).stop
+        assert (info["drafted"], info["verified"]) == (drafted, found.nodes[plan])
+        budgets = [control.budget] if case == "depth" else getattr(control, "budgets", [99])
+        assert found.nodes[plan] == min(drafted, budgets[found.budgets[plan]])
+    assert len(set(zip(found.sizes.tolist(), found.budgets.tolist(), strict=True))) == len(found.sizes)
+
+
+def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
+    for match, control in (
+        ("not of k with these settings", KControl(k_max=6, adjustment_interval=8)),
+        ("not of k with these settings", KControl(k_max=6, engine="llama-server")),
+        ("not of topk", make_control("topk", {})),
+        ("lacks what is drafted", DepthControl(observation="ltd")),
+        ("lacks what is drafted", KControl(decision="token", observation="counters")),
+    ):
+        for name in ("hindsight", "exact-pg"):
+            with pytest.raises(ValueError, match=match):
+                AGENTS[name](control=control)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    env, found = copy.deepcopy(vectors[case]), Plans(control_of(case))
+    forward, verification = found.forward(TABLE), found.verification(TABLE)
+    observations, _ = env.reset(seed=0)
+    begins, rng, everywhere, cycles = np.ones(8, bool), np.random.default_rng(0), np.arange(8), 0
+    for _ in range(12):
+        if begins.all():
+            lessons = lessons_of(env, found, observations, everywhere)
+            for plan in np.flatnonzero(found.sizes >= found.first):
+                played, seen, alive, level = copy.deepcopy(env), observations, np.ones(8, bool), found.first
+                spent, brought, worth = np.zeros(8), np.zeros(8), np.zeros(8)
+                while alive.any():
+                    at = np.full(8, level if found.stepwise else 0)
+                    np.testing.assert_allclose(seen[alive], lessons.seen[alive, at[0]], atol=1e-6)
+                    seen, _, _, _, infos = played.step(found.actions(at, np.full(8, plan)))
+                    spent += alive * infos["seconds"]["draft"]
+                    ended = alive & (infos["emitted"] > 0)
+                    brought[ended], worth[ended] = infos["emitted"][ended], infos["seconds"]["verify"][ended]
+                    alive &= ~ended
+                    level += 1
+                np.testing.assert_array_equal(lessons.accepted[:, plan], brought - 1)
+                np.testing.assert_allclose(lessons.begun + lessons.forwards[:, plan] * forward, spent, atol=1e-6)
+                tokens, seconds = lessons.outcome(np.full(8, plan), forward, verification)
+                np.testing.assert_array_equal(tokens, brought)
+                np.testing.assert_allclose(seconds, spent + worth, atol=1e-6)
+            cycles += 1
+        plan = rng.choice(np.flatnonzero(found.sizes >= found.first))  # all follow one, so that cycles end together
+        ended, level = False, found.first
+        while not ended:
+            at = np.full(8, level if found.stepwise else 0)
+            observations, _, _, _, infos = env.step(found.actions(at, np.full(8, plan)))
+            begins, level = infos["emitted"] > 0, level + 1
+            ended = bool(begins.any())
+        if not begins.all():
+            break
+    assert cycles > 3
+
+
+@pytest.mark.parametrize("case", LEARNED)
+@pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
+def test_an_agent_is_faster_than_the_worst_static_setting(
+    name: str, case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    env = vectors[case]
+    bounds = Bounds(env.trace, control_of(case), TABLE, env.texts.tolist(), 20)
+    static = bounds.static().sum(0)
+    worst, best = static[np.isfinite(static)].max(), static.min()
+    seconds = played_seconds(env, learned[name, case])
+    assert (seconds >= bounds.clairvoyant() - 1e-9).all()
+    assert seconds.sum() < (worst + best) / 2
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_hindsight_plays_no_plan_that_is_closed(
+    case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    for agent in (learned["hindsight", case], HindsightAgent(control_of(case), seed=1, hidden=16)):
+        agent = copy.deepcopy(agent)
+        lessons = random_lessons(vectors[case], agent.control)
+        for table in (TABLE, DEAR):
+            agent.price(table)
+            for level in range(agent.plans.first, agent.plans.levels):
+                at = np.full(len(lessons.seen), level)
+                plan = agent._best(lessons.seen[:, level], at)
+                assert agent.plans.open(at)[np.arange(len(plan)), plan].all()
+                np.testing.assert_array_equal(agent.plans.level(lessons.seen[:, level]), at)
+                chosen = agent.actions(lessons.seen[:, level])
+                np.testing.assert_array_equal(chosen, agent.plans.actions(at, plan))
+                assert [agent.predict(seen)[0] for seen in lessons.seen[:5, level]] == chosen[:5].tolist()
+
+
+def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
+    """Actions at every level, ``[levels, n]``."""
+    return np.stack([agent.actions(lessons.seen[:, level]) for level in range(agent.plans.first, agent.plans.levels)])
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_hindsight_is_saved_with_what_it_needs_for_another_table(
+    case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], tmp_path: Path
+) -> None:
+    agent = copy.deepcopy(learned["hindsight", case])
+    lessons = random_lessons(vectors[case], agent.control)
+    agent.save(tmp_path)
+    loaded = HindsightAgent(control_of(case), seed=9, **SMALL)
+    loaded.load(tmp_path)
+    assert loaded.decision_seconds == agent.decision_seconds
+    weights = copy.deepcopy(loaded.network.state_dict())
+    paces, actions = [], []
+    for table in (TABLE, DEAR):
+        agent.price(table)
+        loaded.price(table)
+        assert loaded.pace == pytest.approx(agent.pace, rel=1e-3)  # what is observed is kept in float16
+        assert (decided(loaded, lessons) == decided(agent, lessons)).mean() > 0.99
+        paces.append(loaded.pace)
+        actions.append(decided(loaded, lessons))
+    assert paces[1] != paces[0]
+    if case != "token":  # where copies are left, which cost nothing
+        assert paces[1] < paces[0]
+    if case != "budget":  # whose drafting is not decided
+        assert (actions[0] != actions[1]).any()
+    assert all(torch.equal(weights[name], kept) for name, kept in loaded.network.state_dict().items())
+    loaded.save(tmp_path)
+    again = HindsightAgent(control_of(case), **SMALL)
+    again.load(tmp_path)
+    assert again.price(TABLE).pace == paces[0]
+    np.testing.assert_array_equal(decided(again, lessons), actions[0])
+
+
+def test_the_pace_of_hindsight_is_the_throughput_that_it_reaches(
+    learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    for case in LEARNED:
+        agent = copy.deepcopy(learned["hindsight", case])
+        seconds = played_seconds(vectors[case], agent.price(TABLE)).sum()
+        tokens = sum(min(vectors[case].trace.texts[i].tokens, 20) - 1 for i in vectors[case].texts)
+        assert agent.pace == pytest.approx(tokens / seconds, rel=0.2), case
+
+
+def test_hindsight_says_what_it_lacks(
+    tiny: dict[str, Any], learned: dict[tuple[str, str], Any], tmp_path: Path
+) -> None:
+    control = control_of("depth")
+    agent = HindsightAgent(control, **SMALL)
+    with pytest.raises(ValueError, match="nothing to save"):
+        agent.save(tmp_path)
+    with pytest.raises(ValueError, match="pass env="):
+        agent.learn()
+    with pytest.raises(ValueError, match="pass trace=FOLDER"):
+        agent.learn(env=gym.make("SpecDepth-v0", **tiny, **CASES["depth"][2]))
+    with pytest.raises(ValueError, match="control's costs"):
+        agent.predict(np.zeros(agent.width, np.float32))
+    learned["hindsight", "depth"].save(tmp_path)
+    agent.load(tmp_path)
+    with pytest.raises(ValueError, match="control's costs"):
+        agent.predict(np.zeros(agent.width, np.float32))
+    control.costs = TABLE
+    assert control.action_space.contains(agent.predict(np.zeros(agent.width, np.float32))[0])
+    assert agent.table is TABLE
+
+
+@pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
+def test_a_policy_that_cannot_be_read_is_refused(
+    name: str, learned: dict[tuple[str, str], Any], tmp_path: Path
+) -> None:
+    agent = AGENTS[name](control=control_of("depth"), **SMALL)
+    with pytest.raises(ValueError, match="cannot read the policy in"):
+        agent.load(tmp_path)
+    learned[name, "tree"].save(tmp_path)
+    with pytest.raises(ValueError, match="cannot read the policy in"):  # another control's
+        agent.load(tmp_path)
+    learned[name, "depth"].save(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    agent.load(tmp_path)
+    for damaged in (b"", whole[: len(whole) // 2], whole[8:]):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot read the policy in"):
+            agent.load(tmp_path)
+
+
+def test_the_environments_in_numpy_of_a_single_one(traces: dict[str, Trace], tmp_path: Path) -> None:
+    env_id, name, keywords = CASES["tree"]
+    shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
+    many = replay_of(gym.make(env_id, **shared), num_envs=5)
+    assert (many.num_envs, many.max_new_tokens, many.control.budgets) == (5, 20, keywords["budgets"])
+    assert replay_of(many) is many
+
+
+def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarray:
+    """How probable each plan is ``[plans]``, by walking through every choice at every level ``[levels, actions]``."""
+    found = np.zeros(len(plans.sizes))
+
+    def end(size: int, budget: int, chance: float) -> None:
+        found[np.flatnonzero((plans.sizes == size) & (plans.budgets == budget))] += chance
+
+    def walk(level: int, chance: float) -> None:
+        for action, own in enumerate(chances[level] * chance):
+            if isinstance(control, DepthControl):
+                if action == 0 or level + 1 == control.max_depth:
+                    end(level + action, 0, own)
+                else:
+                    walk(level + 1, own)
+            elif isinstance(control, TreeControl):
+                if action or level == control.max_depth:
+                    end(level, (action or len(control.budgets)) - 1, own)
+                else:
+                    walk(level + 1, own)
+            elif not isinstance(control, KControl):
+                end(control.depth, action, own)  # type: ignore[attr-defined]
+            elif control.decision == "cycle":
+                end(action, 0, own)
+            elif action == 0 or level + 1 == control.k_max:
+                end(level + action, 0, own)
+            else:
+                walk(level + 1, own)
+
+    walk(plans.first, 1.0)
+    return found
+
+
+@pytest.mark.parametrize("case", ["depth", "budget", "tree", "one budget", "k", "token"])
+def test_chances_of_plans_are_those_of_the_policy(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    agent = ExactPGAgent(control_of(case), seed=4, hidden=16)
+    seen = torch.from_numpy(random_lessons(vectors[case], agent.control, 20).seen)
+    with torch.no_grad():
+        agent.network[-1].weight *= 4  # far from uniform
+        chances, policy = agent._chances(seen).numpy(), agent.network(seen).softmax(-1).numpy()
+    np.testing.assert_allclose(chances.sum(1), 1.0, atol=1e-5)
+    assert chances.std(0).max() > 1e-3 and chances[:, agent.plans.sizes == agent.plans.sizes.max()].max() > 0.01
+    for found, own in zip(chances, policy, strict=True):
+        np.testing.assert_allclose(found, enumerated(agent.control, agent.plans, own), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_exact_pg_climbs_and_is_saved(
+    case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], tmp_path: Path
+) -> None:
+    agent, before = learned["exact-pg", case], ExactPGAgent(control_of(case), seed=3, **SMALL)
+    lessons = random_lessons(vectors[case], agent.control)
+    rate = agent.tokens / agent.seconds
+    seconds = lessons.begun[:, None] + lessons.forwards * agent.plans.forward(TABLE) + agent.plans.verification(TABLE)
+    worth = lessons.accepted + 1 - rate * seconds
+
+    def expected(policy: ExactPGAgent) -> float:
+        with torch.no_grad():
+            return float((policy._chances(torch.from_numpy(lessons.seen)).numpy() * worth).sum(1).mean())
+
+    assert expected(agent) > expected(before) + 0.05
+    agent.save(tmp_path)
+    before.load(tmp_path)
+    assert before.decision_seconds == agent.decision_seconds
+    np.testing.assert_array_equal(decided(before, lessons), decided(agent, lessons))
+    np.testing.assert_allclose(expected(before), expected(agent))
+
+
+def test_a_run_of_hindsight_plays_losslessly(
+    learned: dict[tuple[str, str], Any],
+    traces: dict[str, Trace],
+    tiny: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    env = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **CASES["tree"][2], "budgets": [0, 2, 30]}
+    experiment = Experiment(agent="hindsight", env=env, hyperparameters=SMALL)
+    run = tmp_path / "run"
+    open_run(run, resolved(experiment, "SpecTree-v0", "hindsight", 0))
+    learned["hindsight", "tree"].save(run)
+    Path(costs_in(run)).rename(run / "clock.json")
+    control, agent = agents.load(run)
+    assert control.costs is not None and control.costs.seconds("draft", 4) == TABLE.seconds("draft", 4)
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", **TREE)
+    verified = set()
+    for prompt in ([5, 6, 7, 8], [3, 4, 3, 4], [9, 2, 11]):
+        played = generate(decoder, control, agent, prompt, 24).run()
+        verified |= {cycle.verified for cycle in played.cycles}
+        assert played.tokens == generate(decoder.plain(), None, None, prompt, 24).run().tokens
+    assert max(verified) > 0
+    assert agent.pace == pytest.approx(learned["hindsight", "tree"].pace, rel=1e-2)
