@@ -240,7 +240,7 @@ def recording_cost(trace: Trace, decoder: Any) -> dict[str, float]:
     columns = record(watched(decoder), text.prompt, trace.manifest.max_new_tokens)
     position = (time.perf_counter() - begin) / len(columns["tokens"])
     decoder.start(text.prompt, trace.manifest.max_new_tokens, np.random.default_rng(0))
-    cycles = []
+    cycles: list[float] = []
     while not decoder.finished and len(cycles) < 5:
         begin = time.perf_counter()
         decoder.begin()

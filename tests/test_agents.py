@@ -57,7 +57,17 @@ class Identity(gym.Env):
 
 def test_every_algorithm_is_in_the_zoo() -> None:
     controllers = {"adaptive-k", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb", "specdec++"}
-    controllers |= {"rl-adapter", "reinforce", "dvi", "ddd", "svip-tree", "expected-gain", "ucb-budget"}
+    controllers |= {
+        "rl-adapter",
+        "reinforce",
+        "dvi",
+        "ddd",
+        "exact-pg",
+        "hindsight",
+        "svip-tree",
+        "expected-gain",
+        "ucb-budget",
+    }
     assert set(AGENTS) == {"random", "fixed", *ALGORITHMS, *controllers}
 
 
