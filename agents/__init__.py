@@ -40,6 +40,7 @@ from spec_envs.controls import Control, make_control
 from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
 
+SHIPPED = Path(__file__).parent / "shipped"  # trained agents by environment, of `make benchmark`
 ONLINE: dict[str, type[OnlineAgent]] = {"reinforce": ReinforceAgent, "dvi": DVIAgent}
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
@@ -65,12 +66,13 @@ AGENTS: dict[str, Callable[..., Any]] = {
 
 
 def load(run: str | Path) -> tuple[Control, Any]:
-    """The control and the trained agent of a run folder, the pair that ``spec_envs.generate`` takes.
+    """The control and the trained agent of a run folder, the pair that ``spec_envs.generate`` takes; by an environment's
+    id the agent that is shipped for it.
 
     Raises:
         ValueError: the folder is not a run, or its files cannot be read; the sentence says which.
     """
-    folder = Path(run)
+    folder = SHIPPED / run if str(run) in ENVIRONMENTS else Path(run)
     config = read_config(folder)
     control = make_control(ENVIRONMENTS[config["id"]], config["env"])
     if config.get("partner"):

@@ -1,0 +1,44 @@
+"""The trained agents that come with the package: each loads, and decodes the target's own text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import agents
+from spec_envs import ENVIRONMENTS, generate
+from spec_envs.controls.k import KControl
+from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.decoding.pair import load_decoder
+from spec_envs.prompts import encode
+from tests.conftest import REAL
+
+FOR = sorted(path.name for path in agents.SHIPPED.iterdir())
+
+
+def test_there_is_one_for_every_environment_that_a_trace_replays() -> None:
+    assert FOR == ["SpecBudget-v0", "SpecDepth-v0", "SpecK-v0", "SpecTree-v0"]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("env_id", FOR)
+def test_it_plays(env_id: str) -> None:
+    control, agent = agents.load(env_id)
+    assert control.name == ENVIRONMENTS[env_id] and 0 < agent.decision_seconds < 0.01
+    decoder = load_decoder(REAL, width=control.width, max_depth=control.max_depth)  # type: ignore[attr-defined]
+    prompt = encode(load_tokenizer(REAL), "Count from one to ten, then back to one.")
+    played = generate(decoder, control, agent, prompt, 32, task="mt_bench").run()
+    plain = generate(decoder.plain(), None, None, prompt, 32).run()
+    assert played.tokens == plain.tokens
+    assert len(played.cycles) < len(plain.cycles)
+    assert sum(cycle.accepted for cycle in played.cycles) > 0
+
+
+@pytest.mark.parametrize("env_id", FOR)
+def test_it_decides_by_what_it_sees_and_by_the_costs(env_id: str) -> None:
+    control, agent = agents.load(env_id)
+    assert control.costs is not None
+    control.observation_space.seed(0)
+    seen = np.array([control.observation_space.sample() for _ in range(200)])
+    agent.price(control.costs)
+    assert len(set(agent.actions(seen).tolist())) > 1 or isinstance(control, KControl)
