@@ -26,9 +26,9 @@ def test_it_plays(env_id: str) -> None:
     control, agent = agents.load(env_id)
     assert control.name == ENVIRONMENTS[env_id] and 0 < agent.decision_seconds < 0.01
     decoder = load_decoder(REAL, width=control.width, max_depth=control.max_depth)  # type: ignore[attr-defined]
-    prompt = encode(load_tokenizer(REAL), "Count from one to ten, then back to one.")
-    played = generate(decoder, control, agent, prompt, 32, task="mt_bench").run()
-    plain = generate(decoder.plain(), None, None, prompt, 32).run()
+    prompt = encode(load_tokenizer(REAL), "Write a Python class of a stack, with push, pop and peek.")
+    played = generate(decoder, control, agent, prompt, 48, task="mt_bench").run()
+    plain = generate(decoder.plain(), None, None, prompt, 48).run()
     assert played.tokens == plain.tokens
     assert len(played.cycles) < len(plain.cycles)
     assert sum(cycle.accepted for cycle in played.cycles) > 0
