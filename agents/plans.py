@@ -92,7 +92,8 @@ class Plans:
     @property
     def going_on(self) -> int:
         """The action that drafts another level or token, of a control that decides at each."""
-        return int(self.actions(np.zeros(1, np.int64), np.array([-1]))[0])
+        largest = len(self.sizes) - 1
+        return int(self.actions(np.zeros(1, np.int64), np.array([largest]))[0])
 
     def stopping(self) -> np.ndarray:
         """The action ``[plans]`` that ends a cycle with each plan, once it is drafted."""

@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap, trim_mean
 
-from agents.random import RandomAgent
-from experiments.arms import Encoded
 from experiments.benchmark_arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
+from experiments.benchmark_checks import equality, recording_cost, speeds
 from experiments.benchmark_report import draw, results_md
 from experiments.bounds import Bounds
 from experiments.command import one_sentence
@@ -33,13 +31,9 @@ from experiments.scale_out import mapped
 from experiments.static import static_like
 from experiments.tables import run_tables
 from experiments.trace import Plan, as_text, calibrated, claim, default_folder, record_texts, recorded
-from spec_envs.controls import Policy
-from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.recorder import record, watched
-from spec_envs.decoding.replay import replayed
+from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.trace import MANIFEST, Trace
 from spec_envs.files import write_json
-from spec_envs.generate import Generation
 
 PROBLEMS: dict[str, dict[str, Any]] = {
     "SpecDepth-v0": {},
@@ -49,7 +43,6 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
 FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
-RANDOM_SEED = 11
 
 
 class Size(NamedTuple):
@@ -80,7 +73,7 @@ def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
     return recorded(plan, folder)
 
 
-def measure(env_id: str, size: Size, root: Path, count: int) -> dict[str, Any]:
+def measure(env_id: str, size: Size, root: Path) -> dict[str, Any]:
     """Everything about one environment."""
     shared = load_experiment(env_id, "random").env
     env = {**shared, **PROBLEMS[env_id], "max_new_tokens": size.tokens}
@@ -145,7 +138,9 @@ def measure(env_id: str, size: Size, root: Path, count: int) -> dict[str, Any]:
     )
     found["few_texts"] = few_texts(problem, table, static / test.tokens.sum(), root, size)
 
-    live = run_tables(policies, {**env, "trace": None}, decoder, count, ["plain", "static"], list(policies)[1:], {})
+    live = run_tables(
+        policies, {**env, "trace": None}, decoder, size.prompts, ["plain", "static"], list(policies)[1:], {}
+    )
     found["live"] = live
     found["arms"] = {
         name: {"over_static": row["over_static"]["value"], **{k: row["over_static"][k] for k in ("low", "high")}}
@@ -172,83 +167,6 @@ def over_seeds(ratios: np.ndarray) -> dict[str, Any]:
         rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return {"value": value, "low": float(interval.low), "high": float(interval.high), "seeds": ratios.tolist()}
-
-
-def equality(trace: Trace, problem: Problem, table: CostTable, cycles: int) -> dict[str, Any]:
-    """Random play on held-out texts, live and replayed: accepted tokens of every cycle, and seconds as priced and timed."""
-    live_decoder = decoder_for({**problem.env, "trace": None}, problem.control())
-    detokenize = live_decoder.detokenize
-    replay_decoder = replayed(trace, PricedClock(table), live_decoder.max_depth, detokenize)
-    actors = {
-        name: Policy(c, RandomAgent(c, seed=RANDOM_SEED)) for name in ("live", "replay") for c in [problem.control()]
-    }
-    near, compared, wrong, tied, decisions = trace.ties(), 0, 0, 0, 0
-    spent = {"live": 0.0, "replay": 0.0}
-    texts = trace.of_split("test")
-    for i in texts * (1 + cycles // (20 * len(texts))):
-        text = Encoded(trace.texts[i].task, trace.texts[i].prompt)
-        runs = {}
-        for name, decoder in (("live", live_decoder), ("replay", replay_decoder)):
-            rng = np.random.default_rng(i)
-            runs[name] = Generation(
-                decoder, actors[name], text.ids, problem.env["max_new_tokens"], rng, text.task
-            ).run()
-            spent[name] += runs[name].seconds
-        decisions += len(runs["live"].actions)
-        at = int(trace.starts[i])
-        for mine, theirs in zip(runs["live"].cycles, runs["replay"].cycles, strict=False):
-            compared += 1
-            if mine.tokens != theirs.tokens or mine.accepted != theirs.accepted:
-                if near[at : at + mine.emitted + 1].any():
-                    tied += 1
-                else:
-                    wrong += 1
-                break
-            at += mine.emitted
-        if compared >= cycles:
-            break
-    return {
-        "replay_equals_live": {
-            "cycles": compared,
-            "mismatches": wrong,
-            "ties": tied,
-            "priced_over_timed": spent["replay"] / spent["live"],
-        },
-        "live_steps_per_s": decisions / spent["live"],
-    }
-
-
-def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) -> dict[str, float]:
-    """Environment steps per second in NumPy, which uses one core, and how many times the live environment that is."""
-    env = problem.environments(count)
-    env.reset(seed=0)
-    env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(8)]
-    for i in range(5):
-        env.step(actions[i])
-    begin = time.perf_counter()
-    for i in range(steps):
-        env.step(actions[i % 8])
-    rate = count * steps / (time.perf_counter() - begin)
-    return {"replay_steps_per_s": rate, "replay_over_live": rate / live}
-
-
-def recording_cost(trace: Trace, decoder: Any) -> dict[str, float]:
-    """Seconds of recording a position, and of a live cycle that drafts all there is and verifies the most that is offered."""
-    text = next(text for text in trace.texts if text.split == "train")
-    begin = time.perf_counter()
-    columns = record(watched(decoder), text.prompt, trace.manifest.max_new_tokens)
-    position = (time.perf_counter() - begin) / len(columns["tokens"])
-    decoder.start(text.prompt, trace.manifest.max_new_tokens, np.random.default_rng(0))
-    cycles: list[float] = []
-    while not decoder.finished and len(cycles) < 5:
-        begin = time.perf_counter()
-        decoder.begin()
-        while decoder.tree.expansions < decoder.max_depth and decoder.expand():
-            pass
-        decoder.verify(min(decoder.tree.size, 95))
-        cycles.append(time.perf_counter() - begin)
-    return {"position_seconds": position, "full_cycle_seconds": float(np.median(cycles))}
 
 
 def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, Any]:
@@ -297,16 +215,19 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     size = FAST if args.fast else FULL
-    size = size._replace(seeds=args.seeds or size.seeds)
+    size = size._replace(seeds=args.seeds or size.seeds, prompts=args.count or size.prompts)
     root = args.root / "fast" if args.fast else args.root
     with one_sentence("interrupted; the same command goes on with what is not trained yet"):
         results: dict[str, Any] = {}
         for env_id in args.envs:
             done = root / "benchmark" / env_id / "results.json"
+            settings = json.loads(json.dumps(size._asdict()))
             if not done.exists():
                 done.parent.mkdir(parents=True, exist_ok=True)
-                write_json(done, measure(env_id, size, root, args.count or size.prompts))
+                write_json(done, measure(env_id, size, root) | {"settings": settings})
             results[env_id] = json.loads(done.read_text())
+            if results[env_id]["settings"] != settings:
+                raise ValueError(f"{done} was made with other settings; delete {done.parent}, or choose another --root")
             print(f"{env_id}: {done}")
     write_json(root / "benchmark.json", results)
     report = root if args.fast else args.report

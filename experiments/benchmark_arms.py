@@ -82,9 +82,8 @@ def samples_of(
     trace = Trace.load(problem.trace)
     chosen = trace.of_split(split) if texts is None else texts
     prompts = [Encoded(trace.texts[i].task, trace.texts[i].prompt) for i in chosen]
-    tokenless = problem.env_id != "SpecK-v0"
     control = policy.control
-    decoder = replayed(trace, PricedClock(table), control.max_depth, (lambda ids: "") if tokenless else words(trace))  # type: ignore[attr-defined]
+    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
     arms = {"policy": decoded(decoder, policy)}
     return run_arms(arms, prompts, problem.env["max_new_tokens"], "", quiet=True)["policy"]
 
@@ -103,8 +102,8 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         texts: only the first so many training texts.
 
     Returns:
-        ``seconds`` of training, and ``forwards`` of the target that live training would have taken: one per cycle of PPO,
-        one per token of the training texts for those that learn from the trace itself.
+        ``seconds`` of training, and ``forwards`` of the target that live training would have taken: of PPO at most one per
+        step, for a cycle has one or more; one per token of the training texts for those that learn from the trace itself.
     """
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
@@ -123,7 +122,7 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         agent: Any = SB3Agent(control, "ppo", total_timesteps=steps, seed=seed, **hyperparameters)
         agent.learn(steps, vector)
         written = {**hyperparameters, "seed": seed, "total_timesteps": steps}
-        forwards = steps  # at most: of a decision per cycle exactly so many
+        forwards = steps
         name = "ppo"
     else:
         vector = problem.environments(ENVS)

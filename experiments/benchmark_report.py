@@ -77,9 +77,11 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def of_environment(found: dict[str, Any]) -> list[str]:
     """Everything about one environment."""
     equal, recording = found["replay_equals_live"], found["recording"]
+    seeds, texts = found["settings"]["seeds"], found["settings"]["texts"]
     lines = [
-        "Replayed on held-out texts, over S*: interquartile mean over seeds with its 95 % interval, training seconds, and "
-        "forwards of the target that training takes live (for `hindsight` and `exact-pg`: that recording took).",
+        f"Replayed on {texts[2]} held-out texts, over S*: interquartile mean over {seeds} seeds with its 95 % interval, "
+        "training seconds, and forwards of the target that training takes live, at most (for `hindsight` and `exact-pg`: "
+        f"that recording {texts[0]} training texts took).",
         "",
         "| arm | over S* | training s | target forwards |",
         "|---|---|---|---|",

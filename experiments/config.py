@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agents import AGENTS, known_hyperparameters
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, REPLAYED
 from spec_envs.controls import CONTROLS
 from spec_envs.env import check_keywords
 
@@ -66,7 +66,7 @@ class Experiment(BaseModel):
     test_prompts: int = Field(default=15, ge=2)
     checkpoint_freq: int = Field(default=2048, ge=1)
     own_text: int = Field(default=0, ge=0)
-    record: list[int] = Field(default=[], max_length=3)
+    record: list[int] = []
     calibrate: bool = True
     partner: str | None = None
     init: str | None = None
@@ -144,6 +144,14 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
         raise ValueError(
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
+    if experiment.record:
+        if ENVIRONMENTS[env_id] not in REPLAYED:
+            raise ValueError(f"{place(('record',))}: {env_id} has no exact traces; leave record out")
+        if len(experiment.record) != 3 or min(experiment.record) < 0 or not experiment.record[0]:
+            raise ValueError(
+                f"{place(('record',))}: record is {experiment.record}; expected texts of train, validation and test, "
+                "such as [60, 12, 30]"
+            )
     for stage in experiment.stages:
         if stage.id not in ENVIRONMENTS:
             raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")

@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.recorder import Columns, kind_of, record, watched
 from spec_envs.decoding.replay import replayed
-from spec_envs.decoding.trace import MANIFEST, VERSION, Manifest, Recorded, Trace, write_trace
+from spec_envs.decoding.trace import MANIFEST, VERSION, Manifest, Recorded, Trace, joined, write_trace
 from spec_envs.files import whole, write_json
 from spec_envs.prompts import SPLITS
 
@@ -172,12 +173,9 @@ def assemble(plan: Plan, folder: Path) -> None:
         texts=kept,
         arrays={},
     )
-    draft = folder / "draft"
-    write_trace(draft, manifest, parts)  # a whole trace, to be priced, before it takes its place
-    trace = Trace.load(draft)
+    trace = Trace(folder, manifest, joined(parts, manifest.kind))
     manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
-    shutil.rmtree(draft)
-    write_trace(folder, manifest, parts)
+    write_trace(trace)
     shutil.rmtree(folder / "texts")
 
 
@@ -235,9 +233,13 @@ def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
 
 
 def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
-    """Where a plan's trace lies if nothing else is said."""
-    kind = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree"
-    return root / "traces" / f"{Path(plan.target).name}-{kind}"
+    """Where a plan's trace lies if nothing else is said; beside one of other settings under a name of its own."""
+    kind, settings = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree", plan.settings
+    folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")
+    return folder
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -137,3 +137,16 @@ def test_unknown_names() -> None:
         load_experiment("SpecDepth-v0", "ppoo")
     with pytest.raises(ValueError, match="override 'gamma' is not key=value"):
         load_experiment("SpecDepth-v0", "ppo", ["gamma"])
+
+
+@pytest.mark.parametrize(
+    ("env_id", "stanza", "value", "match"),
+    [
+        ("SpecDepth-v0", "hindsight", "[60,12]", "expected texts of train, validation and test"),
+        ("SpecDepth-v0", "hindsight", "[0,1,1]", "expected texts of train, validation and test"),
+        ("SpecDVI-v0", "random", "[4,1,1]", "has no exact traces"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(env_id: str, stanza: str, value: str, match: str) -> None:
+    with pytest.raises(ValueError, match=f"SET: .*{match}"):
+        load_experiment(env_id, stanza, [f"record={value}"])

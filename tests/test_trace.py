@@ -188,3 +188,14 @@ def test_prompts_of_a_trace_are_chosen_by_task(traces: dict[str, Trace]) -> None
 def test_shards_are_numbers_below_their_count(text: str) -> None:
     with pytest.raises(Exception, match="expected i/n"):
         shard_of(text)
+
+
+def test_a_plan_of_other_settings_lies_beside_the_first(plans: dict[str, Plan], tmp_path: Path) -> None:
+    """Neither has to be deleted for the other, and the same plan finds its own again."""
+    first = recording.default_folder(plans["chain"], tmp_path)
+    claim(plans["chain"], first)
+    assert recording.default_folder(plans["chain"], tmp_path) == first
+    other = recording.default_folder(plans["copies"], tmp_path)
+    assert other != first and other.name.startswith(first.name)
+    claim(plans["copies"], other)
+    assert recording.default_folder(plans["copies"], tmp_path) == other

@@ -123,7 +123,7 @@ def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dic
         env.step(np.array([0, 2]))
 
 
-def test_a_trace_of_the_shipped_tables_needs_no_models(
+def test_replaying_trees_needs_no_models(
     traces: dict[str, Trace],
     plans: dict[str, Plan],
     monkeypatch: pytest.MonkeyPatch,

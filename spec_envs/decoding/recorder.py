@@ -174,7 +174,7 @@ def brings_new(drafter: EagleDrafter, token: int) -> bool:
 def draft_together(drafter: EagleDrafter, features: Tensor, tokens: Sequence[int], depth: int) -> list[list[Children]]:
     """Trees behind each of ``tokens`` ``[m]``, the next ones of the text; their rows stay in the drafter's cache."""
     model, cache, width, m = drafter.model, drafter.cache, drafter.width, len(tokens)
-    hidden, roots = drafter._catch_up(features, tokens, m)
+    hidden, roots = drafter.catch_up(features, tokens, m)
     committed, rows = cache.length, m * width
     trees = [Tree(width, depth) for _ in tokens]
     levels = [[row(roots, i, 1)] for i in range(m)]

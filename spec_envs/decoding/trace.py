@@ -216,19 +216,22 @@ def _loaded(folder: Path) -> Trace:
     return Trace(folder, manifest, columns)
 
 
-def write_trace(folder: Path, manifest: Manifest, parts: Sequence[dict[str, np.ndarray]]) -> None:
-    """Write a trace; the manifest last, without which there is none.
+def joined(parts: Sequence[dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
+    """The columns of a trace from those of its texts."""
+    return {
+        name: np.concatenate([part[name] for part in parts]).astype(dtype, copy=False)
+        for name, dtype in COLUMNS[kind].items()
+    }
 
-    Args:
-        parts: the columns of every text, in the order of ``manifest.texts``.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for name, dtype in COLUMNS[manifest.kind].items():
-        with whole(folder / f"{name}.npy") as path, path.open("wb") as file:
-            np.save(file, np.concatenate([part[name] for part in parts]).astype(dtype, copy=False))
-        manifest.arrays[name] = digest(folder / f"{name}.npy")
-    write_bytes(folder / MANIFEST, json.dumps(msgspec.to_builtins(manifest), indent=1).encode())
+
+def write_trace(trace: Trace) -> None:
+    """Write a trace to its folder; the manifest last, without which there is none."""
+    for name, column in trace.columns.items():
+        file = trace.folder / f"{name}.npy"
+        with whole(file) as path, path.open("wb") as stream:
+            np.save(stream, column)
+        trace.manifest.arrays[name] = digest(file)
+    write_bytes(trace.folder / MANIFEST, json.dumps(msgspec.to_builtins(trace.manifest), indent=1).encode())
 
 
 def digest(path: Path) -> str:

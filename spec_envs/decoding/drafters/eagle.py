@@ -156,7 +156,7 @@ class EagleDrafter:
         self.vocabulary = Vocabulary(self.model.shortlist, rows, self.model.target)
         self.vocabulary.add(text)
         if len(features) > 1:
-            self._catch_up(features[:-1], text[1:-1], 0)
+            self.catch_up(features[:-1], text[1:-1], 0)
         self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not processed yet
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
@@ -169,7 +169,7 @@ class EagleDrafter:
         """Process the tokens committed since the last call; the last row gives level 0."""
         self.vocabulary.add(self.tokens)
         rows = len(self.tokens)
-        hidden, children = self._catch_up(torch.cat(self.features), self.tokens, 1)
+        hidden, children = self.catch_up(torch.cat(self.features), self.tokens, 1)
         self.features, self.tokens = [], []
         tree.start(children)
         self.hidden = hidden[-1:].expand(self.width, -1)  # what the frontier nodes read: their parent's output
@@ -192,7 +192,7 @@ class EagleDrafter:
         self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
         return self.width
 
-    def _catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
+    def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
         """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""
         n, length = len(features), self.cache.length
         hidden = self.model.fc(features[None])[0]
