@@ -43,7 +43,9 @@ class Plans:
             offered = np.array([control.budget] if isinstance(control, DepthControl) else control.budgets)
             stepwise = not isinstance(control, BudgetControl)
             if isinstance(control, BudgetControl):
-                depths = np.array([control.max_depth if control.depth == "random" else control.depth])
+                if control.depth == "random":
+                    raise ValueError('depth is "random"; plans are priced at one depth, such as depth=2')
+                depths = np.array([control.depth])
             else:
                 depths = np.arange(control.max_depth + 1)
             self.sizes = np.repeat(depths, len(offered))

@@ -133,6 +133,7 @@ def test_following_a_plan_leads_to_the_cycle_that_it_names(
 def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
     for match, control in (
         ("not of k with these settings", KControl(k_max=6, adjustment_interval=8)),
+        ('depth is "random"', make_control("budget", {"depth": "random"})),
         ("not of k with these settings", KControl(k_max=6, engine="llama-server")),
         ("not of topk", make_control("topk", {})),
         ("lacks what is drafted", DepthControl(observation="ltd")),
