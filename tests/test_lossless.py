@@ -229,4 +229,5 @@ def test_near_ties_are_all_that_flips_in_bfloat16(prompts: dict) -> None:
     arm = decoded(decoder, Policy(control, RandomAgent(control, seed=0)))
     samples = [arm(Encoded(task, ids), TOKENS, 0) for task, ids in prompts.items()]
     found = divergences(decoder, samples)
-    assert found["largest_gap"] <= 0.6 and found["per_1000"] < 60
+    # Logits from 16 to 32 are 0.125 apart in bfloat16; without instructions for it, processors round more often.
+    assert found["largest_gap"] <= 8 * 0.125 and found["per_1000"] < 60, found
