@@ -17,7 +17,7 @@ MostProbable = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tens
 def most_probable_child(
     logits: Tensor, extra: Tensor | None, ids: np.ndarray | None, most_probable: MostProbable
 ) -> Children:
-    """The most probable token of logits ``[1, a]`` and ``[1, b]`` side by side.
+    """The most probable token of each row of logits ``[n, a]`` and ``[n, b]`` side by side.
 
     Args:
         ids: of the tokens ``[a + b]``; None where a token's place is its id.

@@ -70,7 +70,7 @@ class DraftModelDrafter(ChainDrafter):
         if self.shortlist is not None:
             self.vocabulary = Vocabulary(self.shortlist, self.output_rows, self.target)
             self.vocabulary.add(text)
-        self._read(text[:-1])
+        self._read(text[:-1], np.arange(len(text) - 1))
         self.committed = self.cache.length
         self.chain: list[int] = []  # drafted tokens that have been read
         self.unread = [text[-1]]  # committed ones that have not
@@ -91,7 +91,7 @@ class DraftModelDrafter(ChainDrafter):
         if self.vocabulary is not None:
             self.vocabulary.add(self.unread)
         rows = [*self.unread, *chain[len(self.chain) :]]
-        children = self._step(rows)
+        children = self.step(rows)
         self.committed += len(self.unread)
         self.unread, self.chain = [], chain
         return children, len(rows)
@@ -106,32 +106,50 @@ class DraftModelDrafter(ChainDrafter):
         self.cache.length = self.committed
         return children
 
-    def _step(self, tokens: Sequence[int]) -> Children:
-        """Append rows for tokens, and draft the one behind them."""
-        if self.call is None:
-            return self._propose(self._read(tokens))
+    @torch.inference_mode()
+    def step(
+        self,
+        tokens: Sequence[int],
+        positions: np.ndarray | None = None,
+        last: int = 1,
+        seen: np.ndarray | None = None,
+    ) -> Children:
+        """One forward, committed to the cache.
+
+        Args:
+            tokens: of its rows ``[n]``.
+            positions: rotary positions ``[n]`` (default: those behind the cache's rows).
+            last: how many rows, counted from the end, are asked for what follows; more than one under greedy decoding only.
+            seen: see ``KVCache.mask``.
+
+        Returns:
+            The most probable token behind each of the last rows, or one that was drawn.
+        """
         n, length = len(tokens), self.cache.length
+        at = np.arange(length, length + n) if positions is None else positions
+        if self.call is None:
+            return self._propose(self._read(tokens, at, last, seen))
         ids = np.minimum(np.array(tokens, np.int64), self.model.shape.vocab - 1)  # padding of the target's
         extra = None if self.vocabulary is None else self.vocabulary.rows
-        hidden, positions = torch.empty(n, self.model.shape.hidden), np.arange(length, length + n)
-        index, log_probs, entropies = self.call(hidden, ids, positions, self.cache, extra, 1, 1)
+        hidden = torch.empty(n, self.model.shape.hidden)
+        index, log_probs, entropies = self.call(hidden, ids, at, self.cache, extra, 1, last, seen)
         self.cache.length += n
         return Children(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
 
-    def _read(self, tokens: Sequence[int]) -> Tensor:
-        """Append rows for tokens; the hidden state of the last one, ``[1, hidden]``."""
-        device, length = self.model.device, self.cache.length
+    def _read(self, tokens: Sequence[int], at: np.ndarray, last: int = 1, seen: np.ndarray | None = None) -> Tensor:
+        """Append rows for tokens; the hidden states of the last ones, ``[last, hidden]``."""
+        device = self.model.device
         ids = torch.tensor([list(tokens)], device=device).clamp_(
             max=self.model.shape.vocab - 1
         )  # padding of the target's
         x = self.model.embed(ids)
-        positions = torch.arange(length, length + len(tokens), device=device)[None]
-        hidden, _ = self.model.forward(x, self.cache, positions)
+        rows = None if seen is None else torch.from_numpy(seen).to(device)
+        hidden, _ = self.model.forward(x, self.cache, torch.from_numpy(at).to(device)[None], rows)
         self.cache.length += len(tokens)
-        return hidden[0, -1:]
+        return hidden[0, len(tokens) - last :]
 
     def _propose(self, hidden: Tensor) -> Children:
-        """The next token behind a hidden state ``[1, hidden]``."""
+        """The next token behind hidden states ``[n, hidden]``."""
         logits = self.model.head(hidden)[:, : self.vocab]
         extra = None if self.vocabulary is None else self.vocabulary.logits(self.model.norm(hidden))
         ids = None if self.vocabulary is None else self.vocabulary.ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.transformer import Transformer
+
+TOGETHER = 16  # positions that are drafted behind in one forward
 
 
 class Vocabulary:
@@ -42,6 +44,24 @@ class Vocabulary:
         rows = self.output_rows(torch.tensor(new, device=self.target.device)).to(self.target.precision.hidden)
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
+    def grows_by(self, token: int) -> bool:
+        """Whether the token would be new."""
+        return self.output_rows is not None and not self.known[token]
+
     def logits(self, normed: Tensor) -> Tensor | None:
         """Of normed hidden states ``[n, hidden]``: those of the ids behind the shortlist, if there are any."""
         return None if self.rows is None else F.linear(normed, self.rows)
+
+
+def runs(vocabulary: Vocabulary | None, text: Sequence[int]) -> Iterator[slice]:
+    """Positions of a text behind which is drafted in one forward: as many as have the same vocabulary, for nothing must be
+    drafted that only a later position has seen. Their tokens have joined it when they are given out."""
+    at = 0
+    while at < len(text):
+        if vocabulary is not None:
+            vocabulary.add(text[at : at + 1])
+        stop = at + 1
+        while stop < min(len(text), at + TOGETHER) and not (vocabulary and vocabulary.grows_by(text[stop])):
+            stop += 1
+        yield slice(at, stop)
+        at = stop
