@@ -37,7 +37,6 @@ class HindsightAgent(TracedAgent):
         plans = Plans(control)
         count = len(plans.sizes) * (2 if plans.copies else 1)
         super().__init__(control, count, (nn.ReLU, lambda x: np.maximum(x, 0)), **hyperparameters)
-        self.shift, self.scale = np.zeros(self.width, np.float32), np.ones(self.width, np.float32)
         self.kept: Lessons | None = None
         self.table: CostTable | None = UNIT
         self.price(UNIT)
@@ -82,7 +81,7 @@ class HindsightAgent(TracedAgent):
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """The plan ``[n]`` with the most A − λT among those that are open."""
-        predicted, count = self.outputs((observations - self.shift) / self.scale), len(self.plans.sizes)
+        predicted, count = self.outputs(observations), len(self.plans.sizes)
         if self.plans.copies:  # some tokens cost nothing, so that forwards are predicted, too
             forwards = np.maximum(predicted[:, count:], 0)
         else:
@@ -107,9 +106,7 @@ class HindsightAgent(TracedAgent):
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
         """Least squares over all open plans of all levels, deeper ones weighing less, since they are reached less often."""
         plans, count = self.plans, len(self.plans.sizes)
-        flat = lessons.seen.reshape(-1, self.width)
-        self.shift, self.scale = flat.mean(0), flat.std(0) + 1e-3
-        seen = torch.from_numpy((lessons.seen - self.shift) / self.scale)
+        seen = torch.from_numpy(lessons.seen)
         accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
         level = np.arange(plans.levels)
         weights = torch.from_numpy((plans.open(level) / (1.0 + level[:, None])).astype(np.float32))
@@ -145,12 +142,9 @@ class HindsightAgent(TracedAgent):
             "seen": self.kept.seen.astype(np.float16),
             "accepted": self.kept.accepted.astype(np.int8),
             "forwards": self.kept.forwards.astype(np.int8),
-            "shift": self.shift,
-            "scale": self.scale,
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """See ``TracedAgent``."""
         seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
-        self.shift, self.scale = state["shift"], state["scale"]
         self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None

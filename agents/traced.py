@@ -34,7 +34,7 @@ class TracedAgent(ABC):
         activation: between its layers, and the same in NumPy.
         hidden: units of each of the two hidden layers.
         cycles: that are looked at in each round.
-        rounds, steps, batch_size: optimiser's steps in each round, and cycles of a step.
+        rounds, steps, batch_size: optimiser's steps in each round, and cycles of a step. Many steps learn few texts by heart.
         learning_rate: at the beginning; it falls to 0 on half a cosine.
         seed: of everything that is drawn.
 
@@ -50,7 +50,7 @@ class TracedAgent(ABC):
         hidden: int = 64,
         cycles: int = 8192,
         rounds: int = 2,
-        steps: int = 600,
+        steps: int = 200,
         batch_size: int = 256,
         learning_rate: float = 3e-3,
         weight_decay: float = 1e-2,

@@ -9,8 +9,10 @@ runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from experiments.benchmark_checks import equality, recording_cost, speeds
 from experiments.benchmark_report import draw, results_md
 from experiments.bounds import Bounds
 from experiments.command import one_sentence
-from experiments.comparison import throughput
+from experiments.comparison import by_task, throughput
 from experiments.config import load_experiment
 from experiments.costs import cost_curves
 from experiments.live import decoder_for
@@ -31,15 +33,18 @@ from experiments.scale_out import mapped
 from experiments.static import static_like
 from experiments.tables import run_tables
 from experiments.trace import Plan, as_text, calibrated, claim, default_folder, record_texts, recorded
+from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.trace import MANIFEST, Trace
 from spec_envs.files import write_json
 
-PROBLEMS: dict[str, dict[str, Any]] = {
+PROBLEMS: dict[str, dict[str, Any]] = {  # keyword arguments of an environment, and of another pair of models
     "SpecDepth-v0": {},
     "SpecBudget-v0": {"depth": 2},
     "SpecTree-v0": {},
     "SpecK-v0": {"decision": "token"},
+    "SpecK-v0/qwen2.5-coder-1.5b": {"decision": "token", "target": "qwen2.5-coder-1.5b", "k_max": 10},
 }
 LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
 FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
@@ -57,10 +62,13 @@ class Size(NamedTuple):
     folds: int
     prompts: int  # live
     cycles: int  # of random play, live against replayed
+    sampled: int  # prompts at temperature 1
 
 
-FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300)
-FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40)
+FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300, 10)
+FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
+LARGER = FULL._replace(texts=(36, 6, 18), tokens=64, prompts=12, cycles=120, sampled=6)  # of a pair that takes longer
+FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with
 
 
 def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
@@ -73,11 +81,11 @@ def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
     return recorded(plan, folder)
 
 
-def measure(env_id: str, size: Size, root: Path) -> dict[str, Any]:
-    """Everything about one environment."""
-    shared = load_experiment(env_id, "random").env
-    env = {**shared, **PROBLEMS[env_id], "max_new_tokens": size.tokens}
-    trace = trace_of(env_id, {key: env[key] for key in shared} | {"max_new_tokens": size.tokens}, size, root)
+def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
+    """Everything about one of ``PROBLEMS``."""
+    env_id = name.partition("/")[0]
+    env = {**load_experiment(env_id, "random").env, **PROBLEMS[name], "max_new_tokens": size.tokens}
+    trace = trace_of(env_id, env, size, root)
     problem = Problem(env_id, env, str(trace.folder))
     control = problem.control()
     decoder = decoder_for({**env, "trace": None}, control)
@@ -95,8 +103,8 @@ def measure(env_id: str, size: Size, root: Path) -> dict[str, Any]:
     train_seconds, seconds = bounds.static(), test.static()
     best = bounds.best(train_seconds)
     static = seconds[:, best].sum()
-    by_task = bounds.best_by_task(train_seconds)
-    per_task = sum(seconds[i, by_task.get(task, best)] for i, task in enumerate(test.tasks))
+    own_best = bounds.best_by_task(train_seconds)
+    per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
     clairvoyant, plain = test.clairvoyant().sum(), test.tokens.sum() * table.seconds("verify", 1)
     found["static"] = list(bounds.names()[best])
     found["static_over_plain"] = plain / static
@@ -107,11 +115,11 @@ def measure(env_id: str, size: Size, root: Path) -> dict[str, Any]:
     arms = [arm for arm in LEARNED if arm != "ltd" or env_id in ("SpecDepth-v0", "SpecBudget-v0")]
     steps = {"ppo": size.steps, "ltd": size.ltd_steps}
     jobs = [
-        (problem, arm, seed, steps.get(arm, 0), str(root / "benchmark" / env_id / f"{arm}-{seed}"))
+        (problem, arm, seed, steps.get(arm, 0), str(root / "benchmark" / name / f"{arm}-{seed}"))
         for arm in arms
         for seed in range(size.seeds)
     ]
-    trainings = dict(zip([(job[1], job[2]) for job in jobs], mapped(train, jobs, f"training on {env_id}"), strict=True))
+    trainings = dict(zip([(job[1], job[2]) for job in jobs], mapped(train, jobs, f"training on {name}"), strict=True))
     found["hindsight_train_s"] = float(
         np.median([trainings["hindsight", seed]["seconds"] for seed in range(size.seeds)])
     )
@@ -128,28 +136,53 @@ def measure(env_id: str, size: Size, root: Path) -> dict[str, Any]:
         chosen = folders[int(np.argmax(validation))]
         policies[arm] = trained_policy(chosen, table)
         replay[arm]["chosen"] = Path(chosen).name
+    per_token = static / test.tokens.sum()
     for rule in GRIDS[env_id]:
         policies[rule], settings = tuned(problem, rule, table, size.tuning)
-        rate = throughput(samples_of(problem, policies[rule], "test", table))
-        replay[rule] = {"value": rate * static / test.tokens.sum(), "settings": settings}
+        replay[rule] = {"settings": settings} | {
+            key: throughput(samples_of(problem, copy.deepcopy(policies[rule]), "test", table, texts)) * per_token
+            for key, texts in (("value", test.texts), ("by_domain", one_domain_after_another(trace, test.texts)))
+        }
     found["replay"] = replay
     found["other_costs"] = other_costs(
-        problem, trace, size, str(root / "benchmark" / env_id / replay["hindsight"]["chosen"])
+        problem, trace, size, str(root / "benchmark" / name / replay["hindsight"]["chosen"])
     )
-    found["few_texts"] = few_texts(problem, table, static / test.tokens.sum(), root, size)
-
-    live = run_tables(
-        policies, {**env, "trace": None}, decoder, size.prompts, ["plain", "static"], list(policies)[1:], {}
-    )
-    found["live"] = live
-    found["arms"] = {
-        name: {"over_static": row["over_static"]["value"], **{k: row["over_static"][k] for k in ("low", "high")}}
-        for name, row in live["arms"].items()
+    found["few_texts"] = few_texts(problem, table, per_token, root / "benchmark" / name, size)
+    samples = samples_of(problem, policies["hindsight"], "test", table)
+    found["tasks"] = {
+        task: sum(seconds[i, best] for i, own in enumerate(test.tasks) if own == task) / total_seconds(group)
+        for task, group in by_task(samples).items()
     }
+
+    live = played_live(policies, env, decoder, size.prompts)
+    found["live"], found["arms"] = live, over_static(live)
+    sampling = {**env, "temperature": 1.0}
+    found["sampled"] = over_static(
+        played_live(policies, sampling, decoder_for({**sampling, "trace": None}, control), size.sampled)
+    )
     gap = found["clairvoyant"] - 1
     found["gap_share"] = (replay["hindsight"]["value"] - 1) / gap if gap > 0 else 0.0
     found["of_informed"] = replay["hindsight"]["value"] / found["informed"]
     return found
+
+
+def played_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decoder, prompts: int) -> dict[str, Any]:
+    """The table of all arms on held-out prompts, as they are now: what learns while it serves begins anew."""
+    fresh = {name: Policy(p.control, copy.deepcopy(p.agent)) for name, p in policies.items()}
+    return run_tables(fresh, {**env, "trace": None}, decoder, prompts, ["plain", "static"], list(policies)[1:], {})
+
+
+def over_static(live: dict[str, Any]) -> dict[str, Any]:
+    """Each arm's throughput over the best static setting's, with its interval."""
+    return {
+        name: {"over_static": row["over_static"]["value"], **{k: row["over_static"][k] for k in ("low", "high")}}
+        for name, row in live["arms"].items()
+    }
+
+
+def one_domain_after_another(trace: Trace, texts: Sequence[int]) -> list[int]:
+    """Texts that come from the tasks in turn, task by task instead."""
+    return sorted(texts, key=lambda i: trace.texts[i].task)
 
 
 def total_seconds(samples: list[Any]) -> float:
@@ -185,21 +218,26 @@ def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict
 
 
 def few_texts(
-    problem: Problem, table: CostTable, seconds_per_token: float, root: Path, size: Size
+    problem: Problem, table: CostTable, seconds_per_token: float, folder: Path, size: Size
 ) -> list[dict[str, Any]]:
     """Hindsight after the first few training texts, by forwards of the target that recording them took."""
     found = []
-    for count in sorted({min(n, size.texts[0]) for n in (1, 3, 10)}):
-        folder = str(root / "benchmark" / problem.env_id / f"hindsight-of-{count}")
-        made = train(problem, "hindsight", 0, 0, folder, count)
-        rate = throughput(samples_of(problem, trained_policy(folder, table), "test", table))
-        found.append({"texts": count, "forwards": made["forwards"], "value": rate * seconds_per_token})
+    for count in sorted({min(n, size.texts[0]) for n in FEW}):
+        folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]
+        made = [train(problem, "hindsight", seed, 0, f, count) for seed, f in enumerate(folders)]
+        rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
+        found.append(
+            {"texts": count, "forwards": made[0]["forwards"], "value": float(np.mean(rates)) * seconds_per_token}
+        )
     return found
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--envs", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS), metavar="ENV")
+    parser.add_argument(
+        "--envs", nargs="*", choices=list(PROBLEMS), metavar="ENV",
+        help=f"of {', '.join(PROBLEMS)} (default all; fast, those of the default pair)",
+    )  # fmt: skip
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where traces, runs and figures are written")
     parser.add_argument("--report", type=Path, default=Path(), help="folder of RESULTS.md and RESULTS.png (default .)")
     parser.add_argument(
@@ -215,20 +253,21 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     size = FAST if args.fast else FULL
-    size = size._replace(seeds=args.seeds or size.seeds, prompts=args.count or size.prompts)
     root = args.root / "fast" if args.fast else args.root
     with one_sentence("interrupted; the same command goes on with what is not trained yet"):
         results: dict[str, Any] = {}
-        for env_id in args.envs:
-            done = root / "benchmark" / env_id / "results.json"
-            settings = json.loads(json.dumps(size._asdict()))
+        for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
+            own = LARGER if "/" in name and not args.fast else size
+            own = own._replace(seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
+            done = root / "benchmark" / name / "results.json"
+            settings = json.loads(json.dumps(own._asdict()))
             if not done.exists():
                 done.parent.mkdir(parents=True, exist_ok=True)
-                write_json(done, measure(env_id, size, root) | {"settings": settings})
-            results[env_id] = json.loads(done.read_text())
-            if results[env_id]["settings"] != settings:
+                write_json(done, measure(name, own, root) | {"settings": settings})
+            results[name] = json.loads(done.read_text())
+            if results[name]["settings"] != settings:
                 raise ValueError(f"{done} was made with other settings; delete {done.parent}, or choose another --root")
-            print(f"{env_id}: {done}")
+            print(f"{name}: {done}")
     write_json(root / "benchmark.json", results)
     report = root if args.fast else args.report
     draw(results, report / "RESULTS.png")

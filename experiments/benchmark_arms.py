@@ -43,7 +43,10 @@ LTD_PPO = {
 LTD_NETS = {"pi_arch": [512, 256], "vf_arch": [1024, 512]}
 GRIDS: dict[str, dict[str, dict[str, Sequence[Any]]]] = {  # hyper-parameters that are tried of published rules
     "SpecDepth-v0": {"ddd": {"threshold": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}},
-    "SpecBudget-v0": {"expected-gain": {"scale": (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)}},
+    "SpecBudget-v0": {
+        "expected-gain": {"scale": (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)},
+        "ucb-budget": {"exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
+    },
     "SpecTree-v0": {
         "ddd": {"threshold": (0.3, 0.5, 0.7, 0.9), "budget": (1, 3, 7, 15)},
         "svip-tree": {"threshold": (0.3, 0.6, 1.0, 1.5), "budget": (1, 3, 7, 15)},
@@ -52,7 +55,12 @@ GRIDS: dict[str, dict[str, dict[str, Sequence[Any]]]] = {  # hyper-parameters th
     "SpecK-v0": {
         "confidence": {"threshold": (0.3, 0.45, 0.6, 0.75), "copy_threshold": (0.1, 0.25, 0.5)},
         "svip": {"threshold": (0.8, 1.2, 1.6), "copy_threshold": (0.1, 0.25, 0.5)},
+        "ucb": {"cost": (0.1, 0.2, 0.4), "exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
     },
+}
+SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or decide something of their own
+    "ltd": {"observation": "ltd"},
+    "ucb": {"decision": "cycle"},
 }
 
 
@@ -66,8 +74,7 @@ class Problem:
 
     def control(self, arm: str = "") -> Control:
         """What an arm decides about, and what it sees."""
-        seen = {"observation": "ltd"} if arm == "ltd" else {}
-        return make_control(ENVIRONMENTS[self.env_id], self.env | seen)
+        return make_control(ENVIRONMENTS[self.env_id], self.env | SEEN.get(arm, {}))
 
     def environments(self, count: int, **changes: Any) -> Any:
         """Environments in NumPy on the training texts."""
@@ -102,17 +109,17 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         texts: only the first so many training texts.
 
     Returns:
-        ``seconds`` of training, and ``forwards`` of the target that live training would have taken: of PPO at most one per
-        step, for a cycle has one or more; one per token of the training texts for those that learn from the trace itself.
+        ``seconds`` of training, and ``forwards`` of the target that the same training takes live: of PPO one per cycle that
+        it played; of those that learn from the trace itself one per token of the training texts.
     """
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
         return json.loads(note.read_text())
-    torch.set_num_threads(min(2, torch.get_num_threads()))
     place.mkdir(parents=True, exist_ok=True)
     trace = Trace.load(problem.trace)
     control = problem.control(arm)
-    begin = time.perf_counter()
+    begin, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on it
     if arm in ("ppo", "ltd"):
         hyperparameters: dict[str, Any] = dict(PPO if arm == "ppo" else LTD_PPO | LTD_NETS)
         count = ENVS if arm == "ppo" else ENVS // 4
@@ -121,8 +128,8 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         vector = ReplayVecEnv(problem.environments(count, **env))
         agent: Any = SB3Agent(control, "ppo", total_timesteps=steps, seed=seed, **hyperparameters)
         agent.learn(steps, vector)
+        forwards = vector.env.played
         written = {**hyperparameters, "seed": seed, "total_timesteps": steps}
-        forwards = steps
         name = "ppo"
     else:
         vector = problem.environments(ENVS)
@@ -131,8 +138,9 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         agent = AGENTS[arm](control=control, seed=seed).learn(0, vector)
         written, name = {"seed": seed}, arm
         forwards = int(sum(trace.texts[i].tokens for i in chosen))
+    torch.set_num_threads(threads)
     seconds = time.perf_counter() - begin
-    env_keywords = {**problem.env, **({"observation": "ltd"} if arm == "ltd" else {})}
+    env_keywords = problem.env | SEEN.get(arm, {})
     agent.save(place)
     write_json(place / "clock.json", trace.manifest.costs)
     write_json(
@@ -152,13 +160,13 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
 
 
 def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Policy, dict[str, Any]]:
-    """A published rule with the best hyper-parameters of its grid on the first training texts."""
+    """A published rule with the best hyper-parameters of its grid on the first training texts; it has not played yet."""
     grid = GRIDS[problem.env_id][rule]
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     chosen = Trace.load(problem.trace).of_split("train")[:texts]
 
     def policy(hyperparameters: dict[str, Any]) -> Policy:
-        control = problem.control()
+        control = problem.control(rule)
         control.costs = table
         return Policy(control, AGENTS[rule](control=control, **hyperparameters))
 
@@ -180,7 +188,7 @@ def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> l
             vector = problem.environments(ENVS, split="all")
             vector.texts = np.array(others + [i for i in test if i not in set(held_out)])
             control = problem.control()
-            agent = AGENTS[arm](control=control, seed=seed, steps=800).learn(0, vector)
+            agent = AGENTS[arm](control=control, seed=seed, steps=400).learn(0, vector)
             samples += samples_of(problem, Policy(control, agent), "test", table, held_out)
         found.append(samples)
     return max(found, key=throughput)

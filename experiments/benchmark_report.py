@@ -80,19 +80,29 @@ def of_environment(found: dict[str, Any]) -> list[str]:
     seeds, texts = found["settings"]["seeds"], found["settings"]["texts"]
     lines = [
         f"Replayed on {texts[2]} held-out texts, over S*: interquartile mean over {seeds} seeds with its 95 % interval, "
-        "training seconds, and forwards of the target that training takes live, at most (for `hindsight` and `exact-pg`: "
-        f"that recording {texts[0]} training texts took).",
+        "training seconds, and forwards of the target that the same training takes live (of `hindsight` and `exact-pg`: that "
+        f"recording {texts[0]} training texts took). The texts come from the tasks in turn; *task by task* is a stationary "
+        "stream of each, which matters to what learns while it serves.",
         "",
         "| arm | over S* | training s | target forwards |",
         "|---|---|---|---|",
     ]
     for name, row in found["replay"].items():
         trained = "train_seconds" in row
-        cells = [f"`{name}`", interval(row) if trained else f"{row['value']:.3f} (tuned: {row['settings']})"]
+        told = ", ".join(f"{key} {value}" for key, value in row.get("settings", {}).items())
+        cells = [
+            f"`{name}`",
+            interval(row) if trained else f"{row['value']:.3f}, task by task {row['by_domain']:.3f} ({told})",
+        ]
         cells += [f"{row['train_seconds']:.0f}", f"{row['forwards']}"] if trained else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    few = ", ".join(f"{f['texts']} ({f['forwards']} forwards) {f['value']:.3f}" for f in found["few_texts"])
-    lines += ["", f"`hindsight` after few training texts: {few}."]
+    few = ", ".join(f"{f['texts']} ({f['forwards']}) {f['value']:.3f}" for f in found["few_texts"])
+    tasks = ", ".join(f"{task} {value:.3f}" for task, value in found["tasks"].items())
+    lines += [
+        "",
+        f"`hindsight` by task: {tasks}.",
+        f"After few training texts (forwards of the target): {few}. {cheaper(found)}",
+    ]
     for name, other in found["other_costs"].items():
         lines.append(
             f"Under the cost table `{name}`, which it has not seen: {other['over_static']:.3f} of that table's best static "
@@ -109,8 +119,25 @@ def of_environment(found: dict[str, Any]) -> list[str]:
         "Live:",
         "",
         markdown(found["live"]),
+        "",
+        f"At temperature 1, {found['settings']['sampled']} prompts, over the same static setting: "
+        + ", ".join(f"`{name}` {interval(row, 'over_static')}" for name, row in found["sampled"].items())
+        + ". What was learned or tuned, was so at temperature 0.",
     ]
     return lines
+
+
+def cheaper(found: dict[str, Any]) -> str:
+    """With how few forwards of the target `hindsight` is as good as PPO."""
+    ppo = found["replay"]["ppo"]
+    enough = [f for f in found["few_texts"] if f["value"] >= ppo["value"]]
+    if not enough:
+        return f"Of these none reaches `ppo` ({ppo['value']:.3f} with {ppo['forwards']})."
+    least = enough[0]
+    return (
+        f"As good as `ppo` ({ppo['value']:.3f} with {ppo['forwards']} forwards) is `hindsight` after {least['texts']} texts, "
+        f"with 1/{ppo['forwards'] / least['forwards']:.0f} of its forwards."
+    )
 
 
 def interval(row: dict[str, Any], key: str = "value") -> str:

@@ -39,7 +39,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     An environment whose text has ended begins another in the same step: ``infos["final_obs"]`` and
     ``infos["final_info"]`` (``tokens``, ``speedup``, ``task``) are what it ended with, at the places where
-    ``infos["_final_obs"]`` is true. ``reset(options={"texts": indices})`` begins those texts of the trace.
+    ``infos["_final_obs"]`` is true. ``reset(options={"texts": indices})`` begins those texts of the trace. ``played`` counts
+    the cycles so far, each one forward of the target if it were live.
 
     Raises:
         TypeError: an unknown keyword; the nearest one is named.
@@ -79,7 +80,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.trace, self.control = Trace.load(trace), make_control(control, keywords)
         self._check(keywords, max_new_tokens)
         self.clocks = [priced for priced in clocks_for(clock, "cpu", trace) if isinstance(priced, PricedClock)]
-        self.num_envs, self.episode, self.reward_name = num_envs, episode, reward
+        self.num_envs, self.episode, self.reward_name, self.played = num_envs, episode, reward, 0
         self.max_new_tokens, self.policy_seconds, self.given_pace = max_new_tokens, policy_seconds, pace
         self.texts = np.array(self.trace.of_split(split, prompts))
         self.single_observation_space, self.single_action_space = (
@@ -165,6 +166,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         emitted = np.where(done.verified, np.minimum(done.accepted + 1, left), 0)
         accepted = np.where(done.verified, np.minimum(done.accepted, left), 0)
         play.row += emitted
+        self.played += int(done.verified.sum())
         finished = done.verified & (play.row == self.last)
         self.spent += seconds
         self.cycle_spent += seconds
