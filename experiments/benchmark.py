@@ -24,7 +24,7 @@ from experiments.benchmark_checks import equality, recording_cost, speeds
 from experiments.benchmark_report import draw, results_md
 from experiments.bounds import Bounds
 from experiments.command import one_sentence
-from experiments.comparison import by_task, throughput
+from experiments.comparison import by_task, throughput, with_aa_check
 from experiments.config import load_experiment
 from experiments.costs import cost_curves
 from experiments.live import decoder_for
@@ -112,7 +112,7 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
     found["clairvoyant"] = static / clairvoyant
     found["informed"] = static / total_seconds(informed(problem, table, size.folds))
 
-    arms = [arm for arm in LEARNED if arm != "ltd" or env_id in ("SpecDepth-v0", "SpecBudget-v0")]
+    arms = [arm for arm in LEARNED if arm != "ltd" or env_id != "SpecK-v0"]
     steps = {"ppo": size.steps, "ltd": size.ltd_steps}
     jobs = [
         (problem, arm, seed, steps.get(arm, 0), str(root / "benchmark" / name / f"{arm}-{seed}"))
@@ -168,8 +168,12 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
 
 def played_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decoder, prompts: int) -> dict[str, Any]:
     """The table of all arms on held-out prompts, as they are now: what learns while it serves begins anew."""
-    fresh = {name: Policy(p.control, copy.deepcopy(p.agent)) for name, p in policies.items()}
-    return run_tables(fresh, {**env, "trace": None}, decoder, prompts, ["plain", "static"], list(policies)[1:], {})
+
+    def measure(count: int) -> dict[str, Any]:
+        fresh = {name: Policy(p.control, copy.deepcopy(p.agent)) for name, p in policies.items()}
+        return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", "static"], list(policies)[1:], {})
+
+    return with_aa_check(measure, prompts)
 
 
 def over_static(live: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from agents.sb3 import SB3Agent
 from agents.vec_env import ReplayVecEnv
 from experiments.arms import Encoded, Sample, decoded, run_arms
 from experiments.comparison import throughput
+from experiments.evaluate import mixed
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.checkpoints import load_tokenizer
@@ -58,6 +59,7 @@ GRIDS: dict[str, dict[str, dict[str, Sequence[Any]]]] = {  # hyper-parameters th
         "ucb": {"cost": (0.1, 0.2, 0.4), "exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
     },
 }
+LTD_APART = {"SpecDepth-v0": {}, "SpecBudget-v0": {"depth": 2}}  # what its two policies decide, the other one fixed
 SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or decide something of their own
     "ltd": {"observation": "ltd"},
     "ucb": {"decision": "cycle"},
@@ -115,6 +117,10 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
         return json.loads(note.read_text())
+    if arm == "ltd" and problem.env_id == "SpecTree-v0":
+        parts = [Problem(env_id, problem.env | own, problem.trace) for env_id, own in LTD_APART.items()]
+        both = [train(part, arm, seed, steps, str(place / part.env_id)) for part in parts]
+        return {key: sum(made[key] for made in both) for key in both[0]}
     place.mkdir(parents=True, exist_ok=True)
     trace = Trace.load(problem.trace)
     control = problem.control(arm)
@@ -152,6 +158,9 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
 
 def trained_policy(folder: str, table: CostTable) -> Policy:
     """A trained arm, under a cost table."""
+    if not (Path(folder) / "config.yml").exists():  # both of LTD's
+        depth, budget = (f"{folder}/{env_id}" for env_id in LTD_APART)
+        return mixed(depth, budget, {})
     control, agent = agents.load(folder)
     control.costs = table
     if isinstance(agent, HindsightAgent):

@@ -118,13 +118,22 @@ def of_environment(found: dict[str, Any]) -> list[str]:
         "",
         "Live:",
         "",
-        markdown(found["live"]),
+        *tables_of(found["live"]),
         "",
         f"At temperature 1, {found['settings']['sampled']} prompts, over the same static setting: "
         + ", ".join(f"`{name}` {interval(row, 'over_static')}" for name, row in found["sampled"].items())
         + ". What was learned or tuned, was so at temperature 0.",
     ]
     return lines
+
+
+def tables_of(live: dict[str, Any]) -> list[str]:
+    """The table, and the one before where plain decoding differed from itself."""
+    first = live.get("first_try")
+    return [
+        markdown(live),
+        *(["", "The first try, whose A/A interval excludes 1:", "", markdown(first)] if first else []),
+    ]
 
 
 def cheaper(found: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import trace as recording
 from experiments.trace import Plan, claim, record_texts, recorded, shard_of
+from spec_envs.decoding.drafters.vocabulary import TOGETHER, runs
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.recorder import record, watched
 from spec_envs.decoding.trace import Trace, grown, level_slice
@@ -92,6 +93,51 @@ def test_drafting_together_is_drafting_alone(tiny: dict[str, Any]) -> None:
         np.testing.assert_allclose(trees.scores[row], decoder.tree.scores, atol=1e-5)
         decoder.verify(0)
     assert decoder.tokens == columns["tokens"].tolist()
+
+
+@pytest.mark.parametrize("name", ["chain", "copies", "lookup"])
+def test_chains_drafted_together_are_those_drafted_alone(name: str, plans: dict[str, Plan]) -> None:
+    decoder = watched(plans[name].decoder())
+    prompt = [5, 6, 7, 8, 5, 6, 9, 7]
+    columns = record(decoder, prompt, 24)
+    decoder.start(prompt, 24, np.random.default_rng(0))
+    longest, copied = decoder.max_depth + 1, 0
+    for row in range(len(columns["tokens"]) - 1):
+        while decoder.tree.size < longest:
+            before = decoder.tree.size
+            if not decoder.drafting:
+                decoder.begin()
+            elif before:
+                decoder.expand()
+            if decoder.tree.size == before:
+                break
+        size = decoder.tree.size
+        assert columns["length"][row] == size
+        np.testing.assert_array_equal(columns["drafted"][row, :size], decoder.tree.tokens)
+        np.testing.assert_allclose(columns["log_probs"][row, :size].cumsum(), decoder.tree.scores, atol=1e-4)
+        copied += columns["copied"][row, :size].sum()
+        decoder.verify(0)
+    assert decoder.tokens == columns["tokens"].tolist()
+    assert (copied > 0) == (name != "chain")
+
+
+def test_positions_of_one_forward_know_the_same_tokens() -> None:
+    class Words:
+        known = np.zeros(9, bool)
+        output_rows = True
+
+        def add(self, tokens: list[int]) -> None:
+            self.known[tokens] = True
+
+        def grows_by(self, token: int) -> bool:
+            return not self.known[token]
+
+    text = [3, 3, 5, 3, 5, 7, *[3] * 40]
+    found = list(runs(Words(), text))  # type: ignore[arg-type]
+    assert [(run.start, run.stop) for run in found[:3]] == [(0, 2), (2, 5), (5, 5 + TOGETHER)]
+    assert found[-1].stop == len(text)
+    assert [(run.start, run.stop) for run in runs(None, text[:20])] == [(0, TOGETHER), (TOGETHER, 20)]
+    assert list(runs(None, [])) == []
 
 
 def test_ranks_count_the_candidates_above_a_node(traces: dict[str, Trace]) -> None:
