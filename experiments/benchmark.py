@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import bootstrap, trim_mean
 
 from experiments.benchmark_arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
-from experiments.benchmark_checks import equality, recording_cost, speeds
+from experiments.benchmark_checks import averaged, equality, played_at_random, recording_cost, speeds
 from experiments.benchmark_report import draw, results_md
 from experiments.bounds import Bounds
 from experiments.command import one_sentence
@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300, 10)
 FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
-LARGER = FULL._replace(texts=(36, 6, 18), tokens=64, prompts=12, cycles=120, sampled=6)  # of a pair that takes longer
+LARGER = FULL._replace(texts=(24, 4, 14), tokens=64, prompts=10, cycles=120, sampled=5)  # of a pair that takes longer
 FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with
 
 
@@ -89,13 +89,19 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
     problem = Problem(env_id, env, str(trace.folder))
     control = problem.control()
     decoder = decoder_for({**env, "trace": None}, control)
-    # the machine as it is now; the trace may have been recorded at another time
-    table = CostTable("this machine, now", **calibrated(trace, decoder, CostTable("raw", **cost_curves(decoder))))
+
+    def measured() -> CostTable:  # the machine as it is now; the trace may have been recorded at another time
+        raw = CostTable("raw", **cost_curves(decoder))
+        return CostTable("this machine, now", **calibrated(trace, decoder, raw))
+
+    before = measured()
+    played = played_at_random(trace, problem, size.cycles)
+    table = averaged(before, measured())
     found: dict[str, Any] = {
         "costs": as_text({"verify": table.verify, "draft": table.draft}),
         "machine": machine(decoder),
     }
-    found |= equality(trace, problem, table, size.cycles)
+    found |= equality(trace, problem, table, played)
     found |= speeds(problem, found["live_steps_per_s"])
     found["recording"] = recording_cost(trace, decoder)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from agents.random import RandomAgent
-from experiments.arms import Encoded
-from experiments.benchmark_arms import Problem
+from experiments.benchmark_arms import Problem, words
 from experiments.live import decoder_for
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.recorder import record, watched
 from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.trace import Trace
@@ -21,29 +22,38 @@ from spec_envs.generate import Generation
 RANDOM_SEED = 11
 
 
-def equality(trace: Trace, problem: Problem, table: CostTable, cycles: int) -> dict[str, Any]:
-    """Random play on held-out texts, live and replayed: accepted tokens of every cycle, and seconds as priced and timed."""
-    live_decoder = decoder_for({**problem.env, "trace": None}, problem.control())
-    detokenize = live_decoder.detokenize
-    replay_decoder = replayed(trace, PricedClock(table), live_decoder.max_depth, detokenize)
-    actors = {
-        name: Policy(c, RandomAgent(c, seed=RANDOM_SEED)) for name in ("live", "replay") for c in [problem.control()]
-    }
-    near, compared, wrong, tied, decisions = trace.ties(), 0, 0, 0, 0
-    spent = {"live": 0.0, "replay": 0.0}
-    texts = trace.of_split("test")
-    for i in texts * (1 + cycles // (20 * len(texts))):
-        text = Encoded(trace.texts[i].task, trace.texts[i].prompt)
-        runs = {}
-        for name, decoder in (("live", live_decoder), ("replay", replay_decoder)):
-            rng = np.random.default_rng(i)
-            runs[name] = Generation(
-                decoder, actors[name], text.ids, problem.env["max_new_tokens"], rng, text.task
-            ).run()
-            spent[name] += runs[name].seconds
-        decisions += len(runs["live"].actions)
+def played_at_random(trace: Trace, problem: Problem, cycles: int) -> list[tuple[int, Generation]]:
+    """Held-out texts, by index, decoded live under random actions until there are so many cycles."""
+    control = problem.control()
+    decoder = decoder_for({**problem.env, "trace": None}, control)
+    policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
+    found: list[tuple[int, Generation]] = []
+    while sum(len(run.cycles) for _, run in found) < cycles:
+        i = texts[len(found) % len(texts)]
+        found.append((i, generation(decoder, policy, trace, problem, i)))
+    return found
+
+
+def generation(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Generation:
+    """A text of a trace under a policy."""
+    text, rng = trace.texts[i], np.random.default_rng(i)
+    return Generation(decoder, policy, text.prompt, problem.env["max_new_tokens"], rng, text.task).run()
+
+
+def equality(
+    trace: Trace, problem: Problem, table: CostTable, played: Sequence[tuple[int, Generation]]
+) -> dict[str, Any]:
+    """What was decoded live, replayed with the same actions: accepted tokens of every cycle, and seconds, priced and timed."""
+    control = problem.control()
+    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
+    policy = Policy(control, RandomAgent(control, seed=RANDOM_SEED))
+    near, compared, wrong, tied = trace.ties(), 0, 0, 0
+    priced = timed = 0.0
+    for i, live in played:
+        replay = generation(decoder, policy, trace, problem, i)
+        priced, timed = priced + replay.seconds, timed + live.seconds
         at = int(trace.starts[i])
-        for mine, theirs in zip(runs["live"].cycles, runs["replay"].cycles, strict=False):
+        for mine, theirs in zip(live.cycles, replay.cycles, strict=False):
             compared += 1
             if mine.tokens != theirs.tokens or mine.accepted != theirs.accepted:
                 if near[at : at + mine.emitted + 1].any():
@@ -52,17 +62,24 @@ def equality(trace: Trace, problem: Problem, table: CostTable, cycles: int) -> d
                     wrong += 1
                 break
             at += mine.emitted
-        if compared >= cycles:
-            break
     return {
         "replay_equals_live": {
             "cycles": compared,
             "mismatches": wrong,
             "ties": tied,
-            "priced_over_timed": spent["replay"] / spent["live"],
+            "priced_over_timed": priced / timed,
         },
-        "live_steps_per_s": decisions / spent["live"],
+        "live_steps_per_s": sum(len(live.actions) for _, live in played) / timed,
     }
+
+
+def averaged(before: CostTable, after: CostTable) -> CostTable:
+    """The mean of two tables of the same numbers of rows, for a machine whose speed drifts."""
+    curves = {
+        part: {n: (seconds + getattr(after, part)[n]) / 2 for n, seconds in getattr(before, part).items()}
+        for part in ("verify", "draft")
+    }
+    return CostTable(before.name, **curves)
 
 
 def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) -> dict[str, float]:
