@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from experiments.benchmark_arms import Problem, words
 from experiments.live import decoder_for
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.recorder import record, watched
 from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.trace import Trace
@@ -22,38 +22,44 @@ from spec_envs.generate import Generation
 RANDOM_SEED = 11
 
 
-def played_at_random(trace: Trace, problem: Problem, cycles: int) -> list[tuple[int, Generation]]:
-    """Held-out texts, by index, decoded live under random actions until there are so many cycles."""
+class Played(NamedTuple):
+    """A text of a trace, by index, under random actions."""
+
+    text: int
+    cycles: list[Cycle]
+    seconds: float
+    decisions: int
+
+
+def played_at_random(trace: Trace, problem: Problem, cycles: int) -> list[Played]:
+    """Held-out texts decoded live until there are so many cycles."""
     control = problem.control()
     decoder = decoder_for({**problem.env, "trace": None}, control)
     policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
-    found: list[tuple[int, Generation]] = []
-    while sum(len(run.cycles) for _, run in found) < cycles:
-        i = texts[len(found) % len(texts)]
-        found.append((i, generation(decoder, policy, trace, problem, i)))
+    found: list[Played] = []
+    while sum(len(played.cycles) for played in found) < cycles:
+        found.append(play(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
     return found
 
 
-def generation(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Generation:
+def play(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Played:
     """A text of a trace under a policy."""
     text, rng = trace.texts[i], np.random.default_rng(i)
-    return Generation(decoder, policy, text.prompt, problem.env["max_new_tokens"], rng, text.task).run()
+    run = Generation(decoder, policy, text.prompt, problem.env["max_new_tokens"], rng, text.task).run()
+    return Played(i, run.cycles, run.seconds, len(run.actions))
 
 
-def equality(
-    trace: Trace, problem: Problem, table: CostTable, played: Sequence[tuple[int, Generation]]
-) -> dict[str, Any]:
+def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Played]) -> dict[str, Any]:
     """What was decoded live, replayed with the same actions: accepted tokens of every cycle, and seconds, priced and timed."""
     control = problem.control()
     decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
     policy = Policy(control, RandomAgent(control, seed=RANDOM_SEED))
-    near, compared, wrong, tied = trace.ties(), 0, 0, 0
-    priced = timed = 0.0
-    for i, live in played:
-        replay = generation(decoder, policy, trace, problem, i)
-        priced, timed = priced + replay.seconds, timed + live.seconds
-        at = int(trace.starts[i])
-        for mine, theirs in zip(live.cycles, replay.cycles, strict=False):
+    near, compared, wrong, tied, priced = trace.ties(), 0, 0, 0, 0.0
+    for timed in live:
+        replay = play(decoder, policy, trace, problem, timed.text)
+        priced += replay.seconds
+        at = int(trace.starts[timed.text])
+        for mine, theirs in zip(timed.cycles, replay.cycles, strict=False):
             compared += 1
             if mine.tokens != theirs.tokens or mine.accepted != theirs.accepted:
                 if near[at : at + mine.emitted + 1].any():
@@ -62,14 +68,15 @@ def equality(
                     wrong += 1
                 break
             at += mine.emitted
+    seconds = sum(played.seconds for played in live)
     return {
         "replay_equals_live": {
             "cycles": compared,
             "mismatches": wrong,
             "ties": tied,
-            "priced_over_timed": priced / timed,
+            "priced_over_timed": priced / seconds,
         },
-        "live_steps_per_s": sum(len(live.actions) for _, live in played) / timed,
+        "live_steps_per_s": sum(played.decisions for played in live) / seconds,
     }
 
 
