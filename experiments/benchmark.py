@@ -150,6 +150,7 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
             for key, texts in (("value", test.texts), ("by_domain", one_domain_after_another(trace, test.texts)))
         }
     found["replay"] = replay
+    found["informed"] = max(found["informed"], *(row["value"] for row in replay.values() if "settings" in row))
     found["other_costs"] = other_costs(
         problem, trace, size, str(root / "benchmark" / name / replay["hindsight"]["chosen"])
     )

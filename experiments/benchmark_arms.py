@@ -185,7 +185,7 @@ def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Po
 
 
 def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
-    """The test texts under the best policy of what an agent sees, as far as it can be found: those that learn from the
+    """The test texts under the best policy of what an agent sees, as far as learning finds it: those that learn from the
     trace, fitted to all texts of every split but a fold of the test texts, and played on that fold; the faster one."""
     trace, found = Trace.load(problem.trace), []
     test = trace.of_split("test")

@@ -27,7 +27,7 @@ def headroom(results: dict[str, Any]) -> list[str]:
     """What there is to be had, and who has it."""
     lines = [
         "Throughput on held-out texts, replayed under this machine's costs; S* is the best static setting (chosen on "
-        "training texts), I* the informed optimum (cross-fitted, as far as it could be found), C* the clairvoyant one, "
+        "training texts), I* the informed optimum as far as it could be found (the best of cross-fitted learners and tuned rules), C* the clairvoyant one, "
         "which nobody can reach.",
         "",
         "| environment | S* | S* over plain | S* per task | I* over S* | C* over S* | `hindsight` over S* | of I* | of the "
