@@ -88,8 +88,8 @@ cloud-load: $(READY)  ## a cloud under 1, 4 and 16 edges, with and without batch
 tensorboard: $(READY)  ## look into the runs
 	$(PY) -m tensorboard.main --logdir $(ROOT)
 
-test: $(READY)  ## run the tests
-	$(PY) -m pytest $(ARGS)
+test: $(READY)  ## run the tests, side by side on one thread each (ARGS="-n 0 -k name": one after another)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## format check, lint, types
 	$(PY) -m ruff format --check .
