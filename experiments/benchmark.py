@@ -146,7 +146,7 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
     for rule in GRIDS[env_id]:
         policies[rule], settings = tuned(problem, rule, table, size.tuning)
         replay[rule] = {"settings": settings} | {
-            key: throughput(samples_of(problem, copy.deepcopy(policies[rule]), "test", table, texts)) * per_token
+            key: throughput(samples_of(problem, renewed(policies[rule]), "test", table, texts)) * per_token
             for key, texts in (("value", test.texts), ("by_domain", one_domain_after_another(trace, test.texts)))
         }
     found["replay"] = replay
@@ -177,10 +177,15 @@ def played_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decod
     """The table of all arms on held-out prompts, as they are now: what learns while it serves begins anew."""
 
     def measure(count: int) -> dict[str, Any]:
-        fresh = {name: Policy(p.control, copy.deepcopy(p.agent)) for name, p in policies.items()}
+        fresh = {name: renewed(policy) for name, policy in policies.items()}
         return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", "static"], list(policies)[1:], {})
 
     return with_aa_check(measure, prompts)
+
+
+def renewed(policy: Policy) -> Policy:
+    """The policy with an agent that has not played yet, for one that learns while it serves."""
+    return Policy(policy.control, copy.deepcopy(policy.agent))
 
 
 def over_static(live: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ LEARNED = ("depth", "budget", "tree", "k", "token")
 # Drafter forwards of one price, so that counting them is to know their seconds.
 TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
 DEAR = CostTable("dear", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 2.0})
-SMALL = {"hidden": 16, "cycles": 256, "steps": 100, "batch_size": 64}
+SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_rate": 1e-2}
 
 
 def control_of(case: str) -> Control:
