@@ -32,7 +32,7 @@ class TracedAgent(ABC):
         control: of trees or chains.
         outputs: of the network.
         activation: between its layers, and the same in NumPy.
-        hidden: units of each of the two hidden layers.
+        hidden: units of each of the two hidden layers; beyond 96, BLAS takes threads for a decision (see ``bare.in_numpy``).
         cycles: that are looked at in each round.
         rounds, steps, batch_size: optimiser's steps in each round, and cycles of a step. Many steps learn few texts by heart.
         learning_rate: at the beginning; it falls to 0 on half a cosine.

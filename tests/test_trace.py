@@ -12,7 +12,7 @@ import pytest
 
 from experiments import trace as recording
 from experiments.trace import Plan, claim, record_texts, recorded, shard_of
-from spec_envs.decoding.drafters.vocabulary import TOGETHER, runs
+from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.recorder import record, watched
 from spec_envs.decoding.trace import Trace, grown, level_slice
@@ -133,11 +133,11 @@ def test_positions_of_one_forward_know_the_same_tokens() -> None:
             return not self.known[token]
 
     text = [3, 3, 5, 3, 5, 7, *[3] * 40]
-    found = list(runs(Words(), text))  # type: ignore[arg-type]
+    found = list(same_vocabulary(Words(), text))  # type: ignore[arg-type]
     assert [(run.start, run.stop) for run in found[:3]] == [(0, 2), (2, 5), (5, 5 + TOGETHER)]
     assert found[-1].stop == len(text)
-    assert [(run.start, run.stop) for run in runs(None, text[:20])] == [(0, TOGETHER), (TOGETHER, 20)]
-    assert list(runs(None, [])) == []
+    assert [(run.start, run.stop) for run in same_vocabulary(None, text[:20])] == [(0, TOGETHER), (TOGETHER, 20)]
+    assert list(same_vocabulary(None, [])) == []
 
 
 def test_ranks_count_the_candidates_above_a_node(traces: dict[str, Trace]) -> None:

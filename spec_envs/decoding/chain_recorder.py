@@ -13,9 +13,10 @@ from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
-from spec_envs.decoding.drafters.vocabulary import TOGETHER, runs
+from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.tree import Children, Tree
 
+Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter
 NOTHING = torch.empty(0)  # features of the target, which no drafter of chains reads
 
 
@@ -65,9 +66,7 @@ class Chain:
         return True
 
 
-def chains_everywhere(
-    live: DraftModelDrafter | CopyingDrafter | LookupDrafter, longest: int, prompt: Sequence[int], text: Sequence[int]
-) -> list[Chain]:
+def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: Sequence[int]) -> list[Chain]:
     """What a drafter drafts behind every token of a text but the last.
 
     Args:
@@ -86,7 +85,7 @@ def chains_everywhere(
         return found
     assert isinstance(model, DraftModelDrafter)
     model.start([*prompt, text[0]], len(text) + TOGETHER * longest, NOTHING, np.random.default_rng(0))
-    for run in runs(model.vocabulary, text[:-1]):
+    for run in same_vocabulary(model.vocabulary, text[:-1]):
         texts = [[*prompt, *text[: at + 1]] for at in range(run.start, run.stop)]
         chains = [begun(live, Told(model), so_far, longest) for so_far in texts]
         draft_together(model, chains, text[run], longest)
@@ -94,7 +93,7 @@ def chains_everywhere(
     return found
 
 
-def begun(live: object, told: Told | None, text: Sequence[int], longest: int) -> Chain:
+def begun(live: Chains, told: Told | None, text: Sequence[int], longest: int) -> Chain:
     """An empty chain behind a text, and what drafts it."""
     drafter: Told | CopyingDrafter | LookupDrafter
     if isinstance(live, LookupDrafter):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle import EagleDrafter
-from spec_envs.decoding.drafters.vocabulary import TOGETHER, runs
+from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.tree import Children, Tree
 
 
@@ -28,7 +28,7 @@ def trees_everywhere(
     drafter = EagleDrafter(live.model, live.width, TOGETHER * (depth + 1))
     drafter.start([*prompt, text[0]], len(text) + TOGETHER, features[: len(prompt)], np.random.default_rng(0))
     found: list[list[Children]] = []
-    for run in runs(drafter.vocabulary, text[:-1]):
+    for run in same_vocabulary(drafter.vocabulary, text[:-1]):
         rows = slice(len(prompt) - 1 + run.start, len(prompt) - 1 + run.stop)
         found += trees_together(drafter, features[rows], text[run], depth)
     return found

@@ -53,7 +53,7 @@ class Vocabulary:
         return None if self.rows is None else F.linear(normed, self.rows)
 
 
-def runs(vocabulary: Vocabulary | None, text: Sequence[int]) -> Iterator[slice]:
+def same_vocabulary(vocabulary: Vocabulary | None, text: Sequence[int]) -> Iterator[slice]:
     """Positions of a text behind which is drafted in one forward: as many as have the same vocabulary, for nothing must be
     drafted that only a later position has seen. Their tokens have joined it when they are given out."""
     at = 0
