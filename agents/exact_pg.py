@@ -70,7 +70,7 @@ class ExactPGAgent(TracedAgent):
 
     def _chances(self, seen: Tensor) -> Tensor:
         """How probable the policy makes each plan, ``[n, plans]``, of what is seen at every level ``[n, levels, …]``."""
-        plans, chances = self.plans, self.network(seen).softmax(-1)
+        plans, chances = self.plans, self.network(seen[..., : self.width]).softmax(-1)
         stopping = torch.from_numpy(plans.stopping())
         if not plans.stepwise:
             return chances[:, 0, stopping]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from agents.lessons import Lessons
+from agents.outcomes import ChainOutcomes, Outcomes, TreeOutcomes
 from agents.plans import Plans
 from agents.traced import TracedAgent
 from spec_envs.controls.base import Control
@@ -16,17 +17,18 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.vector.env import ReplayVectorEnv
 
 KEPT = 512  # cycles that are kept to find the pace of a cost table by
+DINKELBACH = 12  # iterations, of which a few are enough
 UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
 
 
 class HindsightAgent(TracedAgent):
     """Predicts from an observation how many tokens would be accepted under each plan that is still open (deeper trees,
-    other budgets, longer chains), and follows the one with the most A − λ·T, T being its remaining seconds under a cost
+    other budgets, longer chains), and follows the one with the most A − λT, T being its remaining seconds under a cost
     table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
     with the weights: another table needs another λ, not another training.
 
     A trace says what every action would have led to, so nothing is explored: the network is fitted to all plans of every
-    cycle at once, by least squares, whose optimum is their expectation. While a cycle goes on it predicts anew, so that it
+    cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle goes on it predicts anew, so that it
     stops where its first plan turns out too hopeful.
 
     Args:
@@ -35,8 +37,9 @@ class HindsightAgent(TracedAgent):
 
     def __init__(self, control: Control, **hyperparameters: Any):
         plans = Plans(control)
-        count = len(plans.sizes) * (2 if plans.copies else 1)
-        super().__init__(control, count, (nn.ReLU, lambda x: np.maximum(x, 0)), **hyperparameters)
+        self.outcomes: Outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
+        super().__init__(control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0)), **hyperparameters)
+        self.closed = np.where(plans.open(np.arange(plans.levels)), 0.0, np.inf)
         self.kept: Lessons | None = None
         self.table: CostTable | None = UNIT
         self.price(UNIT)
@@ -48,11 +51,11 @@ class HindsightAgent(TracedAgent):
         self.table = table
         self.forward, self.verification = self.plans.forward(table), self.plans.verification(table)
         self.pace = 1 / table.seconds("verify", 1)
-        for _ in range(12 if self.kept else 0):
+        for _ in range(DINKELBACH if self.kept else 0):
             assert self.kept is not None
-            begun = np.full(len(self.kept.begun), 0.0)
+            begun = np.zeros(len(self.kept.begun))
             if not self.plans.copies:
-                begun += table.seconds("draft", 1) + self._made(self.kept.seen[:, 0]) * self.forward
+                begun += table.seconds("draft", 1) + self.plans.made * self.forward
             plan = self._chosen(self.kept.seen)
             tokens, seconds = self.kept._replace(begun=begun).outcome(plan, self.forward, self.verification)
             self.pace = tokens.sum() / seconds.sum()
@@ -81,13 +84,9 @@ class HindsightAgent(TracedAgent):
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """The plan ``[n]`` with the most A − λT among those that are open."""
-        predicted, count = self.outputs(observations), len(self.plans.sizes)
-        if self.plans.copies:  # some tokens cost nothing, so that forwards are predicted, too
-            forwards = np.maximum(predicted[:, count:], 0)
-        else:
-            forwards = self.plans.sizes - level[:, None] if self.plans.stepwise else np.zeros(count)
-        worth = predicted[:, :count] - self.pace * (forwards * self.forward + self.verification)
-        return np.where(self.plans.open(level), worth, -np.inf).argmax(1)
+        tokens, forwards = self.outcomes.expected(self.outputs(observations), level)
+        worth = tokens - self.pace * (forwards * self.forward + self.verification)
+        return (worth - self.closed[level]).argmax(1)
 
     def _chosen(self, seen: np.ndarray) -> np.ndarray:
         """The plan ``[n]`` with which each cycle ends, of what is seen at every level ``[n, levels, …]``."""
@@ -99,35 +98,21 @@ class HindsightAgent(TracedAgent):
         ends = (self.plans.sizes[plan] <= level) & (level >= self.plans.first)
         return plan[np.arange(n), ends.argmax(1)]
 
-    def _made(self, first: np.ndarray) -> np.ndarray:
-        """Expansions ``[n]`` that were made before the first decision of a cycle."""
-        return np.rint(first[:, self.control.slices["expansions"].start] * self.plans.deepest)
-
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
-        """Least squares over all open plans of all levels, deeper ones weighing less, since they are reached less often."""
-        plans, count = self.plans, len(self.plans.sizes)
-        seen = torch.from_numpy(lessons.seen)
+        """Cross-entropy over all open plans of all levels."""
+        seen = torch.from_numpy(lessons.seen[..., : self.width])
         accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
-        level = np.arange(plans.levels)
-        weights = torch.from_numpy((plans.open(level) / (1.0 + level[:, None])).astype(np.float32))
         optimizer, schedule = self.optimizer()
         for _ in range(self.steps):
             batch = torch.randint(len(seen), (self.batch_size,))
-            predicted = self.network(seen[batch])
-            error = (predicted[..., :count] - accepted[batch, None]) ** 2
-            if plans.copies:
-                further = forwards[batch, None].expand(-1, plans.levels, -1)
-                if plans.stepwise:  # those that were made are no longer to come
-                    further = further - forwards[batch][:, :, None]
-                error = error + 0.1 * (predicted[..., count:] - further) ** 2
-            loss = (error * weights).sum() / (weights.sum() * self.batch_size)
+            loss = self.outcomes.loss(self.network(seen[batch]), accepted[batch], forwards[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         self._unpack()
         some = np.random.default_rng(self.seed).permutation(len(new.begun))[:KEPT]
-        self.kept = Lessons(*(column[some] for column in new))
+        self.kept = Lessons(*(column[some] for column in new._replace(seen=new.seen[..., : self.width])))
         self.price(env.cost_tables[0])
 
     def state(self) -> dict[str, np.ndarray]:

@@ -12,6 +12,8 @@ from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.trace import level_slice
 
+HISTORY = ("recent", "match", "acceptance", "last_k", "last_acceptance", "position", "context", "kind", "task", "costs")
+
 
 class Plans:
     """The plans of a cycle, each a size to draft to and a budget to verify.
@@ -26,8 +28,11 @@ class Plans:
         levels: decisions that there can be in a cycle; at level i, i expansions are made or tokens drafted (a control that
             decides once has one level).
         first: level of the first decision; what comes before is always drafted.
+        made: expansions in front of the first decision.
         deepest: the largest size that there can be.
         copies: whether some tokens may be drafted for nothing.
+        own: how many of an observation's first entries tell of what this cycle has drafted; the others are the same all
+            through it. 0 where a decision comes before drafting.
 
     Raises:
         ValueError: another control, or one that decides for several cycles at once.
@@ -61,6 +66,9 @@ class Plans:
         self.deepest = int(getattr(control, "k_max", control.max_depth))  # type: ignore[attr-defined]
         self.levels = self.deepest + 1 if stepwise else 1
         self.first = int(isinstance(control, DepthControl))
+        self.made = self.first if stepwise or self.copies else int(self.sizes[0])
+        starts = [place.start for name, place in control.slices.items() if name in HISTORY]
+        self.own = 0 if self.copies and not stepwise else min(starts, default=control.observation_space.shape[0])  # type: ignore[index]
         if "expansions" not in control.slices and "drafted" not in control.slices and stepwise:
             raise ValueError(
                 f'the observation {control.observation!r} lacks what is drafted; pass observation="default"'

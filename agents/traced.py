@@ -22,6 +22,7 @@ from spec_envs.files import write_bytes
 from spec_envs.vector.env import ReplayVectorEnv
 
 FILE = "policy.safetensors"
+READS = ("cycle", "everything")
 
 
 class TracedAgent(ABC):
@@ -37,6 +38,8 @@ class TracedAgent(ABC):
         rounds, steps, batch_size: optimiser's steps in each round, and cycles of a step. Many steps learn few texts by heart.
         learning_rate: at the beginning; it falls to 0 on half a cosine.
         seed: of everything that is drawn.
+        reads: "cycle": of an observation only what the cycle under way has drafted, where a decision can know that; or
+            "everything", also how earlier cycles went, the task, the position: of few texts, that is learned by heart.
 
     Attributes:
         decision_seconds: time of one decision; measured when the agent is made, then kept with its weights.
@@ -55,12 +58,16 @@ class TracedAgent(ABC):
         learning_rate: float = 3e-3,
         weight_decay: float = 1e-2,
         seed: int = 0,
+        reads: str = "cycle",
     ):
         self.control, self.plans = control, Plans(control)
         self.cycles, self.rounds, self.steps, self.batch_size = cycles, rounds, steps, batch_size
         self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
+        if reads not in READS:
+            raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
         assert control.observation_space.shape is not None
-        self.width = control.observation_space.shape[0]
+        own = self.plans.own if reads == "cycle" else 0
+        self.width = own or control.observation_space.shape[0]
         torch.manual_seed(seed)
         between, self.activation = activation
         self.network = nn.Sequential(
@@ -114,6 +121,7 @@ class TracedAgent(ABC):
     def outputs(self, x: np.ndarray) -> np.ndarray:
         """The network in NumPy, by which a decision costs a tenth of one by torch."""
         *hidden, (weight, bias) = self.layers
+        x = x[..., : self.width]
         for w, b in hidden:
             x = self.activation(x @ w + b)
         return x @ weight + bias
@@ -125,7 +133,7 @@ class TracedAgent(ABC):
 
     def measure(self) -> float:
         """Median seconds of a decision."""
-        blank, timings = np.zeros(self.width, np.float32), []
+        blank, timings = np.zeros(self.control.observation_space.shape or (0,), np.float32), []
         for _ in range(50):
             begin = time.perf_counter()
             self.predict(blank)

@@ -18,6 +18,7 @@ import agents
 from agents import AGENTS
 from agents.hindsight import HindsightAgent
 from agents.sb3 import SB3Agent
+from agents.traced import READS
 from agents.vec_env import ReplayVecEnv
 from experiments.arms import Encoded, Sample, decoded, run_arms
 from experiments.comparison import throughput
@@ -186,18 +187,19 @@ def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Po
 
 def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
     """The test texts under the best policy of what an agent sees, as far as learning finds it: those that learn from the
-    trace, fitted to all texts of every split but a fold of the test texts, and played on that fold; the faster one."""
+    trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and played on that fold; the
+    fastest one."""
     trace, found = Trace.load(problem.trace), []
     test = trace.of_split("test")
     others = [i for i in trace.of_split("all") if i not in set(test)]
-    for arm in ("hindsight", "exact-pg"):
+    for arm, reads in itertools.product(("hindsight", "exact-pg"), READS):
         samples = []
         for fold in range(folds):
             held_out = test[fold::folds]
             vector = problem.environments(ENVS, split="all")
             vector.texts = np.array(others + [i for i in test if i not in set(held_out)])
             control = problem.control()
-            agent = AGENTS[arm](control=control, seed=seed, steps=400).learn(0, vector)
+            agent = AGENTS[arm](control=control, seed=seed, steps=400, reads=reads).learn(0, vector)
             samples += samples_of(problem, Policy(control, agent), "test", table, held_out)
         found.append(samples)
     return max(found, key=throughput)

@@ -17,6 +17,7 @@ from agents import AGENTS
 from agents.exact_pg import ExactPGAgent
 from agents.hindsight import HindsightAgent
 from agents.lessons import Lessons, lessons_of, replay_of, taught
+from agents.outcomes import ChainOutcomes, TreeOutcomes
 from agents.plans import Plans
 from agents.traced import FILE, TracedAgent
 from experiments.bounds import Bounds
@@ -216,6 +217,73 @@ def test_hindsight_plays_no_plan_that_is_closed(
                 assert [agent.predict(seen)[0] for seen in lessons.seen[:5, level]] == chosen[:5].tolist()
 
 
+@pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
+@pytest.mark.parametrize("case", LEARNED)
+def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
+    name: str, case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    agent = learned[name, case]
+    lessons = random_lessons(vectors[case], agent.control)
+    other = lessons.seen.copy()
+    of_cycle = {"frontier", "survival", "gains", "entropy", "expansions", "drafted", "probability", "path", "free"}
+    for entry, place in agent.control.slices.items():
+        if entry not in of_cycle:
+            other[..., place] = 1 - other[..., place]
+    same = decided(agent, lessons) == decided(agent, lessons._replace(seen=other))
+    everything = AGENTS[name](control=control_of(case), seed=3, **SMALL, reads="everything")
+    assert everything.network[0].in_features == agent.control.observation_space.shape[0]
+    if case == "k":  # decided before anything is drafted: all there is
+        assert agent.network[0].in_features == everything.network[0].in_features
+        assert not same.all()
+    else:
+        assert agent.network[0].in_features < everything.network[0].in_features
+        assert same.all()
+
+
+def test_what_an_agent_reads_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="reads is 'task'; expected one of cycle, everything"):
+        HindsightAgent(control_of("depth"), reads="task")
+
+
+def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
+    found = ChainOutcomes(plans := Plans(KControl(k_max=3, decision="token")))
+    odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
+    predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)  # alive; right 1, 2, 3; copied 1, 2, 3
+    tokens, forwards = found.expected(predicted, np.array([0]))
+    np.testing.assert_allclose(tokens[0], [0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16], rtol=1e-5)
+    np.testing.assert_allclose(forwards[0], [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8], rtol=1e-5)
+    tokens, forwards = found.expected(predicted, np.array([1]))
+    np.testing.assert_allclose(tokens[0, 2:] - tokens[0, 1], [0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4], rtol=1e-5)
+    np.testing.assert_allclose(forwards[0, 1:], [0, 0.4, 0.4 + 0.8], atol=1e-6)
+    tokens, forwards = found.expected(predicted, np.array([3]))
+    assert plans.open(np.array([3])).tolist() == [[False, False, False, True]]
+    assert forwards[0, 3] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
+def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    """One set of log-odds for all that is seen ends at the means of what the plans brought."""
+    plans = Plans(control_of(case))
+    outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
+    lessons = random_lessons(vectors[case], plans.control)
+    accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
+    predicted = torch.zeros(1, plans.levels, outcomes.outputs, requires_grad=True)
+    optimizer = torch.optim.Adam([predicted], 0.1)
+    for _ in range(600):
+        optimizer.zero_grad()
+        loss = outcomes.loss(predicted.expand(len(accepted), -1, -1), accepted, forwards)
+        loss.backward()
+        optimizer.step()
+    for level in range(plans.first, min(plans.levels, plans.first + 3)):
+        tokens, ahead = outcomes.expected(predicted[:, level].detach().numpy(), np.array([level]))
+        opened = plans.open(np.array([level]))[0]
+        first = opened.argmax()
+        means = lessons.accepted.mean(0) - lessons.accepted[:, first].mean()
+        np.testing.assert_allclose((tokens - tokens[:, first])[0, opened], means[opened], atol=0.02)
+        means = np.maximum(0, lessons.forwards - lessons.forwards[:, [first]]).mean(0)
+        np.testing.assert_allclose((ahead - ahead[:, first])[0, opened], means[opened], atol=0.02)
+
+
 def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
     """Actions at every level, ``[levels, n]``."""
     return np.stack([agent.actions(lessons.seen[:, level]) for level in range(agent.plans.first, agent.plans.levels)])
@@ -243,7 +311,7 @@ def test_hindsight_is_saved_with_what_it_needs_for_another_table(
     assert paces[1] != paces[0]
     if case != "token":  # where copies are left, which cost nothing
         assert paces[1] < paces[0]
-    if case != "budget":  # whose drafting is not decided
+    if case not in ("budget", "k"):  # whose drafting is not decided, or which copies only, under either table
         assert (actions[0] != actions[1]).any()
     assert all(torch.equal(weights[name], kept) for name, kept in loaded.network.state_dict().items())
     loaded.save(tmp_path)
@@ -275,13 +343,13 @@ def test_hindsight_says_what_it_lacks(
     with pytest.raises(ValueError, match="pass trace=FOLDER"):
         agent.learn(env=gym.make("SpecDepth-v0", **tiny, **CASES["depth"][2]))
     with pytest.raises(ValueError, match="control's costs"):
-        agent.predict(np.zeros(agent.width, np.float32))
+        agent.predict(np.zeros(control.observation_space.shape, np.float32))
     learned["hindsight", "depth"].save(tmp_path)
     agent.load(tmp_path)
     with pytest.raises(ValueError, match="control's costs"):
-        agent.predict(np.zeros(agent.width, np.float32))
+        agent.predict(np.zeros(control.observation_space.shape, np.float32))
     control.costs = TABLE
-    assert control.action_space.contains(agent.predict(np.zeros(agent.width, np.float32))[0])
+    assert control.action_space.contains(agent.predict(np.zeros(control.observation_space.shape, np.float32))[0])
     assert agent.table is TABLE
 
 
@@ -350,7 +418,7 @@ def test_chances_of_plans_are_those_of_the_policy(case: str, vectors: dict[str, 
     seen = torch.from_numpy(random_lessons(vectors[case], agent.control, 20).seen)
     with torch.no_grad():
         agent.network[-1].weight *= 4  # far from uniform
-        chances, policy = agent._chances(seen).numpy(), agent.network(seen).softmax(-1).numpy()
+        chances, policy = agent._chances(seen).numpy(), agent.network(seen[..., : agent.width]).softmax(-1).numpy()
     np.testing.assert_allclose(chances.sum(1), 1.0, atol=1e-5)
     assert chances.std(0).max() > 1e-3 and chances[:, agent.plans.sizes == agent.plans.sizes.max()].max() > 0.01
     for found, own in zip(chances, policy, strict=True):
