@@ -9,22 +9,28 @@ runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, trim_mean
 
-from experiments.benchmark_arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
+from experiments.benchmark_arms import Problem, samples_of
 from experiments.benchmark_checks import averaged, equality, played_at_random, recording_cost, speeds
+from experiments.benchmark_problems import FAST, FULL, LARGER, PROBLEMS, Size
+from experiments.benchmark_replay import (
+    bounded,
+    few_texts,
+    other_costs,
+    renewed,
+    ruled,
+    total_seconds,
+    trained,
+)
 from experiments.benchmark_report import draw, results_md
-from experiments.bounds import Bounds
 from experiments.command import one_sentence
-from experiments.comparison import by_task, throughput, with_aa_check
+from experiments.comparison import by_task, with_aa_check
 from experiments.config import load_experiment
 from experiments.costs import cost_curves
 from experiments.live import decoder_for
@@ -38,37 +44,6 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.trace import MANIFEST, Trace
 from spec_envs.files import write_json
-
-PROBLEMS: dict[str, dict[str, Any]] = {  # keyword arguments of an environment, and of another pair of models
-    "SpecDepth-v0": {},
-    "SpecBudget-v0": {"depth": 2},
-    "SpecTree-v0": {},
-    "SpecK-v0": {"decision": "token"},
-    "SpecK-v0/qwen2.5-coder-1.5b": {"decision": "token", "target": "qwen2.5-coder-1.5b", "k_max": 10},
-}
-LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
-FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
-
-
-class Size(NamedTuple):
-    """How much of everything."""
-
-    texts: tuple[int, int, int]  # recorded, of train, validation and test
-    tokens: int
-    seeds: int
-    steps: int  # of PPO on the trace
-    ltd_steps: int
-    tuning: int  # training texts that rules are tuned on
-    folds: int
-    prompts: int  # live
-    cycles: int  # of random play, live against replayed
-    sampled: int  # prompts at temperature 1
-
-
-FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300, 10)
-FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
-LARGER = FULL._replace(tokens=64, prompts=18, cycles=120, sampled=6)  # of a pair that takes longer
-FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with
 
 
 def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
@@ -86,9 +61,41 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
     env_id = name.partition("/")[0]
     env = {**load_experiment(env_id, "random").env, **PROBLEMS[name], "max_new_tokens": size.tokens}
     trace = trace_of(env_id, env, size, root)
-    problem = Problem(env_id, env, str(trace.folder))
+    problem, folder = Problem(env_id, env, str(trace.folder)), root / "benchmark" / name
     control = problem.control()
     decoder = decoder_for({**env, "trace": None}, control)
+    table, found = checked(problem, trace, decoder, size)
+    static, references = bounded(problem, trace, table, size)
+    found |= references
+
+    policies, replay = trained(problem, name, table, static, size, folder)
+    rules, rows = ruled(problem, trace, table, static, size)
+    policies, replay = {"static": static_like(control, static.setting), **policies, **rules}, replay | rows
+    found["replay"] = replay
+    found["hindsight_train_s"] = replay["hindsight"]["train_seconds"]
+    found["informed"] = max(found["informed"], *(row["value"] for row in rows.values()))
+    found["other_costs"] = other_costs(problem, trace, size, str(folder / replay["hindsight"]["chosen"]))
+    found["few_texts"] = few_texts(problem, table, static.per_token, folder, size)
+    samples = samples_of(problem, policies["hindsight"], "test", table)
+    tasks = np.array([sample.prompt.task for sample in samples])
+    found["tasks"] = {
+        task: float(static.seconds[tasks == task].sum()) / total_seconds(group)
+        for task, group in by_task(samples).items()
+    }
+    gap = found["clairvoyant"] - 1
+    found["gap_share"] = (replay["hindsight"]["value"] - 1) / gap if gap > 0 else 0.0
+    found["of_informed"] = replay["hindsight"]["value"] / found["informed"]
+
+    live = played_live(policies, env, decoder, size.prompts)
+    found["live"], found["arms"] = live, over_static(live)
+    sampling = {**env, "temperature": 1.0}
+    sampled = decoder_for({**sampling, "trace": None}, control)
+    found["sampled"] = over_static(played_live(policies, sampling, sampled, size.sampled))
+    return found
+
+
+def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tuple[CostTable, dict[str, Any]]:
+    """What forwards cost here and now, and what was found of the replay under these costs."""
 
     def measured() -> CostTable:  # the machine as it is now; the trace may have been recorded at another time
         raw = CostTable("raw", **cost_curves(decoder))
@@ -103,74 +110,7 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
     }
     found |= equality(trace, problem, table, played)
     found |= speeds(problem, found["live_steps_per_s"])
-    found["recording"] = recording_cost(trace, decoder)
-
-    bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
-    train_seconds, seconds = bounds.static(), test.static()
-    best = bounds.best(train_seconds)
-    static = seconds[:, best].sum()
-    own_best = bounds.best_by_task(train_seconds)
-    per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
-    clairvoyant, plain = test.clairvoyant().sum(), test.tokens.sum() * table.seconds("verify", 1)
-    found["static"] = list(bounds.names()[best])
-    found["static_over_plain"] = plain / static
-    found["per_task_over_static"] = static / per_task
-    found["clairvoyant"] = static / clairvoyant
-    found["informed"] = static / total_seconds(informed(problem, table, size.folds))
-
-    arms = [arm for arm in LEARNED if arm != "ltd" or env_id != "SpecK-v0"]
-    steps = {"ppo": size.steps, "ltd": size.ltd_steps}
-    jobs = [
-        (problem, arm, seed, steps.get(arm, 0), str(root / "benchmark" / name / f"{arm}-{seed}"))
-        for arm in arms
-        for seed in range(size.seeds)
-    ]
-    trainings = dict(zip([(job[1], job[2]) for job in jobs], mapped(train, jobs, f"training on {name}"), strict=True))
-    found["hindsight_train_s"] = float(
-        np.median([trainings["hindsight", seed]["seconds"] for seed in range(size.seeds)])
-    )
-    policies, replay = {"static": static_like(control, bounds.names()[best])}, {}
-    for arm in arms:
-        folders = [job[4] for job in jobs if job[1] == arm]
-        validation = [throughput(samples_of(problem, trained_policy(f, table), "validation", table)) for f in folders]
-        rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
-        ratios = np.array(rates) * static / test.tokens.sum()
-        replay[arm] = over_seeds(ratios) | {
-            "train_seconds": float(np.median([trainings[arm, seed]["seconds"] for seed in range(size.seeds)])),
-            "forwards": trainings[arm, 0]["forwards"],
-        }
-        chosen = folders[int(np.argmax(validation))]
-        policies[arm] = trained_policy(chosen, table)
-        replay[arm]["chosen"] = Path(chosen).name
-    per_token = static / test.tokens.sum()
-    for rule in GRIDS[env_id]:
-        policies[rule], settings = tuned(problem, rule, table, size.tuning)
-        replay[rule] = {"settings": settings} | {
-            key: throughput(samples_of(problem, renewed(policies[rule]), "test", table, texts)) * per_token
-            for key, texts in (("value", test.texts), ("by_domain", one_domain_after_another(trace, test.texts)))
-        }
-    found["replay"] = replay
-    found["informed"] = max(found["informed"], *(row["value"] for row in replay.values() if "settings" in row))
-    found["other_costs"] = other_costs(
-        problem, trace, size, str(root / "benchmark" / name / replay["hindsight"]["chosen"])
-    )
-    found["few_texts"] = few_texts(problem, table, per_token, root / "benchmark" / name, size)
-    samples = samples_of(problem, policies["hindsight"], "test", table)
-    found["tasks"] = {
-        task: sum(seconds[i, best] for i, own in enumerate(test.tasks) if own == task) / total_seconds(group)
-        for task, group in by_task(samples).items()
-    }
-
-    live = played_live(policies, env, decoder, size.prompts)
-    found["live"], found["arms"] = live, over_static(live)
-    sampling = {**env, "temperature": 1.0}
-    found["sampled"] = over_static(
-        played_live(policies, sampling, decoder_for({**sampling, "trace": None}, control), size.sampled)
-    )
-    gap = found["clairvoyant"] - 1
-    found["gap_share"] = (replay["hindsight"]["value"] - 1) / gap if gap > 0 else 0.0
-    found["of_informed"] = replay["hindsight"]["value"] / found["informed"]
-    return found
+    return table, found | {"recording": recording_cost(trace, decoder)}
 
 
 def played_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decoder, prompts: int) -> dict[str, Any]:
@@ -183,69 +123,12 @@ def played_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decod
     return with_aa_check(measure, prompts)
 
 
-def renewed(policy: Policy) -> Policy:
-    """The policy with an agent that has not played yet, for one that learns while it serves."""
-    return Policy(policy.control, copy.deepcopy(policy.agent))
-
-
 def over_static(live: dict[str, Any]) -> dict[str, Any]:
     """Each arm's throughput over the best static setting's, with its interval."""
     return {
         name: {"over_static": row["over_static"]["value"], **{k: row["over_static"][k] for k in ("low", "high")}}
         for name, row in live["arms"].items()
     }
-
-
-def one_domain_after_another(trace: Trace, texts: Sequence[int]) -> list[int]:
-    """Texts that come from the tasks in turn, task by task instead."""
-    return sorted(texts, key=lambda i: trace.texts[i].task)
-
-
-def total_seconds(samples: list[Any]) -> float:
-    """Of all texts."""
-    return sum(sample.seconds for sample in samples)
-
-
-def over_seeds(ratios: np.ndarray) -> dict[str, Any]:
-    """Interquartile mean over seeds with its 95 % bootstrap interval."""
-    value = float(trim_mean(ratios, 0.25))
-    if len(ratios) < 3 or np.ptp(ratios) == 0:
-        return {"value": value, "low": float(ratios.min()), "high": float(ratios.max()), "seeds": ratios.tolist()}
-    interval = bootstrap(
-        (ratios,), lambda x, axis: trim_mean(x, 0.25, axis=axis), n_resamples=2000, method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return {"value": value, "low": float(interval.low), "high": float(interval.high), "seeds": ratios.tolist()}
-
-
-def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, Any]:
-    """Hindsight with the same weights under cost tables that it has not seen, over the best static setting of each."""
-    found = {}
-    for name in FOREIGN:
-        table, control = CostTable.load(name), problem.control()
-        bounds, test = (
-            Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test")
-        )
-        best = bounds.best(bounds.static())
-        static = test.static()[:, best].sum()
-        seconds = total_seconds(samples_of(problem, trained_policy(folder, table), "test", table))
-        found[name] = {"static": list(bounds.names()[best]), "over_static": static / seconds, "clairvoyant": static / test.clairvoyant().sum()}  # fmt: skip
-    return found
-
-
-def few_texts(
-    problem: Problem, table: CostTable, seconds_per_token: float, folder: Path, size: Size
-) -> list[dict[str, Any]]:
-    """Hindsight after the first few training texts, by forwards of the target that recording them took."""
-    found = []
-    for count in sorted({min(n, size.texts[0]) for n in FEW}):
-        folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]
-        made = [train(problem, "hindsight", seed, 0, f, count) for seed, f in enumerate(folders)]
-        rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
-        found.append(
-            {"texts": count, "forwards": made[0]["forwards"], "value": float(np.mean(rates)) * seconds_per_token}
-        )
-    return found
 
 
 def arguments() -> argparse.Namespace:

@@ -1,0 +1,36 @@
+"""What the benchmark measures, and how much of everything."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+PROBLEMS: dict[str, dict[str, Any]] = {  # keyword arguments of an environment, and of another pair of models
+    "SpecDepth-v0": {},
+    "SpecBudget-v0": {"depth": 2},
+    "SpecTree-v0": {},
+    "SpecK-v0": {"decision": "token"},
+    "SpecK-v0/qwen2.5-coder-1.5b": {"decision": "token", "target": "qwen2.5-coder-1.5b", "k_max": 10},
+}
+LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
+FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    texts: tuple[int, int, int]  # recorded, of train, validation and test
+    tokens: int
+    seeds: int
+    steps: int  # of PPO on the trace
+    ltd_steps: int
+    tuning: int  # training texts that rules are tuned on
+    folds: int
+    prompts: int  # live
+    cycles: int  # of random play, live against replayed
+    sampled: int  # prompts at temperature 1
+
+
+FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300, 10)
+FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
+LARGER = FULL._replace(tokens=64, prompts=18, cycles=120, sampled=6)  # of a pair that takes longer
+FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with
