@@ -31,7 +31,7 @@ class ExactPGAgent(TracedAgent):
 
     def __init__(self, control: Control, **hyperparameters: Any):
         choices = int(control.action_space.n)  # type: ignore[attr-defined]
-        super().__init__(control, choices, (nn.Tanh, np.tanh), **hyperparameters)
+        super().__init__(control, choices, (nn.Tanh, lambda x: np.tanh(x, out=x)), **hyperparameters)
         if self.plans.stepwise:  # as likely to go on as to stop, else hardly any gradient comes from deep plans
             last = self.network[-1]
             assert isinstance(last, nn.Linear)

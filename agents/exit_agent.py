@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.timing import cold_seconds
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
@@ -111,9 +111,5 @@ class ExitAgent:
 
     def measure(self) -> float:
         """Median seconds of a decision."""
-        blank, timings = np.ones(self.control.observation_space.shape or 0, np.float32), []
-        for _ in range(30):
-            begin = time.perf_counter()
-            self.predict(blank, deterministic=True)
-            timings.append(time.perf_counter() - begin)
-        return float(np.median(timings))
+        blank = np.ones(self.control.observation_space.shape or 0, np.float32)
+        return cold_seconds(lambda: self.predict(blank, deterministic=True))

@@ -38,8 +38,9 @@ class HindsightAgent(TracedAgent):
     def __init__(self, control: Control, **hyperparameters: Any):
         plans = Plans(control)
         self.outcomes: Outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
-        super().__init__(control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0)), **hyperparameters)
-        self.closed = np.where(plans.open(np.arange(plans.levels)), 0.0, np.inf)
+        super().__init__(
+            control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters
+        )
         self.kept: Lessons | None = None
         self.table: CostTable | None = UNIT
         self.price(UNIT)
@@ -49,16 +50,19 @@ class HindsightAgent(TracedAgent):
     def price(self, table: CostTable) -> Self:
         """Play under another cost table."""
         self.table = table
-        self.forward, self.verification = self.plans.forward(table), self.plans.verification(table)
+        self.known.clear()
+        forward, verification = self.plans.forward(table), self.plans.verification(table)
         self.pace = 1 / table.seconds("verify", 1)
+        self.outcomes.price(self.pace, forward, verification)
         for _ in range(DINKELBACH if self.kept else 0):
             assert self.kept is not None
             begun = np.zeros(len(self.kept.begun))
             if not self.plans.copies:
-                begun += table.seconds("draft", 1) + self.plans.made * self.forward
+                begun += table.seconds("draft", 1) + self.plans.made * forward
             plan = self._chosen(self.kept.seen)
-            tokens, seconds = self.kept._replace(begun=begun).outcome(plan, self.forward, self.verification)
+            tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)
             self.pace = tokens.sum() / seconds.sum()
+            self.outcomes.price(self.pace, forward, verification)
         return self
 
     def predict(
@@ -84,9 +88,7 @@ class HindsightAgent(TracedAgent):
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """The plan ``[n]`` with the most A − λT among those that are open."""
-        tokens, forwards = self.outcomes.expected(self.outputs(observations), level)
-        worth = tokens - self.pace * (forwards * self.forward + self.verification)
-        return (worth - self.closed[level]).argmax(1)
+        return self.outcomes.worth(self.outputs(observations), level).argmax(1)
 
     def _chosen(self, seen: np.ndarray) -> np.ndarray:
         """The plan ``[n]`` with which each cycle ends, of what is seen at every level ``[n, levels, …]``."""

@@ -30,9 +30,13 @@ class Outcomes(Protocol):
         often; ``accepted`` and ``forwards`` are ``[n, plans]`` (``Lessons``)."""
         ...
 
-    def expected(self, predicted: np.ndarray, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Accepted tokens and forwards that are still to come, ``[n, plans]``, of log-odds ``[n, outputs]`` at those levels;
-        right up to a number that is the same for all plans that are open."""
+    def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
+        """From now on a second is worth ``pace`` tokens, and this is what a forward and verifying each plan cost."""
+        ...
+
+    def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """Tokens less what the seconds to come are worth, ``[n, plans]``, of log-odds ``[n, outputs]`` at those levels: up to
+        a number that is the same for all plans that are open, and −inf for the others."""
         ...
 
 
@@ -42,16 +46,20 @@ class TreeOutcomes:
     def __init__(self, plans: Plans):
         self.outputs = len(plans.sizes)
         self.most = np.maximum(1, np.minimum(plans.sizes + 1, plans.nodes)).astype(np.float32)
-        level = np.arange(plans.levels)
-        self.weights = torch.from_numpy((plans.open(level) / (1.0 + level[:, None]) * self.most).astype(np.float32))
+        level, opened = np.arange(plans.levels), plans.open(np.arange(plans.levels))
+        self.weights = torch.from_numpy((opened / (1.0 + level[:, None]) * self.most).astype(np.float32))
         self.ahead = np.maximum(0, plans.sizes - level[:, None]) if plans.stepwise else np.zeros((1, self.outputs))
+        self.closed = np.where(opened, 0.0, np.inf)
 
     def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
         share = (accepted / torch.from_numpy(self.most))[:, None].expand_as(predicted)
         return binary_cross_entropy_with_logits(predicted, share, self.weights) / self.weights.mean()
 
-    def expected(self, predicted: np.ndarray, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.most * expit(predicted), self.ahead[level]
+    def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
+        self.paid = (pace * (self.ahead * forward + verification) + self.closed).astype(np.float32)
+
+    def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
+        return self.most * expit(predicted) - self.paid[level]
 
 
 class ChainOutcomes:
@@ -66,6 +74,7 @@ class ChainOutcomes:
         self.settled = CERTAIN * np.concatenate([level == 0, known, known], 1, dtype=np.float32)
         self.weights = torch.from_numpy((1 / (1.0 + level)).astype(np.float32))
         self.level, self.token = torch.from_numpy(level), torch.from_numpy(token)
+        self.closed = np.where(plans.open(level[:, 0]), 0.0, np.inf)
 
     def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
         longest = accepted[:, -1:, None]  # all that is right of the longest chain
@@ -88,11 +97,13 @@ class ChainOutcomes:
         )
         return binary_cross_entropy_with_logits(predicted, happened, counts * self.weights)
 
-    def expected(self, predicted: np.ndarray, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chance = expit(predicted + self.settled[level])
-        longest = len(self.token)
-        found = np.zeros((2, len(chance), longest + 1))
-        survival = chance[:, : longest + 1].cumprod(1)
-        np.cumsum(survival[:, 1:], 1, out=found[0, :, 1:])
-        np.cumsum(1 - chance[:, longest + 1 :], 1, out=found[1, :, 1:])
-        return found[0], found[1]
+    def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
+        self.saved = np.float32(pace * forward)  # by a copy
+        sizes = np.arange(len(verification))
+        self.paid = (pace * (sizes * forward + verification) + self.closed).astype(np.float32)
+
+    def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
+        chance, plans = expit(predicted + self.settled[level]), self.paid.shape[1]
+        gained = chance[:, :plans].cumprod(1)  # first that all is right so far, which all plans have in common
+        gained[:, 1:] += self.saved * chance[:, plans:]
+        return gained.cumsum(1) - self.paid[level]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from agents.bare import bare
 from agents.ddqn import DoubleDQN
 from agents.exit_policy import ExitPolicy
 from agents.schedules import schedule
+from agents.timing import cold_seconds
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.checkpoints import resolve_device
@@ -141,12 +141,7 @@ class SB3Agent:
     def measure(self) -> float:
         """Median seconds of a bare decision."""
         blank = np.zeros_like(self.model.observation_space.sample())
-        timings = []
-        for _ in range(50):
-            begin = time.perf_counter()
-            self.predict(blank, deterministic=True)
-            timings.append(time.perf_counter() - begin)
-        return float(np.median(timings))
+        return cold_seconds(lambda: self.predict(blank, deterministic=True))
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False

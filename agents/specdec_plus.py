@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from agents.rule import StopRule
+from agents.timing import cold_seconds
 from spec_envs.controls.base import Control
 from spec_envs.files import write_bytes
 
@@ -123,12 +123,8 @@ class SpecDecPlusAgent(StopRule):
     def _unpack(self) -> None:
         """The head as arrays: a decision by NumPy costs a tenth of one by torch. Its time is charged per decision."""
         self.weights = [parameter.detach().numpy().copy() for parameter in self.head.parameters()]
-        blank, timings = np.zeros(self.weights[0].shape[1], np.float32), []
-        for _ in range(50):
-            begin = time.perf_counter()
-            self.acceptance(blank)
-            timings.append(time.perf_counter() - begin)
-        self.decision_seconds = float(np.median(timings))
+        blank = np.zeros(self.weights[0].shape[1], np.float32)
+        self.decision_seconds = cold_seconds(lambda: self.acceptance(blank))
 
     def save(self, folder: Path) -> None:
         write_bytes(folder / "policy.safetensors", save(self.head.state_dict()))

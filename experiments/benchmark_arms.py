@@ -166,6 +166,7 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
     control.costs = table
     if isinstance(agent, HindsightAgent):
         agent.price(table)
+    agent.decision_seconds = agent.measure()  # here and now, as the table is
     return Policy(control, agent)
 
 

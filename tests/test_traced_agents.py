@@ -246,18 +246,20 @@ def test_what_an_agent_reads_is_one_of_two() -> None:
 
 
 def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
-    found = ChainOutcomes(plans := Plans(KControl(k_max=3, decision="token")))
+    found = ChainOutcomes(Plans(KControl(k_max=3, decision="token")))
     odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
     predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)  # alive; right 1, 2, 3; copied 1, 2, 3
-    tokens, forwards = found.expected(predicted, np.array([0]))
-    np.testing.assert_allclose(tokens[0], [0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16], rtol=1e-5)
-    np.testing.assert_allclose(forwards[0], [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8], rtol=1e-5)
-    tokens, forwards = found.expected(predicted, np.array([1]))
-    np.testing.assert_allclose(tokens[0, 2:] - tokens[0, 1], [0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4], rtol=1e-5)
-    np.testing.assert_allclose(forwards[0, 1:], [0, 0.4, 0.4 + 0.8], atol=1e-6)
-    tokens, forwards = found.expected(predicted, np.array([3]))
-    assert plans.open(np.array([3])).tolist() == [[False, False, False, True]]
-    assert forwards[0, 3] == pytest.approx(0, abs=1e-6)
+    for forward, verification in ((0.0, np.zeros(4)), (0.25, np.array([1.0, 1.5, 1.75, 3.0]))):
+        found.price(0.5, forward, verification)
+        paid = [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8]
+        worth = found.worth(predicted, np.array([0]))[0] + 0.5 * (forward * np.array(paid) + verification)
+        np.testing.assert_allclose(worth - worth[0], [0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16], atol=1e-5)
+        paid = [0, 0.4, 0.4 + 0.8]
+        worth = found.worth(predicted, np.array([1]))[0]
+        assert worth[0] == -np.inf
+        worth = worth[1:] + 0.5 * (forward * np.array(paid) + verification[1:])
+        np.testing.assert_allclose(worth - worth[0], [0, 0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4], atol=1e-5)
+        assert np.isfinite(found.worth(predicted, np.array([3]))).tolist() == [[False, False, False, True]]
 
 
 @pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
@@ -274,14 +276,16 @@ def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, Repl
         loss = outcomes.loss(predicted.expand(len(accepted), -1, -1), accepted, forwards)
         loss.backward()
         optimizer.step()
-    for level in range(plans.first, min(plans.levels, plans.first + 3)):
-        tokens, ahead = outcomes.expected(predicted[:, level].detach().numpy(), np.array([level]))
-        opened = plans.open(np.array([level]))[0]
-        first = opened.argmax()
-        means = lessons.accepted.mean(0) - lessons.accepted[:, first].mean()
-        np.testing.assert_allclose((tokens - tokens[:, first])[0, opened], means[opened], atol=0.02)
-        means = np.maximum(0, lessons.forwards - lessons.forwards[:, [first]]).mean(0)
-        np.testing.assert_allclose((ahead - ahead[:, first])[0, opened], means[opened], atol=0.02)
+    verification = np.linspace(1, 2, len(plans.sizes))
+    for forward in (0.0, 0.3):
+        outcomes.price(0.5, forward, verification)
+        for level in range(plans.first, min(plans.levels, plans.first + 3)):
+            worth = outcomes.worth(predicted[0, [level]].detach().numpy(), np.array([level]))[0]
+            opened = plans.open(np.array([level]))[0]
+            assert (np.isfinite(worth) == opened).all()
+            ahead = np.maximum(0, lessons.forwards - lessons.forwards[:, [opened.argmax()]])
+            means = (lessons.accepted - 0.5 * (ahead * forward + verification)).mean(0)
+            np.testing.assert_allclose((worth - worth.max())[opened], (means - means[opened].max())[opened], atol=0.02)
 
 
 def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
