@@ -12,7 +12,19 @@ from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.trace import level_slice
 
-HISTORY = ("recent", "match", "acceptance", "last_k", "last_acceptance", "position", "context", "kind", "task", "costs")
+# Entries of an observation that are the same all through a cycle
+UNCHANGED = (
+    "recent",
+    "match",
+    "acceptance",
+    "last_k",
+    "last_acceptance",
+    "position",
+    "context",
+    "kind",
+    "task",
+    "costs",
+)
 
 
 class Plans:
@@ -67,7 +79,7 @@ class Plans:
         self.levels = self.deepest + 1 if stepwise else 1
         self.first = int(isinstance(control, DepthControl))
         self.made = self.first if stepwise or self.copies else int(self.sizes[0])
-        starts = [place.start for name, place in control.slices.items() if name in HISTORY]
+        starts = [place.start for name, place in control.slices.items() if name in UNCHANGED]
         self.own = 0 if self.copies and not stepwise else min(starts, default=control.observation_space.shape[0])  # type: ignore[index]
         if "expansions" not in control.slices and "drafted" not in control.slices and stepwise:
             raise ValueError(

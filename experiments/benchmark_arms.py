@@ -161,7 +161,11 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
     """A trained arm, under a cost table."""
     if not (Path(folder) / "config.yml").exists():  # both of LTD's
         depth, budget = (f"{folder}/{env_id}" for env_id in LTD_APART)
-        return mixed(depth, budget, {})
+        policy = mixed(depth, budget, {})
+        assert policy.control.partner is not None
+        for part in (policy.agent, policy.control.partner.agent):
+            part.decision_seconds = part.measure()  # type: ignore[attr-defined]
+        return policy
     control, agent = agents.load(folder)
     control.costs = table
     if isinstance(agent, HindsightAgent):
