@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark_arms import Problem, samples_of
-from experiments.benchmark_checks import averaged, equality, played_at_random, recording_cost, speeds
+from experiments.benchmark_checks import equality, played_at_random, recording_cost, speeds
 from experiments.benchmark_problems import FAST, FULL, LARGER, PROBLEMS, Size
 from experiments.benchmark_replay import (
     bounded,
@@ -101,9 +101,7 @@ def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tup
         raw = CostTable("raw", **cost_curves(decoder))
         return CostTable("this machine, now", **calibrated(trace, decoder, raw))
 
-    before = measured()
-    played = played_at_random(trace, problem, size.cycles)
-    table = averaged(before, measured())
+    played, table = played_at_random(trace, problem, size.cycles, measured)
     found: dict[str, Any] = {
         "costs": as_text({"verify": table.verify, "draft": table.draft}),
         "machine": machine(decoder),

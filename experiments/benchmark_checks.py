@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from spec_envs.decoding.trace import Trace
 from spec_envs.generate import Generation
 
 RANDOM_SEED = 11
+PARTS = 6  # of random play, between which costs are measured anew
 
 
 class Played(NamedTuple):
@@ -31,15 +32,20 @@ class Played(NamedTuple):
     decisions: int
 
 
-def played_at_random(trace: Trace, problem: Problem, cycles: int) -> list[Played]:
-    """Held-out texts decoded live until there are so many cycles."""
-    control = problem.control()
+def played_at_random(
+    trace: Trace, problem: Problem, cycles: int, measured: Callable[[], CostTable]
+) -> tuple[list[Played], CostTable]:
+    """Held-out texts decoded live until there are so many cycles, and what forwards cost meanwhile: the mean of what is
+    measured before, between and behind them."""
+    control, tables = problem.control(), [measured()]
     decoder = decoder_for({**problem.env, "trace": None}, control)
     policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
     found: list[Played] = []
-    while sum(len(played.cycles) for played in found) < cycles:
+    while (made := sum(len(played.cycles) for played in found)) < cycles:
+        if made * PARTS >= len(tables) * cycles:
+            tables.append(measured())
         found.append(play(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
-    return found
+    return found, averaged([*tables, measured()])
 
 
 def play(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Played:
@@ -80,13 +86,13 @@ def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Pl
     }
 
 
-def averaged(before: CostTable, after: CostTable) -> CostTable:
-    """The mean of two tables of the same numbers of rows, for a machine whose speed drifts."""
+def averaged(tables: Sequence[CostTable]) -> CostTable:
+    """The mean of tables of the same numbers of rows, for a machine whose speed drifts."""
     curves = {
-        part: {n: (seconds + getattr(after, part)[n]) / 2 for n, seconds in getattr(before, part).items()}
+        part: {n: float(np.mean([getattr(table, part)[n] for table in tables])) for n in getattr(tables[0], part)}
         for part in ("verify", "draft")
     }
-    return CostTable(before.name, **curves)
+    return CostTable(tables[0].name, **curves)
 
 
 def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) -> dict[str, float]:

@@ -106,40 +106,29 @@ def of_environment(found: dict[str, Any]) -> list[str]:
     tasks = ", ".join(f"{task} {value:.3f}" for task, value in found["tasks"].items())
     lines += [
         "",
-        f"`hindsight` by task: {tasks}.",
-        f"After few training texts (forwards of the target): {few}. {cheaper(found)}",
+        f"- `hindsight` by task: {tasks}.",
+        f"- After few training texts (forwards of the target): {few}. {cheaper(found)}",
     ]
     for name, other in found["other_costs"].items():
         lines.append(
-            f"Under the cost table `{name}`, which it has not seen: {other['over_static']:.3f} of that table's best static "
+            f"- Under the cost table `{name}`, which it has not seen: {other['over_static']:.3f} of that table's best static "
             f"setting ({setting_name(other['static'])}); clairvoyant {other['clairvoyant']:.3f}."
         )
     lines += [
-        "",
-        f"Replay against live under random play: {equal['cycles']} cycles, {equal['mismatches']} of them with another accepted "
-        f"length, {equal['ties']} at marked ties; priced over timed seconds {equal['priced_over_timed']:.3f}. "
-        f"{found['replay_steps_per_s'] / 1e6:.2f} million steps per second on one core, {found['live_steps_per_s']:.1f} live "
+        f"- Replay against live under random play: {equal['cycles']} cycles, {equal['mismatches']} of them with another accepted "
+        f"length, {equal['ties']} at marked ties; priced over timed seconds {equal['priced_over_timed']:.3f}.",
+        f"- {found['replay_steps_per_s'] / 1e6:.2f} million steps per second on one core, {found['live_steps_per_s']:.1f} live "
         f"({found['replay_over_live']:.0f} times). Recording a position takes {1000 * recording['position_seconds']:.0f} ms, a "
         f"live cycle at full depth {1000 * recording['full_cycle_seconds']:.0f} ms.",
         "",
         "Live:",
         "",
-        *tables_of(found["live"]),
-        "",
+        markdown(found["live"]),
         f"At temperature 1, {found['settings']['sampled']} prompts, over the same static setting: "
         + ", ".join(f"`{name}` {interval(row, 'over_static')}" for name, row in found["sampled"].items())
         + ". What was learned or tuned, was so at temperature 0.",
     ]
     return lines
-
-
-def tables_of(live: dict[str, Any]) -> list[str]:
-    """The table, and the one before where plain decoding differed from itself."""
-    first = live.get("first_try")
-    return [
-        markdown(live),
-        *(["", "The first try, whose A/A interval excludes 1:", "", markdown(first)] if first else []),
-    ]
 
 
 def cheaper(found: dict[str, Any]) -> str:

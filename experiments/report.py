@@ -34,7 +34,7 @@ def markdown(results: dict[str, Any]) -> str:
         cells += [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ratios]
         cells += [f"{row['emitted_per_cycle']:.2f}", f"{row['verified_per_cycle']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *tasks_table(results), "", *notes(results)]
+    lines += ["", *tasks_table(results), "", *(f"- {note}" for note in notes(results))]
     if "first_try" in results:
         lines += ["", "The first try, whose A/A interval excludes 1:", "", markdown(results["first_try"])]
     return "\n".join(lines).strip() + "\n"
@@ -74,14 +74,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines.append(f"Bytes up and down per token: {sent}.")
     if "exit" in results:
         lines += exit_notes(results["exit"])
-    for name, found in results.get("divergences", {}).items():
-        line = (
-            f"{name}: {found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
-            f"(largest logit gap {found['largest_gap']:.2f})"
-        )
-        if name != "plain":
-            line += f"; same tokens as plain on {100 * found['same_text']:.0f} % of prompts"
-        lines.append(line + ".")
+    lines += text_notes(results.get("divergences", {}))
     for name, histogram in results.get("actions", {}).items():
         setting, share = most_played(histogram)
         if share >= COLLAPSED:
@@ -90,6 +83,20 @@ def notes(results: dict[str, Any]) -> list[str]:
                 "it is a static setting."
             )
     return lines
+
+
+def text_notes(divergences: dict[str, dict[str, float]]) -> list[str]:
+    """Whether what was emitted is the target's own text; arms of which the same is to be said stand together."""
+    said: dict[str, list[str]] = {}
+    for name, found in divergences.items():
+        line = (
+            f"{found['per_1000']:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
+            f"(largest logit gap {found['largest_gap']:.2f})"
+        )
+        if name != "plain":
+            line += f"; same tokens as plain on {100 * found['same_text']:.0f} % of prompts"
+        said.setdefault(line, []).append(name)
+    return [f"{', '.join(names)}: {line}." for line, names in said.items()]
 
 
 def exit_notes(found: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verifica
 
 
 class Entry(NamedTuple):
-    """A named range of the observation vector."""
+    """A named range of the observation vector; ``read`` gives a float, or an array of ``size`` numbers or fewer."""
 
     name: str
     size: int
@@ -92,6 +92,7 @@ class Control(ABC):
         self.entries = entries
         ends = np.cumsum([entry.size for entry in entries])
         self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
+        self.reads = [(e.read, self.slices[e.name].start) for e in entries]
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
@@ -125,13 +126,14 @@ class Control(ABC):
         if not decoder.finished:
             self.prepare(decoder)
         vector = np.zeros(self.observation_space.shape, dtype=np.float32)
-        for entry in self.entries:
-            value, start = entry.read(decoder), self.slices[entry.name].start
-            if np.isscalar(value):
+        for read, start in self.reads:
+            value = read(decoder)
+            if isinstance(value, float):
                 vector[start] = value
             else:
                 vector[start : start + len(value)] = value
-        return np.clip(vector, self.observation_space.low, self.observation_space.high, out=vector)
+        space = self.observation_space
+        return np.minimum(np.maximum(vector, space.low, out=vector), space.high, out=vector)
 
     def _read_costs(self, decoder: Decoder) -> list[float]:
         """The cost table in force: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1)."""

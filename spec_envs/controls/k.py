@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import cast
 
 import numpy as np
 from gymnasium import spaces
@@ -235,16 +236,27 @@ def told_kind(tail: list[int], opening: list[int], detokenize: Callable[[list[in
 
 def read_match(decoder: Decoder) -> float:
     """How many of the text's last tokens stood in it before, in units of the most that are counted; 0 without lookup."""
-    if decoder.finished or not isinstance(decoder.drafter, Copier):
-        return 0.0
-    return min(1.0, decoder.drafter.matched() / LONGEST)
+    drafter = copier(decoder)
+    return min(1.0, drafter.matched() / LONGEST) if drafter else 0.0
 
 
 def copies(decoder: Decoder) -> bool:
     """Whether the next token of the chain under way would be copied."""
-    if decoder.finished or not isinstance(decoder.drafter, Copier):
-        return False
-    return decoder.drafter.source(decoder.tree.tokens.tolist()) is not None
+    drafter = copier(decoder)
+    return drafter is not None and drafter.source(decoder.tree.tokens.tolist()) is not None
+
+
+def copier(decoder: Decoder) -> Copier | None:
+    """The drafter of a text that goes on, if it is one that may copy."""
+    if decoder.finished or not may_copy(type(decoder.drafter)):
+        return None
+    return cast(Copier, decoder.drafter)
+
+
+@cache
+def may_copy(drafter: type) -> bool:
+    """Whether drafters of a type are copiers: slow to find out, and asked at every decision."""
+    return issubclass(drafter, Copier)
 
 
 def draft(decoder: Decoder) -> None:
