@@ -248,9 +248,8 @@ def copies(decoder: Decoder) -> bool:
 
 def copier(decoder: Decoder) -> Copier | None:
     """The drafter of a text that goes on, if it is one that may copy."""
-    if decoder.finished or not may_copy(type(decoder.drafter)):
-        return None
-    return cast(Copier, decoder.drafter)
+    kind: type = type(decoder.drafter)
+    return None if decoder.finished or not may_copy(kind) else cast(Copier, decoder.drafter)
 
 
 @cache
