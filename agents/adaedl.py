@@ -25,7 +25,7 @@ class AdaedlAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
-    looks_at = ("drafted", "entropy", "last_acceptance")
+    looks_at = ("drafted", "entropy", "path", "free", "last_k", "last_acceptance")
 
     def __init__(
         self,

@@ -182,6 +182,8 @@ class AdaptiveKAgent(ChainRule):
         config = SpecConfig(k_min, longest, first, target_acceptance, adjustment_interval, acceptance_window)
         self.controller = AdaptiveSpecController(config, audit_log, session)
         self.use_context = use_context and "kind" in control.slices
+        if self.use_context:
+            self.looks_at = (*self.looks_at, "kind")
         self.kind, self.added = "", 0  # of the text, and what the context rule added to K for it
 
     def predict(

@@ -20,7 +20,7 @@ class ConfidenceAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
-    looks_at = ("drafted", "probability", "path")
+    looks_at = ("drafted", "probability", "path", "free")
 
     def __init__(self, control: Control, threshold: float = 0.4, cumulative: bool = False, copy_threshold: float = 0.1):
         super().__init__(control, copy_threshold)

@@ -15,6 +15,8 @@ from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
 from spec_envs.controls.tree import EXPAND, TreeControl
 
+GROWN = ("drafted", "expansions", "depth")  # entries that say how much is drafted, under the name a control has for it
+
 
 class FixedAgent(Rule):
     """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``), one of both (``SpecTree-v0``), one chain length
@@ -40,6 +42,7 @@ class FixedAgent(Rule):
                 budgets = ", ".join(map(str, control.budgets))
                 offered = f"DEPTHxBUDGET with depths 0 to {control.max_depth} and budgets {budgets}"
             raise ValueError(f"value is {value}; expected one of {offered}")
+        self.looks_at = tuple(name for name in GROWN if name in control.slices)[:1]
         stepwise = isinstance(control, KControl) and control.decision == "token"
         if stepwise and "drafted" not in control.slices:
             raise ValueError(

@@ -13,6 +13,8 @@ from spec_envs.controls.base import Control
 class RandomAgent(Rule):
     """Every action with the same probability, whatever is observed."""
 
+    looks_at = ()
+
     def __init__(self, control: Control, seed: int = 0):
         super().__init__(control)
         self.actions = control.action_space

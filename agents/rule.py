@@ -13,9 +13,14 @@ from spec_envs.controls.k import KControl
 
 
 class Rule(ABC):
-    """An agent without anything to train, for any control. What it remembers, it remembers over texts."""
+    """An agent without anything to train, for any control. What it remembers, it remembers over texts.
+
+    Attributes:
+        looks_at: names of the entries of an observation that it reads; None are all.
+    """
 
     decision_seconds = 0.0
+    looks_at: tuple[str, ...] | None = None
 
     def __init__(self, control: Control):
         self.control = control
@@ -49,7 +54,7 @@ class ChainRule(Rule):
     """
 
     decision: ClassVar[str]
-    looks_at: ClassVar[tuple[str, ...]] = ()
+    looks_at: tuple[str, ...]
 
     def __init__(self, control: Control):
         super().__init__(control)

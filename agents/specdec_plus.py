@@ -35,7 +35,7 @@ class SpecDecPlusAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
-    looks_at = ("drafted", "probability", "entropy", "path")
+    looks_at = ("drafted", "probability", "entropy", "path", "free")
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class SpecDecPlusAgent(StopRule):
         copy_threshold: float = 0.1,
     ):
         super().__init__(control, copy_threshold)
+        self.looks_at = tuple(control.slices)  # whatever else there is
         self.threshold, self.rejection_weight, self.epochs, self.seed = threshold, rejection_weight, epochs, seed
         torch.manual_seed(seed)
         assert control.observation_space.shape is not None

@@ -20,7 +20,7 @@ class SvipAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
-    looks_at = ("drafted", "entropy")
+    looks_at = ("drafted", "entropy", "path", "free")
 
     def __init__(self, control: Control, threshold: float = 0.6, copy_threshold: float = 0.1):
         super().__init__(control, copy_threshold)

@@ -43,6 +43,7 @@ class TracedAgent(ABC):
             "everything", also how earlier cycles went, the task, the position: of few texts, that is learned by heart.
 
     Attributes:
+        looks_at: names of the entries of an observation that it reads.
         decision_seconds: time of one decision; measured when the agent is made, then kept with its weights.
     """
 
@@ -69,6 +70,7 @@ class TracedAgent(ABC):
         assert control.observation_space.shape is not None
         own = self.plans.own if reads == "cycle" else 0
         self.width = own or control.observation_space.shape[0]
+        self.looks_at = [name for name, place in control.slices.items() if place.start < self.width]
         torch.manual_seed(seed)
         between, self.activation = activation
         self.network = nn.Sequential(

@@ -23,7 +23,7 @@ class TreeRule(Rule):
     """
 
     plays: ClassVar[tuple[type[Control], ...]]
-    looks_at: ClassVar[tuple[str, ...]]
+    looks_at: tuple[str, ...]
 
     def __init__(self, control: Control):
         super().__init__(control)

@@ -30,7 +30,7 @@ class Size(NamedTuple):
     sampled: int  # prompts at temperature 1
 
 
-FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 20, 300, 10)
+FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 40, 300, 10)
 FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
 LARGER = FULL._replace(tokens=64, prompts=30, cycles=120, sampled=5)  # of a pair that takes longer
 FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import sys
@@ -292,9 +293,13 @@ def test_every_controller_decodes(name: str) -> None:
     rates, lengths = [], set()
     for seed in range(3):
         env.reset(seed=seed)
-        done = Generation(
-            env.decoder, Policy(control, agent), env.decoder.prompt, 96, np.random.default_rng(seed)
-        ).run()
+        seeing_all = Policy(control, copy.deepcopy(agent))
+        seeing_all.looks_at = None
+        done, same = (
+            Generation(env.decoder, policy, env.decoder.prompt, 96, np.random.default_rng(seed)).run()
+            for policy in (Policy(control, agent), seeing_all)
+        )
+        assert same.actions == done.actions
         rates.append(done.tokens_per_second)
         lengths |= {cycle.drafted for cycle in done.cycles}
     assert np.mean(rates) > env.plain_rate

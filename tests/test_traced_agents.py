@@ -229,6 +229,10 @@ def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
     for entry, place in agent.control.slices.items():
         if entry not in of_cycle:
             other[..., place] = 1 - other[..., place]
+    assert (
+        sum(agent.control.slices[name].stop - agent.control.slices[name].start for name in agent.looks_at)
+        == agent.width
+    )
     same = decided(agent, lessons) == decided(agent, lessons._replace(seen=other))
     everything = AGENTS[name](control=control_of(case), seed=3, **SMALL, reads="everything")
     assert everything.network[0].in_features == agent.control.observation_space.shape[0]
@@ -238,6 +242,17 @@ def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
     else:
         assert agent.network[0].in_features < everything.network[0].in_features
         assert same.all()
+
+
+def test_only_so_many_decisions_are_remembered(
+    learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = copy.deepcopy(learned["exact-pg", "tree"])
+    monkeypatch.setattr("agents.traced.KNOWN", 3)
+    observations = random_lessons(vectors["tree"], agent.control).seen[:20, 1]
+    for action, seen in zip(agent.actions(observations), observations, strict=True):
+        assert agent.predict(seen)[0] == agent.predict(seen)[0] == action
+        assert len(agent.known) <= 3
 
 
 def test_what_an_agent_reads_is_one_of_two() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -180,9 +181,13 @@ def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
     rates, shapes = [], set()
     for seed in range(4):
         env.reset(seed=seed)
-        done = Generation(
-            env.decoder, Policy(control, agent), env.decoder.prompt, 60, np.random.default_rng(seed)
-        ).run()
+        seeing_all = Policy(control, copy.deepcopy(agent))
+        seeing_all.looks_at = None
+        done, same = (
+            Generation(env.decoder, policy, env.decoder.prompt, 60, np.random.default_rng(seed)).run()
+            for policy in (Policy(control, agent), seeing_all)
+        )
+        assert same.actions == done.actions
         rates.append(done.tokens_per_second)
         shapes |= {(cycle.depth, cycle.verified) for cycle in done.cycles}
     assert np.mean(rates) > env.plain_rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,7 +28,11 @@ class Entry(NamedTuple):
 
 
 class Agent(Protocol):
-    """Anything with Stable-Baselines3's ``predict``; ``decision_seconds`` is charged per decision."""
+    """Anything with Stable-Baselines3's ``predict``; ``decision_seconds`` is charged per decision.
+
+    One that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
+    (``Policy``), the others are not made, and are 0.
+    """
 
     decision_seconds: float
 
@@ -92,7 +96,7 @@ class Control(ABC):
         self.entries = entries
         ends = np.cumsum([entry.size for entry in entries])
         self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
-        self.reads = [(e.read, self.slices[e.name].start) for e in entries]
+        self.reads = [(e.name, e.read, self.slices[e.name].start) for e in entries]
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
@@ -118,15 +122,20 @@ class Control(ABC):
         if self.partner:
             self.partner.reset(rng, task)
 
-    def observe(self, decoder: Decoder) -> np.ndarray:
+    def observe(self, decoder: Decoder, looks_at: Collection[str] | None = None) -> np.ndarray:
         """What the agent sees, float32. The first call of a cycle drafts what the first decision needs.
 
         After the end of a text there is nothing to decide; the tree's entries are then empty.
+
+        Args:
+            looks_at: names of the entries that are wanted (all by default); the others are 0.
         """
         if not decoder.finished:
             self.prepare(decoder)
         vector = np.zeros(self.observation_space.shape, dtype=np.float32)
-        for read, start in self.reads:
+        for name, read, start in self.reads:
+            if looks_at is not None and name not in looks_at:
+                continue
             value = read(decoder)
             if isinstance(value, float):
                 vector[start] = value
@@ -177,6 +186,7 @@ class Policy:
         if learning and not isinstance(agent, Learner):
             raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter, dvi and reinforce do")
         self.control, self.agent, self.learning = control, agent, learning
+        self.looks_at: Collection[str] | None = None if learning else getattr(agent, "looks_at", None)
         self.state: Any = None
         self.fresh = True
 
@@ -187,7 +197,7 @@ class Policy:
 
     def decide(self, decoder: Decoder) -> int:
         """Observe and choose an action; its time is charged to the clock."""
-        observation = self.control.observe(decoder)
+        observation = self.control.observe(decoder, self.looks_at)
         start = np.array([self.fresh])
         action, self.state = self.agent.predict(observation, self.state, start, deterministic=not self.learning)
         self.fresh, self.observed = False, observation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import cast
 
@@ -171,13 +171,13 @@ class KControl(Control):
         self.kind, self.kind_at = "", 0
         self.before: np.ndarray | None = None  # what was observed before the chain under way
 
-    def observe(self, decoder: Decoder) -> np.ndarray:
+    def observe(self, decoder: Decoder, looks_at: Collection[str] | None = None) -> np.ndarray:
         """See ``Control.observe``. Within a chain only what belongs to it is read again."""
         if self.decision == "token" and decoder.tree.size and self.before is not None and "free" in self.slices:
             vector = self.before.copy()
             vector[: self.slices["free"].stop] = *self._read_chain(decoder), copies(decoder)
             return vector
-        self.before = super().observe(decoder)
+        self.before = super().observe(decoder, looks_at)
         return self.before.copy()
 
     def prepare(self, decoder: Decoder) -> None:
