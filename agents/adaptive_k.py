@@ -161,7 +161,7 @@ class AdaptiveKAgent(ChainRule):
     """
 
     decision = "cycle"
-    looks_at = ("last_k", "last_acceptance")
+    looks_at: tuple[str, ...] = ("last_k", "last_acceptance")
 
     def __init__(
         self,

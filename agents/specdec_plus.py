@@ -35,7 +35,7 @@ class SpecDecPlusAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
-    looks_at = ("drafted", "probability", "entropy", "path", "free")
+    looks_at: tuple[str, ...] = ("drafted", "probability", "entropy", "path", "free")
 
     def __init__(
         self,

@@ -249,6 +249,7 @@ def test_only_so_many_decisions_are_remembered(
 ) -> None:
     agent = copy.deepcopy(learned["exact-pg", "tree"])
     monkeypatch.setattr("agents.traced.KNOWN", 3)
+    agent.known.clear()
     observations = random_lessons(vectors["tree"], agent.control).seen[:20, 1]
     for action, seen in zip(agent.actions(observations), observations, strict=True):
         assert agent.predict(seen)[0] == agent.predict(seen)[0] == action
