@@ -311,7 +311,11 @@ def test_every_controller_decodes(name: str) -> None:
     [
         ("svip", {}, "SvipAgent needs SpecK-v0 with decision=\"token\", not k with 'cycle'"),
         ("hf-schedule", {"decision": "token"}, 'ScheduleAgent needs SpecK-v0 with decision="cycle"'),
-        ("svip", {"decision": "token", "observation": "counters"}, "SvipAgent looks at drafted, entropy, free, path, which"),
+        (
+            "svip",
+            {"decision": "token", "observation": "counters"},
+            "SvipAgent looks at drafted, entropy, free, path, which",
+        ),
     ],
 )
 def test_controllers_refuse_what_they_cannot_see(name: str, own: dict[str, Any], message: str) -> None:
