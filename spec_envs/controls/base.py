@@ -18,7 +18,7 @@ COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verifica
 
 
 class Entry(NamedTuple):
-    """A named range of the observation vector; ``read`` gives a float, or an array of ``size`` numbers or fewer."""
+    """A named range of the observation vector; ``read`` gives a number, or ``size`` of them or fewer."""
 
     name: str
     size: int
@@ -96,7 +96,7 @@ class Control(ABC):
         self.entries = entries
         ends = np.cumsum([entry.size for entry in entries])
         self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
-        self.reads = [(e.name, e.read, self.slices[e.name].start) for e in entries]
+        self._reads = [(e.name, e.read, self.slices[e.name].start) for e in entries]
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
@@ -133,11 +133,11 @@ class Control(ABC):
         if not decoder.finished:
             self.prepare(decoder)
         vector = np.zeros(self.observation_space.shape, dtype=np.float32)
-        for name, read, start in self.reads:
+        for name, read, start in self._reads:
             if looks_at is not None and name not in looks_at:
                 continue
             value = read(decoder)
-            if isinstance(value, float):
+            if isinstance(value, (float, int, np.number)):
                 vector[start] = value
             else:
                 vector[start : start + len(value)] = value
