@@ -138,8 +138,9 @@ def cheaper(found: dict[str, Any]) -> str:
     if not enough:
         return f"Of these none reaches `ppo` ({ppo['value']:.3f} with {ppo['forwards']})."
     least = enough[0]
+    texts = "1 text" if least["texts"] == 1 else f"{least['texts']} texts"
     return (
-        f"As good as `ppo` ({ppo['value']:.3f} with {ppo['forwards']} forwards) is `hindsight` after {least['texts']} texts, "
+        f"As good as `ppo` ({ppo['value']:.3f} with {ppo['forwards']} forwards) is `hindsight` after {texts}, "
         f"with 1/{ppo['forwards'] / least['forwards']:.0f} of its forwards."
     )
 
