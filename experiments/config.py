@@ -46,7 +46,7 @@ class Experiment(BaseModel):
         own_text: user turns that the target writes when the run begins, and that are streamed in the place of
             ``env.prompts`` (``SpecDVI-v0``); 0 takes the prompts.
         record: how many texts of train, validation and test are recorded when the run begins, into ``traces/`` of the root,
-            to train on; the final table is live.
+            to train on, unless ``env.trace`` names one that is there; the final table is live.
         calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
             always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
@@ -145,6 +145,7 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
     if experiment.record:
+        experiment.eval_env.setdefault("trace", None)  # what was learned from a trace is shown live
         if ENVIRONMENTS[env_id] not in REPLAYED:
             raise ValueError(f"{place(('record',))}: {env_id} has no exact traces; leave record out")
         if len(experiment.record) != 3 or min(experiment.record) < 0 or not experiment.record[0]:

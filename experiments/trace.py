@@ -37,7 +37,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.recorder import Columns, kind_of, record, watched
 from spec_envs.decoding.replay import replayed
-from spec_envs.decoding.trace import MANIFEST, VERSION, Manifest, Recorded, Trace, joined, write_trace
+from spec_envs.decoding.trace import MANIFEST, MAX_NEW_TOKENS, VERSION, Manifest, Recorded, Trace, joined, write_trace
 from spec_envs.files import whole, write_json
 from spec_envs.prompts import SPLITS
 
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depend
     "prompts": "all",
     "data_dir": None,
     "template": None,
-    "max_new_tokens": 128,
+    "max_new_tokens": MAX_NEW_TOKENS,
 }
 TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
@@ -59,11 +59,21 @@ TRACED = ("depth", "budget", "tree", "k")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be recorded: an environment's keyword arguments and how many texts of each split."""
+    """What is to be recorded: an environment's keyword arguments and how many texts of each split.
+
+    Raises:
+        ValueError: nothing to record.
+    """
 
     env_id: str
     env: dict[str, Any]
     texts: tuple[int, int, int] = TEXTS
+
+    def __post_init__(self) -> None:
+        if min(self.texts) < 0 or not any(self.texts):
+            raise ValueError(f"texts is {self.texts}; expected numbers of train, validation and test, such as {TEXTS}")
+        if self.max_new_tokens < 2:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 2 or more")
 
     @property
     def settings(self) -> dict[str, Any]:

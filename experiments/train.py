@@ -37,6 +37,7 @@ from experiments.trace import Plan, default_folder, recorded
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.controls.topk import TopKControl
+from spec_envs.decoding.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
 from spec_envs.network.linked import is_address
@@ -102,8 +103,7 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
             write_json(table, cost_curves(local_decoder(keywords, control)))
         keywords["clock"] = str(table)
     if config["record"]:
-        plan = Plan(config["id"], keywords, tuple(config["record"]))
-        trace = recorded(plan, default_folder(plan, folder.parents[1]))
+        trace = trace_of(folder, config, keywords)
         write_json(folder / "clock.json", trace.manifest.costs)
         keywords["trace"] = str(trace.folder)
     if config["own_text"]:
@@ -119,6 +119,14 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
             raise ValueError(f"the partner {config['partner']} was trained with another target or drafter")
         spec_env.control.compose(*agents.load(config["partner"]))
     return env
+
+
+def trace_of(folder: Path, config: dict[str, Any], keywords: dict[str, Any]) -> Trace:
+    """What a run learns from: the trace that it names, or one recorded for it."""
+    if keywords.get("trace"):
+        return Trace.load(keywords["trace"])
+    plan = Plan(config["id"], keywords, tuple(config["record"]))
+    return recorded(plan, default_folder(plan, folder.parents[1]))
 
 
 def build(folder: Path, config: dict[str, Any]) -> tuple[gym.Env, Any]:

@@ -57,7 +57,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         switch_every: texts after which another prompt set has its turn; 0 draws every text from all sets.
         split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
-        max_new_tokens: most tokens of a text, the first one included.
+        max_new_tokens: most tokens of a text, the first one included; by default 128, or as many as a trace was recorded with.
         temperature, top_p: sampling of the target; temperature 0 is greedy, the control's own default where none is given.
         trace: what plays draft model and target instead of models: the folder of a trace that `make trace` recorded, for
             trees and chains, exactly; a synthetic profile (a name of ``data/profiles``, or a JSON file), for chains; over a
@@ -100,7 +100,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         switch_every: int = 0,
         split: str = "train",
         template: str | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float = 1.0,
         trace: str | None = None,
@@ -127,6 +127,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
                 "cycles instead of fast text"
             )
         temperature = kind.temperature if temperature is None else temperature
+        max_new_tokens = Trace.longest(max_new_tokens, trace)
         if max_new_tokens < 2:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 2 or more (the first one is the prefill's)")
         if switch_every < 0:

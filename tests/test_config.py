@@ -150,3 +150,8 @@ def test_unknown_names() -> None:
 def test_what_cannot_be_recorded_is_refused(env_id: str, stanza: str, value: str, match: str) -> None:
     with pytest.raises(ValueError, match=f"SET: .*{match}"):
         load_experiment(env_id, stanza, [f"record={value}"])
+
+
+def test_what_is_learned_from_a_trace_is_shown_live() -> None:
+    assert load_experiment("SpecK-v0", "hindsight", ["env.trace=some/trace"]).eval_env == {"trace": None}
+    assert load_experiment("SpecK-v0", "ppo", ["env.trace=some/trace"]).eval_env == {}

@@ -96,7 +96,10 @@ def test_training_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"trace": "nothing"}, "no synthetic profile 'nothing': expected a JSON file, or one of qwen2.5-coder-32b-cpu"),
+        (
+            {"trace": "nothing"},
+            "no trace folder and no synthetic profile 'nothing': expected a JSON file, or one of qwen2.5-coder-32b-cpu",
+        ),
         ({"trace": NAME, "engine": "llama-server"}, "which takes the place of llama-server; give one of the two"),
         ({"trace": NAME, "temperature": 1.0}, "plays chains under greedy decoding only"),
     ],

@@ -217,9 +217,34 @@ def test_damaged_and_foreign_traces_are_refused(
         gym.make("SpecK-v0", trace=str(source), k_max=6, max_new_tokens=100)
     with pytest.raises(ValueError, match="greedy"):
         gym.make("SpecK-v0", trace=str(source), k_max=6, max_new_tokens=8, temperature=1.0)
+    with pytest.raises(ValueError, match="no trace folder and no synthetic profile"):
+        gym.make("SpecK-v0", trace=str(tmp_path / "none"))
     env = gym.make("SpecK-v0", trace=str(source), k_max=6, max_new_tokens=8)
     with pytest.raises(ValueError, match="prompts of its own"):
         env.reset(options={"prompt": "Why?"})
+
+
+def test_a_replay_is_as_long_as_its_trace_where_nothing_else_is_said(traces: dict[str, Trace]) -> None:
+    recorded = {"trace": str(traces["chain"].folder), "k_max": 6}
+    env, longest = gym.make("SpecK-v0", **recorded), traces["chain"].manifest.max_new_tokens
+    assert env.unwrapped.max_new_tokens == longest < 128
+    many = gym.make_vec("SpecK-v0", num_envs=2, vectorization_mode="vector_entry_point", **recorded)
+    assert many.max_new_tokens == longest
+    assert Trace.longest(None, None) == 128
+    assert Trace.longest(200, None) == 200
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokens", "match"),
+    [
+        ((0, 0, 0), 20, "expected numbers of train"),
+        ((3, -1, 0), 20, "expected numbers of train"),
+        ((1, 0, 0), 1, "expected 2"),
+    ],
+)
+def test_nothing_is_not_recorded(texts: tuple[int, int, int], tokens: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Plan("SpecK-v0", {"max_new_tokens": tokens}, texts)
 
 
 def test_prompts_of_a_trace_are_chosen_by_task(traces: dict[str, Trace]) -> None:

@@ -71,7 +71,7 @@ class Profile:
         Raises:
             ValueError: no such profile, or one that is malformed.
         """
-        path = find_json(source, PROFILES, "synthetic profile")
+        path = find_json(source, PROFILES, "trace folder and no synthetic profile")
         try:
             raw: dict[str, Any] = json.loads(path.read_text())
             kinds = tuple(

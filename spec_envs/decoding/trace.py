@@ -34,6 +34,7 @@ from spec_envs.files import whole, write_bytes
 
 VERSION = 1
 MANIFEST = "manifest.json"
+MAX_NEW_TOKENS = 128  # of a text where nothing else is said
 COLUMNS: dict[str, dict[str, Any]] = {
     "tree": {
         "tokens": np.int32,
@@ -131,6 +132,14 @@ class Trace:
     def named(source: str) -> bool:
         """Whether a name is that of such a trace, and not of another kind of recording."""
         return (Path(source).expanduser() / MANIFEST).is_file()
+
+    @staticmethod
+    def longest(max_new_tokens: int | None, source: str | None) -> int:
+        """Most tokens of a text: where none are given ``MAX_NEW_TOKENS``, or as many as a trace was recorded with."""
+        if max_new_tokens is not None:
+            return max_new_tokens
+        recorded = Trace.load(source).manifest.max_new_tokens if source and Trace.named(source) else MAX_NEW_TOKENS
+        return min(MAX_NEW_TOKENS, recorded)
 
     @property
     def kind(self) -> str:

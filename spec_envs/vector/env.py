@@ -58,7 +58,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         split: str = "train",
         prompts: str = "all",
         clock: str | Sequence[str] = "wall",
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         episode: str = "prompt",
         reward: str = "saved",
         pace: float | None = None,
@@ -70,7 +70,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 "vectorised in NumPy are environments that replay a trace: give trace=FOLDER (`make trace`), or make "
                 'live ones with vectorization_mode="sync"'
             )
-        kind = CONTROLS[control]
+        kind, max_new_tokens = CONTROLS[control], Trace.longest(max_new_tokens, trace)
         given = {"reward": reward, "episode": episode, "clock": clock, "max_new_tokens": max_new_tokens, "pace": pace}
         check_keywords(kind, {"trace": trace, "split": split, "prompts": prompts, **given, **keywords})
         choice("episode", episode, EPISODES)
