@@ -15,8 +15,6 @@ from spec_envs.controls.k import KControl
 from spec_envs.controls.topk import TopKControl
 from spec_envs.controls.tree import EXPAND, TreeControl
 
-GROWN = ("drafted", "expansions", "depth")  # entries that say how much is drafted, under the name a control has for it
-
 
 class FixedAgent(Rule):
     """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``), one of both (``SpecTree-v0``), one chain length
@@ -42,7 +40,9 @@ class FixedAgent(Rule):
                 budgets = ", ".join(map(str, control.budgets))
                 offered = f"DEPTHxBUDGET with depths 0 to {control.max_depth} and budgets {budgets}"
             raise ValueError(f"value is {value}; expected one of {offered}")
-        self.looks_at = tuple(name for name in GROWN if name in control.slices)[:1]
+        most = {"drafted": getattr(control, "k_max", 0), "expansions": control.max_depth, "depth": 10}
+        self.grown, self.most = next(((name, n) for name, n in most.items() if name in control.slices), ("", 0))
+        self.looks_at = (self.grown,) if self.grown else ()
         stepwise = isinstance(control, KControl) and control.decision == "token"
         if stepwise and "drafted" not in control.slices:
             raise ValueError(
@@ -65,11 +65,7 @@ class FixedAgent(Rule):
 
     def _grown(self, observation: np.ndarray) -> int:
         """Levels or tokens drafted so far."""
-        if isinstance(self.control, KControl):
-            return round(self.read(observation, "drafted") * self.control.k_max)
-        if "expansions" in self.control.slices:
-            return round(self.read(observation, "expansions") * self.control.max_depth)
-        return round(self.read(observation, "depth") * 10)
+        return round(self.read(observation, self.grown) * self.most)
 
 
 def settings(control: Control) -> tuple[int, ...] | tuple[str, ...]:

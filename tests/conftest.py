@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,8 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle_head import EagleHead
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.trace import Trace
+from spec_envs.vector.env import ReplayVectorEnv
+from tests.traced import CASES, costs_in
 
 CPU = torch.device("cpu")
 WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "on", "we", "you", "def"], ".", ","]
@@ -136,3 +139,13 @@ def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
 @pytest.fixture(scope="session")
 def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
     return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
+    """Environments of each case on the training texts; copy one before playing it."""
+    clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
+    for case, (env_id, name, keywords) in CASES.items():
+        shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}
+        made[case] = gym.make_vec(env_id, num_envs=8, vectorization_mode="vector_entry_point", **shared)
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import sys
@@ -24,6 +23,7 @@ from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.synthetic import PROFILES
 from spec_envs.generate import Generation
+from tests.playing import played
 
 NAME = "qwen2.5-coder-32b-cpu"
 RULES = sorted(name for name, kind in AGENTS.items() if isinstance(kind, type) and issubclass(kind, ChainRule))
@@ -292,14 +292,7 @@ def test_every_controller_decodes(name: str) -> None:
     agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters).learn(2000, env)
     rates, lengths = [], set()
     for seed in range(3):
-        env.reset(seed=seed)
-        seeing_all = Policy(control, copy.deepcopy(agent))
-        seeing_all.looks_at = None
-        done, same = (
-            Generation(env.decoder, policy, env.decoder.prompt, 96, np.random.default_rng(seed)).run()
-            for policy in (Policy(control, agent), seeing_all)
-        )
-        assert same.actions == done.actions
+        done = played(env, control, agent, 96, seed)
         rates.append(done.tokens_per_second)
         lengths |= {cycle.drafted for cycle in done.cycles}
     assert np.mean(rates) > env.plain_rate

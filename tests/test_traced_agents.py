@@ -1,9 +1,8 @@
-"""Agents that learn from a trace: what they are taught is what happens, and they make something of it."""
+"""Agents that learn from a trace make something of it, and are kept."""
 
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +15,26 @@ import agents
 from agents import AGENTS
 from agents.exact_pg import ExactPGAgent
 from agents.hindsight import HindsightAgent
-from agents.lessons import Lessons, lessons_of, replay_of, taught
-from agents.outcomes import ChainOutcomes, TreeOutcomes
+from agents.lessons import Lessons
 from agents.plans import Plans
 from agents.traced import FILE, TracedAgent
 from experiments.bounds import Bounds
 from experiments.config import Experiment
 from experiments.train import open_run, resolved
-from spec_envs import ENVIRONMENTS, generate
-from spec_envs.controls import make_control
+from spec_envs import generate
 from spec_envs.controls.base import Control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.pair import load_decoder
-from spec_envs.decoding.trace import Trace, level_slice
+from spec_envs.decoding.trace import Trace
 from spec_envs.vector.env import ReplayVectorEnv
+from tests.traced import CASES, TABLE, TREE, control_of, costs_in, random_lessons
 
-TREE = {"max_depth": 4, "width": 4}
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "depth": ("SpecDepth-v0", "tree", {**TREE, "budget": 5}),
-    "budget": ("SpecBudget-v0", "tree", {**TREE, "budgets": (0, 3, 30), "depth": 2}),
-    "tree": ("SpecTree-v0", "tree", {**TREE, "budgets": (0, 2, 30)}),
-    "one budget": ("SpecTree-v0", "tree", {**TREE, "budgets": (9,)}),
-    "k": ("SpecK-v0", "copies", {"k_max": 6}),
-    "token": ("SpecK-v0", "copies", {"k_max": 6, "decision": "token"}),
-    "drafted": ("SpecK-v0", "chain", {"k_max": 6, "decision": "token"}),
-}
 LEARNED = ("depth", "budget", "tree", "k", "token")
-# Drafter forwards of one price, so that counting them is to know their seconds.
-TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
 DEAR = CostTable("dear", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 2.0})
 SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_rate": 1e-2}
-
-
-def control_of(case: str) -> Control:
-    env_id, _, keywords = CASES[case]
-    return make_control(ENVIRONMENTS[env_id], keywords)
-
-
-def costs_in(folder: Path, table: CostTable = TABLE) -> str:
-    path = folder / f"{table.name.replace(' ', '-')}.json"
-    path.write_text(json.dumps({"verify": table.verify, "draft": table.draft}))
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
-    """Environments of each case on the training texts; copy one before playing it."""
-    clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
-    for case, (env_id, name, keywords) in CASES.items():
-        shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}
-        made[case] = gym.make_vec(env_id, num_envs=8, vectorization_mode="vector_entry_point", **shared)
-    return made
 
 
 @pytest.fixture(scope="session")
@@ -80,11 +45,6 @@ def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
         for case in LEARNED
         for name in ("hindsight", "exact-pg")
     }
-
-
-def random_lessons(env: ReplayVectorEnv, control: Control, cycles: int = 60) -> Lessons:
-    rng = np.random.default_rng(0)
-    return taught(copy.deepcopy(env), lambda seen: rng.integers(env.choices, size=len(seen)), Plans(control), cycles, 0)
 
 
 def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
@@ -98,90 +58,6 @@ def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
         spent += alive * sum(infos["seconds"].values())
         alive &= ~terminated
     return spent[: len(env.texts)]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_following_a_plan_leads_to_the_cycle_that_it_names(
-    case: str,
-    traces: dict[str, Trace],
-    tmp_path: Path,
-) -> None:
-    env_id, name, keywords = CASES[case]
-    shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
-    env: Any = gym.make(env_id, **shared).unwrapped
-    control, found = env.control, Plans(env.control)
-    assert found.levels == (1 if case in ("budget", "k") else found.deepest + 1)
-    assert (found.first, found.copies) == (int(case == "depth"), case in ("k", "token", "drafted"))
-    for plan, size in enumerate(found.sizes.tolist()):
-        if size < found.first:
-            continue
-        observation, _ = env.reset(options={"prompt": env.prompts[1]})
-        level, emitted = found.first, 0
-        while not emitted:
-            assert found.level(observation[None])[0] == (level if found.stepwise else 0)
-            opened = found.open(found.level(observation[None]))[0]
-            assert opened[plan] and (opened == (found.sizes >= level if found.stepwise else True)).all()
-            action = found.actions(found.level(observation[None]), np.array([plan]))[0]
-            observation, _, _, _, info = env.step(int(action))
-            emitted, level = info["emitted"], level + 1
-        drafted = size if found.copies else level_slice(size, control.width).stop
-        assert (info["drafted"], info["verified"]) == (drafted, found.nodes[plan])
-        budgets = [control.budget] if case == "depth" else getattr(control, "budgets", [99])
-        assert found.nodes[plan] == min(drafted, budgets[found.budgets[plan]])
-    assert len(set(zip(found.sizes.tolist(), found.budgets.tolist(), strict=True))) == len(found.sizes)
-
-
-def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
-    for match, control in (
-        ("not of k with these settings", KControl(k_max=6, adjustment_interval=8)),
-        ('depth is "random"', make_control("budget", {"depth": "random"})),
-        ("not of k with these settings", KControl(k_max=6, engine="llama-server")),
-        ("not of topk", make_control("topk", {})),
-        ("lacks what is drafted", DepthControl(observation="ltd")),
-        ("lacks what is drafted", KControl(decision="token", observation="counters")),
-    ):
-        for name in ("hindsight", "exact-pg"):
-            with pytest.raises(ValueError, match=match):
-                AGENTS[name](control=control)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
-    env, found = copy.deepcopy(vectors[case]), Plans(control_of(case))
-    forward, verification = found.forward(TABLE), found.verification(TABLE)
-    observations, _ = env.reset(seed=0)
-    begins, rng, everywhere, cycles = np.ones(8, bool), np.random.default_rng(0), np.arange(8), 0
-    for _ in range(12):
-        if begins.all():
-            lessons = lessons_of(env, found, observations, everywhere)
-            for plan in np.flatnonzero(found.sizes >= found.first):
-                played, seen, alive, level = copy.deepcopy(env), observations, np.ones(8, bool), found.first
-                spent, brought, worth = np.zeros(8), np.zeros(8), np.zeros(8)
-                while alive.any():
-                    at = np.full(8, level if found.stepwise else 0)
-                    np.testing.assert_allclose(seen[alive], lessons.seen[alive, at[0]], atol=1e-6)
-                    seen, _, _, _, infos = played.step(found.actions(at, np.full(8, plan)))
-                    spent += alive * infos["seconds"]["draft"]
-                    ended = alive & (infos["emitted"] > 0)
-                    brought[ended], worth[ended] = infos["emitted"][ended], infos["seconds"]["verify"][ended]
-                    alive &= ~ended
-                    level += 1
-                np.testing.assert_array_equal(lessons.accepted[:, plan], brought - 1)
-                np.testing.assert_allclose(lessons.begun + lessons.forwards[:, plan] * forward, spent, atol=1e-6)
-                tokens, seconds = lessons.outcome(np.full(8, plan), forward, verification)
-                np.testing.assert_array_equal(tokens, brought)
-                np.testing.assert_allclose(seconds, spent + worth, atol=1e-6)
-            cycles += 1
-        plan = rng.choice(np.flatnonzero(found.sizes >= found.first))  # all follow one, so that cycles end together
-        ended, level = False, found.first
-        while not ended:
-            at = np.full(8, level if found.stepwise else 0)
-            observations, _, _, _, infos = env.step(found.actions(at, np.full(8, plan)))
-            begins, level = infos["emitted"] > 0, level + 1
-            ended = bool(begins.any())
-        if not begins.all():
-            break
-    assert cycles > 3
 
 
 @pytest.mark.parametrize("case", LEARNED)
@@ -259,49 +135,6 @@ def test_only_so_many_decisions_are_remembered(
 def test_what_an_agent_reads_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="reads is 'task'; expected one of cycle, everything"):
         HindsightAgent(control_of("depth"), reads="task")
-
-
-def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
-    found = ChainOutcomes(Plans(KControl(k_max=3, decision="token")))
-    odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
-    predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)  # alive; right 1, 2, 3; copied 1, 2, 3
-    for forward, verification in ((0.0, np.zeros(4)), (0.25, np.array([1.0, 1.5, 1.75, 3.0]))):
-        found.price(0.5, forward, verification)
-        paid = [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8]
-        worth = found.worth(predicted, np.array([0]))[0] + 0.5 * (forward * np.array(paid) + verification)
-        np.testing.assert_allclose(worth - worth[0], [0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16], atol=1e-5)
-        paid = [0, 0.4, 0.4 + 0.8]
-        worth = found.worth(predicted, np.array([1]))[0]
-        assert worth[0] == -np.inf
-        worth = worth[1:] + 0.5 * (forward * np.array(paid) + verification[1:])
-        np.testing.assert_allclose(worth - worth[0], [0, 0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4], atol=1e-5)
-        assert np.isfinite(found.worth(predicted, np.array([3]))).tolist() == [[False, False, False, True]]
-
-
-@pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
-def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
-    """One set of log-odds for all that is seen ends at the means of what the plans brought."""
-    plans = Plans(control_of(case))
-    outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
-    lessons = random_lessons(vectors[case], plans.control)
-    accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
-    predicted = torch.zeros(1, plans.levels, outcomes.outputs, requires_grad=True)
-    optimizer = torch.optim.Adam([predicted], 0.1)
-    for _ in range(600):
-        optimizer.zero_grad()
-        loss = outcomes.loss(predicted.expand(len(accepted), -1, -1), accepted, forwards)
-        loss.backward()
-        optimizer.step()
-    verification = np.linspace(1, 2, len(plans.sizes))
-    for forward in (0.0, 0.3):
-        outcomes.price(0.5, forward, verification)
-        for level in range(plans.first, min(plans.levels, plans.first + 3)):
-            worth = outcomes.worth(predicted[0, [level]].detach().numpy(), np.array([level]))[0]
-            opened = plans.open(np.array([level]))[0]
-            assert (np.isfinite(worth) == opened).all()
-            ahead = np.maximum(0, lessons.forwards - lessons.forwards[:, [opened.argmax()]])
-            means = (lessons.accepted - 0.5 * (ahead * forward + verification)).mean(0)
-            np.testing.assert_allclose((worth - worth.max())[opened], (means - means[opened].max())[opened], atol=0.02)
 
 
 def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
@@ -390,14 +223,6 @@ def test_a_policy_that_cannot_be_read_is_refused(
         (tmp_path / FILE).write_bytes(damaged)
         with pytest.raises(ValueError, match="cannot read the policy in"):
             agent.load(tmp_path)
-
-
-def test_the_environments_in_numpy_of_a_single_one(traces: dict[str, Trace], tmp_path: Path) -> None:
-    env_id, name, keywords = CASES["tree"]
-    shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
-    many = replay_of(gym.make(env_id, **shared), num_envs=5)
-    assert (many.num_envs, many.max_new_tokens, many.control.budgets) == (5, 20, keywords["budgets"])
-    assert replay_of(many) is many
 
 
 def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarray:

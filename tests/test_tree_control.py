@@ -84,6 +84,26 @@ def test_the_observation(tiny_decoder: Decoder, rng: np.random.Generator) -> Non
     assert TreeControl(cost_features=True).slices["costs"] == slice(42, 42 + len(COST_ROWS) + 1)
 
 
+def test_an_agent_is_shown_what_it_looks_at(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+    class Watcher(RandomAgent):
+        looks_at = ("frontier", "position")
+        seen: list[np.ndarray] = []  # noqa: RUF012
+
+        def predict(self, observation: np.ndarray, *args: Any, **keywords: Any) -> tuple[Any, Any]:
+            self.seen.append(observation)
+            return super().predict(observation)
+
+    control = TreeControl()
+    agent = Watcher(control)
+    generate(tiny_decoder, control, agent, PROMPT, 40).run()
+    shown = {name for name, place in control.slices.items() if np.any([seen[place] for seen in agent.seen])}
+    assert shown == {"frontier", "position"}
+    tiny_decoder.start(PROMPT, 40, rng)
+    everything = control.observe(tiny_decoder)
+    for name, place in control.slices.items():
+        np.testing.assert_array_equal(control.observe(tiny_decoder, (name,))[place], everything[place])
+
+
 def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, tiny_decoder: Decoder) -> None:
     plain = load_decoder(tiny["target"], None, "cpu", "float32")
     control = TreeControl(budgets=(0, 2, 7))

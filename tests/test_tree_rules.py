@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -19,13 +18,13 @@ from agents.tree_rule import TreeRule
 from experiments import tune
 from experiments.config import load_experiment
 from spec_envs import ENVIRONMENTS
-from spec_envs.controls import Control, Policy, make_control
+from spec_envs.controls import Control, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.tree import EXPAND, TreeControl
 from spec_envs.decoding.clock import CostTable
-from spec_envs.generate import Generation
+from tests.playing import played
 
 STANZAS = [
     ("SpecDepth-v0", "ddd"),
@@ -180,14 +179,7 @@ def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
     agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters)
     rates, shapes = [], set()
     for seed in range(4):
-        env.reset(seed=seed)
-        seeing_all = Policy(control, copy.deepcopy(agent))
-        seeing_all.looks_at = None
-        done, same = (
-            Generation(env.decoder, policy, env.decoder.prompt, 60, np.random.default_rng(seed)).run()
-            for policy in (Policy(control, agent), seeing_all)
-        )
-        assert same.actions == done.actions
+        done = played(env, control, agent, 60, seed)
         rates.append(done.tokens_per_second)
         shapes |= {(cycle.depth, cycle.verified) for cycle in done.cycles}
     assert np.mean(rates) > env.plain_rate
