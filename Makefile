@@ -26,7 +26,7 @@ KIND ?= eagle3
 ARGS ?=
 
 .PHONY: help setup train eval bench bench-k bench-dvi benchmark minari drafter tune generate trace cloud edge edge-cloud cloud-load \
-	tensorboard test lint
+	tensorboard test fuzz lint
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -90,6 +90,9 @@ tensorboard: $(READY)  ## look into the runs
 
 test: $(READY)  ## run the tests, side by side on one thread each (ARGS="-n 0 -k name": one after another)
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+fuzz: $(READY)  ## look for new failures with generated input, many examples a test; ARGS="-k name"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m fuzz --hypothesis-profile fuzz --numprocesses auto $(ARGS)
 
 lint: $(READY)  ## format check, lint, types
 	$(PY) -m ruff format --check .

@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -33,6 +34,12 @@ REAL = "smollm2-135m"
 TEXTS = (4, 1, 2)  # of train, validation and test in the traces
 # A build that fails where there is all it needs is a failure of the tests, not a reason to skip them.
 WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or kernels.find_compiler() is None)
+
+
+# The same few examples at every run; `make fuzz` draws many new ones. A slow test takes a share of `settings.default.max_examples`.
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
