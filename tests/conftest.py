@@ -23,6 +23,7 @@ from spec_envs.decoding import kernels
 from spec_envs.decoding.checkpoints import load_target, load_weights
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.kernels import building
 from spec_envs.decoding.pair import load_decoder
 from spec_envs.decoding.trace import Trace
 from spec_envs.vector.env import ReplayVectorEnv
@@ -33,7 +34,7 @@ WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "o
 REAL = "smollm2-135m"
 TEXTS = (4, 1, 2)  # of train, validation and test in the traces
 # A build that fails where there is all it needs is a failure of the tests, not a reason to skip them.
-WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or kernels.find_compiler() is None)
+WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or next(building.compilers(), None) is None)
 
 
 # The same few examples at every run; `make fuzz` draws many new ones. A slow test takes a share of `settings.default.max_examples`.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from spec_envs.decoding import checkpoints, int8, kernels, layers, linear
+from spec_envs.decoding import int8, kernels, layers, linear
 from spec_envs.decoding.batch import generate_batch, read_batch
 from spec_envs.decoding.checkpoints import load_target
-from spec_envs.decoding.kernels import packing
+from spec_envs.decoding.kernels import building, packing
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from tests.conftest import CPU, REAL, WITHOUT_KERNELS
@@ -41,12 +38,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
 X86 = platform.machine() == "x86_64"
 WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
 BUILDS = {  # flags, and what the products are then made of: tiles (2), vectors (1) or neither
-    "vectors": ((*kernels.FLAGS, *WITHOUT_TILES), (0, 1)),
-    "short vectors": ((*kernels.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),
-    "portable": ((*kernels.FLAGS, *WITHOUT_TILES, *(("-mno-avx2",) if X86 else ())), (0,)),
+    "vectors": ((*building.FLAGS, *WITHOUT_TILES), (0, 1)),
+    "short vectors": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),
+    "portable": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx2",) if X86 else ())), (0,)),
 }
 
-COMPILER = kernels.find_compiler() or "c++"
+COMPILER = next(building.compilers(), ("c++",))
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
@@ -57,7 +54,7 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The kernels as they are used here, and as processors without tile registers have them."""
     if request.param in BUILDS:
         flags, expected = BUILDS[request.param]
-        library = ctypes.CDLL(str(kernels.compiled(COMPILER, flags)))
+        library = building.built(COMPILER, flags)
         assert library.accelerated() in expected
         monkeypatch.setattr(kernels, "library", lambda: library)
 
@@ -253,33 +250,3 @@ def test_widths_that_the_kernels_do_not_compute() -> None:
         pair(LlamaConfig(**{**SHAPE, "head_dim": 8, "hidden_size": 66}))
     with pytest.raises(ValueError, match="intermediate size of a multiple of 16, not 100"):
         pair(LlamaConfig(**{**SHAPE, "intermediate_size": 100}))
-
-
-@pytest.mark.parametrize(
-    ("compiler", "reason"), [(None, "no C\\+\\+ compiler"), ("false", "false could not build"), ("nowhere", "nowhere")]
-)
-def test_without_a_compiler_the_default_is_another_dtype(
-    compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without: Callable = kernels.library.__wrapped__
-    monkeypatch.setattr(kernels, "library", without)
-    monkeypatch.setattr(kernels, "COMPILERS", ())
-    monkeypatch.delenv("CXX", raising=False)
-    if compiler:
-        monkeypatch.setenv("CXX", compiler)
-    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
-        int8.Linear(torch.randn(4, 64))
-    assert capsys.readouterr().err.startswith("int8 decoding is not available here")
-
-
-def test_kernels_are_compiled_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(kernels, "user_cache_path", lambda name: tmp_path)
-    built = kernels.compiled(COMPILER)
-    stamp = built.stat().st_mtime_ns
-    assert kernels.compiled(COMPILER) == built and built.stat().st_mtime_ns == stamp
-    assert capsys.readouterr().err.count("compiling") == 1
-    assert [path.name for path in built.parent.iterdir()] == [built.name]  # nothing half-written beside it
-    assert kernels.compiled(COMPILER, (*kernels.FLAGS, "-DOTHER")) != built

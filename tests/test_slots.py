@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +15,7 @@ from spec_envs.decoding import kernels
 from spec_envs.decoding.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.checkpoints import load_target
 from spec_envs.decoding.graphs import GraphedLayers
+from spec_envs.decoding.kernels import building
 from spec_envs.decoding.transformer import Transformer
 from tests.conftest import CPU, REAL, WITHOUT_KERNELS
 
@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
 
     if request.param == "portable":
         flags, _ = test_int8.BUILDS["portable"]
-        library = ctypes.CDLL(str(kernels.compiled(test_int8.COMPILER, flags)))
+        library = building.built(test_int8.COMPILER, flags)
         monkeypatch.setattr(kernels, "library", lambda: library)
     return test_int8.pair(test_int8.CONFIGS.get(request.param, test_int8.CONFIGS["llama"]))[0]
 
