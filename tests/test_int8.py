@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from spec_envs.decoding import int8, kernels, layers, linear
 from spec_envs.decoding.batch import generate_batch, read_batch
+from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.checkpoints import load_target
 from spec_envs.decoding.kernels import building, packing
+from spec_envs.decoding.lora import Added, Additions
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from tests.conftest import CPU, REAL, WITHOUT_KERNELS
@@ -245,8 +253,156 @@ def test_rows_that_do_not_fit_are_refused(build: None) -> None:
         model.layers(x, cache, model.rope, torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_widths_that_the_kernels_do_not_compute() -> None:
-    with pytest.raises(ValueError, match="multiple of 32 and a hidden size of a multiple of 16, not 8 and 66"):
-        pair(LlamaConfig(**{**SHAPE, "head_dim": 8, "hidden_size": 66}))
-    with pytest.raises(ValueError, match="intermediate size of a multiple of 16, not 100"):
-        pair(LlamaConfig(**{**SHAPE, "intermediate_size": 100}))
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"head_dim": 8}, "head size of a multiple of 32, not 8"),
+        ({"head_dim": 48}, "head size of a multiple of 32, not 48"),
+        ({"hidden_size": 66}, "hidden size of a multiple of 16, not 66"),
+        ({"intermediate_size": 100}, "intermediate size of a multiple of 16, not 100"),
+        ({"intermediate_size": 133_152}, "intermediate size of at most 133144, not 133152"),
+    ],
+)
+def test_widths_that_the_kernels_do_not_compute(changes: dict[str, int], sentence: str) -> None:
+    """One function refuses them, for a model that is built and for the dtype that is chosen."""
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "hidden_size": 96, **changes})
+    with pytest.raises(ValueError, match=f"dtype 'int8' needs a {sentence}; pass another dtype"):
+        pair(config)
+    assert not int8.computes(config)
+    assert int8.computes(LlamaConfig(**SHAPE))
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    for number in (float("nan"), float("inf")):
+        weight = torch.randn(8, 64)
+        weight[3, 5] = number
+        with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
+            int8.Linear(weight)
+
+
+@torch.inference_mode()
+def test_tensors_of_other_sizes_are_refused() -> None:
+    """The kernels get addresses: what does not fit would be read beyond its end."""
+    model, _ = pair(CONFIGS["llama"])
+    other, _ = pair(CONFIGS["qwen3"])
+    x, at = model.embed(torch.zeros(1, 3, dtype=torch.long)), torch.arange(3)[None]
+
+    def refused(match: str, x: Tensor = x, at: Tensor = at, **given: Any) -> None:
+        with pytest.raises(IndexError, match=match):
+            model.layers(x, given.pop("cache", model.cache(8)), given.pop("rope", model.rope), at, **given)
+
+    refused("rows", x[..., :80])
+    refused("rows", x.expand(2, 3, 96))
+    refused("positions", at=at[:, :2])
+    refused("positions", at=at.int())
+    refused("cache", cache=other.cache(8))
+    refused("cache", cache=KVCache(model.shape, 8, torch.float32, CPU))
+    refused("rotary tables", rope=other.rope)
+    refused("seen", seen=torch.ones(2, 3, dtype=torch.bool))
+    refused("seen", seen=torch.ones(3, 3))
+    refused("rows do not fit", seen=torch.ones(3, 9, dtype=torch.bool))
+    refused("padding", padding=torch.zeros(2, dtype=torch.long))
+    refused("rows do not fit", padding=torch.tensor([-1]))
+    refused("rows do not fit", padding=torch.tensor([4]))
+    refused("entering", entering=x[..., :80])
+    for some in (range(4), range(-1, 2), range(0, 3, 2)):
+        refused("layers", layers=some)
+    nothing = Additions([None] * 2)
+    refused("additions to 2 layers", added=nothing)
+    for low_rank in (
+        (torch.zeros(4, 80), torch.zeros(4, 320)),
+        (torch.zeros(4, 96).half(), torch.zeros(4, 320).half()),
+    ):
+        refused("additions .* do not fit", added=Additions([Added(low_rank, None), None, None]))
+    for product in (model.head, model.norm, model.head.argmax):
+        with pytest.raises(IndexError, match="do not fit a width of 96"):
+            product(torch.zeros(2, 192))
+    for width in (0, 151):
+        with pytest.raises(IndexError, match="cannot be chosen"):
+            int8.most_probable(torch.zeros(2, 150), None, width)
+
+
+@torch.inference_mode()
+def test_no_rows_and_no_layers_change_nothing(build: None) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    x, cache = model.embed(torch.arange(5)[None]), model.cache(8)
+    hidden, captured = model.forward(x, cache, torch.arange(5)[None], layers=range(3, 3))
+    assert torch.equal(hidden, x) and not captured and not cache.data.any()
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    hidden, captured = model.forward(model.embed(nothing), cache, nothing, capture=(0, 2))
+    assert hidden.shape == captured[1].shape == (1, 0, 96)
+    assert model.head(hidden).shape == (1, 0, 150) and model.head.argmax(hidden).shape == (1, 0)
+
+
+@torch.inference_mode()
+def test_the_whole_context_is_read(build: None) -> None:
+    """A prompt as long as the context, row for row; and its last row alone, where the cache has no room for another."""
+    model, reference = pair(CONFIGS["llama"])
+    ids = torch.randint(0, 150, (1, 512), generator=torch.Generator().manual_seed(0))
+    ours, theirs = whole(model, ids), whole(reference, ids)
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    cache = model.cache(512)
+    model.forward(model.embed(ids[:, :511]), cache, torch.arange(511)[None])
+    cache.length = 511
+    x, _ = model.forward(model.embed(ids[:, 511:]), cache, torch.tensor([[511]]))
+    assert torch.equal(model.head(x)[0, 0], ours[-1])
+
+
+@torch.inference_mode()
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    model, _ = pair(CONFIGS["qwen3"])
+    ids = torch.randint(0, 150, (1, 70), generator=torch.Generator().manual_seed(0))
+    expected, before = whole(model, ids), torch.get_num_threads()
+    try:
+        for threads in (2, 5, 1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(whole(model, ids), expected)
+            assert torch.equal(model.head.argmax(model.embed(ids)), model.head(model.embed(ids)).argmax(-1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_same_bits_from_several_threads_at_once() -> None:
+    model, _ = pair(CONFIGS["llama"])
+
+    @torch.inference_mode()
+    def logits(seed: int) -> Tensor:
+        return whole(model, torch.randint(0, 150, (1, 20 + 9 * seed), generator=torch.Generator().manual_seed(seed)))
+
+    seeds = [*range(6)] * 4
+    expected = [logits(seed) for seed in seeds]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(map(torch.equal, pool.map(logits, seeds), expected))
+
+
+FORKED = """
+import multiprocessing, torch
+from spec_envs.decoding import int8
+torch.set_num_threads(2)
+torch.manual_seed(0)
+product, dense, x = int8.Linear(torch.randn(64, 64)), torch.nn.Linear(512, 512), torch.randn(8, 64)
+many = torch.randn(512, 512)
+expected = product(x)
+dense(many)  # torch's threads are at work
+def child(threads):
+    if threads:
+        torch.set_num_threads(threads)
+    else:
+        dense(many)
+    assert torch.equal(product(x), expected)
+for threads in (0, 1, 2):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(threads,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, (threads, process.exitcode, process.kill())
+assert torch.get_num_threads() == 2 and torch.equal(product(x), expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_computes() -> None:
+    """OpenMP's threads do not live on in it, so it would wait for them for ever."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", FORKED], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import byref
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
@@ -36,7 +37,14 @@ class Int8Step:
         entering: tuple[RMSNorm, RMSNorm] | None = None,
     ):
         self.kept = layers, norm, head, embedding, rope, entering  # what the structure points to
+        self.layers, self.rope, self.outputs = layers, rope, outputs
         self.hidden = embedding.shape[1]
+        reads, both = layers.structures[0].qkv.inputs, (norm, *(entering or ()))
+        widths = [layers.shape.hidden, head.inputs, *(len(n.weight) for n in both)]
+        if {self.hidden, *widths} != {self.hidden} or reads != self.hidden * len(both[:2]) or outputs > head.outputs:
+            raise ValueError(
+                f"the parts of a drafter of hidden size {self.hidden} do not fit together: {widths}, {reads}"
+            )
         norms = (*(n.weight for n in entering), norm.weight) if entering else (None, None, norm.weight)
         self.structure = CDrafter(
             layers.structures,
@@ -76,6 +84,7 @@ class Int8Step:
         index, log_probabilities = np.empty((last, width), np.int64), np.empty((last, width), np.float32)
         entropies = np.empty(last, np.float32)
         seen = None if seen is None else np.ascontiguousarray(seen)
+        self._check(hidden, tokens, positions, cache, extra, width, last, seen)
         library().draft(
             byref(self.structure),
             hidden.data_ptr(),
@@ -95,3 +104,36 @@ class Int8Step:
             threads(),
         )
         return index, log_probabilities, entropies
+
+    def _check(
+        self,
+        hidden: Tensor,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        cache: KVCache,
+        extra: Tensor | None,
+        width: int,
+        last: int,
+        seen: np.ndarray | None,
+    ) -> None:
+        """Raise IndexError for arrays of other sizes or dtypes than the kernels will take them for."""
+        at, mask = torch.from_numpy(positions)[None], None if seen is None else torch.from_numpy(seen)
+        self.layers.check_rows(hidden[None], 1, cache, self.rope, range(len(self.layers.structures)), at, mask)
+        choices = self.outputs + (0 if extra is None else len(extra))
+        fits = (
+            cache.data.shape[2] == 1
+            and hidden.dtype == torch.float32
+            and hidden.is_contiguous()
+            and tokens.shape == positions.shape
+            and tokens.dtype == positions.dtype == np.int64
+            and tokens.flags.c_contiguous
+            and positions.flags.c_contiguous
+            and 0 <= last <= len(tokens)
+            and 1 <= width <= choices
+            and (extra is None or (extra.shape[1] == self.hidden and extra.dtype == torch.float32))
+            and (extra is None or extra.is_contiguous())
+        )
+        if not fits:
+            raise IndexError(
+                f"{len(tokens)} rows do not fit a draft of the {width} best of {choices} after {last} of them"
+            )

@@ -10,24 +10,35 @@
 
 constexpr int KEYS = 64;  // scored at a time; a cache has rows in multiples of it
 
-// Which keys the new rows see: all earlier ones behind the padding, and of the last `last` columns those named.
+// Which keys the new rows see: all earlier ones behind the padding, and some of the last `last` columns.
 struct Visibility {
-    int64_t count, last;  // new rows of a sequence; columns that `lanes` describes
-    std::vector<uint16_t> lanes;  // [blocks of 16 queries][last]: which queries of the block see the key
-    int blocks;
+    int64_t count, last;  // new rows of a sequence; columns that not all of them see
+    int64_t heads_per_key;
+    int blocks;                   // of 16 queries
+    std::vector<uint16_t> lanes;  // [blocks][last]: which queries of the block see the key; empty where rows are causal
 
-    // `seen` [count][last], or null: every row sees the new rows up to itself.
-    Visibility(const uint8_t* seen, int64_t count, int64_t named, int heads_per_key)
-        : count(count), last(seen ? named : count) {
-        blocks = (count * heads_per_key + LANES - 1) / LANES;
+    // `seen` [count][named], or null: every row sees the new rows up to itself.
+    Visibility(const uint8_t* seen, int64_t count, int64_t named, int64_t heads_per_key)
+        : count(count), last(seen ? named : count), heads_per_key(heads_per_key),
+          blocks((count * heads_per_key + LANES - 1) / LANES) {
+        if (!seen) return;
         lanes.assign(blocks * last, 0);
         for (int64_t query = 0; query < count * heads_per_key; query++) {
             const int64_t row = query / heads_per_key;
             uint16_t* out = lanes.data() + query / LANES * last;
             const uint16_t lane = 1 << query % LANES;
             for (int64_t j = 0; j < last; j++)
-                if (seen ? seen[row * last + j] : j <= row) out[j] |= lane;
+                if (seen[row * last + j]) out[j] |= lane;
         }
+    }
+
+    int queries(int block) const { return std::min<int64_t>(LANES, count * heads_per_key - int64_t(block) * LANES); }
+
+    // The queries of a block that see column `j` of the last ones, a bit each.
+    int at(int block, int64_t j) const {
+        if (!lanes.empty()) return lanes[block * last + j];
+        const int64_t before = j * heads_per_key - int64_t(block) * LANES;  // queries of earlier rows than the key's
+        return before >= LANES ? 0 : ((1 << queries(block)) - 1) & ~((1 << std::max<int64_t>(before, 0)) - 1);
     }
 };
 
@@ -172,11 +183,10 @@ inline void weigh(const float* weights, const uint16_t* values, int64_t begin, i
 inline void attend(const float* queries, int64_t stride, const uint16_t* keys, const uint16_t* values,
                    int64_t padding, int64_t written, const Visibility& visible, int block, int heads_per_key,
                    int head_dim, float* out, int64_t out_stride, Scratch& s) {
-    const int here = std::min<int64_t>(LANES, visible.count * heads_per_key - int64_t(block) * LANES);
-    const uint16_t* lanes = visible.lanes.data() + block * visible.last;
+    const int here = visible.queries(block);
     const int64_t base = written - visible.last;
     int64_t end = written;
-    while (end > base && lanes[end - 1 - base] == 0) end--;
+    while (end > base && visible.at(block, end - 1 - base) == 0) end--;
     const int64_t begin = std::min(padding, end);
 
     if (s.scores.size() < size_t(written + KEYS) * LANES) s.scores.resize((written + KEYS) * LANES);
@@ -191,7 +201,7 @@ inline void attend(const float* queries, int64_t stride, const uint16_t* keys, c
 
     // Softmax over the keys: those before `base` are seen by all, the later ones by some.
     const Ints bits = lane_bits();
-    const auto sees = [&](int64_t j) { return (bits & int(lanes[j - base])) != 0; };
+    const auto sees = [&](int64_t j) { return (bits & visible.at(block, j - base)) != 0; };
     float* row = s.scores.data();
     Floats top = all(-INFINITY), total = {};
     int64_t j = begin;

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spec_envs.decoding import kernels
 
+NO_MEMORY = 2  # what a kernel returns where it could not get any
+
 
 class CMatrix(Structure):
     _fields_ = [
@@ -100,15 +102,17 @@ def library() -> ctypes.CDLL:
         ]
         found.read_all.argtypes = [pointer, number, number]
         found.read_all.restype = number
-        for name in ("rms_norm", "linear", "linear_argmax", "most_probable"):
+        for name in ("rms_norm", "most_probable"):
             getattr(found, name).restype = None
-        for name in ("forward", "draft"):
+        for name in ("linear", "linear_argmax", "forward", "draft"):
             getattr(found, name).errcheck = refused
     return found
 
 
 def refused(status: int, function: Any, arguments: tuple) -> None:
-    """Raise IndexError where a kernel returned that rows do not fit."""
+    """Raise IndexError where a kernel returned that rows do not fit, and MemoryError where there was none for them."""
+    if status == NO_MEMORY:
+        raise MemoryError("there is not enough memory for so many rows in int8; pass a shorter text")
     if status:
         raise IndexError("rows do not fit the cache, the context or the vocabulary")
 

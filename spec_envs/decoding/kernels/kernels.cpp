@@ -3,6 +3,8 @@
 // Every function runs on `threads` threads, and gives a row the same bits whatever other rows it is called with.
 #include <omp.h>
 
+#include <new>
+
 #include "attention.h"
 
 #if defined(__AMX_INT8__) && defined(__linux__)
@@ -11,6 +13,18 @@
 #endif
 
 namespace {
+
+constexpr int DONE = 0, NO_ROOM = 1, NO_MEMORY = 2;  // what a function returns that may refuse
+
+// What `work` returns, or NO_MEMORY: no exception may leave for the caller, which is not C++.
+template <class Work>
+int guarded(Work work) {
+    try {
+        return work();
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
 
 // This thread's part of `count` things.
 struct Share {
@@ -135,11 +149,11 @@ void rms_norm(const float* x, const float* gain, int64_t rows, int64_t width, fl
 }
 
 // out [rows][stride] = x Wᵀ + b, of normed rows where there is a gain.
-void linear(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, float* out, int64_t stride,
-            int64_t threads) {
+int linear(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, float* out, int64_t stride,
+           int64_t threads) {
     static thread_local Quantised quantised;
     Quantised& q = quantised;
-    q.reserve(rows, m->stride());
+    if (guarded([&] { return q.reserve(rows, m->stride()), DONE; })) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
@@ -147,15 +161,21 @@ void linear(const Matrix* m, const float* x, int64_t rows, const float* gain, fl
 #pragma omp barrier
         multiply_share(*m, q, rows, Store{out, stride});
     }
+    return DONE;
 }
 
 // The index of the largest output of every row, of normed rows where there is a gain.
-void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, int64_t* out,
-                   int64_t threads) {
+int linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, int64_t* out,
+                  int64_t threads) {
     static thread_local Quantised quantised;
     Quantised& q = quantised;
-    q.reserve(rows, m->stride());
-    std::vector<Best> found(threads, Best(rows, m->outputs));
+    std::vector<Best> found;
+    const auto reserve = [&] {
+        q.reserve(rows, m->stride());
+        found.assign(threads, Best(rows, m->outputs));
+        return DONE;
+    };
+    if (guarded(reserve)) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
@@ -170,6 +190,7 @@ void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* g
             if (found[t].value[r] > found[best].value[r]) best = t;
         out[r] = found[best].index[r];
     }
+    return DONE;
 }
 
 // Layers [first, last) on new rows x [batch][count][hidden], in place.
@@ -180,33 +201,39 @@ void linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* g
 // padding: [batch] columns on the left that nobody sees, or null.
 // captured: per layer, where to copy what enters it, or null.
 // added: per layer, what an adapter adds, or null.
-// Returns 0, or 1 if the rows do not fit the cache or the tables: then nothing was done.
+// Returns DONE; or, and then nothing was done, NO_ROOM if the rows do not fit the cache or the tables, or NO_MEMORY.
 int forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
             int64_t count, const int64_t* positions, const Tables* tables, const uint8_t* seen, int64_t named,
             const int64_t* padding, float* const* captured, const Added* added, int64_t threads) {
     const Layer& any = layers[first];
     const int64_t batch = cache->batch, rows = batch * count, hidden = any.hidden, dim = any.head_dim;
     for (int64_t i = 0; i < batch; i++) {
-        if (cache->sequence(i) < 0 || cache->sequence(i) >= cache->sequences) return 1;
+        if (cache->sequence(i) < 0 || cache->sequence(i) >= cache->sequences) return NO_ROOM;
         const int64_t end = cache->committed(i) + count;
-        if (end < count || end > cache->capacity || named > end) return 1;
+        if (end < count || end > cache->capacity || named > end) return NO_ROOM;
+        if (padding && (padding[i] < 0 || padding[i] > end)) return NO_ROOM;
     }
     for (int64_t r = 0; r < rows; r++)
-        if (positions[r] < 0 || positions[r] >= tables->rows) return 1;
+        if (positions[r] < 0 || positions[r] >= tables->rows) return NO_ROOM;
     const int64_t heads = any.heads, kv_heads = any.kv_heads, group = heads / kv_heads;
     const int64_t width = (heads + 2 * kv_heads) * dim, inner = any.down.inputs;
     const int64_t head_stride = cache->capacity * dim, sequence_stride = kv_heads * head_stride;
     const int64_t layer_stride = cache->sequences * sequence_stride, side = cache->layers * layer_stride;
-    const Visibility visible(seen, count, named, group);
     static thread_local std::vector<float> qkv_rows, attended_rows, fed_rows;
     static thread_local Quantised quantised;
     std::vector<float>&qkv = qkv_rows, &attended = attended_rows, &fed = fed_rows;
     Quantised& q = quantised;
-    qkv.resize(rows * width);
-    attended.resize(rows * heads * dim);
-    fed.resize(rows * inner);
-    for (const Matrix* m : {&any.qkv, &any.out, &any.gate_up, &any.down}) q.reserve(rows, m->stride());
     const Added nothing = {};
+    Visibility visible(nullptr, 0, 0, group);
+    const auto reserve = [&] {
+        visible = Visibility(seen, count, named, group);
+        qkv.resize(rows * width);
+        attended.resize(rows * heads * dim);
+        fed.resize(rows * inner);
+        for (const Matrix* m : {&any.qkv, &any.out, &any.gate_up, &any.down}) q.reserve(rows, m->stride());
+        return DONE;
+    };
+    if (guarded(reserve)) return NO_MEMORY;
 
 #pragma omp parallel num_threads(threads)
     {
@@ -281,7 +308,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
 #pragma omp barrier
         }
     }
-    return 0;
+    return DONE;
 }
 
 // The sum of all bytes, read in order by every thread in its own part: how fast memory can be read.
@@ -367,9 +394,15 @@ int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count,
     const int64_t size = d->layers->hidden;
     const float eps = d->layers->eps;
     for (int64_t r = 0; r < count; r++)
-        if (tokens[r] < 0 || tokens[r] >= d->vocabulary) return 1;
-    const int64_t stride_in = d->input_norm ? 2 * size : size;
-    std::vector<float> entering(d->input_norm ? count * stride_in : 0);
+        if (tokens[r] < 0 || tokens[r] >= d->vocabulary) return NO_ROOM;
+    const int64_t stride_in = d->input_norm ? 2 * size : size, stride = d->head.columns() * COLUMNS;
+    std::vector<float> entering, logits, others, normed;
+    const auto reserve = [&] {
+        entering.resize(d->input_norm ? count * stride_in : 0);
+        logits.resize(last * stride), others.resize(last * extras), normed.resize(size);
+        return DONE;
+    };
+    if (guarded(reserve)) return NO_MEMORY;
     for (int64_t r = 0; r < count; r++) {
         float* row = d->input_norm ? entering.data() + r * stride_in : hidden + r * size;
         for (int64_t i = 0; i < size; i++) row[i] = widened(d->embedding[tokens[r] * size + i]);
@@ -377,15 +410,12 @@ int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count,
         normalise(row, d->input_norm, size, eps, row);
         normalise(hidden + r * size, d->hidden_norm, size, eps, row + size);
     }
-    if (forward(d->layers, 0, d->count, hidden, d->input_norm ? entering.data() : nullptr, cache, count, positions,
-                &d->tables, seen, named, nullptr, nullptr, nullptr, threads))
-        return 1;
-    if (!last) return 0;
+    if (const int status = forward(d->layers, 0, d->count, hidden, d->input_norm ? entering.data() : nullptr, cache, count,
+                                   positions, &d->tables, seen, named, nullptr, nullptr, nullptr, threads))
+        return status;
+    if (!last) return DONE;
     const float* final_rows = hidden + (count - last) * size;
-    const int64_t stride = d->head.columns() * COLUMNS;
-    std::vector<float> logits(last * stride), others(last * extras);
-    linear(&d->head, final_rows, last, d->norm, eps, logits.data(), stride, threads);
-    std::vector<float> normed(size);
+    if (linear(&d->head, final_rows, last, d->norm, eps, logits.data(), stride, threads)) return NO_MEMORY;
     for (int64_t r = 0; r < last && extras; r++) {
         normalise(final_rows + r * size, d->norm, size, eps, normed.data());
         for (int64_t j = 0; j < extras; j++) {
@@ -396,6 +426,6 @@ int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count,
     }
     most_probable(logits.data(), d->outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
                   log_probability, entropy, threads);
-    return 0;
+    return DONE;
 }
 }

@@ -18,10 +18,18 @@ def hadamard(order: int) -> Tensor:
 
 def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight ``[out, in]``, turned by the Hadamard matrix in blocks of 64 inputs (QuaRot, arXiv 2404.00456) and
-    quantised per output, in the order in which the kernels read it; and its scales ``[out rounded up to 32]``."""
+    quantised per output, in the order in which the kernels read it; and its scales ``[out rounded up to 32]``.
+
+    Raises:
+        ValueError: a weight that is not a finite number.
+    """
     w = padded(weight.float(), COLUMNS, BLOCK)
     w = (w.unflatten(1, (-1, BLOCK)) @ hadamard(BLOCK)).flatten(1)
     scale = w.abs().amax(1) / 127
+    if not torch.isfinite(scale).all():
+        raise ValueError(
+            "the weights hold numbers that are not finite, which int8 does not; fetch or convert them again"
+        )
     w = (w / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
     tiles = w.view(len(w) // COLUMNS, 2, TILE, -1, TILE, 4)  # columns, tile, output, step, four inputs, input
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous(), scale
@@ -40,8 +48,4 @@ def padded(x: Tensor, rows: int, columns: int) -> Tensor:
 
 def interleaved(gate: Tensor, up: Tensor) -> Tensor:
     """Outputs of gate and up in turn, a tile of each."""
-    if len(gate) % TILE:
-        raise ValueError(
-            f"dtype 'int8' needs an intermediate size of a multiple of {TILE}, not {len(gate)}; pass another dtype"
-        )
     return torch.stack([gate.unflatten(0, (-1, TILE)), up.unflatten(0, (-1, TILE))], 1).flatten(0, 2)
