@@ -33,7 +33,18 @@ def generate_batch(
 
     Returns:
         The new tokens of each prompt, in order.
+
+    Raises:
+        ValueError: an empty prompt, or texts beyond the context.
     """
+    if not all(map(len, prompts)):
+        raise ValueError("a prompt is empty; expected at least one token")
+    longest, context = max(map(len, prompts)), target.shape.context
+    if longest + max_new_tokens - 1 > context:  # the last token is not read
+        raise ValueError(
+            f"prompts of up to {longest} tokens and {max_new_tokens} more do not fit the context of {context}: shorten "
+            "the prompts or lower max_new_tokens"
+        )
     ids, padding = left_padded(prompts, target.device)
     width = ids.shape[1]
     cache = target.cache(width + max_new_tokens, len(prompts))

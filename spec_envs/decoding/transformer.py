@@ -85,13 +85,13 @@ class Transformer:
         self.dtype, self.device = dtype, torch.device(device)
         self.precision = precision = Precision(dtype)
         modules = precision.modules
+        self.rope = Rope(config, self.shape.head_dim, self.shape.context, precision.hidden, self.device)
         self.fingerprint = fingerprint(weights)
         own = fitting(config, self.shape, weights, self.shape.vocab if outputs is None else outputs)
         output = own.pop(OUTPUT)
         self.tied = output is own[EMBEDDING]
         own = {name: precision.cast(tensor, self.device) for name, tensor in own.items()}
         output = own[EMBEDDING] if self.tied else precision.cast(output, self.device)
-        self.rope = Rope(config, self.shape.head_dim, self.shape.context, precision.hidden, self.device)
         self.embedding = own[EMBEDDING].to(precision.cache)
         parts = [part(own, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.layers = graphed(modules.Layers(parts, self.shape), self.device)
