@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,24 +10,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-STATIC_ROPE = ("linear", "llama3", "yarn")  # the others depend on the sequence length
+# Types whose frequencies do not depend on the length of the text; those of "dynamic" do beyond the context only.
+STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 class Rope:
-    """Rotary position tables (cosine, and sine with the sign of the half it multiplies), computed in float32."""
+    """Rotary position tables (cosine, and sine with the sign of the half it multiplies), computed in float32.
+
+    Raises:
+        ValueError: rotary positions that are not computed, or parameters that make none.
+    """
 
     def __init__(self, config: PretrainedConfig, head_dim: int, length: int, dtype: torch.dtype, device: torch.device):
-        parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-        kind = parameters.get("rope_type", "default")
-        if kind == "default":
-            theta: float = parameters.get("rope_theta") or 10_000.0
-            frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-            scale = 1.0
-        elif kind in STATIC_ROPE:
-            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-        else:
-            raise ValueError(f"rope type {kind!r} is not supported; expected default, {', '.join(STATIC_ROPE)}")
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
+        turns, scale = frequencies(config, head_dim)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), turns)
         cos, sin = angles.cos() * scale, angles.sin() * scale
         self.cos = torch.cat([cos, cos], -1).to(device, dtype)
         self.sin = torch.cat([-sin, sin], -1).to(device, dtype)
@@ -41,3 +38,32 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(x * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2))
+
+
+def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]:
+    """Radians per position of every pair of dimensions of a head, ``[head_dim / 2]``, and what scales the tables.
+
+    Raises:
+        ValueError: see ``Rope``.
+    """
+    parameters: dict[str, Any] = config.rope_parameters or {}
+    kind = parameters.get("rope_type")
+    if kind not in STATIC_ROPE:
+        raise ValueError(f"rope type {kind!r} is not supported; expected {', '.join(STATIC_ROPE)}")
+    try:
+        if kind == "default":
+            turns, scale = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
+        else:
+            turns, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"the rope parameters {parameters} are not those of type {kind!r}: {type(error).__name__} {error}"
+        ) from None
+    if 2 * len(turns) != head_dim:
+        raise ValueError(
+            f"rope type {kind!r} turns {2 * len(turns)} of the {head_dim} dimensions of a head (partial_rotary_factor is "
+            f"{parameters.get('partial_rotary_factor')}); only all of them are supported"
+        )
+    if not (torch.isfinite(turns).all() and math.isfinite(scale)):
+        raise ValueError(f"the rope parameters {parameters} give frequencies that are not finite numbers")
+    return turns.float(), scale

@@ -21,6 +21,7 @@ from spec_envs.decoding.graphs import graphed
 from spec_envs.decoding.lora import Additions
 from spec_envs.decoding.rope import Rope
 from spec_envs.decoding.shape import Shape, part
+from spec_envs.decoding.tensors import EMBEDDING, OUTPUT, fitting
 
 
 class Precision:
@@ -42,8 +43,17 @@ class Precision:
             self.modules, self.weights, self.hidden, self.cache = layers, dtype, dtype, dtype
 
     def cast(self, weight: Tensor, device: torch.device) -> Tensor:
-        """A weight as the parts want it."""
-        return weight.to(device, self.weights or weight.dtype)
+        """A weight as the parts want it.
+
+        Raises:
+            ValueError: it holds numbers that float16 does not.
+        """
+        cast = weight.to(device, self.weights or weight.dtype)
+        if cast.dtype == torch.float16 and not torch.isfinite(cast).all():
+            raise ValueError(
+                f"the weights reach {weight.abs().max():.3g}, which float16 does not hold; pass dtype bfloat16 or float32"
+            )
+        return cast
 
 
 class Transformer:
@@ -53,36 +63,40 @@ class Transformer:
         config: a transformers config of one of ``ARCHITECTURES``.
         weights: state dict with Hugging Face's names (``model.layers.0.self_attn.q_proj.weight``, …).
         dtype, device: what to compute in and where; ``torch.int8`` is weights in int8 and rows quantised one by one.
+        outputs: how many output rows there are (default: those of the vocabulary).
 
     Attributes:
         fingerprint: tells weights apart, whatever dtype they are computed in.
 
     Raises:
-        ValueError: another architecture, or weights that do not belong to the config.
+        ValueError: another architecture, weights that do not belong to the config, or a model that ``dtype`` does not
+            compute.
     """
 
     def __init__(
-        self, config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device
+        self,
+        config: PretrainedConfig,
+        weights: dict[str, Tensor],
+        dtype: torch.dtype,
+        device: str | torch.device,
+        outputs: int | None = None,
     ):
         self.config, self.shape = config, Shape.from_config(config)
         self.dtype, self.device = dtype, torch.device(device)
         self.precision = precision = Precision(dtype)
         modules = precision.modules
         self.fingerprint = fingerprint(weights)
-        weights = {name: precision.cast(tensor, self.device) for name, tensor in weights.items()}
-        try:
-            embedding = weights["model.embed_tokens.weight"]
-            self.embedding = embedding.to(precision.cache)
-            parts = [part(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
-            self.layers = graphed(modules.Layers(parts, self.shape), self.device)
-            self.norm = modules.RMSNorm(weights["model.norm.weight"], self.shape.norm_eps)
-            self.tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-            self.head = modules.Head(embedding if self.tied else weights["lm_head.weight"], self.norm)
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"the weights do not fit their config.json: {error}") from error
+        own = fitting(config, self.shape, weights, self.shape.vocab if outputs is None else outputs)
+        output = own.pop(OUTPUT)
+        self.tied = output is own[EMBEDDING]
+        own = {name: precision.cast(tensor, self.device) for name, tensor in own.items()}
+        output = own[EMBEDDING] if self.tied else precision.cast(output, self.device)
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, precision.hidden, self.device)
+        self.embedding = own[EMBEDDING].to(precision.cache)
+        parts = [part(own, f"model.layers.{i}.") for i in range(self.shape.layers)]
+        self.layers = graphed(modules.Layers(parts, self.shape), self.device)
+        self.norm = modules.RMSNorm(own["model.norm.weight"], self.shape.norm_eps)
+        self.head = modules.Head(output, self.norm)
 
     def cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for ``batch`` sequences of at most ``capacity`` rows."""

@@ -184,4 +184,4 @@ def on_the_target(
     config.tie_word_embeddings = False
     own = {name: tensor for name, tensor in weights.items() if name != SHORTLIST}
     own |= {"model.embed_tokens.weight": target.embedding, "lm_head.weight": rows}
-    return Transformer(config, own, target.dtype, target.device), shortlist.numpy()
+    return Transformer(config, own, target.dtype, target.device, len(shortlist)), shortlist.numpy()
