@@ -77,7 +77,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     lines += text_notes(results.get("divergences", {}))
     for name, share in results.get("others_text", {}).items():
         lines.append(
-            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts; its texts end where it ends them."
+            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts (each side ends its texts by its own rule)."
         )
     for name, histogram in results.get("actions", {}).items():
         setting, share = most_played(histogram)
