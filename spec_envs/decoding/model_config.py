@@ -17,6 +17,9 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
+# In front of the model_type of a draft model that is stored without its target's embedding, so that transformers refuses
+# to load it rather than draw one at random.
+ON_TARGET = "spec-envs-draft-"
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # where a config names its method
 # What other models of these families' shapes compute, and the values at which it is nothing. Without code of their own
 # transformers ignores them; a model that was trained with one is another model without it.
@@ -56,6 +59,8 @@ def load_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     raw = read_json(path)
     kind, layers = raw.get("model_type"), raw.get("num_hidden_layers", 1)
+    if isinstance(kind, str):
+        kind = kind.removeprefix(ON_TARGET)
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"cannot read {path} (model_type {kind!r:.60}); supported architectures: {', '.join(ARCHITECTURES)}"
@@ -64,7 +69,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f"cannot read {path} (num_hidden_layers {layers!r:.60}); expected up to {LAYERS} layers")
     refuse_others(path, raw)
     try:
-        config = CONFIGS[kind].from_dict(raw)
+        config = CONFIGS[kind].from_dict(raw | {"model_type": kind})
         Shape.from_config(config)
     except Exception as error:  # whatever transformers trips over in values of any type
         raise ValueError(f"cannot read {path} ({first_line(error)}); fetch it again, or take another model") from None
