@@ -25,7 +25,7 @@ HOST = localhost
 KIND ?= eagle3
 ARGS ?=
 
-.PHONY: help setup train eval bench bench-k bench-dvi benchmark minari drafter tune generate trace cloud edge edge-cloud cloud-load \
+.PHONY: help setup train eval bench bench-k bench-dvi benchmark minari drafter standalone tune generate trace cloud edge edge-cloud cloud-load \
 	tensorboard test fuzz lint
 
 help:  ## list the targets
@@ -57,6 +57,9 @@ bench-dvi: $(READY)  ## learning curves of agents that improve an early exit; ru
 
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
 	$(PY) -m experiments.drafter --kind $(KIND) $(ARGS)
+
+standalone: $(READY)  ## write the draft model DRAFTER with its target's embedding to OUT, for transformers; TARGET=name of another target
+	$(PY) -m experiments.standalone $(DRAFTER) $(OUT) $(if $(TARGET),--target $(TARGET))
 
 tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; ARGS=--help
 	$(PY) -m experiments.tune $(if $(filter file,$(origin ENV)),SpecK-v0,$(ENV)) $(if $(AGENT),--agent $(AGENT)) --set $(SET) $(ARGS)

@@ -12,6 +12,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from experiments.batches import Batch, drafted_rows, first_occurrence
 from spec_envs.decoding.checkpoints import load_config, load_weights, model_folder
+from spec_envs.decoding.model_config import ON_TARGET
 from spec_envs.decoding.shape import part
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import write_bytes, write_json
@@ -67,15 +68,17 @@ class Student(nn.Module):
         return self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors with Hugging Face's names, without the embedding; ``shortlist`` holds
-        the ids that it drafts."""
+        """Write config.json and model.safetensors with Hugging Face's names, without the embedding, and so with a type
+        of its own; ``shortlist`` holds the ids that it drafts."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"model.{name}": tensor.to(dtype).contiguous() for name, tensor in self.model.state_dict().items()}
         state["shortlist"] = self.draft_ids.to(torch.int32)
         write_bytes(folder / "model.safetensors", save(state))
         self.config.dtype = dtype
-        settings = self.config.to_diff_dict()
-        write_json(folder / "config.json", {k: v for k, v in settings.items() if not k.startswith("_")})
+        settings = {
+            k: v for k, v in self.config.to_diff_dict().items() if not k.startswith("_") and k != "architectures"
+        }
+        write_json(folder / "config.json", settings | {"model_type": ON_TARGET + self.config.model_type})
 
 
 class Distillation:

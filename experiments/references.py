@@ -68,12 +68,14 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
 
 
 def language_model(name: str, decoder: Decoder) -> Any:
-    """A model of transformers on the decoder's device, without the penalties and filters of its own."""
+    """Return a model of transformers on the decoder's device, without the penalties and filters of its own; the ids that
+    end its texts are its own, for what is compared must not be told where to stop."""
     target = decoder.local.target
     transformers_logging.disable_progress_bar()  # of reading the weights
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=target.precision.cache)
+    folder, dtype = model_folder(name), target.precision.cache
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.to(target.device).eval()
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model
 
 
@@ -83,8 +85,8 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
     synchronize = WallClock(verifier.device).synchronize
     settings: dict[str, Any] = {
         "do_sample": False,
-        "eos_token_id": sorted(decoder.eos),
-        "pad_token_id": min(decoder.eos),
+        "eos_token_id": model.generation_config.eos_token_id,
+        "pad_token_id": 0,  # never used: there is one text at a time
     }
     if verifier.temperature:
         settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}

@@ -75,6 +75,10 @@ def notes(results: dict[str, Any]) -> list[str]:
     if "exit" in results:
         lines += exit_notes(results["exit"])
     lines += text_notes(results.get("divergences", {}))
+    for name, share in results.get("others_text", {}).items():
+        lines.append(
+            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts (each side ends its texts by its own rule)."
+        )
     for name, histogram in results.get("actions", {}).items():
         setting, share = most_played(histogram)
         if share >= COLLAPSED:

@@ -106,6 +106,11 @@ def tables(
             name: [sum(getattr(s, way) for s in arm) / sum(s.tokens for s in arm) for way in ("bytes_up", "bytes_down")]
             for name, arm in samples.items()
         }
+    ours = {"plain", "plain again", *policies}
+    if not decoder.temperature:
+        results["others_text"] = {
+            name: same_text(arm, samples["plain"]) for name, arm in samples.items() if name not in ours
+        }
     if decoder.in_process and not decoder.temperature:
         results["divergences"] = {
             name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}

@@ -115,7 +115,7 @@ def read_hub(name: str) -> list[tuple[str, str]]:
     place, _, column = name.partition(":")
     identifier, _, configuration = place.partition("@")
     try:
-        splits = load_dataset(identifier, configuration or None)
+        splits = load_dataset(identifier, configuration or None, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         raise ValueError(
             f"cannot load the data set {identifier!r} from the hub: {str(error).splitlines()[0]}"

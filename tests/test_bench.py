@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import bench, static
 from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
 from experiments.evaluate import folder_name
-from experiments.references import assisted_arms
+from experiments.references import assisted_arms, transformers_arms
 from experiments.report import most_played
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.pair import load_decoder
@@ -106,3 +108,20 @@ def test_evaluations_have_folders_of_their_own() -> None:
 def test_a_collapsed_policy_is_found() -> None:
     played = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
     assert most_played(played) == ("7", 0.98)
+
+
+def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, tmp_path: Path) -> None:
+    """Ours is not told to it: where the two disagree, the texts differ, which the table shows."""
+    folder = shutil.copytree(tiny_target, tmp_path / "target")
+    decoder = load_decoder(str(folder), None, "cpu", "float32")
+    prompt = Encoded("t", [5, 6, 7, 8])
+    decoder.start(prompt.ids, 20, np.random.default_rng(0))
+    while not decoder.finished:
+        decoder.verify(0)
+    stop = decoder.tokens[4]
+    decoder.eos = frozenset({stop})
+    arm = transformers_arms(str(folder), decoder)["transformers generate"]
+    assert arm(prompt, 20, 0).ids == decoder.tokens
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
+    arm = transformers_arms(str(folder), decoder)["transformers generate"]
+    assert arm(prompt, 20, 0).ids == decoder.tokens[: decoder.tokens.index(stop) + 1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,22 +41,46 @@ def test_missing_and_corrupt_weights(copied: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read the weights .*model.safetensors: .*; delete it"):
         load_weights(copied)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"holds no weights; expected model\*.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no weights; expected model.safetensors or"):
         load_weights(copied)
     (copied / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*config.json"):
         load_config(copied)
 
 
+def test_another_file_beside_the_weights(copied: Path) -> None:
+    state = load_file(copied / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, copied / "model_int8.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, copied / "model-00001-of-00001.safetensors")
+    weights = load_weights(copied)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+
+
 def test_shards_and_torch_files(copied: Path) -> None:
     state = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").unlink()
     names = sorted(state)
-    save_file({n: state[n] for n in names[:7]}, copied / "model-00001-of-00002.safetensors")
-    save_file({n: state[n] for n in names[7:]}, copied / "model-00002-of-00002.safetensors")
-    assert set(load_weights(copied)) == set(names)
-    for shard in copied.glob("*.safetensors"):
-        shard.unlink()
+    shards = {f"model-{i:05}-of-00002.safetensors": part for i, part in ((1, names[:7]), (2, names[7:]))}
+    for shard, part in shards.items():
+        save_file({name: state[name] for name in part}, copied / shard)
+    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(
+        {name: state[name] + 1 for name in names}, copied / "model-00001-of-00001.safetensors"
+    )  # an older version
+    assert set(weights := load_weights(copied)) == set(names)
+    assert all(torch.equal(weights[name], state[name]) for name in names)
+    save_file({name: state[name] for name in names[8:]}, copied / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match=rf"lack {names[7]}, which their index names"):
+        load_weights(copied)
+    (copied / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00002-of-00002.safetensors of 2 files that its index names"):
+        load_weights(copied)
+    index["weight_map"][names[0]] = "../model.safetensors"
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names '../model.safetensors'\); expected files beside it"):
+        load_weights(copied)
+    (copied / "model.safetensors.index.json").unlink()
     torch.save(state, copied / "pytorch_model.bin")
     assert torch.equal(load_weights(copied)[names[0]], state[names[0]])
     torch.save({"model": torch.nn.Linear(2, 2)}, copied / "pytorch_model.bin")  # an object, not tensors

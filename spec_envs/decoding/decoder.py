@@ -93,6 +93,13 @@ def check_room(prompt: Sequence[int], max_new_tokens: int, positions: int, conte
         )
 
 
+def check_ids(prompt: Sequence[int], vocab: int) -> None:
+    """Refuse ids that the target has no embedding for."""
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        wrong = next(i for i in prompt if not 0 <= i < vocab)
+        raise ValueError(f"the prompt has the id {wrong}; expected ids of the target, 0 to {vocab - 1}")
+
+
 class Decoder:
     """Drives a drafter and a verifier over one text at a time.
 
@@ -144,6 +151,7 @@ class Decoder:
         """
         positions = max_new_tokens + self.max_depth + 1
         check_room(prompt, max_new_tokens, positions, self.context)
+        check_ids(prompt, self.verifier.vocab)
         self.prompt, self.max_new_tokens = list(prompt), max_new_tokens
         self.tree.clear()
         self.cycles: list[Cycle] = []

@@ -10,23 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
-from torch import Tensor
 
-from spec_envs.decoding.checkpoints import CACHE, load_config, load_weights, sha256
+from spec_envs.decoding.checkpoints import CACHE, alone, load_config, load_weights, sha256
+from spec_envs.decoding.gguf_model import NAMES, interleaved
 from spec_envs.decoding.shape import Shape
 from spec_envs.files import whole
 
-NAMES = {  # of a layer's tensors, there and here
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 KEPT = ("token_embd.weight", "output.weight", "rope_freqs.weight")  # of the target's tensors
 
 
@@ -35,9 +24,10 @@ def exported(folder: Path, target: Path) -> Path:
     digest = f"{sha256(folder / 'model.safetensors')[:12]}-{sha256(target)[:12]}"
     path = CACHE / "gguf" / f"{folder.name}-{digest}.gguf"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            write(folder, target, temporary)
+        with alone(path):
+            if not path.is_file():  # another process may have been faster
+                with whole(path) as temporary:
+                    write(folder, target, temporary)
     return path
 
 
@@ -73,9 +63,3 @@ def write(folder: Path, target: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a rotary projection as llama.cpp rotates them: pairs side by side, where Hugging Face has halves."""
-    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
-    return heads.transpose(1, 2).flatten(0, 2)

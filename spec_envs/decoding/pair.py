@@ -13,6 +13,7 @@ import torch
 
 from spec_envs.decoding.checkpoints import (
     eos_ids,
+    fit_together,
     load_config,
     load_target,
     load_tokenizer,
@@ -194,6 +195,7 @@ def load_decoder(
     if chain and drafter != LOOKUP and not exits(name):
         models.append(str(drafter_folder(name)))
     model = load_target(target, at, resolve_dtype(dtype, at, models))
+    fit_together(target, model.shape.vocab)
     loaded: Drafter | None = None
     verifier: LocalVerifier | None = None
     if drafter == LOOKUP:
@@ -213,7 +215,7 @@ def load_decoder(
         verifier,
         loaded,
         clock or WallClock(at),
-        eos_ids(target, model.config),
+        eos_ids(target),
         max_depth,
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# Types whose frequencies do not depend on the length of the text; those of "dynamic" do beyond the context only.
-STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn")
+# Types whose frequencies do not depend on the length of the text; those of "dynamic" do beyond the context only, and
+# those of "longrope" beyond the original context, where its two lists of factors differ.
+STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 class Rope:
@@ -50,6 +51,11 @@ def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]
     kind = parameters.get("rope_type")
     if kind not in STATIC_ROPE:
         raise ValueError(f"rope type {kind!r} is not supported; expected {', '.join(STATIC_ROPE)}")
+    if kind != "proportional" and parameters.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"the rope parameters have partial_rotary_factor = {parameters['partial_rotary_factor']}; only whole heads "
+            "are turned here"
+        )
     try:
         if kind == "default":
             turns, scale = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
@@ -61,9 +67,17 @@ def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]
         ) from None
     if 2 * len(turns) != head_dim:
         raise ValueError(
-            f"rope type {kind!r} turns {2 * len(turns)} of the {head_dim} dimensions of a head (partial_rotary_factor is "
-            f"{parameters.get('partial_rotary_factor')}); only all of them are supported"
+            f"rope type {kind!r} turns {2 * len(turns)} of the {head_dim} dimensions of a head; only all of them are supported"
         )
     if not (torch.isfinite(turns).all() and math.isfinite(scale)):
         raise ValueError(f"the rope parameters {parameters} give frequencies that are not finite numbers")
     return turns.float(), scale
+
+
+def static_context(config: PretrainedConfig) -> int:
+    """Positions within which the frequencies do not depend on the length of the text."""
+    parameters: dict[str, Any] = config.rope_parameters or {}
+    original = parameters.get("original_max_position_embeddings")
+    if parameters.get("rope_type") != "longrope" or parameters.get("short_factor") == parameters.get("long_factor"):
+        return config.max_position_embeddings
+    return min(config.max_position_embeddings, original if type(original) is int else 0)

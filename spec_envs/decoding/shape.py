@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from spec_envs.decoding.rope import static_context
+
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 SILU = ("silu", "swish")  # two names of one activation
+LONGEST = 1 << 20  # positions; tables of all of them are kept, and a config may claim any number
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -56,7 +59,7 @@ class Shape:
             raise ValueError(f"activation {config.hidden_act!r} is not supported; expected 'silu'")
         if not getattr(config, "is_causal", True):
             raise ValueError("the model's config says is_causal = false: it does not predict the next token")
-        context, window = config.max_position_embeddings, sliding_window(config)
+        context, window = min(static_context(config), LONGEST), sliding_window(config)
         heads = config.num_attention_heads
         return cls(
             hidden=config.hidden_size,
