@@ -27,9 +27,10 @@ from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
-from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
+from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.drafters.formats import is_head
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.exit_files import is_exit, load_exit
 from spec_envs.decoding.exits import ExitAdapter
