@@ -23,6 +23,7 @@ EAGLE-3.1 and its relatives add norms: ``fc_norm`` (once called ``use_aux_norm``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from spec_envs.decoding.drafters.config_keys import EAGLE, FLAGS, IDS, MODEL, SPECULATORS, refuse_unknown
+from spec_envs.decoding.drafters.config_keys import EAGLE, FLAGS, FLAT, IDS, MODEL, SPECULATORS, refuse_unknown
 from spec_envs.decoding.drafters.formats import read_json, refuse_foreign_config
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -164,7 +165,7 @@ def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
     nested = raw.get("eagle_config") or {}
     if not isinstance(nested, dict):
         raise ValueError(f"eagle_config is {nested!r}, expected an object")
-    refuse_unknown(raw, MODEL | SPECULATORS | {"eagle_config"}, "")
+    refuse_unknown(raw, FLAT, "")
     refuse_unknown(nested, EAGLE, "eagle_config: ")
     if raw.get("model_type", "llama") not in MODEL_TYPES:
         raise ValueError(f"model_type is {raw['model_type']!r}, expected one of {', '.join(MODEL_TYPES)}")
@@ -199,14 +200,9 @@ def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
 def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> PretrainedConfig:
     """The transformers config of a head's layers, checked."""
     refuse_quantised(raw)
-    theta, parameters = raw.get("rope_theta"), raw.get("rope_parameters")
-    both = theta is not None and isinstance(parameters, dict) and "rope_theta" in parameters
-    if both and parameters["rope_theta"] != theta:
-        raise ValueError(f"rope_theta is {theta} and {parameters['rope_theta']} in rope_parameters")
-    if parameters and raw.get("rope_scaling") and {**parameters, **raw["rope_scaling"]} != parameters:
-        raise ValueError("rope_scaling and rope_parameters differ")
+    refuse_two_ropes(raw)
     kept = [*Numbers.__struct_fields__, "rope_theta", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"]
-    kept += [] if parameters else ["rope_scaling"]
+    kept += [] if raw.get("rope_parameters") else ["rope_scaling"]
     config = kind(**{key: raw[key] for key in kept if raw.get(key) is not None})
     config.num_key_value_heads = raw.get("num_key_value_heads") or config.num_key_value_heads
     found = {name: getattr(config, name) for name in Numbers.__struct_fields__ if hasattr(config, name)}
@@ -277,7 +273,7 @@ def boundaries_of(
     if ids is None or ids == []:
         return None
     ids = msgspec.convert(ids, Annotated[list[Annotated[int, Meta(ge=0, le=1 << 16)]], Meta(max_length=64)])
-    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(ids)):
         raise ValueError(f"{IDS} is {ids}, expected ascending numbers")
     if top is not None and inner is not None and top != inner:
         raise ValueError(f"{IDS} is {top}, but {inner} in eagle_config")
@@ -289,6 +285,19 @@ def boundaries_of(
             f"{[i + 1 for i in ids]} for the outputs of these layers, or move the key below eagle_config"
         )
     return tuple(i + 1 for i in ids)
+
+
+def refuse_two_ropes(raw: Mapping[str, Any]) -> None:
+    """Refuse rotary positions that transformers' older names say otherwise than its newer one."""
+    parameters = raw.get("rope_parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        return
+    older = dict(raw["rope_scaling"]) if isinstance(raw.get("rope_scaling"), dict) else {}
+    older |= {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
+    if differing := [key for key, value in older.items() if parameters.get(key, value) != value]:
+        raise ValueError(
+            f"{differing[0]} is {older[differing[0]]!r}, but {parameters[differing[0]]!r} in rope_parameters"
+        )
 
 
 def refuse_quantised(raw: Mapping[str, Any]) -> None:

@@ -108,9 +108,9 @@ def refuse_foreign_tensors(weights: Mapping[str, Tensor], folder: Path) -> None:
             refuse(what, folder)
     fc = weights.get("fc.weight", weights.get("model.fc.weight"))
     # The first EAGLE joins one hidden state and the embedding in front of its layer, EAGLE-3 several states.
-    if fc is not None and fc.dim() == 2 and fc.shape[1] == 2 * fc.shape[0]:
-        if not any(name.endswith("hidden_norm.weight") for name in weights):
-            refuse(EAGLE_1, folder)
+    two_wide = fc is not None and fc.dim() == 2 and fc.shape[1] == 2 * fc.shape[0]
+    if two_wide and not any(name.endswith("hidden_norm.weight") for name in weights):
+        refuse(EAGLE_1, folder)
 
 
 def refuse(what: str, folder: Path) -> None:
