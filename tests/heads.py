@@ -55,11 +55,11 @@ def tensors(r: Recipe) -> dict[str, Tensor]:
     """By the names of the first published heads."""
     generator = torch.Generator().manual_seed(r.seed)
 
-    def drawn(*shape: int) -> Tensor:
-        return r.scale * torch.randn(*shape, generator=generator)
+    def drawn(*shape: int) -> Tensor:  # biases are not as small as weights may have to be
+        return (r.scale if len(shape) > 1 else 0.3) * torch.randn(*shape, generator=generator)
 
     def gains(n: int) -> Tensor:
-        return 1 + 0.3 * torch.randn(n, generator=generator)
+        return 1 + drawn(n)
 
     fused, made = len(r.boundaries) * r.target_hidden, {}
     made["fc.weight"] = drawn(r.hidden, fused)
