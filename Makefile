@@ -34,6 +34,7 @@ help:  ## list the targets
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps speculators hs-connectors  # asks for an older transformers
 	@touch $(READY)
 
 setup: $(READY)  ## make .venv with the pinned versions

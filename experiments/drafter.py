@@ -33,7 +33,7 @@ from spec_envs.decoding.checkpoints import (
     resolve_dtype,
 )
 from spec_envs.decoding.drafters.eagle import EagleModel, captured_layers
-from spec_envs.decoding.drafters.eagle_head import EagleHead
+from spec_envs.decoding.drafters.eagle_head import PLAIN, EagleHead
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import write_json
@@ -99,12 +99,18 @@ def trained_head(name: str, target: Transformer) -> EagleHead:
     """A head to train on.
 
     Raises:
-        ValueError: its output rows are not the target's, which is what this training holds fixed.
+        ValueError: it computes something else than the heads that are trained here, or its output rows are not the
+            target's, which is what this training holds fixed.
     """
     head = EagleHead.load(name)
+    plain = EagleHead(head.config).state_dict()
+    if head.variant != PLAIN or plain.keys() != head.state_dict().keys():
+        raise ValueError(
+            f"the head {name!r} has parts that are not trained here; expected one that `make drafter` made"
+        )
     if EagleModel(head, target).output_weight is None:
         raise ValueError(f"the head {name!r} has output rows of its own; expected one that `make drafter` made")
-    head.lm_head.requires_grad_(False)
+    head.get_submodule("lm_head").requires_grad_(False)
     return head
 
 
@@ -154,7 +160,7 @@ def make_drafter(args: argparse.Namespace) -> None:
         kept_layers(target.shape.layers, args.layers)
     capture: tuple[int, ...] = ()
     if args.kind == "eagle3":
-        capture = (head and head.captured_layers) or captured_layers(target.shape.layers)
+        capture = captured_layers(target.shape.layers)
     longest = min(args.longest, target.shape.context)
     kept = ["target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens"]
     kept += ["kind", "layers"] if args.kind == "draft-model" else []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.stats import kstest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from experiments.costs import draft_model
 from spec_envs.decoding import accept
+from spec_envs.decoding.checkpoints import load_weights
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.pair import drafts_chains, load_decoder
@@ -144,6 +148,39 @@ def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Pa
     decoder.start([3] * 39, 17, rng)
     while not decoder.finished:
         decoder.cycle(8)
+
+
+def test_a_draft_model_on_the_target_with_more_or_other_tensors_is_refused(tiny: dict, tmp_path: Path) -> None:
+    target = Path(tiny["target"])
+    weights = {k: v for k, v in load_weights(target).items() if k.startswith(("model.layers.7.", "model.norm"))}
+    kept = {name.replace("layers.7", "layers.0"): tensor for name, tensor in weights.items()}
+    kept["shortlist"] = torch.arange(2, 12)
+    made = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(made))
+    ones = torch.ones(32)
+    for i, (changes, message) in enumerate(
+        (
+            ({}, None),
+            ({"extra": ones}, "nothing reads the tensors extra"),
+            (
+                {"model.layers.1.input_layernorm.weight": ones},
+                "nothing reads the tensors model.layers.1.input_layernorm",
+            ),
+            ({"model.layers.0.mlp.router.weight": ones}, "nothing reads the tensors model.layers.0.mlp.router.weight"),
+            ({"shortlist": torch.arange(10, 17)}, "shortlist holds ids twice, or others than the target's 16"),
+            ({"shortlist": torch.tensor([-1, 3])}, "shortlist holds ids twice, or others"),
+            ({"shortlist": torch.tensor([3, 3])}, "shortlist holds ids twice, or others"),
+            ({"shortlist": torch.ones(4)}, "shortlist is torch.float32"),
+        )
+    ):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        save_file(kept | changes, folder / "model.safetensors")
+        if message is None:
+            chain_decoder(tiny, folder)
+            continue
+        with pytest.raises(ValueError, match=f"cannot use the draft model in {folder}: {message}"):
+            chain_decoder(tiny, folder)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

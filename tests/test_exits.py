@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -428,6 +429,59 @@ def test_bad_exits(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp
     save_file({name: tensor[:-1].clone() for name, tensor in tensors.items()}, wrong)
     with pytest.raises(ValueError, match=r"is \(.*\), expected \(.*\); train it again"):
         load_exit(tmp_path / "exit", target, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "changes", "message"),
+    [
+        ("head", "exit_proj", {"use_dora": True}, "use_dora = True, which is not computed"),
+        ("head", "exit_proj", {"use_rslora": True}, "use_rslora = True"),
+        ("head", "exit_proj", {"lora_alpha": 3}, "lora_alpha = 3, which is not computed; expected 8"),
+        ("head", "exit_proj", {"r": 5}, "r = 5"),
+        ("head", "exit_proj", {"r": None}, "r = None"),
+        ("kangaroo", "exit_proj", {"bias": "all"}, "bias = 'all'"),
+        ("layers", "lora_S", {"rank_pattern": {"q_proj": 2}}, "rank_pattern = {'q_proj': 2}"),
+        ("layers", "lora_D", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ("layers", "lora_D", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("layers", "lora_D", {"layers_to_transform": [0, 1]}, "layers_to_transform"),
+        ("layers", "lora_S", {"layers_pattern": "blocks"}, "layers_pattern"),
+        ("layers", "lora_S", {"target_modules": ["k_proj", "v_proj"]}, "target_modules"),
+        ("layers", "lora_S", {"fan_in_fan_out": True}, "fan_in_fan_out = True"),
+        ("layers", "lora_S", {"lora_bias": True}, "lora_bias = True"),
+        ("layers", "lora_S", {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ("layers", "lora_S", {"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
+        ("layers", "lora_S", {"some_future_switch": True}, "some_future_switch = True"),
+        ("layers", "lora_S", {"peft_type": "VERA"}, "peft_type = 'VERA'"),
+    ],
+)
+def test_flags_of_peft_that_are_not_computed_are_refused(
+    kind: str, part: str, changes: dict, message: str, target: Transformer, tiny_target: Path, tmp_path: Path
+) -> None:
+    save_exit(trained(target, str(tiny_target), kind), tmp_path)
+    path = tmp_path / part / "adapter_config.json"
+    said = json.loads(path.read_text())
+    again = {"lora_dropout": 0.1, "peft_version": "9", "target_modules": [*reversed(said["target_modules"])]}
+    path.write_text(json.dumps(said | again | {"init_lora_weights": "gaussian"}))
+    load_exit(tmp_path, target, str(tiny_target))
+    path.write_text(json.dumps(said | changes))
+    with pytest.raises(ValueError, match=f"cannot read the exit in .*adapter_config.json says {re.escape(message)}"):
+        load_exit(tmp_path, target, str(tiny_target))
+
+
+def test_files_of_an_exit_that_say_more_are_refused(target: Transformer, tiny_target: Path, tmp_path: Path) -> None:
+    save_exit(trained(target, str(tiny_target), "head"), tmp_path)
+    stored = json.loads((tmp_path / "exit.json").read_text())
+    (tmp_path / "exit.json").write_text(json.dumps(stored | {"scale": 3}))
+    with pytest.raises(ValueError, match="nothing reads its scale"):
+        load_exit(tmp_path, target, str(tiny_target))
+    (tmp_path / "exit.json").write_text(json.dumps(stored))
+    for text in ("", "[1]", "{"):
+        (tmp_path / "exit_proj" / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cannot read the exit in .*adapter_config.json is damaged"):
+            load_exit(tmp_path, target, str(tiny_target))
+    (tmp_path / "exit_proj" / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot read the exit in .*adapter_config.json"):
+        load_exit(tmp_path, target, str(tiny_target))
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(

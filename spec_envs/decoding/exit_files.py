@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,18 @@ from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import whole
 
 SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
+# Keys of peft's that do not change what loaded weights compute.
+UNREAD = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 
 
@@ -50,7 +62,8 @@ def save_exit(adapter: ExitAdapter, folder: Path) -> None:
     """
     shortlist = None if adapter.shortlist is None else adapter.shortlist.tolist()
     files = {folder / SETTINGS: as_json(asdict(adapter.settings) | {"shortlist": shortlist})}  # the last to be renamed
-    for part, config, tensors in parts(adapter):
+    for part, meant, tensors in parts(adapter):
+        config = peft_config(adapter.settings, meant)
         files |= {folder / part / WEIGHTS: as_safetensors(tensors), folder / part / CONFIG: as_json(config)}
     if adapter.kind == "kangaroo":
         weights = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
@@ -69,7 +82,10 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
     """
     try:
         stored = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Stored)
-    except (OSError, msgspec.DecodeError) as error:
+        known = {field.name for field in fields(Stored)}
+        if unknown := msgspec.json.decode((folder / SETTINGS).read_bytes(), type=dict[str, Any]).keys() - known:
+            raise ValueError(f"nothing reads its {', '.join(sorted(unknown))}")
+    except (OSError, ValueError, RecursionError) as error:  # among them msgspec's
         raise ValueError(
             f"{folder / SETTINGS} is damaged or missing ({str(error).splitlines()[0]}); train the exit again"
         ) from None
@@ -77,7 +93,8 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
     settings = ExitSettings(name, stored.fingerprint, stored.exit_layer, stored.kind, stored.rank)
     adapter = ExitAdapter(target, settings)
     try:
-        for part, _, tensors in parts(adapter):
+        for part, config, tensors in parts(adapter):
+            check_config(config, folder / part / CONFIG)
             take(tensors, load_file(folder / part / WEIGHTS))
         if settings.kind == "kangaroo":
             wanted = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
@@ -95,7 +112,7 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
 
 
 def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-    """The low-rank parts: name, peft's configuration, and tensors by peft's names."""
+    """The low-rank parts: name, what peft's configuration says of their meaning, and tensors by peft's names."""
     settings = adapter.settings
     if settings.kind == "layers":
         for name, lora in (("lora_S", adapter.lora_S), ("lora_D", adapter.lora_D)):
@@ -103,10 +120,10 @@ def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str,
             tensors: dict[str, Tensor] = {}
             for layer, product, low_rank in lora.parts():
                 tensors |= named(f"model.layers.{layer}.self_attn.{product}", low_rank)
-            yield name, peft_config(settings, lora.alpha, **chosen), tensors
+            yield name, meaning(settings, lora.alpha, **chosen), tensors
     else:
         alpha = adapter.exit_proj.scale * settings.rank
-        yield "exit_proj", peft_config(settings, alpha, target_modules=["lm_head"]), named("lm_head", adapter.exit_proj)
+        yield "exit_proj", meaning(settings, alpha, target_modules=["lm_head"]), named("lm_head", adapter.exit_proj)
 
 
 def as_json(content: dict[str, Any]) -> bytes:
@@ -124,19 +141,47 @@ def named(module: str, low_rank: LowRank) -> dict[str, Tensor]:
     return {f"base_model.model.{module}.lora_{side}.weight": getattr(low_rank, f"lora_{side}") for side in "AB"}
 
 
-def peft_config(settings: ExitSettings, alpha: float, **chosen: Any) -> dict[str, Any]:
-    """The contents of an ``adapter_config.json``."""
-    from peft import LoraConfig  # takes more than a second, and only files need it
+def meaning(settings: ExitSettings, alpha: float, **chosen: Any) -> dict[str, Any]:
+    """What must be said of low-rank weights in an ``adapter_config.json``."""
+    return {"peft_type": "LORA", "r": settings.rank, "lora_alpha": round(alpha), "bias": "none", **chosen}
 
-    config = LoraConfig(
-        base_model_name_or_path=settings.base_model,
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=round(alpha),
-        inference_mode=True,
-        **chosen,
-    )
+
+def peft_config(settings: ExitSettings, meant: dict[str, Any]) -> dict[str, Any]:
+    """The contents of an ``adapter_config.json``."""
+    from peft import LoraConfig  # takes more than a second, and only files that are written need it
+
+    said = {key: value for key, value in meant.items() if key != "peft_type"}
+    config = LoraConfig(base_model_name_or_path=settings.base_model, task_type="CAUSAL_LM", inference_mode=True, **said)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def check_config(wanted: dict[str, Any], path: Path) -> None:
+    """Refuse an ``adapter_config.json`` by which the weights beside it mean something else than is computed here.
+
+    The keys of ``wanted`` must say the same, in any order of their lists; any other key that peft has or will have (weights
+    that are decomposed, ranks and scales by module, further modules, …) must switch nothing on.
+
+    Raises:
+        ValueError: there is another one; or no such file, or no JSON object in it.
+    """
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is damaged ({str(error).splitlines()[0]})") from None
+    for key, value in {**dict.fromkeys(wanted), **found}.items():
+        expected = wanted.get(key)
+        same = as_set(value) == as_set(expected) if isinstance(expected, list) else value == expected
+        neutral = value in (None, False, [], {}) or key in UNREAD
+        neutral |= key == "init_lora_weights" and value in (True, "gaussian")  # other kinds change the target
+        if not (same if key in wanted else neutral):
+            raise ValueError(
+                f"{path.name} says {key} = {value!r:.60}, which is not computed; expected {expected!r:.60}"
+            )
+
+
+def as_set(value: Any) -> Any:
+    """A list without its order."""
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from spec_envs.decoding.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, scratch, sha256
-from spec_envs.decoding.drafters.eagle_head import drafter_folder, is_head
+from spec_envs.decoding.drafters.eagle_head import drafter_folder
+from spec_envs.decoding.drafters.formats import is_head
 from spec_envs.decoding.gguf_export import exported
 
 START_SECONDS, STOP_SECONDS = 120, 5

@@ -28,9 +28,10 @@ from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
-from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder, is_head
+from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.drafters.formats import is_head, refuse_foreign_tensors
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.exit_files import is_exit, load_exit
 from spec_envs.decoding.exits import ExitAdapter
@@ -47,8 +48,16 @@ EXIT = "exit:"  # in front of a number of layers, an untrained exit of the targe
 
 @functools.cache
 def load_eagle(name: str, target: Transformer) -> EagleModel:
-    """The EAGLE-3 head ``name`` in its inference form, loaded once per target and shared."""
-    return eagle_model(EagleHead.load(name), target)
+    """The EAGLE-3 head ``name`` in its inference form, loaded once per target and shared.
+
+    Raises:
+        ValueError: it leads nowhere, is damaged, does something that is not computed, or belongs to another target.
+    """
+    head = EagleHead.load(name)
+    try:
+        return eagle_model(head, target)
+    except ValueError as error:
+        raise ValueError(f"cannot use the EAGLE-3 head in {drafter_folder(name)}: {error}") from None
 
 
 def load_draft_model(name: str, target: str, model: Transformer, temperature: float, top_p: float) -> DraftModelDrafter:
@@ -73,8 +82,18 @@ def load_draft_model(name: str, target: str, model: Transformer, temperature: fl
 
 @functools.cache
 def load_shared(folder: Path, target: Transformer) -> tuple[Transformer, np.ndarray]:
-    """A draft model on a target's embedding and output rows, loaded once per target, and its shortlist."""
-    return on_the_target(load_config(folder), load_weights(folder), target)
+    """A draft model on a target's embedding and output rows, loaded once per target, and its shortlist.
+
+    Raises:
+        ValueError: it is damaged, of another format, or belongs to another target.
+    """
+    weights = load_weights(folder)
+    refuse_foreign_tensors(weights, folder)
+    config = load_config(folder)
+    try:
+        return on_the_target(config, weights, target)
+    except ValueError as error:
+        raise ValueError(f"cannot use the draft model in {folder}: {error}") from None
 
 
 def without_lookup(drafter: str) -> str:

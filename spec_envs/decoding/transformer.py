@@ -133,7 +133,7 @@ class Transformer:
             seen: ``[n, m]`` (bool), which of the last m columns each row sees, all columns before them being visible;
                 by default each sees the new rows up to itself.
             padding: ``[batch]`` columns on the left that nobody sees. With slots both are None.
-            capture: layers whose input is handed out.
+            capture: layers whose input is handed out; the number of layers means the output of the last one.
             added: what low-rank adapters add to the products of the layers; the weights stay as they are.
 
         Returns:
@@ -143,7 +143,10 @@ class Transformer:
             ValueError: rows that do not fit the cache.
         """
         cache.check(x, seen, padding)
-        return self.layers(x, cache, self.rope, positions, seen, padding, layers, capture, added=added)
+        x, captured = self.layers(x, cache, self.rope, positions, seen, padding, layers, capture, added=added)
+        if self.shape.layers in capture and (layers is None or layers.stop == self.shape.layers):
+            captured.append(x)
+        return x, captured
 
     def output_weight(self) -> Tensor:
         """The head's weight ``[vocab, hidden]``; a copy where it is packed and not the embedding's."""

@@ -88,7 +88,7 @@ class LocalVerifier:
 
     Args:
         target: the model.
-        capture: layers whose inputs are handed to the drafter as ``features``.
+        capture: layers whose inputs are handed to the drafter as ``features`` (see ``Transformer.forward``).
         temperature: 0 is greedy.
         top_p: probability mass kept when sampling.
 

@@ -7,6 +7,7 @@ KIND=draft-model`), which draft from a shortlist and from the tokens of the text
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,11 @@ from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
+# Tensors of the layers that are computed (see ``layers.py``), with the number of the layer.
+OF_A_LAYER = re.compile(
+    r"model\.layers\.(\d+)\.((self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.(weight|bias)"
+    r"|(self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm)\.weight)"
+)
 SHORTLIST = "shortlist"  # tensor of target ids in the weights of a model without embedding and output rows of its own
 
 
@@ -170,16 +176,31 @@ def on_the_target(
         The model, whose head gives the shortlist's logits, and the shortlist.
 
     Raises:
-        ValueError: weights that belong to another target, or no shortlist.
+        ValueError: weights that belong to another target or that nobody reads, or no shortlist of the target's ids.
     """
     if SHORTLIST not in weights:
         raise ValueError(f"the draft model has neither an embedding nor a tensor {SHORTLIST!r}; make it again")
+    read = (OF_A_LAYER.fullmatch(name) for name in weights)
+    unread = [
+        name
+        for name, layer in zip(weights, read, strict=True)
+        if name not in (SHORTLIST, "model.norm.weight") and not (layer and int(layer[1]) < config.num_hidden_layers)
+    ]
+    if unread:
+        raise ValueError(f"nothing reads the tensors {', '.join(sorted(unread)[:3])}, which may change what it drafts")
     mine, theirs = (config.hidden_size, config.vocab_size), (target.shape.hidden, target.shape.vocab)
     if mine != theirs:
         raise ValueError(
             f"the draft model was made for a target of hidden size and vocabulary {mine}, not {theirs}; take one of its own"
         )
-    shortlist = weights[SHORTLIST].long()
+    shortlist = weights[SHORTLIST]
+    if shortlist.dim() != 1 or shortlist.is_floating_point() or not len(shortlist):
+        raise ValueError(f"{SHORTLIST} is {shortlist.dtype} of shape {tuple(shortlist.shape)}; expected a list of ids")
+    shortlist = shortlist.long()
+    if not 0 <= shortlist.min() <= shortlist.max() < target.shape.vocab or len(shortlist.unique()) < len(shortlist):
+        raise ValueError(
+            f"{SHORTLIST} holds ids twice, or others than the target's {target.shape.vocab}; make it again"
+        )
     rows = target.output_weight()[shortlist.to(target.device)]
     config.tie_word_embeddings = False
     own = {name: tensor for name, tensor in weights.items() if name != SHORTLIST}

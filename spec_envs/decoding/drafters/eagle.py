@@ -1,11 +1,13 @@
-"""EAGLE-3 drafter (arXiv 2503.01840): one decoder layer that reads three of the target's hidden states."""
+"""EAGLE-3 drafter (arXiv 2503.01840): a decoder layer, seldom more, that reads some of the target's hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.cache import KVCache
@@ -19,7 +21,7 @@ from spec_envs.decoding.tree import Children, Tree
 
 
 def captured_layers(layers: int) -> tuple[int, int, int]:
-    """The low, middle and high layer of a target whose inputs the head reads, as in the published heads.
+    """The boundaries of a target's layers, low, middle and high, that a head reads which names none.
 
     Raises:
         ValueError: the target has too few layers for three different ones.
@@ -29,6 +31,34 @@ def captured_layers(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
+def check_fit(head: EagleHead, target: Transformer) -> None:
+    """Refuse a head of another target.
+
+    Raises:
+        ValueError: a hidden size, vocabulary or layer that the target does not have.
+    """
+    config, variant, shape = head.config, head.variant, target.shape
+    of = f" (it names {variant.verifier})" if variant.verifier else ""
+    for what, mine, theirs in (
+        ("hidden size", variant.target_hidden or config.hidden_size, shape.hidden),
+        ("vocabulary", config.vocab_size, shape.vocab),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target{of}"
+            )
+    if variant.boundaries and variant.boundaries[-1] > shape.layers:
+        raise ValueError(
+            f"the drafter reads hidden states at the boundaries {list(variant.boundaries)} of a target's layers, but the "
+            f"target has {shape.layers}; use a head trained for this target{of}"
+        )
+    if config.hidden_size != shape.hidden and not hasattr(head, "embed_tokens"):
+        raise ValueError(
+            f"the drafter's hidden size is {config.hidden_size}, the target's is {shape.hidden}, so it needs embed_tokens.weight "
+            "of its own; use a whole head"
+        )
+
+
 class EagleModel:
     """An EAGLE-3 head in its inference form; shared by every drafter that uses it.
 
@@ -36,54 +66,75 @@ class EagleModel:
         head: the weights.
         target: the model it was trained for; its embedding, dtype and device are shared.
 
+    Attributes:
+        capture: boundaries of the target's layers whose hidden states the head reads (see ``eagle_config.py``).
+
     Raises:
-        ValueError: the head belongs to another hidden size or vocabulary.
+        ValueError: the head belongs to another hidden size, vocabulary or number of layers.
     """
 
     def __init__(self, head: EagleHead, target: Transformer):
-        config = head.config
-        for what, mine, theirs in (
-            ("hidden size", config.hidden_size, target.shape.hidden),
-            ("vocabulary", config.vocab_size, target.shape.vocab),
-        ):
-            if mine != theirs:
-                raise ValueError(
-                    f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target"
-                )
-        self.target = target
-        self.capture = head.captured_layers or captured_layers(target.shape.layers)
+        check_fit(head, target)
+        config, variant = head.config, head.variant
+        self.target, self.variant = target, variant
+        self.capture = variant.boundaries or captured_layers(target.shape.layers)
         device, precision, modules = target.device, target.precision, target.precision.modules
         state = {
             name: precision.cast(t, device) if t.is_floating_point() else t for name, t in head.state_dict().items()
         }
-        layer = part(state, "midlayer.")
+        deeper = [part(state, f"layers.{i}.") for i in range(1, config.num_hidden_layers)]
+        layers = [part(state, "midlayer."), *deeper]
         self.shape = Shape(
             hidden=config.hidden_size,
-            layers=1,
+            layers=len(layers),
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             vocab=config.draft_vocab_size,
-            context=target.shape.context,
+            context=min(target.shape.context, variant.window or target.shape.context),
             norm_eps=config.rms_norm_eps,
         )
-        self.fc = modules.Linear(state["fc.weight"])
-        self.layers = graphed(modules.Layers([layer], self.shape), device)
-        self.input_norm = modules.RMSNorm(layer["input_layernorm.weight"], self.shape.norm_eps)
-        self.hidden_norm = modules.RMSNorm(layer["hidden_norm.weight"], self.shape.norm_eps)
-        self.norm = modules.RMSNorm(state["norm.weight"], self.shape.norm_eps)
-        self.lm_head = modules.Linear(state["lm_head.weight"])
+
+        def norm(name: str) -> Any:
+            return modules.RMSNorm(state[f"{name}.weight"], self.shape.norm_eps)
+
+        self.fc = modules.Linear(state["fc.weight"], state.get("fc.bias"))
+        self.fc_norms = [norm(f"fc_norm.{i}") for i in range(variant.states)] if variant.fc_norm else []
+        self.joined_norm = norm("input_norm") if variant.norm_before_fc else None
+        self.layers = graphed(modules.Layers(layers, self.shape), device)
+        self.input_norm, self.hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
+        self.norm = norm("norm")
+        own_embedding = state.get("embed_tokens.weight")
+        self.embedding = target.embedding if own_embedding is None else own_embedding.to(precision.cache)
         self.most_probable = modules.most_probable
         self.shortlist = head.draft_ids.numpy()
-        output = target.output_weight()
-        own = output[head.draft_ids.to(device)].to(state["lm_head.weight"].dtype)
-        shares = torch.allclose(state["lm_head.weight"], own, rtol=1e-2, atol=1e-3)  # but for rounding
+        ids = head.draft_ids.to(device)
+        rows = state.get("lm_head.weight")
+        same = config.hidden_size == target.shape.hidden
+        output = target.output_weight() if same else None
+        if rows is None:
+            rows = precision.cast(
+                (self.embedding if config.tie_word_embeddings or output is None else output)[ids], device
+            )
+        self.lm_head = modules.Linear(rows)
+        shares = output is not None and torch.allclose(
+            rows, output[ids].to(rows.dtype), rtol=1e-2, atol=1e-3
+        )  # but for rounding
         self.output_weight = output if shares else None  # where every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
 
     def cache(self, capacity: int) -> KVCache:
         """An empty cache for a text of at most ``capacity`` rows."""
         return KVCache(self.shape, capacity, self.target.precision.cache, self.target.device)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """What the head reads ``[n, hidden]`` of the target's hidden states side by side ``[n, states * target hidden]``."""
+        if self.fc_norms:
+            chunks = features.chunk(len(self.fc_norms), -1)
+            features = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norms, chunks, strict=True)], -1)
+        if self.joined_norm:
+            features = self.joined_norm(features)
+        return self.fc(features[None])[0]
 
     def step(
         self,
@@ -105,15 +156,18 @@ class EagleModel:
             seen: see ``KVCache.mask``.
 
         Returns:
-            The rows' own hidden states ``[n, hidden]``, and the children of the last ones.
+            What the rows' children read as hidden states ``[n, hidden]``, and the children of the last rows.
         """
-        device = self.target.device
-        embedded = self.target.embed(torch.from_numpy(tokens).to(device))
-        entering = torch.cat([self.input_norm(embedded), self.hidden_norm(hidden)], -1)[None]
+        device, variant = self.target.device, self.variant
+        embedded = F.embedding(torch.from_numpy(tokens).to(device), self.embedding).to(self.target.precision.hidden)
+        normed = self.hidden_norm(hidden)
+        entering = torch.cat([self.input_norm(embedded), normed], -1)[None]
+        residual = normed if variant.norm_before_residual else hidden
         at = torch.from_numpy(positions).to(device)[None]
         rows = None if seen is None else torch.from_numpy(seen).to(device)
-        output = self.layers(hidden[None], cache, self.rope, at, rows, entering=entering)[0][0]
-        return output, self.children(output[len(output) - last :], width, vocabulary)
+        output = self.layers(residual[None], cache, self.rope, at, rows, entering=entering)[0][0]
+        children = self.children(output[len(output) - last :], width, vocabulary)
+        return self.norm(output) if variant.norm_output else output, children
 
     def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> Children:
         """The ``width`` most probable next tokens of each row."""
@@ -193,9 +247,9 @@ class EagleDrafter:
         return self.width
 
     def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
-        """Append rows for committed positions: features ``[n, 3·hidden]`` and the tokens behind them ``[n]``."""
+        """Append rows for committed positions: features ``[n, states · hidden]`` and the tokens behind them ``[n]``."""
         n, length = len(features), self.cache.length
-        hidden = self.model.fc(features[None])[0]
+        hidden = self.model.fuse(features)
         positions = np.arange(length, length + n)
         step = self.model.step(hidden, np.array(tokens), positions, self.cache, self.vocabulary, self.width, last)
         self.cache.length += n

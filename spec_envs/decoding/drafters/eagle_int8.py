@@ -17,7 +17,8 @@ from spec_envs.decoding.tree import Children
 
 
 class Int8EagleModel(EagleModel):
-    """See ``EagleModel``."""
+    """A step as one call into the kernels, which know no other order of norms than that of the first heads (see
+    ``EagleModel``, which computes the others part by part in int8)."""
 
     def __init__(self, head: EagleHead, target: Transformer):
         super().__init__(head, target)
@@ -25,7 +26,7 @@ class Int8EagleModel(EagleModel):
             self.layers,
             self.norm,
             self.lm_head,
-            target.embedding,
+            self.embedding,
             self.rope,
             self.lm_head.outputs,
             (self.input_norm, self.hidden_norm),
@@ -50,4 +51,5 @@ class Int8EagleModel(EagleModel):
 
 def eagle_model(head: EagleHead, target: Transformer) -> EagleModel:
     """The head in the target's dtype."""
-    return (Int8EagleModel if target.dtype == torch.int8 else EagleModel)(head, target)
+    other_order = head.variant.norm_before_residual or head.variant.norm_output
+    return (EagleModel if other_order or target.dtype != torch.int8 else Int8EagleModel)(head, target)

@@ -1,0 +1,88 @@
+"""Keys of a head's config.json: those that are read, those that change nothing, and the refusal of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+MODEL = words("""
+    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
+    rms_norm_eps vocab_size max_position_embeddings rope_theta rope_scaling rope_parameters tie_word_embeddings
+    attention_bias mlp_bias bias qkv_bias sliding_window use_sliding_window layer_types quantization_config
+    target_vocab_size
+""")  # of the layers
+BESIDE = frozenset({"draft_vocab_size", "target_hidden_size", IDS, "tie_word_embeddings", *FLAGS})
+FLAT = MODEL | BESIDE | {"eagle_config", "num_aux_hidden_states", "use_aux_norm"}
+SPECULATORS = BESIDE | {"speculators_model_type", "speculators_config", "transformer_layer_config"}
+EAGLE = frozenset({IDS, "use_aux_norm", *FLAGS})
+# Switches and factors at the only values that are computed.
+FIXED: Mapping[str, Any] = {
+    "partial_rotary_factor": 1,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "residual_multiplier": 1,
+    "embedding_multiplier": 1,
+    "is_causal": True,
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "next_layer_regular": True,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
+    "eagle_decoder_type": "llama",
+    "has_lm_head": True,
+}
+# What Hugging Face's tools write: of training, generation, bookkeeping.
+HARMLESS = words("""
+    architectures model_type dtype torch_dtype transformers_version speculators_version auto_map
+    attention_dropout hidden_dropout initializer_range pretraining_tp use_cache max_window_layers embed_requires_grad
+    parallel_draft_heads_num_layers bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    unk_token_id chunk_size_feed_forward is_decoder id2label label2id problem_type finetuning_task
+    task_specific_params tokenizer_class output_attentions output_hidden_states return_dict torchscript
+    use_bfloat16 tf_legacy_loss prefix remove_invalid_values attn_implementation unsloth_fixed base_model_name_or_path
+    top_k top_p temperature typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences num_beams num_beam_groups diversity_penalty
+    do_sample early_stopping max_length min_length max_new_tokens forced_bos_token_id forced_eos_token_id
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens output_scores
+    return_dict_in_generate
+""")
+
+
+def refuse_unknown(found: Mapping[str, Any], read: frozenset[str], where: str) -> None:
+    """Refuse keys that may change what a head computes and that nobody reads.
+
+    A key that is null, false or empty switches nothing on; all others must be among ``read``, ``FIXED`` at that value, or
+    ``HARMLESS``.
+
+    Args:
+        where: goes in front of the sentence.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for key, value in found.items():
+        if key in FIXED:
+            if value is not None and value != FIXED[key]:
+                raise ValueError(f"{where}{key} is {short(value)}, which is not computed; expected {FIXED[key]}")
+        elif key in read or key in HARMLESS or key.startswith("_") or key.endswith("_version"):
+            continue
+        elif not (value is None or value is False or value == {} or value == []):
+            raise ValueError(
+                f"{where}{key} is {short(value)}, a key that is not known here and may change what the head computes; "
+                "remove it if it does not"
+            )
+
+
+def short(value: Any) -> str:
+    """A value in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

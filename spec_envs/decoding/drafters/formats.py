@@ -1,0 +1,118 @@
+"""Which kind of drafter a folder holds: an EAGLE-3 head, a draft model, or a format that is not read here.
+
+What a config.json says of itself decides, and where it says nothing the names of the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+READ = "read are EAGLE-3 heads (layouts of SafeAILab, SpecForge, ModelOpt and speculators) and draft models"
+EAGLE_1 = "an EAGLE-1, EAGLE-2 or HASS head"
+MLA = "an EAGLE-3 head with multi-head latent attention (DeepSeek, Kimi)"
+# In lower case: what an architecture may hold, and the format. The first that fits counts.
+ARCHITECTURES = (
+    ("medusa", "a Medusa head"),
+    ("hydra", "a Hydra head"),
+    ("mlpspeculator", "an MLP speculator"),
+    ("peagle", "a P-EAGLE head"),
+    ("dflash", "a DFlash drafter"),
+    ("dspark", "a DSpark drafter"),
+    ("domino", "a Domino drafter"),
+    ("eagle3deepseek", MLA),
+    ("eagle3mla", MLA),
+    ("eagle3kimi", MLA),
+    ("mtp", "a multi-token prediction (MTP) module"),
+    ("nextn", "a multi-token prediction (MTP) module"),
+)
+KEYS = (  # of a config.json, with a value that is neither null nor false
+    ("medusa_num_heads", "a Medusa head"),
+    ("hydra_num_heads", "a Hydra head"),
+    ("dflash_config", "a DFlash drafter"),
+    ("parallel_drafting", "a P-EAGLE head"),
+    ("kv_lora_rank", MLA),
+)
+TENSORS = (
+    (r"(^|\.)medusa|^\d+\.\d+\.linear\.weight$", "a Medusa head"),
+    (r"(^|\.)hydra", "a Hydra head"),
+    (r"(^|\.)(eh_proj|enorm|hnorm)\.|^mtp\.", "a multi-token prediction (MTP) module"),
+    (r"(^|\.)mask_hidden$", "a P-EAGLE head"),
+    (r"kv_a_proj_with_mqa", MLA),
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A drafter's config.json.
+
+    Raises:
+        ValueError: it cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot read {path} of the drafter ({reason}); fetch or train it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} of the drafter holds no JSON object; fetch or train it again")
+    return content
+
+
+def is_head(folder: Path) -> bool:
+    """Whether a folder says of itself that it holds an EAGLE-3 head, not a language model.
+
+    Raises:
+        ValueError: it holds a drafter of a format that is not read; the sentence names it.
+    """
+    config = read_json(folder / "config.json")
+    refuse_foreign_config(config, folder)
+    return (
+        config.get("speculators_model_type") == "eagle3"
+        or any(key in config for key in ("draft_vocab_size", "eagle_config"))
+        or any("eagle" in name for name in architectures(config))
+    )
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The names of a config.json, in lower case without punctuation."""
+    names = config.get("architectures")
+    names = [*names] if isinstance(names, list) else []
+    return [re.sub(r"[^a-z0-9]", "", str(name).lower()) for name in [*names, config.get("model_type", "")]]
+
+
+def refuse_foreign_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a drafter whose config.json names a format that is not read."""
+    kind = config.get("speculators_model_type")
+    if kind not in (None, "eagle3"):
+        refuse(f"a {kind!r} drafter of speculators", folder)
+    names = architectures(config)
+    for word, what in ARCHITECTURES:
+        if any(word in name for name in names):
+            refuse(what, folder)
+    for key, what in KEYS:
+        if config.get(key) not in (None, False):
+            refuse(what, folder)
+    if "draft_vocab_size" not in config and any("eagle" in name and "eagle3" not in name for name in names):
+        refuse(EAGLE_1, folder)
+
+
+def refuse_foreign_tensors(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a drafter whose tensors are those of a format that is not read."""
+    for pattern, what in TENSORS:
+        if any(re.search(pattern, name) for name in weights):
+            refuse(what, folder)
+    fc = weights.get("fc.weight", weights.get("model.fc.weight"))
+    # The first EAGLE joins one hidden state and the embedding in front of its layer, EAGLE-3 several states.
+    two_wide = fc is not None and fc.dim() == 2 and fc.shape[1] == 2 * fc.shape[0]
+    if two_wide and not any(name.endswith("hidden_norm.weight") for name in weights):
+        refuse(EAGLE_1, folder)
+
+
+def refuse(what: str, folder: Path) -> None:
+    """Raise that a folder holds something else."""
+    raise ValueError(f"{folder} holds {what}, which is not read; {READ}")
