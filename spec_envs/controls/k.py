@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, read_context, read_position
+from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
@@ -115,8 +115,8 @@ class KControl(Control):
         cost_features: bool = False,
     ):
         super().__init__(observation, cost_features)
-        if k_max < 2:
-            raise ValueError(f"k_max is {k_max}; expected 2 or more")
+        if not 2 <= k_max <= LONGEST_CHAIN:
+            raise ValueError(f"k_max is {k_max}; expected 2 to {LONGEST_CHAIN}")
         for name, value, allowed in (("decision", decision, DECISIONS), ("engine", engine, ENGINES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
