@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -230,7 +231,10 @@ def checked_action(space: spaces.Discrete, action: Any) -> int:
     Raises:
         ValueError: anything else, such as a fraction, a boolean, a text or an array of one number, or one out of range.
     """
-    if isinstance(action, bool) or not space.contains(action):
+    if isinstance(action, np.ndarray) and action.shape == ():
+        action = action[()]
+    whole = isinstance(action, (int, np.integer)) and not isinstance(action, bool)
+    if not whole or not 0 <= action < space.n:
         raise ValueError(f"action {action!r} is not in {space}; expected a whole number from 0 to {space.n - 1}")
     return int(action)
 
@@ -272,11 +276,21 @@ def common_entries() -> list[Entry]:
     ]
 
 
+def read_length(decoder: Decoder, repeats: int) -> np.ndarray:
+    """Length of the text in units of 1000 tokens, several times."""
+    return np.full(repeats, decoder.length / 1000)
+
+
+def read_depth(decoder: Decoder, repeats: int) -> np.ndarray:
+    """Expansions so far, in units of ten, several times."""
+    return np.full(repeats, decoder.tree.expansions / 10)
+
+
 def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], repeats: int) -> list[Entry]:
     """The observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
     lowest = -1000.0  # a floor below any path log-probability in float32
     return [
         Entry("scores", scores, lowest, 0.0, read_scores),
-        Entry("length", repeats, 0.0, 1000.0, lambda d: np.full(repeats, d.length / 1000)),
-        Entry("depth", repeats, 0.0, 100.0, lambda d: np.full(repeats, d.tree.expansions / 10)),
+        Entry("length", repeats, 0.0, 1000.0, partial(read_length, repeats=repeats)),
+        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats)),
     ]

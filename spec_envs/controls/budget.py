@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 from gymnasium import spaces
@@ -104,7 +105,7 @@ class BudgetControl(Control):
         self.action_space = spaces.Discrete(len(self.budgets))
         if observation == "ltd":
             candidates = width + width * width * max_depth
-            self._declare(ltd_entries(candidates, lambda d: d.tree.scores, repeats=29))
+            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), repeats=29))
         else:
             self._declare(
                 [

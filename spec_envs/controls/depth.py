@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import numpy as np
 from gymnasium import spaces
 
@@ -94,7 +96,7 @@ class DepthControl(Control):
         self.max_depth, self.width, self.budget = max_depth, width, budget
         self.action_space = spaces.Discrete(2)
         if observation == "ltd":
-            self._declare(ltd_entries(width * width, lambda d: d.tree.last_level, repeats=14))
+            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), repeats=14))
         else:
             self._declare(
                 [

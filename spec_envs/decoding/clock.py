@@ -44,8 +44,13 @@ class WallClock:
     priced = False
 
     def __init__(self, device: torch.device):
-        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.device = device
         self.restart()
+
+    def synchronize(self) -> None:
+        """Wait for what the device still computes."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def restart(self) -> None:
         """A text begins: count from 0, so that its seconds are the same to the last bit whatever came before it."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -118,6 +118,10 @@ class Trace:
         self.folder, self.manifest, self.texts, self.columns = folder, manifest, manifest.texts, columns
         self.starts = np.concatenate([[0], np.cumsum([text.tokens for text in self.texts])])
         self.by_prompt = {tuple(text.prompt): i for i, text in enumerate(self.texts)}
+
+    def __reduce__(self) -> tuple[Callable[..., Trace], tuple[str]]:
+        """A copy is the same trace; a pickled one is read from its folder again."""
+        return Trace.load, (str(self.folder),)
 
     @classmethod
     def load(cls, source: str | Path) -> Trace:
