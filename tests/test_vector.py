@@ -289,7 +289,20 @@ def test_only_whole_numbers_are_actions(traces: dict[str, Trace], plans: dict[st
     with pytest.raises(ValueError, match=r"call reset\(\) first"):
         env.step(np.array([0, 1]))
     env.reset(seed=0)
-    wrong = ([0, 2], [-1, 0], [0.9, 1.0], [0.0, 1.0], ["0", "1"], [True, False], [None, 1], [0], [0, 1, 1], [[0, 1]], 1, [])
+    wrong = (
+        [0, 2],
+        [-1, 0],
+        [0.9, 1.0],
+        [0.0, 1.0],
+        ["0", "1"],
+        [True, False],
+        [None, 1],
+        [0],
+        [0, 1, 1],
+        [[0, 1]],
+        1,
+        [],
+    )
     for actions in (*wrong, *(np.array(a) for a in wrong), np.array([0, 1], np.float32)):
         with pytest.raises(ValueError, match="actions are not 2 of Discrete"):
             env.step(actions)  # type: ignore[arg-type]

@@ -187,9 +187,7 @@ class Trace:
         if width != made.width:
             raise ValueError(f"the trace {self.folder} was recorded with width {made.width}, not {width}")
         if max_depth > made.max_depth:
-            raise ValueError(
-                f"the trace {self.folder} is {made.max_depth} expansions deep; {max_depth} are asked for"
-            )
+            raise ValueError(f"the trace {self.folder} is {made.max_depth} expansions deep; {max_depth} are asked for")
         if max_new_tokens is not None and max_new_tokens > made.max_new_tokens:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}; the texts of {self.folder} were recorded up to "

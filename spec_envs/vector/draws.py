@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from gymnasium.utils import seeding
 
-WORDS = 32  # that are fetched of a generator at a time
+WORDS = 128  # of 32 bits that are fetched of a generator at a time
 MASK = np.uint64(0xFFFFFFFF)
 
 
@@ -47,7 +47,8 @@ class Draws:
         for i in which[self.at[which] == WORDS]:
             generator = self.generators[i]
             assert generator is not None
-            self.words[i], self.at[i] = generator.integers(0, 2**32, WORDS, np.uint32), 0
+            raw = generator.bit_generator.random_raw(WORDS // 2)  # of 64 bits, of which NumPy takes the low half first
+            self.words[i], self.at[i] = raw.astype("<u8").view("<u4"), 0
         at = self.at[which]
         self.at[which] += 1
         return self.words[which, at]

@@ -181,7 +181,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if options is None or "texts" not in options:
             return mask, None
         texts = np.asarray(options["texts"])
-        if texts.shape != mask.shape or texts.dtype.kind not in "iu" or texts.min() < 0 or texts.max() >= len(self.tasks):
+        if (
+            texts.shape != mask.shape
+            or texts.dtype.kind not in "iu"
+            or texts.min() < 0
+            or texts.max() >= len(self.tasks)
+        ):
             raise ValueError(f"texts is {texts.tolist()}; expected {self.num_envs} indices of the trace's texts")
         return mask, texts.astype(np.int64)
 
@@ -192,7 +197,9 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if isinstance(seed, int):
             return [seed + i for i in range(self.num_envs)]
         if not isinstance(seed, (list, tuple)) or len(seed) != self.num_envs:
-            raise ValueError(f"seed is {seed!r}; expected a whole number, or a list of {self.num_envs}, one per environment")
+            raise ValueError(
+                f"seed is {seed!r}; expected a whole number, or a list of {self.num_envs}, one per environment"
+            )
         return list(seed)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -223,7 +230,9 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             rewards = emitted / np.where(done.verified, 100 * self.cycle_spent, 1.0)
         values = blank(self.num_envs)
         values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[play.clock] * seconds}
-        values |= {name: np.where(done.verified, n, 0) for name, n in (("drafted", done.drafted), ("verified", done.sent))}
+        values |= {
+            name: np.where(done.verified, n, 0) for name, n in (("drafted", done.drafted), ("verified", done.sent))
+        }
         values["seconds"] |= {"draft": draft, "verify": done.verify, "policy": policy}
         self.brought = values
         self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, done, finished, live)

@@ -11,7 +11,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from spec_envs.decoding.trace import Trace
 from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
 
-OF_MAKE = ("max_episode_steps", "disable_env_checker")  # arguments of gym.make, whose wrappers are of single environments
+OF_MAKE = (
+    "max_episode_steps",
+    "disable_env_checker",
+)  # arguments of gym.make, whose wrappers are of single environments
 
 
 def make_vector(
