@@ -35,6 +35,7 @@ class ExitAgent(Deciding):
         ValueError: another problem.
     """
 
+    control: DVIControl
     remembers = ("block",)
 
     def __init__(self, control: Control, seed: int = 0):

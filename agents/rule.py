@@ -30,10 +30,10 @@ class Rule(Deciding):
         """Nothing to learn."""
         return self
 
-    def save(self, folder: Path) -> None:  # noqa: B027 - most rules have nothing
+    def save(self, folder: Path) -> None:
         """Nothing to save: all there is stands in the run's config."""
 
-    def load(self, folder: Path) -> None:  # noqa: B027
+    def load(self, folder: Path) -> None:
         """Nothing to load."""
 
     def read(self, observation: np.ndarray, name: str) -> float:

@@ -153,7 +153,7 @@ class TracedAgent(Deciding):
         """What is saved beside the network."""
         return {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:  # noqa: B027 - most have nothing
+    def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take it back."""
 
     def save(self, folder: Path) -> None:

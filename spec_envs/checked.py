@@ -43,7 +43,8 @@ def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and not a boolean."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
-    return bool(abs(value) <= sys.float_info.max)  # False for NaN
+    size: Any = abs(value)
+    return bool(size <= sys.float_info.max)  # False for NaN
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:

@@ -16,7 +16,7 @@ from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.pair import DEFAULT_TARGET, make_clocks, open_decoder
 from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.synthetic import Profile
-from spec_envs.decoding.trace import Trace, wanted
+from spec_envs.decoding.trace import Trace, tasks_named
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from spec_envs.network.linked import is_address, linked
@@ -102,7 +102,7 @@ def recorded_prompts(trace: str, split: str, names: str = "all") -> list[tuple[s
         return [(recorded.texts[i].task, recorded.texts[i].prompt) for i in recorded.of_split(split, names)]
     expected = ExpectedTrace.named(trace)
     prompts = ExpectedTrace.load(trace).prompts("all") if expected else Profile.load(trace).prompts()
-    chosen = wanted(names, {task for task, _ in prompts}, trace)
+    chosen = tasks_named(names, {task for task, _ in prompts}, trace)
     if expected:
         prompts = ExpectedTrace.load(trace).prompts(split)
     prompts = [(task, ids) for task, ids in prompts if task in chosen]

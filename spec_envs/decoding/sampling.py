@@ -10,7 +10,6 @@ from torch import Tensor
 
 from spec_envs.checked import check_number
 
-
 LEAST = 1e-6  # of a temperature that is not 0: logits over a smaller one overflow
 
 

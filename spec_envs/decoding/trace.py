@@ -31,6 +31,7 @@ import numpy as np
 
 from spec_envs.decoding.clock import CostTable
 from spec_envs.files import whole, write_bytes
+from spec_envs.prompts import FURTHER
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -171,7 +172,7 @@ class Trace:
         Raises:
             ValueError: there are none.
         """
-        chosen = wanted(prompts, {text.task for text in self.texts}, str(self.folder))
+        chosen = tasks_named(prompts, {text.task for text in self.texts}, str(self.folder))
         found = [i for i, text in enumerate(self.texts) if split in (text.split, "all") and text.task in chosen]
         if not found:
             raise ValueError(f"the trace {self.folder} has no texts of the prompts {prompts!r} in the split {split!r}")
@@ -195,16 +196,19 @@ class Trace:
             )
 
 
-def wanted(names: str, tasks: Collection[str], trace: str) -> set[str]:
-    """Return those of a trace's tasks that ``names``, separated by commas, ask for; ``"all"`` is every one.
+def tasks_named(names: str, tasks: Collection[str], trace: str) -> set[str]:
+    """Return those of a trace's tasks that ``names``, separated by commas, ask for. ``"all"`` is every one; beside it a
+    shipped prompt set may stand of which the trace has none.
 
     Raises:
         ValueError: a name that is none of them.
     """
     chosen = {name.strip() for name in names.split(",")}
-    if unknown := sorted(chosen - {"all", *tasks}):
+    known = {"all", *tasks, *(FURTHER if "all" in chosen else ())}
+    if unknown := sorted(chosen - known):
         raise ValueError(
-            f"the trace {trace!r} has no texts of the prompts {', '.join(map(repr, unknown))}; it has {', '.join(sorted(tasks))}"
+            f"the trace {trace!r} has no texts of the prompts {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(sorted(tasks))}"
         )
     return set(tasks) if "all" in chosen else chosen
 

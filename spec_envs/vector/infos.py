@@ -33,7 +33,8 @@ def within(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return an array with 0, or None for objects, where a mask is false."""
     if mask.all():
         return value
-    return np.where(mask, value, None if value.dtype == object else value.dtype.type(0))
+    nothing: Any = None if value.dtype == object else value.dtype.type(0)
+    return np.where(mask, value, nothing)
 
 
 def blank(count: int) -> dict[str, Any]:
