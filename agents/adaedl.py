@@ -25,6 +25,7 @@ class AdaedlAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
+    remembers = ("rate", "threshold")
     looks_at = ("drafted", "entropy", "path", "free", "last_k", "last_acceptance")
 
     def __init__(

@@ -161,6 +161,7 @@ class AdaptiveKAgent(ChainRule):
     """
 
     decision = "cycle"
+    remembers = ("controller", "kind", "added")
     looks_at: tuple[str, ...] = ("last_k", "last_acceptance")
 
     def __init__(
@@ -186,10 +187,8 @@ class AdaptiveKAgent(ChainRule):
             self.looks_at = (*self.looks_at, "kind")
         self.kind, self.added = "", 0  # of the text, and what the context rule added to K for it
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        if not np.all(episode_start):
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if not start:
             self._record(observation)
         if self.use_context:
             kind = KINDS[int(np.argmax(observation[self.control.slices["kind"]]))]

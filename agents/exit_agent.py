@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.deciding import Deciding
 from agents.timing import cold_seconds
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl
@@ -19,7 +20,7 @@ from spec_envs.decoding.exits import ExitAdapter, default_rank
 from spec_envs.decoding.sampling import inverse_cdf
 
 
-class ExitAgent:
+class ExitAgent(Deciding):
     """Says what an exit's projection says of its state.
 
     Args:
@@ -33,6 +34,9 @@ class ExitAgent:
     Raises:
         ValueError: another problem.
     """
+
+    control: DVIControl
+    remembers = ("block",)
 
     def __init__(self, control: Control, seed: int = 0):
         if not isinstance(control, DVIControl):
@@ -49,9 +53,7 @@ class ExitAgent:
             raise ValueError(f"{type(self).__name__} has no exit yet; load a run, or let it learn in an environment")
         return self._adapter
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """The token to draft: the most probable one of the shortlist; without ``deterministic``, as while it learns, of all
         or drawn at ``draft_temperature``."""
         if deterministic:

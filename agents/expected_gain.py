@@ -36,9 +36,7 @@ class ExpectedGainAgent(PricedRule):
         super().__init__(control)
         self.scale = scale
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         depth, deepest = self.depth(observation), self.control.max_depth
         accepted = self.numbers(observation, "gains").cumsum() * (deepest + 1)
         now = self.rates(accepted, depth)

@@ -49,9 +49,7 @@ class FixedAgent(Rule):
                 f"a fixed length looks at drafted, which observation={control.observation!r} does not show"
             )
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         control = self.control
         if isinstance(control, (BudgetControl, TopKControl)):
             return settings(control).index(self.value), state

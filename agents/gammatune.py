@@ -22,6 +22,7 @@ class GammaTuneAgent(LengthRule):
         slack: tokens drafted beyond the estimate.
     """
 
+    remembers = ("k", "estimate")
     looks_at = ("last_k", "last_acceptance")
 
     def __init__(self, control: Control, k: float = 4.0, memory: float = 0.7, growth: float = 1.0, slack: float = 1.0):

@@ -65,9 +65,7 @@ class HindsightAgent(TracedAgent):
             self.outcomes.price(self.pace, forward, verification)
         return self
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """The action for one observation, under the control's cost table if nothing else was said.
 
         Raises:
@@ -79,7 +77,7 @@ class HindsightAgent(TracedAgent):
                     "hindsight weighs tokens against seconds: set the control's costs to a CostTable, or call price(table)"
                 )
             self.price(self.control.costs)
-        return super().predict(observation, state)
+        return super().decide(observation, state, start, deterministic)
 
     def actions(self, observations: np.ndarray) -> np.ndarray:
         """See ``TracedAgent``."""

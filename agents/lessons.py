@@ -51,11 +51,7 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
             "this agent learns from a trace, which knows what every action would have led to: record one with "
             "`make trace` and pass trace=FOLDER"
         )
-    vector = gym.make_vec(
-        spec.id, num_envs=num_envs, vectorization_mode="vector_entry_point", **(spec.kwargs | changes)
-    )
-    assert isinstance(vector, ReplayVectorEnv)
-    return vector
+    return ReplayVectorEnv(num_envs=num_envs, **(spec.kwargs | changes))
 
 
 def taught(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, seed: int) -> Lessons:
@@ -66,8 +62,8 @@ def taught(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, seed: 
         which = np.flatnonzero(begins)
         found.append(lessons_of(env, plans, observations[which], which))
         count += len(which)
-        observations, _, _, _, infos = env.step(actor(observations))
-        begins = infos["emitted"] > 0
+        observations = env.step(actor(observations))[0]
+        begins = env.brought["emitted"] > 0
     return Lessons(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 

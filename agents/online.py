@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +35,7 @@ ORDERS = ("shuffled", "logged")
 COUNTERS = ("steps", "updates", "texts_read", "tokens", "validated")  # of a checkpoint
 
 
-class OnlineAgent(ExitAgent, ABC):
+class OnlineAgent(ExitAgent):
     """Improves the exit that it drafts by, between the blocks that it drafts.
 
     Args:

@@ -20,7 +20,5 @@ class RandomAgent(Rule):
         self.actions = control.action_space
         self.actions.seed(seed)
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         return self.actions.sample(), state

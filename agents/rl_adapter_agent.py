@@ -11,13 +11,14 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
+from agents.deciding import Deciding
 from agents.rl_adapter import FILE, STATE, RLNetworkAdapter
 from spec_envs.controls.base import Control
 from spec_envs.controls.published_state import KS
 from spec_envs.env import SpecEnv
 
 
-class RLAdapterAgent:
+class RLAdapterAgent(Deciding):
     """The published selector where it plays SpecTopK-v0.
 
     Args:
@@ -41,7 +42,7 @@ class RLAdapterAgent:
                 f"the observation has the shape {shape} and the actions are {actions}, but rl-adapter needs ({STATE},) and "
                 f'Discrete({len(KS)}), which are those of SpecTopK-v0 with observation="rl_adapter"'
             )
-        self.seed = seed
+        self.control, self.seed = control, seed
         self.adapter = RLNetworkAdapter({"path": None, "seed": seed, **hyperparameters})
         if path is not None:
             self.adapter.load(path)
@@ -56,9 +57,7 @@ class RLAdapterAgent:
             timings.append(time.perf_counter() - begin)
         return float(np.median(timings))
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """The action for one observation; unless ``deterministic``, a random one with probability ε."""
         return self.adapter.act(observation, training=not deterministic), state
 

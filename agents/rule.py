@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from agents.deciding import Deciding
 from spec_envs.controls.base import Control
 from spec_envs.controls.k import KControl
 
 
-class Rule(ABC):
+class Rule(Deciding):
     """An agent without anything to train, for any control. What it remembers, it remembers over texts.
 
     Attributes:
@@ -25,20 +26,14 @@ class Rule(ABC):
     def __init__(self, control: Control):
         self.control = control
 
-    @abstractmethod
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        """See ``spec_envs.controls.base.Agent``."""
-
     def learn(self, total_timesteps: int, env: Any = None) -> Self:
         """Nothing to learn."""
         return self
 
-    def save(self, folder: Path) -> None:  # noqa: B027 - most rules have nothing
+    def save(self, folder: Path) -> None:
         """Nothing to save: all there is stands in the run's config."""
 
-    def load(self, folder: Path) -> None:  # noqa: B027
+    def load(self, folder: Path) -> None:
         """Nothing to load."""
 
     def read(self, observation: np.ndarray, name: str) -> float:
@@ -80,15 +75,14 @@ class LengthRule(ChainRule):
     """A rule that moves K after every decision by what the last chain brought."""
 
     decision = "cycle"
+    remembers: ClassVar[tuple[str, ...]] = ("k",)
 
     def __init__(self, control: Control, k: float):
         super().__init__(control)
         self.k = k
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        if not np.all(episode_start) and self.read(observation, "last_k"):  # there was a last chain
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if not start and self.read(observation, "last_k"):  # there was a last chain
             self.update(self.read(observation, "last_acceptance"), observation)
         return int(np.clip(round(self.k), 0, self.k_max)), state
 
@@ -112,9 +106,7 @@ class StopRule(ChainRule):
         super().__init__(control)
         self.copy_threshold = copy_threshold
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         if self.read(observation, "drafted") == 0:
             self.begin(observation)
             return 1, state

@@ -24,6 +24,7 @@ from torch import nn
 
 from agents.bare import bare
 from agents.ddqn import DoubleDQN
+from agents.deciding import Deciding
 from agents.exit_policy import ExitPolicy
 from agents.schedules import schedule
 from agents.timing import cold_seconds
@@ -51,7 +52,7 @@ RESERVED = {  # arguments of the algorithms that this class sets itself, or that
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
-class SB3Agent:
+class SB3Agent(Deciding):
     """A Stable-Baselines3 algorithm.
 
     Args:
@@ -129,7 +130,7 @@ class SB3Agent:
         except (AssertionError, TypeError) as error:
             given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
             raise ValueError(f"{algorithm} refuses its hyper-parameters ({given}): {error}") from None
-        self.seed = seed
+        self.control, self.seed = control, seed
         self.rng = np.random.default_rng(seed)
         self.redeploy()
         self.decision_seconds = self.measure()
@@ -143,12 +144,9 @@ class SB3Agent:
         blank = np.zeros_like(self.model.observation_space.sample())
         return cold_seconds(lambda: self.predict(blank, deterministic=True))
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """The action for one observation, by the bare network; ``state`` is the recurrent state or None."""
-        if episode_start is not None and np.all(episode_start):
-            state = None
+        state = None if start else state
         preferences, state = self.network(np.asarray(observation, np.float32), state)
         if deterministic:
             return int(preferences.argmax()), state

@@ -35,6 +35,7 @@ class SpecDecPlusAgent(StopRule):
         copy_threshold: see ``StopRule``.
     """
 
+    remembers = ("alive",)
     looks_at: tuple[str, ...] = ("drafted", "probability", "entropy", "path", "free")
 
     def __init__(

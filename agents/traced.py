@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import nn
 
+from agents.deciding import Deciding
 from agents.lessons import Lessons, replay_of, taught
 from agents.plans import Plans
 from agents.timing import REPEATS, cold_seconds
@@ -26,7 +27,7 @@ READS = ("cycle", "everything")
 KNOWN = 4096  # decisions that are remembered; before anything is drafted, a cycle looks like many others
 
 
-class TracedAgent(ABC):
+class TracedAgent(Deciding):
     """An agent that is fitted to all that a trace knows, over rounds: in the first the lessons are those of random play,
     in each further one those of what was learned in the last are added.
 
@@ -86,9 +87,7 @@ class TracedAgent(ABC):
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
         """Learn from all lessons so far, of which ``new`` are those of the last round."""
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """The action for one observation; nothing is drawn, so that of one that was seen before is known."""
         seen = np.asarray(observation, np.float32)[: self.width]
         key = seen.tobytes()
@@ -154,7 +153,7 @@ class TracedAgent(ABC):
         """What is saved beside the network."""
         return {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:  # noqa: B027 - most have nothing
+    def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take it back."""
 
     def save(self, folder: Path) -> None:

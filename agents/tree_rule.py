@@ -64,9 +64,7 @@ class GrowthRule(TreeRule):
         else:
             self.expand, self.verify = depth.EXPAND, depth.VERIFY
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         deepest = self.depth(observation) == self.control.max_depth
         return self.verify if deepest or self.stops(observation) else self.expand, state
 

@@ -24,6 +24,7 @@ class UcbAgent(ChainRule):
     """
 
     decision = "cycle"
+    remembers = ("bandit",)
     looks_at = ("last_k", "last_acceptance")
 
     def __init__(
@@ -38,10 +39,8 @@ class UcbAgent(ChainRule):
         self.arms = np.array([k for k in arms if k <= self.k_max])
         self.bandit = Bandit(1 + cost * self.arms, exploration, discount)
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        if not np.all(episode_start):
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if not start:
             drafted = self.read(observation, "last_k") * self.k_max
             self.bandit.record(1 + self.read(observation, "last_acceptance") * drafted)
         return int(self.arms[self.bandit.choose(1 + self.arms)]), state

@@ -22,6 +22,7 @@ class UcbBudgetAgent(PricedRule):
     """
 
     plays = (BudgetControl,)
+    remembers = ("bandit", "accepted")
     looks_at = ("recent", "expansions")
 
     def __init__(self, control: Control, exploration: float = 0.05, discount: float = 0.999):
@@ -29,10 +30,8 @@ class UcbBudgetAgent(PricedRule):
         self.bandit = Bandit(np.ones(len(self.budgets)), exploration, discount)
         self.accepted: list[int] = []  # of this text's last cycles, at most four
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        if np.all(episode_start):
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if start:
             self.accepted = []
         else:
             self.bandit.record(1 + self._last_accepted(observation))

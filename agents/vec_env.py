@@ -7,11 +7,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
+from spec_envs import ENVIRONMENTS
 from spec_envs.vector.env import ReplayVectorEnv
+
+SUMMARY = ("task", "tokens", "speedup")  # of a text, in its last info
 
 
 class ReplayVecEnv(VecEnv):
@@ -20,12 +24,15 @@ class ReplayVecEnv(VecEnv):
     Args:
         env: the environments; ``ReplayVecEnv.make`` takes their keyword arguments instead.
 
+    Raises:
+        ValueError: environments that do not reset within the step.
+
     The info of an environment in which an episode ended has ``terminal_observation``, and at the end of a text also
     ``task``, ``tokens``, ``speedup`` and what ``Monitor`` would say: ``episode``, with the return ``r``, the steps ``l``
     and the seconds ``t`` since this object was made. With ``episode="cycle"`` those are of the whole text too. All other
     environments share one empty info, so that a step costs no Python per environment.
 
-    One seed draws the texts of all environments; ``set_options({"texts": indices})`` names those that begin at the next
+    Each environment has a generator of its own, seeded as Stable-Baselines3 does; ``set_options({"texts": indices})`` names those that begin at the next
     reset.
 
     Attributes:
@@ -36,6 +43,11 @@ class ReplayVecEnv(VecEnv):
     env: ReplayVectorEnv
 
     def __init__(self, env: ReplayVectorEnv):
+        if env.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"autoreset_mode is {env.autoreset_mode.value}; Stable-Baselines3 resets within the step, make the "
+                f"environments with {AutoresetMode.SAME_STEP.value}"
+            )
         self.env = env
         self.arrays: dict[str, Any] = {}
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -53,13 +65,11 @@ class ReplayVecEnv(VecEnv):
         Raises:
             TypeError, ValueError: see ``ReplayVectorEnv``.
         """
-        env = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **keywords)
-        assert isinstance(env, ReplayVectorEnv)
-        return cls(env)
+        return cls(ReplayVectorEnv(ENVIRONMENTS[env_id], num_envs, **keywords))
 
     def reset(self) -> np.ndarray:
         """Begin a text in every environment."""
-        observations, _ = self.env.reset(seed=self._seeds[0], options=self._options[0])
+        observations, _ = self.env.reset(seed=self._seeds, options=self._options[0] or None)
         self._reset_seeds()
         self._reset_options()
         self.returns[:], self.lengths[:] = 0.0, 0
@@ -76,11 +86,12 @@ class ReplayVecEnv(VecEnv):
         infos = [self.nothing] * self.num_envs
         for i in np.flatnonzero(done):
             infos[i] = {"terminal_observation": self.arrays["final_obs"][i], "TimeLimit.truncated": False}
-        if "final_info" in self.arrays:
-            ended = np.flatnonzero(self.arrays["_final_info"])
+        final = self.arrays.get("final_info", {})
+        if "tokens" in final:  # a text has ended, and not only a cycle
+            ended = np.flatnonzero(final["_tokens"])
             seconds = time.perf_counter() - self.began
             for i in ended:
-                infos[i] |= {name: values[i] for name, values in self.arrays["final_info"].items()}
+                infos[i] |= {name: final[name][i] for name in SUMMARY}
                 infos[i]["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": seconds}
             self.returns[ended], self.lengths[ended] = 0.0, 0
         return observations, rewards.astype(np.float32), done, infos

@@ -156,7 +156,5 @@ class PerState(Rule):
         offered = settings(control)
         self.actions = {state: offered.index(choice) for state, choice in choices.items()}
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         return self.actions[label(self.channel.link.state)], state

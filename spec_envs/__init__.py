@@ -22,7 +22,7 @@ for _id, _control in ENVIRONMENTS.items():
     gym.register(
         _id,
         entry_point="spec_envs.env:SpecEnv",
-        vector_entry_point="spec_envs.vector.env:ReplayVectorEnv" if _control in REPLAYED else None,
+        vector_entry_point="spec_envs.vector.make:make_vector" if _control in REPLAYED else None,
         kwargs={"control": _control},
         nondeterministic=True,
     )

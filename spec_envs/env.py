@@ -12,11 +12,14 @@ from typing import Any, get_type_hints
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils import EzPickle
 from pydantic import TypeAdapter, ValidationError
 
 from spec_envs import render
+from spec_envs.checked import check_number, choice
 from spec_envs.controls import CONTROLS, Control, make_control
-from spec_envs.controls.opening import clocks_for, decoder_under, recorded_prompts
+from spec_envs.controls.base import checked_action
+from spec_envs.controls.opening import check_settings, clocks_for, decoder_under, recorded_prompts
 from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.clock import PricedClock
@@ -30,19 +33,24 @@ from spec_envs.decoding.pair import (
 )
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.trace import Trace
+from spec_envs.keywords import check_ranges
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode_prompt, load_prompts
 
-EPISODES = ("prompt", "cycle")
-RATES = ("ltd", "rl_adapter")  # rewards that are tokens over seconds
+
+def in_worker() -> bool:
+    """Whether other processes of the same work run beside this one: those of multiprocessing, or of a Ray cluster."""
+    ray = sys.modules.get("ray")
+    on_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return on_ray or multiprocessing.parent_process() is not None
 
 
 class EndedText(ValueError):
     """The target's first token already ends the text."""
 
 
-class SpecEnv(gym.Env[np.ndarray, int]):
+class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
@@ -76,6 +84,8 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         policy_seconds: charged for every decision (an experiment sets the agent's measured time).
         render_mode: None, ``"ansi"``, ``"human"`` or ``"rgb_array"``.
         own: keyword arguments of the control (its docstring lists them).
+
+    A copy (pickled, or by ``copy.deepcopy``) is another environment with the same keyword arguments, to be reset first.
 
     Raises:
         TypeError: a keyword that neither this class nor the control has; the nearest one is named.
@@ -115,54 +125,45 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         **own: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "control", "own", "__class__")}
+        EzPickle.__init__(self, control, **given, **own)
         kind = CONTROLS[control]
         check_keywords(kind, given | own)
-        choice("episode", episode, EPISODES)
         reward = kind.rewards[0] if reward is None else reward
-        choice("reward", reward, kind.rewards)
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        if reward in RATES and episode == "prompt":
-            raise ValueError(
-                f'reward="{reward}" needs episode="cycle": summed over a prompt, tokens / seconds would pay for many cheap '
-                "cycles instead of fast text"
-            )
-        temperature = kind.temperature if temperature is None else temperature
+        check_settings(trace, given)
         max_new_tokens = Trace.longest(max_new_tokens, trace)
-        if max_new_tokens < 2:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 2 or more (the first one is the prefill's)")
-        if switch_every < 0:
-            raise ValueError(f"switch_every is {switch_every}; expected texts, or 0 for none")
-        if pace is not None and not 0 <= pace < float("inf"):
-            raise ValueError(f"pace is {pace}; expected tokens per second, 0 or more")
+        check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
+        check_number("switch_every", switch_every, lambda texts: texts >= 0, "texts, or 0 for none")
         self.control = make_control(control, given | own)
         self.clocks = clocks_for(clock, device, trace)
-        if not all(c.priced for c in self.clocks):
-            if cost_features or len(self.clocks) > 1:
-                raise ValueError("cost_features and a list of clocks need cost tables; a measured clock has none")
-            if multiprocessing.parent_process() is not None:
+        if not self.clocks[0].priced:
+            if cost_features:
+                raise ValueError("cost_features need cost tables; a measured clock has none")
+            if in_worker():
                 raise ValueError(
                     "a measured clock in a worker process would be disturbed by its siblings; "
                     "use a cost table (clock=…) or one process"
                 )
-        self.action_space = self.control.action_space
+        self.action_space = self.control.action_space  # type: ignore[assignment] - its actions may be NumPy's numbers
         self.observation_space = self.control.observation_space
         self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
         engine, chain = self.control.engine, self.control.width == 1
         if drafter == "auto" and not trace:
             drafter = self.control.default_drafter(target)
-        if temperature > 0 and self.control.cuts and chain and drafts_chains(drafter):
+        sampled = kind.temperature if temperature is None else temperature
+        if sampled > 0 and self.control.cuts and chain and drafts_chains(drafter):
             raise ValueError(
-                f"temperature is {temperature}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
+                f"temperature is {sampled}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
                 "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
             )
         models = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
         self.decoder = decoder_under(
-            self.control, trace, self.clocks[0], **models, temperature=temperature, top_p=top_p
+            self.control, trace, self.clocks[0], **models, temperature=temperature if trace else sampled, top_p=top_p
         )
         if trace:
             self.best_static = self._static_of_trace(trace)
             if Trace.named(trace):
-                Trace.load(trace).check({}, max_new_tokens)
+                Trace.load(trace).check(self.control.width, self.control.max_depth, max_new_tokens)
             recorded = recorded_prompts(trace, split, prompts)
             self.encoded = {Prompt(task, str(i)): ids for i, (task, ids) in enumerate(recorded)}
             chosen = list(self.encoded)
@@ -178,6 +179,7 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         self.episode, self.reward_name, self.given_pace = episode, reward, pace
         self.policy_seconds, self.render_mode = policy_seconds, render_mode
         self.prompt: Prompt | None = None
+        self.closed = False
         self._mark: dict[str, float] = {}
 
     def reset(
@@ -191,13 +193,19 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         Raises:
             ValueError: another option, or a prompt of another type.
         """
+        self._check_open()
+        before, self.prompt = self.prompt, None  # a reset that is refused leaves no text to go on with
         super().reset(seed=seed)
         if seed is not None:
             self.texts, self.turn = 0, ""
-        given = (options or {}).get("prompt")
-        if set(options or {}) - {"prompt"} or not isinstance(given, (str, Prompt, type(None))):
+        known = options is None or (isinstance(options, dict) and not set(options) - {"prompt"})
+        given = options.get("prompt") if known and options else None
+        if not known or not isinstance(given, (str, Prompt, type(None))):
             raise ValueError(f"options is {options!r}; expected {{'prompt': a text or a Prompt}}")
-        if seed is not None or given is not None or self.episode == "prompt" or self.decoder.finished:
+        goes_on = before is not None and self.episode == "cycle" and not self.decoder.finished
+        if seed is None and given is None and goes_on:
+            self.prompt = before
+        else:
             self._begin_text(given)
         observation = self.control.observe(self.decoder)
         if self.render_mode == "human":
@@ -206,13 +214,13 @@ class SpecEnv(gym.Env[np.ndarray, int]):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Carry out a decision. What the next decision needs is drafted here too, and charged to the next step."""
-        if not self.action_space.contains(int(action)):
-            raise ValueError(f"action {action!r} is not in {self.action_space}")
+        self._check_open()
+        chosen = checked_action(self.control.action_space, action)
         if self.prompt is None or self.decoder.finished:
             raise ValueError("there is no text to go on with; call reset() first")
         clock = self.decoder.clock
         clock.charge("policy", self.policy_seconds)
-        cycle = self.control.act(self.decoder, int(action))
+        cycle = self.control.act(self.decoder, chosen)
         seconds = clock.since(self._mark)
         self._mark = dict(clock.totals)
         info = self._info(cycle, seconds)
@@ -232,7 +240,14 @@ class SpecEnv(gym.Env[np.ndarray, int]):
         return observation, float(reward), terminated, False, info
 
     def render(self) -> str | np.ndarray | None:
-        """The text so far and the tree: coloured text, or a picture ``[height, width, 3]``."""
+        """Return the text so far and the tree: coloured text, or a picture ``[height, width, 3]``.
+
+        Raises:
+            ValueError: there is no text yet, or the environment is closed.
+        """
+        self._check_open()
+        if self.prompt is None:
+            raise ValueError("there is no text to show; call reset() first")
         if self.render_mode == "rgb_array":
             return render.picture(self.decoder)
         if self.render_mode == "ansi":
@@ -243,7 +258,12 @@ class SpecEnv(gym.Env[np.ndarray, int]):
 
     def close(self) -> None:
         """End what the decoder runs beside this process; may be called twice."""
+        self.closed = True
         self.decoder.close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("the environment is closed; make another one")
 
     @property
     def plain_rate(self) -> float:
@@ -298,7 +318,6 @@ class SpecEnv(gym.Env[np.ndarray, int]):
             given = Prompt("given", given)
         if given is not None and self.trace and given not in self.encoded:
             raise ValueError(f"{self.trace!r} has prompts of its own; another text cannot be given")
-        self.prompt = given
         if len(self.clocks) > 1:
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
         for _ in range(100):  # a prompt whose first token is EOS is not used
@@ -376,15 +395,9 @@ def check_keywords(kind: type[Control], given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in types:
             nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.0)[0]
-            raise TypeError(f"unknown keyword {name!r} for {kind.__name__}; did you mean {nearest!r}?")
+            raise TypeError(f"{kind.__name__} got an unexpected keyword argument {name!r}; did you mean {nearest!r}?")
         try:
             plain = value.item() if isinstance(value, np.generic) else value
             TypeAdapter(types[name]).validate_python(plain, strict=True)
         except ValidationError:
             raise TypeError(f"{name} is {value!r}; expected {inspect.formatannotation(types[name])}") from None
-
-
-def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Refuse a value outside a short list."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}")

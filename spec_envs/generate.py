@@ -51,12 +51,11 @@ class Generation:
 
     def __iter__(self) -> Iterator[list[int]]:
         decoder, clock = self.decoder, self.decoder.clock
-        before = dict(clock.totals)
         self.seconds, self.actions = 0.0, []
         decoder.start(self.prompt, self.max_new_tokens, self.rng)
         if self.policy:
             self.policy.reset(self.rng, self.task)
-        self.prefill_seconds = clock.since(before)["prefill"]
+        self.prefill_seconds = clock.totals["prefill"]
         yield decoder.tokens[:1]
         while not decoder.finished:
             mark, simulated, began = dict(clock.totals), clock.simulated, time.perf_counter()

@@ -213,5 +213,7 @@ def test_bad_keywords(keywords: dict, message: str, tiny: dict) -> None:
 
 
 def test_a_misspelt_keyword_names_the_nearest(tiny: dict) -> None:
-    with pytest.raises(TypeError, match="unknown keyword 'exit_layers' for DVIControl; did you mean 'exit_layer'"):
+    with pytest.raises(
+        TypeError, match="DVIControl got an unexpected keyword argument 'exit_layers'; did you mean 'exit_layer'"
+    ):
         make(tiny, exit_layers=3)

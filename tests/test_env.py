@@ -209,7 +209,11 @@ def observed(step: Any) -> list:
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"max_dept": 3}, TypeError, "unknown keyword 'max_dept' for DepthControl; did you mean 'max_depth'"),
+        (
+            {"max_dept": 3},
+            TypeError,
+            "DepthControl got an unexpected keyword argument 'max_dept'; did you mean 'max_depth'",
+        ),
         ({"temprature": 1.0}, TypeError, "did you mean 'temperature'"),
         ({"reward": "ltd"}, ValueError, 'reward="ltd" needs episode="cycle"'),
         ({"reward": "tokens"}, ValueError, "reward is 'tokens'; expected one of saved, ltd"),

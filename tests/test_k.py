@@ -143,7 +143,7 @@ def test_domains_take_turns(pair: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"k_max": 1}, "k_max is 1; expected 2 or more"),
+        ({"k_max": 1}, "k_max is 1; expected 2 to 4096"),
         ({"decision": "word"}, "decision is 'word'; expected one of cycle, token"),
         ({"engine": "vllm"}, "engine is 'vllm'; expected one of torch, llama-server"),
         ({"decision": "token", "adjustment_interval": 64}, "it has no segments and no server"),

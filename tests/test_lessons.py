@@ -84,7 +84,7 @@ def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str,
                 while alive.any():
                     at = np.full(8, level if found.stepwise else 0)
                     np.testing.assert_allclose(seen[alive], lessons.seen[alive, at[0]], atol=1e-6)
-                    seen, _, _, _, infos = played.step(found.actions(at, np.full(8, plan)))
+                    seen, infos = played.step(found.actions(at, np.full(8, plan)))[0], played.brought
                     spent += alive * infos["seconds"]["draft"]
                     ended = alive & (infos["emitted"] > 0)
                     brought[ended], worth[ended] = infos["emitted"][ended], infos["seconds"]["verify"][ended]
@@ -100,8 +100,8 @@ def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str,
         ended, level = False, found.first
         while not ended:
             at = np.full(8, level if found.stepwise else 0)
-            observations, _, _, _, infos = env.step(found.actions(at, np.full(8, plan)))
-            begins, level = infos["emitted"] > 0, level + 1
+            observations = env.step(found.actions(at, np.full(8, plan)))[0]
+            begins, level = env.brought["emitted"] > 0, level + 1
             ended = bool(begins.any())
         if not begins.all():
             break

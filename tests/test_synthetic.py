@@ -101,7 +101,7 @@ def test_training_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             "no trace folder and no synthetic profile 'nothing': expected a JSON file, or one of qwen2.5-coder-32b-cpu",
         ),
         ({"trace": NAME, "engine": "llama-server"}, "which takes the place of llama-server; give one of the two"),
-        ({"trace": NAME, "temperature": 1.0}, "plays chains under greedy decoding only"),
+        ({"trace": NAME, "temperature": 1.0}, "was recorded with temperature 0.0, not 1.0"),
     ],
 )
 def test_mistakes_are_named(keywords: dict[str, Any], message: str) -> None:

@@ -30,6 +30,9 @@ JOINT: dict[str, Any] = {"actions": "joint", "k": 4, "ks": [0, 3, 8]}
 TRACE = "smollm2-135m-topk"
 
 
+AS_RECORDED = {"trace": TRACE, "target": "smollm2-135m", "drafter": "auto", "dtype": "auto"}
+
+
 @pytest.fixture
 def chain(tiny: dict, tiny_draft: Path) -> dict[str, Any]:
     """Keyword arguments of an environment over the tiny pair with a draft model."""
@@ -189,12 +192,10 @@ def test_rates_are_shown_on_a_log_scale() -> None:
         ({"edge_value": 0.5}, 'edge_value is 0.5; expected 0 to 1, with actions="joint"'),
         ({"link": "tin-can"}, "no link 'tin-can'"),
         ({"observation": "rl_adapter", "actions": "joint"}, "is the published state"),
-        ({"trace": TRACE, "link": "ws://127.0.0.1:1"}, "takes the place of the cloud"),
-        ({"trace": TRACE}, "recorded with target 'smollm2-135m', not"),
-        (
-            {"trace": TRACE, "temperature": 0.5, "target": "smollm2-135m", "drafter": "auto"},
-            "recorded with temperature 1.0",
-        ),
+        (AS_RECORDED | {"link": "ws://127.0.0.1:1"}, "takes the place of the cloud"),
+        (AS_RECORDED | {"target": "another"}, "recorded with target 'smollm2-135m', not"),
+        (AS_RECORDED | {"temperature": 0.5}, "recorded with temperature 1.0"),
+        (AS_RECORDED | {"dtype": "float32"}, "dtype is 'float32', which has no effect"),
         ({"trace": "nothing.npz"}, "no expected-acceptance trace 'nothing.npz'"),
     ],
 )

@@ -41,7 +41,7 @@ SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_
 def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
     """Both agents, trained in each case."""
     return {
-        (name, case): AGENTS[name](control=control_of(case), seed=3, **SMALL).learn(env=copy.deepcopy(vectors[case]))
+        (name, case): AGENTS[name](control=control_of(case), seed=4, **SMALL).learn(env=copy.deepcopy(vectors[case]))
         for case in LEARNED
         for name in ("hindsight", "exact-pg")
     }
@@ -54,8 +54,8 @@ def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
     seen, _ = env.reset(seed=0, options={"texts": texts})
     alive, spent = np.ones(env.num_envs, bool), np.zeros(env.num_envs)
     while alive.any():
-        seen, _, terminated, _, infos = env.step(agent.actions(seen))
-        spent += alive * sum(infos["seconds"].values())
+        seen, _, terminated, _, _ = env.step(agent.actions(seen))
+        spent += alive * sum(env.brought["seconds"].values())
         alive &= ~terminated
     return spent[: len(env.texts)]
 

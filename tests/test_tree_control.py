@@ -167,7 +167,7 @@ def load_same(decoder: Decoder, control: TreeControl) -> Decoder:
         ({"budgets": "all"}, ValueError, "budgets is 'all'; expected numbers or one of ltd, ltd-paper"),
         ({"max_depth": 0}, ValueError, "max_depth and width are 0 and 10; expected at least 1"),
         ({"observation": "ltd"}, ValueError, "observation is 'ltd'; expected one of default"),
-        ({"depth": 3}, TypeError, "unknown keyword 'depth' for TreeControl"),
+        ({"depth": 3}, TypeError, "TreeControl got an unexpected keyword argument 'depth'"),
     ],
 )
 def test_refusals(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:

@@ -55,7 +55,7 @@ def test_it_says_what_the_environments_say(episode: str, keywords: dict[str, Any
             episodes += 1
             assert info["TimeLimit.truncated"] is False
             np.testing.assert_array_equal(info["terminal_observation"], arrays["final_obs"][i])
-            assert ("episode" in info) == ("final_info" in arrays and arrays["_final_info"][i])
+            assert ("episode" in info) == ("_tokens" in arrays["final_info"] and arrays["final_info"]["_tokens"][i])
             if "episode" in info:
                 texts += 1
                 assert info["episode"]["r"] == pytest.approx(sum(paid[i]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +15,7 @@ from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.pair import default_drafter
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
+LONGEST_CHAIN, LARGEST_TREE = 4096, 100_000  # drafted tokens, nodes: what is allocated before anything is drafted
 COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verification curve
 
 
@@ -68,7 +70,7 @@ class Control(ABC):
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
-    action_space: spaces.Space
+    action_space: spaces.Discrete
     width: int
     max_depth: int
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
@@ -202,13 +204,39 @@ class Policy:
         action, self.state = self.agent.predict(observation, self.state, start, deterministic=not self.learning)
         self.fresh, self.observed = False, observation
         decoder.clock.charge("policy", self.agent.decision_seconds)
-        return int(action)
+        return checked_action(self.control.action_space, action)
 
     def learn(self, decoder: Decoder, action: int, cycle: Cycle) -> None:
         """Tell the agent what came of its last decision: accepted tokens per second (its own time is not charged)."""
         assert isinstance(self.agent, Learner)
         reward = cycle.accepted / max(sum(cycle.seconds.values()), 1e-9)
         self.agent.record(self.observed, action, reward, self.control.observe(decoder), decoder.finished)
+
+
+def check_tree(max_depth: int, width: int) -> None:
+    """Refuse trees that no memory would hold.
+
+    Raises:
+        ValueError: more nodes than ``LARGEST_TREE``.
+    """
+    if (nodes := width + width * width * max_depth) > LARGEST_TREE:
+        raise ValueError(
+            f"max_depth and width are {max_depth} and {width}, a tree of {nodes} nodes; expected at most {LARGEST_TREE}"
+        )
+
+
+def checked_action(space: spaces.Discrete, action: Any) -> int:
+    """Return an action as a number: a whole number of Python or NumPy, or an array of no dimensions that holds one.
+
+    Raises:
+        ValueError: anything else, such as a fraction, a boolean, a text or an array of one number, or one out of range.
+    """
+    if isinstance(action, np.ndarray) and action.shape == ():
+        action = action[()]
+    whole = isinstance(action, (int, np.integer)) and not isinstance(action, bool)
+    if not whole or not 0 <= action < space.n:
+        raise ValueError(f"action {action!r} is not in {space}; expected a whole number from 0 to {space.n - 1}")
+    return int(action)
 
 
 def read_survival(decoder: Decoder) -> np.ndarray:
@@ -248,11 +276,21 @@ def common_entries() -> list[Entry]:
     ]
 
 
+def read_length(decoder: Decoder, repeats: int) -> np.ndarray:
+    """Length of the text in units of 1000 tokens, several times."""
+    return np.full(repeats, decoder.length / 1000)
+
+
+def read_depth(decoder: Decoder, repeats: int) -> np.ndarray:
+    """Expansions so far, in units of ten, several times."""
+    return np.full(repeats, decoder.tree.expansions / 10)
+
+
 def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], repeats: int) -> list[Entry]:
     """The observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
     lowest = -1000.0  # a floor below any path log-probability in float32
     return [
         Entry("scores", scores, lowest, 0.0, read_scores),
-        Entry("length", repeats, 0.0, 1000.0, lambda d: np.full(repeats, d.length / 1000)),
-        Entry("depth", repeats, 0.0, 100.0, lambda d: np.full(repeats, d.tree.expansions / 10)),
+        Entry("length", repeats, 0.0, 1000.0, partial(read_length, repeats=repeats)),
+        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats)),
     ]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, common_entries, ltd_entries, read_survival
+from spec_envs.controls.base import (
+    LARGEST_TREE,
+    Control,
+    Entry,
+    check_tree,
+    common_entries,
+    ltd_entries,
+    read_survival,
+)
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 LTD_CODE = tuple(range(10, 241, 10))
@@ -96,7 +105,7 @@ class BudgetControl(Control):
         self.action_space = spaces.Discrete(len(self.budgets))
         if observation == "ltd":
             candidates = width + width * width * max_depth
-            self._declare(ltd_entries(candidates, lambda d: d.tree.scores, repeats=29))
+            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), repeats=29))
         else:
             self._declare(
                 [
@@ -136,8 +145,9 @@ def offered(budgets: Sequence[int] | str, max_depth: int, width: int) -> tuple[i
         budgets = NAMED[budgets]
     if max_depth < 1 or width < 1:
         raise ValueError(f"max_depth and width are {max_depth} and {width}; expected at least 1")
-    if not budgets or min(budgets) < 0 or list(budgets) != sorted(set(budgets)):
-        raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes")
+    check_tree(max_depth, width)
+    if not budgets or min(budgets) < 0 or max(budgets) > LARGEST_TREE or list(budgets) != sorted(set(budgets)):
+        raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes, up to {LARGEST_TREE}")
     return tuple(budgets)
 
 

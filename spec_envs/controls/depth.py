@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, common_entries, ltd_entries, read_survival
+from spec_envs.controls.base import Control, Entry, check_tree, common_entries, ltd_entries, read_survival
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.decoding.decoder import Cycle, Decoder
 
@@ -90,10 +92,11 @@ class DepthControl(Control):
             raise ValueError(
                 f"max_depth, width and budget are {max_depth}, {width} and {budget}; expected at least 2, 1 and 0"
             )
+        check_tree(max_depth, width)
         self.max_depth, self.width, self.budget = max_depth, width, budget
         self.action_space = spaces.Discrete(2)
         if observation == "ltd":
-            self._declare(ltd_entries(width * width, lambda d: d.tree.last_level, repeats=14))
+            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), repeats=14))
         else:
             self._declare(
                 [

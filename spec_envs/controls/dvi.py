@@ -9,13 +9,15 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from spec_envs.controls.base import Control, Entry, read_context, read_position
+from spec_envs.checked import check_number
+from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS
 from spec_envs.decoding.checkpoints import load_config, model_folder
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits import KINDS, ExitAdapter
 from spec_envs.decoding.pair import DEFAULT_TARGET, EXIT
+from spec_envs.decoding.sampling import WARM, warm
 from spec_envs.decoding.shape import Shape
 from spec_envs.decoding.split import SplitVerifier
 
@@ -121,14 +123,14 @@ class DVIControl(Control):
         shape = Shape.from_config(load_config(model_folder(target)))
         for name, value, fits, expected in (
             ("exit_layer", exit_layer, 1 <= exit_layer < shape.layers, f"1 to {shape.layers - 1}, of {shape.layers} layers"),
-            ("block", block, block >= 1, "1 or more drafted tokens"),
+            ("block", block, 1 <= block <= LONGEST_CHAIN, f"1 to {LONGEST_CHAIN} drafted tokens"),
             ("adapter", adapter, adapter in KINDS, f"one of {', '.join(KINDS)}"),
-            ("rank", rank, rank is None or rank >= 1, "1 or more"),
+            ("rank", rank, rank is None or 1 <= rank <= shape.hidden, f"1 to {shape.hidden}"),
             ("stop", stop, 0 <= stop <= 1, "a probability from 0 to 1"),
-            ("draft_temperature", draft_temperature, draft_temperature >= 0, "0 (the most probable token) or more"),
-        ):  # fmt: skip
+                    ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
+        check_number("draft_temperature", draft_temperature, warm, WARM)
         self.target, self.device, self.dtype = target, device, dtype
         self.exit_layer, self.block, self.adapter, self.rank = exit_layer, block, adapter, rank
         self.stop, self.draft_temperature = stop, draft_temperature

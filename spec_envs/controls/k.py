@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, read_context, read_position
+from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
 from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
@@ -115,8 +115,8 @@ class KControl(Control):
         cost_features: bool = False,
     ):
         super().__init__(observation, cost_features)
-        if k_max < 2:
-            raise ValueError(f"k_max is {k_max}; expected 2 or more")
+        if not 2 <= k_max <= LONGEST_CHAIN:
+            raise ValueError(f"k_max is {k_max}; expected 2 to {LONGEST_CHAIN}")
         for name, value, allowed in (("decision", decision, DECISIONS), ("engine", engine, ENGINES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
@@ -135,8 +135,8 @@ class KControl(Control):
     def _entries(self) -> list[Entry]:
         counters = [
             Entry("acceptance", len(WINDOWS), 0.0, 1.0, self._read_acceptance),
-            Entry("last_k", 1, 0.0, 1.0, lambda decoder: self.last_k / self.k_max),
-            Entry("last_acceptance", 1, 0.0, 1.0, lambda decoder: acceptance(self.decided[-1:])),
+            Entry("last_k", 1, 0.0, 1.0, self._read_last_k),
+            Entry("last_acceptance", 1, 0.0, 1.0, self._read_last_acceptance),
             Entry("position", 1, 0.0, 1.0, read_position),
             Entry("context", 1, 0.0, 1.0, read_context),
         ]
@@ -146,19 +146,19 @@ class KControl(Control):
         if self.decision == "token":
             names = ("drafted", "probability", "entropy", "path")
             chain = [Entry(name, 1, 0.0, 1.0, partial(self._read_of_chain, i)) for i, name in enumerate(names)]
-            chain.append(Entry("free", 1, 0.0, 1.0, lambda decoder: float(copies(decoder))))
+            chain.append(Entry("free", 1, 0.0, 1.0, read_free))
         elif not self.adjustment_interval:
             chain = [
-                Entry("confidence", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("probabilities"))),
-                Entry("entropy", 1, 0.0, 1.0, lambda decoder: mean(self._last_nodes("entropies")) / ENTROPY_UNIT),
+                Entry("confidence", 1, 0.0, 1.0, self._read_confidence),
+                Entry("entropy", 1, 0.0, 1.0, self._read_entropy),
             ]
         if not self.adjustment_interval:
             chain.append(Entry("match", 1, 0.0, 1.0, read_match))
         return [
             *chain,
             *counters,
-            Entry("kind", len(KINDS), 0.0, 1.0, lambda decoder: one_hot(self._kind(decoder), KINDS)),
-            Entry("task", len(TASKS) + 1, 0.0, 1.0, lambda decoder: one_hot(self.task, (*TASKS, ""))),
+            Entry("kind", len(KINDS), 0.0, 1.0, self._read_kind),
+            Entry("task", len(TASKS) + 1, 0.0, 1.0, self._read_task),
         ]
 
     def reset(self, rng: np.random.Generator, task: str = "") -> None:
@@ -203,6 +203,24 @@ class KControl(Control):
     def _read_acceptance(self, decoder: Decoder) -> list[float]:
         return [acceptance(self.decided[-n:]) for n in WINDOWS]
 
+    def _read_last_k(self, decoder: Decoder) -> float:
+        return self.last_k / self.k_max
+
+    def _read_last_acceptance(self, decoder: Decoder) -> float:
+        return acceptance(self.decided[-1:])
+
+    def _read_confidence(self, decoder: Decoder) -> float:
+        return mean(self._last_nodes("probabilities"))
+
+    def _read_entropy(self, decoder: Decoder) -> float:
+        return mean(self._last_nodes("entropies")) / ENTROPY_UNIT
+
+    def _read_kind(self, decoder: Decoder) -> list[float]:
+        return one_hot(self._kind(decoder), KINDS)
+
+    def _read_task(self, decoder: Decoder) -> list[float]:
+        return one_hot(self.task, (*TASKS, ""))
+
     def _read_of_chain(self, i: int, decoder: Decoder) -> float:
         return self._read_chain(decoder)[i]
 
@@ -238,6 +256,11 @@ def read_match(decoder: Decoder) -> float:
     """How many of the text's last tokens stood in it before, in units of the most that are counted; 0 without lookup."""
     drafter = copier(decoder)
     return min(1.0, drafter.matched() / LONGEST) if drafter else 0.0
+
+
+def read_free(decoder: Decoder) -> float:
+    """1 where the next token of the chain under way would be copied, else 0."""
+    return float(copies(decoder))
 
 
 def copies(decoder: Decoder) -> bool:

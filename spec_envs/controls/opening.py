@@ -16,34 +16,98 @@ from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.pair import DEFAULT_TARGET, make_clocks, open_decoder
 from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.synthetic import Profile
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.trace import Trace, tasks_named
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from spec_envs.network.linked import is_address, linked
 
+DEFAULTS: dict[str, Any] = {  # of keyword arguments that say nothing where a trace is played
+    "target": DEFAULT_TARGET,
+    "drafter": "auto",
+    "device": "auto",
+    "dtype": "auto",
+    "data_dir": None,
+    "template": None,
+    "temperature": None,
+    "top_p": 1.0,
+}
+
 
 def clocks_for(clock: str | Sequence[str], device: str, trace: str | None) -> list[WallClock]:
-    """The clocks of those names; a trace's own table stands in for the wall."""
+    """Return the clocks of those names; a trace's own table stands in for the wall.
+
+    Raises:
+        ValueError: no such table, or several clocks one of which measures.
+    """
+    clock = clock[0] if not isinstance(clock, str) and len(clock) == 1 else clock
     if trace and Trace.named(trace):
         if clock == "wall":
             return [PricedClock(Trace.load(trace).costs())]
         trace = None
     elif trace and ExpectedTrace.named(trace):
         clock, trace = ExpectedTrace.load(trace).clock if clock == "wall" else clock, None
-    return make_clocks(clock, resolve_device(device), trace)
+    clocks = make_clocks(clock, resolve_device(device), trace)
+    if len(clocks) > 1 and not all(made.priced for made in clocks):
+        raise ValueError(f"clock is {clock!r}; several clocks need cost tables, a measured clock has none")
+    return clocks
+
+
+def check_settings(trace: str | None, given: dict[str, Any]) -> None:
+    """Refuse settings of models and prompts where a trace stands for these: they would have no effect.
+
+    Args:
+        given: keyword arguments of an environment or of ``load_decoder``. Defaults are allowed, and what the trace was
+            recorded with.
+
+    Raises:
+        ValueError: another value, or no name of a trace.
+    """
+    if trace is None:
+        return
+    if not trace.strip():
+        raise ValueError(f"trace is {trace!r}; expected a folder, a file or a name, or None for models")
+    made = recorded_settings(trace)
+    for name, default in DEFAULTS.items():
+        value = given.get(name, default)
+        if value in (default, made.get(name, default)):
+            continue
+        if name in made:
+            raise ValueError(f"the trace {trace!r} was recorded with {name} {made[name]!r}, not {value!r}")
+        raise ValueError(f"{name} is {value!r}, which has no effect where the trace {trace!r} is played; leave it out")
+
+
+def recorded_settings(trace: str) -> dict[str, Any]:
+    """Return the keyword arguments that a trace was recorded with; it is played on the CPU."""
+    made: dict[str, Any] = {"device": "cpu", "temperature": 0.0}
+    if Trace.named(trace):
+        manifest = Trace.load(trace).manifest
+        return made | {name: getattr(manifest, name) for name in ("target", "drafter", "dtype", "template")}
+    if ExpectedTrace.named(trace):
+        recorded = ExpectedTrace.load(trace)
+        return made | {name: getattr(recorded, name) for name in ("target", "drafter", "temperature")}
+    return made
 
 
 def recorded_prompts(trace: str, split: str, names: str = "all") -> list[tuple[str, list[int]]]:
-    """Task and ids of a trace's prompts; those of a synthetic profile are the same in every split. ``names`` are prompt
-    sets of an exact trace."""
+    """Return task and ids of a trace's prompts; those of a synthetic profile are the same in every split.
+
+    Args:
+        names: prompt sets, or kinds of text of a profile, separated by commas; ``"all"`` is every one.
+
+    Raises:
+        ValueError: there are none of that split or of those names.
+    """
     if Trace.named(trace):
         recorded = Trace.load(trace)
         return [(recorded.texts[i].task, recorded.texts[i].prompt) for i in recorded.of_split(split, names)]
-    if not ExpectedTrace.named(trace):
-        return Profile.load(trace).prompts()
-    prompts = ExpectedTrace.load(trace).prompts(split)
+    expected = ExpectedTrace.named(trace)
+    prompts = ExpectedTrace.load(trace).prompts("all") if expected else Profile.load(trace).prompts()
+    chosen = tasks_named(names, {task for task, _ in prompts}, trace)
+    if expected:
+        prompts = ExpectedTrace.load(trace).prompts(split)
+    prompts = [(task, ids) for task, ids in prompts if task in chosen]
     if not prompts:
-        raise ValueError(f"the trace {trace!r} has no texts of the split {split!r}")
+        raise ValueError(f"the trace {trace!r} has no texts of the prompts {names!r} in the split {split!r}")
     return prompts
 
 
@@ -56,26 +120,18 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
     Raises:
         ValueError: settings that do not go together.
     """
+    check_settings(trace, models)
     if isinstance(control, TopKControl) and trace:
         recorded = ExpectedTrace.load(trace)
         if is_address(control.link):
             raise ValueError(f"trace is {trace!r}, which takes the place of the cloud; give a simulated link")
-        made = {
-            "target": recorded.target,
-            "drafter": recorded.drafter,
-            "temperature": recorded.temperature,
-            "top_p": 1.0,
-        }
-        for name, value in made.items():
-            if models.get(name, "auto") not in ("auto", value):
-                raise ValueError(f"the trace {trace!r} was recorded with {name} {value!r}, not {models[name]!r}")
         if unknown := sorted(set(control.ks) - set(recorded.ks)):
             raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
         return recorded.decoder(clock, control.max_depth, load_link(control.link))
     if isinstance(control, DVIControl):
         return decoder_at_exit(control, trace, clock, **models)
     if trace and Trace.named(trace):
-        return replay_under(control, Trace.load(trace), clock, models)
+        return replay_under(control, Trace.load(trace), clock)
     decoder = open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **models)
     if isinstance(control, TopKControl):
         if control.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
@@ -86,7 +142,7 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
     return decoder
 
 
-def replay_under(control: Control, trace: Trace, clock: WallClock, models: dict[str, Any]) -> Decoder:
+def replay_under(control: Control, trace: Trace, clock: WallClock) -> Decoder:
     """A decoder that replays a trace.
 
     Raises:
@@ -101,10 +157,7 @@ def replay_under(control: Control, trace: Trace, clock: WallClock, models: dict[
         raise ValueError(
             f"the trace {trace.folder} is one of {trace.kind}s, which {control.name} does not decide about"
         )
-    given = {**models, "width": control.width, "max_depth": control.max_depth}
-    trace.check(
-        given | ({"target": "auto"} if given.get("target") == DEFAULT_TARGET else {})
-    )  # that is: none was named
+    trace.check(control.width, control.max_depth)
 
     def detokenize(ids: list[int]) -> str:
         return str(load_tokenizer(trace.manifest.target).decode(ids, skip_special_tokens=True))

@@ -6,16 +6,18 @@ Parts are ``prefill`` (never part of a cycle), ``draft``, ``verify``, ``network`
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
+from spec_envs.checked import first_error, read_checked
 from spec_envs.files import find_json
 
 PARTS = ("prefill", "draft", "verify", "network", "policy")
@@ -35,14 +37,23 @@ class WallClock:
     """Measured seconds; the device is synchronised on both sides of every part.
 
     Attributes:
-        totals: seconds charged so far by part.
+        totals: seconds charged so far by part, since the text began.
         simulated: those among them, of a measured clock, that nobody waited for.
     """
 
     priced = False
 
     def __init__(self, device: torch.device):
-        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.device = device
+        self.restart()
+
+    def synchronize(self) -> None:
+        """Wait for what the device still computes."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def restart(self) -> None:
+        """A text begins: count from 0, so that its seconds are the same to the last bit whatever came before it."""
         self.totals = dict.fromkeys(PARTS, 0.0)
         self.simulated = 0.0
 
@@ -74,16 +85,43 @@ class WallClock:
         return {part: total - earlier[part] for part, total in self.totals.items()}
 
 
+Rows = Annotated[int, Field(ge=1, le=10**9)]
+Seconds = Annotated[float, Field(ge=1e-12, le=1e9)]  # 1 / seconds and seconds of many forwards are finite
+Curve = Annotated[dict[Rows, Seconds], Field(min_length=1)]
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+CURVE = TypeAdapter(Curve, config=STRICT)
+EXPECTED = 'expected {"verify": {"1": seconds, …}, "draft": {…}}, rows and their positive seconds'
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Curves:
+    """The two curves of a cost table; whatever else its file says is for people."""
+
+    verify: Curve
+    draft: Curve
+
+
 @dataclass(frozen=True)
 class CostTable:
     """Seconds of a forward by its number of rows, for one machine and one pair of models.
 
     Between the rows listed the cost is interpolated, beyond them extrapolated from the last two.
+
+    Raises:
+        ValueError: a curve is empty, or has rows that are not whole numbers or seconds that are not positive.
     """
 
     name: str
     verify: dict[int, float]
     draft: dict[int, float]
+
+    def __post_init__(self) -> None:
+        for part, curve in (("verify", self.verify), ("draft", self.draft)):
+            try:
+                CURVE.validate_python(curve)
+            except ValidationError as error:
+                raise ValueError(f"{self.name} is not a cost table ({part} {first_error(error)}); {EXPECTED}") from None
 
     @classmethod
     def load(cls, source: str) -> CostTable:
@@ -93,16 +131,8 @@ class CostTable:
             ValueError: no such table, or one that is malformed.
         """
         path = find_json(source, COSTS, "cost table", "wall")
-        try:
-            raw = json.loads(path.read_text())
-            curves = {part: {int(n): float(s) for n, s in raw[part].items()} for part in ("verify", "draft")}
-            if any(not curve or min(curve.values()) <= 0 for curve in curves.values()):
-                raise ValueError("a curve without positive seconds")
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{path} is not a cost table ({error}); expected {{"verify": {{"1": seconds, …}}, "draft": {{…}}}}'
-            ) from None
-        return cls(path.stem, **curves)
+        curves = read_checked(Curves, path, "a cost table", EXPECTED)
+        return cls(path.stem, curves.verify, curves.draft)
 
     def seconds(self, part: str, rows: int) -> float:
         """Seconds of a forward of ``rows`` rows."""

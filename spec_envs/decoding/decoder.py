@@ -147,8 +147,10 @@ class Decoder:
         """Prefill and the first token; charged to ``prefill``, not to a cycle.
 
         Raises:
-            ValueError: the prompt is empty or does not fit the context.
+            ValueError: the prompt is empty or does not fit the context. There is no text then, not even the one before.
         """
+        self.finished = True
+        self.clock.restart()
         positions = max_new_tokens + self.max_depth + 1
         check_room(prompt, max_new_tokens, positions, self.context)
         check_ids(prompt, self.verifier.vocab)

@@ -103,8 +103,10 @@ class LlamaServerDecoder(Decoder):
         """Prefill and the first token; charged to ``prefill``, not to a cycle. Nothing is drawn from ``rng``.
 
         Raises:
-            ValueError: the prompt is empty or does not fit the context; or as in ``cycle``.
+            ValueError: the prompt is empty or does not fit the context; or as in ``cycle``. There is no text then.
         """
+        self.finished = True
+        self.clock.restart()
         check_room(prompt, max_new_tokens, max_new_tokens + self.k_max, self.context)
         self.prompt, self.max_new_tokens = [int(token) for token in prompt], max_new_tokens
         self.tokens: list[int] = []

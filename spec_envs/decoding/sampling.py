@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from spec_envs.checked import check_number
+
+LEAST = 1e-6  # of a temperature that is not 0: logits over a smaller one overflow
+
+
+def check_sampling(temperature: Any, top_p: Any) -> None:
+    """Refuse settings that no distribution follows from.
+
+    Raises:
+        ValueError: a temperature or a ``top_p`` out of its range, or not a number.
+    """
+    check_number("temperature", temperature, warm, WARM)
+    check_number("top_p", top_p, lambda value: 0 < value <= 1, "a number in (0, 1]")
+
+
+def warm(temperature: float) -> bool:
+    """Whether tokens can be drawn at a temperature, or chosen greedily."""
+    return temperature == 0 or temperature >= LEAST
+
+
+WARM = f"0 (greedy) or {LEAST:g} or more"
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> np.ndarray:

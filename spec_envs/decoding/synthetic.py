@@ -8,16 +8,17 @@ to published counts, and says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from spec_envs.checked import Checked, read_checked
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
@@ -29,6 +30,26 @@ from spec_envs.files import find_json
 PROFILES = Path(__file__).resolve().parents[1] / "data" / "profiles"
 CONTEXT = 32768
 EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, what the target does not say, and from 2 on what it says, one per kind
+
+
+class KindData(Checked):
+    """A kind of text in a file; see ``Kind``."""
+
+    weight: Annotated[int, Field(ge=1, le=1000)]
+    snippet: str
+    acceptance: Annotated[list[Annotated[float, Field(ge=1e-6, le=1 - 1e-6)]], Field(min_length=1)]
+
+
+class ProfileData(Checked):
+    """A profile in a file; see ``Profile``."""
+
+    synthetic: bool = True
+    about: str = ""
+    clock: str
+    static_over_plain: Annotated[float, Field(ge=1e-3, le=1e3)]
+    concentration: Annotated[float, Field(ge=1e-3, le=1e9)]
+    prompt_tokens: Annotated[int, Field(ge=1, le=CONTEXT)]
+    kinds: Annotated[dict[str, KindData], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -72,20 +93,11 @@ class Profile:
             ValueError: no such profile, or one that is malformed.
         """
         path = find_json(source, PROFILES, "trace folder and no synthetic profile")
-        try:
-            raw: dict[str, Any] = json.loads(path.read_text())
-            kinds = tuple(
-                Kind(name, int(kind["weight"]), str(kind["snippet"]), np.array(kind["acceptance"], float))
-                for name, kind in raw["kinds"].items()
-            )
-            if any(k.weight < 1 or not len(k.acceptance) or not (k.acceptance > 0).all() for k in kinds) or not kinds:
-                raise ValueError("a kind without weight or acceptance")
-            if any((k.acceptance >= 1).any() for k in kinds):
-                raise ValueError("a token that is always accepted")
-            pace, concentration = float(raw["static_over_plain"]), float(raw["concentration"])
-            return cls(path.stem, str(raw["clock"]), pace, concentration, int(raw["prompt_tokens"]), kinds)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a synthetic profile ({error}); see those in {PROFILES}") from None
+        data = read_checked(ProfileData, path, "a synthetic profile", f"see those in {PROFILES}")
+        kinds = tuple(
+            Kind(name, kind.weight, kind.snippet, np.array(kind.acceptance, float)) for name, kind in data.kinds.items()
+        )
+        return cls(path.stem, data.clock, data.static_over_plain, data.concentration, data.prompt_tokens, kinds)
 
     def prompts(self) -> list[tuple[str, list[int]]]:
         """Kind and ids of every prompt there is, as many of a kind as its weight says."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ import numpy as np
 
 from spec_envs.decoding.clock import CostTable
 from spec_envs.files import whole, write_bytes
+from spec_envs.prompts import FURTHER
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -119,6 +120,10 @@ class Trace:
         self.starts = np.concatenate([[0], np.cumsum([text.tokens for text in self.texts])])
         self.by_prompt = {tuple(text.prompt): i for i, text in enumerate(self.texts)}
 
+    def __reduce__(self) -> tuple[Callable[..., Trace], tuple[str]]:
+        """A copy is the same trace; a pickled one is read from its folder again."""
+        return Trace.load, (str(self.folder),)
+
     @classmethod
     def load(cls, source: str | Path) -> Trace:
         """The trace in a folder.
@@ -152,8 +157,10 @@ class Trace:
 
     def costs(self) -> CostTable:
         """What forwards cost on the machine that recorded it."""
-        curves = {part: {int(n): s for n, s in curve.items()} for part, curve in self.manifest.costs.items()}
-        return CostTable(str(self.folder), **curves)
+        verify, draft = (
+            {int(n): s for n, s in self.manifest.costs.get(part, {}).items()} for part in ("verify", "draft")
+        )
+        return CostTable(str(self.folder), verify, draft)
 
     def ties(self) -> np.ndarray:
         """Rows at which the target's next token is one of rounding ``[rows]`` (bool)."""
@@ -165,42 +172,45 @@ class Trace:
         Raises:
             ValueError: there are none.
         """
-        names = [name.strip() for name in prompts.split(",")]
-        found = [
-            i
-            for i, text in enumerate(self.texts)
-            if split in (text.split, "all") and ("all" in names or text.task in names)
-        ]
+        chosen = tasks_named(prompts, {text.task for text in self.texts}, str(self.folder))
+        found = [i for i, text in enumerate(self.texts) if split in (text.split, "all") and text.task in chosen]
         if not found:
             raise ValueError(f"the trace {self.folder} has no texts of the prompts {prompts!r} in the split {split!r}")
         return found
 
-    def check(self, given: dict[str, Any], max_new_tokens: int | None = None) -> None:
-        """Refuse settings other than those that it was recorded with.
-
-        Args:
-            given: keyword arguments of an environment or of ``load_decoder``; ``"auto"`` takes what there is.
+    def check(self, width: int, max_depth: int, max_new_tokens: int | None = None) -> None:
+        """Refuse trees, chains and texts other than those that were recorded.
 
         Raises:
-            ValueError: one differs; the sentence says which.
+            ValueError: another width, or more depth or tokens.
         """
-        for name in ("target", "drafter", "dtype", "width"):
-            recorded = getattr(self.manifest, name)
-            if given.get(name, "auto") not in ("auto", recorded):
-                raise ValueError(f"the trace {self.folder} was recorded with {name} {recorded!r}, not {given[name]!r}")
-        if given.get("template") not in (None, self.manifest.template):
-            raise ValueError(f"the trace {self.folder} was recorded with another template")
-        if given.get("max_depth", 0) > self.manifest.max_depth:
-            raise ValueError(
-                f"the trace {self.folder} is {self.manifest.max_depth} expansions deep; {given['max_depth']} are asked for"
-            )
-        if given.get("temperature"):
-            raise ValueError(f"a trace is of greedy decoding; temperature is {given['temperature']}, expected 0")
-        if max_new_tokens is not None and max_new_tokens > self.manifest.max_new_tokens:
+        made = self.manifest
+        if width != made.width:
+            raise ValueError(f"the trace {self.folder} was recorded with width {made.width}, not {width}")
+        if max_depth > made.max_depth:
+            raise ValueError(f"the trace {self.folder} is {made.max_depth} expansions deep; {max_depth} are asked for")
+        if max_new_tokens is not None and max_new_tokens > made.max_new_tokens:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}; the texts of {self.folder} were recorded up to "
-                f"{self.manifest.max_new_tokens}"
+                f"{made.max_new_tokens}"
             )
+
+
+def tasks_named(names: str, tasks: Collection[str], trace: str) -> set[str]:
+    """Return those of a trace's tasks that ``names``, separated by commas, ask for. ``"all"`` is every one; beside it a
+    shipped prompt set may stand of which the trace has none.
+
+    Raises:
+        ValueError: a name that is none of them.
+    """
+    chosen = {name.strip() for name in names.split(",")}
+    known = {"all", *tasks, *(FURTHER if "all" in chosen else ())}
+    if unknown := sorted(chosen - known):
+        raise ValueError(
+            f"the trace {trace!r} has no texts of the prompts {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(sorted(tasks))}"
+        )
+    return set(tasks) if "all" in chosen else chosen
 
 
 @functools.lru_cache(8)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spec_envs.decoding import accept
 from spec_envs.decoding.lora import Additions
-from spec_envs.decoding.sampling import Proposal, probabilities
+from spec_envs.decoding.sampling import Proposal, check_sampling, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
 
@@ -101,10 +101,7 @@ class LocalVerifier:
     added: Additions | None = None
 
     def __init__(self, target: Transformer, capture: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0):
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; expected a number in (0, 1]")
+        check_sampling(temperature, top_p)
         self.target, self.capture = target, tuple(capture)
         self.temperature, self.top_p = temperature, top_p
         self.vocab, self.context = target.shape.vocab, target.shape.context

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
-from spec_envs.decoding.sampling import inverse_cdf, probabilities
+from spec_envs.decoding.sampling import check_sampling, inverse_cdf, probabilities
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.network.wire import (
     MODES,
@@ -100,7 +100,8 @@ class Engine:
         """The session of an edge: as it was left, or a new one.
 
         Raises:
-            Refused: the edge speaks another version or has another vocabulary, or no slot is free.
+            Refused: the edge speaks another version, has another vocabulary or asks for sampling that makes no sense, or no
+                slot is free.
         """
         if hello.version != VERSION:
             raise Refused(
@@ -108,6 +109,10 @@ class Engine:
             )
         if hello.vocabulary != self.vocabulary:
             raise Refused("vocabulary", "the edge's tokenizer is not the target's; give both the same target")
+        try:
+            check_sampling(hello.temperature, hello.top_p)
+        except ValueError as error:
+            raise Refused("request", str(error)) from None
         found = self.sessions.get(hello.session)
         if found is None:
             if not self.free:

@@ -19,14 +19,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from scipy.sparse.csgraph import connected_components
 
+from spec_envs.checked import Checked, first_error
 from spec_envs.files import find_json
 
 LINKS = Path(__file__).resolve().parents[1] / "data" / "links"
 LITERAL = "constant:up=46,down=563,rtt=50"
 LITERAL_KEYS = {"up": "up_mbps", "down": "down_mbps", "rtt": "rtt_ms", "jitter": "jitter_ms", "loss": "loss"}
 PACKET = 1500  # bytes, at most
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+LARGEST = 1e9  # of any number of a link; a rate or an interval is at least 1e-6, so that no exchange takes for ever
+Positive = Annotated[float, Field(ge=1e-6, le=LARGEST)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,6 @@ class TraceLink(Link):
         return self.rows[int(np.searchsorted(self.begins, self.at, side="right")) - 1]
 
 
-class Checked(BaseModel):
-    """Data of a file: no unknown keys, no numbers in quotes, nothing infinite."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class StateData(Checked):
     """A state of a Markov chain."""
 
@@ -185,7 +181,7 @@ class Common(Checked):
     """What every kind of link may have."""
 
     jitter_ms: NotNegative = 0.0
-    loss: float = Field(default=0.0, ge=0, lt=1)
+    loss: float = Field(default=0.0, ge=0, le=0.99)
 
     def common(self) -> dict[str, float]:
         return {"jitter_ms": self.jitter_ms, "loss": self.loss}
@@ -298,7 +294,7 @@ def read_trace(path: Path) -> list[TraceRow]:
         with path.open(newline="") as file:
             rows = ROWS.validate_python(list(csv.DictReader(file, restval="")))
     except ValidationError as error:
-        raise ValueError(f"{path} is not a trace ({_first_error(error)}); {expected}") from None
+        raise ValueError(f"{path} is not a trace ({first_error(error)}); {expected}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a trace ({error}); {expected}") from None
     for number, (row, following) in enumerate(itertools.pairwise(rows), 1):
@@ -326,11 +322,4 @@ def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | TraceD
     try:
         return DATA.validate_python(raw)
     except ValidationError as error:
-        raise ValueError(f"{what} is not a link ({_first_error(error)}); {hint}") from None
-
-
-def _first_error(error: ValidationError) -> str:
-    """Place and reason of the first thing that is wrong."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
+        raise ValueError(f"{what} is not a link ({first_error(error)}); {hint}") from None

@@ -15,6 +15,7 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.decoding.trace import Trace
 from spec_envs.prompts import TASKS
+from spec_envs.vector.draws import Draws
 from spec_envs.vector.prices import prices
 from spec_envs.vector.recent import Recent
 from spec_envs.vector.trees import Outcome, costs_shown
@@ -94,8 +95,8 @@ class Chains:
     """
 
     def __init__(
-        self, trace: Trace, control: KControl, tables: Sequence[CostTable], count: int, rng: np.random.Generator
-    ):
+        self, trace: Trace, control: KControl, tables: Sequence[CostTable], count: int, draws: Draws
+    ):  # from which nothing is drawn: chains have no depth of their own
         self.control, self.token = control, control.decision == "token"
         self.tables, self.k_max = chain_tables(trace, control.k_max), control.k_max
         self.right = np.minimum(trace.columns["right"], trace.columns["length"]).astype(np.int64)
@@ -119,9 +120,6 @@ class Chains:
         self.last = np.zeros((count, 2), np.float32)  # means over the last chain
         self.costs = costs_shown(tables, 1) if control.cost_features else None
 
-    def seed(self, rng: np.random.Generator) -> None:
-        """Nothing is drawn."""
-
     def start(self, which: np.ndarray) -> np.ndarray:
         """Texts begin; nothing is drafted before it is decided."""
         self.size[which] = self.read[which] = 0
@@ -132,30 +130,31 @@ class Chains:
         self.kind_row[which] = self.row[which]
         return np.zeros(len(which))
 
-    def act(self, actions: np.ndarray) -> Outcome:
-        """Carry out a decision of every environment."""
-        return self._by_token(actions) if self.token else self._by_cycle(actions)
+    def act(self, actions: np.ndarray, live: np.ndarray | bool = True) -> Outcome:
+        """Carry out a decision of every environment that is ``live``."""
+        return self._by_token(actions, live) if self.token else self._by_cycle(actions, live)
 
-    def _by_cycle(self, actions: np.ndarray) -> Outcome:
+    def _by_cycle(self, actions: np.ndarray, live: np.ndarray | bool) -> Outcome:
         row, clock = self.row, self.clock
-        self.size = np.minimum(actions, self.length[row])
+        self.size = np.minimum(actions, self.length[row]) * live
         first = self.tables.first[row]
         asked = first < self.size
         rows = self.unread + first
         seconds = asked * self.forward[clock, np.where(asked, rows, 0)] + self.further[clock, row, self.size]
         self.unread *= ~asked
         self.read = asked * self.tables.read[row, self.size]
-        return self._outcome(np.ones(len(actions), bool), seconds)
+        return self._outcome(np.ones(len(actions), bool) & live, seconds)
 
-    def _by_token(self, actions: np.ndarray) -> Outcome:
+    def _by_token(self, actions: np.ndarray, live: np.ndarray | bool) -> Outcome:
         row = self.row
-        grows = (actions == 1) & (self.size < self.length[row])
+        grows = (actions == 1) & (self.size < self.length[row]) & live
         asked = grows & ~(self.tables.chain[row, self.size, 4] > 0)
         rows = np.where(asked, self.unread + self.size - self.read, 0)
         self.read = np.where(asked, self.size, self.read)
         self.unread *= ~asked
         self.size = self.size + grows
-        return self._outcome(~grows | (self.size == self.k_max), self.forward[self.clock, rows])
+        verified = (~grows | (self.size == self.k_max)) & live
+        return self._outcome(verified, self.forward[self.clock, rows])
 
     def _outcome(self, verified: np.ndarray, seconds: np.ndarray) -> Outcome:
         accepted = np.minimum(self.right[self.row], self.size)
@@ -163,7 +162,9 @@ class Chains:
         verify = verified * self.verification[self.clock, self.size + 1]
         return Outcome(verified, accepted, self.size, self.size, seconds, verify)
 
-    def verified(self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, outcome: Outcome) -> np.ndarray:
+    def verified(
+        self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, outcome: Outcome, finished: np.ndarray
+    ) -> np.ndarray:
         """Chains that were judged: what is remembered of them, and what is left to read."""
         own, size, row = emitted[which], self.size[which], self.before[which]
         kept = np.minimum(np.minimum(self.read[which], own - 1), self.right[row])

@@ -9,38 +9,51 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from spec_envs.checked import choice
 from spec_envs.controls import CONTROLS, make_control
 from spec_envs.controls.base import CONTEXT_UNIT
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
-from spec_envs.controls.opening import clocks_for
+from spec_envs.controls.opening import check_settings, clocks_for
 from spec_envs.controls.tree import TreeControl
-from spec_envs.decoding.clock import PARTS, CostTable, PricedClock
-from spec_envs.decoding.pair import DEFAULT_TARGET, static_over_plain
+from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.pair import static_over_plain
 from spec_envs.decoding.trace import Trace
-from spec_envs.env import EPISODES, RATES, check_keywords, choice
+from spec_envs.env import EndedText, check_keywords
+from spec_envs.keywords import check_ranges
 from spec_envs.vector.chains import Chains
+from spec_envs.vector.draws import Draws
+from spec_envs.vector.infos import blank, cleared, gathered
 from spec_envs.vector.recent import Recent
-from spec_envs.vector.trees import Trees
+from spec_envs.vector.trees import Outcome, Trees
 
 WINDOWS = (4, 16)  # cycles over which the accepted tokens of trees are observed
+UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that nothing here follows
 
 
 class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` environments of one control, replayed from a trace: the observations, rewards, terminations and infos
-    of as many ``SpecEnv`` with the same ``trace=``.
+    of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own.
 
     Args:
         control: ``"depth"``, ``"budget"``, ``"tree"`` or ``"k"``.
         num_envs: how many.
         trace: folder of a trace (`make trace`).
+        autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there. With
+            ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
+            ``infos["final_obs"]`` and ``infos["final_info"]`` are what it ended with, at the places where
+            ``infos["_final_obs"]`` is true.
         keywords: the other keyword arguments of ``SpecEnv`` and of the control, as far as they mean something here.
 
-    An environment whose text has ended begins another in the same step: ``infos["final_obs"]`` and
-    ``infos["final_info"]`` (``tokens``, ``speedup``, ``task``) are what it ended with, at the places where
-    ``infos["_final_obs"]`` is true. ``reset(options={"texts": indices})`` begins those texts of the trace. ``played`` counts
-    the cycles so far, each one forward of the target if it were live.
+    ``reset`` takes a seed for all (environment i then has ``seed + i``) or a list with one for each, and as options
+    ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy goes on where the
+    original was.
+
+    Attributes:
+        played: cycles so far, each one forward of the target if it were live.
+        brought: the numbers of the last step by their names in an info, those of episodes that it ended among them.
 
     Raises:
         TypeError: an unknown keyword; the nearest one is named.
@@ -60,25 +73,30 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         clock: str | Sequence[str] = "wall",
         max_new_tokens: int | None = None,
         episode: str = "prompt",
-        reward: str = "saved",
+        reward: str | None = None,
         pace: float | None = None,
         policy_seconds: float = 0.0,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **keywords: Any,
     ):
+        kind = CONTROLS[control]
+        given = {"reward": reward, "episode": episode, "clock": clock, "max_new_tokens": max_new_tokens, "pace": pace}
+        given |= {"trace": trace, "split": split, "prompts": prompts, "policy_seconds": policy_seconds}
+        check_keywords(kind, given | keywords)
+        check_count(num_envs)
         if trace is None:
             raise ValueError(
                 "vectorised in NumPy are environments that replay a trace: give trace=FOLDER (`make trace`), or make "
                 'live ones with vectorization_mode="sync"'
             )
-        kind, max_new_tokens = CONTROLS[control], Trace.longest(max_new_tokens, trace)
-        given = {"reward": reward, "episode": episode, "clock": clock, "max_new_tokens": max_new_tokens, "pace": pace}
-        check_keywords(kind, {"trace": trace, "split": split, "prompts": prompts, **given, **keywords})
-        choice("episode", episode, EPISODES)
-        choice("reward", reward, kind.rewards)
-        if reward in RATES and episode == "prompt":
-            raise ValueError(f'reward="{reward}" needs episode="cycle"')
-        self.trace, self.control = Trace.load(trace), make_control(control, keywords)
+        reward = kind.rewards[0] if reward is None else reward
+        self.trace, max_new_tokens = Trace.load(trace), Trace.longest(max_new_tokens, trace)
+        check_settings(trace, keywords)
+        check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
+        self.control = make_control(control, keywords)
         self._check(keywords, max_new_tokens)
+        self.metadata = self.metadata | {"autoreset_mode": autoreset(autoreset_mode)}
+        self.autoreset_mode = self.metadata["autoreset_mode"]
         self.clocks = [priced for priced in clocks_for(clock, "cpu", trace) if isinstance(priced, PricedClock)]
         self.num_envs, self.episode, self.reward_name, self.played = num_envs, episode, reward, 0
         self.max_new_tokens, self.policy_seconds, self.given_pace = max_new_tokens, policy_seconds, pace
@@ -87,81 +105,117 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self.control.observation_space,
             self.control.action_space,
         )
-        self.choices = int(self.control.action_space.n)  # type: ignore[attr-defined]
+        self.choices = int(self.control.action_space.n)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.starts = self.trace.starts[:-1]
         self.lasts = np.minimum(self.trace.starts[1:], self.starts + max_new_tokens) - 1
         self.prompt_lengths = np.array([len(text.prompt) for text in self.trace.texts])
-        self.tasks = np.array([text.task for text in self.trace.texts])
+        self.tasks = np.array([text.task for text in self.trace.texts], object)
+        self.said = np.full(len(self.tasks), None, object)  # texts in words, once they have been asked for
         self.text, self.last, self.begun = (np.zeros(num_envs, np.int64) for _ in range(3))
         self.pending, self.spent, self.cycle_spent = (np.zeros(num_envs) for _ in range(3))
         self.recent = Recent(WINDOWS, num_envs, 1)  # accepted tokens
+        self.draws, self.brought = Draws(num_envs), blank(num_envs)
         self.price([priced.table for priced in self.clocks])
 
     def price(self, tables: Sequence[CostTable]) -> None:
-        """Price forwards by these tables from the next text on; of several, one is drawn per text."""
+        """Price forwards by these tables from the next reset on; of several, one is drawn per text."""
         kind = Chains if isinstance(self.control, KControl) else Trees
         self.cost_tables = list(tables)
-        self.play = kind(self.trace, self.control, tables, self.num_envs, self.np_random)  # type: ignore[arg-type]
+        self.play = kind(self.trace, self.control, tables, self.num_envs, self.draws)  # type: ignore[arg-type]
         manifest = self.trace.manifest
         self.plain = np.array([1 / table.seconds("verify", 1) for table in tables])
         best = static_over_plain(manifest.target, manifest.drafter)
         self.pace = self.plain * best if self.given_pace is None else np.full(len(tables), self.given_pace)
+        self.has_text = np.zeros(self.num_envs, bool)
+        self.ended = np.zeros(self.num_envs, bool)  # environments whose episode the last step ended
 
     def _check(self, keywords: dict[str, Any], max_new_tokens: int) -> None:
         """Refuse what a trace does not have, and what nobody would notice to be without effect."""
         control = self.control
         if not isinstance(control, (DepthControl, BudgetControl, TreeControl, KControl)) or control.engine != "torch":
             raise ValueError(f"{control.name} is not replayed in NumPy; make it with vectorization_mode='sync'")
-        if isinstance(control, KControl) and control.adjustment_interval:
-            raise ValueError("adjustment_interval is not replayed in NumPy; make it with vectorization_mode='sync'")
         if self.trace.kind != ("chain" if isinstance(control, KControl) else "tree"):
             raise ValueError(f"the trace {self.trace.folder} is one of {self.trace.kind}s; {control.name} wants others")
-        if unused := [name for name in ("render_mode", "switch_every", "data_dir") if keywords.get(name)]:
-            raise ValueError(f"{', '.join(unused)} means nothing for environments of a trace in NumPy; leave it out")
-        recorded = {"width": control.width, "max_depth": control.max_depth}
-        target = keywords.get("target", DEFAULT_TARGET)
-        self.trace.check(
-            {**keywords, **recorded, "target": "auto" if target == DEFAULT_TARGET else target}, max_new_tokens
-        )
+        if unused := [name for name in UNUSED if keywords.get(name)]:
+            raise ValueError(
+                f"{', '.join(unused)} means nothing for environments of a trace in NumPy; leave it out, or make them with "
+                "vectorization_mode='sync'"
+            )
+        self.trace.check(control.width, control.max_depth, max_new_tokens)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin a text in every environment.
+        """Begin a text in every environment, or with ``episode="cycle"`` its next cycle.
 
         Args:
-            options: ``{"texts": indices}`` of the trace, one per environment, instead of drawing them.
+            seed: environment i has ``seed + i``, or the i-th of a list; None goes on with the generators as they are.
+            options: ``{"texts": indices}`` of the trace, one per environment, instead of drawing them; and
+                ``"reset_mask"``, an array of booleans, to reset some environments only.
 
         Raises:
-            ValueError: another option, or texts that there are not.
+            ValueError: another option, texts that there are not, or another number of seeds. No environment has a text then.
         """
-        if isinstance(seed, list):
-            seed = seed[0]
-        super().reset(seed=seed)
-        if seed is not None:
-            self.play.seed(self.np_random)
-        texts = (options or {}).get("texts")
-        if set(options or {}) - {"texts"}:
-            raise ValueError(f"options is {options!r}; expected {{'texts': indices of the trace}}")
-        everywhere = np.arange(self.num_envs)
-        if texts is not None:
-            texts = np.asarray(texts)
-            if texts.shape != everywhere.shape or not (texts >= 0).all() or not (texts < len(self.trace.texts)).all():
-                raise ValueError(f"texts is {texts.tolist()}; expected {self.num_envs} indices of the trace's texts")
-        self._begin(everywhere, texts)
-        return self._observe(slice(None)), {}
+        self._check_open()
+        begun, self.has_text = self.has_text, np.zeros(self.num_envs, bool)
+        mask, texts = self._options(options)
+        seeds = self._seeds(seed)
+        which = np.flatnonzero(mask)
+        self.draws.seed(seeds, which)
+        again = np.array([own is not None for own in seeds]) | ~begun | (self.play.row == self.last)
+        new = which if self.episode == "prompt" or texts is not None else which[again[which]]
+        self._begin(new, None if texts is None else texts[new])
+        self.has_text, self.ended = begun | mask, self.ended & ~mask
+        return self._observe(slice(None)), gathered(blank(self.num_envs), mask)
+
+    def _options(self, options: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return which environments to reset, and the texts to begin in all of them, if any are given."""
+        expected = "expected {'texts': indices of the trace, 'reset_mask': booleans}, or one of the two"
+        if options is not None and (not isinstance(options, dict) or set(options) - {"texts", "reset_mask"}):
+            raise ValueError(f"options is {options!r}; {expected}")
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise ValueError(f"reset_mask is {mask!r}; expected {self.num_envs} booleans, one of them true")
+        if options is None or "texts" not in options:
+            return mask, None
+        texts = np.asarray(options["texts"])
+        if (
+            texts.shape != mask.shape
+            or texts.dtype.kind not in "iu"
+            or texts.min() < 0
+            or texts.max() >= len(self.tasks)
+        ):
+            raise ValueError(f"texts is {texts.tolist()}; expected {self.num_envs} indices of the trace's texts")
+        return mask, texts.astype(np.int64)
+
+    def _seeds(self, seed: Any) -> list[int | None]:
+        """Return the seed of every environment."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int):
+            return [seed + i for i in range(self.num_envs)]
+        if not isinstance(seed, (list, tuple)) or len(seed) != self.num_envs:
+            raise ValueError(
+                f"seed is {seed!r}; expected a whole number, or a list of {self.num_envs}, one per environment"
+            )
+        return list(seed)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Carry out a decision in every environment."""
-        actions = np.asarray(actions, np.int64)
-        if actions.shape != (self.num_envs,) or actions.min() < 0 or actions.max() >= self.choices:
-            raise ValueError(f"actions are not {self.num_envs} of {self.single_action_space}")
+        """Carry out a decision in every environment.
+
+        Raises:
+            ValueError: an action that is not a whole number in range, another number of actions, or no text to go on with.
+        """
+        self._check_open()
+        actions = self._checked(actions)
+        live: np.ndarray | bool = ~self.ended if self.autoreset_mode == AutoresetMode.NEXT_STEP else True
         play = self.play
-        done = play.act(actions)
-        draft = self.pending + done.draft
-        seconds = draft + done.verify + self.policy_seconds
+        done = play.act(actions, live)
+        draft = (self.pending + done.draft) * live
+        policy = np.full(self.num_envs, self.policy_seconds) * live
+        seconds = draft + done.verify + policy
         left = self.last - play.row
         emitted = np.where(done.verified, np.minimum(done.accepted + 1, left), 0)
         accepted = np.where(done.verified, np.minimum(done.accepted, left), 0)
@@ -170,60 +224,139 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         finished = done.verified & (play.row == self.last)
         self.spent += seconds
         self.cycle_spent += seconds
-        worth = self.plain[play.clock]
         if self.reward_name == "saved":
             rewards = emitted - self.pace[play.clock] * seconds
         else:
-            rewards = emitted / (100 * self.cycle_spent)
-        infos: dict[str, Any] = {
-            "emitted": emitted,
-            "accepted": accepted,
-            "drafted": np.where(done.verified, done.drafted, 0),
-            "verified": np.where(done.verified, done.sent, 0),
-            "seconds": {
-                **{part: np.zeros(self.num_envs) for part in PARTS if part != "prefill"},
-                "draft": draft,
-                "verify": done.verify,
-                "policy": np.full(self.num_envs, self.policy_seconds),
-            },
-            "saved": emitted - worth * seconds,
+            rewards = emitted / np.where(done.verified, 100 * self.cycle_spent, 1.0)
+        values = blank(self.num_envs)
+        values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[play.clock] * seconds}
+        values |= {
+            name: np.where(done.verified, n, 0) for name, n in (("drafted", done.drafted), ("verified", done.sent))
         }
-        self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, done, finished)
+        values["seconds"] |= {"draft": draft, "verify": done.verify, "policy": policy}
+        self.brought = values
+        self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, done, finished, live)
         terminated = done.verified.copy() if self.episode == "cycle" else finished
         observations = self._observe(slice(None), ~finished)
-        ended = np.flatnonzero(finished)
-        if terminated.any():
-            infos["final_obs"], infos["_final_obs"] = observations.copy(), terminated
-        if len(ended):
-            tokens = self.last - self.begun + 1
-            speedup = (tokens - 1) / np.maximum(self.spent, 1e-12) / worth
-            infos["final_info"] = {"tokens": tokens, "speedup": speedup, "task": self.tasks[self.text]}
-            infos["_final_info"] = finished
-            self._begin(ended)
-            observations[ended] = self._observe(ended)
+        infos = self._reset_ended(observations, values, terminated, finished)
         return observations, rewards, terminated, np.zeros(self.num_envs, bool), infos
 
+    def _reset_ended(
+        self, observations: np.ndarray, values: dict[str, Any], terminated: np.ndarray, finished: np.ndarray
+    ) -> dict[str, Any]:
+        """Begin texts in environments whose episode has ended, when their mode says so, and write what they show over
+        ``observations``; return the infos of the step."""
+        before, self.ended = self.ended, terminated.copy()
+        everywhere, begins = np.ones(self.num_envs, bool), np.zeros(0, np.int64)
+        summary = gathered(self._summary(finished), finished) if finished.any() else {}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and terminated.any():
+            infos = gathered(cleared(values, terminated), everywhere)
+            infos |= {"final_obs": observations.copy(), "_final_obs": terminated.copy()}
+            infos |= {"final_info": gathered(values, terminated) | summary, "_final_info": terminated.copy()}
+            begins = np.flatnonzero(finished)
+        else:
+            infos = gathered(values, everywhere) | summary
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            begins = np.flatnonzero(before & (self.play.row == self.last))
+        if len(begins):
+            self._begin(begins)
+            observations[begins] = self._observe(begins)
+        return infos
+
+    def _summary(self, finished: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what the last info of a text has."""
+        tokens = self.last - self.begun + 1
+        speedup = (tokens - 1) / np.maximum(self.spent, 1e-12) / self.plain[self.play.clock]
+        for text in set(self.text[finished].tolist()):
+            if self.said[text] is None:
+                ids = self.trace.columns["tokens"][self.starts[text] : self.lasts[text] + 1].tolist()
+                tokenizer = load_tokenizer(self.trace.manifest.target)
+                self.said[text] = str(tokenizer.decode(ids, skip_special_tokens=True))
+        return {"text": self.said[self.text], "task": self.tasks[self.text], "tokens": tokens, "speedup": speedup}
+
+    def _checked(self, actions: Any) -> np.ndarray:
+        """Return the actions of all environments, or refuse them."""
+        given = np.asarray(actions)
+        fits = given.shape == (self.num_envs,) and given.dtype.kind in "iu"
+        if not fits or given.min() < 0 or given.max() >= self.choices:
+            raise ValueError(
+                f"actions are not {self.num_envs} of {self.single_action_space}: expected whole numbers from 0 to "
+                f"{self.choices - 1}, of the shape ({self.num_envs},), not {given.dtype} of the shape {given.shape}"
+            )
+        if not self.has_text.all():
+            raise ValueError("there are no texts to go on with; call reset() first")
+        if self.autoreset_mode == AutoresetMode.DISABLED and self.ended.any():
+            raise ValueError(
+                f"{int(self.ended.sum())} environments have ended; call reset(options={{'reset_mask': mask}}) first"
+            )
+        return given.astype(np.int64)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("the environments are closed; make others")
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """Return an attribute for every environment; they share what is not kept apart."""
+        value = getattr(self, name)
+        apart = name in ("text", "last", "begun", "pending", "spent", "has_text", "ended")
+        return tuple(value) if apart else (value,) * self.num_envs
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set an attribute: a value for all environments, or a list of equal ones.
+
+        Raises:
+            ValueError: no such attribute, or a list of another length or of different values.
+        """
+        if name not in vars(self):
+            raise ValueError(f"there is no attribute {name!r} to set")
+        values = list(values) if isinstance(values, (list, tuple)) else [values] * self.num_envs
+        if len(values) != self.num_envs or any(value != values[0] for value in values):
+            raise ValueError(f"values are {values!r}; expected one, or {self.num_envs} that are equal: they are shared")
+        setattr(self, name, values[0])
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Call a method once; return what it returns for every environment. An attribute is returned as ``get_attr`` does."""
+        value = getattr(self, name)
+        return (value(*args, **kwargs),) * self.num_envs if callable(value) else self.get_attr(name)
+
     def _end_cycles(
-        self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, done: Any, finished: np.ndarray
+        self,
+        which: np.ndarray,
+        accepted: np.ndarray,
+        emitted: np.ndarray,
+        done: Outcome,
+        finished: np.ndarray,
+        live: np.ndarray | bool,
     ) -> None:
         """What is remembered of cycles that ended, and what is drafted for the next ones."""
         if "recent" in self.control.slices:
             self.recent.push(which, accepted[which, None])
         self.cycle_spent[which] = 0.0
-        self.pending[:] = 0.0
-        self.pending[which] = self.play.verified(which, accepted, emitted, done)
-        self.pending[finished] = 0.0
+        self.pending *= ~np.asarray(live)
+        self.pending[which] = self.play.verified(which, accepted, emitted, done, finished)
 
     def _begin(self, which: np.ndarray, texts: np.ndarray | None = None) -> None:
         """Texts begin in some environments: those, or any."""
-        texts = self.np_random.choice(self.texts, len(which)) if texts is None else texts
+        if len(self.cost_tables) > 1:
+            self.play.clock[which] = self.draws.integers(which, len(self.cost_tables))
+        texts = self._drawn(which) if texts is None else texts
+        if (self.lasts[texts] == self.starts[texts]).any():
+            raise EndedText("the target's first token already ends a text; give other ones")
         self.text[which], self.last[which], self.begun[which] = texts, self.lasts[texts], self.starts[texts]
         self.play.row[which] = self.starts[texts]
-        if len(self.cost_tables) > 1:
-            self.play.clock[which] = self.np_random.integers(len(self.cost_tables), size=len(which))
         self.recent.clear(which)
         self.spent[which] = self.cycle_spent[which] = 0.0
         self.pending[which] = self.play.start(which)
+
+    def _drawn(self, which: np.ndarray) -> np.ndarray:
+        """Return texts, any of those there are but such as the first token ends."""
+        texts = self.texts[self.draws.integers(which, len(self.texts))]
+        for _ in range(99):
+            again = np.flatnonzero(self.lasts[texts] == self.starts[texts])
+            if not len(again):
+                break
+            texts[again] = self.texts[self.draws.integers(which[again], len(self.texts))]
+        return texts
 
     def _observe(self, which: np.ndarray | slice, alive: np.ndarray | None = None) -> np.ndarray:
         """What the agents of some environments see."""
@@ -242,3 +375,24 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if "length" in slices:
             out[:, slices["length"]] = ((self.prompt_lengths[text] + emitted) / 1000)[:, None]
         return out
+
+
+def check_count(num_envs: Any) -> None:
+    """Refuse a number of environments that there cannot be.
+
+    Raises:
+        ValueError: it is not a whole number of 1 or more.
+    """
+    if not isinstance(num_envs, int) or isinstance(num_envs, bool) or num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs!r}; expected 1 or more")
+
+
+def autoreset(mode: Any) -> AutoresetMode:
+    """Return Gymnasium's mode of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(mode, AutoresetMode):
+        choice("autoreset_mode", mode, [known.value for known in AutoresetMode])
+    return AutoresetMode(mode)

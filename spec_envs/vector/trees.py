@@ -13,6 +13,7 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.tree import ENTROPY_UNIT, TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.trace import Trace, grown, level_slice
+from spec_envs.vector.draws import Draws
 from spec_envs.vector.prices import prices
 
 
@@ -107,9 +108,9 @@ class Trees:
         control: DepthControl | BudgetControl | TreeControl,
         tables: Sequence[CostTable],
         count: int,
-        rng: np.random.Generator,
+        draws: Draws,
     ):
-        self.control, self.rng = control, rng
+        self.control, self.draws = control, draws
         self.tables, self.deepest = tree_tables(trace, control), control.max_depth
         self.budgets = np.array(budgets_of(control))
         width = control.width
@@ -124,10 +125,6 @@ class Trees:
         self.clock = np.zeros(count, np.int64)
         self.costs = costs_shown(tables, width) if control.cost_features else None
 
-    def seed(self, rng: np.random.Generator) -> None:
-        """Draw depths, where they are drawn, from this generator."""
-        self.rng = rng
-
     def start(self, which: np.ndarray) -> np.ndarray:
         """First trees of texts; seconds of drafting them."""
         return self.draft(which, np.ones(len(which), np.int64))
@@ -140,14 +137,14 @@ class Trees:
         elif isinstance(control, DepthControl):
             depth = np.ones(len(which), np.int64)
         elif control.depth == "random":
-            depth = self.rng.integers(1, self.deepest + 1, len(which))
+            depth = 1 + self.draws.integers(which, self.deepest)
         else:
             depth = np.full(len(which), control.depth)
         self.depth[which] = depth
         return self.root[clock, unread] + depth * self.expansion[clock]
 
-    def act(self, actions: np.ndarray) -> Outcome:
-        """Carry out a decision of every environment."""
+    def act(self, actions: np.ndarray, live: np.ndarray | bool = True) -> Outcome:
+        """Carry out a decision of every environment that is ``live``."""
         budget: np.ndarray | int
         if isinstance(self.control, TreeControl):
             grows = (actions == 0) & (self.depth < self.deepest)
@@ -157,6 +154,7 @@ class Trees:
             verified, budget = ~grows | (self.depth + 1 == self.deepest), 0
         else:
             grows, verified, budget = np.zeros(len(actions), bool), np.ones(len(actions), bool), actions
+        grows, verified = grows & live, verified & live
         self.depth += grows
         return Outcome(
             verified,
@@ -167,9 +165,14 @@ class Trees:
             verified * self.verification[self.clock, self.depth, budget],
         )
 
-    def verified(self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, outcome: Outcome) -> np.ndarray:
-        """The next trees of texts that go on; seconds of drafting them."""
-        return self.draft(which, emitted[which])
+    def verified(
+        self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, outcome: Outcome, finished: np.ndarray
+    ) -> np.ndarray:
+        """Draft the next trees of texts that go on; return the seconds of drafting them, 0 for texts that have ended."""
+        goes_on = ~finished[which]
+        seconds = np.zeros(len(which))
+        seconds[goes_on] = self.draft(which[goes_on], emitted[which[goes_on]])
+        return seconds
 
     def observe(self, out: np.ndarray, which: np.ndarray | slice, alive: np.ndarray) -> None:
         """Fill in what is seen of the trees of ``which``; nothing of texts that have ended."""

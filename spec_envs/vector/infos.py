@@ -1,0 +1,46 @@
+"""Infos of many environments, as Gymnasium's vector environments gather them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.decoding.clock import PARTS
+
+SHOWN = tuple(part for part in PARTS if part != "prefill")
+COUNTS = ("emitted", "accepted", "drafted", "verified", "bytes_up", "bytes_down")
+
+
+def gathered(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
+    """Return ``values`` with a mask ``_name`` beside every name; where it is false they are 0, or None for objects."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out[name] = gathered(value, mask) if isinstance(value, dict) else within(value, mask)
+        out[f"_{name}"] = mask.copy()
+    return out
+
+
+def cleared(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
+    """Return the numbers of a step with those of a reset where ``mask`` is true: a text that begins has cost nothing yet."""
+    return {
+        name: cleared(value, mask) if isinstance(value, dict) else within(value, ~mask)
+        for name, value in values.items()
+    }
+
+
+def within(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return an array with 0, or None for objects, where a mask is false."""
+    if mask.all():
+        return value
+    nothing: Any = None if value.dtype == object else value.dtype.type(0)
+    return np.where(mask, value, nothing)
+
+
+def blank(count: int) -> dict[str, Any]:
+    """Return the infos of a reset."""
+    return {
+        **{name: np.zeros(count, np.int64) for name in COUNTS},
+        "seconds": {part: np.zeros(count) for part in SHOWN},
+        "saved": np.zeros(count),
+    }

@@ -1,0 +1,49 @@
+"""What ``gym.make_vec`` calls: environments in NumPy where a trace is replayed there, and single ones side by side elsewhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+from spec_envs.decoding.trace import Trace
+from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
+
+OF_MAKE = (
+    "max_episode_steps",
+    "disable_env_checker",
+)  # arguments of gym.make, whose wrappers are of single environments
+
+
+def make_vector(
+    control: str,
+    num_envs: int = 1,
+    autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+    **keywords: Any,
+) -> VectorEnv:
+    """Return ``num_envs`` environments of a control.
+
+    A recorded trace is replayed in NumPy (``ReplayVectorEnv``), unless a keyword is given that this does not know:
+    ``render_mode``, ``switch_every``, ``adjustment_interval``, or ``max_episode_steps`` of ``gym.make``. Then, and without
+    a recorded trace, it is Gymnasium's ``SyncVectorEnv`` of as many single environments.
+
+    Args:
+        control: ``"depth"``, ``"budget"``, ``"tree"`` or ``"k"``.
+        autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``.
+        keywords: of ``SpecEnv``.
+
+    Raises:
+        TypeError, ValueError: see ``SpecEnv``.
+    """
+    mode = autoreset(autoreset_mode)
+    trace = keywords.get("trace")
+    in_numpy = isinstance(trace, str) and Trace.named(trace)
+    if in_numpy and not any(keywords.get(name) for name in (*UNUSED, *OF_MAKE)):
+        return ReplayVectorEnv(control, num_envs, autoreset_mode=mode, **keywords)
+    from spec_envs import ENVIRONMENTS
+
+    env_id = next(env_id for env_id, name in ENVIRONMENTS.items() if name == control)
+    check_count(num_envs)
+    return SyncVectorEnv([partial(gym.make, env_id, **keywords)] * num_envs, autoreset_mode=mode)
