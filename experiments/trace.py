@@ -214,7 +214,7 @@ def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, di
     arms = {
         "live": decoded(decoder, Policy(control, RandomAgent(control, seed=0))),
         "priced": decoded(
-            replayed(trace, PricedClock(table), decoder.max_depth, lambda ids: ""),
+            replayed(trace, PricedClock(table), decoder.max_depth),
             Policy(random_settings(trace), RandomAgent(control, seed=0)),
         ),
     }

@@ -22,6 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spec_envs.conversations import is_log, read_log
+from spec_envs.text import Detokenizer
 
 SHIPPED = Path(__file__).parent / "data" / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
@@ -174,5 +175,5 @@ def encode(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids, without special tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    """Return the text of token ids, without special tokens."""
+    return Detokenizer.of(tokenizer)(ids)

@@ -20,6 +20,7 @@ from spec_envs.decoding.trace import Trace
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from spec_envs.network.linked import is_address, linked
+from spec_envs.text import Detokenizer
 
 
 def clocks_for(clock: str | Sequence[str], device: str, trace: str | None) -> list[WallClock]:
@@ -105,11 +106,9 @@ def replay_under(control: Control, trace: Trace, clock: WallClock, models: dict[
     trace.check(
         given | ({"target": "auto"} if given.get("target") == DEFAULT_TARGET else {})
     )  # that is: none was named
-
-    def detokenize(ids: list[int]) -> str:
-        return str(load_tokenizer(trace.manifest.target).decode(ids, skip_special_tokens=True))
-
-    return replayed(trace, clock, control.max_depth, detokenize)
+    return replayed(
+        trace, clock, control.max_depth, Detokenizer.when_needed(lambda: load_tokenizer(trace.manifest.target))
+    )
 
 
 def decoder_at_exit(control: DVIControl, trace: str | None, clock: WallClock, **models: Any) -> Decoder:
