@@ -121,6 +121,12 @@ class TextStream:
             self._ids, self._shown = tail, text
 
 
+def after(detokenize: Detokenizer, before: int, token: int) -> str:
+    """Return the text of a token after another one, with the space that some tokenizers take off the first of a text."""
+    text, start = detokenize([before, token]), detokenize([before])
+    return text[len(start) :] if text.startswith(start) else detokenize([token])
+
+
 def printable(text: str) -> str:
     """Return a text that does nothing to a terminal but print: control characters other than tab and newline, and marks that
     turn the direction of writing, are replaced by ``U+FFFD``."""
