@@ -49,7 +49,7 @@ def main() -> None:
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)
         tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
-        prompt = encode(tokenizer, args.prompt, env.get("template"))
+        prompt = encode(tokenizer, args.prompt, env.get("template"), date=env.get("date"))
         plain = decoder.plain()
         generate(decoder, control, agent, prompt, 8).run()  # warm-up
         generate(plain, None, None, prompt, 8).run()

@@ -133,6 +133,12 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(HALF, text)
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of an error's message, or what kind it is, fit to be printed."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return printable(line)[:200] or type(error).__name__
+
+
 def encodable(text: str) -> str:
     """Return a text that every encoding of Unicode has: half a surrogate pair becomes ``U+FFFD``, two halves their
     character."""

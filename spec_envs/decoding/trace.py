@@ -75,7 +75,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         kind: ``"tree"`` or ``"chain"``.
-        target, drafter, dtype, template, prompts, max_new_tokens: keyword arguments that it was recorded with.
+        target, drafter, dtype, template, date, prompts, max_new_tokens: keyword arguments that it was recorded with; the
+            date is None where none was set.
         fingerprints: of both models' weights.
         width, max_depth: of the trees; a chain of ``max_depth + 1`` tokens has width 1.
         vocab, context, eos: of the target.
@@ -103,6 +104,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     made_with: dict[str, Any]
     texts: list[Recorded]
     arrays: dict[str, str]
+    date: str | None = None
 
 
 class Trace:
@@ -190,6 +192,10 @@ class Trace:
                 raise ValueError(f"the trace {self.folder} was recorded with {name} {recorded!r}, not {given[name]!r}")
         if given.get("template") not in (None, self.manifest.template):
             raise ValueError(f"the trace {self.folder} was recorded with another template")
+        if given.get("date") not in (None, self.manifest.date):
+            raise ValueError(
+                f"the trace {self.folder} was recorded with date {self.manifest.date!r}, not {given['date']!r}"
+            )
         if given.get("max_depth", 0) > self.manifest.max_depth:
             raise ValueError(
                 f"the trace {self.folder} is {self.manifest.max_depth} expansions deep; {given['max_depth']} are asked for"
