@@ -61,7 +61,7 @@ def read_log(path: Path) -> list[Turn]:
     if refused:
         shown = ", ".join(refused[:3]) + (", …" if len(refused) > 3 else "")
         print(
-            f"{path}: left out {len(refused)} of {total} rows that are no conversation ({shown}; the first: {first})",
+            f"{path}: left out {len(refused)} of {total} rows that are no conversation ({shown}): {first}",
             file=sys.stderr,
         )
     return turns
@@ -69,14 +69,14 @@ def read_log(path: Path) -> list[Turn]:
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file and where they are: those of an array, else lines as they are."""
-    data = read_bytes(path)
+    data = read_bytes(path, "conversations")
     if data.lstrip().startswith(b"["):
         try:
             yield from ((f"row {i}", row) for i, row in enumerate(parsed(data), 1))
             return
         except ValueError as error:
             if str(error) != NO_JSON:
-                raise ValueError(f"cannot read {path}: {error}") from None
+                raise ValueError(f"cannot read the conversations {path}: {error}") from None
     yield from ((f"line {number}", line) for number, line in lines(data))
 
 

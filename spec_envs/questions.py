@@ -22,7 +22,7 @@ def read_questions(path: Path) -> list[Turn]:
         ValueError: the file cannot be read or has no question, or a line is none; the sentence names file and line.
     """
     turns, later = [], []
-    for number, line in lines(read_bytes(path)):
+    for number, line in lines(read_bytes(path, "questions")):
         try:
             row = parsed(line)
             check_values(row)

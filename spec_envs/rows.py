@@ -12,8 +12,8 @@ SPLITS = ("train", "validation", "test")
 NO_JSON = "it is not JSON"
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return what a file holds, without a byte order mark of UTF-8.
+def read_bytes(path: Path, what: str) -> bytes:
+    """Return what a file of ``what`` holds, without a byte order mark of UTF-8.
 
     Raises:
         ValueError: the file cannot be read; the sentence names it.
@@ -22,7 +22,7 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except (OSError, ValueError) as error:  # the latter for a name with a NUL
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"cannot read {path}: {reason or error}") from None
+        raise ValueError(f"cannot read the {what} {path}: {reason or error}") from None
 
 
 def lines(data: bytes) -> Iterator[tuple[int, bytes]]:

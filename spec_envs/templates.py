@@ -22,7 +22,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from spec_envs.text import reason
+from spec_envs.text import encodable, reason
 
 DATE = "2026-01-01"  # of the day on which every text is written, where nothing else is set
 LONGEST = 8_000_000  # characters of a prompt: more than any context has room for
@@ -69,7 +69,7 @@ def rendered(
     random.seed(0)
     try:
         with bounded():
-            text = str(_compile_jinja_template(tokenizer.get_chat_template(template)).render(context))
+            text = encodable(_compile_jinja_template(tokenizer.get_chat_template(template)).render(context))
     except (MemoryError, TimeoutError) as error:
         raise ValueError(f"{whose} takes too much ({reason(error)}); give another one with template=") from None
     except TemplateSyntaxError as error:
