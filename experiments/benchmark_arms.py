@@ -30,6 +30,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.trace import Trace
 from spec_envs.files import write_json
+from spec_envs.text import Detokenizer
 
 ENVS = 64  # environments that PPO learns from at once
 LTD = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
@@ -98,10 +99,9 @@ def samples_of(
     return run_arms(arms, prompts, problem.env["max_new_tokens"], "", quiet=True)["policy"]
 
 
-def words(trace: Trace) -> Any:
-    """Text of token ids."""
-    tokenizer = load_tokenizer(trace.manifest.target)
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+def words(trace: Trace) -> Detokenizer:
+    """Return what gives the text of a trace's ids."""
+    return Detokenizer.of(load_tokenizer(trace.manifest.target))
 
 
 def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.shape import Shape
 from spec_envs.network.remote import RemoteVerifier
-from spec_envs.prompts import encode_prompt, in_turn, load_prompts
+from spec_envs.prompts import encode_all, in_turn, load_prompts
 
 DRAFTED = 32  # rows behind a text that its drafts may take up
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
@@ -42,7 +42,7 @@ def local_decoder(env: dict[str, Any], control: Control) -> Decoder:
 
 def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
     """``count`` prompts of a split, taken from the tasks in turn: one each, or as many as ``switch_every`` says. Those of a
-    log of conversations that are too long are left out."""
+    log of conversations or a data set that are too long, or that the template does not take, are left out."""
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     if env.get("trace"):
@@ -52,7 +52,7 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     target = env.get("target", DEFAULT_TARGET)
     tokenizer, context = load_tokenizer(target), Shape.from_config(load_config(model_folder(target))).context
     mixed = in_turn(prompts, max(1, env.get("switch_every", 0)))
-    encoded = ((p, encode_prompt(tokenizer, p, env.get("template"))) for p in mixed)
+    encoded = encode_all(tokenizer, mixed, env.get("template"), env.get("date"))
     room = context - env.get("max_new_tokens", 128) - DRAFTED
     fitting = (Encoded(p.task, ids) for p, ids in encoded if not p.logged or len(ids) <= room)
     if not (found := list(itertools.islice(fitting, count))):

@@ -20,14 +20,14 @@ from spec_envs.decoding.batch import generate_batch
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import whole
 from spec_envs.prompts import decode, encode
+from spec_envs.templates import rendered
 
 MARK = "\x00turn\x00"
 
 
 def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template up to the place where the first user turn begins."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    return str(text).split(MARK)[0]
+    """Return the chat template up to the place where the first user turn begins."""
+    return rendered(tokenizer, [("user", MARK)], answer=False).split(MARK)[0]
 
 
 def write_conversations(

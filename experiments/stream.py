@@ -14,7 +14,8 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.exit_files import is_exit
 from spec_envs.decoding.pair import DEFAULT_TARGET
-from spec_envs.prompts import decode, encode
+from spec_envs.prompts import encode
+from spec_envs.text import printable
 
 
 def arguments() -> argparse.Namespace:
@@ -48,17 +49,13 @@ def main() -> None:
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)
         tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))
-        prompt = encode(tokenizer, args.prompt, env.get("template"))
+        prompt = encode(tokenizer, args.prompt, env.get("template"), date=env.get("date"))
         plain = decoder.plain()
         generate(decoder, control, agent, prompt, 8).run()  # warm-up
         generate(plain, None, None, prompt, 8).run()
         generation = generate(decoder, control, agent, prompt, args.max_new_tokens, args.seed)
-        shown = ""
-        for _ in generation:  # whole texts are decoded, so that characters of several tokens come out whole
-            text = decode(tokenizer, generation.tokens)
-            if not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+        for piece in generation.pieces():
+            print(printable(piece), end="", flush=True)
         reference = generate(plain, None, None, prompt, args.max_new_tokens, args.seed).run()
         print(f"\n\n{last_line(generation, reference)}")
 

@@ -25,6 +25,7 @@ from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.files import whole
 from spec_envs.network.expected import TRACES, ExpectedTrace, Text
+from spec_envs.templates import DATE
 
 COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
 
@@ -68,9 +69,9 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
 
 
 def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
-    """What a trace is valid for, as JSON: hashes of both weights, dtype and prompts."""
+    """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, and the day for templates that write it."""
     hashes = weights_sha256(target, drafter)
-    return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "versions": versions()})
+    return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "date": DATE, "versions": versions()})
 
 
 def last(rows: np.ndarray) -> np.ndarray:

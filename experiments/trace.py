@@ -40,6 +40,7 @@ from spec_envs.decoding.replay import replayed
 from spec_envs.decoding.trace import MANIFEST, MAX_NEW_TOKENS, VERSION, Manifest, Recorded, Trace, joined, write_trace
 from spec_envs.files import whole, write_json
 from spec_envs.prompts import SPLITS
+from spec_envs.templates import DATE
 
 DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
     "target": DEFAULT_TARGET,
@@ -50,6 +51,7 @@ DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depend
     "prompts": "all",
     "data_dir": None,
     "template": None,
+    "date": DATE,
     "max_new_tokens": MAX_NEW_TOKENS,
 }
 TEXTS = (60, 12, 30)  # of train, validation and test
@@ -80,6 +82,7 @@ class Plan:
         """All that the recording depends on."""
         control = make_control(ENVIRONMENTS[self.env_id], self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
+        given["date"] = given["date"] or DATE
         if given["drafter"] == "auto":
             given["drafter"] = control.default_drafter(self.target)
         return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
@@ -182,6 +185,7 @@ def assemble(plan: Plan, folder: Path) -> None:
         made_with=machine(decoder),
         texts=kept,
         arrays={},
+        date=settings["date"],
     )
     trace = Trace(folder, manifest, joined(parts, manifest.kind))
     manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
@@ -214,7 +218,7 @@ def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, di
     arms = {
         "live": decoded(decoder, Policy(control, RandomAgent(control, seed=0))),
         "priced": decoded(
-            replayed(trace, PricedClock(table), decoder.max_depth, lambda ids: ""),
+            replayed(trace, PricedClock(table), decoder.max_depth),
             Policy(random_settings(trace), RandomAgent(control, seed=0)),
         ),
     }
@@ -270,6 +274,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", default="all", help="prompt sets, separated by commas")
     parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
+    parser.add_argument("--date", default=DATE, help=f"for templates that write the day (default {DATE})")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per text (default 96)")
     parser.add_argument(
         "--depth", type=int, help="expansions of the trees (12), or one less than the chains' tokens (15)"
@@ -291,6 +296,7 @@ def main() -> None:
         "dtype": args.dtype,
         "prompts": args.prompts,
         "data_dir": args.data_dir,
+        "date": args.date,
         "max_new_tokens": args.max_new_tokens,
     }
     if args.depth is not None:

@@ -41,6 +41,7 @@ from spec_envs.decoding.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.files import whole, write_json
 from spec_envs.network.linked import is_address
+from spec_envs.templates import DATE
 
 TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves behind
 
@@ -57,11 +58,13 @@ def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> dic
     for name, value in (("seed", seed), ("total_timesteps", experiment.total_timesteps)):
         if name in parameters:
             hyperparameters[name] = value
+    env = experiment.env if experiment.env.get("trace") else {"date": DATE} | experiment.env  # a trace has its own
     return {
         "id": env_id,
         "stanza": stanza,
         "seed": seed,
         **experiment.model_dump(exclude={"hyperparameters", "stages"}),
+        "env": env,
         "partner": str(Path(experiment.partner).resolve()) if experiment.partner else None,
         "hyperparameters": hyperparameters,
     }

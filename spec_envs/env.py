@@ -36,7 +36,7 @@ from spec_envs.decoding.trace import Trace
 from spec_envs.keywords import check_ranges
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.remote import RemoteVerifier
-from spec_envs.prompts import Prompt, encode_prompt, load_prompts
+from spec_envs.prompts import Prompt, encode_all, encode_prompt, load_prompts
 
 
 def in_worker() -> bool:
@@ -65,6 +65,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         switch_every: texts after which another prompt set has its turn; 0 draws every text from all sets.
         split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
+        date: which day it is for templates that write it, ``YYYY-MM-DD``; by default always the same one
+            (``spec_envs.templates.DATE``), or the one that a trace was recorded with.
         max_new_tokens: most tokens of a text, the first one included; by default 128, or as many as a trace was recorded with.
         temperature, top_p: sampling of the target; temperature 0 is greedy, the control's own default where none is given.
         trace: what plays draft model and target instead of models: the folder of a trace that `make trace` recorded, for
@@ -110,6 +112,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         switch_every: int = 0,
         split: str = "train",
         template: str | None = None,
+        date: str | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float = 1.0,
@@ -147,6 +150,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.action_space = self.control.action_space  # type: ignore[assignment] - its actions may be NumPy's numbers
         self.observation_space = self.control.observation_space
         self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
+        self.date = date
         engine, chain = self.control.engine, self.control.width == 1
         if drafter == "auto" and not trace:
             drafter = self.control.default_drafter(target)
@@ -172,7 +176,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             self.best_static = static_over_plain(target, drafter) if alone else 1.0
             self.tokenizer = load_tokenizer(target)
             chosen = load_prompts(prompts, split, data_dir)
-            self.encoded = {prompt: encode_prompt(self.tokenizer, prompt, template) for prompt in chosen}
+            self.encoded = dict(encode_all(self.tokenizer, chosen, template, date))
         self._check_lengths()
         self.prompts = [prompt for prompt in chosen if prompt in self.encoded]  # equal ones as often as there are
         self.switch_every, self.texts, self.turn = switch_every, 0, ""
@@ -322,7 +326,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
         for _ in range(100):  # a prompt whose first token is EOS is not used
             prompt = given or self._draw_prompt()
-            ids = self.encoded.get(prompt) or encode_prompt(self.tokenizer, prompt, self.template)
+            ids = self.encoded.get(prompt) or encode_prompt(self.tokenizer, prompt, self.template, self.date)
             self.decoder.start(ids, self.max_new_tokens, self.np_random)
             if given or not self.decoder.finished:
                 break

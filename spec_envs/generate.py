@@ -10,11 +10,12 @@ import numpy as np
 
 from spec_envs.controls.base import Agent, Control, Policy
 from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.text import TextStream
 
 
 @dataclass
 class Generation:
-    """A text under way; iterate over it to get the token ids of each cycle as they come.
+    """A text under way; iterate over it to get the token ids of each cycle as they come, or over ``pieces()`` for its text.
 
     Attributes:
         tokens: ids emitted so far, the prefill's first token included.
@@ -77,6 +78,14 @@ class Generation:
                     self.policy.learn(self.decoder, action, cycle)
                 return cycle
 
+    def pieces(self) -> Iterator[str]:
+        """Generate, and yield the text as it comes. Together the pieces are the text of all tokens; characters come out whole,
+        except for one that the text ends within."""
+        stream = TextStream(self.decoder.detokenize)
+        for ids in self:
+            yield stream.push(ids)
+        yield stream.finish()
+
     def run(self) -> Generation:
         """Generate to the end."""
         for _ in self:
@@ -107,7 +116,7 @@ def generate(
             ``dvi`` and ``reinforce`` after ``agent.bind(decoder)``).
 
     Returns:
-        A :class:`Generation`: iterate over it to stream, or call ``run()``.
+        A :class:`Generation`: iterate over it or its ``pieces()`` to stream, or call ``run()``.
     """
     policy = None
     if control is not None and agent is not None:

@@ -4,36 +4,37 @@ The shipped set has five kinds of task named after the benchmarks whose kind the
 project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
 ``humaneval`` (code), and one more that only its name brings in: ``json`` (structured output). Each is split into train,
 validation and test. Other sets are read from
-``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations. A name that ends in
-``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``); another name with a slash is a data set on the
-hub, ``org/name``, optionally with a configuration and a column, ``org/name@config:column`` (needs the ``datasets`` extra).
+``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations, of which the first turns are
+used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``); another name with a slash
+is a local folder or a data set on the hub, ``org/name``, optionally with a configuration and a column,
+``org/name@config:column`` (needs the ``datasets`` extra), whose column holds texts, lists of texts or chat messages.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import zlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from spec_envs.conversations import is_log, read_log
+from spec_envs.questions import read_data_set, read_questions
+from spec_envs.rows import SPLITS
+from spec_envs.templates import LONGEST, Refused, rendered
+from spec_envs.text import Detokenizer, encodable
 
 SHIPPED = Path(__file__).parent / "data" / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
 FURTHER = ("json",)  # shipped, but not part of "all"
-SPLITS = ("train", "validation", "test")
-COLUMNS = ("turns", "prompt", "question", "instruction", "article", "document", "text")  # of data sets on the hub
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn, the task it belongs to, what was said before it (pairs of role and text), and whether it is from a
-    log of conversations."""
+    """One user turn, the task it belongs to, what was said before it (pairs of role and text), and whether it is left out
+    where the model cannot be given it: it is from a log of conversations or a data set, where such are to be expected."""
 
     task: str
     text: str
@@ -65,14 +66,14 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     prompts: list[Prompt] = []
     stems = [Path(name).stem for name in chosen]
     for name in chosen:
+        task, path = name, Path(name).expanduser()
         if is_log(name):
-            path = Path(name).expanduser()
             task = path.stem if stems.count(path.stem) == 1 else name
-            turns = [t for t in read_log(path) if split in (t.split or hashed_split(t.opening), "all")]
-            prompts += [Prompt(task, turn.text, turn.history, logged=True) for turn in turns]
-            continue
-        rows = read_questions(found[name]) if name in found else read_hub(name)
-        prompts += [Prompt(name, text) for text, own in rows if split in (own, "all")]
+            turns = read_log(path)
+        else:
+            turns = read_questions(found[name]) if name in found else read_data_set(name)
+        logged = is_log(name) or name not in found
+        prompts += [Prompt(task, t.text, t.history, logged) for t in turns if split in (t.split, "all")]
     if not prompts:
         raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
     return prompts
@@ -88,53 +89,6 @@ def prompt_files(data_dir: str | None) -> dict[str, Path]:
     return files
 
 
-def read_questions(path: Path) -> list[tuple[str, str]]:
-    """First turns and splits of a question.jsonl file."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["turns"][0]
-            split = row.get("split") or hashed_split(text)
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(f'{path}:{number} is not a question; expected {{"turns": ["…"]}} on one line') from None
-        rows.append((text, split))
-    return rows
-
-
-def read_hub(name: str) -> list[tuple[str, str]]:
-    """Texts and splits of a data set on the hub (``org/name@config:column``, both optional), or of a local folder."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"{name} is a data set on the hub: install the extra `datasets`, as in pip install -e '.[datasets]'"
-        ) from None
-    place, _, column = name.partition(":")
-    identifier, _, configuration = place.partition("@")
-    try:
-        splits = load_dataset(identifier, configuration or None, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
-        raise ValueError(
-            f"cannot load the data set {identifier!r} from the hub: {str(error).splitlines()[0]}"
-        ) from None
-    columns = next(iter(splits.values())).column_names
-    column = column or next((c for c in COLUMNS if c in columns), "")
-    if column not in columns:
-        raise ValueError(f"{identifier} has no column {column!r} of prompts; name one: {place}:{'|'.join(columns)}")
-    texts = [row[column] for part in splits.values() for row in part]
-    texts = [text[0] if isinstance(text, list) else text for text in texts]
-    return [(text, hashed_split(text)) for text in texts]
-
-
-def hashed_split(text: str) -> str:
-    """A split that depends on the text only."""
-    tenth = zlib.crc32(text.encode()) % 10
-    return "train" if tenth < 6 else "validation" if tenth < 7 else "test"
-
-
 def in_turn(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     """Prompts with their tasks in turn, ``size`` of each, as long as there are any."""
     groups: dict[str, list[Prompt]] = {}
@@ -144,9 +98,37 @@ def in_turn(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     return [p for turn in itertools.zip_longest(*blocks, fillvalue=()) for block in turn for p in block]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> list[int]:
-    """Token ids of a prompt; see ``encode``."""
-    return encode(tokenizer, prompt.text, template, prompt.history)
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: str | None = None, date: str | None = None
+) -> Iterator[tuple[Prompt, list[int]]]:
+    """Yield prompts with their token ids; see ``encode``. Prompts of a log or a data set that the template or the model does
+    not take are left out, and one line on stderr says how many.
+
+    Raises:
+        ValueError: a prompt cannot be encoded, or none is left.
+    """
+    refused: list[str] = []
+    try:
+        for prompt in prompts:
+            try:
+                ids = encode_prompt(tokenizer, prompt, template, date)
+            except Refused as error:
+                refused.append(str(error))
+                if not prompt.logged or len(refused) == len(prompts):
+                    refused.clear()
+                    raise
+                continue
+            yield prompt, ids
+    finally:
+        if refused:
+            print(f"left out {len(refused)} of {len(prompts)} prompts: {refused[0]}", file=sys.stderr)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None, date: str | None = None
+) -> list[int]:
+    """Return the token ids of a prompt; see ``encode``."""
+    return encode(tokenizer, prompt.text, template, prompt.history, date)
 
 
 def encode(
@@ -154,25 +136,42 @@ def encode(
     text: str,
     template: str | None = None,
     history: Sequence[tuple[str, str]] = (),
+    date: str | None = None,
 ) -> list[int]:
-    """Token ids of a user turn, up to the place where the answer begins.
+    """Return the token ids of a user turn, up to the place where the answer begins. Halves of surrogate pairs, which no
+    tokenizer takes, are ``U+FFFD``.
 
     Args:
         template: a Jinja chat template for models without one; ``"none"`` takes the text as it is.
         history: roles and texts of what was said before.
+        date: which day it is for the template, ``YYYY-MM-DD``; by default always the same one.
 
     Raises:
-        ValueError: the model has no chat template and none is given.
+        ValueError: the text is empty or far too long, the model has no chat template and none is given, or its template
+            does not take the prompt.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"the prompt is {text!r}; expected a text")
+    turns = [(role, encodable(said)) for role, said in (*history, ("user", text))]
+    if not text.strip():
+        raise Refused("the prompt is empty; expected a text")
+    if (length := sum(len(said) for _, said in turns)) > LONGEST:
+        raise Refused(f"the prompt has {length:,} characters; expected at most {LONGEST:,}")
     if template == "none":
-        return tokenizer("\n\n".join([*(said for _, said in history), text]))["input_ids"]
-    if template is None and tokenizer.chat_template is None:
-        raise ValueError("the model has no chat template; give template= (Jinja), or template='none' for bare text")
-    turns = [{"role": role, "content": said} for role, said in (*history, ("user", text))]
-    encoded: Any = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
-    return encoded["input_ids"]
+        ids = tokenizer("\n\n".join(said for _, said in turns))["input_ids"]
+    else:
+        ids = tokenizer(rendered(tokenizer, turns, template, date), add_special_tokens=False)["input_ids"]
+    begins = tokenizer.bos_token_id
+    while begins is not None and ids[:2] == [
+        begins,
+        begins,
+    ]:  # a text that begins with it, and a tokenizer that adds it
+        ids = ids[1:]
+    if not ids:
+        raise Refused("the prompt has no tokens; expected a text that the tokenizer knows")
+    return ids
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids, without special tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    """Return the text of token ids, without special tokens."""
+    return Detokenizer.of(tokenizer)(ids)

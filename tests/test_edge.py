@@ -22,6 +22,7 @@ from spec_envs.network.link import load_link
 from spec_envs.network.linked import linked, tell
 from spec_envs.network.proxy import ShapedProxy
 from spec_envs.prompts import decode, encode
+from spec_envs.text import Detokenizer
 
 PROMPT, TOKENS, FAST = "the a of and in to", 40, "constant:up=1000,down=1000,rtt=1"
 
@@ -81,7 +82,7 @@ def test_the_cloud_goes_and_comes_back(url: str, models: dict[str, Any], monkeyp
     monkeypatch.setattr(edge, "ATTEMPT", 0.1)
     host, _, port = url.removeprefix("ws://").partition(":")
     tokenizer, out, marks = load_tokenizer(models["target"]), io.StringIO(), []
-    screen = Screen(tokenizer, out)
+    screen = Screen(Detokenizer.of(tokenizer), out)
     with ExitStack() as links:
         first = links.enter_context(ShapedProxy(load_link(FAST), (host, int(port))))
         decoder = connected(f"ws://127.0.0.1:{first.port}", **models, k=2, patience=0.1, fallback=True)
@@ -89,7 +90,7 @@ def test_the_cloud_goes_and_comes_back(url: str, models: dict[str, Any], monkeyp
         stream = Stream(decoder, encode(tokenizer, PROMPT), TOKENS, 2)
         for verified in stream:
             marks.append(verified)
-            screen.show(decoder.tokens, verified, last=decoder.finished)
+            screen.show(decoder.tokens, verified)
             if len(marks) == 3:
                 links.close()
                 monkeypatch.setattr(edge, "RETRY", 60.0)
@@ -143,24 +144,17 @@ def test_a_head_cannot_draft_over_a_network(tiny: dict[str, Any]) -> None:
         linked(decoder, FAST, tiny["target"])
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return bytes(ids).decode(errors="replace")
-
-
 def test_characters_come_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, tokens = io.StringIO(), list("aé€".encode())
+    out, tokens = io.StringIO(), list("aé€\x1b".encode())
     monkeypatch.setattr(out, "isatty", lambda: True)
-    screen, seen = Screen(Bytes(), out), []  # type: ignore[arg-type]
+    screen, seen = Screen(Detokenizer(lambda ids: bytes(ids).decode(errors="replace")), out), []
     for n in range(1, len(tokens) + 1):  # the first byte of é was not verified
         screen.show(tokens[:n], verified=n != 2)
         seen.append(out.getvalue())
-    screen.show([*tokens, 0xE2], verified=True, last=True)
+    screen.show([*tokens, 0xE2], verified=True)
     screen.close()
     assert seen[:3] == ["a", "a", "a\033[33mé"] and seen[3:5] == [seen[2]] * 2
-    assert out.getvalue() == "a\033[33mé\033[0m€\ufffd\n"
+    assert out.getvalue() == "a\033[33mé\033[0m€\ufffd\ufffd\n"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from spec_envs.decoding.trace import Trace, tasks_named
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from spec_envs.network.linked import is_address, linked
+from spec_envs.text import Detokenizer
 
 DEFAULTS: dict[str, Any] = {  # of keyword arguments that say nothing where a trace is played
     "target": DEFAULT_TARGET,
@@ -28,6 +29,7 @@ DEFAULTS: dict[str, Any] = {  # of keyword arguments that say nothing where a tr
     "dtype": "auto",
     "data_dir": None,
     "template": None,
+    "date": None,
     "temperature": None,
     "top_p": 1.0,
 }
@@ -81,7 +83,7 @@ def recorded_settings(trace: str) -> dict[str, Any]:
     made: dict[str, Any] = {"device": "cpu", "temperature": 0.0}
     if Trace.named(trace):
         manifest = Trace.load(trace).manifest
-        return made | {name: getattr(manifest, name) for name in ("target", "drafter", "dtype", "template")}
+        return made | {name: getattr(manifest, name) for name in ("target", "drafter", "dtype", "template", "date")}
     if ExpectedTrace.named(trace):
         recorded = ExpectedTrace.load(trace)
         return made | {name: getattr(recorded, name) for name in ("target", "drafter", "temperature")}
@@ -158,11 +160,9 @@ def replay_under(control: Control, trace: Trace, clock: WallClock) -> Decoder:
             f"the trace {trace.folder} is one of {trace.kind}s, which {control.name} does not decide about"
         )
     trace.check(control.width, control.max_depth)
-
-    def detokenize(ids: list[int]) -> str:
-        return str(load_tokenizer(trace.manifest.target).decode(ids, skip_special_tokens=True))
-
-    return replayed(trace, clock, control.max_depth, detokenize)
+    return replayed(
+        trace, clock, control.max_depth, Detokenizer.when_needed(lambda: load_tokenizer(trace.manifest.target))
+    )
 
 
 def decoder_at_exit(control: DVIControl, trace: str | None, clock: WallClock, **models: Any) -> Decoder:

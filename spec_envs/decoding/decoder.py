@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.drafters.base import Drafter, Reader
 from spec_envs.decoding.tree import Children, Tree
 from spec_envs.decoding.verifier import LocalVerifier, Traffic, Verifier
+from spec_envs.text import SILENT, Detokenizer
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Decoder:
         clock: charged for every forward.
         eos: ids that end a text.
         max_depth: most expansions of a cycle.
-        detokenize: text of token ids, for controls that look at it.
+        detokenize: text of token ids, for who looks at it or prints it.
 
     Attributes:
         prompt, tokens: ids of the text, and of what was emitted (the first token included).
@@ -132,7 +133,7 @@ class Decoder:
         clock: WallClock,
         eos: Collection[int],
         max_depth: int = 12,
-        detokenize: Callable[[list[int]], str] = lambda ids: "",
+        detokenize: Detokenizer = SILENT,
     ):
         if drafter is not None and drafter.vocab != verifier.vocab:
             raise ValueError(f"the drafter's vocabulary has {drafter.vocab} ids, the target's {verifier.vocab}")

@@ -16,6 +16,7 @@ from spec_envs.decoding.decoder import Cycle, Decoder, Drafted, check_room
 from spec_envs.decoding.llama_server import LlamaServer, chain_arguments, find_binary, gguf_of, options
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.text import Detokenizer
 
 # Rows of a forward. llama.cpp's attention on the processor rounds differently from 64 rows on (GGML_FA_TILE_Q): a text
 # read again after a restart would go on differently at near-ties. Reading prompts this way takes about a fifth longer.
@@ -87,9 +88,8 @@ class LlamaServerDecoder(Decoder):
         self.program = find_binary(binary)
         self.k_max, self.max_depth, self.segment = k_max, k_max - 1, segment
         self.tree = Tree(1, self.max_depth)
-        tokenizer = load_tokenizer(target)
         self.eos = frozenset(eos_ids(target))
-        self.detokenize = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+        self.detokenize = Detokenizer.of(load_tokenizer(target))
         self.finished, self.restart_seconds, self.rate = True, 0.0, 0.0
         self.server, self.k = self._serve(k_max), k_max
         try:

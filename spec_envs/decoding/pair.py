@@ -40,6 +40,7 @@ from spec_envs.decoding.split import SplitVerifier
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.text import Detokenizer
 
 DEFAULT_TARGET = "smollm2-135m"
 LOOKUP = "lookup"  # the drafter without weights; in front of another's name and a plus sign, it goes first
@@ -229,14 +230,13 @@ def load_decoder(
     elif drafter is not None:
         loaded = EagleDrafter(load_eagle(drafter, model), width, max_depth)
     verifier = verifier or LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
-    tokenizer = load_tokenizer(target)
     return Decoder(
         verifier,
         loaded,
         clock or WallClock(at),
         eos_ids(target),
         max_depth,
-        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        Detokenizer.of(load_tokenizer(target)),
     )
 
 

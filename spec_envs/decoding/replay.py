@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.trace import Trace, level_slice
 from spec_envs.decoding.tree import ROOT, Children, Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
+from spec_envs.text import SILENT, Detokenizer
 
 
-def replayed(trace: Trace, clock: WallClock, max_depth: int, detokenize: Callable[[list[int]], str]) -> Decoder:
+def replayed(trace: Trace, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
     """A decoder that plays a trace. Its texts are those of the trace; other prompts raise ValueError."""
     drafter: Drafter = (TreeReplay if trace.kind == "tree" else ChainReplay)(trace)
     return Decoder(ReplayVerifier(trace), drafter, clock, trace.manifest.eos, max_depth, detokenize)

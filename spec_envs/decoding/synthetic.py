@@ -26,6 +26,7 @@ from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.files import find_json
+from spec_envs.text import Detokenizer
 
 PROFILES = Path(__file__).resolve().parents[1] / "data" / "profiles"
 CONTEXT = 32768
@@ -108,7 +109,7 @@ class Profile:
         """A decoder of chains that plays the profile out."""
         vocab = FIRST + len(self.kinds)
         drafter = SyntheticDrafter(self, vocab)
-        return Decoder(SyntheticVerifier(vocab), drafter, clock, {EOS}, max_depth, self.detokenize)
+        return Decoder(SyntheticVerifier(vocab), drafter, clock, {EOS}, max_depth, Detokenizer(self.detokenize))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text that looks like its kind."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.decoder import Decoder
@@ -29,7 +28,8 @@ from spec_envs.network.linked import is_address, linked, tell
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.websocket import CloudAway, SocketChannel
 from spec_envs.network.wire import MODES
-from spec_envs.prompts import decode, encode
+from spec_envs.prompts import encode
+from spec_envs.text import Detokenizer, TextStream, printable
 
 PROMPT = "Explain in three sentences why the sky is blue."
 RETRY, ATTEMPT = 2.0, 1.0  # seconds without the cloud after which it is tried again, and for how long
@@ -190,28 +190,32 @@ class Screen:
     """Prints a text as it grows: whole characters only, what is not verified in colour, or in brackets where there is
     none."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO):
-        self.tokenizer, self.out = tokenizer, out
+    def __init__(self, detokenize: Detokenizer, out: TextIO):
+        self.stream, self.out = TextStream(detokenize), out
         self.opening, self.closing = ("\033[33m", "\033[0m") if out.isatty() else ("[unverified: ", "]")
-        self.shown, self.open, self.doubtful = "", False, False
+        self.read, self.open, self.doubtful = 0, False, False
 
-    def show(self, tokens: Sequence[int], verified: bool, last: bool = False) -> None:
+    def show(self, tokens: Sequence[int], verified: bool) -> None:
         """Print what is new of the text of ``tokens``; a character of several tokens waits for all of them."""
         self.doubtful |= not verified
-        text = decode(self.tokenizer, tokens)
-        if len(text) == len(self.shown) or (text.endswith("\ufffd") and not last):
-            return
-        if self.open != self.doubtful:
-            self.out.write(self.opening if self.doubtful else self.closing)
-        self.out.write(text[len(self.shown) :])
-        self.out.flush()
-        self.shown, self.open, self.doubtful = text, self.doubtful, False
+        self._print(self.stream.push(tokens[self.read :]))
+        self.read = len(tokens)
 
     def close(self) -> None:
-        """End the line, and the mark before it."""
+        """Print what still waited, and end the mark and the line."""
+        self._print(self.stream.finish())
         self.out.write(f"{self.closing if self.open else ''}\n")
         self.out.flush()
         self.open = False
+
+    def _print(self, piece: str) -> None:
+        if not piece:
+            return
+        if self.open != self.doubtful:
+            self.out.write(self.opening if self.doubtful else self.closing)
+        self.out.write(printable(piece))
+        self.out.flush()
+        self.open, self.doubtful = self.doubtful, False
 
 
 def address(host: str, port: int) -> str:
@@ -247,16 +251,16 @@ def run(args: argparse.Namespace) -> None:
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p", "mode", "top_k", "k", "patience")
     settings = {name: getattr(args, name) for name in names}
     decoder = connected(address(args.host, args.port), **settings, fallback=args.offline_fallback)
-    tokenizer = load_tokenizer(args.target)
-    stream = Stream(decoder, encode(tokenizer, args.prompt), args.max_new_tokens, args.k, args.seed)
-    screen = Screen(tokenizer, sys.stdout)
+    prompt = encode(load_tokenizer(args.target), args.prompt)
+    stream = Stream(decoder, prompt, args.max_new_tokens, args.k, args.seed)
+    screen = Screen(decoder.detokenize, sys.stdout)
     assert isinstance(decoder.verifier, RemoteVerifier)
     try:
         for verified in stream:
-            screen.show(decoder.tokens, verified, last=decoder.finished)
+            screen.show(decoder.tokens, verified)
         screen.close()
     except BaseException:
-        if screen.shown:
+        if screen.read:
             screen.close()
         raise
     finally:

@@ -15,6 +15,7 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.decoding.trace import Trace
 from spec_envs.prompts import TASKS
+from spec_envs.text import Detokenizer
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.prices import prices
 from spec_envs.vector.recent import Recent
@@ -72,12 +73,8 @@ def chain_tables(trace: Trace, k_max: int) -> ChainTables:
 @functools.cache
 def kinds(trace: Trace) -> np.ndarray:
     """The kind of text at every row, as an index into ``KINDS``."""
-    tokenizer = load_tokenizer(trace.manifest.target)
+    detokenize = Detokenizer.of(load_tokenizer(trace.manifest.target))
     tokens, found = trace.columns["tokens"], np.zeros(trace.rows, np.int8)
-
-    def detokenize(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
     for text, start, end in zip(trace.texts, trace.starts, trace.starts[1:], strict=False):
         for row in range(start, end):
             emitted = tokens[start : row + 1]
