@@ -25,13 +25,20 @@ class Rule(ABC):
     def __init__(self, control: Control):
         self.control = control
 
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table; a rule's are next to none."""
+        return 0.0
+
     @abstractmethod
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         """See ``spec_envs.controls.base.Agent``."""
 
-    def learn(self, total_timesteps: int, env: Any = None) -> Self:
+    def learn(
+        self, total_timesteps: int, env: Any = None, folder: Path | None = None, checkpoint_freq: int = 2048
+    ) -> Self:
         """Nothing to learn."""
         return self
 

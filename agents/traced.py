@@ -10,15 +10,13 @@ from typing import Any, Self
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
 from torch import nn
 
 from agents.lessons import Lessons, replay_of, taught
 from agents.plans import Plans
-from agents.timing import REPEATS, cold_seconds
+from agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.controls.base import Control
-from spec_envs.files import write_bytes
+from spec_envs.sealed import first_line, number_of, read_weights, write_weights
 from spec_envs.vector.env import ReplayVectorEnv
 
 FILE = "policy.safetensors"
@@ -119,7 +117,6 @@ class TracedAgent(ABC):
             new = taught(vector, actor, self.plans, self.cycles, self.seed + number)
             lessons = new if lessons is None else Lessons(*map(np.concatenate, zip(lessons, new, strict=True)))
             self.fit(lessons, new, vector)
-        self.decision_seconds = self.measure()
         return self
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -150,6 +147,11 @@ class TracedAgent(ABC):
         seen = iter(np.random.default_rng(0).random((REPEATS, *(space.shape or (0,))), np.float32))
         return cold_seconds(lambda: self.predict(next(seen)))
 
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        return priced_network(self.network)
+
     def state(self) -> dict[str, np.ndarray]:
         """What is saved beside the network."""
         return {}
@@ -159,23 +161,22 @@ class TracedAgent(ABC):
 
     def save(self, folder: Path) -> None:
         """Write the weights."""
-        state = {name: tensor.numpy() for name, tensor in self.network.state_dict().items()}
-        write_bytes(folder / FILE, save(state | self.state(), {"decision_seconds": str(self.decision_seconds)}))
+        beside = {name: torch.from_numpy(array) for name, array in self.state().items()}
+        weights = {**self.network.state_dict(), **beside}
+        write_weights(folder / FILE, weights, decision_seconds=repr(self.decision_seconds))
 
     def load(self, folder: Path) -> None:
         """Read them.
 
         Raises:
-            ValueError: none there, or those of another control.
+            ValueError: none there, damaged ones, or those of another control.
         """
+        path, remedy = folder / FILE, "delete it to train again"
+        tensors, metadata = read_weights(path, "the policy", remedy)
+        self.decision_seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:
-            state = load_file(folder / FILE)
-            self.network.load_state_dict(
-                {name: torch.from_numpy(state[name].copy()) for name in self.network.state_dict()}
-            )
-            with safe_open(folder / FILE, "np") as file:
-                self.decision_seconds = float(file.metadata()["decision_seconds"])
-            self.restore(state)
-        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"cannot read the policy in {folder}: {str(error).splitlines()[0]}") from None
+            self.network.load_state_dict({name: tensors[name] for name in self.network.state_dict()})
+            self.restore({name: tensor.numpy() for name, tensor in tensors.items()})
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the policy {path}: {first_line(error)}; {remedy}") from None
         self._unpack()

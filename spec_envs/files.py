@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -13,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"  # in a folder that is held
@@ -106,13 +104,6 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write bytes whole or not at all."""
     with whole(path) as temporary:
         temporary.write_bytes(data)
-
-
-def write_torch(path: Path, state: Any) -> None:
-    """``torch.save``, whole or not at all; by way of memory, for torch itself does not say why it could not write."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getbuffer())
 
 
 def find_json(source: str, folder: Path, what: str, *others: str) -> Path:

@@ -42,9 +42,11 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 def test_a_held_folder_refuses_the_second_and_dies_with_its_holder(other: subprocess.Popen, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with pytest.raises(ValueError, match=rf"folder is in use by process {other.pid} on .*; wait until it has ended"):
-        with held(folder):
-            pytest.fail("two processes hold the folder")
+    refused = pytest.raises(
+        ValueError, match=rf"folder is in use by process {other.pid} on .*; wait until it has ended"
+    )
+    with refused, held(folder):
+        pytest.fail("two processes hold the folder")
     other.send_signal(signal.SIGKILL)
     other.wait()
     (folder / "best").mkdir()
@@ -120,9 +122,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), whole(path) as temporary:
         temporary.write_bytes(b"ne")
         raise KeyboardInterrupt
-    with pytest.raises(OSError, match=r"could not write .*file: No space left on device; free some space"):
-        with whole(path):
-            raise OSError(28, "No space left on device")
+    full = pytest.raises(OSError, match=r"could not write .*file: No space left on device; free some space")
+    with full, whole(path):
+        raise OSError(28, "No space left on device")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
