@@ -174,11 +174,11 @@ class SpecDecPlusAgent(StopRule):
             ValueError: none there, a damaged one, or one of another shape.
         """
         path, remedy = folder / "policy.safetensors", "delete it to train again"
-        tensors, _ = read_weights(path, "the policy", remedy)
+        tensors, _ = read_weights(path, "the policy in", remedy)
         try:
             self.head.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(f"cannot read the policy {path}: {first_line(error)}; {remedy}") from None
+            raise ValueError(f"cannot read the policy in {path}: {first_line(error)}; {remedy}") from None
         self._unpack()
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from agents.journal import Journal
 from agents.lessons import Lessons, replay_of, taught
 from agents.plans import Plans
 from agents.timing import REPEATS, cold_seconds, priced_network
@@ -21,6 +22,7 @@ from spec_envs.vector.env import ReplayVectorEnv
 
 FILE = "policy.safetensors"
 READS = ("cycle", "everything")
+LOGGED = 10  # steps between lines of the log
 KNOWN = 4096  # decisions that are remembered; before anything is drafted, a cycle looks like many others
 
 
@@ -81,8 +83,8 @@ class TracedAgent(ABC):
         """An action for each of the observations ``[n, …]``."""
 
     @abstractmethod
-    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
-        """Learn from all lessons so far, of which ``new`` are those of the last round."""
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
+        """Learn from all lessons so far, of which ``new`` are those of the last round; the loss of each step."""
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -96,12 +98,20 @@ class TracedAgent(ABC):
             self.known[key] = int(self.actions(seen[None])[0])
         return self.known[key], state
 
-    def learn(self, total_timesteps: int = 0, env: gym.Env | ReplayVectorEnv | None = None) -> Self:
+    def learn(
+        self,
+        total_timesteps: int = 0,
+        env: gym.Env | ReplayVectorEnv | None = None,
+        folder: Path | None = None,
+        checkpoint_freq: int = 2048,
+    ) -> Self:
         """Learn from a trace.
 
         Args:
             total_timesteps: ignored; how much is looked at stands in the hyper-parameters.
             env: one that replays a trace.
+            folder: of the run, for ``log.jsonl`` and TensorBoard; learning takes seconds and begins anew if it was killed.
+            checkpoint_freq: ignored.
 
         Raises:
             ValueError: an environment without a trace.
@@ -112,11 +122,16 @@ class TracedAgent(ABC):
         rng = np.random.default_rng(self.seed)
         torch.manual_seed(self.seed)
         lessons: Lessons | None = None
+        name = type(self).__name__.removesuffix("Agent").lower()
+        journal = Journal(folder, 0, 0, {"agent": name, "seed": self.seed}, name, "loss")
         for number in range(self.rounds):
             actor = self.actions if number else lambda seen: rng.integers(vector.choices, size=len(seen))
             new = taught(vector, actor, self.plans, self.cycles, self.seed + number)
             lessons = new if lessons is None else Lessons(*map(np.concatenate, zip(lessons, new, strict=True)))
-            self.fit(lessons, new, vector)
+            for step, loss in enumerate(self.fit(lessons, new, vector), number * self.steps + 1):
+                if step % LOGGED == 0:
+                    journal.write("log", {"step": step, "round": number + 1, "loss": loss})
+        journal.close()
         return self
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -172,11 +187,11 @@ class TracedAgent(ABC):
             ValueError: none there, damaged ones, or those of another control.
         """
         path, remedy = folder / FILE, "delete it to train again"
-        tensors, metadata = read_weights(path, "the policy", remedy)
+        tensors, metadata = read_weights(path, "the policy in", remedy)
         self.decision_seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:
             self.network.load_state_dict({name: tensors[name] for name in self.network.state_dict()})
             self.restore({name: tensor.numpy() for name, tensor in tensors.items()})
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"cannot read the policy {path}: {first_line(error)}; {remedy}") from None
+            raise ValueError(f"cannot read the policy in {path}: {first_line(error)}; {remedy}") from None
         self._unpack()

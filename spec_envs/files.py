@@ -49,7 +49,7 @@ def held(folder: Path, doing: str = "") -> Iterator[None]:
     try:
         with suppress(OSError):  # a full disk is reported by what is written there
             note.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        for left in folder.rglob(f"*{TEMPORARY}"):
+        for left in folder.glob(f"*{TEMPORARY}"):
             left.unlink(missing_ok=True)
         yield
     finally:

@@ -82,11 +82,16 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_torch(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save`` with a hash, whole or not at all; by way of memory, for torch itself does not say why it could not
-    write."""
+    """``torch.save``, whole or not at all. The file is a zip archive, whose comment holds the hash of all before it: its
+    contents are what was saved, and others read it as they read any.
+
+    By way of memory, for torch itself does not say why it could not write.
+    """
     buffer = io.BytesIO()
-    torch.save(state | {SEAL: digest(state)}, buffer)
-    write_bytes(path, buffer.getbuffer())
+    torch.save(state, buffer)
+    archive = buffer.getvalue()[:-2]  # the last two bytes are the length of the comment, 0
+    comment = hashlib.sha256(archive).hexdigest().encode()
+    write_bytes(path, archive + len(comment).to_bytes(2, "little") + comment)
 
 
 def read_torch(path: Path, what: str, remedy: str) -> dict[str, Any]:
@@ -100,19 +105,23 @@ def read_torch(path: Path, what: str, remedy: str) -> dict[str, Any]:
         ValueError: the file is missing or damaged, or would take more memory than its own size; the sentence names it.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            comment = archive.comment
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if comment and hashlib.sha256(data[: -len(comment) - 2]).hexdigest().encode() != comment:
+            raise ValueError("its contents are not those that were written")
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("it holds no dictionary")
-        if size_of(state) > path.stat().st_size:
+        if size_of(state) > len(data):
             raise ValueError("its tensors are larger than the file")
-        return unsealed(state)
     except OSError as error:
         raise ValueError(f"cannot read {what} {path}: {error.strerror or first_line(error)}; {remedy}") from None
     except Exception as error:  # zipfile, torch and its unpickler each have their own for a damaged file
         raise ValueError(f"cannot read {what} {path}: it is damaged ({first_line(error)}); {remedy}") from None
+    return state
 
 
 def size_of(content: Any) -> int:
@@ -137,6 +146,7 @@ def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor],
         ValueError: the file is missing or damaged; the sentence names it.
     """
     try:
+        path.open("rb").close()  # whose errors say why
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             metadata = dict(file.metadata() or {})

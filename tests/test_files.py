@@ -49,10 +49,9 @@ def test_a_held_folder_refuses_the_second_and_dies_with_its_holder(other: subpro
         pytest.fail("two processes hold the folder")
     other.send_signal(signal.SIGKILL)
     other.wait()
-    (folder / "best").mkdir()
-    (folder / "best" / "policy.tmp").write_text("what a killed process leaves")
+    (folder / "policy.tmp").write_text("what a killed process leaves")
     with held(folder):
-        assert not (folder / "best" / "policy.tmp").exists()
+        assert not (folder / "policy.tmp").exists()
     assert (folder / "mine").exists()
 
 
