@@ -39,8 +39,11 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.controls import Control, make_control
 from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.sealed import first_line, number_of, read_sealed
 
+CONFIG = "config.yml"
 SHIPPED = Path(__file__).parent / "shipped"  # trained agents by environment, of `make benchmark`
+DECISION = "decision.json"  # in a run: the seconds that it charges for a decision
 ONLINE: dict[str, type[OnlineAgent]] = {"reinforce": ReinforceAgent, "dvi": DVIAgent}
 AGENTS: dict[str, Callable[..., Any]] = {
     "random": RandomAgent,
@@ -72,25 +75,52 @@ def load(run: str | Path) -> tuple[Control, Any]:
     Raises:
         ValueError: the folder is not a run, or its files cannot be read; the sentence says which.
     """
-    folder = SHIPPED / run if str(run) in ENVIRONMENTS else Path(run)
+    return load_beside(SHIPPED / run if str(run) in ENVIRONMENTS else Path(run), ())
+
+
+def load_beside(folder: Path, partners: tuple[Path, ...]) -> tuple[Control, Any]:
+    """The same of a run that is itself the partner of others."""
     config = read_config(folder)
-    control = make_control(ENVIRONMENTS[config["id"]], config["env"])
+    if folder.resolve() in partners:
+        raise ValueError(f"{folder / CONFIG} is its own partner, by way of {len(partners)} runs")
+    try:
+        control = make_control(ENVIRONMENTS[config["id"]], config["env"])
+        agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise ValueError(f"{folder / CONFIG} has settings that cannot be built: {first_line(error)}") from None
     if config.get("partner"):
-        control.compose(*load(config["partner"]))
-    agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
-    if control.cost_features or isinstance(agent, (PricedRule, HindsightAgent)):
+        control.compose(*load_beside(Path(config["partner"]), (*partners, folder.resolve())))
+    if needs_costs(control, agent):
         control.costs = cost_table(folder, config["env"])
     agent.load(folder)
+    note = folder / DECISION
+    if note.exists():
+        seconds = read_sealed(note, remedy := "delete it to measure again")
+        agent.decision_seconds = number_of(seconds, "seconds", note, remedy)
     return control, agent
 
 
+def needs_costs(control: Control, agent: Any) -> bool:
+    """Whether a policy looks at what forwards cost."""
+    return control.cost_features or isinstance(agent, (PricedRule, HindsightAgent))
+
+
 def cost_table(folder: Path, env: dict[str, Any]) -> CostTable:
-    """The table that a run's training was priced with (the first of several)."""
-    if (folder / "clock.json").exists():
-        return CostTable.load(str(folder / "clock.json"))
+    """The table that a run's training was priced with (the first of several).
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    table = folder / "clock.json"
+    if table.exists():
+        read_sealed(table, "delete it to measure again")
+        return CostTable.load(str(table))
     clock = clocks_for(env.get("clock", "wall"), "cpu", env.get("trace"))[0]
     if not isinstance(clock, PricedClock):
-        raise ValueError(f"{folder} was trained on a measured clock, which has no cost table to show")
+        raise ValueError(
+            f"{folder} has a measured clock, and its policy weighs tokens against the seconds of a cost table; leave out "
+            "calibrate=false, or name a table in env.clock"
+        )
     return clock.table
 
 
@@ -116,16 +146,21 @@ def known_hyperparameters(name: str) -> set[str]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of a run folder."""
-    path = folder / "config.yml"
+    path = folder / CONFIG
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no keys")
         if missing := {"id", "env", "agent", "hyperparameters"} - set(config):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if config["agent"] not in AGENTS or config["id"] not in ENVIRONMENTS:
             raise ValueError(f"it names the unknown agent {config['agent']!r} or environment {config['id']!r}")
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        for key in ("env", "hyperparameters"):
+            if not isinstance(config[key], dict) or not all(isinstance(name, str) for name in config[key]):
+                raise ValueError(f"{key} holds no keys")
+    except (OSError, yaml.YAMLError, TypeError, ValueError, RecursionError, AttributeError) as error:
+        reason = first_line(error)
         raise ValueError(
-            f"{folder} is not a readable run folder ({reason}); expected one written by `make train`"
+            f"{folder} is not a readable run folder ({reason} in {CONFIG}); expected one written by `make train`"
         ) from None
     return config

@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from agents.exit_policy import BareExit, ExitPolicy
+from agents.timing import priced_network
 
 FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
     nn.ReLU: lambda x: np.maximum(x, 0),
@@ -35,6 +36,7 @@ class Bare:
     def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):
         self.logits, self.lstm, self.quantiles = logits, lstm, quantiles
         leaves = [module for module in layers.modules() if not list(module.children())]
+        self.priced_seconds = priced_network(layers if lstm is None else nn.Sequential(lstm, layers))
         self.steps = [in_numpy(module) for module in leaves]
 
     @torch.inference_mode()

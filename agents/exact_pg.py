@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class ExactPGAgent(TracedAgent):
         """See ``TracedAgent``: the most probable ones."""
         return self.outputs(observations).argmax(1)
 
-    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
         """Climb for a round."""
         table = env.cost_tables[0]
         forward, verification = self.plans.forward(table), self.plans.verification(table)
@@ -66,6 +67,7 @@ class ExactPGAgent(TracedAgent):
             loss.backward()
             optimizer.step()
             schedule.step()
+            yield loss.item()
         self._unpack()
 
     def _chances(self, seen: Tensor) -> Tensor:

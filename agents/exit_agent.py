@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.deciding import Deciding
-from agents.timing import cold_seconds
+from agents.timing import cold_seconds, priced
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
@@ -110,6 +110,12 @@ class ExitAgent(Deciding):
         wanted = (control.exit_layer, control.adapter, control.rank or default_rank(control.adapter))
         if found != wanted:
             raise ValueError(f"{place} has exit_layer, adapter and rank {found}, this agent's problem has {wanted}")
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        shape = self.adapter.target.shape
+        return priced(shape.vocab * shape.hidden, in_torch=1)
 
     def measure(self) -> float:
         """Median seconds of a decision."""

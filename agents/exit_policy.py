@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
+from agents.timing import priced
 from spec_envs.decoding.checkpoints import load_target, resolve_device, resolve_dtype
 from spec_envs.decoding.drafters.early_exit import Projection
 from spec_envs.decoding.exits import ExitAdapter
@@ -91,6 +92,7 @@ class BareExit:
 
     def __init__(self, adapter: ExitAdapter):
         self.projection, self.target = Projection(adapter), adapter.target
+        self.priced_seconds = priced(self.target.shape.vocab * self.target.shape.hidden, in_torch=1)
 
     @torch.inference_mode()
     def __call__(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:

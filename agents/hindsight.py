@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -98,7 +99,7 @@ class HindsightAgent(TracedAgent):
         ends = (self.plans.sizes[plan] <= level) & (level >= self.plans.first)
         return plan[np.arange(n), ends.argmax(1)]
 
-    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
         """Cross-entropy over all open plans of all levels."""
         seen = torch.from_numpy(lessons.seen[..., : self.width])
         accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
@@ -110,6 +111,7 @@ class HindsightAgent(TracedAgent):
             loss.backward()
             optimizer.step()
             schedule.step()
+            yield loss.item()
         self._unpack()
         some = np.random.default_rng(self.seed).permutation(len(new.begun))[:KEPT]
         self.kept = Lessons(*(column[some] for column in new._replace(seen=new.seen[..., : self.width])))

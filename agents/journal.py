@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from spec_envs.files import whole
+from spec_envs.files import parse_json, whole
 
 
 class Journal:
@@ -18,10 +20,20 @@ class Journal:
         folder: of the run; None writes nothing.
         step, texts: where the run goes on: what was written of later texts is dropped, for it is done again.
         hyperparameters: shown in TensorBoard's HPARAMS tab.
+        prefix: of the log's figures in TensorBoard.
+        figure: of the log, that TensorBoard shows beside the hyper-parameters.
     """
 
-    def __init__(self, folder: Path | None, step: int, texts: int, hyperparameters: dict[str, Any]):
-        self.folder, self.writer = folder, None
+    def __init__(
+        self,
+        folder: Path | None,
+        step: int,
+        texts: int,
+        hyperparameters: dict[str, Any],
+        prefix: str = "dvi",
+        figure: str = "accept_rate",
+    ):
+        self.folder, self.writer, self.prefix = folder, None, prefix
         if folder is None:
             return
         for name in ("log", "validation"):
@@ -29,19 +41,14 @@ class Journal:
         self.writer = SummaryWriter(str(folder / "events"), purge_step=step + 1)
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
         if step == 0:
-            self.writer.add_hparams(shown, {"dvi/accept_rate": 0.0}, run_name=".")
+            self.writer.add_hparams(shown, {f"{prefix}/{figure}": 0.0}, run_name=".")
 
     def write(self, name: str, line: dict[str, Any]) -> None:
         """A line of ``log`` or ``validation``; it has a ``step``, and ``texts`` that were read."""
         if self.folder is None or self.writer is None:
             return
-        path = self.folder / f"{name}.jsonl"
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {path}: {error.strerror or error}; free some space") from error
-        prefix = "dvi" if name == "log" else name
+        append(self.folder / f"{name}.jsonl", line)
+        prefix = self.prefix if name == "log" else name
         for key, value in line.items():
             if key != "step" and value is not None:
                 self.writer.add_scalar(f"{prefix}/{key}", value, line["step"])
@@ -51,13 +58,53 @@ class Journal:
             self.writer.close()
 
 
-def cut(path: Path, texts: int) -> None:
-    """Drop lines of later texts, and one cut short; all where nothing was read, the first validation among them."""
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Write a line of figures, whole or not at all; one that is no number is null, which JSON has.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    data = (json.dumps(figures, allow_nan=False) + "\n").encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(data) < len(data):  # a disk that is nearly full takes a part
+                    file.write(data[file.tell() - size :])
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror or error}; free some space") from error
+
+
+def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines that are not wanted any more, and one cut short.
+
+    Raises:
+        ValueError: a line is damaged; the sentence names file and line.
+    """
     if not path.exists():
         return
-    if texts == 0:
-        path.unlink()
-        return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            if wanted(parse_json(line)):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged in line {number} ({error}); delete it, the run then goes on without its beginning"
+            ) from None
     with whole(path) as temporary:
-        temporary.write_text("".join(line for line in lines if json.loads(line)["texts"] <= texts))
+        temporary.write_bytes(b"".join(kept))
+
+
+def cut(path: Path, texts: int) -> None:
+    """Drop lines of later texts, and one cut short; all where nothing was read, the first validation among them."""
+    if texts == 0:
+        path.unlink(missing_ok=True)
+    else:
+        keep(path, lambda line: line["texts"] <= texts)

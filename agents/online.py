@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,8 +25,8 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.exits import ExitAdapter
 from spec_envs.decoding.split import SplitVerifier
 from spec_envs.env import EndedText, SpecEnv
-from spec_envs.files import write_torch
 from spec_envs.prompts import Prompt, in_turn
+from spec_envs.sealed import first_line, read_torch, write_torch
 
 CHECKPOINT = "checkpoint.pt"
 ROWS = 32  # of logits at a time
@@ -233,7 +232,7 @@ class OnlineAgent(ExitAgent):
             remembered = self.replay.sample(self.replay_batch, self.rng)
             line["loss_rl"], line["loss_slow"] = self.fast_update([*remembered, *self.pending])
             self.updates += 1
-        line["accept_rate"] = since["accepted"] / since["scored"]
+        line["accept_rate"] = since["accepted"] / since["scored"] if since["scored"] else None
         line["emitted_per_cycle"] = since["emitted"] / since["cycles"]
         line["ppl_sample"] = self.perplexity()
         self.journal.write("log", {"step": self.updates, **line})
@@ -241,14 +240,14 @@ class OnlineAgent(ExitAgent):
         self.pending = []
         self.since = dict.fromkeys(since, 0.0)
 
-    def perplexity(self) -> float:
-        """Of what was emitted since the last update, under the target as it is."""
+    def perplexity(self) -> float | None:
+        """Of what was emitted since the last update, under the target as it is; None where no next token is known."""
         if self.adapter.lossless:
             return float(np.exp(self.since["nats"] / self.since["emitted"]))
         segment, target = self.pending[-1], self.adapter.target
         places = segment.places[:-1]  # whose next tokens are known
         if not len(places):
-            return float("nan")
+            return None
         logits = target.head(self.passes.through(segment.ids, range(target.shape.layers))[places]).float()
         return float(torch.nn.functional.cross_entropy(logits, segment.ids[places + 1]).exp())
 
@@ -334,22 +333,22 @@ class OnlineAgent(ExitAgent):
         Raises:
             ValueError: a damaged one, or one of another exit.
         """
-        path = folder / CHECKPOINT
+        path, remedy = folder / CHECKPOINT, "delete it to begin anew"
+        state = read_torch(path, "the checkpoint", remedy)
+        device = self.adapter.target.device
         try:
-            state = torch.load(path, weights_only=True)
             self.adapter.load_state_dict(state["adapter"])
             for name, optimizer in self.optimizer.items():
                 optimizer.load_state_dict(state["optimizers"][name])
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; delete it to begin anew"
-            ) from None
-        self.replay.segments, self.pending = unpacked(state["replay"]), unpacked(state["pending"])
-        self.counts, self.since = state["counts"], state["since"]
-        self.rng.bit_generator.state = json.loads(state["rng"])
-        self.take_extra_state(state["extra"])
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+            self.replay.segments = unpacked(state["replay"], device)
+            self.pending = unpacked(state["pending"], device)
+            self.counts, self.since = state["counts"], state["since"]
+            self.rng.bit_generator.state = json.loads(state["rng"])
+            self.take_extra_state(state["extra"])
+            for name in COUNTERS:
+                setattr(self, name, state[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {remedy}") from None
         self.adapter.touched()
 
 

@@ -88,11 +88,11 @@ class ReinforceAgent(OnlineAgent):
 
         return loss
 
-    def slow_update(self, segment: Segment) -> float:
-        """A supervised step of ``lora_D`` on one text."""
+    def slow_update(self, segment: Segment) -> float | None:
+        """A supervised step of ``lora_D`` on one text; None where no next token is known."""
         places = segment.places[:-1]  # whose next tokens are known
         if not len(places):
-            return 0.0
+            return None
         head = self.passes.model.head
         verifier = head(self.passes.behind(segment.ids)[places]).float()
         with torch.no_grad():

@@ -104,9 +104,9 @@ def packed(segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
     return [{field.name: getattr(segment, field.name) for field in fields(Segment)} for segment in segments]
 
 
-def unpacked(state: Sequence[dict[str, Any]]) -> list[Segment]:
+def unpacked(state: Sequence[dict[str, Any]], device: torch.device) -> list[Segment]:
     """The inverse of ``packed``."""
-    return [Segment(**tensors) for tensors in state]
+    return [Segment(**{name: tensor.to(device) for name, tensor in tensors.items()}) for tensors in state]
 
 
 def joined(segments: Sequence[Segment], name: str) -> Tensor:

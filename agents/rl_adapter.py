@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from agents.bare import Bare
 from agents.ddqn import double_target
 from spec_envs.controls.published_state import KS, TASKS_PUBLISHED, UNITS, published_state
 from spec_envs.decoding.checkpoints import resolve_device
-from spec_envs.files import whole, write_torch
+from spec_envs.files import whole
+from spec_envs.sealed import read_torch, write_torch
 
 STATE = len(UNITS) + len(TASKS_PUBLISHED)
 FILE = "rl_adapter.pth"
+LARGEST = 1 << 30  # bytes of a replay buffer's file, unpacked
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,33 @@ class Replay:
         rows = rng.choice(len(self), count, replace=False)
         return [torch.from_numpy(column[rows]).to(device) for column in self.columns.values()]
 
-    def save(self, path: Path) -> None:
-        """Write what there is as an npz, the oldest first."""
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what there is by column, the oldest first."""
         order = np.arange(self.added - len(self), self.added) % self.size
-        arrays: dict[str, Any] = {name: column[order] for name, column in self.columns.items()}
+        return {name: column[order] for name, column in self.columns.items()}
+
+    def take(self, columns: dict[str, np.ndarray]) -> None:
+        """Remember the newest transitions of these, as many as there is room for.
+
+        Raises:
+            ValueError: they are not what ``state`` returns.
+        """
+        columns = {name: columns[name][-self.size :] for name in self.columns}
+        count = len(columns["states"])
+        for name, column in self.columns.items():
+            if columns[name].shape != (count, *column.shape[1:]) or columns[name].dtype != column.dtype:
+                raise ValueError("another shape or type")
+        if not all(np.isfinite(column).all() for column in columns.values()):
+            raise ValueError("numbers that are not finite")
+        if count and not 0 <= columns["actions"].min() <= columns["actions"].max() < len(KS):
+            raise ValueError("actions that do not exist")
+        for name, column in self.columns.items():
+            column[:count] = columns[name]
+        self.added = count
+
+    def save(self, path: Path) -> None:
+        """Write what there is as an npz."""
+        arrays: dict[str, Any] = self.state()
         with whole(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -141,24 +167,16 @@ class Replay:
             ValueError: a file that :meth:`save` did not write.
         """
         try:
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > LARGEST:
+                    raise ValueError("it unpacks to more than a replay buffer has")
             with np.load(path, allow_pickle=False) as file:
-                columns = {name: file[name][-self.size :] for name in self.columns}
-            count = len(columns["states"])
-            for name, column in self.columns.items():
-                if columns[name].shape != (count, *column.shape[1:]) or columns[name].dtype != column.dtype:
-                    raise ValueError("another shape or type")
-            if not all(np.isfinite(column).all() for column in columns.values()):
-                raise ValueError("numbers that are not finite")
-            if count and not 0 <= columns["actions"].min() <= columns["actions"].max() < len(KS):
-                raise ValueError("actions that do not exist")
+                self.take({name: file[name] for name in self.columns})
         except Exception as error:  # zip, zlib, NumPy and its tokenizer each have their own for a damaged file
             raise ValueError(
                 f"{path} is not a replay buffer written by this adapter (a pickled one is never opened, for it can run "
                 "any code); delete it, or go on without it by load(path, buffer=False): the networks load without it"
             ) from error
-        for name, column in self.columns.items():
-            column[:count] = columns[name]
-        self.added = count
 
 
 class RLNetworkAdapter:
@@ -260,14 +278,17 @@ class RLNetworkAdapter:
         file = self._path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         self.replay.save(beside(file))
-        state = {
+        write_torch(file, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """Return the published checkpoint's contents."""
+        return {
             "policy_net": self.policy_net.state_dict(),
             "target_net": self.target_net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epsilon": self.epsilon,
             "update_count": self.update_count,
         }
-        write_torch(file, state)
 
     def load(self, path: str | Path | None = None, buffer: bool = True) -> None:
         """Go on from a checkpoint; what was learnt and remembered before is forgotten.
@@ -279,32 +300,41 @@ class RLNetworkAdapter:
             ValueError: no path, or a file that cannot be read or is no such checkpoint; nothing has changed then.
         """
         file = self._path(path)
-        policy_net, target_net = copy.deepcopy(self.policy_net), copy.deepcopy(self.target_net)
-        optimizer = self._optimizer(policy_net)
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            policy_net.load_state_dict(state["policy_net"])
-            target_net.load_state_dict(state["target_net"])
-            optimizer.load_state_dict(state["optimizer"])
-            epsilon, update_count = float(state["epsilon"]), int(state["update_count"])
-            sound = all(w.isfinite().all() for network in (policy_net, target_net) for w in network.parameters())
-            for weights, moments in optimizer.state.items():
-                sound &= weights.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape
-            if not sound or not 0 <= epsilon <= 1 or update_count < 0:
-                raise ValueError("numbers out of range")
+            file.open("rb").close()
         except OSError as error:
             raise ValueError(f"cannot read the checkpoint {file}: {error.strerror or error}") from None
-        except Exception as error:  # torch has no one error for a damaged or foreign file
+        replay = Replay(self.settings.buffer_size)
+        if buffer and beside(file).exists():
+            replay.load(beside(file))
+        try:
+            self.restore(read_torch(file, "the checkpoint", "train anew"), replay)
+        except Exception as error:  # torch has no one error for a foreign state
             raise ValueError(
                 f"{file} is damaged or no checkpoint of this adapter; expected a dict of policy_net, target_net (finite "
                 "layers fc1 to fc4, 10-256-256-256-11), optimizer (Adam), epsilon and update_count: train anew, or give "
                 "another path"
             ) from error
+
+    def restore(self, state: dict[str, Any], replay: Replay) -> None:
+        """Go on from what ``state`` returned, with these transitions; where that fails nothing has changed.
+
+        Raises:
+            ValueError: numbers out of range; other errors where it is no such state.
+        """
+        policy_net, target_net = copy.deepcopy(self.policy_net), copy.deepcopy(self.target_net)
+        optimizer = self._optimizer(policy_net)
+        policy_net.load_state_dict(state["policy_net"])
+        target_net.load_state_dict(state["target_net"])
+        optimizer.load_state_dict(state["optimizer"])
+        epsilon, update_count = float(state["epsilon"]), int(state["update_count"])
+        sound = all(w.isfinite().all() for network in (policy_net, target_net) for w in network.parameters())
+        for weights, moments in optimizer.state.items():
+            sound &= weights.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape
+        if not sound or not 0 <= epsilon <= 1 or update_count < 0:
+            raise ValueError("numbers out of range")
         for group in optimizer.param_groups:
             group.update(self.optimizer.defaults)  # the settings hold, not those of the time of saving
-        replay = Replay(self.settings.buffer_size)
-        if buffer and beside(file).exists():
-            replay.load(beside(file))
         self.policy_net, self.target_net, self.optimizer = policy_net, target_net, optimizer
         self.replay, self.epsilon, self.update_count = replay, epsilon, update_count
         self._deployed = None

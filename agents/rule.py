@@ -26,7 +26,14 @@ class Rule(Deciding):
     def __init__(self, control: Control):
         self.control = control
 
-    def learn(self, total_timesteps: int, env: Any = None) -> Self:
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table; a rule's are next to none."""
+        return 0.0
+
+    def learn(
+        self, total_timesteps: int, env: Any = None, folder: Path | None = None, checkpoint_freq: int = 2048
+    ) -> Self:
         """Nothing to learn."""
         return self
 

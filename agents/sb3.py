@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
 from scipy.special import softmax
 from stable_baselines3 import A2C, DQN, PPO
@@ -32,7 +29,7 @@ from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.exit_files import save_exit
-from spec_envs.files import whole, write_bytes, write_torch
+from spec_envs.sealed import first_line, number_of, read_torch, read_weights, write_torch, write_weights
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppo": PPO,
@@ -50,6 +47,7 @@ RESERVED = {  # arguments of the algorithms that this class sets itself, or that
     *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
 }
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+CHECKPOINT = "checkpoint.pt"
 
 
 class SB3Agent(Deciding):
@@ -127,9 +125,9 @@ class SB3Agent(Deciding):
                 device=device,
                 **hyperparameters,
             )
-        except (AssertionError, TypeError) as error:
+        except (AssertionError, TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
             given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
-            raise ValueError(f"{algorithm} refuses its hyper-parameters ({given}): {error}") from None
+            raise ValueError(f"{algorithm} refuses its hyper-parameters ({given}): {first_line(error)}") from None
         self.control, self.seed = control, seed
         self.rng = np.random.default_rng(seed)
         self.redeploy()
@@ -138,6 +136,11 @@ class SB3Agent(Deciding):
     def redeploy(self) -> None:
         """Take the network out of the policy again, after the policy changed."""
         self.network = bare(self.model.policy)
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a bare decision under a cost table."""
+        return self.network.priced_seconds
 
     def measure(self) -> float:
         """Median seconds of a bare decision."""
@@ -192,64 +195,72 @@ class SB3Agent(Deciding):
         """Write the policy's weights, last, for they say that it is trained."""
         if isinstance(self.model.policy, ExitPolicy):
             save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
-        state = {name: t.contiguous() for name, t in self.model.policy.state_dict().items()}
-        metadata = {"decision_seconds": str(self.decision_seconds)}
-        write_bytes(folder / "policy.safetensors", save(state, metadata))
+        write_weights(
+            folder / "policy.safetensors", self.model.policy.state_dict(), decision_seconds=repr(self.decision_seconds)
+        )
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.
 
         Raises:
-            ValueError: no weights, or those of another network.
+            ValueError: no weights, damaged ones, or those of another network.
         """
-        path = folder / "policy.safetensors"
+        path, remedy = folder / "policy.safetensors", "delete it to train again"
+        tensors, metadata = read_weights(path, "the policy", remedy)
+        seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:
-            self.model.policy.load_state_dict(load_file(path))
-            with safe_open(path, "pt") as file:
-                self.decision_seconds = float(file.metadata()["decision_seconds"])
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(f"cannot read the policy {path}: {str(error).splitlines()[0]}") from None
+            self.model.policy.load_state_dict(tensors)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot read the policy {path}: {first_line(error)}; {remedy}") from None
+        self.decision_seconds = seconds
         self.redeploy()
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write everything that training needs to go on."""
-        state = {
+    def save_checkpoint(self, folder: Path, **beside: Any) -> None:
+        """Write everything that training needs to go on, in one file: all of it is of one moment.
+
+        Args:
+            beside: what the caller needs to go on; ``load_checkpoint`` returns it.
+        """
+        state: dict[str, Any] = {
             "parameters": self.model.get_parameters(),
             "num_timesteps": self.model.num_timesteps,
             "updates": self.model._n_updates,
             "decision_seconds": self.decision_seconds,
             "torch_rng": torch.get_rng_state(),
+            "beside": beside,
         }
         if isinstance(self.model, OffPolicyAlgorithm) and self.model.replay_buffer is not None:
             buffer = self.model.replay_buffer
-            arrays = {name: getattr(buffer, name) for name in BUFFER}
-            with whole(folder / "replay.npz") as path, path.open("wb") as file:
-                np.savez_compressed(file, pos=buffer.pos, full=buffer.full, **arrays)
-        write_torch(folder / "checkpoint.pt", state)
+            rows = buffer.buffer_size if buffer.full else buffer.pos
+            state["replay"] = {name: torch.from_numpy(getattr(buffer, name)[:rows]) for name in BUFFER}
+            state |= {"pos": buffer.pos, "full": buffer.full}
+        write_torch(folder / CHECKPOINT, state)
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Go on from a checkpoint.
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns what was saved ``beside`` it.
 
         Raises:
-            ValueError: no checkpoint, or one of another network.
+            ValueError: no checkpoint, a damaged one, or one of another network or replay buffer.
         """
-        path = folder / "checkpoint.pt"
+        path, remedy = folder / CHECKPOINT, "delete it to begin anew"
+        state = read_torch(path, "the checkpoint", remedy)
         try:
-            state = torch.load(path, weights_only=True)
             self.model.set_parameters(state["parameters"], exact_match=True, device="cpu")
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
-        self.model.num_timesteps, self.model._n_updates = state["num_timesteps"], state["updates"]
-        self.decision_seconds = state["decision_seconds"]
-        torch.set_rng_state(state["torch_rng"])
-        if isinstance(self.model, OffPolicyAlgorithm) and (folder / "replay.npz").exists():
-            buffer = self.model.replay_buffer
-            assert buffer is not None
-            with np.load(folder / "replay.npz", allow_pickle=False) as arrays:
+            self.model.num_timesteps, self.model._n_updates = int(state["num_timesteps"]), int(state["updates"])
+            self.decision_seconds = float(state["decision_seconds"])
+            torch.set_rng_state(state["torch_rng"])
+            if isinstance(self.model, OffPolicyAlgorithm) and "replay" in state:
+                buffer = self.model.replay_buffer
+                assert buffer is not None
                 for name in BUFFER:
-                    getattr(buffer, name)[:] = arrays[name]
-                buffer.pos, buffer.full = int(arrays["pos"]), bool(arrays["full"])
+                    rows = state["replay"][name].numpy()
+                    getattr(buffer, name)[: len(rows)] = rows
+                buffer.pos, buffer.full = int(state["pos"]), bool(state["full"])
+            beside: dict[str, Any] = state["beside"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {remedy}") from None
         self.redeploy()
+        return beside
 
 
 class Spaces(gym.Env):

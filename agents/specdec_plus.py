@@ -9,14 +9,14 @@ from typing import Any, Self
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
+from agents.resuming import Progress
 from agents.rule import StopRule
-from agents.timing import cold_seconds
+from agents.timing import cold_seconds, priced_network
 from spec_envs.controls.base import Control
-from spec_envs.files import write_bytes
+from spec_envs.sealed import first_line, read_weights, write_weights
 
 
 class SpecDecPlusAgent(StopRule):
@@ -57,6 +57,8 @@ class SpecDecPlusAgent(StopRule):
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         self.alive = 1.0
         self._unpack()
+        blank = np.zeros(width, np.float32)
+        self.decision_seconds = cold_seconds(lambda: self.acceptance(blank))
 
     def begin(self, observation: np.ndarray) -> None:
         self.alive = 1.0
@@ -71,11 +73,29 @@ class SpecDecPlusAgent(StopRule):
         logit = self.weights[2] @ (hidden / (1 + np.exp(-hidden))) + self.weights[3]
         return float(1 / (1 + np.exp(-logit[0])))
 
-    def learn(self, total_timesteps: int, env: gym.Env | None = None) -> Self:
-        """Note ``total_timesteps`` decisions in ``env`` and fit the head."""
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        return priced_network(self.head)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        env: gym.Env | None = None,
+        folder: Path | None = None,
+        checkpoint_freq: int = 2048,
+    ) -> Self:
+        """Note ``total_timesteps`` decisions in ``env`` and fit the head; from the folder's checkpoint on, if there is one.
+
+        Args:
+            folder: of the run, for checkpoints (below ``last``), ``log.jsonl`` and TensorBoard.
+            checkpoint_freq: steps between checkpoints, each at the end of a text.
+        """
         if env is None:
             raise ValueError("SpecDec++ learns from an environment; pass env=")
-        seen, accepted = self._note(total_timesteps, env)
+        progress = Progress(folder, checkpoint_freq, np.random.default_rng(self.seed), env)
+        progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.seed})
+        seen, accepted = self._note(total_timesteps, env, progress)
         if not len(seen):
             raise ValueError(f"no draft was judged in {total_timesteps} steps; expected more steps, or another drafter")
         torch.manual_seed(self.seed)
@@ -89,58 +109,77 @@ class SpecDecPlusAgent(StopRule):
             return nn.functional.binary_cross_entropy_with_logits(logits, accepted[rows], weight[rows])
 
         best, least = self.head.state_dict(), float("inf")
-        for _ in range(self.epochs):
+        for epoch in range(1, self.epochs + 1):
             optimizer.zero_grad()
-            loss(fitted).backward()
+            before = loss(fitted)
+            before.backward()
             optimizer.step()
             with torch.no_grad():
                 after = loss(held_out).item()
             if after < least:
                 best, least = copy.deepcopy(self.head.state_dict()), after
+            losses = {"epoch": epoch, "loss": before.item(), "loss_held_out": after}
+            progress.journal.write("log", {"step": progress.steps + epoch, "texts": progress.texts + 1, **losses})
+        progress.journal.close()
         self.head.load_state_dict(best)
         self._unpack()
         return self
 
-    def _note(self, total_timesteps: int, env: gym.Env) -> tuple[torch.Tensor, torch.Tensor]:
-        """Observations behind drafted tokens up to the first refused one, and whether each was accepted."""
-        rng = np.random.default_rng(self.seed)
-        seen: list[np.ndarray] = []
-        labels: list[float] = []
+    def _note(self, total_timesteps: int, env: gym.Env, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observations behind drafted tokens up to the first rejected one, and whether each was accepted."""
+        noted = progress.state or {"seen": torch.zeros(0, self.weights[0].shape[1]), "labels": torch.zeros(0)}
+        seen: list[np.ndarray] = list(noted["seen"].numpy())
+        labels: list[float] = noted["labels"].tolist()
         chain: list[np.ndarray] = []
-        length = int(rng.integers(1, self.k_max + 1))
-        observation, _ = env.reset(seed=self.seed)
-        for _ in tqdm(range(total_timesteps), desc="noting what is accepted", unit="step"):
+        before, length = len(labels), self._length(progress)
+        observation = progress.begin(self.seed)
+        bar = tqdm(total=total_timesteps, initial=progress.steps, desc="noting what is accepted", unit="step")
+        while progress.steps < total_timesteps:
             observation, _, terminated, truncated, info = env.step(int(len(chain) < length))
+            progress.steps += 1
+            bar.update()
+            over = terminated or truncated
             if not info["emitted"]:
                 chain.append(observation)
                 continue
-            refused = info["accepted"] < len(chain) and not (terminated or truncated)
+            refused = info["accepted"] < len(chain) and not over
             seen += chain[: info["accepted"] + refused]
             labels += [1.0] * min(len(chain), info["accepted"]) + [0.0] * refused
-            chain, length = [], int(rng.integers(1, self.k_max + 1))
-            if terminated or truncated:
-                observation, _ = env.reset()
+            chain, length = [], self._length(progress)
+            if over:
+                progress.texts += 1
+                new, before = labels[before:], len(labels)
+                rate = sum(new) / len(new) if new else None
+                progress.journal.write("log", {"step": progress.steps, "texts": progress.texts, "accept_rate": rate})
+                if progress.due():
+                    progress.save({"seen": torch.from_numpy(np.array(seen)), "labels": torch.tensor(labels)})
+                observation, length = progress.begin(self.seed), self._length(progress)
+        bar.close()
         return torch.from_numpy(np.array(seen)), torch.tensor(labels)
 
+    def _length(self, progress: Progress) -> int:
+        """Tokens of the next chain."""
+        return int(progress.rng.integers(1, self.k_max + 1))
+
     def _unpack(self) -> None:
-        """The head as arrays: a decision by NumPy costs a tenth of one by torch. Its time is charged per decision."""
+        """The head as arrays: a decision by NumPy costs a tenth of one by torch."""
         self.weights = [parameter.detach().numpy().copy() for parameter in self.head.parameters()]
-        blank = np.zeros(self.weights[0].shape[1], np.float32)
-        self.decision_seconds = cold_seconds(lambda: self.acceptance(blank))
 
     def save(self, folder: Path) -> None:
-        write_bytes(folder / "policy.safetensors", save(self.head.state_dict()))
+        write_weights(folder / "policy.safetensors", self.head.state_dict())
 
     def load(self, folder: Path) -> None:
         """Read the head.
 
         Raises:
-            ValueError: none there, or one of another shape.
+            ValueError: none there, a damaged one, or one of another shape.
         """
+        path, remedy = folder / "policy.safetensors", "delete it to train again"
+        tensors, _ = read_weights(path, "the policy in", remedy)
         try:
-            self.head.load_state_dict(load_file(folder / "policy.safetensors"))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot read the policy in {folder}: {str(error).splitlines()[0]}") from None
+            self.head.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"cannot read the policy in {path}: {first_line(error)}; {remedy}") from None
         self._unpack()
 
     @staticmethod

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
 from torch import nn
 
 from agents.deciding import Deciding
+from agents.journal import Journal
 from agents.lessons import Lessons, replay_of, taught
 from agents.plans import Plans
-from agents.timing import REPEATS, cold_seconds
+from agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.controls.base import Control
-from spec_envs.files import write_bytes
+from spec_envs.sealed import first_line, number_of, read_weights, write_weights
 from spec_envs.vector.env import ReplayVectorEnv
 
 FILE = "policy.safetensors"
 READS = ("cycle", "everything")
+LOGGED = 10  # steps between lines of the log
 KNOWN = 4096  # decisions that are remembered; before anything is drafted, a cycle looks like many others
 
 
@@ -84,8 +84,8 @@ class TracedAgent(Deciding):
         """An action for each of the observations ``[n, …]``."""
 
     @abstractmethod
-    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> None:
-        """Learn from all lessons so far, of which ``new`` are those of the last round."""
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
+        """Learn from all lessons so far, of which ``new`` are those of the last round; the loss of each step."""
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """The action for one observation; nothing is drawn, so that of one that was seen before is known."""
@@ -97,12 +97,20 @@ class TracedAgent(Deciding):
             self.known[key] = int(self.actions(seen[None])[0])
         return self.known[key], state
 
-    def learn(self, total_timesteps: int = 0, env: gym.Env | ReplayVectorEnv | None = None) -> Self:
+    def learn(
+        self,
+        total_timesteps: int = 0,
+        env: gym.Env | ReplayVectorEnv | None = None,
+        folder: Path | None = None,
+        checkpoint_freq: int = 2048,
+    ) -> Self:
         """Learn from a trace.
 
         Args:
             total_timesteps: ignored; how much is looked at stands in the hyper-parameters.
             env: one that replays a trace.
+            folder: of the run, for ``log.jsonl`` and TensorBoard; learning takes seconds and begins anew if it was killed.
+            checkpoint_freq: ignored.
 
         Raises:
             ValueError: an environment without a trace.
@@ -113,12 +121,16 @@ class TracedAgent(Deciding):
         rng = np.random.default_rng(self.seed)
         torch.manual_seed(self.seed)
         lessons: Lessons | None = None
+        name = type(self).__name__.removesuffix("Agent").lower()
+        journal = Journal(folder, 0, 0, {"agent": name, "seed": self.seed}, name, "loss")
         for number in range(self.rounds):
             actor = self.actions if number else lambda seen: rng.integers(vector.choices, size=len(seen))
             new = taught(vector, actor, self.plans, self.cycles, self.seed + number)
             lessons = new if lessons is None else Lessons(*map(np.concatenate, zip(lessons, new, strict=True)))
-            self.fit(lessons, new, vector)
-        self.decision_seconds = self.measure()
+            for step, loss in enumerate(self.fit(lessons, new, vector), number * self.steps + 1):
+                if step % LOGGED == 0:
+                    journal.write("log", {"step": step, "round": number + 1, "loss": loss})
+        journal.close()
         return self
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -149,6 +161,11 @@ class TracedAgent(Deciding):
         seen = iter(np.random.default_rng(0).random((REPEATS, *(space.shape or (0,))), np.float32))
         return cold_seconds(lambda: self.predict(next(seen)))
 
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        return priced_network(self.network)
+
     def state(self) -> dict[str, np.ndarray]:
         """What is saved beside the network."""
         return {}
@@ -158,23 +175,22 @@ class TracedAgent(Deciding):
 
     def save(self, folder: Path) -> None:
         """Write the weights."""
-        state = {name: tensor.numpy() for name, tensor in self.network.state_dict().items()}
-        write_bytes(folder / FILE, save(state | self.state(), {"decision_seconds": str(self.decision_seconds)}))
+        beside = {name: torch.from_numpy(array) for name, array in self.state().items()}
+        weights = {**self.network.state_dict(), **beside}
+        write_weights(folder / FILE, weights, decision_seconds=repr(self.decision_seconds))
 
     def load(self, folder: Path) -> None:
         """Read them.
 
         Raises:
-            ValueError: none there, or those of another control.
+            ValueError: none there, damaged ones, or those of another control.
         """
+        path, remedy = folder / FILE, "delete it to train again"
+        tensors, metadata = read_weights(path, "the policy in", remedy)
+        self.decision_seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:
-            state = load_file(folder / FILE)
-            self.network.load_state_dict(
-                {name: torch.from_numpy(state[name].copy()) for name in self.network.state_dict()}
-            )
-            with safe_open(folder / FILE, "np") as file:
-                self.decision_seconds = float(file.metadata()["decision_seconds"])
-            self.restore(state)
-        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"cannot read the policy in {folder}: {str(error).splitlines()[0]}") from None
+            self.network.load_state_dict({name: tensors[name] for name in self.network.state_dict()})
+            self.restore({name: tensor.numpy() for name, tensor in tensors.items()})
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the policy in {path}: {first_line(error)}; {remedy}") from None
         self._unpack()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
 
+from agents.journal import append, keep
 from agents.sb3 import SB3Agent
-from spec_envs.files import whole, write_json
 
 TEXT_ONLY = ("stdout", "log", "json", "csv")  # formats that cannot show a histogram
 
@@ -36,10 +35,7 @@ class Monitor(BaseCallback):
         self.actions: dict[str, list[int]] = {}
 
     def _on_training_start(self) -> None:
-        if self.path.exists():  # a resumed run: what came after its checkpoint is done again
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with whole(self.path) as temporary:
-                temporary.write_text("".join(x for x in lines if json.loads(x)["timesteps"] <= self.num_timesteps))
+        keep(self.path, lambda line: line["timesteps"] <= self.num_timesteps)  # what came later is done again
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.hyperparameters.items()}
         metrics = {"spec/tokens_per_second": 0.0, "spec/speedup": 0.0, "rollout/ep_rew_mean": 0.0}
         self.logger.record("hparams", HParam(shown, metrics), exclude=TEXT_ONLY)
@@ -68,7 +64,7 @@ class Monitor(BaseCallback):
     def _report(self) -> None:
         """Log what happened since the last report."""
         total = sum(self.seconds.values())
-        if not self.cycles:
+        if not self.cycles or not total:
             return
         line = {
             "tokens_per_second": self.emitted / total,
@@ -82,8 +78,7 @@ class Monitor(BaseCallback):
             self.logger.record(f"spec/{name}", value)
         for task, actions in self.actions.items():
             self.logger.record(f"actions/{task}", torch.tensor(actions, dtype=torch.float32), exclude=TEXT_ONLY)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"timesteps": self.num_timesteps, **line}) + "\n")
+        append(self.path, {"timesteps": self.num_timesteps, **line})
         self._clear()
 
 
@@ -95,18 +90,22 @@ class Keeper(BaseCallback):
         folder: the run's; ``best/`` below it keeps the best agent, ``last/`` the checkpoint.
         checkpoint_freq, eval_freq: in steps; ``eval_freq`` 0 keeps the last agent as the best.
         validate: speedup of the agent as it is.
+        history: steps and speedup of the validations so far; they are kept in the checkpoint.
     """
 
     def __init__(
-        self, agent: SB3Agent, folder: Path, checkpoint_freq: int, eval_freq: int, validate: Callable[[], float]
+        self,
+        agent: SB3Agent,
+        folder: Path,
+        checkpoint_freq: int,
+        eval_freq: int,
+        validate: Callable[[], float],
+        history: Sequence[tuple[int, float]] = (),
     ):
         super().__init__()
         self.agent, self.folder, self.validate = agent, folder, validate
         self.checkpoint_freq, self.eval_freq = checkpoint_freq, eval_freq
-        self.record = folder / "last" / "validation.json"
-        self.history: list[tuple[int, float]] = []
-        if self.record.exists():
-            self.history = [tuple(entry) for entry in json.loads(self.record.read_text())]
+        self.history = [(int(step), float(value)) for step, value in history]
 
     def _on_step(self) -> bool:
         return True
@@ -140,6 +139,5 @@ class Keeper(BaseCallback):
             writer.add_scalar("validation/speedup", value, self.num_timesteps)
 
     def _save(self) -> None:
-        self.agent.save_checkpoint(self.folder / "last")
-        write_json(self.record, self.history)
+        self.agent.save_checkpoint(self.folder / "last", history=self.history)
         self.saved = self.num_timesteps

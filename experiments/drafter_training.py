@@ -18,7 +18,7 @@ from experiments.batches import Batch
 from experiments.distillation import Distillation
 from experiments.eagle_objective import Objective
 from experiments.recording import Example, load_shard, shard_lengths
-from spec_envs.files import write_torch
+from spec_envs.sealed import write_torch
 
 CHECKPOINT_EVERY = 200  # batches
 

@@ -17,7 +17,7 @@ from experiments.command import one_sentence
 from experiments.config import load_experiment
 from experiments.evaluate import evaluate_run, save
 from experiments.train import run_folder, trained
-from spec_envs.files import write_json
+from spec_envs.files import read_json, write_json
 
 ENV = "SpecDVI-v0"
 REINFORCE = ("slow_every", "beta_kl", "baseline_momentum")  # which dvi does not have
@@ -87,15 +87,26 @@ def improved(args: argparse.Namespace) -> dict[str, Any]:
     stanza = args.agent or ("reinforce" if any(getattr(args, name) is not None for name in REINFORCE) else "dvi")
     experiment = load_experiment(ENV, stanza, overrides(args))
     folder = run_folder(args.root, ENV, stanza, args.seed)
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{stanza}-{args.seed}.json"
+    refuse_other(path, folder)
     trained(experiment, ENV, stanza, args.seed, folder)
     results = evaluate_run(folder, {}, experiment.test_prompts)
     save(results, folder)
     found = {"agent": stanza, "seed": args.seed, "run": str(folder), **results["exit"], "machine": results["machine"]}
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{stanza}-{args.seed}.json"
     write_json(path, found)
     print(f"results: {path}")
     return found
+
+
+def refuse_other(path: Path, folder: Path) -> None:
+    """Refuse to write over the results of another run, such as one of the same seed under another root."""
+    if not path.exists():
+        return
+    found = read_json(path, "delete it, or choose another --results")
+    other = found.get("run") if isinstance(found, dict) else None
+    if not isinstance(other, str) or Path(other).resolve() != folder.resolve():
+        raise ValueError(f"{path} holds the results of another run, {other}; choose another --results, or delete it")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -30,7 +29,8 @@ from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.topk import TopKControl
-from spec_envs.files import whole, write_json
+from spec_envs.files import whole
+from spec_envs.sealed import read_sealed, write_sealed
 
 
 def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None = None) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     if overrides or not static_file.exists():
         static = best_like(env if overrides else config["env"], control)
         if not overrides:
-            write_json(static_file, static)
+            write_sealed(static_file, static)
     else:
-        static = json.loads(static_file.read_text())
+        static = read_sealed(static_file, "delete it to measure again")
     alone = make_control(ENVIRONMENTS[config["id"]], env)
     alone.costs = control.costs
     for played in (control, alone):
@@ -128,7 +128,7 @@ def save(results: dict[str, Any], folder: Path) -> None:
     draw(results, folder / "results.png")
     with whole(folder / "results.md") as path:
         path.write_text(markdown(results))
-    write_json(folder / "results.json", results)
+    write_sealed(folder / "results.json", results)
     print(markdown(results))
     print(f"picture: {folder / 'results.png'}")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.batch import read_batch
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import whole
+from spec_envs.files import held, whole
 from spec_envs.prompts import encode
 
 SHARD = 256  # conversations
@@ -53,7 +53,14 @@ def record(
     batch: int = 8,
 ) -> list[Path]:
     """Write one safetensors file per ``SHARD`` conversations; finished files are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, "recording hidden states"):
+        return record_alone(target, conversations, folder, capture, batch)
+
+
+def record_alone(
+    target: Transformer, conversations: list[tuple[list[int], int]], folder: Path, capture: tuple[int, ...], batch: int
+) -> list[Path]:
+    """The same in a folder that this process holds."""
     shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):

@@ -1,14 +1,13 @@
 """Train an agent of the zoo from YAML and show what it is worth (`make train`).
 
-The run folder is `runs/<EnvId>/<stanza>-<seed>/`. Killed at any moment, the same command goes on from the last
-checkpoint; a finished run prints its table again.
+The run folder is `runs/<EnvId>/<stanza>-<seed>/`, held by one process at a time. Killed at any moment, the same command
+goes on from the last checkpoint; a finished run prints its table again.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,29 +19,33 @@ import yaml
 import agents
 from agents import AGENTS
 from agents.online import OnlineAgent
+from agents.resuming import CHECKPOINT
 from agents.sb3 import SB3Agent
 from experiments.arms import decoded, run_arms
 from experiments.callbacks import Keeper, Monitor
 from experiments.command import one_sentence
 from experiments.comparison import ratio
 from experiments.config import Experiment, first_stanza, load_experiment
-from experiments.costs import cost_curves
+from experiments.costs import cost_table
 from experiments.evaluate import evaluate_run, save
 from experiments.exit_runs import CONVERSATIONS, improve, write_own_text
-from experiments.live import decoder_for, encoded_prompts, local_decoder, target_and_drafter
+from experiments.live import decoder_for, encoded_prompts, local_decoder
 from experiments.machine import revision, versions
+from experiments.preflight import check_evaluation, check_partner
 from experiments.report import markdown
 from experiments.static import best_like
-from experiments.trace import Plan, default_folder, recorded
+from experiments.trace import Plan, recorded_by_default
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.trace import Trace
 from spec_envs.env import SpecEnv
-from spec_envs.files import whole, write_json
+from spec_envs.files import LOCK, TEMPORARY, held, whole
 from spec_envs.network.linked import is_address
+from spec_envs.sealed import number_of, read_sealed, write_sealed
 from spec_envs.templates import DATE
 
+MEASURED = "delete it to measure again"
 TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves behind
 
 
@@ -71,7 +74,7 @@ def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> dic
 
 
 def open_run(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder of a run, or check that it is this run's.
+    """Make the folder of a run, which this process holds, or check that it is this run's.
 
     Raises:
         ValueError: the folder belongs to a run with other settings that has trained or was evaluated already.
@@ -86,12 +89,23 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder} holds a run with another {', '.join(differing)}; "
                 "choose another SEED or ROOT, or delete that folder to start over"
             )
-        shutil.rmtree(folder)  # there was nothing in it to go on from
+        clear(folder)  # there was nothing in it to go on from
+    for left in folder.rglob(f"*{TEMPORARY}"):  # by a process that was killed while it wrote
+        left.unlink()
     for part in (folder, folder / "best", folder / "last"):
         part.mkdir(parents=True, exist_ok=True)
     made_with = {"versions": versions(), "revision": revision()}
     with whole(folder / "config.yml") as temporary:
         temporary.write_text(yaml.safe_dump(config | made_with, sort_keys=False))
+
+
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
@@ -103,11 +117,12 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
         table = folder / "clock.json"
         if not table.exists():
             print("measuring this machine's cost table", file=sys.stderr)
-            write_json(table, cost_curves(local_decoder(keywords, control)))
+            write_sealed(table, cost_table(local_decoder(keywords, control)))
+        read_sealed(table, MEASURED)
         keywords["clock"] = str(table)
     if config["record"]:
         trace = trace_of(folder, config, keywords)
-        write_json(folder / "clock.json", trace.manifest.costs)
+        write_sealed(folder / "clock.json", trace.manifest.costs)
         keywords["trace"] = str(trace.folder)
     if config["own_text"]:
         written = folder / CONVERSATIONS
@@ -118,8 +133,6 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
     if config["partner"]:
-        if target_and_drafter(agents.read_config(Path(config["partner"]))["env"]) != target_and_drafter(keywords):
-            raise ValueError(f"the partner {config['partner']} was trained with another target or drafter")
         spec_env.control.compose(*agents.load(config["partner"]))
     return env
 
@@ -128,48 +141,69 @@ def trace_of(folder: Path, config: dict[str, Any], keywords: dict[str, Any]) -> 
     """What a run learns from: the trace that it names, or one recorded for it."""
     if keywords.get("trace"):
         return Trace.load(keywords["trace"])
-    plan = Plan(config["id"], keywords, tuple(config["record"]))
-    return recorded(plan, default_folder(plan, folder.parents[1]))
+    return recorded_by_default(Plan(config["id"], keywords, tuple(config["record"])), folder.parents[1])
 
 
 def build(folder: Path, config: dict[str, Any]) -> tuple[gym.Env, Any]:
-    """Environment and agent, as far as a run that was interrupted had come."""
-    agent = AGENTS[config["agent"]](
-        control=make_control(ENVIRONMENTS[config["id"]], config["env"]), **config["hyperparameters"]
-    )
+    """Environment and agent, as far as a run that was interrupted had come.
+
+    Raises:
+        ValueError: settings that cannot be trained, or whose result could not be evaluated.
+    """
+    control = make_control(ENVIRONMENTS[config["id"]], config["env"])
+    agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
+    check_partner(config)
+    check_evaluation(config)
     for key, kinds in (("checkpoint", SB3Agent), ("init", (SB3Agent, OnlineAgent))):
         if config[key] and not isinstance(agent, kinds):
             raise ValueError(f"{key} is {config[key]!r}, which the agent {config['agent']} does not take; leave it out")
     if isinstance(agent, OnlineAgent) and config["init"]:
         agent.load(config["init"])
+    if isinstance(agent, SB3Agent) and not (folder / CHECKPOINT).exists():
+        if config["checkpoint"]:
+            agent.load_checkpoint(Path(config["checkpoint"]))
+        elif config["init"]:
+            agent.load(Path(config["init"]))
     env = make_env(folder, config)
-    if not isinstance(agent, SB3Agent):
-        return env, agent
-    if (folder / "last" / "checkpoint.pt").exists():
-        agent.load_checkpoint(folder / "last")
-        print(f"going on at step {agent.model.num_timesteps} of {config['total_timesteps']}", file=sys.stderr)
-    elif config["checkpoint"]:
-        agent.load_checkpoint(Path(config["checkpoint"]))
-    elif config["init"]:
-        agent.load(Path(config["init"]))
+    if agents.needs_costs(control, agent):
+        agents.cost_table(folder, config["env"])
     return env, agent
+
+
+def seconds_of_decision(folder: Path, config: dict[str, Any], agent: Any) -> float:
+    """Seconds that the run charges for a decision, in training, validation and table alike: those that its settings give;
+    priced where forwards are, so that two runs of one seed are alike; else measured, once, and kept in the folder."""
+    note, env = folder / agents.DECISION, config["env"]
+    if not note.exists():
+        if "policy_seconds" in env:
+            found = {"seconds": env["policy_seconds"], "how": "given"}
+        elif env.get("clock", "wall") != "wall" or env.get("trace") or config["record"]:
+            found = {"seconds": agent.priced_seconds, "how": "priced"}
+        else:
+            found = {"seconds": agent.decision_seconds, "how": "measured"}
+        write_sealed(note, found)
+    return number_of(read_sealed(note, MEASURED), "seconds", note, MEASURED)
 
 
 def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Agent) -> None:
     """Train to the run's total and keep the best agent in the folder."""
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv)
-    spec_env.policy_seconds = agent.decision_seconds
+    history = []
+    if (folder / CHECKPOINT).exists():
+        history = agent.load_checkpoint(folder / "last")["history"]
+        print(f"going on at step {agent.model.num_timesteps} of {config['total_timesteps']}", file=sys.stderr)
+    spec_env.policy_seconds = agent.decision_seconds = seconds_of_decision(folder, config, agent)
     if isinstance(spec_env.control, TopKControl) and spec_env.given_pace is None:
         static = folder / "static.json"
         if not static.exists():
-            write_json(static, best_like(config["env"], spec_env.control))
-        spec_env.given_pace = json.loads(static.read_text())["pace"]
+            write_sealed(static, best_like(config["env"], spec_env.control))
+        spec_env.given_pace = number_of(read_sealed(static, MEASURED), "pace", static, MEASURED)
     elif not spec_env.decoder.clock.priced:
         pace = folder / "last" / "pace.json"  # measured once: a resumed run is paid by the same yardstick
         if not pace.exists():
-            write_json(pace, spec_env.pace)
-        spec_env.given_pace = json.loads(pace.read_text())
+            write_sealed(pace, {"pace": spec_env.pace})
+        spec_env.given_pace = number_of(read_sealed(pace, MEASURED), "pace", pace, MEASURED)
 
     played = make_control(ENVIRONMENTS[config["id"]], config["env"])  # a validation must not disturb the episode
     if config["partner"]:
@@ -177,7 +211,7 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
     if played.cost_features:
         played.costs = agents.cost_table(folder, config["env"])
     decoder = decoder_for(config["env"], played)
-    prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"])
+    prompts = encoded_prompts(config["env"], "validation", config["eval_prompts"]) if config["eval_freq"] else []
     plain_decoder = decoder.plain()
     plain = decoded(plain_decoder, None)
 
@@ -186,7 +220,7 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
         samples = run_arms(arms, prompts, config["env"].get("max_new_tokens", 128), "validation")
         return ratio(samples["agent"], samples["plain"])["value"]
 
-    keeper = Keeper(agent, folder, config["checkpoint_freq"], config["eval_freq"], validate)
+    keeper = Keeper(agent, folder, config["checkpoint_freq"], config["eval_freq"], validate, history)
     shown = {"agent": config["agent"], **config["hyperparameters"]}
     callbacks = [keeper, Monitor(folder / "log.jsonl", shown)]
     agent.learn(config["total_timesteps"], env, callbacks, folder, progress_bar=True)
@@ -198,29 +232,53 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
 
 
 def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """One run from settings to table."""
-    results = folder / "results.json"
-    if results.exists():
-        open_run(folder, resolved(experiment, env_id, stanza, seed))
-        print(f"{folder} is finished; delete it to train again\n")
-        print(markdown(json.loads(results.read_text())))
-        return
-    trained(experiment, env_id, stanza, seed, folder)
-    save(evaluate_run(folder, {}, experiment.test_prompts), folder)
-    print(f"run: {folder}")
+    """One run from settings to table.
+
+    Raises:
+        ValueError: another process holds the folder, or one of its files is damaged.
+    """
+    with held(folder):
+        train_alone(experiment, env_id, stanza, seed, folder)
+        results = folder / "results.json"
+        if results.exists():
+            table = read_results(results)
+            print(f"{folder} is finished; delete it to train again\n")
+            print(table)
+        else:
+            save(evaluate_run(folder, {}, experiment.test_prompts), folder)
+            print(f"run: {folder}")
+
+
+def read_results(path: Path) -> str:
+    """The table of a run that is finished."""
+    results = read_sealed(path, remedy := "delete it to make the table again")
+    try:
+        return markdown(results)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no table ({error}); {remedy}") from None
 
 
 def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """Train a run as far as it is not trained yet."""
+    """Train a run as far as it is not trained yet.
+
+    Raises:
+        ValueError: another process holds the folder, or one of its files is damaged.
+    """
+    with held(folder):
+        train_alone(experiment, env_id, stanza, seed, folder)
+
+
+def train_alone(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
+    """The same in a folder that this process holds."""
     config = resolved(experiment, env_id, stanza, seed)
-    fresh = not folder.exists()
+    fresh = not (folder / "config.yml").exists()
     open_run(folder, config)
     if not any((folder / name).exists() for name in TRAINED):
         try:
             env, agent = build(folder, config)
         except Exception:
             if fresh:  # settings that cannot be built must not claim the folder
-                shutil.rmtree(folder)
+                clear(folder)
             raise
         if isinstance(agent, SB3Agent):
             print(f"training {stanza} for {config['total_timesteps']} steps", file=sys.stderr)
@@ -231,8 +289,8 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
         else:
             spec_env = env.unwrapped
             assert isinstance(spec_env, SpecEnv)
-            spec_env.policy_seconds = agent.decision_seconds
-            agent.learn(config["total_timesteps"], env)
+            spec_env.policy_seconds = agent.decision_seconds = seconds_of_decision(folder, config, agent)
+            agent.learn(config["total_timesteps"], env, folder, config["checkpoint_freq"])
             agent.save(folder)
             env.close()
 

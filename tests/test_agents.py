@@ -21,7 +21,8 @@ from experiments import recording
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
-from spec_envs.files import write_json, write_torch
+from spec_envs.files import write_json
+from spec_envs.sealed import write_torch
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
@@ -246,8 +247,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     (tmp_path / "policy.safetensors").write_bytes(b"the one before")
     for write, name in (
         (agent.save, "policy.safetensors"),
-        (agent.save_checkpoint, "replay.npz"),
-        (lambda folder: write_torch(folder / "checkpoint.pt", torch.zeros(2000)), "checkpoint.pt"),
+        (agent.save_checkpoint, "checkpoint.pt"),
+        (lambda folder: write_torch(folder / "last.pt", {"x": torch.zeros(2000)}), "last.pt"),
         (lambda folder: write_json(folder / "results.json", list(range(2000))), "results.json"),
         (lambda folder: recording.save_shard(folder / "0.safetensors", {"x": torch.zeros(2000)}), "0.safetensors"),
     ):

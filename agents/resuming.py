@@ -1,0 +1,75 @@
+"""Learning that goes on where it was killed, text by text: what is drawn for a text depends on its number alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from agents.journal import Journal
+from spec_envs.env import SpecEnv
+from spec_envs.sealed import first_line, read_torch, write_torch
+
+CHECKPOINT = Path("last") / "checkpoint.pt"
+REMEDY = "delete it to begin anew"
+
+
+class Progress:
+    """How far learning has come, in a folder.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        checkpoint_freq: steps between checkpoints, each at the end of a text.
+        rng: what the learner draws from, which goes on where it was.
+
+    Attributes:
+        steps, texts: decisions made and texts ended so far.
+        state: what the learner saved; None where there is nothing to go on from.
+        journal: ``log.jsonl`` and TensorBoard.
+    """
+
+    def __init__(self, folder: Path | None, checkpoint_freq: int, rng: np.random.Generator, env: gym.Env):
+        self.folder, self.checkpoint_freq, self.rng, self.env = folder, checkpoint_freq, rng, env
+        self.steps = self.texts = self.saved = 0
+        self.state: dict[str, Any] | None = None
+        if folder is not None and (folder / CHECKPOINT).exists():
+            self._read(folder / CHECKPOINT)
+        self.journal = Journal(None, 0, 0, {})
+
+    def _read(self, path: Path) -> None:
+        state = read_torch(path, "the checkpoint", REMEDY)
+        try:
+            self.steps = self.saved = int(state["steps"])
+            self.texts, self.state = int(state["texts"]), dict(state["learner"])
+            self.rng.bit_generator.state = json.loads(state["rng"])
+            if isinstance(self.env.unwrapped, SpecEnv):
+                self.env.unwrapped.texts, self.env.unwrapped.turn = int(state["env_texts"]), str(state["env_turn"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {REMEDY}") from None
+
+    def open_journal(self, prefix: str, figure: str, hyperparameters: dict[str, Any]) -> None:
+        """Write down what follows; what was written after the checkpoint is dropped, for it is done again."""
+        self.journal = Journal(self.folder, self.steps, self.texts, hyperparameters, prefix, figure)
+
+    def begin(self, *seeds: int) -> np.ndarray:
+        """Begin the next text; returns its first observation."""
+        self.env.unwrapped.np_random = np.random.default_rng([*seeds, self.texts])
+        observation, _ = self.env.reset()
+        return observation
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due, at the end of a text."""
+        return self.folder is not None and self.steps - self.saved >= self.checkpoint_freq
+
+    def save(self, learner: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        assert self.folder is not None
+        (self.folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
+        env = self.env.unwrapped
+        turn = {"env_texts": env.texts, "env_turn": env.turn} if isinstance(env, SpecEnv) else {}
+        state = {"steps": self.steps, "texts": self.texts, "learner": learner, **turn}
+        write_torch(self.folder / CHECKPOINT, state | {"rng": json.dumps(self.rng.bit_generator.state)})
+        self.saved = self.steps

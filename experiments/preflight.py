@@ -1,0 +1,53 @@
+"""What would fail only after training is tried before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import agents
+from experiments.exit_evaluation import K_MAX, exit_decoder
+from experiments.live import encoded_prompts, target_and_drafter
+from experiments.static import PROMPTS
+from spec_envs import ENVIRONMENTS
+from spec_envs.env import SpecEnv
+
+SHOWN = ("cost_features", "split", "render_mode", "policy_seconds")  # which an evaluation does not read
+
+
+def check_evaluation(config: dict[str, Any]) -> None:
+    """Refuse a run whose validation or final table could not be made: no prompts in a split, a text too short, a model, a
+    cost table or a trace that is not there.
+
+    Raises:
+        ValueError: the sentence says what the evaluation lacks.
+    """
+    env = {**config["env"], **config["eval_env"]}
+    kind = ENVIRONMENTS[config["id"]]
+    played = {name: value for name, value in env.items() if name not in SHOWN}
+    try:
+        SpecEnv(kind, split="test", **played).close()
+        needed = [("test", config["test_prompts"], env), ("train", PROMPTS, env)]
+        if config["eval_freq"]:
+            needed.append(("validation", config["eval_prompts"], config["env"]))
+        for split, count, where in needed:
+            if not encoded_prompts(where, split, count):
+                raise ValueError(f"there are no prompts in the split {split!r}")
+        if kind == "dvi":
+            exit_decoder(env, K_MAX).close()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run could not be evaluated after its training: {error}") from None
+
+
+def check_partner(config: dict[str, Any]) -> None:
+    """Refuse a partner that is not there, or that was trained with other models.
+
+    Raises:
+        ValueError: the sentence says which.
+    """
+    if not config["partner"]:
+        return
+    partner = agents.read_config(Path(config["partner"]))
+    if target_and_drafter(partner["env"]) != target_and_drafter(config["env"]):
+        raise ValueError(f"the partner {config['partner']} was trained with another target or drafter")
+    agents.load(config["partner"])
