@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from experiments.arguments import POSITIVE, SEED, Parser, input_file, nonempty, number, output_folder, whole_number
 from experiments.command import one_sentence
 from experiments.distillation import Distillation, Student, kept_layers
 from experiments.drafter_training import report, train
@@ -46,36 +47,45 @@ REPORTED = 12  # levels
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--target", default=DEFAULT_TARGET, help="model to draft for")
+    parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET, help="model to draft for")
     parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what to train")
-    parser.add_argument("--layers", type=int, default=3, help="of a draft model: the target's first ones and its last")
+    parser.add_argument(
+        "--layers", type=POSITIVE, default=3, help="of a draft model: the target's first ones and its last"
+    )
     parser.add_argument("--init", help="head of this project to train on (default: the target's own last layer)")
-    parser.add_argument("--out", type=Path, help="folder of the finished drafter (default: head in the work folder)")
+    parser.add_argument(
+        "--out", type=output_folder, help="folder of the finished drafter (default: head in the work folder)"
+    )
     parser.add_argument(
         "--work",
-        type=Path,
+        type=output_folder,
         help="folder of text, recordings, checkpoint (default: runs/drafter, or runs/draft-model)",
     )
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens the target writes")
+    parser.add_argument("--tokens", type=whole_number(0), default=1_000_000, help="answer tokens the target writes")
     parser.add_argument(
-        "--conversations", type=Path, nargs="*", default=[], help="further JSONL files with user and assistant"
+        "--conversations", type=input_file, nargs="*", default=[], help="further JSONL files with user and assistant"
     )
     parser.add_argument(
         "--draft-vocab",
-        type=int,
+        type=whole_number(16),
         default=3328,
         help="most frequent tokens, drafted in any text (with --init: that head's)",
     )
-    parser.add_argument("--epochs", type=float, default=4, help="passes over the text")
-    parser.add_argument("--steps", type=int, default=7, help="levels a head is unrolled over, or lengths shown")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a batch (default: 2048, or 1024)")
-    parser.add_argument("--learning-rate", type=float, help="peak of AdamW's schedule (default: 1.6e-3, or 2e-3)")
+    parser.add_argument("--epochs", type=number(0, 1e6, above=True), default=4, help="passes over the text")
+    parser.add_argument("--steps", type=POSITIVE, default=7, help="levels a head is unrolled over, or lengths shown")
+    parser.add_argument("--batch-tokens", type=POSITIVE, help="tokens of a batch (default: 2048, or 1024)")
     parser.add_argument(
-        "--deep-share", type=float, default=0.25, help="share of the rows that a head's deep levels see"
+        "--learning-rate", type=number(0, 1, above=True), help="peak of AdamW's schedule (default: 1.6e-3, or 2e-3)"
     )
-    parser.add_argument("--longest", type=int, default=1024, help="longer conversations are left out (tokens)")
-    parser.add_argument("--seed", type=int, default=0, help="of text, batches and split")
+    parser.add_argument(
+        "--deep-share",
+        type=number(0, 1, above=True),
+        default=0.25,
+        help="share of the rows that a head's deep levels see",
+    )
+    parser.add_argument("--longest", type=POSITIVE, default=1024, help="longer conversations are left out (tokens)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of text, batches and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument(
         "--dtype", default="auto", help="of the target: auto, int8, bfloat16, float32 (autocast is bfloat16 at int8)"

@@ -17,6 +17,7 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
+from experiments.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
 from experiments.exit_evaluation import evaluate_exit
@@ -140,7 +141,7 @@ def folder_name(settings: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
     parser.add_argument(
         "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 1)"
@@ -148,16 +149,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget", default="", help="budgets, each a number or a run folder, separated by spaces (default 7)"
     )
-    parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
-    parser.add_argument("--prompts", help="prompt sets, separated by commas")
-    parser.add_argument("--count", type=int, help="held-out prompts (default: as many as the run had, or 15)")
-    parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default: the run's)")
-    parser.add_argument("--clock", help="wall, or a cost table (default: the run's)")
-    parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
-    parser.add_argument("--max-new-tokens", type=int, help="per prompt (default: the run's)")
+    parser.add_argument(
+        "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
+    )
+    parser.add_argument("--prompts", type=nonempty, help="prompt sets, separated by commas")
+    parser.add_argument("--count", type=PROMPTS, help="held-out prompts (default: as many as the run had, or 15)")
+    parser.add_argument("--dtype", type=nonempty, help="auto, int8, bfloat16, float32 (default: the run's)")
+    parser.add_argument("--clock", type=nonempty, help="wall, or a cost table (default: the run's)")
+    parser.add_argument("--temperature", type=TEMPERATURE, help="of the target (default: the run's)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, help="per prompt (default: the run's)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
         help="folder of the results (default: the run's, or one below its eval/ or runs/mixes/ named by the settings)",
     )
     return parser.parse_args()

@@ -4,12 +4,12 @@ mmWave 5G, LTE and Wi-Fi. They are made up, and recorded nowhere."""
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 from scipy.signal import lfilter
 from scipy.stats import norm
 
+from experiments.arguments import Parser, output_folder
 from experiments.command import one_sentence
 from spec_envs.files import write_bytes
 from spec_envs.network.link import LINKS
@@ -72,8 +72,8 @@ def trace(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=LINKS, help="folder of the CSVs")
+    parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=output_folder, default=LINKS, help="folder of the CSVs")
     args = parser.parse_args()
     with one_sentence():
         for name in PROFILES:

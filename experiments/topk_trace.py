@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from experiments.arguments import TEMPERATURE, TOKENS, Parser, number
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
 from experiments.machine import versions, weights_sha256
@@ -86,15 +87,15 @@ def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--target", default=DEFAULT_TARGET)
     parser.add_argument("--drafter", default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices it")
-    parser.add_argument("--max-new-tokens", type=int, default=97, help="of a text (default 97)")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=97, help="of a text (default 97)")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0)
     parser.add_argument("--prompts", default="all")
-    parser.add_argument("--scale", type=float, default=1.0, help=f"times {COUNTS} texts")
+    parser.add_argument("--scale", type=number(0, 1000, above=True), default=1.0, help=f"times {COUNTS} texts")
     parser.add_argument("--out", type=Path, help="file (default: the shipped one of that name)")
     return parser.parse_args()
 

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from agents.random import RandomAgent
+from experiments.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
 from experiments.arms import Encoded, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.costs import cost_curves
@@ -261,24 +262,31 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     traced = [env_id for env_id, name in ENVIRONMENTS.items() if name in TRACED]
     parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
-    parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--drafter", default="auto", help="(default: the target's own)")
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
+    parser.add_argument("--drafter", type=nonempty, default="auto", help="(default: the target's own)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prompts", default="all", help="prompt sets, separated by commas")
-    parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="per text (default 96)")
+    parser.add_argument("--prompts", type=nonempty, default="all", help="prompt sets, separated by commas")
     parser.add_argument(
-        "--depth", type=int, help="expansions of the trees (12), or one less than the chains' tokens (15)"
+        "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
+    )
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="per text (default 96)")
+    parser.add_argument(
+        "--depth", type=whole_number(0), help="expansions of the trees (12), or one less than the chains' tokens (15)"
     )
     parser.add_argument(
-        "--texts", type=int, nargs=3, default=TEXTS, metavar=("TRAIN", "VALIDATION", "TEST"), help=f"(default {TEXTS})"
+        "--texts",
+        type=whole_number(0),
+        nargs=3,
+        default=TEXTS,
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help=f"(default {TEXTS})",
     )
     parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and put nothing together")
-    parser.add_argument("--out", type=Path, help="folder (default runs/traces/TARGET-KIND)")
+    parser.add_argument("--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND)")
     return parser.parse_args(argv)
 
 
@@ -290,7 +298,7 @@ def main() -> None:
         "device": args.device,
         "dtype": args.dtype,
         "prompts": args.prompts,
-        "data_dir": args.data_dir,
+        "data_dir": str(args.data_dir) if args.data_dir else None,
         "max_new_tokens": args.max_new_tokens,
     }
     if args.depth is not None:

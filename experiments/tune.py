@@ -24,6 +24,7 @@ from optuna.visualization.matplotlib import plot_optimization_history
 
 from agents import AGENTS
 from agents.rule import Rule
+from experiments.arguments import POSITIVE, TOKENS, Parser, output_folder
 from experiments.arms import decoded, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import throughput
@@ -134,14 +135,16 @@ def published(agent: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--agent", required=True, help="stanza of experiments/<env>.yml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the stanza")
-    parser.add_argument("--trials", type=int, default=30, help="in all (default 30)")
-    parser.add_argument("--prompts", type=int, default=12, help="training prompts (default 12)")
-    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of each (default 64)")
-    parser.add_argument("--root", type=Path, default=Path("runs/tune"), help="where studies are written")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the stanza"
+    )
+    parser.add_argument("--trials", type=POSITIVE, default=30, help="in all (default 30)")
+    parser.add_argument("--prompts", type=POSITIVE, default=12, help="training prompts (default 12)")
+    parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens of each (default 64)")
+    parser.add_argument("--root", type=output_folder, default=Path("runs/tune"), help="where studies are written")
     return parser.parse_args()
 
 
