@@ -115,7 +115,7 @@ def prepared(
         return env, RandomAgent(control, seed)
     if rule:
         value = policy.partition(":")[2]
-        return env, FixedAgent(control, int(value) if value.isdigit() else value)
+        return env, FixedAgent(control, int(value) if value.isdecimal() else value)
     learned, agent = agents.load(policy)
     if (learned.observation_space, learned.action_space) != (control.observation_space, control.action_space):
         raise ValueError(

@@ -256,7 +256,7 @@ def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
 def shard_of(text: str) -> tuple[int, int]:
     """``i/n`` as numbers."""
     part, _, count = text.partition("/")
-    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+    if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shard; expected i/n with i from 0 to n-1, such as 0/4")
     return int(part), int(count)
 

@@ -82,9 +82,8 @@ def test_a_folder_in_which_nothing_was_written_claims_no_name(tmp_path: Path) ->
     with held(folder):
         assert (folder / LOCK).read_text().startswith(f"process {os.getpid()}")
     assert not folder.exists()
-    with held(folder), pytest.raises(ValueError, match="in use by process"):
-        with held(folder):
-            pass
+    with held(folder), pytest.raises(ValueError, match="in use by process"), held(folder):
+        pass
     with held(folder):
         (folder / "something").write_text("")
     with held(folder):
