@@ -4,6 +4,7 @@ mmWave 5G, LTE and Wi-Fi. They are made up, and recorded nowhere."""
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from scipy.signal import lfilter
@@ -12,7 +13,6 @@ from scipy.stats import norm
 from experiments.arguments import Parser, output_folder
 from experiments.command import one_sentence
 from spec_envs.files import write_bytes
-from spec_envs.network.link import LINKS
 
 ROWS, STEP = 600, 100  # ms of a row
 Columns = dict[str, np.ndarray]
@@ -73,9 +73,10 @@ def trace(name: str) -> str:
 
 def main() -> None:
     parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=output_folder, default=LINKS, help="folder of the CSVs")
+    parser.add_argument("--out", type=output_folder, default=Path("runs/links"), help="folder of the CSVs")
     args = parser.parse_args()
     with one_sentence():
+        args.out.mkdir(parents=True, exist_ok=True)
         for name in PROFILES:
             write_bytes(args.out / f"{name}.csv", trace(name).encode())
             print(args.out / f"{name}.csv")

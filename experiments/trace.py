@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import sys
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from experiments.costs import cost_curves
 from experiments.live import encoded_prompts
 from experiments.machine import machine, weights_sha256
 from spec_envs import ENVIRONMENTS
+from spec_envs.arrays import read_npz
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.k import KControl
@@ -38,8 +38,18 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.recorder import Columns, kind_of, record, watched
 from spec_envs.decoding.replay import replayed
-from spec_envs.decoding.trace import MANIFEST, MAX_NEW_TOKENS, VERSION, Manifest, Recorded, Trace, joined, write_trace
-from spec_envs.files import whole, write_json
+from spec_envs.decoding.trace import (
+    COLUMNS,
+    MANIFEST,
+    MAX_NEW_TOKENS,
+    VERSION,
+    Manifest,
+    Recorded,
+    Trace,
+    joined,
+    write_trace,
+)
+from spec_envs.files import read_json, whole, write_json
 from spec_envs.prompts import SPLITS
 
 DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
@@ -55,6 +65,7 @@ DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depend
 }
 TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
+LARGEST_TEXT = 2**30  # bytes of a text's columns
 TRACED = ("depth", "budget", "tree", "k")
 
 
@@ -120,6 +131,7 @@ def recorded(plan: Plan, folder: Path) -> Trace:
     if not (folder / MANIFEST).exists():
         record_texts(plan, folder)
         assemble(plan, folder)
+    shutil.rmtree(folder / "texts", ignore_errors=True)
     return Trace.load(folder)
 
 
@@ -127,7 +139,8 @@ def claim(plan: Plan, folder: Path) -> None:
     """Make a folder this plan's, or refuse one that is another's."""
     note = folder / "settings.json"
     if note.exists():
-        found = json.loads(note.read_text())
+        found = read_json(note, f"delete {folder} and record the trace anew, or choose another --out")
+        found = found if isinstance(found, dict) else {}
         if differing := sorted(key for key in plan.settings | found if plan.settings.get(key) != found.get(key)):
             raise ValueError(
                 f"{folder} holds a trace recorded with another {', '.join(differing)}; choose another --out, or delete it"
@@ -143,6 +156,7 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> N
     todo = [(i, prompt) for i, prompt in todo if i % shard[1] == shard[0]]
     if not todo:
         return
+    (folder / "texts").mkdir(exist_ok=True)
     decoder = watched(plan.decoder())
     for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
         columns = record(decoder, prompt.ids, plan.max_new_tokens)
@@ -159,7 +173,7 @@ def assemble(plan: Plan, folder: Path) -> None:
     """Put the texts together, with what forwards cost here; those that end with their first token are left out."""
     decoder, kept, parts = plan.decoder(), [], []
     for i, (split, prompt) in enumerate(plan.chosen()):
-        columns = read_text(text_file(folder, i))
+        columns = read_text(text_file(folder, i), kind_of(decoder))
         if len(columns["tokens"]) > 1:
             kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
             parts.append(columns)
@@ -187,19 +201,20 @@ def assemble(plan: Plan, folder: Path) -> None:
     trace = Trace(folder, manifest, joined(parts, manifest.kind))
     manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
     write_trace(trace)
-    shutil.rmtree(folder / "texts")
 
 
-def read_text(path: Path) -> Columns:
-    """The columns of a text.
+def read_text(path: Path, kind: str) -> Columns:
+    """The columns of a text of that kind of trace.
 
     Raises:
         ValueError: the file is damaged, or another shard has not written it yet.
     """
     try:
-        with np.load(path, allow_pickle=False) as columns:
-            return dict(columns)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        columns = read_npz(path, LARGEST_TEXT)
+        if set(columns) != set(COLUMNS[kind]) or len({len(column) for column in columns.values()}) != 1:
+            raise ValueError(f"it does not hold the columns of a {kind}, each of one length")
+        return columns
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 
@@ -248,7 +263,7 @@ def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
     kind, settings = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree", plan.settings
     folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
     note = folder / "settings.json"
-    if note.exists() and json.loads(note.read_text()) != settings:
+    if note.exists() and read_json(note, f"delete {folder} and record the trace anew") != settings:
         return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")
     return folder
 
