@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -24,8 +25,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(2, f"error: {message}; {self.prog} --help describes every option\n")
+        """Exit with one line."""
+        sys.exit(f"error: {message}; --help describes every option")
 
 
 def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
