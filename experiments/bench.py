@@ -16,6 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, output_folder
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
 from experiments.costs import curves_by_dtype, dtypes_at_speed, read_seconds, weight_bytes
@@ -154,9 +155,11 @@ def dtypes(names: str) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
-    parser.add_argument("--drafter", default="auto", help="EAGLE-3 head or draft model (default: the target's own)")
+    parser = Parser(__doc__)
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
+    parser.add_argument(
+        "--drafter", type=nonempty, default="auto", help="EAGLE-3 head or draft model (default: the target's own)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16, float16, float32")
     parser.add_argument(
@@ -165,10 +168,10 @@ def arguments() -> argparse.Namespace:
         help="whose cost curves are compared, separated by commas, and with float32 among them their quality (default: "
         "all that compute at speed here, and float32)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--count", type=int, default=15, help="held-out prompts (default 15)")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0)
+    parser.add_argument("--count", type=PROMPTS, default=15, help="held-out prompts (default 15)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=96)
+    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 
 
@@ -184,12 +187,12 @@ def main() -> None:
     }
     with one_sentence():
         results = bench(env, args.count, args.dtypes)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "bench.json", results)
-    write_json(args.out / "clock.json", results["seconds"])
-    draw(results, args.out / "bench.png")
-    print("\n".join([markdown(results), *lines(results)]))
-    print(f"written: {args.out}/bench.json, bench.png, clock.json")
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "bench.json", results)
+        write_json(args.out / "clock.json", results["seconds"])
+        draw(results, args.out / "bench.png")
+        print("\n".join([markdown(results), *lines(results)]))
+        print(f"written: {args.out}/bench.json, bench.png, clock.json")
 
 
 if __name__ == "__main__":

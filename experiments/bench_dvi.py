@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import agents
+from experiments.arguments import POSITIVE, PROMPTS, SEED, Parser, input_file, output_folder
 from experiments.arms import Arm, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.config import load_experiment
@@ -142,26 +143,28 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stanzas", nargs="+", default=list(STANZAS), help=f"of experiments/{ENV}.yml")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each")
-    parser.add_argument("--texts", type=int, default=300, help="prompts of the one pass")
-    parser.add_argument("--conversations", type=Path, help="log to read (default: the target writes user turns)")
-    parser.add_argument("--eval-freq", type=int, default=3000, help="drafted tokens between validations")
-    parser.add_argument("--count", type=int, default=30, help="held-out prompts of the table")
-    parser.add_argument("--k", type=int, default=VALIDATED_K, help="drafted tokens per cycle of the table")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of every stanza")
-    parser.add_argument("--root", type=Path, default=Path("runs/bench-dvi"), help="where runs and results are written")
+    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="one run each")
+    parser.add_argument("--texts", type=POSITIVE, default=300, help="prompts of the one pass")
+    parser.add_argument("--conversations", type=input_file, help="log to read (default: the target writes user turns)")
+    parser.add_argument(
+        "--eval-freq", type=POSITIVE, default=3000, help="drafted tokens between the validations that are the curves"
+    )
+    parser.add_argument("--count", type=PROMPTS, default=30, help="held-out prompts of the table")
+    parser.add_argument("--k", type=POSITIVE, default=VALIDATED_K, help="drafted tokens per cycle of the table")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of every stanza"
+    )
+    parser.add_argument(
+        "--root", type=output_folder, default=Path("runs/bench-dvi"), help="where runs and results are written"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
-        if args.eval_freq < 1:
-            raise ValueError(
-                f"--eval-freq is {args.eval_freq}; expected 1 or more, for the curves are what is validated"
-            )
         stream = args.conversations or args.root / "conversations.jsonl"
         if args.conversations is None and not stream.exists():
             own = [s.removeprefix("env.") for s in args.set if s.startswith("env.target=")]

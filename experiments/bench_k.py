@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 import agents
 from agents import AGENTS
 from agents.rule import Rule
+from experiments.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder
 from experiments.arms import Sample, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import ratio, throughput, with_aa_check
@@ -33,7 +34,7 @@ from experiments.static import best_chain, static_chain
 from experiments.tables import side_by_side, tables
 from experiments.train import run_folder, trained
 from spec_envs.controls import Policy, make_control
-from spec_envs.controls.k import KControl
+from spec_envs.controls.k import ENGINES, KControl
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
 
@@ -193,25 +194,31 @@ def is_bench(value: Any) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--target", help=f"model (default {DEFAULT_TARGET})")
     parser.add_argument(
         "--drafter",
         help="draft model, EAGLE-3 head, 'lookup', or 'lookup+NAME' (default: the target's own of models.yml)",
     )
     parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default auto)")
-    parser.add_argument("--temperature", type=float, help="of the target (default 0, greedy)")
-    parser.add_argument("--engine", help="torch (default), or llama-server, of which the figures stand under its name")
+    parser.add_argument("--temperature", type=TEMPERATURE, help="of the target (default 0, greedy)")
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="torch (default), or llama-server, of which the figures stand under its name"
+    )
     parser.add_argument("--trace", help="a synthetic profile instead of models")
-    parser.add_argument("--switch-every", type=int, help="texts after which the prompt set changes (default: at each)")
-    parser.add_argument("--max-new-tokens", type=int, help=f"per prompt (default 96; {SERVED_TOKENS} on llama-server)")
-    parser.add_argument("--count", type=int, default=24, help="held-out prompts (default 24)")
+    parser.add_argument(
+        "--switch-every", type=POSITIVE, help="texts after which the prompt set changes (default: at each)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=TOKENS, help=f"per prompt (default 96; {SERVED_TOKENS} on llama-server)"
+    )
+    parser.add_argument("--count", type=PROMPTS, default=24, help="held-out prompts (default 24)")
     parser.add_argument("--agents", help=f"stanzas of experiments/SpecK-v0.yml (default {','.join(CONTROLLERS)})")
-    parser.add_argument("--root", type=Path, help="where trained agents lie (default: runs, or runs/NAME)")
+    parser.add_argument("--root", type=output_folder, help="where trained agents lie (default: runs, or runs/NAME)")
     parser.add_argument(
         "--name", help="key of these figures in the JSON file, and of their picture (default: at the top)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
+    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.arguments import POSITIVE, PROMPTS, Parser, output_folder
 from experiments.benchmark_arms import Problem, samples_of
 from experiments.benchmark_checks import equality, played_at_random, recording_cost, speeds
 from experiments.benchmark_problems import FAST, FULL, LARGER, PROBLEMS, Size
@@ -130,18 +131,22 @@ def over_static(live: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--envs", nargs="*", choices=list(PROBLEMS), metavar="ENV",
         help=f"of {', '.join(PROBLEMS)} (default all; fast, those of the default pair)",
     )  # fmt: skip
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where traces, runs and figures are written")
-    parser.add_argument("--report", type=Path, default=Path(), help="folder of RESULTS.md and RESULTS.png (default .)")
     parser.add_argument(
-        "--seeds", type=int, help=f"of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
+        "--root", type=output_folder, default=Path("runs"), help="where traces, runs and figures are written"
     )
     parser.add_argument(
-        "--count", type=int, help=f"held-out prompts, live (default {FULL.prompts}, fast {FAST.prompts})"
+        "--report", type=output_folder, default=Path(), help="folder of RESULTS.md and RESULTS.png (default .)"
+    )
+    parser.add_argument(
+        "--seeds", type=POSITIVE, help=f"of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
+    )
+    parser.add_argument(
+        "--count", type=PROMPTS, help=f"held-out prompts, live (default {FULL.prompts}, fast {FAST.prompts})"
     )
     parser.add_argument("--fast", action="store_true", default=bool(os.environ.get("FAST")), help="the small version")
     return parser.parse_args()

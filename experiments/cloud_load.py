@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from experiments.arguments import POSITIVE, Parser, nonempty, number, output_folder, whole_number
 from experiments.cloud_process import cloud
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
@@ -296,26 +297,26 @@ def numbers(text: str) -> list[int]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--edges", type=numbers, default="1,4,16", help="at once (default 1,4,16)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of every measurement (default 10)")
-    parser.add_argument("--rounds", type=int, default=3, help="of measurements (default 3)")
-    parser.add_argument("--k", type=int, default=4, help="tokens of a draft (default 4)")
-    parser.add_argument("--wrong", type=float, default=0.15, help="share of wrong tokens (default 0.15)")
-    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})")
+    parser.add_argument("--seconds", type=number(0, above=True), default=10.0, help="of every measurement (default 10)")
+    parser.add_argument("--rounds", type=POSITIVE, default=3, help="of measurements (default 3)")
+    parser.add_argument(
+        "--k", type=whole_number(1, min(LONGEST_DRAFT, TOKENS // 2)), default=4, help="tokens of a draft (default 4)"
+    )
+    parser.add_argument("--wrong", type=number(0, 1), default=0.15, help="share of wrong tokens (default 0.15)")
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
+    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     with one_sentence():
-        if args.seconds <= 0 or args.rounds < 1:
-            raise ValueError("--seconds is to be positive, and --rounds 1 or more")
-        if not 1 <= args.k <= min(LONGEST_DRAFT, TOKENS // 2) or not 0 <= args.wrong <= 1:
-            raise ValueError(f"--k is to be 1 to {TOKENS // 2}, and --wrong a share")
         results = cloud_load(args)
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "cloud-load.json", results)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agents import AGENTS, known_hyperparameters
+from agents import AGENTS
+from experiments.hyperparameters import check_name, check_value
 from spec_envs import ENVIRONMENTS, REPLAYED
 from spec_envs.controls import CONTROLS
 from spec_envs.env import check_keywords
+from spec_envs.yaml_text import Loader, parse_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -84,16 +88,11 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
         ValueError: an unknown id, stanza or key, or a value of the wrong type; the sentence names file and line.
     """
     path = file_of(env_id)
-    text = path.read_text()
-    raw = parse(text, path)
-    if unknown := set(raw) - {"env", "agents"}:
-        key = sorted(unknown)[0]
-        raise ValueError(f"{path.name}:{line_of(text, (key,))}: unknown key {key!r}; expected env and agents")
-    stanzas = raw["agents"]
+    text, shared, stanzas = read(path)
     if stanza not in stanzas:
         raise ValueError(f"{path.name} has no stanza {stanza!r}{nearest(stanza, stanzas)}; it has {', '.join(stanzas)}")
-    chosen = dict(stanzas[stanza] or {})
-    chosen["env"] = {**raw.get("env", {}), **chosen.get("env", {})}
+    chosen = dict(stanzas[stanza])
+    chosen["env"] = {**shared, **chosen.get("env", {})}
     overridden = [apply(override, chosen) for override in overrides]
     chosen.setdefault("agent", stanza)
 
@@ -127,8 +126,12 @@ def file_of(env_id: str) -> Path:
 
 def first_stanza(env_id: str) -> str:
     """The stanza that an environment's file begins with: what is trained where none is named."""
-    path = file_of(env_id)
-    return next(iter(parse(path.read_text(), path)["agents"]))
+    return next(iter(read(file_of(env_id))[2]))
+
+
+def stanzas_of(env_id: str) -> list[str]:
+    """The stanzas of an environment's file, in their order."""
+    return list(read(file_of(env_id))[2])
 
 
 def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]], str]) -> None:
@@ -157,37 +160,45 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
         if stage.id not in ENVIRONMENTS:
             raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
         check_env(stage.env, stage.id, lambda key: place(("stages",)))
-    known = known_hyperparameters(experiment.agent)
-    for key in experiment.hyperparameters:
-        if key not in known:
-            hint = nearest(key, known) or f"; there are {', '.join(sorted(known))}" if known else "; it has none"
-            raise ValueError(
-                f"{place(('hyperparameters', key))}: unknown hyper-parameter {key!r} of {experiment.agent}{hint}"
-            )
-        refuse_numbers_as_text(key, experiment.hyperparameters[key], place(("hyperparameters", key)))
+    for key, value in experiment.hyperparameters.items():
+        where = place(("hyperparameters", key))
+        try:
+            check_name(experiment.agent, key, nearest)
+            refuse_unfit_numbers(key, value, where)
+            check_value(experiment.agent, key, value)
+        except ValueError as error:
+            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def check_env(env: dict[str, Any], env_id: str, place: Callable[[str], str]) -> None:
     """Refuse keywords that an environment does not have, and values of the wrong type."""
     for key, value in env.items():
-        refuse_numbers_as_text(key, value, place(key))
+        refuse_unfit_numbers(key, value, place(key))
         try:
             check_keywords(CONTROLS[ENVIRONMENTS[env_id]], {key: value})
         except TypeError as error:
             raise ValueError(f"{place(key)}: {error}") from None
 
 
-def refuse_numbers_as_text(key: str, value: Any, place: str) -> None:
-    """Refuse what YAML reads as text though a number was meant, also within lists."""
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, str) and is_number(item):
-            raise ValueError(
-                f"{place}: {key} is the text {item!r}, not a number; "
-                f"YAML wants a point and a sign in exponents: write {float(item)!r}"
-            )
+def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
+    """Refuse what YAML reads as text though a number was meant, and what is no finite number, also within lists.
+
+    Raises:
+        ValueError: the sentence begins with ``place``.
+    """
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            refuse_unfit_numbers(key, item, place)
+    if isinstance(value, str) and is_number(value) and math.isfinite(float(value)):
+        raise ValueError(
+            f"{place}: {key} is the text {value!r}, not a number; "
+            f"YAML wants a point and a sign in exponents: write {float(value)!r}"
+        )
+    if isinstance(value, str | float) and is_number(value) and not math.isfinite(float(value)):
+        raise ValueError(f"{place}: {key} is {value!r}; expected a finite number")
 
 
-def is_number(text: str) -> bool:
+def is_number(text: str | float) -> bool:
     """Whether a text reads as a number."""
     try:
         float(text)
@@ -202,9 +213,11 @@ def apply(override: str, config: dict[str, Any]) -> tuple[str, ...]:
     if not separator or not key:
         raise ValueError(f"override {override!r} is not key=value; for example env.max_new_tokens=64")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r} is not YAML; write lists without spaces, as in [64,64]") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(
+            f"override {override!r} is not YAML; write lists without spaces, as in [64,64] ({error})"
+        ) from None
     *parents, last = keys = key.strip().split(".")
     for parent in parents:
         config = config.setdefault(parent, {})
@@ -214,22 +227,48 @@ def apply(override: str, config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def parse(text: str, path: Path) -> dict[str, Any]:
-    """YAML as a dictionary."""
+def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the text of a file of experiments, the keyword arguments that all its stanzas share, and the stanzas.
+
+    Raises:
+        ValueError: it is not of that form; the sentence names file and line.
+    """
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("agents"), dict):
+        text = path.read_text(encoding="utf-8")
+        raw = parse_yaml(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); expected YAML in UTF-8") from None
+    except ValueError as error:
+        found = re.match(r"line (\d+): ", str(error))
+        place, reason = (f":{found[1]}", str(error)[found.end() :]) if found else ("", str(error))
+        raise ValueError(f"{path.name}{place} is not YAML as it is used here: {reason}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("agents"), dict) or not raw["agents"]:
         raise ValueError(f"{path} has no agents; expected env: and agents: at its top")
-    return raw
+    if unknown := sorted(set(raw) - {"env", "agents"}, key=str):
+        line = f"{path.name}:{line_of(text, (str(unknown[0]),))}"
+        raise ValueError(f"{line}: unknown key {unknown[0]!r}; expected env and agents")
+    parts: dict[tuple[str, ...], Any] = {("env",): raw.get("env"), ("agents",): raw["agents"]}
+    for name, stanza in raw["agents"].items():
+        parts["agents", str(name)] = stanza
+        if isinstance(stanza, dict):
+            parts["agents", str(name), "env"] = stanza.get("env")
+    for keys, part in parts.items():
+        where = f"{path.name}:{line_of(text, keys)}: {'.'.join(keys)}"
+        if part is not None and not isinstance(part, dict):
+            raise ValueError(f"{where} is {part!r}; expected keys and values")
+        if strange := [key for key in part or {} if not isinstance(key, str)]:
+            raise ValueError(f"{where} has the key {strange[0]!r}, which is not text; put it in quotes")
+    stanzas = {name: {**(stanza or {})} for name, stanza in raw["agents"].items()}
+    for stanza in stanzas.values():
+        stanza["env"] = stanza.get("env") or {}
+    return text, raw.get("env") or {}, stanzas
 
 
 def line_of(text: str, *keys: tuple[str, ...]) -> int:
     """Line of whichever of several nested keys a YAML text holds; of the deepest parent it holds otherwise."""
     best = (False, 0, 1)
     for path in keys:
-        node, line, depth = yaml.compose(text), 1, 0
+        node, line, depth = yaml.compose(text, Loader), 1, 0
         for key in path:
             if not isinstance(node, yaml.MappingNode):
                 break

@@ -14,10 +14,11 @@ import json
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from experiments.arguments import POSITIVE, SEED, Parser, input_file, nonempty, number, output_folder, whole_number
+from experiments.claims import claim
 from experiments.command import one_sentence
 from experiments.distillation import Distillation, Student, kept_layers
 from experiments.drafter_training import report, train
@@ -36,55 +37,69 @@ from spec_envs.decoding.drafters.eagle import EagleModel, captured_layers
 from spec_envs.decoding.drafters.eagle_head import PLAIN, EagleHead
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import write_json
+from spec_envs.files import held, write_json
 
 KINDS = ("eagle3", "draft-model")
 LEARNING_RATES = {"eagle3": 1.6e-3, "draft-model": 2e-3}
 BATCH_TOKENS = {"eagle3": 2048, "draft-model": 1024}
+LAYERS, DEEP_SHARE, DRAFT_VOCAB = 3, 0.25, 3328
 HELD_OUT = 0.02  # share of the conversations that only the report sees
 REPORTED = 12  # levels
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--target", default=DEFAULT_TARGET, help="model to draft for")
-    parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what to train")
-    parser.add_argument("--layers", type=int, default=3, help="of a draft model: the target's first ones and its last")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to draft for (default {DEFAULT_TARGET})"
+    )
+    parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what to train (default eagle3)")
+    parser.add_argument(
+        "--layers", type=POSITIVE, help=f"of a draft model: the target's first ones and its last (default {LAYERS})"
+    )
     parser.add_argument("--init", help="head of this project to train on (default: the target's own last layer)")
-    parser.add_argument("--out", type=Path, help="folder of the finished drafter (default: head in the work folder)")
+    parser.add_argument(
+        "--out", type=output_folder, help="folder of the finished drafter (default: head in the work folder)"
+    )
     parser.add_argument(
         "--work",
-        type=Path,
+        type=output_folder,
         help="folder of text, recordings, checkpoint (default: runs/drafter, or runs/draft-model)",
     )
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens the target writes")
     parser.add_argument(
-        "--conversations", type=Path, nargs="*", default=[], help="further JSONL files with user and assistant"
+        "--tokens", type=whole_number(0), default=1_000_000, help="answer tokens the target writes (default 1,000,000)"
+    )
+    parser.add_argument(
+        "--conversations", type=input_file, nargs="*", default=[], help="further JSONL files with user and assistant"
     )
     parser.add_argument(
         "--draft-vocab",
-        type=int,
-        default=3328,
-        help="most frequent tokens, drafted in any text (with --init: that head's)",
+        type=whole_number(16),
+        help=f"most frequent tokens, drafted in any text (default {DRAFT_VOCAB}; with --init that head's)",
     )
-    parser.add_argument("--epochs", type=float, default=4, help="passes over the text")
-    parser.add_argument("--steps", type=int, default=7, help="levels a head is unrolled over, or lengths shown")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a batch (default: 2048, or 1024)")
-    parser.add_argument("--learning-rate", type=float, help="peak of AdamW's schedule (default: 1.6e-3, or 2e-3)")
+    parser.add_argument("--epochs", type=number(0, 1e6, above=True), default=4, help="passes over the text (default 4)")
     parser.add_argument(
-        "--deep-share", type=float, default=0.25, help="share of the rows that a head's deep levels see"
+        "--steps", type=POSITIVE, default=7, help="levels a head is unrolled over, or lengths shown (default 7)"
     )
-    parser.add_argument("--longest", type=int, default=1024, help="longer conversations are left out (tokens)")
-    parser.add_argument("--seed", type=int, default=0, help="of text, batches and split")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--batch-tokens", type=POSITIVE, help="tokens of a batch (default: 2048, or 1024)")
     parser.add_argument(
-        "--dtype", default="auto", help="of the target: auto, int8, bfloat16, float32 (autocast is bfloat16 at int8)"
+        "--learning-rate", type=number(0, 1, above=True), help="peak of AdamW's schedule (default: 1.6e-3, or 2e-3)"
     )
-    args = parser.parse_args()
-    args.work = args.work or Path("runs") / ("drafter" if args.kind == "eagle3" else args.kind)
-    args.batch_tokens = args.batch_tokens or BATCH_TOKENS[args.kind]
-    args.learning_rate = args.learning_rate or LEARNING_RATES[args.kind]
-    return args
+    parser.add_argument(
+        "--deep-share",
+        type=number(0, 1, above=True),
+        help=f"share of the rows that a head's deep levels see (default {DEEP_SHARE})",
+    )
+    parser.add_argument(
+        "--longest", type=POSITIVE, default=1024, help="longer conversations are left out (tokens) (default 1024)"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of text, batches and split (default 0)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the target: auto (default), int8, bfloat16, float32 (autocast is bfloat16 at int8)",
+    )
+    return parser.parse_args()
 
 
 def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos: int, vocab: int) -> torch.Tensor:
@@ -114,43 +129,46 @@ def trained_head(name: str, target: Transformer) -> EagleHead:
     return head
 
 
-def claim(work: Path, settings: dict[str, Any]) -> None:
-    """Note what a work folder is for; refuse one that was begun with other settings, whose parts would not fit."""
-    note = work / "settings.json"
-    if not note.exists():
-        if work.exists() and any(work.iterdir()):
-            raise ValueError(f"{work} holds something else; choose another --work, or delete it")
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(note, settings)
-        return
-    noted = json.loads(note.read_text())
-    keys = dict.fromkeys([*settings, *noted])
-    if differing := [key for key in keys if noted.get(key, str(None)) != settings.get(key, str(None))]:
-        raise ValueError(f"{work} was begun with another {', '.join(differing)}; choose another --work, or delete it")
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments with what depends on others filled in.
 
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot work before hours are spent."""
-    for name, fits, expected in (
-        ("steps", args.steps >= 1, "1 or more"),
-        ("deep_share", 0 < args.deep_share <= 1, "a number in (0, 1]"),
-        ("draft_vocab", args.draft_vocab >= 16, "16 or more"),
-        ("epochs", args.epochs > 0, "a positive number"),
-        ("init", args.init is None or args.kind == "eagle3", "none with --kind draft-model"),
+    Raises:
+        ValueError: one that nothing would read.
+    """
+    eagle = args.kind == "eagle3"
+    for name, given, needs in (
+        ("layers", args.layers is not None and eagle, "--kind draft-model"),
+        ("deep-share", args.deep_share is not None and not eagle, "--kind eagle3"),
+        ("init", args.init is not None and not eagle, "--kind eagle3"),
+        ("draft-vocab", args.draft_vocab is not None and args.init is not None, "no --init, whose own it would be"),
     ):
-        if not fits:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {expected}")
+        if given:
+            raise ValueError(f"--{name} is read with {needs} alone; leave one of the two out")
+    defaults = {
+        "work": Path("runs") / ("drafter" if eagle else args.kind),
+        "batch_tokens": BATCH_TOKENS[args.kind],
+        "learning_rate": LEARNING_RATES[args.kind],
+        "layers": LAYERS,
+        "deep_share": DEEP_SHARE,
+        "draft_vocab": DRAFT_VOCAB,
+    }
+    for name, value in defaults.items():
+        if vars(args)[name] is None:
+            vars(args)[name] = value
+    args.out = args.out or args.work / "head"
+    return args
 
 
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
-        make_drafter(args)
+        args = settled(args)
+        with held(args.work):
+            make_drafter(args)
 
 
 def make_drafter(args: argparse.Namespace) -> None:
     """Text, recordings, training, report."""
-    check(args)
     given = [conversation for file in args.conversations for conversation in read_conversations(file)]
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device, [args.target])
@@ -164,7 +182,8 @@ def make_drafter(args: argparse.Namespace) -> None:
     longest = min(args.longest, target.shape.context)
     kept = ["target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens"]
     kept += ["kind", "layers"] if args.kind == "draft-model" else []
-    claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)})
+    claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)}, "--work")
+    print(f"text, recordings and checkpoint: {args.work}; the drafter: {args.out}", file=sys.stderr)
     text = args.work / "text.jsonl"
     if args.tokens:
         write_conversations(target, tokenizer, text, args.tokens, longest=longest, seed=args.seed)
@@ -202,8 +221,7 @@ def make_drafter(args: argparse.Namespace) -> None:
         args.deep_share,
         args.seed,
     )
-    out = args.out or args.work / "head"
-    drafter.save(out)
+    drafter.save(args.out)
     result = {
         "target": args.target,
         "answer_tokens": answered,
@@ -211,7 +229,7 @@ def make_drafter(args: argparse.Namespace) -> None:
         "draft_vocab": len(drafter.draft_ids),
     }
     result |= report(objective, unseen, REPORTED)
-    write_json(out / "report.json", result)
+    write_json(args.out / "report.json", result)
     print(json.dumps(result, indent=2))
 
 

@@ -121,7 +121,9 @@ def report(objective: Objective | Distillation, paths: list[Path], depth: int) -
     A lower bound of what is drafted in use: here tokens that the text only brings later compete as well.
     """
     survived, rows = torch.zeros(depth), torch.zeros(depth)
-    for examples in batches(paths, 1, random.Random(0)):  # one text at a time, each with its own vocabulary
+    texts = sum(len(shard_lengths(path)) for path in paths)
+    one = batches(paths, 1, random.Random(0))  # text at a time, each with its own vocabulary
+    for examples in tqdm(one, total=texts, unit="text", desc="held-out text"):
         _, s, r = objective(Batch.of(examples, objective.output_head.device), depth)
         survived += s.cpu()
         rows += r.cpu()

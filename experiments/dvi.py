@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.arguments import SEED, Parser, input_file, output_folder
 from experiments.command import one_sentence
 from experiments.config import load_experiment
 from experiments.evaluate import evaluate_run, save
@@ -54,7 +55,7 @@ FLAGS = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--agent",
         help=f"stanza of experiments/{ENV}.yml (default: reinforce if one of its flags is given, else dvi)",
@@ -62,12 +63,22 @@ def arguments() -> argparse.Namespace:
     for name, flag in FLAGS.items():
         parser.add_argument(f"--{name}", type=flag.kind, help=f"{flag.help} ({flag.key})")
     parser.add_argument(
-        "--conversations", nargs="+", metavar="PATH", help="logs in ShareGPT's format to learn from, one after another"
+        "--conversations",
+        type=input_file,
+        nargs="+",
+        metavar="PATH",
+        help="logs in ShareGPT's format to learn from, one after another",
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the stanza")
-    parser.add_argument("--seed", type=int, default=0, help="of agent and environment (default 0)")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default runs)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results (default results)")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="further keys of the stanza"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of agent and environment (default 0)")
+    parser.add_argument(
+        "--root", type=output_folder, default=Path("runs"), help="where runs are written (default runs)"
+    )
+    parser.add_argument(
+        "--results", type=output_folder, default=Path("results"), help="folder of the results (default results)"
+    )
     return parser.parse_args()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.arguments import POSITIVE, TEMPERATURE, TOKENS, Parser, nonempty, output_folder, whole_number
 from experiments.arms import Encoded, Sample, decoded, run_arms
 from experiments.cloud_process import behind, cloud
 from experiments.command import one_sentence
@@ -226,32 +227,32 @@ def edge_cloud(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-prompts", type=int, default=5, help="held-out prompts, 1 to 10 (default 5)")
-    parser.add_argument("--iterations", type=int, default=2, help="times that each is answered (default 2)")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--num-prompts", type=whole_number(1, 10), default=5, help="held-out prompts, 1 to 10 (default 5)"
+    )
+    parser.add_argument("--iterations", type=POSITIVE, default=2, help="times that each is answered (default 2)")
     parser.add_argument("--host", help="of the cloud, or its ws:// or wss:// URL (default: a cloud of its own)")
-    parser.add_argument("--port", type=int, help=f"of the cloud (default, with --host: {PORT})")
+    parser.add_argument("--port", type=whole_number(1, 65535), help=f"of the cloud (default, with --host: {PORT})")
     parser.add_argument("--link", help="simulated link that a proxy in between imitates (markov-1-500, lte, …)")
-    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})")
-    parser.add_argument("--drafter", default="auto", help="of chains (default: the target's own)")
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})"
+    )
+    parser.add_argument("--drafter", type=nonempty, default="auto", help="of chains (default: the target's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are told (default topk)")
-    parser.add_argument("--top-k", type=int, default=300, help="probabilities sent of a draft (default 300)")
-    parser.add_argument("--k", type=int, default=4, help="tokens of a draft (default 4)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="per text (default 64)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results (default runs)")
+    parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
+    parser.add_argument("--k", type=POSITIVE, default=4, help="tokens of a draft (default 4)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=64, help="per text (default 64)")
+    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     with one_sentence():
-        if not 1 <= args.num_prompts <= 10:
-            raise ValueError(f"--num-prompts is {args.num_prompts}; expected 1 to 10")
-        if args.iterations < 1 or args.max_new_tokens < 2:
-            raise ValueError("--iterations is to be 1 or more, and --max-new-tokens 2 or more")
         results = edge_cloud(args)
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "edge-cloud.json", results)

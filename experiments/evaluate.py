@@ -16,6 +16,7 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
+from experiments.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
 from experiments.exit_evaluation import evaluate_exit
@@ -29,7 +30,9 @@ from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.topk import TopKControl
+from spec_envs.decoding.trace import Trace
 from spec_envs.files import whole
+from spec_envs.prompts import load_prompts
 from spec_envs.sealed import read_sealed, write_sealed
 
 
@@ -39,9 +42,13 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     Args:
         overrides: environment keywords other than the run's; the static setting is then chosen anew.
         test_prompts: how many; the run's own number by default.
+
+    Raises:
+        ValueError: not a run, or overrides that nothing in it would read.
     """
     config = agents.read_config(run)
     env = {**config["env"], **config.get("eval_env", {}), **overrides}
+    check_overrides(overrides, env)
     if config["id"] == "SpecDVI-v0":
         return evaluate_exit(run, env, test_prompts or config["test_prompts"])
     control, agent = agents.load(run)
@@ -75,19 +82,45 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     return with_aa_check(measure, test_prompts or config["test_prompts"])
 
 
+def check_overrides(overrides: dict[str, Any], env: dict[str, Any]) -> None:
+    """Refuse settings that an evaluation would take and not read, and names of prompts that there are none of.
+
+    Raises:
+        ValueError: one of them; the sentence says which.
+    """
+    trace = env.get("trace")
+    if not trace:
+        if {"prompts", "data_dir"} & set(overrides):
+            load_prompts(env.get("prompts", "all"), "test", env.get("data_dir"))
+        return
+    exact = Trace.named(trace)
+    read = {"clock", "max_new_tokens", *(["prompts"] if exact else [])}
+    if ignored := sorted(set(overrides) - read):
+        raise ValueError(
+            f"{', '.join(ignored)} cannot be set: the run is played on the trace {trace!r}, which was made with its own"
+        )
+    if exact and "prompts" in overrides:
+        tasks = {text.task for text in Trace.load(trace).texts}
+        if unknown := [name for name in map(str.strip, overrides["prompts"].split(",")) if name not in {*tasks, "all"}]:
+            raise ValueError(
+                f"the trace {trace!r} has no prompts {', '.join(unknown)}; there are {', '.join(sorted(tasks))}"
+            )
+
+
 def evaluate_mixes(
     depths: Sequence[str], budgets: Sequence[str], given: dict[str, Any], test_prompts: int
 ) -> dict[str, Any]:
     """Every mix of depths and budgets, each a number or a run folder."""
-    trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdigit()]
+    trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdecimal()]
     if len({target_and_drafter(env) for env in trained}) > 1:
         raise ValueError("the runs were trained with different targets or drafters; they cannot be mixed")
     env = (trained[0] if trained else {}) | given
+    check_overrides(given, env)
     policies, learned = {}, []
     for depth, budget in itertools.product(depths, budgets):
         name = f"depth {depth}, budget {budget}"
         policies[name] = mixed(depth, budget, env)
-        if not (depth + budget).isdigit():
+        if not (depth + budget).isdecimal():
             learned.append(name)
     decoder = decoder_for(env, next(iter(policies.values())).control)
     return with_aa_check(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
@@ -96,16 +129,16 @@ def evaluate_mixes(
 def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
     """The policy for one depth and one budget, each a number or a run folder."""
     sizes = {key: env[key] for key in ("width", "max_depth") if key in env}
-    if depth.isdigit() and budget.isdigit():
+    if depth.isdecimal() and budget.isdecimal():
         return static_policy(int(depth), int(budget), **sizes)
-    if depth.isdigit():
+    if depth.isdecimal():
         sized = learned_policy(budget, BudgetControl)
         if not 0 <= int(depth) <= sized.control.max_depth:
             raise ValueError(f"depth is {depth}; expected 0 to {sized.control.max_depth}")
         sized.control.depth = int(depth)  # type: ignore[attr-defined]
         return sized
     policy = learned_policy(depth, DepthControl)
-    if budget.isdigit():
+    if budget.isdecimal():
         policy.control.budget = int(budget)  # type: ignore[attr-defined]
     else:
         partner = learned_policy(budget, BudgetControl)
@@ -140,7 +173,7 @@ def folder_name(settings: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
     parser.add_argument(
         "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 1)"
@@ -148,16 +181,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget", default="", help="budgets, each a number or a run folder, separated by spaces (default 7)"
     )
-    parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
-    parser.add_argument("--prompts", help="prompt sets, separated by commas")
-    parser.add_argument("--count", type=int, help="held-out prompts (default: as many as the run had, or 15)")
-    parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default: the run's)")
-    parser.add_argument("--clock", help="wall, or a cost table (default: the run's)")
-    parser.add_argument("--temperature", type=float, help="of the target (default: the run's)")
-    parser.add_argument("--max-new-tokens", type=int, help="per prompt (default: the run's)")
+    parser.add_argument(
+        "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
+    )
+    parser.add_argument("--prompts", type=nonempty, help="prompt sets, separated by commas")
+    parser.add_argument("--count", type=PROMPTS, help="held-out prompts (default: as many as the run had, or 15)")
+    parser.add_argument("--dtype", type=nonempty, help="auto, int8, bfloat16, float32 (default: the run's)")
+    parser.add_argument("--clock", type=nonempty, help="wall, or a cost table (default: the run's)")
+    parser.add_argument("--temperature", type=TEMPERATURE, help="of the target (default: the run's)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, help="per prompt (default: the run's)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
         help="folder of the results (default: the run's, or one below its eval/ or runs/mixes/ named by the settings)",
     )
     return parser.parse_args()
@@ -166,7 +201,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     given = {
-        "data_dir": args.data_dir,
+        "data_dir": str(args.data_dir) if args.data_dir else None,
         "prompts": args.prompts,
         "dtype": args.dtype,
         "clock": args.clock,
@@ -175,8 +210,11 @@ def main() -> None:
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     with one_sentence():
-        if args.depth or args.budget:
-            depths, budgets = args.depth.split() or ["1"], args.budget.split() or ["7"]
+        depths, budgets = (list(dict.fromkeys(text.split())) for text in (args.depth, args.budget))
+        if args.run and (depths or budgets):
+            raise ValueError("give a run, or depths and budgets, not both: RUN=runs/…, or DEPTH=… and BUDGET=…")
+        if depths or budgets:
+            depths, budgets = depths or ["1"], budgets or ["7"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
             mix = {"depth": depths, "budget": budgets, **overrides, "count": args.count or 15}
             save(results, args.out or Path("runs/mixes") / folder_name(mix))

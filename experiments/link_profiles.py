@@ -10,9 +10,9 @@ import numpy as np
 from scipy.signal import lfilter
 from scipy.stats import norm
 
+from experiments.arguments import Parser, output_folder
 from experiments.command import one_sentence
 from spec_envs.files import write_bytes
-from spec_envs.network.link import LINKS
 
 ROWS, STEP = 600, 100  # ms of a row
 Columns = dict[str, np.ndarray]
@@ -72,10 +72,11 @@ def trace(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=LINKS, help="folder of the CSVs")
+    parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=output_folder, default=Path("runs/links"), help="folder of the CSVs")
     args = parser.parse_args()
     with one_sentence():
+        args.out.mkdir(parents=True, exist_ok=True)
         for name in PROFILES:
             write_bytes(args.out / f"{name}.csv", trace(name).encode())
             print(args.out / f"{name}.csv")

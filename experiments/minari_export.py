@@ -19,6 +19,7 @@ from tqdm import tqdm
 import agents
 from agents.fixed import FixedAgent
 from agents.random import RandomAgent
+from experiments.arguments import POSITIVE, SEED, Parser, nonempty
 from experiments.command import one_sentence
 from experiments.config import apply, check_env
 from spec_envs import ENVIRONMENTS, REPLAYED, __version__
@@ -114,7 +115,7 @@ def prepared(
         return env, RandomAgent(control, seed)
     if rule:
         value = policy.partition(":")[2]
-        return env, FixedAgent(control, int(value) if value.isdigit() else value)
+        return env, FixedAgent(control, int(value) if value.isdecimal() else value)
     learned, agent = agents.load(policy)
     if (learned.observation_space, learned.action_space) != (control.observation_space, control.action_space):
         raise ValueError(
@@ -203,15 +204,19 @@ def exported(
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     replayed = [env_id for env_id, name in ENVIRONMENTS.items() if name in REPLAYED]
     parser.add_argument("trace", type=Path, help="folder of a trace (`make trace`)")
     parser.add_argument("--env", default="SpecDepth-v0", choices=replayed, help="environment id (default SpecDepth-v0)")
     parser.add_argument("--policy", default="random", help="random, static:VALUE or a run folder (default random)")
-    parser.add_argument("--episodes", type=int, default=1000, help="(default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first episode, the next ones count up (default 0)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keywords of the environment")
-    parser.add_argument("--name", required=True, help="of the data set, such as spec-envs/depth-random-v0")
+    parser.add_argument("--episodes", type=POSITIVE, default=1000, help="(default 1000)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the first episode, the next ones count up (default 0)")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="keywords of the environment"
+    )
+    parser.add_argument(
+        "--name", type=nonempty, required=True, help="of the data set, such as spec-envs/depth-random-v0"
+    )
     return parser.parse_args(argv)
 
 

@@ -6,11 +6,13 @@ probabilities of any draft vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -94,16 +96,30 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def shard_lengths(path: Path) -> list[int]:
     """Tokens of the conversations of one file, shortest first."""
-    with safe_open(path, "pt") as file:
+    with readable(path), safe_open(path, "pt") as file:
         return file.get_tensor("lengths").tolist()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Refuse a damaged file of recordings in one sentence.
+
+    Raises:
+        ValueError: it names the file.
+    """
+    try:
+        yield
+    except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 
 def load_shard(path: Path) -> list[Example]:
     """The conversations of one file, shortest first."""
-    tensors = load_file(path)
-    lengths = tensors["lengths"].tolist()
-    columns = [tensors[name].split(lengths) for name in ("ids", "features", "final")]
+    with readable(path):
+        tensors = load_file(path)
+        lengths, answers = (tensors[name].tolist() for name in ("lengths", "answers"))
+        columns = [tensors[name].split(lengths) for name in ("ids", "features", "final")]
     return [
         Example(ids.long(), answer, features, final)
-        for answer, ids, features, final in zip(tensors["answers"].tolist(), *columns, strict=True)
+        for answer, ids, features, final in zip(answers, *columns, strict=True)
     ]

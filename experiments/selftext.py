@@ -22,6 +22,7 @@ from spec_envs.files import whole
 from spec_envs.prompts import decode, encode
 from spec_envs.templates import rendered
 
+SMALLEST, SHARE = 8, 100  # texts of a batch; of how many tokens in all there is one more
 MARK = "\x00turn\x00"
 
 
@@ -46,7 +47,7 @@ def write_conversations(
     """Append conversations to ``path`` until it holds ``tokens`` answer tokens.
 
     Args:
-        batch: answers written at once; twice as many user turns, which are shorter, are sampled at once.
+        batch: most answers written at once; twice as many user turns, which are shorter, are sampled at once.
         max_turn, max_answer: limits in tokens; a longer turn is dropped, a longer answer is cut.
         longest: of turn and answer together, in tokens; longer turns are dropped.
         opened: share of the sampled user turns that start with one of ``OPENINGS``.
@@ -60,6 +61,7 @@ def write_conversations(
         temporary.write_text("".join(json.dumps(c) + "\n" for c in conversations))
     written = sum(len(c["answer_ids"]) for c in conversations)
     eos = {tokenizer.eos_token_id}
+    batch = min(batch, max(SMALLEST, tokens // SHARE))  # a little text is not written in one large batch
     answered = {c["user"] for c in conversations}
     shipped = [turn for turn in training_turns() if turn not in answered]
     with (
@@ -85,7 +87,7 @@ def write_conversations(
             for group in groups:
                 if written >= tokens:
                     break
-                answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos)
+                answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos, doing="answering")
                 new = [{"user": user, "answer_ids": answer} for (_, user), answer in zip(group, answers, strict=True)]
                 file.writelines(json.dumps(conversation) + "\n" for conversation in new)
                 conversations += new
@@ -107,7 +109,9 @@ def sampled_turns(
     prefix, eos = user_prefix(tokenizer), {tokenizer.eos_token_id}
     openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(count)]
     starts = [tokenizer(prefix + opening, add_special_tokens=False)["input_ids"] for opening in openings]
-    turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
+    turns = generate_batch(
+        target, starts, max_turn, eos, temperature=1.0, generator=generator, doing="writing user turns"
+    )
     users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
     return [user for user in users if user.strip()]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import agents
 from agents.fixed import FixedAgent
+from experiments.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from experiments.command import one_sentence
 from experiments.live import decoder_for
 from spec_envs import Generation, generate
@@ -19,21 +20,19 @@ from spec_envs.text import printable
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", help="a user turn")
+    parser = Parser(__doc__)
+    parser.add_argument("prompt", type=nonempty, help="a user turn")
     parser.add_argument("--run", type=Path, help="run folder of the policy (default: a fixed depth)")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the run's)")
-    parser.add_argument("--top-p", type=float, help="mass kept when sampling (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=256)
+    parser.add_argument("--temperature", type=TEMPERATURE, help="0 is greedy (default: the run's)")
+    parser.add_argument("--top-p", type=TOP_P, help="mass kept when sampling (default: the run's)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of sampling")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     with one_sentence():
-        if args.max_new_tokens < 2:
-            raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; expected 2 or more")
         if args.run:
             control, agent = agents.load(args.run)
             config = agents.read_config(args.run)

@@ -1,12 +1,15 @@
 """Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable it
 is at each of their tokens that a drafted one would be accepted, for every k. Approximate when played, see
 `spec_envs/network/expected.py`.
+
+The file is written when the last text is recorded; killed before, the same command begins again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,17 +17,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from experiments.arguments import TOKENS, Parser, nonempty, number, output_file
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
 from experiments.machine import versions, weights_sha256
 from spec_envs.controls.published_state import KS
+from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.files import whole
-from spec_envs.network.expected import TRACES, ExpectedTrace, Text
+from spec_envs.network.expected import ExpectedTrace, Text
 from spec_envs.templates import DATE
 
 COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
@@ -87,27 +92,46 @@ def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--drafter", default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model")
+    parser = Parser(__doc__)
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
+    parser.add_argument(
+        "--drafter", type=nonempty, default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model"
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices it")
-    parser.add_argument("--max-new-tokens", type=int, default=97, help="of a text (default 97)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--prompts", default="all")
-    parser.add_argument("--scale", type=float, default=1.0, help=f"times {COUNTS} texts")
-    parser.add_argument("--out", type=Path, help="file (default: the shipped one of that name)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=97, help="of a text (default 97)")
+    parser.add_argument("--temperature", type=number(0, 100, above=True), default=1.0)
+    parser.add_argument("--prompts", type=nonempty, default="all")
+    parser.add_argument("--scale", type=number(0, 1000, above=True), default=1.0, help=f"times {COUNTS} texts")
+    parser.add_argument("--out", type=output_file, help="file, .npz (default runs/traces/TARGET-topk.npz)")
     return parser.parse_args()
+
+
+def chosen_file(args: argparse.Namespace) -> Path:
+    """Return where the trace is written.
+
+    Raises:
+        ValueError: there is one already, or a name by which it would not be found again.
+    """
+    path = args.out or Path("runs/traces") / f"{Path(args.target).name}-topk.npz"
+    if path.suffix != ".npz":
+        raise ValueError(f"--out is {path}; expected a name that ends in .npz")
+    if path.exists():
+        raise ValueError(f"{path} is there already; choose another --out, or delete it")
+    return path
 
 
 def main() -> None:
     args = arguments()
-    with one_sentence():
+    with one_sentence("interrupted; nothing was written"):
+        path = chosen_file(args)
+        CostTable.load(args.clock)
         drafter = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
         decoder = load_decoder(args.target, drafter, dtype=args.dtype, temperature=args.temperature, width=1)
         local = decoder.local
         decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
         env = {"target": args.target, "prompts": args.prompts}
+        print(f"recording {path}", file=sys.stderr)
         texts = []
         for split, count in COUNTS.items():
             prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
@@ -119,13 +143,13 @@ def main() -> None:
         trace = ExpectedTrace(
             "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
         )
-        path = args.out or TRACES / f"{args.target}-topk.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as temporary:
             trace.save(temporary)
         print(
             f"{path}: {len(texts)} texts, {sum(len(t.tokens) for t in texts)} tokens, {path.stat().st_size / 1e3:.0f} kB"
         )
+        print(f'play it with gym.make("SpecTopK-v0", trace="{path}")')
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import sys
-import zipfile
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,12 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 from agents.random import RandomAgent
+from experiments.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
 from experiments.arms import Encoded, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.costs import cost_curves
 from experiments.live import encoded_prompts
 from experiments.machine import machine, weights_sha256
 from spec_envs import ENVIRONMENTS
+from spec_envs.arrays import read_npz
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.k import KControl
@@ -38,7 +39,17 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.recorder import Columns, kind_of, record, watched
 from spec_envs.decoding.replay import replayed
-from spec_envs.decoding.trace import MANIFEST, MAX_NEW_TOKENS, VERSION, Manifest, Recorded, Trace, joined, write_trace
+from spec_envs.decoding.trace import (
+    COLUMNS,
+    MANIFEST,
+    MAX_NEW_TOKENS,
+    VERSION,
+    Manifest,
+    Recorded,
+    Trace,
+    joined,
+    write_trace,
+)
 from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.prompts import SPLITS
 from spec_envs.templates import DATE
@@ -58,6 +69,7 @@ DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depend
 TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
 DOING, SHARDS = "recording a trace", "texts/shard-*"
+LARGEST_TEXT = 2**30  # bytes of a text's columns
 TRACED = ("depth", "budget", "tree", "k")
 
 
@@ -176,6 +188,7 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> N
     todo = [(i, prompt) for i, prompt in todo if i % shard[1] == shard[0]]
     if not todo:
         return
+    (folder / "texts").mkdir(exist_ok=True)
     decoder = watched(plan.decoder())
     for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
         columns = record(decoder, prompt.ids, plan.max_new_tokens)
@@ -192,7 +205,7 @@ def assemble(plan: Plan, folder: Path) -> None:
     """Put the texts together, with what forwards cost here; those that end with their first token are left out."""
     decoder, kept, parts = plan.decoder(), [], []
     for i, (split, prompt) in enumerate(plan.chosen()):
-        columns = read_text(text_file(folder, i))
+        columns = read_text(text_file(folder, i), kind_of(decoder))
         if len(columns["tokens"]) > 1:
             kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
             parts.append(columns)
@@ -223,16 +236,18 @@ def assemble(plan: Plan, folder: Path) -> None:
     write_trace(trace)
 
 
-def read_text(path: Path) -> Columns:
-    """The columns of a text.
+def read_text(path: Path, kind: str) -> Columns:
+    """The columns of a text of that kind of trace.
 
     Raises:
         ValueError: the file is damaged, or another shard has not written it yet.
     """
     try:
-        with np.load(path, allow_pickle=False) as columns:
-            return dict(columns)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        columns = read_npz(path, LARGEST_TEXT)
+        if set(columns) != set(COLUMNS[kind]) or len({len(column) for column in columns.values()}) != 1:
+            raise ValueError(f"it does not hold the columns of a {kind}, each of one length")
+        return columns
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 
@@ -289,31 +304,38 @@ def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
 def shard_of(text: str) -> tuple[int, int]:
     """``i/n`` as numbers."""
     part, _, count = text.partition("/")
-    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+    if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shard; expected i/n with i from 0 to n-1, such as 0/4")
     return int(part), int(count)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     traced = [env_id for env_id, name in ENVIRONMENTS.items() if name in TRACED]
     parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
-    parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--drafter", default="auto", help="(default: the target's own)")
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
+    parser.add_argument("--drafter", type=nonempty, default="auto", help="(default: the target's own)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prompts", default="all", help="prompt sets, separated by commas")
-    parser.add_argument("--data-dir", help="folder of NAME/question.jsonl files (default: the shipped prompts)")
-    parser.add_argument("--date", default=DATE, help=f"for templates that write the day (default {DATE})")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="per text (default 96)")
+    parser.add_argument("--prompts", type=nonempty, default="all", help="prompt sets, separated by commas")
     parser.add_argument(
-        "--depth", type=int, help="expansions of the trees (12), or one less than the chains' tokens (15)"
+        "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
+    )
+    parser.add_argument("--date", default=DATE, help=f"for templates that write the day (default {DATE})")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="per text (default 96)")
+    parser.add_argument(
+        "--depth", type=whole_number(0), help="expansions of the trees (12), or one less than the chains' tokens (15)"
     )
     parser.add_argument(
-        "--texts", type=int, nargs=3, default=TEXTS, metavar=("TRAIN", "VALIDATION", "TEST"), help=f"(default {TEXTS})"
+        "--texts",
+        type=whole_number(0),
+        nargs=3,
+        default=TEXTS,
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help=f"(default {TEXTS})",
     )
     parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and put nothing together")
-    parser.add_argument("--out", type=Path, help="folder (default runs/traces/TARGET-KIND)")
+    parser.add_argument("--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND)")
     return parser.parse_args(argv)
 
 
@@ -325,7 +347,7 @@ def main() -> None:
         "device": args.device,
         "dtype": args.dtype,
         "prompts": args.prompts,
-        "data_dir": args.data_dir,
+        "data_dir": str(args.data_dir) if args.data_dir else None,
         "date": args.date,
         "max_new_tokens": args.max_new_tokens,
     }

@@ -21,6 +21,7 @@ from agents import AGENTS
 from agents.online import OnlineAgent
 from agents.resuming import CHECKPOINT
 from agents.sb3 import SB3Agent
+from experiments.arguments import SEED, Parser, output_folder
 from experiments.arms import decoded, run_arms
 from experiments.callbacks import Keeper, Monitor
 from experiments.command import one_sentence
@@ -319,12 +320,16 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--agent", default="", help="stanza of experiments/<env>.yml (default: its first)")
-    parser.add_argument("--seed", type=int, default=0, help="of agent and environment (default 0)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the stanza")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default runs)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of agent and environment (default 0)")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the stanza"
+    )
+    parser.add_argument(
+        "--root", type=output_folder, default=Path("runs"), help="where runs are written (default runs)"
+    )
     return parser.parse_args()
 
 

@@ -1,17 +1,17 @@
 """Tune a published controller on training prompts (`make tune AGENT=…`), with Optuna.
 
 Every trial decodes the same training prompts under other hyper-parameters; a cost table of this machine, measured when
-the study begins, prices the forwards, so that a busy moment chooses nothing. Killed at any moment, the same command goes
-on. Writes runs/tune/<EnvId>/<stanza>/: study.log, clock.json, best.yml and history.png.
+the study begins, prices the forwards, so that a busy moment chooses nothing. Killed at any moment, the same command
+continues to the same total and the same settings. Writes runs/tune/<EnvId>/<stanza>/: study.log, clock.json, best.yml and history.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,37 @@ import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
 from optuna.visualization.matplotlib import plot_optimization_history
+from tqdm import trange
 
 from agents import AGENTS
 from agents.rule import Rule
+from experiments.arguments import POSITIVE, TOKENS, Parser, output_folder
 from experiments.arms import decoded, run_arms
+from experiments.claims import claim
 from experiments.command import one_sentence
 from experiments.comparison import throughput
 from experiments.config import load_experiment
 from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from spec_envs import ENVIRONMENTS
-from spec_envs.controls import Policy, make_control
+from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.pair import make_clocks
 from spec_envs.env import SpecEnv
-from spec_envs.files import whole, write_json
+from spec_envs.files import held, whole, write_bytes, write_json
 
 
 def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: int, tokens: int, folder: Path) -> None:
-    """Run the study up to ``trials`` trials in all and write what was best."""
+    """Run the study up to ``trials`` trials in all and write what was best.
+
+    Raises:
+        ValueError: an agent or an engine that cannot be tuned, or a folder that another process holds or that was begun
+            with other settings.
+    """
     experiment = load_experiment(env_id, stanza, overrides)
     control = make_control(ENVIRONMENTS[env_id], experiment.env)
     kind = AGENTS[experiment.agent]
@@ -50,26 +59,43 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     agent = kind(control=control, **experiment.hyperparameters)
     if control.engine != "torch":
         raise ValueError(f"a {control.engine} cannot be priced; tune on engine=torch, at the same adjustment_interval")
-    folder.mkdir(parents=True, exist_ok=True)
-    learned = {"hyperparameters": experiment.hyperparameters, "total_timesteps": experiment.total_timesteps}
-    table, study = claim(folder, experiment.env, control, prompts, tokens, learned)
-    control.costs = CostTable.load(str(table))
-    if not finished(study):
-        train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
-        study.enqueue_trial(published(agent, experiment.hyperparameters), skip_if_exists=True)
-    decoder = decoder_for({**experiment.env, "clock": str(table)}, control)
     chosen = encoded_prompts(experiment.env, "train", prompts)
+    learned = {"hyperparameters": experiment.hyperparameters, "total_timesteps": experiment.total_timesteps}
+    settings = {"env": experiment.env, "prompts": prompts, "tokens": tokens, **learned}
+    with held(folder):
+        claim(folder, settings, "--root")
+        table, study = priced(folder, experiment.env, control), opened(folder)
+        control.costs = CostTable.load(str(table))
+        if not finished(study):
+            train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
+            if not study.get_trials(states=(TrialState.WAITING,)):
+                study.enqueue_trial(published(agent, experiment.hyperparameters))
+        decoder = decoder_for({**experiment.env, "clock": str(table)}, control)
 
-    def speed(trial: optuna.Trial) -> float:
-        settings = {**experiment.hyperparameters, **agent.space(trial)}
-        trial.set_user_attr("hyperparameters", settings)
-        candidate = kind(control=control, **settings)
-        candidate.load(folder)
-        arms = {"candidate": decoded(decoder, Policy(control, candidate))}
-        return throughput(run_arms(arms, chosen, tokens, "", quiet=True)["candidate"])
+        def speed(trial: optuna.Trial) -> float:
+            settings = {**experiment.hyperparameters, **agent.space(trial)}
+            trial.set_user_attr("hyperparameters", settings)
+            candidate = kind(control=control, **settings)
+            candidate.load(folder)
+            arms = {"candidate": decoded(decoder, Policy(control, candidate))}
+            return throughput(run_arms(arms, chosen, tokens, "", quiet=True)["candidate"])
 
-    study.optimize(speed, max(0, trials - len(finished(study))), show_progress_bar=sys.stderr.isatty())
-    best = study.best_trial
+        search(study, speed, trials)
+        report(study, folder)
+
+
+def search(study: optuna.Study, speed: Callable[[optuna.Trial], float], trials: int) -> None:
+    """Run what is missing of ``trials``. Each has a generator of its own, so that the search is the same however often it
+    is interrupted."""
+    done = len(finished(study))
+    for number in trange(done, trials, initial=min(done, trials), total=trials, desc="tuning", unit="trial"):
+        study.sampler = optuna.samplers.TPESampler(seed=number)
+        study.optimize(speed, 1)
+
+
+def report(study: optuna.Study, folder: Path) -> None:
+    """Write the best settings and the picture of a study, and print them."""
+    best, done = study.best_trial, finished(study)
     with whole(folder / "best.yml") as path:
         path.write_text(yaml.safe_dump({"hyperparameters": best.user_attrs["hyperparameters"]}, sort_keys=False))
     warnings.simplefilter("ignore", ExperimentalWarning)  # that the picture may look otherwise one day
@@ -77,45 +103,67 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     assert figure is not None
     with whole(folder / "history.png") as path:
         figure.savefig(path, format="png", dpi=110)
-    first = finished(study)[0]
-    print(f"{len(finished(study))} trials; first {first.value:.1f}, best {best.value:.1f} priced tokens/s with")
+    print(f"{len(done)} trials; first {done[0].value:.1f}, best {best.value:.1f} priced tokens/s with")
     print(yaml.safe_dump(best.user_attrs["hyperparameters"], sort_keys=False).strip())
     print(f"written: {folder}/best.yml, history.png; study.log holds every trial")
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials that came to a figure; one that was interrupted does not count."""
-    return study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    return study.get_trials(states=(TrialState.COMPLETE,))
 
 
-def claim(
-    folder: Path, env: dict[str, Any], control: Any, prompts: int, tokens: int, learned: dict[str, Any]
-) -> tuple[Path, optuna.Study]:
-    """The cost table and the study of a folder, begun or gone on with.
-
-    Raises:
-        ValueError: it was begun with other settings.
-    """
-    settings = {"env": env, "prompts": prompts, "tokens": tokens, **learned}
-    note, table = folder / "settings.json", folder / "clock.json"
-    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(settings)):
-        raise ValueError(f"{folder} was begun with other settings; choose another --root, or delete it")
-    write_json(note, settings)
+def priced(folder: Path, env: dict[str, Any], control: Control) -> Path:
+    """Return the cost table of a folder: that of the environment, or this machine's, measured if it is not there yet."""
+    table = folder / "clock.json"
     clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")), env.get("trace"))[0]
     if isinstance(clock, PricedClock):
         write_json(table, {"verify": clock.table.verify, "draft": clock.table.draft})
     elif not table.exists():
         print("measuring this machine's cost table", file=sys.stderr)
         write_json(table, cost_curves(decoder_for(env, control)))
+    return table
+
+
+class Unlocked(JournalFileOpenLock):
+    """No lock: who writes the journal holds the whole folder, and Optuna's own lock outlives a process that is killed."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def opened(folder: Path) -> optuna.Study:
+    """Return the study of a folder that this process holds, new or as far as it has come.
+
+    What a killed process leaves is cleared: Optuna's lock of the journal, a last line that was cut short, and a trial that
+    was running, which counts as failed.
+
+    Raises:
+        ValueError: the journal is damaged.
+    """
+    journal = folder / "study.log"
+    for left in folder.glob(f"{journal.name}.lock*"):
+        left.unlink()
+    if journal.exists():
+        lines = journal.read_bytes()
+        write_bytes(journal, lines[: lines.rfind(b"\n") + 1])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="tune",
-        storage=JournalStorage(JournalFileBackend(str(folder / "study.log"))),
-        sampler=optuna.samplers.TPESampler(seed=0),
-        direction="maximize",
-        load_if_exists=True,
-    )
-    return table, study
+    try:
+        study = optuna.create_study(
+            study_name="tune",
+            storage=JournalStorage(JournalFileBackend(str(journal), Unlocked(str(journal)))),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{journal} is damaged ({reason[0]}); delete {folder} to tune anew") from None
+    return study
 
 
 def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
@@ -134,14 +182,16 @@ def published(agent: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--agent", required=True, help="stanza of experiments/<env>.yml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the stanza")
-    parser.add_argument("--trials", type=int, default=30, help="in all (default 30)")
-    parser.add_argument("--prompts", type=int, default=12, help="training prompts (default 12)")
-    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of each (default 64)")
-    parser.add_argument("--root", type=Path, default=Path("runs/tune"), help="where studies are written")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the stanza"
+    )
+    parser.add_argument("--trials", type=POSITIVE, default=30, help="in all (default 30)")
+    parser.add_argument("--prompts", type=POSITIVE, default=12, help="training prompts (default 12)")
+    parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens of each (default 64)")
+    parser.add_argument("--root", type=output_folder, default=Path("runs/tune"), help="where studies are written")
     return parser.parse_args()
 
 

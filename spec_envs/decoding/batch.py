@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import trange
 
 from spec_envs.decoding.transformer import Transformer
 
@@ -26,10 +27,14 @@ def generate_batch(
     eos: Collection[int],
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    doing: str = "",
 ) -> list[list[int]]:
     """Continue every prompt by up to ``max_new_tokens`` tokens, greedily or sampled.
 
     Sequences that reach an id of ``eos`` (kept in the result) leave the batch when an eighth of it has ended.
+
+    Args:
+        doing: what a progress bar says meanwhile; without it there is none.
 
     Returns:
         The new tokens of each prompt, in order.
@@ -54,7 +59,7 @@ def generate_batch(
     texts: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # the text that each row of the batch writes
     ended: set[int] = set()
-    for step in range(max_new_tokens):
+    for step in trange(max_new_tokens, desc=doing, unit="step", leave=False, disable=not doing):
         tokens = choose(target.head(x[:, -1]), temperature, generator)
         for text, token in zip(alive, tokens.tolist(), strict=True):
             if text not in ended:

@@ -224,6 +224,7 @@ def _loaded(folder: Path) -> Trace:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         if manifest.version != VERSION:
             raise ValueError(f"it is of version {manifest.version}, this is version {VERSION}")
+        check_manifest(manifest)
         rows, columns = sum(text.tokens for text in manifest.texts), {}
         for name, dtype in COLUMNS[manifest.kind].items():
             file = folder / f"{name}.npy"
@@ -232,9 +233,54 @@ def _loaded(folder: Path) -> Trace:
             columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
             if len(columns[name]) != rows or columns[name].dtype != dtype:
                 raise ValueError(f"{file.name} has another shape or type than the manifest says")
-    except (OSError, ValueError, msgspec.DecodeError) as error:
+        check_columns(manifest, columns)
+    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"the trace in {folder} is damaged ({error}); delete it and record it anew") from None
     return Trace(folder, manifest, columns)
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse numbers that no recording has.
+
+    Raises:
+        ValueError: the sentence says which.
+    """
+    if manifest.width < 1 or manifest.max_depth < 0 or manifest.vocab < 1 or manifest.context < 1:
+        raise ValueError("its width, max_depth, vocab and context are not all positive")
+    if not manifest.texts or any(text.tokens < 1 or not text.prompt for text in manifest.texts):
+        raise ValueError("it has no texts, or some without a token or a prompt")
+    ids = [*manifest.eos, *(token for text in manifest.texts for token in text.prompt)]
+    if min(ids) < 0 or max(ids) >= manifest.vocab:
+        raise ValueError(f"it holds ids that are not below {manifest.vocab}")
+    for part in ("verify", "draft"):
+        curve = manifest.costs.get(part, {})
+        if not curve or not all(n.isdecimal() and seconds >= 0 for n, seconds in curve.items()):
+            raise ValueError(f"its costs of {part} are not seconds by rows")
+
+
+def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
+    """Refuse columns that are not those of trees, or chains, of the manifest's size.
+
+    Raises:
+        ValueError: the sentence says which.
+    """
+    width, levels = manifest.width, manifest.max_depth + 1
+    nodes = level_slice(levels - 1, width).stop if manifest.kind == "tree" else levels
+    shapes: dict[str, tuple[int, ...]] = {"drafted": (nodes,), "log_probs": (nodes,)}
+    if manifest.kind == "tree":
+        shapes |= {"entropies": (1 + width * manifest.max_depth,), "path": (levels,), "ranks": (levels, levels)}
+    else:
+        shapes |= {"entropies": (nodes,), "copied": (nodes,)}
+    highest = {"tokens": manifest.vocab, "drafted": manifest.vocab, "path": nodes, "ranks": nodes}
+    highest |= {"right": nodes + 1, "length": nodes + 1}
+    for name, column in columns.items():
+        if column.shape[1:] != shapes.get(name, ()):
+            raise ValueError(f"{name}.npy has rows of shape {column.shape[1:]}; expected {shapes.get(name, ())}")
+        lowest = -1 if name in ("path", "ranks") else 0
+        if name in highest and not lowest <= column.min() <= column.max() < highest[name]:
+            raise ValueError(f"{name}.npy holds numbers that are not from {lowest} to {highest[name] - 1}")
+        if column.dtype.kind == "f" and np.isnan(column).any():
+            raise ValueError(f"{name}.npy holds numbers that are not finite")
 
 
 def joined(parts: Sequence[dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from spec_envs.arrays import read_npz
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
@@ -34,6 +34,7 @@ from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcom
 TRACES = Path(__file__).resolve().parents[1] / "data" / "traces"
 CONTEXT = 2**20
 VERSION = 3
+LARGEST = 2**30  # bytes of a file's arrays
 
 
 @dataclass(frozen=True)
@@ -97,27 +98,50 @@ class ExpectedTrace:
                 f"no expected-acceptance trace {source!r}: expected an .npz of `make trace`, or one of {shipped}"
             )
         try:
-            with np.load(path, allow_pickle=False) as data:
-                if int(data["version"]) != VERSION:
-                    raise ValueError(f"version {data['version']}; this is version {VERSION}")
-                ends = np.cumsum(data["lengths"])
-                prompts = np.split(data["prompts"], np.cumsum(data["prompt_lengths"])[:-1])
-                names = ("tokens", "acceptance", "probability", "entropy", "entries", "match")
-                columns = [np.split(data[name], ends[:-1]) for name in names]
-                if len({len(column) for column in (prompts, data["tasks"], data["splits"], *columns)}) > 1:
-                    raise ValueError("its arrays are of different lengths")
-                texts = tuple(
-                    Text(str(task), str(split), prompt.tolist(), tokens.tolist(), *rest)
-                    for task, split, prompt, tokens, *rest in zip(
-                        data["tasks"], data["splits"], prompts, *columns, strict=True
-                    )
-                )
-                target, drafter, clock = (str(data[name]) for name in ("target", "drafter", "clock"))
-                vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
-                ks, source = tuple(data["ks"].tolist()), str(data["source"])
-                return cls(path.stem, target, drafter, clock, vocab, eos, temperature, ks, texts, source)
-        except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not an expected-acceptance trace ({error}); record it anew") from None
+            return cls._of(path.stem, read_npz(path, LARGEST))
+        except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not an expected-acceptance trace ({reason}); record it anew") from None
+
+    @classmethod
+    def _of(cls, name: str, data: dict[str, np.ndarray]) -> ExpectedTrace:
+        """The trace that the arrays of a file make."""
+        if int(data["version"]) != VERSION:
+            raise ValueError(f"version {data['version']}; this is version {VERSION}")
+        vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
+        ks, rows = tuple(data["ks"].tolist()), len(data["tokens"])
+        if data["acceptance"].shape != (rows, len(ks)):
+            raise ValueError(f"its acceptance is of shape {data['acceptance'].shape}; expected {(rows, len(ks))}")
+        bounds: tuple[tuple[str, float, float], ...] = (
+            ("acceptance", 0, 1.01),  # rounded
+            ("probability", 0, 1.01),
+            ("entropy", 0, np.inf),
+            ("entries", 1, vocab),
+            ("match", 0, np.inf),
+            ("tokens", 0, vocab - 1),
+            ("prompts", 0, vocab - 1),
+            ("lengths", 1, rows),
+            ("prompt_lengths", 1, len(data["prompts"])),
+            ("temperature", 0, 100),
+        )
+        for column, lowest, highest in bounds:
+            values = data[column]
+            if not (np.isfinite(values).all() and (values >= lowest).all() and (values <= highest).all()):
+                raise ValueError(f"its {column} are not all from {lowest} to {highest}")
+        if data["lengths"].sum() != rows or data["prompt_lengths"].sum() != len(data["prompts"]):
+            raise ValueError("its lengths are not those of its texts")
+        ends = np.cumsum(data["lengths"])
+        prompts = np.split(data["prompts"], np.cumsum(data["prompt_lengths"])[:-1])
+        names = ("tokens", "acceptance", "probability", "entropy", "entries", "match")
+        columns = [np.split(data[column], ends[:-1]) for column in names]
+        if {len(prompts), len(data["tasks"]), len(data["splits"])} != {len(ends)}:
+            raise ValueError("its arrays are of different lengths")
+        texts = tuple(
+            Text(str(task), str(split), prompt.tolist(), tokens.tolist(), *rest)
+            for task, split, prompt, tokens, *rest in zip(data["tasks"], data["splits"], prompts, *columns, strict=True)
+        )
+        target, drafter, clock, source = (str(data[column]) for column in ("target", "drafter", "clock", "source"))
+        return cls(name, target, drafter, clock, vocab, eos, temperature, ks, texts, source)
 
     @staticmethod
     def named(source: str) -> bool:

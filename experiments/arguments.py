@@ -1,0 +1,114 @@
+"""Arguments of the commands: whatever is out of range or cannot be written to is refused before any work begins."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command that its module's docstring describes.
+
+    Options are written in full: an abbreviation would be another option's as soon as one is added.
+    """
+
+    def __init__(
+        self,
+        description: str | None,
+        formatter: type[argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter,
+    ):
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line."""
+        sys.exit(f"error: {message}; --help describes every option")
+
+
+def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """The type of a whole number within a range."""
+    expected = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text) if text.isascii() else lowest - 1
+        except ValueError:
+            value = lowest - 1
+        if value < lowest or (highest is not None and value > highest):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number that fits; expected a whole number, {expected}")
+        return value
+
+    return parse
+
+
+def number(lowest: float, highest: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The type of a finite number within a range; ``above``: the lowest itself does not belong to it."""
+    least = f"above {lowest:g}" if above else f"{lowest:g} or more"
+    expected = least if highest == math.inf else f"{least} and at most {highest:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text) if text.isascii() else math.nan
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not lowest <= value <= highest or (above and value == lowest):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number that fits; expected a number {expected}")
+        return value
+
+    return parse
+
+
+POSITIVE = whole_number(1)
+PROMPTS = whole_number(2)  # of a table: intervals are taken over prompts
+TOKENS = whole_number(2, 2**20)  # of a text: the first one is the prefill's
+SEED = whole_number(0, 2**32 - 1)  # what NumPy and Stable-Baselines3 take
+TEMPERATURE = number(0, 100)
+TOP_P = number(0, 1, above=True)
+
+
+def nonempty(text: str) -> str:
+    """The type of a name, which is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; expected a name, or leave the option out")
+    return text
+
+
+def output_folder(text: str) -> Path:
+    """The type of a folder that results are written into: one that is there, or can be made."""
+    return _writable(text, Path(text))
+
+
+def output_file(text: str) -> Path:
+    """The type of a file that a result is written to, over one of that name."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file")
+    return _writable(text, Path(text).parent)
+
+
+def input_folder(text: str) -> Path:
+    """The type of a folder that is read."""
+    if not Path(text).expanduser().is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected one that is there")
+    return Path(text)
+
+
+def input_file(text: str) -> Path:
+    """The type of a file that is read."""
+    if not Path(text).expanduser().is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file; expected one that is there")
+    return Path(text).expanduser()
+
+
+def _writable(text: str, folder: Path) -> Path:
+    """The path of ``text``, whose files lie in ``folder``."""
+    nonempty(text)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; expected a folder, into which is written")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"nothing can be written into {there}; choose another folder")
+    return Path(text)
