@@ -33,6 +33,7 @@ from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device, resol
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
 from spec_envs.network.engine import LONGEST_DRAFT
+from spec_envs.network.numbers import check_count, check_number
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.websocket import SocketChannel
 from spec_envs.network.wire import VERSION, Hello, vocabulary_hash
@@ -312,8 +313,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with one_sentence():
-        if args.seconds <= 0 or args.rounds < 1:
-            raise ValueError("--seconds is to be positive, and --rounds 1 or more")
+        check_number("--seconds", args.seconds, 0.01)
+        check_count("--rounds", args.rounds)
+        check_count("--edges", max(args.edges), 1, 1024)
         if not 1 <= args.k <= min(LONGEST_DRAFT, TOKENS // 2) or not 0 <= args.wrong <= 1:
             raise ValueError(f"--k is to be 1 to {TOKENS // 2}, and --wrong a share")
         results = cloud_load(args)

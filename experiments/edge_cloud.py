@@ -33,8 +33,11 @@ from spec_envs.decoding.checkpoints import resolve_device, resolve_dtype
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
-from spec_envs.network.cloud import PORT
+from spec_envs.network.cloud import PORT, PORTS
 from spec_envs.network.edge import address, connected
+from spec_envs.network.engine import LONGEST_DRAFT
+from spec_envs.network.link import load_link
+from spec_envs.network.numbers import check_count, check_number
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.wire import MODES
 
@@ -205,7 +208,8 @@ def edge_cloud(args: argparse.Namespace) -> dict[str, Any]:
         if args.link:
             url = stack.enter_context(behind(args.link, url))
         names = ("target", "drafter", "device", "dtype", "temperature", "mode", "top_k", "k")
-        decoder = connected(url, **{name: getattr(args, name) for name in names}, patience=PATIENCE)
+        settings = {name: getattr(args, name) for name in names}
+        decoder = connected(url, **settings, patience=PATIENCE, token_in_clear=args.token_in_clear)
         prompts = {"target": args.target}
 
         def measured(count: int) -> dict[str, Any]:
@@ -231,6 +235,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=2, help="times that each is answered (default 2)")
     parser.add_argument("--host", help="of the cloud, or its ws:// or wss:// URL (default: a cloud of its own)")
     parser.add_argument("--port", type=int, help=f"of the cloud (default, with --host: {PORT})")
+    parser.add_argument(
+        "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
+    )
     parser.add_argument("--link", help="simulated link that a proxy in between imitates (markov-1-500, lte, …)")
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})")
     parser.add_argument("--drafter", default="auto", help="of chains (default: the target's own)")
@@ -250,8 +257,15 @@ def main() -> None:
     with one_sentence():
         if not 1 <= args.num_prompts <= 10:
             raise ValueError(f"--num-prompts is {args.num_prompts}; expected 1 to 10")
-        if args.iterations < 1 or args.max_new_tokens < 2:
-            raise ValueError("--iterations is to be 1 or more, and --max-new-tokens 2 or more")
+        check_count("--iterations", args.iterations)
+        check_count("--max-new-tokens", args.max_new_tokens, 2)
+        check_count("--k", args.k, 1, LONGEST_DRAFT)
+        check_count("--top-k", args.top_k)
+        check_number("--temperature", args.temperature, 0, 100)
+        if args.port is not None:
+            check_count("--port", args.port, 1, PORTS)
+        if args.link:
+            load_link(args.link)
         results = edge_cloud(args)
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "edge-cloud.json", results)

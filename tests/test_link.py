@@ -162,7 +162,7 @@ def test_unknown_links(source: str, message: str) -> None:
         ({"kind": "constant", "up_mbps": 1, "down_mbps": 1, "rtt_ms": 1, "los": 1}, "los: Extra inputs"),
         (
             {"kind": "constant", "up_mbps": 1, "down_mbps": 1, "rtt_ms": 1, "loss": 1},
-            "loss: Input should be less than 1",
+            "loss: Input should be less than or equal to 0.99",
         ),
         ({"kind": "markov", "states": STATES[:1], "stay": 0.5}, "states: List should have at least 2"),
         ({"kind": "markov", "states": STATES}, "expected either stay or transitions"),

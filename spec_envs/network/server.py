@@ -103,6 +103,7 @@ class Cloud:
         self.owners: dict[bytes, str] = {}  # addresses that sessions were opened from
         self.talks: set[Conversation] = set()
         self.draining = False
+        self.hurry = asyncio.Event()  # set: texts under way are not waited for
 
     @contextlib.asynccontextmanager
     async def listening(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> Any:
@@ -260,7 +261,7 @@ class Cloud:
         """Take no new texts, and wait for those under way, also for edges that lost their connection."""
         self.draining = True
         begin = time.monotonic()
-        while self.engine.sessions and time.monotonic() - begin < self.limits.grace:
+        while self.engine.sessions and time.monotonic() - begin < self.limits.grace and not self.hurry.is_set():
             await asyncio.sleep(0.05)
 
 
