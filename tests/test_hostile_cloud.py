@@ -150,9 +150,9 @@ def test_a_lie_is_one_sentence(sentence: str, capfd: pytest.CaptureFixture[str])
     ],
 )
 def test_logits_that_are_none(verdict: dict[str, Any], sentence: str) -> None:
-    with cloud(lying(lambda r: [of(r.number, **{"token": -1} | verdict)])) as url:
-        with pytest.raises(ValueError, match=sentence):
-            verified(edge(url, "scalar"), [1, 2, 3])
+    lie = lying(lambda r: [of(r.number, **{"token": -1} | verdict)])
+    with cloud(lie) as url, pytest.raises(ValueError, match=sentence):
+        verified(edge(url, "scalar"), [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,10 @@ def test_a_cloud_that_has_another_target_after_a_while() -> None:
     ("tokens", "sentence"),
     [
         (lambda r: [Tokens(r.number, 7, True, 0.0, 0.0, 0)], r"ended a stream too early \(token 1 of 4\)"),
-        (lambda r: [Tokens(r.number, 7, False, 0.0, 0.0, i) for i in range(9)], r"did not end a stream \(token 4 of 4\)"),
+        (
+            lambda r: [Tokens(r.number, 7, False, 0.0, 0.0, i) for i in range(9)],
+            r"did not end a stream \(token 4 of 4\)",
+        ),
         (lambda r: [Tokens(r.number, 3, False, 0.0, 0.0, 0)], r"did not end a stream \(token 1 of 4\)"),
         (lambda r: [Tokens(r.number, VOCAB, False, 0.0, 0.0, 0)], "token 16; the vocabulary has 16"),
         (lambda r: [Tokens(r.number, 7, False, 0.0, 0.0, 3)], "token 3 of a stream came in; expected 0"),
@@ -210,15 +213,15 @@ def test_streams_that_make_no_sense(tokens: Callable[[Plain], list[Any]], senten
 
 def test_a_cloud_that_says_other_things_for_ever_is_given_up() -> None:
     """Answers to requests that nobody made do not keep an edge waiting."""
-    with cloud(lying(lambda r: [of(r.number + 1)] * 20_000)) as url:
-        with pytest.raises(CloudAway, match="does not answer"):
-            verified(edge(url), [1, 2, 3])
+    lie = lying(lambda r: [of(r.number + 1)] * 20_000)
+    with cloud(lie) as url, pytest.raises(CloudAway, match="does not answer"):
+        verified(edge(url), [1, 2, 3])
 
 
 def test_reasons_of_closing_are_cleaned() -> None:
-    with cloud(lambda request: None, close=(1008, "\033[31m no")) as url:
-        with pytest.raises(CloudAway, match=r"policy violation\) \[31m no") as error:
-            verified(edge(url), [1, 2, 3])
+    sentence, close = r"policy violation\) \[31m no", (1008, "\033[31m no")
+    with cloud(lambda request: None, close) as url, pytest.raises(CloudAway, match=sentence) as error:
+        verified(edge(url), [1, 2, 3])
     assert str(error.value).isprintable()
 
 
@@ -228,12 +231,16 @@ def web(status: int, reason: str = "", **headers: str) -> Iterator[tuple[int, li
     asked: list[dict[str, str]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             asked.append(dict(self.headers))
             self.send_response(status, reason)
             for name, value in headers.items():
                 self.send_header(name, value)
+            self.send_header("Content-Length", "0")
             self.end_headers()
+            self.close_connection = True
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -271,13 +278,23 @@ def test_printable_text_is_a_line_that_no_terminal_obeys(text: str) -> None:
 
 
 ANY = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20) | st.text(max_size=9),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.binary(max_size=20)
+    | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=12,
 )
 SHAPED = st.lists(ANY, max_size=8).flatmap(lambda rest: st.integers(1, 7).map(lambda kind: [kind, *rest]))
 VERDICTS = st.tuples(
-    st.integers(2**16, 2**16 + 4), st.integers(0, 5), st.integers(-1, 20), st.floats(), st.floats(), st.binary(max_size=64)
+    st.integers(2**16, 2**16 + 4),
+    st.integers(0, 5),
+    st.integers(-1, 20),
+    st.floats(),
+    st.floats(),
+    st.binary(max_size=64),
 ).map(lambda fields: [4, *fields, "float32"])
 FRAMES = st.one_of(
     st.binary(max_size=60),
@@ -305,7 +322,9 @@ def told() -> Iterator[tuple[str, list[list[Any]]]]:
 
 @pytest.mark.fuzz
 @settings(max_examples=max(1, settings.default.max_examples // 2))
-@given(greeting=st.lists(FRAMES, max_size=1), answer=st.lists(FRAMES, max_size=3), mode=st.sampled_from(["topk", "scalar"]))
+@given(
+    greeting=st.lists(FRAMES, max_size=1), answer=st.lists(FRAMES, max_size=3), mode=st.sampled_from(["topk", "scalar"])
+)
 def test_no_frame_brings_an_edge_down(
     told: tuple[str, list[list[Any]]], greeting: list[Any], answer: list[Any], mode: str
 ) -> None:

@@ -218,7 +218,7 @@ class Cloud:
         """
         held = Counter(self.owners.values())
         away = sorted(self.detached, key=self.detached.__getitem__)
-        if held[address] >= self.limits.of_one:
+        if held[address] >= self.limits.of_one < self.limits.sessions:
             away = [key for key in away if self.owners[key] == address]
             if not away:
                 raise Refused("busy", f"all {held[address]} sessions of your address are taken; try again later")
