@@ -291,8 +291,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def numbers(text: str) -> list[int]:
     """Positive whole numbers separated by commas."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of edges; expected 1,4,16 or the like")
+    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of edges; expected 1 to 1024, as in 1,4,16")
     return sorted({int(part) for part in parts})
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from spec_envs.decoding.llama_server import die_with_parent
+from spec_envs.processes import started
 
 STOP_SECONDS = 5
 
@@ -23,14 +23,13 @@ def running(module: str, *arguments: str) -> Iterator[str]:
         ValueError: it ended before it printed anything; the sentence closes with the last line of its log.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
+        process = started(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
             encoding="utf-8",
             env={**os.environ, "PYTHONUTF8": "1"},
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         try:
             assert process.stdout is not None

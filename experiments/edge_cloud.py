@@ -36,6 +36,8 @@ from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json
 from spec_envs.network.cloud import PORT
 from spec_envs.network.edge import address, connected
+from spec_envs.network.engine import LONGEST_DRAFT
+from spec_envs.network.link import load_link
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.wire import MODES
 
@@ -206,7 +208,8 @@ def edge_cloud(args: argparse.Namespace) -> dict[str, Any]:
         if args.link:
             url = stack.enter_context(behind(args.link, url))
         names = ("target", "drafter", "device", "dtype", "temperature", "mode", "top_k", "k")
-        decoder = connected(url, **{name: getattr(args, name) for name in names}, patience=PATIENCE)
+        settings = {name: getattr(args, name) for name in names}
+        decoder = connected(url, **settings, patience=PATIENCE, token_in_clear=args.token_in_clear)
         prompts = {"target": args.target}
 
         def measured(count: int) -> dict[str, Any]:
@@ -234,6 +237,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=POSITIVE, default=2, help="times that each is answered (default 2)")
     parser.add_argument("--host", help="of the cloud, or its ws:// or wss:// URL (default: a cloud of its own)")
     parser.add_argument("--port", type=whole_number(1, 65535), help=f"of the cloud (default, with --host: {PORT})")
+    parser.add_argument(
+        "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
+    )
     parser.add_argument("--link", help="simulated link that a proxy in between imitates (markov-1-500, lte, …)")
     parser.add_argument(
         "--target", type=nonempty, default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})"
@@ -244,7 +250,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are told (default topk)")
     parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
-    parser.add_argument("--k", type=POSITIVE, default=4, help="tokens of a draft (default 4)")
+    parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
     parser.add_argument("--max-new-tokens", type=TOKENS, default=64, help="per text (default 64)")
     parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
@@ -253,6 +259,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with one_sentence():
+        if args.link:
+            load_link(args.link)
         results = edge_cloud(args)
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "edge-cloud.json", results)

@@ -119,7 +119,7 @@ def options(tiny_target: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def cloud(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
     """One for all tests that do not end it, which forgets soon."""
-    with CloudProcess(tmp_path_factory.mktemp("cloud"), *options, "--idle", "1", "--max-message", "4096") as process:
+    with CloudProcess(tmp_path_factory.mktemp("cloud"), *options, "--idle", "2", "--max-message", "4096") as process:
         yield process
 
 
@@ -282,13 +282,13 @@ def test_messages_delayed_or_doubled(cloud: CloudProcess, edges: Edges, texts: d
         for fault in (delayed, twice, late):
             before.clear()
             between.reset(fault)
-            edge = edges(between.url, kind, timeout=5.0)
+            edge = edges(between.url, kind, timeout=30.0)
             begin = time.monotonic()
             for count in (15, 40):  # two texts on one connection
                 edge.start(count)
                 assert edge.go_on() == texts[kind][:count]
             edge.channel.close()
-            assert time.monotonic() - begin < 5.0
+            assert time.monotonic() - begin < 30.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -446,8 +446,8 @@ def test_a_cloud_that_cannot_start_says_why_in_one_sentence(
             "--port",
             str(cloud.port),
         ],
-        "port is 70000 and threads is 1; expected 0 to 65535, and 1 or more": ["--port", "70000"],
-        "sessions, max-message and idle are to be positive, and max-tokens is to be 2 or more": ["--sessions", "0"],
+        "--port is 70000; expected 0 to 65535": ["--port", "70000"],
+        "--sessions is 0; expected 1 to 65536": ["--sessions", "0"],
     }
     command = [sys.executable, "-m", "spec_envs.network.cloud", *options, "--sessions", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as real:
@@ -538,7 +538,7 @@ def test_many_edges_and_one_that_misbehaves(cloud: CloudProcess, edges: Edges, h
 def test_more_edges_than_sessions(
     options: list[str], edges: Edges, texts: dict[str, list[int]], hello: Hello, tmp_path: Path
 ) -> None:
-    with CloudProcess(tmp_path, *options, "--sessions", "2", "--idle", "1.5") as cloud, ThreadPoolExecutor(1) as pool:
+    with CloudProcess(tmp_path, *options, "--sessions", "2", "--idle", "4") as cloud, ThreadPoolExecutor(1) as pool:
         one, two = edges(cloud.url), edges(cloud.url)
         for edge in (one, two):
             edge.start(15, 2)

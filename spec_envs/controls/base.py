@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -67,6 +67,7 @@ class Control(ABC):
         cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         segment: tokens of a cycle of such an engine.
+        server_args: further arguments of its program.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
@@ -80,6 +81,7 @@ class Control(ABC):
     cuts: ClassVar[bool] = True
     engine: str = "torch"
     segment: int = 0
+    server_args: Sequence[str] = ()
     partner_name: ClassVar[str | None]
 
     def __init__(self, observation: str, cost_features: bool):

@@ -14,6 +14,7 @@ from spec_envs.controls.context import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
 from spec_envs.decoding.drafters.lookup import LONGEST
+from spec_envs.decoding.llama_server import check_server_args
 from spec_envs.prompts import TASKS
 
 VERIFY, DRAFT = 0, 1
@@ -92,6 +93,7 @@ class KControl(Control):
     - `decision="cycle"`, or `"token"`.
     - `engine="torch"`, or `"llama-server"`: a server of llama.cpp decodes whole segments.
     - `adjustment_interval=None`: tokens that a decision is kept for; by default one cycle, or 64 on a server.
+    - `server_args=None`: further arguments of llama-server, such as `["--device", "CUDA0", "--gpu-layers", "99"]`.
 
     and the shared ones of `SpecEnv`.
 
@@ -111,6 +113,7 @@ class KControl(Control):
         decision: str = "cycle",
         engine: str = "torch",
         adjustment_interval: int | None = None,
+        server_args: list[str] | None = None,
         observation: str = "default",
         cost_features: bool = False,
     ):
@@ -125,6 +128,10 @@ class KControl(Control):
             raise ValueError(f"adjustment_interval is {interval}; expected tokens (on torch, 0 decides every cycle)")
         if decision == "token" and interval:
             raise ValueError('decision="token" is made while a chain is drafted; it has no segments and no server')
+        if server_args and engine != "llama-server":
+            raise ValueError(f"server_args is {server_args!r}, which is for engine='llama-server', not {engine!r}")
+        check_server_args(server_args or ())
+        self.server_args = server_args or ()
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
         self.adjustment_interval = interval
         self.segment = interval if engine == "llama-server" else 0

@@ -134,7 +134,8 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
         return decoder_at_exit(control, trace, clock, **models)
     if trace and Trace.named(trace):
         return replay_under(control, Trace.load(trace), clock)
-    decoder = open_decoder(control.engine, trace, control.segment, clock, control.width, control.max_depth, **models)
+    opened = (control.engine, trace, control.segment, clock, control.width, control.max_depth, control.server_args)
+    decoder = open_decoder(*opened, **models)
     if isinstance(control, TopKControl):
         if control.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
             raise ValueError(

@@ -13,7 +13,14 @@ import torch
 from spec_envs.decoding.checkpoints import eos_ids, load_tokenizer
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder, Drafted, check_room
-from spec_envs.decoding.llama_server import LlamaServer, chain_arguments, find_binary, gguf_of, options
+from spec_envs.decoding.llama_server import (
+    LlamaServer,
+    chain_arguments,
+    check_server_args,
+    find_binary,
+    gguf_of,
+    options,
+)
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.text import Detokenizer
@@ -48,6 +55,7 @@ class LlamaServerDecoder(Decoder):
         binary: the program; by default the one on PATH, else the one of models.yml's wheel.
         clock: charged with the server's seconds; by default one of its own.
         timeout: seconds that a request may take.
+        server_args: further ones of the server, as for ``LlamaServer``.
 
     Attributes:
         prompt, tokens, cycles, finished, clock, eos, detokenize: as in ``Decoder``. The server also ends texts at every
@@ -75,7 +83,9 @@ class LlamaServerDecoder(Decoder):
         binary: str | None = None,
         clock: WallClock | None = None,
         timeout: float = 600.0,
+        server_args: Sequence[str] = (),
     ):
+        check_server_args(server_args)
         if k_max < 1 or segment < 1:
             raise ValueError(f"k_max is {k_max} and segment {segment}; expected 1 or more")
         self.clock = clock or WallClock(torch.device("cpu"))
@@ -85,6 +95,7 @@ class LlamaServerDecoder(Decoder):
         (self.model, needed), (self.draft, further) = gguf_of(target), gguf_of(drafter)
         self.arguments = [*needed, *(further if further != needed else [])]
         self.threads, self.timeout = threads or torch.get_num_threads(), timeout
+        self.server_args = list(server_args)
         self.program = find_binary(binary)
         self.k_max, self.max_depth, self.segment = k_max, k_max - 1, segment
         self.tree = Tree(1, self.max_depth)
@@ -155,7 +166,13 @@ class LlamaServerDecoder(Decoder):
     def separate(self) -> LlamaServerDecoder:
         """The same on a server of its own, so that the lengths of one arm do not restart the server of another."""
         return LlamaServerDecoder(
-            *self.names, self.k_max, self.segment, self.threads, str(self.program), timeout=self.timeout
+            *self.names,
+            self.k_max,
+            self.segment,
+            self.threads,
+            str(self.program),
+            timeout=self.timeout,
+            server_args=self.server_args,
         )
 
     def plain(self) -> Decoder:
@@ -231,7 +248,7 @@ class LlamaServerDecoder(Decoder):
             arguments += ["--cache-ram", "0"]  # copies of earlier texts: gigabytes, and made outside the timings
         if k:
             arguments += chain_arguments(self.program, self.draft, k)
-        return LlamaServer(self.model, arguments, self.threads, binary=str(self.program))
+        return LlamaServer(self.model, arguments, self.threads, binary=str(self.program), server_args=self.server_args)
 
     def _restart(self, k: int) -> None:
         begin = time.perf_counter()

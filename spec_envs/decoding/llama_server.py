@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import http.client
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -27,8 +24,18 @@ from spec_envs.decoding.checkpoints import CACHE, alone, download_wheels, fetch_
 from spec_envs.decoding.drafters.eagle_head import drafter_folder
 from spec_envs.decoding.drafters.formats import is_head
 from spec_envs.decoding.gguf_export import exported
+from spec_envs.processes import started
 
 START_SECONDS, STOP_SECONDS = 120, 5
+PORTS = 3  # tries of a port that was free and is taken when the server wants it
+TAKEN = ("address already in use", "couldn't bind", "failed to bind", "could not bind")
+OURS = frozenset(  # options that are set here, or would change how the server is spoken to
+    ["-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "--host", "--port", "-np", "--parallel",
+     "-t", "--threads", "-c", "--ctx-size", "--no-webui", "--webui", "--offline", "-ub", "--ubatch-size",
+     "--metrics", "-cram", "--cache-ram", "-md", "--model-draft", "--api-key", "--api-key-file", "--api-prefix",
+     "--ssl-key-file", "--ssl-cert-file", "-h", "--help", "--version", "--embedding", "--reranking",
+     "--log-disable", "--log-file"]
+)  # fmt: skip
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is nothing for a proxy
 
 
@@ -41,9 +48,11 @@ class LlamaServer:
         threads: of the server.
         context: tokens of prompt and answer.
         binary: the program; by default the one on PATH, else the one of models.yml's wheel.
+        server_args: of the user, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no GPU.
 
     Raises:
-        ValueError: no program, or it did not start; the sentence ends with the last lines of its log.
+        ValueError: no program, arguments that are set here, or it did not start; the sentence ends with the last lines
+            of its log, and says where the whole of it is kept.
     """
 
     def __init__(
@@ -53,27 +62,26 @@ class LlamaServer:
         threads: int = 2,
         context: int = 4096,
         binary: str | None = None,
+        server_args: Sequence[str] = (),
     ):
+        check_server_args(server_args)
         program = find_binary(binary)
-        self.port = free_port()
-        handle, log = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
-        self.log = Path(log)
-        command = [
-            *(str(program), "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--device", "none", "--parallel", "1", "--threads", str(threads), "--ctx-size", str(context)),
-            *("--no-webui", "--offline", *arguments),
-        ]
-        with os.fdopen(handle, "wb") as out:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment(program),
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        names = {word.partition("=")[0] for word in server_args}
+        device = [] if names & {"--device", "-dev"} else ["--device", "none"]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, so no end of this process leaves it behind
+        for attempt in range(PORTS):
+            self.port = free_port()
+            command = [
+                *(str(program), "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)),
+                *(*device, "--parallel", "1", "--threads", str(threads), "--ctx-size", str(context)),
+                *("--no-webui", "--offline", *arguments, *server_args),
+            ]
+            self.process = started(
+                command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=environment(program)
             )
-        atexit.register(self.close)
-        self._wait()
+            atexit.register(self.close)
+            if self._ready(last=attempt == PORTS - 1):
+                break
 
     def complete(self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any) -> dict:
         """Continue token ids, greedily unless ``settings`` say otherwise; the server's answer with ``timings``.
@@ -116,7 +124,7 @@ class LlamaServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self.log.unlink(missing_ok=True)
+        self.log.close()
 
     def __enter__(self) -> Self:
         return self
@@ -124,18 +132,28 @@ class LlamaServer:
     def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _wait(self) -> None:
-        """Return when the model is loaded."""
+    def _ready(self, last: bool) -> bool:
+        """Return True when the model is loaded; False where the port was taken meanwhile and this try is not the last."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
+                if not last and any(sign in self._said().lower() for sign in TAKEN):
+                    return False
                 raise self.failure(f"llama-server ended with status {self.process.returncode} while it started")
             try:
                 with DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                    if self.process.poll() is None:  # else it was somebody else's who answered
+                        return True
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
                 time.sleep(0.1)
         raise self.failure(f"llama-server was not ready after {START_SECONDS} s")
+
+    def _said(self) -> str:
+        """The log so far."""
+        if self.log.closed:
+            return ""
+        size = os.fstat(self.log.fileno()).st_size
+        return os.pread(self.log.fileno(), size, 0).decode(errors="replace")
 
     def _ask(self, path: str, timeout: float = 60, body: bytes | None = None) -> bytes:
         """The answer to a GET or, with a body of JSON, a POST."""
@@ -154,21 +172,34 @@ class LlamaServer:
             raise self.failure(f"llama-server did not answer ({error})") from None
 
     def failure(self, what: str, about: str = "") -> ValueError:
-        """``what`` and the last lines of the log, of those that hold ``about``; nothing is left running."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        tail = [line for line in lines if about in line][-5:]
+        """``what`` and the last lines of the log, of those that hold ``about``; nothing is left running. The whole log is
+        kept in a file, which the sentence names."""
+        said = self._said()
+        clean = "".join(c if c.isprintable() or c == "\n" else " " for c in said)
+        tail = [line for line in clean.strip().split("\n") if about in line][-5:]
         self.process.kill()  # one that hangs would not hear of a gentler signal
         self.close()
-        return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}")
+        kept = ""
+        if said:
+            handle, kept = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(said)
+            kept = f" (all of it: {kept})"
+        return ValueError(f"{what}; the last lines of its log{kept}: {' | '.join(tail) or 'none'}")
 
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+def check_server_args(given: Sequence[str]) -> None:
+    """Refuse arguments of llama-server that are set here, or are no list of words.
 
-
-def die_with_parent() -> None:
-    """Have the system end this process when the thread that started it is gone, however that came about."""
-    assert LIBC is not None
-    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; it has nothing to save, and may hang when asked to end
+    Raises:
+        ValueError: they are.
+    """
+    if isinstance(given, str) or not all(isinstance(word, str) and word.isprintable() for word in given):
+        raise ValueError(f"server_args is {given!r}; expected a list of words such as ['--device', 'CUDA0']")
+    for word in given:
+        name = word.partition("=")[0]
+        if name in OURS or name.startswith(("--spec-", "--draft")):
+            raise ValueError(f"server_args has {name}, which is set here; leave it out")
 
 
 def free_port() -> int:

@@ -247,12 +247,14 @@ def open_decoder(
     clock: WallClock | None = None,
     width: int = 1,
     max_depth: int = 12,
+    server_args: Sequence[str] = (),
     **models: Any,
 ) -> Decoder:
     """What decodes under a control: models here, a synthetic profile, or a llama-server.
 
     Args:
         segment: tokens of a cycle of the server.
+        server_args: further arguments of llama-server.
         models: ``target``, ``drafter``, ``device``, ``dtype``, ``temperature`` and ``top_p`` of ``load_decoder``.
 
     Raises:
@@ -277,7 +279,7 @@ def open_decoder(
     drafter = default_drafter(target, True, engine) if drafter == "auto" else drafter
     if drafter != without_lookup(drafter):
         raise ValueError(f"drafter is {drafter!r}; a llama-server drafts by a model alone: {without_lookup(drafter)!r}")
-    return LlamaServerDecoder(target, drafter, max_depth + 1, segment, clock=clock)
+    return LlamaServerDecoder(target, drafter, max_depth + 1, segment, clock=clock, server_args=server_args)
 
 
 @functools.cache

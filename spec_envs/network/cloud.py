@@ -1,15 +1,14 @@
 """The cloud: a WebSocket server with the target, which judges the drafts of many edges (`make cloud`).
 
 Listens on loopback unless told otherwise; on any other address edges have to know a bearer token, read from the
-environment variable SPEC_ENVS_TOKEN. `/healthz` and Prometheus' `/metrics` are on the same port. SIGTERM lets texts that
-are under way come to their end, and takes no new ones.
+environment variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and Prometheus' `/metrics` are on the same port. SIGTERM lets texts that
+are under way come to their end, and takes no new ones; a second one ends them, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -22,10 +21,12 @@ import torch
 
 from spec_envs.decoding.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.decoding.pair import DEFAULT_TARGET
+from spec_envs.network.authorization import TOKEN, check_served, is_loopback
 from spec_envs.network.batching import Here
-from spec_envs.network.engine import Engine
+from spec_envs.network.door import SPARE
+from spec_envs.network.engine import CHUNK, TOGETHER, Engine
+from spec_envs.network.numbers import check_count, check_number
 from spec_envs.network.server import Cloud, Limits
-from spec_envs.network.websocket import TOKEN
 from spec_envs.network.wire import (
     MAX_BYTES,
     Hello,
@@ -35,6 +36,13 @@ from spec_envs.network.wire import (
 )
 
 PORT = 8765
+PORTS = 2**16 - 1
+SHORTEST_MESSAGE = 4096  # bytes, of --max-message
+OWN_FILES = 64  # that a cloud has open beside its connections
+
+
+if sys.platform != "win32":
+    import resource
 
 
 def warm(engine: Engine) -> None:
@@ -45,14 +53,6 @@ def warm(engine: Engine) -> None:
         text = pack_ids([0] * min(rows, engine.context - 1), engine.vocab)
         engine.run([engine.job(session, Verify(0, 0, text, b"", "ids"))])
     engine.close(session)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def arguments() -> argparse.Namespace:
@@ -68,14 +68,68 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tls-key", help="PEM file with its key")
     parser.add_argument("--sessions", type=int, default=64, help="texts at once (default 64)")
     parser.add_argument("--max-tokens", type=int, default=2048, help="longest text, the prompt included (default 2048)")
-    parser.add_argument("--max-message", type=int, default=MAX_BYTES, help="longest message in bytes (default 16 MiB)")
+    parser.add_argument(
+        "--max-message",
+        type=int,
+        default=MAX_BYTES,
+        help="longest message in bytes, where the target's own longest is not shorter (default 16 MiB)",
+    )
     parser.add_argument(
         "--idle", type=float, default=300.0, help="seconds until a silent edge is forgotten (default 300)"
     )
     parser.add_argument("--grace", type=float, default=20.0, help="seconds that SIGTERM leaves to texts (default 20)")
+    parser.add_argument(
+        "--greeting",
+        type=float,
+        default=5.0,
+        help="seconds until a connection without a greeting is closed (default 5)",
+    )
+    parser.add_argument(
+        "--per-address",
+        type=int,
+        help="texts at once of one address, and half as many as its connections (default: half of --sessions; all of "
+        "them where only this machine can connect)",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=CHUNK,
+        help="rows of a prompt that are read between two rounds of shorter requests, and that one forward of those has at "
+        f"most: smaller ones disturb others less and read prompts more slowly ({TOGETHER} or more; default {CHUNK})",
+    )
     parser.add_argument("--no-batching", action="store_true", help="a forward of its own for every request")
     parser.add_argument("--threads", type=int, help="of torch (default: all processors)")
     return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: one of them is, or is none.
+    """
+    check_count("--port", args.port, 0, PORTS)
+    check_count("--sessions", args.sessions, 1, 2**16)
+    check_count("--max-tokens", args.max_tokens, 2)
+    check_count("--max-message", args.max_message, SHORTEST_MESSAGE, 2**30)
+    check_count("--chunk", args.chunk, TOGETHER)
+    check_number("--idle", args.idle, 0.1)
+    check_number("--grace", args.grace, 0)
+    check_number("--greeting", args.greeting, 0.1)
+    if args.threads is not None:
+        check_count("--threads", args.threads, 1, 2**12)
+    if args.per_address is not None:
+        check_count("--per-address", args.per_address)
+
+
+def allow_files(count: int) -> None:
+    """Have the system allow this process to open so many files, as far as it does."""
+    if sys.platform == "win32":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSLContext | None]:
@@ -85,15 +139,8 @@ def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSL
         ValueError: arguments that make no sense together.
     """
     token = os.environ.get(TOKEN, "")
-    if not is_loopback(args.host) and not token:
-        raise ValueError(
-            f"host is {args.host}, which others can reach; set the environment variable {TOKEN} to a secret that edges "
-            "have to bear, or listen on 127.0.0.1"
-        )
-    if args.sessions < 1 or args.max_tokens < 2 or args.max_message < 1 or args.idle <= 0:
-        raise ValueError("sessions, max-message and idle are to be positive, and max-tokens is to be 2 or more")
-    if not 0 <= args.port < 2**16 or (args.threads is not None and args.threads < 1):
-        raise ValueError(f"port is {args.port} and threads is {args.threads}; expected 0 to 65535, and 1 or more")
+    check_served(token, args.host)
+    check_arguments(args)
     if bool(args.tls_certificate) != bool(args.tls_key):
         raise ValueError("TLS needs both --tls-certificate and --tls-key")
     tls = None
@@ -113,9 +160,13 @@ def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSL
     device = resolve_device(args.device)
     target = load_target(args.target, device, resolve_dtype(args.dtype, device, [args.target]))
     vocabulary = vocabulary_hash(load_tokenizer(args.target))
-    engine = Engine(target, vocabulary, args.sessions, args.max_tokens)
+    engine = Engine(target, vocabulary, args.sessions, args.max_tokens, args.chunk)
     warm(engine)
-    limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace)
+    of_one = args.per_address
+    if of_one is None and not is_loopback(args.host):
+        of_one = max(1, args.sessions // 2)
+    limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace, args.greeting, of_one)
+    allow_files(2 * args.sessions + SPARE + OWN_FILES)
     return Cloud(engine, limits, token, not args.no_batching, executor), tls
 
 
@@ -141,8 +192,13 @@ def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: 
         finally:
             here.shutdown()
 
+    def end(*_: object) -> None:
+        """Let texts come to their end; called again, end now."""
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(cloud.hurry.set if stop.is_set() else stop.set)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+        signal.signal(number, end)
     thread = threading.Thread(target=connections, name="connections")
     thread.start()
     here.work()
@@ -161,6 +217,8 @@ def main() -> None:
         serve(cloud, args.host, args.port, tls, here)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ cloud is away, which is not what the target would have said: such text is marked
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,10 @@ from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
-from spec_envs.network.cloud import PORT
+from spec_envs.network.cloud import PORT, PORTS
 from spec_envs.network.engine import LONGEST_DRAFT
 from spec_envs.network.linked import is_address, linked, tell
+from spec_envs.network.numbers import check_count
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.websocket import CloudAway, SocketChannel
 from spec_envs.network.wire import MODES
@@ -99,6 +101,7 @@ def connected(
     k: int = 4,
     patience: float = 20.0,
     fallback: bool = False,
+    token_in_clear: bool = False,
 ) -> Decoder:
     """A decoder that drafts here chains of up to ``k`` tokens, which the cloud at ``url`` verifies.
 
@@ -108,16 +111,18 @@ def connected(
         mode, top_k: how the distributions of drafts are told; see ``spec_envs.network.wire``.
         patience: seconds after which a cloud that does not answer is given up.
         fallback: whether drafts then pass as they are.
+        token_in_clear: whether the token may go to another machine without TLS.
 
     Raises:
         ValueError: models or settings that do not fit together.
     """
     if not 1 <= k <= LONGEST_DRAFT:
         raise ValueError(f"k is {k}; expected a draft of 1 to {LONGEST_DRAFT} tokens")
-    if patience <= 0:
-        raise ValueError(f"patience is {patience:g} s; expected more than 0")
+    if not 0 < patience < math.inf:
+        raise ValueError(f"patience is {patience:g} s; expected more than 0, and an end")
+    SocketChannel(url, in_clear=token_in_clear)  # what is wrong with the address is said before models are loaded
     decoder = load_decoder(target, drafter, device, dtype, temperature, top_p, width=1, max_depth=k - 1)
-    linked(decoder, url, target, Fallback if fallback else RemoteVerifier)
+    linked(decoder, url, target, Fallback if fallback else RemoteVerifier, token_in_clear)
     tell(decoder, mode, top_k)
     verifier = decoder.verifier
     assert isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SocketChannel)
@@ -242,6 +247,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=4, help="tokens of a draft (default 4)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
     parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for the cloud (default 20)")
+    parser.add_argument(
+        "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
+    )
     parser.add_argument("--offline-fallback", action="store_true", help="then go on unverified instead of ending")
     return parser.parse_args()
 
@@ -250,7 +258,12 @@ def run(args: argparse.Namespace) -> None:
     """Print the answer and the line about it."""
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p", "mode", "top_k", "k", "patience")
     settings = {name: getattr(args, name) for name in names}
-    decoder = connected(address(args.host, args.port), **settings, fallback=args.offline_fallback)
+    check_count("--port", args.port, 1, PORTS)
+    check_count("--max-new-tokens", args.max_new_tokens)
+    check_count("--seed", args.seed, 0, 2**63 - 1)
+    decoder = connected(
+        address(args.host, args.port), **settings, fallback=args.offline_fallback, token_in_clear=args.token_in_clear
+    )
     prompt = encode(load_tokenizer(args.target), args.prompt)
     stream = Stream(decoder, prompt, args.max_new_tokens, args.k, args.seed)
     screen = Screen(decoder.detokenize, sys.stdout)

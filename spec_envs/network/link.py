@@ -26,9 +26,9 @@ LINKS = Path(__file__).resolve().parents[1] / "data" / "links"
 LITERAL = "constant:up=46,down=563,rtt=50"
 LITERAL_KEYS = {"up": "up_mbps", "down": "down_mbps", "rtt": "rtt_ms", "jitter": "jitter_ms", "loss": "loss"}
 PACKET = 1500  # bytes, at most
-LARGEST = 1e9  # of any number of a link; a rate or an interval is at least 1e-6, so that no exchange takes for ever
-Positive = Annotated[float, Field(ge=1e-6, le=LARGEST)]
-NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]  # Mbps: from a bit per second on, so that a message ends some day
+Delay = Annotated[float, Field(ge=0, le=1e9)]  # ms
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ class TraceLink(Link):
 class StateData(Checked):
     """A state of a Markov chain."""
 
-    up_mbps: Positive
-    down_mbps: Positive
-    rtt_ms: NotNegative
+    up_mbps: Rate
+    down_mbps: Rate
+    rtt_ms: Delay
 
     def state(self) -> LinkState:
         return LinkState(self.up_mbps, self.down_mbps, self.rtt_ms)
@@ -180,7 +180,7 @@ class StateData(Checked):
 class Common(Checked):
     """What every kind of link may have."""
 
-    jitter_ms: NotNegative = 0.0
+    jitter_ms: Delay = 0.0
     loss: float = Field(default=0.0, ge=0, le=0.99)
 
     def common(self) -> dict[str, float]:
@@ -234,8 +234,8 @@ class TraceData(Common):
 
     kind: Literal["trace"]
     csv: str
-    interval_ms: Positive = 200.0
-    rtt_ms: NotNegative = 50.0
+    interval_ms: float = Field(default=200.0, ge=1e-3, le=1e9)
+    rtt_ms: Delay = 50.0
 
     def link(self, name: str, folder: Path) -> Link:
         rows = read_trace(folder / self.csv)
@@ -250,10 +250,10 @@ class TraceRow(BaseModel):
     """A row of a trace: when it begins, rate down, rate up (by default as down) and round trip."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    ms: float
-    mbps: Positive
-    up_mbps: Positive | None = None
-    rtt_ms: NotNegative | None = None
+    ms: float = Field(ge=-1e12, le=1e12)
+    mbps: Rate
+    up_mbps: Rate | None = None
+    rtt_ms: Delay | None = None
 
 
 DATA: TypeAdapter[ConstantData | MarkovData | TraceData] = TypeAdapter(
@@ -275,8 +275,8 @@ def load_link(source: str) -> Link:
     if path.suffix == ".csv":
         return TraceData(kind="trace", csv=path.name).link(path.stem, path.parent)
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a link ({error}); expected JSON as in {LINKS}") from None
     return _check(raw, str(path), f"see those in {LINKS}").link(path.stem, path.parent)
 
@@ -291,7 +291,7 @@ def read_trace(path: Path) -> list[TraceRow]:
     if not path.is_file():
         raise ValueError(f"{path} is not there: expected the CSV of a trace")
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = ROWS.validate_python(list(csv.DictReader(file, restval="")))
     except ValidationError as error:
         raise ValueError(f"{path} is not a trace ({first_error(error)}); {expected}") from None

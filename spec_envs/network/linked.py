@@ -20,7 +20,13 @@ def is_address(link: str) -> bool:
     return link.startswith(SCHEMES)
 
 
-def linked(decoder: Decoder, link: str, target: str, verifier: type[RemoteVerifier] = RemoteVerifier) -> Decoder:
+def linked(
+    decoder: Decoder,
+    link: str,
+    target: str,
+    verifier: type[RemoteVerifier] = RemoteVerifier,
+    token_in_clear: bool = False,
+) -> Decoder:
     """The same decoder with its target behind a network.
 
     Args:
@@ -29,6 +35,7 @@ def linked(decoder: Decoder, link: str, target: str, verifier: type[RemoteVerifi
         link: address of a cloud, ``ws://…`` or ``wss://…``; or a simulated link (see ``load_link``).
         target: name of the target, whose tokenizer the cloud has to have.
         verifier: what speaks to the cloud.
+        token_in_clear: whether the token may go to another machine without TLS.
 
     Raises:
         ValueError: no such link, or a drafter that reads the target's states, which do not come over a network.
@@ -42,7 +49,7 @@ def linked(decoder: Decoder, link: str, target: str, verifier: type[RemoteVerifi
     vocabulary = vocabulary_hash(load_tokenizer(target))
     channel: Channel
     if is_address(link):
-        channel = SocketChannel(link)
+        channel = SocketChannel(link, in_clear=token_in_clear)
     else:
         channel = SimulatedChannel(Engine(local.target, vocabulary, 1), load_link(link))
     sampling = local.temperature, local.top_p

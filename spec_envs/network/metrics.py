@@ -5,8 +5,10 @@ from __future__ import annotations
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from spec_envs.network.engine import Answer, Job
+from spec_envs.network.wire import CODES
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+REASONS = ("full", "address", "greeting", "token", "frames", "unread", "idle", "files")
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -23,6 +25,13 @@ class Metrics:
         self.drafted = Counter(name("drafted_tokens"), "Drafted tokens judged.", registry=registry)
         self.accepted = Counter(name("accepted_tokens"), "Drafted tokens kept.", registry=registry)
         self.refused = Counter(name("refused"), "Messages refused.", ["code"], registry=registry)
+        self.turned_away = Counter(
+            name("turned_away"), "Connections closed or not made.", ["reason"], registry=registry
+        )
+        for code in CODES:  # all there ever are
+            self.refused.labels(code)
+        for reason in REASONS:
+            self.turned_away.labels(reason)
         self.batch = Histogram(name("batch_size"), "Requests of a forward.", buckets=SIZES, registry=registry)
         self.forward = Histogram(name("forward_seconds"), "Seconds of a forward.", buckets=SECONDS, registry=registry)
         self.queued = Histogram(name("queued_seconds"), "Seconds before it.", buckets=SECONDS, registry=registry)

@@ -20,6 +20,7 @@ from typing import Self
 import numpy as np
 
 from spec_envs.network.link import LINKS, LITERAL, PACKET, Link, load_link
+from spec_envs.network.numbers import check_count
 
 LOG = logging.getLogger(__name__)
 BURST = 0.002  # seconds of the rate that an idle direction saves up: what timers miss
@@ -192,7 +193,7 @@ async def deliver(chunks: Chunks, writer: asyncio.StreamWriter) -> None:
 def address(text: str) -> tuple[str, int]:
     """``PORT`` of loopback, or ``HOST:PORT``."""
     host, _, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5) or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no address; expected PORT or HOST:PORT")
     return host or "127.0.0.1", int(port)
 
@@ -203,8 +204,8 @@ def milliseconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected milliseconds above 0")
+    if not 1 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected 1 to 1e9 milliseconds")
     return value / 1e3
 
 
@@ -244,6 +245,8 @@ async def run(proxy: ShapedProxy) -> None:
 def main() -> None:
     args = arguments()
     try:
+        check_count("--seed", args.seed, 0, 2**63 - 1)
+        check_count("--to", args.to[1], 1, 2**16 - 1)
         link = load_link(args.link)
         asyncio.run(run(ShapedProxy(link, args.to, args.listen, args.seed, args.interval)))
     except (ValueError, OSError) as error:

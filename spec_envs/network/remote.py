@@ -14,6 +14,7 @@ from spec_envs.decoding.decoder import NO_TOKENS
 from spec_envs.decoding.sampling import Proposal, inverse_cdf, probabilities
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.network import wire
+from spec_envs.network.answers import check_tokens, check_verdict, check_welcome
 from spec_envs.network.channel import Channel
 from spec_envs.network.estimate import Estimate
 from spec_envs.network.wire import MODES, VERSION, Hello, Plain, Tokens, Verify, pack_floats, pack_ids, pack_proposal
@@ -76,6 +77,7 @@ class RemoteVerifier:
         seed = int(rng.integers(2**63 - 1))
         hello = Hello(VERSION, self.vocabulary, secrets.token_bytes(16), self.temperature, self.top_p, seed)
         welcome, traffic = self.channel.begin(hello, rng)
+        check_welcome(welcome, self.vocab, 0)
         if len(prompt) + rows > welcome.context:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and up to {rows} may follow; the cloud takes texts of up to "
@@ -90,7 +92,7 @@ class RemoteVerifier:
         """Have a chain ``[n]`` judged; ``proposals`` are what it was drawn from.
 
         Raises:
-            ValueError: a tree, or a mode that does not tell enough.
+            ValueError: a tree, a mode that does not tell enough, or an answer that makes no sense.
             CloudAway: the cloud does not answer.
         """
         if not np.array_equal(parents, np.arange(len(tokens)) - 1):
@@ -112,6 +114,7 @@ class RemoteVerifier:
             return Verify(self.number, at, pack_ids(self.text[at:], self.vocab), draft, mode, chances, sent)
 
         verdict, self.traffic = self.channel.exchange(self.shared, request)
+        check_verdict(verdict, len(tokens), mode, self.vocab)
         self._learn_link(self.traffic)
         accepted = verdict.accepted
         self.text += tokens[:accepted].tolist()
@@ -162,7 +165,9 @@ class RemoteVerifier:
             self.number += 1
             return Plain(self.number, at, pack_ids(self.text[at:], self.vocab), count, stop)
 
-        return self.channel.stream(self.shared, request)
+        for had, (answer, traffic) in enumerate(self.channel.stream(self.shared, request)):
+            check_tokens(answer, had, count, eos, self.vocab)
+            yield answer, traffic
 
     def _learn_link(self, traffic: Traffic) -> None:
         self.estimate.ping(self.channel.rtt)

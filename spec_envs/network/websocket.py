@@ -20,12 +20,14 @@ from tenacity import (
     wait_random_exponential,
 )
 from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import ClientConnection, reconnect
+from websockets.uri import parse_uri
 
 from spec_envs.decoding.verifier import Traffic
+from spec_envs.network.answers import check_welcome, printable
+from spec_envs.network.authorization import TOKEN, check_token, is_loopback
 from spec_envs.network.wire import (
     LATER,
-    MAX_BYTES,
     Hello,
     Message,
     Plain,
@@ -41,7 +43,8 @@ from spec_envs.network.wire import (
 )
 
 PING_EVERY = 8  # tokens of a stream
-TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the bearer token of a cloud that wants one
+LONGEST_ANSWER = 4 * 2**20  # bytes: logits of a vocabulary of half a million in float64
+ANY = 2**31  # tokens
 
 
 class CloudAway(ConnectionError):
@@ -59,6 +62,32 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, (OSError, WebSocketException, EOFError))
 
 
+class Straight(reconnect):
+    """A connection to the address that was given, and to no other: redirects are not followed."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
+def check_address(url: str) -> str:
+    """Return the host of a cloud's address.
+
+    Raises:
+        ValueError: it is none.
+    """
+    expected = f"the cloud's address is {printable(url)!r}; expected ws://host:port, or wss:// with TLS"
+    if not url.startswith(("ws://", "wss://")) or "#" in url or not url.isprintable() or " " in url:
+        raise ValueError(expected)
+    try:
+        found = parse_uri(url)
+        found.host.encode("idna")
+    except (WebSocketException, ValueError):
+        raise ValueError(expected) from None
+    if found.user_info:
+        raise ValueError(f"the cloud's address has a user name in it; expected ws://host:port, and a token in {TOKEN}")
+    return found.host
+
+
 class SocketChannel:
     """A WebSocket to a cloud. Where the connection is lost it is opened anew, with back-off, and the request is made again
     for what the cloud still has of the text; the cloud's answer is the same.
@@ -68,13 +97,29 @@ class SocketChannel:
         patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
         timeout: seconds that an answer may take, if the patience lasts that long.
         token: for a cloud that wants one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
+        in_clear: whether it may go to another machine without TLS.
+
+    Raises:
+        ValueError: no such address, or a token that would be read on the way.
     """
 
-    def __init__(self, url: str, patience: float = 20.0, timeout: float = 60.0, token: str | None = None):
-        if not url.startswith(("ws://", "wss://")):
-            raise ValueError(f"the cloud's address is {url!r}; expected ws://host:port, or wss:// with TLS")
-        self.url, self.patience, self.timeout = url, patience, timeout
+    def __init__(
+        self,
+        url: str,
+        patience: float = 20.0,
+        timeout: float = 60.0,
+        token: str | None = None,
+        in_clear: bool = False,
+    ):
+        host = check_address(url)
+        self.url, self.patience, self.timeout, self.in_clear = url, patience, timeout, in_clear
         self.token = token if token is not None else os.environ.get(TOKEN, "")
+        check_token(self.token)
+        if self.token and url.startswith("ws://") and not is_loopback(host) and not in_clear:
+            raise ValueError(
+                f"the token in {TOKEN} would go to {host} in clear; take wss:// and a cloud with TLS, or allow it "
+                "(--token-in-clear)"
+            )
         self.connection: ClientConnection | None = None
         self.hello: Hello | None = None
         self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened, and its vocabulary
@@ -139,7 +184,7 @@ class SocketChannel:
         """A real link needs no telling."""
 
     def another(self) -> SocketChannel:
-        return SocketChannel(self.url, self.patience, self.timeout, self.token)
+        return SocketChannel(self.url, self.patience, self.timeout, self.token, self.in_clear)
 
     def close(self) -> None:
         connection, self.connection = self.connection, None
@@ -164,14 +209,14 @@ class SocketChannel:
             return tries(attempt)
         except BaseException as error:
             self._drop()
+            said = printable(str(error)) or type(error).__name__
             if isinstance(error, InvalidStatus) and error.response.status_code == 401:
                 raise ValueError(f"the cloud at {self.url} wants a bearer token; set {TOKEN} to its own") from None
             if isinstance(error, Refused) and not lost(error):
-                raise ValueError(f"the cloud at {self.url} refused: {error}") from None
+                raise ValueError(f"the cloud at {self.url} refused: {said}") from None
             if isinstance(error, (Refused, WebSocketException, OSError, EOFError)):
                 raise CloudAway(
-                    f"the cloud at {self.url} does not answer ({str(error) or type(error).__name__}); "
-                    "start one with `make cloud`, or check the address"
+                    f"the cloud at {self.url} does not answer ({said}); start one with `make cloud`, or check the address"
                 ) from None
             raise
 
@@ -179,9 +224,9 @@ class SocketChannel:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         context = ssl.create_default_context() if self.url.startswith("wss://") else None
         try:
-            self.connection = connect(
-                self.url, additional_headers=headers, ssl=context, max_size=MAX_BYTES, compression=None, proxy=None,
-                open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None,
+            self.connection = Straight(
+                self.url, additional_headers=headers, ssl=context, max_size=LONGEST_ANSWER, compression=None, proxy=None,
+                open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None, max_queue=4,
             ).__enter__()  # fmt: skip
         except InvalidHandshake:
             raise
@@ -191,9 +236,9 @@ class SocketChannel:
     def _greet(self) -> tuple[Welcome, Traffic]:
         """Say hello on a connection that is open."""
         assert self.hello is not None
-        began = time.perf_counter()
+        began, deadline = time.perf_counter(), self._deadline()
         up = self._send(self.hello)
-        while isinstance(message := decode(reply := self._receive()), (Verdict, Tokens)):
+        while isinstance(message := decode(reply := self._receive(deadline)), (Verdict, Tokens)):
             pass  # of a text that was broken off
         self.rtt = time.perf_counter() - began
         welcome = expect(message, Welcome)
@@ -204,7 +249,9 @@ class SocketChannel:
         """How many tokens of the text the cloud has, of which ``shared`` are known to be right."""
         if self.connection is None:
             self._connect()
-            self._greet()
+            vocab = self.vocab
+            welcome, _ = self._greet()
+            check_welcome(welcome, vocab, ANY)
             return min(shared, self.have)
         return shared
 
@@ -214,14 +261,19 @@ class SocketChannel:
         self.connection.send(frame)
         return len(frame)
 
-    def _receive(self) -> Any:
+    def _deadline(self) -> float:
+        """When an answer has to be there, whatever else comes meanwhile."""
+        return time.monotonic() + min(self.timeout, self.patience)
+
+    def _receive(self, deadline: float) -> Any:
         assert self.connection is not None
-        return self.connection.recv(timeout=min(self.timeout, self.patience))
+        return self.connection.recv(timeout=max(0.0, deadline - time.monotonic()))
 
     def _answer(self, number: int, kind: Any) -> tuple[Any, int]:
         """The answer to request ``number``; others, which belong to a request made twice, are passed over."""
+        deadline = self._deadline()
         while True:
-            reply = self._receive()
+            reply = self._receive(deadline)
             message = decode(reply)
             if isinstance(message, (Verdict, Tokens)) and message.number != number:
                 continue

@@ -38,17 +38,20 @@ LOGITS = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float3
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+Token = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Name = Annotated[str, Meta(max_length=16)]
 Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
-class Sent(Struct, array_like=True, frozen=True):
+class Sent(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A distribution: token ids (empty where the weights are of the whole vocabulary, in order) and float16 weights."""
 
     ids: bytes
     weights: bytes
 
 
-class Hello(Struct, array_like=True, frozen=True, tag=1):
+class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """The edge's first message on a connection.
 
     ``vocabulary`` is ``vocabulary_hash`` of its tokenizer, ``session`` what it calls its session (16 random bytes, by which
@@ -63,7 +66,7 @@ class Hello(Struct, array_like=True, frozen=True, tag=1):
     seed: Seed
 
 
-class Welcome(Struct, array_like=True, frozen=True, tag=2):
+class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
     """The session is open; the cloud has ``have`` tokens of its text, and texts of up to ``context`` tokens."""
 
     have: Count
@@ -71,7 +74,7 @@ class Welcome(Struct, array_like=True, frozen=True, tag=2):
     vocab: Count
 
 
-class Verify(Struct, array_like=True, frozen=True, tag=3):
+class Verify(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
     """Judge a draft: behind the first ``at`` tokens of the text and the tokens ``text``, ``draft`` was drawn.
 
     ``chances`` are q(x) of the drafted tokens (float64), with mode ``scalar``; ``proposals`` their distributions, with
@@ -82,25 +85,26 @@ class Verify(Struct, array_like=True, frozen=True, tag=3):
     at: Count
     text: bytes
     draft: bytes
-    mode: str
+    mode: Name
     chances: bytes = b""
     proposals: Annotated[list[Sent], Meta(max_length=1024)] = []
 
 
-class Verdict(Struct, array_like=True, frozen=True, tag=4):
+class Verdict(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=4):
     """How many drafted tokens were kept, and the token behind them; -1 where the edge is to draw it from the residual of
-    these ``logits`` (mode ``scalar``; of the float type ``dtype``). ``seconds`` of computing and ``queued`` before it."""
+    these ``logits`` (mode ``scalar``; of the float type ``dtype``). ``seconds`` of the forwards that read this request, and
+    ``queued`` the others that it waited, for forwards of other requests alone."""
 
     number: Count
     accepted: Count
-    token: int
-    seconds: float
-    queued: float
+    token: Token
+    seconds: Seconds
+    queued: Seconds
     logits: bytes = b""
-    dtype: str = ""
+    dtype: Name = ""
 
 
-class Plain(Struct, array_like=True, frozen=True, tag=5):
+class Plain(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
     """Decode ``count`` tokens, or up to one of ``stop``, behind the first ``at`` tokens of the text and ``text``."""
 
     number: Count
@@ -110,18 +114,18 @@ class Plain(Struct, array_like=True, frozen=True, tag=5):
     stop: bytes
 
 
-class Tokens(Struct, array_like=True, frozen=True, tag=6):
+class Tokens(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
     """The next token of plain decoding, whether it is the last one, and how many came before it."""
 
     number: Count
     token: Count
     last: bool
-    seconds: float
-    queued: float
+    seconds: Seconds
+    queued: Seconds
     index: Count
 
 
-class Error(Struct, array_like=True, frozen=True, tag=7):
+class Error(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=7):
     """Why a message was refused: a code of ``CODES`` and a sentence."""
 
     code: str

@@ -1,0 +1,76 @@
+"""Bearer tokens (RFC 6750): what a cloud accepts, and where an edge sends one."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+
+TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the token, so that no list of processes shows it
+SHORTEST = 16  # characters of a token that keeps strangers out
+FORM = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+CHALLENGE = 'Bearer realm="spec-envs"'
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def check_token(token: str) -> None:
+    """Refuse a token that cannot stand in a header; an empty one is none.
+
+    Raises:
+        ValueError: it has other characters than RFC 6750 allows.
+    """
+    if token and not FORM.fullmatch(token):
+        raise ValueError(
+            f"the token in {TOKEN} has characters that no bearer token has; expected letters, digits and -._~+/ alone"
+        )
+
+
+def check_served(token: str, host: str) -> None:
+    """Refuse to serve others than this machine without a token that is hard to guess.
+
+    Raises:
+        ValueError: there is none, a short one, or one that cannot stand in a header.
+    """
+    check_token(token)
+    if is_loopback(host):
+        return
+    if not token:
+        raise ValueError(
+            f"host is {host}, which others can reach; set the environment variable {TOKEN} to a secret that edges "
+            "have to bear, or listen on 127.0.0.1"
+        )
+    if len(token) < SHORTEST:
+        raise ValueError(
+            f"the token in {TOKEN} has {len(token)} characters, and others can reach {host}; expected {SHORTEST} or more, "
+            "as from `openssl rand -hex 16`"
+        )
+
+
+def denied(given: Sequence[str], token: str) -> tuple[HTTPStatus, str, str] | None:
+    """Return status, challenge and sentence of a request that is not authorized, else None.
+
+    Args:
+        given: its Authorization headers.
+        token: the cloud's; empty asks for none.
+    """
+    if len(given) > 1:
+        challenge = f'{CHALLENGE}, error="invalid_request"'
+        return HTTPStatus.BAD_REQUEST, challenge, "expected one Authorization header\n"
+    if not token:
+        return None
+    scheme, _, value = given[0].strip().partition(" ") if given else ("", "", "")
+    sentence = "expected Authorization: Bearer and the cloud's token\n"
+    if scheme.lower() != "bearer":  # RFC 6750, 3.1: no error code where nothing was tried
+        return HTTPStatus.UNAUTHORIZED, CHALLENGE, sentence
+    if not hmac.compare_digest(value.strip().encode(errors="surrogateescape"), token.encode()):
+        return HTTPStatus.UNAUTHORIZED, f'{CHALLENGE}, error="invalid_token"', sentence
+    return None
