@@ -120,6 +120,21 @@ def test_tokens_have_the_ids_of_the_file(tmp_path: Path) -> None:
     assert "<|endoftext|>" not in tokenizer.get_vocab()
 
 
+def test_tokens_of_sentencepiece(tmp_path: Path) -> None:
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the", "th"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    fields = {"model": "llama", "tokens": tokens, "token_type": [2, 3, 3] + [6] * 256 + [1] * 8}
+    fields |= {"scores": [0.0] * 259 + [-100.0, -101.0, -102.0, -103.0, -1.0, -2.0, -3.0, -4.0]}
+    fields |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    without = [f"tokenizer.ggml.{name}" for name in ("merges", "padding_token_id", "pre")]
+    named = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    model = tiny_model(vocab_size=len(tokens))
+    path = write_gguf(model, tmp_path / "model.gguf", named, without=without)
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.encode("the the ä") == [1, 265, 265, 259, 3 + 0xC3, 3 + 0xA4]
+    assert eos_ids(str(path)) == {2} and ours(path) == reference(model, IDS, eos_token_id=2)
+
+
 def test_a_neighbour_has_no_say(tmp_path: Path) -> None:
     model = tiny_model()
     path = write_gguf(model, tmp_path / "model.gguf")
@@ -157,6 +172,9 @@ def test_a_neighbour_has_no_say(tmp_path: Path) -> None:
         ({"fields": {".embedding_length": 0}}, "embedding_length is 0"),
         ({"fields": {".rope.freq_base": float("nan")}}, "rope.freq_base is nan"),
         ({"fields": {"tokenizer.ggml.eos_token_id": 4096}}, "eos_token_id is 4096"),
+        ({"fields": {"tokenizer.ggml.pre": "deepseek-coder"}}, "tokenizer.ggml.pre is 'deepseek-coder'"),
+        ({"fields": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}}, "add_space_prefix"),
+        ({"fields": {"tokenizer.ggml.model": "rwkv"}}, "rwkv"),
         ({"fields": {"general.type": "adapter"}}, "it holds 'adapter'; expected a model"),
     ],
 )

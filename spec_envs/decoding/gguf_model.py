@@ -71,6 +71,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys of an architecture that change n
     "rope.scaling.yarn_log_multiplier": (0,),
 }
 DESCRIBING = ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")  # the embedding has the rows it has
+PRE_TOKENIZERS = {  # those that transformers has an expression for, and those that GPT-2's is right for
+    *("default", "gpt-2", "smollm"),  # SmolLM cuts digits apart, which its merges leave apart anyway
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe", "midm-2.0", "lfm2", "tekken"),
+    *("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "gpt-4o", "llama4", "kanana2"),
+}
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # llama.cpp ends a text at these tokens, too, whatever the keys say.
@@ -284,6 +289,7 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> None:
         ValueError: a tokenizer that transformers does not read.
     """
     tokens = token_list(gguf)
+    refuse_tokenizer(gguf.metadata)
     with tempfile.TemporaryDirectory() as alone:
         Path(alone, gguf.path.name).symlink_to(gguf.path.resolve())
         source = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.path.name, trust_remote_code=False)
@@ -295,6 +301,15 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> None:
     written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if wrong := [i for i in written.get_vocab().values() if i >= len(tokens)]:
         raise ValueError(f"its tokenizer cannot be read: {written.convert_ids_to_tokens(wrong[0])!r} has no id in it")
+
+
+def refuse_tokenizer(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a tokenizer does to text that transformers would not do."""
+    kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2" and cut not in PRE_TOKENIZERS:
+        raise ValueError(f"tokenizer.ggml.pre is {cut!r}, a way to cut text into words that transformers does not know")
+    if kind == "llama" and not metadata.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError("tokenizer.ggml.add_space_prefix is false, which transformers does not read")
 
 
 def respell(content: dict[str, Any], tokens: list[str], kinds: list[int]) -> None:

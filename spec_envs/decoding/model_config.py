@@ -69,7 +69,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f"cannot read {path} (num_hidden_layers {layers!r:.60}); expected up to {LAYERS} layers")
     refuse_others(path, raw)
     try:
-        config = CONFIGS[kind].from_dict(raw | {"model_type": kind})
+        config = CONFIGS[kind].from_dict({k: v for k, v in raw.items() if k not in QUANTISED} | {"model_type": kind})
         Shape.from_config(config)
     except Exception as error:  # whatever transformers trips over in values of any type
         raise ValueError(f"cannot read {path} ({first_line(error)}); fetch it again, or take another model") from None
@@ -79,15 +79,21 @@ def load_config(folder: Path) -> PretrainedConfig:
 def refuse_others(path: Path, raw: dict[str, Any]) -> None:
     """Raise ValueError for weights that are quantised, and for a model that transformers' own of this type is not."""
     for key in QUANTISED:
-        if found := raw.get(key):
+        if (found := raw.get(key)) and not in_fp8(raw):
             method = found.get("quant_method", found.get("format")) if isinstance(found, dict) else found
             raise ValueError(
                 f"the model of {path} is quantised ({key}: {method!r:.60}), which is not read here; take its weights in "
-                "bfloat16, float16 or float32, or a GGUF file"
+                "bfloat16, float16, float32 or blockwise fp8, or a GGUF file"
             )
     for key, neutral in NEUTRAL.items():
         if (value := raw.get(key)) is not None and value not in neutral:
             raise ValueError(f"the model of {path} has {key} = {value!r:.60}, which is not supported")
+
+
+def in_fp8(raw: dict[str, Any]) -> bool:
+    """Return whether weights are stored in FP8 with a scale for each block, which transformers multiplies out anywhere."""
+    found = raw.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "fp8" and not raw.get("compression_config")
 
 
 def read_json(path: Path) -> dict[str, Any]:

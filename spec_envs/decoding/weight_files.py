@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PretrainedConfig
 
-from spec_envs.decoding.model_config import first_line, read_json
+from spec_envs.decoding.model_config import first_line, in_fp8, read_json
 from spec_envs.decoding.shape import Shape
 from spec_envs.decoding.tensors import tensors
 
@@ -69,6 +70,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     files, named = weight_files(folder)
+    if in_fp8(read_json(folder / "config.json")):
+        return multiplied_out(folder)
     for file in files:
         for name, tensor in tensors_of(file):
             if name in weights:
@@ -77,6 +80,28 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     if missing := sorted(named - weights.keys()):
         raise ValueError(f"the files of {folder} lack {missing[0]}, which their index names; fetch the model again")
     return weights
+
+
+def multiplied_out(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint in FP8 in float32, multiplied by their scales.
+
+    Raises:
+        ValueError: tensors that transformers does not read, or lacks.
+    """
+    method = FineGrainedFP8Config(dequantize=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=method, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any kind, for the scales come from a file
+        raise ValueError(f"cannot multiply out the FP8 weights of {folder}: {first_line(error)}") from None
+    model, told = loaded
+    if wrong := [str(key) for found in told.values() for key in found]:
+        raise ValueError(
+            f"transformers does not read the FP8 weights of {folder} in all their parts: {', '.join(sorted(wrong)[:3])}; "
+            "take its weights in bfloat16"
+        )
+    return model.state_dict()
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
