@@ -168,8 +168,7 @@ class Layers:
         """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
         layers = layers if layers is not None else range(len(self.structures))
         memory = c_cache(cache)
-        given = {"positions": positions, "seen": seen, "padding": padding, "entering": entering}
-        self.check_rows(x, memory.batch, cache, rope, layers, **given)
+        self.check_rows(x, memory.batch, cache, rope, layers, positions, seen, padding, entering)
         x = floats(x).clone()
         if not layers or not x.numel():
             return x, [x.clone() for i in sorted(capture) if i in layers]
