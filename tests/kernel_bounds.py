@@ -4,6 +4,7 @@ torch. A program of its own, since the sanitizer must be loaded before Python: `
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from spec_envs.decoding import int8, kernels, layers
+from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.lora import Added, Additions
 from spec_envs.decoding.transformer import Transformer
-from tests.quantised import CPU, random_weights, reference
+from tests.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
 
 FAMILIES: dict[type[PretrainedConfig], dict[str, list]] = {
     LlamaConfig: {"attention_bias": [False, True], "mlp_bias": [False, True]},
@@ -104,7 +106,7 @@ class Pair:
             near(mine, other, f"{what}, captured")
         near(self.model.norm(ours), self.reference.norm(theirs), what)
         logits = self.model.head(ours)
-        near(logits, self.reference.head(theirs), f"{what}, logits")
+        near(logits, self.reference.head(ours), f"{what}, logits")
         assert torch.equal(self.model.head.argmax(ours), logits.argmax(-1))
         return ours
 
@@ -179,10 +181,12 @@ class Pair:
         logits = self.choice.normal(rows, self.shape.vocab + 3)[:, : self.shape.vocab]
         extra = self.choice.normal(rows, extras) if extras else None
         width = self.choice.of([1, self.shape.vocab + extras])
-        for ours, theirs in zip(
-            int8.most_probable(logits, extra, width), layers.most_probable(logits, extra, width), strict=True
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        index, *ours = int8.most_probable(logits, extra, width)
+        theirs = layers.most_probable(logits, extra, width)[1:]
+        torch.testing.assert_close(ours, list(theirs), rtol=1e-4, atol=1e-5)
+        chosen = torch.cat([logits] if extra is None else [logits, extra], -1).log_softmax(-1).gather(1, index)
+        torch.testing.assert_close(chosen, theirs[0], rtol=1e-4, atol=1e-5)  # the order of equals is open
+        assert all(len(set(row)) == width for row in index.tolist())
 
     def draft(self) -> None:
         """A step of a draft model as one call."""
@@ -197,6 +201,31 @@ class Pair:
         assert torch.equal(hidden, expected[0]) and index.shape == (last, width)
         assert not index.size or (index.min() >= 0 and index.max() < vocab + extras)
 
+    def eagle(self) -> None:
+        """The layer of an EAGLE-3 head, which reads twice the hidden size, by itself and in a step as one call; and the
+        attention of an exit, which has no feed-forward part."""
+        shape, n = dataclasses.replace(self.shape, layers=1), self.choice.of([1, 2, 19])
+        weights, hidden = eagle_layer(shape, self.choice.generator), self.choice.normal(n, shape.hidden)
+        ours, theirs = int8.Layers([weights], shape), reference_layers([weights], shape)
+        norms = [int8.RMSNorm(weights[f"{name}.weight"], shape.norm_eps) for name in ("input_layernorm", "hidden_norm")]
+        tokens, at = self.choice.ids(shape.vocab, n), torch.arange(n)[None]
+        entering = torch.cat([norms[0](self.model.embed(tokens)), norms[1](hidden)], -1)[None]
+        caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)]
+        mine, _ = ours(hidden[None], caches[0], self.model.rope, at, entering=entering)
+        near(mine, theirs(hidden[None], caches[2], self.reference.rope, at, entering=entering)[0], "eagle layer")
+        head = self.model.head.linear
+        step = Int8Step(ours, norms[0], head, self.model.embedding, self.model.rope, shape.vocab, (norms[0], norms[1]))
+        output = hidden.clone()
+        step(output, tokens.numpy(), np.arange(n), caches[1], None, shape.vocab, self.choice.of([0, n]))
+        assert torch.equal(output, mine[0])
+        kept = {name: t for name, t in weights.items() if not name.startswith(("mlp", "post"))}
+        for name in ("q", "k", "v"):
+            kept[f"self_attn.{name}_proj.weight"] = kept[f"self_attn.{name}_proj.weight"][:, : shape.hidden] * 1.4
+        ours, theirs = int8.Layers([kept], shape), reference_layers([kept], shape)
+        caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.float32)]
+        mine, _ = ours(hidden[None], caches[0], self.model.rope, at)
+        near(mine, theirs(hidden[None], caches[1], self.reference.rope, at)[0], "attention of an exit")
+
 
 @torch.inference_mode()
 def drive(seed: int) -> bool:
@@ -210,7 +239,7 @@ def drive(seed: int) -> bool:
         assert str(error) and "\n" not in str(error).strip(), error
         return False
     assert int8.computes(made)
-    for call in (pair.prompt_and_tree, pair.batch, pair.slots, pair.adapters, pair.best, pair.draft):
+    for call in (pair.prompt_and_tree, pair.batch, pair.slots, pair.adapters, pair.best, pair.draft, pair.eagle):
         call()
     return True
 

@@ -57,3 +57,31 @@ def random_weights(config: PretrainedConfig, generator: torch.Generator) -> dict
     if config.tie_word_embeddings:
         del weights[OUTPUT]
     return weights
+
+
+def eagle_layer(shape: Shape, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Weights of a layer whose attention reads twice the hidden size, as that of an EAGLE-3 head."""
+    hidden, attended, kept = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "self_attn.q_proj": (attended, 2 * hidden),
+        "self_attn.k_proj": (kept, 2 * hidden),
+        "self_attn.v_proj": (kept, 2 * hidden),
+        "self_attn.o_proj": (hidden, attended),
+        "mlp.gate_proj": (48, hidden),
+        "mlp.up_proj": (48, hidden),
+        "mlp.down_proj": (hidden, 48),
+    }
+    weights = {
+        f"{name}.weight": torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in sizes.items()
+    }
+    norms = ("input_layernorm", "post_attention_layernorm", "hidden_norm")
+    return weights | {f"{name}.weight": torch.rand(hidden, generator=generator) + 0.5 for name in norms}
+
+
+def reference_layers(weights: list[dict[str, Tensor]], shape: Shape) -> layers.Layers:
+    """Layers in torch's operators, all but products and their inputs in float32."""
+    plain, layers.Linear = layers.Linear, Quantised  # type: ignore[misc]
+    try:
+        return layers.Layers(weights, shape)
+    finally:
+        layers.Linear = plain  # type: ignore[misc]

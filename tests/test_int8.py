@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from spec_envs.decoding import int8, kernels, layers, linear
+from spec_envs.decoding import int8, kernels, layers
 from spec_envs.decoding.batch import generate_batch, read_batch
 from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.checkpoints import load_target
-from spec_envs.decoding.kernels import building, packing
+from spec_envs.decoding.kernels import building
 from spec_envs.decoding.lora import Added, Additions
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from tests.conftest import CPU, REAL, WITHOUT_KERNELS
+from tests.quantised import Quantised, eagle_layer
 
 SHAPE = {
     "hidden_size": 96,
@@ -65,20 +67,6 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         library = building.built(COMPILER, flags)
         assert library.accelerated() in expected
         monkeypatch.setattr(kernels, "library", lambda: library)
-
-
-class Quantised(linear.Linear):
-    """What a product in int8 is, in torch's own operators."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.inputs = weight.shape[1]
-        super().__init__(packing.unpacked(*packing.packed(weight))[: len(weight), : self.inputs], bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        turned = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)) @ packing.hadamard(64)
-        scale = turned.abs().amax((-1, -2), keepdim=True).clamp(min=1e-30) / 127
-        rows = ((turned / scale).round() * scale @ packing.hadamard(64)).flatten(-2)
-        return super().__call__(rows[..., : self.inputs])
 
 
 def pair(config: PretrainedConfig) -> tuple[Transformer, Transformer]:
@@ -305,6 +293,11 @@ def test_tensors_of_other_sizes_are_refused() -> None:
     refused("rows do not fit", padding=torch.tensor([-1]))
     refused("rows do not fit", padding=torch.tensor([4]))
     refused("entering", entering=x[..., :80])
+    wide = int8.Layers([eagle_layer(model.shape)], dataclasses.replace(model.shape, layers=1))
+    with pytest.raises(IndexError, match=r"entering .* does not fit"):  # it reads twice the hidden size
+        wide(x, model.cache(8), model.rope, at)
+    with pytest.raises(ValueError, match="a layer after the first one reads another width"):
+        int8.Layers([eagle_layer(model.shape)] * 2, model.shape)
     for some in (range(4), range(-1, 2), range(0, 3, 2)):
         refused("layers", layers=some)
     nothing = Additions([None] * 2)

@@ -151,6 +151,8 @@ class Layers:
         self.inner: set[int] = set()  # widths within the feed-forward parts
         self.kept: list[Linear | Tensor] = []  # what the structures point to
         self.structures = (CLayer * len(weights))(*(self._structure(w) for w in weights))
+        if any(layer.qkv.inputs != shape.hidden for layer in self.structures[1:]):
+            raise ValueError(f"a layer after the first one reads another width than the hidden size {shape.hidden}")
 
     def __call__(
         self,
@@ -168,8 +170,10 @@ class Layers:
         """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
         layers = layers if layers is not None else range(len(self.structures))
         memory = c_cache(cache)
-        given = {"positions": positions, "seen": seen, "padding": padding, "entering": entering}
-        self.check_rows(x, memory.batch, cache, rope, layers, **given)
+        self.check_rows(x, memory.batch, cache, rope, layers, positions, seen, padding)
+        read = x if entering is None else entering
+        if read.shape != (*x.shape[:2], self.structures[0].qkv.inputs if layers.start == 0 else self.shape.hidden):
+            raise IndexError(f"entering {list(read.shape)} does not fit what the attention of the first layer reads")
         x = floats(x).clone()
         if not layers or not x.numel():
             return x, [x.clone() for i in sorted(capture) if i in layers]
@@ -208,11 +212,9 @@ class Layers:
         positions: Tensor,
         seen: Tensor | None = None,
         padding: Tensor | None = None,
-        entering: Tensor | None = None,
     ) -> None:
         """Raise IndexError for tensors of other sizes or dtypes than the kernels will take them for."""
         s, n = self.shape, x.shape[1]
-        reads = self.structures[0].qkv.inputs
         stop = layers.stop if layers else 0
         _, stored, _, kv_heads, _, head_dim = cache.data.shape
         expected = {
@@ -226,7 +228,6 @@ class Layers:
             "positions": (positions.shape == (batch, n) and positions.dtype == torch.int64, positions),
             "seen": (seen is None or (seen.shape == (n, seen.shape[-1]) and seen.dtype == torch.bool), seen),
             "padding": (padding is None or (padding.shape == (batch,) and padding.dtype == torch.int64), padding),
-            "entering": (entering is None or entering.shape == (batch, n, reads), entering),
         }
         for name, (fits, tensor) in expected.items():
             if not fits:

@@ -1,5 +1,6 @@
 """Matrix product with constant weights, in the layout the processor reads fastest."""
 
+import functools
 import platform
 
 import torch
@@ -26,14 +27,14 @@ class Linear:
         self.bias = bias
         self.packed = packs(weight)
         if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+            self.weight = reordered(weight)
         else:
             self.weight = weight.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:
@@ -43,7 +44,31 @@ class Linear:
 
 def packs(weight: Tensor) -> bool:
     """Whether the weight gains from oneDNN's layout: bfloat16 on a CPU that computes in it."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and fast_bfloat16("cpu")
+    wanted = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and fast_bfloat16("cpu")
+    return wanted and operators_work()
+
+
+def reordered(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``y = x Wᵀ + b`` with the weight in oneDNN's layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def operators_work() -> bool:
+    """Whether this torch has these operators, which are not part of its public interface, and they do what is expected."""
+    x, weight = torch.arange(96.0).bfloat16().view(2, 48) / 64, torch.arange(768.0).bfloat16().view(16, 48) / 512
+    try:
+        packed = reordered(weight)
+        found = product(x, packed, weight[:, 0]), packed.to_dense()
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    wanted = F.linear(x, weight, weight[:, 0]), weight
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0.02) for a, b in zip(found, wanted, strict=True))
 
 
 def fast_bfloat16(device: str | torch.device) -> bool:
