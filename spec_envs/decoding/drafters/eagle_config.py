@@ -53,7 +53,7 @@ class Numbers(msgspec.Struct):
     vocab_size: Size
     max_position_embeddings: Size
     rms_norm_eps: Positive
-    hidden_act: Literal["silu"]
+    hidden_act: Literal["silu", "swish"]  # two names of one
     attention_bias: bool
     tie_word_embeddings: bool
     mlp_bias: bool = False
