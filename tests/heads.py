@@ -270,7 +270,7 @@ def assert_drafts_as_computed(target: Path, head: Path, r: Recipe, made: dict[st
         wide = drafted(target, head, width=r.drafted, levels=1)
         found = zip(wide.tree.tokens.tolist(), wide.tree.scores.tolist(), strict=True)
         gaps = [score - float(expected[0][index[token]]) for token, score in found if token in index]
-        assert np.ptp(gaps) < 2 * atol
+        assert not gaps or np.ptp(gaps) < 2 * atol  # none where tokens of the text crowd out a small vocabulary
         return
     for step, token, log_probs in zip(steps, chain, expected, strict=True):
         assert abs(step - float(log_probs[index[token]])) < atol

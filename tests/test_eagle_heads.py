@@ -147,7 +147,7 @@ def test_layers_are_counted_as_their_tools_do(changes: dict, read: tuple, tiny_t
         ({"mlp_bias": True}, "it lacks the tensors midlayer.mlp.down_proj.bias"),
         ({"bias": True}, "it lacks the tensors fc.bias"),
         ({"num_hidden_layers": 2}, "it lacks the tensors layers.1"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "gelu"}, "hidden_act is .gelu."),
         ({"hidden_size": 48}, r"fc.weight is \(32, 96\), but \(48, 144\) would fit config.json"),
         ({"hidden_size": 1 << 30}, "hidden_size"),
         ({"intermediate_size": 1 << 20}, "would fit config.json"),
@@ -427,3 +427,8 @@ def test_int8_drafts_nearly_the_same(name: str, wide_target: Path, tmp_path: Pat
     assert np.corrcoef(scores)[0, 1] > 0.995
     entropies = [np.concatenate(d.tree.entropies) for d in (exact, coarse)]
     assert np.abs(entropies[0] - entropies[1])[0] < 0.15
+
+
+def test_by_itself_no_dtype_is_taken_that_does_not_compute_the_head(wide_target: Path, tmp_path: Path) -> None:
+    save_head(tmp_path, Recipe(target_hidden=128, hidden=24, head_dim=6, embedding=True))
+    assert drafted(wide_target, tmp_path, "auto").dtype != "int8"

@@ -72,16 +72,22 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str, device: torch.device, models: Sequence[str]) -> torch.dtype:
+def resolve_dtype(
+    dtype: str, device: torch.device, models: Sequence[str], heads: Sequence[PretrainedConfig] = ()
+) -> torch.dtype:
     """``"auto"`` is int8 on a CPU that multiplies it in hardware, for models whose widths the kernels compute; else
     bfloat16 where the device is fast at it, else float32.
+
+    Args:
+        heads: configs of drafters that are no models.
 
     Raises:
         ValueError: an unknown dtype, or int8 elsewhere than on a CPU.
     """
     if dtype == "auto":
         fast = device.type == "cpu" and kernels.fast()
-        if fast and all(int8.computes(load_config(model_folder(name))) for name in models):
+        configs = (*heads, *(load_config(model_folder(name)) for name in models if fast))
+        if fast and all(map(int8.computes, configs)):
             return torch.int8
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:

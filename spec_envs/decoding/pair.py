@@ -28,6 +28,7 @@ from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle import EagleDrafter, EagleModel
+from spec_envs.decoding.drafters.eagle_config import read_config
 from spec_envs.decoding.drafters.eagle_head import EagleHead, drafter_folder
 from spec_envs.decoding.drafters.eagle_int8 import eagle_model
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
@@ -214,8 +215,16 @@ def load_decoder(
         raise ValueError(f"drafter is {drafter!r}; expected the name of a draft model or an exit behind the plus sign")
     if chain and drafter != LOOKUP and not exits(name):
         models.append(str(drafter_folder(name)))
+<<<<<<< HEAD
     model = load_target(target, at, resolve_dtype(dtype, at, models))
     fit_together(target, model.shape.vocab)
+||||||| fa8251d
+    model = load_target(target, at, resolve_dtype(dtype, at, models))
+=======
+    heads = [read_config(drafter_folder(drafter))[0]] if drafter is not None and not chain else []
+    model = load_target(target, at, resolve_dtype(dtype, at, models, heads))
+    fit_together(target, model.shape.vocab)
+>>>>>>> heads
     loaded: Drafter | None = None
     verifier: LocalVerifier | None = None
     if drafter == LOOKUP:

@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from spec_envs.decoding.drafters.config_keys import EAGLE, FLAGS, FLAT, IDS, MODEL, SPECULATORS, refuse_unknown
+from spec_envs.decoding.drafters.config_keys import EAGLE, FLAGS, FLAT, IDS, MODEL, SPECULATORS, refuse_unknown, short
 from spec_envs.decoding.drafters.formats import read_json, refuse_foreign_config
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -54,7 +53,7 @@ class Numbers(msgspec.Struct):
     vocab_size: Size
     max_position_embeddings: Size
     rms_norm_eps: Positive
-    hidden_act: Literal["silu"]
+    hidden_act: Literal["silu", "swish"]  # two names of one
     attention_bias: bool
     tie_word_embeddings: bool
     mlp_bias: bool = False
@@ -155,7 +154,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
     refuse_foreign_config(raw, folder)
     try:
         return of_speculators(raw) if "speculators_model_type" in raw else of_others(raw)
-    except (msgspec.ValidationError, StrictDataclassError, ValueError, KeyError, TypeError) as error:
+    except ValueError as error:  # among them msgspec's
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot use the EAGLE-3 head in {folder}: config.json: {reason}") from None
 
@@ -187,7 +186,7 @@ def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
         raise ValueError("norm_before_residual is not said, and tools disagree on what it is then; write true or false")
     kinds: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
     kind = inner.get("model_type", "qwen3")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"transformer_layer_config has model_type {kind!r}, expected one of {', '.join(kinds)}")
     config = config_of(inner, kinds[kind])
     config.draft_vocab_size = extras_of(raw).draft_vocab_size
@@ -201,10 +200,18 @@ def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Pretraine
     """The transformers config of a head's layers, checked."""
     refuse_quantised(raw)
     refuse_two_ropes(raw)
+    for part in msgspec.structs.fields(Numbers):  # before transformers makes lists of so many layers
+        if raw.get(part.name) is not None:
+            try:
+                msgspec.convert(raw[part.name], part.type)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{part.name} is {short(raw[part.name])}: {error}") from None
     kept = [*Numbers.__struct_fields__, "rope_theta", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"]
     kept += [] if raw.get("rope_parameters") else ["rope_scaling"]
-    config = kind(**{key: raw[key] for key in kept if raw.get(key) is not None})
-    config.num_key_value_heads = raw.get("num_key_value_heads") or config.num_key_value_heads
+    try:
+        config = kind(**{key: raw[key] for key in kept if raw.get(key) is not None})
+    except Exception as error:  # whatever transformers trips over in values of any type
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     found = {name: getattr(config, name) for name in Numbers.__struct_fields__ if hasattr(config, name)}
     numbers = msgspec.convert(found, Numbers)
     msgspec.convert(dict(config.rope_parameters), RopeNumbers)

@@ -17,6 +17,7 @@ GROUPS = (  # biases and norms that are there together or not at all
     ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
     ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
 )
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAY_BE = ("fc.bias", "embed_tokens.weight", "lm_head.weight")
 
 
@@ -76,7 +77,7 @@ def refuse_others(found: Mapping[str, Tensor], head: nn.Module) -> None:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)}, but {tuple(expected[name].shape)} would fit config.json"
             )
-        if expected[name].is_floating_point() and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if expected[name].is_floating_point() and tensor.dtype not in FLOATS:
             raise ValueError(f"{name} is in {tensor.dtype}; expected float32, float16 or bfloat16")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds numbers that are not finite")
