@@ -45,6 +45,22 @@ def write_torch(path: Path, state: Any) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none of a name that no file system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def at_home(source: str | Path) -> Path:
+    """Return a path with ``~`` as the home folder; that of nobody known stays as it is."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
 def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
     """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path. ``others``: names that
     mean something else to who asks.
@@ -53,7 +69,7 @@ def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
         ValueError: there is none.
     """
     for path in (folder / f"{source}.json", Path(source)):
-        if path.is_file():
+        if is_file(path):
             return path
     names = ", ".join([*others, *sorted(path.stem for path in folder.glob("*.json"))])
     raise ValueError(f"no {what} {source!r}: expected a JSON file, or one of {names}")
