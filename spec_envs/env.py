@@ -144,7 +144,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
                     "a measured clock in a worker process would be disturbed by its siblings; "
                     "use a cost table (clock=…) or one process"
                 )
-        self.action_space = self.control.action_space  # type: ignore[assignment] - its actions may be NumPy's numbers
+        self.action_space = self.control.action_space  # type: ignore[assignment]
         self.observation_space = self.control.observation_space
         self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
         engine, chain = self.control.engine, self.control.width == 1

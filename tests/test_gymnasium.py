@@ -111,7 +111,22 @@ def test_wrappers_count_and_cut_episodes(made: Callable[..., gym.Env]) -> None:
 def test_actions_are_whole_numbers() -> None:
     env = gym.make("SpecK-v0", **PROFILE).unwrapped
     env.reset(seed=0)
-    wrong = (2.9, 2.0, np.float32(1.7), "3", True, np.True_, None, [1], (1,), np.array([1]), np.array(1.0), -1, 17, 10**30)
+    wrong = (
+        2.9,
+        2.0,
+        np.float32(1.7),
+        "3",
+        True,
+        np.True_,
+        None,
+        [1],
+        (1,),
+        np.array([1]),
+        np.array(1.0),
+        -1,
+        17,
+        10**30,
+    )
     for action in (*wrong, float("nan"), {}, b"1"):
         with pytest.raises(ValueError, match=r"is not in Discrete\(17\); expected a whole number from 0 to 16"):
             env.step(action)  # type: ignore[arg-type]
@@ -189,10 +204,10 @@ def test_a_measured_clock_is_refused_in_a_worker_of_ray(tiny: dict[str, Any], mo
 
 def test_torchrl_makes_it() -> None:
     """It asks by a keyword of its own whether an environment knows it, and reads the answer in Python's words."""
-    torchrl = pytest.importorskip("torchrl.envs")
+    from torchrl.envs import GymEnv
     from torchrl.envs.utils import check_env_specs
 
-    env = torchrl.GymEnv("SpecK-v0", **PROFILE, categorical_action_encoding=True)
+    env = GymEnv("SpecK-v0", **PROFILE, categorical_action_encoding=True)
     env.set_seed(0)
     check_env_specs(env)
     played = env.rollout(10)

@@ -64,7 +64,9 @@ def test_what_has_no_effect_is_refused(keywords: dict[str, Any], shared: dict[st
     )
     [name] = keywords
     for make in makers:
-        with pytest.raises(ValueError, match=rf"^{name} is|recorded with {name}|no texts of the prompts|device .* cannot"):
+        with pytest.raises(
+            ValueError, match=rf"^{name} is|recorded with {name}|no texts of the prompts|device .* cannot"
+        ):
             make()
 
 
@@ -151,11 +153,16 @@ def test_the_smallest_temperature_draws(tiny: dict[str, Any]) -> None:
     assert decoder.tokens == greedy.tokens
 
 
+def table(rows: str = '"1"', verify: str = "0.1", draft: str = '{"1": 0.1}') -> str:
+    """The text of a cost table; a good one as it stands."""
+    return f'{{"verify": {{{rows}: {verify}}}, "draft": {draft}}}'
+
+
 TABLES = [
-    *('{"verify": {"1": %s}, "draft": {"1": 0.1}}' % bad for bad in ("NaN", "Infinity", "-1", "0", "1e-320", "1e999")),
-    *('{"verify": {"1": 0.1}, "draft": {"1": %s}}' % bad for bad in ("NaN", '"0.1"', "true", "null", "[1]", "{}")),
-    *('{"verify": {"%s": 0.1}, "draft": {"1": 0.1}}' % bad for bad in ("x", "1.5", "0", "-1", "true", "", "1e3")),
-    *('{"verify": {"1": 0.1}, "draft": %s}' % bad for bad in ("{}", "[]", "1", "null", '"a"')),
+    *(table(verify=bad) for bad in ("NaN", "Infinity", "-1", "0", "1e-320", "1e999")),
+    *(table(draft=f'{{"1": {bad}}}') for bad in ("NaN", '"0.1"', "true", "null", "[1]", "{}")),
+    *(table(rows=f'"{bad}"') for bad in ("x", "1.5", "0", "-1", "true", "", "1e3")),
+    *(table(draft=bad) for bad in ("{}", "[]", "1", "null", '"a"')),
     *('{"verify": {"1": 0.1}}', "[]", "null", "1", "", "{", "nonsense", "\x00", "[" * 10000),
 ]
 
@@ -171,7 +178,10 @@ def test_cost_tables_that_price_nothing(text: str, tmp_path: Path) -> None:
         gym.make("SpecK-v0", trace=NAME, clock=str(path))
 
 
-def test_cost_tables_made_by_hand() -> None:
+def test_cost_tables_made_by_hand(tmp_path: Path) -> None:
+    good = tmp_path / "good.json"
+    good.write_text(table())
+    assert CostTable.load(str(good)).seconds("verify", 1) == 0.1
     for bad in ({1: NAN}, {1: True}, {True: 1.0}, {}, {"1": 1.0}, {1: 0.0}, {0: 1.0}, [1.0]):
         with pytest.raises(ValueError, match="mine is not a cost table"):
             CostTable("mine", bad, {1: 1.0})  # type: ignore[arg-type]
@@ -181,10 +191,17 @@ def test_cost_tables_made_by_hand() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *(((name,), bad) for name in ("static_over_plain", "concentration") for bad in (NAN, INF, 0, -1, "4", True, 1e-320)),
+        *(
+            ((name,), bad)
+            for name in ("static_over_plain", "concentration")
+            for bad in (NAN, INF, 0, -1, "4", True, 1e-320)
+        ),
         *((("prompt_tokens",), bad) for bad in (0, -1, 1.5, 10**9, "64")),
         *((("kinds", "code", "weight"), bad) for bad in (0, -1, 1.5, 10**9, "2", True)),
-        *((("kinds", "code", "acceptance"), bad) for bad in ([], [NAN], [0.0], [1.0], [1.5], [-0.1], ["0.5"], 0.5, [1e-320])),
+        *(
+            (("kinds", "code", "acceptance"), bad)
+            for bad in ([], [NAN], [0.0], [1.0], [1.5], [-0.1], ["0.5"], 0.5, [1e-320])
+        ),
         (("kinds", "code", "snippet"), 5),
         (("clock",), 5),
         (("kinds",), []),
@@ -204,7 +221,9 @@ def test_profiles_that_play_nothing(path: tuple[str, ...], value: Any, tmp_path:
         Profile.load(str(file))
 
 
-@pytest.mark.parametrize("bad", ["up=nan", "up=inf", "up=-1", "up=0", "up=1e-320", "rtt=nan", "rtt=1e300", "loss=1", "loss=0.999999"])
+@pytest.mark.parametrize(
+    "bad", ["up=nan", "up=inf", "up=-1", "up=0", "up=1e-320", "rtt=nan", "rtt=1e300", "loss=1", "loss=0.999999"]
+)
 def test_links_that_carry_nothing(bad: str) -> None:
     name = bad.partition("=")[0]
     parts = [part for part in ("up=46", "down=563", "rtt=50") if not part.startswith(name)]
@@ -220,12 +239,16 @@ VALUES = st.one_of(
     st.floats(),
     st.floats(0, 1),
     st.text(max_size=12),
-    st.sampled_from(["all", "cycle", "prompt", "saved", "ltd", "default", "token", "wall", "auto", "cpu", "random", "test"]),
+    st.sampled_from(
+        ["all", "cycle", "prompt", "saved", "ltd", "default", "token", "wall", "auto", "cpu", "random", "test"]
+    ),
     st.lists(st.integers(-2, 40), max_size=4),
     st.lists(st.text(max_size=4), max_size=2),
     st.sampled_from([NAN, INF, -INF, 1e-320, 1e308, 2**63, -(2**70), np.int64(3), np.float32(0.5), b"x", {}, object()]),
 )
-KEYWORDS = {name: sorted(set(keyword_types(CONTROLS[name])) - {"trace", "engine", "render_mode"}) for name in ("k", "depth")}
+KEYWORDS = {
+    name: sorted(set(keyword_types(CONTROLS[name])) - {"trace", "engine", "render_mode"}) for name in ("k", "depth")
+}
 
 
 def some_of(control: str) -> st.SearchStrategy[dict[str, Any]]:

@@ -215,7 +215,7 @@ def test_damaged_and_foreign_traces_are_refused(
         gym.make("SpecK-v0", trace=str(source), max_new_tokens=8)
     with pytest.raises(ValueError, match="recorded up to"):
         gym.make("SpecK-v0", trace=str(source), k_max=6, max_new_tokens=100)
-    with pytest.raises(ValueError, match="with temperature 0.0, not 1.0"):
+    with pytest.raises(ValueError, match=r"with temperature 0\.0, not 1\.0"):
         gym.make("SpecK-v0", trace=str(source), k_max=6, max_new_tokens=8, temperature=1.0)
     with pytest.raises(ValueError, match="no trace folder and no synthetic profile"):
         gym.make("SpecK-v0", trace=str(tmp_path / "none"))
