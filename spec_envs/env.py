@@ -130,7 +130,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         check_keywords(kind, given | own)
         reward = kind.rewards[0] if reward is None else reward
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        check_settings(trace, given)
         max_new_tokens = Trace.longest(max_new_tokens, trace)
         check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
         check_number("switch_every", switch_every, lambda texts: texts >= 0, "texts, or 0 for none")
@@ -160,6 +159,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.decoder = decoder_under(
             self.control, trace, self.clocks[0], **models, temperature=temperature if trace else sampled, top_p=top_p
         )
+        check_settings(trace, given)
         if trace:
             self.best_static = self._static_of_trace(trace)
             if Trace.named(trace):
