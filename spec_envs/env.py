@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from typing import Any, get_type_hints
@@ -33,17 +32,10 @@ from spec_envs.decoding.pair import (
 )
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.trace import Trace
-from spec_envs.keywords import check_ranges
+from spec_envs.keywords import check_ranges, in_worker
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode_prompt, load_prompts
-
-
-def in_worker() -> bool:
-    """Whether other processes of the same work run beside this one: those of multiprocessing, or of a Ray cluster."""
-    ray = sys.modules.get("ray")
-    on_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-    return on_ray or multiprocessing.parent_process() is not None
 
 
 class EndedText(ValueError):
