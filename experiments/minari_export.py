@@ -117,10 +117,7 @@ def prepared(
         value = policy.partition(":")[2]
         return env, FixedAgent(control, int(value) if value.isdecimal() else value)
     learned, agent = agents.load(policy)
-    if (learned.observation_space, learned.action_space) != (control.observation_space, control.action_space):
-        raise ValueError(
-            f"{policy} has learned another problem than --set makes of it; leave out what changes the spaces"
-        )
+    control.check_layout(learned, policy)
     return {"policy_seconds": agent.decision_seconds, **env}, agent
 
 
@@ -136,7 +133,7 @@ def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Epi
         while not done:
             state = None if begins else state
             action, state = agent.predict(observation, state, np.array([begins]), deterministic=True)
-            observation, reward, done, _, info = env.step(int(action))
+            observation, reward, done, _, info = env.step(action)
             begins = spec_env.decoder.finished
             episode.observations.append(observation)
             episode.actions.append(int(action))

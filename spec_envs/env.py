@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from typing import Any, get_type_hints
@@ -33,17 +32,10 @@ from spec_envs.decoding.pair import (
 )
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.trace import Trace
-from spec_envs.keywords import check_ranges
+from spec_envs.keywords import check_ranges, in_worker
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.prompts import Prompt, encode_all, encode_prompt, load_prompts
-
-
-def in_worker() -> bool:
-    """Whether other processes of the same work run beside this one: those of multiprocessing, or of a Ray cluster."""
-    ray = sys.modules.get("ray")
-    on_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-    return on_ray or multiprocessing.parent_process() is not None
 
 
 class EndedText(ValueError):
@@ -133,7 +125,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         check_keywords(kind, given | own)
         reward = kind.rewards[0] if reward is None else reward
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        check_settings(trace, given)
         max_new_tokens = Trace.longest(max_new_tokens, trace)
         check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
         check_number("switch_every", switch_every, lambda texts: texts >= 0, "texts, or 0 for none")
@@ -164,6 +155,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.decoder = decoder_under(
             self.control, trace, self.clocks[0], **models, temperature=temperature if trace else sampled, top_p=top_p
         )
+        check_settings(trace, given)
         if trace:
             self.best_static = self._static_of_trace(trace)
             if Trace.named(trace):

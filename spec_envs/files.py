@@ -106,6 +106,25 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         temporary.write_bytes(data)
 
 
+<<<<<<< HEAD
+||||||| d884e51
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none of a name that no file system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def at_home(source: str | Path) -> Path:
+    """Return a path with ``~`` as the home folder; that of nobody known stays as it is."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
+>>>>>>> envs
 def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
     """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path. ``others``: names that
     mean something else to who asks.
@@ -114,7 +133,7 @@ def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
         ValueError: there is none.
     """
     for path in (folder / f"{source}.json", Path(source)):
-        if path.is_file():
+        if is_file(path):
             return path
     names = ", ".join([*others, *sorted(path.stem for path in folder.glob("*.json"))])
     raise ValueError(f"no {what} {source!r}: expected a JSON file, or one of {names}")

@@ -1,7 +1,9 @@
-"""Ranges of the keyword arguments that environments of every kind share."""
+"""Ranges of the keyword arguments that environments of every kind share, and where a clock may measure."""
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from typing import Any
 
 from spec_envs.checked import check_number, choice
@@ -34,3 +36,10 @@ def check_ranges(kind: type[Control], given: dict[str, Any]) -> None:
     if given["pace"] is not None:
         check_number("pace", given["pace"], lambda pace: 0 <= pace <= 1e9, "tokens per second, 0 or more")
     check_number("policy_seconds", given["policy_seconds"], lambda s: 0 <= s <= 1e9, "seconds per decision, 0 or more")
+
+
+def in_worker() -> bool:
+    """Whether other processes of the same work run beside this one: those of multiprocessing, or of a Ray cluster."""
+    ray = sys.modules.get("ray")
+    on_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return on_ray or multiprocessing.parent_process() is not None

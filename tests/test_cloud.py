@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -698,6 +699,15 @@ def test_an_edge_that_gives_a_connection_up_leaves_nothing_behind(
         wait_for(lambda: threading.active_count() <= before + 1)  # that of the target
         wait_for(lambda: not engine.sessions)
         assert sorted(engine.free) == list(range(4))
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": float("nan")}, {"temperature": 1e-320}, {"top_p": float("nan")}])
+def test_sampling_that_makes_no_sense_opens_no_session(
+    engine: Engine, hello: Hello, sampling: dict[str, float]
+) -> None:
+    with pytest.raises(Refused, match=r"(temperature|top_p) is .*; expected"):
+        engine.open(msgspec.structs.replace(hello, **sampling))
+    assert not engine.sessions
 
 
 def test_two_jobs_of_a_session_do_not_share_a_forward(engine: Engine, hello: Hello) -> None:

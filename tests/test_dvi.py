@@ -197,9 +197,9 @@ def test_a_stable_baselines_policy_starts_as_the_exits_projection(tiny: dict, tm
     [
         ({"exit_layer": 8}, "exit_layer is 8; expected 1 to 7, of 8 layers"),
         ({"exit_layer": 0}, "exit_layer is 0; expected 1 to 7"),
-        ({"block": 0}, "block is 0; expected 1 or more drafted tokens"),
+        ({"block": 0}, "block is 0; expected 1 to 4096 drafted tokens"),
         ({"adapter": "lora"}, "adapter is 'lora'; expected one of head, kangaroo, layers"),
-        ({"rank": 0}, "rank is 0; expected 1 or more"),
+        ({"rank": 0}, "rank is 0; expected 1 to 32"),
         ({"stop": 1.5}, "stop is 1.5; expected a probability"),
         ({"draft_temperature": -1.0}, "draft_temperature is -1.0; expected 0"),
         ({"drafter": "lookup"}, "SpecDVI-v0 drafts from the target's own exit"),

@@ -101,3 +101,42 @@ def test_plain_generation(tiny: dict) -> None:
     decoder = load_decoder(tiny["target"], None, "cpu", "float32")
     done = generate(decoder, None, None, [3, 4, 5], 12).run()
     assert len(done.tokens) == 12 and {c.verified for c in done.cycles} == {0}
+
+
+def test_an_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
+    """What stands where in an observation counts, not only how much there is, and so does the number of actions."""
+    token, cycle = make_control("k", {"decision": "token"}), make_control("k", {})
+    decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
+    agent = AGENTS["ppo"](control=token)
+    with pytest.raises(
+        ValueError, match=r"SB3Agent was made for k with an observation of drafted.*, but here k has conf"
+    ):
+        Policy(cycle, agent)
+    with pytest.raises(ValueError, match="was made for k with an observation of"):
+        generate(decoder, cycle, agent, [2, 3, 4], 12)
+    fewer = make_control("k", {"k_max": 8})
+    with pytest.raises(ValueError, match=r"was made for k with actions Discrete\(9\), but here k has Discrete\(17\)"):
+        Policy(cycle, AGENTS["fixed"](control=fewer, value=2))
+    same_size = make_control("depth", {"width": 2, "max_depth": 4}), make_control("depth", {"width": 3, "max_depth": 3})
+    assert same_size[0].observation_space.shape == same_size[1].observation_space.shape
+    with pytest.raises(ValueError, match=r"frontier\[2\]"):
+        Policy(same_size[1], AGENTS["random"](control=same_size[0]))
+
+
+@pytest.mark.parametrize("action", [1.5, "1", True, np.array([1]), None])
+def test_an_agent_that_predicts_no_action_is_refused(action: Any, tiny: dict[str, Any]) -> None:
+    class Wrong:
+        decision_seconds = 0.0
+
+        def predict(self, observation: np.ndarray, *_: Any, **__: Any) -> tuple[Any, None]:
+            return action, None
+
+    control = make_control("k", {})
+    decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
+    with pytest.raises(ValueError, match=r"is not in Discrete\(17\)"):
+        generate(decoder, control, Wrong(), [2, 3, 4], 12).run()
+    wrong: Any = Wrong()
+    for seconds in (float("nan"), -1.0, "1", None):
+        wrong.decision_seconds = seconds
+        with pytest.raises(ValueError, match="decision_seconds is"):
+            Policy(control, wrong)

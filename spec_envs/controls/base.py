@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from gymnasium import spaces
 
+from spec_envs.checked import check_number
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.pair import default_drafter
@@ -50,6 +51,13 @@ class Learner(Agent, Protocol):
 
     def record(self, observation: np.ndarray, action: int, reward: float, following: np.ndarray, done: bool) -> Any:
         """Learn from a decision."""
+
+
+@runtime_checkable
+class Trained(Agent, Protocol):
+    """An agent that knows the problem it was made for."""
+
+    control: Control
 
 
 class Control(ABC):
@@ -120,6 +128,23 @@ class Control(ABC):
             raise ValueError(f"the partner was trained with width and max_depth {theirs}, this environment has {mine}")
         self.partner = Policy(control, agent)
 
+    def check_layout(self, other: Control, who: str) -> None:
+        """Refuse an agent, ``who``, that was made for another control: what stands where in an observation, and how many
+        actions there are, has to be the same.
+
+        Raises:
+            ValueError: it is not; the sentence says what is.
+        """
+        for what, mine, theirs in (
+            ("an observation of", layout(self), layout(other)),
+            ("actions", str(self.action_space), str(other.action_space)),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"{who} was made for {other.name} with {what} {theirs}, but here {self.name} has {mine}; make both with "
+                    "the same settings"
+                )
+
     def reset(self, rng: np.random.Generator, task: str = "") -> None:
         """A new text begins, of a task of that name."""
         self.rng, self.task = rng, task
@@ -183,12 +208,15 @@ class Policy:
         learning: whether the agent explores, and learns from every cycle.
 
     Raises:
-        ValueError: it is to, and cannot.
+        ValueError: it is to, and cannot; it was made for another problem; or its ``decision_seconds`` are no seconds.
     """
 
     def __init__(self, control: Control, agent: Agent, learning: bool = False):
         if learning and not isinstance(agent, Learner):
             raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter, dvi and reinforce do")
+        if isinstance(agent, Trained):
+            control.check_layout(agent.control, type(agent).__name__)
+        check_number("decision_seconds", agent.decision_seconds, lambda seconds: seconds >= 0, "seconds, 0 or more")
         self.control, self.agent, self.learning = control, agent, learning
         self.looks_at: Collection[str] | None = None if learning else getattr(agent, "looks_at", None)
         self.state: Any = None
@@ -239,6 +267,11 @@ def checked_action(space: spaces.Discrete, action: Any) -> int:
     if not whole or not 0 <= action < space.n:
         raise ValueError(f"action {action!r} is not in {space}; expected a whole number from 0 to {space.n - 1}")
     return int(action)
+
+
+def layout(control: Control) -> str:
+    """Return what stands in an observation, in its order."""
+    return ", ".join(f"{entry.name}[{entry.size}]" for entry in control.entries)
 
 
 def read_survival(decoder: Decoder) -> np.ndarray:

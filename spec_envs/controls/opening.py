@@ -122,6 +122,8 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
     Raises:
         ValueError: settings that do not go together.
     """
+    if isinstance(control, DVIControl) and trace:
+        raise ValueError(f"trace is {trace!r}; no trace plays SpecDVI-v0, whose states are those of a model")
     check_settings(trace, models)
     if isinstance(control, TopKControl) and trace:
         recorded = ExpectedTrace.load(trace)
@@ -131,7 +133,7 @@ def decoder_under(control: Control, trace: str | None, clock: WallClock, **model
             raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
         return recorded.decoder(clock, control.max_depth, load_link(control.link))
     if isinstance(control, DVIControl):
-        return decoder_at_exit(control, trace, clock, **models)
+        return decoder_at_exit(control, clock, **models)
     if trace and Trace.named(trace):
         return replay_under(control, Trace.load(trace), clock)
     opened = (control.engine, trace, control.segment, clock, control.width, control.max_depth, control.server_args)
@@ -166,10 +168,8 @@ def replay_under(control: Control, trace: Trace, clock: WallClock) -> Decoder:
     )
 
 
-def decoder_at_exit(control: DVIControl, trace: str | None, clock: WallClock, **models: Any) -> Decoder:
+def decoder_at_exit(control: DVIControl, clock: WallClock, **models: Any) -> Decoder:
     """A decoder that drafts from the target's own exit."""
-    if trace:
-        raise ValueError(f"trace is {trace!r}; no trace plays SpecDVI-v0, whose states are those of a model")
     if models.get("drafter", "auto") == "auto":
         models["drafter"] = control.default_drafter(control.target)
     models |= {"adapter": control.adapter, "rank": control.rank}

@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 
 from spec_envs.decoding.clock import CostTable
-from spec_envs.files import whole, write_bytes
+from spec_envs.files import at_home, is_file, whole, write_bytes
 from spec_envs.prompts import FURTHER
 
 VERSION = 1
@@ -133,12 +133,12 @@ class Trace:
         Raises:
             ValueError: there is none, it is damaged, or it is of another version.
         """
-        return _loaded(Path(source).expanduser().resolve())
+        return _loaded(at_home(source).resolve())
 
     @staticmethod
     def named(source: str) -> bool:
         """Whether a name is that of such a trace, and not of another kind of recording."""
-        return (Path(source).expanduser() / MANIFEST).is_file()
+        return is_file(at_home(source) / MANIFEST)
 
     @staticmethod
     def longest(max_new_tokens: int | None, source: str | None) -> int:
@@ -218,7 +218,7 @@ def tasks_named(names: str, tasks: Collection[str], trace: str) -> set[str]:
 @functools.lru_cache(8)
 def _loaded(folder: Path) -> Trace:
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"there is no trace in {folder}: it has no {MANIFEST}; record one with `make trace`")
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)

@@ -26,6 +26,7 @@ from spec_envs.decoding.drafters.copying import SHORTEST
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic
+from spec_envs.files import is_file
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.link import Link
 from spec_envs.network.remote import RemoteVerifier
@@ -91,7 +92,7 @@ class ExpectedTrace:
         Raises:
             ValueError: no such trace, or one that is damaged.
         """
-        path = next((p for p in (TRACES / f"{source}.npz", Path(source)) if p.is_file()), None)
+        path = next((p for p in (TRACES / f"{source}.npz", Path(source)) if is_file(p)), None)
         if path is None:
             shipped = ", ".join(sorted(p.stem for p in TRACES.glob("*.npz")))
             raise ValueError(
@@ -146,7 +147,7 @@ class ExpectedTrace:
     @staticmethod
     def named(source: str) -> bool:
         """Whether a name is that of such a trace, and not of another kind of recording."""
-        return source.endswith(".npz") or (TRACES / f"{source}.npz").is_file()
+        return source.endswith(".npz") or is_file(TRACES / f"{source}.npz")
 
     def save(self, path: Path) -> None:
         """Write an npz file."""
