@@ -14,6 +14,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from spec_envs.decoding.trace import (
     joined,
     write_trace,
 )
-from spec_envs.files import read_json, whole, write_json
+from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.prompts import SPLITS
 
 DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
@@ -66,6 +67,7 @@ DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depend
 TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
 LARGEST_TEXT = 2**30  # bytes of a text's columns
+DOING, SHARDS = "recording a trace", "texts/shard-*"
 TRACED = ("depth", "budget", "tree", "k")
 
 
@@ -127,20 +129,47 @@ def recorded(plan: Plan, folder: Path) -> Trace:
     Raises:
         ValueError: the folder holds a trace of another plan, or a damaged one.
     """
-    claim(plan, folder)
-    if not (folder / MANIFEST).exists():
-        record_texts(plan, folder)
-        assemble(plan, folder)
-    shutil.rmtree(folder / "texts", ignore_errors=True)
+    with held(folder, DOING):
+        claim(plan, folder)
+        if not (folder / MANIFEST).exists():
+            for part in folder.glob(SHARDS):  # that other processes still record
+                with held(part, "recording a shard"):
+                    pass
+            record_texts(plan, folder)
+            assemble(plan, folder)
+        shutil.rmtree(folder / "texts", ignore_errors=True)
     return Trace.load(folder)
+
+
+def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
+    """The same where nothing is said of the folder: several processes may ask for it at once."""
+    while True:
+        folder = default_folder(plan, root)
+        with held(folder, DOING):
+            if ours := folder == default_folder(plan, root):  # nobody claimed it for another plan meanwhile
+                claim(plan, folder)
+        if ours:
+            return recorded(plan, folder)
+
+
+def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
+    """Record one of several shards, while other processes record the others."""
+    with ExitStack() as stack:
+        with held(folder, DOING):
+            claim(plan, folder)
+            if (folder / MANIFEST).exists():
+                return
+            stack.enter_context(held(folder / "texts" / f"shard-{shard[0]}-{shard[1]}", "recording this shard"))
+        record_texts(plan, folder, shard)
 
 
 def claim(plan: Plan, folder: Path) -> None:
     """Make a folder this plan's, or refuse one that is another's."""
     note = folder / "settings.json"
     if note.exists():
-        found = read_json(note, f"delete {folder} and record the trace anew, or choose another --out")
-        found = found if isinstance(found, dict) else {}
+        found = read_json(note, f"delete {folder} and record the trace anew")
+        if not isinstance(found, dict):
+            raise ValueError(f"{note} is damaged (it is no JSON object); delete {folder} and record the trace anew")
         if differing := sorted(key for key in plan.settings | found if plan.settings.get(key) != found.get(key)):
             raise ValueError(
                 f"{folder} holds a trace recorded with another {', '.join(differing)}; choose another --out, or delete it"
@@ -177,6 +206,8 @@ def assemble(plan: Plan, folder: Path) -> None:
         if len(columns["tokens"]) > 1:
             kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
             parts.append(columns)
+    if not parts:
+        raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
     settings = plan.settings
     manifest = Manifest(
         version=VERSION,
@@ -320,17 +351,23 @@ def main() -> None:
         env |= {"k_max": args.depth + 1} if ENVIRONMENTS[args.env] == "k" else {"max_depth": args.depth}
     with one_sentence("interrupted; the same command goes on with the next text"):
         plan = Plan(args.env, env, tuple(args.texts))
+        if not args.shard and not args.out:
+            report(args.env, recorded_by_default(plan))
+            return
         folder = args.out or default_folder(plan)
         if args.shard:
-            claim(plan, folder)
-            record_texts(plan, folder, args.shard)
+            record_shard(plan, folder, args.shard)
             print(f"{folder}: shard {args.shard[0]} of {args.shard[1]} is recorded", file=sys.stderr)
             return
-        trace = recorded(plan, folder)
-        size = sum(path.stat().st_size for path in trace.folder.glob("*.npy"))
-        ties = int(trace.ties().sum())
-        print(f"{folder}: {len(trace.texts)} texts, {trace.rows} positions, {ties} near-ties, {size / 1e6:.0f} MB")
-        print(f'replay it with gym.make("{args.env}", trace="{folder}")')
+        report(args.env, recorded(plan, folder))
+
+
+def report(env_id: str, trace: Trace) -> None:
+    """Say what was recorded, and how to replay it."""
+    folder, ties = trace.folder, int(trace.ties().sum())
+    size = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    print(f"{folder}: {len(trace.texts)} texts, {trace.rows} positions, {ties} near-ties, {size / 1e6:.0f} MB")
+    print(f'replay it with gym.make("{env_id}", trace="{folder}")')
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import math
 import sys
 from pathlib import Path
@@ -49,10 +51,12 @@ def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
 def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """The one line with which a command ends."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with pytest.raises(SystemExit) as ended:
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(errors):
         command(name).main()
-    line = str(ended.value.code)
-    assert line.startswith("error: ") and "\n" not in line, line
+    code = ended.value.code
+    line = code if isinstance(code, str) else errors.getvalue().strip()
+    assert code and line.startswith("error: ") and "\n" not in line, line
     return line
 
 
