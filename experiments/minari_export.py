@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,8 @@ def hidden(name: str) -> Iterator[Path]:
             if before is not None:
                 os.environ[PLACE] = before
             shutil.rmtree(folder / "datasets", ignore_errors=True)
+    with suppress(OSError):  # another data set is being written
+        folder.parent.rmdir()
 
 
 def moved(name: str, made: Path, place: Path) -> None:
