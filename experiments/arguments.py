@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import NoReturn
 
 
+class Refused(SystemExit):
+    """The end of a command whose arguments make no sense: its status is 2, and it says why."""
+
+    code = 2
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of a command that its module's docstring describes.
 
@@ -25,8 +31,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one line."""
-        sys.exit(f"error: {message}; --help describes every option")
+        """End the command with one line."""
+        print(line := f"error: {message}; --help describes every option", file=sys.stderr)
+        raise Refused(line)
 
 
 def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
@@ -39,7 +46,7 @@ def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int
         except ValueError:
             value = lowest - 1
         if value < lowest or (highest is not None and value > highest):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number that fits; expected a whole number, {expected}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number that fits; expected {expected}")
         return value
 
     return parse
@@ -56,7 +63,7 @@ def number(lowest: float, highest: float = math.inf, above: bool = False) -> Cal
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not lowest <= value <= highest or (above and value == lowest):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number that fits; expected a number {expected}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no number that fits; expected {expected}")
         return value
 
     return parse

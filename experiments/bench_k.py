@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from experiments.train import run_folder, trained
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import ENGINES, KControl
 from spec_envs.decoding.pair import DEFAULT_TARGET
-from spec_envs.files import whole, write_json
+from spec_envs.files import read_json, whole, write_json
 
 ID = "SpecK-v0"
 FIXED = (4, 8, 16)
@@ -188,6 +189,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def kept_figures(path: Path, name: str) -> dict[str, Any]:
+    """Return the figures that stand in the file already, beside which those of ``name`` will.
+
+    Raises:
+        ValueError: the file is damaged, or the name is another's.
+    """
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ValueError(f"--name is {name!r}; expected letters, digits, points and dashes")
+    kept = read_json(path, "delete it, or choose another --out") if path.exists() else {}
+    if not isinstance(kept, dict):
+        raise ValueError(f"{path} does not hold the figures of this command; delete it, or choose another --out")
+    if name in kept and not is_bench(kept[name]):
+        raise ValueError(f"--name is {name!r}, by which something else stands in {path}; choose another")
+    return kept
+
+
 def is_bench(value: Any) -> bool:
     """Whether a value of the JSON file is the figures of another target."""
     return isinstance(value, dict) and "best_agent" in value
@@ -233,10 +250,10 @@ def main() -> None:
         name = args.name or (args.engine if served else "")
         given = args.agents or ",".join(ON_SERVER if served else CONTROLLERS)
         stanzas = [stanza.strip() for stanza in given.split(",")]
+        path = args.out / "bench-k.json"
+        kept = kept_figures(path, name)
         results = bench_k(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "bench-k.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
         if name:
             write_json(path, kept | {name: results})
         else:

@@ -44,7 +44,7 @@ from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.trace import MANIFEST, Trace
-from spec_envs.files import write_json
+from spec_envs.files import held, read_json, whole, write_json
 
 
 def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
@@ -148,33 +148,57 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--count", type=PROMPTS, help=f"held-out prompts, live (default {FULL.prompts}, fast {FAST.prompts})"
     )
-    parser.add_argument("--fast", action="store_true", default=bool(os.environ.get("FAST")), help="the small version")
+    parser.add_argument("--fast", action="store_true", default=switched("FAST"), help="the small version")
     return parser.parse_args()
 
 
+def switched(name: str) -> bool:
+    """Whether an environment variable is 1.
+
+    Raises:
+        ValueError: it is neither that nor 0.
+    """
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} is {value!r}; expected 1, or 0")
+    return value == "1"
+
+
 def main() -> None:
-    args = arguments()
-    size = FAST if args.fast else FULL
-    root = args.root / "fast" if args.fast else args.root
     with one_sentence("interrupted; the same command goes on with what is not trained yet"):
-        results: dict[str, Any] = {}
-        for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
-            own = LARGER if "/" in name and not args.fast else size
-            own = own._replace(seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
-            done = root / "benchmark" / name / "results.json"
-            settings = json.loads(json.dumps(own._asdict()))
-            if not done.exists():
-                done.parent.mkdir(parents=True, exist_ok=True)
-                write_json(done, measure(name, own, root) | {"settings": settings})
-            results[name] = json.loads(done.read_text())
-            if results[name]["settings"] != settings:
-                raise ValueError(f"{done} was made with other settings; delete {done.parent}, or choose another --root")
-            print(f"{name}: {done}")
-    write_json(root / "benchmark.json", results)
-    report = root if args.fast else args.report
-    draw(results, report / "RESULTS.png")
-    (report / "RESULTS.md").write_text(results_md(results, args.fast))
-    print(f"written: {root}/benchmark.json, {report}/RESULTS.md, RESULTS.png")
+        args = arguments()
+        root = args.root / "fast" if args.fast else args.root
+        with held(root / "benchmark"):
+            results = measured(args, root)
+        write_json(root / "benchmark.json", results)
+        report = root if args.fast else args.report
+        report.mkdir(parents=True, exist_ok=True)
+        draw(results, report / "RESULTS.png")
+        with whole(report / "RESULTS.md") as path:
+            path.write_text(results_md(results, args.fast))
+        print(f"written: {root}/benchmark.json, {report}/RESULTS.md, RESULTS.png")
+
+
+def measured(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """The figures of every problem, measured as far as they are not there yet.
+
+    Raises:
+        ValueError: they were measured with other settings, or their file is damaged.
+    """
+    size, results = FAST if args.fast else FULL, dict[str, Any]()
+    for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
+        own = LARGER if "/" in name and not args.fast else size
+        own = own._replace(seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
+        done = root / "benchmark" / name / "results.json"
+        settings = json.loads(json.dumps(own._asdict()))
+        if not done.exists():
+            done.parent.mkdir(parents=True, exist_ok=True)
+            write_json(done, measure(name, own, root) | {"settings": settings})
+        results[name] = read_json(done, f"delete {done.parent} to measure again")
+        if not isinstance(results[name], dict) or results[name].get("settings") != settings:
+            raise ValueError(f"{done} was made with other settings; delete {done.parent}, or choose another --root")
+        print(f"{name}: {done}")
+    return results
 
 
 if __name__ == "__main__":

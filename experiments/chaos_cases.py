@@ -88,12 +88,12 @@ CASES = {  # the quickest first
     for case in (
         Case(
             "tune",
-            f"experiments.tune SpecK-v0 --agent svip --root {{}} --trials 40 --set {PROFILE} env.decision=token",
+            f"experiments.tune SpecK-v0 --agent svip --root {{}} --trials 30 --set {PROFILE} env.decision=token",
             lambda folder: digests(folder, "best.yml"),
         ),
         Case(
             "train-ppo",
-            f"{TRAIN} SpecK-v0 --agent ppo --set {PROFILE} {ROLLOUTS} total_timesteps=2048 eval_freq=512 test_prompts=3",
+            f"{TRAIN} SpecK-v0 --agent ppo --set {PROFILE} {ROLLOUTS} total_timesteps=1024 eval_freq=512 test_prompts=3",
             last_step,
         ),
         Case(

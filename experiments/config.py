@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -264,11 +265,17 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
     return text, raw.get("env") or {}, stanzas
 
 
+@functools.lru_cache(8)
+def composed(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text, which know their lines."""
+    return yaml.compose(text, Loader)
+
+
 def line_of(text: str, *keys: tuple[str, ...]) -> int:
     """Line of whichever of several nested keys a YAML text holds; of the deepest parent it holds otherwise."""
     best = (False, 0, 1)
     for path in keys:
-        node, line, depth = yaml.compose(text, Loader), 1, 0
+        node, line, depth = composed(text), 1, 0
         for key in path:
             if not isinstance(node, yaml.MappingNode):
                 break

@@ -10,10 +10,24 @@ that is left out is as in the stanza; the key that it stands for is given with i
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.arguments import SEED, Parser, input_file, output_folder
+from experiments.arguments import (
+    POSITIVE,
+    PROMPTS,
+    SEED,
+    TEMPERATURE,
+    TOKENS,
+    Parser,
+    input_file,
+    nonempty,
+    number,
+    output_folder,
+    whole_number,
+)
 from experiments.command import one_sentence
 from experiments.config import load_experiment
 from experiments.evaluate import evaluate_run, save
@@ -27,30 +41,34 @@ REINFORCE = ("slow_every", "beta_kl", "baseline_momentum")  # which dvi does not
 class Flag(NamedTuple):
     """A flag's type, the key of the YAML that it sets, and what it is."""
 
-    kind: type
+    kind: Callable[[str], Any]
     key: str
     help: str
 
 
 FLAGS = {
-    "model_name": Flag(str, "env.target", "name of models.yml, hub id, folder or GGUF file"),
-    "exit_layer": Flag(int, "env.exit_layer", "layers in front of the exit"),
-    "adapter": Flag(str, "env.adapter", "head, kangaroo or layers"),
-    "rank": Flag(int, "env.rank", "of the low-rank weights"),
-    "block": Flag(int, "env.block", "drafted tokens that are verified together while learning"),
-    "draft_temperature": Flag(float, "env.draft_temperature", "at which drafts are drawn while learning"),
-    "max_new_tokens": Flag(int, "env.max_new_tokens", "per prompt"),
-    "switch_every": Flag(int, "env.switch_every", "prompts after which another set has its turn"),
-    "dtype": Flag(str, "env.dtype", "auto, int8, bfloat16 or float32"),
-    "fast_batch": Flag(int, "hyperparameters.fast_batch", "judged rows between updates"),
-    "replay_batch": Flag(int, "hyperparameters.replay_batch", "remembered rows that join those of an update"),
-    "slow_every": Flag(int, "hyperparameters.slow_every", "updates between steps of the verifier (reinforce)"),
-    "beta_kl": Flag(float, "hyperparameters.beta_kl", "weight of the KL to the frozen verifier (reinforce)"),
-    "baseline_momentum": Flag(float, "hyperparameters.baseline_momentum", "of the moving baseline (reinforce)"),
-    "learning_rate": Flag(float, "hyperparameters.learning_rate", "of what drafts"),
-    "texts": Flag(int, "hyperparameters.texts", "prompts to read (without it each one once)"),
-    "own_text": Flag(int, "own_text", "user turns that the target writes to learn from"),
-    "test_prompts": Flag(int, "test_prompts", "held-out prompts of the evaluation"),
+    "model_name": Flag(nonempty, "env.target", "name of models.yml, hub id, folder or GGUF file"),
+    "exit_layer": Flag(POSITIVE, "env.exit_layer", "layers in front of the exit"),
+    "adapter": Flag(nonempty, "env.adapter", "head, kangaroo or layers"),
+    "rank": Flag(POSITIVE, "env.rank", "of the low-rank weights"),
+    "block": Flag(POSITIVE, "env.block", "drafted tokens that are verified together while learning"),
+    "draft_temperature": Flag(TEMPERATURE, "env.draft_temperature", "at which drafts are drawn while learning"),
+    "max_new_tokens": Flag(TOKENS, "env.max_new_tokens", "per prompt"),
+    "switch_every": Flag(whole_number(0), "env.switch_every", "prompts after which another set has its turn"),
+    "dtype": Flag(nonempty, "env.dtype", "auto, int8, bfloat16 or float32"),
+    "fast_batch": Flag(POSITIVE, "hyperparameters.fast_batch", "judged rows between updates"),
+    "replay_batch": Flag(
+        whole_number(0), "hyperparameters.replay_batch", "remembered rows that join those of an update"
+    ),
+    "slow_every": Flag(
+        whole_number(0), "hyperparameters.slow_every", "updates between steps of the verifier (reinforce)"
+    ),
+    "beta_kl": Flag(number(0), "hyperparameters.beta_kl", "weight of the KL to the frozen verifier (reinforce)"),
+    "baseline_momentum": Flag(number(0, 1), "hyperparameters.baseline_momentum", "of the moving baseline (reinforce)"),
+    "learning_rate": Flag(number(0, 1, above=True), "hyperparameters.learning_rate", "of what drafts"),
+    "texts": Flag(POSITIVE, "hyperparameters.texts", "prompts to read (without it each one once)"),
+    "own_text": Flag(whole_number(0), "own_text", "user turns that the target writes to learn from"),
+    "test_prompts": Flag(PROMPTS, "test_prompts", "held-out prompts of the evaluation"),
 }
 
 
@@ -85,7 +103,7 @@ def arguments() -> argparse.Namespace:
 def overrides(args: argparse.Namespace) -> list[str]:
     """The flags that were given, as overrides of the stanza's keys."""
     given = {flag.key: getattr(args, name) for name, flag in FLAGS.items() if getattr(args, name) is not None}
-    found = [f"{key}={value}" for key, value in given.items()]
+    found = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     if args.conversations:
         paths = ",".join(str(Path(path).resolve()) for path in args.conversations)
         found += [f"env.prompts={paths}", "env.split=all", "own_text=0", "hyperparameters.order=logged"]

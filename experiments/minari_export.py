@@ -6,8 +6,11 @@ episode's seed and actions play it again in `recover_environment()`, as long as 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,9 @@ from spec_envs import ENVIRONMENTS, REPLAYED, __version__
 from spec_envs.controls import Agent, make_control
 from spec_envs.decoding.trace import Trace
 from spec_envs.env import SpecEnv
+from spec_envs.files import held, write_bytes
 
+PLACE = "MINARI_DATASETS_PATH"  # of the data sets, to Minari
 SUMMARY = ("task", "tokens", "speedup")  # of a text, said in its last info
 
 
@@ -64,8 +69,8 @@ def library() -> Any:
     return minari
 
 
-def free(name: str) -> None:
-    """Refuse a name that Minari cannot give to a new data set."""
+def free(name: str) -> Path:
+    """Return the folder of a new data set of that name, and refuse a name that Minari cannot give it."""
     library()
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage import get_dataset_path
@@ -76,6 +81,43 @@ def free(name: str) -> None:
         raise ValueError(f"name is {name!r}; expected one such as spec-envs/depth-random-v0") from None
     if (path := get_dataset_path(name)).exists():
         raise ValueError(f"there is a data set {name} in {path}; choose another --name, or delete that folder")
+    return path
+
+
+@contextmanager
+def hidden(name: str) -> Iterator[Path]:
+    """While the block runs, Minari's data sets are below a hidden folder beside the others, which is given: a process
+    that is killed leaves no data set of which a part is missing.
+
+    Raises:
+        ValueError: the name is not free, or another process writes a data set of that name.
+    """
+    place = free(name)
+    folder = place.parents[len(Path(name).parts) - 1] / ".spec-envs" / name.replace("/", "--")
+    before = os.environ.get(PLACE)
+    with held(folder):
+        shutil.rmtree(folder / "datasets", ignore_errors=True)
+        os.environ[PLACE] = str(folder / "datasets")
+        try:
+            yield folder / "datasets"
+        finally:
+            os.environ.pop(PLACE)
+            if before is not None:
+                os.environ[PLACE] = before
+            shutil.rmtree(folder / "datasets", ignore_errors=True)
+    with suppress(OSError):  # another data set is being written
+        folder.parent.rmdir()
+
+
+def moved(name: str, made: Path, place: Path) -> None:
+    """Move a data set that was written in ``made`` to its place; the folders of its namespace, which Minari marks, first."""
+    for parent in list(Path(name).parents)[-2::-1]:
+        there = place.parents[len(Path(name).parts) - 1] / parent
+        there.mkdir(parents=True, exist_ok=True)
+        for mark in (made / parent).glob("*.json"):
+            if not (there / mark.name).exists():
+                write_bytes(there / mark.name, mark.read_bytes())
+    (made / name).replace(place)
 
 
 def prepared(
@@ -165,7 +207,7 @@ def exported(
         ValueError: Minari is not installed, the name is not free, or settings that do not go together.
     """
     minari = library()
-    free(name)
+    place = free(name)
     if episodes < 1:
         raise ValueError(f"the number of episodes is {episodes}; expected 1 or more")
     trace = Trace.load(folder)
@@ -184,20 +226,22 @@ def exported(
         )
         for episode in done
     ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a data set that is not published needs no author
-        dataset = minari.create_dataset_from_buffers(
-            name,
-            buffers,
-            env=env,
-            algorithm_name=policy,
-            description=f"{policy} in {env_id} on texts of {trace.manifest.target}, drafted by {trace.manifest.drafter}",
-            requirements=[f"spec-envs=={__version__}"],
-        )
     summaries = [{key: episode.infos[-1][key] for key in SUMMARY if key in episode.infos[-1]} for episode in done]
-    dataset.storage.update_episode_metadata(summaries)
+    with hidden(name) as made:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a data set that is not published needs no author
+            dataset = minari.create_dataset_from_buffers(
+                name,
+                buffers,
+                env=env,
+                algorithm_name=policy,
+                description=f"{policy} in {env_id} on texts of {trace.manifest.target}, drafted by {trace.manifest.drafter}",
+                requirements=[f"spec-envs=={__version__}"],
+            )
+        dataset.storage.update_episode_metadata(summaries)
+        moved(name, made, place)
     env.close()
-    return dataset
+    return minari.load_dataset(name)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

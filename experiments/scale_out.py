@@ -19,7 +19,7 @@ def mapped(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], desc: str)
         ValueError: ``RAY`` is set and Ray is not installed.
     """
     address = os.environ.get("RAY", "")
-    if not address:
+    if address in ("", "0"):
         return [work(*job) for job in tqdm(jobs, desc=desc, unit="job")]
     try:
         import ray

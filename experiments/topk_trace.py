@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from spec_envs.decoding.drafters.base import ChainDrafter, Copier
 from spec_envs.decoding.pair import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
-from spec_envs.files import whole
+from spec_envs.files import parse_json, whole
 from spec_envs.network.expected import ExpectedTrace, Text
 from spec_envs.templates import DATE
 
@@ -73,10 +74,29 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
     )  # fmt: skip
 
 
+<<<<<<< HEAD
 def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
     """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, and the day for templates that write it."""
     hashes = weights_sha256(target, drafter)
     return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "date": DATE, "versions": versions()})
+||||||| 9b9c50c
+def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
+    """What a trace is valid for, as JSON: hashes of both weights, dtype and prompts."""
+    hashes = weights_sha256(target, drafter)
+    return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "versions": versions()})
+=======
+def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
+    """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that write it, and what
+    the command was told."""
+    hashes = weights_sha256(args.target, drafter)
+    found = {"sha256": hashes, "dtype": dtype, "prompts": args.prompts, "date": DATE, "versions": versions()}
+    return json.dumps(found | {"settings": settings(args)})
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that a recording depends on."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
+>>>>>>> commands
 
 
 def last(rows: np.ndarray) -> np.ndarray:
@@ -108,16 +128,16 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen_file(args: argparse.Namespace) -> Path:
-    """Return where the trace is written.
+    """Return where the trace is written, or lies.
 
     Raises:
-        ValueError: there is one already, or a name by which it would not be found again.
+        ValueError: another trace lies there, or a name by which it would not be found again.
     """
     path = args.out or Path("runs/traces") / f"{Path(args.target).name}-topk.npz"
     if path.suffix != ".npz":
         raise ValueError(f"--out is {path}; expected a name that ends in .npz")
-    if path.exists():
-        raise ValueError(f"{path} is there already; choose another --out, or delete it")
+    if path.exists() and parse_json(ExpectedTrace.load(str(path)).source).get("settings") != settings(args):
+        raise ValueError(f"{path} was recorded with other settings; choose another --out, or delete it")
     return path
 
 
@@ -125,31 +145,40 @@ def main() -> None:
     args = arguments()
     with one_sentence("interrupted; nothing was written"):
         path = chosen_file(args)
-        CostTable.load(args.clock)
-        drafter = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
-        decoder = load_decoder(args.target, drafter, dtype=args.dtype, temperature=args.temperature, width=1)
-        local = decoder.local
-        decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
-        env = {"target": args.target, "prompts": args.prompts}
-        print(f"recording {path}", file=sys.stderr)
-        texts = []
-        for split, count in COUNTS.items():
-            prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
-            for seed, prompt in enumerate(tqdm(prompts, desc=f"texts of {split}", unit="text")):
-                text = record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed)
-                texts += [text] if len(text.tokens) > 1 else []
-        eos = min(decoder.eos)
-        source = made_with(args.target, drafter, local.dtype, args.prompts)
-        trace = ExpectedTrace(
-            "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            trace.save(temporary)
-        print(
-            f"{path}: {len(texts)} texts, {sum(len(t.tokens) for t in texts)} tokens, {path.stat().st_size / 1e3:.0f} kB"
-        )
+        if path.exists():
+            print("recorded already; delete the file to record it again", file=sys.stderr)
+        else:
+            record_all(args, path)
+        trace = ExpectedTrace.load(str(path))
+        tokens, size = sum(len(text.tokens) for text in trace.texts), path.stat().st_size
+        print(f"{path}: {len(trace.texts)} texts, {tokens} tokens, {size / 1e3:.0f} kB")
         print(f'play it with gym.make("SpecTopK-v0", trace="{path}")')
+
+
+def record_all(args: argparse.Namespace, path: Path) -> None:
+    """Record the texts of every split, then write the file."""
+    CostTable.load(args.clock)
+    drafter = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
+    decoder = load_decoder(args.target, drafter, dtype=args.dtype, temperature=args.temperature, width=1)
+    local = decoder.local
+    decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
+    env = {"target": args.target, "prompts": args.prompts}
+    print(f"recording {path}", file=sys.stderr)
+    texts = []
+    for split, count in COUNTS.items():
+        prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
+        for seed, prompt in enumerate(tqdm(prompts, desc=f"texts of {split}", unit="text")):
+            text = record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed)
+            texts += [text] if len(text.tokens) > 1 else []
+    if not texts:
+        raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
+    eos, source = min(decoder.eos), made_with(args, drafter, local.dtype)
+    trace = ExpectedTrace(
+        "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        trace.save(temporary)
 
 
 if __name__ == "__main__":

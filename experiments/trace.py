@@ -70,6 +70,7 @@ TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
 DOING, SHARDS = "recording a trace", "texts/shard-*"
 LARGEST_TEXT = 2**30  # bytes of a text's columns
+DOING, SHARDS = "recording a trace", "texts/shard-*"
 TRACED = ("depth", "budget", "tree", "k")
 
 
@@ -209,6 +210,8 @@ def assemble(plan: Plan, folder: Path) -> None:
         if len(columns["tokens"]) > 1:
             kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
             parts.append(columns)
+    if not parts:
+        raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
     settings = plan.settings
     manifest = Manifest(
         version=VERSION,

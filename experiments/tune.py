@@ -65,7 +65,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     with held(folder):
         claim(folder, settings, "--root")
         table, study = priced(folder, experiment.env, control), opened(folder)
-        control.costs = CostTable.load(str(table))
+        costs = control.costs = CostTable.load(str(table))
         if not finished(study):
             train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
             if not study.get_trials(states=(TrialState.WAITING,)):
@@ -77,6 +77,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
             trial.set_user_attr("hyperparameters", settings)
             candidate = kind(control=control, **settings)
             candidate.load(folder)
+            decoder.clock = PricedClock(costs)  # whose sums would otherwise round differently from trial to trial
             arms = {"candidate": decoded(decoder, Policy(control, candidate))}
             return throughput(run_arms(arms, chosen, tokens, "", quiet=True)["candidate"])
 

@@ -155,3 +155,63 @@ def test_what_cannot_be_recorded_is_refused(env_id: str, stanza: str, value: str
 def test_what_is_learned_from_a_trace_is_shown_live() -> None:
     assert load_experiment("SpecK-v0", "hindsight", ["env.trace=some/trace"]).eval_env == {"trace": None}
     assert load_experiment("SpecK-v0", "ppo", ["env.trace=some/trace"]).eval_env == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "agents:\n  ppo: {}\n  a2c: {}\n  ppo: {}\n",
+            r"SpecDepth-v0.yml:4 is not YAML as it is used here: the key 'ppo'",
+        ),
+        (
+            "agents:\n  ppo:\n    seed: 1\n    seed: 2\n",
+            r"SpecDepth-v0.yml:4 .*the key 'seed' stands twice, first in line 3",
+        ),
+        ("agents:\n\tppo: {}\n", r"SpecDepth-v0.yml:2 .*found character '\\t'"),
+        ("agents: {ppo: 5}\n", r"SpecDepth-v0.yml:1: agents.ppo is 5; expected keys and values"),
+        ("env: 3\nagents: {ppo: {}}\n", r"SpecDepth-v0.yml:1: env is 3; expected keys and values"),
+        ("agents:\n  1: {}\n", r"agents has the key 1, which is not text"),
+        ("agents:\n  ppo: {env: [1]}\n", r"agents.ppo.env is \[1\]; expected keys and values"),
+        ("agents:\n  ppo: {hyperparameters: {gamma: .nan}}\n", r":2: gamma is nan; expected a finite number"),
+        ("agents:\n  ppo: {env: {pace: .inf}}\n", r":2: pace is inf; expected a finite number"),
+        ("agents:\n  ppo: {calibrate: off}\n", r":2: calibrate: Input should be a valid boolean"),
+        ("agents:\n  ppo: {hyperparameters: {gamma: abc}}\n", r":2: gamma is 'abc'; expected float"),
+        ("agents:\n  ppo: {hyperparameters: {gamma: 1.5}}\n", r":2: gamma is 1.5; expected a share from 0 to 1"),
+        ("agents:\n  ppo: {hyperparameters: {n_steps: 2.5}}\n", r":2: n_steps is 2.5; expected int"),
+        (
+            "agents:\n  ppo: {hyperparameters: {batch_size: -8}}\n",
+            r":2: batch_size is -8; expected a number of 0 or more",
+        ),
+        ("agents:\n  ppo: {hyperparameters: {pi_arch: [8, x]}}\n", r":2: pi_arch is \[8, 'x'\]; expected tuple"),
+        ("agents: {}\n", r"has no agents"),
+        ("", r"has no agents"),
+    ],
+)
+def test_files_that_say_things_twice_or_make_no_sense(text: str, message: str, written: Path) -> None:
+    written.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_experiment("SpecDepth-v0", "ppo")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text(written: Path) -> None:
+    written.write_bytes("agents: {ppo: {}} # Grüße".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"cannot read .*SpecDepth-v0.yml \(.*\); expected YAML in UTF-8"):
+        load_experiment("SpecDepth-v0", "ppo")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hyperparameters.gamma=nan",
+        "env.pace=inf",
+        "hyperparameters.n_steps={a: 1, a: 2}",
+        "env=5",
+        "env.max_depth=[[[[",
+    ],
+)
+def test_overrides_that_make_no_sense(override: str) -> None:
+    with pytest.raises(ValueError, match=r"SET: |override ") as error:
+        load_experiment("SpecDepth-v0", "ppo", [override])
+    assert "\n" not in str(error.value)

@@ -71,18 +71,19 @@ def test_a_head_is_trained_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", 0], "--steps: '0' is no number that fits; expected a whole number, 1 or more"),
-        (["--deep-share", 5], "--deep-share: '5' is no number that fits; expected a number above 0 and at most 1"),
+        (["--steps", 0], "--steps: '0' is no whole number that fits; expected 1 or more"),
+        (["--deep-share", 5], "--deep-share: '5' is no number that fits; expected above 0 and at most 1"),
         (["--deep-share", 0.5, "--kind", "draft-model"], "--deep-share is read with --kind eagle3 alone"),
         (["--layers", 2], "--layers is read with --kind draft-model alone"),
         (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
     ],
 )
 def test_mistakes_claim_no_folder(
-    arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as ended:
         make(monkeypatch, "--work", tmp_path / "work", *arguments)
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
     assert not (tmp_path / "work").exists()
 
 

@@ -123,3 +123,26 @@ def test_the_command_says_what_it_made_and_what_is_wrong(
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(SystemExit, match=r"install the extra `minari`, as in pip install -e '\.\[minari\]'"):
         minari_export.main([*given, "a-v0"])
+
+
+def test_a_killed_export_leaves_no_data_set(
+    traces: dict[str, Trace], datasets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written when the process ends is out of sight, and gone after the next export of that name."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    arguments = ("spec-envs/tiny-v0", traces["tree"].folder, "SpecDepth-v0", "random", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(minari_export, "moved", killed)
+        patch.setattr(minari_export.shutil, "rmtree", lambda *_, **__: None)  # which SIGKILL does not let run
+        with pytest.raises(SystemExit):
+            exported(*arguments)
+    assert not minari.list_local_datasets() and list((datasets / ".spec-envs").rglob("*.hdf5"))
+    dataset = exported(*arguments)
+    assert list(minari.list_local_datasets()) == ["spec-envs/tiny-v0"] and dataset.total_episodes == 2
+    assert not list((datasets / ".spec-envs").rglob("*.hdf5"))
+    assert Path(dataset.storage.data_path).is_relative_to(datasets / "spec-envs")
+    exported("tiny-v0", *arguments[1:])
+    assert sorted(minari.list_local_datasets()) == ["spec-envs/tiny-v0", "tiny-v0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from agents import AGENTS
 from agents.fixed import FixedAgent
 from agents.rl_adapter_agent import RLAdapterAgent
+from experiments import topk_trace
 from experiments.link_references import Outcome, per_state
 from experiments.live import encoded_prompts
 from experiments.topk_trace import expected_acceptance
@@ -21,6 +23,7 @@ from spec_envs.controls.opening import decoder_under
 from spec_envs.controls.topk import TopKControl, log_scaled
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.sampling import Proposal
+from spec_envs.network import expected
 from spec_envs.network.expected import ExpectedTrace
 from spec_envs.network.link import load_link
 from tests.test_env import rollout
@@ -306,3 +309,25 @@ def test_agents_play_it(name: str, chain: dict) -> None:
         observation, _, done, _, _ = env.step(int(action))
         if done:
             observation, _ = env.reset()
+
+
+@pytest.mark.model
+def test_recording_leaves_the_shipped_trace_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = {path: path.read_bytes() for path in expected.TRACES.iterdir()}
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["topk_trace", "--scale", "0.01", "--prompts", "gsm8k", *arguments])
+        topk_trace.main()
+        return "".join(capsys.readouterr())
+
+    assert "runs/traces/smollm2-135m-topk.npz: 3 texts" in command("--max-new-tokens", "4")
+    assert {path: path.read_bytes() for path in expected.TRACES.iterdir()} == shipped
+    assert [path.name for path in Path("runs/traces").iterdir()] == ["smollm2-135m-topk.npz"]
+    assert "recorded already" in command("--max-new-tokens", "4")
+    with pytest.raises(SystemExit, match="was recorded with other settings; choose another --out, or delete it"):
+        command("--max-new-tokens", "5")
+    with pytest.raises(SystemExit, match=r"--out is trace.txt; expected a name that ends in .npz"):
+        command("--out", "trace.txt")

@@ -184,3 +184,32 @@ def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match="is not a readable run folder"):
         evaluate.main()
+
+
+def test_settings_of_an_evaluation_that_nothing_would_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is misspelt or has no effect is refused, and writes nothing."""
+    small = ["total_timesteps=64", "test_prompts=3", "hyperparameters.value=2"]
+    profile = "env.trace=qwen2.5-coder-32b-cpu"
+    run_train(monkeypatch, ["SpecK-v0", "--agent", "fixed", "--root", str(tmp_path), "--set", profile, *small])
+    run = tmp_path / "SpecK-v0" / "fixed-0"
+    before = sorted(run.rglob("*"))
+    for arguments, sentence in (
+        ([run, "--prompts", "gsm8k"], "prompts cannot be set: the run is played on the trace 'qwen2.5-coder-32b-cpu'"),
+        ([run, "--temperature", "1", "--dtype", "int8"], "dtype, temperature cannot be set"),
+        ([run, "--count", "0"], "--count: '0' is no whole number that fits; expected 2 or more"),
+        ([run, "--temperature", "nan"], "--temperature: 'nan' is no number that fits; expected 0 or more"),
+        ([run, "--max-new-tokens", "-3"], "--max-new-tokens: '-3'"),
+        ([run, "--data-dir", tmp_path / "nowhere"], "nowhere' is not a folder"),
+        ([run, "--depth", "1"], "give a run, or depths and budgets, not both"),
+        (["--depth", " ", "--budget", ""], "nothing to evaluate"),
+        (["--depth", "1", "--prompts", "gsm8"], "no prompt set gsm8"),
+        ([run, run], "unrecognized arguments"),
+        ([tmp_path / "nowhere"], "nowhere is not a readable run folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main()
+        assert sentence in str(ended.value), (arguments, str(ended.value))
+    assert sorted(run.rglob("*")) == before and not capsys.readouterr().err.count("Traceback")

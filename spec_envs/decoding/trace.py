@@ -247,6 +247,8 @@ def check_manifest(manifest: Manifest) -> None:
     """
     if manifest.width < 1 or manifest.max_depth < 0 or manifest.vocab < 1 or manifest.context < 1:
         raise ValueError("its width, max_depth, vocab and context are not all positive")
+    if manifest.kind == "chain" and manifest.width != 1:
+        raise ValueError(f"its width is {manifest.width}; that of chains is 1")
     if not manifest.texts or any(text.tokens < 1 or not text.prompt for text in manifest.texts):
         raise ValueError("it has no texts, or some without a token or a prompt")
     ids = [*manifest.eos, *(token for text in manifest.texts for token in text.prompt)]
