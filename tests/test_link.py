@@ -145,7 +145,7 @@ def test_a_recorded_trace_goes_round(tmp_path: Path) -> None:
         ("constant:up=46,down=563", "down=563' is not a link .*rtt_ms: Field required.*expected 'constant:up=46"),
         ("constant:up=x,down=563,rtt=1", "'up=x' is not one of up, down, rtt, jitter, loss with a number"),
         ("constant:up=1,down=563,rtt=1,los=0", "'los=0' is not one of"),
-        ("constant:up=0,down=563,rtt=1", "up_mbps: Input should be greater than 0"),
+        ("constant:up=0,down=563,rtt=1", "up_mbps: Input should be greater than or equal to 1e-06"),
         ("constant:up=nan,down=563,rtt=1", "up_mbps: Input should be a finite number"),
     ],
 )
@@ -189,7 +189,7 @@ def test_malformed_links(data: dict[str, object], message: str, tmp_path: Path) 
         ("ms,mbps,up_mbps\n0,1,1\n1,1\n", "1.up_mbps: Input should be a valid number"),
         ("ms,mbps\n0,1\n1,1,1\n", "Keys should be strings"),
         ("ms,mbps\n0,1\n0,1\n", "row 1: ms does not ascend"),
-        ("ms,mbps\n0,1\n1,0\n", "1.mbps: Input should be greater than 0"),
+        ("ms,mbps\n0,1\n1,0\n", "1.mbps: Input should be greater than or equal to 1e-06"),
     ],
 )
 def test_malformed_traces(text: str, message: str, tmp_path: Path) -> None:
