@@ -145,7 +145,7 @@ def test_a_recorded_trace_goes_round(tmp_path: Path) -> None:
         ("constant:up=46,down=563", "down=563' is not a link .*rtt_ms: Field required.*expected 'constant:up=46"),
         ("constant:up=x,down=563,rtt=1", "'up=x' is not one of up, down, rtt, jitter, loss with a number"),
         ("constant:up=1,down=563,rtt=1,los=0", "'los=0' is not one of"),
-        ("constant:up=0,down=563,rtt=1", "up_mbps: Input should be greater than or equal to 1e-06"),
+        ("constant:up=0,down=563,rtt=1", "up_mbps: Input should be greater than or equal to 0.000001"),
         ("constant:up=nan,down=563,rtt=1", "up_mbps: Input should be a finite number"),
     ],
 )
@@ -189,7 +189,7 @@ def test_malformed_links(data: dict[str, object], message: str, tmp_path: Path) 
         ("ms,mbps,up_mbps\n0,1,1\n1,1\n", "1.up_mbps: Input should be a valid number"),
         ("ms,mbps\n0,1\n1,1,1\n", "Keys should be strings"),
         ("ms,mbps\n0,1\n0,1\n", "row 1: ms does not ascend"),
-        ("ms,mbps\n0,1\n1,0\n", "1.mbps: Input should be greater than or equal to 1e-06"),
+        ("ms,mbps\n0,1\n1,0\n", "1.mbps: Input should be greater than or equal to 0.000001"),
     ],
 )
 def test_malformed_traces(text: str, message: str, tmp_path: Path) -> None:
@@ -332,3 +332,24 @@ def test_the_command_forwards() -> None:
                         assert far.recv(5) == b"hello"
             finally:
                 process.terminate()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1e-320", "1e300", "null", '"5"', "[" * 100_000])
+def test_numbers_that_no_link_has(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    for key in ("up_mbps", "down_mbps", "rtt_ms", "jitter_ms", "loss"):
+        if value == "1e-320" and not key.endswith("mbps"):
+            continue  # a delay of next to nothing is one
+        fields = {"up_mbps": "1", "down_mbps": "1", "rtt_ms": "1"} | {key: value}
+        path.write_text('{"kind": "constant", ' + ", ".join(f'"{k}": {v}' for k, v in fields.items()) + "}")
+        with pytest.raises(ValueError, match=r"mine\.json is not a link") as error:
+            load_link(str(path))
+        assert len(str(error.value)) < 500
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    data, rows = tmp_path / "mine.json", tmp_path / "mine.csv"
+    data.write_text('{"kind": "constant", "up_mbps": 4, "down_mbps": 8, "rtt_ms": 2}', encoding="utf-8-sig")
+    rows.write_text("ms,mbps\n0,3\n100,5\n", encoding="utf-8-sig")
+    assert load_link(str(data)).states == (LinkState(4, 8, 2),)
+    assert {state.down_mbps for state in load_link(str(rows)).states} == {3, 5}
