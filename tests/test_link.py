@@ -332,3 +332,24 @@ def test_the_command_forwards() -> None:
                         assert far.recv(5) == b"hello"
             finally:
                 process.terminate()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1e-320", "1e300", "null", '"5"', "[" * 100_000])
+def test_numbers_that_no_link_has(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    for key in ("up_mbps", "down_mbps", "rtt_ms", "jitter_ms", "loss"):
+        if value == "1e-320" and not key.endswith("mbps"):
+            continue  # a delay of next to nothing is one
+        fields = {"up_mbps": "1", "down_mbps": "1", "rtt_ms": "1"} | {key: value}
+        path.write_text('{"kind": "constant", ' + ", ".join(f'"{k}": {v}' for k, v in fields.items()) + "}")
+        with pytest.raises(ValueError, match=r"mine\.json is not a link") as error:
+            load_link(str(path))
+        assert len(str(error.value)) < 500
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    data, rows = tmp_path / "mine.json", tmp_path / "mine.csv"
+    data.write_text('{"kind": "constant", "up_mbps": 4, "down_mbps": 8, "rtt_ms": 2}', encoding="utf-8-sig")
+    rows.write_text("ms,mbps\n0,3\n100,5\n", encoding="utf-8-sig")
+    assert load_link(str(data)).states == (LinkState(4, 8, 2),)
+    assert {state.down_mbps for state in load_link(str(rows)).states} == {3, 5}

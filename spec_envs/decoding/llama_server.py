@@ -184,8 +184,8 @@ class LlamaServer:
             handle, kept = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(said)
-            kept = f" (all of it: {kept})"
-        return ValueError(f"{what}; the last lines of its log{kept}: {' | '.join(tail) or 'none'}")
+            kept = f" (all of it is in {kept})"
+        return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}{kept}")
 
 
 def check_server_args(given: Sequence[str]) -> None:
