@@ -68,7 +68,7 @@ def on_profile(agent: str, *overrides: str) -> Run:
 def runs(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
     """A run of each kind of agent, whose clock is priced."""
     trace = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **CASES["tree"][2], "budgets": [0, 2, 30]}
-    dvi = [f"env.{key}={value}" for key, value in tiny.items()]
+    dvi = [f"env.{key}={value}" for key, value in tiny.items() if key != "drafter"]
     dvi += ["own_text=0", "env.exit_layer=3", "env.adapter=head", "eval_freq=0", "checkpoint_freq=20"]
     link = ["env.max_new_tokens=24", "total_timesteps=128", "checkpoint_freq=32", "env.trace=smollm2-135m-topk"]
     token = ["env.decision=token", "total_timesteps=600", "checkpoint_freq=100"]
@@ -327,7 +327,7 @@ def test_a_config_that_is_none_is_a_sentence(content: str, tmp_path: Path) -> No
         ({"agent": "pppo"}, "names the unknown agent 'pppo'"),
         ({"hyperparameters": [1]}, "hyperparameters holds no keys"),
         ({"hyperparameters": {"n_steps": 0}}, "config.yml has settings that cannot be built"),
-        ({"hyperparameters": {"gamma": "much"}}, "config.yml has settings that cannot be built"),
+        ({"hyperparameters": {"learning_rate": "much"}}, "config.yml has settings that cannot be built"),
         ({"hyperparameters": {"pi_arch": [10**12]}}, "config.yml has settings that cannot be built"),
         ({"env": {"k_maxx": 2}}, "config.yml has settings that cannot be built"),
     ],
