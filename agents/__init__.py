@@ -36,9 +36,10 @@ from agents.tree_rule import PricedRule
 from agents.ucb import UcbAgent
 from agents.ucb_budget import UcbBudgetAgent
 from spec_envs import ENVIRONMENTS
-from spec_envs.controls import Control, make_control
+from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.env import check_keywords
 from spec_envs.sealed import first_line, number_of, read_sealed
 
 CONFIG = "config.yml"
@@ -84,6 +85,7 @@ def load_beside(folder: Path, partners: tuple[Path, ...]) -> tuple[Control, Any]
     if folder.resolve() in partners:
         raise ValueError(f"{folder / CONFIG} is its own partner, by way of {len(partners)} runs")
     try:
+        check_keywords(CONTROLS[ENVIRONMENTS[config["id"]]], config["env"])
         control = make_control(ENVIRONMENTS[config["id"]], config["env"])
         agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
     except (TypeError, ValueError, ArithmeticError, MemoryError) as error:

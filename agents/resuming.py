@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from agents.journal import Journal
+from spec_envs.decoding.clock import PARTS
 from spec_envs.env import SpecEnv
 from spec_envs.sealed import first_line, read_torch, write_torch
 
@@ -56,7 +57,10 @@ class Progress:
 
     def begin(self, *seeds: int) -> np.ndarray:
         """Begin the next text; returns its first observation."""
-        self.env.unwrapped.np_random = np.random.default_rng([*seeds, self.texts])
+        env = self.env.unwrapped
+        env.np_random = np.random.default_rng([*seeds, self.texts])
+        if isinstance(env, SpecEnv):  # so that seconds are the same to the last bit, whatever came before
+            env.decoder.clock.totals = dict.fromkeys(PARTS, 0.0)
         observation, _ = self.env.reset()
         return observation
 

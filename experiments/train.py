@@ -80,6 +80,8 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder belongs to a run with other settings that has trained or was evaluated already.
     """
+    for left in folder.rglob(f"*{TEMPORARY}"):  # by a process that was killed while it wrote
+        left.unlink()
     if (folder / "config.yml").exists():
         found = agents.read_config(folder)
         differing = sorted(key for key in config if found.get(key) != config[key])
@@ -91,8 +93,6 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
                 "choose another SEED or ROOT, or delete that folder to start over"
             )
         clear(folder)  # there was nothing in it to go on from
-    for left in folder.rglob(f"*{TEMPORARY}"):  # by a process that was killed while it wrote
-        left.unlink()
     for part in (folder, folder / "best", folder / "last"):
         part.mkdir(parents=True, exist_ok=True)
     made_with = {"versions": versions(), "revision": revision()}

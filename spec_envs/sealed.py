@@ -136,7 +136,13 @@ def size_of(content: Any) -> int:
 def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file with a hash of its tensors and metadata, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_bytes(path, save(tensors, metadata | {SEAL: digest([tensors, sorted(metadata.items())])}))
+    data = save(tensors, metadata | {SEAL: digest([tensors, sorted(metadata.items())])})
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library writes it in any order
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_bytes(path, len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +25,8 @@ from torch import Tensor
 from spec_envs.decoding.exits import ExitAdapter, ExitSettings
 from spec_envs.decoding.lora import LowRank
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import whole
+from spec_envs.files import parse_json, whole
+from spec_envs.sealed import SEAL, digest
 
 SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
 # Keys of peft's that do not change what loaded weights compute.
@@ -44,9 +46,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's n
 
 @dataclass(frozen=True)
 class Stored(ExitSettings):
-    """What ``exit.json`` holds."""
+    """What ``exit.json`` holds: also the SHA-256 of the files of weights, and of all that it says itself."""
 
     shortlist: list[int] | None
+    files: dict[str, str] | None = None
 
 
 def is_exit(name: str | Path) -> bool:
@@ -61,17 +64,41 @@ def save_exit(adapter: ExitAdapter, folder: Path) -> None:
         OSError: a file could not be written; the sentence names it.
     """
     shortlist = None if adapter.shortlist is None else adapter.shortlist.tolist()
+<<<<<<< HEAD
     files = {folder / SETTINGS: as_json(asdict(adapter.settings) | {"shortlist": shortlist})}  # the last to be renamed
     for part, meant, tensors in parts(adapter):
         config = peft_config(adapter.settings, meant)
         files |= {folder / part / WEIGHTS: as_safetensors(tensors), folder / part / CONFIG: as_json(config)}
+||||||| d89ee43
+    files = {folder / SETTINGS: as_json(asdict(adapter.settings) | {"shortlist": shortlist})}  # the last to be renamed
+    for part, config, tensors in parts(adapter):
+        files |= {folder / part / WEIGHTS: as_safetensors(tensors), folder / part / CONFIG: as_json(config)}
+=======
+    weights: dict[str, bytes] = {}
+    configs: dict[str, bytes] = {}
+    for part, meant, tensors in parts(adapter):
+        config = peft_config(adapter.settings, meant)
+        weights[f"{part}/{WEIGHTS}"], configs[f"{part}/{CONFIG}"] = as_safetensors(tensors), as_json(config)
+>>>>>>> runs
     if adapter.kind == "kangaroo":
-        weights = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
-        files[folder / ATTENTION] = as_safetensors(weights)
+        weights[ATTENTION] = as_safetensors({**adapter.attention.layer(), "norm.weight": adapter.attention.norm})
+    settings = asdict(adapter.settings) | {"shortlist": shortlist}
+    settings["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in weights.items()}
+    by_name = {
+        SETTINGS: as_json(settings | {SEAL: sealed(settings)}),
+        **configs,
+        **weights,
+    }  # the first is renamed last
+    files = {folder / name: data for name, data in by_name.items()}
     with ExitStack() as stack:  # renamed when all are written
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(whole(path)).write_bytes(data)
+
+
+def sealed(settings: dict[str, Any]) -> str:
+    """Return the hash of what ``exit.json`` says, but for the name that the target has somewhere."""
+    return digest({key: value for key, value in settings.items() if key != "base_model"})
 
 
 def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
@@ -81,11 +108,24 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
         ValueError: a file that is missing or damaged, or an adapter of another target.
     """
     try:
+<<<<<<< HEAD
         stored = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Stored)
         known = {field.name for field in fields(Stored)}
         if unknown := msgspec.json.decode((folder / SETTINGS).read_bytes(), type=dict[str, Any]).keys() - known:
             raise ValueError(f"nothing reads its {', '.join(sorted(unknown))}")
     except (OSError, ValueError, RecursionError) as error:  # among them msgspec's
+||||||| d89ee43
+        stored = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Stored)
+    except (OSError, msgspec.DecodeError) as error:
+=======
+        content = parse_json((folder / SETTINGS).read_bytes())
+        if isinstance(content, dict) and content.pop(SEAL, None) not in (None, sealed(content)):
+            raise ValueError("its contents are not those that were written")
+        stored = msgspec.convert(content, Stored)
+        if unknown := set(content) - {field.name for field in fields(Stored)}:
+            raise ValueError(f"nothing reads its {', '.join(sorted(unknown))}")
+    except (OSError, ValueError) as error:
+>>>>>>> runs
         raise ValueError(
             f"{folder / SETTINGS} is damaged or missing ({str(error).splitlines()[0]}); train the exit again"
         ) from None
@@ -99,6 +139,10 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
         if settings.kind == "kangaroo":
             wanted = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
             take(wanted, load_file(folder / ATTENTION))
+        for name in [f"{part}/{WEIGHTS}" for part, *_ in parts(adapter)] + [ATTENTION] * (stored.kind == "kangaroo"):
+            seal = (stored.files or {}).get(name)
+            if seal and hashlib.sha256((folder / name).read_bytes()).hexdigest() != seal:
+                raise ValueError(f"{name} is damaged: its contents are not those that were written")
         if shortlist is not None:
             adapter.shortlist = np.unique(np.array(shortlist, np.int64))
             if not len(shortlist) or not 0 <= adapter.shortlist[0] <= adapter.shortlist[-1] < target.shape.vocab:
@@ -128,7 +172,7 @@ def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str,
 
 def as_json(content: dict[str, Any]) -> bytes:
     """For a file that people may read."""
-    return json.dumps(content, indent=2).encode() + b"\n"
+    return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def as_safetensors(tensors: dict[str, Tensor]) -> bytes:
