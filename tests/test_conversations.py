@@ -67,6 +67,85 @@ def test_a_log_without_conversations_is_an_error(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "none.json"))
 
 
+MESSAGES = {
+    "messages": [
+        {"role": "system", "content": "the a"},
+        {"role": "user", "content": [{"type": "text", "text": "of and"}]},
+        {"role": "assistant", "content": "in to"},
+        {"role": "user", "content": "is it"},
+    ]
+}
+
+
+def test_chat_messages_are_a_conversation(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, [GOOD, MESSAGES])))
+    first, second, third, fourth = read_log(log)
+    assert (first, second) == (third, fourth)
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            '{"conversations": [{"from": "human", "value": "x"}], "split": "dev"}',
+            "its split is 'dev', expected one of train",
+        ),
+        ('{"conversations": [{"from": "human", "value": "x"}], "split": 3}', "its split is '3'"),
+        ('{"conversations": [{"from": "human", "value": "x"}], "score": NaN}', "NaN, Infinity or a key twice"),
+        ('{"conversations": [{"from": "human", "value": "x", "value": "y"}]}', "NaN, Infinity or a key twice"),
+        (
+            json.dumps({"conversations": [{"from": "human", "value": "x"}] * 1_000_000}),
+            "1000000 turns, expected at most",
+        ),
+        ('{"conversations": [{"from": ["human"], "value": "x"}]}', "the role of a turn is"),
+        (
+            '{"conversations": [{"from": "human", "value": "x"}, {"from": "human", "value": "y"}]}',
+            "turns are out of order",
+        ),
+        ('{"conversations": []}', "no list of turns"),
+        ('{"conversations": null}', "no list of turns"),
+    ],
+)
+def test_why_a_row_is_left_out(
+    row: str, said: str, array: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, good = tmp_path / "log.json", json.dumps(GOOD)
+    log.write_text(f"[{good}, {row}, {good}]" if array else f"{good}\n{row}\n{good}")
+    assert len(read_log(log)) == 4
+    shown = capsys.readouterr().err
+    assert (
+        f"left out 1 of 3 rows that are no conversation ({'row' if array else 'line'} 2): " in shown and said in shown
+    )
+    log.write_text(row)
+    with pytest.raises(ValueError, match=r"log\.json holds no conversation; expected"):
+        read_log(log)
+
+
+def test_a_row_nested_too_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, good, deep = tmp_path / "log.json", json.dumps(GOOD), "[" * 100_000 + "]" * 100_000
+    log.write_text(f"{good}\n{deep}\n")
+    assert len(read_log(log)) == 2 and "(line 2): it is nested too deeply" in capsys.readouterr().err
+    log.write_text(f"[{good}, {deep}]")
+    with pytest.raises(ValueError, match=r"cannot read the conversations .*log\.json: it is nested too deeply"):
+        read_log(log)
+
+
+def test_half_surrogates_and_other_encodings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log.json"
+    rows = [GOOD, {"conversations": [{"from": "human", "value": "cut \ud83d"}]}]
+    log.write_text(json.dumps(rows))
+    assert read_log(log)[-1].text == "cut \ufffd" and len(load_prompts(str(log), "all")) == 3
+    latin = json.dumps({"conversations": [{"from": "human", "value": "café"}]}, ensure_ascii=False).encode("latin-1")
+    log.write_bytes(json.dumps(GOOD).encode() + b"\r\n" + latin + b"\r\n")
+    assert len(read_log(log)) == 2 and "(line 2): it is not UTF-8" in capsys.readouterr().err
+    for encoded in (b"[" + latin + b"]", json.dumps(rows).encode("utf-16"), b""):
+        log.write_bytes(encoded)
+        with pytest.raises(ValueError, match=r"log\.json"):
+            read_log(log)
+
+
 def test_splits_keep_conversations_whole(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     rows = [{"conversations": [{"from": "human", "value": f"the {i}"}, *GOOD["conversations"][2:]]} for i in range(60)]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from experiments import stream
 from spec_envs import generate
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.pair import load_decoder
@@ -92,8 +93,8 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
 
 
 def streamed(detokenize: Detokenizer, groups: list[list[int]]) -> list[str]:
-    stream = TextStream(detokenize)
-    return [*(stream.push(ids) for ids in groups), stream.finish()]
+    text = TextStream(detokenize)
+    return [*(text.push(ids) for ids in groups), text.finish()]
 
 
 def holds(tokenizer: PreTrainedTokenizerBase, groups: list[list[int]]) -> None:
@@ -232,3 +233,19 @@ def test_what_a_terminal_may_be_shown() -> None:
 def test_half_surrogates() -> None:
     assert encodable("a\ud83d") == "a\ufffd" and encodable("\ud83d\ude00") == "😀" and encodable("\ufeffa") == "\ufeffa"
     assert encodable("\ude00\ud83d") == "\ufffd\ufffd"
+
+
+def test_the_command_prints_the_whole_text(
+    tiny: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves = [bytes([byte]) for byte in b"\xf0\x9f\x98\x80\x1b\xc3\xa9 abcdefgh"]
+    detokenize = Detokenizer(lambda ids: b"".join(halves[i] for i in ids).decode(errors="replace"))
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    decoder.detokenize = detokenize
+    monkeypatch.setattr(stream, "decoder_for", lambda env, control: decoder)
+    monkeypatch.setattr(stream, "load_tokenizer", lambda name: load_tokenizer(tiny["target"]))
+    for prompt in ("the a of", "we you def"):
+        monkeypatch.setattr("sys.argv", ["stream", prompt, "--max-new-tokens", "30"])
+        stream.main()
+        shown = capsys.readouterr().out.rsplit("\n\n", 1)[0]
+        assert shown == printable(detokenize(decoder.tokens)) and "\x1b" not in shown
