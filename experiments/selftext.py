@@ -110,23 +110,15 @@ def sampled_turns(
     prefix, eos = user_prefix(tokenizer), {tokenizer.eos_token_id}
     openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(count)]
     starts = [tokenizer(prefix + opening, add_special_tokens=False)["input_ids"] for opening in openings]
-<<<<<<< HEAD
     turns = generate_batch(
         target, starts, max_turn, eos, temperature=1.0, generator=generator, doing="writing user turns"
     )
-    users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
-||||||| b07cd81
-    turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
-    users = [o + decode(tokenizer, t[:-1]) for o, t in zip(openings, turns, strict=True) if t[-1] in eos]
-=======
-    turns = generate_batch(target, starts, max_turn, eos, temperature=1.0, generator=generator)
     detokenize, users = Detokenizer.of(tokenizer), []
     for opening, start, turn in zip(openings, starts, turns, strict=True):
         if turn[-1] in eos:
             stream = TextStream(detokenize)  # what was written is text behind its start, where it has its first space
             stream.push(start)
             users.append(opening + stream.push(turn[:-1]) + stream.finish())
->>>>>>> prompts
     return [user for user in users if user.strip()]
 
 

@@ -74,17 +74,6 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
     )  # fmt: skip
 
 
-<<<<<<< HEAD
-def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
-    """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, and the day for templates that write it."""
-    hashes = weights_sha256(target, drafter)
-    return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "date": DATE, "versions": versions()})
-||||||| 9b9c50c
-def made_with(target: str, drafter: str, dtype: str, prompts: str) -> str:
-    """What a trace is valid for, as JSON: hashes of both weights, dtype and prompts."""
-    hashes = weights_sha256(target, drafter)
-    return json.dumps({"sha256": hashes, "dtype": dtype, "prompts": prompts, "versions": versions()})
-=======
 def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
     """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that write it, and what
     the command was told."""
@@ -96,7 +85,6 @@ def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """All that a recording depends on."""
     return {name: value for name, value in vars(args).items() if name != "out"}
->>>>>>> commands
 
 
 def last(rows: np.ndarray) -> np.ndarray:

@@ -106,8 +106,6 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         temporary.write_bytes(data)
 
 
-<<<<<<< HEAD
-||||||| d884e51
 def is_file(path: Path) -> bool:
     """Whether there is such a file; there is none of a name that no file system takes."""
     try:
@@ -124,7 +122,6 @@ def at_home(source: str | Path) -> Path:
         return Path(source)
 
 
->>>>>>> envs
 def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
     """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path. ``others``: names that
     mean something else to who asks.

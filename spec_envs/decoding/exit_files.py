@@ -64,22 +64,11 @@ def save_exit(adapter: ExitAdapter, folder: Path) -> None:
         OSError: a file could not be written; the sentence names it.
     """
     shortlist = None if adapter.shortlist is None else adapter.shortlist.tolist()
-<<<<<<< HEAD
-    files = {folder / SETTINGS: as_json(asdict(adapter.settings) | {"shortlist": shortlist})}  # the last to be renamed
-    for part, meant, tensors in parts(adapter):
-        config = peft_config(adapter.settings, meant)
-        files |= {folder / part / WEIGHTS: as_safetensors(tensors), folder / part / CONFIG: as_json(config)}
-||||||| d89ee43
-    files = {folder / SETTINGS: as_json(asdict(adapter.settings) | {"shortlist": shortlist})}  # the last to be renamed
-    for part, config, tensors in parts(adapter):
-        files |= {folder / part / WEIGHTS: as_safetensors(tensors), folder / part / CONFIG: as_json(config)}
-=======
     weights: dict[str, bytes] = {}
     configs: dict[str, bytes] = {}
     for part, meant, tensors in parts(adapter):
         config = peft_config(adapter.settings, meant)
         weights[f"{part}/{WEIGHTS}"], configs[f"{part}/{CONFIG}"] = as_safetensors(tensors), as_json(config)
->>>>>>> runs
     if adapter.kind == "kangaroo":
         weights[ATTENTION] = as_safetensors({**adapter.attention.layer(), "norm.weight": adapter.attention.norm})
     settings = asdict(adapter.settings) | {"shortlist": shortlist}
@@ -108,16 +97,6 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
         ValueError: a file that is missing or damaged, or an adapter of another target.
     """
     try:
-<<<<<<< HEAD
-        stored = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Stored)
-        known = {field.name for field in fields(Stored)}
-        if unknown := msgspec.json.decode((folder / SETTINGS).read_bytes(), type=dict[str, Any]).keys() - known:
-            raise ValueError(f"nothing reads its {', '.join(sorted(unknown))}")
-    except (OSError, ValueError, RecursionError) as error:  # among them msgspec's
-||||||| d89ee43
-        stored = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Stored)
-    except (OSError, msgspec.DecodeError) as error:
-=======
         content = parse_json((folder / SETTINGS).read_bytes())
         if isinstance(content, dict) and content.pop(SEAL, None) not in (None, sealed(content)):
             raise ValueError("its contents are not those that were written")
@@ -125,7 +104,6 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
         if unknown := set(content) - {field.name for field in fields(Stored)}:
             raise ValueError(f"nothing reads its {', '.join(sorted(unknown))}")
     except (OSError, ValueError) as error:
->>>>>>> runs
         raise ValueError(
             f"{folder / SETTINGS} is damaged or missing ({str(error).splitlines()[0]}); train the exit again"
         ) from None

@@ -215,16 +215,9 @@ def load_decoder(
         raise ValueError(f"drafter is {drafter!r}; expected the name of a draft model or an exit behind the plus sign")
     if chain and drafter != LOOKUP and not exits(name):
         models.append(str(drafter_folder(name)))
-<<<<<<< HEAD
-    model = load_target(target, at, resolve_dtype(dtype, at, models))
-    fit_together(target, model.shape.vocab)
-||||||| fa8251d
-    model = load_target(target, at, resolve_dtype(dtype, at, models))
-=======
     heads = [read_config(drafter_folder(drafter))[0]] if drafter is not None and not chain else []
     model = load_target(target, at, resolve_dtype(dtype, at, models, heads))
     fit_together(target, model.shape.vocab)
->>>>>>> heads
     loaded: Drafter | None = None
     verifier: LocalVerifier | None = None
     if drafter == LOOKUP:
