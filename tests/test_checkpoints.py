@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import time
@@ -54,6 +55,33 @@ def test_another_file_beside_the_weights(copied: Path) -> None:
     save_file({name: tensor + 1 for name, tensor in state.items()}, copied / "model-00001-of-00001.safetensors")
     weights = load_weights(copied)
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("published", "fetched"),
+    [
+        (["model.safetensors", "model_int8.safetensors", "pytorch_model.bin"], {"model.safetensors"}),
+        (["model.safetensors.index.json", "model-1.safetensors", "model-1-old.safetensors"], {"model-1.safetensors"}),
+        (["pytorch_model.bin", "pytorch_model_old.bin"], {"pytorch_model.bin"}),
+        (["pytorch_model.bin.index.json", "part.bin", "pytorch_model-1.bin"], {"part.bin"}),
+    ],
+)
+def test_what_is_fetched_from_the_hub(
+    published: list[str], fetched: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that transformers reads, and no other beside them."""
+    part = "part.bin" if "part.bin" in published else "model-1.safetensors"
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for file in published:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                content = json.dumps({"weight_map": {"a": part}}) if file.endswith(".json") else ""
+                (tmp_path / file).write_text(content)
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    assert model_folder("org/name") == tmp_path
+    assert {file.name for file in tmp_path.iterdir() if file.suffix != ".json"} == fetched
 
 
 def test_shards_and_torch_files(copied: Path) -> None:
