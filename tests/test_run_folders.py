@@ -31,7 +31,7 @@ from experiments import train
 from experiments.config import Experiment, load_experiment
 from spec_envs.decoding.trace import Trace
 from spec_envs.files import LOCK, held
-from spec_envs.sealed import read_sealed, read_torch
+from spec_envs.sealed import digest, read_sealed, read_torch
 from tests.traced import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def halfway(
 
 
 @pytest.fixture(scope="module")
-def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """Folders of trained runs, and what is loaded from them."""
     found = {}
     for name in every:
@@ -200,8 +200,8 @@ def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-def loaded(folder: Path) -> dict[str, Any]:
-    """What ``agents.load`` makes of a run, as numbers."""
+def loaded(folder: Path) -> str:
+    """What ``agents.load`` makes of a run, as a hash of all its numbers."""
     control, agent = agents.load(folder)
     state: dict[str, Any] = {"seconds": 0.0 if isinstance(agent, OnlineAgent) else agent.decision_seconds}
     if isinstance(agent, SB3Agent):
@@ -215,7 +215,7 @@ def loaded(folder: Path) -> dict[str, Any]:
     else:
         state |= agent.adapter.policy_net.state_dict()
     prices = control.costs and (control.costs.verify, control.costs.draft)
-    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state.items()} | {"prices": prices}
+    return digest([dict(state), prices])
 
 
 class Damage(NamedTuple):
@@ -293,7 +293,7 @@ def test_a_damaged_folder_goes_on_as_before_or_says_what_is_damaged(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_damaged_run_loads_as_before_or_says_what_is_damaged(
-    name: str, finished: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path, data: st.DataObject
+    name: str, finished: dict[str, tuple[Path, str]], tmp_path: Path, data: st.DataObject
 ) -> None:
     folder, expected = finished[name]
     copy = tmp_path / "copy"

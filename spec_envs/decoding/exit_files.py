@@ -26,7 +26,7 @@ from spec_envs.decoding.exits import ExitAdapter, ExitSettings
 from spec_envs.decoding.lora import LowRank
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.files import parse_json, whole
-from spec_envs.sealed import SEAL, digest
+from spec_envs.sealed import SEAL, digest, first_line
 
 SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
 # Keys of peft's that do not change what loaded weights compute.
@@ -85,6 +85,14 @@ def save_exit(adapter: ExitAdapter, folder: Path) -> None:
             stack.enter_context(whole(path)).write_bytes(data)
 
 
+def read(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one of an exit's files."""
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{name} is damaged or missing ({first_line(error)})") from None
+
+
 def sealed(settings: dict[str, Any]) -> str:
     """Return the hash of what ``exit.json`` says, but for the name that the target has somewhere."""
     return digest({key: value for key, value in settings.items() if key != "base_model"})
@@ -113,10 +121,10 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
     try:
         for part, config, tensors in parts(adapter):
             check_config(config, folder / part / CONFIG)
-            take(tensors, load_file(folder / part / WEIGHTS))
+            take(tensors, read(folder, f"{part}/{WEIGHTS}"))
         if settings.kind == "kangaroo":
             wanted = {**adapter.attention.layer(), "norm.weight": adapter.attention.norm}
-            take(wanted, load_file(folder / ATTENTION))
+            take(wanted, read(folder, ATTENTION))
         for name in [f"{part}/{WEIGHTS}" for part, *_ in parts(adapter)] + [ATTENTION] * (stored.kind == "kangaroo"):
             seal = (stored.files or {}).get(name)
             if seal and hashlib.sha256((folder / name).read_bytes()).hexdigest() != seal:
@@ -125,7 +133,7 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
             adapter.shortlist = np.unique(np.array(shortlist, np.int64))
             if not len(shortlist) or not 0 <= adapter.shortlist[0] <= adapter.shortlist[-1] < target.shape.vocab:
                 raise ValueError("a shortlist of ids that the target does not have")
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read the exit in {folder}: {str(error).splitlines()[0]}; train it again, or take another folder"
         ) from None
