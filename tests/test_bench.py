@@ -12,7 +12,7 @@ from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
 from experiments.evaluate import folder_name
 from experiments.references import assisted_arms
-from experiments.report import most_played
+from experiments.report import error_bars, most_played
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.pair import load_decoder
 from tests.conftest import WITHOUT_KERNELS, save_draft
@@ -106,3 +106,9 @@ def test_evaluations_have_folders_of_their_own() -> None:
 def test_a_collapsed_policy_is_found() -> None:
     played = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
     assert most_played(played) == ("7", 0.98)
+
+
+def test_bars_of_a_value_that_rounding_puts_outside_its_interval() -> None:
+    value = 1.0
+    assert error_bars([{"value": value, "low": value + 1e-16 * 4, "high": value}]) == [[0.0], [0.0]]
+    assert error_bars([{"value": 1.0, "low": 0.5, "high": 1.25}]) == [[0.5], [0.25]]
