@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the command with one line."""
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         print(line := f"error: {message}; --help describes every option", file=sys.stderr)
         raise Refused(line)
+
+
+def shown(text: str) -> str:
+    """A value for a sentence: as it was given, or in quotes where it would not be seen."""
+    return text if text.strip() and text.isprintable() else repr(text)
 
 
 def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
@@ -46,7 +53,7 @@ def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int
         except ValueError:
             value = lowest - 1
         if value < lowest or (highest is not None and value > highest):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number that fits; expected {expected}")
+            raise argparse.ArgumentTypeError(f"is {shown(text)}; expected {expected}")
         return value
 
     return parse
@@ -63,7 +70,7 @@ def number(lowest: float, highest: float = math.inf, above: bool = False) -> Cal
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not lowest <= value <= highest or (above and value == lowest):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number that fits; expected {expected}")
+            raise argparse.ArgumentTypeError(f"is {shown(text)}; expected {expected}")
         return value
 
     return parse

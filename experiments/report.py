@@ -205,12 +205,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def error_bars(ratios: Sequence[dict[str, float]]) -> list[list[float]]:
+    """How far intervals reach below and above their values; a value may lie outside by what rounding makes."""
+    return [[max(0.0, r["value"] - r["low"]) for r in ratios], [max(0.0, r["high"] - r["value"]) for r in ratios]]
+
+
 def draw_arms(axis: Any, arms: dict[str, Any], reference: str) -> None:
     """Horizontal bars of throughput over the reference arm."""
     names = list(arms)[::-1]
     ratios = [arms[name][f"over_{reference}"] for name in names]
     values = [r["value"] for r in ratios]
-    errors = [[r["value"] - r["low"] for r in ratios], [r["high"] - r["value"] for r in ratios]]
+    errors = error_bars(ratios)
     axis.barh(names, values, xerr=errors, color="tab:blue", alpha=0.75, capsize=3)
     axis.axvline(1.0, color="black", linewidth=0.8)
     for i, value in enumerate(values):

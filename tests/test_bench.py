@@ -14,7 +14,7 @@ from experiments.arms import Encoded, Sample
 from experiments.comparison import ratio, throughput, with_aa_check
 from experiments.evaluate import folder_name
 from experiments.references import assisted_arms, transformers_arms
-from experiments.report import most_played
+from experiments.report import error_bars, most_played
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.pair import load_decoder
 from tests.conftest import WITHOUT_KERNELS, save_draft
@@ -125,3 +125,9 @@ def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, t
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
     arm = transformers_arms(str(folder), decoder)["transformers generate"]
     assert arm(prompt, 20, 0).ids == decoder.tokens[: decoder.tokens.index(stop) + 1]
+
+
+def test_bars_of_a_value_that_rounding_puts_outside_its_interval() -> None:
+    value = 1.0
+    assert error_bars([{"value": value, "low": value + 1e-16 * 4, "high": value}]) == [[0.0], [0.0]]
+    assert error_bars([{"value": 1.0, "low": 0.5, "high": 1.25}]) == [[0.5], [0.25]]

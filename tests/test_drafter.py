@@ -71,8 +71,8 @@ def test_a_head_is_trained_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", 0], "--steps: '0' is no whole number that fits; expected 1 or more"),
-        (["--deep-share", 5], "--deep-share: '5' is no number that fits; expected above 0 and at most 1"),
+        (["--steps", 0], "--steps is 0; expected 1 or more"),
+        (["--deep-share", 5], "--deep-share is 5; expected above 0 and at most 1"),
         (["--deep-share", 0.5, "--kind", "draft-model"], "--deep-share is read with --kind eagle3 alone"),
         (["--layers", 2], "--layers is read with --kind draft-model alone"),
         (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
