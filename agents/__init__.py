@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agents.adaedl import AdaedlAgent
 from agents.adaptive_k import AdaptiveKAgent
 from agents.confidence import ConfidenceAgent
@@ -41,8 +39,10 @@ from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.env import check_keywords
 from spec_envs.sealed import first_line, number_of, read_sealed
+from spec_envs.yaml_text import parse_yaml
 
 CONFIG = "config.yml"
+
 SHIPPED = Path(__file__).parent / "shipped"  # trained agents by environment, of `make benchmark`
 DECISION = "decision.json"  # in a run: the seconds that it charges for a decision
 ONLINE: dict[str, type[OnlineAgent]] = {"reinforce": ReinforceAgent, "dvi": DVIAgent}
@@ -150,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of a run folder."""
     path = folder / CONFIG
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no keys")
         if missing := {"id", "env", "agent", "hyperparameters"} - set(config):
@@ -160,7 +160,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         for key in ("env", "hyperparameters"):
             if not isinstance(config[key], dict) or not all(isinstance(name, str) for name in config[key]):
                 raise ValueError(f"{key} holds no keys")
-    except (OSError, yaml.YAMLError, TypeError, ValueError, RecursionError, AttributeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise ValueError(
             f"{folder} is not a readable run folder ({reason} in {CONFIG}); expected one written by `make train`"
