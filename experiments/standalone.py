@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from experiments.arguments import Parser, nonempty, output_folder
 from experiments.command import one_sentence
 from spec_envs.decoding.checkpoints import load_config, load_tokenizer, load_weights, model_folder, registry
 from spec_envs.decoding.drafters.draft_model import SHORTLIST
@@ -61,10 +62,12 @@ def write_standalone(drafter: str, target: str, out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drafter", help="draft model: name of models.yml, or folder")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--target", help=f"what it was made for (default: by models.yml, else {DEFAULT_TARGET})")
+    parser = Parser(__doc__)
+    parser.add_argument("drafter", type=nonempty, help="draft model: name of models.yml, or folder")
+    parser.add_argument("out", type=output_folder, help="folder to write, which is not there yet")
+    parser.add_argument(
+        "--target", type=nonempty, help=f"what it was made for (default: by models.yml, else {DEFAULT_TARGET})"
+    )
     return parser.parse_args()
 
 

@@ -337,5 +337,5 @@ def test_tuning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     AGENTS[name](control=make_control("k", experiment.env), **experiment.hyperparameters)
     assert (folder / "history.png").stat().st_size > 1000
     monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "4", "--tokens", "32"])
-    with pytest.raises(SystemExit, match="was begun with other settings"):
+    with pytest.raises(SystemExit, match="was begun with another tokens; choose another --root, or delete it"):
         tune.main()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import cloud_load, edge_cloud
+from experiments import edge_cloud
 from spec_envs.network import cloud, edge, proxy
 
 CLOUD = {
@@ -29,29 +29,12 @@ EDGE = {
     "--max-new-tokens": ["0", "-1"],
     "--seed": ["-1"],
 }
-EDGE_CLOUD = {
-    "--num-prompts": ["0", "11"],
-    "--iterations": ["0", "-1"],
-    "--port": ["0", "70000"],
-    "--temperature": ["nan", "-1", "inf"],
-    "--top-k": ["0"],
-    "--k": ["0", "65"],
-    "--max-new-tokens": ["1"],
-    "--link": ["constant:up=nan,down=1,rtt=1", "nowhere"],
-}
-LOAD = {
-    "--seconds": ["nan", "0", "-1", "inf"],
-    "--rounds": ["0"],
-    "--edges": ["99999"],
-    "--k": ["0", "65"],
-    "--wrong": ["nan", "-0.1", "1.1"],
-}
+EDGE_CLOUD = {"--link": ["constant:up=nan,down=1,rtt=1", "nowhere"]}  # test_commands.py has the numbers
 PROXY = {"--seed": ["-1"], "--to": ["0"], "--link": ["constant:up=-1,down=1,rtt=1", "constant:up=1,down=1,rtt=nan"]}
 COMMANDS: list[tuple[Any, list[str], dict[str, list[str]]]] = [
     (cloud, [], CLOUD),
     (edge, ["ws://127.0.0.1:1"], EDGE),
     (edge_cloud, [], EDGE_CLOUD),
-    (cloud_load, [], LOAD),
     (proxy, ["--listen", "0", "--to", "1", "--link", "lte"], PROXY),
 ]
 CASES = [
