@@ -788,8 +788,9 @@ def drafts(n: int) -> st.SearchStrategy[Verify]:
 ANY = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
+@pytest.mark.fuzz
 @given(data=st.data())
-@settings(ANY, max_examples=150)
+@settings(ANY)
 def test_no_message_brings_the_engine_down(engine: Engine, hello: Hello, data: st.DataObject) -> None:
     session = None
     try:
@@ -812,8 +813,9 @@ def test_no_message_brings_the_engine_down(engine: Engine, hello: Hello, data: s
         assert refused.code in CODES and "\n" not in str(refused)
 
 
+@pytest.mark.fuzz
 @given(data=st.data())
-@settings(ANY, max_examples=30)
+@settings(ANY)
 def test_no_message_brings_the_cloud_down(cloud: CloudProcess, hello: Hello, data: st.DataObject) -> None:
     frames = data.draw(
         st.lists(st.one_of(messages(hello).map(encode), st.binary(max_size=60), st.text(max_size=9)), max_size=2)
