@@ -69,7 +69,7 @@ bench-dvi: $(READY)  ## learning curves of agents that improve an early exit; ru
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
 	$(PY) -m experiments.drafter --kind "$$GIVEN_KIND" $(value ARGS)
 
-standalone: $(READY)  ## write a draft model with its target's embedding, for transformers; ARGS="smollm2-135m-draft FOLDER"
+standalone: $(READY)  ## write a draft model with its target's embedding, for transformers; ARGS="smollm2-135m-draft --out FOLDER"
 	$(PY) -m experiments.standalone $(value ARGS)
 
 tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; SET; ARGS=--help

@@ -64,7 +64,7 @@ def write_standalone(drafter: str, target: str, out: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("drafter", type=nonempty, help="draft model: name of models.yml, or folder")
-    parser.add_argument("out", type=output_folder, help="folder to write, which is not there yet")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder to write, which is not there yet")
     parser.add_argument(
         "--target", type=nonempty, help=f"what it was made for (default: by models.yml, else {DEFAULT_TARGET})"
     )

@@ -34,7 +34,7 @@ def draft(tiny_target: Path, tmp_path: Path) -> Path:
 def whole(draft: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The command's folder."""
     out = draft.with_name("whole")
-    monkeypatch.setattr(sys, "argv", ["standalone", str(draft), str(out), "--target", str(target)])
+    monkeypatch.setattr(sys, "argv", ["standalone", str(draft), "--out", str(out), "--target", str(target)])
     standalone.main()
     return out
 
