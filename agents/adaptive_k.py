@@ -131,7 +131,7 @@ class AdaptiveSpecController:
             }
             self.audit_log.parent.mkdir(parents=True, exist_ok=True)
             with self.audit_log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         return self.config.k_current
 
 

@@ -27,10 +27,11 @@ def check_evaluation(config: dict[str, Any]) -> None:
     played = {name: value for name, value in env.items() if name not in SHOWN}
     try:
         SpecEnv(kind, split="test", **played).close()
-        needed = [("test", config["test_prompts"], env), ("train", PROMPTS, env)]
+        needed = {"test": (config["test_prompts"], env), "train": (PROMPTS, env if kind == "dvi" else config["env"])}
         if config["eval_freq"]:
-            needed.append(("validation", config["eval_prompts"], config["env"]))
-        for split, count, where in needed:
+            shown = env if config["agent"] in agents.ONLINE else config["env"]
+            needed["validation"] = (config["eval_prompts"], shown)
+        for split, (count, where) in needed.items():
             if not encoded_prompts(where, split, count):
                 raise ValueError(f"there are no prompts in the split {split!r}")
         if kind == "dvi":

@@ -130,6 +130,17 @@ def test_flags_are_keys_of_the_stanza(
     assert not (tmp_path / "other").exists() or not any((tmp_path / "other").rglob("config.yml"))
 
 
+def test_results_of_another_root_are_not_written_over(
+    tmp_path: Path, tiny: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "dvi-0.json").write_text(json.dumps({"run": str(tmp_path / "a" / "SpecDVI-v0" / "dvi-0")}))
+    monkeypatch.setattr(dvi, "trained", lambda *_: pytest.fail("trained before it was checked"))
+    with pytest.raises(SystemExit, match=r"dvi-0.json holds the results of another run, .*; choose another --results"):
+        run(monkeypatch, dvi, "--root", str(tmp_path / "b"), "--results", str(results))
+
+
 def test_learning_curves(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,6 +305,33 @@ def test_a_journal_drops_what_is_done_again(tmp_path: Path) -> None:
     assert list((tmp_path / "events").glob("events*"))
 
 
+def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0, 0, {})
+    journal.write("log", {"step": 1, "texts": 1, "loss_rl": float("nan"), "ppl_sample": float("inf")})
+    journal.close()
+    line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "texts": 1, "loss_rl": None, "ppl_sample": None}
+
+
+def test_a_slow_step_that_did_not_happen_has_no_loss(tiny: dict, tmp_path: Path) -> None:
+    """Every second update is one of the verifier; a text of one row has no next token to learn from."""
+    own = {"fast_batch": 1, "replay_batch": 0, "slow_every": 2, "texts": 6}
+    env, agent = built({**tiny, "draft_temperature": 1.0}, "reinforce", "layers", **own)
+    agent.learn(10**6, env, tmp_path)
+    lines = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(lines) > 4
+    assert all(line["loss_slow"] is None for line in lines if line["step"] % 2)
+    assert any(line["loss_slow"] for line in lines) and not any(line["loss_slow"] == 0.0 for line in lines)
+    assert {line["ppl_sample"] is None for line in lines} == {True, False}
+
+
+@pytest.mark.parametrize("damage", [b'{"step": NaN, "texts": 1}\n', b'{"step": 1}\n', b"{\n", b"\xff\n", b"[1]\n"])
+def test_a_damaged_line_is_named(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "texts": 1}\n' + damage)
+    with pytest.raises(ValueError, match=r"log.jsonl is damaged in line 2 \(.*\); delete it"):
+        Journal(tmp_path, 3, 2, {})
+
+
 def test_a_replay_forgets_the_oldest(tiny: dict) -> None:
     env, agent = built(tiny, "dvi", "head")
     segments = seen(env, agent, 4)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,6 @@ from tests.traced import CASES
 ROOT = Path(__file__).parents[1]
 PROFILE = "qwen2.5-coder-32b-cpu"
 SMALL = {"cycles": 256, "rounds": 2, "steps": 20, "hidden": 8}
-ALL_FILES = "*"
 
 
 class Run(NamedTuple):
@@ -494,19 +494,7 @@ def test_a_signal_ends_a_run_in_one_line(number: int, status: int, tmp_path: Pat
     assert "interrupted; the same command goes on from the last checkpoint" in err.strip().splitlines()[-1]
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(every: dict[str, Run], tmp_path: Path) -> None:
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
     try:
@@ -518,6 +506,24 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(every: dict[str, Ru
     every["ppo"].train(tmp_path / "run")
     every["ppo"].train(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_damaged_table_of_a_finished_run_is_a_sentence(
+    every: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = every["ppo"]
+    train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    capsys.readouterr()
+    train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
+    table = capsys.readouterr().out
+    assert "is finished" in table and "| ppo |" in table
+    whole = results.read_text()
+    digit = next(i for i in range(whole.index("tokens_per_second"), len(whole)) if whole[i] in "12345678")
+    for damaged in ("", whole[:-9], whole[:digit] + "9" + whole[digit + 1 :], "{}", "[" * 100_000):
+        results.write_text(damaged)
+        with pytest.raises(ValueError, match=r"results.json .*; delete it to make the table again"):
+            train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
 
 
 def test_what_a_run_measured_is_kept(tiny: dict, tmp_path: Path) -> None:

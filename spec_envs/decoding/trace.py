@@ -300,7 +300,9 @@ def write_trace(trace: Trace) -> None:
         with whole(file) as path, path.open("wb") as stream:
             np.save(stream, column)
         trace.manifest.arrays[name] = digest(file)
-    write_bytes(trace.folder / MANIFEST, json.dumps(msgspec.to_builtins(trace.manifest), indent=1).encode())
+    write_bytes(
+        trace.folder / MANIFEST, json.dumps(msgspec.to_builtins(trace.manifest), indent=1, allow_nan=False).encode()
+    )
 
 
 def digest(path: Path) -> str:
