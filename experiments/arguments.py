@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from spec_envs.files import at_home
+
 
 class Refused(SystemExit):
     """The end of a command whose arguments make no sense: its status is 2, and it says why."""
@@ -105,16 +107,16 @@ def output_file(text: str) -> Path:
 
 def input_folder(text: str) -> Path:
     """The type of a folder that is read."""
-    if not Path(text).expanduser().is_dir():
+    if not at_home(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected one that is there")
     return Path(text)
 
 
 def input_file(text: str) -> Path:
     """The type of a file that is read."""
-    if not Path(text).expanduser().is_file():
+    if not at_home(text).is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file; expected one that is there")
-    return Path(text).expanduser()
+    return at_home(text)
 
 
 def _writable(text: str, folder: Path) -> Path:

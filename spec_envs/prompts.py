@@ -21,6 +21,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from spec_envs.conversations import is_log, read_log
+from spec_envs.files import at_home
 from spec_envs.questions import read_data_set, read_questions
 from spec_envs.rows import SPLITS
 from spec_envs.templates import LONGEST, Refused, rendered
@@ -66,7 +67,7 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     prompts: list[Prompt] = []
     stems = [Path(name).stem for name in chosen]
     for name in chosen:
-        task, path = name, Path(name).expanduser()
+        task, path = name, at_home(name)
         if is_log(name):
             task = path.stem if stems.count(path.stem) == 1 else name
             turns = read_log(path)
@@ -83,7 +84,10 @@ def prompt_files(data_dir: str | None) -> dict[str, Path]:
     """Prompt sets by name."""
     if data_dir is None:
         return {name: SHIPPED / f"{name}.jsonl" for name in (*TASKS, *FURTHER)}
-    files = {path.parent.name: path for path in sorted(Path(data_dir).expanduser().glob("*/question.jsonl"))}
+    try:
+        files = {path.parent.name: path for path in sorted(at_home(data_dir).glob("*/question.jsonl"))}
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {data_dir:.200}: {error.strerror or error}") from None
     if not files:
         raise ValueError(f"{data_dir} holds no prompts; expected NAME/question.jsonl below it")
     return files

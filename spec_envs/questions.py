@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spec_envs.conversations import Turn, asked
+from spec_envs.files import at_home
 from spec_envs.rows import check_values, lines, parsed, read_bytes, split_of
 from spec_envs.text import encodable, reason
 
@@ -55,7 +56,7 @@ def read_data_set(name: str) -> list[Turn]:
             f"{name} is a data set on the hub: install the extra `datasets`, as in pip install -e '.[datasets]'"
         ) from None
     place, _, column = name.partition(":")
-    folder = Path(place).expanduser()
+    folder = at_home(place)
     identifier, _, configuration = (str(folder), "", "") if folder.is_dir() else place.partition("@")
     try:
         splits = load_dataset(identifier, configuration or None)  # which runs no code of a data set

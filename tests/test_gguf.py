@@ -95,6 +95,23 @@ def test_positions_by_a_tensor(tmp_path: Path) -> None:
         model_folder(str(path))
 
 
+@pytest.mark.parametrize("factors", [[1.0, 1.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, -2.0], [1.0, 1.0, 1.0, np.nan]])
+def test_positions_by_a_tensor_that_scales_nothing(factors: list[float], tmp_path: Path) -> None:
+    path = write_gguf(
+        tiny_model(), tmp_path / "model.gguf", tensors={"rope_freqs.weight": np.array(factors, np.float32)}
+    )
+    with pytest.raises(
+        ValueError, match=r"cannot convert the GGUF file .*rope_freqs.weight holds \d numbers; expected 4"
+    ):
+        model_folder(str(path))
+
+
+@pytest.mark.parametrize("name", ["模" * 80 + ".gguf", "x" * 240 + ".gguf", "MODEL.GGUF"])
+def test_names_of_files(name: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    assert ours(write_gguf(model, tmp_path / name)) == reference(model, IDS)
+
+
 def test_texts_end_at_every_id_that_the_file_names(tmp_path: Path) -> None:
     model = tiny_model()
     free = reference(model, IDS)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from spec_envs.decoding.checkpoints import eos_ids, load_tokenizer
 from spec_envs.decoding.pair import load_decoder
+from spec_envs.prompts import load_prompts
 
 IDS = [5, 6, 7, 8]
 
@@ -348,3 +349,55 @@ def test_blocks_in_fp8_are_multiplied_out(in_fp8: dict[str, Path], tmp_path: Pat
     restore(damaged, lambda state: state.update({scale.removesuffix("_inv"): state.pop(scale)}))
     with pytest.raises(ValueError, match=rf"does not read the FP8 weights .*{scale.removesuffix('_inv')}"):
         ours(damaged)
+
+
+@pytest.mark.parametrize("columns", [192, 320])
+def test_blocks_in_fp8_that_are_not_whole_are_refused(in_fp8: dict[str, Path], tmp_path: Path, columns: int) -> None:
+    """Where the last block is cut, transformers would multiply other blocks."""
+    folder = Path(shutil.copytree(in_fp8["stored"], tmp_path / "cut"))
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def cut(state: dict[str, torch.Tensor]) -> None:
+        state[name] = torch.zeros(384, columns).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = torch.ones(3, -(-columns // 128))
+
+    restore(folder, cut)
+    with pytest.raises(ValueError, match=rf"the FP8 weight {name} is \[384, {columns}\] with .* which are not whole"):
+        ours(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter .*; merge it into them"):
+        ours(folder)
+
+
+def test_settings_that_alter_greedy_text_are_named(
+    tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers applies them by default; a text here is the model's own."""
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 0, "repetition_penalty": 1.3, "num_beams": 1, "no_repeat_ngram_size": 2})
+    )
+    assert ours(folder) == ours(tiny_target)
+    said = capsys.readouterr().err
+    assert "texts are the model's own, without no_repeat_ngram_size = 2, repetition_penalty = 1.3 of its files" in said
+    assert said.count("\n") == 1
+
+
+def test_a_tokenizer_that_fails_when_it_is_used(tiny_target: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "a"}))
+    with pytest.raises(ValueError, match="cannot read the tokenizer of"):
+        ours(folder)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "a" * 5000])
+def test_names_that_no_file_system_takes(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^no model '.{10,220}: expected a name of models.yml"):
+        ours(Path(name))
+    with pytest.raises(ValueError):
+        load_prompts("all", "all", name)

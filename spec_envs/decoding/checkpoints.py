@@ -33,10 +33,10 @@ from spec_envs.decoding import int8, kernels
 from spec_envs.decoding.gguf_file import part_files, read_gguf
 from spec_envs.decoding.gguf_model import write_model
 from spec_envs.decoding.linear import fast_bfloat16
-from spec_envs.decoding.model_config import configured_eos, first_line, load_config
+from spec_envs.decoding.model_config import altering, configured_eos, first_line, load_config
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.weight_files import FILES, index_of, load_weights, refuse_unread, weight_map
-from spec_envs.files import write_bytes
+from spec_envs.files import at_home, is_file, write_bytes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 CACHE = user_cache_path("spec-envs")
@@ -106,19 +106,19 @@ def model_folder(name: str) -> Path:
     models = registry()["models"]
     if name in models:
         return converted(fetch_gguf(name), models[name]["sha256"])
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    path = at_home(name)
+    if path.suffix.lower() == ".gguf" and is_file(path):
         return converted_file(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json; expected a folder in the Hugging Face layout")
-        return path
     try:
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ValueError(f"{path} has no config.json; expected a folder in the Hugging Face layout")
+            return path
         return fetch_folder(name)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         known = dict.fromkeys([*models, *registry()["drafters"]])
         raise ValueError(
-            f"no model {name!r}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, or a "
+            f"no model {name!r:.200}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, or a "
             f"reachable hub id ({first_line(error)})"
         ) from None
 
@@ -255,7 +255,8 @@ def converted_file(gguf: Path) -> Path:
 
 def converted(gguf: Path, digest: str) -> Path:
     """The Hugging Face folder of a GGUF file: dequantised to float32, converted once per file content."""
-    folder = CACHE / "models" / f"{gguf.stem}-{digest[:12]}-{CONVERSION}"
+    stem = gguf.stem.encode()[:100].decode(errors="ignore")  # file systems take 255 bytes
+    folder = CACHE / "models" / f"{stem}-{digest[:12]}-{CONVERSION}"
     if not is_whole(folder):
         with alone(folder):
             if not is_whole(folder):
@@ -324,6 +325,10 @@ def load_target(name: str, device: torch.device, dtype: torch.dtype) -> Transfor
     folder = model_folder(name)
     config, weights = load_config(folder), load_weights(folder)
     refuse_unread(config, weights)
+    if found := altering(folder):
+        print(
+            f"{name}: texts are the model's own, without {', '.join(found)} of its files", file=sys.stderr, flush=True
+        )
     return Transformer(config, weights, dtype, device)
 
 
@@ -333,7 +338,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = model_folder(name)
     config = load_config(folder)  # refused before a tokenizer's own reader of it trips over it
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer("a")  # settings of a wrong type show when they are first used
+        return tokenizer
     except Exception as error:  # of any kind, as damaged files make tokenizers raise them
         raise ValueError(f"cannot read the tokenizer of {name!r}: {first_line(error)}; fetch its files again") from None
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from spec_envs.decoding.exits import ExitAdapter, ExitSettings
 from spec_envs.decoding.lora import LowRank
 from spec_envs.decoding.transformer import Transformer
-from spec_envs.files import parse_json, whole
+from spec_envs.files import at_home, parse_json, whole
 from spec_envs.sealed import SEAL, digest, first_line
 
 SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
@@ -54,7 +54,7 @@ class Stored(ExitSettings):
 
 def is_exit(name: str | Path) -> bool:
     """Whether a folder holds an exit's adapter."""
-    return (Path(name).expanduser() / SETTINGS).is_file()
+    return (at_home(name) / SETTINGS).is_file()
 
 
 def save_exit(adapter: ExitAdapter, folder: Path) -> None:

@@ -150,7 +150,7 @@ def config_of(gguf: GGUF) -> PretrainedConfig:
     }
     if settings["num_hidden_layers"] > len(gguf.tensors):
         raise ValueError(f"it holds {len(gguf.tensors)} tensors for {settings['num_hidden_layers']} layers")
-    settings["rope_parameters"] = rope_of(gguf, keys, settings["max_position_embeddings"])
+    settings["rope_parameters"] = rope_of(gguf, keys, settings["max_position_embeddings"], head_dim)
     if keys.architecture != "qwen2":  # whose queries, keys and values always have them
         settings["attention_bias"] = has_bias(gguf, "attn_")
     if keys.architecture == "llama":
@@ -160,7 +160,7 @@ def config_of(gguf: GGUF) -> PretrainedConfig:
     return FAMILIES[keys.architecture](**settings | {"eos_token_id": end_ids(gguf) or None})
 
 
-def rope_of(gguf: GGUF, keys: Keys, context: int) -> dict[str, Any]:
+def rope_of(gguf: GGUF, keys: Keys, context: int, head_dim: int) -> dict[str, Any]:
     """Return the rotary positions as transformers names them."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10_000.0, whole=False)}
     kind = keys.unread.pop("rope.scaling.type", "linear")  # llama.cpp's default, without effect where nothing is scaled
@@ -182,6 +182,8 @@ def rope_of(gguf: GGUF, keys: Keys, context: int) -> dict[str, Any]:
                 found[name] = keys.number(f"rope.scaling.{key}", whole=False)
     if keys.architecture == "llama" and ROPE_FACTORS in gguf.tensors:
         factors = values(gguf.tensors[ROPE_FACTORS]).reshape(-1).tolist()
+        if len(factors) != head_dim // 2 or not all(0 < factor < float("inf") for factor in factors):
+            raise ValueError(f"{ROPE_FACTORS} holds {len(factors)} numbers; expected {head_dim // 2} positive ones")
         if kind != "none":
             raise ValueError(f"it scales its positions twice, by {ROPE_FACTORS} and by rope.scaling.type {kind!r}")
         long = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0, "factor": 1.0}

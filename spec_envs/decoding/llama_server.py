@@ -24,6 +24,7 @@ from spec_envs.decoding.checkpoints import CACHE, alone, download_wheels, fetch_
 from spec_envs.decoding.drafters.eagle_head import drafter_folder
 from spec_envs.decoding.drafters.formats import is_head
 from spec_envs.decoding.gguf_export import exported
+from spec_envs.files import at_home
 from spec_envs.processes import started
 
 START_SECONDS, STOP_SECONDS = 120, 5
@@ -301,7 +302,7 @@ def gguf_of(model: str) -> tuple[Path, list[str]]:
         return exported(drafter_folder(model), target), needed
     if model in registry()["models"]:
         return fetch_gguf(model), registry()["models"][model].get("llama_server", [])
-    path = Path(model).expanduser()
+    path = at_home(model)
     if path.suffix != ".gguf" or not path.is_file():
         raise ValueError(f"{model!r} is no GGUF file, which is all that llama-server reads")
     return path, []

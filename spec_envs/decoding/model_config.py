@@ -46,6 +46,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "use_qk_norm": (False,),
 }
+# What generation_config.json, or an older config.json, has transformers do to a greedy text, and the values at which it is
+# nothing. Texts here are the model's own: none of it is applied.
+ALTERING: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "repetition_penalty": (1,),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
+    "suppress_tokens": ([],),
+    "watermarking_config": (),
+}
 LARGEST = 1 << 24  # bytes of a JSON file that is read
 LAYERS = 4096  # a config class makes lists of them before anybody sees the weights
 
@@ -127,6 +149,14 @@ def first_line(error: Exception) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):  # where the first one only announces the second
         return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
+
+
+def altering(folder: Path) -> list[str]:
+    """Return the settings of a folder that have transformers write another text than the model's own, as ``key = value``."""
+    path = folder / "generation_config.json"
+    found = read_json(path if path.is_file() else folder / "config.json")
+    set_to = {key: found.get(key) for key, neutral in ALTERING.items() if found.get(key) not in (None, *neutral)}
+    return [f"{key} = {value!r:.40}" for key, value in set_to.items()]
 
 
 def configured_eos(folder: Path, config: PretrainedConfig) -> set[int]:

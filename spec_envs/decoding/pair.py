@@ -41,6 +41,7 @@ from spec_envs.decoding.split import SplitVerifier
 from spec_envs.decoding.synthetic import Profile
 from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.files import at_home
 from spec_envs.text import Detokenizer
 
 DEFAULT_TARGET = "smollm2-135m"
@@ -126,7 +127,7 @@ def open_exit(drafter: str, target: str, model: Transformer, kind: str, rank: in
         ValueError: an exit that the target does not have, or a trained one of another target.
     """
     if not drafter.startswith(EXIT):
-        return load_exit(Path(drafter).expanduser(), model, target)
+        return load_exit(at_home(drafter), model, target)
     layers = drafter.removeprefix(EXIT)
     if not layers.isdecimal():
         raise ValueError(f"drafter is {drafter!r}; expected {EXIT} and a number of layers, such as {EXIT}2")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PretrainedConfig
@@ -70,7 +71,14 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     files, named = weight_files(folder)
-    if in_fp8(read_json(folder / "config.json")):
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) beside its weights, which is not applied here; merge it into "
+            "them, as with peft's merge_and_unload, or remove it"
+        )
+    config = read_json(folder / "config.json")
+    if in_fp8(config):
+        check_blocks(files, config)
         return multiplied_out(folder)
     for file in files:
         for name, tensor in tensors_of(file):
@@ -80,6 +88,31 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     if missing := sorted(named - weights.keys()):
         raise ValueError(f"the files of {folder} lack {missing[0]}, which their index names; fetch the model again")
     return weights
+
+
+def check_blocks(files: list[Path], config: dict[str, Any]) -> None:
+    """Refuse blocks of FP8 that transformers would take for others: it divides the size of a weight by that of its scales,
+    which is the size of a block only where all blocks are whole, or there is one.
+
+    Raises:
+        ValueError: a weight is not made of whole blocks.
+    """
+    block = config["quantization_config"].get("weight_block_size") or (128, 128)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                sizes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    for name, scales in sizes.items():
+        size = sizes.get(name.removesuffix("_scale_inv"), ())
+        if not name.endswith("_scale_inv") or len(size) != len(scales) or len(size) != len(block):
+            continue  # left to what multiplies it out
+        for rows, count, of in zip(size, scales, block, strict=True):
+            if count != -(-rows // of) or (count > 1 and rows % of):
+                raise ValueError(
+                    f"the FP8 weight {name.removesuffix('_scale_inv')} is {list(size)} with {list(scales)} scales for blocks of "
+                    f"{list(block)}, which are not whole; take its weights in bfloat16"
+                )
 
 
 def multiplied_out(folder: Path) -> dict[str, Tensor]:
@@ -116,7 +149,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
             f"cannot read the weights {file}: {first_line(error)}; delete it and fetch or convert it again"
         ) from None
     for name, tensor in loaded.items():
-        if name not in IDS and (tensor.dtype not in FLOATS or tensor.layout != torch.strided):
+        if name.rpartition(".")[2] not in IDS and (tensor.dtype not in FLOATS or tensor.layout != torch.strided):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
                 f"the tensor {name} of {file} is {kind}, so that the model is quantised; expected weights in "
