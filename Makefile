@@ -13,7 +13,7 @@ PROMPT ?= Explain in three sentences why the sky is blue.
 HOST = localhost
 KIND ?= eagle3
 # What `make tune` tunes where no ENV is given.
-TUNED := $(if $(filter file,$(origin ENV)),SpecK-v0,$(ENV))
+TUNED := $(if $(filter file,$(origin ENV)),SpecK-v0)
 
 READS_train = ENV AGENT SEED SET ROOT ARGS
 READS_eval = RUN DEPTH BUDGET DATA_DIR PROMPTS COUNT TEMPERATURE ARGS
@@ -31,7 +31,8 @@ READ := $(foreach t,$(GOALS),$(READS_$t))
 ifneq ($(filter-out $(READ) PYTHON PY READY,$(GIVEN)),)
 $(error make $(GOALS) does not read $(filter-out $(READ) PYTHON PY READY,$(GIVEN)); it reads $(or $(strip $(READ)),no variables))
 endif
-# Values reach the commands through the environment, dollar signs, quotes and all.
+# Values reach the commands through the environment, dollar signs, quotes and all; make's own export would expand them.
+unexport $(GIVEN)
 $(foreach v,$(READ),$(eval export GIVEN_$v := $$(value $v)))
 
 .PHONY: help setup train eval bench bench-k bench-dvi benchmark minari drafter standalone tune generate trace cloud edge edge-cloud cloud-load \
@@ -73,13 +74,13 @@ standalone: $(READY)  ## write a draft model with its target's embedding, for tr
 	$(PY) -m experiments.standalone $(value ARGS)
 
 tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; SET; ARGS=--help
-	set -f; $(PY) -m experiments.tune "$(TUNED)" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --set $$GIVEN_SET $(value ARGS)
+	set -f; $(PY) -m experiments.tune "$(or $(TUNED),$$GIVEN_ENV)" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --set $$GIVEN_SET $(value ARGS)
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 	$(PY) -m experiments.stream "$$GIVEN_PROMPT" $${GIVEN_RUN:+--run "$$GIVEN_RUN"} $(value ARGS)
 
 trace: $(READY)  ## record a trace that ENV replays exactly (for SpecTopK-v0 an expected-acceptance one); ARGS=--help
-	$(PY) -m $(if $(filter SpecTopK-v0,$(ENV)),experiments.topk_trace,experiments.trace "$$GIVEN_ENV") $(value ARGS)
+	$(PY) -m $(if $(filter SpecTopK-v0,$(value ENV)),experiments.topk_trace,experiments.trace "$$GIVEN_ENV") $(value ARGS)
 
 benchmark: $(READY)  ## where adaptive control pays: RESULTS.md, runs/benchmark.json; FAST=1 a small version, RAY=1 on Ray; ARGS=--help
 	$(PY) -m experiments.benchmark $(value ARGS)

@@ -115,3 +115,20 @@ def test_every_target_is_described(make) -> None:
     assert phony and set(phony[1].replace("\\\n", " ").split()) == listed
     readme = (ROOT / "README.md").read_text()
     assert not [target for target in listed - {"setup"} if f"make {target}" not in readme]
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        *(("train", name) for name in ("ENV", "AGENT", "SEED", "SET", "ROOT")),
+        *(("tune", "ENV"), ("trace", "ENV"), ("generate", "PROMPT"), ("edge", "HOST")),
+        *(("drafter", "KIND"), ("tensorboard", "ROOT"), ("eval", "RUN")),
+    ],
+)
+def test_no_value_is_code_of_make(make, target: str, name: str, tmp_path: Path) -> None:
+    """Neither when make reads it nor when it hands its variables on to a command."""
+    mark = tmp_path / "ran"
+    value = f"$(shell touch {mark})"
+    code, output, _ = make(target, f"{name}={value}")
+    assert not mark.exists()
+    assert code == 0 and all(word in output for word in (value.split() if name == "SET" else [value]))
