@@ -16,7 +16,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, output_folder
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
 from experiments.costs import curves_by_dtype, dtypes_at_speed, read_seconds, weight_bytes
@@ -26,6 +25,7 @@ from experiments.quality import quality
 from experiments.references import assisted_arms, llamacpp_arms
 from experiments.report import draw_arms, markdown
 from experiments.static import best_chain, best_static, static_chain, static_policy
+from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, output_folder
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding import kernels

@@ -17,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import agents
-from experiments.arguments import POSITIVE, PROMPTS, SEED, Parser, input_file, output_folder
 from experiments.arms import Arm, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.config import load_experiment
@@ -27,6 +26,7 @@ from experiments.live import encoded_prompts
 from experiments.machine import machine
 from experiments.static import static_chain
 from experiments.train import run_folder, trained
+from spec_envs.arguments import POSITIVE, PROMPTS, SEED, Parser, input_file, output_folder
 from spec_envs.controls.dvi import exit_of
 from spec_envs.files import whole, write_json
 

@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 import agents
 from agents import AGENTS
 from agents.rule import Rule
-from experiments.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder
 from experiments.arms import Sample, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.comparison import ratio, throughput, with_aa_check
@@ -34,6 +33,7 @@ from experiments.report import draw_arms, markdown
 from experiments.static import best_chain, static_chain
 from experiments.tables import side_by_side, tables
 from experiments.train import run_folder, trained
+from spec_envs.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import ENGINES, KControl
 from spec_envs.decoding.pair import DEFAULT_TARGET

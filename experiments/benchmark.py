@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import POSITIVE, PROMPTS, Parser, output_folder
 from experiments.benchmark_arms import Problem, samples_of
 from experiments.benchmark_checks import equality, played_at_random, recording_cost, speeds
 from experiments.benchmark_problems import FAST, FULL, LARGER, PROBLEMS, Size
@@ -40,6 +39,7 @@ from experiments.scale_out import mapped
 from experiments.static import static_like
 from experiments.tables import run_tables
 from experiments.trace import Plan, as_text, calibrated, claim, default_folder, record_texts, recorded
+from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from experiments.arguments import POSITIVE, SEED, Parser, output_folder
 from experiments.chaos_cases import CASES, Case
 from experiments.command import one_sentence
+from spec_envs.arguments import POSITIVE, SEED, Parser, output_folder
 from spec_envs.files import TEMPORARY, held
 
 REPOSITORY = Path(__file__).parents[1]

@@ -25,11 +25,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.arguments import POSITIVE, Parser, nonempty, number, output_folder, whole_number
 from experiments.cloud_process import cloud
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
 from experiments.machine import processor, revision, versions
+from spec_envs.arguments import POSITIVE, Parser, nonempty, number, output_folder, whole_number
 from spec_envs.decoding.checkpoints import load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.files import whole, write_json

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from experiments.arguments import POSITIVE, SEED, Parser, input_file, nonempty, number, output_folder, whole_number
 from experiments.claims import claim
 from experiments.command import one_sentence
 from experiments.distillation import Distillation, Student, kept_layers
@@ -25,6 +24,7 @@ from experiments.drafter_training import report, train
 from experiments.eagle_objective import Objective, Unrolled
 from experiments.recording import record, tokenized
 from experiments.selftext import read_conversations, write_conversations
+from spec_envs.arguments import POSITIVE, SEED, Parser, input_file, nonempty, number, output_folder, whole_number
 from spec_envs.decoding.checkpoints import (
     load_target,
     load_tokenizer,

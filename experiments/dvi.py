@@ -15,7 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.arguments import (
+from experiments.command import one_sentence
+from experiments.config import load_experiment
+from experiments.evaluate import evaluate_run, save
+from experiments.train import run_folder, trained
+from spec_envs.arguments import (
     POSITIVE,
     PROMPTS,
     SEED,
@@ -28,10 +32,6 @@ from experiments.arguments import (
     output_folder,
     whole_number,
 )
-from experiments.command import one_sentence
-from experiments.config import load_experiment
-from experiments.evaluate import evaluate_run, save
-from experiments.train import run_folder, trained
 from spec_envs.files import read_json, write_json
 
 ENV = "SpecDVI-v0"

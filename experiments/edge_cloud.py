@@ -21,7 +21,6 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.arguments import POSITIVE, TEMPERATURE, TOKENS, Parser, nonempty, output_folder, whole_number
 from experiments.arms import Encoded, Sample, decoded, run_arms
 from experiments.cloud_process import behind, cloud
 from experiments.command import one_sentence
@@ -30,6 +29,7 @@ from experiments.live import encoded_prompts
 from experiments.machine import machine
 from experiments.report import draw_arms
 from experiments.static import static_chain
+from spec_envs.arguments import POSITIVE, TEMPERATURE, TOKENS, Parser, nonempty, output_folder, whole_number
 from spec_envs.decoding.checkpoints import resolve_device, resolve_dtype
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.pair import DEFAULT_TARGET

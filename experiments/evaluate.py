@@ -16,7 +16,6 @@ from typing import Any
 
 import agents
 from agents.random import RandomAgent
-from experiments.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from experiments.command import one_sentence
 from experiments.comparison import with_aa_check
 from experiments.exit_evaluation import evaluate_exit
@@ -26,6 +25,7 @@ from experiments.report import draw, markdown
 from experiments.static import best_like, static_like, static_policy
 from experiments.tables import run_tables
 from spec_envs import ENVIRONMENTS
+from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl

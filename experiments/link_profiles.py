@@ -10,8 +10,8 @@ import numpy as np
 from scipy.signal import lfilter
 from scipy.stats import norm
 
-from experiments.arguments import Parser, output_folder
 from experiments.command import one_sentence
+from spec_envs.arguments import Parser, output_folder
 from spec_envs.files import write_bytes
 
 ROWS, STEP = 600, 100  # ms of a row

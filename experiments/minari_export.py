@@ -22,10 +22,10 @@ from tqdm import tqdm
 import agents
 from agents.fixed import FixedAgent
 from agents.random import RandomAgent
-from experiments.arguments import POSITIVE, SEED, Parser, nonempty
 from experiments.command import one_sentence
 from experiments.config import apply, check_env
 from spec_envs import ENVIRONMENTS, REPLAYED, __version__
+from spec_envs.arguments import POSITIVE, SEED, Parser, nonempty
 from spec_envs.controls import Agent, make_control
 from spec_envs.decoding.trace import Trace
 from spec_envs.env import SpecEnv

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from experiments.arguments import Parser, nonempty, output_folder
 from experiments.command import one_sentence
+from spec_envs.arguments import Parser, nonempty, output_folder
 from spec_envs.decoding.checkpoints import load_config, load_tokenizer, load_weights, model_folder, registry
 from spec_envs.decoding.drafters.draft_model import SHORTLIST
 from spec_envs.decoding.drafters.eagle_head import drafter_folder

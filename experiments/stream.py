@@ -7,10 +7,10 @@ from pathlib import Path
 
 import agents
 from agents.fixed import FixedAgent
-from experiments.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from experiments.command import one_sentence
 from experiments.live import decoder_for
 from spec_envs import Generation, generate
+from spec_envs.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.exit_files import is_exit

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.arguments import TOKENS, Parser, nonempty, number, output_file
 from experiments.command import one_sentence
 from experiments.live import encoded_prompts
 from experiments.machine import versions, weights_sha256
+from spec_envs.arguments import TOKENS, Parser, nonempty, number, output_file
 from spec_envs.controls.published_state import KS
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder

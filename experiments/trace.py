@@ -23,13 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 from agents.random import RandomAgent
-from experiments.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
 from experiments.arms import Encoded, decoded, run_arms
 from experiments.command import one_sentence
 from experiments.costs import cost_curves
 from experiments.live import encoded_prompts
 from experiments.machine import machine, weights_sha256
 from spec_envs import ENVIRONMENTS
+from spec_envs.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
 from spec_envs.arrays import read_npz
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.budget import BudgetControl

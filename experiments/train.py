@@ -21,7 +21,6 @@ from agents import AGENTS
 from agents.online import OnlineAgent
 from agents.resuming import CHECKPOINT
 from agents.sb3 import SB3Agent
-from experiments.arguments import SEED, Parser, output_folder
 from experiments.arms import decoded, run_arms
 from experiments.callbacks import Keeper, Monitor
 from experiments.command import one_sentence
@@ -37,6 +36,7 @@ from experiments.report import markdown
 from experiments.static import best_like
 from experiments.trace import Plan, recorded_by_default
 from spec_envs import ENVIRONMENTS
+from spec_envs.arguments import SEED, Parser, output_folder
 from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.trace import Trace

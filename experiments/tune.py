@@ -26,7 +26,6 @@ from tqdm import trange
 
 from agents import AGENTS
 from agents.rule import Rule
-from experiments.arguments import POSITIVE, TOKENS, Parser, output_folder
 from experiments.arms import decoded, run_arms
 from experiments.claims import claim
 from experiments.command import one_sentence
@@ -35,6 +34,7 @@ from experiments.config import load_experiment
 from experiments.costs import cost_curves
 from experiments.live import decoder_for, encoded_prompts
 from spec_envs import ENVIRONMENTS
+from spec_envs.arguments import POSITIVE, TOKENS, Parser, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.clock import CostTable, PricedClock

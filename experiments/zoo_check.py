@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 import agents
-from experiments.arguments import POSITIVE, SEED, Parser, output_folder
 from experiments.claims import NOTE
 from experiments.command import one_sentence
 from experiments.config import Experiment, load_experiment, stanzas_of
 from experiments.machine import revision
 from experiments.train import run, run_folder, run_stages
 from spec_envs import ENVIRONMENTS, generate
+from spec_envs.arguments import POSITIVE, SEED, Parser, output_folder
 from spec_envs.controls import Control
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.pair import DEFAULT_TARGET, load_decoder

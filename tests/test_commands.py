@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import experiments
-from experiments.arguments import Parser, number, output_file, output_folder, whole_number
+from spec_envs.arguments import Parser, number, output_file, output_folder, whole_number
 
+ROOT = Path(str(experiments.__file__)).parents[1]
 MODULES = sorted(
-    path.stem
-    for path in Path(str(experiments.__file__)).parent.glob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("experiments", "spec_envs/network")
+    for path in (ROOT / folder).glob("*.py")
     if "\ndef main(" in path.read_text(encoding="utf-8")
 )
 NONSENSE = ("", "x", "nan", "inf", "1e999", "-1", "１", "0x10", "1,5", "[]")
@@ -32,7 +34,7 @@ class Parsed(Exception):
 
 
 def command(name: str) -> ModuleType:
-    return importlib.import_module(f"experiments.{name}")
+    return importlib.import_module(name)
 
 
 def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
@@ -72,7 +74,9 @@ def takes_numbers(action: argparse.Action) -> bool:
 
 
 def test_there_are_commands() -> None:
-    assert {"train", "evaluate", "tune", "trace", "drafter", "benchmark", "zoo_check", "chaos"} <= set(MODULES)
+    ours = {"train", "evaluate", "tune", "trace", "drafter", "benchmark", "zoo_check", "chaos"}
+    assert {f"experiments.{name}" for name in ours} <= set(MODULES)
+    assert {f"spec_envs.network.{name}" for name in ("cloud", "edge", "proxy")} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -129,14 +133,14 @@ def test_what_cannot_be_written_is_refused_before_any_work(
 def test_overrides_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second --set does not take the place of the first."""
     monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0", "--set", "a=1", "--set", "b=2", "c=3"])
-    assert command("train").arguments().set == ["a=1", "b=2", "c=3"]
+    assert command("experiments.train").arguments().set == ["a=1", "b=2", "c=3"]
     monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0"])
-    assert command("train").arguments().set == []
+    assert command("experiments.train").arguments().set == []
 
 
 def test_options_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--promp" in refused("evaluate", ["runs", "--promp", "gsm8k"], monkeypatch)
-    assert "unrecognized arguments: runs/b" in refused("evaluate", ["runs/a", "runs/b"], monkeypatch)
+    assert "--promp" in refused("experiments.evaluate", ["runs", "--promp", "gsm8k"], monkeypatch)
+    assert "unrecognized arguments: runs/b" in refused("experiments.evaluate", ["runs/a", "runs/b"], monkeypatch)
 
 
 @pytest.mark.fuzz

@@ -19,13 +19,13 @@ from concurrent.futures import Executor
 
 import torch
 
+from spec_envs.arguments import TOKENS, Parser, nonempty, number, whole_number
 from spec_envs.decoding.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.decoding.pair import DEFAULT_TARGET
 from spec_envs.network.authorization import TOKEN, check_served, is_loopback
 from spec_envs.network.batching import Here
 from spec_envs.network.door import SPARE
 from spec_envs.network.engine import CHUNK, TOGETHER, Engine
-from spec_envs.network.numbers import check_count, check_number
 from spec_envs.network.server import Cloud, Limits
 from spec_envs.network.wire import (
     MAX_BYTES,
@@ -56,70 +56,59 @@ def warm(engine: Engine) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument(
-        "--port", type=int, default=PORT, help=f"port to listen on; 0 takes a free one (default {PORT})"
+        "--port",
+        type=whole_number(0, PORTS),
+        default=PORT,
+        help=f"port to listen on; 0 takes a free one (default {PORT})",
     )
     parser.add_argument("--tls-certificate", help="PEM file with the certificate chain")
     parser.add_argument("--tls-key", help="PEM file with its key")
-    parser.add_argument("--sessions", type=int, default=64, help="texts at once (default 64)")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="longest text, the prompt included (default 2048)")
+    parser.add_argument("--sessions", type=whole_number(1, 2**16), default=64, help="texts at once (default 64)")
+    parser.add_argument(
+        "--max-tokens", type=TOKENS, default=2048, help="longest text, the prompt included (default 2048)"
+    )
     parser.add_argument(
         "--max-message",
-        type=int,
+        type=whole_number(SHORTEST_MESSAGE, 2**30),
         default=MAX_BYTES,
         help="longest message in bytes, where the target's own longest is not shorter (default 16 MiB)",
     )
     parser.add_argument(
-        "--idle", type=float, default=300.0, help="seconds until a silent edge is forgotten (default 300)"
+        "--idle", type=number(0.1, 1e9), default=300.0, help="seconds until a silent edge is forgotten (default 300)"
     )
-    parser.add_argument("--grace", type=float, default=20.0, help="seconds that SIGTERM leaves to texts (default 20)")
+    parser.add_argument(
+        "--grace", type=number(0, 1e9), default=20.0, help="seconds that SIGTERM leaves to texts (default 20)"
+    )
     parser.add_argument(
         "--greeting",
-        type=float,
+        type=number(0.1, 1e9),
         default=5.0,
         help="seconds until a connection without a greeting is closed (default 5)",
     )
     parser.add_argument(
         "--per-address",
-        type=int,
+        type=whole_number(1, 2**16),
         help="texts at once of one address, and half as many as its connections (default: half of --sessions; all of "
         "them where only this machine can connect)",
     )
     parser.add_argument(
         "--chunk",
-        type=int,
+        type=whole_number(TOGETHER, 2**20),
         default=CHUNK,
         help="rows of a prompt that are read between two rounds of shorter requests, and that one forward of those has at "
         f"most: smaller ones disturb others less and read prompts more slowly ({TOGETHER} or more; default {CHUNK})",
     )
     parser.add_argument("--no-batching", action="store_true", help="a forward of its own for every request")
-    parser.add_argument("--threads", type=int, help="of torch (default: all processors)")
+    parser.add_argument("--threads", type=whole_number(1, 2**12), help="of torch (default: all processors)")
     return parser.parse_args()
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        ValueError: one of them is, or is none.
-    """
-    check_count("--port", args.port, 0, PORTS)
-    check_count("--sessions", args.sessions, 1, 2**16)
-    check_count("--max-tokens", args.max_tokens, 2)
-    check_count("--max-message", args.max_message, SHORTEST_MESSAGE, 2**30)
-    check_count("--chunk", args.chunk, TOGETHER)
-    check_number("--idle", args.idle, 0.1)
-    check_number("--grace", args.grace, 0)
-    check_number("--greeting", args.greeting, 0.1)
-    if args.threads is not None:
-        check_count("--threads", args.threads, 1, 2**12)
-    if args.per_address is not None:
-        check_count("--per-address", args.per_address)
 
 
 def allow_files(count: int) -> None:
@@ -140,7 +129,6 @@ def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSL
     """
     token = os.environ.get(TOKEN, "")
     check_served(token, args.host)
-    check_arguments(args)
     if bool(args.tls_certificate) != bool(args.tls_key):
         raise ValueError("TLS needs both --tls-certificate and --tls-key")
     tls = None
@@ -197,8 +185,8 @@ def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: 
         if not loop.is_closed():
             loop.call_soon_threadsafe(cloud.hurry.set if stop.is_set() else stop.set)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping, end)
     thread = threading.Thread(target=connections, name="connections")
     thread.start()
     here.work()

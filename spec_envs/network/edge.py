@@ -16,6 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
+from spec_envs.arguments import POSITIVE, SEED, TEMPERATURE, TOP_P, Parser, nonempty, number, whole_number
 from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
@@ -26,7 +27,6 @@ from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.network.cloud import PORT, PORTS
 from spec_envs.network.engine import LONGEST_DRAFT
 from spec_envs.network.linked import is_address, linked, tell
-from spec_envs.network.numbers import check_count
 from spec_envs.network.remote import RemoteVerifier
 from spec_envs.network.websocket import CloudAway, SocketChannel
 from spec_envs.network.wire import MODES
@@ -231,22 +231,26 @@ def address(host: str, port: int) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("host", nargs="?", default="localhost", help="of the cloud, or its ws:// or wss:// URL")
-    parser.add_argument("--port", type=int, default=PORT, help=f"of the cloud (default {PORT})")
+    parser.add_argument("--port", type=whole_number(1, PORTS), default=PORT, help=f"of the cloud (default {PORT})")
     parser.add_argument("--prompt", default=PROMPT, help=f"a user turn (default: {PROMPT})")
-    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})")
-    parser.add_argument("--drafter", default="auto", help="of chains (default: the target's own)")
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})"
+    )
+    parser.add_argument("--drafter", type=nonempty, default="auto", help="of chains (default: the target's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="mass kept when sampling (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--top-p", type=TOP_P, default=1.0, help="mass kept when sampling (default 1)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of sampling (default 0)")
     parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are told (default topk)")
-    parser.add_argument("--top-k", type=int, default=300, help="probabilities sent of a draft (default 300)")
-    parser.add_argument("--k", type=int, default=4, help="tokens of a draft (default 4)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for the cloud (default 20)")
+    parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
+    parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
+    parser.add_argument("--max-new-tokens", type=whole_number(1, 2**20), default=128, help="(default 128)")
+    parser.add_argument(
+        "--patience", type=number(0.1, 1e9), default=20.0, help="seconds to wait for the cloud (default 20)"
+    )
     parser.add_argument(
         "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
     )
@@ -258,9 +262,6 @@ def run(args: argparse.Namespace) -> None:
     """Print the answer and the line about it."""
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p", "mode", "top_k", "k", "patience")
     settings = {name: getattr(args, name) for name in names}
-    check_count("--port", args.port, 1, PORTS)
-    check_count("--max-new-tokens", args.max_new_tokens)
-    check_count("--seed", args.seed, 0, 2**63 - 1)
     decoder = connected(
         address(args.host, args.port), **settings, fallback=args.offline_fallback, token_in_clear=args.token_in_clear
     )

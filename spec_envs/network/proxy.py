@@ -19,8 +19,8 @@ from typing import Self
 
 import numpy as np
 
+from spec_envs.arguments import SEED, Parser
 from spec_envs.network.link import LINKS, LITERAL, PACKET, Link, load_link
-from spec_envs.network.numbers import check_count
 
 LOG = logging.getLogger(__name__)
 BURST = 0.002  # seconds of the rate that an idle direction saves up: what timers miss
@@ -198,6 +198,14 @@ def address(text: str) -> tuple[str, int]:
     return host or "127.0.0.1", int(port)
 
 
+def server(text: str) -> tuple[str, int]:
+    """Return an address that one can connect to."""
+    host, port = address(text)
+    if port == 0:
+        raise argparse.ArgumentTypeError(f"is {text}; expected a port from 1 to 65535")
+    return host, port
+
+
 def milliseconds(text: str) -> float:
     """A positive time in seconds, given in ms."""
     try:
@@ -210,20 +218,20 @@ def milliseconds(text: str) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="A TCP proxy that gives connections the rate and the delay of a simulated link.",
+    parser = Parser(
+        "A TCP proxy that gives connections the rate and the delay of a simulated link.",
         epilog="Example: --listen 8766 --to 127.0.0.1:8765 --link markov-1-500. Who connects to --listen is the edge: "
         "its bytes go up. The rate of a direction is shared by all connections; lost packets are not imitated.",
     )
     parser.add_argument(
         "--listen", type=address, required=True, metavar="[HOST:]PORT", help="where to listen (host: loopback)"
     )
-    parser.add_argument("--to", type=address, required=True, metavar="[HOST:]PORT", help="the server behind")
+    parser.add_argument("--to", type=server, required=True, metavar="[HOST:]PORT", help="the server behind")
     shipped = ", ".join(sorted(path.stem for path in LINKS.glob("*.json")))
     parser.add_argument(
         "--link", required=True, help=f"{shipped}; a JSON file; a .csv of ms,mbps; or a literal {LITERAL}"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of states and jitter (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of states and jitter (default: 0)")
     parser.add_argument(
         "--interval-ms",
         type=milliseconds,
@@ -245,8 +253,6 @@ async def run(proxy: ShapedProxy) -> None:
 def main() -> None:
     args = arguments()
     try:
-        check_count("--seed", args.seed, 0, 2**63 - 1)
-        check_count("--to", args.to[1], 1, 2**16 - 1)
         link = load_link(args.link)
         asyncio.run(run(ShapedProxy(link, args.to, args.listen, args.seed, args.interval)))
     except (ValueError, OSError) as error:

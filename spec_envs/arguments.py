@@ -30,8 +30,9 @@ class Parser(argparse.ArgumentParser):
         self,
         description: str | None,
         formatter: type[argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter,
+        epilog: str | None = None,
     ):
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, epilog=epilog)
 
     def error(self, message: str) -> NoReturn:
         """End the command with one line."""
