@@ -50,55 +50,55 @@ $(READY): setup.cfg constraints.txt
 setup: $(READY)  ## make .venv with the pinned versions
 
 train: $(READY)  ## train AGENT (default: the file's first) on ENV from experiments/ENV.yml; SET="key=value …" overrides; SEED, ROOT; then the table
-	set -f; $(PY) -m experiments.train "$$GIVEN_ENV" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --seed "$$GIVEN_SEED" \
+	set -f; $(PY) -m spec_envs.experiments.train "$$GIVEN_ENV" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --seed "$$GIVEN_SEED" \
 		--root "$$GIVEN_ROOT" --set $$GIVEN_SET $(value ARGS)
 
 eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (numbers or runs); DATA_DIR, PROMPTS, COUNT, TEMPERATURE
-	$(PY) -m experiments.evaluate $${GIVEN_RUN:+"$$GIVEN_RUN"} --depth "$$GIVEN_DEPTH" --budget "$$GIVEN_BUDGET" \
+	$(PY) -m spec_envs.experiments.evaluate $${GIVEN_RUN:+"$$GIVEN_RUN"} --depth "$$GIVEN_DEPTH" --budget "$$GIVEN_BUDGET" \
 		$${GIVEN_DATA_DIR:+--data-dir "$$GIVEN_DATA_DIR"} $${GIVEN_PROMPTS:+--prompts "$$GIVEN_PROMPTS"} \
 		$${GIVEN_COUNT:+--count "$$GIVEN_COUNT"} $${GIVEN_TEMPERATURE:+--temperature "$$GIVEN_TEMPERATURE"} $(value ARGS)
 
 bench: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
-	$(PY) -m experiments.bench $(value ARGS)
+	$(PY) -m spec_envs.experiments.comparisons.decoding $(value ARGS)
 
 bench-k: $(READY)  ## fixed draft lengths, controllers and trained agents by context; runs/bench-k.json; ARGS=--help
-	$(PY) -m experiments.bench_k $(value ARGS)
+	$(PY) -m spec_envs.experiments.comparisons.chains $(value ARGS)
 
 bench-dvi: $(READY)  ## learning curves of agents that improve an early exit; runs/bench-dvi/bench-dvi.md, .json, .png; ARGS=--help
-	$(PY) -m experiments.bench_dvi $(value ARGS)
+	$(PY) -m spec_envs.experiments.comparisons.exits $(value ARGS)
 
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
-	$(PY) -m experiments.drafter --kind "$$GIVEN_KIND" $(value ARGS)
+	$(PY) -m spec_envs.experiments.drafters --kind "$$GIVEN_KIND" $(value ARGS)
 
 standalone: $(READY)  ## write a draft model with its target's embedding, for transformers; ARGS="smollm2-135m-draft --out FOLDER"
-	$(PY) -m experiments.standalone $(value ARGS)
+	$(PY) -m spec_envs.experiments.drafters.standalone $(value ARGS)
 
 tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; SET; ARGS=--help
-	set -f; $(PY) -m experiments.tune "$(or $(TUNED),$$GIVEN_ENV)" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --set $$GIVEN_SET $(value ARGS)
+	set -f; $(PY) -m spec_envs.experiments.tune "$(or $(TUNED),$$GIVEN_ENV)" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --set $$GIVEN_SET $(value ARGS)
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
-	$(PY) -m experiments.stream "$$GIVEN_PROMPT" $${GIVEN_RUN:+--run "$$GIVEN_RUN"} $(value ARGS)
+	$(PY) -m spec_envs.experiments.stream "$$GIVEN_PROMPT" $${GIVEN_RUN:+--run "$$GIVEN_RUN"} $(value ARGS)
 
 trace: $(READY)  ## record a trace that ENV replays exactly (for SpecTopK-v0 an expected-acceptance one); ARGS=--help
-	$(PY) -m $(if $(filter SpecTopK-v0,$(value ENV)),experiments.topk_trace,experiments.trace "$$GIVEN_ENV") $(value ARGS)
+	$(PY) -m $(if $(filter SpecTopK-v0,$(value ENV)),spec_envs.experiments.traces.record_expected,spec_envs.experiments.traces.record "$$GIVEN_ENV") $(value ARGS)
 
 benchmark: $(READY)  ## where adaptive control pays: RESULTS.md, runs/benchmark.json; FAST=1 a small version, RAY=1 on Ray; ARGS=--help
-	$(PY) -m experiments.benchmark $(value ARGS)
+	$(PY) -m spec_envs.experiments.benchmark $(value ARGS)
 
 minari: $(READY)  ## write episodes of a trace as a Minari data set; ARGS="runs/traces/NAME --name spec-envs/depth-random-v0"
-	$(PY) -m experiments.minari_export $(value ARGS)
+	$(PY) -m spec_envs.experiments.traces.minari $(value ARGS)
 
 cloud: $(READY)  ## serve a target that verifies what edges draft, on port 8765; ARGS=--help
-	$(PY) -m spec_envs.network.cloud $(value ARGS)
+	$(PY) -m spec_envs.network.cloud.__main__ $(value ARGS)
 
 edge: $(READY)  ## stream an answer to PROMPT, drafted here and verified by the cloud at HOST (or URL); ARGS=--help
-	$(PY) -m spec_envs.network.edge "$$GIVEN_HOST" --prompt "$$GIVEN_PROMPT" $(value ARGS)
+	$(PY) -m spec_envs.network.edge.__main__ "$$GIVEN_HOST" --prompt "$$GIVEN_PROMPT" $(value ARGS)
 
 edge-cloud: $(READY)  ## edge and cloud against the cloud alone, through a real socket; ARGS="--num-prompts 5 --iterations 2"
-	$(PY) -m experiments.edge_cloud $(value ARGS)
+	$(PY) -m spec_envs.experiments.network.edge_cloud $(value ARGS)
 
 cloud-load: $(READY)  ## a cloud under 1, 4 and 16 edges, with and without batching; runs/cloud-load.json; ARGS=--help
-	$(PY) -m experiments.cloud_load $(value ARGS)
+	$(PY) -m spec_envs.experiments.network.cloud_load $(value ARGS)
 
 tensorboard: $(READY)  ## look into the runs below ROOT
 	$(PY) -m tensorboard.main --logdir "$$GIVEN_ROOT"
@@ -110,10 +110,10 @@ fuzz: $(READY)  ## look for new failures with generated input, many examples a t
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m fuzz --hypothesis-profile fuzz --numprocesses auto $(value ARGS)
 
 zoo-check: $(READY)  ## train every stanza of every YAML in small, to its table, and play every shipped agent; ARGS="--sample 4"
-	$(PY) -m experiments.zoo_check $(value ARGS)
+	$(PY) -m spec_envs.experiments.checks.zoo $(value ARGS)
 
 chaos: $(READY)  ## kill every command that continues at random moments, and continue it; ARGS="--cases tune --kills 3"
-	$(PY) -m experiments.chaos $(value ARGS)
+	$(PY) -m spec_envs.experiments.checks.chaos $(value ARGS)
 
 lint: $(READY)  ## format check, lint, types
 	$(PY) -m ruff format --check .

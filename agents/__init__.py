@@ -9,35 +9,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agents.adaedl import AdaedlAgent
-from agents.adaptive_k import AdaptiveKAgent
-from agents.confidence import ConfidenceAgent
-from agents.ddd import DddAgent
-from agents.dvi import DVIAgent
-from agents.exact_pg import ExactPGAgent
-from agents.expected_gain import ExpectedGainAgent
-from agents.fixed import FixedAgent
-from agents.gammatune import GammaTuneAgent
-from agents.hf_schedule import ScheduleAgent
-from agents.hindsight import HindsightAgent
-from agents.online import OnlineAgent
-from agents.random import RandomAgent
-from agents.reinforce import ReinforceAgent
-from agents.rl_adapter import Settings
-from agents.rl_adapter_agent import RLAdapterAgent
-from agents.sb3 import ALGORITHMS, RESERVED, SB3Agent
-from agents.specdec_plus import SpecDecPlusAgent
-from agents.svip import SvipAgent
-from agents.svip_tree import SvipTreeAgent
-from agents.traced import TracedAgent
-from agents.tree_rule import PricedRule
-from agents.ucb import UcbAgent
-from agents.ucb_budget import UcbBudgetAgent
 from spec_envs import ENVIRONMENTS
+from spec_envs.agents.baselines.fixed import FixedAgent
+from spec_envs.agents.baselines.uniform import RandomAgent
+from spec_envs.agents.exits.dvi import DVIAgent
+from spec_envs.agents.exits.online import OnlineAgent
+from spec_envs.agents.exits.reinforce import ReinforceAgent
+from spec_envs.agents.rules.adaedl import AdaedlAgent
+from spec_envs.agents.rules.adaptive_k import AdaptiveKAgent
+from spec_envs.agents.rules.confidence import ConfidenceAgent
+from spec_envs.agents.rules.ddd import DddAgent
+from spec_envs.agents.rules.expected_gain import ExpectedGainAgent
+from spec_envs.agents.rules.gammatune import GammaTuneAgent
+from spec_envs.agents.rules.hf_schedule import ScheduleAgent
+from spec_envs.agents.rules.specdec_plus import SpecDecPlusAgent
+from spec_envs.agents.rules.svip import SvipAgent
+from spec_envs.agents.rules.svip_tree import SvipTreeAgent
+from spec_envs.agents.rules.tree_base import PricedRule
+from spec_envs.agents.rules.ucb import UcbAgent
+from spec_envs.agents.rules.ucb_budget import UcbBudgetAgent
+from spec_envs.agents.sb3.agent import ALGORITHMS, RESERVED, SB3Agent
+from spec_envs.agents.selector.adapter import Settings
+from spec_envs.agents.selector.agent import RLAdapterAgent
+from spec_envs.agents.traced.base import TracedAgent
+from spec_envs.agents.traced.exact_pg import ExactPGAgent
+from spec_envs.agents.traced.hindsight import HindsightAgent
 from spec_envs.controls import CONTROLS, Control, make_control
-from spec_envs.controls.opening import clocks_for
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.env import check_keywords
+from spec_envs.recordings import clocks_for
 from spec_envs.sealed import first_line, number_of, read_sealed
 from spec_envs.yaml_text import parse_yaml
 

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from agents.journal import Journal
+from spec_envs.agents.exits.journal import Journal
 from spec_envs.decoding.clock import PARTS
 from spec_envs.env import SpecEnv
 from spec_envs.sealed import first_line, read_torch, write_torch

@@ -10,8 +10,8 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
 
-from agents.journal import append, keep
-from agents.sb3 import SB3Agent
+from spec_envs.agents.exits.journal import append, keep
+from spec_envs.agents.sb3.agent import SB3Agent
 
 TEXT_ONLY = ("stdout", "log", "json", "csv")  # formats that cannot show a histogram
 

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agents import AGENTS
-from experiments.hyperparameters import check_name, check_value
 from spec_envs import ENVIRONMENTS, REPLAYED
+from spec_envs.agents import AGENTS
 from spec_envs.controls import CONTROLS
 from spec_envs.env import check_keywords
+from spec_envs.experiments.hyperparameters import check_name, check_value
 from spec_envs.yaml_text import Loader, parse_yaml
 
 FOLDER = Path(__file__).parent

@@ -1,6 +1,6 @@
 """Improve an early exit and say what it is worth: a stanza of experiments/SpecDVI-v0.yml by flags.
 
-    python -m experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8 --beta_kl 0.1
+    python -m spec_envs.experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8 --beta_kl 0.1
         --baseline_momentum 0.9
 
 trains where the run was not trained yet, evaluates on held-out prompts and writes RESULTS/<stanza>-<seed>.json. A flag
@@ -15,10 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.command import one_sentence
-from experiments.config import load_experiment
-from experiments.evaluate import evaluate_run, save
-from experiments.train import run_folder, trained
 from spec_envs.arguments import (
     POSITIVE,
     PROMPTS,
@@ -32,6 +28,10 @@ from spec_envs.arguments import (
     output_folder,
     whole_number,
 )
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.evaluate import evaluate_run, save
+from spec_envs.experiments.train import run_folder, trained
 from spec_envs.files import read_json, write_json
 
 ENV = "SpecDVI-v0"

@@ -14,25 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import agents
-from agents.random import RandomAgent
-from experiments.command import one_sentence
-from experiments.comparison import with_aa_check
-from experiments.exit_evaluation import evaluate_exit
-from experiments.link_references import link_policies
-from experiments.live import decoder_for, target_and_drafter
-from experiments.report import draw, markdown
-from experiments.static import best_like, static_like, static_policy
-from experiments.tables import run_tables
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, agents
+from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.topk import TopKControl
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.exits.evaluation import evaluate_exit
+from spec_envs.experiments.measure.link_references import link_policies
+from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
+from spec_envs.experiments.measure.report import draw, markdown
+from spec_envs.experiments.measure.static import best_like, static_like, static_policy
+from spec_envs.experiments.measure.statistics import with_aa_check
+from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.files import whole
-from spec_envs.prompts import load_prompts
+from spec_envs.prompts.sets import load_prompts
 from spec_envs.sealed import read_sealed, write_sealed
 
 

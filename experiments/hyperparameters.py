@@ -9,11 +9,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from agents import AGENTS, ONLINE, known_hyperparameters
-from agents.online import OnlineAgent
-from agents.rl_adapter import Settings
-from agents.sb3 import ALGORITHMS
-from agents.traced import TracedAgent
+from spec_envs.agents import AGENTS, ONLINE, known_hyperparameters
+from spec_envs.agents.exits.online import OnlineAgent
+from spec_envs.agents.sb3.agent import ALGORITHMS
+from spec_envs.agents.selector.adapter import Settings
+from spec_envs.agents.traced.base import TracedAgent
 
 SHARES = {"gamma", "gae_lambda", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"}
 

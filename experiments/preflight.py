@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import agents
-from experiments.exit_evaluation import K_MAX, exit_decoder
-from experiments.live import encoded_prompts, target_and_drafter
-from experiments.static import PROMPTS
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, agents
 from spec_envs.env import SpecEnv
+from spec_envs.experiments.exits.evaluation import K_MAX, exit_decoder
+from spec_envs.experiments.measure.live import encoded_prompts, target_and_drafter
+from spec_envs.experiments.measure.static import PROMPTS
 
 SHOWN = ("cost_features", "split", "render_mode", "policy_seconds")  # which an evaluation does not read
 

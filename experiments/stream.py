@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import agents
-from agents.fixed import FixedAgent
-from experiments.command import one_sentence
-from experiments.live import decoder_for
-from spec_envs import Generation, generate
+from spec_envs import Generation, agents, generate
+from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from spec_envs.controls.depth import DepthControl
-from spec_envs.decoding.checkpoints import load_tokenizer
-from spec_envs.decoding.exit_files import is_exit
-from spec_envs.decoding.pair import DEFAULT_TARGET
-from spec_envs.prompts import encode
+from spec_envs.decoding.exits.files import is_exit
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.measure.live import decoder_for
+from spec_envs.prompts.sets import encode
 from spec_envs.text import printable
 
 

@@ -16,35 +16,34 @@ from typing import Any
 import gymnasium as gym
 import yaml
 
-import agents
-from agents import AGENTS
-from agents.online import OnlineAgent
-from agents.resuming import CHECKPOINT
-from agents.sb3 import SB3Agent
-from experiments.arms import decoded, run_arms
-from experiments.callbacks import Keeper, Monitor
-from experiments.command import one_sentence
-from experiments.comparison import ratio
-from experiments.config import Experiment, first_stanza, load_experiment
-from experiments.costs import cost_table
-from experiments.evaluate import evaluate_run, save
-from experiments.exit_runs import CONVERSATIONS, improve, write_own_text
-from experiments.live import decoder_for, encoded_prompts, local_decoder
-from experiments.machine import revision, versions
-from experiments.preflight import check_evaluation, check_partner
-from experiments.report import markdown
-from experiments.static import best_like
-from experiments.trace import Plan, recorded_by_default
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, agents
+from spec_envs.agents import AGENTS
+from spec_envs.agents.exits.online import OnlineAgent
+from spec_envs.agents.resuming import CHECKPOINT
+from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.arguments import SEED, Parser, output_folder
 from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.controls.topk import TopKControl
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
+from spec_envs.experiments.callbacks import Keeper, Monitor
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.config import Experiment, first_stanza, load_experiment
+from spec_envs.experiments.evaluate import evaluate_run, save
+from spec_envs.experiments.exits.runs import CONVERSATIONS, improve, write_own_text
+from spec_envs.experiments.measure.arms import decoded, run_arms
+from spec_envs.experiments.measure.costs import cost_table
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.machine import revision, versions
+from spec_envs.experiments.measure.report import markdown
+from spec_envs.experiments.measure.static import best_like
+from spec_envs.experiments.measure.statistics import ratio
+from spec_envs.experiments.preflight import check_evaluation, check_partner
+from spec_envs.experiments.traces.record import Plan, recorded_by_default
 from spec_envs.files import LOCK, TEMPORARY, held, whole
-from spec_envs.network.linked import is_address
+from spec_envs.network.edge.linked import is_address
+from spec_envs.prompts.templates import DATE
 from spec_envs.sealed import number_of, read_sealed, write_sealed
-from spec_envs.templates import DATE
 
 MEASURED = "delete it to measure again"
 TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves behind

@@ -24,22 +24,22 @@ from optuna.trial import TrialState
 from optuna.visualization.matplotlib import plot_optimization_history
 from tqdm import trange
 
-from agents import AGENTS
-from agents.rule import Rule
-from experiments.arms import decoded, run_arms
-from experiments.claims import claim
-from experiments.command import one_sentence
-from experiments.comparison import throughput
-from experiments.config import load_experiment
-from experiments.costs import cost_curves
-from experiments.live import decoder_for, encoded_prompts
 from spec_envs import ENVIRONMENTS
+from spec_envs.agents import AGENTS
+from spec_envs.agents.rules.base import Rule
 from spec_envs.arguments import POSITIVE, TOKENS, Parser, output_folder
 from spec_envs.controls import Control, Policy, make_control
-from spec_envs.decoding.checkpoints import resolve_device
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.pair import make_clocks
+from spec_envs.decoding.loading import make_clocks
+from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.env import SpecEnv
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.measure.arms import decoded, run_arms
+from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.experiments.work_folder import claim
 from spec_envs.files import held, whole, write_bytes, write_json
 
 

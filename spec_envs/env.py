@@ -18,24 +18,24 @@ from spec_envs import render
 from spec_envs.checked import check_number, choice
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.controls.base import checked_action
-from spec_envs.controls.opening import check_settings, clocks_for, decoder_under, recorded_prompts
 from spec_envs.controls.topk import TopKControl
-from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.decoder import Cycle
-from spec_envs.decoding.llama_decoder import LlamaServerDecoder
-from spec_envs.decoding.pair import (
+from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
+from spec_envs.decoding.loading import (
     DEFAULT_TARGET,
     drafts_chains,
     plain_seconds,
     static_over_plain,
 )
-from spec_envs.decoding.synthetic import Profile
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.traces.synthetic import Profile
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.keywords import check_ranges, in_worker
-from spec_envs.network.expected import ExpectedTrace
-from spec_envs.network.remote import RemoteVerifier
-from spec_envs.prompts import Prompt, encode_all, encode_prompt, load_prompts
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.expected_trace import ExpectedTrace
+from spec_envs.prompts.sets import Prompt, encode_all, encode_prompt, load_prompts
+from spec_envs.recordings import check_settings, clocks_for, decoder_under, recorded_prompts
 
 
 class EndedText(ValueError):
@@ -58,7 +58,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
         template: Jinja chat template for a model without one; ``"none"`` takes prompts as they are.
         date: which day it is for templates that write it, ``YYYY-MM-DD``; by default always the same one
-            (``spec_envs.templates.DATE``), or the one that a trace was recorded with.
+            (``spec_envs.prompts.templates.DATE``), or the one that a trace was recorded with.
         max_new_tokens: most tokens of a text, the first one included; by default 128, or as many as a trace was recorded with.
         temperature, top_p: sampling of the target; temperature 0 is greedy, the control's own default where none is given.
         trace: what plays draft model and target instead of models: the folder of a trace that `make trace` recorded, for

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+DATA = Path(__file__).resolve().parent / "data"  # what is shipped
 LOCK = ".lock"  # in a folder that is held
 TEMPORARY = ".tmp"
 

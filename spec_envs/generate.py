@@ -106,12 +106,12 @@ def generate(
     """Decode a prompt under an agent's control; without control and agent, plainly.
 
     Args:
-        decoder: from ``spec_envs.decoding.pair.load_decoder``, with the control's width and max_depth.
-        control, agent: the pair that ``agents.load(run)`` returns.
-        prompt: token ids (``spec_envs.prompts.encode``).
+        decoder: from ``spec_envs.decoding.loading.load_decoder``, with the control's width and max_depth.
+        control, agent: the pair that ``spec_envs.agents.load(run)`` returns.
+        prompt: token ids (``spec_envs.prompts.sets.encode``).
         max_new_tokens: most tokens to emit.
         seed: of the sampling, at temperature above 0.
-        task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.TASKS``, or any other.
+        task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.sets.TASKS``, or any other.
         learn: whether the agent explores and goes on learning from every cycle, if it can (``rl-adapter``, and
             ``dvi`` and ``reinforce`` after ``agent.bind(decoder)``).
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from spec_envs.checked import check_number, choice
 from spec_envs.controls.base import Control
-from spec_envs.prompts import SPLITS
+from spec_envs.prompts.sets import SPLITS
 
 EPISODES = ("prompt", "cycle")
 RATES = ("ltd", "rl_adapter")  # rewards that are tokens over seconds

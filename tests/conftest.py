@@ -18,16 +18,16 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from experiments.trace import Plan, recorded
-from spec_envs.decoding import kernels
-from spec_envs.decoding.checkpoints import load_target, load_weights
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.eagle_head import EagleHead
-from spec_envs.decoding.kernels import building
-from spec_envs.decoding.pair import load_decoder
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.model import kernels
+from spec_envs.decoding.model.kernels import building
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.weights.checkpoints import load_target, load_weights
+from spec_envs.experiments.traces.record import Plan, recorded
 from spec_envs.vector.env import ReplayVectorEnv
-from tests.traced import CASES, costs_in
+from tests.support.traced import CASES, costs_in
 
 CPU = torch.device("cpu")
 WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "on", "we", "you", "def"], ".", ","]

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from spec_envs.checked import check_number
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Cycle, Decoder
-from spec_envs.decoding.pair import default_drafter
+from spec_envs.decoding.loading import default_drafter
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
 LONGEST_CHAIN, LARGEST_TREE = 4096, 100_000  # drafted tokens, nodes: what is allocated before anything is drafted

@@ -12,14 +12,14 @@ from torch import Tensor
 from spec_envs.checked import check_number
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS
-from spec_envs.decoding.checkpoints import load_config, model_folder
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
-from spec_envs.decoding.exits import KINDS, ExitAdapter
-from spec_envs.decoding.pair import DEFAULT_TARGET, EXIT
+from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter
+from spec_envs.decoding.exits.split import SplitVerifier
+from spec_envs.decoding.loading import DEFAULT_TARGET, EXIT
+from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.sampling import WARM, warm
-from spec_envs.decoding.shape import Shape
-from spec_envs.decoding.split import SplitVerifier
+from spec_envs.decoding.weights.checkpoints import load_config, model_folder
 
 LARGE = float(np.finfo(np.float32).max)  # hidden states have no bound
 
@@ -153,7 +153,7 @@ class DVIControl(Control):
         return entries
 
     def exit_keywords(self) -> dict[str, Any]:
-        """What a policy needs to know to start as this exit's projection: arguments of ``agents.exit_policy.ExitPolicy``."""
+        """What a policy needs to know to start as this exit's projection: arguments of ``spec_envs.agents.exits.policy.ExitPolicy``."""
         names = {"target": self.target, "exit_device": self.device, "dtype": self.dtype, "exit_layer": self.exit_layer}
         return names | {"rank": self.rank}
 

@@ -10,12 +10,12 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
-from spec_envs.controls.context import KINDS, context_kind
+from spec_envs.controls.text_kind import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
 from spec_envs.decoding.drafters.lookup import LONGEST
-from spec_envs.decoding.llama_server import check_server_args
-from spec_envs.prompts import TASKS
+from spec_envs.decoding.llama_cpp.server import check_server_args
+from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
 WINDOWS = (4, 16)  # decisions over which acceptance is observed

@@ -11,14 +11,14 @@ from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Entry, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot, read_match
-from spec_envs.controls.published_state import KS, published_state
+from spec_envs.controls.rl_adapter_state import KS, published_state
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.network.engine import LONGEST_DRAFT
-from spec_envs.network.estimate import Estimate
-from spec_envs.network.remote import RemoteVerifier
+from spec_envs.network.cloud.engine import LONGEST_DRAFT
+from spec_envs.network.edge.estimate import Estimate
+from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.wire import MODES
-from spec_envs.prompts import TASKS
+from spec_envs.prompts.sets import TASKS
 
 ACTIONS, PROTOCOLS = ("k", "joint"), ("auto", "scalar", "full")
 SEGMENTS = (16, 64)  # tokens that the cloud alone decodes in one exchange
@@ -77,7 +77,7 @@ class TopKControl(Control):
     | 9 | `context`: tokens of the text / 4096 | 0 | 1 |
     | 10–15 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
-    `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.published_state`), linear in Mbps
+    `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.rl_adapter_state`), linear in Mbps
     and blind below some ten of them. `cost_features=True` appends `costs`, as in SpecDepth-v0.
 
     ## Rewards

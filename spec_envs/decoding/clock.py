@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -18,10 +17,10 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from spec_envs.checked import first_error, read_checked
-from spec_envs.files import find_json
+from spec_envs.files import DATA, find_json
 
 PARTS = ("prefill", "draft", "verify", "network", "policy")
-COSTS = Path(__file__).resolve().parents[1] / "data" / "costs"
+COSTS = DATA / "costs"
 
 
 @dataclass

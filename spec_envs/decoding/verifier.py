@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
-from spec_envs.decoding.lora import Additions
+from spec_envs.decoding.model.lora import Additions
+from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.sampling import Proposal, check_sampling, probabilities
-from spec_envs.decoding.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
 
 

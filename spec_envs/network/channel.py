@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from spec_envs.decoding.verifier import Traffic
-from spec_envs.network.engine import Engine, Session
+from spec_envs.network.cloud.engine import Engine, Session
 from spec_envs.network.link import Link
 from spec_envs.network.wire import (
     Hello,

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from scipy.sparse.csgraph import connected_components
 
 from spec_envs.checked import Checked, first_error
-from spec_envs.files import find_json
+from spec_envs.files import DATA, find_json
 
-LINKS = Path(__file__).resolve().parents[1] / "data" / "links"
+LINKS = DATA / "links"
 LITERAL = "constant:up=46,down=563,rtt=50"
 LITERAL_KEYS = {"up": "up_mbps", "down": "down_mbps", "rtt": "rtt_ms", "jitter": "jitter_ms", "loss": "loss"}
 PACKET = 1500  # bytes, at most
@@ -256,7 +256,7 @@ class TraceRow(BaseModel):
     rtt_ms: Delay | None = None
 
 
-DATA: TypeAdapter[ConstantData | MarkovData | TraceData] = TypeAdapter(
+ADAPTER: TypeAdapter[ConstantData | MarkovData | TraceData] = TypeAdapter(
     Annotated[ConstantData | MarkovData | TraceData, Field(discriminator="kind")]
 )
 ROWS = TypeAdapter(Annotated[list[TraceRow], Field(min_length=2)])
@@ -320,6 +320,6 @@ def _literal(source: str) -> dict[str, Any]:
 def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | TraceData:
     """The data of a link, or one sentence about what is wrong with it."""
     try:
-        return DATA.validate_python(raw)
+        return ADAPTER.validate_python(raw)
     except ValidationError as error:
         raise ValueError(f"{what} is not a link ({first_error(error)}); {hint}") from None

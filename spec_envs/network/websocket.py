@@ -24,8 +24,8 @@ from websockets.sync.client import ClientConnection, reconnect
 from websockets.uri import parse_uri
 
 from spec_envs.decoding.verifier import Traffic
-from spec_envs.network.answers import check_welcome, printable
 from spec_envs.network.authorization import TOKEN, check_token, is_loopback
+from spec_envs.network.edge.answers import check_welcome, printable
 from spec_envs.network.wire import (
     LATER,
     Hello,

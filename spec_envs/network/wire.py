@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.sampling import Proposal
 
+PORT, PORTS = 8765, 2**16 - 1  # of a cloud by default, and the highest there is
 VERSION = 1
 MODES = ("ids", "scalar", "topk", "full")
 MAX_BYTES = 16 * 2**20  # of a message: 64 whole distributions of a vocabulary of 50,000 and more

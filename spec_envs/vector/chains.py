@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spec_envs.controls.context import KINDS
 from spec_envs.controls.k import ENTROPY_UNIT, FRESH, OPENING, SNIPPET, WINDOWS, KControl, told_kind
-from spec_envs.decoding.checkpoints import load_tokenizer
+from spec_envs.controls.text_kind import KINDS
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST
-from spec_envs.decoding.trace import Trace
-from spec_envs.prompts import TASKS
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.prompts.sets import TASKS
 from spec_envs.text import Detokenizer
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.prices import prices

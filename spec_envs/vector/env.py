@@ -15,14 +15,14 @@ from spec_envs.controls.base import CONTEXT_UNIT
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
-from spec_envs.controls.opening import check_settings, clocks_for
 from spec_envs.controls.tree import TreeControl
-from spec_envs.decoding.checkpoints import load_tokenizer
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.pair import static_over_plain
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.loading import static_over_plain
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import EndedText, check_keywords
 from spec_envs.keywords import check_ranges
+from spec_envs.recordings import check_settings, clocks_for
 from spec_envs.vector.chains import Chains
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.infos import blank, cleared, gathered

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from spec_envs.decoding.trace import Trace
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
 
 OF_MAKE = (

@@ -19,7 +19,7 @@ from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
 # Tensors of the layers that are computed (see ``layers.py``), with the number of the layer.

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.cache import KVCache
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.exits import ExitAdapter
-from spec_envs.decoding.split import SplitVerifier
-from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.exits.split import SplitVerifier
+from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children, Tree
 
 

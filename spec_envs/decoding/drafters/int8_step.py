@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.cache import KVCache
-from spec_envs.decoding.int8 import Layers, Linear, RMSNorm, c_cache, c_tables
-from spec_envs.decoding.kernels import threads
-from spec_envs.decoding.kernels.bindings import CDrafter, address, library
-from spec_envs.decoding.rope import Rope
+from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.int8 import Layers, Linear, RMSNorm, c_cache, c_tables
+from spec_envs.decoding.model.kernels import threads
+from spec_envs.decoding.model.kernels.bindings import CDrafter, address, library
+from spec_envs.decoding.model.rope import Rope
 
 
 class Int8Step:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_envs.decoding.transformer import Transformer
+from spec_envs.decoding.model.transformer import Transformer
 
 TOGETHER = 16  # positions that are drafted behind in one forward
 

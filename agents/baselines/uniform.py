@@ -1,0 +1,24 @@
+"""Uniformly random actions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.rules.base import Rule
+from spec_envs.controls.base import Control
+
+
+class RandomAgent(Rule):
+    """Every action with the same probability, whatever is observed."""
+
+    looks_at = ()
+
+    def __init__(self, control: Control, seed: int = 0):
+        super().__init__(control)
+        self.actions = control.action_space
+        self.actions.seed(seed)
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        return self.actions.sample(), state

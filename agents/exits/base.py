@@ -1,0 +1,123 @@
+"""An agent that drafts by an early exit's own projection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.agents.deciding import Deciding
+from spec_envs.agents.timing import cold_seconds, priced
+from spec_envs.controls.base import Control
+from spec_envs.controls.dvi import DVIControl
+from spec_envs.decoding.drafters.early_exit import Projection
+from spec_envs.decoding.exits.adapter import ExitAdapter, default_rank
+from spec_envs.decoding.exits.files import load_exit, save_exit
+from spec_envs.decoding.sampling import inverse_cdf
+from spec_envs.decoding.weights.checkpoints import load_target, resolve_device, resolve_dtype
+
+
+class ExitAgent(Deciding):
+    """Says what an exit's projection says of its state.
+
+    Args:
+        control: of ``SpecDVI-v0``.
+        seed: of draws.
+
+    Attributes:
+        adapter: the exit, and what was trained of it.
+        block: log-probabilities of the tokens that were drafted since it was emptied; None does not keep them.
+
+    Raises:
+        ValueError: another problem.
+    """
+
+    control: DVIControl
+    remembers = ("block",)
+
+    def __init__(self, control: Control, seed: int = 0):
+        if not isinstance(control, DVIControl):
+            raise ValueError(f"{type(self).__name__} improves an early exit: it needs SpecDVI-v0, not {control.name}")
+        self.control, self.seed, self.rng = control, seed, np.random.default_rng(seed)
+        self.decision_seconds = 0.0
+        self.block: list[float] | None = None
+        self._adapter: ExitAdapter | None = None
+        self._played: Projection | None = None
+
+    @property
+    def adapter(self) -> ExitAdapter:
+        if self._adapter is None:
+            raise ValueError(f"{type(self).__name__} has no exit yet; load a run, or let it learn in an environment")
+        return self._adapter
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        """The token to draft: the most probable one of the shortlist; without ``deterministic``, as while it learns, of all
+        or drawn at ``draft_temperature``."""
+        if deterministic:
+            if self._played is None:
+                self._played = Projection(self.adapter)
+            with torch.inference_mode():
+                best = int(self._played.head(self._hidden(observation)).argmax())
+            return best if self._played.ids is None else int(self._played.ids[best]), state
+        token, log_probability = self._drawn(observation)
+        if self.block is not None:
+            self.block.append(log_probability)
+        return token, state
+
+    def _hidden(self, observation: np.ndarray) -> Tensor:
+        """What the projection reads, ``[1, hidden]``, in the target's dtype."""
+        target = self.adapter.target
+        hidden = torch.from_numpy(np.asarray(observation, np.float32)[self.control.slices["hidden"]])[None]
+        return hidden.to(target.device, target.precision.hidden)
+
+    @torch.no_grad()
+    def _drawn(self, observation: np.ndarray) -> tuple[int, float]:
+        """A token drafted while learning, and its log-probability."""
+        logits = self.adapter.logits(self._hidden(observation))[0]
+        temperature = self.control.draft_temperature
+        log_probabilities = (logits / (temperature or 1.0)).log_softmax(-1)
+        if temperature == 0:
+            token = int(log_probabilities.argmax())
+        else:
+            token = inverse_cdf(log_probabilities.double().exp().cpu().numpy(), self.rng.random())
+        return token, float(log_probabilities[token])
+
+    def save(self, folder: Path | str) -> None:
+        """Write the exit, as it serves as ``drafter=``."""
+        save_exit(self.adapter, Path(folder))
+
+    def load(self, folder: Path | str) -> None:
+        """Read an exit.
+
+        Raises:
+            ValueError: none there, or one of another target, layer or kind.
+        """
+        control = self.control
+        device = resolve_device(control.device)
+        target = load_target(control.target, device, resolve_dtype(control.dtype, device, [control.target]))
+        adapter = load_exit(Path(folder), target, control.target)
+        self._check(adapter, str(folder))
+        self._adapter, self._played = adapter, None
+        self.decision_seconds = self.measure()
+
+    def _check(self, adapter: ExitAdapter, place: str) -> None:
+        """Refuse another exit than that of the agent's problem."""
+        control = self.control
+        found = (adapter.exit_layer, adapter.kind, adapter.settings.rank)
+        wanted = (control.exit_layer, control.adapter, control.rank or default_rank(control.adapter))
+        if found != wanted:
+            raise ValueError(f"{place} has exit_layer, adapter and rank {found}, this agent's problem has {wanted}")
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        shape = self.adapter.target.shape
+        return priced(shape.vocab * shape.hidden, in_torch=1)
+
+    def measure(self) -> float:
+        """Median seconds of a decision."""
+        blank = np.ones(self.control.observation_space.shape or 0, np.float32)
+        return cold_seconds(lambda: self.predict(blank, deterministic=True))

@@ -1,0 +1,75 @@
+"""Draft, verify, improve: the exact gradient of acceptance, after a beginning by distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spec_envs.agents.exits.losses import distillation, expected_acceptance, masked_cross_entropy
+from spec_envs.agents.exits.online import OnlineAgent, adamw
+from spec_envs.agents.exits.replay import Segment, joined
+from spec_envs.controls.base import Control
+
+
+class DVIAgent(OnlineAgent):
+    """Improves an exit while it decodes (Bhansali and Heck 2025, DVI, arXiv 2510.05421).
+
+    Every emitted token is a lesson, for the verifier's distribution is known at each: the exact gradient of the chance
+    that it takes the next draft stands in the place of the published policy gradient's samples. With s updates made, the
+    loss is (1 − t) · KL + t · (−acceptance + kl_floor · KL) + ce_weight · CE, where t goes from 0 at ``kl_steps`` to 1 in
+    ``anneal_steps`` more; KL is that of the verifier to the exit, and CE is on drafts that were taken.
+
+    Args:
+        kl_steps, anneal_steps: updates of distillation alone, and of the change.
+        kl_floor, ce_weight: what stays of distillation, and the weight of cross-entropy.
+        learning_rate: of AdamW.
+        online: arguments of ``OnlineAgent``.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        kl_steps: int = 40,
+        anneal_steps: int = 80,
+        kl_floor: float = 0.05,
+        ce_weight: float = 0.1,
+        learning_rate: float = 1e-3,
+        **online: Any,
+    ):
+        super().__init__(control, **online)
+        if kl_steps < 0 or anneal_steps < 1:
+            raise ValueError(f"kl_steps and anneal_steps are {kl_steps} and {anneal_steps}; expected at least 0 and 1")
+        self.kl_steps, self.anneal_steps = kl_steps, anneal_steps
+        self.kl_floor, self.ce_weight, self.learning_rate = kl_floor, ce_weight, learning_rate
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"fast": adamw(self.passes.weights(), self.learning_rate)}
+
+    def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float]:
+        """The losses of acceptance and of distillation with cross-entropy."""
+        policy, teacher = self.weights()
+        verifier = self.decoder.verifier if self.decoder else None
+        drawing = (verifier.temperature, verifier.top_p) if verifier else (0.0, 1.0)
+        finals, drafted, rewards = (joined(segments, name) for name in ("finals", "drafted", "rewards"))
+        sums = [0.0, 0.0]
+
+        def loss(rows: slice, logits: Tensor) -> Tensor:
+            with torch.no_grad():
+                verifier_logits = self.adapter.target.head(finals[rows]).float()
+            accepted = expected_acceptance(logits, verifier_logits, *drawing)
+            taken = masked_cross_entropy(logits, drafted[rows], rewards[rows])
+            supervised = teacher * distillation(logits, verifier_logits) + self.ce_weight * taken
+            for i, part in enumerate((-accepted, supervised)):
+                sums[i] += part.detach().sum().item() / len(finals)
+            return supervised - policy * accepted
+
+        self.descend("fast", segments, loss)
+        return sums[0], sums[1]
+
+    def weights(self) -> tuple[float, float]:
+        """Of acceptance and of distillation, at this update."""
+        t = min(1.0, max(0.0, (self.updates - self.kl_steps) / self.anneal_steps))
+        return t, (1 - t) + self.kl_floor * t

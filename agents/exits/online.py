@@ -1,0 +1,357 @@
+"""Agents that improve an early exit while it decodes, from a stream of prompts."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spec_envs.agents.exits.base import ExitAgent
+from spec_envs.agents.exits.journal import Journal
+from spec_envs.agents.exits.passes import ExitPass
+from spec_envs.agents.exits.replay import Replay, Segment, judged, merged, packed, unpacked
+from spec_envs.agents.schedules import schedule
+from spec_envs.controls.base import Control
+from spec_envs.controls.dvi import exit_of
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.exits.split import SplitVerifier
+from spec_envs.env import EndedText, SpecEnv
+from spec_envs.prompts.sets import Prompt, in_turn
+from spec_envs.sealed import first_line, read_torch, write_torch
+
+CHECKPOINT = "checkpoint.pt"
+ROWS = 32  # of logits at a time
+ORDERS = ("shuffled", "logged")
+COUNTERS = ("steps", "updates", "texts_read", "tokens", "validated")  # of a checkpoint
+
+
+class OnlineAgent(ExitAgent):
+    """Improves the exit that it drafts by, between the blocks that it drafts.
+
+    Args:
+        control: of ``SpecDVI-v0``.
+        seed: of draws, replay and the order of prompts.
+        fast_batch: judged rows between updates.
+        replay_size, replay_batch: rows that are remembered, and that join those of an update.
+        updates_per_batch: updates whenever there are ``fast_batch`` new rows.
+        texts: after which learning ends, if the steps have not ended it; None reads every prompt of the stream once.
+        order: prompts ``"shuffled"``, or as they were ``"logged"``; with the environment's ``switch_every`` the prompt
+            sets take turns.
+        lr_schedule: of the learning rates over the texts, or over the steps if these end first; see
+            :func:`spec_envs.agents.schedules.schedule`.
+        shortlist: most frequent tokens that a drafter proposes later (besides those of its text).
+
+    Attributes:
+        steps, updates, texts_read, tokens: environment steps, updates, texts and emitted tokens so far.
+
+    Raises:
+        ValueError: another problem, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        seed: int = 0,
+        fast_batch: int = 64,
+        replay_size: int = 8192,
+        replay_batch: int = 192,
+        updates_per_batch: int = 1,
+        texts: int | None = None,
+        order: str = "shuffled",
+        lr_schedule: str = "constant",
+        shortlist: int = 4096,
+    ):
+        super().__init__(control, seed)
+        numbers = {"fast_batch": fast_batch, "replay_size": replay_size, "updates_per_batch": updates_per_batch}
+        for name, value in {**numbers, "shortlist": shortlist, "texts": 1 if texts is None else texts}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
+        if replay_batch < 0:
+            raise ValueError(f"replay_batch is {replay_batch}; expected 0 or more rows")
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+        self.fast_batch, self.replay_batch = fast_batch, replay_batch
+        self.updates_per_batch, self.texts, self.order, self.shortlist = updates_per_batch, texts, order, shortlist
+        self.lr_schedule = lr_schedule
+        schedule(lr_schedule, 1.0, 100)  # a name that there is
+        self.replay = Replay(replay_size)
+        self.steps = self.updates = self.texts_read = self.tokens = self.validated = 0
+        self.pending: list[Segment] = []
+        self.done = 0.0  # share of the learning
+        self.rates = schedule("constant", 1.0, 1)
+        self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
+        self.journal = Journal(None, 0, 0, {})
+        self.decoder: Decoder | None = None
+        self.rows: list[Segment] = []  # of the text under way, since the last update
+
+    def bind(self, decoder: Decoder) -> None:
+        """Improve the exit of this decoder from now on; weights that were loaded before go on there.
+
+        ``generate(decoder, control, agent, prompt, learn=True)`` then learns while it serves.
+
+        Raises:
+            ValueError: it has another exit than this agent's problem.
+        """
+        self._check(exit_of(decoder), "the decoder")
+        trained, self._adapter = self._adapter, exit_of(decoder)
+        if self._adapter.version == 0:  # nobody has taught it yet
+            self._adapter.initialise(self.seed)
+        if trained is not None and trained is not self._adapter:
+            self._adapter.load_state_dict(trained.state_dict())
+            self._adapter.touched()
+        self.decoder, self.passes, self._played, self.block = decoder, ExitPass(self._adapter), None, []
+        self.counts = torch.zeros(self._adapter.target.shape.vocab, dtype=torch.int64)
+        self._adapter.requires_grad_(True)
+        self.optimizer = self.optimizers()
+
+    def record(self, observation: np.ndarray, action: int, reward: float, following: np.ndarray, done: bool) -> None:
+        """Learn from the cycle that has just ended, of the decoder that this agent is bound to.
+
+        Raises:
+            ValueError: it is bound to none.
+        """
+        if self.decoder is None:
+            raise ValueError(f"{type(self).__name__} is bound to no decoder; call bind(decoder) before it learns")
+        if len(self.decoder.cycles) == 1 and self.rows:  # the text before was never ended
+            self.pending.append(merged(self.rows))
+            self.rows = []
+        self.rows.append(self._judged(self.decoder))
+        self.block = []
+        enough = sum(map(len, self.rows)) + sum(map(len, self.pending)) >= self.fast_batch
+        if enough or done:
+            self.pending.append(merged(self.rows))
+            self.rows = []
+        if enough:
+            self._update()
+
+    def learn(
+        self,
+        total_timesteps: int,
+        env: gym.Env,
+        folder: Path | None = None,
+        checkpoint_freq: int = 2048,
+        validate: Callable[[ExitAdapter], dict[str, float]] | None = None,
+        eval_freq: int = 0,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Decode and learn, text by text, until ``total_timesteps`` drafted tokens or ``texts``; from the folder's
+        checkpoint on, if there is one.
+
+        Args:
+            folder: of the run, for checkpoints (below ``last``), ``log.jsonl``, ``validation.jsonl`` and TensorBoard.
+            checkpoint_freq, eval_freq: steps between checkpoints and between validations (0: none), each at the end of a
+                text.
+            validate: figures of a snapshot of the adapter.
+        """
+        spec_env = env.unwrapped
+        assert isinstance(spec_env, SpecEnv)
+        self.bind(spec_env.decoder)
+        if folder is not None and (folder / "last" / CHECKPOINT).exists():
+            self.load_checkpoint(folder / "last")
+        shown = {"agent": type(self).__name__, "seed": self.seed}
+        self.journal = Journal(folder, self.updates, self.texts_read, shown)
+        order = self._order(spec_env)
+        last = self.texts if self.texts is not None else len(order)
+        self.rates = schedule(self.lr_schedule, 1.0, max(2, last))
+        saved = self.steps
+
+        def validation() -> None:
+            if validate is not None:
+                found = validate(self.adapter.snapshot())
+                read = {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens}
+                self.journal.write("validation", read | found)
+
+        if eval_freq and self.texts_read == 0:
+            validation()
+        with tqdm(total=last, initial=self.texts_read, unit="text", desc="learning", disable=not progress_bar) as bar:
+            while self.steps < total_timesteps and self.texts_read < last:
+                self.done = max(self.texts_read / last, self.steps / total_timesteps)
+                self._text(env, order[self.texts_read % len(order)])
+                bar.update()
+                ended = self.steps >= total_timesteps or self.texts_read >= last
+                if eval_freq and (ended or self.steps - self.validated >= eval_freq):
+                    validation()
+                    self.validated = self.steps
+                if folder is not None and (ended or self.steps - saved >= checkpoint_freq):
+                    self.save_checkpoint(folder / "last")
+                    saved = self.steps
+        self.journal.close()
+        self._finish()
+        return self
+
+    def _order(self, env: SpecEnv) -> list[Prompt]:
+        """One pass over the stream."""
+        prompts = list(env.prompts)
+        if self.order == "shuffled":
+            np.random.default_rng(self.seed).shuffle(prompts)  # type: ignore[arg-type]
+        return in_turn(prompts, env.switch_every) if env.switch_every else prompts
+
+    def _text(self, env: gym.Env, prompt: Prompt) -> None:
+        """Decode one text and learn from it."""
+        self.texts_read += 1
+        try:
+            observation, _ = env.reset(seed=self.seed * 1_000_003 + self.texts_read, options={"prompt": prompt})
+        except EndedText:
+            return
+        done = False
+        while not done:
+            before, (token, _) = observation, self.predict(observation)
+            observation, reward, done, _, info = env.step(token)
+            self.steps += 1
+            if info["emitted"]:
+                self.record(before, token, float(reward), observation, done)
+
+    def _judged(self, decoder: Decoder) -> Segment:
+        """What the decoder's last cycle tells, one row per emitted token."""
+        verifier, cycle = decoder.verifier, decoder.cycles[-1]
+        assert isinstance(verifier, SplitVerifier)
+        n, positions = cycle.emitted, self.control.details(decoder, cycle)["positions"]
+        emitted = torch.tensor(cycle.tokens, device=verifier.device)
+        nats = -verifier.logits[:n].float().log_softmax(-1).gather(1, emitted[:, None]).sum()
+        self.counts += torch.bincount(emitted.cpu(), minlength=len(self.counts))
+        self.tokens += n
+        told = {"accepted": cycle.accepted, "scored": len(positions), "emitted": n, "cycles": 1, "nats": float(nats)}
+        self.since = {name: value + told[name] for name, value in self.since.items()}
+        text, behaviour = [*decoder.prompt, *decoder.tokens[:-1]], (self.block or [])[: len(positions)]
+        return judged(verifier, text, positions, behaviour, n)
+
+    def _update(self) -> None:
+        """Learn from the rows that wait and from remembered ones."""
+        since = self.since
+        line: dict[str, Any] = {"texts": self.texts_read, "tokens": self.tokens}
+        for _ in range(self.updates_per_batch):
+            remembered = self.replay.sample(self.replay_batch, self.rng)
+            line["loss_rl"], line["loss_slow"] = self.fast_update([*remembered, *self.pending])
+            self.updates += 1
+        line["accept_rate"] = since["accepted"] / since["scored"] if since["scored"] else None
+        line["emitted_per_cycle"] = since["emitted"] / since["cycles"]
+        line["ppl_sample"] = self.perplexity()
+        self.journal.write("log", {"step": self.updates, **line})
+        self.replay.add(self.pending)
+        self.pending = []
+        self.since = dict.fromkeys(since, 0.0)
+
+    def perplexity(self) -> float | None:
+        """Of what was emitted since the last update, under the target as it is; None where no next token is known."""
+        if self.adapter.lossless:
+            return float(np.exp(self.since["nats"] / self.since["emitted"]))
+        segment, target = self.pending[-1], self.adapter.target
+        places = segment.places[:-1]  # whose next tokens are known
+        if not len(places):
+            return None
+        logits = target.head(self.passes.through(segment.ids, range(target.shape.layers))[places]).float()
+        return float(torch.nn.functional.cross_entropy(logits, segment.ids[places + 1]).exp())
+
+    def descend(self, name: str, segments: Sequence[Segment], loss: Callable[[slice, Tensor], Tensor]) -> float:
+        """One step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their logits are
+        then still in the processor's cache when they are read again.
+
+        Args:
+            loss: from a range of the rows and the exit's logits there, ``[n, vocab]``, to the loss of each, ``[n]``.
+        """
+        optimizer, states = self.optimizer[name], self.passes.rows(segments)
+        leaf = states.detach().requires_grad_(states.requires_grad)
+        optimizer.zero_grad()
+        total = 0.0
+        for first in range(0, len(leaf), ROWS):
+            rows = slice(first, first + ROWS)
+            part = loss(rows, self.adapter.logits(leaf[rows])).sum() / len(leaf)
+            part.backward()
+            total += part.item()
+        if states.requires_grad:
+            states.backward(leaf.grad)
+        self._stepped(optimizer)
+        return total
+
+    def step(self, name: str, loss: Tensor) -> None:
+        """One step of an optimiser; decoders take it up when their next text begins."""
+        optimizer = self.optimizer[name]
+        optimizer.zero_grad()
+        loss.backward()
+        self._stepped(optimizer)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * self.rates(1 - self.done)
+        optimizer.step()
+        self.adapter.touched()
+        self._played = None
+
+    def _finish(self) -> None:
+        """Learning has ended: what is played from now on drafts from a shortlist."""
+        frequent = self.counts.argsort(descending=True, stable=True)[: self.shortlist]
+        frequent = frequent[self.counts[frequent] > 0]
+        if len(frequent):
+            self.adapter.shortlist = frequent.sort().values.numpy()
+        self.adapter.touched()
+        self.decoder, self._played, self.block = None, None, None
+        self.decision_seconds = self.measure()
+
+    @abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By name; ``step`` takes one."""
+
+    @abstractmethod
+    def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
+        """An update on some rows; its two losses, for the log."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What an agent has beside weights and optimisers, for its checkpoint."""
+        return {}
+
+    def take_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write everything that learning needs to go on, between two texts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "adapter": self.adapter.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizer.items()},
+            "replay": packed(self.replay.segments),
+            "pending": packed(self.pending),
+            "counts": self.counts,
+            "since": self.since,
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "extra": self.extra_state(),
+            **{name: getattr(self, name) for name in COUNTERS},
+        }
+        write_torch(folder / CHECKPOINT, state)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: a damaged one, or one of another exit.
+        """
+        path, remedy = folder / CHECKPOINT, "delete it to begin anew"
+        state = read_torch(path, "the checkpoint", remedy)
+        device = self.adapter.target.device
+        try:
+            self.adapter.load_state_dict(state["adapter"])
+            for name, optimizer in self.optimizer.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.replay.segments = unpacked(state["replay"], device)
+            self.pending = unpacked(state["pending"], device)
+            self.counts, self.since = state["counts"], state["since"]
+            self.rng.bit_generator.state = json.loads(state["rng"])
+            self.take_extra_state(state["extra"])
+            for name in COUNTERS:
+                setattr(self, name, state[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {remedy}") from None
+        self.adapter.touched()
+
+
+def adamw(weights: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW without decay."""
+    return torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)

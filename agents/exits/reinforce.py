@@ -1,0 +1,109 @@
+"""REINFORCE at an early exit: what is drafted is drawn, and what came of it is all that is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_envs.agents.exits.losses import distillation, reinforce
+from spec_envs.agents.exits.online import OnlineAgent, adamw
+from spec_envs.agents.exits.replay import UNDRAFTED, Segment, joined
+from spec_envs.controls.base import Control
+
+
+class ReinforceAgent(OnlineAgent):
+    """Policy gradient with a moving baseline for what drafts, and now and then a supervised step for what verifies.
+
+    Every ``fast_batch`` judged rows: −E[(r − b) · log π(t|h)] on them and on replayed ones, b being the exponential moving
+    average of the reward. The states are computed anew with gradients, so that ``lora_S`` learns with
+    ``adapter="layers"``. Every ``slow_every`` such updates, with that adapter: CE(verifier, text) +
+    ``beta_kl`` · KL(verifier ‖ frozen verifier) for ``lora_D``.
+
+    Args:
+        slow_every: fast updates between slow ones.
+        beta_kl: weight of the divergence from the frozen verifier.
+        baseline_momentum: of the baseline.
+        learning_rate, slow_learning_rate: of AdamW for what drafts and for ``lora_D``.
+        online: arguments of ``OnlineAgent``.
+
+    Raises:
+        ValueError: a value out of its range, or an environment in which nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        slow_every: int = 8,
+        beta_kl: float = 0.1,
+        baseline_momentum: float = 0.9,
+        learning_rate: float = 2e-4,
+        slow_learning_rate: float = 5e-6,
+        **online: Any,
+    ):
+        super().__init__(control, **online)
+        if self.control.draft_temperature == 0:
+            raise ValueError(
+                "draft_temperature is 0, at which nothing is drawn and nothing can be learned from draws; set it above 0, "
+                "such as 1"
+            )
+        if slow_every < 1 or beta_kl < 0 or not 0 <= baseline_momentum < 1:
+            raise ValueError(
+                f"slow_every, beta_kl and baseline_momentum are {slow_every}, {beta_kl} and {baseline_momentum}; expected "
+                "1 or more, 0 or more, and a number from 0 to below 1"
+            )
+        self.slow_every, self.beta_kl, self.baseline_momentum = slow_every, beta_kl, baseline_momentum
+        self.learning_rate, self.slow_learning_rate = learning_rate, slow_learning_rate
+        self.baseline = 0.0
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        found: dict[str, torch.optim.Optimizer] = {"fast": adamw(self.passes.weights(), self.learning_rate)}
+        if not self.adapter.lossless:
+            found["slow"] = adamw(self.adapter.lora_D.parameters(), self.slow_learning_rate)
+        return found
+
+    def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
+        """The losses of the policy and, where there was a slow step, of the verifier."""
+        fast = self.descend("fast", segments, self.policy_loss(segments))
+        rewards = joined(segments, "rewards")[joined(segments, "drafted") != UNDRAFTED]
+        momentum = self.baseline_momentum
+        self.baseline = momentum * self.baseline + (1 - momentum) * rewards.mean().item()
+        slow = None
+        if not self.adapter.lossless and (self.updates + 1) % self.slow_every == 0:
+            slow = self.slow_update(segments[-1])
+        return fast, slow
+
+    def policy_loss(self, segments: Sequence[Segment]) -> Callable[[slice, Tensor], Tensor]:
+        """Of rows and their logits; rows behind which nothing was drawn count for nothing."""
+        drafted, rewards, behaviour = (joined(segments, name) for name in ("drafted", "rewards", "behaviour"))
+        drawn = (drafted != UNDRAFTED).float()
+
+        def loss(rows: slice, logits: Tensor) -> Tensor:
+            tempered = logits / self.control.draft_temperature
+            tokens = drafted[rows].clamp(min=0)
+            return drawn[rows] * reinforce(tempered, tokens, rewards[rows], self.baseline, behaviour[rows])
+
+        return loss
+
+    def slow_update(self, segment: Segment) -> float | None:
+        """A supervised step of ``lora_D`` on one text; None where no next token is known."""
+        places = segment.places[:-1]  # whose next tokens are known
+        if not len(places):
+            return None
+        head = self.passes.model.head
+        verifier = head(self.passes.behind(segment.ids)[places]).float()
+        with torch.no_grad():
+            frozen = head(self.passes.frozen(segment.ids)[places]).float()
+        loss = F.cross_entropy(verifier, segment.ids[places + 1])
+        loss = loss + self.beta_kl * distillation(frozen, verifier).mean()
+        self.step("slow", loss)
+        return loss.item()
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"baseline": self.baseline}
+
+    def take_extra_state(self, state: dict[str, Any]) -> None:
+        self.baseline = state["baseline"]

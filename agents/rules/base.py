@@ -1,0 +1,134 @@
+"""What agents that follow a rule have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from spec_envs.agents.deciding import Deciding
+from spec_envs.controls.base import Control
+from spec_envs.controls.k import KControl
+
+
+class Rule(Deciding):
+    """An agent without anything to train, for any control. What it remembers, it remembers over texts.
+
+    Attributes:
+        looks_at: names of the entries of an observation that it reads; None are all.
+    """
+
+    decision_seconds = 0.0
+    looks_at: tuple[str, ...] | None = None
+
+    def __init__(self, control: Control):
+        self.control = control
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table; a rule's are next to none."""
+        return 0.0
+
+    def learn(
+        self, total_timesteps: int, env: Any = None, folder: Path | None = None, checkpoint_freq: int = 2048
+    ) -> Self:
+        """Nothing to learn."""
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Nothing to save: all there is stands in the run's config."""
+
+    def load(self, folder: Path) -> None:
+        """Nothing to load."""
+
+    def read(self, observation: np.ndarray, name: str) -> float:
+        """An entry of the observation, the first of several."""
+        return float(observation[self.control.slices[name].start])
+
+
+class ChainRule(Rule):
+    """A published rule for the length of a chain.
+
+    Raises:
+        ValueError: another control, or one that decides at other times or shows something else than the rule looks at.
+    """
+
+    decision: ClassVar[str]
+    looks_at: tuple[str, ...]
+
+    def __init__(self, control: Control):
+        super().__init__(control)
+        if not isinstance(control, KControl) or control.decision != self.decision:
+            raise ValueError(
+                f'{type(self).__name__} needs SpecK-v0 with decision="{self.decision}", not {control.name} with '
+                f"{getattr(control, 'decision', 'other decisions')!r}"
+            )
+        if missing := set(self.looks_at) - set(control.slices):
+            raise ValueError(
+                f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
+                f'{control.observation!r} lacks here; pass observation="default", and no adjustment_interval'
+            )
+        self.k_max = control.k_max
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        """Hyper-parameters to try, suggested by an Optuna trial."""
+        return {}
+
+
+class LengthRule(ChainRule):
+    """A rule that moves K after every decision by what the last chain brought."""
+
+    decision = "cycle"
+    remembers: ClassVar[tuple[str, ...]] = ("k",)
+
+    def __init__(self, control: Control, k: float):
+        super().__init__(control)
+        self.k = k
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if not start and self.read(observation, "last_k"):  # there was a last chain
+            self.update(self.read(observation, "last_acceptance"), observation)
+        return int(np.clip(round(self.k), 0, self.k_max)), state
+
+    @abstractmethod
+    def update(self, accepted: float, observation: np.ndarray) -> None:
+        """Move ``k`` after a chain of which that share was accepted."""
+
+
+class StopRule(ChainRule):
+    """A rule that drafts until it expects too little of the next token.
+
+    The published rules weigh a forward of the draft model; a token that is copied for nothing is not theirs to weigh.
+
+    Args:
+        copy_threshold: the chain is gone on with by copying while the product of its probabilities is at least this.
+    """
+
+    decision = "token"
+
+    def __init__(self, control: Control, copy_threshold: float = 0.1):
+        super().__init__(control)
+        self.copy_threshold = copy_threshold
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if self.read(observation, "drafted") == 0:
+            self.begin(observation)
+            return 1, state
+        stops = self.stops(observation)
+        if self.read(observation, "free"):
+            stops = self.read(observation, "path") < self.copy_threshold
+        return int(not stops), state
+
+    def begin(self, observation: np.ndarray) -> None:
+        """A cycle begins; its first token is always drafted."""
+
+    @abstractmethod
+    def stops(self, observation: np.ndarray) -> bool:
+        """Whether to verify what is drafted."""
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {"copy_threshold": trial.suggest_float("copy_threshold", 0.02, 0.5, log=True)}

@@ -1,0 +1,35 @@
+"""Dynamic Depth Decoding: the beam's probability tells when to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.rules.tree_base import GrowthRule
+from spec_envs.controls.base import Control
+from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.tree import TreeControl
+
+
+class DddAgent(GrowthRule):
+    """Grows the tree while the summed path probability of its beam, the nodes that the next expansion would feed, is at
+    least a threshold (Brown et al. 2024, arXiv 2409.00142).
+
+    Args:
+        threshold: of the sum.
+        budget: see ``GrowthRule``.
+    """
+
+    plays = (DepthControl, TreeControl)
+    looks_at = ("frontier", "expansions")
+
+    def __init__(self, control: Control, threshold: float = 0.4, budget: int = 7):
+        super().__init__(control, budget)
+        self.threshold = threshold
+
+    def stops(self, observation: np.ndarray) -> bool:
+        return bool(self.numbers(observation, "frontier").sum() < self.threshold)
+
+    def space(self, trial: Any) -> dict[str, Any]:
+        return {"threshold": trial.suggest_float("threshold", 0.02, 1.0), **super().space(trial)}

@@ -1,0 +1,63 @@
+"""Expected tokens per second: the tree that the drafter's probabilities and the cost curve make the best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.rules.tree_base import PricedRule
+from spec_envs.controls import tree
+from spec_envs.controls.base import Control
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.tree import TreeControl
+
+
+class ExpectedGainAgent(PricedRule):
+    """Verifies the budget with the most expected tokens per second of the cycle,
+
+        (1 + A(budget)) / (T_draft(depth) + T_verify(budget + 1)),
+
+    where A, the expected accepted tokens, is the summed path probability of the budget's nodes (the expected length of
+    OPT-Tree, arXiv 2406.17276, over measured seconds).
+
+    In ``SpecTree-v0`` it expands while another level promises a better best ratio. With S(d) the ``survival`` of level d
+    and S(−1) = 1, the level is taken to add S(d) · min(1, S(d) / S(d−1)) accepted tokens to every budget that has room
+    for a path to it, and to cost one forward over the frontier.
+
+    Args:
+        scale: of the drafter's probabilities; below 1 for one that is too sure of itself.
+    """
+
+    plays = (BudgetControl, TreeControl)
+    looks_at = ("gains", "survival", "expansions")
+
+    def __init__(self, control: Control, scale: float = 1.0):
+        super().__init__(control)
+        self.scale = scale
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        depth, deepest = self.depth(observation), self.control.max_depth
+        accepted = self.numbers(observation, "gains").cumsum() * (deepest + 1)
+        now = self.rates(accepted, depth)
+        best = int(np.argmax(now))
+        if isinstance(self.control, BudgetControl):
+            return best, state
+        room = self.budgets >= depth + 2  # a path to the next level has that many nodes
+        if depth < deepest and self.rates(accepted + room * self.next_level(observation), depth + 1).max() > now[best]:
+            return tree.EXPAND, state
+        return 1 + best, state
+
+    def rates(self, accepted: np.ndarray, depth: int) -> np.ndarray:
+        """Expected tokens per second of each budget."""
+        return (1 + self.scale * accepted) / self.seconds[depth]
+
+    def next_level(self, observation: np.ndarray) -> float:
+        """Accepted tokens that another level is expected to add, at most."""
+        survival, depth = self.numbers(observation, "survival"), self.depth(observation)
+        before = survival[depth - 1] if depth else 1.0
+        return float(survival[depth] * np.clip(survival[depth] / max(before, 1e-9), 0, 1))
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {"scale": trial.suggest_float("scale", 0.3, 2.0)}

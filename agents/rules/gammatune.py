@@ -1,0 +1,47 @@
+"""GammaTune: the draft length follows the accepted length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.rules.base import LengthRule
+from spec_envs.controls.base import Control
+
+
+class GammaTuneAgent(LengthRule):
+    """A moving average of the accepted length sets the next chain's, with some tokens of slack; a chain that was
+    accepted whole says only that more would have been, so there the estimate switches to growing (after Gautam et al.
+    2025, arXiv 2504.00030; the constants are this project's, to be tuned).
+
+    Args:
+        k: first length.
+        memory: share of the old estimate in the average.
+        growth: tokens that a whole chain adds to the estimate.
+        slack: tokens drafted beyond the estimate.
+    """
+
+    remembers = ("k", "estimate")
+    looks_at = ("last_k", "last_acceptance")
+
+    def __init__(self, control: Control, k: float = 4.0, memory: float = 0.7, growth: float = 1.0, slack: float = 1.0):
+        super().__init__(control, k)
+        self.memory, self.growth, self.slack = memory, growth, slack
+        self.estimate = k - slack
+
+    def update(self, accepted: float, observation: np.ndarray) -> None:
+        length = accepted * self.read(observation, "last_k") * self.k_max
+        if accepted == 1:
+            self.estimate = min(max(self.estimate, length) + self.growth, self.k_max)
+        else:
+            self.estimate = self.memory * self.estimate + (1 - self.memory) * length
+        self.k = max(1.0, self.estimate + self.slack)
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "memory": trial.suggest_float("memory", 0.3, 0.97),
+            "growth": trial.suggest_float("growth", 0.0, 3.0),
+            "slack": trial.suggest_float("slack", 0.0, 3.0),
+        }

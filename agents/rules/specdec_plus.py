@@ -1,0 +1,187 @@
+"""SpecDec++: a learned head predicts acceptance, and drafting stops where a rejection is likely."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from spec_envs.agents.resuming import Progress
+from spec_envs.agents.rules.base import StopRule
+from spec_envs.agents.timing import cold_seconds, priced_network
+from spec_envs.controls.base import Control
+from spec_envs.sealed import first_line, read_weights, write_weights
+
+
+class SpecDecPlusAgent(StopRule):
+    """Stops where the chance that the chain holds a rejection, 1 − Πa, is above a threshold, a being what a learned head
+    says of each token's acceptance (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head reads the draft
+    model's hidden state; this one reads the observation.
+
+    ``learn`` drafts chains of every length up to the longest, notes which tokens were accepted, and fits the head by
+    cross-entropy in which a rejection weighs more; what does best on the last fifth of what was noted is kept.
+
+    Args:
+        threshold: of the chance of a rejection; 0.7 is the published one.
+        rejection_weight: 6 is the published one.
+        hidden: units of the head's one layer.
+        epochs: most passes over what was noted.
+        copy_threshold: see ``StopRule``.
+    """
+
+    remembers = ("alive",)
+    looks_at: tuple[str, ...] = ("drafted", "probability", "entropy", "path", "free")
+
+    def __init__(
+        self,
+        control: Control,
+        threshold: float = 0.7,
+        rejection_weight: float = 6.0,
+        hidden: int = 32,
+        epochs: int = 200,
+        seed: int = 0,
+        copy_threshold: float = 0.1,
+    ):
+        super().__init__(control, copy_threshold)
+        self.looks_at = tuple(control.slices)  # whatever else there is
+        self.threshold, self.rejection_weight, self.epochs, self.seed = threshold, rejection_weight, epochs, seed
+        torch.manual_seed(seed)
+        assert control.observation_space.shape is not None
+        width = control.observation_space.shape[0]
+        self.head = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.alive = 1.0
+        self._unpack()
+        blank = np.zeros(width, np.float32)
+        self.decision_seconds = cold_seconds(lambda: self.acceptance(blank))
+
+    def begin(self, observation: np.ndarray) -> None:
+        self.alive = 1.0
+
+    def stops(self, observation: np.ndarray) -> bool:
+        self.alive *= self.acceptance(observation)
+        return 1 - self.alive > self.threshold
+
+    def acceptance(self, observation: np.ndarray) -> float:
+        """The head's chance that the chain's last token is accepted, those before it being accepted."""
+        hidden = self.weights[0] @ observation + self.weights[1]
+        logit = self.weights[2] @ (hidden / (1 + np.exp(-hidden))) + self.weights[3]
+        return float(1 / (1 + np.exp(-logit[0])))
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        return priced_network(self.head)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        env: gym.Env | None = None,
+        folder: Path | None = None,
+        checkpoint_freq: int = 2048,
+    ) -> Self:
+        """Note ``total_timesteps`` decisions in ``env`` and fit the head; from the folder's checkpoint on, if there is one.
+
+        Args:
+            folder: of the run, for checkpoints (below ``last``), ``log.jsonl`` and TensorBoard.
+            checkpoint_freq: steps between checkpoints, each at the end of a text.
+        """
+        if env is None:
+            raise ValueError("SpecDec++ learns from an environment; pass env=")
+        progress = Progress(folder, checkpoint_freq, np.random.default_rng(self.seed), env)
+        progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.seed})
+        seen, accepted = self._note(total_timesteps, env, progress)
+        if not len(seen):
+            raise ValueError(f"no draft was judged in {total_timesteps} steps; expected more steps, or another drafter")
+        torch.manual_seed(self.seed)
+        weight = torch.where(accepted > 0, 1.0, self.rejection_weight)
+        fitted = slice(max(1, len(seen) * 4 // 5))
+        held_out = slice(fitted.stop, None) if fitted.stop < len(seen) else fitted
+        optimizer = torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=1e-3)
+
+        def loss(rows: slice) -> torch.Tensor:
+            logits = self.head(seen[rows])[:, 0]
+            return nn.functional.binary_cross_entropy_with_logits(logits, accepted[rows], weight[rows])
+
+        best, least = self.head.state_dict(), float("inf")
+        for epoch in range(1, self.epochs + 1):
+            optimizer.zero_grad()
+            before = loss(fitted)
+            before.backward()
+            optimizer.step()
+            with torch.no_grad():
+                after = loss(held_out).item()
+            if after < least:
+                best, least = copy.deepcopy(self.head.state_dict()), after
+            losses = {"epoch": epoch, "loss": before.item(), "loss_held_out": after}
+            progress.journal.write("log", {"step": progress.steps + epoch, "texts": progress.texts + 1, **losses})
+        progress.journal.close()
+        self.head.load_state_dict(best)
+        self._unpack()
+        return self
+
+    def _note(self, total_timesteps: int, env: gym.Env, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observations behind drafted tokens up to the first rejected one, and whether each was accepted."""
+        noted = progress.state or {"seen": torch.zeros(0, self.weights[0].shape[1]), "labels": torch.zeros(0)}
+        seen: list[np.ndarray] = list(noted["seen"].numpy())
+        labels: list[float] = noted["labels"].tolist()
+        chain: list[np.ndarray] = []
+        before, length = len(labels), self._length(progress)
+        observation = progress.begin(self.seed)
+        bar = tqdm(total=total_timesteps, initial=progress.steps, desc="noting what is accepted", unit="step")
+        while progress.steps < total_timesteps:
+            observation, _, terminated, truncated, info = env.step(int(len(chain) < length))
+            progress.steps += 1
+            bar.update()
+            over = terminated or truncated
+            if not info["emitted"]:
+                chain.append(observation)
+                continue
+            refused = info["accepted"] < len(chain) and not over
+            seen += chain[: info["accepted"] + refused]
+            labels += [1.0] * min(len(chain), info["accepted"]) + [0.0] * refused
+            chain, length = [], self._length(progress)
+            if over:
+                progress.texts += 1
+                new, before = labels[before:], len(labels)
+                rate = sum(new) / len(new) if new else None
+                progress.journal.write("log", {"step": progress.steps, "texts": progress.texts, "accept_rate": rate})
+                if progress.due():
+                    progress.save({"seen": torch.from_numpy(np.array(seen)), "labels": torch.tensor(labels)})
+                observation, length = progress.begin(self.seed), self._length(progress)
+        bar.close()
+        return torch.from_numpy(np.array(seen)), torch.tensor(labels)
+
+    def _length(self, progress: Progress) -> int:
+        """Tokens of the next chain."""
+        return int(progress.rng.integers(1, self.k_max + 1))
+
+    def _unpack(self) -> None:
+        """The head as arrays: a decision by NumPy costs a tenth of one by torch."""
+        self.weights = [parameter.detach().numpy().copy() for parameter in self.head.parameters()]
+
+    def save(self, folder: Path) -> None:
+        write_weights(folder / "policy.safetensors", self.head.state_dict())
+
+    def load(self, folder: Path) -> None:
+        """Read the head.
+
+        Raises:
+            ValueError: none there, a damaged one, or one of another shape.
+        """
+        path, remedy = folder / "policy.safetensors", "delete it to train again"
+        tensors, _ = read_weights(path, "the policy in", remedy)
+        try:
+            self.head.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"cannot read the policy in {path}: {first_line(error)}; {remedy}") from None
+        self._unpack()
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {"threshold": trial.suggest_float("threshold", 0.2, 0.95), **StopRule.space(trial)}

@@ -1,0 +1,35 @@
+"""SVIP for trees: the drafter's entropy behind the best node tells when to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.rules.tree_base import GrowthRule
+from spec_envs.controls.base import Control
+from spec_envs.controls.k import ENTROPY_UNIT
+from spec_envs.controls.tree import TreeControl
+
+
+class SvipTreeAgent(GrowthRule):
+    """Stops where √H is above a threshold, H the entropy of the distribution that the best of the last level is from. That
+    is the rule of Zhang et al. 2024 (arXiv 2411.18462) for chains; see ``SvipAgent``.
+
+    Args:
+        threshold: of √H, H in nats.
+        budget: see ``GrowthRule``.
+    """
+
+    plays = (TreeControl,)
+    looks_at = ("entropy", "expansions")
+
+    def __init__(self, control: Control, threshold: float = 0.6, budget: int = 7):
+        super().__init__(control, budget)
+        self.threshold = threshold
+
+    def stops(self, observation: np.ndarray) -> bool:
+        return bool(np.sqrt(ENTROPY_UNIT * self.read(observation, "entropy")) > self.threshold)
+
+    def space(self, trial: Any) -> dict[str, Any]:
+        return {"threshold": trial.suggest_float("threshold", 0.1, 2.5), **super().space(trial)}

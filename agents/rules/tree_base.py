@@ -1,0 +1,114 @@
+"""What the published rules for trees have in common."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from spec_envs.agents.rules.base import Rule
+from spec_envs.controls import depth, tree
+from spec_envs.controls.base import Control
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.tree import TreeControl
+
+
+class TreeRule(Rule):
+    """A published rule for a tree of drafted nodes.
+
+    Raises:
+        ValueError: another control, or one that shows something else than the rule looks at.
+    """
+
+    plays: ClassVar[tuple[type[Control], ...]]
+    looks_at: tuple[str, ...]
+
+    def __init__(self, control: Control):
+        super().__init__(control)
+        if not isinstance(control, self.plays):
+            problems = " or ".join(kind.name for kind in self.plays)
+            raise ValueError(f"{type(self).__name__} plays the problem {problems}, not {control.name}")
+        if missing := set(self.looks_at) - set(control.slices):
+            raise ValueError(
+                f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
+                f'{control.observation!r} lacks; pass observation="default"'
+            )
+
+    def numbers(self, observation: np.ndarray, name: str) -> np.ndarray:
+        """An entry of the observation, all of its numbers."""
+        return observation[self.control.slices[name]].astype(np.float64)
+
+    def depth(self, observation: np.ndarray) -> int:
+        """Expansions so far."""
+        return round(self.read(observation, "expansions") * self.control.max_depth)
+
+
+class GrowthRule(TreeRule):
+    """A rule that grows a tree until it expects too little of the next level. How many nodes are verified then is fixed.
+
+    Args:
+        budget: nodes verified in ``SpecTree-v0``; in ``SpecDepth-v0`` the control has a budget of its own.
+
+    Raises:
+        ValueError: a budget that the control does not offer.
+    """
+
+    def __init__(self, control: Control, budget: int = 7):
+        super().__init__(control)
+        if isinstance(control, TreeControl):
+            if budget not in control.budgets:
+                raise ValueError(f"budget is {budget}; expected one of {', '.join(map(str, control.budgets))}")
+            self.expand, self.verify = tree.EXPAND, 1 + control.budgets.index(budget)
+        else:
+            self.expand, self.verify = depth.EXPAND, depth.VERIFY
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        deepest = self.depth(observation) == self.control.max_depth
+        return self.verify if deepest or self.stops(observation) else self.expand, state
+
+    @abstractmethod
+    def stops(self, observation: np.ndarray) -> bool:
+        """Whether to verify what is drafted."""
+
+    def space(self, trial: Any) -> dict[str, Any]:
+        """Hyper-parameters to try, suggested by an Optuna trial: a budget, where it is the rule's to choose."""
+        if isinstance(self.control, TreeControl):
+            return {"budget": trial.suggest_categorical("budget", self.control.budgets)}
+        return {}
+
+
+class PricedRule(TreeRule):
+    """A rule that weighs tokens against seconds. These it reads from ``control.costs`` when it first decides."""
+
+    def __init__(self, control: Control):
+        super().__init__(control)
+        assert isinstance(control, (BudgetControl, TreeControl))
+        self.budgets = np.array(control.budgets)
+
+    @functools.cached_property
+    def seconds(self) -> np.ndarray:
+        """Of a cycle by depth and budget ``[max_depth + 1, budgets]``: the root's forward, one over the frontier for each
+        expansion, and the verification of the budget, as far as the tree has so many nodes, with the root.
+
+        Raises:
+            ValueError: the control has no cost table.
+        """
+        table, width = self.control.costs, self.control.width
+        if table is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the seconds of forwards: set the control's costs to a CostTable, "
+                "or load a run whose clock is one or was calibrated"
+            )
+        return np.array(
+            [
+                [
+                    table.seconds("draft", 1)
+                    + depth * table.seconds("draft", width)
+                    + table.seconds("verify", 1 + min(budget, width + depth * width**2))
+                    for budget in self.budgets.tolist()
+                ]
+                for depth in range(self.control.max_depth + 1)
+            ]
+        )

@@ -1,0 +1,55 @@
+"""A bandit over the number of nodes verified."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.rules.bandit import Bandit
+from spec_envs.agents.rules.tree_base import PricedRule
+from spec_envs.controls.base import Control
+from spec_envs.controls.budget import BudgetControl
+
+
+class UcbBudgetAgent(PricedRule):
+    """Discounted UCB over the budgets: each is worth its tokens over the seconds of a cycle under the cost table; see
+    ``UcbAgent``. It learns while it serves.
+
+    Args:
+        exploration: weight of the bonus.
+        discount: of what was seen one decision earlier.
+    """
+
+    plays = (BudgetControl,)
+    remembers = ("bandit", "accepted")
+    looks_at = ("recent", "expansions")
+
+    def __init__(self, control: Control, exploration: float = 0.05, discount: float = 0.999):
+        super().__init__(control)
+        self.bandit = Bandit(np.ones(len(self.budgets)), exploration, discount)
+        self.accepted: list[int] = []  # of this text's last cycles, at most four
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        if start:
+            self.accepted = []
+        else:
+            self.bandit.record(1 + self._last_accepted(observation))
+        depth = self.depth(observation)
+        self.bandit.prices = self.seconds[depth]
+        return self.bandit.choose(1 + np.minimum(self.budgets, depth + 1)), state
+
+    def _last_accepted(self, observation: np.ndarray) -> int:
+        """Accepted tokens of the last cycle: of the last four together, but for those already known."""
+        cycles = min(4, len(self.accepted) + 1)
+        known = self.accepted[-3:]
+        total = self.read(observation, "recent") * (self.control.max_depth + 1) * cycles
+        self.accepted = [*known, round(total) - sum(known)]
+        return self.accepted[-1]
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "exploration": trial.suggest_float("exploration", 0.005, 0.5, log=True),
+            "discount": trial.suggest_categorical("discount", [0.97, 0.99, 0.995, 0.999, 1.0]),
+        }

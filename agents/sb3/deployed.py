@@ -1,0 +1,76 @@
+"""A policy's network alone: what is deployed of a Stable-Baselines3 agent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import ndtr
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
+from spec_envs.agents.exits.policy import BareExit, ExitPolicy
+from spec_envs.agents.timing import priced_network
+
+FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
+    nn.ReLU: lambda x: np.maximum(x, 0),
+    nn.Tanh: np.tanh,
+    nn.ELU: lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    nn.GELU: lambda x: x * ndtr(x),
+}
+
+
+class Bare:
+    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them and in NumPy,
+    by which a decision of so small a network costs a fraction of one by torch.
+
+    Args:
+        layers: linear ones and activations; their weights are copied.
+        logits: whether preferences are log-probabilities up to a constant (else values).
+        lstm: in front of them, computed by torch.
+        quantiles: of each action's value, which is their mean.
+    """
+
+    def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):
+        self.logits, self.lstm, self.quantiles = logits, lstm, quantiles
+        leaves = [module for module in layers.modules() if not list(module.children())]
+        self.priced_seconds = priced_network(layers if lstm is None else nn.Sequential(lstm, layers))
+        self.steps = [in_numpy(module) for module in leaves]
+
+    @torch.inference_mode()
+    def remember(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        """An observation through the recurrent part."""
+        assert self.lstm is not None
+        out, state = self.lstm(torch.from_numpy(x)[None, None], state)
+        return out[0, 0].numpy(), state
+
+    def __call__(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        if self.lstm is not None:
+            x, state = self.remember(x, state)
+        for step in self.steps:
+            x = step(x)
+        return x.reshape(self.quantiles, -1).mean(0), state
+
+
+def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """A linear layer or an activation as a function of one vector."""
+    if isinstance(module, nn.Linear):
+        weight, bias = module.weight.detach().numpy().copy(), module.bias.detach().numpy().copy()
+        # not `weight @ x`: BLAS computes larger products on threads of its own, which stay awake for a while and get in the
+        # way of the decoder's (a verification took four times as long)
+        return lambda x: np.einsum("ij,j->i", weight, x) + bias
+    return FUNCTIONS[type(module)]
+
+
+def bare(policy: Any) -> Bare | BareExit:
+    """The network that a policy's deterministic action is the argmax of."""
+    if isinstance(policy, ExitPolicy):
+        return BareExit(policy.adapter)
+    if isinstance(policy, ActorCriticPolicy):
+        layers = nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)
+        return Bare(layers, logits=True, lstm=getattr(policy, "lstm_actor", None))
+    if hasattr(policy, "quantile_net"):
+        return Bare(policy.quantile_net.quantile_net, logits=False, quantiles=policy.quantile_net.n_quantiles)
+    return Bare(policy.q_net.q_net, logits=False)

@@ -1,0 +1,165 @@
+"""The published selector of k behind Stable-Baselines3's ``predict``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from tqdm import tqdm
+
+from spec_envs.agents.deciding import Deciding
+from spec_envs.agents.resuming import REMEDY, Progress
+from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter
+from spec_envs.agents.timing import priced_network
+from spec_envs.controls.base import Control
+from spec_envs.controls.rl_adapter_state import KS
+from spec_envs.env import SpecEnv
+
+
+class Text:
+    """What the decisions of a text brought."""
+
+    def __init__(self) -> None:
+        self.rewards: list[float] = []
+        self.losses: list[float] = []
+
+    def add(self, reward: float, loss: float | None) -> None:
+        """A decision, and the loss of the update after it where there was one."""
+        self.rewards.append(reward)
+        if loss is not None:
+            self.losses.append(loss)
+
+
+class RLAdapterAgent(Deciding):
+    """The published selector where it plays SpecTopK-v0.
+
+    Args:
+        control: SpecTopK-v0's with ``observation="rl_adapter"``.
+        path: of a checkpoint to begin with; None begins with new networks.
+        seed: of the networks, of exploration and of the training prompts.
+        hyperparameters: of :class:`spec_envs.agents.selector.adapter.Settings`, by name.
+
+    Attributes:
+        adapter: the selector itself.
+        decision_seconds: time of one decision, measured when the agent is made.
+
+    Raises:
+        ValueError: another control, an unknown hyper-parameter, or a checkpoint that cannot be read.
+    """
+
+    def __init__(self, control: Control, path: str | None = None, seed: int = 0, **hyperparameters: Any):
+        shape, actions = control.observation_space.shape, control.action_space
+        if shape != (STATE,) or actions != spaces.Discrete(len(KS)):
+            raise ValueError(
+                f"the observation has the shape {shape} and the actions are {actions}, but rl-adapter needs ({STATE},) and "
+                f'Discrete({len(KS)}), which are those of SpecTopK-v0 with observation="rl_adapter"'
+            )
+        self.control, self.seed = control, seed
+        self.adapter = RLNetworkAdapter({"path": None, "seed": seed, **hyperparameters})
+        if path is not None:
+            self.adapter.load(path)
+        self.decision_seconds = self.measure()
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of a decision under a cost table."""
+        return priced_network(self.adapter.policy_net)
+
+    def measure(self) -> float:
+        """Median seconds of a decision."""
+        blank, timings = np.zeros(STATE, np.float32), []
+        for _ in range(50):
+            begin = time.perf_counter()
+            self.predict(blank, deterministic=True)
+            timings.append(time.perf_counter() - begin)
+        return float(np.median(timings))
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        """The action for one observation; unless ``deterministic``, a random one with probability ε."""
+        return self.adapter.act(observation, training=not deterministic), state
+
+    def record(
+        self, observation: np.ndarray, action: int, reward: float, next_observation: np.ndarray, done: bool
+    ) -> float | None:
+        """Learn from what an action brought; see ``RLNetworkAdapter.record``."""
+        return self.adapter.record(observation, action, reward, next_observation, done)
+
+    def learn(
+        self, total_timesteps: int, env: gym.Env, folder: Path | None = None, checkpoint_freq: int = 2048
+    ) -> Self:
+        """Act and learn for ``total_timesteps`` steps; from the folder's checkpoint on, if there is one.
+
+        Args:
+            folder: of the run, for checkpoints (below ``last``), ``log.jsonl`` and TensorBoard.
+            checkpoint_freq: steps between checkpoints, each at the end of a text.
+        """
+        progress = Progress(folder, checkpoint_freq, self.adapter.rng, env)
+        begun = self._restore(progress.state) if progress.state else self.adapter.update_count
+        progress.open_journal("rl_adapter", "reward", {"agent": "rl-adapter", "seed": self.seed})
+        text, observation = Text(), progress.begin(self.seed, begun)  # what goes on sees other prompts
+        bar = tqdm(total=total_timesteps, initial=progress.steps, desc="learning k", unit="step")
+        while progress.steps < total_timesteps:
+            action = self.adapter.act(observation, training=True)
+            following, reward, terminated, truncated, info = env.step(action)
+            over = terminated and (
+                not isinstance(env.unwrapped, SpecEnv) or "text" in info
+            )  # with episode="cycle" texts go on
+            loss = self.record(observation, action, float(reward), following, over)
+            text.add(float(reward), loss)
+            progress.steps += 1
+            bar.update()
+            observation = following
+            if over:
+                progress.texts += 1
+                self._report(progress, text)
+                if progress.due():
+                    progress.save(self._state(begun))
+                text, observation = Text(), progress.begin(self.seed, begun)
+            elif terminated or truncated:
+                observation = env.reset()[0]
+        bar.close()
+        progress.journal.close()
+        return self
+
+    def _report(self, progress: Progress, text: Text) -> None:
+        """A line of the log, at the end of a text."""
+        adapter, mean = self.adapter, sum(text.rewards) / len(text.rewards)
+        loss = sum(text.losses) / len(text.losses) if text.losses else None
+        line = {"reward": mean, "loss": loss, "epsilon": adapter.epsilon, "updates": adapter.update_count}
+        progress.journal.write("log", {"step": progress.steps, "texts": progress.texts, **line})
+
+    def _state(self, begun: int) -> dict[str, Any]:
+        """What learning needs to go on; the replay buffer as it lies, for its order decides what is drawn."""
+        replay = self.adapter.replay
+        columns = {name: torch.from_numpy(column[: len(replay)]) for name, column in replay.columns.items()}
+        return {"adapter": self.adapter.state(), "columns": columns, "added": replay.added, "begun": begun}
+
+    def _restore(self, state: dict[str, Any]) -> int:
+        """Go on from ``_state``; returns the updates with which the run had begun."""
+        replay = Replay(self.adapter.settings.buffer_size)
+        try:
+            for name, column in replay.columns.items():
+                rows = state["columns"][name].numpy()
+                column[: len(rows)] = rows
+            replay.added, begun = int(state["added"]), int(state["begun"])
+            self.adapter.restore(state["adapter"], replay)
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"cannot go on from the checkpoint: {error}; {REMEDY}") from None
+        return begun
+
+    def save(self, folder: Path) -> None:
+        """Write checkpoint and replay buffer, ``rl_adapter.pth`` and ``rl_adapter.pth.buffer``."""
+        self.adapter.save(folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read them.
+
+        Raises:
+            ValueError: none there, or others.
+        """
+        self.adapter.load(folder / FILE)

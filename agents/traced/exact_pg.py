@@ -1,0 +1,91 @@
+"""Exact policy gradient: a trace knows what every action leads to, so the expectation over actions is summed, not sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spec_envs.agents.traced.base import TracedAgent
+from spec_envs.agents.traced.lessons import Lessons
+from spec_envs.controls.base import Control
+from spec_envs.vector.env import ReplayVectorEnv
+
+MEMORY = 0.98  # of the running sums of tokens and seconds, per step
+
+
+class ExactPGAgent(TracedAgent):
+    """A softmax policy whose expected N − λT of a cycle is differentiated as it stands:
+
+        ∇ Σ_plans P(plan) · (accepted + 1 − λ · seconds),
+
+    P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance but
+    that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy belongs to the cost table that it was
+    trained under.
+
+    Args:
+        control, hyperparameters: see ``TracedAgent``.
+    """
+
+    def __init__(self, control: Control, **hyperparameters: Any):
+        choices = int(control.action_space.n)  # type: ignore[attr-defined]
+        super().__init__(control, choices, (nn.Tanh, lambda x: np.tanh(x, out=x)), **hyperparameters)
+        if self.plans.stepwise:  # as likely to go on as to stop, else hardly any gradient comes from deep plans
+            last = self.network[-1]
+            assert isinstance(last, nn.Linear)
+            with torch.no_grad():
+                last.bias[self.plans.going_on] += float(np.log(choices - 1))
+            self._unpack()
+        self.decision_seconds = self.measure()
+        self.tokens = self.seconds = 0.0
+
+    def actions(self, observations: np.ndarray) -> np.ndarray:
+        """See ``TracedAgent``: the most probable ones."""
+        return self.outputs(observations).argmax(1)
+
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
+        """Climb for a round."""
+        table = env.cost_tables[0]
+        forward, verification = self.plans.forward(table), self.plans.verification(table)
+        seen, gained = torch.from_numpy(lessons.seen), torch.from_numpy(lessons.accepted + 1)
+        seconds = lessons.begun[:, None] + lessons.forwards * forward + verification
+        spent = torch.from_numpy(seconds.astype(np.float32))
+        if not self.seconds:
+            self.tokens, self.seconds = 1.0, table.seconds("verify", 1)
+        optimizer, schedule = self.optimizer()
+        for _ in range(self.steps):
+            batch = torch.randint(len(seen), (self.batch_size,))
+            chances = self._chances(seen[batch])
+            tokens, time = (chances * gained[batch]).sum(1).mean(), (chances * spent[batch]).sum(1).mean()
+            self.tokens = MEMORY * self.tokens + (1 - MEMORY) * tokens.item()
+            self.seconds = MEMORY * self.seconds + (1 - MEMORY) * time.item()
+            loss = self.tokens / self.seconds * time - tokens
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            yield loss.item()
+        self._unpack()
+
+    def _chances(self, seen: Tensor) -> Tensor:
+        """How probable the policy makes each plan, ``[n, plans]``, of what is seen at every level ``[n, levels, …]``."""
+        plans, chances = self.plans, self.network(seen[..., : self.width]).softmax(-1)
+        stopping = torch.from_numpy(plans.stopping())
+        if not plans.stepwise:
+            return chances[:, 0, stopping]
+        on = chances[:, :, plans.going_on]
+        undecided = torch.arange(plans.levels) < plans.first  # levels that are always drafted
+        on = torch.where(undecided, 1.0, on)
+        reached = torch.cat([torch.ones(len(on), 1), on.cumprod(1)[:, :-1]], 1)
+        stops = torch.where(undecided[:, None], 0.0, chances)
+        end = stops[:, -1:]  # where going on is the last stop: the largest budget, or all there is
+        if chances.shape[2] == 2:
+            end = torch.ones_like(end)
+        else:
+            end = torch.cat([end[..., :-1], end[..., -1:] + end[..., plans.going_on, None]], -1)
+        stops = torch.cat([stops[:, :-1], end], 1)
+        sizes = torch.from_numpy(plans.sizes)
+        return reached[:, sizes] * stops[:, sizes, stopping]

@@ -1,0 +1,137 @@
+"""Hindsight: learn what every plan would have brought, then weigh it against what it costs here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from spec_envs.agents.traced.base import TracedAgent
+from spec_envs.agents.traced.lessons import Lessons
+from spec_envs.agents.traced.outcomes import ChainOutcomes, Outcomes, TreeOutcomes
+from spec_envs.controls.base import Control
+from spec_envs.controls.plans import Plans
+from spec_envs.decoding.clock import CostTable
+from spec_envs.vector.env import ReplayVectorEnv
+
+KEPT = 512  # cycles that are kept to find the pace of a cost table by
+DINKELBACH = 12  # iterations, of which a few are enough
+UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
+
+
+class HindsightAgent(TracedAgent):
+    """Predicts from an observation how many tokens would be accepted under each plan that is still open (deeper trees,
+    other budgets, longer chains), and follows the one with the most A − λT, T being its remaining seconds under a cost
+    table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
+    with the weights: another table needs another λ, not another training.
+
+    A trace says what every action would have led to, so nothing is explored: the network is fitted to all plans of every
+    cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle goes on it predicts anew, so that it
+    stops where its first plan turns out too hopeful.
+
+    Args:
+        control, hyperparameters: see ``TracedAgent``.
+    """
+
+    def __init__(self, control: Control, **hyperparameters: Any):
+        plans = Plans(control)
+        self.outcomes: Outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
+        super().__init__(
+            control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters
+        )
+        self.kept: Lessons | None = None
+        self.table: CostTable | None = UNIT
+        self.price(UNIT)
+        self.decision_seconds = self.measure()
+        self.table = None
+
+    def price(self, table: CostTable) -> Self:
+        """Play under another cost table."""
+        self.table = table
+        self.known.clear()
+        forward, verification = self.plans.forward(table), self.plans.verification(table)
+        self.pace = 1 / table.seconds("verify", 1)
+        self.outcomes.price(self.pace, forward, verification)
+        for _ in range(DINKELBACH if self.kept else 0):
+            assert self.kept is not None
+            begun = np.zeros(len(self.kept.begun))
+            if not self.plans.copies:
+                begun += table.seconds("draft", 1) + self.plans.made * forward
+            plan = self._chosen(self.kept.seen)
+            tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)
+            self.pace = tokens.sum() / seconds.sum()
+            self.outcomes.price(self.pace, forward, verification)
+        return self
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        """The action for one observation, under the control's cost table if nothing else was said.
+
+        Raises:
+            ValueError: there is no cost table.
+        """
+        if self.table is None:
+            if self.control.costs is None:
+                raise ValueError(
+                    "hindsight weighs tokens against seconds: set the control's costs to a CostTable, or call price(table)"
+                )
+            self.price(self.control.costs)
+        return super().decide(observation, state, start, deterministic)
+
+    def actions(self, observations: np.ndarray) -> np.ndarray:
+        """See ``TracedAgent``."""
+        level = self.plans.level(observations)
+        return self.plans.actions(level, self._best(observations, level))
+
+    def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """The plan ``[n]`` with the most A − λT among those that are open."""
+        return self.outcomes.worth(self.outputs(observations), level).argmax(1)
+
+    def _chosen(self, seen: np.ndarray) -> np.ndarray:
+        """The plan ``[n]`` with which each cycle ends, of what is seen at every level ``[n, levels, …]``."""
+        n, levels = seen.shape[:2]
+        level = np.broadcast_to(np.arange(levels), (n, levels))
+        plan = self._best(seen.reshape(n * levels, -1), level.ravel()).reshape(n, levels)
+        if not self.plans.stepwise:
+            return plan[:, 0]
+        ends = (self.plans.sizes[plan] <= level) & (level >= self.plans.first)
+        return plan[np.arange(n), ends.argmax(1)]
+
+    def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
+        """Cross-entropy over all open plans of all levels."""
+        seen = torch.from_numpy(lessons.seen[..., : self.width])
+        accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
+        optimizer, schedule = self.optimizer()
+        for _ in range(self.steps):
+            batch = torch.randint(len(seen), (self.batch_size,))
+            loss = self.outcomes.loss(self.network(seen[batch]), accepted[batch], forwards[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            yield loss.item()
+        self._unpack()
+        some = np.random.default_rng(self.seed).permutation(len(new.begun))[:KEPT]
+        self.kept = Lessons(*(column[some] for column in new._replace(seen=new.seen[..., : self.width])))
+        self.price(env.cost_tables[0])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """See ``TracedAgent``.
+
+        Raises:
+            ValueError: nothing was learned.
+        """
+        if self.kept is None:
+            raise ValueError("there is nothing to save: the agent has not learned")
+        return {
+            "seen": self.kept.seen.astype(np.float16),
+            "accepted": self.kept.accepted.astype(np.int8),
+            "forwards": self.kept.forwards.astype(np.int8),
+        }
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """See ``TracedAgent``."""
+        seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
+        self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None

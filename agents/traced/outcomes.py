@@ -1,0 +1,109 @@
+"""What plans bring, as probabilities that a network is fitted to: by cross-entropy, whose optimum is what they are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy.special import expit
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from spec_envs.controls.plans import Plans
+
+CERTAIN = 40.0  # log-odds of what has already happened
+COPIES = 0.3  # weight of whether a token is a copy, beside that of whether it is right
+
+
+class Outcomes(Protocol):
+    """What stands between a network and the plans.
+
+    Attributes:
+        outputs: log-odds that the network has.
+    """
+
+    outputs: int
+
+    def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
+        """Cross-entropy of the log-odds ``[n, levels, outputs]``, deeper levels weighing less, since they are reached less
+        often; ``accepted`` and ``forwards`` are ``[n, plans]`` (``Lessons``)."""
+        ...
+
+    def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
+        """From now on a second is worth ``pace`` tokens, and this is what a forward and verifying each plan cost."""
+        ...
+
+    def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """Tokens less what the seconds to come are worth, ``[n, plans]``, of log-odds ``[n, outputs]`` at those levels: up to
+        a number that is the same for all plans that are open, and −inf for the others."""
+        ...
+
+
+class TreeOutcomes:
+    """Of each plan, the share of the tokens that it could have accepted (a fractional logit, Papke & Wooldridge 1996)."""
+
+    def __init__(self, plans: Plans):
+        self.outputs = len(plans.sizes)
+        self.most = np.maximum(1, np.minimum(plans.sizes + 1, plans.nodes)).astype(np.float32)
+        level, opened = np.arange(plans.levels), plans.open(np.arange(plans.levels))
+        self.weights = torch.from_numpy((opened / (1.0 + level[:, None]) * self.most).astype(np.float32))
+        self.ahead = np.maximum(0, plans.sizes - level[:, None]) if plans.stepwise else np.zeros((1, self.outputs))
+        self.closed = np.where(opened, 0.0, np.inf)
+
+    def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
+        share = (accepted / torch.from_numpy(self.most))[:, None].expand_as(predicted)
+        return binary_cross_entropy_with_logits(predicted, share, self.weights) / self.weights.mean()
+
+    def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
+        self.paid = (pace * (self.ahead * forward + verification) + self.closed).astype(np.float32)
+
+    def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
+        return self.most * expit(predicted) - self.paid[level]
+
+
+class ChainOutcomes:
+    """Hazards, as in the discrete analysis of survival: the log-odds that all tokens that are drafted are right, that each
+    further one is right if those before it are, and that each further one is a copy, which takes no forward."""
+
+    def __init__(self, plans: Plans):
+        longest = len(plans.sizes) - 1
+        self.outputs = 1 + 2 * longest
+        level, token = np.arange(plans.levels)[:, None], np.arange(1, longest + 1)
+        known = token <= level
+        self.settled = CERTAIN * np.concatenate([level == 0, known, known], 1, dtype=np.float32)
+        self.weights = torch.from_numpy((1 / (1.0 + level)).astype(np.float32))
+        self.level, self.token = torch.from_numpy(level), torch.from_numpy(token)
+        self.closed = np.where(plans.open(level[:, 0]), 0.0, np.inf)
+
+    def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
+        longest = accepted[:, -1:, None]  # all that is right of the longest chain
+        further = self.token > self.level
+        happened = torch.cat(
+            [
+                (longest >= self.level).float(),
+                (longest >= self.token).float().expand(-1, len(self.level), -1),
+                1 - forwards.diff(dim=1)[:, None].expand(-1, len(self.level), -1),
+            ],
+            2,
+        )
+        counts = torch.cat(
+            [
+                (self.level > 0).float().expand(len(longest), -1, -1),
+                ((longest >= self.token - 1) & further).float(),
+                COPIES * further.float().expand(len(longest), -1, -1),
+            ],
+            2,
+        )
+        return binary_cross_entropy_with_logits(predicted, happened, counts * self.weights)
+
+    def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
+        self.saved = np.float32(pace * forward)  # by a copy
+        sizes = np.arange(len(verification))
+        self.paid = (pace * (sizes * forward + verification) + self.closed).astype(np.float32)
+
+    def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
+        chance, plans = expit(predicted + self.settled[level]), self.paid.shape[1]
+        gained = chance[:, :plans].cumprod(1)  # first that all is right so far, which all plans have in common
+        gained[:, 1:] += self.saved * chance[:, plans:]
+        return gained.cumsum(1) - self.paid[level]

@@ -1,0 +1,209 @@
+"""Arms of the benchmark: what is trained on a trace, what is tuned on it, and how fast each is when it is replayed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from spec_envs import ENVIRONMENTS, agents
+from spec_envs.agents import AGENTS
+from spec_envs.agents.sb3.agent import SB3Agent
+from spec_envs.agents.sb3.vec_env import ReplayVecEnv
+from spec_envs.agents.traced.base import READS
+from spec_envs.agents.traced.hindsight import HindsightAgent
+from spec_envs.controls import Control, Policy, make_control
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.traces.replay import replayed
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.evaluate import mixed
+from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
+from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.files import write_json
+from spec_envs.text import Detokenizer
+
+ENVS = 64  # environments that PPO learns from at once
+LTD = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
+PPO = {"n_steps": 32, "batch_size": 512, "n_epochs": 6, "gamma": 1.0, "gae_lambda": 0.95, "ent_coef": 0.002}
+LTD_PPO = {
+    "n_steps": 8,  # of each of 16 environments, 128 in all
+    "batch_size": 64,
+    "n_epochs": 1,
+    "gamma": 0.99,
+    "ent_coef": 0.0,
+    "lr_schedule": "adawm",
+}
+LTD_NETS = {"pi_arch": [512, 256], "vf_arch": [1024, 512]}
+GRIDS: dict[str, dict[str, dict[str, Sequence[Any]]]] = {  # hyper-parameters that are tried of published rules
+    "SpecDepth-v0": {"ddd": {"threshold": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}},
+    "SpecBudget-v0": {
+        "expected-gain": {"scale": (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)},
+        "ucb-budget": {"exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
+    },
+    "SpecTree-v0": {
+        "ddd": {"threshold": (0.3, 0.5, 0.7, 0.9), "budget": (1, 3, 7, 15)},
+        "svip-tree": {"threshold": (0.3, 0.6, 1.0, 1.5), "budget": (1, 3, 7, 15)},
+        "expected-gain": {"scale": (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)},
+    },
+    "SpecK-v0": {
+        "confidence": {"threshold": (0.3, 0.45, 0.6, 0.75), "copy_threshold": (0.1, 0.25, 0.5)},
+        "svip": {"threshold": (0.8, 1.2, 1.6), "copy_threshold": (0.1, 0.25, 0.5)},
+        "ucb": {"cost": (0.1, 0.2, 0.4), "exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
+    },
+}
+LTD_APART = {"SpecDepth-v0": {}, "SpecBudget-v0": {"depth": 2}}  # what its two policies decide, the other one fixed
+SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or decide something of their own
+    "ltd": {"observation": "ltd"},
+    "ucb": {"decision": "cycle"},
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An environment of the benchmark: its keyword arguments and the trace that stands for it."""
+
+    env_id: str
+    env: dict[str, Any]
+    trace: str
+
+    def control(self, arm: str = "") -> Control:
+        """What an arm decides about, and what it sees."""
+        return make_control(ENVIRONMENTS[self.env_id], self.env | SEEN.get(arm, {}))
+
+    def environments(self, count: int, **changes: Any) -> Any:
+        """Environments in NumPy on the training texts."""
+        keywords = {**self.env, "trace": self.trace, **changes}
+        return gym.make_vec(self.env_id, num_envs=count, vectorization_mode="vector_entry_point", **keywords)
+
+
+def samples_of(
+    problem: Problem, policy: Policy, split: str, table: CostTable, texts: Sequence[int] | None = None
+) -> list[Sample]:
+    """The texts of a split under a policy, replayed under a cost table, the time of its decisions included."""
+    trace = Trace.load(problem.trace)
+    chosen = trace.of_split(split) if texts is None else texts
+    prompts = [Encoded(trace.texts[i].task, trace.texts[i].prompt) for i in chosen]
+    control = policy.control
+    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
+    arms = {"policy": decoded(decoder, policy)}
+    return run_arms(arms, prompts, problem.env["max_new_tokens"], "", quiet=True)["policy"]
+
+
+def words(trace: Trace) -> Detokenizer:
+    """Return what gives the text of a trace's ids."""
+    return Detokenizer.of(load_tokenizer(trace.manifest.target))
+
+
+def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> dict[str, Any]:
+    """Train an arm on the trace, or read it if it is there; its folder is one that ``spec_envs.agents.load`` reads.
+
+    Args:
+        steps: environment steps of PPO.
+        texts: only the first so many training texts.
+
+    Returns:
+        ``seconds`` of training, and ``forwards`` of the target that the same training takes live: of PPO one per cycle that
+        it played; of those that learn from the trace itself one per token of the training texts.
+    """
+    place, note = Path(folder), Path(folder) / "training.json"
+    if note.exists():
+        return json.loads(note.read_text())
+    if arm == "ltd" and problem.env_id == "SpecTree-v0":
+        parts = [Problem(env_id, problem.env | own, problem.trace) for env_id, own in LTD_APART.items()]
+        both = [train(part, arm, seed, steps, str(place / part.env_id)) for part in parts]
+        return {key: sum(made[key] for made in both) for key in both[0]}
+    place.mkdir(parents=True, exist_ok=True)
+    trace = Trace.load(problem.trace)
+    control = problem.control(arm)
+    begin, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on it
+    if arm in ("ppo", "ltd"):
+        hyperparameters: dict[str, Any] = dict(PPO if arm == "ppo" else LTD_PPO | LTD_NETS)
+        count = ENVS if arm == "ppo" else ENVS // 4
+        env = {**(LTD if arm == "ltd" else {"episode": "cycle"}), "observation": control.observation}
+        hyperparameters |= {"learning_rate": 1e-3 if arm == "ppo" else 3e-4, "num_envs": count}
+        vector = ReplayVecEnv(problem.environments(count, **env))
+        agent: Any = SB3Agent(control, "ppo", total_timesteps=steps, seed=seed, **hyperparameters)
+        agent.learn(steps, vector)
+        forwards = vector.env.played
+        written = {**hyperparameters, "seed": seed, "total_timesteps": steps}
+        name = "ppo"
+    else:
+        vector = problem.environments(ENVS)
+        chosen = vector.texts if texts is None else vector.texts[:texts]
+        vector.texts = chosen
+        agent = AGENTS[arm](control=control, seed=seed).learn(0, vector)
+        written, name = {"seed": seed}, arm
+        forwards = int(sum(trace.texts[i].tokens for i in chosen))
+    torch.set_num_threads(threads)
+    seconds = time.perf_counter() - begin
+    env_keywords = problem.env | SEEN.get(arm, {})
+    agent.save(place)
+    write_json(place / "clock.json", trace.manifest.costs)
+    write_json(
+        place / "config.yml", {"id": problem.env_id, "env": env_keywords, "agent": name, "hyperparameters": written}
+    )
+    write_json(note, {"seconds": seconds, "forwards": forwards})
+    return {"seconds": seconds, "forwards": forwards}
+
+
+def trained_policy(folder: str, table: CostTable) -> Policy:
+    """A trained arm, under a cost table."""
+    if not (Path(folder) / "config.yml").exists():  # both of LTD's
+        depth, budget = (f"{folder}/{env_id}" for env_id in LTD_APART)
+        policy = mixed(depth, budget, {})
+        assert policy.control.partner is not None
+        for part in (policy.agent, policy.control.partner.agent):
+            part.decision_seconds = part.measure()  # type: ignore[attr-defined]
+        return policy
+    control, agent = agents.load(folder)
+    control.costs = table
+    if isinstance(agent, HindsightAgent):
+        agent.price(table)
+    agent.decision_seconds = agent.measure()  # here and now, as the table is
+    return Policy(control, agent)
+
+
+def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Policy, dict[str, Any]]:
+    """A published rule with the best hyper-parameters of its grid on the first training texts; it has not played yet."""
+    grid = GRIDS[problem.env_id][rule]
+    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    chosen = Trace.load(problem.trace).of_split("train")[:texts]
+
+    def policy(hyperparameters: dict[str, Any]) -> Policy:
+        control = problem.control(rule)
+        control.costs = table
+        return Policy(control, AGENTS[rule](control=control, **hyperparameters))
+
+    rates = [throughput(samples_of(problem, policy(h), "train", table, chosen)) for h in settings]
+    best = settings[int(np.argmax(rates))]
+    return policy(best), best
+
+
+def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
+    """The test texts under the best policy of what an agent sees, as far as learning finds it: those that learn from the
+    trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and played on that fold; the
+    fastest one."""
+    trace, found = Trace.load(problem.trace), []
+    test = trace.of_split("test")
+    others = [i for i in trace.of_split("all") if i not in set(test)]
+    for arm, reads in itertools.product(("hindsight", "exact-pg"), READS):
+        samples = []
+        for fold in range(folds):
+            held_out = test[fold::folds]
+            vector = problem.environments(ENVS, split="all")
+            vector.texts = np.array(others + [i for i in test if i not in set(held_out)])
+            control = problem.control()
+            agent = AGENTS[arm](control=control, seed=seed, steps=400, reads=reads).learn(0, vector)
+            samples += samples_of(problem, Policy(control, agent), "test", table, held_out)
+        found.append(samples)
+    return max(found, key=throughput)

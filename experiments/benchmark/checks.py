@@ -1,0 +1,128 @@
+"""What the benchmark checks of traces: that a replay is the live decoder, how fast it is, and what recording costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spec_envs.agents.baselines.uniform import RandomAgent
+from spec_envs.controls import Policy
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.traces.recorder import record, watched
+from spec_envs.decoding.traces.replay import replayed
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.benchmark.arms import Problem, words
+from spec_envs.experiments.measure.live import decoder_for
+from spec_envs.generate import Generation
+
+RANDOM_SEED = 11
+PARTS = 6  # of random play, between which costs are measured anew
+
+
+class Played(NamedTuple):
+    """A text of a trace, by index, under random actions."""
+
+    text: int
+    cycles: list[Cycle]
+    seconds: float
+    decisions: int
+
+
+def played_at_random(
+    trace: Trace, problem: Problem, cycles: int, measured: Callable[[], CostTable]
+) -> tuple[list[Played], CostTable]:
+    """Held-out texts decoded live until there are so many cycles, and what forwards cost meanwhile: the mean of what is
+    measured before, between and behind them."""
+    control, tables = problem.control(), [measured()]
+    decoder = decoder_for({**problem.env, "trace": None}, control)
+    policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
+    found: list[Played] = []
+    while (made := sum(len(played.cycles) for played in found)) < cycles:
+        if made * PARTS >= len(tables) * cycles:
+            tables.append(measured())
+        found.append(play(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
+    return found, averaged([*tables, measured()])
+
+
+def play(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Played:
+    """A text of a trace under a policy."""
+    text, rng = trace.texts[i], np.random.default_rng(i)
+    run = Generation(decoder, policy, text.prompt, problem.env["max_new_tokens"], rng, text.task).run()
+    return Played(i, run.cycles, run.seconds, len(run.actions))
+
+
+def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Played]) -> dict[str, Any]:
+    """What was decoded live, replayed with the same actions: accepted tokens of every cycle, and seconds, priced and timed."""
+    control = problem.control()
+    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
+    policy = Policy(control, RandomAgent(control, seed=RANDOM_SEED))
+    near, compared, wrong, tied, priced = trace.ties(), 0, 0, 0, 0.0
+    for timed in live:
+        replay = play(decoder, policy, trace, problem, timed.text)
+        priced += replay.seconds
+        at = int(trace.starts[timed.text])
+        for mine, theirs in zip(timed.cycles, replay.cycles, strict=False):
+            compared += 1
+            if mine.tokens != theirs.tokens or mine.accepted != theirs.accepted:
+                if near[at : at + mine.emitted + 1].any():
+                    tied += 1
+                else:
+                    wrong += 1
+                break
+            at += mine.emitted
+    seconds = sum(played.seconds for played in live)
+    return {
+        "replay_equals_live": {
+            "cycles": compared,
+            "mismatches": wrong,
+            "ties": tied,
+            "priced_over_timed": priced / seconds,
+        },
+        "live_steps_per_s": sum(played.decisions for played in live) / seconds,
+    }
+
+
+def averaged(tables: Sequence[CostTable]) -> CostTable:
+    """The mean of tables of the same numbers of rows, for a machine whose speed drifts."""
+    curves = {
+        part: {n: float(np.mean([getattr(table, part)[n] for table in tables])) for n in getattr(tables[0], part)}
+        for part in ("verify", "draft")
+    }
+    return CostTable(tables[0].name, **curves)
+
+
+def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) -> dict[str, float]:
+    """Environment steps per second in NumPy, which uses one core, and how many times the live environment that is."""
+    env = problem.environments(count)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(8)]
+    for i in range(5):
+        env.step(actions[i])
+    begin = time.perf_counter()
+    for i in range(steps):
+        env.step(actions[i % 8])
+    rate = count * steps / (time.perf_counter() - begin)
+    return {"replay_steps_per_s": rate, "replay_over_live": rate / live}
+
+
+def recording_cost(trace: Trace, decoder: Any) -> dict[str, float]:
+    """Seconds of recording a position, and of a live cycle that drafts all there is and verifies the most that is offered."""
+    text = next(text for text in trace.texts if text.split == "train")
+    begin = time.perf_counter()
+    columns = record(watched(decoder), text.prompt, trace.manifest.max_new_tokens)
+    position = (time.perf_counter() - begin) / len(columns["tokens"])
+    decoder.start(text.prompt, trace.manifest.max_new_tokens, np.random.default_rng(0))
+    cycles: list[float] = []
+    while not decoder.finished and len(cycles) < 5:
+        begin = time.perf_counter()
+        decoder.begin()
+        while decoder.tree.expansions < decoder.max_depth and decoder.expand():
+            pass
+        decoder.verify(min(decoder.tree.size, 95))
+        cycles.append(time.perf_counter() - begin)
+    return {"position_seconds": position, "full_cycle_seconds": float(np.median(cycles))}

@@ -1,0 +1,188 @@
+"""Whether commands that are killed at any moment continue (`make chaos`): each is killed again and again (SIGKILL, with all
+its children) and started anew as it was, until it ends; then what it made is compared with what it makes undisturbed.
+
+Moments are drawn from the time that an undisturbed run takes, from its first file on. Where a command ends before it is
+killed, it is begun again in another folder. Prints a table and exits with 1 if a command did not end, or ended with
+something else. With ten kills each, all cases take about an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from spec_envs.arguments import POSITIVE, SEED, Parser, output_folder
+from spec_envs.experiments.checks.chaos_cases import CASES, Case
+from spec_envs.experiments.command import one_sentence
+from spec_envs.files import TEMPORARY, held
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE = 20  # times the undisturbed time, after which a command hangs
+LEAST = 300.0  # seconds that it is given at any rate
+POLL = 0.01
+
+
+class Result(NamedTuple):
+    """Of one case: seconds undisturbed, times that it was killed, times that it ended, and what went wrong."""
+
+    name: str
+    seconds: float
+    kills: int
+    ends: int
+    failed: str
+
+
+class Undisturbed(NamedTuple):
+    """Seconds up to the first file and up to the end, and what was made."""
+
+    begin: float
+    seconds: float
+    made: dict[str, Any]
+
+
+def started(case: Case, folder: Path) -> subprocess.Popen:
+    """The command of a case, in a process group of its own; what it prints is beside its folder."""
+    with folder.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", *case.command(folder)],
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a command and all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a command; whether it ended within that time."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def undisturbed(case: Case, folder: Path) -> Undisturbed:
+    """Run a command once.
+
+    Raises:
+        ValueError: it fails without being killed.
+    """
+    at, process, begin = time.monotonic(), started(case, folder), None
+    try:
+        while process.poll() is None:
+            if begin is None and folder.exists() and any(folder.rglob("*")):
+                begin = time.monotonic() - at
+            time.sleep(POLL)
+    finally:
+        if process.poll() is None:
+            end(process)
+    seconds = time.monotonic() - at
+    if process.returncode:
+        raise ValueError(f"undisturbed, it ends with {process.returncode}: {last_line(folder)}")
+    return Undisturbed(begin or 0.0, seconds, case.made(folder))
+
+
+def last_line(folder: Path) -> str:
+    """The last line that a command printed."""
+    lines = folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+    return lines[-1][-300:] if lines else "it printed nothing"
+
+
+def compared(folder: Path, case: Case, expected: dict[str, Any]) -> str:
+    """What is wrong with what a command made; nothing where all is right."""
+    if left := sorted(path.name for path in folder.rglob(f"*{TEMPORARY}")):
+        return f"temporary files are left: {', '.join(left)}"
+    made = case.made(folder)
+    differing = [name for name in dict.fromkeys([*expected, *made]) if made.get(name) != expected.get(name)]
+    return f"another {', '.join(differing)} than undisturbed" if differing else ""
+
+
+def disturbed(case: Case, root: Path, usual: Undisturbed, kills: int, rng: random.Random, bar: tqdm) -> Result:
+    """Kill a command that many times, and let it end after the last one."""
+    killed, ends, folder = 0, 0, root / "0"
+    while True:
+        process = started(case, folder)
+        moment = rng.uniform(0.9 * usual.begin, usual.seconds)
+        try:
+            done = ended(process, moment if killed < kills else max(LEAST, PATIENCE * usual.seconds))
+        finally:
+            if process.poll() is None:
+                end(process)
+        if not done and killed == kills:
+            return Result(case.name, usual.seconds, killed, ends, f"it did not end after {killed} kills")
+        if not done:
+            killed += 1
+            bar.update()
+            continue
+        failed = f"it ended with {process.returncode}: {last_line(folder)}" if process.returncode else ""
+        ends += not failed
+        if failed := failed or compared(folder, case, usual.made):
+            return Result(case.name, usual.seconds, killed, ends, f"after {killed} kills {failed}")
+        shutil.rmtree(folder)
+        if killed == kills:
+            return Result(case.name, usual.seconds, killed, ends, "")
+        folder = root / str(ends)
+
+
+def tried(case: Case, root: Path, kills: int, seed: int) -> Result:
+    """One case in a folder of its own, which is kept where it fails."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    with tqdm(total=kills, desc=case.name, unit="kill") as bar:
+        try:
+            usual = undisturbed(case, root / "undisturbed")
+            result = disturbed(case, root, usual, kills, random.Random(f"{seed}-{case.name}"), bar)
+        except ValueError as error:
+            return Result(case.name, 0.0, 0, 0, str(error))
+    if not result.failed:
+        shutil.rmtree(root)
+    return result
+
+
+def table(results: list[Result]) -> str:
+    """What became of every case."""
+    lines = ["| case | undisturbed | kills | ends | |", "|---|---|---|---|---|"]
+    lines += [f"| {r.name} | {r.seconds:.0f} s | {r.kills} | {r.ends} | {r.failed or 'the same'} |" for r in results]
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASES), metavar="CASE", default=list(CASES), help=f"of {', '.join(CASES)}"
+    )
+    parser.add_argument("--kills", type=POSITIVE, default=10, help="of each case (default 10)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the moments (default 0)")
+    parser.add_argument("--root", type=output_folder, default=Path("runs/chaos"), help="(default runs/chaos)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence():
+        root = args.root.resolve()
+        with held(root):
+            results = [tried(CASES[name], root / name, args.kills, args.seed) for name in args.cases]
+        print(table(results))
+    if any(result.failed for result in results):
+        sys.exit(f"error: what failed, and what it printed, is in {args.root}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The commands that are killed (``chaos.py``), in small, and what they have to make each time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+
+PRICED = "env.clock=smollm2-135m-int8-xeon-amx-2"
+SHORT = "env.prompts=gsm8k env.max_new_tokens=16 test_prompts=2"
+TRAIN = "spec_envs.experiments.train --root {}"
+
+
+class Case(NamedTuple):
+    """A command, and what it makes.
+
+    Attributes:
+        arguments: module and arguments; ``{}`` stands for the folder.
+        made: what is the same however often the command was killed.
+    """
+
+    name: str
+    arguments: str
+    made: Callable[[Path], dict[str, Any]]
+
+    def command(self, folder: Path) -> list[str]:
+        """Module and arguments of the command in that folder."""
+        return [argument.replace("{}", str(folder)) for argument in self.arguments.split()]
+
+
+def digests(folder: Path, *patterns: str) -> dict[str, str]:
+    """SHA-256 of files by name."""
+    found = {path for pattern in patterns for path in folder.rglob(pattern)}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+
+
+def weights(folder: Path, pattern: str) -> dict[str, str]:
+    """SHA-256 of the tensors of safetensors files; what is written beside them may have been timed."""
+    found = {}
+    for path in sorted(folder.rglob(pattern)):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(load_file(path).items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
+
+
+def last_step(folder: Path) -> dict[str, Any]:
+    """The steps of a run, by its log, and whether it has a table."""
+    log = next(folder.rglob("log.jsonl"))
+    return {
+        "steps": json.loads(log.read_text().splitlines()[-1])["timesteps"],
+        "tables": len(list(folder.rglob("results.json"))),
+    }
+
+
+def learned_at_an_exit(folder: Path) -> dict[str, Any]:
+    """The weights of an exit, and how many lines its log has."""
+    lines = sum(len(path.read_text().splitlines()) for path in folder.rglob("log.jsonl"))
+    return weights(folder, "exit_proj/*.safetensors") | {"lines": lines}
+
+
+def reported(folder: Path) -> dict[str, Any]:
+    """The settings of a drafter's report, and the names of its weights."""
+    report = json.loads((folder / "head" / "report.json").read_text())
+    names = sorted(load_file(folder / "head" / "model.safetensors"))
+    return {"epochs": report["epochs"], "draft_vocab": report["draft_vocab"], "names": names}
+
+
+def benchmarked(folder: Path) -> dict[str, Any]:
+    """What was recorded, and which arms the figures have."""
+    results = json.loads(next(folder.rglob("benchmark.json")).read_text())
+    arms = {name: sorted(found["replay"]) for name, found in results.items()}
+    return digests(folder, "traces/**/*.npy") | {"arms": arms}
+
+
+PROFILE = "env.trace=qwen2.5-coder-32b-cpu"
+EXPECTED = "env.trace=smollm2-135m-topk eval_env.trace=smollm2-135m-topk"
+ROLLOUTS = "hyperparameters.n_steps=64 hyperparameters.batch_size=32 checkpoint_freq=64"
+REPLAY = "hyperparameters.learning_starts=64 hyperparameters.batch_size=32 hyperparameters.buffer_size=2000"
+
+CASES = {  # the quickest first
+    case.name: case
+    for case in (
+        Case(
+            "tune",
+            f"spec_envs.experiments.tune SpecK-v0 --agent svip --root {{}} --trials 30 --set {PROFILE} env.decision=token",
+            lambda folder: digests(folder, "best.yml"),
+        ),
+        Case(
+            "train-ppo",
+            f"{TRAIN} SpecK-v0 --agent ppo --set {PROFILE} {ROLLOUTS} total_timesteps=1024 eval_freq=512 test_prompts=3",
+            last_step,
+        ),
+        Case(
+            "train-ddqn",
+            f"{TRAIN} SpecTopK-v0 --agent ddqn-k --set {EXPECTED} {REPLAY} total_timesteps=1024 eval_freq=256 "
+            "checkpoint_freq=64 test_prompts=3",
+            last_step,
+        ),
+        Case(
+            "topk-trace",
+            "spec_envs.experiments.traces.record_expected --scale 0.02 --max-new-tokens 16 --out {}/trace.npz",
+            lambda folder: digests(folder, "*.npz"),
+        ),
+        Case(
+            "trace",
+            "spec_envs.experiments.traces.record SpecDepth-v0 --texts 3 1 1 --max-new-tokens 16 --depth 3 --prompts gsm8k --out {}",
+            lambda folder: digests(folder, "*.npy"),
+        ),
+        Case(
+            "train-hindsight",
+            f"{TRAIN} SpecK-v0 --agent hindsight --set {PRICED} {SHORT} eval_prompts=1 record=[3,1,1]",
+            lambda folder: digests(folder, "traces/**/*.npy") | weights(folder, "hindsight-0/policy.safetensors"),
+        ),
+        Case(
+            "dvi",
+            "spec_envs.experiments.dvi --agent dvi --own_text 8 --fast_batch 8 --replay_batch 8 --root {} --results {}/results "
+            f"--set {SHORT} eval_freq=0 checkpoint_freq=16",
+            learned_at_an_exit,
+        ),
+        Case(
+            "drafter",
+            "spec_envs.experiments.drafters --tokens 300 --epochs 2 --draft-vocab 256 --batch-tokens 512 --work {}",
+            reported,
+        ),
+        Case(
+            "benchmark",
+            "spec_envs.experiments.benchmark --fast --envs SpecBudget-v0 --seeds 1 --count 2 --root {}",
+            benchmarked,
+        ),
+    )
+}

@@ -1,0 +1,269 @@
+"""Fixed and adaptive draft lengths side by side (`make bench-k`): K = 4, 8 and 16, the best fixed K, the controllers of
+the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
+
+The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
+ones. Agents that are not trained yet are trained first, with one seed and always on this project's own decoder;
+controllers play the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of another
+target, or of a server of llama.cpp, stand in the same file under a name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from spec_envs import agents
+from spec_envs.agents import AGENTS
+from spec_envs.agents.rules.base import Rule
+from spec_envs.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder
+from spec_envs.controls import Policy, make_control
+from spec_envs.controls.k import ENGINES, KControl
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.config import Experiment, load_experiment
+from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.report import draw_arms, markdown
+from spec_envs.experiments.measure.static import best_chain, static_chain
+from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
+from spec_envs.experiments.measure.tables import side_by_side, tables
+from spec_envs.experiments.train import run_folder, trained
+from spec_envs.files import read_json, whole, write_json
+
+ID = "SpecK-v0"
+FIXED = (4, 8, 16)
+LONGEST = 24  # tokens that any of the arms drafts
+CONTROLLERS = (
+    *("adaptive-k", "adaptive-k-tuned", "hf-schedule-tuned", "gammatune-tuned", "ucb-tuned", "confidence-tuned"),
+    *("svip-tuned", "adaedl-tuned", "specdec++-tuned", "ppo", "ppo-token"),
+)
+ON_SERVER = ("adaptive-k", "adaptive-k-tuned", "hf-schedule", "gammatune", "ucb", "ppo-segment")  # decide by segment
+SERVED_TOKENS = 320  # five segments
+CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math", "json": "json"}  # all else is prose
+BEST = "best fixed"
+
+
+def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path) -> dict[str, Any]:
+    """Everything in one run.
+
+    Args:
+        env: keyword arguments of all arms (target, drafter, dtype, …).
+        stanzas: of experiments/SpecK-v0.yml.
+        count: held-out prompts.
+        root: where trained agents lie, or will.
+    """
+    experiments = {name: experiment_for(name, env) for name in stanzas}
+    shared = load_experiment(ID, "fixed").env | env
+    own = {"engine": env["engine"]} if "engine" in env else {}
+
+    def policies() -> dict[str, Policy]:
+        """Every controller as it is before it has seen anything."""
+        return {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
+
+    policies()  # what has to be trained is trained before anything is measured
+    decoder = decoder_for(shared, KControl(LONGEST, **own))
+    static = best_chain(shared, KControl().k_max)
+    candidates = {name: (decoder.separate(), policy) for name, policy in policies().items()}
+    try:
+        validation = run_arms(
+            {name: decoded(*pair) for name, pair in candidates.items()},
+            encoded_prompts(shared, "validation", count),
+            shared["max_new_tokens"],
+            "choosing the best agent",
+        )
+    finally:
+        for used, _ in candidates.values():
+            used.close()
+    best = max(validation, key=lambda name: throughput(validation[name]))
+
+    def measure(prompts: int) -> dict[str, Any]:
+        arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(*static["best"])} | policies()
+        samples = side_by_side(arms, shared, decoder, prompts, others={})
+        found = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
+        return found | {"static": static} | by_context(samples) | headline(samples, best)
+
+    return with_aa_check(measure, count)
+
+
+def experiment_for(stanza: str, env: dict[str, Any]) -> Experiment:
+    """A stanza with other keyword arguments of the environment."""
+    return load_experiment(ID, stanza, [f"env.{key}={json.dumps(value)}" for key, value in env.items()])
+
+
+def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
+    """A controller as its stanza has it, or a trained agent, which is trained first if need be."""
+    kind = AGENTS[experiment.agent]
+    if isinstance(kind, type) and issubclass(kind, Rule) and kind.learn is Rule.learn:
+        control = make_control("k", experiment.env)
+        return Policy(control, kind(control=control, **experiment.hyperparameters))
+    control = make_control("k", experiment.env)
+    if control.engine != "torch" and not experiment.env.get("adjustment_interval"):
+        raise ValueError(f"{name} is trained to decide every cycle; a server needs a stanza with adjustment_interval")
+    folder = run_folder(root, ID, name, 0)
+    env = {key: value for key, value in experiment.env.items() if key != "engine"}
+    trained(experiment.model_copy(update={"env": env}), ID, name, 0, folder)
+    return Policy(*agents.load(folder))
+
+
+def contexts(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Samples by context."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(CONTEXTS.get(sample.prompt.task, "prose"), []).append(sample)
+    return groups
+
+
+def by_context(samples: dict[str, list[Sample]]) -> dict[str, Any]:
+    """Tokens per second by context, their variation over contexts, and how acceptance is distributed over texts."""
+    rates = {name: {c: throughput(group) for c, group in contexts(arm).items()} for name, arm in samples.items()}
+    return {
+        "by_context": rates,
+        "variation": {
+            name: statistics.pstdev(found.values()) / statistics.fmean(found.values()) for name, found in rates.items()
+        },
+        "acceptance": {
+            name: [s.accepted / s.verified for s in arm if s.verified]
+            for name, arm in samples.items()
+            if sum(s.verified for s in arm)
+        },
+    }
+
+
+def headline(samples: dict[str, list[Sample]], best: str) -> dict[str, Any]:
+    """The ratios that the benchmark is about."""
+    return {
+        "best_fixed_over_plain": ratio(samples[BEST], samples["plain"]),
+        "best_agent": best,
+        "best_agent_over_best_fixed": ratio(samples[best], samples[BEST]),
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables as text."""
+    names = list(next(iter(results["by_context"].values())))
+    head = f"| tokens/s | {' | '.join(names)} | variation | acceptance by text: quartiles |"
+    lines = [markdown(results), head, f"|---{'|---' * (len(names) + 2)}|"]
+    for arm, rates in results["by_context"].items():
+        quartiles = "–"
+        if arm in results["acceptance"]:
+            quartiles = ", ".join(f"{q:.2f}" for q in np.quantile(results["acceptance"][arm], (0.25, 0.5, 0.75)))
+        cells = [f"{rates[name]:.1f}" for name in names]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {results['variation'][arm]:.3f} | {quartiles} |")
+    for key, what in (
+        ("best_fixed_over_plain", f"K = {results['static']['best'][0]}, the best fixed length, over plain"),
+        ("best_agent_over_best_fixed", f"{results['best_agent']}, the best agent on validation prompts, over it"),
+    ):
+        found = results[key]
+        lines.append(f"\n{what}: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Arms over plain, tokens per second by context, and acceptance over texts."""
+    figure = Figure(figsize=(11, 4 + 0.8 * len(results["arms"])), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = figure.subplots(3, 1, height_ratios=[2, 1.2, 1.2])
+    draw_arms(top, results["arms"], "plain")
+    names = list(next(iter(results["by_context"].values())))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results["by_context"]))]
+        middle.bar(at, [rates[name] for rates in results["by_context"].values()], width, label=name)
+    slanted = {"rotation": 35, "ha": "right", "fontsize": 8}
+    middle.set_xticks(range(len(results["by_context"])), list(results["by_context"]), **slanted)
+    middle.set_ylabel("tokens/s")
+    middle.legend(fontsize=8, ncols=len(names))
+    bottom.boxplot(list(results["acceptance"].values()))
+    bottom.set_xticks(range(1, len(results["acceptance"]) + 1), list(results["acceptance"]), **slanted)
+    bottom.set_ylabel("accepted / drafted, by text")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def kept_figures(path: Path, name: str) -> dict[str, Any]:
+    """Return the figures that stand in the file already, beside which those of ``name`` will.
+
+    Raises:
+        ValueError: the file is damaged, or the name is another's.
+    """
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ValueError(f"--name is {name!r}; expected letters, digits, points and dashes")
+    kept = read_json(path, "delete it, or choose another --out") if path.exists() else {}
+    if not isinstance(kept, dict):
+        raise ValueError(f"{path} does not hold the figures of this command; delete it, or choose another --out")
+    if name in kept and not is_bench(kept[name]):
+        raise ValueError(f"--name is {name!r}, by which something else stands in {path}; choose another")
+    return kept
+
+
+def is_bench(value: Any) -> bool:
+    """Whether a value of the JSON file is the figures of another target."""
+    return isinstance(value, dict) and "best_agent" in value
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--target", help=f"model (default {DEFAULT_TARGET})")
+    parser.add_argument(
+        "--drafter",
+        help="draft model, EAGLE-3 head, 'lookup', or 'lookup+NAME' (default: the target's own of models.yml)",
+    )
+    parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default auto)")
+    parser.add_argument("--temperature", type=TEMPERATURE, help="of the target (default 0, greedy)")
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="torch (default), or llama-server, of which the figures stand under its name"
+    )
+    parser.add_argument("--trace", help="a synthetic profile instead of models")
+    parser.add_argument(
+        "--switch-every", type=POSITIVE, help="texts after which the prompt set changes (default: at each)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=TOKENS, help=f"per prompt (default 96; {SERVED_TOKENS} on llama-server)"
+    )
+    parser.add_argument("--count", type=PROMPTS, default=24, help="held-out prompts (default 24)")
+    parser.add_argument("--agents", help=f"stanzas of experiments/SpecK-v0.yml (default {','.join(CONTROLLERS)})")
+    parser.add_argument("--root", type=output_folder, help="where trained agents lie (default: runs, or runs/NAME)")
+    parser.add_argument(
+        "--name", help="key of these figures in the JSON file, and of their picture (default: at the top)"
+    )
+    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    keys = ("target", "drafter", "dtype", "temperature", "engine", "trace", "switch_every", "max_new_tokens")
+    env = {key: value for key in keys if (value := getattr(args, key)) is not None}
+    if args.engine == "llama-server":
+        env.setdefault("max_new_tokens", SERVED_TOKENS)
+    with one_sentence("interrupted; agents trained so far are kept"):
+        served = args.engine == "llama-server"
+        name = args.name or (args.engine if served else "")
+        given = args.agents or ",".join(ON_SERVER if served else CONTROLLERS)
+        stanzas = [stanza.strip() for stanza in given.split(",")]
+        path = args.out / "bench-k.json"
+        kept = kept_figures(path, name)
+        results = bench_k(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
+        args.out.mkdir(parents=True, exist_ok=True)
+        if name:
+            write_json(path, kept | {name: results})
+        else:
+            others = {key: value for key, value in kept.items() if key != "first_try" and is_bench(value)}
+            write_json(path, results | others)
+        picture = path.with_name(f"bench-k-{name}.png" if name else "bench-k.png")
+        draw(results, picture)
+        print(report(results))
+        print(f"written: {path}, {picture}")
+
+
+if __name__ == "__main__":
+    main()

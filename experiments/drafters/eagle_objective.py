@@ -1,0 +1,143 @@
+"""What an EAGLE-3 head is trained on: training-time test (arXiv 2503.01840, section 3), the head unrolled over its own
+outputs, so that deep levels see in training what they see in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.model.rope import Rope, rotate
+from spec_envs.experiments.drafters.batches import Batch, drafted_rows, first_occurrence
+
+STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
+
+
+def sample_rows(batch: Batch, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """The same number of the answers' rows of every conversation, at random, ascending: ``[B, n]``."""
+    inside = drafted_rows(batch, 0)
+    count = max(1, round(share * int(inside.sum(1).max())))
+    keys = torch.rand(inside.shape, device=inside.device, generator=generator).masked_fill_(~inside, 2.0)
+    return keys.topk(count, dim=1, largest=False).indices.sort(1).values
+
+
+class Unrolled(nn.Module):
+    """The head, unrolled: row t starts from the target's hidden state at position t; at step i it has been fed the
+    text's tokens t+1 … t+1+i and predicts token t+2+i, reading its own output of step i−1.
+
+    Behind step 0 a row reads step 0's keys up to its own and its own later ones, but no other row's: so the deeper
+    steps can be run for a random share of the rows, which are nearly as good a sample and much cheaper.
+    """
+
+    def __init__(self, head: EagleHead, embedding: Tensor, positions: int):
+        """``positions``: of the longest text and the levels unrolled behind it."""
+        super().__init__()
+        self.head = head
+        self.embedding = embedding
+        self.rope = Rope(head.config, head.config.head_dim, positions, torch.float32, embedding.device)
+
+    def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
+        """Yield each step's normed output: ``[B, T, hidden]`` at step 0, ``[B, n, hidden]`` for ``rows`` behind it."""
+        width = batch.ids.shape[1]
+        all_rows = torch.arange(width, device=batch.ids.device).expand(len(batch.ids), -1)
+        hidden, keys, values = self.head.fc(batch.features), [], []
+        for step in range(steps):
+            if step == 1:
+                hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+            at = rows if step else all_rows
+            q, k, v = self._project(batch, hidden, at, step)
+            keys.append(k)
+            values.append(v)
+            hidden = hidden + self._attend(q, keys, values, at)
+            layer = self.head.midlayer
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            yield self.head.norm(hidden)
+
+    def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 + step``."""
+        config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
+        tokens = batch.ids.gather(1, (rows + 1 + step).clamp(max=batch.ids.shape[1] - 1))
+        embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
+        x = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], -1)
+        rope = self.rope.at(rows + step)
+        q = rotate(attention.q_proj(x).unflatten(-1, (config.num_attention_heads, -1)), rope).transpose(1, 2)
+        k = rotate(attention.k_proj(x).unflatten(-1, (config.num_key_value_heads, -1)), rope).transpose(1, 2)
+        v = attention.v_proj(x).unflatten(-1, (config.num_key_value_heads, -1)).transpose(1, 2)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        return q / math.sqrt(config.head_dim), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+    def _attend(self, q: Tensor, keys: list[Tensor], values: list[Tensor], rows: Tensor) -> Tensor:
+        """Attention to step 0's keys up to the own row, and to the own keys of the later steps."""
+        width = keys[0].shape[2]
+        future = torch.arange(width, device=rows.device) > rows[:, None, :, None]
+        scores = [(q @ keys[0].transpose(-1, -2)).float().masked_fill(future, float("-inf"))]
+        scores += [(q * key).sum(-1, keepdim=True).float() for key in keys[1:]]
+        weights = torch.cat(scores, -1).softmax(-1).to(values[0].dtype)
+        mixed = weights[..., :width] @ values[0]
+        for i, value in enumerate(values[1:]):
+            mixed = mixed + weights[..., width + i, None] * value
+        return self.head.midlayer.self_attn.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class Objective:
+    """Cross-entropy to the target's distribution over the draft vocabulary: of the whole text at the first step, of
+    the answers behind it.
+
+    In training that vocabulary is the shortlist and every token of the batch: the output rows are the target's and
+    stay fixed, so a head that learns to point at a token need not have it on the shortlist.
+
+    Args:
+        output_head: the target's output rows ``[vocab, hidden]``.
+        dtype: of autocast.
+    """
+
+    def __init__(self, model: Unrolled, output_head: Tensor, dtype: torch.dtype):
+        self.model, self.trained, self.dtype = model, model.head, dtype
+        self.shortlist = model.head.t2d
+        self.output_head = output_head.to(dtype)
+
+    def __call__(
+        self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows.
+
+        Args:
+            share: of the rows that the steps behind the first are run for.
+            generator: draws those rows.
+        """
+        device = batch.ids.device
+        rows = sample_rows(batch, share, generator)
+        loss = torch.zeros((), device=device)
+        alive = torch.zeros(0, dtype=torch.bool, device=device)  # rows whose chain so far is right
+        survived, counted = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
+        vocabulary = self.shortlist.clone()
+        vocabulary[batch.ids] = True
+        vocabulary = vocabulary.nonzero()[:, 0]
+        output_rows = self.output_head[vocabulary]
+        first = first_occurrence(batch.ids)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for step, hidden in enumerate(self.model(batch, steps, rows)):
+                inside = drafted_rows(batch, step)
+                if step:
+                    inside = inside.gather(1, rows)
+                trained = inside if step else drafted_rows(batch, 0, within_answer=False)
+                picked = trained.nonzero(as_tuple=True)
+                at = rows[picked] if step else picked[1]
+                ahead = (picked[0], at + 1 + step)  # what has been read when the prediction is made
+                wanted = F.linear(batch.final[ahead].to(self.dtype), output_rows).float().softmax(-1)
+                logits = F.linear(hidden[picked], output_rows).float()
+                loss = loss + STEP_DECAY**step * F.cross_entropy(logits, wanted, reduction="sum") / max(1, len(at))
+                following = batch.ids[picked[0], at + 2 + step]
+                right = torch.zeros_like(inside)
+                right[picked] = (vocabulary[logits.argmax(-1)] == following) & (
+                    self.shortlist[following] | (first[picked[0], at + 2 + step] <= at + 1)
+                )
+                alive = right & inside if step == 0 else alive & right
+                survived[step], counted[step] = alive.sum(), inside.sum()
+                if step == 0:
+                    alive = alive.gather(1, rows)
+        return loss, survived, counted

@@ -1,0 +1,125 @@
+"""What a drafter learns from: the target's hidden states over its own text, recorded once.
+
+The target's distribution is recorded as its final normed hidden state: one product with the output head gives the
+probabilities of any draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from spec_envs.decoding.model.batch import read_batch
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.files import held, whole
+from spec_envs.prompts.sets import encode
+
+SHARD = 256  # conversations
+
+
+@dataclass
+class Example:
+    """One conversation: ids ``[n]``, where the answer begins, features ``[n, 3·hidden]``, final states ``[n, hidden]``."""
+
+    ids: Tensor
+    answer: int
+    features: Tensor
+    final: Tensor
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: dict) -> tuple[list[int], int]:
+    """Ids of a whole conversation and the position where the answer begins."""
+    prompt = encode(tokenizer, conversation["user"])
+    answer = conversation.get("answer_ids")
+    if answer is None:
+        answer = tokenizer(conversation["assistant"], add_special_tokens=False)["input_ids"]
+        if conversation.get("complete", True):
+            answer = [*answer, tokenizer.eos_token_id]
+    return prompt + answer, len(prompt)
+
+
+def record(
+    target: Transformer,
+    conversations: list[tuple[list[int], int]],
+    folder: Path,
+    capture: tuple[int, ...],
+    batch: int = 8,
+) -> list[Path]:
+    """Write one safetensors file per ``SHARD`` conversations; finished files are kept."""
+    with held(folder, "recording hidden states"):
+        return record_alone(target, conversations, folder, capture, batch)
+
+
+def record_alone(
+    target: Transformer, conversations: list[tuple[list[int], int]], folder: Path, capture: tuple[int, ...], batch: int
+) -> list[Path]:
+    """The same in a folder that this process holds."""
+    shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
+    paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
+    for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):
+        if path.exists():
+            continue
+        shard = sorted(shard, key=lambda c: len(c[0]))
+        features, final = [], []
+        for first in range(0, len(shard), batch):
+            texts = [ids for ids, _ in shard[first : first + batch]]
+            f, h = read_batch(target, texts, capture)
+            width = f.shape[1]
+            for row, ids in enumerate(texts):
+                features.append(f[row, width - len(ids) :].to("cpu", target.precision.cache))
+                final.append(h[row, width - len(ids) :].to("cpu", target.precision.cache))
+        tensors = {
+            "ids": torch.tensor([t for ids, _ in shard for t in ids], dtype=torch.int32),
+            "lengths": torch.tensor([len(ids) for ids, _ in shard]),
+            "answers": torch.tensor([answer for _, answer in shard]),
+            "features": torch.cat(features),
+            "final": torch.cat(final),
+        }
+        save_shard(path, tensors)
+    return paths
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file of recordings, whole or not at all."""
+    with whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def shard_lengths(path: Path) -> list[int]:
+    """Tokens of the conversations of one file, shortest first."""
+    with readable(path), safe_open(path, "pt") as file:
+        return file.get_tensor("lengths").tolist()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Refuse a damaged file of recordings in one sentence.
+
+    Raises:
+        ValueError: it names the file.
+    """
+    try:
+        yield
+    except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
+
+
+def load_shard(path: Path) -> list[Example]:
+    """The conversations of one file, shortest first."""
+    with readable(path):
+        tensors = load_file(path)
+        lengths, answers = (tensors[name].tolist() for name in ("lengths", "answers"))
+        columns = [tensors[name].split(lengths) for name in ("ids", "features", "final")]
+    return [
+        Example(ids.long(), answer, features, final)
+        for answer, ids, features, final in zip(answers, *columns, strict=True)
+    ]

@@ -1,0 +1,146 @@
+"""Text that the target writes itself: what its drafter learns from, so that no data set is needed.
+
+User turns are put together (``turns.py``) or sampled at temperature 1 from the bare chat template (the model then
+writes the kind of request it was tuned on); the target answers them greedily. One conversation is one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from spec_envs.decoding.model.batch import generate_batch
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.experiments.drafters.turns import OPENINGS, composed_turn, training_turns
+from spec_envs.files import whole
+from spec_envs.prompts.sets import decode, encode
+from spec_envs.prompts.templates import rendered
+from spec_envs.text import Detokenizer, TextStream
+
+SMALLEST, SHARE = 8, 100  # texts of a batch; of how many tokens in all there is one more
+MARK = "\x00turn\x00"
+
+
+def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template up to the place where the first user turn begins."""
+    return rendered(tokenizer, [("user", MARK)], answer=False).split(MARK)[0]
+
+
+def write_conversations(
+    target: Transformer,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    tokens: int,
+    batch: int = 128,
+    max_turn: int = 160,
+    max_answer: int = 224,
+    longest: int = 1024,
+    opened: float = 0.4,
+    composed: float = 0.5,
+    seed: int = 0,
+) -> None:
+    """Append conversations to ``path`` until it holds ``tokens`` answer tokens.
+
+    Args:
+        batch: most answers written at once; twice as many user turns, which are shorter, are sampled at once.
+        max_turn, max_answer: limits in tokens; a longer turn is dropped, a longer answer is cut.
+        longest: of turn and answer together, in tokens; longer turns are dropped.
+        opened: share of the sampled user turns that start with one of ``OPENINGS``.
+        composed: share of the user turns that are put together.
+    """
+    if longest <= max_answer:
+        raise ValueError(f"longest is {longest}; expected more than an answer's {max_answer} tokens")
+    conversations = read_conversations(path) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:  # without a line cut short
+        temporary.write_text("".join(json.dumps(c) + "\n" for c in conversations))
+    written = sum(len(c["answer_ids"]) for c in conversations)
+    eos = {tokenizer.eos_token_id}
+    batch = min(batch, max(SMALLEST, tokens // SHARE))  # a little text is not written in one large batch
+    answered = {c["user"] for c in conversations}
+    shipped = [turn for turn in training_turns() if turn not in answered]
+    with (
+        tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
+        path.open("a") as file,
+    ):
+        barren = 0  # rounds in a row that had nothing to answer
+        while written < tokens:
+            rng = random.Random(f"{seed}-{written}-{barren}")
+            users = sampled_turns(target, tokenizer, 2 * batch, max_turn, opened, rng) + shipped
+            shipped = []
+            texts = [
+                decode(tokenizer, c["answer_ids"]) for c in rng.sample(conversations, min(400, len(conversations)))
+            ]
+            users += [composed_turn(rng, texts) for _ in range(round(len(users) * composed / (1 - composed)))]
+            prompts = sorted(((encode(tokenizer, user), user) for user in users), key=lambda pair: len(pair[0]))
+            prompts = [(ids, user) for ids, user in prompts if len(ids) + max_answer <= longest]
+            barren = 0 if prompts else barren + 1
+            if barren == 3:
+                raise ValueError("the target ends no user turn of its own; give --conversations and --tokens 0")
+            groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+            rng.shuffle(groups)  # an interrupted round lacks texts of every length, not the longest
+            for group in groups:
+                if written >= tokens:
+                    break
+                answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos, doing="answering")
+                new = [{"user": user, "answer_ids": answer} for (_, user), answer in zip(group, answers, strict=True)]
+                file.writelines(json.dumps(conversation) + "\n" for conversation in new)
+                conversations += new
+                written += sum(map(len, answers))
+                file.flush()
+                bar.update(min(written, tokens) - bar.n)
+
+
+def sampled_turns(
+    target: Transformer,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_turn: int,
+    opened: float,
+    rng: random.Random,
+) -> list[str]:
+    """User turns the target writes: those of ``count`` that it ends within ``max_turn`` tokens."""
+    generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
+    prefix, eos = user_prefix(tokenizer), {tokenizer.eos_token_id}
+    openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(count)]
+    starts = [tokenizer(prefix + opening, add_special_tokens=False)["input_ids"] for opening in openings]
+    turns = generate_batch(
+        target, starts, max_turn, eos, temperature=1.0, generator=generator, doing="writing user turns"
+    )
+    detokenize, users = Detokenizer.of(tokenizer), []
+    for opening, start, turn in zip(openings, starts, turns, strict=True):
+        if turn[-1] in eos:
+            stream = TextStream(detokenize)  # what was written is text behind its start, where it has its first space
+            stream.push(start)
+            users.append(opening + stream.push(turn[:-1]) + stream.finish())
+    return [user for user in users if user.strip()]
+
+
+def read_conversations(path: Path) -> list[dict[str, Any]]:
+    """Conversations of a JSONL file, each with ``user`` and ``answer_ids``, or ``assistant`` (text).
+
+    Raises:
+        ValueError: a malformed line; the last one may be cut short by a killed run and is left out.
+    """
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    conversations = []
+    for number, line in enumerate(lines, 1):
+        try:
+            conversation = json.loads(line)
+            answer = conversation.get("answer_ids", conversation.get("assistant"))
+            if not isinstance(conversation["user"], str) or not isinstance(answer, list | str):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            if number < len(lines):
+                raise ValueError(
+                    f'{path}:{number} is not a conversation; expected {{"user": "…", "assistant": "…"}} on one line'
+                ) from None
+            continue
+        conversations.append(conversation)
+    return conversations

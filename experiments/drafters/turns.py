@@ -1,0 +1,72 @@
+"""User turns for a drafter to learn from: the kinds of request a deployed model gets, without a data set.
+
+Some the target writes itself (``selftext.py``); those here are put together: texts of its own to summarise, functions
+of Python's standard library to complete, and the shipped training prompts.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import random
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from spec_envs.prompts.sets import load_prompts
+
+# How some of the turns begin that the target writes: so every kind of task occurs.
+OPENINGS = (
+    "Complete the following Python function.\n\ndef ",
+    "Write a Python function that ",
+    "Solve this problem step by step: ",
+    "How many ",
+    "Explain ",
+    "Write a short ",
+    *(
+        f"{name} {verb} "
+        for name in ("Maria", "A farmer", "Tom", "A shop", "Aisha")
+        for verb in ("has", "buys", "sells")
+    ),
+)
+SUMMARISE = (
+    "Summarize the following article.\n\n{}",
+    "Summarize: {}",
+    "Summarize this text in one sentence.\n\n{}",
+    "Give the gist of the article below in a single sentence.\n\n{}",
+    "Read the text below and sum it up in three sentences.\n\n{}",
+    "{}\n\nTL;DR",
+)
+COMPLETE = (
+    "Complete the following Python function.\n\n{}\n",
+    "Complete the code I provided.\n\n{}\n",
+    "Implement this function.\n\n```python\n{}\n```",
+    "Here is the start of a Python function. Continue it.\n\n{}\n",
+)
+
+
+def composed_turn(rng: random.Random, texts: Sequence[str]) -> str:
+    """A summary of one to three of ``texts``, or a function to complete, half of the time each."""
+    if texts and rng.random() < 0.5:
+        article = "\n\n".join(rng.choices(texts, k=rng.choice((1, 1, 2, 3))))
+        return rng.choice(SUMMARISE).format(article)
+    return rng.choice(COMPLETE).format(rng.choice(library_functions()))
+
+
+def training_turns() -> list[str]:
+    """The shipped training prompts."""
+    return [prompt.text for prompt in load_prompts("all", "train")]
+
+
+@functools.cache
+def library_functions() -> tuple[str, ...]:
+    """Heads of the standard library's functions: signature and docstring."""
+    heads = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and 60 <= len(ast.get_docstring(node) or "") <= 600:
+                head = lines[node.lineno - 1 : node.body[0].end_lineno]
+                heads.append("\n".join(line[node.col_offset :] for line in head))
+    return tuple(heads)

@@ -1,0 +1,72 @@
+"""Runs that improve an early exit: the stream that they learn from, and what is validated meanwhile."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from spec_envs.agents.exits.online import OnlineAgent
+from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
+from spec_envs.experiments.drafters.selftext import sampled_turns
+from spec_envs.experiments.drafters.turns import composed_turn, training_turns
+from spec_envs.experiments.exits.evaluation import acceptance, exit_decoder
+from spec_envs.experiments.measure.arms import decoded, run_arms
+from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.measure.static import static_chain
+from spec_envs.prompts.conversations import write_log
+
+CONVERSATIONS = "conversations.jsonl"
+VALIDATED_K = 4  # drafted tokens per cycle of a validation
+
+
+def write_own_text(path: Path, env: dict[str, Any], count: int, seed: int) -> None:
+    """A log of ``count`` user turns where there is none: the shipped training prompts, turns that the target writes
+    itself, and such as are put together of its words and of Python's standard library."""
+    name, device = env.get("target", DEFAULT_TARGET), resolve_device(env.get("device", "auto"))
+    target = load_target(name, device, resolve_dtype(env.get("dtype", "auto"), device, [name]))
+    tokenizer, rng = load_tokenizer(name), random.Random(seed)
+    turns = list(dict.fromkeys(training_turns()))[: count // 2]
+    print(f"{name} writes user turns to learn from", file=sys.stderr)
+    barren = 0
+    while len(turns) < count and barren < 3:
+        written = sampled_turns(target, tokenizer, min(128, 2 * (count - len(turns))), 160, 0.4, rng)
+        barren = 0 if written else barren + 1
+        turns += [*written, *(composed_turn(rng, written) for _ in written)]
+    if len(turns) < count:
+        raise ValueError(f"{name} ends no user turn of its own; give own_text=0 and conversations in env.prompts")
+    rng.shuffle(turns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_log(path, turns[:count], "train")
+
+
+def improve(folder: Path, config: dict[str, Any], env: gym.Env, agent: OnlineAgent) -> None:
+    """Learn over the stream, as far as it is not done yet, and keep the exit in the folder."""
+    shown = config["env"] | config["eval_env"]
+    played = exit_decoder(shown, VALIDATED_K)
+    prompts = encoded_prompts(shown, "validation", config["eval_prompts"]) if config["eval_freq"] else []
+
+    def validate(adapter: ExitAdapter) -> dict[str, float]:
+        drafter = played.drafter
+        assert isinstance(drafter, EarlyExitDrafter)
+        drafter.use(adapter)
+        chain = {"exit": decoded(played, static_chain(VALIDATED_K, VALIDATED_K))}
+        samples = run_arms(chain, prompts, shown.get("max_new_tokens", 128), "validation", quiet=True)["exit"]
+        return acceptance(samples)
+
+    agent.learn(
+        config["total_timesteps"],
+        env,
+        folder,
+        config["checkpoint_freq"],
+        validate,
+        config["eval_freq"],
+        progress_bar=True,
+    )
+    agent.save(folder)

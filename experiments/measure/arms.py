@@ -1,0 +1,123 @@
+"""Arms of a comparison, and running them side by side: prompt by prompt, interleaved in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from spec_envs.controls import Policy
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.generate import Generation
+from spec_envs.network.channel import SimulatedChannel
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.link import LinkState
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt ready to decode."""
+
+    task: str
+    ids: list[int]
+
+
+@dataclass
+class Sample:
+    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's,
+    and ``tokens`` those that no target verified; ``lengths``
+    are the candidates drafted by cycle, ``states`` those of a simulated link."""
+
+    prompt: Encoded
+    tokens: int
+    seconds: float
+    prefill_seconds: float
+    ids: list[int]
+    cycles: int = 0
+    accepted: int = 0
+    scored: int = 0
+    verified: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+    actions: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    states: list[LinkState] = field(default_factory=list)
+
+
+Arm = Callable[[Encoded, int, int], Sample]
+"""From a prompt, max_new_tokens and a seed to a sample."""
+
+
+def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
+    """This project's decoder under a policy; None decodes plainly."""
+
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        rng = np.random.default_rng(seed)
+        done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task)
+        states = [link_state(decoder) for _ in done][1:]
+        cycles = done.cycles
+        parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "network", "policy")}
+        return Sample(
+            prompt=prompt,
+            tokens=len(done.tokens) - 1 - sum(c.unverified for c in cycles),
+            seconds=done.seconds,
+            prefill_seconds=done.prefill_seconds,
+            ids=list(done.tokens),
+            cycles=len(cycles),
+            accepted=sum(c.accepted for c in cycles),
+            scored=sum(c.scored for c in cycles),
+            verified=sum(c.verified for c in cycles),
+            parts=parts,
+            actions=done.actions,
+            lengths=[c.drafted for c in cycles],
+            bytes_up=sum(c.bytes_up for c in cycles),
+            bytes_down=sum(c.bytes_down for c in cycles),
+            states=[state for state in states if state],
+        )
+
+    return run
+
+
+def link_state(decoder: Decoder) -> LinkState | None:
+    """The state that a simulated link had in the cycle that has just ended."""
+    verifier = decoder.verifier
+    if isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel):
+        return verifier.channel.used
+    return None
+
+
+def run_arms(
+    arms: dict[str, Arm],
+    prompts: Sequence[Encoded],
+    max_new_tokens: int,
+    desc: str,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, list[Sample]]:
+    """Every arm on every prompt, prompt by prompt in rotating order, after one warm-up each.
+
+    A prompt on which an arm has nothing to do (the first token ends the text) is left out for all. ``quiet`` shows no
+    progress bar.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to run; expected at least one")
+    names = list(arms)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    with tqdm(total=len(names) * (len(prompts) + 1), desc=desc, unit="text", disable=quiet) as bar:
+        for name in names:
+            arms[name](prompts[0], min(16, max_new_tokens), seed)
+            bar.update()
+        for i, prompt in enumerate(prompts):
+            turn = {}
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                turn[name] = arms[name](prompt, max_new_tokens, seed + i)
+                bar.update()
+            if all(sample.tokens > 0 for sample in turn.values()):
+                for name, sample in turn.items():
+                    samples[name].append(sample)
+    if not samples[names[0]]:
+        raise ValueError(f"no prompt is answered with more than one token within max_new_tokens={max_new_tokens}")
+    return samples

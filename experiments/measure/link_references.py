@@ -1,0 +1,160 @@
+"""What one can do best over a link: always the same choice, or for each state of the link its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spec_envs.agents.baselines.fixed import FixedAgent, settings
+from spec_envs.agents.rules.base import Rule
+from spec_envs.controls import Policy
+from spec_envs.controls.topk import TopKControl
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
+from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.network.channel import SimulatedChannel
+from spec_envs.network.edge.linked import is_address
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.link import LinkState, MarkovLink, load_link
+
+DRAFT = 4  # tokens of the drafts among which the best static k is looked for
+PROMPTS, TOKENS = 12, 64  # training prompts that choices are tried on, and tokens of each
+RECORDED = 40  # prompts where a trace plays, which costs little
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a choice does in a cycle, on average: tokens, seconds of computing, bytes both ways."""
+
+    tokens: float
+    seconds: float
+    up: float
+    down: float
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Outcome:
+        cycles = sum(s.cycles for s in samples)
+        computed = sum(s.parts[part] for s in samples for part in ("draft", "verify", "policy"))
+        sums = (
+            sum(s.tokens for s in samples),
+            computed,
+            sum(s.bytes_up for s in samples),
+            sum(s.bytes_down for s in samples),
+        )
+        return cls(*(total / cycles for total in sums))
+
+    def over(self, state: LinkState, jitter: float) -> float:
+        """Seconds of a cycle over a link in this state."""
+        return self.seconds + state.rtt + jitter + self.up / state.up + self.down / state.down
+
+
+def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
+    """Try every choice on training prompts.
+
+    Returns:
+        ``best``, the choice with the highest throughput; ``best_k``, the best one that drafts ``DRAFT`` tokens and
+        says only how much of each distribution is sent; ``per_state``, for each state of a
+        Markov link without loss the choice that is best there; ``pace``, the throughput of that policy as it was estimated; and
+        the ``tokens_per_second`` of every choice.
+    """
+    decoder = decoder_for(env, control)
+    if not decoder.clock.priced and not is_address(control.link):
+        decoder.clock = PricedClock(CostTable("measured", **cost_curves(local_decoder(env, control))))
+    recorded = bool(env.get("trace"))
+    prompts = encoded_prompts(env, "train", PROMPTS)
+    if recorded:
+        prompts = list({tuple(p.ids): p for p in encoded_prompts(env, "train", RECORDED)}.values())
+    longest = env.get("max_new_tokens", 128)
+    tokens = longest if recorded else min(longest, TOKENS)
+    names = [name for name in settings(control) if not str(name).startswith("edge")]
+    arms = {str(name): decoded(decoder, Policy(control, FixedAgent(control, name))) for name in names}
+    samples = run_arms(arms, prompts, tokens, f"best choice over the link, {len(arms)} to try")
+    decoder.close()
+    rates = {name: throughput(arm) for name, arm in samples.items()}
+    length = min(DRAFT, control.k)
+    ks = [str(choice) for choice in control.choices if choice.length == length and choice.mode in ("topk", "scalar")]
+    found: dict[str, Any] = {
+        "best": [max(rates, key=rates.__getitem__)],
+        "best_k": [max([name for name in rates if name in ks] or list(rates), key=rates.__getitem__)],
+        "pace": max(rates.values()),
+        "tokens_per_second": rates,
+    }
+    link = None if is_address(control.link) else load_link(control.link)
+    if isinstance(link, MarkovLink) and not link.loss:
+        outcomes = {name: Outcome.of(arm) for name, arm in samples.items()}
+        found["per_state"], found["pace"] = per_state(outcomes, link)
+    return found
+
+
+def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str, str], float]:
+    """The policy that knows the link's state and has the highest throughput ΣN/ΣT: the choice of each state, and the rate.
+
+    The state moves with every forward of the target, of which a draft takes one and n tokens of the cloud alone take n. So
+    this is an average-reward semi-Markov problem: at the optimum λ, max over choices of N − λT + Σ P^forwards h − h = 0 in
+    every state, for some h (Puterman 1994, section 11.4). Policy iteration, from the best choice of each state alone.
+    """
+    names, n, jitter = list(outcomes), len(link.states), link.jitter_ms / 1e3
+    tokens = np.array([outcomes[name].tokens for name in names])
+    seconds = np.array([[outcomes[name].over(state, jitter) for state in link.states] for name in names])
+    forwards = [max(1, round(o.tokens)) if name.startswith("cloud") else 1 for name, o in outcomes.items()]
+    moves = np.array([np.linalg.matrix_power(link.transitions, count) for count in forwards])
+    chosen = (tokens[:, None] / seconds).argmax(0)
+    while True:
+        own = (chosen, np.arange(n))
+        # Unknown are h, with h = 0 in the first state, and in its place λ: N = h − P h + λT.
+        system = np.eye(n) - moves[own]
+        system[:, 0] = seconds[own]
+        rate, *rest = np.linalg.solve(system, tokens[chosen])
+        bias = np.array([0.0, *rest])
+        gain = tokens[:, None] - rate * seconds + moves @ bias
+        better = np.where(gain.max(0) > gain[own] + 1e-9, gain.argmax(0), chosen)
+        if (better == chosen).all():
+            return {label(s): names[c] for s, c in zip(link.states, chosen, strict=True)}, float(rate)
+        chosen = better
+
+
+def link_policies(control: TopKControl, decoder: Decoder, found: dict[str, Any]) -> dict[str, Policy]:
+    """Further references: the best static k, and over a Markov link the best choice of each of its states."""
+    policies = {}
+    if found["best_k"] != found["best"]:
+        policies["static k"] = Policy(control, FixedAgent(control, found["best_k"][0]))
+    if "per_state" in found:
+        policies["per state"] = Policy(control, PerState(control, decoder, found["per_state"]))
+    return policies
+
+
+def played_by_state(control: TopKControl, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """How often each choice was made in each state of a simulated link, by its rate."""
+    offered, seen = settings(control), {state for sample in samples for state in sample.states}
+    counts: dict[str, Counter] = {label(s): Counter() for s in sorted(seen, key=lambda s: (s.up_mbps, s.rtt_ms))}
+    for sample in samples:
+        for state, action in zip(sample.states, sample.actions, strict=True):
+            counts[label(state)][str(offered[action])] += 1
+    return {state: dict(counter) for state, counter in counts.items()}
+
+
+def label(state: LinkState) -> str:
+    """A state in words."""
+    return f"{state.up_mbps:g} Mbps, {state.rtt_ms:g} ms"
+
+
+class PerState(Rule):
+    """Plays the best choice of the state that the simulated link really is in."""
+
+    def __init__(self, control: TopKControl, decoder: Decoder, choices: dict[str, str]):
+        super().__init__(control)
+        verifier = decoder.verifier
+        assert isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel)
+        self.channel = verifier.channel
+        offered = settings(control)
+        self.actions = {state: offered.index(choice) for state, choice in choices.items()}
+
+    def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
+        return self.actions[label(self.channel.link.state)], state

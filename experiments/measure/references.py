@@ -1,0 +1,152 @@
+"""Arms of other software on the same weights: transformers' generate, plain and assisted, and llama.cpp's server."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging as transformers_logging
+
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.eagle.head import drafter_folder
+from spec_envs.decoding.llama_cpp.server import LlamaServer, chain_arguments, find_binary, gguf_of
+from spec_envs.decoding.loading import LOOKUP
+from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.experiments.measure.arms import Arm, Encoded, Sample
+
+LOOKED_UP = 10  # tokens that prompt lookup drafts, transformers' usual number
+NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ever does in short answers
+
+
+class FirstToken(StoppingCriteria):
+    """Never stops; notes when the first tokens were there: one, or what the first step of an assisted run accepted."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize, self.at, self.calls, self.length = synchronize, 0.0, 0, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        if not self.at:
+            self.synchronize()
+            self.at, self.length = time.perf_counter(), input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def transformers_arms(target: str, decoder: Decoder) -> dict[str, Arm]:
+    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8)."""
+    return {"transformers generate": transformers_arm(language_model(target, decoder), decoder)}
+
+
+def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) -> dict[str, Arm]:
+    """``generate`` plain and assisted: by a draft model, a fixed number of tokens at a time, or by prompt lookup.
+
+    Args:
+        draft: the model and the number; None is prompt lookup.
+    """
+    model = language_model(target, decoder)
+    arms = {"transformers generate": transformers_arm(model, decoder)}
+    if draft is None:
+        return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=LOOKED_UP)}
+    name, k = draft
+    if name == LOOKUP:
+        return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=k)}
+    if not (drafter_folder(name) / "tokenizer_config.json").is_file():
+        print("transformers assisted is left out: the draft model is no model of its own", file=sys.stderr)
+        return arms
+    assistant = language_model(name, decoder)
+    if assistant.config.vocab_size != model.config.vocab_size:
+        print("transformers assisted is left out: it wants models of one vocabulary size", file=sys.stderr)
+        return arms
+    fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    assistant.generation_config.update(num_assistant_tokens=k, **fixed)
+    return arms | {"transformers assisted": transformers_arm(model, decoder, assistant_model=assistant)}
+
+
+def language_model(name: str, decoder: Decoder) -> Any:
+    """Return a model of transformers on the decoder's device, without the penalties and filters of its own; the ids that
+    end its texts are its own, for what is compared must not be told where to stop."""
+    target = decoder.local.target
+    transformers_logging.disable_progress_bar()  # of reading the weights
+    folder, dtype = model_folder(name), target.precision.cache
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model.to(target.device).eval()
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model
+
+
+def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
+    """``generate`` with ``further`` arguments."""
+    verifier = decoder.verifier
+    synchronize = WallClock(verifier.device).synchronize
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "eos_token_id": model.generation_config.eos_token_id,
+        "pad_token_id": 0,  # never used: there is one text at a time
+    }
+    if verifier.temperature:
+        settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
+
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        torch.manual_seed(seed)
+        first = FirstToken(synchronize)
+        ids = torch.tensor([prompt.ids], device=model.device)
+        begin = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings),
+            stopping_criteria=StoppingCriteriaList([first]),
+            **further,
+        )
+        tokens = out[0, ids.shape[1] :].tolist()
+        end = time.perf_counter()
+        made = out.shape[1] - first.length
+        return Sample(prompt, made, end - first.at, first.at - begin, tokens, cycles=first.calls - 1)
+
+    return run
+
+
+def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
+    """llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had, for a model in
+    another format or a server that does not start, is left out, and a line says why.
+
+    Args:
+        draft: draft model and number of tokens; None is prompt lookup.
+    """
+    lookup = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
+    lookup += ["--spec-ngram-simple-size-m", str(LOOKED_UP)]
+    arms = {}
+    for name in ("llama.cpp", "llama.cpp drafting"):
+        try:
+            model, arguments = gguf_of(target)
+            if name == "llama.cpp drafting":
+                by_model = draft is not None and draft[0] != LOOKUP
+                arguments = [*arguments, *(chain(*draft) if draft and by_model else lookup)]
+            arms[name] = llamacpp_arm(LlamaServer(model, arguments, threads))
+        except ValueError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return arms
+
+
+def chain(drafter: str, k: int) -> list[str]:
+    """What llama-server needs to be told to draft ``k`` tokens by a model."""
+    return chain_arguments(find_binary(), gguf_of(drafter)[0], k)
+
+
+def llamacpp_arm(server: LlamaServer) -> Arm:
+    """A server; seconds are its own, of generation after the prompt."""
+
+    def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
+        answer = server.complete(prompt.ids, max_new_tokens)
+        timings, tokens = answer["timings"], answer["tokens"]
+        seconds, prefill = timings["predicted_ms"] / 1000, timings["prompt_ms"] / 1000
+        accepted = timings.get("draft_n_accepted", 0)
+        made = timings["predicted_n"] - 1
+        return Sample(prompt, made, seconds, prefill, tokens, cycles=made - accepted, accepted=accepted)
+
+    return run

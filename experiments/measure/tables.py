@@ -1,0 +1,119 @@
+"""What stands in a table: every arm on the held-out prompts, side by side, and all that is needed to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spec_envs.agents.baselines.fixed import settings
+from spec_envs.controls import Policy
+from spec_envs.controls.topk import TopKControl
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
+from spec_envs.experiments.measure.costs import cost_curves, describe
+from spec_envs.experiments.measure.link_references import played_by_state
+from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
+from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.references import transformers_arms
+from spec_envs.experiments.measure.report import settings_played
+from spec_envs.experiments.measure.statistics import by_task, divergences, same_text, summary, throughput
+from spec_envs.network.edge.linked import is_address
+
+
+def run_tables(
+    policies: dict[str, Policy],
+    env: dict[str, Any],
+    decoder: Decoder,
+    test_prompts: int,
+    references: Sequence[str],
+    learned: Sequence[str],
+    others: dict[str, Arm] | None = None,
+) -> dict[str, Any]:
+    """Run plain decoding (twice), other software and the policies side by side; everything a table needs.
+
+    Args:
+        references: arms that all are compared with.
+        learned: policies whose actions are shown.
+        others: arms of other software; transformers' ``generate`` by default.
+    """
+    samples = side_by_side(policies, env, decoder, test_prompts, others)
+    return tables(samples, policies, env, decoder, references, learned)
+
+
+def side_by_side(
+    policies: dict[str, Policy],
+    env: dict[str, Any],
+    decoder: Decoder,
+    test_prompts: int,
+    others: dict[str, Arm] | None = None,
+) -> dict[str, list[Sample]]:
+    """Every arm of a table on the held-out prompts."""
+    prompts = encoded_prompts(env, "test", test_prompts)
+    plain = decoder.plain()
+    arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
+    if not decoder.clock.priced and decoder.in_process:
+        arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
+    decoders = {name: decoder.separate() for name in policies}
+    arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
+    try:
+        return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+    finally:
+        for used in (plain, *decoders.values()):
+            used.close()
+
+
+def tables(
+    samples: dict[str, list[Sample]],
+    policies: dict[str, Policy],
+    env: dict[str, Any],
+    decoder: Decoder,
+    references: Sequence[str],
+    learned: Sequence[str],
+) -> dict[str, Any]:
+    """What a table shows of the arms that were run."""
+    control = next(iter(policies.values())).control
+    curves = None
+    if not decoder.clock.priced and isinstance(control, TopKControl) and not is_address(control.link):
+        curves = cost_curves(local_decoder(env, control))
+    elif not decoder.clock.priced and decoder.in_process:
+        curves = cost_curves(decoder)
+    results: dict[str, Any] = {
+        "arms": summary(samples, references),
+        "references": list(references),
+        "prompts": len(samples["plain"]),
+        "tasks": list(by_task(samples["plain"])),
+        "max_new_tokens": env.get("max_new_tokens", 128),
+        "temperature": decoder.temperature,
+        "machine": machine(decoder),
+        "seconds": curves,
+        "curves": describe(curves) if curves else None,
+        "actions": {
+            name: settings_played(policies[name].control, samples[name])
+            for name in learned
+            if settings(policies[name].control)
+        },
+        "decisions": {name: policies[name].control.name for name in learned},
+        "by_task": {
+            name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
+        },
+    }
+    if isinstance(control, TopKControl):
+        results["link"] = control.link
+        if not is_address(control.link):
+            results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}
+        results["bytes_per_token"] = {
+            name: [sum(getattr(s, way) for s in arm) / sum(s.tokens for s in arm) for way in ("bytes_up", "bytes_down")]
+            for name, arm in samples.items()
+        }
+    ours = {"plain", "plain again", *policies}
+    if not decoder.temperature:
+        results["others_text"] = {
+            name: same_text(arm, samples["plain"]) for name, arm in samples.items() if name not in ours
+        }
+    if decoder.in_process and not decoder.temperature:
+        results["divergences"] = {
+            name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
+            for name in ("plain", *learned)
+        }
+    return results

@@ -1,0 +1,329 @@
+"""What a cloud does for many edges at once, with and without batching (`make cloud-load`).
+
+Two clouds, one of which gives every request a forward of its own, are measured in turn with 1, 4 and 16 edges. The edges
+send recorded drafts of greedy decoding, the target's own text with some tokens made wrong, so that they compute next to
+nothing; prompts are read before the measurement begins, and recordings are played round and round. Latency is that of a
+verification as an edge has it. Writes runs/cloud-load.json and runs/cloud-load.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from spec_envs.arguments import POSITIVE, Parser, nonempty, number, output_folder, whole_number
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.decoding.weights.checkpoints import load_tokenizer, resolve_device, resolve_dtype
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.measure.machine import processor, revision, versions
+from spec_envs.experiments.network.cloud_process import cloud
+from spec_envs.files import whole, write_json
+from spec_envs.network.cloud.engine import LONGEST_DRAFT
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.websocket import SocketChannel
+from spec_envs.network.wire import VERSION, Hello, vocabulary_hash
+
+SERVERS = {"batched": [], "unbatched": ["--no-batching"]}
+TOKENS = 48  # of a recording
+WARM_UP = 3  # requests of every edge before a measurement
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A prompt and the target's answer to it."""
+
+    prompt: list[int]
+    text: list[int]
+
+
+@dataclass
+class Load:
+    """What edges had of a cloud: latencies of the requests that were answered in time, and tokens by kind."""
+
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    emitted: int = 0
+    drafted: int = 0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.seconds + other.seconds,
+            self.latencies + other.latencies,
+            self.emitted + other.emitted,
+            self.drafted + other.drafted,
+        )
+
+    def figures(self) -> dict[str, float]:
+        """For the table."""
+        p50, p99 = np.quantile(self.latencies, (0.5, 0.99)) if self.latencies else (float("nan"),) * 2
+        return {
+            "tokens_per_second": self.emitted / self.seconds,
+            "p50_ms": 1000 * float(p50),
+            "p99_ms": 1000 * float(p99),
+            "requests": len(self.latencies),
+            "acceptance": (self.emitted - len(self.latencies)) / max(1, self.drafted),
+        }
+
+
+class Edge:
+    """Replays a recording.
+
+    Args:
+        verifier: greedy, to the cloud.
+        k: tokens of a draft.
+        wrong: probability that a drafted token is not the target's.
+        seed: of which are.
+    """
+
+    def __init__(self, verifier: RemoteVerifier, recording: Recording, k: int, wrong: float, seed: int):
+        self.verifier, self.recording, self.k, self.wrong = verifier, recording, k, wrong
+        self.rng = np.random.default_rng(seed)
+        self.verifier.start(recording.prompt, 0, self.rng)
+        self.parents, self.levels = np.arange(k) - 1, np.arange(k)
+        self.at = 1  # tokens of the answer that stand
+
+    def verify(self) -> int:
+        """One request; the tokens that it emitted."""
+        text = self.recording.text
+        if self.at + self.k >= len(text):
+            self.at = 1
+        self._stand()
+        draft = np.array(text[self.at : self.at + self.k])
+        draft = (draft + (self.rng.random(self.k) < self.wrong)) % self.verifier.vocab
+        emitted = len(self.verifier.verify(draft, self.parents, self.levels).path) + 1
+        self.at += emitted
+        return emitted
+
+    def _stand(self) -> None:
+        """Have the verifier's text be the recorded one: from its beginning, and where a near-tie fell the other way."""
+        verifier, text = self.verifier, [*self.recording.prompt, *self.recording.text[: self.at]]
+        if verifier.text != text:
+            pairs = zip(verifier.text[: verifier.shared], text, strict=False)
+            same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(text))
+            verifier.text, verifier.shared = text, min(verifier.shared, same)
+
+    def until(self, barrier: Barrier, seconds: float) -> Load:
+        """Request after request, from the moment at which all edges are ready."""
+        load = Load()
+        try:
+            for _ in range(WARM_UP):
+                self.verify()
+            barrier.wait()
+        except BaseException:
+            barrier.abort()  # the others need not wait for this one
+            raise
+        now = begin = time.perf_counter()
+        while True:
+            emitted, before = self.verify(), now
+            now = time.perf_counter()
+            if now - begin > seconds:
+                return load
+            load.latencies.append(now - before)
+            load.emitted += emitted
+            load.drafted += self.k
+
+
+class Players:
+    """Makes edges of one target, and recordings for them.
+
+    Args:
+        url: of any cloud that serves it.
+    """
+
+    def __init__(self, url: str, target: str):
+        self.vocabulary = vocabulary_hash(load_tokenizer(target))
+        channel = SocketChannel(url)
+        hello = Hello(VERSION, self.vocabulary, secrets.token_bytes(16), 0.0, 1.0, 0)
+        welcome, _ = channel.begin(hello, np.random.default_rng(0))
+        self.vocab, self.context = welcome.vocab, welcome.context
+        channel.close()
+
+    def verifier(self, url: str) -> RemoteVerifier:
+        """To a cloud, greedy."""
+        return RemoteVerifier(SocketChannel(url), self.vocabulary, self.vocab, self.context, temperature=0.0)
+
+    def record(self, url: str, prompt: list[int]) -> Recording:
+        """The target's answer to a prompt."""
+        verifier = self.verifier(url)
+        try:
+            first = verifier.start(prompt, 0, np.random.default_rng(0))
+            return Recording(prompt, [first, *verifier.decode(TOKENS, ())])
+        finally:
+            verifier.channel.close()
+
+    def load(self, url: str, recordings: Sequence[Recording], k: int, wrong: float, seconds: float) -> Load:
+        """One measurement: an edge on a thread of its own for every recording."""
+        barrier, verifiers = Barrier(len(recordings)), [self.verifier(url) for _ in recordings]
+
+        def play(i: int) -> Load:
+            return Edge(verifiers[i], recordings[i], k, wrong, seed=i).until(barrier, seconds)
+
+        try:
+            with ThreadPoolExecutor(len(recordings)) as pool:
+                loads = list(pool.map(play, range(len(recordings))))
+        finally:
+            for verifier in verifiers:
+                verifier.channel.close()
+        return sum(loads, Load(seconds))
+
+
+def cloud_load(args: argparse.Namespace) -> dict[str, Any]:
+    """Both clouds under every number of edges, in turn.
+
+    Returns:
+        ``points``: figures by number of edges and by server; ``batched_over_unbatched``: tokens per second over all
+        rounds (``value``) and the least and the most of a single one.
+    """
+    served = [
+        "--target",
+        args.target,
+        "--device",
+        args.device,
+        "--dtype",
+        args.dtype,
+        "--sessions",
+        str(max(args.edges)),
+    ]
+    loads: dict[tuple[int, str], list[Load]] = {(edges, name): [] for edges in args.edges for name in SERVERS}
+    with ExitStack() as stack:
+        urls = {name: stack.enter_context(cloud(*served, *more)) for name, more in SERVERS.items()}
+        players, url = Players(urls["batched"], args.target), urls["batched"]
+        prompts = encoded_prompts({"target": args.target}, "test", max(args.edges))
+        recordings = [players.record(url, prompt.ids) for prompt in tqdm(prompts, desc="recording", unit="text")]
+        with tqdm(total=args.rounds * len(loads), desc="load", unit="point") as bar:
+            for turn in range(args.rounds):
+                for edges in args.edges:
+                    for name in sorted(SERVERS, reverse=turn % 2 == 1):
+                        load = players.load(urls[name], recordings[:edges], args.k, args.wrong, args.seconds)
+                        loads[edges, name].append(load)
+                        bar.update()
+    device = resolve_device(args.device)
+    return {
+        "points": {
+            edges: {name: sum(loads[edges, name], Load()).figures() for name in SERVERS} for edges in args.edges
+        },
+        "batched_over_unbatched": {
+            edges: gain(loads[edges, "batched"], loads[edges, "unbatched"]) for edges in args.edges
+        },
+        **{name: getattr(args, name) for name in ("target", "k", "wrong", "seconds", "rounds")},
+        "machine": {
+            "processor": processor(device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(resolve_dtype(args.dtype, device, [args.target])).removeprefix("torch."),
+            "versions": versions(),
+            "revision": revision(),
+        },
+    }
+
+
+def gain(batched: Sequence[Load], unbatched: Sequence[Load]) -> dict[str, float]:
+    """Ratio of tokens per second, over all rounds, and the least and the most of one."""
+    if not all(load.emitted for load in unbatched):
+        return dict.fromkeys(("value", "low", "high"), float("nan"))
+    rounds = [a.emitted / b.emitted for a, b in zip(batched, unbatched, strict=True)]
+    value = sum(load.emitted for load in batched) / sum(load.emitted for load in unbatched)
+    return {"value": value, "low": min(rounds), "high": max(rounds)}
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table as text."""
+    lines = [
+        "| edges | cloud | tokens/s | p50 ms | p99 ms | requests | accepted | batched over unbatched [rounds] |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for edges, servers in results["points"].items():
+        over = results["batched_over_unbatched"][edges]
+        for name, found in servers.items():
+            ratio = f"{over['value']:.2f} [{over['low']:.2f}, {over['high']:.2f}]" if name == "batched" else "–"
+            lines.append(
+                f"| {edges} | {name} | {found['tokens_per_second']:.1f} | {found['p50_ms']:.1f} | {found['p99_ms']:.1f} | "
+                f"{found['requests']} | {100 * found['acceptance']:.0f} % | {ratio} |"
+            )
+    head = results["machine"]
+    lines += [
+        "",
+        f"{results['rounds']} rounds of {results['seconds']:g} s, greedy drafts of {results['k']} tokens, over loopback; "
+        "prompts are read before. In brackets: the least and the most of a round.",
+        f"{head['processor']}, {head['threads']} threads, {head['dtype']}; "
+        f"{', '.join(f'{name} {v}' for name, v in head['versions'].items())}; revision {head['revision']}.",
+    ]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Tokens per second and latencies by number of edges."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    edges = list(results["points"])
+    for name in SERVERS:
+        found = [results["points"][n][name] for n in edges]
+        line = left.plot(edges, [f["tokens_per_second"] for f in found], marker="o", label=name)
+        for key, style in (("p50_ms", "o-"), ("p99_ms", "x:")):
+            label = f"{name}, {key.removesuffix('_ms')}"
+            right.plot(edges, [f[key] for f in found], style, color=line[0].get_color(), label=label)
+    left.set_ylabel("tokens/s of all edges")
+    right.set_ylabel("milliseconds of a verification")
+    right.set_yscale("log")
+    for axis in (left, right):
+        axis.set_xlabel("edges at once")
+        axis.set_xticks(edges)
+        axis.legend(fontsize=8)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def numbers(text: str) -> list[int]:
+    """Positive whole numbers separated by commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of edges; expected 1 to 1024, as in 1,4,16")
+    return sorted({int(part) for part in parts})
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--edges", type=numbers, default="1,4,16", help="at once (default 1,4,16)")
+    parser.add_argument("--seconds", type=number(0, above=True), default=10.0, help="of every measurement (default 10)")
+    parser.add_argument("--rounds", type=POSITIVE, default=3, help="of measurements (default 3)")
+    parser.add_argument(
+        "--k", type=whole_number(1, min(LONGEST_DRAFT, TOKENS // 2)), default=4, help="tokens of a draft (default 4)"
+    )
+    parser.add_argument("--wrong", type=number(0, 1), default=0.15, help="share of wrong tokens (default 0.15)")
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence():
+        results = cloud_load(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "cloud-load.json", results)
+        draw(results, args.out / "cloud-load.png")
+        print(report(results))
+        print(f"written: {args.out}/cloud-load.json, cloud-load.png")
+
+
+if __name__ == "__main__":
+    main()

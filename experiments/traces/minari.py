@@ -1,0 +1,272 @@
+"""Write episodes of a trace as a Minari data set, to learn from offline: `python -m spec_envs.experiments.traces.minari
+runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0`, after which `minari.load_dataset` reads it. An
+episode's seed and actions play it again in `recover_environment()`, as long as the trace is where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+from spec_envs import ENVIRONMENTS, REPLAYED, __version__, agents
+from spec_envs.agents.baselines.fixed import FixedAgent
+from spec_envs.agents.baselines.uniform import RandomAgent
+from spec_envs.arguments import POSITIVE, SEED, Parser, nonempty
+from spec_envs.controls import Agent, make_control
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.env import SpecEnv
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.config import apply, check_env
+from spec_envs.files import held, write_bytes
+
+PLACE = "MINARI_DATASETS_PATH"  # of the data sets, to Minari
+SUMMARY = ("task", "tokens", "speedup")  # of a text, said in its last info
+
+
+@dataclass
+class Episode:
+    """What was seen and done from a reset to its end.
+
+    Attributes:
+        seed: of the reset; None where a text went on over it.
+        observations: ``[steps + 1]``.
+        actions, rewards: ``[steps]``.
+        infos: ``[steps + 1]``, the reset's first.
+    """
+
+    seed: int | None
+    observations: list[np.ndarray]
+    infos: list[dict[str, Any]]
+    actions: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+
+def library() -> Any:
+    """The Minari library.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import h5py  # noqa: F401 - Minari misses it only when it writes
+        import minari
+    except ImportError:
+        raise ValueError(
+            "a Minari data set needs the library: install the extra `minari`, as in pip install -e '.[minari]'"
+        ) from None
+    return minari
+
+
+def free(name: str) -> Path:
+    """Return the folder of a new data set of that name, and refuse a name that Minari cannot give it."""
+    library()
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.storage import get_dataset_path
+
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError):  # the latter where there is no version
+        raise ValueError(f"name is {name!r}; expected one such as spec-envs/depth-random-v0") from None
+    if (path := get_dataset_path(name)).exists():
+        raise ValueError(f"there is a data set {name} in {path}; choose another --name, or delete that folder")
+    return path
+
+
+@contextmanager
+def hidden(name: str) -> Iterator[Path]:
+    """While the block runs, Minari's data sets are below a hidden folder beside the others, which is given: a process
+    that is killed leaves no data set of which a part is missing.
+
+    Raises:
+        ValueError: the name is not free, or another process writes a data set of that name.
+    """
+    place = free(name)
+    folder = place.parents[len(Path(name).parts) - 1] / ".spec-envs" / name.replace("/", "--")
+    before = os.environ.get(PLACE)
+    with held(folder):
+        shutil.rmtree(folder / "datasets", ignore_errors=True)
+        os.environ[PLACE] = str(folder / "datasets")
+        try:
+            yield folder / "datasets"
+        finally:
+            os.environ.pop(PLACE)
+            if before is not None:
+                os.environ[PLACE] = before
+            shutil.rmtree(folder / "datasets", ignore_errors=True)
+    with suppress(OSError):  # another data set is being written
+        folder.parent.rmdir()
+
+
+def moved(name: str, made: Path, place: Path) -> None:
+    """Move a data set that was written in ``made`` to its place; the folders of its namespace, which Minari marks, first."""
+    for parent in list(Path(name).parents)[-2::-1]:
+        there = place.parents[len(Path(name).parts) - 1] / parent
+        there.mkdir(parents=True, exist_ok=True)
+        for mark in (made / parent).glob("*.json"):
+            if not (there / mark.name).exists():
+                write_bytes(there / mark.name, mark.read_bytes())
+    (made / name).replace(place)
+
+
+def prepared(
+    trace: Trace, env_id: str, policy: str, seed: int = 0, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Agent]:
+    """Keyword arguments of the environment, and the agent that plays it.
+
+    Args:
+        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder, which brings the keyword arguments
+            that it was trained with and is charged its decisions. The first two play all that the trace has.
+        seed: of a random policy.
+        overrides: ``key=value`` of the environment.
+
+    Raises:
+        ValueError: a run of another environment, one with a partner, whom no keyword names, or overrides that change the
+            problem that a run has learned.
+    """
+    manifest, name = trace.manifest, ENVIRONMENTS[env_id]
+    rule = policy == "random" or policy.startswith("static:")
+    env: dict[str, Any] = {"max_new_tokens": manifest.max_new_tokens}
+    if rule:
+        sizes = {"width": manifest.width, "max_depth": manifest.max_depth}
+        env |= {"k_max": manifest.max_depth + 1} if name == "k" else sizes
+    else:
+        config = agents.read_config(Path(policy))
+        if config["id"] != env_id:
+            raise ValueError(f"{policy} is a run of {config['id']}, not of {env_id}; give --env {config['id']}")
+        if config.get("partner"):
+            raise ValueError(f"{policy} decides with a partner, which the environment of a data set would lack")
+        env = dict(config["env"])
+    for override in overrides:
+        apply(override, env)
+    check_env(env, env_id, lambda key: "--set")
+    env["trace"] = str(trace.folder)
+    control = make_control(name, env)
+    if policy == "random":
+        return env, RandomAgent(control, seed)
+    if rule:
+        value = policy.partition(":")[2]
+        return env, FixedAgent(control, int(value) if value.isdecimal() else value)
+    learned, agent = agents.load(policy)
+    control.check_layout(learned, policy)
+    return {"policy_seconds": agent.decision_seconds, **env}, agent
+
+
+def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Episode]:
+    """Episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text goes on (``episode="cycle"``)."""
+    spec_env = env.unwrapped
+    assert isinstance(spec_env, SpecEnv)
+    begins, state = True, None
+    for i in range(episodes):
+        own = seed + i if begins else None
+        observation, info = env.reset(seed=own)
+        episode, done = Episode(own, [observation], [info]), False
+        while not done:
+            state = None if begins else state
+            action, state = agent.predict(observation, state, np.array([begins]), deterministic=True)
+            observation, reward, done, _, info = env.step(action)
+            begins = spec_env.decoder.finished
+            episode.observations.append(observation)
+            episode.actions.append(int(action))
+            episode.rewards.append(float(reward))
+            episode.infos.append(info)
+        yield episode
+
+
+def columns(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Infos as lists, of what all of them have."""
+    found: dict[str, Any] = {}
+    for name, first in infos[0].items():
+        values = [info[name] for info in infos]
+        found[name] = columns(values) if isinstance(first, dict) else values
+    return found
+
+
+def exported(
+    name: str, folder: Path, env_id: str, policy: str, episodes: int, seed: int = 0, overrides: Sequence[str] = ()
+) -> Any:
+    """Play episodes of the trace in a folder and write them as the data set ``name``; see ``prepared``.
+
+    Every step has its info; every episode that ended a text has ``task``, ``tokens`` and ``speedup`` in its metadata.
+
+    Returns:
+        The ``minari.MinariDataset``.
+
+    Raises:
+        ValueError: Minari is not installed, the name is not free, or settings that do not go together.
+    """
+    minari = library()
+    place = free(name)
+    if episodes < 1:
+        raise ValueError(f"the number of episodes is {episodes}; expected 1 or more")
+    trace = Trace.load(folder)
+    keywords, agent = prepared(trace, env_id, policy, seed, overrides)
+    env = gym.make(env_id, **keywords)
+    done = list(tqdm(played(env, agent, episodes, seed), total=episodes, desc="playing", unit="episode"))
+    buffers = [
+        minari.data_collector.EpisodeBuffer(
+            seed=episode.seed,
+            observations=np.array(episode.observations),
+            actions=np.array(episode.actions),
+            rewards=np.array(episode.rewards),
+            terminations=np.arange(len(episode.actions)) == len(episode.actions) - 1,
+            truncations=np.zeros(len(episode.actions), bool),
+            infos=columns(episode.infos),
+        )
+        for episode in done
+    ]
+    summaries = [{key: episode.infos[-1][key] for key in SUMMARY if key in episode.infos[-1]} for episode in done]
+    with hidden(name) as made:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a data set that is not published needs no author
+            dataset = minari.create_dataset_from_buffers(
+                name,
+                buffers,
+                env=env,
+                algorithm_name=policy,
+                description=f"{policy} in {env_id} on texts of {trace.manifest.target}, drafted by {trace.manifest.drafter}",
+                requirements=[f"spec-envs=={__version__}"],
+            )
+        dataset.storage.update_episode_metadata(summaries)
+        moved(name, made, place)
+    env.close()
+    return minari.load_dataset(name)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    replayed = [env_id for env_id, name in ENVIRONMENTS.items() if name in REPLAYED]
+    parser.add_argument("trace", type=Path, help="folder of a trace (`make trace`)")
+    parser.add_argument("--env", default="SpecDepth-v0", choices=replayed, help="environment id (default SpecDepth-v0)")
+    parser.add_argument("--policy", default="random", help="random, static:VALUE or a run folder (default random)")
+    parser.add_argument("--episodes", type=POSITIVE, default=1000, help="(default 1000)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the first episode, the next ones count up (default 0)")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="keywords of the environment"
+    )
+    parser.add_argument(
+        "--name", type=nonempty, required=True, help="of the data set, such as spec-envs/depth-random-v0"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    with one_sentence():
+        dataset = exported(args.name, args.trace, args.env, args.policy, args.episodes, args.seed, args.set)
+        print(f"{dataset.storage.data_path}: {dataset.total_episodes} episodes, {dataset.total_steps} steps")
+        print(f'load it with minari.load_dataset("{args.name}")')
+
+
+if __name__ == "__main__":
+    main()

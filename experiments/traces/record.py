@@ -1,0 +1,381 @@
+"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at every position of them the whole tree or
+chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of chains
+SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/trace.py`).
+
+Each text is kept as soon as it is recorded: killed at any moment, the same command goes on. `--shard 0/4` records a quarter
+of the texts, for several machines that share a disk; without it what is left is recorded and the trace is put together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from spec_envs import ENVIRONMENTS
+from spec_envs.agents.baselines.uniform import RandomAgent
+from spec_envs.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
+from spec_envs.arrays import read_npz
+from spec_envs.controls import Policy, make_control
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.k import KControl
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
+from spec_envs.decoding.traces.recorder import Columns, kind_of, record, watched
+from spec_envs.decoding.traces.replay import replayed
+from spec_envs.decoding.traces.trace import (
+    COLUMNS,
+    MANIFEST,
+    MAX_NEW_TOKENS,
+    VERSION,
+    Manifest,
+    Recorded,
+    Trace,
+    joined,
+    write_trace,
+)
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
+from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.measure.machine import machine, weights_sha256
+from spec_envs.files import held, read_json, whole, write_json
+from spec_envs.prompts.sets import SPLITS
+from spec_envs.prompts.templates import DATE
+
+DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
+    "target": DEFAULT_TARGET,
+    "drafter": "auto",
+    "device": "auto",
+    "dtype": "auto",
+    "temperature": 0.0,
+    "prompts": "all",
+    "data_dir": None,
+    "template": None,
+    "date": DATE,
+    "max_new_tokens": MAX_NEW_TOKENS,
+}
+TEXTS = (60, 12, 30)  # of train, validation and test
+CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
+DOING, SHARDS = "recording a trace", "texts/shard-*"
+LARGEST_TEXT = 2**30  # bytes of a text's columns
+DOING, SHARDS = "recording a trace", "texts/shard-*"
+TRACED = ("depth", "budget", "tree", "k")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be recorded: an environment's keyword arguments and how many texts of each split.
+
+    Raises:
+        ValueError: nothing to record.
+    """
+
+    env_id: str
+    env: dict[str, Any]
+    texts: tuple[int, int, int] = TEXTS
+
+    def __post_init__(self) -> None:
+        if min(self.texts) < 0 or not any(self.texts):
+            raise ValueError(f"texts is {self.texts}; expected numbers of train, validation and test, such as {TEXTS}")
+        if self.max_new_tokens < 2:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 2 or more")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the recording depends on."""
+        control = make_control(ENVIRONMENTS[self.env_id], self.env)
+        given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
+        given["date"] = given["date"] or DATE
+        if given["drafter"] == "auto":
+            given["drafter"] = control.default_drafter(self.target)
+        return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
+
+    @property
+    def target(self) -> str:
+        return self.env.get("target", DEFAULTS["target"])
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.env.get("max_new_tokens", DEFAULTS["max_new_tokens"])
+
+    def chosen(self) -> list[tuple[str, Encoded]]:
+        """Split and prompt of every text, each once."""
+        found = [
+            (split, prompt)
+            for split, count in zip(SPLITS, self.texts, strict=True)
+            if count
+            for prompt in encoded_prompts(self.env, split, count)
+        ]
+        return list({tuple(prompt.ids): (split, prompt) for split, prompt in found}.values())
+
+    def decoder(self) -> Decoder:
+        """What is recorded."""
+        names = ("target", "drafter", "device", "dtype", "width", "max_depth")
+        settings = {**self.env, **self.settings}
+        return load_decoder(**{name: settings[name] for name in names if name in settings})
+
+
+def recorded(plan: Plan, folder: Path) -> Trace:
+    """The trace of a plan in a folder, recorded as far as it is not there yet.
+
+    Raises:
+        ValueError: the folder holds a trace of another plan, or a damaged one.
+    """
+    with held(folder, DOING):
+        claim(plan, folder)
+        if not (folder / MANIFEST).exists():
+            for part in folder.glob(SHARDS):  # that other processes still record
+                with held(part, "recording a shard"):
+                    pass
+            record_texts(plan, folder)
+            assemble(plan, folder)
+        shutil.rmtree(folder / "texts", ignore_errors=True)
+    return Trace.load(folder)
+
+
+def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
+    """The same where nothing is said of the folder: several processes may ask for it at once."""
+    while True:
+        folder = default_folder(plan, root)
+        with held(folder, DOING):
+            if ours := folder == default_folder(plan, root):  # nobody claimed it for another plan meanwhile
+                claim(plan, folder)
+        if ours:
+            return recorded(plan, folder)
+
+
+def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
+    """Record one of several shards, while other processes record the others."""
+    with ExitStack() as stack:
+        with held(folder, DOING):
+            claim(plan, folder)
+            if (folder / MANIFEST).exists():
+                return
+            stack.enter_context(held(folder / "texts" / f"shard-{shard[0]}-{shard[1]}", "recording this shard"))
+        record_texts(plan, folder, shard)
+
+
+def claim(plan: Plan, folder: Path) -> None:
+    """Make a folder this plan's, or refuse one that is another's."""
+    note = folder / "settings.json"
+    if note.exists():
+        found = read_json(note, f"delete {folder} and record the trace anew")
+        if not isinstance(found, dict):
+            raise ValueError(f"{note} is damaged (it is no JSON object); delete {folder} and record the trace anew")
+        if differing := sorted(key for key in plan.settings | found if plan.settings.get(key) != found.get(key)):
+            raise ValueError(
+                f"{folder} holds a trace recorded with another {', '.join(differing)}; choose another --out, or delete it"
+            )
+        return
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
+    write_json(note, plan.settings)
+
+
+def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Record the texts ``shard[0]``, ``shard[0] + shard[1]``, … that are not there yet."""
+    todo = [(i, prompt) for i, (_, prompt) in enumerate(plan.chosen()) if not text_file(folder, i).exists()]
+    todo = [(i, prompt) for i, prompt in todo if i % shard[1] == shard[0]]
+    if not todo:
+        return
+    (folder / "texts").mkdir(exist_ok=True)
+    decoder = watched(plan.decoder())
+    for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
+        columns = record(decoder, prompt.ids, plan.max_new_tokens)
+        with whole(text_file(folder, i)) as path, path.open("wb") as file:
+            np.savez(file, **columns)  # type: ignore[arg-type]
+
+
+def text_file(folder: Path, i: int) -> Path:
+    """Where a text is kept until the trace is put together."""
+    return folder / "texts" / f"{i:05d}.npz"
+
+
+def assemble(plan: Plan, folder: Path) -> None:
+    """Put the texts together, with what forwards cost here; those that end with their first token are left out."""
+    decoder, kept, parts = plan.decoder(), [], []
+    for i, (split, prompt) in enumerate(plan.chosen()):
+        columns = read_text(text_file(folder, i), kind_of(decoder))
+        if len(columns["tokens"]) > 1:
+            kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
+            parts.append(columns)
+    if not parts:
+        raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
+    settings = plan.settings
+    manifest = Manifest(
+        version=VERSION,
+        kind=kind_of(decoder),  # type: ignore[arg-type]
+        target=plan.target,
+        drafter=settings["drafter"],
+        fingerprints=weights_sha256(plan.target, settings["drafter"]),
+        dtype=decoder.dtype,
+        template=plan.env.get("template"),
+        prompts=plan.env.get("prompts", "all"),
+        max_new_tokens=plan.max_new_tokens,
+        width=decoder.tree.width,
+        max_depth=decoder.max_depth,
+        vocab=decoder.verifier.vocab,
+        context=decoder.context,
+        eos=sorted(decoder.eos),
+        costs=as_text(cost_curves(decoder)),
+        made_with=machine(decoder),
+        texts=kept,
+        arrays={},
+        date=settings["date"],
+    )
+    trace = Trace(folder, manifest, joined(parts, manifest.kind))
+    manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
+    write_trace(trace)
+
+
+def read_text(path: Path, kind: str) -> Columns:
+    """The columns of a text of that kind of trace.
+
+    Raises:
+        ValueError: the file is damaged, or another shard has not written it yet.
+    """
+    try:
+        columns = read_npz(path, LARGEST_TEXT)
+        if set(columns) != set(COLUMNS[kind]) or len({len(column) for column in columns.values()}) != 1:
+            raise ValueError(f"it does not hold the columns of a {kind}, each of one length")
+        return columns
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
+
+
+def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, dict[int, float]]:
+    """The curves of a table, scaled such that training texts under random settings cost what they cost on the wall.
+
+    A forward timed alone is a little faster than one of a text that is being decoded, with everything around it. What
+    lies around is charged to verifications.
+    """
+    texts = [text for text in trace.texts if text.split == "train"][:CALIBRATION] or trace.texts[:CALIBRATION]
+    prompts = [Encoded(text.task, text.prompt) for text in texts]
+    control = random_settings(trace)
+    arms = {
+        "live": decoded(decoder, Policy(control, RandomAgent(control, seed=0))),
+        "priced": decoded(
+            replayed(trace, PricedClock(table), decoder.max_depth),
+            Policy(random_settings(trace), RandomAgent(control, seed=0)),
+        ),
+    }
+    samples = run_arms(arms, prompts, trace.manifest.max_new_tokens, "what forwards cost")
+    parts = {name: {part: sum(s.parts[part] for s in arm) for part in arm[0].parts} for name, arm in samples.items()}
+    whole_seconds = sum(s.seconds for s in samples["live"])
+    around = whole_seconds - parts["live"]["draft"] - parts["live"]["policy"]
+    factors = {"draft": 1.0, "verify": around / parts["priced"]["verify"]}
+    if parts["priced"]["draft"]:
+        factors["draft"] = parts["live"]["draft"] / parts["priced"]["draft"]
+    return {part: {n: s * factors[part] for n, s in getattr(table, part).items()} for part in factors}
+
+
+def random_settings(trace: Trace) -> Any:
+    """Cycles of all sizes that anybody would play."""
+    manifest = trace.manifest
+    if manifest.kind == "chain":
+        return KControl(k_max=min(8, manifest.max_depth + 1), observation="counters")
+    depth = min(4, manifest.max_depth)
+    return BudgetControl((3, 7, 11, 15, 23, 31), "random", max_depth=depth, width=manifest.width)
+
+
+def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
+    """Cost curves with keys that JSON has."""
+    return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
+
+
+def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
+    """Where a plan's trace lies if nothing else is said; beside one of other settings under a name of its own."""
+    kind, settings = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree", plan.settings
+    folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
+    note = folder / "settings.json"
+    if note.exists() and read_json(note, f"delete {folder} and record the trace anew") != settings:
+        return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")
+    return folder
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``i/n`` as numbers."""
+    part, _, count = text.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard; expected i/n with i from 0 to n-1, such as 0/4")
+    return int(part), int(count)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    traced = [env_id for env_id, name in ENVIRONMENTS.items() if name in TRACED]
+    parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
+    parser.add_argument("--drafter", type=nonempty, default="auto", help="(default: the target's own)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", type=nonempty, default="all", help="prompt sets, separated by commas")
+    parser.add_argument(
+        "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
+    )
+    parser.add_argument("--date", default=DATE, help=f"for templates that write the day (default {DATE})")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="per text (default 96)")
+    parser.add_argument(
+        "--depth", type=whole_number(0), help="expansions of the trees (12), or one less than the chains' tokens (15)"
+    )
+    parser.add_argument(
+        "--texts",
+        type=whole_number(0),
+        nargs=3,
+        default=TEXTS,
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help=f"(default {TEXTS})",
+    )
+    parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and put nothing together")
+    parser.add_argument("--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND)")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
+    env = {
+        "target": args.target,
+        "drafter": args.drafter,
+        "device": args.device,
+        "dtype": args.dtype,
+        "prompts": args.prompts,
+        "data_dir": str(args.data_dir) if args.data_dir else None,
+        "date": args.date,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    if args.depth is not None:
+        env |= {"k_max": args.depth + 1} if ENVIRONMENTS[args.env] == "k" else {"max_depth": args.depth}
+    with one_sentence("interrupted; the same command goes on with the next text"):
+        plan = Plan(args.env, env, tuple(args.texts))
+        if not args.shard and not args.out:
+            report(args.env, recorded_by_default(plan))
+            return
+        folder = args.out or default_folder(plan)
+        if args.shard:
+            record_shard(plan, folder, args.shard)
+            print(f"{folder}: shard {args.shard[0]} of {args.shard[1]} is recorded", file=sys.stderr)
+            return
+        report(args.env, recorded(plan, folder))
+
+
+def report(env_id: str, trace: Trace) -> None:
+    """Say what was recorded, and how to replay it."""
+    folder, ties = trace.folder, int(trace.ties().sum())
+    size = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    print(f"{folder}: {len(trace.texts)} texts, {trace.rows} positions, {ties} near-ties, {size / 1e6:.0f} MB")
+    print(f'replay it with gym.make("{env_id}", trace="{folder}")')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable it
+is at each of their tokens that a drafted one would be accepted, for every k. Approximate when played, see
+`spec_envs/network/expected.py`.
+
+The file is written when the last text is recorded; killed before, the same command begins again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from spec_envs.arguments import TOKENS, Parser, nonempty, number, output_file
+from spec_envs.controls.rl_adapter_state import KS
+from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter, Copier
+from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.measure.machine import versions, weights_sha256
+from spec_envs.files import parse_json, whole
+from spec_envs.network.expected_trace import ExpectedTrace, Text
+from spec_envs.prompts.templates import DATE
+
+COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
+
+
+class Watched(LocalVerifier):
+    """Remembers the distribution that it drew from last."""
+
+    def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
+        self.p = super()._probabilities(logits)
+        return self.p
+
+
+def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], tokens: int, seed: int) -> Text:
+    """One text; its drafter is asked at every token for the next one alone."""
+    verifier, drafter = decoder.verifier, decoder.drafter
+    assert isinstance(verifier, Watched) and isinstance(drafter, ChainDrafter)
+    rng = np.random.default_rng(seed)
+    nothing = np.zeros(0, np.int64)
+    text = [verifier.start(prompt, tokens + 1, rng)]
+    drafter.start([*prompt, text[0]], tokens + 1, verifier.features, rng)
+    rows = []
+    while len(text) < tokens and text[-1] not in decoder.eos:
+        matched = drafter.matched() if isinstance(drafter, Copier) else 0
+        children, _ = drafter.draft([])
+        assert children.proposal is not None
+        token = verifier.verify(nothing, nothing, nothing).token
+        drafter.commit([token], verifier.features)
+        q = children.proposal
+        accepted = [expected_acceptance(verifier.p, q, k) for k in KS]
+        weights = q.weights / q.weights.sum()
+        rows.append((accepted, (weights**2).sum(), children.entropies[0], len(q.truncated(len(q.ids)).ids), matched))
+        text.append(token)
+    if not rows:
+        rows = [([0.0] * len(KS), 1.0, 0.0, 1, 0)]
+    acceptance, probability, entropy, entries, match = (np.array(column) for column in zip(*rows, strict=True))
+    half = np.float16
+    return Text(
+        task, split, list(prompt), text, last(acceptance.astype(half)), last(probability.astype(half)),
+        last(entropy.astype(half)), last(entries.astype(np.int32)), last(match.astype(np.int16)),
+    )  # fmt: skip
+
+
+def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
+    """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that write it, and what
+    the command was told."""
+    hashes = weights_sha256(args.target, drafter)
+    found = {"sha256": hashes, "dtype": dtype, "prompts": args.prompts, "date": DATE, "versions": versions()}
+    return json.dumps(found | {"settings": settings(args)})
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that a recording depends on."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
+
+
+def last(rows: np.ndarray) -> np.ndarray:
+    """Rows ``[n]`` and one more, like the last, for the token behind which nothing was recorded."""
+    return np.concatenate([rows, rows[-1:]])
+
+
+def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
+    """Σ min(p, q̂) of the target's distribution ``[vocab]`` and the draft's cut to ``k`` entries; 0 is uncut."""
+    cut = q.truncated(k) if k else q
+    weights = cut.weights.astype(float)
+    return float(np.minimum(p[cut.ids], weights / weights.sum()).sum())
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
+    parser.add_argument(
+        "--drafter", type=nonempty, default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model"
+    )
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices it")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=97, help="of a text (default 97)")
+    parser.add_argument("--temperature", type=number(0, 100, above=True), default=1.0)
+    parser.add_argument("--prompts", type=nonempty, default="all")
+    parser.add_argument("--scale", type=number(0, 1000, above=True), default=1.0, help=f"times {COUNTS} texts")
+    parser.add_argument("--out", type=output_file, help="file, .npz (default runs/traces/TARGET-topk.npz)")
+    return parser.parse_args()
+
+
+def chosen_file(args: argparse.Namespace) -> Path:
+    """Return where the trace is written, or lies.
+
+    Raises:
+        ValueError: another trace lies there, or a name by which it would not be found again.
+    """
+    path = args.out or Path("runs/traces") / f"{Path(args.target).name}-topk.npz"
+    if path.suffix != ".npz":
+        raise ValueError(f"--out is {path}; expected a name that ends in .npz")
+    if path.exists() and parse_json(ExpectedTrace.load(str(path)).source).get("settings") != settings(args):
+        raise ValueError(f"{path} was recorded with other settings; choose another --out, or delete it")
+    return path
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence("interrupted; nothing was written"):
+        path = chosen_file(args)
+        if path.exists():
+            print("recorded already; delete the file to record it again", file=sys.stderr)
+        else:
+            record_all(args, path)
+        trace = ExpectedTrace.load(str(path))
+        tokens, size = sum(len(text.tokens) for text in trace.texts), path.stat().st_size
+        print(f"{path}: {len(trace.texts)} texts, {tokens} tokens, {size / 1e3:.0f} kB")
+        print(f'play it with gym.make("SpecTopK-v0", trace="{path}")')
+
+
+def record_all(args: argparse.Namespace, path: Path) -> None:
+    """Record the texts of every split, then write the file."""
+    CostTable.load(args.clock)
+    drafter = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
+    decoder = load_decoder(args.target, drafter, dtype=args.dtype, temperature=args.temperature, width=1)
+    local = decoder.local
+    decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
+    env = {"target": args.target, "prompts": args.prompts}
+    print(f"recording {path}", file=sys.stderr)
+    texts = []
+    for split, count in COUNTS.items():
+        prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
+        for seed, prompt in enumerate(tqdm(prompts, desc=f"texts of {split}", unit="text")):
+            text = record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed)
+            texts += [text] if len(text.tokens) > 1 else []
+    if not texts:
+        raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
+    eos, source = min(decoder.eos), made_with(args, drafter, local.dtype)
+    trace = ExpectedTrace(
+        "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        trace.save(temporary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""What the config.json of an EAGLE-3 head says that it computes, in every layout that people publish.
+
+A head reads the hidden states at some boundaries of the target's layers: boundary i is the input of layer i, or the output
+of layer i - 1, and boundary n the output of the last of n layers, before the final norm. The tools count differently:
+
+- SafeAILab/EAGLE (modeling_llama_kv.py), and sglang and vLLM where a head names nothing: boundaries 2, n/2, n - 3.
+- vLLM reads ``eagle_aux_hidden_state_layer_ids`` as boundaries, 0 being the embedding and n allowed
+  (``EagleModelMixin._maybe_add_hidden_state``, pull request 36063), and speculators does, whose heads are made with it
+  (speculators/models/utils.py, ``resolve_target_layer_ids``: distinct, from 0 to n).
+- SpecForge and ModelOpt collect the outputs of the layers that they name, 1, n/2 - 1, n - 4 by default, and write these ids
+  under ``eagle_config`` (modelopt/torch/speculative/plugins: ``_set_default_aux_hidden_state_layers``). These are
+  boundaries 2, n/2, n - 3 again.
+- sglang tells the two apart by the first id: where it is 1 the ids are outputs, otherwise boundaries (pull request 25454,
+  "drop +1 offset on aux layer ids when first id != 1"). This is what is done here with ids under ``eagle_config``.
+- AngelSlim writes no ids (angelslim/compressor/speculative/train/configs); its heads are served with the default ones.
+
+EAGLE-3.1 and its relatives add norms: ``fc_norm`` (once called ``use_aux_norm``) of each hidden state in front of ``fc``,
+``norm_before_fc`` of all of them side by side, and ``norm_output``, by which a step hands its normed output to the next
+(vLLM pull request 42764, sglang's llama_eagle3.py, speculators/models/eagle3/core.py). NVIDIA's heads have these keys under
+``eagle_config`` (vLLM pull request 42143). With ``norm_before_residual`` what the first layer adds to is the normed state
+(vLLM's llama_eagle3.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+
+from spec_envs.decoding.drafters.eagle.config_keys import (
+    EAGLE,
+    FLAGS,
+    FLAT,
+    IDS,
+    MODEL,
+    SPECULATORS,
+    refuse_unknown,
+    short,
+)
+from spec_envs.decoding.drafters.formats import read_json, refuse_foreign_config
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+Positive = Annotated[float, Meta(gt=0, lt=1e12)]
+
+
+class Numbers(msgspec.Struct):
+    """What must be numbers, and switches that must be switches."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=64)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    max_position_embeddings: Size
+    rms_norm_eps: Positive
+    hidden_act: Literal["silu", "swish"]  # two names of one
+    attention_bias: bool
+    tie_word_embeddings: bool
+    mlp_bias: bool = False
+
+
+class RopeNumbers(msgspec.Struct, forbid_unknown_fields=True):
+    """The rotary positions that are computed (see ``rope.py``)."""
+
+    rope_theta: Positive
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    attention_factor: Positive | None = None
+    mscale: Positive | None = None
+    mscale_all_dim: Positive | None = None
+    truncate: bool | None = None
+    partial_rotary_factor: Annotated[float, Meta(ge=1, le=1)] | None = None
+
+
+class Extras(msgspec.Struct):
+    """Keys that only heads have."""
+
+    draft_vocab_size: Size | None = None
+    target_vocab_size: Size | None = None
+    target_hidden_size: Size | None = None
+    num_aux_hidden_states: Annotated[int, Meta(ge=1, le=64)] | None = None
+    sliding_window: Size | None = None
+    use_sliding_window: bool | None = None
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    bias: bool | None = None
+    qkv_bias: bool | None = None
+    norm_before_residual: bool | None = None
+    norm_before_fc: bool | None = None
+    fc_norm: bool | None = None
+    norm_output: bool | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a head differs from the first published ones.
+
+    Attributes:
+        boundaries: of the target's layers whose hidden states it reads, ascending; None is 2, n/2, n - 3.
+        target_hidden: width of these, where it is not the head's own.
+        norm_before_residual, norm_before_fc, fc_norm, norm_output: see above.
+        biased: parts that are said to have a bias.
+        head_norms: whether queries and keys are said to be normed, as in Qwen3.
+        window: of sliding attention, in tokens.
+        verifier: name of the target that it was trained for, where it is said.
+    """
+
+    boundaries: tuple[int, ...] | None = None
+    target_hidden: int | None = None
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    biased: tuple[str, ...] = ()
+    head_norms: bool = False
+    window: int | None = None
+    verifier: str | None = None
+
+    @property
+    def states(self) -> int:
+        """How many hidden states it reads."""
+        return 3 if self.boundaries is None else len(self.boundaries)
+
+    def keys(self) -> dict[str, Any]:
+        """As they are written to a config.json.
+
+        Raises:
+            ValueError: boundaries that tools would take for outputs.
+        """
+        written: dict[str, Any] = {name: True for name in FLAGS if getattr(self, name)}
+        if self.boundaries and self.boundaries[0] == 1:
+            raise ValueError(
+                f"boundaries {list(self.boundaries)} would be read as outputs of layers; keep the head as it is"
+            )
+        if self.boundaries:
+            written["eagle_config"] = {IDS: list(self.boundaries), "use_aux_hidden_state": True}
+        optional = {"target_hidden_size": self.target_hidden, "sliding_window": self.window}
+        return written | {key: value for key, value in optional.items() if value is not None}
+
+
+def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
+    """The numbers of a head's layers, with ``draft_vocab_size`` (None where nothing is said), and what is special about it.
+
+    Raises:
+        ValueError: a config.json that cannot be read, is of another format, or has a key that would change the computation
+            and is not known; the sentence names the folder and the key.
+    """
+    raw = read_json(folder / "config.json")
+    refuse_foreign_config(raw, folder)
+    try:
+        return of_speculators(raw) if "speculators_model_type" in raw else of_others(raw)
+    except ValueError as error:  # among them msgspec's
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot use the EAGLE-3 head in {folder}: config.json: {reason}") from None
+
+
+def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
+    """From the layout of SafeAILab, SpecForge and ModelOpt."""
+    nested = raw.get("eagle_config") or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"eagle_config is {nested!r}, expected an object")
+    refuse_unknown(raw, FLAT, "")
+    refuse_unknown(nested, EAGLE, "eagle_config: ")
+    if raw.get("model_type", "llama") not in MODEL_TYPES:
+        raise ValueError(f"model_type is {raw['model_type']!r}, expected one of {', '.join(MODEL_TYPES)}")
+    if lacking := {"hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"} - raw.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    return config_of(raw, LlamaConfig), variant_of(joined(raw, nested), boundaries_of(raw, nested), False)
+
+
+def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
+    """From the layout of vllm-project/speculators."""
+    inner, about = raw.get("transformer_layer_config"), raw.get("speculators_config") or {}
+    if not isinstance(inner, dict) or not isinstance(about, dict):
+        raise ValueError("transformer_layer_config and speculators_config should be objects")
+    refuse_unknown(raw, SPECULATORS, "")
+    refuse_unknown(inner, MODEL, "transformer_layer_config: ")
+    if about.get("algorithm", "eagle3") != "eagle3":
+        raise ValueError(f"algorithm is {about['algorithm']!r}, expected 'eagle3'")
+    if raw.get("norm_before_residual") is None:  # true to vLLM, false to the library
+        raise ValueError("norm_before_residual is not said, and tools disagree on what it is then; write true or false")
+    kinds: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+    kind = inner.get("model_type", "qwen3")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"transformer_layer_config has model_type {kind!r}, expected one of {', '.join(kinds)}")
+    config = config_of(inner, kinds[kind])
+    config.draft_vocab_size = extras_of(raw).draft_vocab_size
+    verifier = about.get("verifier")
+    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    ids = boundaries_of(raw, {}, boundaries_at_top=True)
+    return config, variant_of(inner | raw, ids, kind == "qwen3", str(name) if name else None)
+
+
+def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> PretrainedConfig:
+    """The transformers config of a head's layers, checked."""
+    refuse_quantised(raw)
+    refuse_two_ropes(raw)
+    for part in msgspec.structs.fields(Numbers):  # before transformers makes lists of so many layers
+        if raw.get(part.name) is not None:
+            try:
+                msgspec.convert(raw[part.name], part.type)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{part.name} is {short(raw[part.name])}: {error}") from None
+    kept = [*Numbers.__struct_fields__, "rope_theta", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"]
+    kept += [] if raw.get("rope_parameters") else ["rope_scaling"]
+    try:
+        config = kind(**{key: raw[key] for key in kept if raw.get(key) is not None})
+    except Exception as error:  # whatever transformers trips over in values of any type
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    found = {name: getattr(config, name) for name in Numbers.__struct_fields__ if hasattr(config, name)}
+    numbers = msgspec.convert(found, Numbers)
+    msgspec.convert(dict(config.rope_parameters), RopeNumbers)
+    if numbers.num_attention_heads % numbers.num_key_value_heads or numbers.head_dim % 2:
+        raise ValueError(
+            f"{numbers.num_attention_heads} heads of width {numbers.head_dim} cannot share "
+            f"{numbers.num_key_value_heads} keys and values; expected a divisor and an even width"
+        )
+    config.draft_vocab_size = extras_of(raw).draft_vocab_size
+    return config
+
+
+def extras_of(raw: Mapping[str, Any]) -> Extras:
+    """The keys that only heads have, checked."""
+    return msgspec.convert({key: raw[key] for key in Extras.__struct_fields__ if key in raw}, Extras)
+
+
+def variant_of(
+    raw: Mapping[str, Any], boundaries: tuple[int, ...] | None, head_norms: bool, verifier: str | None = None
+) -> Variant:
+    """What is special about a head whose keys lie side by side."""
+    extras = extras_of(raw)
+    if extras.target_vocab_size not in (None, raw.get("vocab_size")):
+        raise ValueError(f"target_vocab_size is {extras.target_vocab_size} and vocab_size {raw.get('vocab_size')}")
+    if extras.norm_before_fc and extras.fc_norm:
+        raise ValueError("norm_before_fc and fc_norm are both true; expected one of them")
+    named = 3 if boundaries is None else len(boundaries)
+    if extras.num_aux_hidden_states not in (None, named):
+        raise ValueError(f"num_aux_hidden_states is {extras.num_aux_hidden_states}, but {named} layers are read")
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    parts = [*attention] if raw.get("attention_bias") or extras.qkv_bias else []
+    parts += [*mlp] if raw.get("mlp_bias") else []
+    slides = extras.use_sliding_window is not False and "sliding_attention" in (
+        extras.layer_types or ["sliding_attention"]
+    )
+    return Variant(
+        boundaries=boundaries,
+        target_hidden=extras.target_hidden_size,
+        **{name: bool(getattr(extras, name)) for name in FLAGS},
+        biased=(*parts, *(["fc"] if extras.bias else [])),
+        head_norms=head_norms,
+        window=extras.sliding_window if slides else None,
+        verifier=verifier,
+    )
+
+
+def joined(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json and its ``eagle_config`` side by side; None is nothing said."""
+    together = {key: value for key, value in raw.items() if value is not None}
+    for key, value in nested.items():
+        if value is not None and together.setdefault(key, value) != value:
+            raise ValueError(f"{key} is {together[key]!r}, but {value!r} in eagle_config")
+    older = together.get("use_aux_norm")
+    if older is not None and together.setdefault("fc_norm", older) != older:
+        raise ValueError(f"fc_norm is {together['fc_norm']!r} and use_aux_norm {older!r}")
+    return together
+
+
+def boundaries_of(
+    raw: Mapping[str, Any], nested: Mapping[str, Any], boundaries_at_top: bool = False
+) -> tuple[int, ...] | None:
+    """The boundaries that a head reads, where it names layers."""
+    top, inner = raw.get(IDS), nested.get(IDS)
+    ids = top if inner is None else inner
+    if ids is None or ids == []:
+        return None
+    ids = msgspec.convert(ids, Annotated[list[Annotated[int, Meta(ge=0, le=1 << 16)]], Meta(max_length=64)])
+    if any(a >= b for a, b in itertools.pairwise(ids)):
+        raise ValueError(f"{IDS} is {ids}, expected ascending numbers")
+    if top is not None and inner is not None and top != inner:
+        raise ValueError(f"{IDS} is {top}, but {inner} in eagle_config")
+    if boundaries_at_top or ids[0] != 1:
+        return tuple(ids)
+    if inner is None:
+        raise ValueError(
+            f"{IDS} is {ids}, which vLLM takes for inputs and the tools that train for outputs; write "
+            f"{[i + 1 for i in ids]} for the outputs of these layers, or move the key below eagle_config"
+        )
+    return tuple(i + 1 for i in ids)
+
+
+def refuse_two_ropes(raw: Mapping[str, Any]) -> None:
+    """Refuse rotary positions that transformers' older names say otherwise than its newer one."""
+    parameters = raw.get("rope_parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        return
+    older = dict(raw["rope_scaling"]) if isinstance(raw.get("rope_scaling"), dict) else {}
+    older |= {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
+    if differing := [key for key, value in older.items() if parameters.get(key, value) != value]:
+        raise ValueError(
+            f"{differing[0]} is {older[differing[0]]!r}, but {parameters[differing[0]]!r} in rope_parameters"
+        )
+
+
+def refuse_quantised(raw: Mapping[str, Any]) -> None:
+    """Refuse a head that needs more than its tensors to be dequantised."""
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = (
+            quantised.get("quant_method") or quantised.get("quant_algo") if isinstance(quantised, dict) else quantised
+        )
+        raise ValueError(f"it is quantised ({method or 'quantization_config'}); expected one in floating point")

@@ -1,0 +1,256 @@
+"""EAGLE-3 drafter (arXiv 2503.01840): a decoder layer, seldom more, that reads some of the target's hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.vocabulary import Vocabulary
+from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.graphs import graphed
+from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.shape import Shape, part
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.tree import Children, Tree
+
+
+def captured_layers(layers: int) -> tuple[int, int, int]:
+    """The boundaries of a target's layers, low, middle and high, that a head reads which names none.
+
+    Raises:
+        ValueError: the target has too few layers for three different ones.
+    """
+    if layers < 7:
+        raise ValueError(f"the target has {layers} layers; an EAGLE-3 head reads three of at least 7")
+    return 2, layers // 2, layers - 3
+
+
+def check_fit(head: EagleHead, target: Transformer) -> None:
+    """Refuse a head of another target.
+
+    Raises:
+        ValueError: a hidden size, vocabulary or layer that the target does not have.
+    """
+    config, variant, shape = head.config, head.variant, target.shape
+    of = f" (it names {variant.verifier})" if variant.verifier else ""
+    for what, mine, theirs in (
+        ("hidden size", variant.target_hidden or config.hidden_size, shape.hidden),
+        ("vocabulary", config.vocab_size, shape.vocab),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target{of}"
+            )
+    if variant.boundaries and variant.boundaries[-1] > shape.layers:
+        raise ValueError(
+            f"the drafter reads hidden states at the boundaries {list(variant.boundaries)} of a target's layers, but the "
+            f"target has {shape.layers}; use a head trained for this target{of}"
+        )
+    if config.hidden_size != shape.hidden and not hasattr(head, "embed_tokens"):
+        raise ValueError(
+            f"the drafter's hidden size is {config.hidden_size}, the target's is {shape.hidden}, so it needs embed_tokens.weight "
+            "of its own; use a whole head"
+        )
+
+
+class EagleModel:
+    """An EAGLE-3 head in its inference form; shared by every drafter that uses it.
+
+    Args:
+        head: the weights.
+        target: the model it was trained for; its embedding, dtype and device are shared.
+
+    Attributes:
+        capture: boundaries of the target's layers whose hidden states the head reads (see ``eagle_config.py``).
+
+    Raises:
+        ValueError: the head belongs to another hidden size, vocabulary or number of layers.
+    """
+
+    def __init__(self, head: EagleHead, target: Transformer):
+        check_fit(head, target)
+        config, variant = head.config, head.variant
+        self.target, self.variant = target, variant
+        self.capture = variant.boundaries or captured_layers(target.shape.layers)
+        device, precision, modules = target.device, target.precision, target.precision.modules
+        state = {
+            name: precision.cast(t, device) if t.is_floating_point() else t for name, t in head.state_dict().items()
+        }
+        deeper = [part(state, f"layers.{i}.") for i in range(1, config.num_hidden_layers)]
+        layers = [part(state, "midlayer."), *deeper]
+        self.shape = Shape(
+            hidden=config.hidden_size,
+            layers=len(layers),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab=config.draft_vocab_size,
+            context=min(target.shape.context, variant.window or target.shape.context),
+            norm_eps=config.rms_norm_eps,
+        )
+
+        def norm(name: str) -> Any:
+            return modules.RMSNorm(state[f"{name}.weight"], self.shape.norm_eps)
+
+        self.fc = modules.Linear(state["fc.weight"], state.get("fc.bias"))
+        self.fc_norms = [norm(f"fc_norm.{i}") for i in range(variant.states)] if variant.fc_norm else []
+        self.joined_norm = norm("input_norm") if variant.norm_before_fc else None
+        self.layers = graphed(modules.Layers(layers, self.shape), device)
+        self.input_norm, self.hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
+        self.norm = norm("norm")
+        own_embedding = state.get("embed_tokens.weight")
+        self.embedding = target.embedding if own_embedding is None else own_embedding.to(precision.cache)
+        self.most_probable = modules.most_probable
+        self.shortlist = head.draft_ids.numpy()
+        ids = head.draft_ids.to(device)
+        rows = state.get("lm_head.weight")
+        same = config.hidden_size == target.shape.hidden
+        output = target.output_weight() if same else None
+        if rows is None:
+            rows = precision.cast(
+                (self.embedding if config.tie_word_embeddings or output is None else output)[ids], device
+            )
+        self.lm_head = modules.Linear(rows)
+        shares = output is not None and torch.allclose(
+            rows, output[ids].to(rows.dtype), rtol=1e-2, atol=1e-3
+        )  # but for rounding
+        self.output_weight = output if shares else None  # where every token can join the shortlist
+        self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
+
+    def cache(self, capacity: int) -> KVCache:
+        """An empty cache for a text of at most ``capacity`` rows."""
+        return KVCache(self.shape, capacity, self.target.precision.cache, self.target.device)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """What the head reads ``[n, hidden]`` of the target's hidden states side by side ``[n, states * target hidden]``."""
+        if self.fc_norms:
+            chunks = features.chunk(len(self.fc_norms), -1)
+            features = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norms, chunks, strict=True)], -1)
+        if self.joined_norm:
+            features = self.joined_norm(features)
+        return self.fc(features[None])[0]
+
+    def step(
+        self,
+        hidden: Tensor,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        cache: KVCache,
+        vocabulary: Vocabulary,
+        width: int,
+        last: int,
+        seen: np.ndarray | None = None,
+    ) -> tuple[Tensor, Children]:
+        """One forward, written to the cache behind its committed rows.
+
+        Args:
+            hidden: hidden states ``[n, hidden]`` of the rows.
+            tokens, positions: the token behind each row, and the row's rotary position, ``[n]``.
+            last: how many rows, counted from the end, are asked for children.
+            seen: see ``KVCache.mask``.
+
+        Returns:
+            What the rows' children read as hidden states ``[n, hidden]``, and the children of the last rows.
+        """
+        device, variant = self.target.device, self.variant
+        embedded = F.embedding(torch.from_numpy(tokens).to(device), self.embedding).to(self.target.precision.hidden)
+        normed = self.hidden_norm(hidden)
+        entering = torch.cat([self.input_norm(embedded), normed], -1)[None]
+        residual = normed if variant.norm_before_residual else hidden
+        at = torch.from_numpy(positions).to(device)[None]
+        rows = None if seen is None else torch.from_numpy(seen).to(device)
+        output = self.layers(residual[None], cache, self.rope, at, rows, entering=entering)[0][0]
+        children = self.children(output[len(output) - last :], width, vocabulary)
+        return self.norm(output) if variant.norm_output else output, children
+
+    def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> Children:
+        """The ``width`` most probable next tokens of each row."""
+        normed = self.norm(hidden)
+        index, *rest = self.most_probable(self.lm_head(normed), vocabulary.logits(normed), width)
+        return Children(vocabulary.ids[index.cpu().numpy()], *(values.cpu().numpy() for values in rest))
+
+
+class EagleDrafter:
+    """Drafts a tree with an EAGLE-3 head.
+
+    Row t of its cache belongs to position t of the text: it read the target's features of token t and the embedding
+    of token t + 1, and predicts token t + 2. Frontier rows lie behind the committed ones, one block per level.
+
+    Args:
+        model: the head.
+        width: children per node and nodes expanded per level.
+        max_depth: expansions after the first level that there is room for.
+    """
+
+    def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
+        if width > model.shape.vocab:
+            raise ValueError(f"width is {width}; the drafter's vocabulary has {model.shape.vocab} tokens only")
+        self.model, self.width = model, width
+        self.capture = model.capture
+        self.vocab, self.context = model.target.shape.vocab, model.shape.context
+        self.device = model.target.device
+        self.frontier_rows = width * max_depth
+        self.cache = model.cache(0)
+
+    @torch.inference_mode()
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        """Forget the last text and process this one but for its last row, which the first cycle completes."""
+        need = len(text) + positions + self.frontier_rows
+        if need > self.cache.capacity:
+            self.cache = self.model.cache(max(2048, need))
+        self.cache.length = 0
+        output = self.model.output_weight
+        rows = None if output is None else output.__getitem__
+        self.vocabulary = Vocabulary(self.model.shortlist, rows, self.model.target)
+        self.vocabulary.add(text)
+        if len(features) > 1:
+            self.catch_up(features[:-1], text[1:-1], 0)
+        self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not processed yet
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """Note committed tokens for the next root."""
+        self.features.append(features)
+        self.tokens.extend(tokens)
+
+    @torch.inference_mode()
+    def root(self, tree: Tree) -> int:
+        """Process the tokens committed since the last call; the last row gives level 0."""
+        self.vocabulary.add(self.tokens)
+        rows = len(self.tokens)
+        hidden, children = self.catch_up(torch.cat(self.features), self.tokens, 1)
+        self.features, self.tokens = [], []
+        tree.start(children)
+        self.hidden = hidden[-1:].expand(self.width, -1)  # what the frontier nodes read: their parent's output
+        self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
+        return rows
+
+    @torch.inference_mode()
+    def expand(self, tree: Tree) -> int:
+        """One forward over the frontier, behind the rows of earlier levels."""
+        committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
+        positions = np.full(self.width, committed + earlier // self.width)
+        self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
+        tokens = tree.tokens[tree.frontier]
+        output, children = self.model.step(
+            self.hidden, tokens, positions, self.cache, self.vocabulary, self.width, self.width, self.lineage
+        )
+        self.cache.length = committed
+        parents = tree.grow(children)
+        self.hidden = output[torch.from_numpy(parents).to(self.device)]
+        self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
+        return self.width
+
+    def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
+        """Append rows for committed positions: features ``[n, states · hidden]`` and the tokens behind them ``[n]``."""
+        n, length = len(features), self.cache.length
+        hidden = self.model.fuse(features)
+        positions = np.arange(length, length + n)
+        step = self.model.step(hidden, np.array(tokens), positions, self.cache, self.vocabulary, self.width, last)
+        self.cache.length += n
+        return step

@@ -1,0 +1,247 @@
+"""Weights of an EAGLE-3 head (arXiv 2503.01840): published checkpoints, read, written and initialised.
+
+The module exists for its parameter names, which are those of published checkpoints, and for training.
+``drafters/eagle.py`` turns it into the inference form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig
+
+from spec_envs.decoding.drafters.eagle.config import Variant, read_config
+from spec_envs.decoding.drafters.eagle.tensors import draft_vocabulary, optional, refuse_others, renamed
+from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.weights.checkpoints import load_weights, model_folder, registry
+from spec_envs.files import DATA, write_bytes, write_json
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+PLAIN = Variant()
+
+
+def drafter_folder(name: str) -> Path:
+    """The folder of a drafter: one shipped with the package, or any model that has a name here.
+
+    Raises:
+        ValueError: the name leads nowhere.
+    """
+    shipped = registry()["drafters"].get(name, {})
+    return DATA / shipped["path"] if "path" in shipped else model_folder(name)
+
+
+class EagleAttention(nn.Module):
+    """Projections of a layer's attention.
+
+    Args:
+        width: of what queries, keys and values read.
+        has: names of the layer's tensors that not every head has.
+    """
+
+    def __init__(self, config: PretrainedConfig, width: int, has: Collection[str]):
+        super().__init__()
+        head_dim, bias = config.head_dim, "self_attn.q_proj.bias" in has
+        attended, kept = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(width, attended, bias)
+        self.k_proj = nn.Linear(width, kept, bias)
+        self.v_proj = nn.Linear(width, kept, bias)
+        self.o_proj = nn.Linear(attended, config.hidden_size, "self_attn.o_proj.bias" in has)
+        if "self_attn.q_norm.weight" in has:
+            self.q_norm, self.k_norm = (nn.RMSNorm(head_dim, config.rms_norm_eps) for _ in range(2))
+
+
+class EagleMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: PretrainedConfig, has: Collection[str] = ()):
+        super().__init__()
+        bias = "mlp.gate_proj.bias" in has
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, "mlp.down_proj.bias" in has)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class EagleLayer(nn.Module):
+    """A decoder layer; the attention of the first one reads twice the hidden size, an embedding and a hidden state."""
+
+    def __init__(self, config: PretrainedConfig, has: Collection[str] = (), first: bool = True):
+        super().__init__()
+        self.self_attn = EagleAttention(config, (1 + first) * config.hidden_size, has)
+        self.mlp = EagleMLP(config, has)
+        if first:
+            self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class EagleHead(nn.Module):
+    """An EAGLE-3 head.
+
+    Args:
+        config: a Llama or Qwen3 config with ``draft_vocab_size``.
+        variant: how it differs from the first published heads.
+        has: tensors that not every head has, and this one does.
+
+    Attributes:
+        d2t: ``[draft_vocab]`` offsets, target id = i + d2t[i].
+        t2d: ``[vocab]`` mask of the target ids that can be drafted.
+        lm_head: output rows of the draft vocabulary; None of a head that takes them from an embedding or the target.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        variant: Variant = PLAIN,
+        has: Collection[str] = ("lm_head.weight",),
+    ):
+        super().__init__()
+        self.config, self.variant = config, variant
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        read = variant.target_hidden or hidden
+        if variant.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(read, eps) for _ in range(variant.states))
+        if variant.norm_before_fc:
+            self.input_norm = nn.RMSNorm(variant.states * read, eps)
+        self.fc = nn.Linear(variant.states * read, hidden, "fc.bias" in has)
+        if "embed_tokens.weight" in has:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.midlayer = EagleLayer(config, below(has, "midlayer."))
+        if config.num_hidden_layers > 1:
+            deeper = {str(i): below(has, f"layers.{i}.") for i in range(1, config.num_hidden_layers)}
+            self.layers = nn.ModuleDict({i: EagleLayer(config, own, first=False) for i, own in deeper.items()})
+        self.norm = nn.RMSNorm(hidden, eps)
+        drafted = config.draft_vocab_size
+        self.lm_head = nn.Linear(hidden, drafted, bias=False) if "lm_head.weight" in has else None
+        self.d2t: Tensor
+        self.t2d: Tensor
+        self.register_buffer("d2t", torch.zeros(drafted, dtype=torch.long))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    @property
+    def draft_ids(self) -> Tensor:
+        """Target ids of the draft vocabulary, ``[draft_vocab]``."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @classmethod
+    def from_target(cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor) -> EagleHead:
+        """A head for ``target`` that starts as the target's own last layer; its output rows stay the target's.
+
+        Args:
+            weights: the target's state dict.
+            draft_ids: ascending target ids of the draft vocabulary.
+        """
+        source = target.config
+        config = LlamaConfig(
+            architectures=[ARCHITECTURE],
+            hidden_size=source.hidden_size,
+            intermediate_size=source.intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=source.num_attention_heads,
+            num_key_value_heads=source.num_attention_heads,  # the next token is read through the values only
+            head_dim=target.shape.head_dim,
+            rms_norm_eps=source.rms_norm_eps,
+            max_position_embeddings=source.max_position_embeddings,
+            rope_parameters=source.rope_parameters,
+            vocab_size=source.vocab_size,
+            tie_word_embeddings=False,
+            bos_token_id=source.bos_token_id,
+            eos_token_id=source.eos_token_id,
+        )
+        config.draft_vocab_size = len(draft_ids)
+        head = cls(config)
+        hidden, last = config.hidden_size, f"model.layers.{source.num_hidden_layers - 1}."
+        state = head.state_dict()
+        for name in ("o_proj", "gate_proj", "up_proj", "down_proj"):
+            block = "self_attn" if name == "o_proj" else "mlp"
+            state[f"midlayer.{block}.{name}.weight"] = weights[f"{last}{block}.{name}.weight"]
+        for name in ("q_proj", "k_proj", "v_proj"):  # reads the hidden state as the target's layer does
+            projection = state[f"midlayer.self_attn.{name}.weight"].zero_()
+            heads = weights[f"{last}self_attn.{name}.weight"].unflatten(0, (-1, target.shape.head_dim))
+            heads = heads.repeat_interleave(config.num_attention_heads // len(heads), 0)
+            projection[:, hidden:] = heads.flatten(0, 1)
+        for name, origin in (("hidden_norm", "input_layernorm"), ("post_attention_layernorm",) * 2):
+            state[f"midlayer.{name}.weight"] = weights[f"{last}{origin}.weight"]
+        state["fc.weight"].zero_()[:, 2 * hidden :] = torch.eye(hidden)  # the highest of the three layers
+        state["norm.weight"] = weights["model.norm.weight"]
+        state["lm_head.weight"] = target.output_weight()[draft_ids.to(target.device)]
+        state["d2t"] = draft_ids - torch.arange(len(draft_ids))
+        state["t2d"][draft_ids] = True
+        head.load_state_dict(state)
+        head.get_submodule("lm_head").requires_grad_(False)
+        return head
+
+    @classmethod
+    def load(cls, name: str) -> EagleHead:
+        """Read a head by its short name, folder or hub id.
+
+        Raises:
+            ValueError: missing or corrupt files, or tensors that are not an EAGLE-3 head's.
+        """
+        folder = drafter_folder(name)
+        config, variant = read_config(folder)
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(f"the head in {folder} belongs to a target with the adapter beside it, which is not read")
+        weights = load_weights(folder)
+        refuse_foreign_tensors(weights, folder)
+        try:
+            return cls.of(config, variant, renamed(weights))
+        except ValueError as error:
+            raise ValueError(f"cannot use the EAGLE-3 head in {folder}: {error}") from None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, variant: Variant, weights: dict[str, Tensor]) -> EagleHead:
+        """A head of these tensors, in float32.
+
+        Raises:
+            ValueError: some are missing, unknown, or do not fit.
+        """
+        draft_vocabulary(weights, config.draft_vocab_size, config.vocab_size)
+        config.draft_vocab_size = len(weights["d2t"])
+        with torch.device("meta"):  # nothing of the sizes that a file claims is allocated before they are compared
+            head = cls(config, variant, optional(weights, variant))
+        refuse_others(weights, head)
+        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+        head.load_state_dict(floats, assign=True)
+        return head
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write config.json and model.safetensors in the published layout.
+
+        Raises:
+            ValueError: a head that this layout has no words for.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.written_config(dtype)
+        state = {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        write_bytes(folder / "model.safetensors", save(state))
+        write_json(folder / "config.json", config)
+
+    def written_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The contents of config.json; rotary positions and dtype by their older names as well, since vLLM, sglang and
+        speculators' converter know no others."""
+        self.config.dtype = dtype
+        content: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
+        rope = content["rope_parameters"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaled = None if scaling.get("rope_type", "default") == "default" else scaling
+        content |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaled, "torch_dtype": content["dtype"]}
+        content |= {"architectures": [ARCHITECTURE], **self.variant.keys()}
+        return dict(sorted(content.items()))
+
+
+def below(names: Collection[str], prefix: str) -> frozenset[str]:
+    """The names that begin like this, without it."""
+    return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))

@@ -1,0 +1,249 @@
+"""What is trained of an early exit: low-rank weights and, if wanted, an adapter of attention, beside the target's own.
+
+An exit sits behind the first layers of a target. Its projection, at first the target's final norm and output rows,
+turns their hidden state into a distribution of the next token: a drafter inside the target. An adapter belongs to one
+decoder; the target's weights are shared and never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spec_envs.decoding.model.layers import Layers
+from spec_envs.decoding.model.lora import Additions, LayersLoRA, LowRank, additions
+from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.shape import part
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.weights.checkpoints import load_weights, model_folder
+
+KINDS = ("head", "kangaroo", "layers")
+HEAD_RANK, HEAD_SCALE = 64, 2.0
+LAYERS_RANK, LAYERS_SCALE = 8, 2.0
+
+
+@dataclass(frozen=True)
+class ExitSettings:
+    """What an adapter is for, and what it consists of.
+
+    Attributes:
+        base_model: the target's name.
+        fingerprint: of the target's weights; an adapter of other weights is refused.
+        exit_layer: layers in front of the exit.
+        kind: ``"head"`` is low rank on the exit's projection; ``"kangaroo"`` that behind norm, attention and norm
+            (arXiv 2404.18911); ``"layers"`` low rank on the target's layers, in front of the exit and behind it.
+        rank: of the low-rank weights.
+    """
+
+    base_model: str
+    fingerprint: str
+    exit_layer: int
+    kind: str
+    rank: int
+
+
+class ExitAdapter(nn.Module):
+    """An early exit of a target, and what is trained of it.
+
+    Args:
+        target: the model, whose weights stay as they are.
+        settings: which exit, and which adapter.
+
+    Attributes:
+        shortlist: ascending ids that a drafter proposes (besides those of the text), or None for all.
+        version: counts changes; decoders take up a change when a text begins.
+
+    Raises:
+        ValueError: an exit that the target does not have, another kind or rank, or the settings of another target.
+    """
+
+    def __init__(self, target: Transformer, settings: ExitSettings):
+        super().__init__()
+        check(target, settings)
+        self.target, self.settings = target, settings
+        self.shortlist: np.ndarray | None = None
+        self.version = 0
+        shape, rank = target.shape, settings.rank
+        if settings.kind == "layers":
+            parts = inject_lora(target, settings.exit_layer, rank, LAYERS_SCALE * rank)
+            self.lora_S, self.lora_D = parts["lora_S"], parts["lora_D"]
+        else:
+            self.exit_proj = LowRank(shape.hidden, shape.vocab, rank, HEAD_SCALE * rank)
+        if settings.kind == "kangaroo":
+            self.attention = Attention(target, settings)
+        self.to(target.device)
+
+    @classmethod
+    def fresh(
+        cls, target: Transformer, name: str, exit_layer: int, kind: str = "head", rank: int | None = None
+    ) -> Self:
+        """An untrained one for the target ``name``, whose exit says what its hidden state says through the target's own
+        final norm and output rows (but for ``"kangaroo"``, whose attention starts as that of the next layer).
+
+        Args:
+            rank: of the low-rank weights; by default 64 of a projection, 8 of layers.
+        """
+        rank = default_rank(kind) if rank is None else rank
+        return cls(target, ExitSettings(name, target.fingerprint, exit_layer, kind, rank))
+
+    @property
+    def exit_layer(self) -> int:
+        return self.settings.exit_layer
+
+    @property
+    def kind(self) -> str:
+        return self.settings.kind
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the verifier is the target as it is."""
+        return self.kind != "layers"
+
+    @property
+    def norm(self) -> Tensor:
+        """Gain of the norm in front of the projection, float32."""
+        return self.attention.norm if self.kind == "kangaroo" else self.target.norm.weight.float()
+
+    def snapshot(self) -> ExitAdapter:
+        """A copy that does not learn."""
+        shared = [self.target, self.__dict__.get("_output")]
+        return copy.deepcopy(self, {id(x): x for x in shared}).requires_grad_(False)
+
+    def initialise(self, seed: int) -> None:
+        """Draw the low-rank weights anew, as those of an untrained exit."""
+        generator = torch.Generator(self.target.device).manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, LowRank):
+                module.initialise(generator)
+
+    def touched(self) -> None:
+        """Note that weights have changed."""
+        self.version += 1
+
+    def additions(self) -> Additions | None:
+        """What is added to the target's layers, with gradients; None where they stay as they are."""
+        return None if self.lossless else additions([self.lora_S, self.lora_D], self.target.shape.layers)
+
+    def played_additions(self) -> Additions | None:
+        """The same for a forward of the target as it is decoded with."""
+        with torch.no_grad():
+            added = self.additions()
+        return None if added is None else added.frozen(self.target.precision.hidden)
+
+    def read(self, states: Tensor) -> Tensor:
+        """Exit states of whole texts ``[batch, n, hidden]``, padded on the right, as the projection reads them."""
+        return self.attention(states) if self.kind == "kangaroo" else states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Of what the projection reads, ``[n, hidden]`` to ``[n, vocab]``, float32.
+
+        Gradients flow to the adapter's weights, and to ``states`` where they do not come from frozen layers alone.
+        """
+        normed = F.rms_norm(states.float(), self.norm.shape, self.norm, self.target.shape.norm_eps)
+        if self.kind == "head":
+            with torch.no_grad():
+                base = self.target.head(states.detach().to(self.target.precision.hidden)).float()
+        else:
+            base = F.linear(normed.to(self._output.dtype), self._output).float()
+        return base if self.kind == "layers" else base + self.exit_proj(normed)
+
+    @functools.cached_property
+    def _output(self) -> Tensor:
+        """The target's output rows ``[vocab, hidden]``, bfloat16 where it is computed in int8."""
+        return self.target.output_weight().to(self.target.precision.cache)  # once: it may be a copy
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> Tensor:
+        """Output rows ``[n, hidden]`` of the exit's projection for some ids, the adapter merged in, float32."""
+        rows = self._output[ids].float()
+        if self.kind == "layers":
+            return rows
+        return rows + self.exit_proj.lora_B[ids] @ self.exit_proj.lora_A * self.exit_proj.scale
+
+
+class Attention(nn.Module):
+    """Kangaroo's adapter (arXiv 2404.18911, section 3.1): norm, attention and, behind it, another norm, with a residual
+    connection around the attention. It starts as the attention of the layer behind the exit and the target's final norm.
+    """
+
+    def __init__(self, target: Transformer, settings: ExitSettings):
+        super().__init__()
+        weights = load_weights(model_folder(settings.base_model))
+        layer = part(weights, f"model.layers.{settings.exit_layer}.")
+        kept = {k: v.float().clone() for k, v in layer.items() if k.startswith(("self_attn.", "input_layernorm."))}
+        self.names = list(kept)
+        self.weights = nn.ParameterList(kept.values())
+        self.norm = nn.Parameter(weights["model.norm.weight"].float().clone())
+        self.shape = target.shape
+        self.rope = Rope(target.config, self.shape.head_dim, self.shape.context, torch.float32, target.device)
+
+    def layer(self) -> dict[str, Tensor]:
+        """The weights of the attention and the norm in front of it, by the names of a layer's."""
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[batch, n, hidden]`` to the same; the norm behind it is left to the projection."""
+        return Layers([self.layer()], self.shape).read(states.float(), self.rope)
+
+
+def inject_lora(
+    base_model: Transformer,
+    exit_layer: int,
+    rank: int = LAYERS_RANK,
+    alpha: float = LAYERS_SCALE * LAYERS_RANK,
+    products: Sequence[str] = ("q_proj", "v_proj"),
+) -> dict[str, LayersLoRA]:
+    """Low-rank adapters for both sides of an exit.
+
+    Nothing of the model changes: hand ``spec_envs.decoding.model.lora.additions(adapters.values(), layers)`` to its forward.
+
+    Args:
+        base_model: the target.
+        exit_layer: layers in front of the exit.
+        rank, alpha, products: of both; see ``LayersLoRA``.
+
+    Returns:
+        ``lora_S`` on the layers in front of the exit, ``lora_D`` on those behind it.
+
+    Raises:
+        ValueError: an exit that the model does not have.
+    """
+    check_exit(base_model, exit_layer)
+    layers = {"lora_S": range(exit_layer), "lora_D": range(exit_layer, base_model.shape.layers)}
+    return {name: LayersLoRA(base_model.shape, where, rank, alpha, products) for name, where in layers.items()}
+
+
+def default_rank(kind: str) -> int:
+    """Of the low-rank weights of that kind of adapter."""
+    return LAYERS_RANK if kind == "layers" else HEAD_RANK
+
+
+def check_exit(target: Transformer, exit_layer: int) -> None:
+    """Refuse an exit that the target does not have."""
+    if not 1 <= exit_layer < target.shape.layers:
+        raise ValueError(
+            f"exit_layer is {exit_layer}; expected 1 to {target.shape.layers - 1}, for the target has "
+            f"{target.shape.layers} layers"
+        )
+
+
+def check(target: Transformer, settings: ExitSettings) -> None:
+    """Refuse settings that do not fit the target."""
+    if settings.fingerprint != target.fingerprint:
+        raise ValueError(
+            f"the adapter was trained on {settings.base_model!r}, whose weights are others than those of this target; "
+            "take the target that it is for, or train one of its own"
+        )
+    check_exit(target, settings.exit_layer)
+    if settings.kind not in KINDS:
+        raise ValueError(f"adapter is {settings.kind!r}; expected one of {', '.join(KINDS)}")
+    if settings.rank < 1:
+        raise ValueError(f"rank is {settings.rank}; expected 1 or more")

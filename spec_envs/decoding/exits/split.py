@@ -1,0 +1,100 @@
+"""A target read in two parts: the layers in front of its early exit while a chain is drafted, those behind it to verify."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding import accept
+from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.verifier import LocalVerifier, Verdict
+
+
+class SplitVerifier(LocalVerifier):
+    """The target behind its own early exit. No layer reads a row twice: what the drafter had read of the chain is kept,
+    and verification goes on from there, in the same cache.
+
+    Args:
+        adapter: the exit, and what was trained of it.
+        temperature, top_p: see ``LocalVerifier``.
+
+    Attributes:
+        features: exit states of the rows committed by the last call, ``[rows, hidden]``.
+        finals: of the last ``verify``, hidden states of those rows behind the last layer, ``[rows, hidden]``.
+        logits: of the last ``verify``, those of every verified row, ``[n + 1, vocab]``.
+    """
+
+    def __init__(self, adapter: ExitAdapter, temperature: float = 0.0, top_p: float = 1.0):
+        super().__init__(adapter.target, (adapter.exit_layer,), temperature, top_p)
+        self.adapter, self.version = adapter, -1
+        layers = self.target.shape.layers
+        self.shallow, self.deep = range(adapter.exit_layer), range(adapter.exit_layer, layers)
+        shape, dtype = (64, self.target.shape.hidden), self.target.precision.hidden
+        self.states = torch.empty(shape, dtype=dtype, device=self.device)  # of the rows that were looked at
+        self.rows: list[int] = []
+
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        """See ``LocalVerifier``; what the adapter has learned since the last text counts from now on."""
+        if self.version != self.adapter.version:
+            added, self.version = self.adapter.played_additions(), self.adapter.version
+            self.added = added if added is None or self.added is None else self.added.become(added)
+        self.rows = []
+        return super().start(prompt, rows, rng)
+
+    def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
+        """The target with the adapter in its layers, if it has one there."""
+        other = LocalVerifier(self.target, (), self.temperature, self.top_p)
+        other.added = self.adapter.played_additions()
+        return other
+
+    @torch.inference_mode()
+    def look(self, chain: Sequence[int]) -> tuple[Tensor, int]:
+        """Exit states ``[1 + len(chain), hidden]`` of the text's last token and a chain behind it, and how many of these
+        rows were not read before."""
+        wanted = [self.last, *chain]
+        known = 0
+        while known < min(len(wanted), len(self.rows)) and wanted[known] == self.rows[known]:
+            known += 1
+        if new := wanted[known:]:
+            committed = self.cache.length
+            self.cache.length += known
+            ids = torch.tensor([new], device=self.device)
+            positions = self.cache.length + torch.arange(len(new), device=self.device)[None]
+            try:
+                x, _ = self.target.forward(
+                    self.target.embed(ids), self.cache, positions, layers=self.shallow, added=self.added
+                )
+            finally:
+                self.cache.length = committed
+            if len(wanted) > len(self.states):
+                self.states = torch.cat([self.states, torch.empty_like(self.states), x[0]])
+            self.states[known : len(wanted)] = x[0]
+            self.rows = wanted
+        return self.states[: len(wanted)], len(new)
+
+    @torch.inference_mode()
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
+    ) -> Verdict:
+        """See ``LocalVerifier``; the nodes are a chain."""
+        states, _ = self.look(tokens.tolist())
+        positions = self.cache.length + torch.arange(len(states), device=self.device)[None]
+        hidden, _ = self.target.forward(states[None], self.cache, positions, layers=self.deep, added=self.added)
+        verdict = self._decide(tokens, parents, hidden[0], proposals)
+        kept = len(verdict.path) + 1
+        self.features, self.finals = states[:kept].clone(), hidden[0, :kept]
+        self.cache.keep(range(kept))
+        self.last, self.rows = verdict.token, []
+        return verdict
+
+    def _decide(
+        self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, proposals: Sequence[Proposal] = ()
+    ) -> Verdict:
+        self.logits = self.target.head(hidden)
+        if self.temperature == 0:
+            return Verdict(*accept.greedy(tokens, parents, self.logits.argmax(-1).cpu().numpy()))
+        return self._sample(tokens, parents, self.logits, proposals)

@@ -1,0 +1,308 @@
+"""A llama-server process (llama.cpp) on loopback: started, asked for completions of token ids, and stopped."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+from spec_envs.decoding.drafters.eagle.head import drafter_folder
+from spec_envs.decoding.drafters.formats import is_head
+from spec_envs.decoding.llama_cpp.gguf_export import exported
+from spec_envs.decoding.weights.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, scratch, sha256
+from spec_envs.files import at_home
+from spec_envs.processes import started
+
+START_SECONDS, STOP_SECONDS = 120, 5
+PORTS = 3  # tries of a port that was free and is taken when the server wants it
+TAKEN = ("address already in use", "couldn't bind", "failed to bind", "could not bind")
+OURS = frozenset(  # options that are set here, or would change how the server is spoken to
+    ["-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "--host", "--port", "-np", "--parallel",
+     "-t", "--threads", "-c", "--ctx-size", "--no-webui", "--webui", "--offline", "-ub", "--ubatch-size",
+     "--metrics", "-cram", "--cache-ram", "-md", "--model-draft", "--api-key", "--api-key-file", "--api-prefix",
+     "--ssl-key-file", "--ssl-cert-file", "-h", "--help", "--version", "--embedding", "--reranking",
+     "--log-disable", "--log-file"]
+)  # fmt: skip
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is nothing for a proxy
+
+
+class LlamaServer:
+    """One model, and maybe a draft model, behind one slot of a server of its own.
+
+    Args:
+        model: GGUF file.
+        arguments: further ones of llama-server (``["--spec-type", "ngram-simple"]``).
+        threads: of the server.
+        context: tokens of prompt and answer.
+        binary: the program; by default the one on PATH, else the one of models.yml's wheel.
+        server_args: of the user, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no GPU.
+
+    Raises:
+        ValueError: no program, arguments that are set here, or it did not start; the sentence ends with the last lines
+            of its log, and says where the whole of it is kept.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str] = (),
+        threads: int = 2,
+        context: int = 4096,
+        binary: str | None = None,
+        server_args: Sequence[str] = (),
+    ):
+        check_server_args(server_args)
+        program = find_binary(binary)
+        names = {word.partition("=")[0] for word in server_args}
+        device = [] if names & {"--device", "-dev"} else ["--device", "none"]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, so no end of this process leaves it behind
+        for attempt in range(PORTS):
+            self.port = free_port()
+            command = [
+                *(str(program), "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)),
+                *(*device, "--parallel", "1", "--threads", str(threads), "--ctx-size", str(context)),
+                *("--no-webui", "--offline", *arguments, *server_args),
+            ]
+            self.process = started(
+                command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=environment(program)
+            )
+            atexit.register(self.close)
+            if self._ready(last=attempt == PORTS - 1):
+                break
+
+    def complete(self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any) -> dict:
+        """Continue token ids, greedily unless ``settings`` say otherwise; the server's answer with ``timings``.
+
+        Raises:
+            ValueError: the request was refused; or there was no answer within ``timeout`` seconds, or the server is
+                gone: then it is ended, and the sentence closes with the last lines of its log.
+        """
+        body = {
+            "prompt": list(prompt),
+            "n_predict": max_new_tokens,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+            **settings,
+        }
+        return json.loads(self._ask("/completion", timeout, json.dumps(body).encode()))
+
+    def context(self) -> int:
+        """Most tokens of prompt and answer, as the server has it: a model may allow fewer than were asked for."""
+        return json.loads(self._ask("/props"))["default_generation_settings"]["n_ctx"]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges of llama.cpp by name, labels included, since this process began.
+
+        Raises:
+            ValueError: the server was started without ``--metrics``.
+        """
+        lines = self._ask("/metrics").decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line.startswith("llamacpp:"))
+        return {name: float(value) for name, value in samples}
+
+    def close(self) -> None:
+        """Stop the process; may be called twice."""
+        atexit.unregister(self.close)
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _ready(self, last: bool) -> bool:
+        """Return True when the model is loaded; False where the port was taken meanwhile and this try is not the last."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                if not last and any(sign in self._said().lower() for sign in TAKEN):
+                    return False
+                raise self.failure(f"llama-server ended with status {self.process.returncode} while it started")
+            try:
+                with DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    if self.process.poll() is None:  # else it was somebody else's who answered
+                        return True
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        raise self.failure(f"llama-server was not ready after {START_SECONDS} s")
+
+    def _said(self) -> str:
+        """The log so far."""
+        if self.log.closed:
+            return ""
+        size = os.fstat(self.log.fileno()).st_size
+        return os.pread(self.log.fileno(), size, 0).decode(errors="replace")
+
+    def _ask(self, path: str, timeout: float = 60, body: bytes | None = None) -> bytes:
+        """The answer to a GET or, with a body of JSON, a POST."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
+        )
+        try:
+            with DIRECT.open(request, timeout=timeout) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            message = error.read().decode(errors="replace")[:500]
+            raise ValueError(f"llama-server refused the request with status {error.code}: {message}") from None
+        except TimeoutError:
+            raise self.failure(f"llama-server did not answer within {timeout:g} s") from None
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+            raise self.failure(f"llama-server did not answer ({error})") from None
+
+    def failure(self, what: str, about: str = "") -> ValueError:
+        """``what`` and the last lines of the log, of those that hold ``about``; nothing is left running. The whole log is
+        kept in a file, which the sentence names."""
+        said = self._said()
+        clean = "".join(c if c.isprintable() or c == "\n" else " " for c in said)
+        tail = [line for line in clean.strip().split("\n") if about in line][-5:]
+        self.process.kill()  # one that hangs would not hear of a gentler signal
+        self.close()
+        kept = ""
+        if said:
+            handle, kept = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(said)
+            kept = f" (all of it is in {kept})"
+        return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}{kept}")
+
+
+def check_server_args(given: Sequence[str]) -> None:
+    """Refuse arguments of llama-server that are set here, or are no list of words.
+
+    Raises:
+        ValueError: they are.
+    """
+    if isinstance(given, str) or not all(isinstance(word, str) and word.isprintable() for word in given):
+        raise ValueError(f"server_args is {given!r}; expected a list of words such as ['--device', 'CUDA0']")
+    for word in given:
+        name = word.partition("=")[0]
+        if name in OURS or name.startswith(("--spec-", "--draft")):
+            raise ValueError(f"server_args has {name}, which is set here; leave it out")
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def find_binary(binary: str | None = None) -> Path:
+    """llama-server: as given, on PATH, or out of the wheel that models.yml names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if binary is not None:
+        found = shutil.which(binary)
+        if found is None:
+            raise ValueError(f"{binary!r} is no program; expected a path to llama-server")
+        return Path(found).resolve()
+    if on_path := shutil.which("llama-server"):
+        return Path(on_path).resolve()
+    return fetch_binary()
+
+
+def fetch_binary() -> Path:
+    """The program of the wheel in models.yml, downloaded once, verified by hash and unpacked into the cache."""
+    entry = registry()["llama-server"]
+    folder = CACHE / "llama-server" / entry["sha256"][:12]
+    program = folder / "bin" / "llama-server"
+    if not program.is_file():
+        with alone(folder):
+            if not program.is_file():
+                unpack(entry, folder)
+    return program
+
+
+def unpack(entry: dict[str, str], folder: Path) -> None:
+    """Put the program and its libraries from the wheel into a folder."""
+    with scratch(folder) as making:
+        try:
+            wheel = download_wheels([entry["wheel"]], making)[0]
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"no llama-server on PATH, and none to be fetched: {error}") from None
+        if (digest := sha256(wheel)) != entry["sha256"]:
+            raise ValueError(f"{entry['wheel']} has SHA-256 {digest}, expected {entry['sha256']}; it is not used")
+        unpacked = making / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                parts = PurePosixPath(member).parts
+                if len(parts) == 3 and parts[1] in ("bin", "lib") and not member.endswith("/"):
+                    target = unpacked / parts[1] / parts[2]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(member))
+        (unpacked / "bin" / "llama-server").chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        unpacked.rename(folder)
+
+
+def environment(program: Path) -> dict[str, str]:
+    """Variables to run the program with, so that it finds the libraries that came with it."""
+    folders = [str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH")]
+    return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}
+
+
+@functools.cache
+def options(program: Path) -> str:
+    """What ``--help`` says; the names of options changed from build to build.
+
+    Raises:
+        ValueError: the program does not run.
+    """
+    try:
+        answer = subprocess.run(
+            [program, "--help"], capture_output=True, text=True, timeout=60, env=environment(program)
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{program} does not run: {error}") from None
+    return answer.stdout + answer.stderr
+
+
+def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
+    """Arguments for chains of ``k`` tokens by a draft model, all of them verified, however unsure it is of them."""
+    if "--spec-draft-n-max" in options(program):  # since 2026; there the older names end the program
+        lengths = ["--spec-type", "draft-simple", "--spec-draft-n-max", str(k), "--spec-draft-n-min", "0"]
+        return [*lengths, "--spec-draft-p-min", "0", "--model-draft", str(drafter)]
+    return ["--draft-max", str(k), "--draft-min", "0", "--draft-p-min", "0", "--model-draft", str(drafter)]
+
+
+def gguf_of(model: str) -> tuple[Path, list[str]]:
+    """The GGUF file of a model and what llama-server needs to be told of it. A shipped draft model's is written once.
+
+    Raises:
+        ValueError: a model in another format.
+    """
+    drafter = registry()["drafters"].get(model, {})
+    if "path" in drafter and drafter["target"] in registry()["models"] and not is_head(drafter_folder(model)):
+        target, needed = gguf_of(drafter["target"])
+        return exported(drafter_folder(model), target), needed
+    if model in registry()["models"]:
+        return fetch_gguf(model), registry()["models"][model].get("llama_server", [])
+    path = at_home(model)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ValueError(f"{model!r} is no GGUF file, which is all that llama-server reads")
+    return path, []

@@ -1,0 +1,341 @@
+"""Decoder layers in int8 on a CPU: weights quantised per output channel, every row of activations by itself.
+
+Integer sums do not depend on what else is in the batch, and the kernels add everything else in one order per row, so
+a row has the same bits alone, in a tree and in a batch: speculative decoding in int8 is exactly plain decoding.
+The classes are those of ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from ctypes import Array, byref, c_void_p
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from spec_envs.decoding.model.cache import KVCache, SlotBatch
+from spec_envs.decoding.model.kernels import threads
+from spec_envs.decoding.model.kernels.bindings import CAdded, CCache, CLayer, CMatrix, CTables, address, floats, library
+from spec_envs.decoding.model.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
+from spec_envs.decoding.model.layers import feeds, joined
+from spec_envs.decoding.model.lora import Additions
+from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.shape import Shape
+
+MOST = (2**31 - 1) // 127**2  # inputs of a product whose sums fit 32 bits
+MULTIPLES = {"head size": COLUMNS, "hidden size": TILE, "intermediate size": TILE, "width": TILE}
+
+
+def uncomputed(**widths: int) -> str | None:
+    """Why the kernels do not compute a model or a product of these widths, named as in ``MULTIPLES`` with underscores; None
+    where they do. Every width that they cannot compute is refused here."""
+    for name, multiple in MULTIPLES.items():
+        width = widths.get(name.replace(" ", "_"), multiple)
+        if width % multiple or width < 1:
+            return f"dtype 'int8' needs a {name} of a multiple of {multiple}, not {width}; pass another dtype"
+        if width > MOST:
+            return f"dtype 'int8' needs a {name} of at most {MOST}, not {width}; pass another dtype"
+    return None
+
+
+def computes(config: PretrainedConfig) -> bool:
+    """Whether the kernels compute a model of this config.
+
+    Raises:
+        ValueError: a config that no dtype computes.
+    """
+    shape = Shape.from_config(config)
+    widths = {"head_size": shape.head_dim, "hidden_size": shape.hidden, "intermediate_size": config.intermediate_size}
+    return uncomputed(**widths, width=shape.heads * shape.head_dim) is None
+
+
+def check(**widths: int) -> None:
+    """Raise ValueError for widths that the kernels do not compute."""
+    if reason := uncomputed(**widths):
+        raise ValueError(reason)
+
+
+class RMSNorm:
+    """Root-mean-square norm with a gain, in float32.
+
+    Raises:
+        ValueError: a width that the kernels do not compute.
+    """
+
+    def __init__(self, weight: Tensor, eps: float):
+        check(width=len(weight))
+        self.weight, self.eps, self.library = floats(weight), eps, library()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, width = rows_of(x, len(self.weight)), len(self.weight)
+        out = torch.empty_like(x)
+        self.library.rms_norm(x.data_ptr(), self.weight.data_ptr(), x.numel() // width, width, self.eps, out.data_ptr())
+        return out
+
+
+class Linear:
+    """``y = x Wᵀ + b`` with the weight in int8 per output and the rows of x in int8 per row.
+
+    Args:
+        weight: ``[out, in]``, in a multiple of 16.
+        bias: ``[out]`` or None.
+        norm: applied to x first.
+
+    Raises:
+        ValueError: a width that the kernels do not compute.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None):
+        self.outputs, self.inputs = weight.shape
+        check(width=self.inputs)
+        if (norm is not None and len(norm.weight) != self.inputs) or (bias is not None and len(bias) != self.outputs):
+            raise ValueError(f"a product of {self.inputs} inputs and {self.outputs} outputs has another norm or bias")
+        self.norm, self.library = norm, library()
+        self.weight, self.scale = packed(weight)
+        self.bias = None if bias is None else padded(floats(bias)[None], 1, COLUMNS)[0]
+        self.matrix = CMatrix(address(self.weight), address(self.scale), address(self.bias), self.inputs, self.outputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        x, stride = rows_of(x, self.inputs), len(self.scale)
+        out = torch.empty(*x.shape[:-1], stride)
+        self.library.linear(
+            byref(self.matrix), x.data_ptr(), x.numel() // self.inputs, *self._norm(), out.data_ptr(), stride, threads()
+        )
+        return out[..., : self.outputs]
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """The index of the largest output of each row, ``[...]``."""
+        x = rows_of(x, self.inputs)
+        out = torch.empty(x.shape[:-1], dtype=torch.int64)
+        self.library.linear_argmax(
+            byref(self.matrix), x.data_ptr(), x.numel() // self.inputs, *self._norm(), out.data_ptr(), threads()
+        )
+        return out
+
+    def dense(self) -> Tensor:
+        """The quantised weight ``[out, in]`` as floats."""
+        return unpacked(self.weight, self.scale)[: self.outputs, : self.inputs]
+
+    def _norm(self) -> tuple[int | None, float]:
+        return (None, 0.0) if self.norm is None else (self.norm.weight.data_ptr(), self.norm.eps)
+
+
+class Head:
+    """Logits of hidden states through the final norm, or the most probable token of each.
+
+    Args:
+        weight: ``[vocab, hidden]``.
+    """
+
+    def __init__(self, weight: Tensor, norm: RMSNorm):
+        self.linear = Linear(weight, norm=norm)
+        self.argmax = self.linear.argmax
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., hidden]`` to ``[..., vocab]``."""
+        return self.linear(x)
+
+
+class Layers:
+    """A stack of decoder layers; see ``layers.Layers``.
+
+    Raises:
+        ValueError: a width that the kernels do not compute.
+    """
+
+    def __init__(self, weights: Sequence[dict[str, Tensor]], shape: Shape):
+        check(head_size=shape.head_dim, hidden_size=shape.hidden)
+        self.shape, self.library = shape, library()
+        self.inner: set[int] = set()  # widths within the feed-forward parts
+        self.kept: list[Linear | Tensor] = []  # what the structures point to
+        self.structures = (CLayer * len(weights))(*(self._structure(w) for w in weights))
+        if any(layer.qkv.inputs != shape.hidden for layer in self.structures[1:]):
+            raise ValueError(f"a layer after the first one reads another width than the hidden size {shape.hidden}")
+
+    def __call__(
+        self,
+        x: Tensor,
+        cache: KVCache | SlotBatch,
+        rope: Rope,
+        positions: Tensor,
+        seen: Tensor | None = None,
+        padding: Tensor | None = None,
+        layers: range | None = None,
+        capture: Collection[int] = (),
+        entering: Tensor | None = None,
+        added: Additions | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
+        layers = layers if layers is not None else range(len(self.structures))
+        memory = c_cache(cache)
+        self.check_rows(x, memory.batch, cache, rope, layers, positions, seen, padding)
+        read = x if entering is None else entering
+        if read.shape != (*x.shape[:2], self.structures[0].qkv.inputs if layers.start == 0 else self.shape.hidden):
+            raise IndexError(f"entering {list(read.shape)} does not fit what the attention of the first layer reads")
+        x = floats(x).clone()
+        if not layers or not x.numel():
+            return x, [x.clone() for i in sorted(capture) if i in layers]
+        captured = {i: torch.empty_like(x) for i in sorted(capture) if i in layers}
+        pointers = (c_void_p * len(self.structures))(*(address(captured.get(i)) for i in range(len(self.structures))))
+        positions = positions.contiguous()
+        seen = None if seen is None else seen.contiguous()
+        padding = None if padding is None else padding.contiguous()
+        entering = None if entering is None else floats(entering)
+        self.library.forward(
+            self.structures,
+            layers.start,
+            layers.stop,
+            x.data_ptr(),
+            address(entering),
+            byref(memory),
+            x.shape[1],
+            positions.data_ptr(),
+            byref(c_tables(rope)),
+            address(seen),
+            0 if seen is None else seen.shape[1],
+            address(padding),
+            pointers,
+            c_added(added, self.structures),
+            threads(),
+        )
+        return x, list(captured.values())
+
+    def check_rows(
+        self,
+        x: Tensor,
+        batch: int,
+        cache: KVCache | SlotBatch,
+        rope: Rope,
+        layers: range,
+        positions: Tensor,
+        seen: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
+        """Raise IndexError for tensors of other sizes or dtypes than the kernels will take them for."""
+        s, n = self.shape, x.shape[1]
+        stop = layers.stop if layers else 0
+        _, stored, _, kv_heads, _, head_dim = cache.data.shape
+        expected = {
+            "rows": (x.shape == (batch, n, s.hidden), x),
+            "layers": (
+                layers.start >= 0 and layers.step == 1 and stop <= min(len(self.structures), stored),
+                cache.data,
+            ),
+            "cache": ((kv_heads, head_dim, cache.data.dtype) == (s.kv_heads, s.head_dim, torch.bfloat16), cache.data),
+            "rotary tables": (rope.cos.shape[1] == s.head_dim and rope.cos.dtype == torch.float32, rope.cos),
+            "positions": (positions.shape == (batch, n) and positions.dtype == torch.int64, positions),
+            "seen": (seen is None or (seen.shape == (n, seen.shape[-1]) and seen.dtype == torch.bool), seen),
+            "padding": (padding is None or (padding.shape == (batch,) and padding.dtype == torch.int64), padding),
+        }
+        for name, (fits, tensor) in expected.items():
+            if not fits:
+                size = None if tensor is None else list(tensor.shape)
+                raise IndexError(f"{name} {size} do not fit {list(x.shape)} rows of layers {layers} in int8")
+
+    def _structure(self, weights: dict[str, Tensor]) -> CLayer:
+        s = self.shape
+        linears = [
+            Linear(*joined(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
+            Linear(*joined(weights, ["self_attn.o_proj"])),
+        ]
+        attended, read = s.heads * s.head_dim, linears[0].inputs
+        expected = [(read, (s.heads + 2 * s.kv_heads) * s.head_dim), (attended, s.hidden)]
+        if feeds(weights):
+            gate, up = (joined(weights, [f"mlp.{name}_proj"]) for name in ("gate", "up"))
+            check(intermediate_size=len(gate[0]))
+            bias = None if gate[1] is None or up[1] is None else interleaved(gate[1], up[1])
+            linears += [Linear(interleaved(gate[0], up[0]), bias), Linear(*joined(weights, ["mlp.down_proj"]))]
+            expected += [(s.hidden, 2 * linears[3].inputs), (linears[3].inputs, s.hidden)]
+            self.inner.add(linears[3].inputs)
+        widths = [(linear.inputs, linear.outputs) for linear in linears]
+        if widths != expected or read not in (s.hidden, 2 * s.hidden) or len(self.inner) > 1:
+            raise ValueError(f"a layer has products of {widths} inputs and outputs, expected {expected}")
+        names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        gains = [floats(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None for name in names]
+        for gain, width in zip(gains, (s.hidden, s.hidden, s.head_dim, s.head_dim), strict=True):
+            if gain is not None and len(gain) != width:
+                raise ValueError(f"a norm has {len(gain)} gains, expected {width}")
+        self.kept += [*linears, *(gain for gain in gains if gain is not None)]
+        matrices = [linear.matrix for linear in linears] + [CMatrix()] * (4 - len(linears))
+        return CLayer(*matrices, *map(address, gains), s.hidden, s.heads, s.kv_heads, s.head_dim, s.norm_eps)
+
+
+def c_cache(cache: KVCache | SlotBatch) -> CCache:
+    """The cache as the kernels take it."""
+    _, layers, sequences, _, rows, _ = cache.data.shape
+    memory = (cache.data.data_ptr(), layers, sequences, rows)
+    if isinstance(cache, KVCache):
+        return CCache(*memory, sequences, cache.length)
+    return CCache(*memory, len(cache.slots), 0, cache.slots.data_ptr(), cache.owner.lengths.ctypes.data)
+
+
+def c_added(added: Additions | None, layers: Array[CLayer]) -> Array[CAdded] | None:
+    """The additions to these layers as the kernels take them, made once for each.
+
+    Raises:
+        IndexError: additions to other layers, or of other widths.
+    """
+    if added is None:
+        return None
+    if added.structures is None:
+        if len(added.layers) != len(layers):
+            raise IndexError(f"additions to {len(added.layers)} layers do not fit {len(layers)}")
+        structures = (CAdded * len(layers))()
+        for structure, layer, addition in zip(structures, layers, added.layers, strict=True):
+            for name, pair in ("qkv", addition and addition.qkv), ("out", addition and addition.out):
+                if pair is not None:
+                    for field, value in zip(("down", "up", "rank"), low_rank(pair, getattr(layer, name)), strict=True):
+                        setattr(structure, f"{name}_{field}", value)
+        added.structures = structures
+    return added.structures
+
+
+def low_rank(pair: tuple[Tensor, Tensor], matrix: CMatrix) -> tuple[int | None, int | None, int]:
+    """Addresses and rank of what is added to a product.
+
+    Raises:
+        IndexError: it is not float32, contiguous and of the product's widths.
+    """
+    down, up = pair
+    sizes = (len(down), matrix.inputs), (len(down), matrix.outputs)
+    if (down.shape, up.shape) != sizes or any(t.dtype != torch.float32 or not t.is_contiguous() for t in pair):
+        raise IndexError(f"additions {list(down.shape)} and {list(up.shape)} do not fit {sizes} in contiguous float32")
+    return address(down), address(up), len(down)
+
+
+def c_tables(rope: Rope) -> CTables:
+    """The tables as the kernels take them."""
+    return CTables(rope.cos.data_ptr(), rope.sin.data_ptr(), len(rope.cos))
+
+
+def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``layers.most_probable``."""
+    both = logits.shape[1] + (0 if extra is None else extra.shape[1])
+    if not 1 <= width <= both or logits.dtype != torch.float32 or logits.stride(1) != 1:
+        raise IndexError(f"{width} of {both} logits in {logits.dtype} cannot be chosen")
+    n, index = len(logits), torch.empty(len(logits), width, dtype=torch.int64)
+    log_probability, entropy = torch.empty(n, width), torch.empty(n)
+    extra = None if extra is None else floats(extra)
+    library().most_probable(
+        logits.data_ptr(), logits.shape[1], logits.stride(0), address(extra), 0 if extra is None else extra.shape[1],
+        n, width, index.data_ptr(), log_probability.data_ptr(), entropy.data_ptr(), threads(),
+    )  # fmt: skip
+    return index, log_probability, entropy
+
+
+def rows_of(x: Tensor, width: int) -> Tensor:
+    """Rows of that width in contiguous float32.
+
+    Raises:
+        IndexError: rows of another width.
+    """
+    if x.shape[-1] != width:
+        raise IndexError(f"rows {list(x.shape)} do not fit a width of {width}")
+    return floats(x)
+
+
+def read_all(data: Tensor) -> None:
+    """Read every byte of ``data`` once, on all threads, as fast as memory gives them."""
+    library().read_all(data.data_ptr(), data.nbytes, threads())

@@ -1,0 +1,203 @@
+"""Both sides of a decoder, played from a trace: exactly what the models did, without them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
+from spec_envs.decoding.drafters.lookup import Occurrence
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.traces.trace import Trace, level_slice
+from spec_envs.decoding.tree import ROOT, Children, Tree
+from spec_envs.decoding.verifier import Traffic, Verdict
+from spec_envs.text import SILENT, Detokenizer
+
+
+def replayed(trace: Trace, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
+    """A decoder that plays a trace. Its texts are those of the trace; other prompts raise ValueError."""
+    drafter: Drafter = (TreeReplay if trace.kind == "tree" else ChainReplay)(trace)
+    return Decoder(ReplayVerifier(trace), drafter, clock, trace.manifest.eos, max_depth, detokenize)
+
+
+class Place:
+    """Where in the texts of a trace a decoder is."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.row, self.end = 0, 0
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Go to the first token of a text.
+
+        Raises:
+            ValueError: the trace does not have it.
+        """
+        text = self.trace.by_prompt.get(tuple(prompt))
+        if text is None:
+            raise ValueError(
+                f"the trace {self.trace.folder} has no text of this prompt; choose one of its own, or record it"
+            )
+        self.row, self.end = (int(row) for row in self.trace.starts[text : text + 2])
+
+
+class ReplayVerifier:
+    """The target's side: takes what the text says, and adds the token behind it."""
+
+    temperature, top_p, traffic = 0.0, 1.0, Traffic()
+
+    def __init__(self, trace: Trace):
+        self.place = Place(trace)
+        self.vocab, self.context = trace.manifest.vocab, trace.manifest.context
+        self.features = torch.empty(0)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> str:
+        return self.place.trace.manifest.dtype
+
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        """The first token of the text."""
+        self.place.begin(prompt)
+        self.text = self.place.trace.columns["tokens"]
+        return int(self.text[self.place.row])
+
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
+    ) -> Verdict:
+        """Walk along the text as far as it was drafted; behind its end stands whatever token, which is cut off."""
+        path, parent = [], ROOT
+        ahead = self.text[self.place.row + 1 : self.place.end]
+        for token in ahead[: len(tokens)]:
+            children = np.flatnonzero((parents == parent) & (tokens == token))
+            if not len(children):
+                break
+            parent = int(children[0])
+            path.append(parent)
+        added = int(ahead[len(path)]) if len(path) < len(ahead) else 0
+        self.place.row += len(path) + 1
+        return Verdict(path, added)
+
+    def decode(self, count: int, eos: Collection[int]) -> list[int]:
+        """The next tokens of the text."""
+        tokens = self.text[self.place.row + 1 : min(self.place.end, self.place.row + 1 + count)].tolist()
+        self.place.row += len(tokens)
+        return tokens
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Tokens that the target did not choose lead to texts that were not recorded."""
+        raise ValueError("a trace has the target's own texts only; tokens that were never verified cannot be replayed")
+
+    def close(self) -> None:
+        """Nothing lies outside."""
+
+    def plain(self, eos: Collection[int] = ()) -> ReplayVerifier:
+        """One of the same texts."""
+        return ReplayVerifier(self.place.trace)
+
+
+class Replay:
+    """What the drafter's side has in common for trees and chains."""
+
+    capture: tuple[int, ...] = ()
+
+    def __init__(self, trace: Trace):
+        self.place = Place(trace)
+        manifest = trace.manifest
+        self.vocab, self.context, self.width = manifest.vocab, manifest.context, manifest.width
+        self.columns = trace.columns
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        """Go to the text of this prompt and first token."""
+        self.place.begin(text[:-1])
+        self.unread = 1  # committed tokens that no forward has read
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """The text goes on."""
+        self.place.row += len(tokens)
+        self.unread += len(tokens)
+
+
+class TreeReplay(Replay):
+    """Drafts the trees that were recorded."""
+
+    def root(self, tree: Tree) -> int:
+        """The first level."""
+        tree.start(self._children(0, 1))
+        rows, self.unread = self.unread, 0
+        return rows
+
+    def expand(self, tree: Tree) -> int:
+        """The next level."""
+        tree.grow(self._children(len(tree.level_starts), self.width))
+        return self.width
+
+    def _children(self, level: int, parents: int) -> Children:
+        here, row = level_slice(level, self.width), self.place.row
+        behind = slice(1 + self.width * (level - 1), 1 + self.width * level) if level else slice(0, 1)
+        tokens = self.columns["drafted"][row, here].reshape(parents, -1).astype(np.int64)
+        log_probs = self.columns["log_probs"][row, here].reshape(parents, -1)
+        return Children(tokens, log_probs, self.columns["entropies"][row, behind])
+
+
+class ChainReplay(Replay, ChainDrafter):
+    """Drafts the chains that were recorded. Forwards have the rows that they had: a copied token has none, and the next
+    forward reads it."""
+
+    temperature = 0.0
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        """See ``Replay``."""
+        super().start(text, positions, features, rng)
+        self.read = 0  # tokens of the chain that a forward has read
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """See ``Replay``; what was read of the chain and taken need not be read again."""
+        accepted = len(tokens) - 1
+        kept = min(self.read, accepted, int(self.columns["right"][self.place.row]))
+        super().commit(tokens, features)
+        self.unread -= kept
+        self.read = 0
+
+    def root(self, tree: Tree) -> int:
+        """The first token, where there is one."""
+        tree.clear()
+        return super().root(tree) if self._length else 0
+
+    def goes_on(self, tree: Tree) -> bool:
+        """Whether more was drafted behind a chain."""
+        return 0 < tree.size < self._length
+
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        """See ``ChainDrafter``."""
+        row, at = self.place.row, len(chain)
+        token, log_prob = self.columns["drafted"][row, at], self.columns["log_probs"][row, at]
+        children = Children(
+            np.array([[token]], np.int64), np.array([[log_prob]]), self.columns["entropies"][row, at : at + 1]
+        )
+        if self.columns["copied"][row, at]:
+            return children, 0
+        rows = self.unread + at - self.read
+        self.unread, self.read = 0, at
+        return children, rows
+
+    def matched(self) -> int:
+        """See ``Copier``."""
+        return int(self.columns["matched"][self.place.row])
+
+    def source(self, chain: list[int]) -> Occurrence | None:
+        """See ``Copier``; the place itself is not recorded."""
+        copied = len(chain) < self._length and self.columns["copied"][self.place.row, len(chain)]
+        return Occurrence(0, self.matched()) if copied else None
+
+    @property
+    def _length(self) -> int:
+        return int(self.columns["length"][self.place.row])

@@ -1,0 +1,180 @@
+"""Synthetic decoding: whether a drafted token is right is drawn, not computed.
+
+A profile states, per kind of text, how probable it is that the i-th token of a chain is accepted when those before it
+were. Behind the ordinary decoder stand a drafter and a verifier that play this out in microseconds; with a cost table
+that is a whole environment for fast training and for tests. It stands in for no model: a profile is made up, or fitted
+to published counts, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from spec_envs.checked import Checked, read_checked
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.tree import Children
+from spec_envs.decoding.verifier import Traffic, Verdict
+from spec_envs.files import DATA, find_json
+from spec_envs.text import Detokenizer
+
+PROFILES = DATA / "profiles"
+CONTEXT = 32768
+EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, what the target does not say, and from 2 on what it says, one per kind
+
+
+class KindData(Checked):
+    """A kind of text in a file; see ``Kind``."""
+
+    weight: Annotated[int, Field(ge=1, le=1000)]
+    snippet: str
+    acceptance: Annotated[list[Annotated[float, Field(ge=1e-6, le=1 - 1e-6)]], Field(min_length=1)]
+
+
+class ProfileData(Checked):
+    """A profile in a file; see ``Profile``."""
+
+    synthetic: bool = True
+    about: str = ""
+    clock: str
+    static_over_plain: Annotated[float, Field(ge=1e-3, le=1e3)]
+    concentration: Annotated[float, Field(ge=1e-3, le=1e9)]
+    prompt_tokens: Annotated[int, Field(ge=1, le=CONTEXT)]
+    kinds: Annotated[dict[str, KindData], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of text: its weight among the prompts, how it looks, and the chance of acceptance by place in the chain
+    (the last one holds for all further places)."""
+
+    name: str
+    weight: int
+    snippet: str
+    acceptance: np.ndarray
+
+    def survival(self, k: int) -> np.ndarray:
+        """The chance that the first 1…k tokens of a chain are all accepted, ``[k]``."""
+        return np.cumprod(self.acceptance[np.minimum(np.arange(k), len(self.acceptance) - 1)])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A synthetic pair of models.
+
+    Attributes:
+        clock: name of the cost table that belongs to it.
+        static_over_plain: speed of the best fixed length under that table, in units of plain decoding.
+        concentration: how alike a kind's tokens are: the chance of one is drawn from a beta distribution with the mean
+            that its place has and this sum of parameters, and is what the drafter reports.
+    """
+
+    name: str
+    clock: str
+    static_over_plain: float
+    concentration: float
+    prompt_tokens: int
+    kinds: tuple[Kind, ...]
+
+    @classmethod
+    def load(cls, source: str) -> Self:
+        """Read a shipped profile by name, or a JSON file by path.
+
+        Raises:
+            ValueError: no such profile, or one that is malformed.
+        """
+        path = find_json(source, PROFILES, "trace folder and no synthetic profile")
+        data = read_checked(ProfileData, path, "a synthetic profile", f"see those in {PROFILES}")
+        kinds = tuple(
+            Kind(name, kind.weight, kind.snippet, np.array(kind.acceptance, float)) for name, kind in data.kinds.items()
+        )
+        return cls(path.stem, data.clock, data.static_over_plain, data.concentration, data.prompt_tokens, kinds)
+
+    def prompts(self) -> list[tuple[str, list[int]]]:
+        """Kind and ids of every prompt there is, as many of a kind as its weight says."""
+        ids = [(kind.name, [FIRST + i] * self.prompt_tokens) for i, kind in enumerate(self.kinds)]
+        return [prompt for prompt, kind in zip(ids, self.kinds, strict=True) for _ in range(kind.weight)]
+
+    def decoder(self, clock: WallClock, max_depth: int) -> Decoder:
+        """A decoder of chains that plays the profile out."""
+        vocab = FIRST + len(self.kinds)
+        drafter = SyntheticDrafter(self, vocab)
+        return Decoder(SyntheticVerifier(vocab), drafter, clock, {EOS}, max_depth, Detokenizer(self.detokenize))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text that looks like its kind."""
+        return " ".join(self.kinds[i - FIRST].snippet if i >= FIRST else "?" for i in ids)
+
+
+class SyntheticDrafter(ChainDrafter):
+    """Drafts the token that the target says with the chance that the profile gives; reports that chance."""
+
+    context = CONTEXT
+
+    def __init__(self, profile: Profile, vocab: int):
+        self.profile, self.vocab = profile, vocab
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        self.right, self.rng = text[-1], rng
+        self.kind = self.profile.kinds[self.right - FIRST]
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """The next chain is drawn anew."""
+
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        mean = self.kind.acceptance[min(len(chain), len(self.kind.acceptance) - 1)]
+        sure = self.profile.concentration * mean
+        chance = float(np.clip(self.rng.beta(sure, self.profile.concentration - sure), 1e-6, 1 - 1e-6))
+        token = self.right if self.rng.random() < chance else WRONG
+        entropy = -chance * np.log(chance) - (1 - chance) * np.log1p(-chance)
+        return Children(np.array([[token]]), np.log([[chance]]), np.array([entropy])), 1
+
+
+class SyntheticVerifier:
+    """Accepts the tokens of a chain up to the first wrong one."""
+
+    context, temperature, top_p, traffic = CONTEXT, 0.0, 1.0, Traffic()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> str:
+        return "synthetic"
+
+    def __init__(self, vocab: int):
+        self.vocab, self.features = vocab, torch.empty(0)
+
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        self.right = prompt[-1]
+        return self.right
+
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
+    ) -> Verdict:
+        wrong = np.flatnonzero(tokens != self.right)
+        return Verdict(list(range(wrong[0] if len(wrong) else len(tokens))), self.right)
+
+    def decode(self, count: int, eos: Collection[int]) -> list[int]:
+        """The right token, over and over."""
+        return [self.right] * count
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Whatever the text says, the right token stays right."""
+
+    def close(self) -> None:
+        """Nothing lies outside."""
+
+    def plain(self, eos: Collection[int] = ()) -> SyntheticVerifier:
+        """One of the same texts."""
+        return SyntheticVerifier(self.vocab)

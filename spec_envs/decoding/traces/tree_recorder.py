@@ -1,0 +1,76 @@
+"""Draft the trees of many positions of a text in one forward per level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
+from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
+from spec_envs.decoding.tree import Children, Tree
+
+
+@torch.inference_mode()
+def trees_everywhere(
+    live: EagleDrafter, depth: int, prompt: Sequence[int], text: Sequence[int], features: Tensor
+) -> list[list[Children]]:
+    """What an EAGLE head drafts behind every token of a text but the last: the children of each level.
+
+    Args:
+        live: the drafter; its head and width are taken, its cache is left alone.
+        depth: expansions.
+        text: emitted tokens ``[n]``.
+        features: of the target, at every token in front of the last one, ``[prompt + n - 1, …]``.
+    """
+    drafter = EagleDrafter(live.model, live.width, TOGETHER * (depth + 1))
+    drafter.start([*prompt, text[0]], len(text) + TOGETHER, features[: len(prompt)], np.random.default_rng(0))
+    found: list[list[Children]] = []
+    for run in same_vocabulary(drafter.vocabulary, text[:-1]):
+        rows = slice(len(prompt) - 1 + run.start, len(prompt) - 1 + run.stop)
+        found += trees_together(drafter, features[rows], text[run], depth)
+    return found
+
+
+def trees_together(drafter: EagleDrafter, features: Tensor, tokens: Sequence[int], depth: int) -> list[list[Children]]:
+    """Trees behind each of ``tokens`` ``[m]``, the next ones of the text; their rows stay in the drafter's cache."""
+    model, cache, width, m = drafter.model, drafter.cache, drafter.width, len(tokens)
+    hidden, roots = drafter.catch_up(features, tokens, m)
+    committed, rows = cache.length, m * width
+    trees = [Tree(width, depth) for _ in tokens]
+    levels = [[row(roots, i, 1)] for i in range(m)]
+    for tree, first in zip(trees, levels, strict=True):
+        tree.start(first[0])
+    entering = hidden.repeat_interleave(width, 0)
+    lineages = [np.eye(width, dtype=bool) for _ in tokens]  # which rows of its own each frontier node sees
+    prefix = np.repeat(np.tril(np.ones((m, m), dtype=bool)), width, 0)
+    base = np.repeat(committed - m + 1 + np.arange(m), width)
+    for level in range(depth):
+        seen = np.zeros((rows, m + (level + 1) * rows), dtype=bool)
+        seen[:, :m] = prefix
+        for i, lineage in enumerate(lineages):
+            for earlier in range(level + 1):
+                start = m + earlier * rows + i * width
+                own = lineage[:, earlier * width : (earlier + 1) * width]
+                seen[i * width : (i + 1) * width, start : start + width] = own
+        frontier = np.concatenate([tree.tokens[tree.frontier] for tree in trees])
+        cache.length = committed + level * rows
+        output, children = model.step(entering, frontier, base + level, cache, drafter.vocabulary, width, rows, seen)
+        cache.length = committed
+        kept = []
+        for i, tree in enumerate(trees):
+            own_children = row(children, i, width)
+            levels[i].append(own_children)
+            parents = tree.grow(own_children)
+            kept.append(i * width + parents)
+            lineages[i] = np.concatenate([lineages[i][parents], np.eye(width, dtype=bool)], axis=1)
+        entering = output[torch.from_numpy(np.concatenate(kept)).to(output.device)]
+    return levels
+
+
+def row(children: Children, i: int, count: int) -> Children:
+    """The children of rows ``i * count`` to ``(i + 1) * count``."""
+    own = slice(i * count, (i + 1) * count)
+    return Children(children.tokens[own], children.log_probs[own], children.entropies[own])

@@ -1,0 +1,171 @@
+"""The weights of a folder in the Hugging Face layout: which files hold them, and the tensors in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PretrainedConfig
+
+from spec_envs.decoding.model.shape import Shape
+from spec_envs.decoding.weights.config import first_line, in_fp8, read_json
+from spec_envs.decoding.weights.tensors import tensors
+
+FILES = ("model.safetensors", "pytorch_model.bin")  # each whole, or in parts that an index names
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.inv_freq")  # left in by older transformers
+IDS = ("d2t", "t2d", "shortlist")  # tensors of drafters that are no weights
+
+
+def index_of(file: Path) -> Path:
+    """Return the index of a file that may be in parts."""
+    return file.with_name(f"{file.name}.index.json")
+
+
+def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
+    """Return the files that transformers would read, and no other that lies beside them, and the tensors that their index
+    names.
+
+    Raises:
+        ValueError: there are none, or some of the parts are missing.
+    """
+    for name in FILES:
+        file = folder / name
+        if file.is_file():
+            return [file], set()
+        if index_of(file).is_file():
+            named = weight_map(index_of(file))
+            parts = [folder / part for part in sorted(set(named.values()))]
+            if missing := [part.name for part in parts if not part.is_file()]:
+                raise ValueError(f"{folder} lacks {', '.join(missing[:3])} of {len(parts)} files that its index names")
+            return parts, set(named)
+    raise ValueError(f"{folder} holds no weights; expected {' or '.join(FILES)}, or an index and the files it names")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return an index: the file of each tensor.
+
+    Raises:
+        ValueError: it is damaged, or names something that is not a file beside it.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"cannot read {index} (it has no weight_map); fetch it again")
+    for part in found.values():
+        if not isinstance(part, str) or not re.fullmatch(r"[\w-][\w.-]*", part):
+            raise ValueError(f"cannot read {index} (it names {part!r:.60}); expected files beside it")
+    return found
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the state dict of a folder; PyTorch files are read with ``weights_only=True``.
+
+    Raises:
+        ValueError: no weights, a file that is missing or cannot be read, or tensors that are quantised.
+    """
+    weights: dict[str, Tensor] = {}
+    files, named = weight_files(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) beside its weights, which is not applied here; merge it into "
+            "them, as with peft's merge_and_unload, or remove it"
+        )
+    config = read_json(folder / "config.json")
+    if in_fp8(config):
+        check_blocks(files, config)
+        return multiplied_out(folder)
+    for file in files:
+        for name, tensor in tensors_of(file):
+            if name in weights:
+                raise ValueError(f"the tensor {name} is in two files of {folder}; fetch the model again")
+            weights[name] = tensor
+    if missing := sorted(named - weights.keys()):
+        raise ValueError(f"the files of {folder} lack {missing[0]}, which their index names; fetch the model again")
+    return weights
+
+
+def check_blocks(files: list[Path], config: dict[str, Any]) -> None:
+    """Refuse blocks of FP8 that transformers would take for others: it divides the size of a weight by that of its scales,
+    which is the size of a block only where all blocks are whole, or there is one.
+
+    Raises:
+        ValueError: a weight is not made of whole blocks.
+    """
+    block = config["quantization_config"].get("weight_block_size") or (128, 128)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                sizes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    for name, scales in sizes.items():
+        size = sizes.get(name.removesuffix("_scale_inv"), ())
+        if not name.endswith("_scale_inv") or len(size) != len(scales) or len(size) != len(block):
+            continue  # left to what multiplies it out
+        for rows, count, of in zip(size, scales, block, strict=True):
+            if count != -(-rows // of) or (count > 1 and rows % of):
+                raise ValueError(
+                    f"the FP8 weight {name.removesuffix('_scale_inv')} is {list(size)} with {list(scales)} scales for blocks of "
+                    f"{list(block)}, which are not whole; take its weights in bfloat16"
+                )
+
+
+def multiplied_out(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint in FP8 in float32, multiplied by their scales.
+
+    Raises:
+        ValueError: tensors that transformers does not read, or lacks.
+    """
+    method = FineGrainedFP8Config(dequantize=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=method, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any kind, for the scales come from a file
+        raise ValueError(f"cannot multiply out the FP8 weights of {folder}: {first_line(error)}") from None
+    model, told = loaded
+    if wrong := [str(key) for found in told.values() for key in found]:
+        raise ValueError(
+            f"transformers does not read the FP8 weights of {folder} in all their parts: {', '.join(sorted(wrong)[:3])}; "
+            "take its weights in bfloat16"
+        )
+    return model.state_dict()
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file."""
+    try:
+        safe = file.suffix == ".safetensors"
+        loaded = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise ValueError("it holds something else than tensors by name")
+    except Exception as error:  # of any kind, as damaged files make libraries raise them
+        raise ValueError(
+            f"cannot read the weights {file}: {first_line(error)}; delete it and fetch or convert it again"
+        ) from None
+    for name, tensor in loaded.items():
+        if name.rpartition(".")[2] not in IDS and (tensor.dtype not in FLOATS or tensor.layout != torch.strided):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the tensor {name} of {file} is {kind}, so that the model is quantised; expected weights in "
+                "float32, bfloat16 or float16, or a GGUF file"
+            )
+        yield name, tensor
+
+
+def refuse_unread(config: PretrainedConfig, names: Iterable[str]) -> None:
+    """Raise ValueError for tensors that a model of this config would not read, for it is then another model."""
+    shape = Shape.from_config(config)
+    read = dict(tensors(config, shape, shape.vocab))
+    unread = sorted(name for name in names if name not in read and not HARMLESS.fullmatch(name))
+    if unread:
+        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} others" if len(unread) > 3 else "")
+        raise ValueError(
+            f"the weights hold tensors that a {config.model_type!r} with this config.json does not read: {shown}; it may "
+            "be quantised, of another architecture, or have an adapter that was not merged"
+        )

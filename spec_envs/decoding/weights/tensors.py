@@ -1,0 +1,88 @@
+"""Which tensors a model has, by its config: those that transformers' model of the same config has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from spec_envs.decoding.model.shape import Shape
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], outputs: int) -> dict[str, Tensor]:
+    """The tensors of a model of this config; others, which transformers ignores too, are left out.
+
+    Args:
+        outputs: how many output rows there are.
+
+    Returns:
+        Among others ``EMBEDDING`` and ``OUTPUT``, which are the same tensor where the two are tied.
+
+    Raises:
+        ValueError: a tensor that is missing, has another size, or is not made of floating-point numbers.
+    """
+    found = dict(weights)
+    if config.tie_word_embeddings:  # as transformers does: either stands for both, and two that differ are not tied
+        embedding, output = found.get(EMBEDDING), found.get(OUTPUT)
+        if embedding is None and output is not None:
+            found[EMBEDDING] = output
+        elif embedding is not None and (output is None or same(embedding, output)):
+            found[OUTPUT] = embedding
+    expected = dict(tensors(config, shape, outputs))
+    for name, size in expected.items():
+        if name not in found:
+            raise ValueError(f"the weights do not fit their config.json: {name} is missing")
+        tensor = found[name]
+        if tuple(tensor.shape) != size:
+            raise ValueError(
+                f"the weights do not fit their config.json: {name} is {list(tensor.shape)}, not {list(size)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is stored as {tensor.dtype}; expected weights in floating-point numbers")
+    return {name: found[name] for name in expected}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers."""
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def tensors(config: PretrainedConfig, shape: Shape, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and size of every tensor."""
+    hidden, inner = shape.hidden, config.intermediate_size
+    attended, kept = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield EMBEDDING, (shape.vocab, hidden)
+    yield OUTPUT, (outputs, hidden)
+    yield "model.norm.weight", (hidden,)
+    qkv, out, feed = biases(config)
+    products = {
+        "self_attn.q_proj": (attended, hidden, qkv),
+        "self_attn.k_proj": (kept, hidden, qkv),
+        "self_attn.v_proj": (kept, hidden, qkv),
+        "self_attn.o_proj": (hidden, attended, out),
+        "mlp.gate_proj": (inner, hidden, feed),
+        "mlp.up_proj": (inner, hidden, feed),
+        "mlp.down_proj": (hidden, inner, feed),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.model_type == "qwen3":
+        norms |= {"self_attn.q_norm": shape.head_dim, "self_attn.k_norm": shape.head_dim}
+    for layer in range(shape.layers):
+        for name, (rows, columns, biased) in products.items():
+            yield f"model.layers.{layer}.{name}.weight", (rows, columns)
+            if biased:
+                yield f"model.layers.{layer}.{name}.bias", (rows,)
+        for name, width in norms.items():
+            yield f"model.layers.{layer}.{name}.weight", (width,)
+
+
+def biases(config: PretrainedConfig) -> tuple[bool, bool, bool]:
+    """Whether queries, keys and values, the output of attention, and the feed-forward part have biases."""
+    if config.model_type == "llama":
+        return config.attention_bias, config.attention_bias, config.mlp_bias
+    if config.model_type == "qwen3":
+        return config.attention_bias, config.attention_bias, False
+    return config.model_type == "qwen2", False, False

@@ -1,0 +1,213 @@
+"""The cloud: a WebSocket server with the target, which judges the drafts of many edges (`make cloud`).
+
+Listens on loopback unless told otherwise; on any other address edges have to know a bearer token, read from the
+environment variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and Prometheus' `/metrics` are on the same port. SIGTERM lets texts that
+are under way come to their end, and takes no new ones; a second one ends them, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import ssl
+import sys
+import threading
+from concurrent.futures import Executor
+
+import torch
+
+from spec_envs.arguments import TOKENS, Parser, nonempty, number, whole_number
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
+from spec_envs.network.authorization import TOKEN, check_served, is_loopback
+from spec_envs.network.cloud.admission import SPARE
+from spec_envs.network.cloud.batching import Here
+from spec_envs.network.cloud.engine import CHUNK, TOGETHER, Engine
+from spec_envs.network.cloud.server import Cloud, Limits
+from spec_envs.network.wire import (
+    MAX_BYTES,
+    PORT,
+    PORTS,
+    Hello,
+    Verify,
+    pack_ids,
+    vocabulary_hash,
+)
+
+SHORTEST_MESSAGE = 4096  # bytes, of --max-message
+OWN_FILES = 64  # that a cloud has open beside its connections
+
+
+if sys.platform != "win32":
+    import resource
+
+
+def warm(engine: Engine) -> None:
+    """The first forwards, which are slow, before anybody waits for one."""
+    hello = Hello(1, engine.vocabulary, bytes(16), 1.0, 1.0, 0)
+    session = engine.open(hello)
+    for rows in (32, 1, 8):
+        text = pack_ids([0] * min(rows, engine.context - 1), engine.vocab)
+        engine.run([engine.job(session, Verify(0, 0, text, b"", "ids"))])
+    engine.close(session)
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument(
+        "--port",
+        type=whole_number(0, PORTS),
+        default=PORT,
+        help=f"port to listen on; 0 takes a free one (default {PORT})",
+    )
+    parser.add_argument("--tls-certificate", help="PEM file with the certificate chain")
+    parser.add_argument("--tls-key", help="PEM file with its key")
+    parser.add_argument("--sessions", type=whole_number(1, 2**16), default=64, help="texts at once (default 64)")
+    parser.add_argument(
+        "--max-tokens", type=TOKENS, default=2048, help="longest text, the prompt included (default 2048)"
+    )
+    parser.add_argument(
+        "--max-message",
+        type=whole_number(SHORTEST_MESSAGE, 2**30),
+        default=MAX_BYTES,
+        help="longest message in bytes, where the target's own longest is not shorter (default 16 MiB)",
+    )
+    parser.add_argument(
+        "--idle", type=number(0.1, 1e9), default=300.0, help="seconds until a silent edge is forgotten (default 300)"
+    )
+    parser.add_argument(
+        "--grace", type=number(0, 1e9), default=20.0, help="seconds that SIGTERM leaves to texts (default 20)"
+    )
+    parser.add_argument(
+        "--greeting",
+        type=number(0.1, 1e9),
+        default=5.0,
+        help="seconds until a connection without a greeting is closed (default 5)",
+    )
+    parser.add_argument(
+        "--per-address",
+        type=whole_number(1, 2**16),
+        help="texts at once of one address, and half as many as its connections (default: half of --sessions; all of "
+        "them where only this machine can connect)",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=whole_number(TOGETHER, 2**20),
+        default=CHUNK,
+        help="rows of a prompt that are read between two rounds of shorter requests, and that one forward of those has at "
+        f"most: smaller ones disturb others less and read prompts more slowly ({TOGETHER} or more; default {CHUNK})",
+    )
+    parser.add_argument("--no-batching", action="store_true", help="a forward of its own for every request")
+    parser.add_argument("--threads", type=whole_number(1, 2**12), help="of torch (default: all processors)")
+    return parser.parse_args()
+
+
+def allow_files(count: int) -> None:
+    """Have the system allow this process to open so many files, as far as it does."""
+    if sys.platform == "win32":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSLContext | None]:
+    """The cloud that the arguments describe.
+
+    Raises:
+        ValueError: arguments that make no sense together.
+    """
+    token = os.environ.get(TOKEN, "")
+    check_served(token, args.host)
+    if bool(args.tls_certificate) != bool(args.tls_key):
+        raise ValueError("TLS needs both --tls-certificate and --tls-key")
+    tls = None
+    if args.tls_certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            tls.load_cert_chain(args.tls_certificate, args.tls_key)
+        except OSError as error:
+            raise ValueError(
+                f"could not load the TLS certificate {args.tls_certificate} with the key {args.tls_key} ({error}); "
+                "expected two PEM files that belong together"
+            ) from None
+    elif not is_loopback(args.host):
+        print("warning: without TLS the token and all texts can be read on the way", file=sys.stderr)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    target = load_target(args.target, device, resolve_dtype(args.dtype, device, [args.target]))
+    vocabulary = vocabulary_hash(load_tokenizer(args.target))
+    engine = Engine(target, vocabulary, args.sessions, args.max_tokens, args.chunk)
+    warm(engine)
+    of_one = args.per_address
+    if of_one is None and not is_loopback(args.host):
+        of_one = max(1, args.sessions // 2)
+    limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace, args.greeting, of_one)
+    allow_files(2 * args.sessions + SPARE + OWN_FILES)
+    return Cloud(engine, limits, token, not args.no_batching, executor), tls
+
+
+async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, stop: asyncio.Event) -> None:
+    """Serve until ``stop`` is set, and then the texts under way."""
+    async with cloud.listening(host, port, tls) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        print(f"listening on {'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        await stop.wait()
+        await cloud.drain()
+
+
+def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: Here) -> None:
+    """Serve until SIGTERM or Ctrl-C: the connections in a thread of their own, the forwards in this one."""
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    failures: list[BaseException] = []
+
+    def connections() -> None:
+        try:
+            loop.run_until_complete(run(cloud, host, port, tls, stop))
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            here.shutdown()
+
+    def end(*_: object) -> None:
+        """Let texts come to their end; called again, end now."""
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(cloud.hurry.set if stop.is_set() else stop.set)
+
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping, end)
+    thread = threading.Thread(target=connections, name="connections")
+    thread.start()
+    here.work()
+    thread.join()
+    loop.close()
+    if failures:
+        raise failures[0]
+
+
+def main() -> None:
+    args = arguments()
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # what strangers send is no error of ours
+    try:
+        here = Here()
+        cloud, tls = opened(args, here)
+        serve(cloud, args.host, args.port, tls, here)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The edge: streams an answer to a prompt, drafted here and verified by a cloud (`make edge`).
+
+The target's weights are loaded here, too, for the drafter that comes with it works on its embedding and output rows; its
+layers are not run. A connection that is lost is opened anew. With --offline-fallback the drafter goes on alone while the
+cloud is away, which is not what the target would have said: such text is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+import numpy as np
+
+from spec_envs.arguments import POSITIVE, SEED, TEMPERATURE, TOP_P, Parser, nonempty, number, whole_number
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
+from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.verifier import Traffic, Verdict
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.network.cloud.engine import LONGEST_DRAFT
+from spec_envs.network.edge.linked import is_address, linked, tell
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.websocket import CloudAway, SocketChannel
+from spec_envs.network.wire import MODES, PORT, PORTS
+from spec_envs.prompts.sets import encode
+from spec_envs.text import Detokenizer, TextStream, printable
+
+PROMPT = "Explain in three sentences why the sky is blue."
+RETRY, ATTEMPT = 2.0, 1.0  # seconds without the cloud after which it is tried again, and for how long
+
+
+class Fallback(RemoteVerifier):
+    """A verifier that lets drafts pass as they are while the cloud is away.
+
+    Attributes:
+        drafter: has to give the first token where the cloud is away from the start.
+        away: whether the last call went without the cloud.
+        tried: when it was last found away.
+    """
+
+    channel: SocketChannel
+    drafter: Drafter
+    away, tried, patience = False, 0.0, 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the cloud is away, and it is not yet time to try again."""
+        return self.away and time.monotonic() - self.tried < RETRY
+
+    def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
+        try:
+            return super().start(prompt, rows, rng)
+        except CloudAway:
+            self._lost()
+        self.drafter.start(prompt, rows, self.features, rng)
+        tree = Tree(self.drafter.width, 1)
+        self.drafter.root(tree)
+        token = int(tree.tokens[0])
+        self.append([token])
+        return token
+
+    def verify(
+        self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
+    ) -> Verdict:
+        try:
+            verdict = super().verify(tokens, parents, levels, proposals)
+        except CloudAway:
+            if not len(tokens):
+                raise
+            self._lost()
+            self.append(tokens.tolist())
+            return Verdict(list(range(len(tokens) - 1)), int(tokens[-1]))
+        if self.away:
+            self.away, self.channel.patience = False, self.patience
+        return verdict
+
+    def _lost(self) -> None:
+        if not self.away:
+            self.patience, self.channel.patience = self.channel.patience, ATTEMPT
+        self.away, self.tried, self.traffic = True, time.monotonic(), Traffic()
+
+
+def connected(
+    url: str,
+    target: str = DEFAULT_TARGET,
+    drafter: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    mode: str = "topk",
+    top_k: int = 300,
+    k: int = 4,
+    patience: float = 20.0,
+    fallback: bool = False,
+    token_in_clear: bool = False,
+) -> Decoder:
+    """A decoder that drafts here chains of up to ``k`` tokens, which the cloud at ``url`` verifies.
+
+    Args:
+        target, drafter, device, dtype: as for ``load_decoder``; of the target only what the drafter needs is run.
+        temperature, top_p: of the target's sampling.
+        mode, top_k: how the distributions of drafts are told; see ``spec_envs.network.wire``.
+        patience: seconds after which a cloud that does not answer is given up.
+        fallback: whether drafts then pass as they are.
+        token_in_clear: whether the token may go to another machine without TLS.
+
+    Raises:
+        ValueError: models or settings that do not fit together.
+    """
+    if not 1 <= k <= LONGEST_DRAFT:
+        raise ValueError(f"k is {k}; expected a draft of 1 to {LONGEST_DRAFT} tokens")
+    if not 0 < patience < math.inf:
+        raise ValueError(f"patience is {patience:g} s; expected more than 0, and an end")
+    SocketChannel(url, in_clear=token_in_clear)  # what is wrong with the address is said before models are loaded
+    decoder = load_decoder(target, drafter, device, dtype, temperature, top_p, width=1, max_depth=k - 1)
+    linked(decoder, url, target, Fallback if fallback else RemoteVerifier, token_in_clear)
+    tell(decoder, mode, top_k)
+    verifier = decoder.verifier
+    assert isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SocketChannel)
+    verifier.channel.patience = patience
+    if isinstance(verifier, Fallback):
+        if not isinstance(decoder.drafter, ChainDrafter):
+            raise ValueError("prompt lookup alone cannot go on without the cloud; take a draft model as drafter")
+        verifier.drafter = decoder.drafter
+    return decoder
+
+
+class Stream:
+    """An answer under way; iterate over it for whether what was just emitted is verified.
+
+    Attributes:
+        rounds: cycles that the cloud judged.
+        drafted, accepted: tokens of those rounds.
+        unverified: emitted tokens that the cloud never saw before they were text.
+        seconds, prefill_seconds: after the first token, and up to it.
+        bytes_up, bytes_down, network_seconds: in all; the cloud's computing is not among them.
+    """
+
+    def __init__(self, decoder: Decoder, prompt: list[int], max_new_tokens: int, k: int, seed: int = 0):
+        self.decoder, self.prompt, self.max_new_tokens, self.k, self.seed = decoder, prompt, max_new_tokens, k, seed
+        self.rounds = self.drafted = self.accepted = self.unverified = self.bytes_up = self.bytes_down = 0
+        self.seconds = self.prefill_seconds = self.network_seconds = 0.0
+
+    def __iter__(self) -> Iterator[bool]:
+        decoder, began = self.decoder, time.perf_counter()
+        verifier = decoder.verifier
+        decoder.start(self.prompt, self.max_new_tokens, np.random.default_rng(self.seed))
+        self.prefill_seconds = time.perf_counter() - began
+        yield self._count(1)
+        while not decoder.finished:
+            began = time.perf_counter()
+            if isinstance(verifier, Fallback) and verifier.waiting:
+                cycle = decoder.unverified(self.k)
+            else:
+                cycle = decoder.cycle(self.k)
+            self.seconds += time.perf_counter() - began
+            yield self._count(cycle.emitted, cycle.drafted, cycle.accepted)
+
+    def _count(self, emitted: int, drafted: int = 0, accepted: int = 0) -> bool:
+        verifier = self.decoder.verifier
+        if isinstance(verifier, Fallback) and verifier.away:
+            self.unverified += emitted
+            return False
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.bytes_up += verifier.traffic.bytes_up
+        self.bytes_down += verifier.traffic.bytes_down
+        self.network_seconds += verifier.traffic.seconds
+        return True
+
+    def last_line(self) -> str:
+        """What it came to."""
+        tokens = len(self.decoder.tokens)
+        rate = (tokens - 1) / self.seconds if self.seconds else 0.0
+        share = 100 * self.accepted / self.drafted if self.drafted else 0.0
+        return (
+            f"{tokens} tokens, {rate:.1f} tokens/s; {share:.0f} % of {self.drafted} drafted tokens accepted; "
+            f"{self.bytes_up:,} bytes up, {self.bytes_down:,} down in {self.rounds} rounds; "
+            f"network {self.network_seconds:.2f} s of {self.prefill_seconds + self.seconds:.2f} s"
+            + (f"; {self.unverified} tokens unverified" if self.unverified else "")
+        )
+
+
+class Screen:
+    """Prints a text as it grows: whole characters only, what is not verified in colour, or in brackets where there is
+    none."""
+
+    def __init__(self, detokenize: Detokenizer, out: TextIO):
+        self.stream, self.out = TextStream(detokenize), out
+        self.opening, self.closing = ("\033[33m", "\033[0m") if out.isatty() else ("[unverified: ", "]")
+        self.read, self.open, self.doubtful = 0, False, False
+
+    def show(self, tokens: Sequence[int], verified: bool) -> None:
+        """Print what is new of the text of ``tokens``; a character of several tokens waits for all of them."""
+        self.doubtful |= not verified
+        self._print(self.stream.push(tokens[self.read :]))
+        self.read = len(tokens)
+
+    def close(self) -> None:
+        """Print what still waited, and end the mark and the line."""
+        self._print(self.stream.finish())
+        self.out.write(f"{self.closing if self.open else ''}\n")
+        self.out.flush()
+        self.open = False
+
+    def _print(self, piece: str) -> None:
+        if not piece:
+            return
+        if self.open != self.doubtful:
+            self.out.write(self.opening if self.doubtful else self.closing)
+        self.out.write(printable(piece))
+        self.out.flush()
+        self.open, self.doubtful = self.doubtful, False
+
+
+def address(host: str, port: int) -> str:
+    """Of the cloud: a host, or a whole ``ws://`` or ``wss://`` URL, which is taken as it is."""
+    if is_address(host):
+        return host
+    return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("host", nargs="?", default="localhost", help="of the cloud, or its ws:// or wss:// URL")
+    parser.add_argument("--port", type=whole_number(1, PORTS), default=PORT, help=f"of the cloud (default {PORT})")
+    parser.add_argument("--prompt", default=PROMPT, help=f"a user turn (default: {PROMPT})")
+    parser.add_argument(
+        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})"
+    )
+    parser.add_argument("--drafter", type=nonempty, default="auto", help="of chains (default: the target's own)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--top-p", type=TOP_P, default=1.0, help="mass kept when sampling (default 1)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of sampling (default 0)")
+    parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are told (default topk)")
+    parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
+    parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
+    parser.add_argument("--max-new-tokens", type=whole_number(1, 2**20), default=128, help="(default 128)")
+    parser.add_argument(
+        "--patience", type=number(0.1, 1e9), default=20.0, help="seconds to wait for the cloud (default 20)"
+    )
+    parser.add_argument(
+        "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
+    )
+    parser.add_argument("--offline-fallback", action="store_true", help="then go on unverified instead of ending")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the answer and the line about it."""
+    names = ("target", "drafter", "device", "dtype", "temperature", "top_p", "mode", "top_k", "k", "patience")
+    settings = {name: getattr(args, name) for name in names}
+    decoder = connected(
+        address(args.host, args.port), **settings, fallback=args.offline_fallback, token_in_clear=args.token_in_clear
+    )
+    prompt = encode(load_tokenizer(args.target), args.prompt)
+    stream = Stream(decoder, prompt, args.max_new_tokens, args.k, args.seed)
+    screen = Screen(decoder.detokenize, sys.stdout)
+    assert isinstance(decoder.verifier, RemoteVerifier)
+    try:
+        for verified in stream:
+            screen.show(decoder.tokens, verified)
+        screen.close()
+    except BaseException:
+        if screen.read:
+            screen.close()
+        raise
+    finally:
+        decoder.verifier.channel.close()
+    print(f"\n{stream.last_line()}")
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Expected-acceptance traces: speculation over a link without models, approximately.
+
+For texts that the target sampled, a trace has at every position with what probability a token drafted there would be
+accepted, Σ min(p, q̂_k), for each k. Played, every drafted token is right with its probability, and the text goes on as it
+was recorded. That is approximate, and only that: the text does not depend on what was drafted, and a refusal tells
+nothing about the token behind it. Messages are encoded with as many entries as they would have, so that bytes are real.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from spec_envs.arrays import read_npz
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.drafters.copying import SHORTEST
+from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.tree import Children
+from spec_envs.decoding.verifier import Traffic
+from spec_envs.files import DATA, is_file
+from spec_envs.network.channel import SimulatedChannel
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.link import Link
+from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcome, encode, ids_dtype, unpack_ids
+
+TRACES = DATA / "traces"
+CONTEXT = 2**20
+VERSION = 3
+LARGEST = 2**30  # bytes of a file's arrays
+
+
+@dataclass(frozen=True)
+class Text:
+    """A recorded text and what a drafter would have done at each of its n tokens behind the first.
+
+    ``acceptance`` ``[n, ks]``; ``probability`` that a drawn token is expected to have and ``entropy`` in nats ``[n]`` of the
+    drafter's distribution; ``entries`` ``[n]`` that it has; ``match`` ``[n]``, how many of the last tokens match the place that
+    would be copied from.
+    """
+
+    task: str
+    split: str
+    prompt: list[int]
+    tokens: list[int]
+    acceptance: np.ndarray
+    probability: np.ndarray
+    entropy: np.ndarray
+    entries: np.ndarray
+    match: np.ndarray
+
+
+@dataclass(frozen=True)
+class ExpectedTrace:
+    """Texts that were recorded (`make trace`).
+
+    Attributes:
+        name: of its file.
+        target, drafter: what it was recorded with.
+        clock: cost table that prices it where none is given.
+        vocab, eos: ids of the target, and the one that ends a text.
+        temperature: that the texts were sampled at.
+        ks: the numbers of entries that acceptance is known for; 0 stands for the whole distribution.
+        texts: all of them.
+        source: JSON of what it is valid for: hashes of both weights, dtype, prompts.
+    """
+
+    name: str
+    target: str
+    drafter: str
+    clock: str
+    vocab: int
+    eos: int
+    temperature: float
+    ks: tuple[int, ...]
+    texts: tuple[Text, ...]
+    source: str = "{}"
+
+    @classmethod
+    @functools.cache
+    def load(cls, source: str) -> ExpectedTrace:
+        """A shipped trace by name, or any by its path.
+
+        Raises:
+            ValueError: no such trace, or one that is damaged.
+        """
+        path = next((p for p in (TRACES / f"{source}.npz", Path(source)) if is_file(p)), None)
+        if path is None:
+            shipped = ", ".join(sorted(p.stem for p in TRACES.glob("*.npz")))
+            raise ValueError(
+                f"no expected-acceptance trace {source!r}: expected an .npz of `make trace`, or one of {shipped}"
+            )
+        try:
+            return cls._of(path.stem, read_npz(path, LARGEST))
+        except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not an expected-acceptance trace ({reason}); record it anew") from None
+
+    @classmethod
+    def _of(cls, name: str, data: dict[str, np.ndarray]) -> ExpectedTrace:
+        """The trace that the arrays of a file make."""
+        if int(data["version"]) != VERSION:
+            raise ValueError(f"version {data['version']}; this is version {VERSION}")
+        vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
+        ks, rows = tuple(data["ks"].tolist()), len(data["tokens"])
+        if data["acceptance"].shape != (rows, len(ks)):
+            raise ValueError(f"its acceptance is of shape {data['acceptance'].shape}; expected {(rows, len(ks))}")
+        bounds: tuple[tuple[str, float, float], ...] = (
+            ("acceptance", 0, 1.01),  # rounded
+            ("probability", 0, 1.01),
+            ("entropy", 0, np.inf),
+            ("entries", 1, vocab),
+            ("match", 0, np.inf),
+            ("tokens", 0, vocab - 1),
+            ("prompts", 0, vocab - 1),
+            ("lengths", 1, rows),
+            ("prompt_lengths", 1, len(data["prompts"])),
+            ("temperature", 0, 100),
+        )
+        for column, lowest, highest in bounds:
+            values = data[column]
+            if not (np.isfinite(values).all() and (values >= lowest).all() and (values <= highest).all()):
+                raise ValueError(f"its {column} are not all from {lowest} to {highest}")
+        if data["lengths"].sum() != rows or data["prompt_lengths"].sum() != len(data["prompts"]):
+            raise ValueError("its lengths are not those of its texts")
+        ends = np.cumsum(data["lengths"])
+        prompts = np.split(data["prompts"], np.cumsum(data["prompt_lengths"])[:-1])
+        names = ("tokens", "acceptance", "probability", "entropy", "entries", "match")
+        columns = [np.split(data[column], ends[:-1]) for column in names]
+        if {len(prompts), len(data["tasks"]), len(data["splits"])} != {len(ends)}:
+            raise ValueError("its arrays are of different lengths")
+        texts = tuple(
+            Text(str(task), str(split), prompt.tolist(), tokens.tolist(), *rest)
+            for task, split, prompt, tokens, *rest in zip(data["tasks"], data["splits"], prompts, *columns, strict=True)
+        )
+        target, drafter, clock, source = (str(data[column]) for column in ("target", "drafter", "clock", "source"))
+        return cls(name, target, drafter, clock, vocab, eos, temperature, ks, texts, source)
+
+    @staticmethod
+    def named(source: str) -> bool:
+        """Whether a name is that of such a trace, and not of another kind of recording."""
+        return source.endswith(".npz") or is_file(TRACES / f"{source}.npz")
+
+    def save(self, path: Path) -> None:
+        """Write an npz file."""
+        columns: dict[str, Any] = {
+            name: np.concatenate([np.asarray(getattr(text, name)) for text in self.texts])
+            for name in ("tokens", "acceptance", "probability", "entropy", "entries", "match")
+        }
+        columns |= {
+            "version": VERSION,
+            "lengths": [len(text.tokens) for text in self.texts],
+            "prompts": np.concatenate([text.prompt for text in self.texts]).astype(np.int32),
+            "prompt_lengths": [len(text.prompt) for text in self.texts],
+            "tasks": [text.task for text in self.texts],
+            "splits": [text.split for text in self.texts],
+        }
+        own = ("target", "drafter", "clock", "vocab", "eos", "temperature", "ks", "source")
+        columns |= {name: getattr(self, name) for name in own}
+        with path.open("wb") as file:
+            np.savez_compressed(file, **columns)
+
+    def prompts(self, split: str = "all") -> list[tuple[str, list[int]]]:
+        """Task and ids of every prompt of a split."""
+        return [(text.task, text.prompt) for text in self.texts if split in (text.split, "all")]
+
+    def decoder(self, clock: WallClock, max_depth: int, link: Link) -> Decoder:
+        """A decoder of chains that plays the trace over a link."""
+        channel = TraceChannel(self, link)
+        verifier = RemoteVerifier(channel, bytes(16), self.vocab, CONTEXT, self.temperature)
+        return Decoder(verifier, TraceDrafter(self), clock, {self.eos}, max_depth)
+
+    def find(self, prompt: Sequence[int]) -> Text:
+        """The text behind a prompt."""
+        return self._by_prompt[tuple(prompt)]
+
+    @functools.cached_property
+    def _by_prompt(self) -> dict[tuple[int, ...], Text]:
+        return {tuple(text.prompt): text for text in self.texts}
+
+
+class TraceDrafter(ChainDrafter):
+    """Drafts the recorded token with the probability that it would be accepted, and another one otherwise.
+
+    Attributes:
+        top_k: see ``ChainDrafter``; one of the trace's ``ks``, or more entries than the distribution has.
+    """
+
+    context = CONTEXT
+
+    def __init__(self, trace: ExpectedTrace):
+        self.trace, self.vocab = trace, trace.vocab
+        self.columns = {k: column for column, k in enumerate(trace.ks)}
+        self.ones = np.ones(self.vocab)
+        self.ids = np.arange(1, self.vocab)
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        self.text, self.rng, self.at = self.trace.find(text[:-1]), rng, 0
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """Go on behind them."""
+        self.at += len(tokens)
+
+    def matched(self) -> int:
+        """See ``Copier``."""
+        return int(self.text.match[min(self.at, len(self.text.match) - 1)])
+
+    def source(self, chain: list[int]) -> None:
+        """See ``Copier``; it was not recorded."""
+
+    def draft(self, chain: list[int]) -> tuple[Children, int]:
+        """The token behind the chain; copies cost no rows."""
+        text = self.text
+        at = min(self.at + len(chain), len(text.acceptance) - 1)
+        entries = int(text.entries[at])
+        right = text.tokens[min(at + 1, len(text.tokens) - 1)]
+        token = right if self.rng.random() < text.acceptance[at, self._column(entries)] else (right + 1) % self.vocab
+        kept = entries if self.top_k is None else min(entries, self.top_k)
+        proposal = Proposal(self.ids[:kept], self.ones[:kept])
+        log_prob = np.log([[max(float(text.probability[at]), 1e-6)]])
+        children = Children(np.array([[token]]), log_prob, text.entropy[at : at + 1].astype(float), proposal)
+        return children, 0 if text.match[at] >= SHORTEST else 1
+
+    def _column(self, entries: int) -> int:
+        """Where acceptance stands for the k of now."""
+        if self.top_k is None or self.top_k >= entries:
+            return self.columns[0]
+        if self.top_k not in self.columns:
+            raise ValueError(
+                f"k is {self.top_k}; the trace {self.trace.name!r} knows {', '.join(map(str, self.columns))}"
+            )
+        return self.columns[self.top_k]
+
+
+class TraceChannel(SimulatedChannel):
+    """A link to a cloud that says the recorded text."""
+
+    text: Text | None = None
+
+    def __init__(self, trace: ExpectedTrace, link: Link):
+        self.trace, self.link, self.rtt = trace, link, link.state.rtt
+        self.wide = ids_dtype(trace.vocab)
+
+    def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
+        self.link.reset(rng)
+        self.rtt, self.text = self.link.state.rtt, None
+        welcome = Welcome(0, CONTEXT, self.trace.vocab)
+        return welcome, self._traffic(len(encode(hello)), len(encode(welcome)))
+
+    def judge(self, request: Verify) -> Verdict:
+        """Tokens are kept as far as they are the recorded ones."""
+        tokens, at = self._behind(request)
+        draft = unpack_ids(request.draft, self.trace.vocab)
+        kept = 0
+        while kept < len(draft) and at + kept < len(tokens) and draft[kept] == tokens[at + kept]:
+            kept += 1
+        token = tokens[at + kept] if at + kept < len(tokens) else self.trace.eos
+        if request.mode != "scalar" or kept == len(draft):
+            return Verdict(request.number, kept, token, 0.0, 0.0)
+        logits = np.full(self.trace.vocab, -np.inf, np.float32)
+        logits[token] = 0.0
+        return Verdict(request.number, kept, -1, 0.0, 0.0, logits.tobytes(), "float32")
+
+    def tokens(self, request: Plain) -> Iterator[Tokens]:
+        tokens, at = self._behind(request)
+        for index in range(request.count):
+            token = tokens[at + index] if at + index < len(tokens) else self.trace.eos
+            last = index == request.count - 1 or token == self.trace.eos
+            yield Tokens(request.number, token, last, 0.0, 0.0, index)
+            if last:
+                return
+
+    def another(self) -> TraceChannel:
+        return TraceChannel(self.trace, copy.deepcopy(self.link))
+
+    def close(self) -> None:
+        """There is no session."""
+
+    def _behind(self, request: Verify | Plain) -> tuple[list[int], int]:
+        """The recorded tokens, and which of them comes next."""
+        if self.text is None:
+            self.text = self.trace.find(unpack_ids(request.text, self.trace.vocab).tolist())
+        assert self.text is not None
+        at = request.at + len(request.text) // self.wide.itemsize - len(self.text.prompt)
+        return self.text.tokens, at

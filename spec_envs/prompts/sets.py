@@ -1,0 +1,181 @@
+"""Prompts: one user turn through the model's chat template.
+
+The shipped set has five kinds of task named after the benchmarks whose kind they are (the texts were written for this
+project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
+``humaneval`` (code), and one more that only its name brings in: ``json`` (structured output). Each is split into train,
+validation and test. Other sets are read from
+``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations, of which the first turns are
+used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``); another name with a slash
+is a local folder or a data set on the hub, ``org/name``, optionally with a configuration and a column,
+``org/name@config:column`` (needs the ``datasets`` extra), whose column holds texts, lists of texts or chat messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from spec_envs.files import DATA, at_home
+from spec_envs.prompts.conversations import is_log, read_log
+from spec_envs.prompts.questions import read_data_set, read_questions
+from spec_envs.prompts.rows import SPLITS
+from spec_envs.prompts.templates import LONGEST, Refused, rendered
+from spec_envs.text import Detokenizer, encodable
+
+SHIPPED = DATA / "prompts"
+TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
+FURTHER = ("json",)  # shipped, but not part of "all"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn, the task it belongs to, what was said before it (pairs of role and text), and whether it is left out
+    where the model cannot be given it: it is from a log of conversations or a data set, where such are to be expected."""
+
+    task: str
+    text: str
+    history: tuple[tuple[str, str], ...] = ()
+    logged: bool = False
+
+
+def load_prompts(names: str = "all", split: str = "train", data_dir: str | None = None) -> list[Prompt]:
+    """Prompts by name, in the order of their files.
+
+    Args:
+        names: set names separated by commas; ``"all"`` among them is every local set there is (of the shipped ones, those
+            of ``TASKS``).
+        split: ``"train"``, ``"validation"`` or ``"test"``. Rows of a foreign file that state no split are divided
+            by a hash of their text: six tenths train, one tenth validation, three tenths test.
+        data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
+
+    Raises:
+        ValueError: unknown name or split, or a malformed file; the sentence names it.
+    """
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
+    wanted = [name.strip() for name in names.split(",")]
+    found = prompt_files(data_dir) if any("/" not in name and not is_log(name) for name in wanted) else {}
+    every = [name for name in found if data_dir is not None or name in TASKS]
+    chosen = list(dict.fromkeys(name for part in wanted for name in (every if part == "all" else [part])))
+    if unknown := [name for name in chosen if name not in found and "/" not in name and not is_log(name)]:
+        raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
+    prompts: list[Prompt] = []
+    stems = [Path(name).stem for name in chosen]
+    for name in chosen:
+        task, path = name, at_home(name)
+        if is_log(name):
+            task = path.stem if stems.count(path.stem) == 1 else name
+            turns = read_log(path)
+        else:
+            turns = read_questions(found[name]) if name in found else read_data_set(name)
+        logged = is_log(name) or name not in found
+        prompts += [Prompt(task, t.text, t.history, logged) for t in turns if split in (t.split, "all")]
+    if not prompts:
+        raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
+    return prompts
+
+
+def prompt_files(data_dir: str | None) -> dict[str, Path]:
+    """Prompt sets by name."""
+    if data_dir is None:
+        return {name: SHIPPED / f"{name}.jsonl" for name in (*TASKS, *FURTHER)}
+    try:
+        files = {path.parent.name: path for path in sorted(at_home(data_dir).glob("*/question.jsonl"))}
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {data_dir:.200}: {error.strerror or error}") from None
+    if not files:
+        raise ValueError(f"{data_dir} holds no prompts; expected NAME/question.jsonl below it")
+    return files
+
+
+def in_turn(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
+    """Prompts with their tasks in turn, ``size`` of each, as long as there are any."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.task, []).append(prompt)
+    blocks = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups.values()]
+    return [p for turn in itertools.zip_longest(*blocks, fillvalue=()) for block in turn for p in block]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: str | None = None, date: str | None = None
+) -> Iterator[tuple[Prompt, list[int]]]:
+    """Yield prompts with their token ids; see ``encode``. Prompts of a log or a data set that the template or the model does
+    not take are left out, and one line on stderr says how many.
+
+    Raises:
+        ValueError: a prompt cannot be encoded, or none is left.
+    """
+    refused: list[str] = []
+    try:
+        for prompt in prompts:
+            try:
+                ids = encode_prompt(tokenizer, prompt, template, date)
+            except Refused as error:
+                refused.append(str(error))
+                if not prompt.logged or len(refused) == len(prompts):
+                    refused.clear()
+                    raise
+                continue
+            yield prompt, ids
+    finally:
+        if refused:
+            print(f"left out {len(refused)} of {len(prompts)} prompts: {refused[0]}", file=sys.stderr)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None, date: str | None = None
+) -> list[int]:
+    """Return the token ids of a prompt; see ``encode``."""
+    return encode(tokenizer, prompt.text, template, prompt.history, date)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    template: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
+    date: str | None = None,
+) -> list[int]:
+    """Return the token ids of a user turn, up to the place where the answer begins. Halves of surrogate pairs, which no
+    tokenizer takes, are ``U+FFFD``.
+
+    Args:
+        template: a Jinja chat template for models without one; ``"none"`` takes the text as it is.
+        history: roles and texts of what was said before.
+        date: which day it is for the template, ``YYYY-MM-DD``; by default always the same one.
+
+    Raises:
+        ValueError: the text is empty or far too long, the model has no chat template and none is given, or its template
+            does not take the prompt.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"the prompt is {text!r}; expected a text")
+    turns = [(role, encodable(said)) for role, said in (*history, ("user", text))]
+    if not text.strip():
+        raise Refused("the prompt is empty; expected a text")
+    if (length := sum(len(said) for _, said in turns)) > LONGEST:
+        raise Refused(f"the prompt has {length:,} characters; expected at most {LONGEST:,}")
+    if template == "none":
+        ids = tokenizer("\n\n".join(said for _, said in turns))["input_ids"]
+    else:
+        ids = tokenizer(rendered(tokenizer, turns, template, date), add_special_tokens=False)["input_ids"]
+    begins = tokenizer.bos_token_id
+    while begins is not None and ids[:2] == [
+        begins,
+        begins,
+    ]:  # a text that begins with it, and a tokenizer that adds it
+        ids = ids[1:]
+    if not ids:
+        raise Refused("the prompt has no tokens; expected a text that the tokenizer knows")
+    return ids
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of token ids, without special tokens."""
+    return Detokenizer.of(tokenizer)(ids)

@@ -1,0 +1,341 @@
+"""The published controllers do what their papers say, and are tuned on training prompts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+
+from spec_envs import ENVIRONMENTS
+from spec_envs.agents import AGENTS
+from spec_envs.agents.rules.adaptive_k import AdaptiveKAgent, AdaptiveSpecController, SpecConfig
+from spec_envs.agents.rules.base import ChainRule
+from spec_envs.controls import Policy, make_control
+from spec_envs.controls.k import KControl
+from spec_envs.decoding.traces.synthetic import PROFILES
+from spec_envs.experiments import tune
+from spec_envs.experiments.config import load_experiment
+from spec_envs.generate import Generation
+from tests.support.playing import played
+
+NAME = "qwen2.5-coder-32b-cpu"
+RULES = sorted(name for name, kind in AGENTS.items() if isinstance(kind, type) and issubclass(kind, ChainRule))
+
+
+def controller(rate: float, k: int = 12, **settings: Any) -> AdaptiveSpecController:
+    """A controller that saw 1,000 drafted tokens, that share of them accepted."""
+    found = AdaptiveSpecController(SpecConfig(k_current=k, acceptance_window=1000, **settings))
+    found.record_acceptance(round(1000 * rate), 1000)
+    return found
+
+
+def test_published_defaults() -> None:
+    config = SpecConfig()
+    assert (config.k_min, config.k_max, config.k_current) == (4, 24, 8)
+    assert (config.target_acceptance, config.adjustment_interval, config.acceptance_window) == (0.55, 64, 128)
+    assert AdaptiveSpecController().get_rolling_acceptance() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rate", "change"),
+    [
+        (1.0, 4), (0.651, 4), (0.65, 2), (0.551, 2), (0.55, 0), (0.5, 0), (0.45, 0), (0.449, -2), (0.35, -2),
+        (0.349, -4), (0.0, -4),
+    ],
+)  # fmt: skip
+def test_rule_table(rate: float, change: int) -> None:
+    assert controller(rate).compute_new_k() == 12 + change
+
+
+@pytest.mark.parametrize(
+    ("rate", "k", "expected"),
+    [(0.9, 22, 24), (0.9, 24, 24), (0.6, 23, 24), (0.1, 6, 4), (0.1, 4, 4), (0.4, 5, 4), (0.5, 4, 4), (0.5, 24, 24)],
+)
+def test_rule_table_at_its_bounds(rate: float, k: int, expected: int) -> None:
+    found = controller(rate, k)
+    assert found.compute_new_k() == expected == found.config.k_current
+
+
+@pytest.mark.parametrize(
+    ("snippet", "k", "expected"),
+    [
+        ("def f(x): return {x[0]: (x[1])};", 8, 16),
+        ("def f(x): return {x[0]: (x[1])};", 20, 24),
+        ("```python", 8, 16),
+        ("∀ x ∃ y", 12, 8),
+        ("hence, therefore, x", 6, 4),
+        ('{"a": 1}', 16, 6),
+        ('and "type": "x" it is', 16, 6),
+        ("A sunny day.", 9, 9),
+        ("- one\n- two", 9, 9),
+    ],
+)
+def test_context_rule(snippet: str, k: int, expected: int) -> None:
+    found = AdaptiveSpecController(SpecConfig(k_current=k))
+    assert found.get_k_for_context(snippet) == expected
+    assert found.config.k_current == k
+
+
+def test_json_is_at_least_k_min() -> None:
+    assert AdaptiveSpecController(SpecConfig(k_min=7)).get_k_for_context('{"a"') == 7
+
+
+def test_rolling_acceptance_is_a_ratio_of_sums_over_the_window() -> None:
+    found = AdaptiveSpecController(SpecConfig(acceptance_window=16))
+    found.record_acceptance(0, 1)
+    found.record_acceptance(8, 8)
+    assert found.get_rolling_acceptance() == 8 / 9  # the mean of rates would be 1/2
+    for _ in range(2):
+        found.record_acceptance(2, 8)
+    assert found.get_rolling_acceptance() == 4 / 16  # the first two have left
+
+
+def test_adjustment_interval() -> None:
+    found = AdaptiveSpecController(SpecConfig(adjustment_interval=10))
+    found.record_acceptance(8, 8)
+    assert not found.should_adjust()  # nine tokens: eight accepted, one of the target's own
+    found.record_acceptance(0, 8)
+    assert found.should_adjust()
+    found.compute_new_k()
+    assert not found.should_adjust()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k_min": 9}, "k_min, k_current and k_max are 9, 8 and 24; expected ascending"),
+        ({"target_acceptance": 1.5}, "target_acceptance is 1.5"),
+        ({"acceptance_window": 0}, "expected 1 or more tokens"),
+    ],
+)
+def test_mistaken_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpecConfig(**settings)
+    with pytest.raises(ValueError, match="accepted is 3 of 2 drafted; expected 0 to 2"):
+        AdaptiveSpecController().record_acceptance(3, 2)
+
+
+def test_audit_log(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "audit.jsonl"
+    found = AdaptiveSpecController(SpecConfig(k_current=22), log, session="s1")
+    for accepted in (8, 8, 0, 0, 0, 0, 0, 0):
+        found.record_acceptance(accepted, 8)
+        found.compute_new_k()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(set(line) == {"ts", "session", "level", "cat", "msg", "details"} for line in lines)
+    assert {line["cat"] for line in lines} == {"SPEC_ADJUST"} and {line["session"] for line in lines} == {"s1"}
+    moves = [tuple(map(int, line["msg"].removeprefix("K: ").split(" -> "))) for line in lines]
+    assert moves[0] == (22, 24)  # clipped, and no line where K stays
+    assert all(a != b for a, b in moves) and all(b == c for (_, b), (c, _) in itertools.pairwise(moves))
+
+
+def see(control: KControl, **entries: float) -> np.ndarray:
+    """An observation with these entries."""
+    vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
+    for name, value in entries.items():
+        vector[control.slices[name].start] = value
+    return vector
+
+
+def test_schedule_grows_by_two_and_shrinks_by_one() -> None:
+    control = KControl(8)
+    agent = AGENTS["hf-schedule"](control=control)
+    played = [agent.predict(see(control), episode_start=np.array([True]))[0]]
+    for accepted in (1.0, 1.0, 0.9, 0.0, 0.0):
+        played.append(agent.predict(see(control, last_k=0.5, last_acceptance=accepted))[0])
+    assert played == [5, 7, 8, 7, 6, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "goes_on", "stops"),
+    [
+        ("confidence", {}, {"probability": 0.41}, {"probability": 0.39}),
+        ("confidence", {"cumulative": True}, {"path": 0.41, "probability": 0.1}, {"path": 0.39, "probability": 1.0}),
+        ("svip", {"threshold": 0.6}, {"entropy": 0.035}, {"entropy": 0.037}),  # √0.36 = 0.6 nats^½
+        ("adaedl", {"threshold": 0.4}, {"entropy": 0.17}, {"entropy": 0.19}),  # 1 − √(0.2 H) = 0.4 at H = 1.8
+    ],
+)
+def test_stopping_rules(name: str, settings: dict[str, Any], goes_on: dict, stops: dict) -> None:
+    control = KControl(8, decision="token")
+    agent = AGENTS[name](control=control, **settings)
+    assert agent.predict(see(control))[0] == 1  # the first token is always drafted
+    assert agent.predict(see(control, drafted=0.125, **goes_on))[0] == 1
+    assert agent.predict(see(control, drafted=0.25, **stops))[0] == 0
+
+
+def test_adaedl_follows_the_acceptance_rate() -> None:
+    control = KControl(8, decision="token")
+    agent = AGENTS["adaedl"](control=control)
+    before = agent.threshold
+    for _ in range(5):
+        agent.predict(see(control, last_k=0.5, last_acceptance=0.2))
+    assert agent.threshold == pytest.approx(before + 5 * 0.1 * 0.01)  # less is accepted than wanted: stricter
+    raised = agent.threshold
+    for _ in range(20):
+        agent.predict(see(control, last_k=0.5, last_acceptance=1.0))
+    assert agent.threshold < raised
+
+
+def test_gammatune_follows_the_accepted_length() -> None:
+    control = KControl(16)
+    agent = AGENTS["gammatune"](control=control, k=8, memory=0.5, growth=2.0, slack=1.0)
+    assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
+    assert agent.predict(see(control, last_k=0.5, last_acceptance=0.375))[0] == 6  # (7 + 3)/2 + 1
+    assert agent.predict(see(control, last_k=0.375, last_acceptance=1.0))[0] == 9  # 6 + 2 + 1
+
+
+def test_a_bandit_finds_the_best_arm() -> None:
+    """Of chains whose tokens are right with a chance of 0.5, the best length at this cost, found by enumeration."""
+    control, rng, cost = KControl(8), np.random.default_rng(0), 0.1
+    agent = AGENTS["ucb"](control=control, cost=cost, exploration=0.05, discount=1.0)
+    worth = {k: sum(0.5**i for i in range(k + 1)) / (1 + cost * k) for k in agent.arms.tolist()}
+    played: list[int] = []
+    observation, start = see(control), np.array([True])
+    for _ in range(3000):
+        k, _ = agent.predict(observation, episode_start=start)
+        accepted = int(np.argmin(np.append(rng.random(k) < 0.5, False)))
+        observation, start = see(control, last_k=k / 8, last_acceptance=accepted / k if k else 0.0), np.array([False])
+        played.append(k)
+    common = max(set(played[-1000:]), key=played[-1000:].count)
+    assert worth[common] > 0.98 * max(worth.values())
+
+
+def test_specdec_learns_acceptance_and_is_saved(tmp_path: Path) -> None:
+    """On the profile a token's reported probability is its chance of acceptance, so a head fitted without extra weight
+    has to find it."""
+    keywords = {"trace": NAME, "decision": "token", "max_new_tokens": 256}
+    env = gym.make("SpecK-v0", **keywords).unwrapped
+    agent = AGENTS["specdec++"](control=env.control, rejection_weight=1.0).learn(4000, env)
+    rng, done, errors = np.random.default_rng(1), True, []
+    for _ in range(400):
+        if done:
+            observation, _ = env.reset()
+        observation, _, done, _, info = env.step(int(rng.random() < 0.8))
+        if not info["emitted"]:
+            found = agent.acceptance(observation)
+            errors.append(abs(found - float(observation[env.control.slices["probability"]][0])))
+    assert np.mean(errors) < 0.12
+    agent.save(tmp_path)
+    again = AGENTS["specdec++"](control=env.control)
+    again.load(tmp_path)
+    assert again.acceptance(observation) == agent.acceptance(observation)
+    with pytest.raises(ValueError, match="cannot read the policy"):
+        again.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["ucb", "ppo"])
+def test_a_useless_drafter_is_left_alone(name: str, tmp_path: Path) -> None:
+    """Where next to nothing is accepted, what learns ends at K = 0: on held-out texts never below 0.97 of plain."""
+    profile = json.loads((PROFILES / f"{NAME}.json").read_text())
+    for kind in profile["kinds"].values():
+        kind["acceptance"] = [0.01]
+    path = tmp_path / "useless.json"
+    path.write_text(json.dumps(profile | {"static_over_plain": 1.0}))
+    overrides = [f"env.trace={path}", "env.max_new_tokens=256"]
+    experiment = load_experiment("SpecK-v0", name, overrides)
+    env = gym.make("SpecK-v0", **experiment.env).unwrapped
+    agent = AGENTS[name](control=env.control, **experiment.hyperparameters)
+    if name == "ppo":
+        agent.learn(8192, env)
+    played = env.control
+    rates = [
+        Generation(env.decoder, Policy(played, agent), [2] * 64, 1024, np.random.default_rng(seed)).run()
+        for seed in range(4)
+    ]
+    assert np.mean([done.tokens_per_second for done in rates[1:]]) > 0.97 * env.plain_rate
+
+
+def test_adaptive_agent_moves_k_with_the_kind_of_text(tmp_path: Path) -> None:
+    control = KControl(24)
+    agent = AdaptiveKAgent(control, audit_log=str(tmp_path / "log.jsonl"))
+    code, prose = np.zeros((2, *control.observation_space.shape), np.float32)  # type: ignore[misc]
+    code[control.slices["kind"].start] = prose[control.slices["kind"].start + 1] = 1
+    start = np.array([True])
+    assert agent.predict(prose, episode_start=start)[0] == 8
+    for _ in range(3):  # what the rule adds for code it takes back for prose
+        assert agent.predict(code, episode_start=start)[0] == 16
+        assert agent.predict(prose, episode_start=start)[0] == 8
+    assert agent.predict(code, episode_start=start)[0] == 16  # and K is adjusted from there
+    code[control.slices["last_k"]], code[control.slices["last_acceptance"]] = 16 / 24, 1.0
+    played = [agent.predict(code)[0] for _ in range(4)]
+    assert played == [16, 16, 16, 20]  # 17 tokens a cycle: the interval of 64 is over at the fourth
+    details = [json.loads(x)["details"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert details == [*[{"context": "code"}, {"context": "prose"}] * 3, {"context": "code"}, {"acceptance": 1.0}]
+    assert agent.predict(prose, episode_start=start)[0] == 12
+
+
+def test_adaptive_agent_in_segments_adjusts_after_each() -> None:
+    """Of a segment only the rate is known; 64 tokens are an interval whatever was accepted, and plain ones say nothing."""
+    control = KControl(24, adjustment_interval=64)
+    agent = AdaptiveKAgent(control, use_context=False)
+    assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
+    assert agent.predict(see(control, last_k=8 / 24, last_acceptance=0.2))[0] == 4
+    assert agent.controller.get_rolling_acceptance() == pytest.approx(0.2, abs=0.01)
+    agent.predict(see(control, last_k=0.0, last_acceptance=0.0))
+    assert agent.controller.get_rolling_acceptance() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_controller_decodes(name: str) -> None:
+    """Each stanza of the YAML, played through ``generate`` on the profile: faster than plain decoding, and it adapts."""
+    stricter = ["hyperparameters.threshold=0.7"] if name == "adaedl" else []  # the profile's entropies are low
+    experiment = load_experiment("SpecK-v0", name, [f"env.trace={NAME}", *stricter])
+    control = make_control(ENVIRONMENTS["SpecK-v0"], experiment.env)
+    env = gym.make("SpecK-v0", **experiment.env).unwrapped
+    agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters).learn(2000, env)
+    rates, lengths = [], set()
+    for seed in range(3):
+        done = played(env, control, agent, 96, seed)
+        rates.append(done.tokens_per_second)
+        lengths |= {cycle.drafted for cycle in done.cycles}
+    assert np.mean(rates) > env.plain_rate
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        ("svip", {}, "SvipAgent needs SpecK-v0 with decision=\"token\", not k with 'cycle'"),
+        ("hf-schedule", {"decision": "token"}, 'ScheduleAgent needs SpecK-v0 with decision="cycle"'),
+        (
+            "svip",
+            {"decision": "token", "observation": "counters"},
+            "SvipAgent looks at drafted, entropy, free, path, which",
+        ),
+    ],
+)
+def test_controllers_refuse_what_they_cannot_see(name: str, own: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AGENTS[name](control=KControl(**own))
+
+
+@pytest.mark.parametrize("name", [*RULES, "ppo"])
+def test_tuning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is tuned ends with hyper-parameters that its stanza takes; a study goes on where it was interrupted."""
+    arguments = ["tune", "SpecK-v0", "--agent", name, "--root", str(tmp_path), "--prompts", "3", "--tokens", "48"]
+    arguments += ["--set", f"env.trace={NAME}", "total_timesteps=600"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "2"])
+    if name == "ppo":
+        with pytest.raises(SystemExit, match=r"ppo has nothing to tune here; the agents that have are adaptive-k"):
+            tune.main()
+        return
+    tune.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "4"])
+    tune.main()
+    assert "4 trials; first " in capsys.readouterr().out
+    folder = tmp_path / "SpecK-v0" / name
+    best = yaml.safe_load((folder / "best.yml").read_text())["hyperparameters"]
+    overrides = [f"hyperparameters.{key}={json.dumps(value)}" for key, value in best.items()]
+    experiment = load_experiment("SpecK-v0", name, overrides)
+    AGENTS[name](control=make_control("k", experiment.env), **experiment.hyperparameters)
+    assert (folder / "history.png").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "4", "--tokens", "32"])
+    with pytest.raises(SystemExit, match="was begun with another tokens; choose another --root, or delete it"):
+        tune.main()

@@ -1,0 +1,166 @@
+"""What a trace teaches: plans are the cycles that they name, lessons are what playing them brings, outcomes their odds."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from spec_envs.agents import AGENTS
+from spec_envs.agents.traced.lessons import lessons_of, replay_of
+from spec_envs.agents.traced.outcomes import ChainOutcomes, TreeOutcomes
+from spec_envs.controls import make_control
+from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
+from spec_envs.controls.plans import Plans
+from spec_envs.decoding.traces.trace import Trace, level_slice
+from spec_envs.experiments.train import trace_of
+from spec_envs.vector.env import ReplayVectorEnv
+from tests.support.traced import CASES, TABLE, control_of, costs_in, random_lessons
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_following_a_plan_leads_to_the_cycle_that_it_names(
+    case: str,
+    traces: dict[str, Trace],
+    tmp_path: Path,
+) -> None:
+    env_id, name, keywords = CASES[case]
+    shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
+    env: Any = gym.make(env_id, **shared).unwrapped
+    control, found = env.control, Plans(env.control)
+    assert found.levels == (1 if case in ("budget", "k") else found.deepest + 1)
+    assert (found.first, found.copies) == (int(case == "depth"), case in ("k", "token", "drafted"))
+    for plan, size in enumerate(found.sizes.tolist()):
+        if size < found.first:
+            continue
+        observation, _ = env.reset(options={"prompt": env.prompts[1]})
+        level, emitted = found.first, 0
+        while not emitted:
+            assert found.level(observation[None])[0] == (level if found.stepwise else 0)
+            opened = found.open(found.level(observation[None]))[0]
+            assert opened[plan] and (opened == (found.sizes >= level if found.stepwise else True)).all()
+            action = found.actions(found.level(observation[None]), np.array([plan]))[0]
+            observation, _, _, _, info = env.step(int(action))
+            emitted, level = info["emitted"], level + 1
+        drafted = size if found.copies else level_slice(size, control.width).stop
+        assert (info["drafted"], info["verified"]) == (drafted, found.nodes[plan])
+        budgets = [control.budget] if case == "depth" else getattr(control, "budgets", [99])
+        assert found.nodes[plan] == min(drafted, budgets[found.budgets[plan]])
+    assert len(set(zip(found.sizes.tolist(), found.budgets.tolist(), strict=True))) == len(found.sizes)
+
+
+def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
+    for match, control in (
+        ("not of k with these settings", KControl(k_max=6, adjustment_interval=8)),
+        ('depth is "random"', make_control("budget", {"depth": "random"})),
+        ("not of k with these settings", KControl(k_max=6, engine="llama-server")),
+        ("not of topk", make_control("topk", {})),
+        ("lacks what is drafted", DepthControl(observation="ltd")),
+        ("lacks what is drafted", KControl(decision="token", observation="counters")),
+    ):
+        for name in ("hindsight", "exact-pg"):
+            with pytest.raises(ValueError, match=match):
+                AGENTS[name](control=control)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    env, found = copy.deepcopy(vectors[case]), Plans(control_of(case))
+    forward, verification = found.forward(TABLE), found.verification(TABLE)
+    observations, _ = env.reset(seed=0)
+    begins, rng, everywhere, cycles = np.ones(8, bool), np.random.default_rng(0), np.arange(8), 0
+    for _ in range(12):
+        if begins.all():
+            lessons = lessons_of(env, found, observations, everywhere)
+            for plan in np.flatnonzero(found.sizes >= found.first):
+                played, seen, alive, level = copy.deepcopy(env), observations, np.ones(8, bool), found.first
+                spent, brought, worth = np.zeros(8), np.zeros(8), np.zeros(8)
+                while alive.any():
+                    at = np.full(8, level if found.stepwise else 0)
+                    np.testing.assert_allclose(seen[alive], lessons.seen[alive, at[0]], atol=1e-6)
+                    seen, infos = played.step(found.actions(at, np.full(8, plan)))[0], played.brought
+                    spent += alive * infos["seconds"]["draft"]
+                    ended = alive & (infos["emitted"] > 0)
+                    brought[ended], worth[ended] = infos["emitted"][ended], infos["seconds"]["verify"][ended]
+                    alive &= ~ended
+                    level += 1
+                np.testing.assert_array_equal(lessons.accepted[:, plan], brought - 1)
+                np.testing.assert_allclose(lessons.begun + lessons.forwards[:, plan] * forward, spent, atol=1e-6)
+                tokens, seconds = lessons.outcome(np.full(8, plan), forward, verification)
+                np.testing.assert_array_equal(tokens, brought)
+                np.testing.assert_allclose(seconds, spent + worth, atol=1e-6)
+            cycles += 1
+        plan = rng.choice(np.flatnonzero(found.sizes >= found.first))  # all follow one, so that cycles end together
+        ended, level = False, found.first
+        while not ended:
+            at = np.full(8, level if found.stepwise else 0)
+            observations = env.step(found.actions(at, np.full(8, plan)))[0]
+            begins, level = env.brought["emitted"] > 0, level + 1
+            ended = bool(begins.any())
+        if not begins.all():
+            break
+    assert cycles > 3
+
+
+def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
+    found = ChainOutcomes(Plans(KControl(k_max=3, decision="token")))
+    odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
+    predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)  # alive; right 1, 2, 3; copied 1, 2, 3
+    for forward, verification in ((0.0, np.zeros(4)), (0.25, np.array([1.0, 1.5, 1.75, 3.0]))):
+        found.price(0.5, forward, verification)
+        paid = [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8]
+        worth = found.worth(predicted, np.array([0]))[0] + 0.5 * (forward * np.array(paid) + verification)
+        np.testing.assert_allclose(worth - worth[0], [0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16], atol=1e-5)
+        paid = [0, 0.4, 0.4 + 0.8]
+        worth = found.worth(predicted, np.array([1]))[0]
+        assert worth[0] == -np.inf
+        worth = worth[1:] + 0.5 * (forward * np.array(paid) + verification[1:])
+        np.testing.assert_allclose(worth - worth[0], [0, 0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4], atol=1e-5)
+        assert np.isfinite(found.worth(predicted, np.array([3]))).tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
+def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    """One set of log-odds for all that is seen ends at the means of what the plans brought."""
+    plans = Plans(control_of(case))
+    outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
+    lessons = random_lessons(vectors[case], plans.control)
+    accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
+    predicted = torch.zeros(1, plans.levels, outcomes.outputs, requires_grad=True)
+    optimizer = torch.optim.Adam([predicted], 0.1)
+    for _ in range(600):
+        optimizer.zero_grad()
+        loss = outcomes.loss(predicted.expand(len(accepted), -1, -1), accepted, forwards)
+        loss.backward()
+        optimizer.step()
+    verification = np.linspace(1, 2, len(plans.sizes))
+    for forward in (0.0, 0.3):
+        outcomes.price(0.5, forward, verification)
+        for level in range(plans.first, min(plans.levels, plans.first + 3)):
+            worth = outcomes.worth(predicted[0, [level]].detach().numpy(), np.array([level]))[0]
+            opened = plans.open(np.array([level]))[0]
+            assert (np.isfinite(worth) == opened).all()
+            ahead = np.maximum(0, lessons.forwards - lessons.forwards[:, [opened.argmax()]])
+            means = (lessons.accepted - 0.5 * (ahead * forward + verification)).mean(0)
+            np.testing.assert_allclose((worth - worth.max())[opened], (means - means[opened].max())[opened], atol=0.02)
+
+
+def test_a_run_learns_from_the_trace_that_is_named(traces: dict[str, Trace], tmp_path: Path) -> None:
+    config = {"id": "SpecK-v0", "record": [4, 1, 2]}
+    found = trace_of(tmp_path / "SpecK-v0" / "hindsight-0", config, {"trace": str(traces["copies"].folder)})
+    assert found.folder == traces["copies"].folder
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environments_in_numpy_of_a_single_one(traces: dict[str, Trace], tmp_path: Path) -> None:
+    env_id, name, keywords = CASES["tree"]
+    shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
+    many = replay_of(gym.make(env_id, **shared), num_envs=5)
+    assert (many.num_envs, many.max_new_tokens, many.control.budgets) == (5, 20, keywords["budgets"])
+    assert replay_of(many) is many

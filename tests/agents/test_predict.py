@@ -1,0 +1,139 @@
+"""Stable-Baselines3's ``predict`` of every agent: for one observation, and for those of many environments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from spec_envs import ENVIRONMENTS
+from spec_envs.agents import AGENTS
+from spec_envs.agents.sb3.agent import ALGORITHMS
+from spec_envs.controls import make_control
+from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.env import SpecEnv
+
+PROFILE = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
+TOKEN = PROFILE | {"decision": "token"}
+TREE = {"max_depth": 4, "width": 4, "max_new_tokens": 20}
+# Where each agent plays, and what it takes; the traces are those of the tests.
+PLAYED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "random": ("SpecK-v0", PROFILE, {}),
+    "fixed": ("SpecK-v0", PROFILE, {"value": 2}),
+    **{name: ("SpecK-v0", PROFILE, {}) for name in ("adaptive-k", "hf-schedule", "gammatune", "ucb")},
+    **{name: ("SpecK-v0", TOKEN, {}) for name in ("confidence", "svip", "adaedl", "specdec++")},
+    **{name: ("SpecTree-v0", TREE, {}) for name in ("ddd", "svip-tree", "expected-gain")},
+    "ucb-budget": ("SpecBudget-v0", TREE, {}),
+    **{name: ("SpecDepth-v0", TREE, {"hidden": 8}) for name in ("hindsight", "exact-pg")},
+    "rl-adapter": (
+        "SpecTopK-v0",
+        {"trace": "smollm2-135m-topk", "observation": "rl_adapter", "max_new_tokens": 24},
+        {},
+    ),
+    **{
+        name: ("SpecDVI-v0", {"drafter": "auto", "block": 2, "draft_temperature": 1.0}, {})
+        for name in ("reinforce", "dvi")
+    },
+    **{name: ("SpecK-v0", TOKEN, {"pi_arch": [8], "vf_arch": [8]}) for name in ALGORITHMS},
+}
+
+
+@pytest.fixture
+def made(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tuple[SpecEnv, Any]]:
+    """An environment and the agent of a name, made anew."""
+
+    def make(name: str) -> tuple[SpecEnv, Any]:
+        env_id, keywords, hyperparameters = PLAYED[name]
+        if keywords is TREE:
+            keywords = keywords | {"trace": str(traces["tree"].folder)}
+        elif env_id == "SpecDVI-v0":
+            keywords = tiny | keywords
+        env: Any = gym.make(env_id, **keywords).unwrapped
+        control = make_control(ENVIRONMENTS[env_id], keywords)
+        control.costs = CostTable.load("qwen3-14b-a6000")
+        agent = AGENTS[name](control=control, **hyperparameters)
+        if env_id == "SpecDVI-v0":
+            agent.bind(env.decoder)
+        return env, agent
+
+    return make
+
+
+def by_hand(env: SpecEnv, agent: Any, seed: int, episodes: int) -> tuple[list[float], list[int]]:
+    """Returns and lengths of episodes, decided one observation at a time."""
+    observation, _ = env.reset(seed=seed)
+    state, start, rewards, lengths = None, np.array([True]), [0.0], [0]
+    while True:
+        action, state = agent.predict(observation, state, start, deterministic=True)
+        observation, reward, done, _, _ = env.step(action)
+        rewards[-1], lengths[-1], start = rewards[-1] + reward, lengths[-1] + 1, np.array([done])
+        if done:
+            if len(rewards) == episodes:
+                return rewards, lengths
+            observation, _ = env.reset()
+            rewards.append(0.0)
+            lengths.append(0)
+
+
+def test_every_agent_plays_here() -> None:
+    assert set(PLAYED) == set(AGENTS)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_stable_baselines_evaluates_every_agent(name: str, made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    env, agent = made(name)
+    vectorized = DummyVecEnv([lambda: env])
+    vectorized.seed(5)
+    found = evaluate_policy(agent, vectorized, n_eval_episodes=3, return_episode_rewards=True, warn=False)
+    rewards, lengths = by_hand(*made(name), 5, 3)
+    assert found[1] == lengths
+    np.testing.assert_allclose(found[0], rewards, rtol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name in AGENTS if name != "random"])
+def test_each_environment_has_its_own_state(name: str, made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    """Three environments at once are three by themselves; a recurrent state, and what an agent remembers, is of one."""
+    many = made(name)[1]
+    alone = [made(name) for _ in range(3)]
+    singles, envs = [agent for _, agent in alone], [env for env, _ in alone]
+    seen = np.array([env.reset(seed=i)[0] for i, env in enumerate(envs)])
+    states: Any = None
+    own: list[Any] = [None] * 3
+    starts = np.ones(3, bool)
+    for _ in range(40):
+        actions, states = many.predict(seen, states, starts, deterministic=True)
+        assert isinstance(actions, np.ndarray) and actions.shape == (3,) and actions.dtype.kind == "i"
+        for i, env in enumerate(envs):
+            action, own[i] = singles[i].predict(seen[i], own[i], starts[i : i + 1], deterministic=True)
+            assert action == actions[i]
+            seen[i], _, starts[i], _, _ = env.step(actions[i])
+            if starts[i]:
+                seen[i], _ = env.reset()
+
+
+def test_random_actions_of_a_batch_differ(made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    env, agent = made("random")
+    actions, _ = agent.predict(np.zeros((50, *env.observation_space.shape), np.float32))  # type: ignore[misc]
+    assert len(set(actions.tolist())) > 5
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_other_shapes_are_refused(name: str, made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    env, agent = made(name)
+    [size] = env.observation_space.shape  # type: ignore[misc]
+    for shape in ((size + 1,), (2, size - 1), (1, 2, size), (), (0, size), (0,)):
+        with pytest.raises(ValueError, match=r"the observation has the shape .* was made for"):
+            agent.predict(np.zeros(shape, np.float32))
+    two = np.zeros((2, size), np.float32)
+    _, state = agent.predict(two, deterministic=True)
+    with pytest.raises(ValueError, match="episode_start has the shape"):
+        agent.predict(two, state, np.ones(3, bool))
+    for wrong in (state[:1], [None, None], [*state, state[0]]):
+        with pytest.raises(ValueError, match="state is not that of 2 environments"):
+            agent.predict(two, wrong, np.zeros(2, bool))

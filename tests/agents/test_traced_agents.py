@@ -1,0 +1,315 @@
+"""Agents that learn from a trace make something of it, and are kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from spec_envs import agents, generate
+from spec_envs.agents import AGENTS
+from spec_envs.agents.traced.base import FILE, TracedAgent
+from spec_envs.agents.traced.exact_pg import ExactPGAgent
+from spec_envs.agents.traced.hindsight import HindsightAgent
+from spec_envs.agents.traced.lessons import Lessons
+from spec_envs.controls.base import Control
+from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
+from spec_envs.controls.plans import Plans
+from spec_envs.controls.tree import TreeControl
+from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.benchmark.bounds import Bounds
+from spec_envs.experiments.config import Experiment
+from spec_envs.experiments.train import open_run, resolved
+from spec_envs.vector.env import ReplayVectorEnv
+from tests.support.traced import CASES, TABLE, TREE, control_of, costs_in, random_lessons
+
+LEARNED = ("depth", "budget", "tree", "k", "token")
+DEAR = CostTable("dear", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 2.0})
+SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="session")
+def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
+    """Both agents, trained in each case."""
+    return {
+        (name, case): AGENTS[name](control=control_of(case), seed=4, **SMALL).learn(env=copy.deepcopy(vectors[case]))
+        for case in LEARNED
+        for name in ("hindsight", "exact-pg")
+    }
+
+
+def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
+    """Seconds ``[texts]`` of the training texts under an agent."""
+    env = copy.deepcopy(env)
+    texts = np.resize(env.texts, env.num_envs)
+    seen, _ = env.reset(seed=0, options={"texts": texts})
+    alive, spent = np.ones(env.num_envs, bool), np.zeros(env.num_envs)
+    while alive.any():
+        seen, _, terminated, _, _ = env.step(agent.actions(seen))
+        spent += alive * sum(env.brought["seconds"].values())
+        alive &= ~terminated
+    return spent[: len(env.texts)]
+
+
+@pytest.mark.parametrize("case", LEARNED)
+@pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
+def test_an_agent_is_faster_than_the_worst_static_setting(
+    name: str, case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    env = vectors[case]
+    bounds = Bounds(env.trace, control_of(case), TABLE, env.texts.tolist(), 20)
+    static = bounds.static().sum(0)
+    worst, best = static[np.isfinite(static)].max(), static.min()
+    seconds = played_seconds(env, learned[name, case])
+    assert (seconds >= bounds.clairvoyant() - 1e-9).all()
+    assert seconds.sum() < (worst + best) / 2
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_hindsight_plays_no_plan_that_is_closed(
+    case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    for agent in (learned["hindsight", case], HindsightAgent(control_of(case), seed=1, hidden=16)):
+        agent = copy.deepcopy(agent)
+        lessons = random_lessons(vectors[case], agent.control)
+        for table in (TABLE, DEAR):
+            agent.price(table)
+            for level in range(agent.plans.first, agent.plans.levels):
+                at = np.full(len(lessons.seen), level)
+                plan = agent._best(lessons.seen[:, level], at)
+                assert agent.plans.open(at)[np.arange(len(plan)), plan].all()
+                np.testing.assert_array_equal(agent.plans.level(lessons.seen[:, level]), at)
+                chosen = agent.actions(lessons.seen[:, level])
+                np.testing.assert_array_equal(chosen, agent.plans.actions(at, plan))
+                assert [agent.predict(seen)[0] for seen in lessons.seen[:5, level]] == chosen[:5].tolist()
+
+
+@pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
+@pytest.mark.parametrize("case", LEARNED)
+def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
+    name: str, case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    agent = learned[name, case]
+    lessons = random_lessons(vectors[case], agent.control)
+    other = lessons.seen.copy()
+    of_cycle = {"frontier", "survival", "gains", "entropy", "expansions", "drafted", "probability", "path", "free"}
+    for entry, place in agent.control.slices.items():
+        if entry not in of_cycle:
+            other[..., place] = 1 - other[..., place]
+    assert (
+        sum(agent.control.slices[name].stop - agent.control.slices[name].start for name in agent.looks_at)
+        == agent.width
+    )
+    same = decided(agent, lessons) == decided(agent, lessons._replace(seen=other))
+    everything = AGENTS[name](control=control_of(case), seed=3, **SMALL, reads="everything")
+    assert everything.network[0].in_features == agent.control.observation_space.shape[0]
+    if case == "k":  # decided before anything is drafted: all there is
+        assert agent.network[0].in_features == everything.network[0].in_features
+        assert not same.all()
+    else:
+        assert agent.network[0].in_features < everything.network[0].in_features
+        assert same.all()
+
+
+def test_only_so_many_decisions_are_remembered(
+    learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = copy.deepcopy(learned["exact-pg", "tree"])
+    monkeypatch.setattr("spec_envs.agents.traced.base.KNOWN", 3)
+    agent.known.clear()
+    observations = random_lessons(vectors["tree"], agent.control).seen[:20, 1]
+    for action, seen in zip(agent.actions(observations), observations, strict=True):
+        assert agent.predict(seen)[0] == agent.predict(seen)[0] == action
+        assert len(agent.known) <= 3
+
+
+def test_what_an_agent_reads_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="reads is 'task'; expected one of cycle, everything"):
+        HindsightAgent(control_of("depth"), reads="task")
+
+
+def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
+    """Actions at every level, ``[levels, n]``."""
+    return np.stack([agent.actions(lessons.seen[:, level]) for level in range(agent.plans.first, agent.plans.levels)])
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_hindsight_is_saved_with_what_it_needs_for_another_table(
+    case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], tmp_path: Path
+) -> None:
+    agent = copy.deepcopy(learned["hindsight", case])
+    lessons = random_lessons(vectors[case], agent.control)
+    agent.save(tmp_path)
+    loaded = HindsightAgent(control_of(case), seed=9, **SMALL)
+    loaded.load(tmp_path)
+    assert loaded.decision_seconds == agent.decision_seconds
+    weights = copy.deepcopy(loaded.network.state_dict())
+    paces, actions = [], []
+    for table in (TABLE, DEAR):
+        agent.price(table)
+        loaded.price(table)
+        assert loaded.pace == pytest.approx(agent.pace, rel=1e-3)  # what is observed is kept in float16
+        assert (decided(loaded, lessons) == decided(agent, lessons)).mean() > 0.99
+        paces.append(loaded.pace)
+        actions.append(decided(loaded, lessons))
+    assert paces[1] != paces[0]
+    if case != "token":  # where copies are left, which cost nothing
+        assert paces[1] < paces[0]
+    if case not in ("budget", "k"):  # whose drafting is not decided, or which copies only, under either table
+        assert (actions[0] != actions[1]).any()
+    assert all(torch.equal(weights[name], kept) for name, kept in loaded.network.state_dict().items())
+    loaded.save(tmp_path)
+    again = HindsightAgent(control_of(case), **SMALL)
+    again.load(tmp_path)
+    assert again.price(TABLE).pace == paces[0]
+    np.testing.assert_array_equal(decided(again, lessons), actions[0])
+
+
+def test_the_pace_of_hindsight_is_the_throughput_that_it_reaches(
+    learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
+) -> None:
+    for case in LEARNED:
+        agent = copy.deepcopy(learned["hindsight", case])
+        seconds = played_seconds(vectors[case], agent.price(TABLE)).sum()
+        tokens = sum(min(vectors[case].trace.texts[i].tokens, 20) - 1 for i in vectors[case].texts)
+        assert agent.pace == pytest.approx(tokens / seconds, rel=0.2), case
+
+
+def test_hindsight_says_what_it_lacks(
+    tiny: dict[str, Any], learned: dict[tuple[str, str], Any], tmp_path: Path
+) -> None:
+    control = control_of("depth")
+    agent = HindsightAgent(control, **SMALL)
+    with pytest.raises(ValueError, match="nothing to save"):
+        agent.save(tmp_path)
+    with pytest.raises(ValueError, match="pass env="):
+        agent.learn()
+    with pytest.raises(ValueError, match="pass trace=FOLDER"):
+        agent.learn(env=gym.make("SpecDepth-v0", **tiny, **CASES["depth"][2]))
+    with pytest.raises(ValueError, match="control's costs"):
+        agent.predict(np.zeros(control.observation_space.shape, np.float32))
+    learned["hindsight", "depth"].save(tmp_path)
+    agent.load(tmp_path)
+    with pytest.raises(ValueError, match="control's costs"):
+        agent.predict(np.zeros(control.observation_space.shape, np.float32))
+    control.costs = TABLE
+    assert control.action_space.contains(agent.predict(np.zeros(control.observation_space.shape, np.float32))[0])
+    assert agent.table is TABLE
+
+
+@pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
+def test_a_policy_that_cannot_be_read_is_refused(
+    name: str, learned: dict[tuple[str, str], Any], tmp_path: Path
+) -> None:
+    agent = AGENTS[name](control=control_of("depth"), **SMALL)
+    with pytest.raises(ValueError, match="cannot read the policy in"):
+        agent.load(tmp_path)
+    learned[name, "tree"].save(tmp_path)
+    with pytest.raises(ValueError, match="cannot read the policy in"):  # another control's
+        agent.load(tmp_path)
+    learned[name, "depth"].save(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    agent.load(tmp_path)
+    for damaged in (b"", whole[: len(whole) // 2], whole[8:]):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot read the policy in"):
+            agent.load(tmp_path)
+
+
+def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarray:
+    """How probable each plan is ``[plans]``, by walking through every choice at every level ``[levels, actions]``."""
+    found = np.zeros(len(plans.sizes))
+
+    def end(size: int, budget: int, chance: float) -> None:
+        found[np.flatnonzero((plans.sizes == size) & (plans.budgets == budget))] += chance
+
+    def walk(level: int, chance: float) -> None:
+        for action, own in enumerate(chances[level] * chance):
+            if isinstance(control, DepthControl):
+                if action == 0 or level + 1 == control.max_depth:
+                    end(level + action, 0, own)
+                else:
+                    walk(level + 1, own)
+            elif isinstance(control, TreeControl):
+                if action or level == control.max_depth:
+                    end(level, (action or len(control.budgets)) - 1, own)
+                else:
+                    walk(level + 1, own)
+            elif not isinstance(control, KControl):
+                end(control.depth, action, own)  # type: ignore[attr-defined]
+            elif control.decision == "cycle":
+                end(action, 0, own)
+            elif action == 0 or level + 1 == control.k_max:
+                end(level + action, 0, own)
+            else:
+                walk(level + 1, own)
+
+    walk(plans.first, 1.0)
+    return found
+
+
+@pytest.mark.parametrize("case", ["depth", "budget", "tree", "one budget", "k", "token"])
+def test_chances_of_plans_are_those_of_the_policy(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    agent = ExactPGAgent(control_of(case), seed=4, hidden=16)
+    seen = torch.from_numpy(random_lessons(vectors[case], agent.control, 20).seen)
+    with torch.no_grad():
+        agent.network[-1].weight *= 4  # far from uniform
+        chances, policy = agent._chances(seen).numpy(), agent.network(seen[..., : agent.width]).softmax(-1).numpy()
+    np.testing.assert_allclose(chances.sum(1), 1.0, atol=1e-5)
+    assert chances.std(0).max() > 1e-3 and chances[:, agent.plans.sizes == agent.plans.sizes.max()].max() > 0.01
+    for found, own in zip(chances, policy, strict=True):
+        np.testing.assert_allclose(found, enumerated(agent.control, agent.plans, own), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_exact_pg_climbs_and_is_saved(
+    case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], tmp_path: Path
+) -> None:
+    agent, before = learned["exact-pg", case], ExactPGAgent(control_of(case), seed=3, **SMALL)
+    lessons = random_lessons(vectors[case], agent.control)
+    rate = agent.tokens / agent.seconds
+    seconds = lessons.begun[:, None] + lessons.forwards * agent.plans.forward(TABLE) + agent.plans.verification(TABLE)
+    worth = lessons.accepted + 1 - rate * seconds
+
+    def expected(policy: ExactPGAgent) -> float:
+        with torch.no_grad():
+            return float((policy._chances(torch.from_numpy(lessons.seen)).numpy() * worth).sum(1).mean())
+
+    assert expected(agent) > expected(before) + 0.05
+    agent.save(tmp_path)
+    before.load(tmp_path)
+    assert before.decision_seconds == agent.decision_seconds
+    np.testing.assert_array_equal(decided(before, lessons), decided(agent, lessons))
+    np.testing.assert_allclose(expected(before), expected(agent))
+
+
+def test_a_run_of_hindsight_plays_losslessly(
+    learned: dict[tuple[str, str], Any],
+    traces: dict[str, Trace],
+    tiny: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    env = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **CASES["tree"][2], "budgets": [0, 2, 30]}
+    experiment = Experiment(agent="hindsight", env=env, hyperparameters=SMALL)
+    run = tmp_path / "run"
+    open_run(run, resolved(experiment, "SpecTree-v0", "hindsight", 0))
+    learned["hindsight", "tree"].save(run)
+    Path(costs_in(run)).rename(run / "clock.json")
+    control, agent = agents.load(run)
+    assert control.costs is not None and control.costs.seconds("draft", 4) == TABLE.seconds("draft", 4)
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", **TREE)
+    verified = set()
+    for prompt in ([5, 6, 7, 8], [3, 4, 3, 4], [9, 2, 11]):
+        played = generate(decoder, control, agent, prompt, 24).run()
+        verified |= {cycle.verified for cycle in played.cycles}
+        assert played.tokens == generate(decoder.plain(), None, None, prompt, 24).run().tokens
+    assert max(verified) > 0
+    assert agent.pace == pytest.approx(learned["hindsight", "tree"].pace, rel=1e-2)

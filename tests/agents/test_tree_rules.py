@@ -1,0 +1,205 @@
+"""The published rules for trees do what their papers say, and decode faster than plain under the table they read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+
+from spec_envs import ENVIRONMENTS, agents
+from spec_envs.agents import AGENTS
+from spec_envs.agents.rules.tree_base import TreeRule
+from spec_envs.controls import Control, make_control
+from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
+from spec_envs.controls.tree import EXPAND, TreeControl
+from spec_envs.decoding.clock import CostTable
+from spec_envs.experiments import tune
+from spec_envs.experiments.config import load_experiment
+from tests.support.playing import played
+
+STANZAS = [
+    ("SpecDepth-v0", "ddd"),
+    ("SpecBudget-v0", "expected-gain"),
+    ("SpecBudget-v0", "ucb"),
+    *(("SpecTree-v0", stanza) for stanza in ("ddd", "svip", "expected-gain")),
+]
+
+
+def see(control: Control, **entries: Any) -> np.ndarray:
+    """An observation with these entries."""
+    vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
+    for name, values in entries.items():
+        start = control.slices[name].start
+        vector[start : start + np.size(values)] = values
+    return vector
+
+
+def table(verify: float = 0.0, draft: float = 0.1) -> CostTable:
+    """A plain step of one second, so much more for every further row, and drafter forwards of one price."""
+    return CostTable("made up", {1: 1.0, 101: 1.0 + 100 * verify}, {1: draft})
+
+
+def test_ddd_goes_on_while_the_beam_is_probable() -> None:
+    depth, tree = DepthControl(), TreeControl()
+    for control, goes_on, stops in ((depth, 1, 0), (tree, EXPAND, 1 + tree.budgets.index(11))):
+        agent = AGENTS["ddd"](control=control, threshold=0.5, budget=11)
+        assert agent.predict(see(control, frontier=[0.3, 0.21]))[0] == goes_on
+        assert agent.predict(see(control, frontier=[0.3, 0.19]))[0] == stops
+        assert agent.predict(see(control, frontier=[0.9], expansions=1.0))[0] == stops  # there is no further level
+
+
+def test_svip_stops_where_the_entropy_is_high() -> None:
+    control = TreeControl()
+    agent = AGENTS["svip-tree"](control=control, threshold=0.6)
+    assert agent.predict(see(control, entropy=0.035))[0] == EXPAND  # √0.35 < 0.6 nats^½
+    assert agent.predict(see(control, entropy=0.037))[0] == 1 + control.budgets.index(7)
+
+
+@pytest.mark.parametrize(("per_row", "budget"), [(0.0, 8), (0.05, 2), (0.2, 1), (1.0, 0)])
+def test_expected_gain_weighs_tokens_against_rows(per_row: float, budget: int) -> None:
+    control = BudgetControl(budgets=(0, 1, 2, 4, 8))
+    control.costs = table(per_row, draft=0.1)
+    gains = np.array([0.0, 0.6, 0.2, 0.1, 0.05])
+    agent = AGENTS["expected-gain"](control=control)
+    worth = (1 + gains.cumsum()) / (0.2 + 1 + per_row * np.array(control.budgets))
+    action, _ = agent.predict(see(control, gains=gains / 13, expansions=1 / 12))
+    assert action == np.argmax(worth) and control.budgets[action] == budget
+
+
+def test_expected_gain_distrusts_a_drafter_by_its_scale() -> None:
+    control = BudgetControl(budgets=(1, 8))
+    control.costs = table(0.05)
+    seen = see(control, gains=np.array([0.5, 0.8]) / 13)
+    assert [AGENTS["expected-gain"](control=control, scale=s).predict(seen)[0] for s in (1.0, 0.3)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("draft", "survival", "goes_on"),
+    [
+        (0.1, [0.9, 0.8], True),  # 0.8 · 0.8/0.9 tokens more for a tenth of a second
+        (0.1, [0.9, 0.1], False),  # 0.1 · 0.1/0.9 is not worth it
+        (0.8, [0.9, 0.8], False),  # nor is the first at eight times the price
+        (0.1, [0.5], True),  # S(−1) is 1: 0.25
+        (0.1, [0.2], False),
+        (0.1, [0.5, 0.6], True),  # a ratio above 1 counts as 1
+    ],
+)
+def test_expected_gain_expands_while_another_level_pays(draft: float, survival: list[float], goes_on: bool) -> None:
+    control = TreeControl(budgets=(1, 7))
+    control.costs = table(draft=draft)
+    depth, reached = len(survival) - 1, sum(survival)
+    seen = see(control, survival=survival, expansions=depth / 12, gains=np.array([0.1, reached - 0.1]) / 13)
+    agent = AGENTS["expected-gain"](control=control)
+    assert agent.predict(seen)[0] == (EXPAND if goes_on else 2)
+    ratio = min(1.0, survival[-1] / (survival[-2] if depth else 1.0))
+    assert agent.next_level(seen) == pytest.approx(survival[-1] * ratio, rel=1e-5)
+    now, next_one = 1 + (1 + depth) * draft, 1 + (2 + depth) * draft
+    assert goes_on == ((1 + reached + survival[-1] * ratio) / next_one > (1 + reached) / now)
+
+
+def test_expected_gain_does_not_expand_for_a_budget_without_room() -> None:
+    control = TreeControl(budgets=(1,))
+    control.costs = table()
+    seen = see(control, survival=[0.95], gains=[0.9 / 13])
+    assert AGENTS["expected-gain"](control=control).predict(seen)[0] == 1
+
+
+def test_what_is_verified_is_what_there_is() -> None:
+    control = TreeControl(width=2, budgets=(1, 5, 95))
+    control.costs = table(verify=0.1, draft=0.1)
+    seconds = AGENTS["expected-gain"](control=control).seconds
+    assert seconds.shape == (13, 3)
+    np.testing.assert_allclose(seconds[0], [0.1 + 1.1, 0.1 + 1.2, 0.1 + 1.2])
+    np.testing.assert_allclose(seconds[1], [0.2 + 1.1, 0.2 + 1.5, 0.2 + 1.6])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("expected-gain", TreeControl), ("ucb-budget", BudgetControl)])
+def test_a_rule_without_prices_says_what_to_do(name: str, kind: Any) -> None:
+    control = kind()
+    agent = AGENTS[name](control=control)
+    with pytest.raises(ValueError, match="needs the seconds of forwards: set the control's costs to a CostTable"):
+        agent.predict(see(control), episode_start=np.array([True]))
+
+
+def test_a_bandit_finds_the_best_budget() -> None:
+    """It reads the last cycle out of the mean of four, over the beginnings of texts too."""
+    control, rng = BudgetControl(budgets=(1, 3, 7, 31)), np.random.default_rng(0)
+    control.costs = table(0.02)
+    means = {1: 0.5, 3: 0.8, 7: 1.5, 31: 1.6}
+    agent = AGENTS["ucb-budget"](control=control, discount=1.0)
+    played: list[int] = []
+    for _ in range(60):
+        taken: list[int] = []
+        for _ in range(25):
+            recent = np.mean(taken[-4:]) / 13 if taken else 0.0
+            seen = see(control, recent=recent, expansions=1 / 12)
+            budget = control.budgets[agent.predict(seen, episode_start=np.array([not taken]))[0]]
+            assert agent.accepted == taken[-4:]
+            taken.append(int(rng.binomial(2, means[budget] / 2)))
+            played.append(budget)
+    assert played[-500:].count(7) > 400
+
+
+@pytest.mark.parametrize(
+    ("name", "control", "message"),
+    [
+        ("ddd", KControl(), "DddAgent plays the problem depth or tree, not k"),
+        ("svip-tree", DepthControl(), "SvipTreeAgent plays the problem tree, not depth"),
+        ("ucb-budget", TreeControl(), "UcbBudgetAgent plays the problem budget, not tree"),
+        ("ddd", DepthControl(observation="ltd"), "looks at expansions, frontier, which the observation 'ltd' lacks"),
+        ("ddd", TreeControl(budgets=(3, 9)), "budget is 7; expected one of 3, 9"),
+    ],
+)
+def test_rules_refuse_what_they_cannot_play(name: str, control: Control, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AGENTS[name](control=control)
+
+
+def test_the_stanzas_are_all_rules() -> None:
+    rules = {name for name, kind in AGENTS.items() if isinstance(kind, type) and issubclass(kind, TreeRule)}
+    assert {load_experiment(*stanza).agent for stanza in STANZAS} == rules
+
+
+@pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
+def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
+    """On the tiny pair, whose drafts are mostly right and cheap: faster than plain decoding."""
+    experiment = load_experiment(env_id, stanza)
+    env = gym.make(env_id, **tiny).unwrapped
+    control = make_control(ENVIRONMENTS[env_id], {})
+    control.costs = CostTable.load(tiny["clock"])
+    agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters)
+    rates, shapes = [], set()
+    for seed in range(4):
+        done = played(env, control, agent, 60, seed)
+        rates.append(done.tokens_per_second)
+        shapes |= {(cycle.depth, cycle.verified) for cycle in done.cycles}
+    assert np.mean(rates) > env.plain_rate
+    assert len(shapes) > 1
+
+
+def test_a_run_of_a_priced_rule_brings_its_table(tiny: dict, tmp_path: Path) -> None:
+    config = {"id": "SpecTree-v0", "env": tiny, "agent": "expected-gain", "hyperparameters": {}}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    control, agent = agents.load(tmp_path)
+    assert control.costs == CostTable.load(tiny["clock"]) and agent.seconds.shape == (13, 13)
+
+
+@pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
+def test_tuning(env_id: str, stanza: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["tune", env_id, "--agent", stanza, "--root", str(tmp_path), "--prompts", "2", "--tokens", "24"]
+    arguments += ["--trials", "3", "--set", *(f"env.{key}={value}" for key, value in tiny.items())]
+    monkeypatch.setattr(sys, "argv", arguments)
+    tune.main()
+    best = yaml.safe_load((tmp_path / env_id / stanza / "best.yml").read_text())["hyperparameters"]
+    assert ("budget" in best) == (env_id == "SpecTree-v0" and stanza != "expected-gain")
+    overrides = [f"hyperparameters.{key}={json.dumps(value)}" for key, value in best.items()]
+    experiment = load_experiment(env_id, stanza, overrides)
+    AGENTS[experiment.agent](control=make_control(ENVIRONMENTS[env_id], experiment.env), **experiment.hyperparameters)

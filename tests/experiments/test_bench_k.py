@@ -1,0 +1,62 @@
+"""The benchmark of draft lengths on the synthetic profile: every figure follows from what was run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from spec_envs.experiments.comparisons import chains as bench_k
+
+NAME = "qwen2.5-coder-32b-cpu"
+KEYS = {"best_fixed_over_plain", "best_agent", "best_agent_over_best_fixed", "by_context", "variation", "acceptance"}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict:
+    common = ["bench_k", "--trace", NAME, "--count", "10", "--out", str(tmp_path), "--root", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [*common, *arguments])
+    bench_k.main()
+    return json.loads((tmp_path / "bench-k.json").read_text())
+
+
+def test_figures_by_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run(monkeypatch, tmp_path, "--agents", "hf-schedule,confidence,random")
+    arms = results["arms"]
+    assert set(arms) == {
+        *("plain", "plain again", "K = 4", "K = 8", "K = 16", "best fixed", "hf-schedule", "confidence", "random")
+    }
+    assert set(results) >= KEYS and results["best_agent"] in ("hf-schedule", "confidence", "random")
+    assert results["best_fixed_over_plain"] == arms["best fixed"]["over_plain"]
+    assert results["best_agent_over_best_fixed"] == arms[results["best_agent"]]["over_best fixed"]
+    assert arms["plain"]["tokens_per_second"] == pytest.approx(1 / 0.36)
+    assert set(results["by_context"]["K = 4"]) == {"code", "prose", "math"}
+    fixed = results["static"]["tokens_per_second"]
+    assert f"k {results['static']['best'][0]}" == max(fixed, key=fixed.get)
+    out = capsys.readouterr().out
+    assert "| K = 16 |" in out and "the best agent on validation prompts" in out
+    picture = tmp_path / "bench-k.png"
+    assert picture.stat().st_size > 10_000
+
+    both = run(monkeypatch, tmp_path, "--agents", "svip", "--name", "qwen")
+    assert both["qwen"]["best_agent"] == "svip" and both["best_agent"] == results["best_agent"]
+    again = run(monkeypatch, tmp_path, "--agents", "ucb")
+    assert again["best_agent"] == "ucb" and again["qwen"] == both["qwen"]
+
+
+def test_unknown_stanza(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"has no stanza 'svib' \(did you mean 'svip'\?\)"):
+        run(monkeypatch, tmp_path, "--agents", "svib")
+    assert not (tmp_path / "bench-k.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stanza", "message"), [("ppo", "ppo is trained to decide every cycle"), ("ppo-token", "it has no segments")]
+)
+def test_on_a_server_only_segments_are_decided(tmp_path: Path, stanza: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench_k.policy_of(stanza, bench_k.experiment_for(stanza, {"engine": "llama-server"}), tmp_path)
+    assert not list(tmp_path.iterdir())

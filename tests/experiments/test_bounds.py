@@ -1,0 +1,138 @@
+"""Bounds on the texts of a trace: what the environment charges, and no more than any policy there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from spec_envs import ENVIRONMENTS
+from spec_envs.agents.baselines.fixed import FixedAgent
+from spec_envs.controls import make_control
+from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.benchmark.bounds import Bounds
+
+TABLE = CostTable("made up", {1: 1.0, 4: 1.1, 40: 1.3}, {1: 0.02, 2: 0.03, 8: 0.06})
+WHOLE: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
+    ("SpecDepth-v0", "tree", {"max_depth": 4, "width": 4, "budget": 12}, [1, 2, 4]),
+    ("SpecBudget-v0", "tree", {"max_depth": 4, "width": 4, "budgets": (0, 3, 30), "depth": 2}, [0, 3, 30]),
+    ("SpecTree-v0", "tree", {"max_depth": 4, "width": 4, "budgets": (0, 2, 9)}, ["0x0", "0x9", "1x2", "4x9"]),
+    ("SpecK-v0", "chain", {"k_max": 6}, [0, 1, 6]),
+    ("SpecK-v0", "copies", {"k_max": 6}, [0, 2, 3, 6]),
+    ("SpecK-v0", "copies", {"k_max": 6, "decision": "token"}, [2, 6]),
+    ("SpecK-v0", "lookup", {"k_max": 6}, [1, 6]),
+]
+SHORT: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
+    ("SpecDepth-v0", "tree", {"max_depth": 3, "width": 4, "budget": 12}, [1, 2, 3]),
+    ("SpecBudget-v0", "tree", {"max_depth": 4, "width": 4, "budgets": (0, 3, 30), "depth": 2}, [0, 3, 30]),
+    ("SpecTree-v0", "tree", {"max_depth": 1, "width": 4, "budgets": (0, 6)}, ["0x0", "0x6", "1x0", "1x6"]),
+    ("SpecK-v0", "chain", {"k_max": 2}, [0, 1, 2]),
+    ("SpecK-v0", "copies", {"k_max": 3}, [0, 1, 2, 3]),
+    ("SpecK-v0", "lookup", {"k_max": 2}, [0, 1, 2]),
+]
+
+
+def settings(bounds: Bounds) -> list[int | str]:
+    """The setting of each plan, as ``FixedAgent`` takes it."""
+    by_name = {"depth": lambda d, b: d, "budget": lambda d, b: b, "tree": lambda d, b: f"{d}x{b}", "k": lambda k: k}
+    return [by_name[bounds.control.name](*name) for name in bounds.names()]
+
+
+class Player:
+    """Plays texts of a trace in a single environment, each cycle under a setting of its own."""
+
+    def __init__(self, env_id: str, trace: Trace, folder: Path, max_new_tokens: int, keywords: dict[str, Any]):
+        costs = folder / "costs.json"
+        costs.write_text(json.dumps({"verify": TABLE.verify, "draft": TABLE.draft}))
+        shared = {"trace": str(trace.folder), "split": "all", "clock": str(costs), "max_new_tokens": max_new_tokens}
+        self.env: Any = gym.make(env_id, **shared, **keywords).unwrapped
+        self.control = make_control(ENVIRONMENTS[env_id], keywords)
+        self.bounds = Bounds(trace, self.control, TABLE, range(len(trace.texts)), max_new_tokens)
+
+    def seconds(self, text: int, sequence: list[int | str], repeat: bool = False) -> tuple[float, bool]:
+        """Seconds of a cycle under each setting in turn (``repeat``: the first for all), and whether the text ended."""
+        observation, _ = self.env.reset(options={"prompt": self.env.prompts[text]})
+        spent, cycles = 0.0, 0
+        while not self.env.decoder.finished and (repeat or cycles < len(sequence)):
+            agent, emitted = FixedAgent(self.control, sequence[0 if repeat else cycles]), 0
+            while not emitted:
+                observation, _, _, _, info = self.env.step(agent.predict(observation)[0])
+                spent, emitted = spent + sum(info["seconds"].values()), info["emitted"]
+            cycles += 1
+        return spent, self.env.decoder.finished
+
+    def least(self, text: int, offered: list[int | str], sequence: list[int | str]) -> float:
+        """The least seconds of all ways to go on behind a sequence."""
+        spent, ended = self.seconds(text, sequence)
+        return spent if ended else min(self.least(text, offered, [*sequence, value]) for value in offered)
+
+
+@pytest.mark.parametrize(("env_id", "name", "keywords", "chosen"), WHOLE)
+def test_a_static_setting_costs_what_the_environment_charges(
+    env_id: str,
+    name: str,
+    keywords: dict[str, Any],
+    chosen: list[int | str],
+    traces: dict[str, Trace],
+    tmp_path: Path,
+) -> None:
+    player = Player(env_id, traces[name], tmp_path, 20, keywords)
+    bounds, texts = player.bounds, range(len(traces[name].texts))
+    static, offered = bounds.static(), settings(bounds)
+    for value in chosen:
+        played = [player.seconds(text, [value], repeat=True)[0] for text in texts]
+        np.testing.assert_allclose(static[:, offered.index(value)], played, rtol=1e-9)
+    assert (bounds.tokens == [min(text.tokens, 20) - 1 for text in traces[name].texts]).all()
+    finite = np.isfinite(static).all(0)
+    assert finite.tolist() == [env_id != "SpecDepth-v0" or value != 0 for value in offered]
+
+
+@pytest.mark.parametrize(("env_id", "name", "keywords", "offered"), SHORT)
+def test_the_clairvoyant_optimum_is_that_of_all_sequences(
+    env_id: str,
+    name: str,
+    keywords: dict[str, Any],
+    offered: list[int | str],
+    traces: dict[str, Trace],
+    tmp_path: Path,
+) -> None:
+    player = Player(env_id, traces[name], tmp_path, 6, keywords)
+    bounds = player.bounds
+    static, best = bounds.static(), bounds.clairvoyant()
+    assert [value for value, finite in zip(settings(bounds), np.isfinite(static[0]), strict=True) if finite] == offered
+    for text in (1, 5):
+        assert best[text] == pytest.approx(player.least(text, offered, []))
+    assert (best <= static.min(1) + 1e-9).all()
+
+
+def test_over_whole_texts_no_setting_is_faster_than_the_clairvoyant(traces: dict[str, Trace]) -> None:
+    for env_id, name, keywords, _ in WHOLE:
+        control = make_control(ENVIRONMENTS[env_id], keywords)
+        bounds = Bounds(traces[name], control, TABLE, range(7), 24)
+        static, best = bounds.static(), bounds.clairvoyant()
+        assert (best <= static.min(1) + 1e-9).all(), env_id
+        assert best.sum() < static.sum(0).min() or name == "lookup", env_id  # texts differ from cycle to cycle
+        assert bounds.throughput(best) >= bounds.throughput(static).max()
+
+
+def test_a_setting_is_best_over_all_texts_or_over_those_of_a_task(traces: dict[str, Trace]) -> None:
+    trace = traces["tree"]
+    control = make_control("depth", {"max_depth": 4, "width": 4, "budget": 5})
+    bounds = Bounds(trace, control, TABLE, [0, 1, 5], 20)
+    assert bounds.tasks == [trace.texts[i].task for i in (0, 1, 5)] and bounds.tasks[0] == bounds.tasks[2]
+    seconds = np.array([[np.inf, 5.0, 1.0, 3.0, 9.0], [np.inf, 1.0, 9.0, 2.0, 9.0], [np.inf, 1.0, 6.0, 2.0, 9.0]])
+    assert bounds.best(seconds) == 1  # 7 against 16 and 7: the first of equals
+    seconds[1, 1] = 1.5
+    assert bounds.best(seconds) == 3
+    assert bounds.best_by_task(seconds) == {bounds.tasks[0]: 3, bounds.tasks[1]: 1}
+    assert list(bounds.best_by_task(seconds)) == bounds.tasks[:2]  # in the order of the texts
+    np.testing.assert_allclose(bounds.throughput(seconds)[1:], bounds.tokens.sum() / seconds.sum(0)[1:])
+    static = bounds.static()
+    alone = Bounds(trace, control, TABLE, [1], 20)
+    np.testing.assert_allclose(alone.static()[0], static[1])
+    assert bounds.best_by_task(static)[bounds.tasks[1]] == alone.best(alone.static())

@@ -1,0 +1,46 @@
+"""Commands that are killed: a short version of `make chaos`, and that it finds what does not continue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spec_envs.experiments.checks.chaos import tried
+from spec_envs.experiments.checks.chaos_cases import CASES, Case, digests
+
+WRITER = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir(exist_ok=True)
+count = folder / 'count'
+{begin}
+for _ in range(10):
+    count.write_text(count.read_text() + 'x' if count.exists() else 'x')
+    time.sleep(0.1)
+"""
+
+
+def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str) -> Case:
+    """A command that takes a second and appends to what it finds."""
+    (tmp_path / "writer_case.py").write_text(WRITER.format(begin=begin))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Case("writer", "writer_case {}", lambda folder: digests(folder, "count"))
+
+
+@pytest.mark.parametrize(("name", "kills"), [("tune", 2), ("train-ppo", 1)])
+def test_killed_and_continued(name: str, kills: int, tmp_path: Path) -> None:
+    result = tried(CASES[name], tmp_path / name, kills, seed=0)
+    assert (result.failed, result.kills) == ("", kills) and result.ends
+
+
+def test_a_command_that_does_not_continue_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tried(writer(tmp_path, monkeypatch, "count.unlink(missing_ok=True)"), tmp_path / "anew", 2, seed=0)
+    assert result.failed == "" and result.kills == 2
+    result = tried(writer(tmp_path, monkeypatch, ""), tmp_path / "twice", 2, seed=0)
+    assert "another count than undisturbed" in result.failed
+    result = tried(
+        writer(tmp_path, monkeypatch, "assert not count.exists(), 'left over'"), tmp_path / "fails", 2, seed=0
+    )
+    assert "it ended with 1: AssertionError: left over" in result.failed
+    result = tried(writer(tmp_path, monkeypatch, "raise OSError('no')"), tmp_path / "never", 2, seed=0)
+    assert result.failed == "undisturbed, it ends with 1: OSError: no"

@@ -1,0 +1,161 @@
+"""What every command has in common: help, one line for what makes no sense, and nothing written when it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spec_envs.arguments import Parser, number, output_file, output_folder, whole_number
+from tests.support import ROOT
+
+MODULES = sorted(
+    ".".join((*(["spec_envs"] if folder == "experiments" else []), *path.relative_to(ROOT).with_suffix("").parts))
+    for folder in ("experiments", "spec_envs/network")
+    for path in (ROOT / folder).rglob("*.py")
+    if "\ndef main(" in path.read_text(encoding="utf-8")
+)
+NONSENSE = ("", "x", "nan", "inf", "1e999", "-1", "１", "0x10", "1,5", "[]")
+
+
+class Parsed(Exception):
+    """Carries a parser instead of what it parses."""
+
+
+def command(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
+    """The parser of a command, caught before it parses."""
+
+    def caught(self: Parser, *_: Any) -> None:
+        raise Parsed(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_args", caught)
+        with pytest.raises(Parsed) as found:
+            command(name).main()
+    return found.value.args[0]
+
+
+def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The one line with which a command ends."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(errors):
+        command(name).main()
+    code = ended.value.code
+    line = code if isinstance(code, str) else errors.getvalue().strip()
+    assert code and line.startswith("error: ") and "\n" not in line, line
+    return line
+
+
+def takes_numbers(action: argparse.Action) -> bool:
+    """Whether an option refuses what is no number."""
+    if action.type is None or not callable(action.type):
+        return False
+    try:
+        action.type("x")
+    except (argparse.ArgumentTypeError, ValueError):
+        return action.type.__name__ == "parse"
+    return False
+
+
+def test_there_are_commands() -> None:
+    ours = {"train", "evaluate", "tune", "trace", "drafter", "benchmark", "zoo_check", "chaos"}
+    assert {f"experiments.{name}" for name in ours} <= set(MODULES)
+    assert {f"spec_envs.network.{name}" for name in ("cloud", "edge", "proxy")} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        command(name).main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ") and str(command(name).__doc__).split()[0] in shown
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nonsense_is_refused_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = parser_of(name, monkeypatch)
+    assert "--no-such-option" in refused(name, ["--no-such-option"], monkeypatch) or "required" in refused(
+        name, ["--no-such-option"], monkeypatch
+    )
+    for action in parser._actions:
+        if action.option_strings and takes_numbers(action):
+            for value in NONSENSE:
+                line = refused(name, [f"{action.option_strings[0]}={value}"], monkeypatch)
+                assert action.option_strings[0] in line
+        if action.choices and action.option_strings:
+            assert action.option_strings[0] in refused(name, [action.option_strings[0], "nonsense"], monkeypatch)
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_option_has_a_range(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare int or float takes NaN, or numbers that nothing can be done with."""
+    for action in parser_of(name, monkeypatch)._actions:
+        assert action.type not in (int, float), action.option_strings
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_cannot_be_written_is_refused_before_any_work(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for action in parser_of(name, monkeypatch)._actions:
+        if action.type is output_folder:
+            for path in (tmp_path / "file", tmp_path / "file" / "below"):
+                assert "is a file" in refused(name, [action.option_strings[0], str(path)], monkeypatch)
+        if action.type is output_file:
+            assert "is a folder" in refused(name, [action.option_strings[0], str(tmp_path / "folder")], monkeypatch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_overrides_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second --set does not take the place of the first."""
+    monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0", "--set", "a=1", "--set", "b=2", "c=3"])
+    assert command("spec_envs.experiments.train").arguments().set == ["a=1", "b=2", "c=3"]
+    monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0"])
+    assert command("spec_envs.experiments.train").arguments().set == []
+
+
+def test_options_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--promp" in refused("spec_envs.experiments.evaluate", ["runs", "--promp", "gsm8k"], monkeypatch)
+    assert "unrecognized arguments: runs/b" in refused(
+        "spec_envs.experiments.evaluate", ["runs/a", "runs/b"], monkeypatch
+    )
+
+
+@pytest.mark.fuzz
+@given(st.text(max_size=8) | st.floats().map(str) | st.integers().map(str))
+def test_numbers_are_finite_and_in_range(text: str) -> None:
+    for parse, lowest, highest in (
+        (whole_number(1), 1, math.inf),
+        (whole_number(0, 7), 0, 7),
+        (number(0, 1), 0, 1),
+        (number(0, above=True), 1e-320, math.inf),
+    ):
+        try:
+            value = parse(text)
+        except argparse.ArgumentTypeError as error:
+            assert "\n" not in str(error)
+        else:
+            assert lowest <= value <= highest and math.isfinite(value)

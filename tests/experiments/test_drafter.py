@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.model.batch import generate_batch
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, load_weights
+from spec_envs.experiments.drafters import __main__ as drafter
+from spec_envs.experiments.drafters import selftext
+from spec_envs.experiments.drafters.turns import composed_turn, library_functions, training_turns
+from spec_envs.prompts.sets import encode
+from tests.conftest import CPU, WORDS
+
+
+def conversations(path: Path, count: int = 30) -> Path:
+    rng = random.Random(0)
+    words = lambda: " ".join(rng.choice(["a", "b", "c", "d"]) for _ in range(12))  # noqa: E731
+    path.write_text("".join(json.dumps({"user": words(), "assistant": words()}) + "\n" for _ in range(count)))
+    return path
+
+
+def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["drafter", *map(str, arguments)])
+    drafter.main()
+
+
+def test_a_drafter_from_given_conversations(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = conversations(tmp_path / "given.jsonl")
+    common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--work", tmp_path / "work"]
+    common += ["--steps", 2, "--draft-vocab", 16, "--dtype", "float32", "--device", "cpu"]
+    make(monkeypatch, *common, "--epochs", 2)
+    report = json.loads((tmp_path / "work" / "head" / "report.json").read_text())
+    assert len(report["chain_acceptance"]) == 12 and report["positions"] > 0
+    head = EagleHead.load(str(tmp_path / "work" / "head"))
+    assert len(head.draft_ids) == report["draft_vocab"]
+    recorded = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
+    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")  # goes on; nothing is recorded again
+    assert recorded == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
+    assert json.loads((tmp_path / "longer" / "report.json").read_text())["epochs"] == 3
+    with pytest.raises(SystemExit, match="was begun with another seed; choose another --work"):
+        make(monkeypatch, *common, "--seed", 1)
+
+
+def test_a_head_is_trained_on(
+    tiny_target: Path, tiny_drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = conversations(tmp_path / "given.jsonl")
+    common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--dtype", "float32"]
+    common += ["--steps", 2, "--epochs", 4]
+    make(monkeypatch, *common, "--work", tmp_path / "work", "--init", tiny_drafter)
+    before, after = EagleHead.load(str(tiny_drafter)), EagleHead.load(str(tmp_path / "work" / "head"))
+    assert torch.equal(before.draft_ids, after.draft_ids)
+    assert torch.allclose(before.lm_head.weight, after.lm_head.weight, atol=1e-3)
+    moved = (before.fc.weight - after.fc.weight).abs().max()
+    assert 1e-4 < moved < 0.05  # from where it was, not from the target's last layer
+    before.lm_head.weight.data += 1
+    before.save(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"has output rows of its own; expected one that `make drafter` made"):
+        make(monkeypatch, *common, "--work", tmp_path / "again", "--init", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 0], "--steps is 0; expected 1 or more"),
+        (["--deep-share", 5], "--deep-share is 5; expected above 0 and at most 1"),
+        (["--deep-share", 0.5, "--kind", "draft-model"], "--deep-share is read with --kind eagle3 alone"),
+        (["--layers", 2], "--layers is read with --kind draft-model alone"),
+        (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
+    ],
+)
+def test_mistakes_claim_no_folder(
+    arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        make(monkeypatch, "--work", tmp_path / "work", *arguments)
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("line", ["3", '{"prompt": "x"}', '{"user": "x"}', "{"])
+def test_malformed_conversations(line: str, tmp_path: Path) -> None:
+    good = '{"user": "a\u2028b", "assistant": "c"}\n'
+    path = tmp_path / "given.jsonl"
+    path.write_text(line + "\n" + good, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"given.jsonl:1 is not a conversation"):
+        selftext.read_conversations(path)
+    path.write_text(good + line, encoding="utf-8")  # cut short by a kill
+    assert len(selftext.read_conversations(path)) == 1
+
+
+def test_a_target_that_ends_no_turn(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftext, "sampled_turns", lambda *_: [])
+    monkeypatch.setattr(selftext, "training_turns", lambda: [])
+    target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
+    with pytest.raises(ValueError, match="ends no user turn of its own"):
+        selftext.write_conversations(target, tokenizer, tmp_path / "text.jsonl", 100)
+
+
+def test_composed_turns_are_of_every_kind() -> None:
+    rng = random.Random(0)
+    turns = [composed_turn(rng, ["An article about bees."]) for _ in range(40)]
+    assert any("An article about bees." in turn for turn in turns) and any("def " in turn for turn in turns)
+    assert len(library_functions()) > 500 and all(head.startswith("def ") for head in library_functions())
+    assert len(training_turns()) > 100
+
+
+def test_a_draft_model_from_given_conversations(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts as a few of the target's own layers, learns from what the target writes, and what is saved drafts for
+    that target."""
+    target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
+    users = [" ".join(random.Random(i).choices(WORDS[2:14], k=6)) for i in range(60)]
+    answers = generate_batch(target, [encode(tokenizer, user) for user in users], 40, set())
+    given = tmp_path / "given.jsonl"
+    rows = [{"user": user, "answer_ids": answer} for user, answer in zip(users, answers, strict=True)]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--kind", "draft-model", "--layers", 4, "--target", tiny_target, "--conversations", given, "--tokens", 0]
+    common += ["--draft-vocab", 16, "--dtype", "float32", "--device", "cpu", "--steps", 3, "--learning-rate", 3e-3]
+    make(monkeypatch, *common, "--work", tmp_path / "work", "--epochs", 1)
+    make(monkeypatch, *common, "--work", tmp_path / "work", "--epochs", 30, "--out", tmp_path / "longer")
+    folders = [tmp_path / "work" / "head", tmp_path / "longer"]
+    before, after = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    assert after["chain_acceptance"][0] > before["chain_acceptance"][0]
+    kept = {name for name in load_weights(folders[1]) if "embed" in name or "lm_head" in name}
+    assert not kept  # these are the target's
+    accepted = []
+    for folder in folders:
+        decoder = load_decoder(str(tiny_target), str(folder), "cpu", "float32", width=1, max_depth=5)
+        decoder.eos = frozenset()
+        decoder.start([3, 4, 5], 200, np.random.default_rng(0))
+        while not decoder.finished:
+            decoder.cycle(2)
+        accepted.append(sum(cycle.accepted for cycle in decoder.cycles) / len(decoder.cycles))
+    assert accepted[1] > accepted[0] + 0.1
+    with pytest.raises(SystemExit, match="layers are 8; expected 1 to 7"):
+        make(monkeypatch, *common, "--work", tmp_path / "other", "--layers", 8)

@@ -1,0 +1,215 @@
+"""The experiment commands end to end, over the tiny pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spec_envs import agents
+from spec_envs.decoding.clock import CostTable
+from spec_envs.experiments import evaluate, stream, train
+from spec_envs.experiments.measure import static
+from tests.support import ROOT
+
+
+def command(env_id: str, agent: str, root: Path, tiny: dict, *settings: str) -> list[str]:
+    overrides = [f"env.{key}={value}" for key, value in tiny.items()]
+    small = ["test_prompts=3", "eval_prompts=2", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
+    return [env_id, "--agent", agent, "--root", str(root), "--set", *overrides, *small, *settings]
+
+
+@pytest.fixture(autouse=True)
+def few_static_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "DEPTHS", (2, 4))
+    monkeypatch.setattr(static, "BUDGETS", (7, 15))
+
+
+def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train.main()
+
+
+@pytest.mark.parametrize("env_id", ["SpecDepth-v0", "SpecBudget-v0"])
+def test_train_ends_with_a_table_and_a_picture(
+    env_id: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("total_timesteps=128", "eval_freq=64", "checkpoint_freq=32", "env.clock=wall")
+    arguments = command(env_id, "ppo", tmp_path, tiny, *settings)
+    run_train(monkeypatch, arguments)
+    folder = tmp_path / env_id / "ppo-0"
+    table = capsys.readouterr().out
+    for arm in ("plain", "plain again", "transformers generate", "random", "static", "ppo"):
+        assert f"| {arm} |" in table
+    results = json.loads((folder / "results.json").read_text())
+    low, value, high = (results["arms"]["ppo"]["over_plain"][k] for k in ("low", "value", "high"))
+    assert low <= value <= high
+    assert results["divergences"]["ppo"] == {"per_1000": 0.0, "largest_gap": 0.0, "same_text": 1.0}
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    config = yaml.safe_load((folder / "config.yml").read_text())
+    assert config["versions"]["torch"] and config["revision"] and config["hyperparameters"]["gamma"] == 1.0
+    events = EventAccumulator(str(next(folder.glob("events_*"))), size_guidance={"histograms": 0}).Reload().Tags()
+    assert set(events["scalars"]) >= {
+        *(f"spec/{name}" for name in ("tokens_per_second", "speedup", "emitted_per_cycle", "acceptance")),
+        *(f"spec/seconds_{part}" for part in ("draft", "verify", "policy")),
+    }
+    assert any(tag.startswith("actions/") for tag in events["histograms"])
+    assert [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] == 128
+    assert CostTable.load(str(folder / "clock.json")).seconds("verify", 1) > 0
+    agents.load(folder)
+
+    run_train(monkeypatch, arguments)
+    assert "is finished" in capsys.readouterr().out
+    (untrained := tmp_path / env_id / "ppo-1").mkdir()
+    (untrained / "config.yml").write_text((folder / "config.yml").read_text())
+    train.open_run(untrained, {**config, "seed": 1})  # nothing was trained there yet: other settings may have it
+    assert agents.read_config(untrained)["seed"] == 1
+    with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
+        run_train(monkeypatch, [*arguments, "total_timesteps=256"])
+
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "3", "--temperature", "1.0"])
+    evaluate.main()
+    assert "temperature 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "2"])
+    evaluate.main()  # fewer prompts than the run's: its own table stays
+    assert (folder / "eval" / "count_2" / "results.md").exists()
+    assert json.loads((folder / "results.json").read_text()) == results
+    monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
+    stream.main()
+    assert "12 tokens" in capsys.readouterr().out
+
+
+def test_settings_that_cannot_be_built_claim_no_folder(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"env.{key}={value}" for key, value in tiny.items()]
+    arguments = ["SpecDepth-v0", "--agent", "fixed", "--root", str(tmp_path), "--set", "test_prompts=3", *overrides]
+    with pytest.raises(SystemExit, match="no prompt set gsm9k"):
+        run_train(monkeypatch, [*arguments, "env.prompts=gsm9k"])
+    with pytest.raises(SystemExit, match="value is 99"):
+        run_train(monkeypatch, [*arguments, "hyperparameters.value=99"])
+    with pytest.raises(SystemExit, match="nowhere is not a readable run folder"):
+        run_train(monkeypatch, [*arguments, "partner=nowhere"])
+    assert not (tmp_path / "SpecDepth-v0" / "fixed-0").exists()
+    run_train(monkeypatch, arguments)
+    assert (tmp_path / "SpecDepth-v0" / "fixed-0" / "results.json").exists()
+
+
+def test_cost_features_from_training_to_deployment(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy that sees a cost table is trained with the calibrated one and shown the same live."""
+    arguments = command("SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=64", "eval_freq=32")
+    run_train(monkeypatch, [*arguments, "env.cost_features=true", "env.clock=wall"])
+    folder = tmp_path / "SpecDepth-v0" / "ppo-0"
+    control, _ = agents.load(folder)
+    assert control.costs == CostTable.load(str(folder / "clock.json"))
+    monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
+    stream.main()
+    assert "12 tokens" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
+    arguments = command(
+        "SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=1024", "checkpoint_freq=64", "eval_freq=0"
+    )
+    run = [sys.executable, "-m", "spec_envs.experiments.train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "SpecDepth-v0" / "ppo-0"
+    first = subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "last" / "checkpoint.pt").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (folder / "results.json").exists()
+    again = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "going on at step" in again.stderr
+    steps = [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 1024
+    assert (folder / "results.json").exists()
+
+
+def test_mixes_of_learned_and_fixed(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for env_id, *stated in (("SpecDepth-v0", "env.max_depth=12", "env.width=10"), ("SpecBudget-v0",)):
+        run_train(monkeypatch, command(env_id, "ppo", tmp_path, tiny, "total_timesteps=32", "eval_freq=0", *stated))
+        runs.append(str(tmp_path / env_id / "ppo-0"))
+    out = tmp_path / "mixes"
+    mixes = ["--depth", f"3 {runs[0]}", "--budget", f"16 {runs[1]}", "--count", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *mixes, "--clock", tiny["clock"], "--dtype", "float32"])
+    evaluate.main()
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    assert len([name for name in arms if name.startswith("depth")]) == 4
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", runs[1], "--budget", "16"])
+    with pytest.raises(SystemExit, match="is not a run of DepthControl"):
+        evaluate.main()
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", "20", "--budget", runs[1]])
+    with pytest.raises(SystemExit, match="depth is 20; expected 0 to 12"):
+        evaluate.main()
+
+
+def test_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = command("SpecDepth-v0", "ltd-iterative", tmp_path, tiny, "total_timesteps=32", "eval_freq=32")
+    arguments += ["env.prompts=all", "hyperparameters.pi_arch=[8]", "hyperparameters.vf_arch=[8]"]
+    run_train(monkeypatch, arguments)
+    stages = sorted((tmp_path / "SpecDepth-v0" / "ltd-iterative-0").iterdir())
+    assert [s.name for s in stages] == [
+        "1-SpecBudget-v0",
+        "2-SpecDepth-v0",
+        "3-SpecBudget-v0",
+        "4-SpecDepth-v0",
+        "5-SpecBudget-v0",
+    ]
+    partners = [yaml.safe_load((s / "config.yml").read_text())["partner"] for s in stages]
+    assert [p and Path(p).name for p in partners] == [None, None, "2-SpecDepth-v0", "3-SpecBudget-v0", "4-SpecDepth-v0"]
+
+
+def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: no environment 'SpecDept-v0'"):
+        run_train(monkeypatch, ["SpecDept-v0"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is not a readable run folder"):
+        evaluate.main()
+
+
+def test_settings_of_an_evaluation_that_nothing_would_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is misspelt or has no effect is refused, and writes nothing."""
+    small = ["total_timesteps=64", "test_prompts=3", "hyperparameters.value=2"]
+    profile = "env.trace=qwen2.5-coder-32b-cpu"
+    run_train(monkeypatch, ["SpecK-v0", "--agent", "fixed", "--root", str(tmp_path), "--set", profile, *small])
+    run = tmp_path / "SpecK-v0" / "fixed-0"
+    before = sorted(run.rglob("*"))
+    for arguments, sentence in (
+        ([run, "--prompts", "gsm8k"], "prompts cannot be set: the run is played on the trace 'qwen2.5-coder-32b-cpu'"),
+        ([run, "--temperature", "1", "--dtype", "int8"], "dtype, temperature cannot be set"),
+        ([run, "--count", "0"], "--count is 0; expected 2 or more"),
+        ([run, "--temperature", "nan"], "--temperature is nan; expected 0 or more"),
+        ([run, "--max-new-tokens", "-3"], "--max-new-tokens is -3; expected 2 to"),
+        ([run, "--data-dir", tmp_path / "nowhere"], "nowhere' is not a folder"),
+        ([run, "--depth", "1"], "give a run, or depths and budgets, not both"),
+        (["--depth", " ", "--budget", ""], "nothing to evaluate"),
+        (["--depth", "1", "--prompts", "gsm8"], "no prompt set gsm8"),
+        ([run, run], "unrecognized arguments"),
+        ([tmp_path / "nowhere"], "nowhere is not a readable run folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main()
+        assert sentence in str(ended.value), (arguments, str(ended.value))
+    assert sorted(run.rglob("*")) == before and not capsys.readouterr().err.count("Traceback")

@@ -1,0 +1,219 @@
+"""SpecK-v0: what is observed, what an action does, and that the text is the target's own whatever is played."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from spec_envs.controls.k import DRAFT, VERIFY, KControl
+from spec_envs.controls.text_kind import KINDS, context_kind
+from spec_envs.env import SpecEnv
+from tests.spec_envs.decoding.test_decoder import plain
+
+
+@pytest.fixture
+def pair(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Any]:
+    """Keyword arguments over the tiny target and a random draft model."""
+    return {**tiny, "drafter": str(tiny_draft)}
+
+
+def make(keywords: dict[str, Any], **own: Any) -> SpecEnv:
+    env = gym.make("SpecK-v0", **(keywords | own)).unwrapped
+    assert isinstance(env, SpecEnv)
+    return env
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"decision": "token", "k_max": 5},
+        {"adjustment_interval": 6},
+        {"observation": "counters"},
+        {"decision": "token", "observation": "counters", "cost_features": True},
+        {"drafter": "lookup"},
+        {"temperature": 1.0},
+    ],
+)
+def test_gymnasium_accepts_every_variant(pair: dict[str, Any], own: dict[str, Any]) -> None:
+    env = gym.make("SpecK-v0", **{**pair, **own})
+    spec = env.spec
+    assert spec is not None
+    spec.nondeterministic = False  # the clock is priced: everything follows from the seed
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("own", [{}, {"decision": "token"}, {"adjustment_interval": 8}, {"drafter": "lookup"}])
+def test_greedy_text_is_plain_text_under_random_actions(pair: dict[str, Any], own: dict[str, Any], seed: int) -> None:
+    env = make(pair, **own)
+    rng = np.random.default_rng(seed)
+    env.reset(seed=seed, options={"prompt": "the a of and in to the a of"})
+    done = False
+    while not done:
+        _, _, done, _, info = env.step(int(rng.integers(env.action_space.n)))
+    assert env.decoder.tokens == plain(pair, env.decoder.prompt, 24, env.decoder.eos)
+    assert info["tokens"] == len(env.decoder.tokens)
+
+
+def test_observation_of_cycles(pair: dict[str, Any]) -> None:
+    """Every entry, recomputed from what the decoder recorded."""
+    env = make(pair, k_max=8)
+    rng = np.random.default_rng(3)
+    control = env.control
+    see, _ = env.reset(seed=3)
+    read = lambda name: see[control.slices[name]]  # noqa: E731
+    assert not np.any(
+        [read(n).any() for n in ("confidence", "entropy", "match", "acceptance", "last_k", "last_acceptance")]
+    )
+    done, asked = False, []
+    while not done:
+        action = int(rng.integers(9))
+        asked.append(action)
+        see, _, done, _, info = env.step(action)
+        cycles, last = env.decoder.cycles, env.decoder.cycles[-1]
+        assert info["drafted"] == action == last.drafted
+        for n, value in zip((4, 16), read("acceptance"), strict=True):
+            drafted = sum(c.drafted for c in cycles[-n:])
+            assert value == pytest.approx(sum(c.accepted for c in cycles[-n:]) / drafted if drafted else 0.0)
+        assert read("last_k")[0] == pytest.approx(action / 8)
+        assert read("last_acceptance")[0] == pytest.approx(last.accepted / action if action else 0.0)
+        assert len(last.nodes.probabilities) == len(last.nodes.entropies) == action
+        if action:
+            assert read("confidence")[0] == pytest.approx(last.nodes.probabilities.mean(), abs=1e-6)
+            assert read("entropy")[0] == pytest.approx(last.nodes.entropies.mean() / 10, abs=1e-6)
+            assert (last.nodes.entropies <= np.log(16) + 1e-5).all() and (
+                last.nodes.probabilities >= 1 / 16 - 1e-6
+            ).all()
+        assert read("kind").sum() == read("task").sum() == 1
+    assert len(asked) > 3
+
+
+def test_observation_of_tokens(pair: dict[str, Any]) -> None:
+    """The chain under way; the rest stays as it was when the cycle began."""
+    env = make(pair, decision="token", k_max=4)
+    begun, _ = env.reset(seed=1)
+    assert begun[:5].tolist() == [0, 1, 0, 1, 0]
+    path = 1.0
+    for drafted in (1, 2, 3):
+        see, reward, _, _, info = env.step(DRAFT)
+        assert info["emitted"] == 0 and reward < 0  # it costs, and has brought nothing yet
+        path *= float(see[1])
+        assert see[0] == pytest.approx(drafted / 4) and see[3] == pytest.approx(path, rel=1e-5)
+        assert see[4] == 0 and np.array_equal(see[5:], begun[5:]) and 0 < see[2] < 0.3
+    see, _, _, _, info = env.step(DRAFT)  # the fourth is verified at once
+    assert info["drafted"] == 4 and info["emitted"] >= 1
+    assert see[:4].tolist() == [0, 1, 0, 1] or env.decoder.finished
+    if not env.decoder.finished:
+        assert env.step(VERIFY)[-1]["drafted"] == 0  # plain decoding
+
+
+def test_a_decision_is_kept_for_a_segment(pair: dict[str, Any]) -> None:
+    env = make({**pair, "max_new_tokens": 40}, adjustment_interval=8)
+    env.reset(seed=0)
+    env.decoder.eos = frozenset()
+    while not env.decoder.finished:
+        before = len(env.decoder.cycles)
+        info = env.step(3)[-1]
+        made = env.decoder.cycles[before:]
+        assert info["emitted"] == sum(c.emitted for c in made) and info["drafted"] == sum(c.drafted for c in made)
+        assert info["emitted"] >= 8 or env.decoder.finished
+        assert sum(c.emitted for c in made[:-1]) < 8
+        assert sum(info["seconds"].values()) == pytest.approx(sum(sum(c.seconds.values()) for c in made))
+
+
+def test_domains_take_turns(pair: dict[str, Any]) -> None:
+    env = make(pair, switch_every=3, prompts="all,json")
+    tasks = []
+    for i in range(12):
+        env.reset(seed=0 if i == 0 else None)
+        assert env.prompt is not None
+        tasks.append(env.prompt.task)
+    blocks = [tasks[i : i + 3] for i in range(0, 12, 3)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    assert all(a[0] != b[0] for a, b in itertools.pairwise(blocks))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"k_max": 1}, "k_max is 1; expected 2 to 4096"),
+        ({"decision": "word"}, "decision is 'word'; expected one of cycle, token"),
+        ({"engine": "vllm"}, "engine is 'vllm'; expected one of torch, llama-server"),
+        ({"decision": "token", "adjustment_interval": 64}, "it has no segments and no server"),
+        ({"adjustment_interval": -1}, "adjustment_interval is -1; expected tokens"),
+        ({"switch_every": -1}, "switch_every is -1; expected texts"),
+    ],
+)
+def test_mistakes_are_named(pair: dict[str, Any], own: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(pair, **own)
+
+
+def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None:
+    """An agent that always goes on ends every cycle all the same."""
+    env = make({**tiny, "drafter": "lookup"}, decision="token")
+    env.reset(seed=0)
+    for _ in range(24 * 17):
+        if env.step(DRAFT)[2]:
+            break
+    assert env.decoder.finished
+
+
+@pytest.mark.parametrize(
+    ("snippet", "kind"),
+    [
+        ("def f(x): return {x[0]: (x[1], [2])}", "code"),
+        ("Here it is:\n```python\nprint", "code"),
+        ("x" * 95 + "(" * 5, "prose"),  # a twentieth, not more
+        ("x" * 94 + "(" * 6, "code"),
+        ('{"name": "a"}', "json"),
+        ('  {\n "name"', "json"),
+        ('Sure. "type": "object" is what it says', "json"),
+        ("∀ x ∃ y", "math"),
+        ("x → y ⇒ z, ∑ and ∫", "math"),
+        ("Therefore it follows", "math"),
+        ("a proof of it", "math"),
+        ("waterproof boots", "prose"),
+        ("- milk\n- bread\n- eggs", "list"),
+        ("1. milk\n2. bread", "list"),
+        ("- one item", "prose"),
+        ("It was a sunny day.", "prose"),
+        ("", "prose"),
+    ],
+)
+def test_kinds_of_text(snippet: str, kind: str) -> None:
+    assert context_kind(snippet) == kind and kind in KINDS
+
+
+def test_an_answer_that_opens_as_json_is_json(pair: dict[str, Any]) -> None:
+    """Though its last tokens are code's characters, and the prompt stands in front of them."""
+    env = make(pair)
+    env.decoder.detokenize = lambda ids: '{"a": [1, 2]}' if len(ids) <= 8 else 'write {"a": [1, 2]}; now'
+    see, _ = env.reset(seed=0, options={"prompt": "the a of and in to the a of and in"})
+    assert see[env.control.slices["kind"]].tolist() == [0, 0, 0, 1, 0]
+
+
+def test_kind_is_told_anew_as_the_text_grows(pair: dict[str, Any]) -> None:
+    env = make(pair, max_new_tokens=24)
+    env.reset(seed=0, options={"prompt": "the a of and in to"})
+    asked: list[list[int]] = []
+    env.decoder.detokenize = lambda ids: asked.append(ids) or "- a\n- b"  # type: ignore[func-returns-value]
+    env.decoder.eos = frozenset()
+    while not env.decoder.finished:
+        see = env.step(1)[0]
+    assert 2 <= len(asked) <= 4 and all(len(ids) <= 96 for ids in asked)
+    assert see[env.control.slices["kind"]].tolist() == [0, 0, 0, 0, 1]
+
+
+def test_counters_are_what_a_server_reports() -> None:
+    control = KControl(adjustment_interval=64, observation="counters")
+    assert list(control.slices) == ["acceptance", "last_k", "last_acceptance", "position", "context"]
+    assert "confidence" not in KControl(adjustment_interval=64).slices
+    assert KControl(engine="llama-server").adjustment_interval == 64

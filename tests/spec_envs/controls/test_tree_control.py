@@ -1,0 +1,180 @@
+"""Depth and budget decided together: what the actions mean, what is seen, and static settings of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from spec_envs import generate
+from spec_envs.agents import AGENTS
+from spec_envs.agents.baselines.fixed import FixedAgent, settings
+from spec_envs.agents.baselines.uniform import RandomAgent
+from spec_envs.controls import Policy
+from spec_envs.controls.base import COST_ROWS
+from spec_envs.controls.tree import EXPAND, TreeControl
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.experiments.measure import static
+from spec_envs.experiments.measure.arms import Encoded, decoded
+from spec_envs.experiments.measure.report import settings_played
+
+PROMPT = [3, 4, 5]
+
+
+def make(tiny: dict, **keywords: Any) -> Any:
+    env = gym.make("SpecTree-v0", **{**tiny, "max_new_tokens": 200, **keywords}).unwrapped
+    env.reset(seed=0)
+    return env
+
+
+def test_actions(tiny: dict) -> None:
+    env = make(tiny, budgets=[0, 3, 9])
+    assert env.action_space.n == 4
+    played = [env.step(action)[4] for action in (EXPAND, EXPAND, 2, 3, 1)]
+    assert [info["emitted"] > 0 for info in played] == [False, False, True, True, True]
+    assert [(info["drafted"], info["verified"]) for info in played[2:]] == [(210, 3), (10, 9), (10, 0)]
+    assert played[4]["emitted"] == 1  # budget 0 is plain decoding
+
+
+def test_nothing_is_forced_and_depth_0_costs_the_root_alone(tiny: dict) -> None:
+    env = make(tiny)
+    table = env.decoder.clock.table
+    for _ in range(3):
+        info = env.step(3)[4]
+        assert info["drafted"] == 10 and info["verified"] == 7
+        assert info["seconds"]["draft"] == pytest.approx(table.seconds("draft", 1))
+        assert info["seconds"]["verify"] == pytest.approx(table.seconds("verify", 8))
+
+
+def test_behind_the_last_level_expanding_verifies_the_largest_budget(tiny: dict) -> None:
+    env = make(tiny, max_depth=2, budgets=[1, 5])
+    infos = [env.step(EXPAND)[4] for _ in range(6)]
+    assert [info["verified"] for info in infos] == [0, 0, 5, 0, 0, 5]
+    assert infos[2]["drafted"] == 210
+
+
+def test_a_drafter_with_nothing_more_to_say_is_verified(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make(tiny, budgets=[1, 5])
+    monkeypatch.setattr(env.decoder.drafter, "expand", lambda tree: 0)
+    assert env.step(EXPAND)[4]["verified"] == 5
+
+
+def test_the_observation(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+    control = TreeControl()
+    assert list(control.slices) == [
+        *("frontier", "survival", "gains", "entropy"),
+        *("expansions", "recent", "position", "context"),
+    ]
+    tiny_decoder.start(PROMPT, 40, rng)
+    for depth in range(4):
+        seen = control.observe(tiny_decoder)
+        tree = tiny_decoder.tree
+        assert tree.expansions == depth and control.observation_space.contains(seen)
+        part = {name: seen[where] for name, where in control.slices.items()}
+        np.testing.assert_allclose(part["frontier"], np.exp(tree.scores[tree.frontier]), rtol=1e-5)
+        assert np.count_nonzero(part["survival"]) == depth + 1
+        best = np.sort(np.exp(tree.scores))[::-1]
+        expected = [best[:budget].sum() / 13 for budget in control.budgets]
+        np.testing.assert_allclose(part["gains"].cumsum(), expected, rtol=1e-5)
+        assert part["entropy"][0] == pytest.approx(float(tree.entropies[depth][0]) / 10)
+        assert control.act(tiny_decoder, EXPAND) is None
+    assert TreeControl(cost_features=True).slices["costs"] == slice(42, 42 + len(COST_ROWS) + 1)
+
+
+def test_an_agent_is_shown_what_it_looks_at(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+    class Watcher(RandomAgent):
+        looks_at = ("frontier", "position")
+        seen: list[np.ndarray] = []  # noqa: RUF012
+
+        def predict(self, observation: np.ndarray, *args: Any, **keywords: Any) -> tuple[Any, Any]:
+            self.seen.append(observation)
+            return super().predict(observation)
+
+    control = TreeControl()
+    agent = Watcher(control)
+    generate(tiny_decoder, control, agent, PROMPT, 40).run()
+    shown = {name for name, place in control.slices.items() if np.any([seen[place] for seen in agent.seen])}
+    assert shown == {"frontier", "position"}
+    tiny_decoder.start(PROMPT, 40, rng)
+    everything = control.observe(tiny_decoder)
+    for name, place in control.slices.items():
+        np.testing.assert_array_equal(control.observe(tiny_decoder, (name,))[place], everything[place])
+
+
+def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, tiny_decoder: Decoder) -> None:
+    plain = load_decoder(tiny["target"], None, "cpu", "float32")
+    control = TreeControl(budgets=(0, 2, 7))
+    agent, shapes = RandomAgent(control, seed=1), set()
+    for prompt in (PROMPT, [5, 6], [9, 2, 9, 2]):
+        done = generate(tiny_decoder, control, agent, prompt, 60).run()
+        assert done.tokens == generate(plain, None, None, prompt, 60).run().tokens
+        shapes |= {(cycle.depth, cycle.verified) for cycle in done.cycles}
+    assert len(shapes) > 4
+
+
+def test_fixed_settings(tiny_decoder: Decoder) -> None:
+    control = TreeControl()
+    assert settings(control)[:2] == ("0x1", "0x3") and len(settings(control)) == 13 * 13
+    for value in ("0x1", "0x7", "2x7", "12x95"):
+        done = generate(tiny_decoder, control, FixedAgent(control, value), PROMPT, 20).run()
+        assert {f"{cycle.depth}x{cycle.verified}" for cycle in done.cycles} == {value}
+    with pytest.raises(
+        ValueError, match="value is 2x8; expected one of DEPTHxBUDGET with depths 0 to 12 and budgets 1, 3"
+    ):
+        FixedAgent(control, "2x8")
+
+
+def test_static_settings_of_any_budget(tiny: dict, tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in ([0, 4], [3, 8]):
+        policy = static.static_like(TreeControl(), setting)
+        done = generate(tiny_decoder, policy.control, policy.agent, PROMPT, 20).run()
+        assert {(cycle.depth, cycle.verified) for cycle in done.cycles} == {tuple(setting)}
+    monkeypatch.setattr(static, "DEPTHS", (1, 2))
+    monkeypatch.setattr(static, "BUDGETS", (7,))
+    monkeypatch.setattr(static, "PROMPTS", 2)
+    found = static.best_like(tiny, TreeControl(max_depth=4))
+    assert {"depth 0, budget 7", "depth 2, budget 1"} <= set(found["tokens_per_second"])
+
+
+def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = TreeControl(max_depth=2, budgets=(1, 7))
+    tiny_decoder = load_same(tiny_decoder, control)
+    sample = decoded(tiny_decoder, Policy(control, RandomAgent(control, seed=0)))(Encoded("a task", PROMPT), 80, 0)
+    cycles = [f"{cycle.depth}x{cycle.verified}" for cycle in tiny_decoder.cycles]
+    histogram = settings_played(control, [sample])["a task"]
+    assert histogram == {setting: cycles.count(setting) for setting in settings(control) if setting in cycles}
+    assert len(histogram) > 3
+    monkeypatch.setattr(
+        tiny_decoder.drafter, "expand", lambda tree: 0
+    )  # nothing more to say: every cycle is one decision
+    sample = decoded(tiny_decoder, Policy(control, RandomAgent(control, seed=0)))(Encoded("a task", PROMPT), 20, 0)
+    assert sum(settings_played(control, [sample])["a task"].values()) == len(sample.actions) == sample.cycles
+
+
+def load_same(decoder: Decoder, control: TreeControl) -> Decoder:
+    """The same pair, for trees of the control's size."""
+    return Decoder(decoder.verifier, decoder.drafter, decoder.clock, decoder.eos, control.max_depth)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"budgets": [3, 3]}, ValueError, "expected ascending numbers of nodes"),
+        ({"budgets": [-1, 3]}, ValueError, "expected ascending numbers of nodes"),
+        ({"budgets": "all"}, ValueError, "budgets is 'all'; expected numbers or one of ltd, ltd-paper"),
+        ({"max_depth": 0}, ValueError, "max_depth and width are 0 and 10; expected at least 1"),
+        ({"observation": "ltd"}, ValueError, "observation is 'ltd'; expected one of default"),
+        ({"depth": 3}, TypeError, "TreeControl got an unexpected keyword argument 'depth'"),
+    ],
+)
+def test_refusals(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
+    with pytest.raises(error, match=message):
+        gym.make("SpecTree-v0", **tiny, **keywords)
+
+
+def test_a_tree_policy_has_no_partner() -> None:
+    with pytest.raises(ValueError, match="a tree policy wants a None policy"):
+        TreeControl().compose(TreeControl(), AGENTS["random"](control=TreeControl()))

@@ -1,0 +1,238 @@
+"""Draft models: chains are exact under greedy decoding and in distribution, and their cache is rolled back right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import kstest
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from spec_envs.decoding import accept
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
+from spec_envs.decoding.loading import drafts_chains, load_decoder
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.sampling import probabilities
+from spec_envs.decoding.tree import Tree
+from spec_envs.decoding.weights.checkpoints import load_weights
+from spec_envs.experiments.measure.costs import draft_model
+from tests.conftest import REAL, WITHOUT_KERNELS, WORDS, save_draft
+from tests.spec_envs.decoding.test_decoder import plain
+
+VOCAB = len(WORDS)
+
+
+def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
+    return load_decoder(tiny["target"], str(draft), "cpu", "float32", width=1, max_depth=7, **settings)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict, tiny_draft: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    decoder, prompt = chain_decoder(tiny, tiny_draft), rng.integers(2, VOCAB, int(rng.integers(1, 40))).tolist()
+    expected = plain(tiny, prompt, 80, frozenset())
+    decoder.eos = frozenset()
+    decoder.start(prompt, 80, rng)
+    while not decoder.finished:
+        decoder.cycle(int(rng.integers(0, 9)))
+    assert decoder.tokens == expected
+    accepted = [cycle.accepted for cycle in decoder.cycles]
+    assert max(accepted) > 0 and any(c.accepted < c.drafted for c in decoder.cycles)
+
+
+def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.random.Generator) -> None:
+    """So what the draft reads after every kind of cycle is the committed text, and nothing else."""
+    decoder = chain_decoder(tiny, tiny["target"])
+    decoder.eos = frozenset()
+    decoder.start([3, 4, 5], 300, rng)
+    while not decoder.finished:
+        k = int(rng.integers(0, 9))
+        cycle = decoder.cycle(k)
+        assert cycle.accepted == min(k, cycle.emitted) and cycle.drafted == k
+
+
+def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> None:
+    """After a cycle whose chain was refused at any place, the draft's next proposal is that of a fresh reading."""
+    decoder = chain_decoder(tiny, tiny["target"])
+    drafter = decoder.drafter
+    assert isinstance(drafter, DraftModelDrafter)
+    decoder.eos = frozenset()
+    fresh = DraftModelDrafter(drafter.model, decoder.verifier.target)
+    for wrong in range(1, 5):
+        decoder.start([3, 4, 5], 40, rng)
+        for level in range(5):
+            decoder.expand() if level else decoder.begin()
+            if level == wrong:  # as if the draft had been mistaken here
+                decoder.tree._tokens[level] = (decoder.tree._tokens[level] + 1) % VOCAB
+        accepted = decoder.verify().accepted
+        assert accepted == wrong
+        decoder.begin()
+        fresh.start(decoder.prompt + decoder.tokens, 8, torch.empty(0), rng)
+        tree = Tree(1, 7)
+        fresh.root(tree)
+        assert decoder.tree.tokens[0] == tree.tokens[0] and decoder.tree.scores[0] == pytest.approx(
+            tree.scores[0], abs=1e-4
+        )
+
+
+def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
+    """p-value that sampled texts are the target's: each token's place in the target's own cumulative distribution, with
+    the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
+    decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
+    decoder.eos = frozenset()
+    rng, places = np.random.default_rng(3), []
+
+    def distributions(model: Transformer, text: torch.Tensor) -> np.ndarray:
+        hidden, _ = model.forward(model.embed(text), model.cache(text.shape[1]), torch.arange(text.shape[1])[None])
+        return np.stack([probabilities(logits, temperature, top_p) for logits in model.head(hidden)[0]])
+
+    while len(places) < tokens:
+        decoder.start(rng.integers(2, VOCAB, 5).tolist(), 100, rng)
+        while not decoder.finished:
+            decoder.cycle(int(rng.integers(0, 5)))
+        text = torch.tensor([decoder.prompt + decoder.tokens])
+        p, q = (distributions(model, text) for model in (decoder.verifier.target, draft_model(decoder).model))
+        for at in range(len(decoder.prompt), text.shape[1]):
+            mine, token = p[at - 1], int(text[0, at])
+            before = mine[q[at - 1] - mine > (q[at - 1] - mine)[token]].sum()
+            places.append(before + rng.random() * mine[token])
+            assert mine[token] > 0
+    return float(kstest(places, "uniform").pvalue)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
+def test_sampled_text_has_the_targets_distribution(
+    tiny: dict, tiny_draft: Path, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert deviation(tiny, tiny_draft, temperature, top_p) > 0.001
+    right = accept.chained
+
+    def without_residual(tokens: np.ndarray, proposals: Any, p: Any, uniform: Any) -> tuple[list[int], int]:
+        path, token = right(tokens, proposals, p, uniform)
+        return path, token if len(path) == len(tokens) else accept.inverse_cdf(p(len(path)), uniform())
+
+    monkeypatch.setattr(accept, "chained", without_residual)
+    assert deviation(tiny, tiny_draft, temperature, top_p) < 0.001
+
+
+def test_a_drawn_chain_is_not_cut(tiny: dict, tiny_draft: Path, rng: np.random.Generator) -> None:
+    decoder = chain_decoder(tiny, tiny_draft, temperature=1.0)
+    decoder.start([3, 4], 40, rng)
+    decoder.expand()
+    with pytest.raises(ValueError, match="budget is 1, but 2 tokens were drawn; a drawn chain is verified whole"):
+        decoder.verify(1)
+    decoder.verify(2)
+
+
+def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    assert drafts_chains(str(tiny_draft)) and not drafts_chains(tiny["drafter"])
+    with pytest.raises(ValueError, match=r"drafts a chain, not a tree of width 10; pass width=1"):
+        load_decoder(tiny["target"], str(tiny_draft), "cpu", "float32")
+    with pytest.raises(ValueError, match=r"has another tokenizer than .*; take one of the same family"):
+        load_decoder(tiny["target"], REAL, "cpu", "float32", width=1)
+    few = save_draft(tmp_path / "few", tiny_draft, vocab_size=VOCAB - 2)
+    with pytest.raises(ValueError, match=r"knows 14 of its tokenizer's 16 tokens; take another"):
+        chain_decoder(tiny, few)
+    short = save_draft(tmp_path / "short", tiny_draft, max_position_embeddings=64)
+    decoder = chain_decoder(tiny, short)
+    with pytest.raises(ValueError, match="40 tokens and generation may need 25 more, but the context is 64: shorten"):
+        decoder.start([3] * 40, 17, rng)
+    decoder.eos = frozenset()
+    decoder.start([3] * 39, 17, rng)
+    while not decoder.finished:
+        decoder.cycle(8)
+
+
+def test_a_draft_model_on_the_target_with_more_or_other_tensors_is_refused(tiny: dict, tmp_path: Path) -> None:
+    target = Path(tiny["target"])
+    weights = {k: v for k, v in load_weights(target).items() if k.startswith(("model.layers.7.", "model.norm"))}
+    kept = {name.replace("layers.7", "layers.0"): tensor for name, tensor in weights.items()}
+    kept["shortlist"] = torch.arange(2, 12)
+    made = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(made))
+    ones = torch.ones(32)
+    for i, (changes, message) in enumerate(
+        (
+            ({}, None),
+            ({"extra": ones}, "nothing reads the tensors extra"),
+            (
+                {"model.layers.1.input_layernorm.weight": ones},
+                "nothing reads the tensors model.layers.1.input_layernorm",
+            ),
+            ({"model.layers.0.mlp.router.weight": ones}, "nothing reads the tensors model.layers.0.mlp.router.weight"),
+            ({"shortlist": torch.arange(10, 17)}, "shortlist holds ids twice, or others than the target's 16"),
+            ({"shortlist": torch.tensor([-1, 3])}, "shortlist holds ids twice, or others"),
+            ({"shortlist": torch.tensor([3, 3])}, "shortlist holds ids twice, or others"),
+            ({"shortlist": torch.ones(4)}, "shortlist is torch.float32"),
+        )
+    ):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        save_file(kept | changes, folder / "model.safetensors")
+        if message is None:
+            chain_decoder(tiny, folder)
+            continue
+        with pytest.raises(ValueError, match=f"cannot use the draft model in {folder}: {message}"):
+            chain_decoder(tiny, folder)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("padded", ["draft", "target"])
+def test_embeddings_padded_to_another_size(
+    tiny: dict, tiny_draft: Path, tmp_path: Path, padded: str, temperature: float, rng: np.random.Generator
+) -> None:
+    """Models of one family differ in how many unused rows their embedding ends with; a target may even emit those."""
+    target, draft = Path(tiny["target"]), tiny_draft
+    if padded == "draft":
+        draft = save_draft(tmp_path / "padded", target, vocab_size=VOCAB + 9)
+    else:
+        model = LlamaForCausalLM.from_pretrained(target)
+        model.resize_token_embeddings(VOCAB + 9, mean_resizing=False)
+        model.save_pretrained(tmp_path / "padded")
+        AutoTokenizer.from_pretrained(target).save_pretrained(tmp_path / "padded")
+        target = tmp_path / "padded"
+    pair = {"target": str(target)}
+    decoder = chain_decoder(pair, draft, temperature=temperature)
+    decoder.eos = frozenset()
+    decoder.start([3, 4, 5], 120, rng)
+    while not decoder.finished:
+        decoder.cycle(4)
+    if not temperature:
+        assert decoder.tokens == plain(pair, [3, 4, 5], 120, frozenset())
+    elif padded == "target":
+        assert max(decoder.tokens) >= VOCAB
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator) -> None:
+    """Bit for bit: a token read alone by the drafter and in a chain by the verifier."""
+    decoder = load_decoder(REAL, REAL, "cpu", "int8", width=1, max_depth=7)
+    decoder.start(list(range(50, 80)), 60, rng)
+    while not decoder.finished:
+        cycle = decoder.cycle(5)
+        assert cycle.accepted == min(5, cycle.emitted)
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+def test_the_shipped_draft_model_in_one_call_is_that_of_many(rng: np.random.Generator) -> None:
+    """The whole step in the kernels drafts what the model's parts one by one draft, also tokens that only the text has."""
+    one, many = (load_decoder(REAL, "smollm2-135m-draft", "cpu", "int8", width=1, max_depth=7) for _ in range(2))
+    assert isinstance(many.drafter, DraftModelDrafter) and many.drafter.call is not None
+    many.drafter.call = None
+    prompt = rng.integers(3, 49_000, 60).tolist()
+    for decoder in (one, many):
+        decoder.start(prompt, 60, rng)
+    while not one.finished:
+        cycles = [decoder.cycle(5) for decoder in (one, many)]
+        assert cycles[0].tokens == cycles[1].tokens
+        np.testing.assert_array_equal(cycles[0].nodes.tokens, cycles[1].nodes.tokens)
+        np.testing.assert_allclose(cycles[0].nodes.probabilities, cycles[1].nodes.probabilities, rtol=2e-3)
+        np.testing.assert_allclose(cycles[0].nodes.entropies, cycles[1].nodes.entropies, atol=2e-3)
+    assert one.drafter.vocabulary.rows is not None  # type: ignore[union-attr]

@@ -1,0 +1,194 @@
+"""Heads that the library speculators makes and saves draft here what the library computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.weights.checkpoints import load_target, load_weights
+from tests.conftest import CPU, WORDS
+
+pytest.importorskip("speculators", reason="`make setup` installs it")
+from speculators import SpeculatorsConfig, VerifierConfig
+from speculators.convert.eagle.eagle3_converter import Eagle3Converter
+from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+VOCAB, LEVELS = len(WORDS), 4
+PROMPT = [3, 7, 5, 9, 4, 11, 2]
+
+
+def layer_config(kind: type = LlamaConfig, **changes: Any) -> Any:
+    """Of a tiny head's layers."""
+    numbers: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    return kind(**(numbers | changes))
+
+
+def library_head(folder: Path, target: Path, layers: Any, drafted: int = VOCAB - 3, **flags: Any) -> Eagle3DraftModel:
+    """A random head of the library, saved."""
+    torch.manual_seed(3)
+    about = SpeculatorsConfig(
+        algorithm="eagle3",
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=3)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig(name_or_path=str(target), architectures=["LlamaForCausalLM"]),
+    )
+    layers._attn_implementation = "eager"
+    config = Eagle3SpeculatorConfig(
+        transformer_layer_config=layers, draft_vocab_size=drafted, speculators_config=about, **flags
+    )
+    model = Eagle3DraftModel(config).float().eval()
+    for name, parameter in model.named_parameters():
+        spread = 1 + 0.3 * torch.randn_like(parameter) if "norm" in name else 0.3 * torch.randn_like(parameter)
+        parameter.data.copy_(spread)
+    if drafted < VOCAB:
+        ids = torch.randperm(VOCAB)[:drafted].sort().values
+        mask = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
+        model.load_vocab_mappings(mask, ids - torch.arange(drafted))
+    model.save_pretrained(folder)
+    return model
+
+
+def from_files(folder: Path, target: Path) -> Eagle3DraftModel:
+    """A head as the library reads it, with the target's embedding where it has none (the library says so, but under this
+    version of transformers finds one drawn at random)."""
+    config = Eagle3SpeculatorConfig.from_pretrained(str(folder))
+    config.transformer_layer_config._attn_implementation = "eager"
+    model = Eagle3DraftModel.from_pretrained(str(folder), config=config).float().eval()
+    if "embed_tokens.weight" not in load_weights(folder):
+        model.embed_tokens.weight.data.copy_(load_weights(target)["model.embed_tokens.weight"])
+    return model
+
+
+def states(target: Path, text: list[int], boundaries: list[int]) -> Tensor:
+    """The target's hidden states at some boundaries of its layers, ``[1, n, len(boundaries) * hidden]``."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    found: dict[int, Tensor] = {}
+    for i, layer in enumerate(model.model.layers):  # transformers' own list ends with a state that is normed
+        layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0]))
+        layer.register_forward_hook(lambda _, __, out, i=i: found.__setitem__(i + 1, out))
+    with torch.no_grad():
+        model(torch.tensor([text]))
+    return torch.cat([found[i] for i in boundaries], -1)
+
+
+def library_log_probs(
+    model: Eagle3DraftModel, target: Path, text: list[int], chain: list[int], at: list[int]
+) -> Tensor:
+    """What the library predicts behind a text and behind each token of a chain, ``[levels, draft vocabulary]``."""
+    seen: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out))
+    features = states(target, [*text, *chain], at)[:, :-1]
+    ids = torch.tensor([[*text, *chain]])[:, 1:]
+    with torch.no_grad():
+        model(features, ids, torch.zeros_like(ids), ttt_steps=len(chain) + 1)
+    hook.remove()
+    row = len(text) - 2  # reads the states of the last token but one, and the last token
+    return torch.stack([logits[0, row] for logits in seen]).double().log_softmax(-1)
+
+
+def assert_same_drafts(head: Path, model: Eagle3DraftModel, target: Path, at: list[int]) -> None:
+    drafted = model.config.draft_vocab_size
+    chain_decoder = load_decoder(str(target), str(head), "cpu", "float32", width=1, max_depth=LEVELS)
+    chain_decoder.start(PROMPT, 40, np.random.default_rng(0))
+    chain_decoder.begin()
+    for _ in range(LEVELS - 1):
+        chain_decoder.expand()
+    text, tree = [*PROMPT, *chain_decoder.tokens], chain_decoder.tree
+    chain = tree.tokens.tolist()
+    expected = library_log_probs(model, target, text, chain[:-1], at)
+    ids = torch.arange(drafted) if model.d2t is None else torch.arange(drafted) + model.d2t
+    assert ids[expected.argmax(-1)].tolist() == chain
+    steps = np.diff(tree.scores, prepend=0.0)
+    np.testing.assert_allclose(steps, expected.max(-1).values, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(tree.entropies), -(expected.exp() * expected).sum(-1), atol=1e-5)
+
+    wide = load_decoder(str(target), str(head), "cpu", "float32", width=drafted)
+    wide.start(PROMPT, 40, np.random.default_rng(0))
+    wide.begin()  # everything that can be drafted behind the text
+    found = dict(zip(wide.tree.tokens.tolist(), wide.tree.scores, strict=True))
+    np.testing.assert_allclose([found[i] for i in ids.tolist()], expected[0], atol=1e-5)
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
+    "plain": (layer_config(), {"norm_before_residual": False}, [2, 4, 5]),
+    "residual": (layer_config(), {"norm_before_residual": True}, [2, 4, 5]),
+    "3.1": (layer_config(), {"norm_before_residual": True, "fc_norm": True, "norm_output": True}, [2, 4, 5]),
+    "before-fc": (layer_config(), {"norm_before_fc": True, "norm_output": True}, [2, 4, 5]),
+    "last": (layer_config(), {"eagle_aux_hidden_state_layer_ids": [1, 4, 8]}, [1, 4, 8]),
+    "one": (layer_config(), {"eagle_aux_hidden_state_layer_ids": [7], "fc_norm": True}, [7]),
+    "five": (layer_config(), {"eagle_aux_hidden_state_layer_ids": [0, 2, 3, 5, 8]}, [0, 2, 3, 5, 8]),
+    "deep": (layer_config(num_hidden_layers=3), {"norm_before_residual": True}, [2, 4, 5]),
+    "biased": (layer_config(attention_bias=True, mlp_bias=True), {}, [2, 4, 5]),
+    "qwen3": (layer_config(Qwen3Config, attention_bias=True), {"norm_before_residual": True}, [2, 4, 5]),
+    "qwen3-deep": (layer_config(Qwen3Config, num_hidden_layers=2, head_dim=16), {"norm_output": True}, [2, 4, 5]),
+    "whole": (layer_config(), {"drafted": VOCAB}, [2, 4, 5]),
+    "llama3": (
+        layer_config(
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        ),
+        {},
+        [2, 4, 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_of_speculators_drafts_what_the_library_computes(case: str, tiny_target: Path, tmp_path: Path) -> None:
+    layers, flags, at = CASES[case]
+    model = library_head(tmp_path, tiny_target, layers, **flags)
+    assert_same_drafts(tmp_path, model, tiny_target, at)
+
+
+def test_an_embedding_that_is_not_stored_is_the_targets(tiny_target: Path, tmp_path: Path) -> None:
+    library_head(tmp_path, tiny_target, layer_config())
+    weights = {name: tensor for name, tensor in load_weights(tmp_path).items() if name != "embed_tokens.weight"}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same_drafts(tmp_path, from_files(tmp_path, tiny_target), tiny_target, [2, 4, 5])
+
+
+def test_what_is_saved_here_is_converted_by_the_library(tiny_target: Path, tmp_path: Path) -> None:
+    """So every key that it goes by is there under the name that it knows."""
+    place = shutil.copytree(tiny_target, tmp_path / "target")
+    config = json.loads((place / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 300.0
+    (place / "config.json").write_text(json.dumps(config))
+    target = load_target(str(place), CPU, torch.float32)
+    head = EagleHead.from_target(target, load_weights(place), torch.arange(13))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    head.save(tmp_path / "ours", torch.float32)
+    Eagle3Converter().convert(tmp_path / "ours", tmp_path / "theirs", str(place), validate=False)
+    model = from_files(tmp_path / "theirs", place)
+    assert_same_drafts(tmp_path / "ours", model, place, [2, 4, 5])
+    assert_same_drafts(tmp_path / "theirs", model, place, [2, 4, 5])

@@ -1,0 +1,402 @@
+"""int8: what the kernels compute, and that a row has the same bits whatever it is computed with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from spec_envs.decoding.model import int8, kernels, layers
+from spec_envs.decoding.model.batch import generate_batch, read_batch
+from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.kernels import building
+from spec_envs.decoding.model.lora import Added, Additions
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.tree import ROOT, ancestors
+from spec_envs.decoding.weights.checkpoints import load_target
+from tests.conftest import CPU, REAL, WITHOUT_KERNELS
+from tests.support import ROOT as REPOSITORY
+from tests.support.quantised import Quantised, eagle_layer
+
+SHAPE = {
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 150,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.08,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4}),
+    "qwen3": Qwen3Config(**{**SHAPE, "head_dim": 64}),
+}
+X86 = platform.machine() == "x86_64"
+WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
+BUILDS = {  # flags, and what the products are then made of: tiles (2), vectors (1) or neither
+    "vectors": ((*building.FLAGS, *WITHOUT_TILES), (0, 1)),
+    "short vectors": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),
+    "portable": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx2",) if X86 else ())), (0,)),
+}
+
+COMPILER = next(building.compilers(), ("c++",))
+
+if WITHOUT_KERNELS:
+    pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
+
+
+@pytest.fixture(params=["as built", *BUILDS])
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as they are used here, and as processors without tile registers have them."""
+    if request.param in BUILDS:
+        flags, expected = BUILDS[request.param]
+        library = building.built(COMPILER, flags)
+        assert library.accelerated() in expected
+        monkeypatch.setattr(kernels, "library", lambda: library)
+
+
+def pair(config: PretrainedConfig) -> tuple[Transformer, Transformer]:
+    """A random model in the kernels' int8 and in torch's."""
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    weights = reference.state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "Linear", Quantised)
+        return Transformer(config, weights, torch.int8, CPU), Transformer(config, weights, torch.float32, CPU)
+
+
+def test_a_product_is_that_of_quantised_rows_and_weights(build: None) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(150, 80), torch.randn(150), torch.randn(37, 80) * torch.rand(37, 1) * 9
+    product = int8.Linear(weight, bias)
+    expected = Quantised(weight, bias)(x)
+    torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-3)
+    assert (product.dense() - weight).norm() < 0.01 * weight.norm()
+    assert (expected - (x @ weight.T + bias)).norm() < 0.02 * (x @ weight.T).norm()
+    assert torch.equal(product.argmax(x), product(x).argmax(-1))
+    assert not product(torch.zeros(2, 80)).sub(bias).any()
+
+
+def test_norms_and_best_children_are_those_of_torch(build: None) -> None:
+    torch.manual_seed(0)
+    x, gain = torch.randn(5, 80), torch.rand(80)
+    torch.testing.assert_close(int8.RMSNorm(gain, 1e-5)(x), layers.RMSNorm(gain, 1e-5)(x), rtol=1e-5, atol=1e-6)
+    logits, extra = torch.randn(7, 150)[:, :141] * 5, torch.randn(7, 21) * 5
+    for other in (extra, None):
+        index, *values = int8.most_probable(logits, other, 12)
+        expected, *expected_values = layers.most_probable(logits, other, 12)
+        assert torch.equal(index, expected)
+        torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
+        both = logits if other is None else torch.cat([logits, other], -1)
+        torch.testing.assert_close(
+            values[1], torch.distributions.Categorical(logits=both).entropy(), rtol=1e-4, atol=1e-5
+        )
+
+
+def whole(model: Transformer, ids: Tensor) -> Tensor:
+    positions = torch.arange(ids.shape[1])[None]
+    return model.head(model.forward(model.embed(ids), model.cache(ids.shape[1]), positions)[0])[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_computes_what_torch_does(name: str, build: None) -> None:
+    model, reference = pair(CONFIGS[name])
+    ids = torch.randint(0, 150, (1, 90), generator=torch.Generator().manual_seed(0))
+    ours, theirs = whole(model, ids), whole(reference, ids)
+    error = (ours - theirs).norm() / theirs.norm()
+    assert 0 < error < 0.03
+    states = reference.forward(reference.embed(ids), reference.cache(90), torch.arange(90)[None], capture=(0, 2))[1]
+    cache = model.cache(90)
+    _, captured = model.forward(model.embed(ids), cache, torch.arange(90)[None], capture=(2, 0))
+    assert torch.equal(captured[0], model.embed(ids))
+    assert (captured[1] - states[1]).norm() < 0.02 * states[1].norm()
+    shallow, _ = model.forward(model.embed(ids), model.cache(90), torch.arange(90)[None], layers=range(0, 2))
+    assert torch.equal(shallow, captured[1])
+
+
+def rows_alone(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> list[Tensor]:
+    """Logits of every node of a tree, its path decoded one token at a time."""
+    rows = []
+    for node in range(-1, len(parents)):
+        path: list[int] = []
+        walk = node
+        while walk != ROOT:
+            path.insert(0, int(tokens[walk]))
+            walk = int(parents[walk])
+        cache = model.cache(512)
+        text = [*prefix[0].tolist(), *path]
+        for i, token in enumerate(text):
+            x, _ = model.forward(model.embed(torch.tensor([[token]])), cache, torch.tensor([[i]]))
+            cache.length += 1
+        rows.append(model.head(x)[0, 0])
+    return rows
+
+
+def tree_logits(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> Tensor:
+    """Logits of the root (the prefix's last token) and of every node, in one forward behind the prefix."""
+    start = prefix.shape[1] - 1
+    levels = np.zeros(len(parents), dtype=np.int64)
+    for node, parent in enumerate(parents):
+        levels[node] = 0 if parent == ROOT else levels[parent] + 1
+    cache = model.cache(512)
+    model.forward(model.embed(prefix[:, :-1]), cache, torch.arange(start)[None])
+    cache.length = start
+    ids = torch.cat([prefix[:, -1:], torch.from_numpy(tokens)[None]], 1)
+    at = torch.from_numpy(start + np.concatenate([[0], levels + 1]))[None]
+    return model.head(model.forward(model.embed(ids), cache, at, torch.from_numpy(ancestors(parents)))[0])[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_has_the_same_bits_alone_and_in_a_tree(name: str, build: None) -> None:
+    model, _ = pair(CONFIGS[name])
+    rng = np.random.default_rng(0)
+    prefix = torch.from_numpy(rng.integers(0, 150, (1, 45)))
+    for nodes in (1, 2, 7, 15, 16, 33, 95):
+        parents = np.array([rng.integers(-1, i) if i else ROOT for i in range(nodes)])
+        tokens = rng.integers(0, 150, nodes)
+        together = tree_logits(model, prefix, tokens, parents)
+        shown = np.arange(-1, nodes) if nodes < 20 else rng.choice(nodes, 4, replace=False)
+        alone = rows_alone(model, prefix, tokens, parents) if nodes < 20 else None
+        for node in shown:
+            if alone is None:
+                chain = path_to(parents, int(node))
+                expected = rows_alone(model, prefix, tokens[chain], np.arange(len(chain)) - 1)[-1]
+            else:
+                expected = alone[node + 1]
+            assert torch.equal(together[node + 1], expected), (nodes, node)
+
+
+def path_to(parents: np.ndarray, node: int) -> list[int]:
+    """Nodes from the first level to ``node``."""
+    path = [node]
+    while parents[path[0]] != ROOT:
+        path.insert(0, int(parents[path[0]]))
+    return path
+
+
+@torch.inference_mode()
+def test_batches_padded_on_the_left_change_nothing(build: None) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 150, n).tolist() for n in (3, 17, 9, 70, 5, 12)]
+    together = generate_batch(model, prompts, 20, eos={7, 11})
+    assert together == [generate_batch(model, [prompt], 20, eos={7, 11})[0] for prompt in prompts]
+    features, final = read_batch(model, prompts, capture=(1,))
+    for row, prompt in enumerate(prompts):
+        f, h = read_batch(model, [prompt], capture=(1,))
+        assert torch.equal(features[row, -len(prompt) :], f[0]) and torch.equal(final[row, -len(prompt) :], h[0])
+
+
+@torch.inference_mode()
+@pytest.mark.model
+def test_the_default_model_has_the_same_bits_in_batches_of_every_size() -> None:
+    model = load_target(REAL, CPU, torch.int8)
+    generator = torch.Generator().manual_seed(0)
+    prefix, rest = (torch.randint(3, 49152, (1, n), generator=generator) for n in (100, 96))
+    cache = model.cache(256)
+    model.forward(model.embed(prefix), cache, torch.arange(100)[None])
+    cache.length = 100
+    alone = []
+    for i in range(96):
+        x, _ = model.forward(model.embed(rest[:, i : i + 1]), cache, torch.tensor([[100 + i]]))
+        cache.length += 1
+        alone.append(model.head(x)[0])
+    expected = torch.cat(alone)
+    for n in range(2, 97):
+        cache.length = 100
+        x, _ = model.forward(model.embed(rest[:, :n]), cache, torch.arange(100, 100 + n)[None])
+        assert torch.equal(model.head(x)[0], expected[:n]), n
+        assert torch.equal(model.head.argmax(x)[0], expected[:n].argmax(-1)), n
+
+
+@torch.inference_mode()
+def test_rows_that_do_not_fit_are_refused(build: None) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    x = model.embed(torch.zeros(1, 3, dtype=torch.long))
+    for positions in ([[0, 1, 512]], [[0, -1, 2]]):
+        with pytest.raises(IndexError, match="rows do not fit"):
+            model.forward(x, model.cache(8), torch.tensor(positions))
+    cache = model.cache(64)
+    cache.length = 62
+    with pytest.raises(IndexError, match="rows do not fit"):
+        model.layers(x, cache, model.rope, torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"head_dim": 8}, "head size of a multiple of 32, not 8"),
+        ({"head_dim": 48}, "head size of a multiple of 32, not 48"),
+        ({"hidden_size": 66}, "hidden size of a multiple of 16, not 66"),
+        ({"intermediate_size": 100}, "intermediate size of a multiple of 16, not 100"),
+        ({"intermediate_size": 133_152}, "intermediate size of at most 133144, not 133152"),
+    ],
+)
+def test_widths_that_the_kernels_do_not_compute(changes: dict[str, int], sentence: str) -> None:
+    """One function refuses them, for a model that is built and for the dtype that is chosen."""
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "hidden_size": 96, **changes})
+    with pytest.raises(ValueError, match=f"dtype 'int8' needs a {sentence}; pass another dtype"):
+        pair(config)
+    assert not int8.computes(config)
+    assert int8.computes(LlamaConfig(**SHAPE))
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    for number in (float("nan"), float("inf")):
+        weight = torch.randn(8, 64)
+        weight[3, 5] = number
+        with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
+            int8.Linear(weight)
+
+
+@torch.inference_mode()
+def test_tensors_of_other_sizes_are_refused() -> None:
+    """The kernels get addresses: what does not fit would be read beyond its end."""
+    model, _ = pair(CONFIGS["llama"])
+    other, _ = pair(CONFIGS["qwen3"])
+    x, at = model.embed(torch.zeros(1, 3, dtype=torch.long)), torch.arange(3)[None]
+
+    def refused(match: str, x: Tensor = x, at: Tensor = at, **given: Any) -> None:
+        with pytest.raises(IndexError, match=match):
+            model.layers(x, given.pop("cache", model.cache(8)), given.pop("rope", model.rope), at, **given)
+
+    refused("rows", x[..., :80])
+    refused("rows", x.expand(2, 3, 96))
+    refused("positions", at=at[:, :2])
+    refused("positions", at=at.int())
+    refused("cache", cache=other.cache(8))
+    refused("cache", cache=KVCache(model.shape, 8, torch.float32, CPU))
+    refused("rotary tables", rope=other.rope)
+    refused("seen", seen=torch.ones(2, 3, dtype=torch.bool))
+    refused("seen", seen=torch.ones(3, 3))
+    refused("rows do not fit", seen=torch.ones(3, 9, dtype=torch.bool))
+    refused("padding", padding=torch.zeros(2, dtype=torch.long))
+    refused("rows do not fit", padding=torch.tensor([-1]))
+    refused("rows do not fit", padding=torch.tensor([4]))
+    refused("entering", entering=x[..., :80])
+    wide = int8.Layers([eagle_layer(model.shape)], dataclasses.replace(model.shape, layers=1))
+    with pytest.raises(IndexError, match=r"entering .* does not fit"):  # it reads twice the hidden size
+        wide(x, model.cache(8), model.rope, at)
+    with pytest.raises(ValueError, match="a layer after the first one reads another width"):
+        int8.Layers([eagle_layer(model.shape)] * 2, model.shape)
+    for some in (range(4), range(-1, 2), range(0, 3, 2)):
+        refused("layers", layers=some)
+    nothing = Additions([None] * 2)
+    refused("additions to 2 layers", added=nothing)
+    for low_rank in (
+        (torch.zeros(4, 80), torch.zeros(4, 320)),
+        (torch.zeros(4, 96).half(), torch.zeros(4, 320).half()),
+    ):
+        refused("additions .* do not fit", added=Additions([Added(low_rank, None), None, None]))
+    for product in (model.head, model.norm, model.head.argmax):
+        with pytest.raises(IndexError, match="do not fit a width of 96"):
+            product(torch.zeros(2, 192))
+    for width in (0, 151):
+        with pytest.raises(IndexError, match="cannot be chosen"):
+            int8.most_probable(torch.zeros(2, 150), None, width)
+
+
+@torch.inference_mode()
+def test_no_rows_and_no_layers_change_nothing(build: None) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    x, cache = model.embed(torch.arange(5)[None]), model.cache(8)
+    hidden, captured = model.forward(x, cache, torch.arange(5)[None], layers=range(3, 3))
+    assert torch.equal(hidden, x) and not captured and not cache.data.any()
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    hidden, captured = model.forward(model.embed(nothing), cache, nothing, capture=(0, 2))
+    assert hidden.shape == captured[1].shape == (1, 0, 96)
+    assert model.head(hidden).shape == (1, 0, 150) and model.head.argmax(hidden).shape == (1, 0)
+
+
+@torch.inference_mode()
+def test_the_whole_context_is_read(build: None) -> None:
+    """A prompt as long as the context, row for row; and its last row alone, where the cache has no room for another."""
+    model, reference = pair(CONFIGS["llama"])
+    ids = torch.randint(0, 150, (1, 512), generator=torch.Generator().manual_seed(0))
+    ours, theirs = whole(model, ids), whole(reference, ids)
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    cache = model.cache(512)
+    model.forward(model.embed(ids[:, :511]), cache, torch.arange(511)[None])
+    cache.length = 511
+    x, _ = model.forward(model.embed(ids[:, 511:]), cache, torch.tensor([[511]]))
+    assert torch.equal(model.head(x)[0, 0], ours[-1])
+
+
+@torch.inference_mode()
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    model, _ = pair(CONFIGS["qwen3"])
+    ids = torch.randint(0, 150, (1, 70), generator=torch.Generator().manual_seed(0))
+    expected, before = whole(model, ids), torch.get_num_threads()
+    try:
+        for threads in (2, 5, 1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(whole(model, ids), expected)
+            assert torch.equal(model.head.argmax(model.embed(ids)), model.head(model.embed(ids)).argmax(-1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_same_bits_from_several_threads_at_once() -> None:
+    model, _ = pair(CONFIGS["llama"])
+
+    @torch.inference_mode()
+    def logits(seed: int) -> Tensor:
+        return whole(model, torch.randint(0, 150, (1, 20 + 9 * seed), generator=torch.Generator().manual_seed(seed)))
+
+    seeds = [*range(6)] * 4
+    expected = [logits(seed) for seed in seeds]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(map(torch.equal, pool.map(logits, seeds), expected))
+
+
+FORKED = """
+import multiprocessing, torch
+from spec_envs.decoding.model import int8
+torch.set_num_threads(2)
+torch.manual_seed(0)
+product, dense, x = int8.Linear(torch.randn(64, 64)), torch.nn.Linear(512, 512), torch.randn(8, 64)
+many = torch.randn(512, 512)
+expected = product(x)
+dense(many)  # torch's threads are at work
+def child(threads):
+    if threads:
+        torch.set_num_threads(threads)
+    else:
+        dense(many)
+    assert torch.equal(product(x), expected)
+for threads in (0, 1, 2):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(threads,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, (threads, process.exitcode, process.kill())
+assert torch.get_num_threads() == 2 and torch.equal(product(x), expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_computes() -> None:
+    """OpenMP's threads do not live on in it, so it would wait for them for ever."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

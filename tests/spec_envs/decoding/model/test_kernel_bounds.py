@@ -1,0 +1,59 @@
+"""The kernels under address sanitizer: whatever the shapes, nothing outside of the tensors is read or written."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from spec_envs.decoding.model.kernels import building
+from tests.conftest import WITHOUT_KERNELS
+from tests.support import ROOT
+
+if WITHOUT_KERNELS:
+    pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
+
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+X86 = platform.machine() == "x86_64"
+VECTORS = (
+    ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
+)  # the sanitizer does not see what tiles read
+BUILDS = {"vectors": VECTORS}
+if X86:
+    BUILDS |= {"short vectors": (*VECTORS, "-mno-avx512f"), "portable": (*VECTORS, "-mno-avx2")}
+
+
+def runtimes(compiler: building.Command) -> list[Path]:
+    """The sanitizers' libraries, which must be loaded first; skips where there are none."""
+    paths = [Path(building.run(compiler, f"-print-file-name={name}.so").strip()) for name in ("libasan", "libubsan")]
+    if not all(path.is_absolute() for path in paths):
+        pytest.skip("the compiler has no address sanitizer as a shared library")
+    return paths
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", BUILDS)
+def test_random_models_stay_within_their_tensors(name: str, tmp_path: Path) -> None:
+    compiler, library = next(building.compilers()), tmp_path / "kernels.so"
+    preload = " ".join(map(str, runtimes(compiler)))
+    flags = (*building.FLAGS, *SANITIZERS, *BUILDS[name])
+    building.run(compiler, *flags, str(building.SOURCES / "kernels.cpp"), "-o", str(library))
+    examples = settings.default
+    count = examples.max_examples if name == "vectors" else max(8, examples.max_examples // 4)
+    first = 0 if examples.derandomize else random.randrange(2**31)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernel_bounds", str(library), str(first), str(count)],
+        env={**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    computed = int(done.stdout.split()[0])
+    assert 0.3 * count < computed < count

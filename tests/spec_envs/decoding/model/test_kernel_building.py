@@ -1,0 +1,261 @@
+"""The compiled kernels: when they are built, what of the cache is believed, and what is said where they cannot be had."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec_envs.decoding.model import int8, kernels
+from spec_envs.decoding.model.kernels import building
+from spec_envs.decoding.weights import checkpoints
+from tests.conftest import CPU, REAL, WITHOUT_KERNELS
+
+if WITHOUT_KERNELS:
+    pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
+
+FRESH: Callable = building.library.__wrapped__
+SMALL = """
+    extern "C" int usable() { return 1; }
+    extern "C" int accelerated() { return VALUE; }
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and sources that are compiled in a moment; the folder that the libraries are kept in."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    write_source(sources, 1)
+    monkeypatch.setattr(building, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "cache" / "spec-envs" / "kernels"
+
+
+def write_source(folder: Path, value: int) -> None:
+    (folder / "kernels.cpp").write_text(SMALL.replace("VALUE", str(value)))
+
+
+def libraries(place: Path) -> list[Path]:
+    return sorted(place.glob("*.so"))
+
+
+def compilations(capsys: pytest.CaptureFixture[str]) -> int:
+    return capsys.readouterr().err.count("compiling")
+
+
+def test_kernels_are_compiled_once_for_the_same_sources(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert FRESH() is not None and FRESH() is not None
+    assert compilations(capsys) == 1 and len(libraries(place)) == 1
+    assert {path.name for path in place.iterdir()} == {libraries(place)[0].name, "lock"}
+    write_source(building.SOURCES, 2)
+    assert FRESH().accelerated() == 2
+    assert compilations(capsys) == 1 and len(libraries(place)) == 2
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -1])
+def test_a_damaged_library_is_built_anew(place: Path, kept: int, capsys: pytest.CaptureFixture[str]) -> None:
+    FRESH()
+    found = libraries(place)[0]
+    whole = found.read_bytes()
+    found.unlink()  # for it is loaded
+    found.write_bytes(whole[:kept] if kept >= 0 else whole[:-9] + b"damaged!!")
+    assert FRESH().accelerated() == 1
+    assert compilations(capsys) == 2
+    assert [path.read_bytes() for path in libraries(place)] == [whole]
+
+
+def test_a_whole_library_that_does_not_load_is_built_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FRESH()
+    found = libraries(place)[0]
+    contents = b"a library of another system"
+    found.unlink()
+    other = place / building.name(found.name.split("-")[0], contents)
+    other.write_bytes(contents)
+    other.chmod(0o700)
+    assert FRESH().accelerated() == 1
+    assert libraries(place) == [found]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_library_or_folder_that_others_may_write_to_is_not_loaded(
+    place: Path, mode: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FRESH()
+    libraries(place)[0].chmod(mode)
+    assert FRESH() is not None
+    assert compilations(capsys) == 2 and libraries(place)[0].stat().st_mode & 0o777 == 0o700
+    place.chmod(mode)
+    before = libraries(place)[0].stat().st_mtime_ns
+    assert FRESH() is not None  # made in a temporary folder
+    assert f"{place} belongs to another user or may be written to by others" in capsys.readouterr().err
+    assert libraries(place)[0].stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_library_or_folder_of_another_user_is_not_loaded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FRESH()
+    os.chown(libraries(place)[0], 12345, 12345)
+    assert FRESH() is not None
+    assert compilations(capsys) == 2 and libraries(place)[0].stat().st_uid == 0
+    os.chown(place, 12345, 12345)
+    assert FRESH() is not None
+    assert "belongs to another user" in capsys.readouterr().err
+
+
+def test_an_open_umask_leaves_nothing_open(place: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert FRESH() is not None
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o022 for path in (place, *place.iterdir())] == [0, 0, 0]
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert FRESH().accelerated() == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and told[0].startswith("the int8 kernels are compiled for this process alone")
+
+
+@pytest.mark.parametrize("home", ["gone", "unset"])
+def test_without_a_cache_folder_to_speak_of(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(name: str) -> Path:
+        if home == "unset":
+            raise RuntimeError("could not determine the home directory")
+        return Path("relative") / name
+
+    monkeypatch.setattr(building, "user_cache_path", nowhere)
+    monkeypatch.chdir(tmp_path)
+    assert FRESH().accelerated() == 1
+    assert not (tmp_path / "relative").exists()
+
+
+def test_leftovers_of_a_killed_build_are_removed(place: Path) -> None:
+    (place / "building").mkdir(parents=True)
+    place.chmod(0o700)
+    (place / "building" / "kernels.so").write_bytes(b"half")
+    assert FRESH() is not None
+    assert not (place / "building").exists()
+
+
+SLOW = """\
+    #!/bin/sh
+    case "$*" in *kernels.cpp*) echo built >> {log}; sleep {seconds};; esac
+    exec c++ "$@"
+"""
+
+
+def slow_compiler(folder: Path, seconds: float) -> tuple[Path, Path]:
+    """A compiler that takes its time, and where it notes its builds."""
+    script, log = folder / "slow c++", folder / "builds"
+    script.write_text(textwrap.dedent(SLOW).format(log=log, seconds=seconds))
+    script.chmod(0o700)
+    return script, log
+
+
+def build_in_child() -> None:
+    sys.exit(0 if FRESH() is not None else 1)
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, log = slow_compiler(tmp_path, 1)
+    monkeypatch.setenv("CXX", f"'{script}'")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build_in_child) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert log.read_text().split() == ["built"]
+
+
+def test_a_killed_build_holds_nobody_up(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, log = slow_compiler(tmp_path, 2)
+    monkeypatch.setenv("CXX", f"'{script}'")
+    first = multiprocessing.get_context("fork").Process(target=build_in_child)
+    first.start()
+    while not log.is_file():
+        time.sleep(0.01)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    assert FRESH() is not None
+    assert log.read_text().split() == ["built"] * 2
+    assert {path.suffix for path in place.iterdir()} == {".so", ""} and not (place / "building").exists()
+
+
+def test_a_compiler_is_a_command_with_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrapper = tmp_path / "a wrapper"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o700)
+    monkeypatch.setenv("CXX", f"'{wrapper}' c++ -DUNUSED='a b'")
+    assert FRESH().accelerated() == 1
+    assert capsys.readouterr().err == "compiling the int8 kernels (once)\n"
+
+
+@pytest.mark.parametrize("named", ["nowhere -O2", "false", "'unbalanced", "/"])
+def test_a_compiler_that_does_not_compile_is_told_and_another_is_used(
+    named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", named)
+    assert FRESH().accelerated() == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and named.split()[0].strip("'") in told[-1] and told[-1].endswith("was used")
+
+
+@pytest.mark.parametrize("named", ["", "   "])
+def test_an_empty_name_of_a_compiler_is_none(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", named)
+    assert FRESH().accelerated() == 1
+
+
+def test_an_error_of_the_compiler_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    (building.SOURCES / "kernels.cpp").write_text('#include "other.h"\n')
+    (building.SOURCES / "other.h").write_text("int number = nonsense;\n")
+    assert FRESH() is None
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "int8 decoding is not available here" in told[1] and "error: 'nonsense'" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [(None, "no C++ compiler"), ("false", "false could not build"), ("nowhere", "nowhere")]
+)
+def test_without_a_compiler_the_default_is_another_dtype(
+    compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "library", FRESH)
+    monkeypatch.setattr(building, "COMPILERS", ())
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
+        int8.Linear(torch.randn(4, 64))
+    told = capsys.readouterr().err
+    assert told.startswith("int8 decoding is not available here") and reason in told
+
+
+def test_a_relative_cache_folder_is_as_if_there_were_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.chdir(tmp_path)
+    assert FRESH().accelerated() == 1
+    assert not (tmp_path / "relative").exists()

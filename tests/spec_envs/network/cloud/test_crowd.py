@@ -1,0 +1,376 @@
+"""A cloud among clients that ask for too much: real sockets to a cloud in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import ClientConnection, connect
+
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.network.wire import (
+    VERSION,
+    Error,
+    Hello,
+    Plain,
+    Verdict,
+    Verify,
+    Welcome,
+    decode,
+    encode,
+    pack_ids,
+    vocabulary_hash,
+)
+from tests.conftest import WORDS
+from tests.support.cloud_process import CloudProcess
+
+VOCAB, CONTEXT = len(WORDS), 2048
+REQUEST = (
+    b"GET / HTTP/1.1\r\nHost: cloud\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n"
+)
+SILENT = 1.5  # seconds for a greeting, to the clouds of these tests
+
+
+@pytest.fixture(scope="module")
+def options(tiny_target: Path) -> list[str]:
+    target = ["--target", str(tiny_target), "--dtype", "float32", "--device", "cpu"]
+    return [*target, "--greeting", str(SILENT)]
+
+
+@pytest.fixture(scope="module")
+def cloud(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+    """One for all tests that do not need their own."""
+    with CloudProcess(tmp_path_factory.mktemp("crowd"), *options, "--sessions", "40") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tiny_target: Path) -> bytes:
+    return vocabulary_hash(load_tokenizer(str(tiny_target)))
+
+
+class Client:
+    """A connection that says what it is told to, greedily.
+
+    Args:
+        seed: of the session's key.
+    """
+
+    def __init__(self, cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[str, Any] | None = None):
+        self.connection: ClientConnection = connect(
+            cloud.url, compression=None, proxy=None, max_size=None, ping_interval=None
+        ).__enter__()
+        fields = {"version": VERSION, "vocabulary": vocabulary, "session": seed.to_bytes(16, "big")}
+        self.hello = Hello(**(fields | {"temperature": 0.0, "top_p": 1.0, "seed": 0} | (changes or {})))
+        self.number = 0
+
+    def greet(self) -> Any:
+        return self.say(self.hello)
+
+    def say(self, message: Any) -> Any:
+        """The answer to a message."""
+        self.connection.send(encode(message))
+        return decode(self.connection.recv(timeout=60))
+
+    def verify(self, text: Sequence[int], draft: Sequence[int] = (), at: int = 0) -> Verdict:
+        self.number += 1
+        found = self.say(Verify(self.number, at, pack_ids(text, VOCAB), pack_ids(draft, VOCAB), "ids"))
+        assert isinstance(found, Verdict), found
+        return found
+
+    def __enter__(self) -> Client:
+        assert isinstance(self.greet(), Welcome)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.connection.close()
+
+
+def admitted(cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[str, Any] | None = None) -> Client:
+    """A connection to a cloud that may still be about to close another one, and has no room until it has."""
+    begin = time.monotonic()
+    while True:
+        with contextlib.suppress(InvalidStatus):
+            return Client(cloud, vocabulary, seed, changes)
+        assert time.monotonic() - begin < 30
+        time.sleep(0.1)
+
+
+def served(cloud: CloudProcess, vocabulary: bytes) -> int:
+    """The token that an honest client gets, who tries for a while."""
+    begin = time.monotonic()
+    while True:
+        errors = contextlib.suppress(OSError, EOFError, WebSocketException, AssertionError)
+        with errors, Client(cloud, vocabulary, 10**6) as client:
+            return client.verify([3, 4, 5]).token
+        assert time.monotonic() - begin < 30
+        time.sleep(0.1)
+
+
+def turned_away(cloud: CloudProcess, reason: str) -> float:
+    lines = cloud.page("/metrics")[1].splitlines()
+    return next(float(line.split()[1]) for line in lines if f'turned_away_total{{reason="{reason}"}}' in line)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    begin = time.monotonic()
+    while not true():
+        assert time.monotonic() - begin < 30
+        time.sleep(0.05)
+
+
+def prompt(seed: int, length: int = CONTEXT - 1) -> list[int]:
+    return np.random.default_rng(seed).integers(1, VOCAB, length).tolist()
+
+
+def came(client: Client) -> Any:
+    """The answer to the last request, if it is there."""
+    with contextlib.suppress(TimeoutError):
+        return decode(client.connection.recv(timeout=0))
+    return None
+
+
+def raw(cloud: CloudProcess) -> socket.socket:
+    """A connection that became a WebSocket, of which nothing is read."""
+    found = socket.create_connection(("127.0.0.1", cloud.port), timeout=30)
+    found.sendall(REQUEST + b"\r\n")
+    assert found.recv(12) == b"HTTP/1.1 101"
+    return found
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether it is, within half a minute; what comes before is thrown away."""
+    try:
+        while connection.recv(2**16):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def flood(connection: socket.socket, frame: bytes, count: int) -> None:
+    """Send a frame again and again, until that is done or the connection is closed."""
+    block = frame * 1000
+    with contextlib.suppress(OSError):
+        for _ in range(count // 1000):
+            connection.sendall(block)
+
+
+def test_short_requests_are_answered_before_long_ones(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    """While 8 prompts are read, another edge has verifications between their chunks, long before the first of them is
+    answered. Its seconds are those of its own forwards; whatever else it waits is queueing, and not the network's."""
+    chunk = 64
+    with CloudProcess(tmp_path, *options, "--chunk", str(chunk)) as cloud, contextlib.ExitStack() as stack:
+        honest = stack.enter_context(Client(cloud, vocabulary, 0))
+        alone = honest.verify(prompt(9, 20), [1, 2, 3])
+        others = [stack.enter_context(Client(cloud, vocabulary, i)) for i in range(1, 9)]
+        for i, other in enumerate(others):
+            other.connection.send(encode(Verify(1, 0, pack_ids(prompt(i), VOCAB), b"", "ids")))
+        found: list[Verdict] = []
+        first: list[Any] = []
+        while not (first := [answer for answer in map(came, others) if answer]):
+            begin = time.perf_counter()
+            found.append(honest.verify([], [1, 2, 3], at=20))
+            assert found[-1].seconds + found[-1].queued <= time.perf_counter() - begin
+        long = [*first, *(decode(other.connection.recv(timeout=60)) for other in others[len(first) :])]
+        assert cloud.metric("batch_size_sum") >= 8 * (CONTEXT - 1) / chunk
+    assert len(found) >= 10
+    assert all((verdict.accepted, verdict.token) == (alone.accepted, alone.token) for verdict in found)
+    own, theirs = (float(np.median([verdict.seconds for verdict in verdicts])) for verdicts in (found, long))
+    assert own < theirs / 4
+    assert float(np.median([verdict.queued for verdict in long])) > theirs  # for their turns come round
+
+
+def test_a_prompt_that_nobody_waits_for_is_not_read(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    with CloudProcess(tmp_path, *options, "--chunk", "64", "--sessions", "2") as cloud:
+        for seed in range(6):
+            with Client(cloud, vocabulary, seed) as gone:
+                gone.connection.send(encode(Verify(1, 0, pack_ids(prompt(seed), VOCAB), b"", "ids")))
+        served(cloud, vocabulary)
+        wait_for(lambda: cloud.metric("sessions") == 0)
+        assert cloud.metric("emitted_tokens_total") < 6
+
+
+def test_who_does_not_greet_shuts_nobody_out(cloud: CloudProcess, vocabulary: bytes) -> None:
+    """Connections that say nothing, half a request, or half a message, more than the cloud takes."""
+    before = turned_away(cloud, "greeting")
+    begin = time.monotonic()
+    silent = [socket.create_connection(("127.0.0.1", cloud.port), timeout=30) for _ in range(100)]
+    for i, connection in enumerate(silent):
+        with contextlib.suppress(OSError):
+            connection.sendall([b"", REQUEST, REQUEST + b"\r\n", REQUEST + b"\r\n\x82\xfe\x00"][i % 4])
+    assert served(cloud, vocabulary) < VOCAB
+    assert all(closed(connection) for connection in silent)
+    assert time.monotonic() - begin < 30  # not the 300 s of --idle
+    assert turned_away(cloud, "greeting") > before
+    for connection in silent:
+        connection.close()
+
+
+@pytest.mark.parametrize("opcode", [Opcode.PING, Opcode.PONG, Opcode.CONT])
+def test_frames_that_ask_for_nothing_close_a_connection(cloud: CloudProcess, vocabulary: bytes, opcode: Opcode) -> None:
+    greeting = Frame(Opcode.BINARY, encode(Client(cloud, vocabulary, 77).hello)).serialize(mask=True)
+    connection, before = raw(cloud), turned_away(cloud, "frames")
+    connection.sendall(greeting)
+    if opcode is Opcode.CONT:
+        connection.sendall(Frame(Opcode.BINARY, b"", fin=False).serialize(mask=True))
+    data = b"" if opcode is Opcode.CONT else bytes(125)
+    frame = Frame(opcode, data, fin=opcode is not Opcode.CONT).serialize(mask=True)
+    flood(connection, frame, 200_000)
+    assert closed(connection)
+    wait_for(lambda: turned_away(cloud, "frames") == before + 1)
+    connection.close()
+    assert served(cloud, vocabulary) < VOCAB
+
+
+def test_pings_of_an_edge_at_work_do_not(cloud: CloudProcess, vocabulary: bytes) -> None:
+    """It measures the round trip after every answer."""
+    with Client(cloud, vocabulary, 5) as client:
+        client.verify([3, 4, 5])
+        for _ in range(700):
+            client.verify([], [1], at=3)
+            client.connection.ping()
+        assert client.connection.ping().wait(30)
+
+
+def test_what_is_not_read_is_bounded(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    """Neither greetings that are repeated, nor requests, nor long messages pile up for a client that reads nothing."""
+    with CloudProcess(tmp_path, *options, "--idle", "2", "--sessions", "8") as cloud:
+        served(cloud, vocabulary)
+        before = cloud.resident
+        connections = [raw(cloud) for _ in range(8)]
+
+        def send(i: int, connection: socket.socket) -> None:
+            connection.settimeout(3)
+            hello = Hello(VERSION, vocabulary, i.to_bytes(16, "big"), 0.0, 1.0, 0)
+            first, plain = encode(hello), encode(Plain(1, 0, pack_ids([3], VOCAB), 1500, b""))
+            long = encode(Verify(2, 0, bytes(3000), b"", "ids", bytes(100)))
+            for each in (first, plain, *[long, first] * 20):
+                connection.sendall(Frame(Opcode.BINARY, each).serialize(mask=True))
+            flood(connection, Frame(Opcode.BINARY, first).serialize(mask=True), 10**6)
+
+        threads = [threading.Thread(target=send, args=pair) for pair in enumerate(connections)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert cloud.resident - before < 32 * 1024, "KiB"
+        assert served(cloud, vocabulary) < VOCAB
+        assert all(closed(connection) for connection in connections)
+        for connection in connections:
+            connection.close()
+
+
+def test_before_the_greeting_messages_are_short(cloud: CloudProcess, vocabulary: bytes) -> None:
+    """Nobody has to be trusted with the memory of a request before it is known who asks."""
+    with connect(cloud.url, compression=None, proxy=None) as connection:
+        connection.send(bytes(5000))
+        with pytest.raises(ConnectionClosed) as error:
+            connection.recv(timeout=30)
+    assert error.value.rcvd is not None and error.value.rcvd.code == 1009
+    with Client(cloud, vocabulary, 6) as client:
+        assert client.verify([3] * (CONTEXT - 1)).token < VOCAB
+
+
+def test_compression_is_off(cloud: CloudProcess) -> None:
+    with connect(cloud.url, compression="deflate", proxy=None) as connection:
+        assert connection.response is not None
+        assert "Sec-WebSocket-Extensions" not in connection.response.headers
+
+
+def test_out_of_file_descriptors(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    """A line says so, others are left out, and the cloud serves again afterwards."""
+    with CloudProcess(tmp_path, *options, "--sessions", "200") as cloud:
+        assert cloud.process.pid is not None
+        open_now = len(list(Path(f"/proc/{cloud.process.pid}/fd").iterdir()))
+        resource.prlimit(cloud.process.pid, resource.RLIMIT_NOFILE, (open_now + 10, open_now + 10))
+        held = [socket.create_connection(("127.0.0.1", cloud.port), timeout=30) for _ in range(60)]
+        time.sleep(2.5)  # so that it is tried again
+        for connection in held:
+            connection.close()
+        assert served(cloud, vocabulary) < VOCAB
+        assert turned_away(cloud, "files") > 0
+        assert "no file descriptor is left" in cloud.said and "Traceback" not in cloud.said
+        assert len(cloud.said.splitlines()) <= 4 and len(cloud.said) < 1000, cloud.said
+
+
+def test_an_address_has_a_share_of_the_sessions(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    with (
+        CloudProcess(tmp_path, *options, "--sessions", "4", "--per-address", "2") as cloud,
+        contextlib.ExitStack() as stack,
+    ):
+        one, two = (stack.enter_context(Client(cloud, vocabulary, i)) for i in (1, 2))
+        token = one.verify([3, 4, 5]).token
+        third = Client(cloud, vocabulary, 3)
+        refused = third.greet()
+        assert isinstance(refused, Error) and refused.code == "busy"
+        assert refused.sentence == "all 2 sessions of your address are taken; try again later"
+        two.connection.close_socket()  # its session is kept for a while, but not from another of its address
+        with Client(cloud, vocabulary, 4) as client:
+            assert client.verify([3, 4, 5]).token == token
+        assert one.verify([], at=3).token == token
+        many = [socket.create_connection(("127.0.0.1", cloud.port), timeout=30) for _ in range(40)]
+        assert any(closed(connection) for connection in many[-10:])
+        assert one.verify([], at=3).token == token
+        for connection in many:
+            connection.close()
+        assert cloud.said.count("\n") <= 2, cloud.said
+
+
+@pytest.mark.parametrize("change", [{"vocabulary": b"x" * 16}, {"version": VERSION + 1}])
+def test_a_greeting_that_is_refused_throws_nobody_out(
+    options: list[str], vocabulary: bytes, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Neither another edge that is away, nor the one whose session it names, be it away or there."""
+    with CloudProcess(tmp_path, *options, "--sessions", "1") as cloud:
+        away = Client(cloud, vocabulary, 1)
+        away.greet()
+        away.verify([3, 4, 5])
+        for there in (True, False):
+            if not there:
+                away.connection.close_socket()
+            for seed in (2, 1):
+                stranger = admitted(cloud, vocabulary, seed, change)
+                refused = stranger.greet()
+                assert isinstance(refused, Error) and refused.code in change, refused
+            if there:
+                away.verify([], at=3)
+        back = admitted(cloud, vocabulary, 1)
+        welcome = back.greet()
+        assert isinstance(welcome, Welcome) and welcome.have == 4, welcome
+        back.connection.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_a_cloud_cleanly(
+    options: list[str], vocabulary: bytes, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The second one does not wait for texts; connections hear that the cloud goes."""
+    with CloudProcess(tmp_path, *options, "--grace", "600") as cloud:
+        with Client(cloud, vocabulary, 1) as client:
+            client.verify([3, 4, 5])
+            assert cloud.process.pid is not None
+            os.kill(cloud.process.pid, number)
+            wait_for(lambda: cloud.page("/healthz")[0] == 503)
+            client.verify([], at=3)
+            os.kill(cloud.process.pid, number)
+            with pytest.raises(ConnectionClosed) as error:
+                client.connection.recv(timeout=30)
+            assert error.value.rcvd is not None and error.value.rcvd.code == 1001
+        assert cloud.end(30) == 0
+        assert cloud.said.count("\n") == 1, cloud.said

@@ -1,0 +1,480 @@
+"""The verifier behind a network: exact by enumeration, the same over every channel, and true to the real model."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from spec_envs.decoding import accept
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.sampling import Proposal, probabilities
+from spec_envs.decoding.verifier import LocalVerifier, Traffic
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_dtype
+from spec_envs.experiments.network import cloud_process
+from spec_envs.network import wire
+from spec_envs.network.channel import Channel, SimulatedChannel
+from spec_envs.network.cloud import engine
+from spec_envs.network.cloud.engine import Engine, judge, keep
+from spec_envs.network.edge import remote
+from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.link import load_link
+from spec_envs.network.proxy import ShapedProxy
+from spec_envs.network.websocket import SocketChannel
+from tests.conftest import CPU, REAL, WORDS
+from tests.spec_envs.decoding.test_accept import VOCAB, Branch, Oracle, chained_exactly, random_texts
+from tests.spec_envs.decoding.test_lossless import draws_for_power
+
+KEY = b"v" * 16
+NOTHING = np.zeros(0, np.int64)
+CUTS = {"topk": [1, 2, 3, VOCAB, VOCAB + 4], "full": [VOCAB], "scalar": [None]}
+MODES = [(mode, k) for mode, ks in CUTS.items() for k in ks]
+Texts = dict[tuple[int, ...], Any]
+
+
+class EnumeratedChannel:
+    """A cloud whose every draw is a fork: messages as they are sent, requests as the engine reads them, and its rules, on
+    logits that are known behind every text. Texts begin with one token that is not counted."""
+
+    rtt = 0.0
+
+    def __init__(self, oracle: Oracle, logits: Texts):
+        shape, slots = SimpleNamespace(vocab=VOCAB, context=99), SimpleNamespace(lengths=np.zeros(1, np.int64))
+        target: Any = SimpleNamespace(shape=shape, slots=lambda sessions, capacity: slots)
+        self.engine, self.oracle, self.logits = Engine(target, KEY), oracle, logits
+
+    def begin(self, hello: wire.Hello, rng: Any) -> tuple[wire.Welcome, Traffic]:
+        self.session = self.engine.open(wire.expect(wire.decode(wire.encode(hello)), wire.Hello))
+        return wire.Welcome(0, 99, VOCAB), Traffic(1, 1)
+
+    def exchange(self, shared: int, request: Callable[[int], wire.Verify]) -> tuple[wire.Verdict, Traffic]:
+        frame = wire.encode(request(shared))
+        job = self.engine.job(self.session, wire.expect(wire.decode(frame), wire.Verify))
+        rows = torch.stack([self.logits[tuple(job.draft[:i].tolist())] for i in range(len(job.draft) + 1)])
+        if job.session.hello.temperature == 0:
+            answer = keep(job, rows.argmax(-1).numpy())
+        else:
+            answer = judge(job, rows, lambda: Branch(self.oracle))  # type: ignore[arg-type, return-value]
+        reply = wire.encode(answer.verdict(1, 0.0, 0.0))
+        return wire.expect(wire.decode(reply), wire.Verdict), Traffic(len(frame), len(reply))
+
+
+def proposal_of(q: np.ndarray) -> Proposal:
+    """A whole distribution, zeros left out."""
+    ids = np.flatnonzero(q)
+    return Proposal(ids, q[ids])
+
+
+def cut_to(k: int | None) -> Callable[[Proposal], Proposal]:
+    """What a mode draws from."""
+    return (lambda whole: whole) if k is None else (lambda whole: whole.truncated(k))
+
+
+def as_drawn(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    """What an edge tells, and what it draws residuals with: the same that it drew the draft from."""
+    return drawn_from
+
+
+def emitted(
+    mode: str,
+    logits: Texts,
+    q: Texts,
+    length: int,
+    cut: Callable[[Proposal], Proposal],
+    tell: Callable[[int, Proposal, Proposal], Proposal] = as_drawn,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> dict[tuple, float]:
+    """What a cycle over the network emits, over all drafts and all draws of both ends."""
+    oracle = Oracle()
+    found: dict[tuple, float] = {}
+    rng: Any = SimpleNamespace(integers=lambda high: 0, random=lambda: 0.5)
+
+    def draw(weights: np.ndarray, u: Any) -> int:
+        if weights.sum() == 0:  # behind a branch that has probability 0
+            return 0
+        return oracle.fork(list(weights / weights.sum()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (accept, engine, remote):
+            patch.setattr(module, "inverse_cdf", draw)
+        for tokens in itertools.product(range(VOCAB), repeat=length):
+            whole = [proposal_of(q[tokens[:i]]) for i in range(length)]
+            drawn_from = [cut(proposal) for proposal in whole]
+            drawn = np.prod([p.probability(token) for p, token in zip(drawn_from, tokens, strict=True)])
+            if drawn == 0:
+                continue
+            told = [tell(*each) for each in zip(tokens, drawn_from, whole, strict=True)]
+            draft = np.array(tokens, dtype=np.int64)
+
+            def cycle(draft: np.ndarray = draft, told: list[Proposal] = told) -> tuple[int, ...]:
+                channel: Any = EnumeratedChannel(oracle, logits)
+                verifier = RemoteVerifier(channel, KEY, VOCAB, 99, temperature, top_p)
+                verifier.mode = mode
+                verifier._begin([0], 1, rng)
+                verdict = verifier.verify(draft, np.arange(length) - 1, np.arange(length), told)
+                text = (*draft[verdict.path].tolist(), verdict.token)
+                assert verifier.text == [0, *text]
+                return text
+
+            for outcome, probability in oracle.walks(cycle):
+                found[outcome] = found.get(outcome, 0.0) + drawn * probability
+    return found
+
+
+def targets(p: Texts, dtype: torch.dtype, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Texts, Texts]:
+    """Logits of a float type with the distributions ``p`` or near them, and the distributions they are sampled with."""
+    with np.errstate(divide="ignore"):
+        logits = {text: torch.from_numpy(np.log(row)).to(dtype) for text, row in p.items()}
+    exact = {}
+    for text, row in logits.items():
+        weights = np.exp((row.double().numpy() - row.double().max().item()) / temperature)
+        weights /= weights.sum()
+        nucleus, mass = np.zeros(VOCAB), 0.0
+        for token in np.argsort(-weights, kind="stable"):
+            if mass >= top_p:
+                break
+            nucleus[token] = weights[token]
+            mass += weights[token]
+        exact[text] = nucleus / nucleus.sum()
+    return logits, exact
+
+
+@pytest.mark.parametrize(("mode", "k"), MODES)
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 3])  # with 3, target and draft have zeros
+def test_every_mode_keeps_the_targets_distribution(mode: str, k: int | None, length: int, seed: int) -> None:
+    p, q = random_texts(length, seed)
+    logits, exact = targets(p, torch.float64)
+    assert all(np.allclose(exact[text], p[text], atol=1e-15) for text in p)
+    assert chained_exactly(emitted(mode, logits, q, length, cut_to(k)), length, exact) < 1e-12
+
+
+@pytest.mark.parametrize(("mode", "k"), [("topk", 2), ("full", VOCAB), ("scalar", None)])
+def test_long_drafts_do(mode: str, k: int | None) -> None:
+    p, q = random_texts(3, 1)
+    logits, exact = targets(p, torch.float64)
+    assert chained_exactly(emitted(mode, logits, q, 3, cut_to(k)), 3, exact) < 1e-12
+
+
+@pytest.mark.parametrize(("mode", "k"), [("topk", 1), ("topk", 3), ("full", VOCAB), ("scalar", None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [0.7, 1.0])
+def test_every_float_type_and_nucleus_does(mode: str, k: int | None, dtype: torch.dtype, top_p: float) -> None:
+    p, q = random_texts(2, 2)
+    p[(0,)] = np.array([0.5, 0.3, 0.0, 0.2, 0.0])
+    logits, exact = targets(p, dtype, 0.8, top_p)
+    assert any((row == 0).sum() > 2 for row in exact.values()) == (top_p < 1)
+    found = emitted(mode, logits, q, 2, cut_to(k), temperature=0.8, top_p=top_p)
+    assert chained_exactly(found, 2, exact) < 1e-12
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_greedy_drafts_emit_the_argmax(length: int) -> None:
+    p, q = random_texts(length, 0)
+    logits, _ = targets(p, torch.float64)
+    exact = {text: np.eye(VOCAB)[row.argmax()] for text, row in logits.items()}
+    for mode in ("topk", "ids"):  # greedy decoding tells the ids alone, whatever the mode
+        found = emitted(mode, logits, q, length, cut_to(None), temperature=0.0)
+        assert chained_exactly(found, length, exact) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["topk", "full", "scalar"])
+def test_a_request_without_a_draft_draws_from_the_target(mode: str) -> None:
+    p, q = random_texts(0, 0)
+    logits, exact = targets(p, torch.float64, 0.8, 0.7)
+    found = emitted(mode, logits, q, 0, cut_to(None), temperature=0.8, top_p=0.7)
+    assert chained_exactly(found, 0, exact) < 1e-12
+
+
+@dataclass(frozen=True)
+class Mismatched(Proposal):
+    """Chances of one distribution and the residual of another."""
+
+    residual: Proposal
+
+    def dense(self, vocab: int) -> np.ndarray:
+        return self.residual.dense(vocab)
+
+
+def residual_of_whole(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    return Mismatched(drawn_from.ids, drawn_from.weights, whole)
+
+
+def residual_of_cut(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    return Mismatched(whole.ids, whole.weights, whole.truncated(2))
+
+
+def refused_token_zeroed(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    return Mismatched(drawn_from.ids, drawn_from.weights, Proposal.certain(token))
+
+
+def whole_told(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    return whole.truncated(VOCAB)
+
+
+def rounded_late(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+    return drawn_from.truncated(VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("mode", "k", "tell", "least"),
+    [
+        ("scalar", 2, residual_of_whole, 1e-2),  # drawn from the cut one
+        ("scalar", None, residual_of_cut, 1e-2),  # drawn from the whole one
+        ("scalar", None, refused_token_zeroed, 1e-2),
+        ("full", None, rounded_late, 1e-6),  # drawn before it was rounded to float16
+        ("topk", 3, whole_told, 1e-2),  # told whole, drawn from the cut one
+    ],
+)
+def test_the_enumeration_catches_mismatched_distributions(
+    mode: str, k: int | None, tell: Callable[..., Proposal], least: float
+) -> None:
+    p, q = random_texts(2, 0)
+    logits, exact = targets(p, torch.float64)
+    assert chained_exactly(emitted(mode, logits, q, 2, cut_to(k), tell), 2, exact) > least
+
+
+def test_what_was_not_rounded_before_it_was_drawn_from_is_not_sent() -> None:
+    p, q = random_texts(1, 0)
+    with pytest.raises(
+        ValueError, match="drawn from a distribution that cannot be sent; set the drafter's top_k first"
+    ):
+        emitted("full", targets(p, torch.float64)[0], q, 1, cut_to(None))
+
+
+def test_zeroing_only_the_refused_token_gives_the_known_wrong_distribution() -> None:
+    p = {(): np.array([0.4, 0.4, 0.2, 0, 0]), **{(x,): np.full(VOCAB, 0.2) for x in range(VOCAB)}}
+    logits, _ = targets(p, torch.float64)
+    first = np.zeros(VOCAB)
+    q = {(): np.array([0.7, 0.05, 0.25, 0, 0])}
+    for text, probability in emitted("scalar", logits, q, 1, cut_to(None), refused_token_zeroed).items():
+        first[text[0]] += probability
+    assert first[:3] == pytest.approx([0.425, 0.275, 0.30])
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target: Path) -> Transformer:
+    return load_target(str(tiny_target), CPU, torch.float32)
+
+
+def simulated(target: Transformer, vocabulary: bytes = KEY, link: str = "constant-5g") -> SimulatedChannel:
+    return SimulatedChannel(Engine(target, vocabulary), load_link(link))
+
+
+def verifier_of(target: Transformer, channel: Channel, vocabulary: bytes = KEY, **sampling: float) -> RemoteVerifier:
+    return RemoteVerifier(channel, vocabulary, target.shape.vocab, target.shape.context, **sampling)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_text_is_plain_text_under_random_drafts(target: Transformer, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(2, len(WORDS), 9).tolist()
+    plain = LocalVerifier(target)
+    text = [*prompt, plain.start(prompt, 80, rng)]
+    text += plain.decode(79, ())
+    verifier = verifier_of(target, simulated(target), temperature=0.0)
+    verifier.start(prompt, 80, rng)
+    accepted = refused = 0
+    while len(verifier.text) < 70:
+        n, at = int(rng.integers(0, 9)), len(verifier.text)
+        right = rng.random(n) < 0.8
+        tokens = np.where(right, text[at : at + n], rng.integers(0, len(WORDS), n))
+        verdict = verifier.verify(tokens, np.arange(n) - 1, np.arange(n))
+        accepted, refused = accepted + len(verdict.path), refused + n - len(verdict.path)
+        assert verifier.text[at:] == [*tokens[verdict.path].tolist(), verdict.token]
+        if rng.random() < 0.2:
+            verifier.decode(2, ())
+    assert verifier.text == text[: len(verifier.text)]
+    assert accepted > 10 and refused > 10
+
+
+@contextlib.contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """The address of a cloud in a process of its own, which asks for no token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEC_ENVS_TOKEN", "")
+        with cloud_process.cloud("--device", "cpu", *arguments) as url:
+            yield url
+
+
+@pytest.fixture(scope="module")
+def cloud(tiny_target: Path) -> Iterator[str]:
+    with served("--target", str(tiny_target), "--dtype", "float32") as url:
+        yield url
+
+
+def played(verifier: RemoteVerifier, seed: int) -> tuple[list[int], list[tuple[int, int]], int]:
+    """The text, bytes both ways and drafted tokens that were accepted of a session with random drafts."""
+    sampling, drafts = np.random.default_rng(seed).spawn(2)
+    verifier.start([3, 5, 7, 2], 100, sampling)
+    sizes, accepted = [], 0
+    for i in range(20):
+        n = int(drafts.integers(0, 6))
+        proposals, tokens = [], []
+        for _ in range(n):
+            weights = drafts.dirichlet(np.ones(len(WORDS)))
+            weights[verifier.text[-1]] += 1  # random models repeat themselves
+            proposal = Proposal(np.arange(len(WORDS)), weights)
+            if verifier.mode in ("topk", "full"):
+                proposal = proposal.truncated(4 if verifier.mode == "topk" else len(WORDS))
+            proposals.append(proposal)
+            tokens.append(proposal.draw(drafts.random()))
+        verdict = verifier.verify(np.array(tokens, np.int64), np.arange(n) - 1, np.arange(n), proposals)
+        accepted += len(verdict.path)
+        sizes.append((verifier.traffic.bytes_up, verifier.traffic.bytes_down))
+        if i % 4 == 3:
+            verifier.decode(5, [0])
+            sizes.append((verifier.traffic.bytes_up, verifier.traffic.bytes_down))
+            verifier.append([4, 6])
+    verifier.channel.close()
+    return verifier.text, sizes, accepted
+
+
+@pytest.mark.parametrize("mode", wire.MODES)
+def test_a_seed_decides_tokens_and_bytes_over_every_channel(
+    mode: str, cloud: str, target: Transformer, tiny_target: Path
+) -> None:
+    vocabulary = wire.vocabulary_hash(load_tokenizer(str(tiny_target)))
+    sampling = {"temperature": 0.0} if mode == "ids" else {"temperature": 1.2, "top_p": 0.95}
+    texts = []
+    for seed in (1, 2):
+        outcomes = []
+        for channel in (simulated(target, vocabulary), SocketChannel(cloud)):
+            verifier = verifier_of(target, channel, vocabulary, **sampling)
+            verifier.mode = mode
+            outcomes.append(played(verifier, seed))
+        assert outcomes[0] == outcomes[1]
+        assert outcomes[0][2] > 0
+        texts.append(outcomes[0][0])
+    assert texts[0] != texts[1]
+
+
+def test_trees_are_refused(target: Transformer, rng: np.random.Generator) -> None:
+    verifier = verifier_of(target, simulated(target))
+    verifier.start([3], 10, rng)
+    siblings = np.array([-1, -1])
+    with pytest.raises(ValueError, match="a tree was drafted"):
+        verifier.verify(np.array([1, 2]), siblings, np.zeros(2, np.int64), [Proposal.certain(1)] * 2)
+
+
+@pytest.mark.parametrize("mode", ["ids", "tree", ""])
+def test_modes_that_do_not_tell_enough_are_refused(target: Transformer, rng: np.random.Generator, mode: str) -> None:
+    verifier = verifier_of(target, simulated(target))
+    verifier.mode = mode
+    verifier.start([3], 10, rng)
+    with pytest.raises(ValueError, match="expected scalar, topk or full at temperature 1"):
+        verifier.verify(np.array([1]), np.array([-1]), np.array([0]), [Proposal.certain(1)])
+
+
+@pytest.mark.parametrize("mode", ["scalar", "topk"])
+def test_drafts_without_their_distributions_are_refused(
+    target: Transformer, rng: np.random.Generator, mode: str
+) -> None:
+    verifier = verifier_of(target, simulated(target))
+    verifier.mode = mode
+    verifier.start([3], 10, rng)
+    with pytest.raises(ValueError):
+        verifier.verify(np.array([1, 2]), np.array([-1, 0]), np.arange(2), [Proposal.certain(1)])
+
+
+def test_a_prompt_longer_than_the_clouds_context_is_refused(target: Transformer, rng: np.random.Generator) -> None:
+    verifier = verifier_of(target, SimulatedChannel(Engine(target, KEY, context=8), load_link("constant-5g")))
+    with pytest.raises(
+        ValueError, match="the prompt has 9 tokens and up to 10 may follow; the cloud takes texts of up to 8"
+    ):
+        verifier.start([3] * 9, 10, rng)
+
+
+@pytest.fixture(scope="module")
+def real_cloud() -> Iterator[str]:
+    with served("--target", REAL) as url:
+        yield url
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["topk", "scalar"])
+def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: str, real_cloud: str) -> None:
+    """χ² of the first token that a cycle emits behind a few words, with enough draws to see a bias of 0.03.
+
+    Every draw is a session with a seed of its own whose only request is judged with the prompt: one token drafted from
+    the target itself, hotter. Eight edges ask at once, so that they share forwards. An edge that replaces the likeliest
+    tokens by others a little too often is shown to be caught with the same number of draws.
+    """
+    temperature, top_p = 1.0, 0.95
+    target, tokenizer = load_target(REAL, CPU, resolve_dtype("auto", CPU, [REAL])), load_tokenizer(REAL)
+    prompt, vocabulary = tokenizer("In the")["input_ids"], wire.vocabulary_hash(tokenizer)
+    text = torch.tensor([prompt])
+    with torch.inference_mode():
+        hidden, _ = target.forward(target.embed(text), target.cache(64), torch.arange(len(prompt))[None])
+        logits = target.head(hidden[0, -1:])
+    warped = TemperatureLogitsWarper(temperature)(text, logits.double())
+    p = TopPLogitsWarper(top_p)(text, warped)[0].softmax(-1).numpy()
+    proposal = Proposal(np.arange(len(p)), probabilities(logits[0], 1.3))
+    if mode == "topk":
+        proposal = proposal.truncated(50)
+
+    order = np.argsort(-p)  # tokens in bins of about a twenty-fifth
+    middle = np.cumsum(p[order]) - p[order] / 2
+    bins = np.empty(len(p), np.int64)
+    bins[order] = np.unique(np.minimum(25 * middle, 24).astype(int), return_inverse=True)[1]
+    expected = np.bincount(bins, p)
+    draws = draws_for_power(expected, bias=0.03, power=0.95)
+    critical = chi2.isf(0.001, len(expected) - 1)
+
+    def edge(first: int) -> list[tuple[int, bool]]:
+        """Every eighth draw."""
+        channel, drawn = SocketChannel(real_cloud), []
+        verifier = verifier_of(target, channel, vocabulary, temperature=temperature, top_p=top_p)
+        verifier.mode = mode
+        for draw in range(first, draws, 8):
+            rng = np.random.default_rng(draw)
+            verifier._begin(prompt, 1, rng)
+            token = proposal.draw(rng.random())
+            verdict = verifier.verify(np.array([token]), np.array([-1]), np.array([0]), [proposal])
+            drawn.append((token, True) if verdict.path else (verdict.token, False))
+        channel.close()
+        return drawn
+
+    def statistic(tokens: np.ndarray) -> float:
+        counts = np.bincount(bins[tokens], minlength=len(expected))
+        return float(((counts - draws * expected) ** 2 / (draws * expected)).sum())
+
+    with ThreadPoolExecutor(8) as pool:
+        emitted, kept = np.array([pair for drawn in pool.map(edge, range(8)) for pair in drawn]).T
+    assert len(emitted) == draws and 0.1 < kept.mean() < 0.9
+    assert (p[emitted] > 0).mean() > 0.999
+    assert statistic(emitted) < critical
+
+    most, second = np.argsort(-expected)[:2]  # the bias that the draws are computed for: from one to the other
+    replaced = (bins[emitted] == most) & (np.random.default_rng(0).random(draws) < 0.03 / expected[most])
+    biased = np.where(replaced, np.flatnonzero(bins == second)[0], emitted)
+    assert expected[most] > 0.03 and statistic(biased) > critical
+
+
+def test_the_estimate_learns_a_real_link(cloud: str, target: Transformer, tiny_target: Path) -> None:
+    """Long messages over a slow connection: their upload is not taken for round trip."""
+    vocabulary = wire.vocabulary_hash(load_tokenizer(str(tiny_target)))
+    port = int(cloud.rpartition(":")[2])
+    with ShapedProxy(load_link("constant:up=0.2,down=4,rtt=20"), ("127.0.0.1", port)) as proxy:
+        verifier = verifier_of(target, SocketChannel(f"ws://127.0.0.1:{proxy.port}"), vocabulary)
+        verifier.mode = "full"
+        verifier.start([3], 400, np.random.default_rng(0))
+        proposal = Proposal(np.arange(len(WORDS)), np.ones(len(WORDS), np.float16))
+        for _ in range(6):
+            verifier.verify(np.full(50, 5), np.arange(50) - 1, np.arange(50), [proposal] * 50)
+            time.sleep(0.1)
+        verifier.channel.close()
+    assert verifier.estimate.up_mbps < 0.4  # a busy machine can only make it slower

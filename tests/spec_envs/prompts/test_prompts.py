@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.prompts.sets import SPLITS, TASKS, encode, load_prompts
+
+
+def test_shipped_prompts_are_disjoint_and_cover_every_task() -> None:
+    texts: set[str] = set()
+    for split in SPLITS:
+        prompts = load_prompts("all", split)
+        assert {p.task for p in prompts} == set(TASKS)
+        new = {p.text for p in prompts}
+        assert len(new) == len(prompts) and not new & texts
+        texts |= new
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    rows = [{"question_id": i, "turns": [f"question {i}", "and then?"]} for i in range(200)]
+    (tmp_path / "mine" / "question.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = {split: {p.text for p in load_prompts("mine", split, str(tmp_path))} for split in SPLITS}
+    assert sum(map(len, splits.values())) == 200 and not splits["train"] & splits["test"]
+    assert len(splits["train"]) > len(splits["test"]) > len(splits["validation"]) > 5
+    (tmp_path / "mine" / "question.jsonl").write_text('{"turns": ["a"]}\n{"turn": 1}\n')
+    with pytest.raises(ValueError, match=r"question.jsonl:2 is not a question; expected"):
+        load_prompts("mine", "train", str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no prompts; expected NAME/question.jsonl"):
+        load_prompts("all", "train", str(tmp_path / "empty"))
+
+
+def test_data_sets_in_the_layout_of_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"question": f"q {i}", "other": "x"}) for i in range(50)))
+    found = load_prompts(str(folder), "all")
+    assert len(found) == 50 and found[0].text.startswith("q ")
+    assert {p.text for p in load_prompts(f"{folder}:other", "all")} == {"x"}
+    with pytest.raises(ValueError, match=r"has no column 'turn' of prompts; name one: .*:question\|other"):
+        load_prompts(f"{folder}:turn", "all")
+    with pytest.raises(ValueError, match="cannot load the data set 'no/such' from the hub"):
+        load_prompts("no/such", "all")
+
+
+@pytest.mark.skipif(not Path("../shared/data").is_dir(), reason="development prompt sets are not beside the checkout")
+def test_development_sets() -> None:
+    prompts = load_prompts("humaneval,gsm8k", "all", "../shared/data")
+    assert len(prompts) == 160 and {p.task for p in prompts} == {"humaneval", "gsm8k"}
+
+
+def test_templates(tiny: dict) -> None:
+    tokenizer = load_tokenizer(tiny["target"])
+    assert encode(tokenizer, "the a") == tokenizer("the a .")["input_ids"]
+    assert encode(tokenizer, "the a", "none") == tokenizer("the a")["input_ids"]
+    assert encode(tokenizer, "the", "{{ messages[0]['content'] }} of") == tokenizer("the of")["input_ids"]
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(ValueError, match="has no chat template; give template="):
+            encode(tokenizer, "the a")
+    finally:
+        tokenizer.chat_template = template

@@ -1,0 +1,142 @@
+"""`generate` and the environment drive one control: same actions, same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from spec_envs import ENVIRONMENTS, generate
+from spec_envs.agents import AGENTS
+from spec_envs.controls import Policy, make_control
+from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.prompts.sets import encode
+from spec_envs.recordings import decoder_under
+from tests.conftest import CPU
+
+
+def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
+    observation, _ = env.reset(seed=seed, options={"prompt": text})
+    actions, state, done, start = [], None, False, True
+    while not done:
+        action, state = agent.predict(observation, state, np.array([start]), deterministic=True)
+        observation, _, done, _, _ = env.step(int(action))
+        actions.append(int(action))
+        start = False
+    return actions, env.unwrapped.decoder.tokens
+
+
+@pytest.mark.parametrize(
+    ("env_id", "name"),
+    [
+        *(
+            (env_id, name)
+            for env_id in ENVIRONMENTS
+            for name in ("ppo", "qrdqn", "recurrent-ppo")
+            if "DVI" not in env_id
+        ),
+        ("SpecDVI-v0", "ppo"),  # others have no policy that starts as an exit's projection
+    ],
+)
+def test_generate_is_the_environment(env_id: str, name: str, tiny: dict, tiny_draft: Path) -> None:
+    chosen = tiny | {"SpecTopK-v0": {"drafter": str(tiny_draft)}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
+    env = gym.make(env_id, **chosen)
+    control = make_control(ENVIRONMENTS[env_id], tiny if env_id == "SpecDVI-v0" else {})
+    models = {part: chosen[part] for part in ("target", "drafter", "device", "dtype")}
+    decoder = decoder_under(control, None, WallClock(CPU), **models, temperature=control.temperature)
+    different = set()
+    for seed in range(4):
+        agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])
+        for text in ("the a of and in", "def we is you you it", "to to to"):
+            done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, text), 24, seed).run()
+            assert (done.actions, done.tokens) == played(env, agent, text, seed)
+            different |= set(done.actions)
+    assert len(different) > 1
+
+
+def test_generate_is_the_environment_when_sampling(tiny: dict) -> None:
+    env = gym.make("SpecBudget-v0", **tiny, temperature=1.0)
+    control = make_control("budget", {})
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature=1.0)
+    agent = AGENTS["ppo"](control=control, seed=0)
+    done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, "the a"), 24, 5).run()
+    assert (done.actions, done.tokens) == played(env, agent, "the a", 5)
+
+
+def test_streaming_gives_the_tokens_cycle_by_cycle(tiny: dict) -> None:
+    control = make_control("depth", {})
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    agent = AGENTS["fixed"](control=control, value=3)
+    generation = generate(decoder, control, agent, [3, 4, 5], 40)
+    streamed = [list(tokens) for tokens in generation]
+    assert [token for tokens in streamed for token in tokens] == generation.tokens and len(streamed[0]) == 1
+    assert [len(tokens) for tokens in streamed[1:]] == [c.emitted for c in generation.cycles]
+    assert generation.seconds > 0 and generation.tokens_per_second > 0 and generation.prefill_seconds > 0
+
+
+def test_a_partner_decides_the_rest_and_is_charged(tiny: dict) -> None:
+    depth, budget = make_control("depth", {}), make_control("budget", {})
+    fixed_budget = AGENTS["fixed"](control=budget, value=15)
+    fixed_depth = AGENTS["fixed"](control=depth, value=3)
+    fixed_budget.decision_seconds = fixed_depth.decision_seconds = 0.25
+
+    env = gym.make("SpecDepth-v0", **tiny)
+    env.unwrapped.control.partner = Policy(budget, fixed_budget)
+    env.reset(seed=0)
+    info = env.step(0)[4]
+    assert info["verified"] == 15 and info["seconds"]["policy"] == 0.25
+
+    env = gym.make("SpecBudget-v0", **tiny)
+    env.unwrapped.control.partner = Policy(depth, fixed_depth)
+    env.reset(seed=0)
+    info = env.step(0)[4]
+    assert info["drafted"] == 310 and info["seconds"]["policy"] == 0.75
+
+
+def test_plain_generation(tiny: dict) -> None:
+    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
+    done = generate(decoder, None, None, [3, 4, 5], 12).run()
+    assert len(done.tokens) == 12 and {c.verified for c in done.cycles} == {0}
+
+
+def test_an_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
+    """What stands where in an observation counts, not only how much there is, and so does the number of actions."""
+    token, cycle = make_control("k", {"decision": "token"}), make_control("k", {})
+    decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
+    agent = AGENTS["ppo"](control=token)
+    with pytest.raises(
+        ValueError, match=r"SB3Agent was made for k with an observation of drafted.*, but here k has conf"
+    ):
+        Policy(cycle, agent)
+    with pytest.raises(ValueError, match="was made for k with an observation of"):
+        generate(decoder, cycle, agent, [2, 3, 4], 12)
+    fewer = make_control("k", {"k_max": 8})
+    with pytest.raises(ValueError, match=r"was made for k with actions Discrete\(9\), but here k has Discrete\(17\)"):
+        Policy(cycle, AGENTS["fixed"](control=fewer, value=2))
+    same_size = make_control("depth", {"width": 2, "max_depth": 4}), make_control("depth", {"width": 3, "max_depth": 3})
+    assert same_size[0].observation_space.shape == same_size[1].observation_space.shape
+    with pytest.raises(ValueError, match=r"frontier\[2\]"):
+        Policy(same_size[1], AGENTS["random"](control=same_size[0]))
+
+
+@pytest.mark.parametrize("action", [1.5, "1", True, np.array([1]), None])
+def test_an_agent_that_predicts_no_action_is_refused(action: Any, tiny: dict[str, Any]) -> None:
+    class Wrong:
+        decision_seconds = 0.0
+
+        def predict(self, observation: np.ndarray, *_: Any, **__: Any) -> tuple[Any, None]:
+            return action, None
+
+    control = make_control("k", {})
+    decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
+    with pytest.raises(ValueError, match=r"is not in Discrete\(17\)"):
+        generate(decoder, control, Wrong(), [2, 3, 4], 12).run()
+    wrong: Any = Wrong()
+    for seconds in (float("nan"), -1.0, "1", None):
+        wrong.decision_seconds = seconds
+        with pytest.raises(ValueError, match="decision_seconds is"):
+            Policy(control, wrong)

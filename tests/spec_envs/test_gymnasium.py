@@ -1,0 +1,215 @@
+"""Environments as users of Gymnasium, and of libraries over it, call them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
+
+from spec_envs import ENVIRONMENTS
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.traces.record import Plan
+
+PROFILE: dict[str, Any] = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
+
+
+@pytest.fixture
+def made(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any]) -> Callable[..., gym.Env]:
+    """An environment of an id on a priced clock: on a trace where one is played, else over the tiny models."""
+
+    def make(env_id: str, **more: Any) -> gym.Env:
+        keywords: dict[str, Any] = {"max_new_tokens": 20}
+        if env_id == "SpecK-v0":
+            keywords |= {"trace": str(traces["copies"].folder), "k_max": 6}
+        elif env_id == "SpecTopK-v0":
+            keywords |= {"trace": "smollm2-135m-topk"}
+        elif env_id == "SpecDVI-v0":
+            keywords = tiny | {"drafter": "auto"}
+        else:
+            keywords |= {"trace": str(traces["tree"].folder), "max_depth": 4, "width": 4}
+        return gym.make(env_id, **keywords | more)
+
+    return make
+
+
+def rollout(env: Any, seed: int | None, steps: int = 40) -> list[Any]:
+    """Everything that an environment says."""
+    rng = np.random.default_rng(0)
+    said: list[Any] = [env.reset(seed=seed)]
+    for _ in range(steps):
+        said.append(env.step(int(rng.integers(env.action_space.n))))
+        if said[-1][2] or said[-1][3]:
+            said.append(env.reset())
+    return said
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_gymnasiums_checker_passes(env_id: str, made: Callable[..., gym.Env]) -> None:
+    """Step determinism too, which it looks at only where a spec says that an environment is deterministic."""
+    env = made(env_id).unwrapped
+    assert env.spec is not None
+    env.spec = copy.deepcopy(env.spec)
+    env.spec.nondeterministic = False
+    check_env(env, skip_render_check=True)
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_two_environments_side_by_side_are_alike(env_id: str, made: Callable[..., gym.Env]) -> None:
+    first, second = rollout(made(env_id), 3), rollout(made(env_id), 3)
+    assert all(data_equivalence(a, b, exact=True) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_a_reset_leaves_nothing_of_what_was_played_before(env_id: str, made: Callable[..., gym.Env]) -> None:
+    """The same environment under the same seed says the same to the last bit."""
+    env = made(env_id)
+    first = rollout(env, 3)
+    rollout(env, 4, 60)
+    assert data_equivalence(first, rollout(env, 3), exact=True)
+
+
+def test_a_profile_repeats_to_the_last_bit() -> None:
+    for keywords in ({}, {"decision": "token"}, {"adjustment_interval": 8}):
+        env = gym.make("SpecK-v0", **PROFILE, **keywords)
+        first = rollout(env, 3)
+        rollout(env, 4)
+        assert data_equivalence(first, rollout(env, 3), exact=True)
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_copies_are_other_environments_of_the_same_keywords(env_id: str, made: Callable[..., gym.Env]) -> None:
+    env = made(env_id)
+    first = rollout(env, 3)
+    for other in (pickle.loads(pickle.dumps(env)), copy.deepcopy(env), pickle.loads(pickle.dumps(env.unwrapped))):
+        assert other.unwrapped.decoder is not env.unwrapped.decoder  # type: ignore[attr-defined]
+        assert data_equivalence(first, rollout(other, 3), exact=True)
+
+
+def test_wrappers_count_and_cut_episodes(made: Callable[..., gym.Env]) -> None:
+    cut: Any
+    for cut in (made("SpecDepth-v0", max_episode_steps=3), TimeLimit(made("SpecDepth-v0"), 3)):
+        env = RecordEpisodeStatistics(cut)
+        env.reset(seed=0)
+        steps = [env.step(1) for _ in range(3)]
+        assert [step[3] for step in steps] == [False, False, True]
+        assert steps[-1][4]["episode"]["l"] == 3
+        assert steps[-1][4]["episode"]["r"] == pytest.approx(sum(float(step[1]) for step in steps))
+        env.reset()
+        env.step(0)
+
+
+def test_actions_are_whole_numbers() -> None:
+    env = gym.make("SpecK-v0", **PROFILE).unwrapped
+    env.reset(seed=0)
+    wrong = (
+        2.9,
+        2.0,
+        np.float32(1.7),
+        "3",
+        True,
+        np.True_,
+        None,
+        [1],
+        (1,),
+        np.array([1]),
+        np.array(1.0),
+        -1,
+        17,
+        10**30,
+    )
+    for action in (*wrong, float("nan"), {}, b"1"):
+        with pytest.raises(ValueError, match=r"is not in Discrete\(17\); expected a whole number from 0 to 16"):
+            env.step(action)  # type: ignore[arg-type]
+    for right in (2, np.int64(2), np.uint8(2), np.uint64(2), np.array(2), np.array(2, np.int32)):
+        env.reset(seed=0)
+        assert env.step(right)[4]["drafted"] == 2  # type: ignore[arg-type]
+
+
+def test_a_reset_that_is_refused_leaves_no_text(tiny: dict[str, Any], made: Callable[..., gym.Env]) -> None:
+    live = gym.make("SpecDepth-v0", **tiny).unwrapped
+    long = {"prompt": "the a of and " * 600}
+    replayed = made("SpecDepth-v0", episode="cycle").unwrapped
+    env: Any
+    for env, wrong in (
+        (live, {"options": {"promt": "the a"}}),
+        (live, {"options": {"prompt": 5}}),
+        (live, {"options": ["the a"]}),
+        (live, {"options": "the a"}),
+        (live, {"options": long}),
+        (live, {"seed": -1}),
+        (live, {"seed": 1.5}),
+        (live, {"seed": "one"}),
+        (live, {"seed": np.int64(3)}),
+        (replayed, {"options": {"prompt": "the a"}}),
+        (replayed, {"options": {"prompt": None, "texts": [1]}}),
+    ):
+        env.reset(seed=0)
+        env.step(0)
+        with pytest.raises((ValueError, gym.error.Error)):
+            env.reset(**wrong)
+        with pytest.raises(ValueError, match=r"no text to go on with; call reset\(\) first"):
+            env.step(0)
+        with pytest.raises(ValueError, match=r"no text to show; call reset\(\) first"):
+            env.render()
+    live.reset(seed=2**70)
+    live.step(0)
+
+
+def test_a_start_that_is_refused_leaves_no_text(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+    tiny_decoder.start([2, 3, 4], 20, rng)
+    assert not tiny_decoder.finished
+    for prompt, tokens in (([], 20), ([2] * 5000, 20), ([2, 3], 0)):
+        with pytest.raises(ValueError, match=r"the prompt|max_new_tokens"):
+            tiny_decoder.start(prompt, tokens, rng)
+        with pytest.raises(RuntimeError, match=r"call start\(\)"):
+            tiny_decoder.verify()
+
+
+def test_a_closed_environment_says_so(made: Callable[..., gym.Env]) -> None:
+    env = made("SpecDepth-v0").unwrapped
+    with pytest.raises(ValueError, match=r"no text to show; call reset\(\) first"):
+        env.render()
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    for call in (lambda: env.step(0), env.reset, env.render):
+        with pytest.raises(ValueError, match="the environment is closed; make another one"):
+            call()  # type: ignore[no-untyped-call]
+
+
+def test_a_measured_clock_is_refused_in_a_worker_of_ray(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, running, refused in ((1, True, True), (0, True, False), (1, False, False)):
+        context = SimpleNamespace(worker=SimpleNamespace(mode=mode))
+        ray = SimpleNamespace(
+            WORKER_MODE=1, is_initialized=lambda on=running: on, get_runtime_context=lambda at=context: at
+        )
+        monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+        if refused:
+            with pytest.raises(ValueError, match="disturbed by its siblings"):
+                gym.make("SpecDepth-v0", **tiny | {"clock": "wall"})
+        else:
+            gym.make("SpecDepth-v0", **tiny | {"clock": "wall"})
+        gym.make("SpecDepth-v0", **tiny)
+
+
+def test_torchrl_makes_it() -> None:
+    """It asks by a keyword of its own whether an environment knows it, and reads the answer in Python's words."""
+    from torchrl.envs import GymEnv
+    from torchrl.envs.utils import check_env_specs
+
+    env = GymEnv("SpecK-v0", **PROFILE, categorical_action_encoding=True)
+    env.set_seed(0)
+    check_env_specs(env)
+    played = env.rollout(10)
+    assert played["next", "reward"].isfinite().all() and len(played) > 2
+    env.close()

@@ -1,0 +1,259 @@
+"""Drives a library of kernels that was built with address sanitizer through random models and calls, and compares it with
+torch. A program of its own, since the sanitizer must be loaded before Python: ``kernel_bounds LIBRARY SEED COUNT``."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from spec_envs.decoding.drafters.int8_step import Int8Step
+from spec_envs.decoding.model import int8, kernels, layers
+from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.lora import Added, Additions
+from spec_envs.decoding.model.transformer import Transformer
+from tests.support.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
+
+FAMILIES: dict[type[PretrainedConfig], dict[str, list]] = {
+    LlamaConfig: {"attention_bias": [False, True], "mlp_bias": [False, True]},
+    MistralConfig: {"sliding_window": [None, 70, 4096]},
+    Qwen2Config: {"use_sliding_window": [False, True], "sliding_window": [70], "max_window_layers": [0, 1, 9]},
+    Qwen3Config: {"attention_bias": [False, True]},
+}
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+]  # fmt: skip
+
+
+class Choice:
+    """Draws from lists."""
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def of(self, options: Any) -> Any:
+        return options[int(self.rng.integers(len(options)))]
+
+    def ids(self, vocab: int, *size: int) -> Tensor:
+        return torch.from_numpy(self.rng.integers(0, vocab, size))
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.generator)
+
+
+# What a model has that is not computed, if anything.
+ODD = ("", "hidden", "", "inner", "", "heads", "head", "rope")
+
+
+def config(choice: Choice, odd: str) -> PretrainedConfig:
+    """A config, often with one number of a model that is not computed."""
+    family = choice.of(list(FAMILIES))
+    heads = choice.of([1, 2, 3, 4, 6, 8])
+    kv_heads = choice.of([n for n in range(1, heads + 1) if heads % n == 0])
+    rope = {**choice.of(ROPES), "rope_theta": choice.of([10_000.0, 500.0])}
+    if odd == "rope":
+        rope["partial_rotary_factor"] = choice.of([0.25, 0.5, 0.75])
+    return family(
+        hidden_size=heads * 16 * choice.of([1, 1, 2, 3]) + (8 * heads if odd == "hidden" else 0),
+        intermediate_size=16 * choice.of([1, 2, 3, 5, 9]) + (choice.of([4, 8]) if odd == "inner" else 0),
+        num_hidden_layers=choice.of([1, 2]),
+        num_attention_heads=heads,
+        num_key_value_heads=choice.of(range(1, 10)) if odd == "heads" else kv_heads,
+        head_dim=choice.of([16, 24, 40, 48, 80]) if odd == "head" else choice.of([32, 64, 96, 128]),
+        vocab_size=choice.of([1, 2, 16, 31, 33, 64, 100, 130]),
+        max_position_embeddings=choice.of([63, 64, 65, 100, 128, 200]),
+        tie_word_embeddings=choice.of([False, True]),
+        bos_token_id=None,
+        eos_token_id=None,
+        rope_parameters=rope,
+        **{name: choice.of(options) for name, options in FAMILIES[family].items()},
+    )
+
+
+def near(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Keys and values in bfloat16 are all that differs, and what a sum rounds to."""
+    error = float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-6))
+    assert ours.shape == theirs.shape and error < 0.08, f"{what}: {list(ours.shape)} is off by {error:.2f}"
+
+
+class Pair:
+    """A model in the kernels and in torch, given the same calls."""
+
+    def __init__(self, made: PretrainedConfig, choice: Choice):
+        weights = random_weights(made, choice.generator)
+        self.choice, self.model = choice, Transformer(made, weights, torch.int8, CPU)
+        self.reference, self.shape = reference(made, weights), self.model.shape
+
+    def both(self, hidden: Tensor, caches: tuple[Any, Any], at: Tensor, what: str, **given: Any) -> Tensor:
+        """Hidden states of both, which are compared through the head; the captured states, too."""
+        (ours, kept), (theirs, wanted) = (
+            model.forward(hidden, cache, at, **given)
+            for model, cache in zip((self.model, self.reference), caches, strict=True)
+        )
+        for mine, other in zip(kept, wanted, strict=True):
+            near(mine, other, f"{what}, captured")
+        near(self.model.norm(ours), self.reference.norm(theirs), what)
+        logits = self.model.head(ours)
+        near(logits, self.reference.head(ours), f"{what}, logits")
+        assert torch.equal(self.model.head.argmax(ours), logits.argmax(-1))
+        return ours
+
+    def embed(self, *size: int) -> Tensor:
+        return self.reference.embed(self.choice.ids(self.shape.vocab, *size))
+
+    def prompt_and_tree(self) -> None:
+        """A prompt, and rows after it of which each sees some, up to the end of the context and of the cache."""
+        context, of = self.shape.context, self.choice.of
+        n = of([1, 2, 16, 17, 40, context - 1, context])
+        room = of([0, 1, 7, 30, 70])
+        caches = tuple(model.cache(n + room) for model in (self.model, self.reference))
+        capture = of([(), (0,), tuple(range(self.shape.layers))])
+        whole = self.both(self.embed(1, n), caches, torch.arange(n)[None], f"prompt of {n}", capture=capture)
+        assert torch.equal(self.model.head(whole[:, -1:]), self.model.head(whole)[:, -1:]), (
+            "a row depends on the rows beside it"
+        )
+        if not room:
+            return
+        for cache in caches:
+            cache.length = n
+        at = torch.full((1, room), min(n, context - 1))
+        named = of([room, min(n, 3) + room])
+        seen = torch.from_numpy(self.choice.rng.random((room, named)) < 0.4)
+        seen[range(room), range(named - room, named)] = True
+        self.both(self.embed(1, room), caches, at, f"tree of {room} behind {n}", seen=seen)
+
+    def batch(self) -> None:
+        """Sequences padded on the left."""
+        batch, n = self.choice.of([1, 2, 5]), min(self.choice.of([1, 15, 33]), self.shape.context)
+        padding = torch.from_numpy(self.choice.rng.integers(0, n, batch))
+        at = (torch.arange(n)[None] - padding[:, None]).clamp(min=0)
+        caches = tuple(model.cache(n, batch) for model in (self.model, self.reference))
+        hidden = self.embed(batch, n)
+        (ours, _), (theirs, _) = (
+            model.forward(hidden, cache, at, padding=padding)
+            for model, cache in zip((self.model, self.reference), caches, strict=True)
+        )
+        shown = torch.arange(n)[None] >= padding[:, None]  # a row of the padding sees nothing
+        near(ours[shown], theirs[shown], f"batch of {batch} times {n}")
+
+    def slots(self) -> None:
+        """Sequences of different lengths."""
+        capacity = self.choice.of([33, 64])
+        both = tuple(model.slots(4, capacity) for model in (self.model, self.reference))
+        for n in (self.choice.of([1, 9, 20]), self.choice.of([1, 5, capacity - 20])):
+            chosen = self.choice.rng.permutation(4)[: self.choice.of([1, 3])].tolist()
+            at = torch.from_numpy(both[0].lengths[chosen][:, None] + np.arange(n)).clamp(max=self.shape.context - 1)
+            batches = tuple(slots.batch(chosen) for slots in both)
+            self.both(self.embed(len(chosen), n), batches, at, f"slots {chosen} of {n} rows")
+            for slots in both:
+                slots.lengths[chosen] += n if max(slots.lengths) + n < capacity - 20 else 0
+
+    def adapters(self) -> None:
+        """Low-rank additions to some layers."""
+        matrices, made = self.model.layers.structures, []
+        for layer in matrices:
+            sides = [
+                None
+                if self.choice.rng.random() < 0.3
+                else (self.choice.normal(rank, m.inputs) / m.inputs**0.5, self.choice.normal(rank, m.outputs) * 0.2)
+                for m, rank in ((layer.qkv, self.choice.of([1, 8, 130])), (layer.out, self.choice.of([1, 3, 16])))
+            ]
+            made.append(None if self.choice.rng.random() < 0.2 else Added(*sides))
+        n = self.choice.of([1, 17, 40])
+        caches = tuple(model.cache(n) for model in (self.model, self.reference))
+        self.both(self.embed(1, n), caches, torch.arange(n)[None], "adapters", added=Additions(made))
+
+    def best(self) -> None:
+        """The most probable of the outputs of two heads."""
+        rows, extras = self.choice.of([1, 7, 20]), self.choice.of([0, 1, 15, 17])
+        logits = self.choice.normal(rows, self.shape.vocab + 3)[:, : self.shape.vocab]
+        extra = self.choice.normal(rows, extras) if extras else None
+        width = self.choice.of([1, self.shape.vocab + extras])
+        index, *ours = int8.most_probable(logits, extra, width)
+        theirs = layers.most_probable(logits, extra, width)[1:]
+        torch.testing.assert_close(ours, list(theirs), rtol=1e-4, atol=1e-5)
+        chosen = torch.cat([logits] if extra is None else [logits, extra], -1).log_softmax(-1).gather(1, index)
+        torch.testing.assert_close(chosen, theirs[0], rtol=1e-4, atol=1e-5)  # the order of equals is open
+        assert all(len(set(row)) == width for row in index.tolist())
+
+    def draft(self) -> None:
+        """A step of a draft model as one call."""
+        model, vocab = self.model, self.shape.vocab
+        step = Int8Step(model.layers, model.norm, model.head.linear, model.embedding, model.rope, vocab)
+        n, extras = self.choice.of([1, 2, 33]), self.choice.of([0, 1, 9])
+        tokens, last = self.choice.ids(vocab, n), self.choice.of([0, 1, n])
+        extra = self.choice.normal(extras, self.shape.hidden) if extras else None
+        hidden, width = torch.empty(n, self.shape.hidden), self.choice.of([1, vocab + extras])
+        index, _, _ = step(hidden, tokens.numpy(), np.arange(n), model.cache(n), extra, width, last)
+        expected, _ = model.forward(model.embed(tokens[None]), model.cache(n), torch.arange(n)[None])
+        assert torch.equal(hidden, expected[0]) and index.shape == (last, width)
+        assert not index.size or (index.min() >= 0 and index.max() < vocab + extras)
+
+    def eagle(self) -> None:
+        """The layer of an EAGLE-3 head, which reads twice the hidden size, by itself and in a step as one call; and the
+        attention of an exit, which has no feed-forward part."""
+        shape, n = dataclasses.replace(self.shape, layers=1), self.choice.of([1, 2, 19])
+        weights, hidden = eagle_layer(shape, self.choice.generator), self.choice.normal(n, shape.hidden)
+        ours, theirs = int8.Layers([weights], shape), reference_layers([weights], shape)
+        norms = [int8.RMSNorm(weights[f"{name}.weight"], shape.norm_eps) for name in ("input_layernorm", "hidden_norm")]
+        tokens, at = self.choice.ids(shape.vocab, n), torch.arange(n)[None]
+        entering = torch.cat([norms[0](self.model.embed(tokens)), norms[1](hidden)], -1)[None]
+        caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)]
+        mine, _ = ours(hidden[None], caches[0], self.model.rope, at, entering=entering)
+        near(mine, theirs(hidden[None], caches[2], self.reference.rope, at, entering=entering)[0], "eagle layer")
+        head = self.model.head.linear
+        step = Int8Step(ours, norms[0], head, self.model.embedding, self.model.rope, shape.vocab, (norms[0], norms[1]))
+        output = hidden.clone()
+        step(output, tokens.numpy(), np.arange(n), caches[1], None, shape.vocab, self.choice.of([0, n]))
+        assert torch.equal(output, mine[0])
+        kept = {name: t for name, t in weights.items() if not name.startswith(("mlp", "post"))}
+        for name in ("q", "k", "v"):
+            kept[f"self_attn.{name}_proj.weight"] = kept[f"self_attn.{name}_proj.weight"][:, : shape.hidden] * 1.4
+        ours, theirs = int8.Layers([kept], shape), reference_layers([kept], shape)
+        caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.float32)]
+        mine, _ = ours(hidden[None], caches[0], self.model.rope, at)
+        near(mine, theirs(hidden[None], caches[1], self.reference.rope, at)[0], "attention of an exit")
+
+
+@torch.inference_mode()
+def drive(seed: int) -> bool:
+    """One random model and some calls; whether it is computed at all."""
+    choice = Choice(seed)
+    torch.set_num_threads(choice.of([1, 1, 2, 3]))
+    try:
+        made = config(choice, ODD[seed % len(ODD)])
+        pair = Pair(made, choice)
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error).strip(), error
+        return False
+    assert int8.computes(made)
+    for call in (pair.prompt_and_tree, pair.batch, pair.slots, pair.adapters, pair.best, pair.draft, pair.eagle):
+        call()
+    return True
+
+
+def main() -> None:
+    path, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    library = ctypes.CDLL(path)
+    kernels.library = lambda: library  # type: ignore[assignment]
+    computed = 0
+    for seed in range(first, first + count):
+        print(f"seed {seed}", file=sys.stderr, flush=True)
+        computed += drive(seed)
+    print(f"{computed} of {count} computed")
+
+
+if __name__ == "__main__":
+    main()

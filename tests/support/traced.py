@@ -1,0 +1,47 @@
+"""Control problems on traces of the tiny pair, and what there is to learn from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spec_envs import ENVIRONMENTS
+from spec_envs.agents.traced.lessons import Lessons, taught
+from spec_envs.controls import make_control
+from spec_envs.controls.base import Control
+from spec_envs.controls.plans import Plans
+from spec_envs.decoding.clock import CostTable
+from spec_envs.vector.env import ReplayVectorEnv
+
+TREE = {"max_depth": 4, "width": 4}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "depth": ("SpecDepth-v0", "tree", {**TREE, "budget": 5}),
+    "budget": ("SpecBudget-v0", "tree", {**TREE, "budgets": (0, 3, 30), "depth": 2}),
+    "tree": ("SpecTree-v0", "tree", {**TREE, "budgets": (0, 2, 30)}),
+    "one budget": ("SpecTree-v0", "tree", {**TREE, "budgets": (9,)}),
+    "k": ("SpecK-v0", "copies", {"k_max": 6}),
+    "token": ("SpecK-v0", "copies", {"k_max": 6, "decision": "token"}),
+    "drafted": ("SpecK-v0", "chain", {"k_max": 6, "decision": "token"}),
+}
+# Drafter forwards of one price, so that counting them is to know their seconds.
+TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
+
+
+def control_of(case: str) -> Control:
+    env_id, _, keywords = CASES[case]
+    return make_control(ENVIRONMENTS[env_id], keywords)
+
+
+def costs_in(folder: Path, table: CostTable = TABLE) -> str:
+    path = folder / f"{table.name.replace(' ', '-')}.json"
+    path.write_text(json.dumps({"verify": table.verify, "draft": table.draft}))
+    return str(path)
+
+
+def random_lessons(env: ReplayVectorEnv, control: Control, cycles: int = 60) -> Lessons:
+    rng = np.random.default_rng(0)
+    return taught(copy.deepcopy(env), lambda seen: rng.integers(env.choices, size=len(seen)), Plans(control), cycles, 0)
