@@ -89,10 +89,10 @@ minari: $(READY)  ## write episodes of a trace as a Minari data set; ARGS="runs/
 	$(PY) -m spec_envs.experiments.traces.minari $(value ARGS)
 
 cloud: $(READY)  ## serve a target that verifies what edges draft, on port 8765; ARGS=--help
-	$(PY) -m spec_envs.network.cloud.__main__ $(value ARGS)
+	$(PY) -m spec_envs.network.cloud $(value ARGS)
 
 edge: $(READY)  ## stream an answer to PROMPT, drafted here and verified by the cloud at HOST (or URL); ARGS=--help
-	$(PY) -m spec_envs.network.edge.__main__ "$$GIVEN_HOST" --prompt "$$GIVEN_PROMPT" $(value ARGS)
+	$(PY) -m spec_envs.network.edge "$$GIVEN_HOST" --prompt "$$GIVEN_PROMPT" $(value ARGS)
 
 edge-cloud: $(READY)  ## edge and cloud against the cloud alone, through a real socket; ARGS="--num-prompts 5 --iterations 2"
 	$(PY) -m spec_envs.experiments.network.edge_cloud $(value ARGS)

@@ -108,7 +108,7 @@ def test_variables_that_a_target_does_not_read(make, target: str, given: str, na
             {"ARGS": "--out 'my trace'"},
             ["spec_envs.experiments.traces.record", "SpecDepth-v0", "--out", "my trace"],
         ),
-        ("drafter", {"KIND": "a b"}, ["spec_envs.experiments.drafters.__main__", "--kind", "a b"]),
+        ("drafter", {"KIND": "a b"}, ["spec_envs.experiments.drafters", "--kind", "a b"]),
         ("zoo-check", {"ARGS": "--sample 4"}, ["spec_envs.experiments.checks.zoo", "--sample", "4"]),
         ("chaos", {}, ["spec_envs.experiments.checks.chaos"]),
     ],
