@@ -24,7 +24,8 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.decoding.weights.checkpoints import load_target, load_weights
+from spec_envs.decoding.weights.checkpoints import load_target
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.traces.record import Plan, recorded
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.traced import CASES, costs_in

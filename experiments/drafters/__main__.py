@@ -25,11 +25,11 @@ from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import (
     load_target,
     load_tokenizer,
-    load_weights,
     model_folder,
     resolve_device,
     resolve_dtype,
 )
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.drafters.distillation import Distillation, Student, kept_layers
 from spec_envs.experiments.drafters.eagle_objective import Objective, Unrolled

@@ -12,8 +12,9 @@ from transformers import AutoModel, PretrainedConfig
 
 from spec_envs.decoding.model.shape import part
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.weights.checkpoints import load_config, load_weights, model_folder
-from spec_envs.decoding.weights.config import ON_TARGET
+from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.decoding.weights.config import ON_TARGET, load_config
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.drafters.batches import Batch, drafted_rows, first_occurrence
 from spec_envs.files import write_bytes, write_json
 

@@ -14,7 +14,9 @@ from spec_envs.arguments import Parser, nonempty, output_folder
 from spec_envs.decoding.drafters.draft_model import SHORTLIST
 from spec_envs.decoding.drafters.eagle.head import drafter_folder
 from spec_envs.decoding.loading import DEFAULT_TARGET
-from spec_envs.decoding.weights.checkpoints import load_config, load_tokenizer, load_weights, model_folder, registry
+from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder, registry
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.decoding.weights.tensors import EMBEDDING, OUTPUT
 from spec_envs.experiments.command import one_sentence
 

@@ -9,7 +9,8 @@ from spec_envs.controls import Control
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.model.shape import Shape
-from spec_envs.decoding.weights.checkpoints import load_config, load_tokenizer, model_folder
+from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
+from spec_envs.decoding.weights.config import load_config
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts

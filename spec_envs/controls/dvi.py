@@ -19,7 +19,8 @@ from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.loading import DEFAULT_TARGET, EXIT
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.sampling import WARM, warm
-from spec_envs.decoding.weights.checkpoints import load_config, model_folder
+from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.decoding.weights.config import load_config
 
 LARGE = float(np.finfo(np.float32).max)  # hidden states have no bound
 

@@ -33,14 +33,14 @@ from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import (
     eos_ids,
     fit_together,
-    load_config,
     load_target,
     load_tokenizer,
-    load_weights,
     registry,
     resolve_device,
     resolve_dtype,
 )
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.files import at_home
 from spec_envs.text import Detokenizer
 

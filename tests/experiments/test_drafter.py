@@ -12,7 +12,8 @@ import torch
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.batch import generate_batch
-from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, load_weights
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.drafters import __main__ as drafter
 from spec_envs.experiments.drafters import selftext
 from spec_envs.experiments.drafters.turns import composed_turn, library_functions, training_turns

@@ -23,7 +23,8 @@ from spec_envs.decoding.model.lora import Additions, LayersLoRA, LowRank, additi
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.shape import part
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.weights.checkpoints import load_weights, model_folder
+from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.decoding.weights.files import load_weights
 
 KINDS = ("head", "kangaroo", "layers")
 HEAD_RANK, HEAD_SCALE = 64, 2.0

@@ -12,7 +12,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from spec_envs.decoding.model.shape import Shape
-from spec_envs.decoding.weights.checkpoints import CACHE, alone, load_config, load_weights, sha256
+from spec_envs.decoding.weights.checkpoints import CACHE, alone, sha256
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.decoding.weights.gguf_model import NAMES, interleaved
 from spec_envs.files import whole
 

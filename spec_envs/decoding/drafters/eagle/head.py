@@ -20,7 +20,8 @@ from spec_envs.decoding.drafters.eagle.config import Variant, read_config
 from spec_envs.decoding.drafters.eagle.tensors import draft_vocabulary, optional, refuse_others, renamed
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.weights.checkpoints import load_weights, model_folder, registry
+from spec_envs.decoding.weights.checkpoints import model_folder, registry
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.files import DATA, write_bytes, write_json
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

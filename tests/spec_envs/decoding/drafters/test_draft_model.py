@@ -21,7 +21,7 @@ from spec_envs.decoding.loading import drafts_chains, load_decoder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.tree import Tree
-from spec_envs.decoding.weights.checkpoints import load_weights
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.measure.costs import draft_model
 from tests.conftest import REAL, WITHOUT_KERNELS, WORDS, save_draft
 from tests.spec_envs.decoding.test_decoder import plain

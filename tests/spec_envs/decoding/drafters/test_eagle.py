@@ -11,7 +11,8 @@ from spec_envs.decoding.drafters.eagle.drafter import captured_layers
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.batch import read_batch
-from spec_envs.decoding.weights.checkpoints import load_target, load_weights
+from spec_envs.decoding.weights.checkpoints import load_target
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.drafters import training as drafter_training
 from spec_envs.experiments.drafters.batches import Batch, drafted_rows
 from spec_envs.experiments.drafters.eagle_objective import Objective, Unrolled

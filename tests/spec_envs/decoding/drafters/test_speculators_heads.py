@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
-from spec_envs.decoding.weights.checkpoints import load_target, load_weights
+from spec_envs.decoding.weights.checkpoints import load_target
+from spec_envs.decoding.weights.files import load_weights
 from tests.conftest import CPU, WORDS
 
 pytest.importorskip("speculators", reason="`make setup` installs it")

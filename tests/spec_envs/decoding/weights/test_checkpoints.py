@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from spec_envs.decoding.drafters.eagle.drafter import EagleModel
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.weights import checkpoints
-from spec_envs.decoding.weights.checkpoints import load_config, load_target, load_tokenizer, load_weights, model_folder
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, model_folder
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
 from tests.conftest import CPU, REAL
 
 
