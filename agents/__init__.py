@@ -85,8 +85,8 @@ def load_beside(folder: Path, partners: tuple[Path, ...]) -> tuple[Control, Any]
     if folder.resolve() in partners:
         raise ValueError(f"{folder / CONFIG} is its own partner, by way of {len(partners)} runs")
     try:
-        check_keywords(CONTROLS[ENVIRONMENTS[config["id"]]], config["env"])
-        control = make_control(ENVIRONMENTS[config["id"]], config["env"])
+        check_keywords(CONTROLS[config["id"]], config["env"])
+        control = make_control(config["id"], config["env"])
         agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
     except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{folder / CONFIG} has settings that cannot be built: {first_line(error)}") from None

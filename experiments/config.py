@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spec_envs import ENVIRONMENTS, REPLAYED
+from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.controls import CONTROLS
 from spec_envs.env import check_keywords
@@ -144,13 +144,13 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
         )
     check_env(experiment.env, env_id, lambda key: place(("env", key)))
     check_env(experiment.eval_env, env_id, lambda key: place(("eval_env", key)))
-    for key in set(experiment.eval_env) & set(inspect.signature(CONTROLS[ENVIRONMENTS[env_id]]).parameters):
+    for key in set(experiment.eval_env) & set(inspect.signature(CONTROLS[env_id]).parameters):
         raise ValueError(
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
     if experiment.record:
         experiment.eval_env.setdefault("trace", None)  # what was learned from a trace is shown live
-        if ENVIRONMENTS[env_id] not in REPLAYED:
+        if not CONTROLS[env_id].trace_kind:
             raise ValueError(f"{place(('record',))}: {env_id} has no exact traces; leave record out")
         if len(experiment.record) != 3 or min(experiment.record) < 0 or not experiment.record[0]:
             raise ValueError(
@@ -176,7 +176,7 @@ def check_env(env: dict[str, Any], env_id: str, place: Callable[[str], str]) -> 
     for key, value in env.items():
         refuse_unfit_numbers(key, value, place(key))
         try:
-            check_keywords(CONTROLS[ENVIRONMENTS[env_id]], {key: value})
+            check_keywords(CONTROLS[env_id], {key: value})
         except TypeError as error:
             raise ValueError(f"{place(key)}: {error}") from None
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spec_envs import ENVIRONMENTS, agents
+from spec_envs import agents
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
@@ -59,7 +59,7 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
             write_sealed(static_file, static)
     else:
         static = read_sealed(static_file, "delete it to measure again")
-    alone = make_control(ENVIRONMENTS[config["id"]], env)
+    alone = make_control(config["id"], env)
     alone.costs = control.costs
     for played in (control, alone):
         if isinstance(played, BudgetControl) and played.depth == "random":  # of training only

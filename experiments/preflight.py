@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spec_envs import ENVIRONMENTS, agents
+from spec_envs import agents
+from spec_envs.controls import CONTROLS
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.exits.evaluation import K_MAX, exit_decoder
 from spec_envs.experiments.measure.live import encoded_prompts, target_and_drafter
@@ -22,18 +23,18 @@ def check_evaluation(config: dict[str, Any]) -> None:
         ValueError: the sentence says what the evaluation lacks.
     """
     env = {**config["env"], **config["eval_env"]}
-    kind = ENVIRONMENTS[config["id"]]
+    at_exit = CONTROLS[config["id"]].name == "dvi"
     played = {name: value for name, value in env.items() if name not in SHOWN}
     try:
-        SpecEnv(kind, split="test", **played).close()
-        needed = {"test": (config["test_prompts"], env), "train": (PROMPTS, env if kind == "dvi" else config["env"])}
+        SpecEnv(config["id"], split="test", **played).close()
+        needed = {"test": (config["test_prompts"], env), "train": (PROMPTS, env if at_exit else config["env"])}
         if config["eval_freq"]:
             shown = env if config["agent"] in agents.ONLINE else config["env"]
             needed["validation"] = (config["eval_prompts"], shown)
         for split, (count, where) in needed.items():
             if not encoded_prompts(where, split, count):
                 raise ValueError(f"there are no prompts in the split {split!r}")
-        if kind == "dvi":
+        if at_exit:
             exit_decoder(env, K_MAX).close()
     except (ValueError, TypeError) as error:
         raise ValueError(f"the run could not be evaluated after its training: {error}") from None

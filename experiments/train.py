@@ -111,7 +111,7 @@ def clear(folder: Path) -> None:
 def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
     """The training environment of a run, its partner composed in, its clock calibrated."""
     keywords = dict(config["env"])
-    control = make_control(ENVIRONMENTS[config["id"]], keywords)
+    control = make_control(config["id"], keywords)
     measured = keywords.get("clock", "wall") == "wall" and not keywords.get("trace") and control.engine == "torch"
     if config["calibrate"] and not config["record"] and measured and not is_address(keywords.get("link", "")):
         table = folder / "clock.json"
@@ -150,7 +150,7 @@ def build(folder: Path, config: dict[str, Any]) -> tuple[gym.Env, Any]:
     Raises:
         ValueError: settings that cannot be trained, or whose result could not be evaluated.
     """
-    control = make_control(ENVIRONMENTS[config["id"]], config["env"])
+    control = make_control(config["id"], config["env"])
     agent = AGENTS[config["agent"]](control=control, **config["hyperparameters"])
     check_partner(config)
     check_evaluation(config)
@@ -205,7 +205,7 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
             write_sealed(pace, {"pace": spec_env.pace})
         spec_env.given_pace = number_of(read_sealed(pace, MEASURED), "pace", pace, MEASURED)
 
-    played = make_control(ENVIRONMENTS[config["id"]], config["env"])  # a validation must not disturb the episode
+    played = make_control(config["id"], config["env"])  # a validation must not disturb the episode
     if config["partner"]:
         played.compose(*agents.load(config["partner"]))
     if played.cost_features:
@@ -299,7 +299,7 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
     """Policies in turn: each stage trains one problem with the newest policy of the other as its partner."""
     newest: dict[str, Path] = {}
     for number, stage in enumerate(experiment.stages, 1):
-        kind = CONTROLS[ENVIRONMENTS[stage.id]]
+        kind = CONTROLS[stage.id]
         own = set(inspect.signature(kind).parameters) | set(inspect.signature(SpecEnv).parameters)
         partner = next((path for env_id, path in newest.items() if env_id != stage.id), None) if stage.partner else None
         settings = experiment.model_copy(

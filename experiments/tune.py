@@ -51,7 +51,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
             with other settings.
     """
     experiment = load_experiment(env_id, stanza, overrides)
-    control = make_control(ENVIRONMENTS[env_id], experiment.env)
+    control = make_control(env_id, experiment.env)
     kind = AGENTS[experiment.agent]
     if not hasattr(kind, "space"):
         tunable = ", ".join(name for name, agent in AGENTS.items() if hasattr(agent, "space"))
@@ -169,7 +169,7 @@ def opened(folder: Path) -> optuna.Study:
 
 def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
     """What an agent with a learned part learns once, for all trials."""
-    spec_env = SpecEnv(ENVIRONMENTS[env_id], **{**env, "clock": str(table)})
+    spec_env = SpecEnv(env_id, **{**env, "clock": str(table)})
     agent.learn(total_timesteps, spec_env)
     agent.save(folder)
     spec_env.close()

@@ -1,28 +1,84 @@
-"""Gymnasium environments that control speculative decoding of a live language model."""
+"""Gymnasium environments that control speculative decoding of a live language model.
+
+Importing this package registers the environments and nothing else: models, agents and PyTorch are loaded when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from spec_envs.generate import Generation, generate
 from spec_envs.version import __version__
 
-__all__ = ["ENVIRONMENTS", "Generation", "__version__", "generate"]
+if TYPE_CHECKING:
+    from spec_envs import agents
+    from spec_envs.decoding.loading import load_decoder
+    from spec_envs.decoding.weights.checkpoints import load_tokenizer
+    from spec_envs.generation import Generation, generate
 
-ENVIRONMENTS = {
-    "SpecDepth-v0": "depth",
-    "SpecBudget-v0": "budget",
-    "SpecTree-v0": "tree",
-    "SpecK-v0": "k",
-    "SpecTopK-v0": "topk",
-    "SpecDVI-v0": "dvi",
+__all__ = [
+    "ENVIRONMENTS",
+    "Generation",
+    "__version__",
+    "agents",
+    "generate",
+    "load_decoder",
+    "load_tokenizer",
+    "register",
+]
+
+ENVIRONMENTS: dict[str, str] = {}  # by id, where the control of an environment is found: "module:Class"
+
+PLACES = {  # modules of what is found from here when it is first used
+    "Generation": "spec_envs.generation",
+    "generate": "spec_envs.generation",
+    "load_decoder": "spec_envs.decoding.loading",
+    "load_tokenizer": "spec_envs.decoding.weights.checkpoints",
 }
 
-REPLAYED = ("depth", "budget", "tree", "k")  # controls that a trace is replayed for in NumPy
 
-for _id, _control in ENVIRONMENTS.items():
+def register(env_id: str, control: str, replayed: bool = False) -> None:
+    """Register a problem as an environment of Gymnasium, which imports its control only when it makes one.
+
+    Args:
+        env_id: such as ``"SpecDepth-v0"``.
+        control: where its control is found, ``"module:Class"``.
+        replayed: whether recorded traces replay it (its control has a ``trace_kind``), so that ``gym.make_vec`` can play
+            thousands of episodes at once in NumPy.
+    """
+    ENVIRONMENTS[env_id] = control
     gym.register(
-        _id,
-        entry_point="spec_envs.env:SpecEnv",
-        vector_entry_point="spec_envs.vector.make:make_vector" if _control in REPLAYED else None,
-        kwargs={"control": _control},
+        env_id,
+        entry_point=f"spec_envs.environments:{class_name(env_id)}",
+        vector_entry_point="spec_envs.vector.make:make_vector" if replayed else None,
+        kwargs={"control": control},
         nondeterministic=True,
     )
+
+
+def class_name(env_id: str) -> str:
+    """Return the name of an environment's class in ``spec_envs.environments``: ``"SpecDepthEnv"`` for ``"SpecDepth-v0"``."""
+    name = "".join(letter for letter in env_id.removesuffix("-v0") if letter.isalnum())
+    return f"{name}Env"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "agents":
+        return importlib.import_module("spec_envs.agents")
+    if name in PLACES:
+        return getattr(importlib.import_module(PLACES[name]), name)
+    raise AttributeError(f"module 'spec_envs' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register("SpecDepth-v0", "spec_envs.controls.depth:DepthControl", replayed=True)
+register("SpecBudget-v0", "spec_envs.controls.budget:BudgetControl", replayed=True)
+register("SpecTree-v0", "spec_envs.controls.tree:TreeControl", replayed=True)
+register("SpecK-v0", "spec_envs.controls.k:KControl", replayed=True)
+register("SpecTopK-v0", "spec_envs.controls.topk:TopKControl")
+register("SpecDVI-v0", "spec_envs.controls.dvi:DVIControl")

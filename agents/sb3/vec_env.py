@@ -12,7 +12,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
-from spec_envs import ENVIRONMENTS
 from spec_envs.vector.env import ReplayVectorEnv
 
 SUMMARY = ("task", "tokens", "speedup")  # of a text, in its last info
@@ -65,7 +64,7 @@ class ReplayVecEnv(VecEnv):
         Raises:
             TypeError, ValueError: see ``ReplayVectorEnv``.
         """
-        return cls(ReplayVectorEnv(ENVIRONMENTS[env_id], num_envs, **keywords))
+        return cls(ReplayVectorEnv(env_id, num_envs, **keywords))
 
     def reset(self) -> np.ndarray:
         """Begin a text in every environment."""

@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from spec_envs import ENVIRONMENTS, agents
+from spec_envs import agents
 from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.agents.sb3.vec_env import ReplayVecEnv
@@ -77,7 +77,7 @@ class Problem:
 
     def control(self, arm: str = "") -> Control:
         """What an arm decides about, and what it sees."""
-        return make_control(ENVIRONMENTS[self.env_id], self.env | SEEN.get(arm, {}))
+        return make_control(self.env_id, self.env | SEEN.get(arm, {}))
 
     def environments(self, count: int, **changes: Any) -> Any:
         """Environments in NumPy on the training texts."""

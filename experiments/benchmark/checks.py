@@ -17,7 +17,7 @@ from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, words
 from spec_envs.experiments.measure.live import decoder_for
-from spec_envs.generate import Generation
+from spec_envs.generation import Generation
 
 RANDOM_SEED = 11
 PARTS = 6  # of random play, between which costs are measured anew

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.generate import Generation
+from spec_envs.generation import Generation
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.link import LinkState

@@ -19,11 +19,11 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from spec_envs import ENVIRONMENTS, REPLAYED, __version__, agents
+from spec_envs import ENVIRONMENTS, __version__, agents
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import POSITIVE, SEED, Parser, nonempty
-from spec_envs.controls import Agent, make_control
+from spec_envs.controls import CONTROLS, Agent, make_control
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
@@ -134,12 +134,12 @@ def prepared(
         ValueError: a run of another environment, one with a partner, whom no keyword names, or overrides that change the
             problem that a run has learned.
     """
-    manifest, name = trace.manifest, ENVIRONMENTS[env_id]
+    manifest = trace.manifest
     rule = policy == "random" or policy.startswith("static:")
     env: dict[str, Any] = {"max_new_tokens": manifest.max_new_tokens}
     if rule:
         sizes = {"width": manifest.width, "max_depth": manifest.max_depth}
-        env |= {"k_max": manifest.max_depth + 1} if name == "k" else sizes
+        env |= {"k_max": manifest.max_depth + 1} if trace.kind == "chain" else sizes
     else:
         config = agents.read_config(Path(policy))
         if config["id"] != env_id:
@@ -151,7 +151,7 @@ def prepared(
         apply(override, env)
     check_env(env, env_id, lambda key: "--set")
     env["trace"] = str(trace.folder)
-    control = make_control(name, env)
+    control = make_control(env_id, env)
     if policy == "random":
         return env, RandomAgent(control, seed)
     if rule:
@@ -245,7 +245,7 @@ def exported(
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    replayed = [env_id for env_id, name in ENVIRONMENTS.items() if name in REPLAYED]
+    replayed = [env_id for env_id in ENVIRONMENTS if CONTROLS[env_id].trace_kind]
     parser.add_argument("trace", type=Path, help="folder of a trace (`make trace`)")
     parser.add_argument("--env", default="SpecDepth-v0", choices=replayed, help="environment id (default SpecDepth-v0)")
     parser.add_argument("--policy", default="random", help="random, static:VALUE or a run folder (default random)")

@@ -26,7 +26,7 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
 from spec_envs.arrays import read_npz
-from spec_envs.controls import Policy, make_control
+from spec_envs.controls import CONTROLS, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
@@ -71,7 +71,6 @@ CALIBRATION = 6  # training texts on which the cost curves are compared with the
 DOING, SHARDS = "recording a trace", "texts/shard-*"
 LARGEST_TEXT = 2**30  # bytes of a text's columns
 DOING, SHARDS = "recording a trace", "texts/shard-*"
-TRACED = ("depth", "budget", "tree", "k")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the recording depends on."""
-        control = make_control(ENVIRONMENTS[self.env_id], self.env)
+        control = make_control(self.env_id, self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
         given["date"] = given["date"] or DATE
         if given["drafter"] == "auto":
@@ -296,7 +295,7 @@ def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
 
 def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
     """Where a plan's trace lies if nothing else is said; beside one of other settings under a name of its own."""
-    kind, settings = "chain" if ENVIRONMENTS[plan.env_id] == "k" else "tree", plan.settings
+    kind, settings = CONTROLS[plan.env_id].trace_kind, plan.settings
     folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
     note = folder / "settings.json"
     if note.exists() and read_json(note, f"delete {folder} and record the trace anew") != settings:
@@ -314,7 +313,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    traced = [env_id for env_id, name in ENVIRONMENTS.items() if name in TRACED]
+    traced = [env_id for env_id in ENVIRONMENTS if CONTROLS[env_id].trace_kind]
     parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
     parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
     parser.add_argument("--drafter", type=nonempty, default="auto", help="(default: the target's own)")
@@ -355,7 +354,7 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
     }
     if args.depth is not None:
-        env |= {"k_max": args.depth + 1} if ENVIRONMENTS[args.env] == "k" else {"max_depth": args.depth}
+        env |= {"k_max": args.depth + 1} if CONTROLS[args.env].trace_kind == "chain" else {"max_depth": args.depth}
     with one_sentence("interrupted; the same command goes on with the next text"):
         plan = Plan(args.env, env, tuple(args.texts))
         if not args.shard and not args.out:

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from pkgutil import resolve_name
 from typing import Any
 
+from spec_envs import ENVIRONMENTS
 from spec_envs.controls.base import Agent, Control, Policy
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.depth import DepthControl
-from spec_envs.controls.dvi import DVIControl
-from spec_envs.controls.k import KControl
-from spec_envs.controls.topk import TopKControl
-from spec_envs.controls.tree import TreeControl
 
 __all__ = ["CONTROLS", "Agent", "Control", "Policy", "make_control"]
 
-CONTROLS: dict[str, type[Control]] = {
-    "depth": DepthControl,
-    "budget": BudgetControl,
-    "tree": TreeControl,
-    "k": KControl,
-    "topk": TopKControl,
-    "dvi": DVIControl,
-}
+
+class Controls(Mapping[str, type[Control]]):
+    """The control classes of all registered environments, by name. An environment's id finds its class too, and so does
+    the place of a class, ``"module:Class"``."""
+
+    def __getitem__(self, name: str) -> type[Control]:
+        place = ENVIRONMENTS.get(name, name)
+        if ":" in place:
+            found: type[Control] = resolve_name(place)
+            return found
+        for kind in map(resolve_name, ENVIRONMENTS.values()):
+            if kind.name == name:
+                return kind
+        raise KeyError(f"there is no control {name!r}; there are {', '.join(self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({resolve_name(place).name: place for place in ENVIRONMENTS.values()})
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+CONTROLS = Controls()
 
 
 def make_control(name: str, keywords: dict[str, Any]) -> Control:
-    """A control from an environment's keyword arguments, of which it takes its own."""
+    """Return a control, made of those of an environment's keyword arguments that are its own.
+
+    Args:
+        name: of the control, or an environment's id, or ``"module:Class"``.
+    """
     kind = CONTROLS[name]
     own = inspect.signature(kind).parameters
     return kind(**{key: value for key, value in keywords.items() if key in own})

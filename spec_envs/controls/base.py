@@ -76,6 +76,7 @@ class Control(ABC):
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         segment: tokens of a cycle of such an engine.
         server_args: further arguments of its program.
+        trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` where none does.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
@@ -86,6 +87,7 @@ class Control(ABC):
     rewards: ClassVar[tuple[str, ...]] = ("saved", "ltd")
     temperature: ClassVar[float] = 0.0
     name: ClassVar[str]
+    trace_kind: ClassVar[str] = ""
     cuts: ClassVar[bool] = True
     engine: str = "torch"
     segment: int = 0

@@ -87,6 +87,7 @@ class BudgetControl(Control):
     """
 
     name, partner_name = "budget", "depth"
+    trace_kind = "tree"
 
     def __init__(
         self,

@@ -78,6 +78,7 @@ class DepthControl(Control):
     """
 
     name, partner_name = "depth", "budget"
+    trace_kind = "tree"
 
     def __init__(
         self,

@@ -103,6 +103,7 @@ class KControl(Control):
     """
 
     name, partner_name = "k", None
+    trace_kind = "chain"
     observations = ("default", "counters")
     width = 1
     cuts = False

@@ -79,6 +79,7 @@ class TreeControl(Control):
     """
 
     name, partner_name = "tree", None
+    trace_kind = "tree"
     observations = ("default",)
 
     def __init__(

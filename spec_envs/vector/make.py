@@ -8,6 +8,8 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
+from spec_envs import ENVIRONMENTS
+from spec_envs.controls import CONTROLS
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
 
@@ -42,8 +44,6 @@ def make_vector(
     in_numpy = isinstance(trace, str) and Trace.named(trace)
     if in_numpy and not any(keywords.get(name) for name in (*UNUSED, *OF_MAKE)):
         return ReplayVectorEnv(control, num_envs, autoreset_mode=mode, **keywords)
-    from spec_envs import ENVIRONMENTS
-
-    env_id = next(env_id for env_id, name in ENVIRONMENTS.items() if name == control)
+    env_id = next(env_id for env_id in ENVIRONMENTS if CONTROLS[env_id] is CONTROLS[control])
     check_count(num_envs)
     return SyncVectorEnv([partial(gym.make, env_id, **keywords)] * num_envs, autoreset_mode=mode)

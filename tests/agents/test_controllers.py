@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import yaml
 
-from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.agents.rules.adaptive_k import AdaptiveKAgent, AdaptiveSpecController, SpecConfig
 from spec_envs.agents.rules.base import ChainRule
@@ -22,7 +21,7 @@ from spec_envs.controls.k import KControl
 from spec_envs.decoding.traces.synthetic import PROFILES
 from spec_envs.experiments import tune
 from spec_envs.experiments.config import load_experiment
-from spec_envs.generate import Generation
+from spec_envs.generation import Generation
 from tests.support.playing import played
 
 NAME = "qwen2.5-coder-32b-cpu"
@@ -287,7 +286,7 @@ def test_every_controller_decodes(name: str) -> None:
     """Each stanza of the YAML, played through ``generate`` on the profile: faster than plain decoding, and it adapts."""
     stricter = ["hyperparameters.threshold=0.7"] if name == "adaedl" else []  # the profile's entropies are low
     experiment = load_experiment("SpecK-v0", name, [f"env.trace={NAME}", *stricter])
-    control = make_control(ENVIRONMENTS["SpecK-v0"], experiment.env)
+    control = make_control("SpecK-v0", experiment.env)
     env = gym.make("SpecK-v0", **experiment.env).unwrapped
     agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters).learn(2000, env)
     rates, lengths = [], set()

@@ -11,7 +11,6 @@ import pytest
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.agent import ALGORITHMS
 from spec_envs.controls import make_control
@@ -55,7 +54,7 @@ def made(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tupl
         elif env_id == "SpecDVI-v0":
             keywords = tiny | keywords
         env: Any = gym.make(env_id, **keywords).unwrapped
-        control = make_control(ENVIRONMENTS[env_id], keywords)
+        control = make_control(env_id, keywords)
         control.costs = CostTable.load("qwen3-14b-a6000")
         agent = AGENTS[name](control=control, **hyperparameters)
         if env_id == "SpecDVI-v0":

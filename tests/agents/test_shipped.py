@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from spec_envs import ENVIRONMENTS, agents, generate
+from spec_envs import agents, generate
+from spec_envs.controls import CONTROLS
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
@@ -22,7 +23,7 @@ def test_there_is_one_for_every_environment_that_a_trace_replays() -> None:
 @pytest.mark.parametrize("env_id", FOR)
 def test_it_plays(env_id: str) -> None:
     control, agent = agents.load(env_id)
-    assert control.name == ENVIRONMENTS[env_id] and 0 < agent.decision_seconds < 0.01
+    assert type(control) is CONTROLS[env_id] and 0 < agent.decision_seconds < 0.01
     decoder = load_decoder(REAL, width=control.width, max_depth=control.max_depth)  # type: ignore[attr-defined]
     prompt = encode(load_tokenizer(REAL), "Write a Python class of a stack, with push, pop and peek.")
     played = generate(decoder, control, agent, prompt, 48, task="mt_bench").run()

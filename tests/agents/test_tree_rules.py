@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from spec_envs import ENVIRONMENTS, agents
+from spec_envs import agents
 from spec_envs.agents import AGENTS
 from spec_envs.agents.rules.tree_base import TreeRule
 from spec_envs.controls import Control, make_control
@@ -173,7 +173,7 @@ def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
     """On the tiny pair, whose drafts are mostly right and cheap: faster than plain decoding."""
     experiment = load_experiment(env_id, stanza)
     env = gym.make(env_id, **tiny).unwrapped
-    control = make_control(ENVIRONMENTS[env_id], {})
+    control = make_control(env_id, {})
     control.costs = CostTable.load(tiny["clock"])
     agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters)
     rates, shapes = [], set()
@@ -202,4 +202,4 @@ def test_tuning(env_id: str, stanza: str, tiny: dict, tmp_path: Path, monkeypatc
     assert ("budget" in best) == (env_id == "SpecTree-v0" and stanza != "expected-gain")
     overrides = [f"hyperparameters.{key}={json.dumps(value)}" for key, value in best.items()]
     experiment = load_experiment(env_id, stanza, overrides)
-    AGENTS[experiment.agent](control=make_control(ENVIRONMENTS[env_id], experiment.env), **experiment.hyperparameters)
+    AGENTS[experiment.agent](control=make_control(env_id, experiment.env), **experiment.hyperparameters)

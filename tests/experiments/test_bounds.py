@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from spec_envs import ENVIRONMENTS
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable
@@ -51,7 +50,7 @@ class Player:
         costs.write_text(json.dumps({"verify": TABLE.verify, "draft": TABLE.draft}))
         shared = {"trace": str(trace.folder), "split": "all", "clock": str(costs), "max_new_tokens": max_new_tokens}
         self.env: Any = gym.make(env_id, **shared, **keywords).unwrapped
-        self.control = make_control(ENVIRONMENTS[env_id], keywords)
+        self.control = make_control(env_id, keywords)
         self.bounds = Bounds(trace, self.control, TABLE, range(len(trace.texts)), max_new_tokens)
 
     def seconds(self, text: int, sequence: list[int | str], repeat: bool = False) -> tuple[float, bool]:
@@ -112,7 +111,7 @@ def test_the_clairvoyant_optimum_is_that_of_all_sequences(
 
 def test_over_whole_texts_no_setting_is_faster_than_the_clairvoyant(traces: dict[str, Trace]) -> None:
     for env_id, name, keywords, _ in WHOLE:
-        control = make_control(ENVIRONMENTS[env_id], keywords)
+        control = make_control(env_id, keywords)
         bounds = Bounds(traces[name], control, TABLE, range(7), 24)
         static, best = bounds.static(), bounds.clairvoyant()
         assert (best <= static.min(1) + 1e-9).all(), env_id

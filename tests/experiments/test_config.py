@@ -22,7 +22,7 @@ STANZAS = [
 @pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
 def test_every_stanza_is_valid_and_builds_its_agent(env_id: str, stanza: str) -> None:
     experiment = load_experiment(env_id, stanza)
-    control = make_control(ENVIRONMENTS[env_id], experiment.env)
+    control = make_control(env_id, experiment.env)
     settings = resolved(experiment, env_id, stanza, seed=0)
     AGENTS[experiment.agent](control=control, **settings["hyperparameters"])
 

@@ -26,7 +26,7 @@ LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"
 
 def variants(*keywords: dict) -> list[tuple[str, dict]]:
     """Every environment with each of the keyword arguments that it offers."""
-    offered = {env_id: CONTROLS[ENVIRONMENTS[env_id]].observations for env_id in IDS}
+    offered = {env_id: CONTROLS[env_id].observations for env_id in IDS}
     return [(i, k) for i in IDS for k in keywords if k.get("observation", "default") in offered[i]]
 
 
@@ -163,7 +163,7 @@ def test_published_observations(tiny: dict) -> None:
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_the_docstring_table_is_the_observation(env_id: str, tiny: dict) -> None:
-    kind = CONTROLS[ENVIRONMENTS[env_id]]
+    kind = CONTROLS[env_id]
     number = r"(−?[\d.]+(?:e\d+)?)"
     rows = re.findall(rf"\| (\d+)(?:–(\d+))? \| `(\w+)`.*?\| {number} \| {number} \|", kind.__doc__ or "")
     documented = [(name, int(a), int(b or a) + 1, rounded(low), rounded(high)) for a, b, name, low, high in rows]

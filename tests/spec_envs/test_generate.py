@@ -45,7 +45,7 @@ def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], l
 def test_generate_is_the_environment(env_id: str, name: str, tiny: dict, tiny_draft: Path) -> None:
     chosen = tiny | {"SpecTopK-v0": {"drafter": str(tiny_draft)}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
     env = gym.make(env_id, **chosen)
-    control = make_control(ENVIRONMENTS[env_id], tiny if env_id == "SpecDVI-v0" else {})
+    control = make_control(env_id, tiny if env_id == "SpecDVI-v0" else {})
     models = {part: chosen[part] for part in ("target", "drafter", "device", "dtype")}
     decoder = decoder_under(control, None, WallClock(CPU), **models, temperature=control.temperature)
     different = set()

@@ -9,7 +9,7 @@ import numpy as np
 
 from spec_envs.controls import Control, Policy
 from spec_envs.env import SpecEnv
-from spec_envs.generate import Generation
+from spec_envs.generation import Generation
 
 
 def played(env: SpecEnv, control: Control, agent: Any, tokens: int, seed: int) -> Generation:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from spec_envs import ENVIRONMENTS
 from spec_envs.agents.traced.lessons import Lessons, taught
 from spec_envs.controls import make_control
 from spec_envs.controls.base import Control
@@ -33,7 +32,7 @@ TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
 
 def control_of(case: str) -> Control:
     env_id, _, keywords = CASES[case]
-    return make_control(ENVIRONMENTS[env_id], keywords)
+    return make_control(env_id, keywords)
 
 
 def costs_in(folder: Path, table: CostTable = TABLE) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogi
 
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.agents.baselines.uniform import RandomAgent
-from spec_envs.controls import Agent, Policy, make_control
+from spec_envs.controls import CONTROLS, Agent, Policy, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.decoding import accept
 from spec_envs.decoding.clock import WallClock
@@ -62,7 +62,7 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
     keywords = {"budgets": [4, 12, 24, 48], "depth": "random", "budget": 32, "max_depth": 8}
     models = {"target": REAL, "device": "cpu", "dtype": "float32"}
     exits = {**models, "exit_layer": 24, "block": 3}
-    control = make_control(ENVIRONMENTS[env_id], exits if env_id == "SpecDVI-v0" else keywords)
+    control = make_control(env_id, exits if env_id == "SpecDVI-v0" else keywords)
     drafter = control.default_drafter(REAL)
     decoder = decoder_under(control, None, WallClock(CPU), **models, drafter=drafter, temperature=0.0)
     agent: Agent = RandomAgent(control, seed=1)
@@ -204,7 +204,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         ("topk", "lookup+smollm2-135m-draft", {"actions": "joint", "k": 8, "ks": [0, 50]}),
         ("dvi", "exit:24", {"exit_layer": 24, "block": 2, "dtype": "int8"}),
     ]
-    assert {name for name, *_ in keywords} == set(ENVIRONMENTS.values())
+    assert {name for name, *_ in keywords} == set(CONTROLS)
     for name, drafter, own in keywords:
         control = make_control(name, own)
         models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}

@@ -14,7 +14,6 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from spec_envs import ENVIRONMENTS
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.record import Plan
 from spec_envs.vector.draws import Draws
@@ -273,7 +272,7 @@ def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dic
         ("recorded up to 24", "SpecDepth-v0", {"trace": tree, "max_new_tokens": 99, **sizes(plans["tree"])}),
     ):
         with pytest.raises(ValueError, match=match):
-            ReplayVectorEnv(ENVIRONMENTS[env_id], 2, **{"max_new_tokens": 20, **keywords})  # type: ignore[arg-type]
+            ReplayVectorEnv(env_id, 2, **{"max_new_tokens": 20, **keywords})  # type: ignore[arg-type]
     for wrong in (0, -1, 2.0, True, "2"):
         with pytest.raises(ValueError, match="num_envs is"):
             make_vector("SpecDepth-v0", wrong, trace=tree, max_new_tokens=20, **sizes(plans["tree"]))  # type: ignore[arg-type]

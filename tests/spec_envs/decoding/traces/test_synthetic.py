@@ -17,7 +17,7 @@ from spec_envs.decoding.traces.synthetic import Profile
 from spec_envs.experiments import train
 from spec_envs.experiments.config import load_experiment
 from spec_envs.files import DATA
-from spec_envs.generate import generate
+from spec_envs.generation import generate
 
 NAME = "qwen2.5-coder-32b-cpu"
 PUBLISHED = {4: (0.8125, 10.40), 8: (0.50, 11.01), 16: (0.35, 10.25)}  # accepted / drafted, tokens per second

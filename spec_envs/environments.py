@@ -1,0 +1,44 @@
+"""The class of every registered environment, such as ``SpecDepthEnv``: a ``SpecEnv`` with the documentation of its problem.
+
+A class is made when it is first asked for, from its row in ``spec_envs.ENVIRONMENTS``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from spec_envs import ENVIRONMENTS, class_name
+from spec_envs.controls import CONTROLS
+from spec_envs.env import SpecEnv
+
+
+def environment(env_id: str) -> type[SpecEnv]:
+    """Make the class of an environment."""
+    place = ENVIRONMENTS[env_id]
+
+    def __init__(self: SpecEnv, control: str = place, **keywords: Any) -> None:
+        SpecEnv.__init__(self, control, **keywords)
+
+    shared = inspect.getdoc(SpecEnv)
+    return type(
+        class_name(env_id),
+        (SpecEnv,),
+        {
+            "__init__": __init__,
+            "__module__": __name__,
+            "__doc__": f"{inspect.getdoc(CONTROLS[place])}\n\n## Shared arguments\n\n{shared}\n",
+        },
+    )
+
+
+def __getattr__(name: str) -> type[SpecEnv]:
+    for env_id in ENVIRONMENTS:
+        if class_name(env_id) == name:
+            globals()[name] = made = environment(env_id)  # always the same one, as pickles of its objects need
+            return made
+    raise AttributeError(f"module {__name__!r} has no class {name!r}; register its environment first")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *map(class_name, ENVIRONMENTS)})

@@ -1,0 +1,75 @@
+"""The front door: importing the package is light, and what it offers is found from its top."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import pydoc
+import subprocess
+import sys
+
+import gymnasium as gym
+import pytest
+
+import spec_envs
+from spec_envs import ENVIRONMENTS, environments
+from spec_envs.controls import CONTROLS
+from spec_envs.env import SpecEnv
+
+HEAVY = {"torch", "transformers", "scipy", "matplotlib", "pydantic", "stable_baselines3"}
+
+
+def test_importing_loads_no_models() -> None:
+    """Neither does asking for what is registered, nor a look at what there is."""
+    script = (
+        "import json, sys, spec_envs, gymnasium; dir(spec_envs); "
+        "specs = [gymnasium.spec(env_id) for env_id in spec_envs.ENVIRONMENTS]; "
+        "print(json.dumps([sorted(sys.modules), len(specs)]))"
+    )
+    modules, specs = json.loads(subprocess.check_output([sys.executable, "-c", script], text=True))
+    assert specs == 6 and not HEAVY & set(modules)
+    own = {name for name in modules if name.startswith("spec_envs")}
+    assert own == {"spec_envs", "spec_envs.version"}
+
+
+@pytest.mark.parametrize("name", ["generate", "Generation", "load_decoder", "load_tokenizer", "agents"])
+def test_what_is_offered_is_found_in_a_fresh_process(name: str) -> None:
+    """Whatever has been imported before: no module has the name of a function."""
+    script = (
+        f"import spec_envs; first = spec_envs.{name}; import spec_envs.generation, spec_envs.environments; "
+        f"from spec_envs import {name}; assert first is {name}; assert '{name}' in dir(spec_envs)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_is_not_offered_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'spec_envs' has no attribute 'genrate'"):
+        _ = spec_envs.genrate
+    with pytest.raises(AttributeError, match="has no class 'SpecNoneEnv'; register its environment first"):
+        _ = environments.SpecNoneEnv
+    with pytest.raises(KeyError, match="there is no control 'none'; there are depth, budget"):
+        CONTROLS["none"]
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_the_class_of_an_environment_shows_its_documentation(env_id: str) -> None:
+    kind = getattr(environments, spec_envs.class_name(env_id))
+    assert issubclass(kind, SpecEnv) and pickle.loads(pickle.dumps(kind)) is kind
+    text = pydoc.plain(pydoc.render_doc(kind))
+    assert "| Num | Observation" in text and "max_new_tokens" in text and "Shared arguments" in text
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_a_spec_says_whether_traces_replay_the_problem(env_id: str) -> None:
+    assert bool(gym.spec(env_id).vector_entry_point) == bool(CONTROLS[env_id].trace_kind)
+    assert CONTROLS[env_id] is CONTROLS[CONTROLS[env_id].name] is CONTROLS[ENVIRONMENTS[env_id]]
+
+
+def test_a_problem_from_elsewhere_has_a_class_of_its_own() -> None:
+    try:
+        spec_envs.register("elsewhere/Other-v1", "spec_envs.controls.k:KControl")
+        env = gym.make("elsewhere/Other-v1", trace="qwen2.5-coder-32b-cpu", max_new_tokens=20)
+        assert type(env.unwrapped).__name__ == "elsewhereOtherv1Env"
+        pickle.loads(pickle.dumps(env)).reset(seed=0)
+    finally:
+        del ENVIRONMENTS["elsewhere/Other-v1"], gym.registry["elsewhere/Other-v1"]
