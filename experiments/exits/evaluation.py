@@ -137,7 +137,7 @@ def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> dict[str, float]:
         ``perplexity`` of the texts under the verifier; ``drift``, the mean KL(target ‖ verifier) per token in nats; and
         how many of 1,000 most probable tokens are others.
     """
-    target, added = adapter.target, adapter.played_additions()
+    target, added = adapter.target, adapter.deployed_additions()
     nats = divergence = other = 0.0
     total = 0
     for sample in samples:

@@ -1,7 +1,7 @@
-"""Acceptance rules: which drafted nodes the target keeps, and the token it adds itself.
+"""Acceptance rules: which drafted nodes the target keeps, and the token that it adds itself.
 
-Each rule walks a verified subtree from the root. ``parents`` holds, per node, the index of its parent node or
-``ROOT``; rows of the target's output are the root (row 0) and the nodes (row = node + 1).
+Each rule walks a verified subtree from the root. ``parents`` holds the index of each node's parent, or ``ROOT``. Row 0
+of the target's output belongs to the root, row i + 1 to node i.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spec_envs.decoding.tree import ROOT
 
 
 def children_of(parents: np.ndarray, node: int) -> np.ndarray:
-    """Child nodes of ``node`` in order of their index."""
+    """Return the indices of the children of ``node``, ascending."""
     return np.flatnonzero(parents == node)
 
 
@@ -27,7 +27,7 @@ def greedy(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> tupl
         choices: the target's argmax at the root and at every node, ``[n + 1]``.
 
     Returns:
-        Accepted nodes from the root on, and the target's choice behind them.
+        The accepted nodes from the root on, and the target's choice after them.
     """
     nodes = {edge: node for node, edge in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))}
     path, node, chosen = [], ROOT, choices.tolist()
@@ -43,20 +43,20 @@ def sampled(
     probabilities: Callable[[int], np.ndarray],
     uniform: Callable[[], float],
 ) -> tuple[list[int], int]:
-    """Keep a path so that what is emitted is distributed as the target's own samples.
+    """Keep a path so that the emitted tokens are distributed as the target's own samples.
 
-    The children of a node are a fixed set of distinct tokens. They are tested in order: x is accepted with the
-    probability p(x) that the target gives it among the tokens not yet refused; a refused token leaves p. When all
-    are refused the token behind the path is drawn from what is left of p (SpecInfer, arXiv 2305.09781, for a
+    The children of a node are a fixed set of distinct tokens, tested in order: x is accepted with the probability p(x)
+    that the target gives it among the tokens not rejected before, and a rejected token is removed from p. When all
+    children are rejected, the token after the path is drawn from the rest of p (SpecInfer, arXiv 2305.09781, for a
     deterministic drafter).
 
     Args:
         tokens, parents: the verified nodes, ``[n]``.
-        probabilities: the target's distribution ``[vocab]`` at a row (0 is the root).
-        uniform: draws from [0, 1).
+        probabilities: returns the target's distribution ``[vocab]`` at a row (0 is the root).
+        uniform: draws a number from [0, 1).
 
     Returns:
-        Accepted nodes from the root on, and the token drawn behind them.
+        The accepted nodes from the root on, and the token drawn after them.
     """
     path: list[int] = []
     node = ROOT
@@ -79,20 +79,20 @@ def chained(
     probabilities: Callable[[int], np.ndarray],
     uniform: Callable[[], float],
 ) -> tuple[list[int], int]:
-    """Keep a prefix of a drawn chain so that what is emitted is distributed as the target's own samples.
+    """Keep a prefix of a drawn chain so that the emitted tokens are distributed as the target's own samples.
 
-    x drawn from q is accepted with probability min(1, p(x)/q(x)); behind the first refusal the token is drawn from what
-    p has over q, max(0, p − q), and behind an accepted chain from the target's next distribution (Leviathan et al. 2023,
+    A token x drawn from q is accepted with probability min(1, p(x)/q(x)). After the first rejection the next token is
+    drawn from max(0, p − q), after a wholly accepted chain from the target's next distribution (Leviathan et al. 2023,
     arXiv 2211.17192, algorithm 1).
 
     Args:
         tokens: the chain ``[n]``.
-        proposals: the distribution ``[vocab]`` that each was drawn from.
-        probabilities: the target's distribution ``[vocab]`` at a row (0 is the root).
-        uniform: draws from [0, 1).
+        proposals: the distribution ``[vocab]`` from which each token was drawn.
+        probabilities: returns the target's distribution ``[vocab]`` at a row (0 is the root).
+        uniform: draws a number from [0, 1).
 
     Returns:
-        Accepted nodes from the root on, and the token drawn behind them.
+        The accepted nodes from the root on, and the token drawn after them.
     """
     kept = prefix(tokens, [q[token] for q, token in zip(proposals, tokens, strict=True)], probabilities, uniform)
     p = probabilities(kept)
@@ -105,8 +105,11 @@ def prefix(
     probabilities: Callable[[int], np.ndarray],
     uniform: Callable[[], float],
 ) -> int:
-    """How many tokens of a drawn chain are kept: the first half of ``chained``, for which it is enough to know the
-    ``chances`` q(x) that the drafted tokens had."""
+    """Return how many tokens of a drawn chain are accepted.
+
+    This is the first half of ``chained``. It needs no whole proposals, only ``chances``: the probability q(x) with
+    which each token was drawn.
+    """
     for node, (token, chance) in enumerate(zip(tokens.tolist(), chances, strict=True)):
         if not uniform() * chance < probabilities(node)[token]:
             return node
@@ -114,6 +117,10 @@ def prefix(
 
 
 def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """What the target's distribution ``[vocab]`` has over the draft's, from which the token behind the first refusal is
-    drawn (unnormalised)."""
-    return np.maximum(p - q, 0.0)
+    """Return max(0, p − q) ``[vocab]``, not normalised: the distribution of the token after the first rejection.
+
+    Args:
+        p, q: the distributions ``[vocab]`` of the target and of the drafter.
+    """
+    gain: np.ndarray = np.maximum(p - q, 0.0)
+    return gain

@@ -1,6 +1,7 @@
-"""Seconds by part: measured on the wall, or priced from a calibrated table.
+"""Seconds by part: measured with the wall clock, or priced by a calibrated table.
 
-Parts are ``prefill`` (never part of a cycle), ``draft``, ``verify``, ``network`` and ``policy``. A priced clock makes every environment deterministic by seed.
+The parts are ``prefill`` (never part of a cycle), ``draft``, ``verify``, ``network`` and ``policy``. With a priced
+clock every environment is deterministic by seed.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ COSTS = DATA / "costs"
 
 @dataclass
 class Forward:
-    """A forward being timed; its rows, and how often it is made, may be set while it runs. 0 costs nothing under a
-    table."""
+    """A forward that is being timed; ``rows`` and ``times`` (how often it is made) may be set while it runs. A priced
+    clock charges nothing where either is 0."""
 
     rows: int
     times: int = 1
 
 
 class WallClock:
-    """Measured seconds; the device is synchronised on both sides of every part.
+    """Measures seconds; the device is synchronised before and after every part.
 
     Attributes:
-        totals: seconds charged so far by part, since the text began.
-        simulated: those among them, of a measured clock, that nobody waited for.
+        priced: whether the seconds come from a table instead.
+        totals: seconds charged to each part since the text began.
+        simulated: the share of a measured clock's seconds for which nobody waited, as a simulated network's.
     """
 
     priced = False
@@ -47,18 +49,19 @@ class WallClock:
         self.restart()
 
     def synchronize(self) -> None:
-        """Wait for what the device still computes."""
+        """Wait until the device has computed what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def restart(self) -> None:
-        """A text begins: count from 0, so that its seconds are the same to the last bit whatever came before it."""
+        """Count from 0 at the start of a text, so that its seconds do not depend, to the last bit, on earlier texts."""
         self.totals = dict.fromkeys(PARTS, 0.0)
         self.simulated = 0.0
 
     @contextmanager
     def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
-        """Charge what runs inside to ``part``; ``rows`` are those of its forward, as far as they are known before."""
+        """Charge the seconds of the ``with`` block to ``part``; ``rows`` are those of its forward, if known
+        beforehand."""
         self.synchronize()
         begin = time.perf_counter()
         yield Forward(rows)
@@ -66,12 +69,15 @@ class WallClock:
         self.charge(part, time.perf_counter() - begin)
 
     def charge(self, part: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere."""
+        """Add seconds to ``part`` that were measured elsewhere."""
         self.totals[part] += seconds
 
     def travel(self, seconds: float, part: str, simulated: bool) -> None:
-        """Charge seconds of a network: on top of what else was charged, or as a share of what was measured as ``part``.
-        Those of a prompt are part of the prefill."""
+        """Charge the seconds that a message took to ``network``, or to ``prefill`` if ``part`` is the prefill.
+
+        Simulated seconds, and all under a priced clock, are added. Measured ones are already contained in what was
+        charged to ``part``, and are moved from there.
+        """
         into = "prefill" if part == "prefill" else "network"
         if simulated or self.priced:
             self.simulated += seconds
@@ -80,12 +86,12 @@ class WallClock:
         self.charge(into, seconds)
 
     def since(self, earlier: dict[str, float]) -> dict[str, float]:
-        """Seconds by part since a copy of ``totals`` was taken."""
+        """Return the seconds of each part since ``earlier``, a copy of ``totals``."""
         return {part: total - earlier[part] for part, total in self.totals.items()}
 
 
 Rows = Annotated[int, Field(ge=1, le=10**9)]
-Seconds = Annotated[float, Field(ge=1e-12, le=1e9)]  # 1 / seconds and seconds of many forwards are finite
+Seconds = Annotated[float, Field(ge=1e-12, le=1e9)]  # 1 / seconds and sums over many forwards stay finite
 Curve = Annotated[dict[Rows, Seconds], Field(min_length=1)]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 CURVE = TypeAdapter(Curve, config=STRICT)
@@ -95,7 +101,7 @@ EXPECTED = 'expected {"verify": {"1": seconds, …}, "draft": {…}}, rows and t
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Curves:
-    """The two curves of a cost table; whatever else its file says is for people."""
+    """The two curves in a cost table's file; its other keys are for people."""
 
     verify: Curve
     draft: Curve
@@ -103,9 +109,13 @@ class Curves:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Seconds of a forward by its number of rows, for one machine and one pair of models.
+    """Seconds of a forward by its number of rows, on one machine and for one pair of models.
 
-    Between the rows listed the cost is interpolated, beyond them extrapolated from the last two.
+    Between the listed numbers of rows the seconds are interpolated, beyond them extrapolated from the last two.
+
+    Attributes:
+        name: of the table.
+        verify, draft: seconds by number of rows, of the target and of the drafter.
 
     Raises:
         ValueError: a curve is empty, or has rows that are not whole numbers or seconds that are not positive.
@@ -127,25 +137,25 @@ class CostTable:
         """Read a shipped table by name, or a JSON file by path.
 
         Raises:
-            ValueError: no such table, or one that is malformed.
+            ValueError: there is no such table, or it is malformed.
         """
         path = find_json(source, COSTS, "cost table", "wall")
         curves = read_checked(Curves, path, "a cost table", EXPECTED)
         return cls(path.stem, curves.verify, curves.draft)
 
     def seconds(self, part: str, rows: int) -> float:
-        """Seconds of a forward of ``rows`` rows."""
+        """Return the seconds of a forward of ``rows`` rows; ``part`` is ``"draft"``, or any other for the target's."""
         if not rows:
             return 0.0
         known, costs = self._points["draft" if part == "draft" else "verify"]
         if rows > known[-1] and len(known) > 1:
-            slope = max(0.0, costs[-1] - costs[-2]) / (known[-1] - known[-2])  # noise may bend a flat curve down
+            slope = max(0.0, costs[-1] - costs[-2]) / (known[-1] - known[-2])  # noise may make a flat curve fall
             return float(costs[-1] + (rows - known[-1]) * slope)
         return float(np.interp(rows, known, costs))
 
     @functools.cached_property
     def _points(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Both curves as rows, ascending, and their seconds."""
+        """Both curves as arrays of rows, ascending, and of their seconds."""
         curves = {"verify": sorted(self.verify.items()), "draft": sorted(self.draft.items())}
         return {
             part: (np.array([n for n, _ in curve]), np.array([s for _, s in curve])) for part, curve in curves.items()
@@ -153,7 +163,7 @@ class CostTable:
 
 
 class PricedClock(WallClock):
-    """Seconds from a table, whatever the machine does."""
+    """Charges the seconds of a cost table, independently of the machine."""
 
     priced = True
 

@@ -1,4 +1,5 @@
-"""Sampling distributions: of the target, by temperature and nucleus, and of a drafter, whole or cut to be sent."""
+"""Sampling: the target's distribution at a temperature and top_p, and a drafter's proposals, whole or cut for a
+network."""
 
 from __future__ import annotations
 
@@ -10,21 +11,21 @@ from torch import Tensor
 
 from spec_envs.checked import check_number
 
-LEAST = 1e-6  # of a temperature that is not 0: logits over a smaller one overflow
+LEAST = 1e-6  # smallest positive temperature; logits divided by a smaller one overflow
 
 
 def check_sampling(temperature: Any, top_p: Any) -> None:
-    """Refuse settings that no distribution follows from.
+    """Check the settings of a sampling distribution.
 
     Raises:
-        ValueError: a temperature or a ``top_p`` out of its range, or not a number.
+        ValueError: ``temperature`` or ``top_p`` is not a number or is out of range.
     """
     check_number("temperature", temperature, warm, WARM)
     check_number("top_p", top_p, lambda value: 0 < value <= 1, "a number in (0, 1]")
 
 
 def warm(temperature: float) -> bool:
-    """Whether tokens can be drawn at a temperature, or chosen greedily."""
+    """Return whether a temperature is 0 (greedy) or large enough to draw tokens."""
     return temperature == 0 or temperature >= LEAST
 
 
@@ -32,11 +33,14 @@ WARM = f"0 (greedy) or {LEAST:g} or more"
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> np.ndarray:
-    """The distribution ``[vocab]`` (float64) that tokens are drawn from: the smallest set of mass ``top_p`` of the
-    softmax of ``logits / temperature``."""
+    """Return the distribution ``[vocab]`` (float64) of the next token.
+
+    It is the softmax of ``logits / temperature``, cut to the smallest set of tokens with a mass of ``top_p`` or more
+    (nucleus sampling, arXiv 1904.09751) and normalised.
+    """
     p = (logits.double() / temperature).softmax(-1)
     if top_p < 1:
-        p[p < (1 - top_p) / len(p)] = 0.0  # together less than what is dropped; a whole vocabulary takes long to sort
+        p[p < (1 - top_p) / len(p)] = 0.0  # always outside the nucleus; sorting a whole vocabulary takes long
         [left] = p.nonzero(as_tuple=True)
         ordered, index = p[left].sort(descending=True, stable=True)
         p[left[index[ordered.cumsum(-1) - ordered >= top_p]]] = 0.0
@@ -45,7 +49,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> np.
 
 
 def inverse_cdf(weights: np.ndarray, u: float) -> int:
-    """The index drawn by ``u`` in [0, 1) from unnormalised ``weights`` ``[n]``; never one of weight 0."""
+    """Return the index that ``u`` in [0, 1) draws from unnormalised ``weights`` ``[n]``; never one of weight 0."""
     below = np.cumsum(weights)
     index = int(np.searchsorted(below, u * below[-1], side="right"))
     return min(index, int(np.flatnonzero(weights)[-1]))
@@ -53,12 +57,12 @@ def inverse_cdf(weights: np.ndarray, u: float) -> int:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The distribution that a drafted token is drawn from.
+    """The distribution from which a drafted token is drawn.
 
     Attributes:
-        ids: tokens that it may be, ``[n]``, distinct.
-        weights: in proportion to their probabilities, ``[n]``, positive and of any float type: what counts is their
-            value in float64, so that both ends of a network that hold the same weights hold the same distribution.
+        ids: the possible tokens ``[n]``, distinct.
+        weights: positive numbers ``[n]`` in proportion to the probabilities, of any float type. They are used in
+            float64, so that both ends of a network that hold the same weights hold the same distribution.
     """
 
     ids: np.ndarray
@@ -66,29 +70,32 @@ class Proposal:
 
     @classmethod
     def certain(cls, token: int) -> Proposal:
-        """All on one token."""
+        """Return the distribution with all its mass on ``token``."""
         return cls(np.array([token]), np.ones(1))
 
     def dense(self, vocab: int) -> np.ndarray:
-        """Probabilities ``[vocab]`` (float64)."""
+        """Return the probabilities ``[vocab]`` (float64) of all tokens."""
         q = np.zeros(vocab)
         weights = self.weights.astype(np.float64)
         q[self.ids] = weights / weights.sum()
         return q
 
     def probability(self, token: int) -> float:
-        """Of one token."""
+        """Return the probability of ``token``."""
         weights = self.weights.astype(np.float64)
         return float(weights[self.ids == token].sum() / weights.sum())
 
     def draw(self, u: float) -> int:
-        """The token drawn by ``u`` in [0, 1)."""
+        """Return the token that ``u`` in [0, 1) draws."""
         return int(self.ids[inverse_cdf(self.weights.astype(np.float64), u)])
 
     def truncated(self, k: int) -> Proposal:
-        """Its ``k`` most probable tokens (of equal ones those that stand first) with weights in float16, the largest
-        being 1: what is sent of it over a network, and therefore to be drawn from. Weights that float16 rounds to 0 are
-        left out."""
+        """Return the distribution over the ``k`` most probable tokens, as it is sent over a network.
+
+        The weights are float16, the largest being 1; tokens whose weight rounds to 0 are left out, and of equally
+        probable ones those that come first are kept. A drafter whose proposals are sent draws from this distribution,
+        since the target corrects for the one that it receives.
+        """
         best = np.argsort(-self.weights, kind="stable")[:k]
         weights = (self.weights[best] / self.weights[best[0]]).astype(np.float16)
         kept = weights > 0

@@ -1,7 +1,7 @@
 """The token tree of one cycle: grown level by level, pruned to a budget, verified under an ancestor mask.
 
-The root is the last token of the text and is not a node. Node ids run in the order in which nodes were added, so a
-parent's id is below its children's, and every level is a contiguous range.
+The root is the last token of the text and is not a node. Nodes are numbered in the order in which they were added, so a
+parent's id is smaller than its children's, and the ids of a level are a contiguous range.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ ROOT = -1
 
 
 class Children(NamedTuple):
-    """What a drafter proposes behind each of n nodes.
+    """The tokens that a drafter proposes after each of n nodes.
 
-    tokens and log_probs ``[n, width]``, best first; entropies ``[n]`` in nats of the distributions they are from;
-    proposal: where the one child was drawn, the distribution that it was drawn from.
+    Attributes:
+        tokens, log_probs: the children and their log-probabilities, ``[n, width]``, best first.
+        entropies: of the drafter's distribution after each node, in nats, ``[n]``.
+        proposal: the distribution from which the one child of a sampled chain was drawn, or None.
     """
 
     tokens: np.ndarray
@@ -29,13 +31,22 @@ class Children(NamedTuple):
 
 
 class Tree:
-    """Candidates of a cycle, at most ``width`` per node and ``width`` expanded per level (EAGLE-2, arXiv 2406.16858).
+    """The candidates of a cycle: ``width`` children per node, ``width`` nodes expanded per level (EAGLE-2, arXiv
+    2406.16858).
 
-    Attributes, each an array over the nodes:
-        tokens, parents (``ROOT`` on level 0), levels, scores (log-probability of the path from the root).
+    Args:
+        width: children per node, and nodes expanded per level.
+        max_depth: most expansions after the first level.
+
+    Attributes:
+        size: number of nodes, n.
+        tokens: of the nodes, ``[n]``.
+        parents: their parents' ids, ``[n]``; ``ROOT`` on level 0.
+        levels: ``[n]``, from 0.
+        scores: log-probability of the path from the root to each node, ``[n]``, float32.
         frontier: ids of the nodes that the next expansion feeds to the drafter, best first.
-        entropies: per level, in nats, of the distributions its nodes are from.
-        proposals: of a chain that was drawn, the distribution that each node was drawn from; else empty.
+        entropies: for each level the entropies in nats of the distributions that its nodes are from.
+        proposals: for each node of a sampled chain the distribution from which it was drawn; empty otherwise.
     """
 
     def __init__(self, width: int, max_depth: int):
@@ -78,39 +89,43 @@ class Tree:
 
     @property
     def last_level(self) -> np.ndarray:
-        """Path log-probabilities of the nodes added last."""
+        """Scores of the nodes of the last level."""
         return self._scores[self.level_starts[-1] : self.size] if self.level_starts else self.scores
 
     def start(self, children: Children) -> None:
-        """Level 0: the children of the root."""
+        """Clear the tree and add level 0, the children of the root."""
         self.clear()
         width = children.tokens.shape[1]
         self._add(children, np.full(width, ROOT), children.log_probs[0])
         self.frontier = np.arange(width)
 
     def grow(self, children: Children) -> np.ndarray:
-        """A further level: the children of every frontier node.
+        """Add a level, the children of every frontier node.
 
         Returns:
-            For each node of the new frontier, the index of its parent in the old one.
+            For each node of the new frontier the index of its parent in the old one.
+
+        Raises:
+            ValueError: the tree is full.
         """
         width = children.tokens.shape[1]
         scores = (self._scores[self.frontier][:, None] + children.log_probs).ravel()
         first = self.size
         self._add(children, np.repeat(self.frontier, width), scores)
-        best = np.argsort(-scores, kind="stable")[: self.width]
+        best: np.ndarray = np.argsort(-scores, kind="stable")[: self.width]
         self.frontier = first + best
         return best // width
 
     def select(self, budget: int) -> np.ndarray:
-        """Ids (ascending) of the ``budget`` best candidates by path log-probability.
+        """Return the ids (ascending) of the ``budget`` nodes of the highest scores.
 
-        A child never scores above its parent and ties go to the smaller id, so the set is a connected tree.
+        A child never scores above its parent and ties go to the smaller id, so the nodes form a connected tree.
         """
         return np.sort(np.argsort(-self.scores, kind="stable")[:budget])
 
     def subtree(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, parents (as indices into ``ids``, or ``ROOT``) and levels of a connected selection."""
+        """Return tokens, parents (indices into ``ids``, or ``ROOT``) and levels of a connected selection,
+        ``[len(ids)]``."""
         index = np.full(self.size + 1, ROOT)
         index[ids] = np.arange(len(ids))
         return self.tokens[ids], index[self.parents[ids]], self.levels[ids]
@@ -131,7 +146,7 @@ class Tree:
 
 
 def ancestors(parents: np.ndarray) -> np.ndarray:
-    """Which rows of a verification see which: ``[n + 1, n + 1]`` for n nodes behind the root in row 0.
+    """Return which rows of a verification see which, ``[n + 1, n + 1]`` (bool): row 0 is the root, row i + 1 node i.
 
     A node sees the root, its ancestors and itself.
     """

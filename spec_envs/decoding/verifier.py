@@ -20,7 +20,7 @@ from spec_envs.decoding.tree import ancestors
 
 @dataclass(frozen=True)
 class Verdict:
-    """Accepted nodes from the root on (indices into what was sent), and the token the target adds."""
+    """The accepted nodes from the root on (indices into the verified ones), and the token that the target adds."""
 
     path: list[int]
     token: int
@@ -28,8 +28,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a call of a verifier sent over a network: bytes both ways, and the seconds that took, which were waited for or
-    (``simulated``) were not."""
+    """What one call of a verifier sent over a network.
+
+    Attributes:
+        bytes_up, bytes_down: sent to the target and received from it.
+        seconds: how long that took.
+        simulated: whether nobody waited for these seconds.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -38,13 +43,13 @@ class Traffic:
 
 
 class Verifier(Protocol):
-    """The target's side as a decoder sees it.
+    """The target as a decoder sees it, in this process or elsewhere.
 
     Attributes:
-        vocab, context: ids of the target, and most tokens of a text.
-        temperature, top_p: of its sampling.
-        device, dtype: where and in what it computes, for the head of a table.
-        features: what the drafter reads of the rows committed by the last call.
+        vocab, context: size of the target's vocabulary, and most tokens of a text.
+        temperature, top_p: of its sampling; temperature 0 is greedy.
+        device, dtype: where and in what dtype the target computes, as tables report it.
+        features: what the drafter reads of the rows that the last call committed, ``[rows, …]``.
         traffic: of the last call.
     """
 
@@ -62,39 +67,49 @@ class Verifier(Protocol):
     def dtype(self) -> str: ...
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
-        """See ``LocalVerifier``."""
+        """Read the prompt and return the target's first token; up to ``rows`` more rows will follow the prompt."""
 
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """See ``LocalVerifier``."""
+        """Verify the drafted nodes ``[n]`` in one forward and commit the accepted ones.
+
+        Args:
+            tokens, parents, levels: the nodes; see ``Tree.subtree``.
+            proposals: the distributions from which the tokens of a sampled chain were drawn, or none.
+        """
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
-        """See ``LocalVerifier``."""
+        """Return the target's own next tokens: ``count`` of them, or fewer where one of ``eos`` ends the text."""
 
     def append(self, tokens: Sequence[int]) -> None:
-        """See ``LocalVerifier``."""
+        """Append tokens to the text that the target did not choose."""
 
     def close(self) -> None:
-        """Let go of what lies outside of this process; may be called twice."""
+        """Release what this verifier holds outside this process; may be called twice."""
 
     def plain(self, eos: Collection[int] = ()) -> Verifier:
-        """Another one of the same target and sampling, with a state of its own, for a decoder that never drafts and whose
-        texts end at ``eos``."""
+        """Return a verifier of the same target and sampling with a state of its own.
+
+        It serves a decoder that never drafts and whose texts end at ``eos``.
+        """
 
 
 class LocalVerifier:
-    """The target in this process.
+    """Verifies with the target in this process.
 
     Args:
         target: the model.
-        capture: layers whose inputs are handed to the drafter as ``features`` (see ``Transformer.forward``).
+        capture: layers whose inputs the drafter reads as ``features`` (see ``Transformer.forward``).
         temperature: 0 is greedy.
         top_p: probability mass kept when sampling.
 
     Attributes:
-        features: captured states of the rows committed by the last call, ``[rows, len(capture) * hidden]``.
+        features: captured states of the rows that the last call committed, ``[rows, len(capture) * hidden]``.
         added: what a low-rank adapter adds to the target's layers, or None.
+
+    Raises:
+        ValueError: ``temperature`` or ``top_p`` is out of range.
     """
 
     traffic = Traffic()
@@ -117,15 +132,13 @@ class LocalVerifier:
         return str(self.target.dtype).removeprefix("torch.")
 
     def close(self) -> None:
-        """Nothing lies outside."""
+        """Do nothing: there are no external resources to release."""
 
     def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
-        """See ``Verifier``."""
         return LocalVerifier(self.target, (), self.temperature, self.top_p)
 
     @torch.inference_mode()
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
-        """Prefill and draw the first token; ``rows`` of the cache may follow the prompt."""
         need = len(prompt) + rows
         if need > self.cache.capacity:
             self.cache = self.target.cache(max(2048, need))
@@ -140,7 +153,6 @@ class LocalVerifier:
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """One forward over the root and the nodes ``[n]``; ``proposals`` are those of a chain that was drawn."""
         seen = ancestors(parents) if len(tokens) else None
         positions = self.cache.length + np.concatenate([[0], levels + 1])
         hidden = self._forward(np.concatenate([[self.last], tokens]), positions, seen)
@@ -152,7 +164,6 @@ class LocalVerifier:
         return verdict
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
-        """The target's own next tokens, up to ``count`` or the first of ``eos``."""
         tokens: list[int] = []
         nothing = np.zeros(0, np.int64)
         while len(tokens) < count and not (tokens and tokens[-1] in eos):
@@ -161,7 +172,6 @@ class LocalVerifier:
 
     @torch.inference_mode()
     def append(self, tokens: Sequence[int]) -> None:
-        """Take tokens that the target did not choose into the text."""
         new = np.array([self.last, *tokens[:-1]])
         self._forward(new, self.cache.length + np.arange(len(new)), None)
         self.cache.length += len(new)
@@ -188,7 +198,7 @@ class LocalVerifier:
     def _sample(
         self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """The sampling rule on logits ``[n + 1, vocab]``."""
+        """Apply the sampling rule to logits ``[n + 1, vocab]``."""
 
         @functools.cache
         def distribution(row: int) -> np.ndarray:
@@ -200,5 +210,5 @@ class LocalVerifier:
         return Verdict(*accept.sampled(tokens, parents, distribution, self.rng.random))
 
     def _probabilities(self, logits: Tensor) -> np.ndarray:
-        """The sampling distribution ``[vocab]`` (float64) of a row of logits."""
+        """Return the sampling distribution ``[vocab]`` (float64) of a row of logits."""
         return probabilities(logits, self.temperature, self.top_p)

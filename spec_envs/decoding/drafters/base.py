@@ -1,4 +1,4 @@
-"""What a drafter offers the decoder."""
+"""The interfaces of drafters, and the base class of those that draft chains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from spec_envs.decoding.tree import Children, Tree
 
 
 class Drafter(Protocol):
-    """Proposes the children of tree nodes; keeps a cache of the committed text of its own.
+    """Proposes the children of tree nodes, and keeps its own state of the committed text.
 
     Attributes:
-        capture: layers of the target whose inputs ``features`` it reads; empty for a drafter that needs ids only.
-        vocab: size of the target vocabulary it was made for.
+        capture: layers of the target whose inputs it reads as ``features``; empty for a drafter that reads tokens only.
+        vocab: size of the vocabulary of the target that it was made for.
         context: most tokens of a text.
-        width: children per node and nodes expanded per level.
+        width: children per node, and nodes expanded per level.
     """
 
     capture: tuple[int, ...]
@@ -28,51 +28,56 @@ class Drafter(Protocol):
     width: int
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """A new text (prompt and first token) that may grow by ``positions``.
+        """Forget the last text and begin a new one.
 
-        ``features`` ``[len(text) - 1, …]`` belong to its tokens but the last; ``rng`` is for a drafter that draws.
+        Args:
+            text: the prompt and the first token.
+            positions: most tokens by which the text may grow.
+            features: of all tokens but the last, ``[len(text) - 1, …]``.
+            rng: for a drafter that samples.
         """
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Tokens added to the text, and the features of the tokens in front of them, ``[len(tokens), …]``."""
+        """Append tokens to the text; ``features`` ``[len(tokens), …]`` are those of the token before each."""
 
     def root(self, tree: Tree) -> int:
-        """Catch up with the text, then start the tree with the root's best children.
+        """Read the committed tokens that are still unread, then start the tree with the root's best children.
 
         Returns:
-            Rows that this was a forward of; 0 where none was needed.
+            The rows of the forward; 0 where none was needed.
         """
 
     def expand(self, tree: Tree) -> int:
-        """Grow the tree by the best children of its frontier; the rows of the forward, as above."""
+        """Grow the tree by the best children of its frontier; return the rows of the forward, as ``root`` does."""
 
 
 @runtime_checkable
 class Copier(Protocol):
-    """A drafter that may copy from where the text read like this before."""
+    """A drafter that may copy tokens from an earlier place of the text that reads like its end."""
 
     def matched(self) -> int:
-        """How many of the text's last tokens match the place that would be copied from; 0 where there is none."""
+        """Return how many of the text's last tokens match the place to copy from; 0 where there is none."""
 
     def source(self, chain: list[int]) -> Any:
-        """Where the token behind a chain would be copied from; None where it would not be."""
+        """Return where the token after ``chain`` would be copied from, or None where it would not be copied."""
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """A drafter that shows what it reads, to an agent that drafts in its place."""
+    """A drafter whose hidden states an agent can read, to draft in its place."""
 
     def look(self, chain: list[int]) -> tuple[Tensor, int]:
-        """What its projection reads behind the text and a chain, ``[1, hidden]``, and the rows of the forward."""
+        """Return what its projection reads after the text and ``chain``, ``[1, hidden]``, and the rows of the
+        forward."""
 
 
 class ChainDrafter(ABC):
-    """What drafters of chains that can always say one more token have in common.
+    """A drafter of chains that can always predict one more token.
 
     Attributes:
-        top_k: how many of the most probable tokens a drawn one is among, their weights rounded as they are sent over a
-            network (see ``Proposal.truncated``); None draws from the whole distribution.
-        temperature: at which it draws; 0 drafts the most probable token.
+        top_k: draw from this many most probable tokens, with weights rounded as they are sent over a network (see
+            ``Proposal.truncated``); None draws from the whole distribution.
+        temperature: at which tokens are drawn; 0 drafts the most probable token.
     """
 
     vocab: int
@@ -89,8 +94,8 @@ class ChainDrafter(ABC):
         return rows
 
     def expand(self, tree: Tree) -> int:
-        """Draft the token behind the chain, if anything more is."""
-        if not self.goes_on(tree):
+        """Draft the token after the chain, unless the chain ends here."""
+        if not self.continues(tree):
             return 0
         children, rows = self.draft(tree.tokens.tolist())
         tree.grow(children)
@@ -98,16 +103,17 @@ class ChainDrafter(ABC):
 
     @abstractmethod
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """See ``Drafter``."""
+        """Forget the last text and begin a new one; see ``Drafter.start``."""
 
     @abstractmethod
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """See ``Drafter``."""
+        """Append tokens to the text; see ``Drafter.commit``."""
 
-    def goes_on(self, tree: Tree) -> bool:
-        """Whether anything more is drafted behind a chain."""
+    def continues(self, tree: Tree) -> bool:
+        """Return whether the chain may grow; the default always lets it."""
         return True
 
     @abstractmethod
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """The token behind the committed text and a chain of drafted ones, and the rows of the forward (0 without)."""
+        """Return the token drafted after the committed text and ``chain``, and the rows of the forward (0 without
+        one)."""

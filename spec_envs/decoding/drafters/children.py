@@ -1,4 +1,4 @@
-"""From a drafter's logits to the one child of a chain: the most probable token, or one that is drawn."""
+"""From a drafter's logits to the one child of a chain's last node: the most probable token, or one that is drawn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ MostProbable = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tens
 def most_probable_child(
     logits: Tensor, extra: Tensor | None, ids: np.ndarray | None, most_probable: MostProbable
 ) -> Children:
-    """The most probable token of each row of logits ``[n, a]`` and ``[n, b]`` side by side.
+    """Return the most probable token of each row.
 
     Args:
-        ids: of the tokens ``[a + b]``; None where a token's place is its id.
-        most_probable: ``layers.most_probable`` or that of the int8 kernels.
+        logits, extra: ``[n, a]`` and ``[n, b]`` (or None), taken side by side.
+        ids: the target's ids of the ``a + b`` outputs; None where an output's index is its id.
+        most_probable: ``layers.most_probable`` or ``int8.most_probable``.
     """
     index, *rest = most_probable(logits, extra, 1)
     tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)
@@ -36,9 +37,10 @@ def drawn_child(
     top_k: int | None,
     u: float,
 ) -> Children:
-    """The token that ``u`` in [0, 1) draws from the same logits, and the distribution that it is drawn from.
+    """Return the token that ``u`` in [0, 1) draws from one row of logits, with its proposal.
 
     Args:
+        logits, extra, ids: as of ``most_probable_child``, of one row.
         sampling: temperature and top_p.
         top_k: see ``ChainDrafter``.
     """

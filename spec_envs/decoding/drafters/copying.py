@@ -12,35 +12,35 @@ from spec_envs.decoding.drafters.lookup import Occurrence, Occurrences, copy
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children, Tree
 
-SHORTEST, NGRAM = 2, 4  # matching tokens: at least, and looked up at once
+SHORTEST, NGRAM = 2, 4  # fewest matching tokens of a copy, and most that are looked up at once
 
 
 class CopyingDrafter(ChainDrafter):
-    """Drafts a chain token by token: where the last tokens, drafted ones included, stood in the text before, the one that
-    followed there is copied, which costs nothing; elsewhere the draft model drafts.
+    """Drafts a chain token by token, by copying or with a model.
 
-    When sampling, a copy's proposal is all on that one token, so that the acceptance rule stays exact.
+    Where the last tokens (drafted ones included) occurred earlier in the text, the token that followed there is copied,
+    which costs no forward; elsewhere the draft model drafts. When sampling, a copy is proposed with certainty, so that
+    the acceptance rule stays exact.
 
     Args:
         model: the draft model, or an early exit.
     """
 
     found: Occurrence | None  # where the next token would be copied from,
-    found_behind: int  # behind a chain of this length; below 0 nothing was looked up yet
+    found_after: int  # after a chain of this length; below 0 nothing was looked up yet
 
     def __init__(self, model: ChainDrafter):
         self.model, self.vocab, self.context = model, model.vocab, model.context
         self.capture, self.temperature = model.capture, model.temperature
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Forget the last text and take this one."""
         self.model.start(text, positions, features, rng)
         self.seen = Occurrences(text, NGRAM)
         self._forget()
 
     @property
     def top_k(self) -> int | None:
-        """Of what the draft model draws from; see ``ChainDrafter``."""
+        """The draft model's; see ``ChainDrafter``."""
         return self.model.top_k
 
     @top_k.setter
@@ -48,39 +48,37 @@ class CopyingDrafter(ChainDrafter):
         self.model.top_k = k
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Append tokens to the text."""
         self.model.commit(tokens, features)
         self.seen.append(tokens)
         self._forget()
 
     def matched(self) -> int:
-        """See ``Copier``."""
+        """Return how many of the text's last tokens match an earlier place; see ``Copier``."""
         found = self.seen.find()
         return found.matched if found else 0
 
     def source(self, chain: list[int]) -> Occurrence | None:
-        """Where the token behind a chain would be copied from; None where the draft model would be asked."""
-        if self.found_behind != len(chain):
+        """Return where the token after ``chain`` would be copied from, or None where the draft model drafts it."""
+        if self.found_after != len(chain):
             found = self.seen.find(chain)
             self.found = found if found and found.matched >= SHORTEST else None
-            self.found_behind = len(chain)
+            self.found_after = len(chain)
         return self.found
 
-    def goes_on(self, tree: Tree) -> bool:
-        """See ``ChainDrafter``: as the model says."""
-        return self.model.goes_on(tree)
+    def continues(self, tree: Tree) -> bool:
+        return self.model.continues(tree)
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """Copy the next token, or have the model draft it."""
+        """Copy the next token, or draft it with the model."""
         source = self.source(chain)
         if source is None:
             return self.model.draft(chain)
         token = self.seen.text[source.next]
-        self.found = self.seen.behind(source)
-        if self.found:  # the copy goes on from there
-            self.found_behind = len(chain) + 1
+        self.found = self.seen.after(source)
+        if self.found:  # the copy continues from there
+            self.found_after = len(chain) + 1
         return copy(token, source.matched, Proposal.certain(token) if self.temperature else None), 0
 
     def _forget(self) -> None:
-        """The next chain is another one."""
-        self.found, self.found_behind = None, -1
+        """Forget where the last chain copied from."""
+        self.found, self.found_after = None, -1

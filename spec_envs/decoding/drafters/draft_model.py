@@ -1,7 +1,7 @@
-"""Draft model: a smaller language model of the target's vocabulary, which drafts a chain of tokens (Leviathan et al.
-2023, arXiv 2211.17192).
+"""Draft model: a smaller language model with the target's vocabulary drafts a chain (Leviathan et al. 2023, arXiv
+2211.17192).
 
-It is a model of its own, or a few layers between the target's embedding and output rows (`make drafter
+It is either a whole model, or a few layers between the target's embedding and output rows (`make drafter
 KIND=draft-model`), which draft from a shortlist and from the tokens of the text.
 """
 
@@ -22,28 +22,28 @@ from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
-# Tensors of the layers that are computed (see ``layers.py``), with the number of the layer.
+# Names of the layers' tensors that the forward reads (see ``layers.py``), with the number of the layer.
 OF_A_LAYER = re.compile(
     r"model\.layers\.(\d+)\.((self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.(weight|bias)"
     r"|(self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm)\.weight)"
 )
-SHORTLIST = "shortlist"  # tensor of target ids in the weights of a model without embedding and output rows of its own
+SHORTLIST = "shortlist"  # tensor of target ids, in the weights of a model that shares the target's embedding
 
 
 class DraftModelDrafter(ChainDrafter):
-    """Drafts a chain, each token read by the next forward.
+    """Drafts a chain with a language model; each drafted token is read by the next forward.
 
-    Under greedy decoding the chain is the model's own most probable text. When sampling, every token is drawn from the
+    Under greedy decoding the chain is the model's own greedy continuation. When sampling, every token is drawn from the
     model's distribution at the target's temperature and top_p, which the tree keeps for the acceptance rule.
 
-    Its cache holds the committed text, and behind it the chain's tokens that have been read. Rolling back is setting a
-    length.
+    The cache holds the committed text and, after it, the tokens of the chain that have been read. Rolling back only
+    sets a length.
 
     Args:
         model: the draft model.
-        target: what it drafts for; the ids that the model has beyond the target's are padding and are never drafted.
-        temperature, top_p: of the target.
-        shortlist: ids that the model's output rows belong to, of a model that shares the target's; None is all.
+        target: the model for which it drafts; ids of the draft model beyond the target's are padding, never drafted.
+        temperature, top_p: of the target's sampling.
+        shortlist: target ids of the output rows, for a model that shares the target's; None means all ids.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class DraftModelDrafter(ChainDrafter):
     ):
         self.model, self.target, self.vocab, self.context = model, target, target.shape.vocab, model.shape.context
         self.temperature, self.sampling, self.shortlist = temperature, (temperature, top_p), shortlist
-        self.output_rows = None if shortlist is None else target.output_weight().__getitem__  # once: it may be a copy
+        self.output_rows = None if shortlist is None else target.output_weight().__getitem__  # read once: may be a copy
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
-        self.call: Int8Step | None = None  # a whole step in int8, for greedy chains
+        self.call: Int8Step | None = None  # a whole greedy step in int8
         if model.dtype == torch.int8 and temperature == 0:
             head = model.head.linear
             outputs = min(self.vocab, head.outputs)
@@ -68,7 +68,7 @@ class DraftModelDrafter(ChainDrafter):
 
     @torch.inference_mode()
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Forget the last text and read this one but for its last token, which the first cycle reads."""
+        """Forget the last text and read the new one except its last token, which the first cycle reads."""
         need = len(text) + positions
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
@@ -79,10 +79,10 @@ class DraftModelDrafter(ChainDrafter):
         self._read(text[:-1], np.arange(len(text) - 1))
         self.committed = self.cache.length
         self.chain: list[int] = []  # drafted tokens that have been read
-        self.unread = [text[-1]]  # committed ones that have not
+        self.unread = [text[-1]]  # committed tokens that have not been read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Keep the rows of what the target kept of the chain, and note the rest for the next root."""
+        """Keep the rows of accepted tokens that have been read, and note the other tokens for the next forward."""
         accepted, kept = tokens[:-1], 0  # the last one is the target's own
         while kept < min(len(self.chain), len(accepted)) and self.chain[kept] == accepted[kept]:
             kept += 1
@@ -93,7 +93,7 @@ class DraftModelDrafter(ChainDrafter):
 
     @torch.inference_mode()
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """Read what is new of the committed text and of the chain, and draft the next token."""
+        """Read the unread tokens of the committed text and of the chain, and draft the next token."""
         if self.vocabulary is not None:
             self.vocabulary.add(self.unread)
         rows = [*self.unread, *chain[len(self.chain) :]]
@@ -103,8 +103,7 @@ class DraftModelDrafter(ChainDrafter):
         return children, len(rows)
 
     def preview(self, tokens: list[int]) -> Children:
-        """Draft as if these tokens were the ones to catch up with, for timing between cycles: the cache and what is to be
-        read stay as they were."""
+        """Draft as if ``tokens`` were the unread ones, to time a forward between cycles; the state stays as it was."""
         kept, self.unread, self.chain = (self.unread, self.committed), tokens, []
         self.cache.length = self.committed
         children, _ = self.draft([])
@@ -120,22 +119,23 @@ class DraftModelDrafter(ChainDrafter):
         last: int = 1,
         seen: np.ndarray | None = None,
     ) -> Children:
-        """One forward, committed to the cache.
+        """Make one forward, commit its rows to the cache and draft the next token.
 
         Args:
-            tokens: of its rows ``[n]``.
-            positions: rotary positions ``[n]`` (default: those behind the cache's rows).
-            last: how many rows, counted from the end, are asked for what follows; more than one under greedy decoding only.
+            tokens: of the rows ``[n]``.
+            positions: rotary positions ``[n]``; by default those after the cache's rows.
+            last: after how many rows, counted from the end, a token is drafted; more than one under greedy decoding
+                only.
             seen: see ``KVCache.mask``.
 
         Returns:
-            The most probable token behind each of the last rows, or one that was drawn.
+            The child of each of the last rows: the most probable token, or one that was drawn.
         """
         n, length = len(tokens), self.cache.length
         at = np.arange(length, length + n) if positions is None else positions
         if self.call is None:
             return self._propose(self._read(tokens, at, last, seen))
-        ids = np.minimum(np.array(tokens, np.int64), self.model.shape.vocab - 1)  # padding of the target's
+        ids = np.minimum(np.array(tokens, np.int64), self.model.shape.vocab - 1)  # see _read
         extra = None if self.vocabulary is None else self.vocabulary.rows
         hidden = torch.empty(n, self.model.shape.hidden)
         index, log_probs, entropies = self.call(hidden, ids, at, self.cache, extra, 1, last, seen)
@@ -143,11 +143,10 @@ class DraftModelDrafter(ChainDrafter):
         return Children(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
 
     def _read(self, tokens: Sequence[int], at: np.ndarray, last: int = 1, seen: np.ndarray | None = None) -> Tensor:
-        """Append rows for tokens; the hidden states of the last ones, ``[last, hidden]``."""
+        """Append rows for tokens to the cache; return the hidden states of the last ones, ``[last, hidden]``."""
         device = self.model.device
-        ids = torch.tensor([list(tokens)], device=device).clamp_(
-            max=self.model.shape.vocab - 1
-        )  # padding of the target's
+        largest = self.model.shape.vocab - 1  # ids above it are padding of the target's vocabulary
+        ids = torch.tensor([list(tokens)], device=device).clamp_(max=largest)
         x = self.model.embed(ids)
         rows = None if seen is None else torch.from_numpy(seen).to(device)
         hidden, _ = self.model.forward(x, self.cache, torch.from_numpy(at).to(device)[None], rows)
@@ -155,7 +154,7 @@ class DraftModelDrafter(ChainDrafter):
         return hidden[0, len(tokens) - last :]
 
     def _propose(self, hidden: Tensor) -> Children:
-        """The next token behind hidden states ``[n, hidden]``."""
+        """Draft the token after each of the hidden states ``[n, hidden]``."""
         logits = self.model.head(hidden)[:, : self.vocab]
         extra = None if self.vocabulary is None else self.vocabulary.logits(self.model.norm(hidden))
         ids = None if self.vocabulary is None else self.vocabulary.ids
@@ -167,19 +166,22 @@ class DraftModelDrafter(ChainDrafter):
 def on_the_target(
     config: PretrainedConfig, weights: dict[str, Tensor], target: Transformer
 ) -> tuple[Transformer, np.ndarray]:
-    """A draft model of layers only, between the target's embedding and its output rows of a shortlist.
+    """Build a draft model of layers only, between the target's embedding and its output rows of a shortlist.
 
     Args:
-        weights: Hugging Face's names without ``model.embed_tokens.weight``, and ``shortlist`` ``[n]``.
+        config: of the layers.
+        weights: by Hugging Face's names, without ``model.embed_tokens.weight``, and the ids ``shortlist`` ``[n]``.
+        target: the model whose embedding and output rows are shared.
 
     Returns:
-        The model, whose head gives the shortlist's logits, and the shortlist.
+        The model, whose head returns the shortlist's logits, and the shortlist.
 
     Raises:
-        ValueError: weights that belong to another target or that nobody reads, or no shortlist of the target's ids.
+        ValueError: the weights belong to another target, nothing reads some of them, or the shortlist is missing or
+            wrong.
     """
     if SHORTLIST not in weights:
-        raise ValueError(f"the draft model has neither an embedding nor a tensor {SHORTLIST!r}; make it again")
+        raise ValueError(f"the draft model has neither an embedding nor a tensor {SHORTLIST!r}; train it again")
     read = (OF_A_LAYER.fullmatch(name) for name in weights)
     unread = [
         name
@@ -191,15 +193,17 @@ def on_the_target(
     mine, theirs = (config.hidden_size, config.vocab_size), (target.shape.hidden, target.shape.vocab)
     if mine != theirs:
         raise ValueError(
-            f"the draft model was made for a target of hidden size and vocabulary {mine}, not {theirs}; take one of its own"
+            f"the draft model was made for a target of hidden size and vocabulary {mine}, not {theirs}; use one made for "
+            "this target"
         )
     shortlist = weights[SHORTLIST]
     if shortlist.dim() != 1 or shortlist.is_floating_point() or not len(shortlist):
         raise ValueError(f"{SHORTLIST} is {shortlist.dtype} of shape {tuple(shortlist.shape)}; expected a list of ids")
     shortlist = shortlist.long()
-    if not 0 <= shortlist.min() <= shortlist.max() < target.shape.vocab or len(shortlist.unique()) < len(shortlist):
+    different = len(torch.unique(shortlist))
+    if not 0 <= shortlist.min() <= shortlist.max() < target.shape.vocab or different < len(shortlist):
         raise ValueError(
-            f"{SHORTLIST} holds ids twice, or others than the target's {target.shape.vocab}; make it again"
+            f"{SHORTLIST} holds ids twice, or others than the target's {target.shape.vocab}; train it again"
         )
     rows = target.output_weight()[shortlist.to(target.device)]
     config.tie_word_embeddings = False

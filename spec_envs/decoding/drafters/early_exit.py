@@ -1,5 +1,5 @@
-"""Early exit: the first layers of the target itself draft a chain, the others verify it (self-speculation; Kangaroo, arXiv
-2404.18911; DVI, arXiv 2510.05421)."""
+"""Early exit: the first layers of the target draft a chain, the other layers verify it (self-speculation; Kangaroo,
+arXiv 2404.18911; DVI, arXiv 2510.05421)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from spec_envs.decoding.tree import Children, Tree
 
 
 class EarlyExitDrafter(ChainDrafter):
-    """Drafts from the verifier's own exit, over one cache. What the adapter has learned since the last text counts when
-    the next one begins.
+    """Drafts with the verifier's own early exit, over the same cache.
+
+    What the adapter has learned since the last text takes effect when the next text begins.
 
     Args:
-        verifier: whose target drafts.
-        stop: nothing more is drafted behind a token that the exit gave less than this probability (Kangaroo's rule, with
+        verifier: the verifier whose target drafts.
+        stop: the chain ends after a token to which the exit gave less than this probability (Kangaroo's rule, with
             0.6); 0 never stops.
 
     Attributes:
-        adapter: the exit, and what is trained of it; an agent that improves it reaches it here.
+        adapter: the exit and its trained parts, for an agent that improves it.
+
+    Raises:
+        ValueError: ``stop`` is not a probability.
     """
 
     def __init__(self, verifier: SplitVerifier, stop: float = 0.0):
@@ -43,45 +47,42 @@ class EarlyExitDrafter(ChainDrafter):
         self.capture = verifier.capture
         self.version = -1
         self.projection: Projection | None = None
-        self.attention: PlayedAttention | None = None
+        self.attention: DeployedAttention | None = None
 
     def use(self, adapter: ExitAdapter) -> None:
-        """Draft and verify with another adapter of the same exit from the next text on: a snapshot, say."""
+        """Draft and verify with another adapter of the same exit, such as a snapshot, from the next text on."""
         self.adapter = self.verifier.adapter = adapter
         self.version = self.verifier.version = -1
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """See ``Drafter``; ``features`` are the exit states of the prompt."""
+        """Begin a new text; ``features`` are the exit states of the prompt. See ``Drafter.start``."""
         if self.version != self.adapter.version:
             self.projection, self.version = None, self.adapter.version
-            self.attention = PlayedAttention(self.adapter) if self.adapter.kind == "kangaroo" else None
+            self.attention = DeployedAttention(self.adapter) if self.adapter.kind == "kangaroo" else None
         self.rng, self.text = rng, list(text)
         self.vocabulary: Vocabulary | None = None
         if self.attention:
             self.attention.start(features, len(text) + positions)
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """See ``Drafter``."""
         self.text.extend(tokens)
         if self.attention:
             self.attention.commit(features)
         if self.vocabulary is not None:
             self.vocabulary.add(tokens)
 
-    def goes_on(self, tree: Tree) -> bool:
-        """See ``ChainDrafter``."""
+    def continues(self, tree: Tree) -> bool:
+        """Return whether the last token was probable enough to draft another one."""
         confidence = np.exp(tree.scores[-1] - (tree.scores[-2] if tree.size > 1 else 0.0))
         return bool(confidence >= self.stop)
 
     @torch.inference_mode()
     def look(self, chain: list[int]) -> tuple[Tensor, int]:
-        """See ``Reader``."""
         states, rows = self.verifier.look(chain)
         return (self.attention.look(states) if self.attention else states[-1:]), rows
 
     @torch.inference_mode()
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """See ``ChainDrafter``."""
         state, rows = self.look(chain)
         if self.projection is None:
             self.projection = Projection(self.adapter)
@@ -97,11 +98,11 @@ class EarlyExitDrafter(ChainDrafter):
 
 
 class Projection:
-    """An exit's projection as it is played: the adapter merged into the output rows of its shortlist.
+    """An exit's projection as it is deployed: the adapter is merged into the output rows of its shortlist.
 
     Attributes:
-        ids: what its outputs are, ``[n]``; None is every id of the target.
-        head, norm: logits ``[rows, n]`` of what it reads, and the norm in front.
+        ids: target ids of its outputs ``[n]``, or None for all ids.
+        head, norm: from hidden states ``[rows, hidden]`` to logits ``[rows, n]``, and the norm before the output rows.
     """
 
     def __init__(self, adapter: ExitAdapter):
@@ -113,8 +114,8 @@ class Projection:
         self.head = modules.Head(rows, self.norm)
 
 
-class PlayedAttention:
-    """Kangaroo's adapter as it is played, with keys and values of its own."""
+class DeployedAttention:
+    """Kangaroo's adapter as it is deployed, with keys and values of its own."""
 
     def __init__(self, adapter: ExitAdapter):
         target: Transformer = adapter.target
@@ -127,27 +128,28 @@ class PlayedAttention:
         self.cache = self._cache(0)
 
     def start(self, states: Tensor, rows: int) -> None:
-        """Read the exit states ``[n, hidden]`` of a new text, which may have ``rows`` in all."""
+        """Read the exit states ``[n, hidden]`` of a new text, which may grow to ``rows``."""
         if rows > self.cache.capacity:
             self.cache = self._cache(max(2048, rows))
         self.cache.length = 0
         self._read(states)
         self.committed = self.cache.length
-        self.behind = states[:0]  # committed states that have not been read
+        self.unread = states[:0]  # committed states that have not been read
 
     def look(self, states: Tensor) -> Tensor:
-        """What becomes of the last of the exit states ``[n, hidden]`` behind the committed ones, ``[1, hidden]``."""
-        new = torch.cat([self.behind, states])[self.cache.length - self.committed :]
+        """Return the adapter's output ``[1, hidden]`` for the last of the exit states ``[n, hidden]`` after the
+        text."""
+        new = torch.cat([self.unread, states])[self.cache.length - self.committed :]
         if len(new):
             self.last = self._read(new)[-1:]
         return self.last
 
     def commit(self, states: Tensor) -> None:
-        """Keep the rows of these states; those that have not been read yet are next time."""
-        wanted = torch.cat([self.behind, states])
+        """Commit these states; those that have not been read yet are read by the next ``look``."""
+        wanted = torch.cat([self.unread, states])
         kept = min(self.cache.length - self.committed, len(wanted))
         self.committed += kept
-        self.cache.length, self.behind = self.committed, wanted[kept:]
+        self.cache.length, self.unread = self.committed, wanted[kept:]
 
     def _read(self, states: Tensor) -> Tensor:
         positions = self.cache.length + torch.arange(len(states), device=states.device)[None]

@@ -1,4 +1,4 @@
-"""A draft step in int8 as one call into the kernels, since it is made several times a cycle."""
+"""A draft step in int8 as one call into the kernels, because it is made several times a cycle."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from spec_envs.decoding.model.rope import Rope
 
 
 class Int8Step:
-    """One forward of a drafter and the most probable next tokens.
+    """One forward of a drafter, from tokens to the most probable next tokens.
 
     Args:
-        layers, norm, head: of the drafter; the norm is that in front of the head.
+        layers, norm, head: parts of the drafter; the norm is the one before the head.
         embedding: bfloat16 ``[vocab, hidden]``.
-        rope: tables of the drafter.
-        outputs: how many of the head's outputs can be drafted, the first ones.
-        entering: of an EAGLE-3 head, the norms of embedding and hidden state.
+        rope: rotary tables of the drafter.
+        outputs: how many of the head's first outputs can be drafted.
+        entering: for an EAGLE-3 head, the norms of the embedding and of the hidden state.
+
+    Raises:
+        ValueError: the parts have different widths.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Int8Step:
         outputs: int,
         entering: tuple[RMSNorm, RMSNorm] | None = None,
     ):
-        self.kept = layers, norm, head, embedding, rope, entering  # what the structure points to
+        self.kept = layers, norm, head, embedding, rope, entering  # alive while the structure points to them
         self.layers, self.rope, self.outputs = layers, rope, outputs
         self.hidden = embedding.shape[1]
         reads, both = layers.structures[0].qkv.inputs, (norm, *(entering or ()))
@@ -68,18 +71,22 @@ class Int8Step:
         last: int,
         seen: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows written to the cache behind its committed ones.
+        """Make one forward; its rows are written to the cache after the committed ones, which they do not join.
 
         Args:
-            hidden: float32 ``[n, hidden]``, in place: of an EAGLE-3 head what its rows read; what they become.
+            hidden: float32 ``[n, hidden]``, overwritten by the last layer's output; an EAGLE-3 head reads it first.
             tokens, positions: int64 ``[n]``.
-            extra: output rows of further tokens ``[m, hidden]``, or None.
-            last: how many rows, counted from the end, are asked for children.
+            extra: output rows ``[m, hidden]`` of further tokens, or None.
+            width: children per row.
+            last: how many rows, counted from the end, get children.
             seen: see ``KVCache.mask``.
 
         Returns:
-            Indices and log-probabilities ``[last, width]`` of the children, the further tokens behind the head's, and
-            the entropies ``[last]``.
+            Indices ``[last, width]`` of the children (further tokens are numbered after the head's outputs), their
+            log-probabilities ``[last, width]``, and the entropies ``[last]`` in nats.
+
+        Raises:
+            IndexError: arrays of other sizes or dtypes, or rows that do not fit the cache.
         """
         index, log_probabilities = np.empty((last, width), np.int64), np.empty((last, width), np.float32)
         entropies = np.empty(last, np.float32)
@@ -116,7 +123,7 @@ class Int8Step:
         last: int,
         seen: np.ndarray | None,
     ) -> None:
-        """Raise IndexError for arrays of other sizes or dtypes than the kernels will take them for."""
+        """Raise IndexError for arrays of other sizes or dtypes than the kernels assume."""
         at, mask = torch.from_numpy(positions)[None], None if seen is None else torch.from_numpy(seen)
         self.layers.check_rows(hidden[None], 1, cache, self.rope, range(len(self.layers.structures)), at, mask)
         choices = self.outputs + (0 if extra is None else len(extra))

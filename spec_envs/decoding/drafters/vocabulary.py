@@ -1,4 +1,4 @@
-"""What can be drafted in a text: a shortlist, and the tokens of the text itself."""
+"""The tokens that can be drafted in a text: a shortlist, and the tokens of the text itself."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch import Tensor
 
 from spec_envs.decoding.model.transformer import Transformer
 
-TOGETHER = 16  # positions that are drafted behind in one forward
+TOGETHER = 16  # most positions of a text whose drafts share a forward
 
 
 class Vocabulary:
-    """A drafter's shortlist and, where its output rows are the target's own, every token of one text so far (names in an
-    article to summarise, identifiers of a program).
+    """A drafter's shortlist and the tokens of one text so far (names in an article to summarise, identifiers in a
+    program).
+
+    The tokens of the text join where the drafter's output rows are the target's own.
 
     Args:
         shortlist: target ids ``[n]``.
-        output_rows: output rows ``[n, hidden]`` of target ids ``[n]``, or None where the drafter has others.
+        output_rows: returns output rows ``[n, hidden]`` of target ids ``[n]``; None where the drafter has its own.
         target: for its device and dtypes.
 
     Attributes:
-        ids: target ids, the shortlist first.
-        rows: output rows of the ids behind the shortlist, or None.
+        ids: target ids that can be drafted, the shortlist first.
+        rows: output rows ``[m, hidden]`` of the ids after the shortlist, or None.
     """
 
     def __init__(self, shortlist: np.ndarray, output_rows: Callable[[Tensor], Tensor] | None, target: Transformer):
@@ -35,7 +37,7 @@ class Vocabulary:
         self.known[shortlist] = True
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Note tokens of the text."""
+        """Add tokens of the text."""
         new = sorted({token for token in tokens if not self.known[token]})
         if self.output_rows is None or not new:
             return
@@ -45,17 +47,21 @@ class Vocabulary:
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
     def grows_by(self, token: int) -> bool:
-        """Whether the token would be new."""
+        """Return whether adding ``token`` would make the vocabulary larger."""
         return self.output_rows is not None and not self.known[token]
 
     def logits(self, normed: Tensor) -> Tensor | None:
-        """Of normed hidden states ``[n, hidden]``: those of the ids behind the shortlist, if there are any."""
+        """Return logits ``[n, m]`` of the ids after the shortlist for normed hidden states ``[n, hidden]``; None
+        without any."""
         return None if self.rows is None else F.linear(normed, self.rows)
 
 
 def same_vocabulary(vocabulary: Vocabulary | None, text: Sequence[int]) -> Iterator[slice]:
-    """Positions of a text behind which is drafted in one forward: as many as have the same vocabulary, for nothing must be
-    drafted that only a later position has seen. Their tokens have joined it when they are given out."""
+    """Yield runs of positions of a text at which the vocabulary is the same, up to ``TOGETHER`` long.
+
+    Drafts after the positions of a run can share a forward: none of them could draft a token that only a later position
+    has seen. The tokens of a run have joined the vocabulary when it is yielded.
+    """
     at = 0
     while at < len(text):
         if vocabulary is not None:

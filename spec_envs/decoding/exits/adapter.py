@@ -133,7 +133,7 @@ class ExitAdapter(nn.Module):
         """What is added to the target's layers, with gradients; None where they stay as they are."""
         return None if self.lossless else additions([self.lora_S, self.lora_D], self.target.shape.layers)
 
-    def played_additions(self) -> Additions | None:
+    def deployed_additions(self) -> Additions | None:
         """The same for a forward of the target as it is decoded with."""
         with torch.no_grad():
             added = self.additions()

@@ -40,7 +40,7 @@ class SplitVerifier(LocalVerifier):
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """See ``LocalVerifier``; what the adapter has learned since the last text counts from now on."""
         if self.version != self.adapter.version:
-            added, self.version = self.adapter.played_additions(), self.adapter.version
+            added, self.version = self.adapter.deployed_additions(), self.adapter.version
             self.added = added if added is None or self.added is None else self.added.become(added)
         self.rows = []
         return super().start(prompt, rows, rng)
@@ -48,7 +48,7 @@ class SplitVerifier(LocalVerifier):
     def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
         """The target with the adapter in its layers, if it has one there."""
         other = LocalVerifier(self.target, (), self.temperature, self.top_p)
-        other.added = self.adapter.played_additions()
+        other.added = self.adapter.deployed_additions()
         return other
 
     @torch.inference_mode()

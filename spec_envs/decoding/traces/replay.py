@@ -172,7 +172,7 @@ class ChainReplay(Replay, ChainDrafter):
         tree.clear()
         return super().root(tree) if self._length else 0
 
-    def goes_on(self, tree: Tree) -> bool:
+    def continues(self, tree: Tree) -> bool:
         """Whether more was drafted behind a chain."""
         return 0 < tree.size < self._length
 

@@ -15,7 +15,7 @@ from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
-from spec_envs.decoding.drafters.lookup import Occurrences, copied_right
+from spec_envs.decoding.drafters.lookup import Occurrences, copy_probability
 from spec_envs.decoding.loading import default_drafter, load_decoder, static_over_plain
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
@@ -143,7 +143,7 @@ def test_copies_are_as_often_right_as_they_say() -> None:
 
 
 def test_copies_are_the_surer_the_longer_they_match() -> None:
-    chances = [copied_right(n) for n in range(2, 20)]
+    chances = [copy_probability(n) for n in range(2, 20)]
     assert chances[0] == 0.5 and chances == sorted(chances) and chances[-1] < 1
 
 

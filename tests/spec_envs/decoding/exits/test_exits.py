@@ -286,7 +286,7 @@ def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Pa
         )
         model.load_adapter(tmp_path / "lora_D", "lora_D")
         model.base_model.set_adapter(["lora_S", "lora_D"])
-        ours = logits_of(target, ids, added=adapter.played_additions())
+        ours = logits_of(target, ids, added=adapter.deployed_additions())
     else:
         cut_off = AutoModelForCausalLM.from_pretrained(tiny_target, num_hidden_layers=3, dtype=torch.float32)
         model = PeftModel.from_pretrained(cut_off, tmp_path / "exit_proj")
