@@ -39,7 +39,7 @@ class WallClock:
     Attributes:
         priced: whether the seconds come from a table instead.
         totals: seconds charged to each part since the text began.
-        simulated: the share of a measured clock's seconds for which nobody waited, as a simulated network's.
+        simulated: seconds among them for which nobody waited, as those of a simulated network.
     """
 
     priced = False
