@@ -20,7 +20,6 @@ from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.controls.base import checked_action
 from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.clock import PricedClock
-from spec_envs.decoding.decoder import Cycle
 from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
 from spec_envs.decoding.loading import (
     DEFAULT_TARGET,
@@ -123,7 +122,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         EzPickle.__init__(self, control, **given, **own)
         kind = CONTROLS[control]
         check_keywords(kind, given | own)
-        reward = kind.rewards[0] if reward is None else reward
+        reward = next(iter(kind.rewards)) if reward is None else reward
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         max_new_tokens = Trace.longest(max_new_tokens, trace)
         check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
@@ -220,20 +219,12 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         seconds = clock.since(self._mark)
         self._mark = dict(clock.totals)
         info = self._info(cycle, seconds)
-        if self.reward_name == "accepted":
-            reward = float(cycle.accepted) if cycle else 0.0
-        elif self.reward_name == "saved":
-            reward = self._worth(cycle) - self.pace * sum(seconds.values())
-        elif self.reward_name == "ltd":
-            reward = cycle.emitted / (100 * sum(cycle.seconds.values())) if cycle else 0.0
-        else:
-            assert cycle is not None
-            reward = cycle.accepted / sum(cycle.seconds.values())
+        reward = self.control.reward(self.reward_name, cycle, sum(seconds.values()), self.pace)
         terminated = self.decoder.finished or (self.episode == "cycle" and cycle is not None)
         observation = self.control.observe(self.decoder)
         if self.render_mode == "human":
             self.render()
-        return observation, float(reward), terminated, False, info
+        return observation, reward, terminated, False, info
 
     def render(self) -> str | np.ndarray | None:
         """Return the text so far and the tree: coloured text, or a picture ``[height, width, 3]``.
@@ -342,15 +333,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         ours = [prompt for prompt in self.prompts if prompt.task == (self.turn or tasks[0])]
         return ours[self.np_random.integers(len(ours))]
 
-    def _worth(self, cycle: Cycle | None) -> float:
-        """Tokens of a cycle; one that the target never saw counts as ``edge_value``."""
-        if cycle is None:
-            return 0.0
-        if not cycle.unverified:
-            return float(cycle.emitted)
-        assert isinstance(self.control, TopKControl) and self.control.edge_value is not None
-        return self.control.edge_value * cycle.emitted
-
     def _info(self, cycle: Any, seconds: dict[str, float]) -> dict[str, Any]:
         emitted = cycle.emitted if cycle else 0
         spent = sum(seconds.values())
@@ -362,7 +344,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             "bytes_up": cycle.bytes_up if cycle else 0,
             "bytes_down": cycle.bytes_down if cycle else 0,
             "seconds": {part: s for part, s in seconds.items() if part != "prefill"},
-            "saved": self._worth(cycle) - self.plain_rate * spent,
+            "saved": (self.control.worth(cycle) if cycle else 0.0) - self.plain_rate * spent,
         }
         info |= self.control.details(self.decoder, cycle)
         if cycle and self.decoder.finished:
@@ -374,7 +356,9 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             info["tokens"] = tokens
             if isinstance(self.decoder, LlamaServerDecoder):
                 info["restart_seconds"] = self.decoder.restart_seconds - self._restarts_began
-            worth = sum(self._worth(done) for done in self.decoder.cycles)  # without the first token, the prefill's
+            worth = sum(
+                self.control.worth(done) for done in self.decoder.cycles
+            )  # without the first token, the prefill's
             info["speedup"] = worth / total / self.plain_rate
         return info
 

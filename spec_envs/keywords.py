@@ -8,10 +8,10 @@ from typing import Any
 
 from spec_envs.checked import check_number, choice
 from spec_envs.controls.base import Control
+from spec_envs.controls.rewards import RATES
 from spec_envs.prompts.sets import SPLITS
 
 EPISODES = ("prompt", "cycle")
-RATES = ("ltd", "rl_adapter")  # rewards that are tokens over seconds
 
 
 def check_ranges(kind: type[Control], given: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def check_ranges(kind: type[Control], given: dict[str, Any]) -> None:
         ValueError: one is out of its range, or two do not go together.
     """
     choice("episode", given["episode"], EPISODES)
-    choice("reward", given["reward"], kind.rewards)
+    choice("reward", given["reward"], list(kind.rewards))
     choice("split", given["split"], (*SPLITS, "all"))
     if given["reward"] in RATES and given["episode"] == "prompt":
         raise ValueError(

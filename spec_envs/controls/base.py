@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.checked import check_number
+from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.loading import default_drafter
@@ -70,7 +71,7 @@ class Control(ABC):
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
         task: of the text under way, ``""`` where it is not known.
-        rewards: names of the rewards that it can be paid by, the default first.
+        rewards: the rewards that a decision can be paid by, by name, the default first.
         temperature: of the target where none is given.
         cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
@@ -84,7 +85,7 @@ class Control(ABC):
     width: int
     max_depth: int
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
-    rewards: ClassVar[tuple[str, ...]] = ("saved", "ltd")
+    rewards: ClassVar[Mapping[str, Reward]] = {"saved": saved, "ltd": ltd}
     temperature: ClassVar[float] = 0.0
     name: ClassVar[str]
     trace_kind: ClassVar[str] = ""
@@ -193,6 +194,26 @@ class Control(ABC):
     def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
         """What this problem adds to the info of a step, which ended a cycle or did not."""
         return {}
+
+    def worth(self, cycle: Cycle) -> float:
+        """Return the tokens that a cycle counts for."""
+        return float(cycle.emitted)
+
+    def reward(self, name: str, cycle: Cycle | None, seconds: float, pace: float) -> float:
+        """Return what a decision is paid.
+
+        Args:
+            name: of the reward, one of ``rewards``.
+            cycle: the cycle that the decision ended, if it ended one.
+            seconds: of the decision.
+            pace: tokens per second that a second costs.
+        """
+        if cycle is None:
+            decided = Decision(0.0, 0, 0, seconds, 1.0, pace)
+        else:
+            whole = sum(cycle.seconds.values())
+            decided = Decision(self.worth(cycle), cycle.emitted, cycle.accepted, seconds, whole, pace)
+        return float(self.rewards[name](decided))
 
     @abstractmethod
     def prepare(self, decoder: Decoder) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from spec_envs.checked import check_number
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS
+from spec_envs.controls.rewards import accepted, saved
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter
@@ -102,7 +103,7 @@ class DVIControl(Control):
 
     name, partner_name = "dvi", None
     observations = ("default", "policy")
-    rewards = ("accepted", "saved")
+    rewards = {"accepted": accepted, "saved": saved}  # noqa: RUF012 - declared by Control
     width = 1
     cuts = False
 

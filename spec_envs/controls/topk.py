@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Entry, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot, read_match
+from spec_envs.controls.rewards import rl_adapter, saved
 from spec_envs.controls.rl_adapter_state import KS, published_state
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
@@ -119,7 +120,7 @@ class TopKControl(Control):
 
     name, partner_name = "topk", None
     observations = ("default", "rl_adapter")
-    rewards = ("saved", "rl_adapter")
+    rewards = {"saved": saved, "rl_adapter": rl_adapter}  # noqa: RUF012 - declared by Control
     temperature = 1.0
     width = 1
     cuts = False
@@ -206,6 +207,12 @@ class TopKControl(Control):
         if isinstance(drafter, ChainDrafter):  # and not prompt lookup, which is certain of what it says
             drafter.top_k = {"topk": choice.top_k, "full": verifier.vocab}.get(choice.mode)
         return decoder.unverified(choice.length) if choice.mode == "edge" else decoder.cycle(choice.length)
+
+    def worth(self, cycle: Cycle) -> float:
+        """Return the tokens of a cycle; those that the target never saw count as ``edge_value``."""
+        if self.edge_value is not None and cycle.unverified:
+            return self.edge_value * cycle.emitted
+        return super().worth(cycle)
 
     def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
         return {"unverified": cycle.unverified if cycle else 0}

@@ -15,6 +15,7 @@ from spec_envs.controls.base import CONTEXT_UNIT
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.controls.rewards import Decision
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.loading import static_over_plain
@@ -89,7 +90,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 "vectorised in NumPy are environments that replay a trace: give trace=FOLDER (`make trace`), or make "
                 'live ones with vectorization_mode="sync"'
             )
-        reward = kind.rewards[0] if reward is None else reward
+        reward = next(iter(kind.rewards)) if reward is None else reward
         self.trace, max_new_tokens = Trace.load(trace), Trace.longest(max_new_tokens, trace)
         check_settings(trace, keywords)
         check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
@@ -224,10 +225,10 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         finished = done.verified & (play.row == self.last)
         self.spent += seconds
         self.cycle_spent += seconds
-        if self.reward_name == "saved":
-            rewards = emitted - self.pace[play.clock] * seconds
-        else:
-            rewards = emitted / np.where(done.verified, 100 * self.cycle_spent, 1.0)
+        whole = np.where(done.verified, self.cycle_spent, 1.0)
+        rewards = self.control.rewards[self.reward_name](
+            Decision(emitted, emitted, accepted, seconds, whole, self.pace[play.clock])
+        )
         values = blank(self.num_envs)
         values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[play.clock] * seconds}
         values |= {

@@ -1,0 +1,51 @@
+"""What a decision is paid, by the name of the reward; a control lists those that it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Decision(NamedTuple):
+    """What a decision brought and what it cost: numbers, or arrays with one of each per environment.
+
+    Attributes:
+        worth: tokens that the cycle counts for; 0 where the decision ended none.
+        emitted, accepted: tokens of the cycle; 0 where the decision ended none.
+        seconds: of the decision.
+        cycle_seconds: of the whole cycle; 1 where the decision ended none.
+        pace: tokens per second that a second costs.
+    """
+
+    worth: Any
+    emitted: Any
+    accepted: Any
+    seconds: Any
+    cycle_seconds: Any
+    pace: Any
+
+
+Reward = Callable[[Decision], Any]
+
+
+def saved(decision: Decision) -> Any:
+    """Return the tokens less those that the seconds would have brought at the pace."""
+    return decision.worth - decision.pace * decision.seconds
+
+
+def ltd(decision: Decision) -> Any:
+    """Return the reward of Learning to Draft (arXiv 2603.01639): tokens per hundredth of a second of the cycle."""
+    return decision.emitted / (100 * decision.cycle_seconds)
+
+
+def rl_adapter(decision: Decision) -> Any:
+    """Return accepted tokens per second of the cycle, as published for a link."""
+    return decision.accepted / decision.cycle_seconds
+
+
+def accepted(decision: Decision) -> Any:
+    """Return the number of accepted tokens."""
+    return decision.accepted
+
+
+RATES = {"ltd", "rl_adapter"}  # rewards that are tokens over seconds, which are paid for one cycle at a time
