@@ -1,42 +1,29 @@
-"""A tiny random pair for tests of logic, and the default model for evidence.
+"""A random tiny pair for tests of logic, and how examples are generated.
 
 The tiny target has 16 tokens, so that the ten best children of a random drafter nearly always hold the target's
-choice: trees are accepted deep, which exercises everything behind acceptance.
+choice: trees are accepted deep, which exercises everything after acceptance.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
-from spec_envs.decoding.model import kernels
-from spec_envs.decoding.model.kernels import building
-from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_target
 from spec_envs.decoding.weights.files import load_weights
-from spec_envs.experiments.traces.record import Plan, recorded
-from spec_envs.vector.env import ReplayVectorEnv
-from tests.support.traced import CASES, costs_in
+from tests.support.models import CPU, WORDS, save_draft
 
-CPU = torch.device("cpu")
-WORDS = ["<eos>", "<unk>", *["the", "a", "of", "and", "in", "to", "is", "it", "on", "we", "you", "def"], ".", ","]
-REAL = "smollm2-135m"
-TEXTS = (4, 1, 2)  # of train, validation and test in the traces
-# A build that fails where there is all it needs is a failure of the tests, not a reason to skip them.
-WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or next(building.compilers(), None) is None)
-
+pytest_plugins = ["tests.support.recordings"]
 
 # The same few examples at every run; `make fuzz` draws many new ones. A slow test takes a share of `settings.default.max_examples`.
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=30)
@@ -86,24 +73,6 @@ def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def save_draft(folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    """A random Llama of one layer with the tokenizer of another folder."""
-    torch.manual_seed(7)
-    config: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": len(WORDS),
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.4,
-        "eos_token_id": 0,
-    }
-    LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_draft(tmp_path_factory.mktemp("tiny-draft"), tiny_target)
@@ -131,30 +100,3 @@ def tiny_decoder(tiny: dict[str, Any]) -> Decoder:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-@pytest.fixture(scope="session")
-def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
-    """What is recorded of the tiny models: trees, chains of a draft model, and those behind prompt lookup."""
-    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
-    return {
-        "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], "max_depth": 4, "width": 4}, TEXTS),
-        "chain": Plan("SpecK-v0", env | {"drafter": str(tiny_draft), "k_max": 6}, TEXTS),
-        "copies": Plan("SpecK-v0", env | {"drafter": f"lookup+{tiny_draft}", "k_max": 6}, TEXTS),
-        "lookup": Plan("SpecK-v0", env | {"drafter": "lookup", "k_max": 6}, TEXTS),
-    }
-
-
-@pytest.fixture(scope="session")
-def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
-    return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
-
-
-@pytest.fixture(scope="session")
-def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
-    """Environments of each case on the training texts; copy one before playing it."""
-    clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
-    for case, (env_id, name, keywords) in CASES.items():
-        shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}
-        made[case] = gym.make_vec(env_id, num_envs=8, vectorization_mode="vector_entry_point", **shared)
-    return made

@@ -21,7 +21,8 @@ from spec_envs.controls.plans import Plans
 from spec_envs.decoding.traces.trace import Trace, level_slice
 from spec_envs.experiments.train import trace_of
 from spec_envs.vector.env import ReplayVectorEnv
-from tests.support.traced import CASES, TABLE, control_of, costs_in, random_lessons
+from tests.support.lessons import random_lessons
+from tests.support.traced import CASES, TABLE, control_of, costs_in
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -29,7 +29,8 @@ from spec_envs.experiments.benchmark.bounds import Bounds
 from spec_envs.experiments.config import Experiment
 from spec_envs.experiments.train import open_run, resolved
 from spec_envs.vector.env import ReplayVectorEnv
-from tests.support.traced import CASES, TABLE, TREE, control_of, costs_in, random_lessons
+from tests.support.lessons import random_lessons
+from tests.support.traced import CASES, TABLE, TREE, control_of, costs_in
 
 LEARNED = ("depth", "budget", "tree", "k", "token")
 DEAR = CostTable("dear", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 2.0})

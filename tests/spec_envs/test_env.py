@@ -18,7 +18,7 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
 from spec_envs.decoding.loading import static_over_plain
 from spec_envs.env import SpecEnv
-from tests.conftest import REAL
+from tests.support.models import REAL
 
 IDS = list(ENVIRONMENTS)
 LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}

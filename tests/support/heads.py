@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import load_decoder
 
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+IDS = "eagle_aux_hidden_state_layer_ids"
 LAYOUTS = ("eagle", "specforge", "modelopt", "automodel", "speculators")
 PROMPT = [3, 7, 5, 9, 4, 11, 2]
 

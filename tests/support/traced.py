@@ -1,20 +1,14 @@
-"""Control problems on traces of the tiny pair, and what there is to learn from them."""
+"""Control problems on traces of the tiny pair, and a table of prices for them."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from spec_envs.agents.traced.lessons import Lessons, taught
 from spec_envs.controls import make_control
 from spec_envs.controls.base import Control
-from spec_envs.controls.plans import Plans
 from spec_envs.decoding.clock import CostTable
-from spec_envs.vector.env import ReplayVectorEnv
 
 TREE = {"max_depth": 4, "width": 4}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -39,8 +33,3 @@ def costs_in(folder: Path, table: CostTable = TABLE) -> str:
     path = folder / f"{table.name.replace(' ', '-')}.json"
     path.write_text(json.dumps({"verify": table.verify, "draft": table.draft}))
     return str(path)
-
-
-def random_lessons(env: ReplayVectorEnv, control: Control, cycles: int = 60) -> Lessons:
-    rng = np.random.default_rng(0)
-    return taught(copy.deepcopy(env), lambda seen: rng.integers(env.choices, size=len(seen)), Plans(control), cycles, 0)

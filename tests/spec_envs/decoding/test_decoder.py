@@ -10,7 +10,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import ROOT
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.conftest import CPU
+from tests.support.models import CPU
 
 
 def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = None) -> list[int]:

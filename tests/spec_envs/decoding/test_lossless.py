@@ -25,7 +25,8 @@ from spec_envs.experiments.measure.arms import Encoded, decoded
 from spec_envs.experiments.measure.statistics import divergences
 from spec_envs.prompts.sets import TASKS, encode, load_prompts
 from spec_envs.recordings import decoder_under
-from tests.conftest import CPU, REAL, WITHOUT_KERNELS
+from tests.support.builds import WITHOUT_KERNELS
+from tests.support.models import CPU, REAL
 
 pytestmark = pytest.mark.model
 TOKENS = 40

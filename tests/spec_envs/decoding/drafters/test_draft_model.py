@@ -23,8 +23,9 @@ from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.measure.costs import draft_model
-from tests.conftest import REAL, WITHOUT_KERNELS, WORDS, save_draft
 from tests.spec_envs.decoding.test_decoder import plain
+from tests.support.builds import WITHOUT_KERNELS
+from tests.support.models import REAL, WORDS, save_draft
 
 VOCAB = len(WORDS)
 

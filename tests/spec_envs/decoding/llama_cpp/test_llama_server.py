@@ -25,7 +25,7 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.references import llamacpp_arms
 from spec_envs.prompts.sets import encode
-from tests.conftest import REAL
+from tests.support.models import REAL
 
 needs_a_server = pytest.mark.skipif(
     shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig
 
 from spec_envs.decoding.model import int8, kernels, layers
 from spec_envs.decoding.model.batch import generate_batch, read_batch
@@ -24,36 +23,11 @@ from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.conftest import CPU, REAL, WITHOUT_KERNELS
 from tests.support import ROOT as REPOSITORY
+from tests.support.builds import BUILDS, COMPILER, WITHOUT_KERNELS
+from tests.support.models import CPU, REAL
+from tests.support.pairs import CONFIGS, SHAPE, pair
 from tests.support.quantised import Quantised, eagle_layer
-
-SHAPE = {
-    "hidden_size": 96,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 150,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.08,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "llama-bias": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4}),
-    "qwen3": Qwen3Config(**{**SHAPE, "head_dim": 64}),
-}
-X86 = platform.machine() == "x86_64"
-WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
-BUILDS = {  # flags, and what the products are then made of: tiles (2), vectors (1) or neither
-    "vectors": ((*building.FLAGS, *WITHOUT_TILES), (0, 1)),
-    "short vectors": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),
-    "portable": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx2",) if X86 else ())), (0,)),
-}
-
-COMPILER = next(building.compilers(), ("c++",))
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
@@ -67,19 +41,6 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         library = building.built(COMPILER, flags)
         assert library.accelerated() in expected
         monkeypatch.setattr(kernels, "library", lambda: library)
-
-
-def pair(config: PretrainedConfig) -> tuple[Transformer, Transformer]:
-    """A random model in the kernels' int8 and in torch's."""
-    torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in reference.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    weights = reference.state_dict()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "Linear", Quantised)
-        return Transformer(config, weights, torch.int8, CPU), Transformer(config, weights, torch.float32, CPU)
 
 
 def test_a_product_is_that_of_quantised_rows_and_weights(build: None) -> None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 
 from spec_envs.decoding.model.kernels import building
-from tests.conftest import WITHOUT_KERNELS
 from tests.support import ROOT
+from tests.support.builds import WITHOUT_KERNELS
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)

@@ -29,7 +29,8 @@ from spec_envs.decoding.model.batch import generate_batch
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.model.transformer import Transformer
-from tests.conftest import CPU, WITHOUT_KERNELS
+from tests.support.builds import WITHOUT_KERNELS
+from tests.support.models import CPU
 from tests.support.quantised import random_weights
 
 ROPES: list[dict[str, Any]] = [

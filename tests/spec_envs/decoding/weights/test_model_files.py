@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer
@@ -311,59 +311,6 @@ def test_torch_files_that_are_cut_or_hold_something_else(folder: Path) -> None:
         torch.save(held, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match="holds something else than tensors by name"):
             ours(folder)
-
-
-@pytest.fixture(scope="module")
-def in_fp8(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> dict[str, Path]:
-    """A model whose projections are stored in FP8 with a scale for each block, and what it means, in float32."""
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 16, "head_dim": 64}
-    config = Qwen3Config(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0
-    )
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("stored", "meant")}
-    stored, meant = {}, {}
-    for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items():
-        stored[name] = meant[name] = weight
-        if name.endswith("_proj.weight"):
-            blocks = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
-            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
-            stored[name] = (blocks / scale).to(torch.float8_e4m3fn).reshape(weight.shape)
-            stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
-            meant[name] = ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).reshape(weight.shape)
-    for name, state in (("stored", stored), ("meant", meant)):
-        config.save_pretrained(folders[name])
-        AutoTokenizer.from_pretrained(tiny_target).save_pretrained(folders[name])
-        save_file(
-            {k: v.clone() for k, v in state.items() if k != "lm_head.weight"}, folders[name] / "model.safetensors"
-        )
-    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
-    configure(folders["stored"], quantization_config=method)
-    return folders
-
-
-def test_blocks_in_fp8_are_multiplied_out(in_fp8: dict[str, Path], tmp_path: Path) -> None:
-    assert ours(in_fp8["stored"]) == ours(in_fp8["meant"]) == theirs(in_fp8["meant"])
-    scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
-    damaged = Path(shutil.copytree(in_fp8["stored"], tmp_path / "damaged"))
-    restore(damaged, lambda state: state.update({scale.removesuffix("_inv"): state.pop(scale)}))
-    with pytest.raises(ValueError, match=rf"does not read the FP8 weights .*{scale.removesuffix('_inv')}"):
-        ours(damaged)
-
-
-@pytest.mark.parametrize("columns", [192, 320])
-def test_blocks_in_fp8_that_are_not_whole_are_refused(in_fp8: dict[str, Path], tmp_path: Path, columns: int) -> None:
-    """Where the last block is cut, transformers would multiply other blocks."""
-    folder = Path(shutil.copytree(in_fp8["stored"], tmp_path / "cut"))
-    name = "model.layers.0.mlp.up_proj.weight"
-
-    def cut(state: dict[str, torch.Tensor]) -> None:
-        state[name] = torch.zeros(384, columns).to(torch.float8_e4m3fn)
-        state[f"{name}_scale_inv"] = torch.ones(3, -(-columns // 128))
-
-    restore(folder, cut)
-    with pytest.raises(ValueError, match=rf"the FP8 weight {name} is \[384, {columns}\] with .* which are not whole"):
-        ours(folder)
 
 
 def test_an_adapter_beside_the_weights_is_refused(tiny_target: Path, tmp_path: Path) -> None:

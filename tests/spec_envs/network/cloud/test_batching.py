@@ -19,7 +19,8 @@ from spec_envs.network.cloud.batching import Batcher, Done
 from spec_envs.network.cloud.engine import TOGETHER, Answer, Engine, Job
 from spec_envs.network.cloud.metrics import Metrics
 from spec_envs.network.wire import VERSION, Hello, Plain, Refused, Verify, pack_ids
-from tests.conftest import WITHOUT_KERNELS
+from tests.support.builds import WITHOUT_KERNELS
+from tests.support.pairs import CONFIGS, pair
 
 KEY = bytes(16)
 
@@ -171,9 +172,7 @@ def target() -> Any:
     """A random model in int8, whose rows do not depend on those beside them."""
     if WITHOUT_KERNELS:
         pytest.skip("the kernels cannot be built here")
-    from tests import test_int8
-
-    return test_int8.pair(test_int8.CONFIGS["llama"])[0]
+    return pair(CONFIGS["llama"])[0]
 
 
 def hello(seed: int, temperature: float) -> Hello:

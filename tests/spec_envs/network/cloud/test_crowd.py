@@ -33,8 +33,8 @@ from spec_envs.network.wire import (
     pack_ids,
     vocabulary_hash,
 )
-from tests.conftest import WORDS
 from tests.support.cloud_process import CloudProcess
+from tests.support.models import WORDS
 
 VOCAB, CONTEXT = len(WORDS), 2048
 REQUEST = (

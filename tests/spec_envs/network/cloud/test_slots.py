@@ -17,7 +17,9 @@ from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.conftest import CPU, REAL, WITHOUT_KERNELS
+from tests.support.builds import BUILDS, COMPILER, WITHOUT_KERNELS
+from tests.support.models import CPU, REAL
+from tests.support.pairs import CONFIGS, pair
 
 MODELS = ["llama", "llama-bias", "qwen2", "qwen3", "portable", "float32"]
 
@@ -27,13 +29,12 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
     """A random model in float32, or in int8 with the kernels as built or (portable) without tile registers."""
     if request.param == "float32":
         return load_target(str(tiny_target), CPU, torch.float32)
-    from tests import test_int8  # skips where the kernels cannot be built
-
+    if WITHOUT_KERNELS:
+        pytest.skip("the kernels cannot be built here")
     if request.param == "portable":
-        flags, _ = test_int8.BUILDS["portable"]
-        library = building.built(test_int8.COMPILER, flags)
+        library = building.built(COMPILER, BUILDS["portable"][0])
         monkeypatch.setattr(kernels, "library", lambda: library)
-    return test_int8.pair(test_int8.CONFIGS.get(request.param, test_int8.CONFIGS["llama"]))[0]
+    return pair(CONFIGS.get(request.param, CONFIGS["llama"]))[0]
 
 
 def same(model: Transformer, ours: Tensor, alone: Tensor) -> bool:

@@ -1,86 +1,27 @@
-"""Published EAGLE-3 heads: whatever layout, flags and layers, they draft what they were trained to, or are refused."""
+"""Heads whose configuration, tensors or format is not computed are refused in one sentence that names it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import drafts_chains, load_decoder
-from tests.conftest import WITHOUT_KERNELS
-from tests.support.heads import LAYOUTS, Recipe, assert_drafts_as_computed, config, drafted, random_target, save_head
-
-FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-IDS = "eagle_aux_hidden_state_layer_ids"
-RECIPES = {
-    "plain": Recipe(),
-    "residual": Recipe(flags={"norm_before_residual": True}),
-    "before-fc": Recipe(flags={"norm_before_fc": True}),
-    "3.1": Recipe(flags={"fc_norm": True, "norm_output": True}),
-    "last": Recipe(boundaries=(3, 6, 8)),
-    "four": Recipe(boundaries=(2, 4, 5, 8), flags={"fc_norm": True}),
-    "one": Recipe(boundaries=(8,)),
-    "deep": Recipe(layers=3, flags={"norm_before_residual": True}),
-    "biased": Recipe(attention_bias=True, out_bias=True, mlp_bias=True, fc_bias=True),
-    "embedding": Recipe(embedding=True),
-    "narrow": Recipe(hidden=24, head_dim=6, embedding=True, flags={"fc_norm": True}),
-    "qwen3": Recipe(head_norms=True, layers=2, attention_bias=True),
-    "no-rows": Recipe(output_rows=False),
-    "whole": Recipe(drafted=16, output_rows=False),
-    "all-rows": Recipe(drafted=16),
-    "theta": Recipe(theta=77.0),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", RECIPES)
-def test_heads_of_every_layout(name: str, layout: str, tiny_target: Path, tmp_path: Path) -> None:
-    r = RECIPES[name]
-    assert_drafts_as_computed(tiny_target, tmp_path, r, save_head(tmp_path, r, layout))
-
-
-@st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    hidden, flags = draw(st.sampled_from([32, 16])), {f: draw(st.booleans()) for f in FLAGS}
-    flags["fc_norm"] = flags["fc_norm"] and not flags["norm_before_fc"]
-    kv = draw(st.sampled_from([1, 2, 4]))
-    boundaries = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5, unique=True).map(sorted))
-    return Recipe(
-        hidden=hidden,
-        layers=draw(st.integers(1, 3)),
-        kv_heads=kv,
-        heads=kv * draw(st.sampled_from([1, 2, 4])),
-        head_dim=draw(st.sampled_from([2, 4, 8, 12])),
-        mlp=draw(st.integers(1, 50)),
-        drafted=draw(st.integers(4, 16)),
-        boundaries=tuple(boundaries),
-        embedding=draw(st.booleans()) or hidden != 32,
-        output_rows=draw(st.booleans()) or hidden != 32,
-        theta=draw(st.floats(2, 1e6)),
-        seed=draw(st.integers(0, 99)),
-        flags=flags,
-        **{b: draw(st.booleans()) for b in ("attention_bias", "out_bias", "mlp_bias", "fc_bias", "head_norms")},
-    )
-
-
-@pytest.mark.fuzz
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(r=recipes(), layout=st.sampled_from(LAYOUTS))
-def test_any_head_drafts_what_it_computes(
-    r: Recipe, layout: str, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    assume(layout == "speculators" or r.boundaries[0] != 1)  # there is no way to write these
-    folder = tmp_path_factory.mktemp("head")
-    assert_drafts_as_computed(tiny_target, folder, r, save_head(folder, r, layout))
+from tests.support.heads import (
+    FLAGS,
+    IDS,
+    LAYOUTS,
+    Recipe,
+    config,
+    drafted,
+    save_head,
+)
 
 
 def read_layers(target: Path, folder: Path, **changes: Any) -> tuple[int, ...]:
@@ -182,86 +123,6 @@ def test_keys_that_change_nothing(key: str, tiny_target: Path, tmp_path: Path) -
     read_layers(tiny_target, tmp_path, **{key: values.get(key, "1")})
 
 
-def changed(folder: Path, change: Any, layout: str = "eagle") -> Path:
-    """A head with another set of tensors."""
-    save_head(folder, Recipe(), layout)
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-    return folder
-
-
-def add(**tensors: torch.Tensor) -> Any:
-    return lambda weights: weights.update(tensors)
-
-
-def drop(*names: str) -> Any:
-    return lambda weights: [weights.pop(name) for name in names]
-
-
-def set_to(name: str, index: Any, value: Any) -> Any:
-    return lambda weights: weights[name].__setitem__(index, value)
-
-
-EYE = torch.eye(32)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (add(extra=EYE), "nothing reads the tensors extra; they may change"),
-        (add(**{"midlayer.mlp.router.weight": EYE}), "nothing reads the tensors midlayer.mlp.router.weight"),
-        (add(**{"lm_head.bias": EYE[0, :13].clone()}), "nothing reads the tensors lm_head.bias"),
-        (
-            add(**{"layers.0.input_layernorm.weight": EYE[0].clone()}),
-            "two tensors are called midlayer.input_layernorm.weight",
-        ),
-        (add(**{"layers.1.input_layernorm.weight": EYE[0].clone()}), "nothing reads the tensors layers.1.input"),
-        (add(**{"input_norm.weight": torch.ones(96)}), "nothing reads the tensors input_norm.weight"),
-        (add(**{"fc_norm.0.weight": torch.ones(32)}), "nothing reads the tensors fc_norm.0.weight"),
-        (add(**{"fc.weight_scale": torch.ones(1)}), "nothing reads the tensors fc.weight_scale"),
-        (
-            add(**{"midlayer.self_attn.q_proj.bias": torch.ones(32)}),
-            "it lacks the tensors midlayer.self_attn.k_proj.bias",
-        ),
-        (add(**{"midlayer.mlp.up_proj.bias": torch.ones(40)}), "it lacks the tensors midlayer.mlp.gate_proj.bias"),
-        (drop("norm.weight"), "it lacks the tensors norm.weight"),
-        (drop("midlayer.hidden_norm.weight"), "it lacks the tensors midlayer.hidden_norm.weight"),
-        (drop("fc.weight"), "it lacks the tensors fc.weight"),
-        (drop("d2t"), "it lacks d2t, without which 13 draft tokens cannot be told from 16"),
-        (drop("d2t", "t2d"), "it lacks d2t"),
-        (add(d2t=torch.zeros(12, dtype=torch.long)), "13, but 12 tokens can be drafted"),
-        (add(d2t=torch.zeros(13)), "d2t is torch.float32 of shape"),
-        (add(d2t=torch.zeros(13, 1, dtype=torch.long)), "d2t is torch.int64 of shape"),
-        (set_to("d2t", 12, 9), "d2t leads to ids outside of the target's 16"),
-        (set_to("d2t", 0, -1), "d2t leads to ids outside"),
-        (set_to("d2t", 1, -1), "d2t leads to one id twice|t2d is not the mask"),
-        (set_to("t2d", slice(None), True), "t2d is not the mask of the 13 ids"),
-        (add(t2d=torch.ones(15, dtype=torch.bool)), "t2d is not the mask"),
-        (set_to("fc.weight", (0, 0), torch.nan), "fc.weight holds numbers that are not finite"),
-        (add(**{"fc.weight": torch.ones(32, 96, dtype=torch.int8)}), "fc.weight.* is (in torch.)?int8"),
-        (add(**{"lm_head.weight": torch.ones(14, 32)}), "14, but 13 tokens can be drafted"),
-        (add(**{"embed_tokens.weight": torch.ones(15, 32)}), r"embed_tokens.weight is \(15, 32\)"),
-    ],
-)
-def test_tensors_that_nobody_reads_or_that_contradict_are_refused(
-    change: Any, message: str, tiny_target: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        drafted(tiny_target, changed(tmp_path, change))
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_tensors_that_change_nothing(tiny_target: Path, tmp_path: Path) -> None:
-    ones = {"verifier_norm.weight": torch.ones(32), "verifier_lm_head.weight": torch.ones(13, 32)}
-    tables = {"midlayer.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    plain = drafted(tiny_target, changed(tmp_path / "a", lambda weights: None)).tree.scores
-    more = changed(tmp_path / "b", add(**ones, **tables))
-    np.testing.assert_array_equal(drafted(tiny_target, more).tree.scores, plain)
-    without = changed(tmp_path / "c", drop("t2d"))  # it follows from d2t
-    np.testing.assert_array_equal(drafted(tiny_target, without).tree.scores, plain)
-
-
 @pytest.mark.parametrize(
     ("changes", "tensors", "what"),
     [
@@ -352,16 +213,6 @@ def test_folders_that_are_damaged_or_belong_to_another_target(
     assert not drafts_chains(str(tmp_path / "wide")) and drafts_chains(str(tiny_draft))
 
 
-def test_a_head_is_as_it_was_when_it_is_saved_again(tiny_target: Path, tmp_path: Path) -> None:
-    for i, (r, layout) in enumerate((r, layout) for r in RECIPES.values() for layout in ("modelopt", "speculators")):
-        made = save_head(tmp_path / f"{i}", r, layout)
-        EagleHead.load(str(tmp_path / f"{i}")).save(tmp_path / f"{i}-again", torch.float32)
-        assert_drafts_as_computed(tiny_target, tmp_path / f"{i}-again", r, made)
-    save_head(tmp_path / "first", Recipe(boundaries=(1, 4, 5)), "speculators")
-    with pytest.raises(ValueError, match="would be read as outputs"):
-        EagleHead.load(str(tmp_path / "first")).save(tmp_path / "second")
-
-
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -401,34 +252,3 @@ def test_a_head_with_any_config_is_loaded_or_refused_in_a_sentence(
             decoder.cycle(2)
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
-
-
-@pytest.fixture(scope="module")
-def wide_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose widths the kernels compute."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
-    return random_target(tmp_path_factory.mktemp("wide") / "target", tiny_target, **sizes)
-
-
-@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
-@pytest.mark.parametrize("name", RECIPES)
-def test_int8_drafts_nearly_the_same(name: str, wide_target: Path, tmp_path: Path) -> None:
-    """Under every flag, but for what rounding does."""
-    r = dataclasses.replace(RECIPES[name], target_hidden=128, hidden=128, head_dim=32, mlp=128, scale=0.08)
-    r = dataclasses.replace(r, hidden=64) if name == "narrow" else r
-    save_head(tmp_path / "head", r)
-    exact, coarse = (drafted(wide_target, tmp_path / "head", d, width=13, levels=2) for d in ("float32", "int8"))
-    assert exact.tokens == coarse.tokens
-    first = [dict(zip(d.tree.tokens[:13].tolist(), d.tree.scores[:13], strict=True)) for d in (exact, coarse)]
-    shared = sorted(first[0].keys() & first[1].keys())
-    assert len(shared) > 10
-    scores = [[found[token] for token in shared] for found in first]
-    assert np.corrcoef(scores)[0, 1] > 0.995
-    entropies = [np.concatenate(d.tree.entropies) for d in (exact, coarse)]
-    assert np.abs(entropies[0] - entropies[1])[0] < 0.15
-
-
-def test_by_itself_no_dtype_is_taken_that_does_not_compute_the_head(wide_target: Path, tmp_path: Path) -> None:
-    save_head(tmp_path, Recipe(target_hidden=128, hidden=24, head_dim=6, embedding=True))
-    assert drafted(wide_target, tmp_path, "auto").dtype != "int8"

@@ -1,0 +1,223 @@
+"""Run folders with a damaged file continue and load as before, or the error names the file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spec_envs import agents
+from spec_envs.agents.exits.online import OnlineAgent
+from spec_envs.agents.sb3.agent import SB3Agent
+from spec_envs.experiments import train
+from spec_envs.sealed import digest, read_torch
+from tests.support.runs import Run, files_of, killed, weights
+
+
+@pytest.fixture(scope="module")
+def halfway(
+    every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, bytes]]]:
+    """Folders of killed runs, and what they come to."""
+    found = {}
+    for name in ("ppo", "dqn", "dvi", "rl-adapter"):
+        folder = tmp_path_factory.mktemp(name)
+        killed(every[name], folder / "killed", 1)
+        shutil.copytree(folder / "killed", folder / "done")
+        every[name].train(folder / "done")
+        found[name] = folder / "killed", weights(folder / "done")
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Folders of trained runs, and what is loaded from them."""
+    found = {}
+    for name in every:
+        folder = tmp_path_factory.mktemp(name) / "run"
+        every[name].train(folder)
+        found[name] = folder, loaded(folder)
+    return found
+
+
+def loaded(folder: Path) -> str:
+    """What ``spec_envs.agents.load`` makes of a run, as a hash of all its numbers."""
+    control, agent = agents.load(folder)
+    state: dict[str, Any] = {"seconds": 0.0 if isinstance(agent, OnlineAgent) else agent.decision_seconds}
+    if isinstance(agent, SB3Agent):
+        state |= agent.model.policy.state_dict()
+    elif isinstance(agent, OnlineAgent):
+        state |= agent.adapter.state_dict() | {"shortlist": agent.adapter.shortlist.tolist()}
+    elif hasattr(agent, "network"):
+        state |= agent.network.state_dict()
+    elif hasattr(agent, "head"):
+        state |= agent.head.state_dict()
+    else:
+        state |= agent.adapter.policy_net.state_dict()
+    prices = control.costs and (control.costs.verify, control.costs.draft)
+    return digest([dict(state), prices])
+
+
+class Damage(NamedTuple):
+    """What happens to a file."""
+
+    kind: str
+    place: float
+    bit: int
+
+    def to(self, path: Path) -> None:
+        data = path.read_bytes()
+        at = min(int(self.place * len(data)), max(0, len(data) - 1))
+        if self.kind == "empty":
+            data = b""
+        elif self.kind == "cut":
+            data = data[:at]
+        elif self.kind == "nested":
+            data = b"[" * 100_000
+        elif self.kind == "other":
+            data = b'{"a": NaN}'
+        elif data:
+            data = data[:at] + bytes([data[at] ^ 1 << self.bit]) + data[at + 1 :]
+        path.write_bytes(data)
+
+
+DAMAGES = st.builds(
+    Damage,
+    st.sampled_from(["empty", "cut", "cut", "nested", "other", "flipped", "flipped", "flipped"]),
+    st.floats(0, 1),
+    st.integers(0, 7),
+)
+
+
+def named(error: ValueError, path: Path, folder: Path) -> bool:
+    """Whether one sentence says what is damaged."""
+    sentence = str(error)
+    return "\n" not in sentence and (path.name in sentence or (path.name == "config.yml" and str(folder) in sentence))
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["ppo", "dqn", "dvi", "rl-adapter"])
+@settings(
+    max_examples=max(4, settings.default.max_examples // 3),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_a_damaged_folder_goes_on_as_before_or_says_what_is_damaged(
+    name: str,
+    every: dict[str, Run],
+    halfway: dict[str, tuple[Path, dict[str, bytes]]],
+    tmp_path: Path,
+    data: st.DataObject,
+) -> None:
+    folder, expected = halfway[name]
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    path = data.draw(st.sampled_from(files_of(copy)))
+    data.draw(DAMAGES).to(path)
+    try:
+        every[name].train(copy)
+    except ValueError as error:
+        assert named(error, path, copy), (path, error)
+    else:
+        assert weights(copy) == expected
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["ppo", "dqn", "hindsight", "dvi", "rl-adapter", "specdec++"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_damaged_run_loads_as_before_or_says_what_is_damaged(
+    name: str, finished: dict[str, tuple[Path, str]], tmp_path: Path, data: st.DataObject
+) -> None:
+    folder, expected = finished[name]
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    readable = [path for path in files_of(copy) if path.name != "config.yml"]
+    path = data.draw(st.sampled_from(readable))
+    data.draw(DAMAGES).to(path)
+    try:
+        found = loaded(copy)
+    except ValueError as error:
+        assert named(error, path, copy) or path.parent.name in str(error), (path, error)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 50_000, "a: b", "- 1", "id: [1]\nenv: {}\nagent: {}\nhyperparameters: {}"]
+)
+def test_a_config_that_is_none_is_a_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"^\S+ is not a readable run folder \([^\n]*\); expected one written by `make train`$"
+    ):
+        agents.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"agent": "pppo"}, "names the unknown agent 'pppo'"),
+        ({"hyperparameters": [1]}, "hyperparameters holds no keys"),
+        ({"hyperparameters": {"n_steps": 0}}, "config.yml has settings that cannot be built"),
+        ({"hyperparameters": {"learning_rate": "much"}}, "config.yml has settings that cannot be built"),
+        ({"hyperparameters": {"pi_arch": [10**12]}}, "config.yml has settings that cannot be built"),
+        ({"env": {"k_maxx": 2}}, "config.yml has settings that cannot be built"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_a_sentence(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = {"id": "SpecK-v0", "env": {}, "agent": "ppo", "hyperparameters": {}} | change
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=message) as error:
+        agents.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_is_its_own_partner_is_refused(tmp_path: Path) -> None:
+    config = {"id": "SpecDepth-v0", "env": {}, "agent": "random", "hyperparameters": {}, "partner": str(tmp_path)}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="is its own partner"):
+        agents.load(tmp_path)
+
+
+def test_a_file_that_would_take_more_memory_than_it_has_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1).expand(10**9)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint.pt: it is damaged \(its tensors are larger than the file\)"):
+        read_torch(tmp_path / "checkpoint.pt", "the checkpoint", "delete it")
+
+
+def test_files_of_others_have_no_hash_and_are_read(every: dict[str, Run], tmp_path: Path) -> None:
+    every["ppo"].train(tmp_path)
+    path = tmp_path / "policy.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {"decision_seconds": file.metadata()["decision_seconds"]}
+    save_file(load_file(path), path, metadata)
+    agents.load(tmp_path)
+
+
+def test_a_damaged_table_of_a_finished_run_is_a_sentence(
+    every: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = every["ppo"]
+    train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    capsys.readouterr()
+    train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
+    table = capsys.readouterr().out
+    assert "is finished" in table and "| ppo |" in table
+    whole = results.read_text()
+    digit = next(i for i in range(whole.index("tokens_per_second"), len(whole)) if whole[i] in "12345678")
+    for damaged in ("", whole[:-9], whole[:digit] + "9" + whole[digit + 1 :], "{}", "[" * 100_000):
+        results.write_text(damaged)
+        with pytest.raises(ValueError, match=r"results.json .*; delete it to make the table again"):
+            train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")

@@ -1,0 +1,168 @@
+"""Training that is killed, interrupted or runs out of disk continues to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spec_envs import agents
+from spec_envs.experiments import train
+from spec_envs.sealed import read_sealed, read_torch
+from tests.support import ROOT
+from tests.support.runs import PROFILE, Run, killed, run_of, weights
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn", "hindsight", "rl-adapter", "specdec++", "dvi"])
+def test_two_runs_of_a_seed_have_the_same_bits(name: str, every: dict[str, Run], tmp_path: Path) -> None:
+    """Also where a busy machine measured other times for a decision."""
+    for folder in ("a", "b"):
+        every[name].train(tmp_path / folder)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    if name != "dvi":
+        logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("a", "b")]
+        assert logs[0] == logs[1]
+        _, agent = agents.load(tmp_path / "a")
+        assert agent.decision_seconds == agents.load(tmp_path / "b")[1].decision_seconds > 0
+
+
+@pytest.mark.parametrize("name", ["rl-adapter", "specdec++", "dvi"])
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(
+    name: str, every: dict[str, Run], tmp_path: Path
+) -> None:
+    every[name].train(tmp_path / "whole")
+    killed(every[name], tmp_path / "killed", 1)
+    assert not [path for path in train.TRAINED if (tmp_path / "killed" / path).exists()]
+    every[name].train(tmp_path / "killed")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    for line in logs[0].splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["step"] > 0
+    tags = EventAccumulator(str(tmp_path / "killed" / "events")).Reload().Tags()["scalars"]
+    assert [tag for tag in tags if tag.startswith(("rl_adapter/", "specdec/", "dvi/"))]
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn"])
+def test_a_killed_run_goes_on_to_its_total(name: str, every: dict[str, Run], tmp_path: Path) -> None:
+    killed(every[name], tmp_path)
+    before = read_torch(tmp_path / "last" / "checkpoint.pt", "the checkpoint", "")
+    assert before["num_timesteps"] < 192 and before["beside"]["history"]
+    (tmp_path / "best" / "policy.safetensors.tmp").write_text("half of a file")
+    every[name].train(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    steps = [json.loads(line)["timesteps"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 192
+
+
+def test_a_replay_buffer_is_of_the_moment_of_its_checkpoint(every: dict[str, Run], tmp_path: Path) -> None:
+    """Killed between two checkpoints, or while the second is written, the first is whole."""
+    killed(every["dqn"], tmp_path, 1)
+    state = read_torch(tmp_path / "last" / "checkpoint.pt", "the checkpoint", "")
+    assert state["pos"] == state["num_timesteps"] == len(state["replay"]["rewards"])
+    assert [path.name for path in (tmp_path / "last").iterdir()] == ["checkpoint.pt"]
+
+
+RECORDS = """
+import sys
+from pathlib import Path
+from spec_envs.experiments.traces.record import Plan, recorded_by_default
+plan = Plan("SpecK-v0", {sys.argv[2]}, (3, 1, 1))
+print(recorded_by_default(plan, Path(sys.argv[1])).rows)
+"""
+
+
+def test_two_that_record_the_same_trace_wait_for_each_other(tiny: dict, tiny_draft: Path, tmp_path: Path) -> None:
+    """The first is killed while it records; the second goes on, and both end with one trace."""
+    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")} | {"drafter": str(tiny_draft)}
+    script = RECORDS.replace("{sys.argv[2]}", repr(env | {"k_max": 4}))
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    keywords: Any = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **keywords)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("traces/*/texts/*.npz")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords) for _ in range(2)]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    rows = []
+    for other in others:
+        out, err = other.communicate(timeout=240)
+        assert other.returncode == 0, err
+        rows.append(int(out))
+    assert rows[0] == rows[1] > 0
+    assert len(list(tmp_path.glob("traces/*"))) == 1 and not list(tmp_path.rglob("texts"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_in_one_line(number: int, status: int, tmp_path: Path) -> None:
+    overrides = [f"env.trace={PROFILE}", "total_timesteps=1000000", "eval_freq=0", "checkpoint_freq=512"]
+    command = [
+        sys.executable,
+        "-m",
+        "spec_envs.experiments.train",
+        "SpecK-v0",
+        "--root",
+        str(tmp_path),
+        "--set",
+        *overrides,
+    ]
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "SpecK-v0" / "ppo-0" / "last" / "checkpoint.pt").exists():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == status and "Traceback" not in err
+    assert "interrupted; the same command goes on from the last checkpoint" in err.strip().splitlines()[-1]
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(every: dict[str, Run], tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not write .*; free some space"):
+            every["ppo"].train(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    every["ppo"].train(tmp_path / "run")
+    every["ppo"].train(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_what_a_run_measured_is_kept(tiny: dict, tmp_path: Path) -> None:
+    """The table of a run says what it was measured on, and the time of a decision is the same when it goes on."""
+    own = [f"env.{key}={value}" for key, value in tiny.items() if key != "clock"]
+    small = ["total_timesteps=64", "checkpoint_freq=32", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
+    run = run_of("SpecDepth-v0", "ppo", *own, *small, "eval_freq=0")
+    killed(run, tmp_path, 1)
+    table = read_sealed(tmp_path / "clock.json", "")
+    assert set(table) == {"verify", "draft", "spread", "windows", "machine"} and table["spread"] >= 0
+    assert {"processor", "threads", "dtype", "revision"} <= set(table["machine"])
+    for part in ("verify", "draft"):
+        seconds = list(table[part].values())
+        assert seconds == sorted(seconds)
+    decision = read_sealed(tmp_path / agents.DECISION, "")
+    assert decision["how"] == "measured"
+    run.train(tmp_path)
+    assert read_sealed(tmp_path / "clock.json", "") == table and read_sealed(tmp_path / agents.DECISION, "") == decision
+    assert agents.load(tmp_path)[1].decision_seconds == decision["seconds"]

@@ -1,0 +1,126 @@
+"""Published EAGLE-3 heads: whatever their layout, flags and layers, they draft what they were trained to."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from tests.support.builds import WITHOUT_KERNELS
+from tests.support.heads import (
+    FLAGS,
+    LAYOUTS,
+    Recipe,
+    assert_drafts_as_computed,
+    drafted,
+    random_target,
+    save_head,
+)
+
+RECIPES = {
+    "plain": Recipe(),
+    "residual": Recipe(flags={"norm_before_residual": True}),
+    "before-fc": Recipe(flags={"norm_before_fc": True}),
+    "3.1": Recipe(flags={"fc_norm": True, "norm_output": True}),
+    "last": Recipe(boundaries=(3, 6, 8)),
+    "four": Recipe(boundaries=(2, 4, 5, 8), flags={"fc_norm": True}),
+    "one": Recipe(boundaries=(8,)),
+    "deep": Recipe(layers=3, flags={"norm_before_residual": True}),
+    "biased": Recipe(attention_bias=True, out_bias=True, mlp_bias=True, fc_bias=True),
+    "embedding": Recipe(embedding=True),
+    "narrow": Recipe(hidden=24, head_dim=6, embedding=True, flags={"fc_norm": True}),
+    "qwen3": Recipe(head_norms=True, layers=2, attention_bias=True),
+    "no-rows": Recipe(output_rows=False),
+    "whole": Recipe(drafted=16, output_rows=False),
+    "all-rows": Recipe(drafted=16),
+    "theta": Recipe(theta=77.0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_heads_of_every_layout(name: str, layout: str, tiny_target: Path, tmp_path: Path) -> None:
+    r = RECIPES[name]
+    assert_drafts_as_computed(tiny_target, tmp_path, r, save_head(tmp_path, r, layout))
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    hidden, flags = draw(st.sampled_from([32, 16])), {f: draw(st.booleans()) for f in FLAGS}
+    flags["fc_norm"] = flags["fc_norm"] and not flags["norm_before_fc"]
+    kv = draw(st.sampled_from([1, 2, 4]))
+    boundaries = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5, unique=True).map(sorted))
+    return Recipe(
+        hidden=hidden,
+        layers=draw(st.integers(1, 3)),
+        kv_heads=kv,
+        heads=kv * draw(st.sampled_from([1, 2, 4])),
+        head_dim=draw(st.sampled_from([2, 4, 8, 12])),
+        mlp=draw(st.integers(1, 50)),
+        drafted=draw(st.integers(4, 16)),
+        boundaries=tuple(boundaries),
+        embedding=draw(st.booleans()) or hidden != 32,
+        output_rows=draw(st.booleans()) or hidden != 32,
+        theta=draw(st.floats(2, 1e6)),
+        seed=draw(st.integers(0, 99)),
+        flags=flags,
+        **{b: draw(st.booleans()) for b in ("attention_bias", "out_bias", "mlp_bias", "fc_bias", "head_norms")},
+    )
+
+
+@pytest.mark.fuzz
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(r=recipes(), layout=st.sampled_from(LAYOUTS))
+def test_any_head_drafts_what_it_computes(
+    r: Recipe, layout: str, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assume(layout == "speculators" or r.boundaries[0] != 1)  # there is no way to write these
+    folder = tmp_path_factory.mktemp("head")
+    assert_drafts_as_computed(tiny_target, folder, r, save_head(folder, r, layout))
+
+
+def test_a_head_is_as_it_was_when_it_is_saved_again(tiny_target: Path, tmp_path: Path) -> None:
+    for i, (r, layout) in enumerate((r, layout) for r in RECIPES.values() for layout in ("modelopt", "speculators")):
+        made = save_head(tmp_path / f"{i}", r, layout)
+        EagleHead.load(str(tmp_path / f"{i}")).save(tmp_path / f"{i}-again", torch.float32)
+        assert_drafts_as_computed(tiny_target, tmp_path / f"{i}-again", r, made)
+    save_head(tmp_path / "first", Recipe(boundaries=(1, 4, 5)), "speculators")
+    with pytest.raises(ValueError, match="would be read as outputs"):
+        EagleHead.load(str(tmp_path / "first")).save(tmp_path / "second")
+
+
+@pytest.fixture(scope="module")
+def wide_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose widths the kernels compute."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
+    return random_target(tmp_path_factory.mktemp("wide") / "target", tiny_target, **sizes)
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+@pytest.mark.parametrize("name", RECIPES)
+def test_int8_drafts_nearly_the_same(name: str, wide_target: Path, tmp_path: Path) -> None:
+    """Under every flag, but for what rounding does."""
+    r = dataclasses.replace(RECIPES[name], target_hidden=128, hidden=128, head_dim=32, mlp=128, scale=0.08)
+    r = dataclasses.replace(r, hidden=64) if name == "narrow" else r
+    save_head(tmp_path / "head", r)
+    exact, coarse = (drafted(wide_target, tmp_path / "head", d, width=13, levels=2) for d in ("float32", "int8"))
+    assert exact.tokens == coarse.tokens
+    first = [dict(zip(d.tree.tokens[:13].tolist(), d.tree.scores[:13], strict=True)) for d in (exact, coarse)]
+    shared = sorted(first[0].keys() & first[1].keys())
+    assert len(shared) > 10
+    scores = [[found[token] for token in shared] for found in first]
+    assert np.corrcoef(scores)[0, 1] > 0.995
+    entropies = [np.concatenate(d.tree.entropies) for d in (exact, coarse)]
+    assert np.abs(entropies[0] - entropies[1])[0] < 0.15
+
+
+def test_by_itself_no_dtype_is_taken_that_does_not_compute_the_head(wide_target: Path, tmp_path: Path) -> None:
+    save_head(tmp_path, Recipe(target_hidden=128, hidden=24, head_dim=6, embedding=True))
+    assert drafted(wide_target, tmp_path, "auto").dtype != "int8"

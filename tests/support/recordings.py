@@ -1,0 +1,49 @@
+"""Traces of the tiny models, and vector environments that replay them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import pytest
+
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.vector.env import ReplayVectorEnv
+from tests.support.traced import CASES, costs_in
+
+if TYPE_CHECKING:
+    from spec_envs.experiments.traces.record import Plan
+
+TEXTS = (4, 1, 2)  # of train, validation and test in the traces
+
+
+@pytest.fixture(scope="session")
+def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
+    """What is recorded of the tiny models: trees, chains of a draft model, and those behind prompt lookup."""
+    from spec_envs.experiments.traces.record import Plan  # here, since most tests need nothing of the experiments
+
+    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
+    return {
+        "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], "max_depth": 4, "width": 4}, TEXTS),
+        "chain": Plan("SpecK-v0", env | {"drafter": str(tiny_draft), "k_max": 6}, TEXTS),
+        "copies": Plan("SpecK-v0", env | {"drafter": f"lookup+{tiny_draft}", "k_max": 6}, TEXTS),
+        "lookup": Plan("SpecK-v0", env | {"drafter": "lookup", "k_max": 6}, TEXTS),
+    }
+
+
+@pytest.fixture(scope="session")
+def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
+    from spec_envs.experiments.traces.record import recorded
+
+    return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
+    """Environments of each case on the training texts; copy one before playing it."""
+    clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
+    for case, (env_id, name, keywords) in CASES.items():
+        shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}
+        made[case] = gym.make_vec(env_id, num_envs=8, vectorization_mode="vector_entry_point", **shared)
+    return made
