@@ -10,7 +10,7 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.prompts.sets import encode
-from tests.support.models import REAL
+from tests.support.models.tiny import REAL
 
 FOR = sorted(path.name for path in agents.SHIPPED.iterdir())
 

@@ -18,7 +18,8 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
 from spec_envs.decoding.loading import static_over_plain
 from spec_envs.env import SpecEnv
-from tests.support.models import REAL
+from tests.support.models.tiny import REAL
+from tests.support.playing import rollout
 
 IDS = list(ENVIRONMENTS)
 LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
@@ -37,19 +38,6 @@ def make(env_id: str, tiny: dict, **keywords: Any) -> gym.Env:
 def drafter_of(env_id: str) -> dict[str, str]:
     """A drafter for problems that the tiny head is none for: over a link it reads what only the cloud knows."""
     return {"SpecTopK-v0": {"drafter": "lookup"}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
-
-
-def rollout(env: gym.Env, seed: int, steps: int) -> list:
-    rng = np.random.default_rng(seed)
-    observation, info = env.reset(seed=seed)
-    trace: list = [observation.tolist(), info]
-    for _ in range(steps):
-        *result, info = env.step(int(rng.integers(env.action_space.n)))
-        trace.append(([r.tolist() if isinstance(r, np.ndarray) else r for r in result], info))
-        if result[2]:
-            observation, info = env.reset()
-            trace.append((observation.tolist(), info))
-    return trace
 
 
 @pytest.mark.parametrize(("env_id", "keywords"), variants({}, LTD, {"cost_features": True}, {"observation": "policy"}))

@@ -16,7 +16,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.prompts.sets import encode
 from spec_envs.recordings import decoder_under
-from tests.support.models import CPU
+from tests.support.models.tiny import CPU
 
 
 def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:

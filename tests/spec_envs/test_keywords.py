@@ -23,7 +23,7 @@ from spec_envs.env import keyword_types
 from spec_envs.experiments.traces.record import Plan
 from spec_envs.network.link import load_link
 from spec_envs.vector.env import ReplayVectorEnv
-from tests.spec_envs.vector.test_vector import sizes
+from tests.support.recordings import sizes
 
 NAME = "qwen2.5-coder-32b-cpu"
 NAN, INF = float("nan"), float("inf")

@@ -21,7 +21,7 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments import stream
 from spec_envs.prompts.sets import decode
 from spec_envs.text import Detokenizer, TextStream, encodable, printable
-from tests.support.models import REAL
+from tests.support.models.tiny import REAL
 
 WORDS = ["▁", "▁the", "▁a", "a", "b", "▁▁", ".", "'s", "é", "😀", "\ufffd", "\n"]
 

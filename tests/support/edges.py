@@ -23,7 +23,7 @@ from spec_envs.network.wire import (
     decode,
     vocabulary_hash,
 )
-from tests.support.models import WORDS
+from tests.support.models.tiny import WORDS
 
 VOCAB = len(WORDS)
 PROMPT = [3, 4, 5]

@@ -1,10 +1,11 @@
-"""A text under an agent."""
+"""Texts under an agent, and rollouts of an environment."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from spec_envs.controls import Control, Policy
@@ -23,3 +24,16 @@ def played(env: SpecEnv, control: Control, agent: Any, tokens: int, seed: int) -
     )
     assert same.actions == done.actions
     return done
+
+
+def rollout(env: gym.Env, seed: int, steps: int) -> list:
+    rng = np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    trace: list = [observation.tolist(), info]
+    for _ in range(steps):
+        *result, info = env.step(int(rng.integers(env.action_space.n)))
+        trace.append(([r.tolist() if isinstance(r, np.ndarray) else r for r in result], info))
+        if result[2]:
+            observation, info = env.reset()
+            trace.append((observation.tolist(), info))
+    return trace

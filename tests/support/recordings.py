@@ -47,3 +47,7 @@ def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) 
         shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}
         made[case] = gym.make_vec(env_id, num_envs=8, vectorization_mode="vector_entry_point", **shared)
     return made
+
+
+def sizes(plan: Plan) -> dict[str, Any]:
+    return {key: plan.env[key] for key in ("max_depth", "width", "k_max") if key in plan.env}

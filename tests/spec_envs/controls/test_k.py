@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from spec_envs.controls.k import DRAFT, VERIFY, KControl
 from spec_envs.controls.text_kind import KINDS, context_kind
 from spec_envs.env import SpecEnv
-from tests.spec_envs.decoding.test_decoder import plain
+from tests.support.texts import plain
 
 
 @pytest.fixture

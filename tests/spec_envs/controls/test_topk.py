@@ -26,8 +26,8 @@ from spec_envs.network import expected_trace as expected
 from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.network.link import load_link
 from spec_envs.recordings import decoder_under
-from tests.spec_envs.network.edge.test_remote import served
-from tests.spec_envs.test_env import rollout
+from tests.support.cloud_process import CloudProcess
+from tests.support.playing import rollout
 
 JOINT: dict[str, Any] = {"actions": "joint", "k": 4, "ks": [0, 3, 8]}
 TRACE = "smollm2-135m-topk"
@@ -121,7 +121,7 @@ def test_nothing_of_a_text_outlives_it(chain: dict) -> None:
     assert played(4) == first
 
 
-def test_a_real_cloud_gives_the_same_episode(chain: dict) -> None:
+def test_a_real_cloud_gives_the_same_episode(chain: dict, tmp_path: Path) -> None:
     """Same seed, same actions: the same tokens and bytes over a simulated link and through a socket to another process."""
 
     def played(link: str) -> list:
@@ -136,8 +136,8 @@ def test_a_real_cloud_gives_the_same_episode(chain: dict) -> None:
         env.close()
         return found
 
-    with served("--target", chain["target"], "--dtype", "float32", "--device", "cpu") as url:
-        assert played(url) == played("markov-1-500") == played("constant-5g")
+    with CloudProcess(tmp_path, "--target", chain["target"], "--dtype", "float32", "--device", "cpu") as cloud:
+        assert played(cloud.url) == played("markov-1-500") == played("constant-5g")
 
 
 def test_greedy_text_is_the_targets_whatever_is_chosen(chain: dict) -> None:

@@ -11,53 +11,7 @@ import pytest
 
 from spec_envs.decoding import accept
 from spec_envs.decoding.tree import ROOT
-
-VOCAB = 5
-
-
-class Branch:
-    """Stands for a uniform number: every comparison is a fork whose probability is noted."""
-
-    def __init__(self, oracle: Oracle):
-        self.oracle, self.scale = oracle, 1.0
-
-    def __mul__(self, scale: float) -> Branch:
-        self.scale = float(scale)
-        return self
-
-    def __lt__(self, threshold: float) -> bool:
-        below = min(1.0, threshold / self.scale)
-        return self.oracle.fork([below, 1 - below]) == 0
-
-
-class Oracle:
-    """Walks the tree of all forks, depth first; each walk has the product of its branches' probabilities."""
-
-    def __init__(self) -> None:
-        self.script: list[int] = []
-
-    def fork(self, probabilities: list[float]) -> int:
-        if self.step == len(self.script):
-            self.script.append(0)
-            self.sizes.append(len(probabilities))
-        choice = self.script[self.step]
-        self.step += 1
-        self.probability *= probabilities[choice]
-        return choice
-
-    def walks(self, run: Callable[[], Any]) -> list[tuple[Any, float]]:
-        self.sizes: list[int] = []
-        outcomes = []
-        while True:
-            self.step, self.probability = 0, 1.0
-            outcome = run()
-            outcomes.append((outcome, self.probability))
-            while self.script and self.script[-1] + 1 == self.sizes[-1]:
-                self.script.pop()
-                self.sizes.pop()
-            if not self.script:
-                return outcomes
-            self.script[-1] += 1
+from tests.support.enumeration import VOCAB, Branch, Oracle, chained_exactly, random_texts, total_variation
 
 
 def random_tree(rng: np.random.Generator, nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,10 +68,6 @@ def target_distribution(tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) 
     return exact
 
 
-def total_variation(a: dict[tuple, float], b: dict[tuple, float]) -> float:
-    return 0.5 * sum(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in {*a, *b})
-
-
 @pytest.mark.parametrize("nodes", [0, 1, 2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(4))
 def test_sampled_keeps_the_targets_distribution(nodes: int, seed: int) -> None:
@@ -143,35 +93,6 @@ def chain_distribution(rule: Callable, length: int, p: dict, q: dict) -> dict[tu
         for outcome, probability in distribution(rule, np.array(tokens, dtype=np.int64), proposals, rows).items():
             found[outcome] = found.get(outcome, 0.0) + drawn * probability
     return found
-
-
-def chained_exactly(emitted: dict[tuple, float], length: int, p: dict) -> float:
-    """Total variation between the target and what is emitted, continued by the target to the longest cycle's length."""
-    whole: dict[tuple, float] = {}
-    for start, probability in emitted.items():
-        for rest in itertools.product(range(VOCAB), repeat=length + 1 - len(start)):
-            text = (*start, *rest)
-            below = np.prod([p[text[:i]][text[i]] for i in range(len(start), length + 1)])
-            whole[text] = whole.get(text, 0.0) + probability * below
-    exact = {
-        text: float(np.prod([p[text[:i]][text[i]] for i in range(length + 1)]))
-        for text in itertools.product(range(VOCAB), repeat=length + 1)
-    }
-    return total_variation(whole, exact)
-
-
-def random_texts(length: int, seed: int) -> tuple[dict, dict]:
-    """Random distributions of a target and of a draft behind every text of up to ``length`` tokens."""
-    rng = np.random.default_rng(seed)
-    p, q = {}, {}
-    for n in range(length + 1):
-        for text in itertools.product(range(VOCAB), repeat=n):
-            p[text], q[text] = rng.dirichlet(np.ones(VOCAB)), rng.dirichlet(np.ones(VOCAB))
-            if seed == 3:  # as top-p leaves them: zeros
-                for distribution in (p[text], q[text]):
-                    distribution[distribution < 0.15] = 0.0
-                    distribution /= distribution.sum()
-    return p, q
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
-from tests.support.models import CPU
+from tests.support.models.tiny import CPU
 
 
 def test_the_published_calibration() -> None:

@@ -10,16 +10,8 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import ROOT
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.models import CPU
-
-
-def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = None) -> list[int]:
-    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
-    decoder.eos = decoder.eos if eos is None else eos
-    decoder.start(prompt, n, np.random.default_rng(0))
-    while not decoder.finished:
-        decoder.verify(0)
-    return decoder.tokens
+from tests.support.models.tiny import CPU
+from tests.support.texts import plain
 
 
 def wander(decoder: Decoder, rng: np.random.Generator) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2, ncx2
+from scipy.stats import chi2
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
 from spec_envs import ENVIRONMENTS, generate
@@ -25,8 +25,9 @@ from spec_envs.experiments.measure.arms import Encoded, decoded
 from spec_envs.experiments.measure.statistics import divergences
 from spec_envs.prompts.sets import TASKS, encode, load_prompts
 from spec_envs.recordings import decoder_under
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import CPU, REAL
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.tiny import CPU, REAL
+from tests.support.power import draws_for_power
 
 pytestmark = pytest.mark.model
 TOKENS = 40
@@ -167,20 +168,6 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
 
     monkeypatch.setattr(accept, rule, biased)
     assert statistic() > critical
-
-
-def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
-    """Draws at which a χ² test at level 0.001 finds a total variation of ``bias`` with this power.
-
-    The hardest bias to see moves mass between the two largest bins.
-    """
-    largest = np.sort(expected)[-2:]
-    per_draw = bias**2 * (1 / largest).sum()
-    critical = chi2.isf(0.001, len(expected) - 1)
-    draws = 1000
-    while ncx2.sf(critical, len(expected) - 1, draws * per_draw) < power:
-        draws = int(draws * 1.1)
-    return draws
 
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")

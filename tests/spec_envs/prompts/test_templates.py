@@ -20,7 +20,7 @@ from spec_envs.experiments.train import resolved
 from spec_envs.prompts import templates
 from spec_envs.prompts.sets import Prompt, encode, encode_all
 from spec_envs.prompts.templates import DATE, Refused, rendered
-from tests.support.models import REAL
+from tests.support.models.tiny import REAL
 
 TURNS = [("system", "the"), ("user", "a of"), ("assistant", "and"), ("user", "in")]
 NO_SYSTEM = (

@@ -18,6 +18,7 @@ from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.record import Plan
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.env import ReplayVectorEnv
+from tests.support.recordings import sizes
 
 COUNT = 7
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -35,10 +36,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SpecK-v0", "copies", {"decision": "token"}),
     ("SpecK-v0", "lookup", {"decision": "token", "k_max": 3}),
 ]
-
-
-def sizes(plan: Plan) -> dict[str, Any]:
-    return {key: plan.env[key] for key in ("max_depth", "width", "k_max") if key in plan.env}
 
 
 def make_vector(env_id: str, count: int, **keywords: Any) -> Any:

@@ -11,27 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from scipy.stats import kstest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from spec_envs.decoding import accept
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.loading import drafts_chains, load_decoder
-from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.files import load_weights
-from spec_envs.experiments.measure.costs import draft_model
-from tests.spec_envs.decoding.test_decoder import plain
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import REAL, WORDS, save_draft
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.tiny import REAL, WORDS, save_draft
+from tests.support.texts import chain_decoder, deviation, plain
 
 VOCAB = len(WORDS)
-
-
-def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
-    return load_decoder(tiny["target"], str(draft), "cpu", "float32", width=1, max_depth=7, **settings)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -81,31 +72,6 @@ def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> N
         assert decoder.tree.tokens[0] == tree.tokens[0] and decoder.tree.scores[0] == pytest.approx(
             tree.scores[0], abs=1e-4
         )
-
-
-def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
-    """p-value that sampled texts are the target's: each token's place in the target's own cumulative distribution, with
-    the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
-    decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
-    decoder.eos = frozenset()
-    rng, places = np.random.default_rng(3), []
-
-    def distributions(model: Transformer, text: torch.Tensor) -> np.ndarray:
-        hidden, _ = model.forward(model.embed(text), model.cache(text.shape[1]), torch.arange(text.shape[1])[None])
-        return np.stack([probabilities(logits, temperature, top_p) for logits in model.head(hidden)[0]])
-
-    while len(places) < tokens:
-        decoder.start(rng.integers(2, VOCAB, 5).tolist(), 100, rng)
-        while not decoder.finished:
-            decoder.cycle(int(rng.integers(0, 5)))
-        text = torch.tensor([decoder.prompt + decoder.tokens])
-        p, q = (distributions(model, text) for model in (decoder.verifier.target, draft_model(decoder).model))
-        for at in range(len(decoder.prompt), text.shape[1]):
-            mine, token = p[at - 1], int(text[0, at])
-            before = mine[q[at - 1] - mine > (q[at - 1] - mine)[token]].sum()
-            places.append(before + rng.random() * mine[token])
-            assert mine[token] > 0
-    return float(kstest(places, "uniform").pvalue)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])

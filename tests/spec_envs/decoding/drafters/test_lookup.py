@@ -20,10 +20,9 @@ from spec_envs.decoding.loading import default_drafter, load_decoder, static_ove
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
 from spec_envs.prompts.sets import encode, load_prompts
-from tests.spec_envs.decoding.drafters.test_draft_model import deviation
-from tests.spec_envs.decoding.test_decoder import plain
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import REAL
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.tiny import REAL
+from tests.support.texts import deviation, plain
 
 TABLE = CostTable("made up", {1: 1.0, 9: 2.0}, {1: 0.1, 8: 0.2})
 

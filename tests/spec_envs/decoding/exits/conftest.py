@@ -9,7 +9,7 @@ import torch
 
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.models import CPU
+from tests.support.models.tiny import CPU
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from torch import Tensor
 from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter, inject_lora
 from spec_envs.decoding.model.lora import LayersLoRA, additions
 from spec_envs.decoding.model.transformer import Transformer
-from tests.support.adapters import PROMPTS, decoded, decoder_of, logits_of, trained
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.pairs import CONFIGS, pair
+from tests.support.models.adapters import PROMPTS, decoded, decoder_of, logits_of, trained
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.pairs import CONFIGS, pair
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,8 +20,8 @@ from spec_envs.decoding.exits.files import load_exit, save_exit
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.adapters import logits_of, trained
-from tests.support.models import CPU
+from tests.support.models.adapters import logits_of, trained
+from tests.support.models.tiny import CPU
 
 
 def test_an_exit_is_of_one_target_whatever_it_is_called(tiny_target: Path, tmp_path: Path) -> None:

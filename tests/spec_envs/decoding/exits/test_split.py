@@ -20,9 +20,9 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.adapters import PROMPTS, decoded, decoder_of, logits_of, trained
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import CPU, REAL
+from tests.support.models.adapters import PROMPTS, decoded, decoder_of, logits_of, trained
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.tiny import CPU, REAL
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,8 +20,8 @@ from spec_envs.decoding.llama_cpp.server import LlamaServer, gguf_of
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
 from spec_envs.prompts.sets import encode
-from tests.spec_envs.decoding.llama_cpp.test_llama_server import alive, needs_a_server
-from tests.support.models import REAL
+from tests.support.llama_server import alive, needs_a_server
+from tests.support.models.tiny import REAL
 
 pytestmark = [pytest.mark.server, pytest.mark.model, needs_a_server]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,21 +23,10 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.references import llamacpp_arms
 from spec_envs.prompts.sets import encode
-from tests.support.models import REAL
+from tests.support.llama_server import alive, needs_a_server
+from tests.support.models.tiny import REAL
 
-needs_a_server = pytest.mark.skipif(
-    shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="no llama-server on PATH, and the wheel is for Linux on x86-64",
-)
 pytestmark = [pytest.mark.server, pytest.mark.model, needs_a_server]
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
 
 
 def test_a_server_continues_ids_and_is_gone_afterwards() -> None:

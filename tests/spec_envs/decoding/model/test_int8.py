@@ -24,10 +24,10 @@ from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support import ROOT as REPOSITORY
-from tests.support.builds import BUILDS, COMPILER, WITHOUT_KERNELS
-from tests.support.models import CPU, REAL
-from tests.support.pairs import CONFIGS, SHAPE, pair
-from tests.support.quantised import Quantised, eagle_layer
+from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
+from tests.support.models.pairs import CONFIGS, SHAPE, pair
+from tests.support.models.quantised import Quantised, eagle_layer
+from tests.support.models.tiny import CPU, REAL
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)

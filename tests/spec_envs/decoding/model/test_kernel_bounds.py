@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from spec_envs.decoding.model.kernels import building
 from tests.support import ROOT
-from tests.support.builds import WITHOUT_KERNELS
+from tests.support.models.builds import WITHOUT_KERNELS
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
@@ -48,7 +48,7 @@ def test_random_models_stay_within_their_tensors(name: str, tmp_path: Path) -> N
     count = examples.max_examples if name == "vectors" else max(8, examples.max_examples // 4)
     first = 0 if examples.derandomize else random.randrange(2**31)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.kernel_bounds", str(library), str(first), str(count)],
+        [sys.executable, "-m", "tests.support.models.kernel_bounds", str(library), str(first), str(count)],
         env={**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"},
         cwd=ROOT,
         capture_output=True,

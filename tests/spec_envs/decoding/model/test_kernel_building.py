@@ -17,8 +17,8 @@ import torch
 from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.weights import checkpoints
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import CPU, REAL
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.tiny import CPU, REAL
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)

@@ -23,7 +23,7 @@ from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target, model_folder
-from tests.support.models import CPU, REAL
+from tests.support.models.tiny import CPU, REAL
 
 TOLERANCE = 2e-3
 SHAPE = {

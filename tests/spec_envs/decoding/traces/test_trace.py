@@ -16,7 +16,7 @@ from spec_envs.decoding.traces.recorder import record, watched
 from spec_envs.decoding.traces.trace import Trace, grown, level_slice
 from spec_envs.experiments.traces import record as recording
 from spec_envs.experiments.traces.record import Plan, claim, record_texts, recorded, shard_of
-from tests.support.models import REAL
+from tests.support.models.tiny import REAL
 from tests.support.recordings import TEXTS
 
 DEPTH = 4

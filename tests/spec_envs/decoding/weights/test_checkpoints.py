@@ -17,7 +17,7 @@ from spec_envs.decoding.weights import checkpoints
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, model_folder
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
-from tests.support.models import CPU, REAL
+from tests.support.models.tiny import CPU, REAL
 
 
 @pytest.fixture

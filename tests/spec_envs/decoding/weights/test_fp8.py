@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from tests.spec_envs.decoding.weights.test_model_files import configure, ours, restore, theirs
+from tests.support.models.foreign import configure, ours, restore, theirs
 
 
 @pytest.fixture(scope="module")

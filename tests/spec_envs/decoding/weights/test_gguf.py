@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights import checkpoints
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer, model_folder
-from tests.support.gguf_files import END, PAD, SPECIAL, TOKENS, TURN, reference, split, tiny_model, write_gguf
+from tests.support.models.gguf_files import END, PAD, SPECIAL, TOKENS, TURN, reference, split, tiny_model, write_gguf
 
 IDS = np.random.default_rng(0).integers(0, 250, 20).tolist()
 FAMILIES: dict[str, dict[str, Any]] = {

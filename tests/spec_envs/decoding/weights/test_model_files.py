@@ -13,49 +13,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer
 from spec_envs.prompts.sets import load_prompts
-
-IDS = [5, 6, 7, 8]
+from tests.support.models.foreign import configure, ours, restore, theirs
 
 
 @pytest.fixture
 def folder(tiny_target: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_target, tmp_path / "model"))
-
-
-def configure(folder: Path, **settings: Any) -> None:
-    """Change config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-def restore(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the weights."""
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-
-def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
-    """What is written here, greedily."""
-    decoder = load_decoder(str(folder), None, "cpu", "float32")
-    decoder.start(ids, count, np.random.default_rng(0))
-    while not decoder.finished:
-        decoder.verify(0)
-    return decoder.tokens
-
-
-def theirs(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
-    """What transformers writes, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
-    return out[0, len(ids) :].tolist()
 
 
 LONG = {"rope_theta": 1e4, "original_max_position_embeddings": 2048, "factor": 4.0}

@@ -18,7 +18,7 @@ from spec_envs.network.wire import (
 )
 from tests.support.cloud_process import CloudProcess
 from tests.support.edges import KINDS, Edge, Edges
-from tests.support.models import CPU
+from tests.support.models.tiny import CPU
 
 
 @pytest.fixture(scope="module")

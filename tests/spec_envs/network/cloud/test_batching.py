@@ -19,8 +19,8 @@ from spec_envs.network.cloud.batching import Batcher, Done
 from spec_envs.network.cloud.engine import TOGETHER, Answer, Engine, Job
 from spec_envs.network.cloud.metrics import Metrics
 from spec_envs.network.wire import VERSION, Hello, Plain, Refused, Verify, pack_ids
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.pairs import CONFIGS, pair
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.pairs import CONFIGS, pair
 
 KEY = bytes(16)
 

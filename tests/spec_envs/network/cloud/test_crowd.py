@@ -34,7 +34,7 @@ from spec_envs.network.wire import (
     vocabulary_hash,
 )
 from tests.support.cloud_process import CloudProcess
-from tests.support.models import WORDS
+from tests.support.models.tiny import WORDS
 
 VOCAB, CONTEXT = len(WORDS), 2048
 REQUEST = (

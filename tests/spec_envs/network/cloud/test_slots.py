@@ -17,9 +17,9 @@ from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.builds import BUILDS, COMPILER, WITHOUT_KERNELS
-from tests.support.models import CPU, REAL
-from tests.support.pairs import CONFIGS, pair
+from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
+from tests.support.models.pairs import CONFIGS, pair
+from tests.support.models.tiny import CPU, REAL
 
 MODELS = ["llama", "llama-bias", "qwen2", "qwen3", "portable", "float32"]
 

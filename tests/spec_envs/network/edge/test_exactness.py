@@ -20,7 +20,7 @@ from spec_envs.network.cloud import engine
 from spec_envs.network.cloud.engine import Engine, judge, keep
 from spec_envs.network.edge import remote
 from spec_envs.network.edge.remote import RemoteVerifier
-from tests.spec_envs.decoding.test_accept import VOCAB, Branch, Oracle, chained_exactly, random_texts
+from tests.support.enumeration import VOCAB, Branch, Oracle, chained_exactly, random_texts
 
 KEY = b"v" * 16
 NOTHING = np.zeros(0, np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.sampling import Proposal, probabilities
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_dtype
-from spec_envs.experiments.network import cloud_process
 from spec_envs.network import wire
 from spec_envs.network.channel import Channel, SimulatedChannel
 from spec_envs.network.cloud.engine import Engine
@@ -26,9 +24,11 @@ from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.link import load_link
 from spec_envs.network.proxy import ShapedProxy
 from spec_envs.network.websocket import SocketChannel
-from tests.spec_envs.decoding.test_lossless import draws_for_power
-from tests.spec_envs.network.edge.test_exactness import KEY
-from tests.support.models import CPU, REAL, WORDS
+from tests.support.cloud_process import CloudProcess
+from tests.support.models.tiny import CPU, REAL, WORDS
+from tests.support.power import draws_for_power
+
+KEY = b"v" * 16
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +67,12 @@ def test_greedy_text_is_plain_text_under_random_drafts(target: Transformer, seed
     assert accepted > 10 and refused > 10
 
 
-@contextlib.contextmanager
-def served(*arguments: str) -> Iterator[str]:
-    """The address of a cloud in a process of its own, which asks for no token."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEC_ENVS_TOKEN", "")
-        with cloud_process.cloud("--device", "cpu", *arguments) as url:
-            yield url
-
-
 @pytest.fixture(scope="module")
-def cloud(tiny_target: Path) -> Iterator[str]:
-    with served("--target", str(tiny_target), "--dtype", "float32") as url:
-        yield url
+def cloud(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cloud with the tiny target, in a process of its own."""
+    arguments = ("--device", "cpu", "--target", str(tiny_target), "--dtype", "float32")
+    with CloudProcess(tmp_path_factory.mktemp("cloud"), *arguments) as process:
+        yield process.url
 
 
 def played(verifier: RemoteVerifier, seed: int) -> tuple[list[int], list[tuple[int, int]], int]:
@@ -165,9 +158,9 @@ def test_a_prompt_longer_than_the_clouds_context_is_refused(target: Transformer,
 
 
 @pytest.fixture(scope="module")
-def real_cloud() -> Iterator[str]:
-    with served("--target", REAL) as url:
-        yield url
+def real_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with CloudProcess(tmp_path_factory.mktemp("real"), "--device", "cpu", "--target", REAL) as process:
+        yield process.url
 
 
 @pytest.mark.model

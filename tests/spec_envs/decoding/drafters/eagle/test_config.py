@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from spec_envs.decoding.loading import drafts_chains, load_decoder
-from tests.support.heads import (
+from tests.support.models.heads import (
     FLAGS,
     IDS,
     LAYOUTS,

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.heads import (
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.heads import (
     FLAGS,
     LAYOUTS,
     Recipe,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.heads import Recipe, drafted, save_head
+from tests.support.models.heads import Recipe, drafted, save_head
 
 
 def changed(folder: Path, change: Any, layout: str = "eagle") -> Path:

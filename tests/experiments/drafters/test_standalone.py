@@ -18,7 +18,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_target
 from spec_envs.experiments.drafters import standalone
 from spec_envs.experiments.drafters.distillation import Student
-from tests.support.models import CPU, REAL
+from tests.support.models.tiny import CPU, REAL
 
 IDS = [5, 6, 7, 8]
 

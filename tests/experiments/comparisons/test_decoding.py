@@ -18,8 +18,8 @@ from spec_envs.experiments.measure.arms import Encoded, Sample
 from spec_envs.experiments.measure.references import assisted_arms, transformers_arms
 from spec_envs.experiments.measure.report import error_bars, most_played
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import save_draft
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.tiny import save_draft
 
 
 def test_the_benchmark_writes_its_figures_and_a_usable_clock(

@@ -29,9 +29,9 @@ from spec_envs.decoding.model.batch import generate_batch
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.model.transformer import Transformer
-from tests.support.builds import WITHOUT_KERNELS
-from tests.support.models import CPU
-from tests.support.quantised import random_weights
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.quantised import random_weights
+from tests.support.models.tiny import CPU
 
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "default"},

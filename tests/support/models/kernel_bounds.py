@@ -18,7 +18,7 @@ from spec_envs.decoding.model import int8, kernels, layers
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.transformer import Transformer
-from tests.support.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
+from tests.support.models.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
 
 FAMILIES: dict[type[PretrainedConfig], dict[str, list]] = {
     LlamaConfig: {"attention_bias": [False, True], "mlp_bias": [False, True]},

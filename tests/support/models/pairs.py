@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from spec_envs.decoding.model.transformer import Transformer
-from tests.support import quantised
-from tests.support.models import CPU
+from tests.support.models import quantised
+from tests.support.models.tiny import CPU
 
 SHAPE = {
     "hidden_size": 96,

@@ -18,7 +18,7 @@ from spec_envs.experiments.drafters.batches import Batch, drafted_rows
 from spec_envs.experiments.drafters.eagle_objective import Objective, Unrolled
 from spec_envs.experiments.drafters.recording import Example, load_shard, record
 from spec_envs.experiments.drafters.training import report, train
-from tests.support.models import CPU
+from tests.support.models.tiny import CPU
 
 
 def test_training_unrolls_what_inference_drafts(tiny_target: Path, tiny_drafter: Path) -> None:

@@ -14,7 +14,7 @@ from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.transformer import Transformer
-from tests.support.models import CPU
+from tests.support.models.tiny import CPU
 
 PROMPTS = ([2, 3, 4, 5, 6], [9, 8, 7], [12, 2, 12, 2, 12])
 

@@ -16,7 +16,7 @@ from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.agents.sb3.vec_env import ReplayVecEnv
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.record import Plan
-from tests.spec_envs.vector.test_vector import sizes
+from tests.support.recordings import sizes
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_target
 from spec_envs.decoding.weights.files import load_weights
-from tests.support.models import CPU, WORDS
+from tests.support.models.tiny import CPU, WORDS
 
 pytest.importorskip("speculators", reason="`make setup` installs it")
 from speculators import SpeculatorsConfig, VerifierConfig

@@ -18,7 +18,7 @@ from spec_envs.experiments.drafters import __main__ as drafter
 from spec_envs.experiments.drafters import selftext
 from spec_envs.experiments.drafters.turns import composed_turn, library_functions, training_turns
 from spec_envs.prompts.sets import encode
-from tests.support.models import CPU, WORDS
+from tests.support.models.tiny import CPU, WORDS
 
 
 def conversations(path: Path, count: int = 30) -> Path:

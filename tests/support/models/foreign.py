@@ -1,0 +1,47 @@
+"""Model folders as strangers bring them, and their texts here and in transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spec_envs.decoding.loading import load_decoder
+
+IDS = [5, 6, 7, 8]
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    """Change config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def restore(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the weights."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
+    """What is written here, greedily."""
+    decoder = load_decoder(str(folder), None, "cpu", "float32")
+    decoder.start(ids, count, np.random.default_rng(0))
+    while not decoder.finished:
+        decoder.verify(0)
+    return decoder.tokens
+
+
+def theirs(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
+    """What transformers writes, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(ids) :].tolist()

@@ -1,0 +1,56 @@
+"""Texts of the tiny target: plain ones, and whether sampled ones have its distribution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kstest
+
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.sampling import probabilities
+from tests.support.models.tiny import WORDS
+
+
+def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = None) -> list[int]:
+    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
+    decoder.eos = decoder.eos if eos is None else eos
+    decoder.start(prompt, n, np.random.default_rng(0))
+    while not decoder.finished:
+        decoder.verify(0)
+    return decoder.tokens
+
+
+def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
+    return load_decoder(tiny["target"], str(draft), "cpu", "float32", width=1, max_depth=7, **settings)
+
+
+def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
+    """p-value that sampled texts are the target's: each token's place in the target's own cumulative distribution, with
+    the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
+    decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
+    decoder.eos = frozenset()
+    draft_model = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
+    rng, places = np.random.default_rng(3), []
+
+    def distributions(model: Transformer, text: torch.Tensor) -> np.ndarray:
+        hidden, _ = model.forward(model.embed(text), model.cache(text.shape[1]), torch.arange(text.shape[1])[None])
+        return np.stack([probabilities(logits, temperature, top_p) for logits in model.head(hidden)[0]])
+
+    while len(places) < tokens:
+        decoder.start(rng.integers(2, len(WORDS), 5).tolist(), 100, rng)
+        while not decoder.finished:
+            decoder.cycle(int(rng.integers(0, 5)))
+        text = torch.tensor([decoder.prompt + decoder.tokens])
+        p, q = (distributions(model, text) for model in (decoder.verifier.target, draft_model.model))
+        for at in range(len(decoder.prompt), text.shape[1]):
+            mine, token = p[at - 1], int(text[0, at])
+            before = mine[q[at - 1] - mine > (q[at - 1] - mine)[token]].sum()
+            places.append(before + rng.random() * mine[token])
+            assert mine[token] > 0
+    return float(kstest(places, "uniform").pvalue)
