@@ -20,14 +20,13 @@ from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_fold
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
-from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.report import draw, markdown
-from spec_envs.experiments.measure.static import best_like, static_like, static_policy
+from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.files import whole
@@ -54,23 +53,22 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     decoder = decoder_for(env, control)
     static_file = run / "static.json"
     if overrides or not static_file.exists():
-        static = best_like(env if overrides else config["env"], control)
+        static = best_static(env if overrides else config["env"], control)
         if not overrides:
             write_sealed(static_file, static)
     else:
         static = read_sealed(static_file, "delete it to measure again")
     alone = make_control(config["id"], env)
     alone.costs = control.costs
-    for played in (control, alone):
-        if isinstance(played, BudgetControl) and played.depth == "random":  # of training only
-            played.depth = static["best"][0]
+    for evaluated in (control, alone):
+        evaluated.settle(*static["best"])
     name = config["agent"]
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),
-        "static": static_like(control, static["best"]),
+        "static": static_policy(control, static["best"]),
     }
     references = ["plain", "static"]
-    if isinstance(control, TopKControl):
+    if control.link:
         policies |= link_policies(control, decoder, static)
         references += [reference for reference in policies if reference not in ("random", "static")]
     policies[name] = Policy(control, agent)
@@ -129,7 +127,7 @@ def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
     """The policy for one depth and one budget, each a number or a run folder."""
     sizes = {key: env[key] for key in ("width", "max_depth") if key in env}
     if depth.isdecimal() and budget.isdecimal():
-        return static_policy(int(depth), int(budget), **sizes)
+        return static_policy(DepthControl(**sizes), (int(depth), int(budget)))
     if depth.isdecimal():
         sized = learned_policy(budget, BudgetControl)
         if not 0 <= int(depth) <= sized.control.max_depth:

@@ -23,7 +23,6 @@ from spec_envs.agents.resuming import CHECKPOINT
 from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.arguments import SEED, Parser, output_folder
 from spec_envs.controls import CONTROLS, Policy, make_control
-from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.callbacks import Keeper, Monitor
@@ -36,7 +35,7 @@ from spec_envs.experiments.measure.costs import cost_table
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import revision, versions
 from spec_envs.experiments.measure.report import markdown
-from spec_envs.experiments.measure.static import best_like
+from spec_envs.experiments.measure.static import best_static
 from spec_envs.experiments.measure.statistics import ratio
 from spec_envs.experiments.preflight import check_evaluation, check_partner
 from spec_envs.experiments.traces.record import Plan, recorded_by_default
@@ -194,10 +193,10 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
         history = agent.load_checkpoint(folder / "last")["history"]
         print(f"going on at step {agent.model.num_timesteps} of {config['total_timesteps']}", file=sys.stderr)
     spec_env.policy_seconds = agent.decision_seconds = seconds_of_decision(folder, config, agent)
-    if isinstance(spec_env.control, TopKControl) and spec_env.given_pace is None:
+    if spec_env.control.link and spec_env.given_pace is None:
         static = folder / "static.json"
         if not static.exists():
-            write_sealed(static, best_like(config["env"], spec_env.control))
+            write_sealed(static, best_static(config["env"], spec_env.control))
         spec_env.given_pace = number_of(read_sealed(static, MEASURED), "pace", static, MEASURED)
     elif not spec_env.decoder.clock.priced:
         pace = folder / "last" / "pace.json"  # measured once: a resumed run is paid by the same yardstick

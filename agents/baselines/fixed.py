@@ -7,76 +7,36 @@ from typing import Any
 import numpy as np
 
 from spec_envs.agents.rules.base import Rule
-from spec_envs.controls.base import Control
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.depth import DepthControl
-from spec_envs.controls.dvi import DVIControl
-from spec_envs.controls.k import KControl
-from spec_envs.controls.topk import TopKControl
-from spec_envs.controls.tree import EXPAND, TreeControl
+from spec_envs.controls.base import Control, Setting
+
+NAMED = 24  # settings of which an error names every one
 
 
 class FixedAgent(Rule):
-    """Plays one depth (``SpecDepth-v0``), one budget (``SpecBudget-v0``), one of both (``SpecTree-v0``), one chain length
-    (``SpecK-v0``) or one choice of what to send (``SpecTopK-v0``).
+    """Follows one static setting of a problem in every cycle.
 
     Args:
         control: the problem.
-        value: the depth, the number of nodes, both (``"2x7"``; YAML wants quotes around ``"0x7"``, which is a number to it),
-            the length, or the choice by its name (``"4x300"``, ``"cloud 64"``).
+        value: one of ``control.settings()``: a depth (``SpecDepth-v0``), a number of nodes (``SpecBudget-v0``), both
+            (``"2x7"`` in ``SpecTree-v0``; YAML wants quotes around ``"0x7"``, which is a number to it), a chain length
+            (``SpecK-v0``) or what is sent over a link (``"4x300"``, ``"cloud 64"`` in ``SpecTopK-v0``).
 
     Raises:
-        ValueError: a value that the control does not offer.
+        ValueError: a value that the control does not offer, or an observation from which none can be followed.
     """
 
-    def __init__(self, control: Control, value: int | str, seed: int = 0):
-        super().__init__(control)
+    def __init__(self, control: Control, value: Setting, seed: int = 0):
+        offered = control.settings()
+        if not offered:
+            raise ValueError(f"{control.name} has no static settings that fixed could follow; take another agent")
+        if value not in offered:
+            named = [str(setting) for setting in offered]
+            if len(named) > NAMED:
+                named[NAMED // 2 : -1] = ["…"]
+            raise ValueError(f"value is {value}; expected one of {', '.join(named)}")
         self.value = value
-        if value not in settings(control):
-            offered = (
-                ", ".join(map(str, settings(control))) or "none: its actions are tokens, which are never all alike"
-            )
-            if isinstance(control, TreeControl):
-                budgets = ", ".join(map(str, control.budgets))
-                offered = f"DEPTHxBUDGET with depths 0 to {control.max_depth} and budgets {budgets}"
-            raise ValueError(f"value is {value}; expected one of {offered}")
-        most = {"drafted": getattr(control, "k_max", 0), "expansions": control.max_depth, "depth": 10}
-        self.grown, self.most = next(((name, n) for name, n in most.items() if name in control.slices), ("", 0))
-        self.looks_at = (self.grown,) if self.grown else ()
-        stepwise = isinstance(control, KControl) and control.decision == "token"
-        if stepwise and "drafted" not in control.slices:
-            raise ValueError(
-                f"a fixed length looks at drafted, which observation={control.observation!r} does not show"
-            )
+        self.looks_at = (control.progress,) if control.progress else ()
+        super().__init__(control)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        control = self.control
-        if isinstance(control, (BudgetControl, TopKControl)):
-            return settings(control).index(self.value), state
-        if isinstance(control, KControl) and control.decision == "cycle":
-            return self.value, state
-        if isinstance(control, TreeControl):
-            depth, budget = map(int, str(self.value).split("x"))
-            return EXPAND if self._grown(observation) < depth else 1 + control.budgets.index(budget), state
-        assert isinstance(self.value, int)
-        return int(self._grown(observation) < self.value), state  # one level or token more, or verify
-
-    def _grown(self, observation: np.ndarray) -> int:
-        """Levels or tokens drafted so far."""
-        return round(self.read(observation, self.grown) * self.most)
-
-
-def settings(control: Control) -> tuple[int, ...] | tuple[str, ...]:
-    """Every static setting of a control; of one whose actions are tokens, none."""
-    if isinstance(control, DVIControl):
-        return ()
-    if isinstance(control, TopKControl):
-        return tuple(map(str, control.choices))
-    if isinstance(control, BudgetControl):
-        return control.budgets
-    if isinstance(control, TreeControl):
-        return tuple(f"{depth}x{budget}" for depth in range(control.max_depth + 1) for budget in control.budgets)
-    if isinstance(control, KControl):
-        return tuple(range(control.k_max + 1))
-    assert isinstance(control, DepthControl)
-    return tuple(range(1, control.max_depth + 1))
+        return self.control.play(self.value, observation), state

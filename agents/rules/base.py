@@ -10,7 +10,6 @@ import numpy as np
 
 from spec_envs.agents.deciding import Deciding
 from spec_envs.controls.base import Control
-from spec_envs.controls.k import KControl
 
 
 class Rule(Deciding):
@@ -18,13 +17,27 @@ class Rule(Deciding):
 
     Attributes:
         looks_at: names of the entries of an observation that it reads; None are all.
+        plays: names of the problems that it controls; none are all.
+
+    Raises:
+        ValueError: a control of another problem, or one whose observation lacks what the rule looks at.
     """
 
     decision_seconds = 0.0
     looks_at: tuple[str, ...] | None = None
+    plays: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, control: Control):
         self.control = control
+        if self.plays and control.name not in self.plays:
+            raise ValueError(
+                f"{type(self).__name__} controls the problem {' or '.join(self.plays)}, not {control.name}"
+            )
+        if missing := set(self.looks_at or ()) - set(control.slices):
+            raise ValueError(
+                f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
+                f'{control.observation!r} lacks here; pass observation="default", and no adjustment_interval'
+            )
 
     @property
     def priced_seconds(self) -> float:
@@ -51,26 +64,27 @@ class Rule(Deciding):
 class ChainRule(Rule):
     """A published rule for the length of a chain.
 
+    Attributes:
+        decision: when it decides, ``"cycle"`` or ``"token"``.
+        k_max: tokens of the longest chain.
+
     Raises:
-        ValueError: another control, or one that decides at other times or shows something else than the rule looks at.
+        ValueError: a control that decides at other times.
     """
 
+    plays = ("k",)
     decision: ClassVar[str]
     looks_at: tuple[str, ...]
 
     def __init__(self, control: Control):
+        found = "token" if control.progress else "cycle"
+        if control.name not in self.plays or found != self.decision:
+            raise ValueError(
+                f'{type(self).__name__} needs SpecK-v0 with decision="{self.decision}"; this is {control.name}, which '
+                f"decides once a {found}"
+            )
         super().__init__(control)
-        if not isinstance(control, KControl) or control.decision != self.decision:
-            raise ValueError(
-                f'{type(self).__name__} needs SpecK-v0 with decision="{self.decision}", not {control.name} with '
-                f"{getattr(control, 'decision', 'other decisions')!r}"
-            )
-        if missing := set(self.looks_at) - set(control.slices):
-            raise ValueError(
-                f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
-                f'{control.observation!r} lacks here; pass observation="default", and no adjustment_interval'
-            )
-        self.k_max = control.k_max
+        self.k_max = control.max_depth + 1
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:

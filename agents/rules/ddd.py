@@ -8,8 +8,6 @@ import numpy as np
 
 from spec_envs.agents.rules.tree_base import GrowthRule
 from spec_envs.controls.base import Control
-from spec_envs.controls.depth import DepthControl
-from spec_envs.controls.tree import TreeControl
 
 
 class DddAgent(GrowthRule):
@@ -21,7 +19,7 @@ class DddAgent(GrowthRule):
         budget: see ``GrowthRule``.
     """
 
-    plays = (DepthControl, TreeControl)
+    plays = ("depth", "tree")
     looks_at = ("frontier", "expansions")
 
     def __init__(self, control: Control, threshold: float = 0.4, budget: int = 7):

@@ -9,8 +9,6 @@ import numpy as np
 from spec_envs.agents.rules.tree_base import PricedRule
 from spec_envs.controls import tree
 from spec_envs.controls.base import Control
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.tree import TreeControl
 
 
 class ExpectedGainAgent(PricedRule):
@@ -29,7 +27,7 @@ class ExpectedGainAgent(PricedRule):
         scale: of the drafter's probabilities; below 1 for one that is too sure of itself.
     """
 
-    plays = (BudgetControl, TreeControl)
+    plays = ("budget", "tree")
     looks_at = ("gains", "survival", "expansions")
 
     def __init__(self, control: Control, scale: float = 1.0):
@@ -41,7 +39,7 @@ class ExpectedGainAgent(PricedRule):
         accepted = self.numbers(observation, "gains").cumsum() * (deepest + 1)
         now = self.rates(accepted, depth)
         best = int(np.argmax(now))
-        if isinstance(self.control, BudgetControl):
+        if not self.control.progress:
             return best, state
         room = self.budgets >= depth + 2  # a path to the next level has that many nodes
         if depth < deepest and self.rates(accepted + room * self.next_level(observation), depth + 1).max() > now[best]:

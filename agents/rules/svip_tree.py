@@ -9,7 +9,6 @@ import numpy as np
 from spec_envs.agents.rules.tree_base import GrowthRule
 from spec_envs.controls.base import Control
 from spec_envs.controls.k import ENTROPY_UNIT
-from spec_envs.controls.tree import TreeControl
 
 
 class SvipTreeAgent(GrowthRule):
@@ -21,7 +20,7 @@ class SvipTreeAgent(GrowthRule):
         budget: see ``GrowthRule``.
     """
 
-    plays = (TreeControl,)
+    plays = ("tree",)
     looks_at = ("entropy", "expansions")
 
     def __init__(self, control: Control, threshold: float = 0.6, budget: int = 7):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -16,25 +16,7 @@ from spec_envs.controls.tree import TreeControl
 
 
 class TreeRule(Rule):
-    """A published rule for a tree of drafted nodes.
-
-    Raises:
-        ValueError: another control, or one that shows something else than the rule looks at.
-    """
-
-    plays: ClassVar[tuple[type[Control], ...]]
-    looks_at: tuple[str, ...]
-
-    def __init__(self, control: Control):
-        super().__init__(control)
-        if not isinstance(control, self.plays):
-            problems = " or ".join(kind.name for kind in self.plays)
-            raise ValueError(f"{type(self).__name__} plays the problem {problems}, not {control.name}")
-        if missing := set(self.looks_at) - set(control.slices):
-            raise ValueError(
-                f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
-                f'{control.observation!r} lacks; pass observation="default"'
-            )
+    """A published rule for a tree of drafted nodes."""
 
     def numbers(self, observation: np.ndarray, name: str) -> np.ndarray:
         """An entry of the observation, all of its numbers."""

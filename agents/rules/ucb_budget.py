@@ -9,7 +9,6 @@ import numpy as np
 from spec_envs.agents.rules.bandit import Bandit
 from spec_envs.agents.rules.tree_base import PricedRule
 from spec_envs.controls.base import Control
-from spec_envs.controls.budget import BudgetControl
 
 
 class UcbBudgetAgent(PricedRule):
@@ -21,7 +20,7 @@ class UcbBudgetAgent(PricedRule):
         discount: of what was seen one decision earlier.
     """
 
-    plays = (BudgetControl,)
+    plays = ("budget",)
     remembers = ("bandit", "accepted")
     looks_at = ("recent", "expansions")
 

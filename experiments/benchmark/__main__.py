@@ -40,7 +40,7 @@ from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
-from spec_envs.experiments.measure.static import static_like
+from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.traces.record import Plan, as_text, calibrated, claim, default_folder, record_texts, recorded
@@ -71,7 +71,7 @@ def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
 
     policies, replay = trained(problem, name, table, static, size, folder)
     rules, rows = ruled(problem, trace, table, static, size)
-    policies, replay = {"static": static_like(control, static.setting), **policies, **rules}, replay | rows
+    policies, replay = {"static": static_policy(control, static.setting), **policies, **rules}, replay | rows
     found["replay"] = replay
     found["hindsight_train_s"] = replay["hindsight"]["train_seconds"]
     found["informed"] = max(found["informed"], *(row["value"] for row in rows.values()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.report import markdown, setting_name
 from spec_envs.files import whole
 
@@ -47,7 +49,7 @@ def headroom(results: dict[str, Any]) -> list[str]:
         hindsight = found["replay"]["hindsight"]
         cells = [
             f"`{env_id}`",
-            setting_name(found["static"]),
+            named(found["static"]),
             *(f"{found[key]:.3f}" for key in ("static_over_plain", "per_task_over_static", "informed", "clairvoyant")),
             interval(hindsight),
             f"{found['of_informed']:.3f}",
@@ -87,6 +89,11 @@ def verdicts(results: dict[str, Any]) -> list[str]:
     return ["\n\n".join(lines)]
 
 
+def named(setting: Sequence[Setting]) -> str:
+    """Return a static setting of a chain or of a tree in words."""
+    return setting_name(setting, ("k",) if len(setting) == 1 else ("depth", "budget"))
+
+
 def of_environment(found: dict[str, Any]) -> list[str]:
     """Everything about one environment."""
     equal, recording = found["replay_equals_live"], found["recording"]
@@ -119,7 +126,7 @@ def of_environment(found: dict[str, Any]) -> list[str]:
     for name, other in found["other_costs"].items():
         lines.append(
             f"- Under the cost table `{name}`, which it has not seen: {other['over_static']:.3f} of that table's best static "
-            f"setting ({setting_name(other['static'])}); clairvoyant {other['clairvoyant']:.3f}."
+            f"setting ({named(other['static'])}); clairvoyant {other['clairvoyant']:.3f}."
         )
     lines += [
         f"- Replay against live under random play: {equal['cycles']} cycles, {equal['mismatches']} of them with another accepted "

@@ -33,7 +33,7 @@ from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import draw_arms, markdown
-from spec_envs.experiments.measure.static import best_chain, static_chain
+from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.measure.tables import side_by_side, tables
 from spec_envs.experiments.train import run_folder, trained
@@ -71,7 +71,7 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
 
     policies()  # what has to be trained is trained before anything is measured
     decoder = decoder_for(shared, KControl(LONGEST, **own))
-    static = best_chain(shared, KControl().k_max)
+    static = best_static(shared, KControl(**own))
     candidates = {name: (decoder.separate(), policy) for name, policy in policies().items()}
     try:
         validation = run_arms(

@@ -29,7 +29,7 @@ from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, tar
 from spec_envs.experiments.measure.quality import quality
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
 from spec_envs.experiments.measure.report import draw_arms, markdown
-from spec_envs.experiments.measure.static import best_chain, best_static, static_chain, static_policy
+from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.files import whole, write_json
 
@@ -54,8 +54,8 @@ def bench(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> di
     control = KControl() if chain else DepthControl()
     decoder = decoder_for(env, control)
     target, device = decoder.local.target, decoder.verifier.device
-    static = best_chain(env) if chain else best_static(env, decoder.tree.width, decoder.max_depth)
-    policies = {"static": static_chain(*static["best"]) if chain else static_policy(*static["best"])}
+    static = best_static(env, control)
+    policies = {"static": static_policy(control, static["best"])}
     draft = (drafter, max(1, static["best"][0])) if chain else None
     others = assisted_arms(target_name, decoder, draft)
     if not decoder.verifier.temperature and device.type == "cpu":

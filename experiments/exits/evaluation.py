@@ -22,7 +22,7 @@ from spec_envs.decoding.exits.files import is_exit
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.references import transformers_arms
-from spec_envs.experiments.measure.static import best_chain, static_chain
+from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import same_text, with_aa_check
 from spec_envs.experiments.measure.tables import tables
 
@@ -71,7 +71,7 @@ def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> dict[str
     if not is_exit(run) and config["agent"] != "random":
         raise ValueError(f"{run} holds no exit; delete it to train again")
     trained = str(run) if is_exit(run) else untrained
-    static = best_chain(chain_env(env, trained), K_MAX)
+    static = best_static(chain_env(env, trained), KControl(K_MAX))
     k = max(1, static["best"][0])
     chains = {"untrained exit": untrained, "trained exit": trained, "trained exit behind lookup": f"lookup+{trained}"}
     policies = {name: static_chain(k, K_MAX) for name in chains}

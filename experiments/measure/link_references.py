@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from spec_envs.agents.baselines.fixed import FixedAgent, settings
+from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.rules.base import Rule
-from spec_envs.controls import Policy
-from spec_envs.controls.topk import TopKControl
+from spec_envs.controls import Control, Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
@@ -55,7 +54,7 @@ class Outcome:
         return self.seconds + state.rtt + jitter + self.up / state.up + self.down / state.down
 
 
-def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
+def best_choices(env: dict[str, Any], control: Control) -> dict[str, Any]:
     """Try every choice on training prompts.
 
     Returns:
@@ -71,18 +70,18 @@ def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
     prompts = encoded_prompts(env, "train", PROMPTS)
     if recorded:
         prompts = list({tuple(p.ids): p for p in encoded_prompts(env, "train", RECORDED)}.values())
-    longest = env.get("max_new_tokens", 128)
-    tokens = longest if recorded else min(longest, TOKENS)
-    names = [name for name in settings(control) if not str(name).startswith("edge")]
+    most = env.get("max_new_tokens", 128)
+    tokens = most if recorded else min(most, TOKENS)
+    names = [name for name in control.settings() if not str(name).startswith("edge")]
     arms = {str(name): decoded(decoder, Policy(control, FixedAgent(control, name))) for name in names}
     samples = run_arms(arms, prompts, tokens, f"best choice over the link, {len(arms)} to try")
     decoder.close()
     rates = {name: throughput(arm) for name, arm in samples.items()}
-    length = min(DRAFT, control.k)
-    ks = [str(choice) for choice in control.choices if choice.length == length and choice.mode in ("topk", "scalar")]
+    longest = max(draft_length(name) for name in rates)
+    ks = [name for name in rates if draft_length(name) == min(DRAFT, longest) and not name.endswith("full")]
     found: dict[str, Any] = {
         "best": [max(rates, key=rates.__getitem__)],
-        "best_k": [max([name for name in rates if name in ks] or list(rates), key=rates.__getitem__)],
+        "best_k": [max(ks or list(rates), key=rates.__getitem__)],
         "pace": max(rates.values()),
         "tokens_per_second": rates,
     }
@@ -91,6 +90,12 @@ def best_choices(env: dict[str, Any], control: TopKControl) -> dict[str, Any]:
         outcomes = {name: Outcome.of(arm) for name, arm in samples.items()}
         found["per_state"], found["pace"] = per_state(outcomes, link)
     return found
+
+
+def draft_length(setting: str) -> int:
+    """Return the tokens that a choice such as ``"4x300"`` drafts; 0 for one that leaves decoding to the cloud."""
+    length, draws, _ = setting.partition("x")
+    return int(length) if draws else 0
 
 
 def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str, str], float]:
@@ -120,7 +125,7 @@ def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str,
         chosen = better
 
 
-def link_policies(control: TopKControl, decoder: Decoder, found: dict[str, Any]) -> dict[str, Policy]:
+def link_policies(control: Control, decoder: Decoder, found: dict[str, Any]) -> dict[str, Policy]:
     """Further references: the best static k, and over a Markov link the best choice of each of its states."""
     policies = {}
     if found["best_k"] != found["best"]:
@@ -130,9 +135,9 @@ def link_policies(control: TopKControl, decoder: Decoder, found: dict[str, Any])
     return policies
 
 
-def played_by_state(control: TopKControl, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+def played_by_state(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
     """How often each choice was made in each state of a simulated link, by its rate."""
-    offered, seen = settings(control), {state for sample in samples for state in sample.states}
+    offered, seen = control.settings(), {state for sample in samples for state in sample.states}
     counts: dict[str, Counter] = {label(s): Counter() for s in sorted(seen, key=lambda s: (s.up_mbps, s.rtt_ms))}
     for sample in samples:
         for state, action in zip(sample.states, sample.actions, strict=True):
@@ -148,12 +153,12 @@ def label(state: LinkState) -> str:
 class PerState(Rule):
     """Plays the best choice of the state that the simulated link really is in."""
 
-    def __init__(self, control: TopKControl, decoder: Decoder, choices: dict[str, str]):
+    def __init__(self, control: Control, decoder: Decoder, choices: dict[str, str]):
         super().__init__(control)
         verifier = decoder.verifier
         assert isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel)
         self.channel = verifier.channel
-        offered = settings(control)
+        offered = control.settings()
         self.actions = {state: offered.index(choice) for state, choice in choices.items()}
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:

@@ -10,11 +10,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spec_envs.agents.baselines.fixed import settings
 from spec_envs.controls import Control
-from spec_envs.controls.depth import DepthControl
-from spec_envs.controls.k import KControl
-from spec_envs.controls.tree import TreeControl
+from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.statistics import aa_agrees, by_task
 from spec_envs.files import whole
@@ -64,7 +61,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results["curves"]:
         lines.append(results["curves"] + ".")
     if results.get("static"):
-        lines.append(f"Best static setting on training prompts: {setting_name(results['static']['best'])}.")
+        rates = results["static"]["tokens_per_second"]
+        lines.append(f"Best static setting on training prompts: {max(rates, key=rates.get)}.")
     lines.append(f"A/A check (plain twice): the interval {'contains' if aa_agrees(results) else 'EXCLUDES'} 1.")
     if "link" in results:
         lines.append(
@@ -124,12 +122,11 @@ def exit_notes(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def setting_name(setting: Sequence[Any]) -> str:
-    """A static setting in words: what is sent over a link, the length of a chain, or depth and budget of a tree."""
-    if isinstance(setting[0], str):
-        return setting[0]
-    names = ("k",) if len(setting) == 1 else ("depth", "budget")
-    return ", ".join(f"{name} {value}" for name, value in zip(names, setting, strict=True))
+def setting_name(values: Sequence[Setting], axes: Sequence[str]) -> str:
+    """Return a static setting in words, such as "depth 2, budget 7"; a value that is a name stands for itself."""
+    return ", ".join(
+        value if isinstance(value, str) else f"{axis} {value}" for axis, value in zip(axes, values, strict=True)
+    )
 
 
 def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
@@ -140,49 +137,15 @@ def most_played(histogram: dict[str, dict[str, int]]) -> tuple[str, float]:
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each setting was played, by task: budgets, lengths, or the depths that runs of "go on" led to. Of the many
-    of a tree, only those that were played."""
-    offered = settings(control)
-
-    def played(sample: Sample) -> Sequence[Any]:
-        if isinstance(control, DepthControl):
-            return depths(sample.actions, control.max_depth)
-        if isinstance(control, TreeControl):
-            return trees(sample, control)
-        if isinstance(control, KControl) and control.decision == "token":
-            return sample.lengths
-        return [offered[action] for action in sample.actions]
-
-    if isinstance(control, TreeControl):
-        found = {setting for sample in samples for setting in played(sample)}
-        offered = tuple(str(setting) for setting in offered if setting in found)
-    histogram = {}
-    for task, group in by_task(samples).items():
-        counts = Counter(str(setting) for sample in group for setting in played(sample))
-        histogram[task] = {str(setting): counts[str(setting)] for setting in offered}
-    return histogram
-
-
-def depths(actions: Sequence[int], max_depth: int) -> list[int]:
-    """The depths that runs of "go on" led to; the first expansion is always made."""
-    found, depth = [], 1
-    for action in actions:
-        depth += action
-        if not action or depth == max_depth:
-            found.append(depth)
-            depth = 1
-    return found
-
-
-def trees(sample: Sample, control: TreeControl) -> list[str]:
-    """Depth and budget of every cycle, as settings of a fixed agent: each expansion was a decision, and so was the
-    verification."""
-    found, decisions = [], iter(sample.actions)
-    for candidates in sample.lengths:
-        depth = max(0, candidates - control.width) // control.width**2
-        *_, last = (next(decisions) for _ in range(depth + 1))
-        found.append(f"{depth}x{control.budgets[last - 1]}")
-    return found
+    """Return how often each setting was followed, by task; of many settings, only those that were."""
+    counts = {
+        task: Counter(str(setting) for sample in group for setting in control.played(sample.actions, sample.lengths))
+        for task, group in by_task(samples).items()
+    }
+    shown = [str(setting) for setting in control.settings()]
+    if len(shown) > CROWDED:
+        shown = [name for name in shown if any(name in found for found in counts.values())]
+    return {task: {name: found[name] for name in shown} for task, found in counts.items()}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spec_envs.agents.baselines.fixed import settings
 from spec_envs.controls import Policy
-from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
@@ -74,7 +72,7 @@ def tables(
     """What a table shows of the arms that were run."""
     control = next(iter(policies.values())).control
     curves = None
-    if not decoder.clock.priced and isinstance(control, TopKControl) and not is_address(control.link):
+    if not decoder.clock.priced and control.link and not is_address(control.link):
         curves = cost_curves(local_decoder(env, control))
     elif not decoder.clock.priced and decoder.in_process:
         curves = cost_curves(decoder)
@@ -91,14 +89,14 @@ def tables(
         "actions": {
             name: settings_played(policies[name].control, samples[name])
             for name in learned
-            if settings(policies[name].control)
+            if policies[name].control.settings()
         },
         "decisions": {name: policies[name].control.name for name in learned},
         "by_task": {
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
     }
-    if isinstance(control, TopKControl):
+    if control.link:
         results["link"] = control.link
         if not is_address(control.link):
             results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}

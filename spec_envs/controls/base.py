@@ -21,6 +21,10 @@ LONGEST_CHAIN, LARGEST_TREE = 4096, 100_000  # drafted tokens, nodes: what is al
 COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verification curve
 
 
+Setting = int | str
+"""Name of a static setting: a depth, a number of nodes, a chain length, ``"2x7"``, ``"4x300"``."""
+
+
 class Entry(NamedTuple):
     """A named range of the observation vector; ``read`` gives a number, or ``size`` of them or fewer."""
 
@@ -78,6 +82,10 @@ class Control(ABC):
         segment: tokens of a cycle of such an engine.
         server_args: further arguments of its program.
         trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` where none does.
+        progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token is
+            a decision; ``""`` where a cycle is one decision.
+        longest: levels or tokens that ``progress`` shows as 1.
+        link: name or address of the link between drafter and target, ``""`` where there is none.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
@@ -90,6 +98,9 @@ class Control(ABC):
     name: ClassVar[str]
     trace_kind: ClassVar[str] = ""
     cuts: ClassVar[bool] = True
+    progress: str = ""
+    longest: int = 0
+    link: str = ""
     engine: str = "torch"
     segment: int = 0
     server_args: Sequence[str] = ()
@@ -214,6 +225,44 @@ class Control(ABC):
             whole = sum(cycle.seconds.values())
             decided = Decision(self.worth(cycle), cycle.emitted, cycle.accepted, seconds, whole, pace)
         return float(self.rewards[name](decided))
+
+    def settings(self) -> tuple[Setting, ...]:
+        """Return every static setting of this problem by name; none where no single one can be followed."""
+        return ()
+
+    def play(self, setting: Setting, observation: np.ndarray) -> int:
+        """Return the action by which a fixed policy follows a setting; by default actions stand for settings in order.
+
+        Raises:
+            ValueError: a setting that is not offered.
+        """
+        return self.settings().index(setting)
+
+    def drafted(self, observation: np.ndarray) -> int:
+        """Return the levels or tokens drafted so far in a cycle, read off the entry ``progress``."""
+        return round(float(observation[self.slices[self.progress].start]) * self.longest)
+
+    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+        """Return the settings that the decisions of a text amount to, one per cycle.
+
+        Args:
+            actions: every decision.
+            lengths: drafted candidates of every cycle.
+        """
+        offered = self.settings()
+        return [offered[action] for action in actions]
+
+    def candidates(self) -> dict[str, Sequence[Setting]]:
+        """Return the values that a search of the best static setting tries, by the axis of the setting."""
+        return {self.name: self.settings()}
+
+    def static(self, *values: Setting) -> tuple[Control, Setting]:
+        """Return a control and the setting by which it plays one value of each axis of ``candidates``."""
+        return self, values[0]
+
+    def settle(self, *values: Setting) -> None:
+        """Fix what is drawn anew in every cycle of training at the best static values, by axis."""
+        return None
 
     @abstractmethod
     def prepare(self, decoder: Decoder) -> None:

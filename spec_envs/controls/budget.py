@@ -9,10 +9,12 @@ from operator import attrgetter
 import numpy as np
 from gymnasium import spaces
 
+from spec_envs.controls import candidates
 from spec_envs.controls.base import (
     LARGEST_TREE,
     Control,
     Entry,
+    Setting,
     check_tree,
     common_entries,
     ltd_entries,
@@ -115,6 +117,20 @@ class BudgetControl(Control):
                     *common_entries(),
                 ]
             )
+
+    def settings(self) -> tuple[Setting, ...]:
+        return self.budgets
+
+    def candidates(self) -> dict[str, Sequence[Setting]]:
+        return {"depth": candidates.depths(self.max_depth), "budget": candidates.BUDGETS}
+
+    def static(self, *values: Setting) -> tuple[Control, Setting]:
+        depth, budget = map(int, values)
+        return BudgetControl((budget,), depth, self.max_depth, self.width), budget
+
+    def settle(self, *values: Setting) -> None:
+        if self.depth == "random":
+            self.depth = int(values[0])
 
     def prepare(self, decoder: Decoder) -> None:
         if decoder.drafting:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, check_tree, common_entries, ltd_entries, read_survival
+from spec_envs.controls import candidates
+from spec_envs.controls.base import Control, Entry, Setting, check_tree, common_entries, ltd_entries, read_survival
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.decoding.decoder import Cycle, Decoder
 
@@ -96,6 +98,7 @@ class DepthControl(Control):
         check_tree(max_depth, width)
         self.max_depth, self.width, self.budget = max_depth, width, budget
         self.action_space = spaces.Discrete(2)
+        self.progress, self.longest = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
         if observation == "ltd":
             self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), repeats=14))
         else:
@@ -106,6 +109,32 @@ class DepthControl(Control):
                     *common_entries(),
                 ]
             )
+
+    def settings(self) -> tuple[Setting, ...]:
+        return tuple(range(1, self.max_depth + 1))
+
+    def play(self, setting: Setting, observation: np.ndarray) -> int:
+        depth = int(setting)
+        if not 1 <= depth <= self.max_depth:
+            raise ValueError(f"depth is {depth}; expected 1 to {self.max_depth}")
+        return EXPAND if self.drafted(observation) < depth else VERIFY
+
+    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+        found: list[Setting] = []
+        depth = 1  # the first expansion is always made
+        for action in actions:
+            depth += action
+            if action == VERIFY or depth == self.max_depth:
+                found.append(depth)
+                depth = 1
+        return found
+
+    def candidates(self) -> dict[str, Sequence[Setting]]:
+        return {"depth": candidates.depths(self.max_depth), "budget": candidates.BUDGETS}
+
+    def static(self, *values: Setting) -> tuple[Control, Setting]:
+        depth, budget = map(int, values)
+        return DepthControl(self.max_depth, self.width, budget), depth
 
     def prepare(self, decoder: Decoder) -> None:
         if decoder.tree.expansions == 0:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from typing import cast
 
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
+from spec_envs.controls import candidates
+from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, Setting, read_context, read_position
 from spec_envs.controls.text_kind import KINDS, context_kind
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
@@ -136,6 +137,7 @@ class KControl(Control):
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
         self.adjustment_interval = interval
         self.segment = interval if engine == "llama-server" else 0
+        self.progress, self.longest = "drafted" if decision == "token" else "", k_max
         self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
         self._forget()
         self._declare(self._entries())
@@ -187,6 +189,26 @@ class KControl(Control):
             return vector
         self.before = super().observe(decoder, looks_at)
         return self.before.copy()
+
+    def settings(self) -> tuple[Setting, ...]:
+        return tuple(range(self.k_max + 1))
+
+    def play(self, setting: Setting, observation: np.ndarray) -> int:
+        k = int(setting)
+        if not 0 <= k <= self.k_max:
+            raise ValueError(f"k is {k}; expected 0 to {self.k_max}")
+        if not self.progress:
+            return k
+        return DRAFT if self.drafted(observation) < k else VERIFY
+
+    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+        return list(lengths) if self.progress else super().played(actions, lengths)
+
+    def candidates(self) -> dict[str, Sequence[Setting]]:
+        return {"k": [k for k in candidates.KS if k <= self.k_max]}
+
+    def static(self, *values: Setting) -> tuple[Control, Setting]:
+        return KControl(self.k_max, observation="counters"), values[0]
 
     def prepare(self, decoder: Decoder) -> None:
         """Nothing is drafted before it is decided."""

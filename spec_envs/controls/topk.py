@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, read_context, read_position
+from spec_envs.controls.base import Control, Entry, Setting, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot, read_match
 from spec_envs.controls.rewards import rl_adapter, saved
 from spec_envs.controls.rl_adapter_state import KS, published_state
@@ -194,6 +194,9 @@ class TopKControl(Control):
         link, accepted = estimate(decoder), acceptance(drafted(decoder)[-WINDOWS[-1] :])
         entropy = read_last("entropies", decoder)
         return published_state(link.up_mbps, link.rtt_ms, accepted, entropy, self.task)
+
+    def settings(self) -> tuple[Setting, ...]:
+        return tuple(map(str, self.choices))
 
     def prepare(self, decoder: Decoder) -> None:
         """Nothing is drafted before it is decided from what."""

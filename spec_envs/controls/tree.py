@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, common_entries, read_survival
+from spec_envs.controls import candidates
+from spec_envs.controls.base import Control, Entry, Setting, common_entries, read_survival
 from spec_envs.controls.budget import offered, read_gains
 from spec_envs.controls.depth import read_frontier
 from spec_envs.controls.k import ENTROPY_UNIT
@@ -93,6 +95,7 @@ class TreeControl(Control):
         super().__init__(observation, cost_features)
         self.budgets = offered(budgets, max_depth, width)
         self.max_depth, self.width = max_depth, width
+        self.progress, self.longest = "expansions", max_depth
         self.action_space = spaces.Discrete(1 + len(self.budgets))
         self._declare(
             [
@@ -103,6 +106,31 @@ class TreeControl(Control):
                 *common_entries(),
             ]
         )
+
+    def settings(self) -> tuple[Setting, ...]:
+        return tuple(f"{depth}x{budget}" for depth in range(self.max_depth + 1) for budget in self.budgets)
+
+    def play(self, setting: Setting, observation: np.ndarray) -> int:
+        depth, budget = map(int, str(setting).split("x"))
+        if not 0 <= depth <= self.max_depth or budget not in self.budgets:
+            raise ValueError(f"there is no setting {setting}; expected one such as {self.settings()[0]}")
+        return EXPAND if self.drafted(observation) < depth else 1 + self.budgets.index(budget)
+
+    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+        found: list[Setting] = []
+        decisions = iter(actions)
+        for drafted in lengths:
+            depth = max(0, drafted - self.width) // self.width**2
+            *_, last = (next(decisions) for _ in range(depth + 1))  # each expansion, and the verification
+            found.append(f"{depth}x{self.budgets[last - 1]}")
+        return found
+
+    def candidates(self) -> dict[str, Sequence[Setting]]:
+        return {"depth": [0, *candidates.depths(self.max_depth)], "budget": [1, *candidates.BUDGETS]}
+
+    def static(self, *values: Setting) -> tuple[Control, Setting]:
+        depth, budget = map(int, values)
+        return TreeControl(self.max_depth, self.width, (budget,)), f"{depth}x{budget}"
 
     def prepare(self, decoder: Decoder) -> None:
         decoder.begin()

@@ -14,7 +14,7 @@ import yaml
 
 from spec_envs import agents
 from spec_envs.agents import AGENTS
-from spec_envs.agents.baselines.fixed import FixedAgent, settings
+from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.sb3.agent import ALGORITHMS, SB3Agent
 from spec_envs.agents.schedules import schedule
 from spec_envs.controls.budget import BudgetControl
@@ -176,7 +176,7 @@ def test_fixed_depth_plays_its_depth(observation: str, tiny: dict) -> None:
         done = generate(decoder, control, FixedAgent(control, value), [3, 4, 5], 40).run()
         assert {c.depth for c in done.cycles} == {value}
     budgets = BudgetControl(observation=observation)
-    for value in settings(budgets):
+    for value in budgets.settings():
         done = generate(decoder, budgets, FixedAgent(budgets, value), [3, 4, 5], 20).run()
         assert {c.verified for c in done.cycles} == {value}
     with pytest.raises(ValueError, match="value is 13; expected one of 1, 2"):

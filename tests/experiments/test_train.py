@@ -15,9 +15,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spec_envs import agents
+from spec_envs.controls import candidates
 from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments import evaluate, stream, train
-from spec_envs.experiments.measure import static
 from tests.support import ROOT
 
 
@@ -29,8 +29,8 @@ def command(env_id: str, agent: str, root: Path, tiny: dict, *settings: str) -> 
 
 @pytest.fixture(autouse=True)
 def few_static_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static, "DEPTHS", (2, 4))
-    monkeypatch.setattr(static, "BUDGETS", (7, 15))
+    monkeypatch.setattr(candidates, "DEPTHS", (2, 4))
+    monkeypatch.setattr(candidates, "BUDGETS", (7, 15))
 
 
 def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:

@@ -301,7 +301,7 @@ def test_every_controller_decodes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "own", "message"),
     [
-        ("svip", {}, "SvipAgent needs SpecK-v0 with decision=\"token\", not k with 'cycle'"),
+        ("svip", {}, 'SvipAgent needs SpecK-v0 with decision="token"; this is k, which decides once a cycle'),
         ("hf-schedule", {"decision": "token"}, 'ScheduleAgent needs SpecK-v0 with decision="cycle"'),
         (
             "svip",

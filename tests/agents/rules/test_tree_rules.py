@@ -151,9 +151,9 @@ def test_a_bandit_finds_the_best_budget() -> None:
 @pytest.mark.parametrize(
     ("name", "control", "message"),
     [
-        ("ddd", KControl(), "DddAgent plays the problem depth or tree, not k"),
-        ("svip-tree", DepthControl(), "SvipTreeAgent plays the problem tree, not depth"),
-        ("ucb-budget", TreeControl(), "UcbBudgetAgent plays the problem budget, not tree"),
+        ("ddd", KControl(), "DddAgent controls the problem depth or tree, not k"),
+        ("svip-tree", DepthControl(), "SvipTreeAgent controls the problem tree, not depth"),
+        ("ucb-budget", TreeControl(), "UcbBudgetAgent controls the problem budget, not tree"),
         ("ddd", DepthControl(observation="ltd"), "looks at expansions, frontier, which the observation 'ltd' lacks"),
         ("ddd", TreeControl(budgets=(3, 9)), "budget is 7; expected one of 3, 9"),
     ],

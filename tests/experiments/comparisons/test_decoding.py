@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spec_envs.controls import candidates
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments.comparisons import decoding as bench
 from spec_envs.experiments.evaluate import folder_name
-from spec_envs.experiments.measure import static
 from spec_envs.experiments.measure.arms import Encoded, Sample
 from spec_envs.experiments.measure.references import assisted_arms, transformers_arms
 from spec_envs.experiments.measure.report import error_bars, most_played
@@ -25,8 +25,8 @@ from tests.support.models.tiny import save_draft
 def test_the_benchmark_writes_its_figures_and_a_usable_clock(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(static, "DEPTHS", (1, 4))
-    monkeypatch.setattr(static, "BUDGETS", (8, 16))
+    monkeypatch.setattr(candidates, "DEPTHS", (1, 4))
+    monkeypatch.setattr(candidates, "BUDGETS", (8, 16))
     arguments = ["--target", tiny["target"], "--drafter", tiny["drafter"], "--dtype", "float32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--count", "3", "--out", str(tmp_path)])
     bench.main()
@@ -54,7 +54,7 @@ def test_the_benchmark_writes_its_figures_and_a_usable_clock(
 def test_the_benchmark_of_a_draft_model(
     tiny: dict, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(static, "KS", (1, 4))
+    monkeypatch.setattr(candidates, "KS", (1, 4))
     arguments = ["--target", tiny["target"], "--drafter", str(tiny_draft), "--dtype", "float32", "--device", "cpu"]
     arguments += ["--count", "3", "--dtypes", "float32"]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path)])

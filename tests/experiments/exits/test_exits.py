@@ -11,12 +11,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spec_envs import agents, generate
+from spec_envs.controls import candidates
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments import dvi, evaluate, stream, train
 from spec_envs.experiments.comparisons import exits as bench_dvi
 from spec_envs.experiments.config import first_stanza
 from spec_envs.experiments.exits import runs as exit_runs
-from spec_envs.experiments.measure import static
 from spec_envs.prompts.conversations import read_log
 
 KEYS = {"accept_rate_before", "accept_rate_after", "emitted_per_cycle_before", "emitted_per_cycle_after"}
@@ -27,7 +27,7 @@ SMALL = ["eval_prompts=2", "test_prompts=3", "hyperparameters.fast_batch=16", "h
 @pytest.fixture(autouse=True)
 def tiny_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few lengths to try; and a random target ends no user turn that makes sense."""
-    monkeypatch.setattr(static, "KS", (0, 1, 3))
+    monkeypatch.setattr(candidates, "KS", (0, 1, 3))
     monkeypatch.setattr(exit_runs, "sampled_turns", lambda *arguments: ["the a of", "in to is"])
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from spec_envs import generate
 from spec_envs.agents import AGENTS
-from spec_envs.agents.baselines.fixed import FixedAgent, settings
+from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.baselines.uniform import RandomAgent
-from spec_envs.controls import Policy
+from spec_envs.controls import Policy, candidates
 from spec_envs.controls.base import COST_ROWS
 from spec_envs.controls.tree import EXPAND, TreeControl
 from spec_envs.decoding.decoder import Decoder
@@ -117,25 +117,23 @@ def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, tiny_decoder
 
 def test_fixed_settings(tiny_decoder: Decoder) -> None:
     control = TreeControl()
-    assert settings(control)[:2] == ("0x1", "0x3") and len(settings(control)) == 13 * 13
+    assert control.settings()[:2] == ("0x1", "0x3") and len(control.settings()) == 13 * 13
     for value in ("0x1", "0x7", "2x7", "12x95"):
         done = generate(tiny_decoder, control, FixedAgent(control, value), PROMPT, 20).run()
         assert {f"{cycle.depth}x{cycle.verified}" for cycle in done.cycles} == {value}
-    with pytest.raises(
-        ValueError, match="value is 2x8; expected one of DEPTHxBUDGET with depths 0 to 12 and budgets 1, 3"
-    ):
+    with pytest.raises(ValueError, match=r"value is 2x8; expected one of 0x1, 0x3, .*, …, 12x95"):
         FixedAgent(control, "2x8")
 
 
 def test_static_settings_of_any_budget(tiny: dict, tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     for setting in ([0, 4], [3, 8]):
-        policy = static.static_like(TreeControl(), setting)
+        policy = static.static_policy(TreeControl(), setting)
         done = generate(tiny_decoder, policy.control, policy.agent, PROMPT, 20).run()
         assert {(cycle.depth, cycle.verified) for cycle in done.cycles} == {tuple(setting)}
-    monkeypatch.setattr(static, "DEPTHS", (1, 2))
-    monkeypatch.setattr(static, "BUDGETS", (7,))
+    monkeypatch.setattr(candidates, "DEPTHS", (1, 2))
+    monkeypatch.setattr(candidates, "BUDGETS", (7,))
     monkeypatch.setattr(static, "PROMPTS", 2)
-    found = static.best_like(tiny, TreeControl(max_depth=4))
+    found = static.best_static(tiny, TreeControl(max_depth=4))
     assert {"depth 0, budget 7", "depth 2, budget 1"} <= set(found["tokens_per_second"])
 
 
@@ -145,7 +143,7 @@ def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch)
     sample = decoded(tiny_decoder, Policy(control, RandomAgent(control, seed=0)))(Encoded("a task", PROMPT), 80, 0)
     cycles = [f"{cycle.depth}x{cycle.verified}" for cycle in tiny_decoder.cycles]
     histogram = settings_played(control, [sample])["a task"]
-    assert histogram == {setting: cycles.count(setting) for setting in settings(control) if setting in cycles}
+    assert histogram == {setting: cycles.count(str(setting)) for setting in control.settings()}
     assert len(histogram) > 3
     monkeypatch.setattr(
         tiny_decoder.drafter, "expand", lambda tree: 0
