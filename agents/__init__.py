@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, recordings
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.agents.exits.dvi import DVIAgent
@@ -37,7 +37,6 @@ from spec_envs.agents.traced.hindsight import HindsightAgent
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.env import check_keywords
-from spec_envs.recordings import clocks_for
 from spec_envs.sealed import first_line, number_of, read_sealed
 from spec_envs.yaml_text import parse_yaml
 
@@ -117,7 +116,8 @@ def cost_table(folder: Path, env: dict[str, Any]) -> CostTable:
     if table.exists():
         read_sealed(table, "delete it to measure again")
         return CostTable.load(str(table))
-    clock = clocks_for(env.get("clock", "wall"), "cpu", env.get("trace"))[0]
+    recording = recordings.load(env["trace"]) if env.get("trace") is not None else None
+    clock = recordings.clocks_for(env.get("clock", "wall"), "cpu", recording)[0]
     if not isinstance(clock, PricedClock):
         raise ValueError(
             f"{folder} has a measured clock, and its policy weighs tokens against the seconds of a cost table; leave out "

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spec_envs import agents
+from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
-from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.link_references import link_policies
@@ -90,18 +89,12 @@ def check_overrides(overrides: dict[str, Any], env: dict[str, Any]) -> None:
         if {"prompts", "data_dir"} & set(overrides):
             load_prompts(env.get("prompts", "all"), "test", env.get("data_dir"))
         return
-    exact = Trace.named(trace)
-    read = {"clock", "max_new_tokens", *(["prompts"] if exact else [])}
-    if ignored := sorted(set(overrides) - read):
+    if ignored := sorted(set(overrides) - {"clock", "max_new_tokens", "prompts"}):
         raise ValueError(
             f"{', '.join(ignored)} cannot be set: the run is played on the trace {trace!r}, which was made with its own"
         )
-    if exact and "prompts" in overrides:
-        tasks = {text.task for text in Trace.load(trace).texts}
-        if unknown := [name for name in map(str.strip, overrides["prompts"].split(",")) if name not in {*tasks, "all"}]:
-            raise ValueError(
-                f"the trace {trace!r} has no prompts {', '.join(unknown)}; there are {', '.join(sorted(tasks))}"
-            )
+    if "prompts" in overrides:
+        recordings.load(trace).prompts("test", overrides["prompts"])
 
 
 def evaluate_mixes(

@@ -24,14 +24,12 @@ from optuna.trial import TrialState
 from optuna.visualization.matplotlib import plot_optimization_history
 from tqdm import trange
 
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, recordings
 from spec_envs.agents import AGENTS
 from spec_envs.agents.rules.base import Rule
 from spec_envs.arguments import POSITIVE, TOKENS, Parser, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.loading import make_clocks
-from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
@@ -117,7 +115,8 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def priced(folder: Path, env: dict[str, Any], control: Control) -> Path:
     """Return the cost table of a folder: that of the environment, or this machine's, measured if it is not there yet."""
     table = folder / "clock.json"
-    clock = make_clocks(env.get("clock", "wall"), resolve_device(env.get("device", "auto")), env.get("trace"))[0]
+    recording = recordings.load(env["trace"]) if env.get("trace") is not None else None
+    clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
     if isinstance(clock, PricedClock):
         write_json(table, {"verify": clock.table.verify, "draft": clock.table.draft})
     elif not table.exists():

@@ -14,27 +14,19 @@ import numpy as np
 from gymnasium.utils import EzPickle
 from pydantic import TypeAdapter, ValidationError
 
-from spec_envs import render
+from spec_envs import recordings, render
 from spec_envs.checked import check_number, choice
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.controls.base import checked_action
-from spec_envs.controls.topk import TopKControl
 from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
-from spec_envs.decoding.loading import (
-    DEFAULT_TARGET,
-    drafts_chains,
-    plain_seconds,
-    static_over_plain,
-)
-from spec_envs.decoding.traces.synthetic import Profile
-from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.loading import DEFAULT_TARGET, plain_seconds
+from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.keywords import check_ranges, in_worker
 from spec_envs.network.edge.remote import RemoteVerifier
-from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.prompts.sets import Prompt, encode_all, encode_prompt, load_prompts
-from spec_envs.recordings import check_settings, clocks_for, decoder_under, recorded_prompts
+from spec_envs.recordings import clocks_for
 
 
 class EndedText(ValueError):
@@ -124,11 +116,13 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         check_keywords(kind, given | own)
         reward = next(iter(kind.rewards)) if reward is None else reward
         choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        max_new_tokens = Trace.longest(max_new_tokens, trace)
+        recording = recordings.load(trace) if trace is not None else None
+        if max_new_tokens is None:
+            max_new_tokens = recording.max_new_tokens if recording else MAX_NEW_TOKENS
         check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
         check_number("switch_every", switch_every, lambda texts: texts >= 0, "texts, or 0 for none")
         self.control = make_control(control, given | own)
-        self.clocks = clocks_for(clock, device, trace)
+        self.clocks = clocks_for(clock, device, recording)
         if not self.clocks[0].priced:
             if cost_features:
                 raise ValueError("cost_features need cost tables; a measured clock has none")
@@ -141,30 +135,18 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.observation_space = self.control.observation_space
         self.target, self.template, self.max_new_tokens, self.trace = target, template, max_new_tokens, trace
         self.date = date
-        engine, chain = self.control.engine, self.control.width == 1
-        if drafter == "auto" and not trace:
-            drafter = self.control.default_drafter(target)
-        sampled = kind.temperature if temperature is None else temperature
-        if sampled > 0 and self.control.cuts and chain and drafts_chains(drafter):
-            raise ValueError(
-                f"temperature is {sampled}, at which the draft model {drafter!r} draws its chain; a drawn chain is "
-                "verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
-            )
         models = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
-        self.decoder = decoder_under(
-            self.control, trace, self.clocks[0], **models, temperature=temperature if trace else sampled, top_p=top_p
-        )
-        check_settings(trace, given)
-        if trace:
-            self.best_static = self._static_of_trace(trace)
-            if Trace.named(trace):
-                Trace.load(trace).check(self.control.width, self.control.max_depth, max_new_tokens)
-            recorded = recorded_prompts(trace, split, prompts)
+        self.decoder = self.control.open(self.clocks[0], trace, **models, temperature=temperature, top_p=top_p)
+        if recording:
+            recording.check_settings(given)
+            recording.check(self.control, max_new_tokens)
+            self.best_static = recording.static_over_plain
+            recorded = recording.prompts(split, prompts)
             self.encoded = {Prompt(task, str(i)): ids for i, (task, ids) in enumerate(recorded)}
             chosen = list(self.encoded)
         else:
-            alone = engine == "torch" and not isinstance(self.control, TopKControl)
-            self.best_static = static_over_plain(target, drafter) if alone else 1.0
+            drafter = self.control.default_drafter(target) if drafter == "auto" else drafter
+            self.best_static = self.control.static_over_plain(target, drafter)
             self.tokenizer = load_tokenizer(target)
             chosen = load_prompts(prompts, split, data_dir)
             self.encoded = dict(encode_all(self.tokenizer, chosen, template, date))
@@ -274,14 +256,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
     def pace(self) -> float:
         """Tokens per second that a second costs: given, or the speed of the pair's best static setting."""
         return self.given_pace if self.given_pace is not None else self.plain_rate * self.best_static
-
-    @staticmethod
-    def _static_of_trace(trace: str) -> float:
-        """Speed of the best static setting over plain decoding, as far as it is known."""
-        if Trace.named(trace):
-            manifest = Trace.load(trace).manifest
-            return static_over_plain(manifest.target, manifest.drafter)
-        return 1.0 if ExpectedTrace.named(trace) else Profile.load(trace).static_over_plain
 
     def _check_lengths(self) -> None:
         """Refuse prompts that would not fit when their turn comes; those of a log of conversations are left out."""

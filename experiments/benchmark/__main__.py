@@ -20,7 +20,8 @@ from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.traces.trace import MANIFEST, Trace
+from spec_envs.decoding.traces.files import MANIFEST
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, samples_of
 from spec_envs.experiments.benchmark.checks import equality, played_at_random, recording_cost, speeds
 from spec_envs.experiments.benchmark.problems import FAST, FULL, LARGER, PROBLEMS, Size

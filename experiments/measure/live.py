@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from spec_envs import recordings
 from spec_envs.controls import Control
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
@@ -14,7 +15,6 @@ from spec_envs.decoding.weights.config import load_config
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts
-from spec_envs.recordings import clocks_for, decoder_under, recorded_prompts
 
 DRAFTED = 32  # rows behind a text that its drafts may take up
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
@@ -23,8 +23,9 @@ MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
     """The decoder that an environment with these keyword arguments has."""
     trace = env.get("trace")
-    clock = clocks_for(env.get("clock", "wall"), env.get("device", "auto"), trace)[0]
-    return decoder_under(control, trace, clock, **models_of(env, control))
+    recording = recordings.load(trace) if trace is not None else None
+    clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
+    return control.open(clock, trace, **models_of(env, control))
 
 
 def models_of(env: dict[str, Any], control: Control) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     if env.get("trace"):
-        recorded = recorded_prompts(env["trace"], split, env.get("prompts", "all"))
+        recorded = recordings.load(env["trace"]).prompts(split, env.get("prompts", "all"))
         return [Encoded(*prompt) for prompt in itertools.islice(itertools.cycle(recorded), count)]
     prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
     target = env.get("target", DEFAULT_TARGET)

@@ -32,19 +32,11 @@ from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
+from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
 from spec_envs.decoding.traces.recorder import Columns, kind_of, record, watched
+from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.decoding.traces.replay import replayed
-from spec_envs.decoding.traces.trace import (
-    COLUMNS,
-    MANIFEST,
-    MAX_NEW_TOKENS,
-    VERSION,
-    Manifest,
-    Recorded,
-    Trace,
-    joined,
-    write_trace,
-)
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
@@ -235,7 +227,7 @@ def assemble(plan: Plan, folder: Path) -> None:
     )
     trace = Trace(folder, manifest, joined(parts, manifest.kind))
     manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
-    write_trace(trace)
+    write_folder(trace)
 
 
 def read_text(path: Path, kind: str) -> Columns:

@@ -10,11 +10,19 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from gymnasium import spaces
 
+from spec_envs import recordings
 from spec_envs.checked import check_number
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
-from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder
-from spec_envs.decoding.loading import default_drafter
+from spec_envs.decoding.loading import (
+    DEFAULT_TARGET,
+    Models,
+    default_drafter,
+    drafts_chains,
+    load_decoder,
+    static_over_plain,
+)
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
 LONGEST_CHAIN, LARGEST_TREE = 4096, 100_000  # drafted tokens, nodes: what is allocated before anything is drafted
@@ -79,8 +87,6 @@ class Control(ABC):
         temperature: of the target where none is given.
         cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
-        segment: tokens of a cycle of such an engine.
-        server_args: further arguments of its program.
         trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` where none does.
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token is
             a decision; ``""`` where a cycle is one decision.
@@ -102,8 +108,6 @@ class Control(ABC):
     longest: int = 0
     link: str = ""
     engine: str = "torch"
-    segment: int = 0
-    server_args: Sequence[str] = ()
     partner_name: ClassVar[str | None]
 
     def __init__(self, observation: str, cost_features: bool):
@@ -199,8 +203,57 @@ class Control(ABC):
         ]
 
     def default_drafter(self, target: str) -> str:
-        """The drafter of an environment that names none."""
-        return default_drafter(target, self.width == 1, self.engine)
+        """Return the drafter of a target where none is named."""
+        return default_drafter(target, self.width == 1)
+
+    def static_over_plain(self, target: str, drafter: str) -> float:
+        """Return the speed of a pair's best static setting in units of plain decoding; 1 where it was not measured."""
+        return static_over_plain(target, drafter)
+
+    def open(
+        self,
+        clock: WallClock | None = None,
+        trace: str | None = None,
+        *,
+        target: str = DEFAULT_TARGET,
+        drafter: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        temperature: float | None = None,
+        top_p: float = 1.0,
+    ) -> Decoder:
+        """Open what decodes under this control: models, or a recording that stands for them.
+
+        Args:
+            clock: charged for every forward. By default it measures, or prices by the recording's own cost table.
+            trace: name of a recording; see ``spec_envs.recordings.load``.
+            target, drafter, device, dtype, top_p: as of ``load_decoder``; ``"auto"`` is the drafter of ``default_drafter``.
+            temperature: of the target's sampling; by default the control's own.
+
+        Raises:
+            ValueError: names that lead nowhere, or settings that do not go together.
+        """
+        if trace is not None:
+            recording = recordings.load(trace)
+            given = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
+            recording.check_settings(given | {"temperature": temperature, "top_p": top_p})
+            return self.open_recording(trace, clock or PricedClock(recording.costs()))
+        drafter = self.default_drafter(target) if drafter == "auto" else drafter
+        temperature = self.temperature if temperature is None else temperature
+        return self.open_models(Models(target, drafter, device, dtype, temperature, top_p), clock)
+
+    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+        """Open models in this process; a control whose models are elsewhere overrides it."""
+        if models.temperature > 0 and self.cuts and self.width == 1 and drafts_chains(models.drafter):
+            raise ValueError(
+                f"temperature is {models.temperature}, at which the draft model {models.drafter!r} draws its chain; a drawn "
+                "chain is verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
+            )
+        return load_decoder(**vars(models), clock=clock, width=self.width, max_depth=self.max_depth)
+
+    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+        """Open the recording of that name in place of models; a control that needs a certain one overrides it."""
+        return recordings.load(trace).decoder(self, clock)
 
     def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
         """What this problem adds to the info of a step, which ended a cycle or did not."""

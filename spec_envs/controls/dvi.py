@@ -13,11 +13,12 @@ from spec_envs.checked import check_number
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS
 from spec_envs.controls.rewards import accepted, saved
+from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter
 from spec_envs.decoding.exits.split import SplitVerifier
-from spec_envs.decoding.loading import DEFAULT_TARGET, EXIT
+from spec_envs.decoding.loading import DEFAULT_TARGET, EXIT, Models, load_decoder
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.sampling import WARM, warm
 from spec_envs.decoding.weights.checkpoints import model_folder
@@ -161,6 +162,33 @@ class DVIControl(Control):
 
     def default_drafter(self, target: str) -> str:
         return f"{EXIT}{self.exit_layer}"
+
+    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+        """Open a decoder that drafts from the target's own exit.
+
+        Raises:
+            ValueError: another drafter, or an exit of other settings than the control's.
+        """
+        decoder = load_decoder(
+            **vars(models),
+            clock=clock,
+            width=self.width,
+            max_depth=self.max_depth,
+            adapter=self.adapter,
+            rank=self.rank,
+        )
+        found = exit_of(decoder).settings
+        for name, wanted, has in (
+            ("exit_layer", self.exit_layer, found.exit_layer),
+            ("adapter", self.adapter, found.kind),
+            ("rank", self.rank or found.rank, found.rank),
+        ):
+            if wanted != has:
+                raise ValueError(f"{name} is {wanted}, but the exit {models.drafter!r} has {has}; pass {name}={has!r}")
+        return decoder
+
+    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+        raise ValueError(f"trace is {trace!r}; no trace replays SpecDVI-v0, whose states are those of a model")
 
     def prepare(self, decoder: Decoder) -> None:
         self.state = decoder.look()

@@ -12,10 +12,13 @@ from gymnasium import spaces
 from spec_envs.controls import candidates
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, Setting, read_context, read_position
 from spec_envs.controls.text_kind import KINDS, context_kind
+from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
 from spec_envs.decoding.drafters.base import Copier
 from spec_envs.decoding.drafters.lookup import LONGEST
+from spec_envs.decoding.llama_cpp.decoder import drafter_for, open_server
 from spec_envs.decoding.llama_cpp.server import check_server_args
+from spec_envs.decoding.loading import Models
 from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
@@ -136,11 +139,28 @@ class KControl(Control):
         self.server_args = server_args or ()
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
         self.adjustment_interval = interval
-        self.segment = interval if engine == "llama-server" else 0
         self.progress, self.longest = "drafted" if decision == "token" else "", k_max
         self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
         self._forget()
         self._declare(self._entries())
+
+    def default_drafter(self, target: str) -> str:
+        if self.engine == "torch":
+            return super().default_drafter(target)
+        return drafter_for(target)
+
+    def static_over_plain(self, target: str, drafter: str) -> float:
+        return super().static_over_plain(target, drafter) if self.engine == "torch" else 1.0
+
+    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+        if self.engine == "torch":
+            return super().open_models(models, clock)
+        return open_server(models, self.k_max, self.adjustment_interval, clock, self.server_args)
+
+    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+        if self.engine != "torch":
+            raise ValueError(f"trace is {trace!r}, which takes the place of {self.engine}; give one of the two")
+        return super().open_recording(trace, clock)
 
     def _entries(self) -> list[Entry]:
         counters = [

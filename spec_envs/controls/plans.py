@@ -10,7 +10,7 @@ from spec_envs.controls.depth import EXPAND, VERIFY, DepthControl
 from spec_envs.controls.k import DRAFT, KControl
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable
-from spec_envs.decoding.traces.trace import level_slice
+from spec_envs.decoding.traces.full_trees import level_slice
 
 # Entries of an observation that are the same all through a cycle
 UNCHANGED = (

@@ -13,11 +13,16 @@ from spec_envs.controls.base import Control, Entry, Setting, read_context, read_
 from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot, read_match
 from spec_envs.controls.rewards import rl_adapter, saved
 from spec_envs.controls.rl_adapter_state import KS, published_state
+from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.loading import Models
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.estimate import Estimate
+from spec_envs.network.edge.linked import is_address, linked
 from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.expected_trace import ExpectedTrace
+from spec_envs.network.link import load_link
 from spec_envs.network.wire import MODES
 from spec_envs.prompts.sets import TASKS
 
@@ -189,6 +194,25 @@ class TopKControl(Control):
             Entry("context", 1, 0.0, 1.0, read_context),
             Entry("task", len(TASKS) + 1, 0.0, 1.0, lambda d: one_hot(self.task, (*TASKS, ""))),
         ]
+
+    def static_over_plain(self, target: str, drafter: str) -> float:
+        return 1.0
+
+    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+        decoder = super().open_models(models, clock)
+        if self.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
+            raise ValueError(
+                "edge_value is for a drafter that can always say more; take a draft model, not lookup alone"
+            )
+        return linked(decoder, self.link, models.target)
+
+    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+        recorded = ExpectedTrace.load(trace)
+        if is_address(self.link):
+            raise ValueError(f"trace is {trace!r}, which takes the place of the cloud; give a simulated link")
+        if unknown := sorted(set(self.ks) - set(recorded.ks)):
+            raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
+        return recorded.over(load_link(self.link), clock, self.max_depth)
 
     def _read_published(self, decoder: Decoder) -> np.ndarray:
         link, accepted = estimate(decoder), acceptance(drafted(decoder)[-WINDOWS[-1] :])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
+from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
@@ -26,9 +25,7 @@ from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import is_exit, load_exit
 from spec_envs.decoding.exits.split import SplitVerifier
-from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.traces.synthetic import Profile
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import (
     eos_ids,
@@ -47,6 +44,18 @@ from spec_envs.text import Detokenizer
 DEFAULT_TARGET = "smollm2-135m"
 LOOKUP = "lookup"  # the drafter without weights; in front of another's name and a plus sign, it goes first
 EXIT = "exit:"  # in front of a number of layers, an untrained exit of the target behind these
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which models decode, and how the target samples: the arguments of ``load_decoder`` of the same names."""
+
+    target: str
+    drafter: str
+    device: str
+    dtype: str
+    temperature: float
+    top_p: float
 
 
 @functools.cache
@@ -134,41 +143,28 @@ def open_exit(drafter: str, target: str, model: Transformer, kind: str, rank: in
     return ExitAdapter.fresh(model, target, int(layers), kind, rank)
 
 
-def default_drafter(target: str, chain: bool = False, engine: str = "torch") -> str:
-    """The drafter that models.yml has for a target: one that drafts chains, or the first one. On llama-server it drafts
-    without lookup, and a target without one, such as a GGUF file, drafts for itself.
+def default_drafter(target: str, chain: bool = False) -> str:
+    """Return the drafter that models.yml has for a target: the first one, or the first that drafts chains.
 
     Raises:
         ValueError: there is none.
     """
-    if engine == "llama-server" and target not in registry()["models"]:
-        return target
     known = [name for name, entry in registry()["drafters"].items() if entry["target"] == target]
     found = next((name for name in known if not chain or drafts_chains(name)), None)
     if found is None:
         raise ValueError(
             f"no drafter is known for {target!r}, only for "
             f"{', '.join(dict.fromkeys(e['target'] for e in registry()['drafters'].values()))}; "
-            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and a draft model), or train one with "
-            "`make drafter`"
+            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and a "
+            "draft model), or train one with `make drafter`"
         )
-    return without_lookup(found) if engine == "llama-server" else found
+    return found
 
 
 def static_over_plain(target: str, drafter: str) -> float:
     """Speed of the pair's best static setting in units of plain decoding; 1 where it was never measured."""
     entry = registry()["drafters"].get(drafter, {})
     return entry.get("static_over_plain", 1.0) if entry.get("target") == target else 1.0
-
-
-def make_clocks(clock: str | Sequence[str], device: torch.device, trace: str | None = None) -> list[WallClock]:
-    """Clocks by name: ``"wall"``, or one or several cost tables. A synthetic profile's own stands in for the wall."""
-    if trace and clock == "wall":
-        clock = Profile.load(trace).clock
-    names = [clock] if isinstance(clock, str) else list(clock)
-    if not names:
-        raise ValueError("clock is an empty list; expected 'wall' or cost tables")
-    return [WallClock(device) if name == "wall" else PricedClock(CostTable.load(name)) for name in names]
 
 
 def load_decoder(
@@ -241,48 +237,6 @@ def load_decoder(
         max_depth,
         Detokenizer.of(load_tokenizer(target)),
     )
-
-
-def open_decoder(
-    engine: str = "torch",
-    trace: str | None = None,
-    segment: int = 0,
-    clock: WallClock | None = None,
-    width: int = 1,
-    max_depth: int = 12,
-    server_args: Sequence[str] = (),
-    **models: Any,
-) -> Decoder:
-    """What decodes under a control: models here, a synthetic profile, or a llama-server.
-
-    Args:
-        segment: tokens of a cycle of the server.
-        server_args: further arguments of llama-server.
-        models: ``target``, ``drafter``, ``device``, ``dtype``, ``temperature`` and ``top_p`` of ``load_decoder``.
-
-    Raises:
-        ValueError: something that the engine or the profile does not do.
-    """
-    if (trace or engine != "torch") and (width != 1 or models.get("temperature", 0.0)):
-        raise ValueError(
-            f"{trace or engine!r} plays chains under greedy decoding only, not trees, and at no temperature"
-        )
-    if trace and engine != "torch":
-        raise ValueError(f"trace is {trace!r}, which takes the place of {engine}; give one of the two")
-    if trace:
-        return Profile.load(trace).decoder(clock or make_clocks("wall", torch.device("cpu"), trace)[0], max_depth)
-    if engine == "torch":
-        return load_decoder(**models, clock=clock, width=width, max_depth=max_depth)
-    for name, allowed in (("dtype", ("auto",)), ("top_p", (1.0,)), ("device", ("auto", "cpu"))):
-        if models.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{name} is {models[name]!r}; a llama-server computes on the CPU, as its file is, and decodes greedily"
-            )
-    target, drafter = models.get("target", DEFAULT_TARGET), models.get("drafter", "auto")
-    drafter = default_drafter(target, True, engine) if drafter == "auto" else drafter
-    if drafter != without_lookup(drafter):
-        raise ValueError(f"drafter is {drafter!r}; a llama-server drafts by a model alone: {without_lookup(drafter)!r}")
-    return LlamaServerDecoder(target, drafter, max_depth + 1, segment, clock=clock, server_args=server_args)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Expected-acceptance traces: speculation over a link without models, approximately.
 
 For texts that the target sampled, a trace has at every position with what probability a token drafted there would be
-accepted, Σ min(p, q̂_k), for each k. Played, every drafted token is right with its probability, and the text goes on as it
-was recorded. That is approximate, and only that: the text does not depend on what was drafted, and a refusal tells
-nothing about the token behind it. Messages are encoded with as many entries as they would have, so that bytes are real.
+accepted, Σ min(p, q̂_k), for each k. In a replay every drafted token is right with its probability, and the text
+continues as it was recorded. That is approximate, and only that: the text does not depend on what was drafted, and a
+rejection tells nothing about the token after it. Messages are encoded with as many entries as they would have, so that
+bytes are real.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import numpy as np
 from torch import Tensor
 
 from spec_envs.arrays import read_npz
-from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.copying import SHORTEST
 from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.traces.recording import EVERY, Problem, Recording, chosen
 from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic
 from spec_envs.files import DATA, is_file
@@ -40,7 +42,7 @@ LARGEST = 2**30  # bytes of a file's arrays
 
 @dataclass(frozen=True)
 class Text:
-    """A recorded text and what a drafter would have done at each of its n tokens behind the first.
+    """A recorded text and what a drafter would have done at each of its n tokens after the first.
 
     ``acceptance`` ``[n, ks]``; ``probability`` that a drawn token is expected to have and ``entropy`` in nats ``[n]`` of the
     drafter's distribution; ``entries`` ``[n]`` that it has; ``match`` ``[n]``, how many of the last tokens match the place that
@@ -59,8 +61,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class ExpectedTrace:
-    """Texts that were recorded (`make trace`).
+class ExpectedTrace(Recording):
+    """Texts that were recorded (`make trace`), to be replayed over a link.
 
     Attributes:
         name: of its file.
@@ -73,6 +75,7 @@ class ExpectedTrace:
         source: JSON of what it is valid for: hashes of both weights, dtype, prompts.
     """
 
+    static_over_plain = 1.0  # was not measured
     name: str
     target: str
     drafter: str
@@ -87,7 +90,7 @@ class ExpectedTrace:
     @classmethod
     @functools.cache
     def load(cls, source: str) -> ExpectedTrace:
-        """A shipped trace by name, or any by its path.
+        """Return a shipped trace by name, or any by its path, read once per process.
 
         Raises:
             ValueError: no such trace, or one that is damaged.
@@ -106,7 +109,7 @@ class ExpectedTrace:
 
     @classmethod
     def _of(cls, name: str, data: dict[str, np.ndarray]) -> ExpectedTrace:
-        """The trace that the arrays of a file make."""
+        """Return the trace that the arrays of a file make."""
         if int(data["version"]) != VERSION:
             raise ValueError(f"version {data['version']}; this is version {VERSION}")
         vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
@@ -146,7 +149,7 @@ class ExpectedTrace:
 
     @staticmethod
     def named(source: str) -> bool:
-        """Whether a name is that of such a trace, and not of another kind of recording."""
+        """Return whether a name is that of an expected-acceptance trace."""
         return source.endswith(".npz") or is_file(TRACES / f"{source}.npz")
 
     def save(self, path: Path) -> None:
@@ -168,18 +171,36 @@ class ExpectedTrace:
         with path.open("wb") as file:
             np.savez_compressed(file, **columns)
 
-    def prompts(self, split: str = "all") -> list[tuple[str, list[int]]]:
-        """Task and ids of every prompt of a split."""
-        return [(text.task, text.prompt) for text in self.texts if split in (text.split, "all")]
+    def costs(self) -> CostTable:
+        return CostTable.load(self.clock)
 
-    def decoder(self, clock: WallClock, max_depth: int, link: Link) -> Decoder:
-        """A decoder of chains that plays the trace over a link."""
-        channel = TraceChannel(self, link)
+    def settings(self) -> dict[str, Any]:
+        return {"target": self.target, "drafter": self.drafter, "temperature": self.temperature}
+
+    def prompts(self, split: str, names: str = EVERY) -> list[tuple[str, list[int]]]:
+        return [(self.texts[i].task, self.texts[i].prompt) for i in chosen(self.name, self.texts, split, names)]
+
+    def check(self, problem: Problem, max_new_tokens: int | None = None) -> None:
+        """Do nothing: a text that was recorded shorter ends there, and ``decoder`` refuses controls."""
+
+    def decoder(self, problem: Problem, clock: WallClock) -> Decoder:
+        """Refuse a control that has no link; one that has opens the trace with ``over``.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the trace {self.name!r} is one of drafts over a link, which {problem.name} does not decide about"
+        )
+
+    def over(self, link: Link, clock: WallClock, max_depth: int) -> Decoder:
+        """Return a decoder of chains that replays the trace over a link."""
+        channel = ExpectedChannel(self, link)
         verifier = RemoteVerifier(channel, bytes(16), self.vocab, CONTEXT, self.temperature)
-        return Decoder(verifier, TraceDrafter(self), clock, {self.eos}, max_depth)
+        return Decoder(verifier, ExpectedDrafter(self), clock, {self.eos}, max_depth)
 
     def find(self, prompt: Sequence[int]) -> Text:
-        """The text behind a prompt."""
+        """Return the text that answers a prompt."""
         return self._by_prompt[tuple(prompt)]
 
     @functools.cached_property
@@ -187,8 +208,8 @@ class ExpectedTrace:
         return {tuple(text.prompt): text for text in self.texts}
 
 
-class TraceDrafter(ChainDrafter):
-    """Drafts the recorded token with the probability that it would be accepted, and another one otherwise.
+class ExpectedDrafter(ChainDrafter):
+    """Drafts the recorded token with the probability that it would be accepted, and another token otherwise.
 
     Attributes:
         top_k: see ``ChainDrafter``; one of the trace's ``ks``, or more entries than the distribution has.
@@ -206,18 +227,18 @@ class TraceDrafter(ChainDrafter):
         self.text, self.rng, self.at = self.trace.find(text[:-1]), rng, 0
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Go on behind them."""
+        """Continue after them."""
         self.at += len(tokens)
 
     def matched(self) -> int:
-        """See ``Copier``."""
+        """Return how many of the last tokens match the place that would be copied from, as it was recorded."""
         return int(self.text.match[min(self.at, len(self.text.match) - 1)])
 
     def source(self, chain: list[int]) -> None:
-        """See ``Copier``; it was not recorded."""
+        """Return None: the place was not recorded."""
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """The token behind the chain; copies cost no rows."""
+        """Return the token after the chain, and the rows of its forward: none for a copy."""
         text = self.text
         at = min(self.at + len(chain), len(text.acceptance) - 1)
         entries = int(text.entries[at])
@@ -230,7 +251,7 @@ class TraceDrafter(ChainDrafter):
         return children, 0 if text.match[at] >= SHORTEST else 1
 
     def _column(self, entries: int) -> int:
-        """Where acceptance stands for the k of now."""
+        """Return the column of acceptances for the present ``top_k``."""
         if self.top_k is None or self.top_k >= entries:
             return self.columns[0]
         if self.top_k not in self.columns:
@@ -240,8 +261,8 @@ class TraceDrafter(ChainDrafter):
         return self.columns[self.top_k]
 
 
-class TraceChannel(SimulatedChannel):
-    """A link to a cloud that says the recorded text."""
+class ExpectedChannel(SimulatedChannel):
+    """A link to a cloud that answers with the recorded text."""
 
     text: Text | None = None
 
@@ -256,7 +277,7 @@ class TraceChannel(SimulatedChannel):
         return welcome, self._traffic(len(encode(hello)), len(encode(welcome)))
 
     def judge(self, request: Verify) -> Verdict:
-        """Tokens are kept as far as they are the recorded ones."""
+        """Accept the tokens up to the first one that is not the recorded one."""
         tokens, at = self._behind(request)
         draft = unpack_ids(request.draft, self.trace.vocab)
         kept = 0
@@ -278,14 +299,14 @@ class TraceChannel(SimulatedChannel):
             if last:
                 return
 
-    def another(self) -> TraceChannel:
-        return TraceChannel(self.trace, copy.deepcopy(self.link))
+    def another(self) -> ExpectedChannel:
+        return ExpectedChannel(self.trace, copy.deepcopy(self.link))
 
     def close(self) -> None:
-        """There is no session."""
+        """Do nothing: there is no session."""
 
     def _behind(self, request: Verify | Plain) -> tuple[list[int], int]:
-        """The recorded tokens, and which of them comes next."""
+        """Return the recorded tokens, and the index of the one that comes next."""
         if self.text is None:
             self.text = self.trace.find(unpack_ids(request.text, self.trace.vocab).tolist())
         assert self.text is not None

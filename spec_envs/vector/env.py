@@ -18,12 +18,11 @@ from spec_envs.controls.k import KControl
 from spec_envs.controls.rewards import Decision
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.loading import static_over_plain
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import EndedText, check_keywords
 from spec_envs.keywords import check_ranges
-from spec_envs.recordings import check_settings, clocks_for
+from spec_envs.recordings import clocks_for
 from spec_envs.vector.chains import Chains
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.infos import blank, cleared, gathered
@@ -91,14 +90,15 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 'live ones with vectorization_mode="sync"'
             )
         reward = next(iter(kind.rewards)) if reward is None else reward
-        self.trace, max_new_tokens = Trace.load(trace), Trace.longest(max_new_tokens, trace)
-        check_settings(trace, keywords)
+        self.trace = Trace.load(trace)
+        max_new_tokens = self.trace.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.trace.check_settings(keywords)
         check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
         self.control = make_control(control, keywords)
         self._check(keywords, max_new_tokens)
         self.metadata = self.metadata | {"autoreset_mode": autoreset(autoreset_mode)}
         self.autoreset_mode = self.metadata["autoreset_mode"]
-        self.clocks = [priced for priced in clocks_for(clock, "cpu", trace) if isinstance(priced, PricedClock)]
+        self.clocks = [priced for priced in clocks_for(clock, "cpu", self.trace) if isinstance(priced, PricedClock)]
         self.num_envs, self.episode, self.reward_name, self.played = num_envs, episode, reward, 0
         self.max_new_tokens, self.policy_seconds, self.given_pace = max_new_tokens, policy_seconds, pace
         self.texts = np.array(self.trace.of_split(split, prompts))
@@ -125,10 +125,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         kind = Chains if isinstance(self.control, KControl) else Trees
         self.cost_tables = list(tables)
         self.play = kind(self.trace, self.control, tables, self.num_envs, self.draws)  # type: ignore[arg-type]
-        manifest = self.trace.manifest
         self.plain = np.array([1 / table.seconds("verify", 1) for table in tables])
-        best = static_over_plain(manifest.target, manifest.drafter)
-        self.pace = self.plain * best if self.given_pace is None else np.full(len(tables), self.given_pace)
+        self.pace = (
+            self.plain * self.trace.static_over_plain
+            if self.given_pace is None
+            else np.full(len(tables), self.given_pace)
+        )
         self.has_text = np.zeros(self.num_envs, bool)
         self.ended = np.zeros(self.num_envs, bool)  # environments whose episode the last step ended
 
@@ -137,14 +139,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         control = self.control
         if not isinstance(control, (DepthControl, BudgetControl, TreeControl, KControl)) or control.engine != "torch":
             raise ValueError(f"{control.name} is not replayed in NumPy; make it with vectorization_mode='sync'")
-        if self.trace.kind != ("chain" if isinstance(control, KControl) else "tree"):
-            raise ValueError(f"the trace {self.trace.folder} is one of {self.trace.kind}s; {control.name} wants others")
         if unused := [name for name in UNUSED if keywords.get(name)]:
             raise ValueError(
                 f"{', '.join(unused)} means nothing for environments of a trace in NumPy; leave it out, or make them with "
                 "vectorization_mode='sync'"
             )
-        self.trace.check(control.width, control.max_depth, max_new_tokens)
+        self.trace.check(control, max_new_tokens)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None

@@ -12,7 +12,8 @@ from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.tree import ENTROPY_UNIT, TreeControl
 from spec_envs.decoding.clock import CostTable
-from spec_envs.decoding.traces.trace import Trace, grown, level_slice
+from spec_envs.decoding.traces.full_trees import grown, level_slice
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.prices import prices
 

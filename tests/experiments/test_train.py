@@ -196,7 +196,7 @@ def test_settings_of_an_evaluation_that_nothing_would_read(
     run = tmp_path / "SpecK-v0" / "fixed-0"
     before = sorted(run.rglob("*"))
     for arguments, sentence in (
-        ([run, "--prompts", "gsm8k"], "prompts cannot be set: the run is played on the trace 'qwen2.5-coder-32b-cpu'"),
+        ([run, "--prompts", "gsm8k"], "the trace 'qwen2.5-coder-32b-cpu' has no texts of the prompts 'gsm8k'; it has "),
         ([run, "--temperature", "1", "--dtype", "int8"], "dtype, temperature cannot be set"),
         ([run, "--count", "0"], "--count is 0; expected 2 or more"),
         ([run, "--temperature", "nan"], "--temperature is nan; expected 0 or more"),

@@ -15,7 +15,6 @@ from spec_envs.controls import Policy, make_control
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.prompts.sets import encode
-from spec_envs.recordings import decoder_under
 from tests.support.models.tiny import CPU
 
 
@@ -47,7 +46,7 @@ def test_generate_is_the_environment(env_id: str, name: str, tiny: dict, tiny_dr
     env = gym.make(env_id, **chosen)
     control = make_control(env_id, tiny if env_id == "SpecDVI-v0" else {})
     models = {part: chosen[part] for part in ("target", "drafter", "device", "dtype")}
-    decoder = decoder_under(control, None, WallClock(CPU), **models, temperature=control.temperature)
+    decoder = control.open(WallClock(CPU), **models)
     different = set()
     for seed in range(4):
         agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])

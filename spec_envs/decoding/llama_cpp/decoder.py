@@ -20,9 +20,10 @@ from spec_envs.decoding.llama_cpp.server import (
     gguf_of,
     options,
 )
+from spec_envs.decoding.loading import Models, default_drafter, without_lookup
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import LocalVerifier
-from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer
+from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer, registry
 from spec_envs.text import Detokenizer
 
 # Rows of a forward. llama.cpp's attention on the processor rounds differently from 64 rows on (GGML_FA_TILE_Q): a text
@@ -269,6 +270,38 @@ class LlamaServerDecoder(Decoder):
         if not drafted[2]:
             raise self.server.failure(f"llama-server drafts nothing with {self.draft} for {self.model}", about="draft")
         return drafted[0] == 0
+
+
+def drafter_for(target: str) -> str:
+    """Return the drafter of a target where none is named: the one of models.yml, without lookup. A target that models.yml
+    does not have, such as a GGUF file, drafts for itself.
+
+    Raises:
+        ValueError: models.yml has the target, and no drafter for it.
+    """
+    return without_lookup(default_drafter(target, chain=True)) if target in registry()["models"] else target
+
+
+def open_server(
+    models: Models, k_max: int, segment: int, clock: WallClock | None, server_args: Sequence[str]
+) -> LlamaServerDecoder:
+    """Open a server that drafts up to ``k_max`` tokens, in cycles of ``segment`` tokens.
+
+    Raises:
+        ValueError: settings of models that a server does not follow, or as ``LlamaServerDecoder``.
+    """
+    if models.temperature:
+        raise ValueError(f"temperature is {models.temperature}; a llama-server decodes greedily here, at temperature 0")
+    for name, allowed in (("dtype", ("auto",)), ("top_p", (1.0,)), ("device", ("auto", "cpu"))):
+        if (value := getattr(models, name)) not in allowed:
+            raise ValueError(
+                f"{name} is {value!r}; a llama-server computes on the CPU, as its file is, and decodes greedily"
+            )
+    if models.drafter != without_lookup(models.drafter):
+        raise ValueError(
+            f"drafter is {models.drafter!r}; a llama-server drafts by a model alone: {without_lookup(models.drafter)!r}"
+        )
+    return LlamaServerDecoder(models.target, models.drafter, k_max, segment, clock=clock, server_args=server_args)
 
 
 def untold() -> Drafted:

@@ -15,7 +15,7 @@ from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.traces.chain_recorder import chains_everywhere
-from spec_envs.decoding.traces.trace import grown, on_path
+from spec_envs.decoding.traces.full_trees import grown, on_path
 from spec_envs.decoding.traces.tree_recorder import trees_everywhere
 from spec_envs.decoding.verifier import LocalVerifier, Verdict
 

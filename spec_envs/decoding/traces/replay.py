@@ -1,4 +1,4 @@
-"""Both sides of a decoder, played from a trace: exactly what the models did, without them."""
+"""Both sides of a decoder, replayed from a trace: exactly what the models did, without them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.lookup import Occurrence
 from spec_envs.decoding.sampling import Proposal
-from spec_envs.decoding.traces.trace import Trace, level_slice
+from spec_envs.decoding.traces.files import RecordedTexts
+from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.decoding.tree import ROOT, Children, Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.text import SILENT, Detokenizer
 
 
-def replayed(trace: Trace, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
-    """A decoder that plays a trace. Its texts are those of the trace; other prompts raise ValueError."""
-    drafter: Drafter = (TreeReplay if trace.kind == "tree" else ChainReplay)(trace)
+def replayed(trace: RecordedTexts, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
+    """Return a decoder that replays a trace. Its texts are those of the trace; other prompts raise ValueError."""
+    drafter: Drafter = (TreeReplay if trace.manifest.kind == "tree" else ChainReplay)(trace)
     return Decoder(ReplayVerifier(trace), drafter, clock, trace.manifest.eos, max_depth, detokenize)
 
 
 class Place:
     """Where in the texts of a trace a decoder is."""
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: RecordedTexts):
         self.trace = trace
         self.row, self.end = 0, 0
 
@@ -51,7 +52,7 @@ class ReplayVerifier:
 
     temperature, top_p, traffic = 0.0, 1.0, Traffic()
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: RecordedTexts):
         self.place = Place(trace)
         self.vocab, self.context = trace.manifest.vocab, trace.manifest.context
         self.features = torch.empty(0)
@@ -109,7 +110,7 @@ class Replay:
 
     capture: tuple[int, ...] = ()
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: RecordedTexts):
         self.place = Place(trace)
         manifest = trace.manifest
         self.vocab, self.context, self.width = manifest.vocab, manifest.context, manifest.width

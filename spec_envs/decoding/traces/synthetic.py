@@ -1,16 +1,16 @@
 """Synthetic decoding: whether a drafted token is right is drawn, not computed.
 
 A profile states, per kind of text, how probable it is that the i-th token of a chain is accepted when those before it
-were. Behind the ordinary decoder stand a drafter and a verifier that play this out in microseconds; with a cost table
-that is a whole environment for fast training and for tests. It stands in for no model: a profile is made up, or fitted
-to published counts, and says so.
+were. The ordinary decoder drives a drafter and a verifier that draw from it in microseconds; with a cost table that is a
+whole environment for fast training and for tests. A profile describes no model: it is made up, or fitted to published
+counts, and states which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from pydantic import Field
 from torch import Tensor
 
 from spec_envs.checked import Checked, read_checked
-from spec_envs.decoding.clock import WallClock
+from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.traces.recording import EVERY, Problem, Recording, chosen
 from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.files import DATA, find_json
@@ -29,7 +30,7 @@ from spec_envs.text import Detokenizer
 
 PROFILES = DATA / "profiles"
 CONTEXT = 32768
-EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, what the target does not say, and from 2 on what it says, one per kind
+EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, one the target never emits, and from 2 on the one it does, per kind
 
 
 class KindData(Checked):
@@ -54,8 +55,13 @@ class ProfileData(Checked):
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of text: its weight among the prompts, how it looks, and the chance of acceptance by place in the chain
-    (the last one holds for all further places)."""
+    """One kind of text.
+
+    Attributes:
+        weight: number of its prompts.
+        snippet: text that looks like it.
+        acceptance: chance that the token at each place of a chain is accepted; the last one holds for all further places.
+    """
 
     name: str
     weight: int
@@ -63,12 +69,20 @@ class Kind:
     acceptance: np.ndarray
 
     def survival(self, k: int) -> np.ndarray:
-        """The chance that the first 1…k tokens of a chain are all accepted, ``[k]``."""
+        """Return ``[k]`` chances that the first 1…k tokens of a chain are all accepted."""
         return np.cumprod(self.acceptance[np.minimum(np.arange(k), len(self.acceptance) - 1)])
 
 
+class Snippet(NamedTuple):
+    """A text of a profile: its kind, and the ids of its prompt. It is in every split."""
+
+    task: str
+    prompt: list[int]
+    split: str = EVERY
+
+
 @dataclass(frozen=True)
-class Profile:
+class Profile(Recording):
     """A synthetic pair of models.
 
     Attributes:
@@ -87,7 +101,7 @@ class Profile:
 
     @classmethod
     def load(cls, source: str) -> Self:
-        """Read a shipped profile by name, or a JSON file by path.
+        """Return a shipped profile by name, or one in a JSON file by path.
 
         Raises:
             ValueError: no such profile, or one that is malformed.
@@ -99,24 +113,46 @@ class Profile:
         )
         return cls(path.stem, data.clock, data.static_over_plain, data.concentration, data.prompt_tokens, kinds)
 
-    def prompts(self) -> list[tuple[str, list[int]]]:
-        """Kind and ids of every prompt there is, as many of a kind as its weight says."""
-        ids = [(kind.name, [FIRST + i] * self.prompt_tokens) for i, kind in enumerate(self.kinds)]
-        return [prompt for prompt, kind in zip(ids, self.kinds, strict=True) for _ in range(kind.weight)]
+    def costs(self) -> CostTable:
+        return CostTable.load(self.clock)
 
-    def decoder(self, clock: WallClock, max_depth: int) -> Decoder:
-        """A decoder of chains that plays the profile out."""
-        vocab = FIRST + len(self.kinds)
-        drafter = SyntheticDrafter(self, vocab)
-        return Decoder(SyntheticVerifier(vocab), drafter, clock, {EOS}, max_depth, Detokenizer(self.detokenize))
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def prompts(self, split: str = EVERY, names: str = EVERY) -> list[tuple[str, list[int]]]:
+        """Return kind and ids of the prompts of those kinds, as many of a kind as its weight says; all splits have them."""
+        texts = [
+            Snippet(kind.name, [FIRST + i] * self.prompt_tokens)
+            for i, kind in enumerate(self.kinds)
+            for _ in range(kind.weight)
+        ]
+        return [texts[i][:2] for i in chosen(self.name, texts, split, names)]
+
+    def check(self, problem: Problem, max_new_tokens: int | None = None) -> None:
+        """Refuse a control of trees.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if problem.trace_kind != "chain":
+            raise ValueError(
+                f"{self.name!r} plays chains under greedy decoding only, not trees, which {problem.name} decides about"
+            )
+
+    def decoder(self, problem: Problem, clock: WallClock) -> Decoder:
+        self.check(problem)
+        vocab, detokenize = FIRST + len(self.kinds), Detokenizer(self.detokenize)
+        return Decoder(
+            SyntheticVerifier(vocab), SyntheticDrafter(self, vocab), clock, {EOS}, problem.max_depth, detokenize
+        )
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text that looks like its kind."""
+        """Return text that looks like its kind."""
         return " ".join(self.kinds[i - FIRST].snippet if i >= FIRST else "?" for i in ids)
 
 
 class SyntheticDrafter(ChainDrafter):
-    """Drafts the token that the target says with the chance that the profile gives; reports that chance."""
+    """Drafts the token that the target emits with the chance that the profile gives, and reports that chance."""
 
     context = CONTEXT
 
@@ -128,7 +164,7 @@ class SyntheticDrafter(ChainDrafter):
         self.kind = self.profile.kinds[self.right - FIRST]
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """The next chain is drawn anew."""
+        """Do nothing: the next chain is drawn anew."""
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         mean = self.kind.acceptance[min(len(chain), len(self.kind.acceptance) - 1)]
@@ -166,15 +202,15 @@ class SyntheticVerifier:
         return Verdict(list(range(wrong[0] if len(wrong) else len(tokens))), self.right)
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
-        """The right token, over and over."""
+        """Return the right token, ``count`` times."""
         return [self.right] * count
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Whatever the text says, the right token stays right."""
+        """Do nothing: the right token stays right whatever the text says."""
 
     def close(self) -> None:
-        """Nothing lies outside."""
+        """Do nothing: there are no external resources to release."""
 
     def plain(self, eos: Collection[int] = ()) -> SyntheticVerifier:
-        """One of the same texts."""
+        """Return a verifier of the same profile."""
         return SyntheticVerifier(self.vocab)

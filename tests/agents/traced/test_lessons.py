@@ -18,7 +18,8 @@ from spec_envs.controls import make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.controls.plans import Plans
-from spec_envs.decoding.traces.trace import Trace, level_slice
+from spec_envs.decoding.traces.full_trees import level_slice
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.train import trace_of
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.lessons import random_lessons

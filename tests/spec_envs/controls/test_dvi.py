@@ -204,7 +204,7 @@ def test_a_stable_baselines_policy_starts_as_the_exits_projection(tiny: dict, tm
         ({"draft_temperature": -1.0}, "draft_temperature is -1.0; expected 0"),
         ({"drafter": "lookup"}, "SpecDVI-v0 drafts from the target's own exit"),
         ({"reward": "ltd"}, "reward is 'ltd'; expected one of accepted, saved"),
-        ({"trace": "qwen2.5-coder-32b-cpu"}, "no trace plays SpecDVI-v0"),
+        ({"trace": "qwen2.5-coder-32b-cpu"}, "no trace replays SpecDVI-v0"),
     ],
 )
 def test_bad_keywords(keywords: dict, message: str, tiny: dict) -> None:

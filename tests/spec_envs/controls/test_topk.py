@@ -25,7 +25,6 @@ from spec_envs.experiments.traces.record_expected import expected_acceptance
 from spec_envs.network import expected_trace as expected
 from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.network.link import load_link
-from spec_envs.recordings import decoder_under
 from tests.support.cloud_process import CloudProcess
 from tests.support.playing import rollout
 
@@ -283,7 +282,7 @@ def test_per_state_is_the_best_policy_of_all(tmp_path: Path) -> None:
 def test_generate_learns_while_it_serves(chain: dict) -> None:
     control = make_control("topk", {"observation": "rl_adapter"})
     models = {name: chain[name] for name in ("target", "drafter", "device", "dtype")}
-    decoder = decoder_under(control, None, PricedClock(CostTable.load(chain["clock"])), **models, temperature=1.0)
+    decoder = control.open(PricedClock(CostTable.load(chain["clock"])), **models)
     decoder.eos = frozenset()
     agent = RLAdapterAgent(control, batch_size=4)
     before = len(agent.adapter.replay)

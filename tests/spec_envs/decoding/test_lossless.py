@@ -15,18 +15,16 @@ from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.controls import CONTROLS, Agent, Policy, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.decoding import accept
-from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
-from spec_envs.decoding.loading import default_drafter, load_decoder
+from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import ancestors
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.experiments.measure.arms import Encoded, decoded
 from spec_envs.experiments.measure.statistics import divergences
 from spec_envs.prompts.sets import TASKS, encode, load_prompts
-from spec_envs.recordings import decoder_under
 from tests.support.models.builds import WITHOUT_KERNELS
-from tests.support.models.tiny import CPU, REAL
+from tests.support.models.tiny import REAL
 from tests.support.power import draws_for_power
 
 pytestmark = pytest.mark.model
@@ -65,8 +63,7 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
     models = {"target": REAL, "device": "cpu", "dtype": "float32"}
     exits = {**models, "exit_layer": 24, "block": 3}
     control = make_control(env_id, exits if env_id == "SpecDVI-v0" else keywords)
-    drafter = control.default_drafter(REAL)
-    decoder = decoder_under(control, None, WallClock(CPU), **models, drafter=drafter, temperature=0.0)
+    decoder = control.open(**models, temperature=0.0)
     agent: Agent = RandomAgent(control, seed=1)
     if isinstance(control, DVIControl):  # of random tokens hardly one would ever be right
         agent = Drafting(decoder, share=0.8)
@@ -196,8 +193,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
     for name, drafter, own in keywords:
         control = make_control(name, own)
         models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}
-        drafter = default_drafter(REAL, control.width == 1) if drafter == "auto" else drafter
-        drafting = decoder_under(control, None, WallClock(CPU), drafter=drafter, **models)
+        drafting = control.open(drafter=drafter, **models)
         agent: Agent = Drafting(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
         arms.append(decoded(drafting, Policy(control, agent)))
     accepted, samples = 0, []

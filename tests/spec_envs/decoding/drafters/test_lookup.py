@@ -16,6 +16,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.lookup import Occurrences, copy_probability
+from spec_envs.decoding.llama_cpp.decoder import drafter_for
 from spec_envs.decoding.loading import default_drafter, load_decoder, static_over_plain
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
@@ -194,7 +195,7 @@ def test_rules_go_on_copying_while_the_chain_is_likely(name: str) -> None:
 def test_lookup_goes_first_by_default() -> None:
     drafter = default_drafter("smollm2-135m", chain=True)
     assert drafter == "lookup+smollm2-135m-draft" and static_over_plain("smollm2-135m", drafter) > 1
-    assert default_drafter("smollm2-135m", True, "llama-server") == "smollm2-135m-draft"
+    assert drafter_for("smollm2-135m") == "smollm2-135m-draft"
 
 
 def test_lookup_goes_in_front_of_draft_models_only(tiny: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spec_envs.decoding.traces.trace import Trace, digest
+from spec_envs.decoding.traces.files import digest
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.record import LARGEST_TEXT, read_text
 
 

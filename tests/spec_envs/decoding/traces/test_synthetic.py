@@ -12,7 +12,7 @@ import pytest
 
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls.k import KControl
-from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.traces.synthetic import Profile
 from spec_envs.experiments import train
 from spec_envs.experiments.config import load_experiment
@@ -27,7 +27,7 @@ PUBLISHED = {4: (0.8125, 10.40), 8: (0.50, 11.01), 16: (0.35, 10.25)}  # accepte
 def test_fixed_lengths_give_the_published_rows(k: int) -> None:
     """Simulated over long texts, each as long as the others, the counts are within 3 % of those published."""
     profile, control = Profile.load(NAME), KControl(16)
-    decoder = profile.decoder(PricedClock(CostTable.load(profile.clock)), control.max_depth)
+    decoder = profile.decoder(control, PricedClock(profile.costs()))
     accepted = drafted = tokens = 0
     seconds = 0.0
     for repeat in range(5):

@@ -12,8 +12,9 @@ import pytest
 
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.traces.full_trees import grown, level_slice
 from spec_envs.decoding.traces.recorder import record, watched
-from spec_envs.decoding.traces.trace import Trace, grown, level_slice
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces import record as recording
 from spec_envs.experiments.traces.record import Plan, claim, record_texts, recorded, shard_of
 from tests.support.models.tiny import REAL
@@ -231,8 +232,7 @@ def test_a_replay_is_as_long_as_its_trace_where_nothing_else_is_said(traces: dic
     assert env.unwrapped.max_new_tokens == longest < 128
     many = gym.make_vec("SpecK-v0", num_envs=2, vectorization_mode="vector_entry_point", **recorded)
     assert many.max_new_tokens == longest
-    assert Trace.longest(None, None) == 128
-    assert Trace.longest(200, None) == 200
+    assert gym.make("SpecK-v0", **recorded, max_new_tokens=longest - 1).unwrapped.max_new_tokens == longest - 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""The folder of a trace: a manifest and one array per column, checked as they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from spec_envs.decoding.traces.full_trees import level_slice
+from spec_envs.files import is_file, whole, write_bytes
+
+VERSION = 1
+MANIFEST = "manifest.json"
+COLUMNS: dict[str, dict[str, Any]] = {
+    "tree": {
+        "tokens": np.int32,
+        "gaps": np.float32,
+        "drafted": np.int32,
+        "log_probs": np.float32,
+        "entropies": np.float32,
+        "path": np.int16,
+        "ranks": np.int16,
+    },
+    "chain": {
+        "tokens": np.int32,
+        "gaps": np.float32,
+        "drafted": np.int32,
+        "log_probs": np.float32,
+        "entropies": np.float32,
+        "right": np.int16,
+        "length": np.int16,
+        "copied": np.bool_,
+        "matched": np.int16,
+    },
+}
+
+
+class Recorded(msgspec.Struct, forbid_unknown_fields=True):
+    """A recorded text: its task, its split, the ids of its prompt, and the number of emitted tokens."""
+
+    task: str
+    split: Literal["train", "validation", "test"]
+    prompt: list[int]
+    tokens: int
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a trace is valid for.
+
+    Attributes:
+        kind: ``"tree"`` or ``"chain"``.
+        target, drafter, dtype, template, date, prompts, max_new_tokens: keyword arguments that it was recorded with; the
+            date is None where none was set.
+        fingerprints: of both models' weights.
+        width, max_depth: of the trees; a chain of ``max_depth + 1`` tokens has width 1.
+        vocab, context, eos: of the target.
+        costs: seconds of forwards by rows on the machine that recorded it (``CostTable``).
+        made_with: versions, processor and revision.
+        texts: in the order of the arrays' rows.
+        arrays: SHA-256 of every column's file.
+    """
+
+    version: int
+    kind: Literal["tree", "chain"]
+    target: str
+    drafter: str
+    fingerprints: dict[str, str]
+    dtype: str
+    template: str | None
+    prompts: str
+    max_new_tokens: int
+    width: int
+    max_depth: int
+    vocab: int
+    context: int
+    eos: list[int]
+    costs: dict[str, dict[str, float]]
+    made_with: dict[str, Any]
+    texts: list[Recorded]
+    arrays: dict[str, str]
+    date: str | None = None
+
+
+class RecordedTexts:
+    """The texts of a trace, with what was recorded at each of their tokens.
+
+    Attributes:
+        folder, manifest: where they lie, and what they are valid for.
+        texts: those of the manifest.
+        columns: arrays by name, a row per emitted token, mapped from disk (``trace.py`` lists them).
+        starts: ``[texts + 1]``, the row at which each text begins.
+        by_prompt: index of a text by the ids of its prompt.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, columns: dict[str, np.ndarray]):
+        self.folder, self.manifest, self.texts, self.columns = folder, manifest, manifest.texts, columns
+        self.starts = np.concatenate([[0], np.cumsum([text.tokens for text in self.texts])])
+        self.by_prompt = {tuple(text.prompt): i for i, text in enumerate(self.texts)}
+
+
+def read_folder(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """Read a trace's manifest and map its columns.
+
+    Raises:
+        ValueError: the folder holds no trace, a damaged one, or one of another version.
+    """
+    path = folder / MANIFEST
+    if not is_file(path):
+        raise ValueError(f"there is no trace in {folder}: it has no {MANIFEST}; record one with `make trace`")
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        if manifest.version != VERSION:
+            raise ValueError(f"it is of version {manifest.version}, this is version {VERSION}")
+        check_manifest(manifest)
+        rows, columns = sum(text.tokens for text in manifest.texts), {}
+        for name, dtype in COLUMNS[manifest.kind].items():
+            file = folder / f"{name}.npy"
+            if digest(file) != manifest.arrays.get(name):
+                raise ValueError(f"{file.name} is not the file that was recorded")
+            columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+            if len(columns[name]) != rows or columns[name].dtype != dtype:
+                raise ValueError(f"{file.name} has another shape or type than the manifest says")
+        check_columns(manifest, columns)
+    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"the trace in {folder} is damaged ({error}); delete it and record it anew") from None
+    return manifest, columns
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse a manifest with numbers that no recording has.
+
+    Raises:
+        ValueError: it has some; the sentence says which.
+    """
+    if manifest.width < 1 or manifest.max_depth < 0 or manifest.vocab < 1 or manifest.context < 1:
+        raise ValueError("its width, max_depth, vocab and context are not all positive")
+    if manifest.kind == "chain" and manifest.width != 1:
+        raise ValueError(f"its width is {manifest.width}; that of chains is 1")
+    if not manifest.texts or any(text.tokens < 1 or not text.prompt for text in manifest.texts):
+        raise ValueError("it has no texts, or some without a token or a prompt")
+    ids = [*manifest.eos, *(token for text in manifest.texts for token in text.prompt)]
+    if min(ids) < 0 or max(ids) >= manifest.vocab:
+        raise ValueError(f"it holds ids that are not below {manifest.vocab}")
+    for part in ("verify", "draft"):
+        curve = manifest.costs.get(part, {})
+        if not curve or not all(n.isdecimal() and seconds >= 0 for n, seconds in curve.items()):
+            raise ValueError(f"its costs of {part} are not seconds by rows")
+
+
+def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
+    """Refuse columns that are not those of trees, or chains, of the manifest's size.
+
+    Raises:
+        ValueError: one is not; the sentence says which.
+    """
+    width, levels = manifest.width, manifest.max_depth + 1
+    nodes = level_slice(levels - 1, width).stop if manifest.kind == "tree" else levels
+    shapes: dict[str, tuple[int, ...]] = {"drafted": (nodes,), "log_probs": (nodes,)}
+    if manifest.kind == "tree":
+        shapes |= {"entropies": (1 + width * manifest.max_depth,), "path": (levels,), "ranks": (levels, levels)}
+    else:
+        shapes |= {"entropies": (nodes,), "copied": (nodes,)}
+    highest = {"tokens": manifest.vocab, "drafted": manifest.vocab, "path": nodes, "ranks": nodes}
+    highest |= {"right": nodes + 1, "length": nodes + 1}
+    for name, column in columns.items():
+        if column.shape[1:] != shapes.get(name, ()):
+            raise ValueError(f"{name}.npy has rows of shape {column.shape[1:]}; expected {shapes.get(name, ())}")
+        lowest = -1 if name in ("path", "ranks") else 0
+        if name in highest and not lowest <= column.min() <= column.max() < highest[name]:
+            raise ValueError(f"{name}.npy holds numbers that are not from {lowest} to {highest[name] - 1}")
+        if column.dtype.kind == "f" and np.isnan(column).any():
+            raise ValueError(f"{name}.npy holds numbers that are not finite")
+
+
+def joined(parts: Sequence[dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
+    """Return the columns of a trace, those of its texts in a row."""
+    return {
+        name: np.concatenate([part[name] for part in parts]).astype(dtype, copy=False)
+        for name, dtype in COLUMNS[kind].items()
+    }
+
+
+def write_folder(trace: RecordedTexts) -> None:
+    """Write a trace to its folder. The manifest comes last: a folder without one holds no trace."""
+    for name, column in trace.columns.items():
+        file = trace.folder / f"{name}.npy"
+        with whole(file) as path, path.open("wb") as stream:
+            np.save(stream, column)
+        trace.manifest.arrays[name] = digest(file)
+    write_bytes(
+        trace.folder / MANIFEST, json.dumps(msgspec.to_builtins(trace.manifest), indent=1, allow_nan=False).encode()
+    )
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

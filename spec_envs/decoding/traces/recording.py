@@ -1,0 +1,153 @@
+"""The interface of everything that ``trace=`` may name: decoding that was recorded or made up, and needs no models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from spec_envs.decoding.clock import CostTable, WallClock
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.prompts.sets import FURTHER
+
+MAX_NEW_TOKENS = 128  # of a text where nothing else is asked for
+EVERY = "all"  # splits, or prompt sets
+DEFAULTS: dict[str, Any] = {  # keyword arguments about models and prompts, with the values that ask for nothing
+    "target": DEFAULT_TARGET,
+    "drafter": "auto",
+    "device": "auto",
+    "dtype": "auto",
+    "data_dir": None,
+    "template": None,
+    "date": None,
+    "temperature": None,
+    "top_p": 1.0,
+}
+
+
+class Problem(Protocol):
+    """What a recording has to know of the control that it is replayed under."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def trace_kind(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def max_depth(self) -> int: ...
+
+
+class RecordedText(Protocol):
+    """A text of a recording. Its split is a name of ``prompts.sets.SPLITS``, or ``EVERY`` for a text of all splits."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def prompt(self) -> list[int]: ...
+
+
+class Recording(ABC):
+    """Decoding that needs no models: an exact trace, a synthetic profile, or an expected-acceptance trace.
+
+    Attributes:
+        name: of the recording, as error messages give it.
+        static_over_plain: speed of its best static setting in units of plain decoding; 1 where that was not measured.
+        max_new_tokens: most tokens of a text where nothing else is asked for.
+    """
+
+    name: str
+    static_over_plain: float
+    max_new_tokens = MAX_NEW_TOKENS
+
+    @abstractmethod
+    def costs(self) -> CostTable:
+        """Return the cost table that prices its forwards where no other one is asked for."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of an environment that it was made with."""
+
+    @abstractmethod
+    def prompts(self, split: str, names: str = EVERY) -> list[tuple[str, list[int]]]:
+        """Return the task and the ids of every prompt of a split and of prompt sets; see ``chosen``.
+
+        Raises:
+            ValueError: there are none.
+        """
+
+    @abstractmethod
+    def check(self, problem: Problem, max_new_tokens: int | None = None) -> None:
+        """Refuse a control that the recording does not fit, and texts longer than it has.
+
+        Raises:
+            ValueError: the sentence says what does not fit.
+        """
+
+    @abstractmethod
+    def decoder(self, problem: Problem, clock: WallClock) -> Decoder:
+        """Return a decoder that replays it under a control.
+
+        Raises:
+            ValueError: the control does not fit (``check``).
+        """
+
+    def check_settings(self, given: Mapping[str, Any]) -> None:
+        """Refuse settings of models and prompts that the recording stands for: they would have no effect.
+
+        Args:
+            given: keyword arguments of an environment or of ``load_decoder``. Defaults are allowed, and what the
+                recording was made with.
+
+        Raises:
+            ValueError: another value.
+        """
+        made = {"device": "cpu", "temperature": 0.0} | self.settings()
+        for name, default in DEFAULTS.items():
+            value = given.get(name, default)
+            if value in (default, made.get(name, default)):
+                continue
+            if name in made:
+                raise ValueError(f"the trace {self.name!r} was recorded with {name} {made[name]!r}, not {value!r}")
+            raise ValueError(
+                f"{name} is {value!r}, which has no effect where the trace {self.name!r} is replayed; leave it out"
+            )
+
+
+def chosen(recording: str, texts: Sequence[RecordedText], split: str, names: str) -> list[int]:
+    """Return the indices of the texts of a split and of prompt sets.
+
+    Args:
+        recording: its name, for error messages.
+        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
+        names: prompt sets, or kinds of text of a profile, separated by commas; ``"all"`` is every one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tasks = tasks_named(names, {text.task for text in texts}, recording)
+    splits = (split, EVERY)
+    found = [i for i, text in enumerate(texts) if (split == EVERY or text.split in splits) and text.task in tasks]
+    if not found:
+        raise ValueError(f"the trace {recording!r} has no texts of the prompts {names!r} in the split {split!r}")
+    return found
+
+
+def tasks_named(names: str, tasks: Collection[str], recording: str) -> set[str]:
+    """Return those of a recording's tasks that ``names``, separated by commas, ask for. ``"all"`` is every one; a shipped
+    prompt set that the recording lacks may stand beside it.
+
+    Raises:
+        ValueError: a name is none of them.
+    """
+    asked = {name.strip() for name in names.split(",")}
+    known = {EVERY, *tasks, *(FURTHER if EVERY in asked else ())}
+    if unknown := sorted(asked - known):
+        raise ValueError(
+            f"the trace {recording!r} has no texts of the prompts {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(sorted(tasks))}"
+        )
+    return set(tasks) if EVERY in asked else asked
