@@ -31,6 +31,7 @@ from spec_envs.arguments import (
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.evaluate import evaluate_run, save
+from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.train import run_folder, trained
 from spec_envs.files import read_json, write_json
 
@@ -122,7 +123,13 @@ def improved(args: argparse.Namespace) -> dict[str, Any]:
     trained(experiment, ENV, stanza, args.seed, folder)
     results = evaluate_run(folder, {}, experiment.test_prompts)
     save(results, folder)
-    found = {"agent": stanza, "seed": args.seed, "run": str(folder), **results["exit"], "machine": results["machine"]}
+    found = {
+        "agent": stanza,
+        "seed": args.seed,
+        "run": str(folder),
+        **to_json(results.exit),
+        "machine": to_json(results.machine),
+    }
     write_json(path, found)
     print(f"results: {path}")
     return found

@@ -11,6 +11,7 @@ import itertools
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.depth import DepthControl
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
+from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.report import draw, markdown
+from spec_envs.experiments.measure.results import Best, Results
 from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.files import whole
 from spec_envs.prompts.sets import load_prompts
-from spec_envs.sealed import read_sealed, write_sealed
+from spec_envs.sealed import write_sealed
 
 
-def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None = None) -> dict[str, Any]:
-    """The table of one run: plain, random, best static setting, trained policy, transformers.
+def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None = None) -> Results:
+    """Return the table of one run: plain, random, best static setting, trained policy, transformers.
 
     Args:
         overrides: environment keywords other than the run's; the static setting is then chosen anew.
@@ -54,17 +57,17 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     if overrides or not static_file.exists():
         static = best_static(env if overrides else config["env"], control)
         if not overrides:
-            write_sealed(static_file, static)
+            write_sealed(static_file, to_json(static))
     else:
-        static = read_sealed(static_file, "delete it to measure again")
+        static = load(Best, static_file, "delete it to measure again")
     alone = make_control(config["id"], env)
     alone.costs = control.costs
     for evaluated in (control, alone):
-        evaluated.settle(*static["best"])
+        evaluated.settle(*static.best)
     name = config["agent"]
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),
-        "static": static_policy(control, static["best"]),
+        "static": static_policy(control, static.best),
     }
     references = ["plain", "static"]
     if control.link:
@@ -72,8 +75,8 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
         references += [reference for reference in policies if reference not in ("random", "static")]
     policies[name] = Policy(control, agent)
 
-    def measure(count: int) -> dict[str, Any]:
-        return run_tables(policies, env, decoder, count, references, [name]) | {"static": static}
+    def measure(count: int) -> Results:
+        return replace(run_tables(policies, env, decoder, count, references, [name]), static=static)
 
     return with_aa_check(measure, test_prompts or config["test_prompts"])
 
@@ -97,10 +100,8 @@ def check_overrides(overrides: dict[str, Any], env: dict[str, Any]) -> None:
         recordings.load(trace).prompts("test", overrides["prompts"])
 
 
-def evaluate_mixes(
-    depths: Sequence[str], budgets: Sequence[str], given: dict[str, Any], test_prompts: int
-) -> dict[str, Any]:
-    """Every mix of depths and budgets, each a number or a run folder."""
+def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: dict[str, Any], test_prompts: int) -> Results:
+    """Return the table of every mix of depths and budgets, each a number or a run folder."""
     trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdecimal()]
     if len({target_and_drafter(env) for env in trained}) > 1:
         raise ValueError("the runs were trained with different targets or drafters; they cannot be mixed")
@@ -145,13 +146,13 @@ def learned_policy(run: str, kind: type[Control]) -> Policy:
     return Policy(control, agent)
 
 
-def save(results: dict[str, Any], folder: Path) -> None:
-    """results.png, results.md and, last, results.json in a folder; the table is printed too."""
+def save(results: Results, folder: Path) -> None:
+    """Write results.png, results.md and, last, results.json in a folder, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(results, folder / "results.png")
     with whole(folder / "results.md") as path:
         path.write_text(markdown(results))
-    write_sealed(folder / "results.json", results)
+    write_sealed(folder / "results.json", to_json(results))
     print(markdown(results))
     print(f"picture: {folder / 'results.png'}")
 

@@ -32,9 +32,11 @@ from spec_envs.experiments.evaluate import evaluate_run, save
 from spec_envs.experiments.exits.runs import CONVERSATIONS, improve, write_own_text
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_table
+from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import revision, versions
 from spec_envs.experiments.measure.report import markdown
+from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import best_static
 from spec_envs.experiments.measure.statistics import ratio
 from spec_envs.experiments.preflight import check_evaluation, check_partner
@@ -196,7 +198,7 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
     if spec_env.control.link and spec_env.given_pace is None:
         static = folder / "static.json"
         if not static.exists():
-            write_sealed(static, best_static(config["env"], spec_env.control))
+            write_sealed(static, to_json(best_static(config["env"], spec_env.control)))
         spec_env.given_pace = number_of(read_sealed(static, MEASURED), "pace", static, MEASURED)
     elif not spec_env.decoder.clock.priced:
         pace = folder / "last" / "pace.json"  # measured once: a resumed run is paid by the same yardstick
@@ -217,7 +219,7 @@ def train_agent(folder: Path, config: dict[str, Any], env: gym.Env, agent: SB3Ag
     def validate() -> float:
         arms = {"plain": plain, "agent": decoded(decoder, Policy(played, agent))}
         samples = run_arms(arms, prompts, config["env"].get("max_new_tokens", 128), "validation")
-        return ratio(samples["agent"], samples["plain"])["value"]
+        return ratio(samples["agent"], samples["plain"]).value
 
     keeper = Keeper(agent, folder, config["checkpoint_freq"], config["eval_freq"], validate, history)
     shown = {"agent": config["agent"], **config["hyperparameters"]}
@@ -250,7 +252,7 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
 
 def read_results(path: Path) -> str:
     """The table of a run that is finished."""
-    results = read_sealed(path, remedy := "delete it to make the table again")
+    results = load(Results, path, remedy := "delete it to make the table again")
     try:
         return markdown(results)
     except (KeyError, TypeError, ValueError) as error:

@@ -9,8 +9,8 @@ runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from spec_envs.decoding.traces.files import MANIFEST
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, samples_of
 from spec_envs.experiments.benchmark.checks import equality, played_at_random, recording_cost, speeds
+from spec_envs.experiments.benchmark.findings import Checks, Findings, OverStatic
 from spec_envs.experiments.benchmark.problems import FAST, FULL, LARGER, PROBLEMS, Size
 from spec_envs.experiments.benchmark.replay import (
     bounded,
@@ -39,17 +40,19 @@ from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
-from spec_envs.experiments.traces.record import Plan, as_text, calibrated, claim, default_folder, record_texts, recorded
+from spec_envs.experiments.traces.record import Plan, calibrated, claim, default_folder, record_texts, recorded
 from spec_envs.files import held, read_json, whole, write_json
 
 
 def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
-    """The trace of a problem; on Ray its texts are recorded in shards."""
+    """Return the trace of a problem; on Ray its texts are recorded in shards."""
     plan = Plan(env_id, env, size.texts)
     folder = default_folder(plan, root)
     claim(plan, folder)
@@ -58,77 +61,82 @@ def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
     return recorded(plan, folder)
 
 
-def measure(name: str, size: Size, root: Path) -> dict[str, Any]:
-    """Everything about one of ``PROBLEMS``."""
+def measure(name: str, size: Size, root: Path) -> Findings:
+    """Measure everything about one of ``PROBLEMS``."""
     env_id = name.partition("/")[0]
     env = {**load_experiment(env_id, "random").env, **PROBLEMS[name], "max_new_tokens": size.tokens}
     trace = trace_of(env_id, env, size, root)
     problem, folder = Problem(env_id, env, str(trace.folder)), root / "benchmark" / name
     control = problem.control()
     decoder = decoder_for({**env, "trace": None}, control)
-    table, found = checked(problem, trace, decoder, size)
+    table, checks = checked(problem, trace, decoder, size)
     static, references = bounded(problem, trace, table, size)
-    found |= references
 
-    policies, replay = trained(problem, name, table, static, size, folder)
-    rules, rows = ruled(problem, trace, table, static, size)
-    policies, replay = {"static": static_policy(control, static.setting), **policies, **rules}, replay | rows
-    found["replay"] = replay
-    found["hindsight_train_s"] = replay["hindsight"]["train_seconds"]
-    found["informed"] = max(found["informed"], *(row["value"] for row in rows.values()))
-    found["other_costs"] = other_costs(problem, trace, size, str(folder / replay["hindsight"]["chosen"]))
-    found["few_texts"] = few_texts(problem, table, static.per_token, folder, size)
+    policies, learned = trained(problem, name, table, static, size, folder)
+    rules, tuned = ruled(problem, trace, table, static, size)
+    policies = {"static": static_policy(control, static.setting), **policies, **rules}
+    hindsight = learned["hindsight"]
+    references = replace(references, informed=max(references.informed, *(row.value for row in tuned.values())))
+    foreign = other_costs(problem, trace, size, str(folder / hindsight.chosen))
+    few = few_texts(problem, table, static.per_token, folder, size)
     samples = samples_of(problem, policies["hindsight"], "test", table)
     tasks = np.array([sample.prompt.task for sample in samples])
-    found["tasks"] = {
-        task: float(static.seconds[tasks == task].sum()) / total_seconds(group)
-        for task, group in by_task(samples).items()
-    }
-    gap = found["clairvoyant"] - 1
-    found["gap_share"] = (replay["hindsight"]["value"] - 1) / gap if gap > 0 else 0.0
-    found["of_informed"] = replay["hindsight"]["value"] / found["informed"]
+    gap = references.clairvoyant - 1
 
-    live = played_live(policies, env, decoder, size.prompts)
-    found["live"], found["arms"] = live, over_static(live)
+    live = decoded_live(policies, env, decoder, size.prompts)
     sampling = {**env, "temperature": 1.0}
     sampled = decoder_for({**sampling, "trace": None}, control)
-    found["sampled"] = over_static(played_live(policies, sampling, sampled, size.sampled))
-    return found
+    return Findings(
+        settings=size,
+        checks=checks,
+        references=references,
+        replay={**learned, **tuned},
+        hindsight_train_s=hindsight.train_seconds,
+        other_costs=foreign,
+        few_texts=few,
+        tasks={
+            task: float(static.seconds[tasks == task].sum()) / total_seconds(group)
+            for task, group in by_task(samples).items()
+        },
+        gap_share=(hindsight.value - 1) / gap if gap > 0 else 0.0,
+        of_informed=hindsight.value / references.informed,
+        live=live,
+        arms=over_static(live),
+        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled)),
+    )
 
 
-def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tuple[CostTable, dict[str, Any]]:
-    """What forwards cost here and now, and what was found of the replay under these costs."""
+def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tuple[CostTable, Checks]:
+    """Return what forwards cost here and now, and what was found of the replay under these costs."""
 
     def measured() -> CostTable:  # the machine as it is now; the trace may have been recorded at another time
         raw = CostTable("raw", **cost_curves(decoder))
         return CostTable("this machine, now", **calibrated(trace, decoder, raw))
 
     played, table = played_at_random(trace, problem, size.cycles, measured)
-    found: dict[str, Any] = {
-        "costs": as_text({"verify": table.verify, "draft": table.draft}),
-        "machine": machine(decoder),
-    }
-    found |= equality(trace, problem, table, played)
-    found |= speeds(problem, found["live_steps_per_s"])
-    return table, found | {"recording": recording_cost(trace, decoder)}
+    return table, Checks(
+        costs={"verify": table.verify, "draft": table.draft},
+        machine=machine(decoder),
+        replay_equals_live=equality(trace, problem, table, played),
+        speeds=speeds(problem, played),
+        recording=recording_cost(trace, decoder),
+    )
 
 
-def played_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decoder, prompts: int) -> dict[str, Any]:
-    """The table of all arms on held-out prompts, as they are now: what learns while it serves begins anew."""
+def decoded_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decoder, prompts: int) -> Results:
+    """Return the table of all arms on held-out prompts, decoded live; what learns while it serves begins anew."""
 
-    def measure(count: int) -> dict[str, Any]:
+    def measure(count: int) -> Results:
         fresh = {name: renewed(policy) for name, policy in policies.items()}
         return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", "static"], list(policies)[1:], {})
 
     return with_aa_check(measure, prompts)
 
 
-def over_static(live: dict[str, Any]) -> dict[str, Any]:
-    """Each arm's throughput over the best static setting's, with its interval."""
-    return {
-        name: {"over_static": row["over_static"]["value"], **{k: row["over_static"][k] for k in ("low", "high")}}
-        for name, row in live["arms"].items()
-    }
+def over_static(live: Results) -> dict[str, OverStatic]:
+    """Return each arm's throughput over the best static setting's."""
+    ratios = {name: row.over["static"] for name, row in live.arms.items()}
+    return {name: OverStatic(ratio.value, ratio.low, ratio.high) for name, ratio in ratios.items()}
 
 
 def arguments() -> argparse.Namespace:
@@ -154,7 +162,7 @@ def arguments() -> argparse.Namespace:
 
 
 def switched(name: str) -> bool:
-    """Whether an environment variable is 1.
+    """Return True where an environment variable is 1.
 
     Raises:
         ValueError: it is neither that nor 0.
@@ -171,7 +179,7 @@ def main() -> None:
         root = args.root / "fast" if args.fast else args.root
         with held(root / "benchmark"):
             results = measured(args, root)
-        write_json(root / "benchmark.json", results)
+        write_json(root / "benchmark.json", to_json(results))
         report = root if args.fast else args.report
         report.mkdir(parents=True, exist_ok=True)
         draw(results, report / "RESULTS.png")
@@ -180,26 +188,38 @@ def main() -> None:
         print(f"written: {root}/benchmark.json, {report}/RESULTS.md, RESULTS.png")
 
 
-def measured(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """The figures of every problem, measured as far as they are not there yet.
+def measured(args: argparse.Namespace, root: Path) -> dict[str, Findings]:
+    """Return the findings of every problem, measured as far as they are not there yet.
 
     Raises:
         ValueError: they were measured with other settings, or their file is damaged.
     """
-    size, results = FAST if args.fast else FULL, dict[str, Any]()
+    size, results = FAST if args.fast else FULL, {}
     for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
         own = LARGER if "/" in name and not args.fast else size
-        own = own._replace(seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
-        done = root / "benchmark" / name / "results.json"
-        settings = json.loads(json.dumps(own._asdict()))
-        if not done.exists():
-            done.parent.mkdir(parents=True, exist_ok=True)
-            write_json(done, measure(name, own, root) | {"settings": settings})
-        results[name] = read_json(done, f"delete {done.parent} to measure again")
-        if not isinstance(results[name], dict) or results[name].get("settings") != settings:
-            raise ValueError(f"{done} was made with other settings; delete {done.parent}, or choose another --root")
-        print(f"{name}: {done}")
+        own = replace(own, seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
+        path = root / "benchmark" / name / "results.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, to_json(measure(name, own, root)))
+        results[name] = found(path, own)
+        print(f"{name}: {path}")
     return results
+
+
+def found(path: Path, size: Size) -> Findings:
+    """Return the findings that a file holds.
+
+    Raises:
+        ValueError: they were measured with other settings, or the file is damaged.
+    """
+    content = read_json(path, remedy := f"delete {path.parent} to measure again")
+    if not isinstance(content, dict) or content.get("settings") != to_json(size):
+        raise ValueError(f"{path} was made with other settings; delete {path.parent}, or choose another --root")
+    try:
+        return from_json(Findings, content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the benchmark checks of traces: that a replay is the live decoder, how fast it is, and what recording costs."""
+"""Checks of traces: that a replay is the live decoder, how fast it is, and what recording costs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from spec_envs.decoding.traces.recorder import record, watched
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, words
+from spec_envs.experiments.benchmark.findings import Equality, RecordingCost, Speeds
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.generation import Generation
 
@@ -35,8 +36,11 @@ class Played(NamedTuple):
 def played_at_random(
     trace: Trace, problem: Problem, cycles: int, measured: Callable[[], CostTable]
 ) -> tuple[list[Played], CostTable]:
-    """Held-out texts decoded live until there are so many cycles, and what forwards cost meanwhile: the mean of what is
-    measured before, between and behind them."""
+    """Decode held-out texts live until there are so many cycles.
+
+    Returns:
+        The texts, and what forwards cost meanwhile: the mean of what is measured before, between and after them.
+    """
     control, tables = problem.control(), [measured()]
     decoder = decoder_for({**problem.env, "trace": None}, control)
     policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
@@ -49,14 +53,14 @@ def played_at_random(
 
 
 def play(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Played:
-    """A text of a trace under a policy."""
+    """Decode a text of a trace under a policy."""
     text, rng = trace.texts[i], np.random.default_rng(i)
     run = Generation(decoder, policy, text.prompt, problem.env["max_new_tokens"], rng, text.task).run()
     return Played(i, run.cycles, run.seconds, len(run.actions))
 
 
-def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Played]) -> dict[str, Any]:
-    """What was decoded live, replayed with the same actions: accepted tokens of every cycle, and seconds, priced and timed."""
+def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Played]) -> Equality:
+    """Replay what was decoded live with the same actions, and compare accepted tokens of every cycle and seconds."""
     control = problem.control()
     decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
     policy = Policy(control, RandomAgent(control, seed=RANDOM_SEED))
@@ -74,20 +78,11 @@ def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Pl
                     wrong += 1
                 break
             at += mine.emitted
-    seconds = sum(played.seconds for played in live)
-    return {
-        "replay_equals_live": {
-            "cycles": compared,
-            "mismatches": wrong,
-            "ties": tied,
-            "priced_over_timed": priced / seconds,
-        },
-        "live_steps_per_s": sum(played.decisions for played in live) / seconds,
-    }
+    return Equality(compared, wrong, tied, priced / sum(played.seconds for played in live))
 
 
 def averaged(tables: Sequence[CostTable]) -> CostTable:
-    """The mean of tables of the same numbers of rows, for a machine whose speed drifts."""
+    """Return the mean of cost tables of the same numbers of rows, for a machine whose speed drifts."""
     curves = {
         part: {n: float(np.mean([getattr(table, part)[n] for table in tables])) for n in getattr(tables[0], part)}
         for part in ("verify", "draft")
@@ -95,8 +90,8 @@ def averaged(tables: Sequence[CostTable]) -> CostTable:
     return CostTable(tables[0].name, **curves)
 
 
-def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) -> dict[str, float]:
-    """Environment steps per second in NumPy, which uses one core, and how many times the live environment that is."""
+def speeds(problem: Problem, played: Sequence[Played], count: int = 4096, steps: int = 50) -> Speeds:
+    """Return environment steps per second, of ``played`` live and of ``count`` environments in NumPy."""
     env = problem.environments(count)
     env.reset(seed=0)
     env.action_space.seed(0)
@@ -107,11 +102,12 @@ def speeds(problem: Problem, live: float, count: int = 4096, steps: int = 50) ->
     for i in range(steps):
         env.step(actions[i % 8])
     rate = count * steps / (time.perf_counter() - begin)
-    return {"replay_steps_per_s": rate, "replay_over_live": rate / live}
+    live = sum(text.decisions for text in played) / sum(text.seconds for text in played)
+    return Speeds(live, rate, rate / live)
 
 
-def recording_cost(trace: Trace, decoder: Any) -> dict[str, float]:
-    """Seconds of recording a position, and of a live cycle that drafts all there is and verifies the most that is offered."""
+def recording_cost(trace: Trace, decoder: Decoder) -> RecordingCost:
+    """Return what recording a position costs, beside a live cycle that drafts and verifies as much as is offered."""
     text = next(text for text in trace.texts if text.split == "train")
     begin = time.perf_counter()
     columns = record(watched(decoder), text.prompt, trace.manifest.max_new_tokens)
@@ -125,4 +121,4 @@ def recording_cost(trace: Trace, decoder: Any) -> dict[str, float]:
             pass
         decoder.verify(min(decoder.tree.size, 95))
         cycles.append(time.perf_counter() - begin)
-    return {"position_seconds": position, "full_cycle_seconds": float(np.median(cycles))}
+    return RecordingCost(position, float(np.median(cycles)))

@@ -1,8 +1,9 @@
-"""What the benchmark measures, and how much of everything."""
+"""The problems of the benchmark, and how much of everything is measured."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 PROBLEMS: dict[str, dict[str, Any]] = {  # keyword arguments of an environment, and of another pair of models
     "SpecDepth-v0": {},
@@ -15,7 +16,8 @@ LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
 FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """How much of everything."""
 
     texts: tuple[int, int, int]  # recorded, of train, validation and test
@@ -32,5 +34,5 @@ class Size(NamedTuple):
 
 FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 40, 300, 10)
 FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
-LARGER = FULL._replace(tokens=64, prompts=30, cycles=120, sampled=5)  # of a pair that takes longer
+LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # of a pair that takes longer
 FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with

@@ -15,13 +15,16 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
 from spec_envs.experiments.benchmark.bounds import Bounds
+from spec_envs.experiments.benchmark.findings import FewTexts, Learned, OtherCosts, References, Tuned
 from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, Size
 from spec_envs.experiments.benchmark.scale_out import mapped
+from spec_envs.experiments.measure.arms import Sample
+from spec_envs.experiments.measure.results import Interval
 from spec_envs.experiments.measure.statistics import throughput
 
 
 class Static(NamedTuple):
-    """The static setting that is best on training texts, on the held-out ones: its values, seconds of each text, all tokens."""
+    """The static setting that is best on training texts, on the held-out ones: seconds of each text, and tokens of all."""
 
     setting: Sequence[Any]
     seconds: np.ndarray
@@ -32,8 +35,8 @@ class Static(NamedTuple):
         return float(self.seconds.sum()) / self.tokens
 
 
-def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tuple[Static, dict[str, Any]]:
-    """S*, and over it the references that it stands between."""
+def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tuple[Static, References]:
+    """Return S* and what is to be had beyond it."""
     control = problem.control()
     bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
     train_seconds, seconds = bounds.static(), test.static()
@@ -41,19 +44,20 @@ def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tup
     static = Static(bounds.names()[best], seconds[:, best], int(test.tokens.sum()))
     total = float(static.seconds.sum())
     per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
-    return static, {
-        "static": list(static.setting),
-        "static_over_plain": static.tokens * table.seconds("verify", 1) / total,
-        "per_task_over_static": total / per_task,
-        "clairvoyant": total / test.clairvoyant().sum(),
-        "informed": total / total_seconds(informed(problem, table, size.folds)),
-    }
+    return static, References(
+        static=list(static.setting),
+        static_over_plain=static.tokens * table.seconds("verify", 1) / total,
+        per_task_over_static=total / per_task,
+        clairvoyant=total / test.clairvoyant().sum(),
+        informed=total / total_seconds(informed(problem, table, size.folds)),
+    )
 
 
 def trained(
     problem: Problem, name: str, table: CostTable, static: Static, size: Size, folder: Path
-) -> tuple[dict[str, Policy], dict[str, Any]]:
-    """What learns: of each arm the policy of the seed that is fastest on validation texts, and a row over all seeds."""
+) -> tuple[dict[str, Policy], dict[str, Learned]]:
+    """Train the arms that learn, and return of each the policy of the seed that is fastest on validation texts, and a row
+    over all seeds."""
     steps = {"ppo": size.steps, "ltd": size.ltd_steps}
     arms = [arm for arm in LEARNED if arm != "ltd" or problem.env_id != "SpecK-v0"]
     jobs = [
@@ -72,58 +76,63 @@ def trained(
         )
         chosen = folders[int(np.argmax(validation))]
         policies[arm] = trained_policy(chosen, table)
-        rows[arm] = over_seeds(np.array(rates) * static.per_token) | {
-            "train_seconds": float(np.median([note["seconds"] for note in trainings])),
-            "forwards": trainings[0]["forwards"],
-            "chosen": Path(chosen).name,
-        }
+        ratios = np.array(rates) * static.per_token
+        rows[arm] = Learned(
+            ratio=over_seeds(ratios),
+            seeds=ratios.tolist(),
+            train_seconds=float(np.median([note["seconds"] for note in trainings])),
+            forwards=trainings[0]["forwards"],
+            chosen=Path(chosen).name,
+        )
     return policies, rows
 
 
 def ruled(
     problem: Problem, trace: Trace, table: CostTable, static: Static, size: Size
-) -> tuple[dict[str, Policy], dict[str, Any]]:
-    """The published rules, tuned, and a row of each."""
-    policies, rows = {}, {}
-    test = trace.of_split("test")
+) -> tuple[dict[str, Policy], dict[str, Tuned]]:
+    """Return the published rules, tuned, and a row of each."""
+    policies: dict[str, Policy] = {}
+    rows, test = {}, trace.of_split("test")
+
+    def over_static(rule: str, texts: Sequence[int]) -> float:
+        return throughput(samples_of(problem, renewed(policies[rule]), "test", table, texts)) * static.per_token
+
     for rule in GRIDS[problem.env_id]:
         policies[rule], settings = tuned(problem, rule, table, size.tuning)
-        rows[rule] = {"settings": settings} | {
-            key: throughput(samples_of(problem, renewed(policies[rule]), "test", table, texts)) * static.per_token
-            for key, texts in (("value", test), ("by_domain", one_domain_after_another(trace, test)))
-        }
+        by_task = one_domain_after_another(trace, test)
+        rows[rule] = Tuned(settings=settings, value=over_static(rule, test), by_domain=over_static(rule, by_task))
     return policies, rows
 
 
 def renewed(policy: Policy) -> Policy:
-    """The policy with an agent that has not played yet, for one that learns while it serves."""
+    """Return the policy with an agent as it was before its first decision, for one that learns while it serves."""
     return Policy(policy.control, copy.deepcopy(policy.agent))
 
 
 def one_domain_after_another(trace: Trace, texts: Sequence[int]) -> list[int]:
-    """Texts that come from the tasks in turn, task by task instead."""
+    """Return texts that come from the tasks in turn task by task instead."""
     return sorted(texts, key=lambda i: trace.texts[i].task)
 
 
-def total_seconds(samples: list[Any]) -> float:
-    """Of all texts."""
+def total_seconds(samples: Sequence[Sample]) -> float:
+    """Return the seconds of all texts."""
     return sum(sample.seconds for sample in samples)
 
 
-def over_seeds(ratios: np.ndarray) -> dict[str, Any]:
-    """Interquartile mean over seeds with its 95 % bootstrap interval."""
+def over_seeds(ratios: np.ndarray) -> Interval:
+    """Return the interquartile mean over seeds with its 95 % bootstrap interval."""
     value = float(trim_mean(ratios, 0.25))
     if len(ratios) < 3 or np.ptp(ratios) == 0:
-        return {"value": value, "low": float(ratios.min()), "high": float(ratios.max()), "seeds": ratios.tolist()}
+        return Interval(value, float(ratios.min()), float(ratios.max()))
     interval = bootstrap(
         (ratios,), lambda x, axis: trim_mean(x, 0.25, axis=axis), n_resamples=2000, method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
-    return {"value": value, "low": float(interval.low), "high": float(interval.high), "seeds": ratios.tolist()}
+    return Interval(value, float(interval.low), float(interval.high))
 
 
-def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, Any]:
-    """Hindsight with the same weights under cost tables that it has not seen, over the best static setting of each."""
+def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, OtherCosts]:
+    """Try hindsight with the same weights under cost tables that it has not seen, over the best static setting of each."""
     found = {}
     for name in FOREIGN:
         table, control = CostTable.load(name), problem.control()
@@ -133,20 +142,17 @@ def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict
         best = bounds.best(bounds.static())
         static = test.static()[:, best].sum()
         seconds = total_seconds(samples_of(problem, trained_policy(folder, table), "test", table))
-        found[name] = {"static": list(bounds.names()[best]), "over_static": static / seconds, "clairvoyant": static / test.clairvoyant().sum()}  # fmt: skip
+        setting, clairvoyant = list(bounds.names()[best]), test.clairvoyant().sum()
+        found[name] = OtherCosts(setting, static / seconds, static / clairvoyant)
     return found
 
 
-def few_texts(
-    problem: Problem, table: CostTable, seconds_per_token: float, folder: Path, size: Size
-) -> list[dict[str, Any]]:
-    """Hindsight after the first few training texts, by forwards of the target that recording them took."""
+def few_texts(problem: Problem, table: CostTable, seconds_per_token: float, folder: Path, size: Size) -> list[FewTexts]:
+    """Try hindsight after the first few training texts."""
     found = []
     for count in sorted({min(n, size.texts[0]) for n in FEW}):
         folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]
         made = [train(problem, "hindsight", seed, 0, f, count) for seed, f in enumerate(folders)]
         rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
-        found.append(
-            {"texts": count, "forwards": made[0]["forwards"], "value": float(np.mean(rates)) * seconds_per_token}
-        )
+        found.append(FewTexts(count, made[0]["forwards"], float(np.mean(rates)) * seconds_per_token))
     return found

@@ -14,12 +14,11 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from spec_envs import agents
 from spec_envs.agents import AGENTS
@@ -31,13 +30,16 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
+from spec_envs.experiments.measure.encoding import to_json
+from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
-from spec_envs.experiments.measure.report import draw_arms, markdown
+from spec_envs.experiments.measure.report import markdown
+from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.measure.tables import side_by_side, tables
 from spec_envs.experiments.train import run_folder, trained
-from spec_envs.files import read_json, whole, write_json
+from spec_envs.files import read_json, write_json
 
 ID = "SpecK-v0"
 FIXED = (4, 8, 16)
@@ -52,8 +54,31 @@ CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math"
 BEST = "best fixed"
 
 
-def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path) -> dict[str, Any]:
-    """Everything in one run.
+@dataclass(kw_only=True)
+class Chains(Results):
+    """The table, and the same arms by context.
+
+    Attributes:
+        by_context: tokens per second by arm and context.
+        variation: of an arm's tokens per second over contexts, the standard deviation as a share of the mean.
+        acceptance: share of accepted among verified tokens in each text, by arm that drafts.
+    """
+
+    by_context: dict[str, dict[str, float]]
+    variation: dict[str, float]
+    acceptance: dict[str, list[float]]
+    best_fixed_over_plain: Interval
+    best_agent: str
+    best_agent_over_best_fixed: Interval
+
+    @property
+    def best_fixed(self) -> str:
+        """The best fixed length in words."""
+        return f"K = {self.static.best[0]}" if self.static else BEST
+
+
+def compare_chains(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path) -> Chains:
+    """Measure everything in one run.
 
     Args:
         env: keyword arguments of all arms (target, drafter, dtype, …).
@@ -66,12 +91,13 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
     own = {"engine": env["engine"]} if "engine" in env else {}
 
     def policies() -> dict[str, Policy]:
-        """Every controller as it is before it has seen anything."""
+        """Return every controller as it is before it has seen anything."""
         return {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
 
     policies()  # what has to be trained is trained before anything is measured
     decoder = decoder_for(shared, KControl(LONGEST, **own))
     static = best_static(shared, KControl(**own))
+    best_k = int(static.best[0])
     candidates = {name: (decoder.separate(), policy) for name, policy in policies().items()}
     try:
         validation = run_arms(
@@ -85,22 +111,22 @@ def bench_k(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path)
             used.close()
     best = max(validation, key=lambda name: throughput(validation[name]))
 
-    def measure(prompts: int) -> dict[str, Any]:
-        arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(*static["best"])} | policies()
+    def measure(prompts: int) -> Chains:
+        arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(best_k)} | policies()
         samples = side_by_side(arms, shared, decoder, prompts, others={})
-        found = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
-        return found | {"static": static} | by_context(samples) | headline(samples, best)
+        table = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
+        return with_contexts(replace(table, static=static), samples, best)
 
     return with_aa_check(measure, count)
 
 
 def experiment_for(stanza: str, env: dict[str, Any]) -> Experiment:
-    """A stanza with other keyword arguments of the environment."""
+    """Return a stanza with other keyword arguments of the environment."""
     return load_experiment(ID, stanza, [f"env.{key}={json.dumps(value)}" for key, value in env.items()])
 
 
 def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
-    """A controller as its stanza has it, or a trained agent, which is trained first if need be."""
+    """Return a controller as its stanza has it, or a trained agent, which is trained first if need be."""
     kind = AGENTS[experiment.agent]
     if isinstance(kind, type) and issubclass(kind, Rule) and kind.learn is Rule.learn:
         control = make_control("k", experiment.env)
@@ -115,78 +141,71 @@ def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
 
 
 def contexts(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Samples by context."""
+    """Return the samples by context."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(CONTEXTS.get(sample.prompt.task, "prose"), []).append(sample)
     return groups
 
 
-def by_context(samples: dict[str, list[Sample]]) -> dict[str, Any]:
-    """Tokens per second by context, their variation over contexts, and how acceptance is distributed over texts."""
+def with_contexts(table: Results, samples: dict[str, list[Sample]], best: str) -> Chains:
+    """Return a table with the figures by context, and the ratios that the comparison is about; ``best`` is an agent."""
     rates = {name: {c: throughput(group) for c, group in contexts(arm).items()} for name, arm in samples.items()}
-    return {
-        "by_context": rates,
-        "variation": {
+    return Chains(
+        **vars(table),
+        by_context=rates,
+        variation={
             name: statistics.pstdev(found.values()) / statistics.fmean(found.values()) for name, found in rates.items()
         },
-        "acceptance": {
+        acceptance={
             name: [s.accepted / s.verified for s in arm if s.verified]
             for name, arm in samples.items()
             if sum(s.verified for s in arm)
         },
-    }
+        best_fixed_over_plain=ratio(samples[BEST], samples["plain"]),
+        best_agent=best,
+        best_agent_over_best_fixed=ratio(samples[best], samples[BEST]),
+    )
 
 
-def headline(samples: dict[str, list[Sample]], best: str) -> dict[str, Any]:
-    """The ratios that the benchmark is about."""
-    return {
-        "best_fixed_over_plain": ratio(samples[BEST], samples["plain"]),
-        "best_agent": best,
-        "best_agent_over_best_fixed": ratio(samples[best], samples[BEST]),
-    }
-
-
-def report(results: dict[str, Any]) -> str:
-    """The tables as text."""
-    names = list(next(iter(results["by_context"].values())))
+def report(results: Chains) -> str:
+    """Return the tables as text."""
+    names = list(next(iter(results.by_context.values())))
     head = f"| tokens/s | {' | '.join(names)} | variation | acceptance by text: quartiles |"
     lines = [markdown(results), head, f"|---{'|---' * (len(names) + 2)}|"]
-    for arm, rates in results["by_context"].items():
+    for arm, rates in results.by_context.items():
         quartiles = "–"
-        if arm in results["acceptance"]:
-            quartiles = ", ".join(f"{q:.2f}" for q in np.quantile(results["acceptance"][arm], (0.25, 0.5, 0.75)))
+        if arm in results.acceptance:
+            quartiles = ", ".join(f"{q:.2f}" for q in np.quantile(results.acceptance[arm], (0.25, 0.5, 0.75)))
         cells = [f"{rates[name]:.1f}" for name in names]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {results['variation'][arm]:.3f} | {quartiles} |")
-    for key, what in (
-        ("best_fixed_over_plain", f"K = {results['static']['best'][0]}, the best fixed length, over plain"),
-        ("best_agent_over_best_fixed", f"{results['best_agent']}, the best agent on validation prompts, over it"),
-    ):
-        found = results[key]
-        lines.append(f"\n{what}: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
-    return "\n".join(lines)
+        lines.append(f"| {arm} | {' | '.join(cells)} | {results.variation[arm]:.3f} | {quartiles} |")
+    return "\n".join(
+        [
+            *lines,
+            f"\n{results.best_fixed}, the best fixed length, over plain: {results.best_fixed_over_plain:.3f}",
+            f"\n{results.best_agent}, the best agent on validation prompts, over it: "
+            f"{results.best_agent_over_best_fixed:.3f}",
+        ]
+    )
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Arms over plain, tokens per second by context, and acceptance over texts."""
-    figure = Figure(figsize=(11, 4 + 0.8 * len(results["arms"])), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subplots(3, 1, height_ratios=[2, 1.2, 1.2])
-    draw_arms(top, results["arms"], "plain")
-    names = list(next(iter(results["by_context"].values())))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results["by_context"]))]
-        middle.bar(at, [rates[name] for rates in results["by_context"].values()], width, label=name)
-    slanted = {"rotation": 35, "ha": "right", "fontsize": 8}
-    middle.set_xticks(range(len(results["by_context"])), list(results["by_context"]), **slanted)
-    middle.set_ylabel("tokens/s")
-    middle.legend(fontsize=8, ncols=len(names))
-    bottom.boxplot(list(results["acceptance"].values()))
-    bottom.set_xticks(range(1, len(results["acceptance"]) + 1), list(results["acceptance"]), **slanted)
-    bottom.set_ylabel("accepted / drafted, by text")
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def draw(results: Chains, path: Path) -> None:
+    """Draw arms over plain, tokens per second by context, and acceptance over texts."""
+    with drawn(path, 11, 4 + 0.8 * len(results.arms)) as figure:
+        top, middle, bottom = figure.subplots(3, 1, height_ratios=[2, 1.2, 1.2])
+        draw_arms(top, results.arms, "plain")
+        names = list(next(iter(results.by_context.values())))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results.by_context))]
+            middle.bar(at, [rates[name] for rates in results.by_context.values()], width, label=name)
+        slanted = {"rotation": 35, "ha": "right", "fontsize": 8}
+        middle.set_xticks(range(len(results.by_context)), list(results.by_context), **slanted)
+        middle.set_ylabel("tokens/s")
+        middle.legend(fontsize=8, ncols=len(names))
+        bottom.boxplot(list(results.acceptance.values()))
+        bottom.set_xticks(range(1, len(results.acceptance) + 1), list(results.acceptance), **slanted)
+        bottom.set_ylabel("accepted / drafted, by text")
 
 
 def kept_figures(path: Path, name: str) -> dict[str, Any]:
@@ -206,7 +225,7 @@ def kept_figures(path: Path, name: str) -> dict[str, Any]:
 
 
 def is_bench(value: Any) -> bool:
-    """Whether a value of the JSON file is the figures of another target."""
+    """Return True for a value of the JSON file that is the figures of another target."""
     return isinstance(value, dict) and "best_agent" in value
 
 
@@ -252,13 +271,13 @@ def main() -> None:
         stanzas = [stanza.strip() for stanza in given.split(",")]
         path = args.out / "bench-k.json"
         kept = kept_figures(path, name)
-        results = bench_k(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
+        results = compare_chains(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
         args.out.mkdir(parents=True, exist_ok=True)
         if name:
-            write_json(path, kept | {name: results})
+            write_json(path, kept | {name: to_json(results)})
         else:
             others = {key: value for key, value in kept.items() if key != "first_try" and is_bench(value)}
-            write_json(path, results | others)
+            write_json(path, to_json(results) | others)
         picture = path.with_name(f"bench-k-{name}.png" if name else "bench-k.png")
         draw(results, picture)
         print(report(results))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, output_folder
 from spec_envs.controls.depth import DepthControl
@@ -23,15 +22,24 @@ from spec_envs.decoding.loading import DEFAULT_TARGET, drafts_chains, without_lo
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.weights.checkpoints import DTYPES
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.evaluate import run_tables
-from spec_envs.experiments.measure.costs import curves_by_dtype, dtypes_at_speed, read_seconds, weight_bytes
+from spec_envs.experiments.measure.costs import (
+    Curves,
+    curves_by_dtype,
+    dtypes_at_speed,
+    read_seconds,
+    weight_bytes,
+)
+from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
-from spec_envs.experiments.measure.quality import quality
+from spec_envs.experiments.measure.quality import Quality, quality
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
-from spec_envs.experiments.measure.report import draw_arms, markdown
+from spec_envs.experiments.measure.report import markdown
+from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
-from spec_envs.files import whole, write_json
+from spec_envs.experiments.measure.tables import run_tables
+from spec_envs.files import write_json
 
 RATIOS = {
     "plain_over_transformers": ("plain", "transformers generate"),
@@ -45,8 +53,54 @@ RATIOS = {
 }
 
 
-def bench(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> dict[str, Any]:
-    """Everything in one run."""
+@dataclass(frozen=True)
+class Floor:
+    """The time that reading the target's weights takes, and its share of a plain step."""
+
+    weight_bytes: int
+    read_bytes_per_second: float
+    floor_seconds: float
+    share_of_floor: float
+
+    @classmethod
+    def of(cls, size: int, seconds: float) -> Floor:
+        """Measure the floor of a plain step of ``seconds`` that reads ``size`` bytes of weights."""
+        floor = read_seconds(size)
+        return cls(size, size / floor, floor, floor / seconds)
+
+
+@dataclass(kw_only=True)
+class Speeds:
+    """The decoding speed of a machine.
+
+    Attributes:
+        ratios: throughput over that of another arm, by the names of ``RATIOS``.
+        floor: None where nothing computes in int8 kernels on a CPU.
+        overhead_share: share of a step that is spent outside of drafter and target.
+        verify_curve: target forwards by rows, in units of a plain step.
+        expand_ratio: an expansion of the tree, or of the chain by a token, in units of a plain step.
+    """
+
+    table: Annotated[Results, Inline()]
+    ratios: Annotated[dict[str, Interval], Inline()]
+    floor: Annotated[Floor | None, Inline()]
+    emitted_per_cycle: float
+    overhead_share: float
+    verify_curve: dict[int, float]
+    expand_ratio: float
+    curves_by_dtype: dict[str, Curves]
+    quality: dict[str, Quality]
+    dtype: str
+
+
+def compare_decoding(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> Speeds:
+    """Measure everything in one run.
+
+    Args:
+        env: keyword arguments of all arms (target, drafter, dtype, …).
+        count: held-out prompts.
+        compared: dtypes whose cost curves are measured; by default those that compute at speed here.
+    """
     target_name, drafter = target_and_drafter(env)
     drafter = without_lookup(drafter)  # none of the others looks up first
     env = {**env, "drafter": drafter}
@@ -55,97 +109,85 @@ def bench(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> di
     decoder = decoder_for(env, control)
     target, device = decoder.local.target, decoder.verifier.device
     static = best_static(env, control)
-    policies = {"static": static_policy(control, static["best"])}
-    draft = (drafter, max(1, static["best"][0])) if chain else None
+    policies = {"static": static_policy(control, static.best)}
+    draft = (drafter, max(1, int(static.best[0]))) if chain else None
     others = assisted_arms(target_name, decoder, draft)
     if not decoder.verifier.temperature and device.type == "cpu":
         others |= llamacpp_arms(target_name, torch.get_num_threads(), draft)
     references = ["plain", *others]
 
-    def measure(prompts: int) -> dict[str, Any]:
-        return run_tables(policies, env, decoder, prompts, references, ["static"], others) | {"static": static}
+    def measure(prompts: int) -> Results:
+        return replace(run_tables(policies, env, decoder, prompts, references, ["static"], others), static=static)
 
-    results = with_aa_check(measure, count)
-    arms, verify = results["arms"], results["seconds"]["verify"]
-    speculative = arms["static"]
-    inside = speculative["parts"]["draft"] + speculative["parts"]["verify"]
-    curves = curves_by_dtype(env, control, compared or dtypes_at_speed(device))
+    table = with_aa_check(measure, count)
+    curves = table.seconds
+    if curves is None:
+        raise ValueError("a cost table prices the forwards; expected clock=wall, on which speed is measured")
+    arms, verify, speculative = table.arms, curves["verify"], table.arms["static"]
+    inside = speculative.parts["draft"] + speculative.parts["verify"]
+    by_dtype = curves_by_dtype(env, control, compared or dtypes_at_speed(device))
     texts = [prompt.ids for prompt in encoded_prompts(env, "test", count)]
-    return {
-        **{name: arms[a][f"over_{b}"] for name, (a, b) in RATIOS.items() if a in arms and b in arms},
-        **(share_of_floor(weight_bytes(decoder), verify[1]) if kernels.library() and device.type == "cpu" else {}),
-        "emitted_per_cycle": speculative["emitted_per_cycle"],
-        "overhead_share": 1 - inside / speculative["seconds"],
-        "verify_curve": {n: s / verify[1] for n, s in verify.items()},
-        "expand_ratio": results["seconds"]["draft"][decoder.tree.width] / verify[1],
-        "curves_by_dtype": curves,
-        "quality": quality(target_name, device, list(curves), texts) if "float32" in curves else {},
-        "dtype": str(target.dtype).removeprefix("torch."),
-        **results,
-    }
+    on_kernels = kernels.library() and device.type == "cpu"
+    return Speeds(
+        table=table,
+        ratios={name: arms[a].over[b] for name, (a, b) in RATIOS.items() if a in arms and b in arms},
+        floor=Floor.of(weight_bytes(decoder), verify[1]) if on_kernels else None,
+        emitted_per_cycle=speculative.emitted_per_cycle,
+        overhead_share=1 - inside / speculative.seconds,
+        verify_curve={n: s / verify[1] for n, s in verify.items()},
+        expand_ratio=curves["draft"][decoder.tree.width] / verify[1],
+        curves_by_dtype=by_dtype,
+        quality=quality(target_name, device, list(by_dtype), texts) if "float32" in by_dtype else {},
+        dtype=str(target.dtype).removeprefix("torch."),
+    )
 
 
-def share_of_floor(size: int, seconds: float) -> dict[str, float]:
-    """How much of a plain step is the time that its weights take to be read."""
-    floor = read_seconds(size)
-    return {
-        "weight_bytes": size,
-        "read_bytes_per_second": size / floor,
-        "floor_seconds": floor,
-        "share_of_floor": floor / seconds,
-    }
+def draw(speeds: Speeds, path: Path) -> None:
+    """Draw arms over plain, and the cost curves of every dtype."""
+    with drawn(path, 9, 9) as figure:
+        top, bottom = figure.subplots(2, 1)
+        draw_arms(top, speeds.table.arms, "plain")
+        for dtype, curves in speeds.curves_by_dtype.items():
+            verify, draft = ([1000 * s for s in curves[part].values()] for part in ("verify", "draft"))
+            line = bottom.plot(list(curves["verify"]), verify, marker="o", label=f"target, {dtype}")
+            color = line[0].get_color()
+            bottom.plot(list(curves["draft"]), draft, "x:", color=color, label=f"drafter, {dtype}")
+        if speeds.floor:
+            label = f"reading the {speeds.dtype} weights"
+            bottom.axhline(1000 * speeds.floor.floor_seconds, color="black", linestyle=":", label=label)
+        bottom.set_xlabel("rows of the forward")
+        bottom.set_ylabel("milliseconds")
+        bottom.set_yscale("log")
+        bottom.legend(fontsize=8)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Arms over plain, and the cost curves of every dtype."""
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1)
-    draw_arms(top, results["arms"], "plain")
-    for dtype, curves in results["curves_by_dtype"].items():
-        line = bottom.plot(
-            list(curves["verify"]), [1000 * s for s in curves["verify"].values()], marker="o", label=f"target, {dtype}"
-        )
-        draft, color = [1000 * s for s in curves["draft"].values()], line[0].get_color()
-        bottom.plot(list(curves["draft"]), draft, "x:", color=color, label=f"drafter, {dtype}")
-    if "floor_seconds" in results:
-        label = f"reading the {results['dtype']} weights"
-        bottom.axhline(1000 * results["floor_seconds"], color="black", linestyle=":", label=label)
-    bottom.set_xlabel("rows of the forward")
-    bottom.set_ylabel("milliseconds")
-    bottom.set_yscale("log")
-    bottom.legend(fontsize=8)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def lines(results: dict[str, Any]) -> list[str]:
-    """The figures below the table."""
-    found = [
-        f"{name}: {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-        for name, r in ((name, results[name]) for name in RATIOS if name in results)
-    ]
-    names = ("share_of_floor", "emitted_per_cycle", "overhead_share", "expand_ratio")
-    found += [f"{name}: {results[name]:.3f}" for name in names if name in results]
-    if "floor_seconds" in results:
+def lines(speeds: Speeds) -> list[str]:
+    """Return the figures below the table."""
+    found = [f"{name}: {ratio:.2f}" for name, ratio in speeds.ratios.items()]
+    if speeds.floor:
+        found.append(f"share_of_floor: {speeds.floor.share_of_floor:.3f}")
+    found.append(f"emitted_per_cycle: {speeds.emitted_per_cycle:.3f}")
+    found.append(f"overhead_share: {speeds.overhead_share:.3f}")
+    found.append(f"expand_ratio: {speeds.expand_ratio:.3f}")
+    if speeds.floor:
         found.append(
-            f"reading {results['weight_bytes'] / 1e6:.0f} MB of weights: {1000 * results['floor_seconds']:.1f} ms "
-            f"({results['read_bytes_per_second'] / 1e9:.1f} GB/s)"
+            f"reading {speeds.floor.weight_bytes / 1e6:.0f} MB of weights: {1000 * speeds.floor.floor_seconds:.1f} ms "
+            f"({speeds.floor.read_bytes_per_second / 1e9:.1f} GB/s)"
         )
-    for dtype, curves in results["curves_by_dtype"].items():
+    for dtype, curves in speeds.curves_by_dtype.items():
         target = ", ".join(f"{n}: {1000 * s:.1f}" for n, s in curves["verify"].items())
         draft = ", ".join(f"{n}: {1000 * s:.2f}" for n, s in curves["draft"].items())
         found.append(f"{dtype}: target ms by rows {target}; drafter {draft}")
     found += [
-        f"{dtype}: perplexity {q['perplexity']:.3f}, {100 * q['agreement']:.1f} % of argmaxes are float32's, "
-        f"divergence {q['kl']:.5f} nats"
-        for dtype, q in results["quality"].items()
+        f"{dtype}: perplexity {q.perplexity:.3f}, {100 * q.agreement:.1f} % of argmaxes are float32's, "
+        f"divergence {q.kl:.5f} nats"
+        for dtype, q in speeds.quality.items()
     ]
     return found
 
 
 def dtypes(names: str) -> list[str]:
-    """Dtypes separated by commas."""
+    """Return dtypes that are separated by commas."""
     found = [name.strip() for name in names.split(",")]
     if unknown := set(found) - set(DTYPES):
         raise argparse.ArgumentTypeError(
@@ -186,12 +228,12 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
     }
     with one_sentence():
-        results = bench(env, args.count, args.dtypes)
+        speeds = compare_decoding(env, args.count, args.dtypes)
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "bench.json", results)
-        write_json(args.out / "clock.json", results["seconds"])
-        draw(results, args.out / "bench.png")
-        print("\n".join([markdown(results), *lines(results)]))
+        write_json(args.out / "bench.json", to_json(speeds))
+        write_json(args.out / "clock.json", speeds.table.seconds)
+        draw(speeds, args.out / "bench.png")
+        print("\n".join([markdown(speeds.table), *lines(speeds)]))
         print(f"written: {args.out}/bench.json, bench.png, clock.json")
 
 

@@ -10,22 +10,23 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import Annotated
 
 from spec_envs import agents
 from spec_envs.arguments import POSITIVE, PROMPTS, SEED, Parser, input_file, output_folder
 from spec_envs.controls.dvi import exit_of
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
-from spec_envs.experiments.exits.evaluation import acceptance, drift, exit_decoder
+from spec_envs.experiments.exits.evaluation import Acceptance, drift, exit_decoder
 from spec_envs.experiments.exits.runs import VALIDATED_K, write_own_text
 from spec_envs.experiments.measure.arms import Arm, decoded, run_arms
+from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
-from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.machine import Machine, machine
+from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.train import run_folder, trained
 from spec_envs.files import whole, write_json
@@ -35,8 +36,33 @@ STANZAS = ("reinforce", "reinforce-head", "dvi")
 UNTRAINED = "untrained"
 
 
+@dataclass(kw_only=True)
+class Learned:
+    """An exit that a run has trained: its acceptance on held-out prompts, and what was validated while it learned."""
+
+    acceptance: Annotated[Acceptance, Inline()]
+    drift: Annotated[Drift, Inline()]
+    seed: int
+    curve: list[dict[str, float]]
+
+    @property
+    def accepted_per_cycle(self) -> float:
+        return self.acceptance.emitted_per_cycle - 1
+
+
+@dataclass(kw_only=True)
+class Exits:
+    """The untrained exit and those that the runs of each stanza trained, measured side by side."""
+
+    machine: Machine
+    prompts: int
+    k: int
+    untrained: Acceptance
+    stanzas: dict[str, list[Learned]]
+
+
 def train_all(args: argparse.Namespace, stream: Path) -> dict[str, list[Path]]:
-    """Run folders by stanza, trained as far as they were not."""
+    """Train what is not trained yet, and return the run folders by stanza."""
     runs: dict[str, list[Path]] = {}
     for seed in args.seeds:  # a round of all stanzas before the next seed
         for stanza in args.stanzas:
@@ -49,8 +75,8 @@ def train_all(args: argparse.Namespace, stream: Path) -> dict[str, list[Path]]:
     return runs
 
 
-def compare(runs: dict[str, list[Path]], count: int, k: int) -> dict[str, Any]:
-    """Acceptance of every run's exit and of the untrained one on held-out prompts, all in one run."""
+def compare(runs: dict[str, list[Path]], count: int, k: int) -> Exits:
+    """Measure every run's exit and the untrained one on held-out prompts, side by side."""
     first = next(iter(runs.values()))[0]
     env = agents.read_config(first)["env"] | {"prompts": "all"}
     decoders = {UNTRAINED: exit_decoder(env, k)}
@@ -61,85 +87,74 @@ def compare(runs: dict[str, list[Path]], count: int, k: int) -> dict[str, Any]:
     arms: dict[str, Arm] = {"plain": decoded(plain, None)}
     arms |= {name: decoded(decoder, static_chain(k, k)) for name, decoder in decoders.items()}
     samples = run_arms(arms, encoded_prompts(env, "test", count), env.get("max_new_tokens", 128), "held-out prompts")
-    found: dict[str, Any] = {
-        "machine": machine(decoders[UNTRAINED]),
-        "prompts": len(samples["plain"]),
-        "k": k,
-        UNTRAINED: acceptance(samples[UNTRAINED]),
-        "stanzas": {},
-    }
-    for stanza, folders in runs.items():
-        rows = []
-        for folder in folders:
-            name = str(folder)
-            rows.append(
-                acceptance(samples[name])
-                | drift(exit_of(decoders[name]), samples["plain"])
-                | {"seed": agents.read_config(folder)["seed"], "curve": curve(folder)}
-            )
-        found["stanzas"][stanza] = rows
-    return found
+
+    def learned(folder: Path) -> Learned:
+        name = str(folder)
+        return Learned(
+            acceptance=Acceptance.of(samples[name]),
+            drift=drift(exit_of(decoders[name]), samples["plain"]),
+            seed=agents.read_config(folder)["seed"],
+            curve=[json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()],
+        )
+
+    return Exits(
+        machine=machine(decoders[UNTRAINED]),
+        prompts=len(samples["plain"]),
+        k=k,
+        untrained=Acceptance.of(samples[UNTRAINED]),
+        stanzas={stanza: [learned(folder) for folder in folders] for stanza, folders in runs.items()},
+    )
 
 
-def curve(folder: Path) -> list[dict[str, float]]:
-    """What was validated while a run learned."""
-    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The table: before and after, by stanza, as the mean and the range over seeds."""
-    before = found[UNTRAINED]
-    head = ["exit", "accepted of judged", "accepted per cycle", "over untrained", "tokens read", "drift (nats)"]
+def markdown(found: Exits) -> str:
+    """Return the table: before and after, by stanza, as the mean and the range over seeds."""
+    before, length = found.untrained, found.untrained.emitted_per_cycle - 1
+    head = ["exit", "accepted of verified", "accepted per cycle", "over untrained", "tokens read", "drift (nats)"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    length = before["emitted_per_cycle"] - 1
-    lines.append(f"| untrained | {before['accept_rate']:.3f} | {length:.3f} | 1 | 0 | 0 |")
-    for stanza, rows in found["stanzas"].items():
+    lines.append(f"| untrained | {before.accept_rate:.3f} | {length:.3f} | 1 | 0 | 0 |")
+    for stanza, rows in found.stanzas.items():
+        lengths = [row.accepted_per_cycle for row in rows]
         cells = [
-            spread([row["accept_rate"] for row in rows]),
-            spread([row["emitted_per_cycle"] - 1 for row in rows]),
-            f"{statistics.fmean(row['emitted_per_cycle'] - 1 for row in rows) / length:.2f}",
-            f"{statistics.fmean(row['curve'][-1]['tokens'] for row in rows):.0f}",
-            f"{statistics.fmean(row['drift'] for row in rows):.4f}",
+            spread([row.acceptance.accept_rate for row in rows]),
+            spread(lengths),
+            f"{statistics.fmean(lengths) / length:.2f}",
+            f"{statistics.fmean(row.curve[-1]['tokens'] for row in rows):.0f}",
+            f"{statistics.fmean(row.drift.drift for row in rows):.4f}",
         ]
         lines.append(f"| {stanza} | {' | '.join(cells)} |")
-    about = found["machine"]
     lines += [
         "",
-        f"{found['prompts']} held-out prompts, {found['k']} drafted tokens per cycle, greedy; mean [least, most] over "
-        f"{len(next(iter(found['stanzas'].values())))} seeds. {about['processor']}, {about['threads']} threads, "
-        f"{about['dtype']}; revision {about['revision']}.",
+        f"{found.prompts} held-out prompts, {found.k} drafted tokens per cycle, greedy; mean [least, most] over "
+        f"{len(next(iter(found.stanzas.values())))} seeds. {found.machine}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, least and most."""
+    """Return the mean of values, the least and the most, as text."""
     return f"{statistics.fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Acceptance on validation prompts over the tokens that were read, a line per seed and one for their mean."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for i, (stanza, rows) in enumerate(found["stanzas"].items()):
-        curves, moved = [row["curve"] for row in rows], statistics.fmean(row["drift"] for row in rows)
-        points = list(zip(*curves, strict=False))  # validated after about as many tokens
-        for axis, key in ((left, "accept_rate"), (right, "emitted_per_cycle")):
-            for one in curves:
-                axis.plot([p["tokens"] for p in one], [p[key] for p in one], color=f"C{i}", alpha=0.25, linewidth=0.8)
-            mean = [[statistics.fmean(p[name] for p in point) for point in points] for name in ("tokens", key)]
-            axis.plot(
-                *mean, color=f"C{i}", marker=".", label=stanza + (f", text drifts by {moved:.1f} nats" if moved else "")
-            )
-    for axis, label in ((left, "accepted of judged drafts"), (right, "emitted tokens per cycle")):
-        axis.set_xlabel("tokens decoded and learned from")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    left.legend()
-    figure.suptitle(f"validation prompts, {VALIDATED_K} drafted tokens per cycle", fontsize=10)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def draw(found: Exits, path: Path) -> None:
+    """Draw acceptance on validation prompts over the tokens that were read, a line per seed and one for their mean."""
+    with drawn(path, 11, 4.2) as figure:
+        left, right = figure.subplots(1, 2)
+        for i, (stanza, rows) in enumerate(found.stanzas.items()):
+            curves, moved = [row.curve for row in rows], statistics.fmean(row.drift.drift for row in rows)
+            points = list(zip(*curves, strict=False))  # validated after about as many tokens
+            label = stanza + (f", text drifts by {moved:.1f} nats" if moved else "")
+            for axis, key in ((left, "accept_rate"), (right, "emitted_per_cycle")):
+                for one in curves:
+                    shown = [p["tokens"] for p in one], [p[key] for p in one]
+                    axis.plot(*shown, color=f"C{i}", alpha=0.25, linewidth=0.8)
+                mean = [[statistics.fmean(p[name] for p in point) for point in points] for name in ("tokens", key)]
+                axis.plot(*mean, color=f"C{i}", marker=".", label=label)
+        for axis, label in ((left, "accepted of verified drafts"), (right, "emitted tokens per cycle")):
+            axis.set_xlabel("tokens decoded and learned from")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+        left.legend()
+        figure.suptitle(f"validation prompts, {VALIDATED_K} drafted tokens per cycle", fontsize=10)
 
 
 def arguments() -> argparse.Namespace:
@@ -170,7 +185,7 @@ def main() -> None:
             own = [s.removeprefix("env.") for s in args.set if s.startswith("env.target=")]
             write_own_text(stream, dict(setting.split("=", 1) for setting in own), args.texts, seed=0)
         found = compare(train_all(args, stream.resolve()), args.count, args.k)
-        write_json(args.root / "bench-dvi.json", found)
+        write_json(args.root / "bench-dvi.json", to_json(found))
         with whole(args.root / "bench-dvi.md") as path:
             path.write_text(markdown(found))
         draw(found, args.root / "bench-dvi.png")

@@ -1,9 +1,10 @@
-"""What an early exit is worth before and after it has learned."""
+"""The table of an early exit, before and after it has learned."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from spec_envs.decoding.exits.files import is_exit
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.references import transformers_arms
+from spec_envs.experiments.measure.results import Drift, Exit, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import same_text, with_aa_check
 from spec_envs.experiments.measure.tables import tables
@@ -32,13 +34,13 @@ KANGAROO = f"trained exit, up to {STOP_K}, stop below {STOP}"
 
 
 def exit_decoder(env: dict[str, Any], k: int, drafter: str | None = None) -> Decoder:
-    """A decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword arguments, the
+    """Return a decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword arguments, the
     untrained one where no ``drafter`` is named."""
     return decoder_for(chain_env(env, drafter), KControl(k_max=max(2, k), observation="counters"))
 
 
 def chain_env(env: dict[str, Any], drafter: str | None = None) -> dict[str, Any]:
-    """Keyword arguments of ``SpecK-v0`` with an exit of ``SpecDVI-v0`` for the drafter."""
+    """Return keyword arguments of ``SpecK-v0`` with an exit of ``SpecDVI-v0`` for the drafter."""
     control = make_control("dvi", env)
     assert isinstance(control, DVIControl)
     own = set(inspect.signature(DVIControl).parameters) - {"target", "device", "dtype"}
@@ -46,16 +48,23 @@ def chain_env(env: dict[str, Any], drafter: str | None = None) -> dict[str, Any]
     return shared | {"drafter": drafter or control.default_drafter(control.target)}
 
 
-def acceptance(samples: Sequence[Sample]) -> dict[str, float]:
-    """Accepted over judged drafts, and emitted tokens per cycle."""
-    return {
-        "accept_rate": sum(s.accepted for s in samples) / max(1, sum(s.scored for s in samples)),
-        "emitted_per_cycle": sum(s.tokens for s in samples) / sum(s.cycles for s in samples),
-    }
+@dataclass(frozen=True)
+class Acceptance:
+    """The share of accepted among verified drafts, and emitted tokens per cycle."""
+
+    accept_rate: float
+    emitted_per_cycle: float
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Acceptance:
+        return cls(
+            sum(s.accepted for s in samples) / max(1, sum(s.scored for s in samples)),
+            sum(s.tokens for s in samples) / sum(s.cycles for s in samples),
+        )
 
 
-def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> dict[str, Any]:
-    """The table of a run of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
+def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> Results:
+    """Return the table of a run of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
     lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what learning changed.
 
     Args:
@@ -72,7 +81,7 @@ def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> dict[str
         raise ValueError(f"{run} holds no exit; delete it to train again")
     trained = str(run) if is_exit(run) else untrained
     static = best_static(chain_env(env, trained), KControl(K_MAX))
-    k = max(1, static["best"][0])
+    k = max(1, int(static.best[0]))
     chains = {"untrained exit": untrained, "trained exit": trained, "trained exit behind lookup": f"lookup+{trained}"}
     policies = {name: static_chain(k, K_MAX) for name in chains}
     decoders = {name: exit_decoder(env, K_MAX, drafter) for name, drafter in chains.items()}
@@ -91,38 +100,38 @@ def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> dict[str
         arms["plain, adapted"] = decoded(adapted.plain(), None)
     arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
 
-    def measure(count: int) -> dict[str, Any]:
+    def measure(count: int) -> Results:
         prompts = encoded_prompts(env, "test", count)
         samples = run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
-
         results = tables(samples, policies, env, decoders["trained exit"], ["plain", "untrained exit"], [])
-        rows = results["arms"]
-        before, after = (acceptance(samples[name]) for name in ("untrained exit", "trained exit"))
-        results["static"] = static
-        results["exit"] = {
-            "exit_layer": control.exit_layer,
-            "adapter": control.adapter,
-            "k": k,
-            **{f"{key}_before": value for key, value in before.items()},
-            **{f"{key}_after": value for key, value in after.items()},
-            "tokens_per_s": rows["trained exit"]["tokens_per_second"],
-            "plain_tokens_per_s": rows["plain"]["tokens_per_second"],
-            **drift(exit_of(adapted), samples["plain"]),
-            "cost_of_a_cycle": cost_of_a_cycle(samples["trained exit"], samples["plain"]),
-        }
+        before, after = (Acceptance.of(samples[name]) for name in ("untrained exit", "trained exit"))
+        moved = drift(exit_of(adapted), samples["plain"])
+        found = Exit(
+            exit_layer=control.exit_layer,
+            adapter=control.adapter,
+            k=k,
+            accept_rate_before=before.accept_rate,
+            accept_rate_after=after.accept_rate,
+            emitted_per_cycle_before=before.emitted_per_cycle,
+            emitted_per_cycle_after=after.emitted_per_cycle,
+            tokens_per_s=results.arms["trained exit"].tokens_per_second,
+            plain_tokens_per_s=results.arms["plain"].tokens_per_second,
+            drift=moved,
+            cost_of_a_cycle=cost_of_a_cycle(samples["trained exit"], samples["plain"]),
+        )
         if not base.temperature:
             mine = "plain, adapted" if "plain, adapted" in samples else "plain"
-            results["exit"]["same_text"] = {
+            found.same_text = {
                 name: same_text(samples[name], samples["plain" if name == "untrained exit" else mine])
                 for name in policies
             }
-        return results
+        return replace(results, static=static, exit=found)
 
     return with_aa_check(measure, test_prompts)
 
 
 def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, float]:
-    """Seconds of a cycle by part in units of a plain step, and what a cycle must emit to be as fast as plain decoding."""
+    """Return seconds of a cycle by part in units of a plain step, and what a cycle must emit to be as fast as plain decoding."""
     step = sum(s.seconds for s in plain) / sum(s.tokens for s in plain)
     cycles = sum(s.cycles for s in samples)
     parts = {part: sum(s.parts[part] for s in samples) / cycles / step for part in ("draft", "verify")}
@@ -130,13 +139,8 @@ def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[
 
 
 @torch.inference_mode()
-def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> dict[str, float]:
-    """How far the verifier has moved from the target as it is, on texts of the latter.
-
-    Returns:
-        ``perplexity`` of the texts under the verifier; ``drift``, the mean KL(target ‖ verifier) per token in nats; and
-        how many of 1,000 most probable tokens are others.
-    """
+def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> Drift:
+    """Return how far the verifier has moved from the target as it is, on the target's texts."""
     target, added = adapter.target, adapter.deployed_additions()
     nats = divergence = other = 0.0
     total = 0
@@ -157,8 +161,4 @@ def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> dict[str, float]:
         divergence += float(distillation(mine, base).sum())
         other += int((mine.argmax(-1) != base.argmax(-1)).sum())
         total += len(emitted)
-    return {
-        "perplexity": float(torch.tensor(nats / total).exp()),
-        "drift": divergence / total,
-        "drift_argmax_per_1000": 1000 * other / total,
-    }
+    return Drift(float(torch.tensor(nats / total).exp()), divergence / total, 1000 * other / total)

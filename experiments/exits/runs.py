@@ -16,8 +16,9 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.drafters.selftext import sampled_turns
 from spec_envs.experiments.drafters.turns import composed_turn, training_turns
-from spec_envs.experiments.exits.evaluation import acceptance, exit_decoder
+from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder
 from spec_envs.experiments.measure.arms import decoded, run_arms
+from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.prompts.conversations import write_log
@@ -58,7 +59,7 @@ def improve(folder: Path, config: dict[str, Any], env: gym.Env, agent: OnlineAge
         drafter.use(adapter)
         chain = {"exit": decoded(played, static_chain(VALIDATED_K, VALIDATED_K))}
         samples = run_arms(chain, prompts, shown.get("max_new_tokens", 128), "validation", quiet=True)["exit"]
-        return acceptance(samples)
+        return to_json(Acceptance.of(samples))
 
     agent.learn(
         config["total_timesteps"],

@@ -21,6 +21,7 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
+from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
 
@@ -50,7 +51,7 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
 def cost_table(decoder: Decoder) -> dict[str, Any]:
     """Return what is kept of a cost table: the curves, what they were measured on, and how well that went."""
     found = measured(decoder)
-    return {**found.curves, "spread": found.spread, "windows": found.windows, "machine": machine(decoder)}
+    return {**found.curves, "spread": found.spread, "windows": found.windows, "machine": to_json(machine(decoder))}
 
 
 def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Measured:

@@ -1,4 +1,4 @@
-"""What one can do best over a link: always the same choice, or for each state of the link its own."""
+"""References over a link: always the same choice, or for each state of the link its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.results import Best, Histogram
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.edge.linked import is_address
@@ -30,7 +31,7 @@ RECORDED = 40  # prompts where a trace plays, which costs little
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a choice does in a cycle, on average: tokens, seconds of computing, bytes both ways."""
+    """Means of a choice over its cycles: tokens, seconds of computing, bytes both ways."""
 
     tokens: float
     seconds: float
@@ -50,19 +51,12 @@ class Outcome:
         return cls(*(total / cycles for total in sums))
 
     def over(self, state: LinkState, jitter: float) -> float:
-        """Seconds of a cycle over a link in this state."""
+        """Return the seconds of a cycle over a link in this state."""
         return self.seconds + state.rtt + jitter + self.up / state.up + self.down / state.down
 
 
-def best_choices(env: dict[str, Any], control: Control) -> dict[str, Any]:
-    """Try every choice on training prompts.
-
-    Returns:
-        ``best``, the choice with the highest throughput; ``best_k``, the best one that drafts ``DRAFT`` tokens and
-        says only how much of each distribution is sent; ``per_state``, for each state of a
-        Markov link without loss the choice that is best there; ``pace``, the throughput of that policy as it was estimated; and
-        the ``tokens_per_second`` of every choice.
-    """
+def best_choices(env: dict[str, Any], control: Control) -> Best:
+    """Try every choice on training prompts, and find the best one; ``best_k`` is the best that drafts ``DRAFT`` tokens."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
         decoder.clock = PricedClock(CostTable("measured", **cost_curves(local_decoder(env, control))))
@@ -79,16 +73,16 @@ def best_choices(env: dict[str, Any], control: Control) -> dict[str, Any]:
     rates = {name: throughput(arm) for name, arm in samples.items()}
     longest = max(draft_length(name) for name in rates)
     ks = [name for name in rates if draft_length(name) == min(DRAFT, longest) and not name.endswith("full")]
-    found: dict[str, Any] = {
-        "best": [max(rates, key=rates.__getitem__)],
-        "best_k": [max(ks or list(rates), key=rates.__getitem__)],
-        "pace": max(rates.values()),
-        "tokens_per_second": rates,
-    }
+    found = Best(
+        best=[max(rates, key=rates.__getitem__)],
+        tokens_per_second=rates,
+        best_k=[max(ks or list(rates), key=rates.__getitem__)],
+        pace=max(rates.values()),
+    )
     link = None if is_address(control.link) else load_link(control.link)
     if isinstance(link, MarkovLink) and not link.loss:
         outcomes = {name: Outcome.of(arm) for name, arm in samples.items()}
-        found["per_state"], found["pace"] = per_state(outcomes, link)
+        found.per_state, found.pace = per_state(outcomes, link)
     return found
 
 
@@ -99,7 +93,8 @@ def draft_length(setting: str) -> int:
 
 
 def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str, str], float]:
-    """The policy that knows the link's state and has the highest throughput ΣN/ΣT: the choice of each state, and the rate.
+    """Find the policy that knows the link's state and has the highest throughput ΣN/ΣT: return the choice
+    of each state, and the rate.
 
     The state moves with every forward of the target, of which a draft takes one and n tokens of the cloud alone take n. So
     this is an average-reward semi-Markov problem: at the optimum λ, max over choices of N − λT + Σ P^forwards h − h = 0 in
@@ -125,20 +120,20 @@ def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str,
         chosen = better
 
 
-def link_policies(control: Control, decoder: Decoder, found: dict[str, Any]) -> dict[str, Policy]:
-    """Further references: the best static k, and over a Markov link the best choice of each of its states."""
+def link_policies(control: Control, decoder: Decoder, static: Best) -> dict[str, Policy]:
+    """Return further references: the best static k, and over a Markov link the best choice of each of its states."""
     policies = {}
-    if found["best_k"] != found["best"]:
-        policies["static k"] = Policy(control, FixedAgent(control, found["best_k"][0]))
-    if "per_state" in found:
-        policies["per state"] = Policy(control, PerState(control, decoder, found["per_state"]))
+    if static.best_k and static.best_k != static.best:
+        policies["static k"] = Policy(control, FixedAgent(control, static.best_k[0]))
+    if static.per_state:
+        policies["per state"] = Policy(control, PerState(control, decoder, static.per_state))
     return policies
 
 
-def played_by_state(control: Control, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """How often each choice was made in each state of a simulated link, by its rate."""
+def played_by_state(control: Control, samples: Sequence[Sample]) -> Histogram:
+    """Return how often each choice was made in each state of a simulated link, by its rate."""
     offered, seen = control.settings(), {state for sample in samples for state in sample.states}
-    counts: dict[str, Counter] = {label(s): Counter() for s in sorted(seen, key=lambda s: (s.up_mbps, s.rtt_ms))}
+    counts: dict[str, Counter[str]] = {label(s): Counter() for s in sorted(seen, key=lambda s: (s.up_mbps, s.rtt_ms))}
     for sample in samples:
         for state, action in zip(sample.states, sample.actions, strict=True):
             counts[label(state)][str(offered[action])] += 1
@@ -146,12 +141,12 @@ def played_by_state(control: Control, samples: Sequence[Sample]) -> dict[str, di
 
 
 def label(state: LinkState) -> str:
-    """A state in words."""
+    """Return a state in words."""
     return f"{state.up_mbps:g} Mbps, {state.rtt_ms:g} ms"
 
 
 class PerState(Rule):
-    """Plays the best choice of the state that the simulated link really is in."""
+    """Makes the best choice of the state that the simulated link really is in."""
 
     def __init__(self, control: Control, decoder: Decoder, choices: dict[str, str]):
         super().__init__(control)

@@ -1,13 +1,13 @@
-"""What a figure was made on."""
+"""The machine and the software that a figure was made on."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,25 +20,41 @@ from spec_envs.decoding.weights.checkpoints import model_folder
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
 
 
-def machine(decoder: Decoder) -> dict[str, Any]:
-    """Processor, threads, dtype, versions and revision, for the head of a table."""
-    return {
-        "processor": processor(decoder.device),
-        "threads": torch.get_num_threads(),
-        "dtype": decoder.dtype,
-        "clock": decoder.clock.table.name if isinstance(decoder.clock, PricedClock) else "wall",
-        "versions": versions(),
-        "revision": revision(),
-    }
+@dataclass(frozen=True)
+class Machine:
+    """What a figure was made on; ``clock`` is "wall" or a cost table's name, None where the clock is always the wall."""
+
+    processor: str
+    threads: int
+    dtype: str
+    versions: dict[str, str]
+    revision: str
+    clock: str | None = None
+
+    def __str__(self) -> str:
+        clock = f", clock {self.clock}" if self.clock else ""
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return f"{self.processor}, {self.threads} threads, {self.dtype}{clock}; {versions}; revision {self.revision}"
+
+
+def machine(decoder: Decoder) -> Machine:
+    """Return what a decoder's figures are made on."""
+    clock = decoder.clock.table.name if isinstance(decoder.clock, PricedClock) else "wall"
+    return this_machine(decoder.device, decoder.dtype, clock)
+
+
+def this_machine(device: torch.device, dtype: str, clock: str | None = None) -> Machine:
+    """Return what figures of a device and a dtype are made on."""
+    return Machine(processor(device), torch.get_num_threads(), dtype, versions(), revision(), clock)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     return {name: version(name) for name in PACKAGES}
 
 
 def processor(device: torch.device) -> str:
-    """Name of the device that computes."""
+    """Return the name of the device that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -51,14 +67,14 @@ def processor(device: torch.device) -> str:
 
 
 def revision() -> str:
-    """Git revision of the checkout, or ``"unknown"`` outside one."""
+    """Return the git revision of the checkout, or ``"unknown"`` outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
 def weights_sha256(target: str, drafter: str) -> dict[str, str]:
-    """SHA-256 of the weights of ``target`` and ``drafter``; prompt lookup has none."""
+    """Return the SHA-256 of the weights of ``target`` and ``drafter``; prompt lookup has none."""
     folders = {"target": model_folder(target)}
     if drafter != LOOKUP:
         folders["drafter"] = drafter_folder(without_lookup(drafter))

@@ -1,19 +1,34 @@
-"""What a dtype costs in quality: perplexity, and agreement with float32, on the same texts."""
+"""The quality that a dtype costs: perplexity, and agreement with float32, on the same texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from spec_envs.decoding.weights.checkpoints import load_target
 
 
+@dataclass(frozen=True)
+class Quality:
+    """A dtype's quality on texts.
+
+    Attributes:
+        perplexity: of the texts.
+        agreement: share of positions at which the most probable token is float32's.
+        kl: mean Kullback–Leibler divergence of the distribution from float32's, in nats.
+    """
+
+    perplexity: float
+    agreement: float
+    kl: float
+
+
 @torch.inference_mode()
-def quality(target: str, device: torch.device, dtypes: Sequence[str], texts: Sequence[list[int]]) -> dict[str, dict]:
-    """For each dtype: ``perplexity`` of the texts, ``agreement`` of the most probable token with float32's, and
-    ``kl``, the mean Kullback–Leibler divergence of its distribution from float32's, in nats."""
+def quality(target: str, device: torch.device, dtypes: Sequence[str], texts: Sequence[list[int]]) -> dict[str, Quality]:
+    """Return the quality of each dtype, float32 among them, on texts of token ids."""
     names = ["float32", *(name for name in dtypes if name != "float32")]
     models = {name: load_target(target, device, getattr(torch, name)) for name in names}
     sums = {name: [0.0, 0.0, 0.0] for name in names}  # negative log-likelihood, agreement, divergence
@@ -31,6 +46,5 @@ def quality(target: str, device: torch.device, dtypes: Sequence[str], texts: Seq
             sums[name][2] += float((reference.exp() * (reference - log_p)).sum())
         predicted, rows = predicted + len(text) - 1, rows + len(text)
     return {
-        name: {"perplexity": math.exp(loss / predicted), "agreement": same / rows, "kl": kl / rows}
-        for name, (loss, same, kl) in sums.items()
+        name: Quality(math.exp(loss / predicted), same / rows, kl / rows) for name, (loss, same, kl) in sums.items()
     }

@@ -17,6 +17,7 @@ from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.link_references import best_choices
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import setting_name
+from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
 
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
@@ -33,15 +34,11 @@ def static_chain(k: int, k_max: int = 16) -> Policy:
     return static_policy(KControl(k_max), (k,))
 
 
-def best_static(env: dict[str, Any], control: Control) -> dict[str, Any]:
+def best_static(env: dict[str, Any], control: Control) -> Best:
     """Find the fastest static setting of a problem: each axis in turn from a middling start, until none moves.
 
     Args:
         env: keyword arguments of the environment.
-
-    Returns:
-        ``best``, a value per axis, and the ``tokens_per_second`` of every setting tried; over a link, what
-        ``best_choices`` returns.
     """
     if control.link:
         return best_choices(env, control)
@@ -58,7 +55,7 @@ def best_static(env: dict[str, Any], control: Control) -> dict[str, Any]:
         leader = max(ordered, key=rates.__getitem__)
         if leader == best or not new:
             tried = {setting_name(values, list(axes)): rates[values] for values in ordered}
-            return {"best": list(leader), "tokens_per_second": tried}
+            return Best(best=list(leader), tokens_per_second=tried)
         best = leader
 
 

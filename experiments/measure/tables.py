@@ -1,4 +1,4 @@
-"""What stands in a table: every arm on the held-out prompts, side by side, and all that is needed to read it."""
+"""Tables: every arm on the held-out prompts, side by side, and all that is needed to read the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
-from spec_envs.experiments.measure.statistics import by_task, divergences, same_text, summary, throughput
+from spec_envs.experiments.measure.results import Results
+from spec_envs.experiments.measure.statistics import by_task, divergence, same_text, summary, throughput
 from spec_envs.network.edge.linked import is_address
 
 
@@ -27,8 +28,8 @@ def run_tables(
     references: Sequence[str],
     learned: Sequence[str],
     others: dict[str, Arm] | None = None,
-) -> dict[str, Any]:
-    """Run plain decoding (twice), other software and the policies side by side; everything a table needs.
+) -> Results:
+    """Run plain decoding (twice), other software and the policies side by side, and return the table.
 
     Args:
         references: arms that all are compared with.
@@ -46,7 +47,7 @@ def side_by_side(
     test_prompts: int,
     others: dict[str, Arm] | None = None,
 ) -> dict[str, list[Sample]]:
-    """Every arm of a table on the held-out prompts."""
+    """Return the samples of every arm of a table on the held-out prompts."""
     prompts = encoded_prompts(env, "test", test_prompts)
     plain = decoder.plain()
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
@@ -68,50 +69,52 @@ def tables(
     decoder: Decoder,
     references: Sequence[str],
     learned: Sequence[str],
-) -> dict[str, Any]:
-    """What a table shows of the arms that were run."""
+) -> Results:
+    """Return the table of arms that were run."""
     control = next(iter(policies.values())).control
     curves = None
     if not decoder.clock.priced and control.link and not is_address(control.link):
         curves = cost_curves(local_decoder(env, control))
     elif not decoder.clock.priced and decoder.in_process:
         curves = cost_curves(decoder)
-    results: dict[str, Any] = {
-        "arms": summary(samples, references),
-        "references": list(references),
-        "prompts": len(samples["plain"]),
-        "tasks": list(by_task(samples["plain"])),
-        "max_new_tokens": env.get("max_new_tokens", 128),
-        "temperature": decoder.temperature,
-        "machine": machine(decoder),
-        "seconds": curves,
-        "curves": describe(curves) if curves else None,
-        "actions": {
+    results = Results(
+        arms=summary(samples, references),
+        references=list(references),
+        prompts=len(samples["plain"]),
+        tasks=list(by_task(samples["plain"])),
+        max_new_tokens=env.get("max_new_tokens", 128),
+        temperature=decoder.temperature,
+        machine=machine(decoder),
+        seconds=curves,
+        curves=describe(curves) if curves else None,
+        actions={
             name: settings_played(policies[name].control, samples[name])
             for name in learned
             if policies[name].control.settings()
         },
-        "decisions": {name: policies[name].control.name for name in learned},
-        "by_task": {
+        decisions={name: policies[name].control.name for name in learned},
+        by_task={
             name: {task: throughput(group) for task, group in by_task(arm).items()} for name, arm in samples.items()
         },
-    }
+    )
     if control.link:
-        results["link"] = control.link
+        results.link = control.link
         if not is_address(control.link):
-            results["by_state"] = {name: played_by_state(control, samples[name]) for name in learned}
-        results["bytes_per_token"] = {
-            name: [sum(getattr(s, way) for s in arm) / sum(s.tokens for s in arm) for way in ("bytes_up", "bytes_down")]
-            for name, arm in samples.items()
-        }
-    ours = {"plain", "plain again", *policies}
+            results.by_state = {name: played_by_state(control, samples[name]) for name in learned}
+        results.bytes_per_token = {name: bytes_per_token(arm) for name, arm in samples.items()}
     if not decoder.temperature:
-        results["others_text"] = {
+        ours = {"plain", "plain again", *policies}
+        results.others_text = {
             name: same_text(arm, samples["plain"]) for name, arm in samples.items() if name not in ours
         }
     if decoder.in_process and not decoder.temperature:
-        results["divergences"] = {
-            name: divergences(decoder, samples[name]) | {"same_text": same_text(samples[name], samples["plain"])}
-            for name in ("plain", *learned)
+        results.divergences = {
+            name: divergence(decoder, samples[name], samples["plain"]) for name in ("plain", *learned)
         }
     return results
+
+
+def bytes_per_token(samples: Sequence[Sample]) -> list[float]:
+    """Return the bytes sent up and down a link for each token."""
+    tokens = sum(s.tokens for s in samples)
+    return [sum(s.bytes_up for s in samples) / tokens, sum(s.bytes_down for s in samples) / tokens]

@@ -9,6 +9,7 @@ verification as an edge has it. Writes runs/cloud-load.json and runs/cloud-load.
 from __future__ import annotations
 
 import argparse
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -17,22 +18,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Barrier
-from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from spec_envs.arguments import POSITIVE, Parser, nonempty, number, output_folder, whole_number
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.measure.encoding import to_json
+from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
-from spec_envs.experiments.measure.machine import processor, revision, versions
+from spec_envs.experiments.measure.machine import Machine, this_machine
+from spec_envs.experiments.measure.results import Interval
 from spec_envs.experiments.network.cloud_process import cloud
-from spec_envs.files import whole, write_json
+from spec_envs.files import write_json
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.websocket import SocketChannel
@@ -68,16 +68,48 @@ class Load:
             self.drafted + other.drafted,
         )
 
-    def figures(self) -> dict[str, float]:
-        """For the table."""
-        p50, p99 = np.quantile(self.latencies, (0.5, 0.99)) if self.latencies else (float("nan"),) * 2
-        return {
-            "tokens_per_second": self.emitted / self.seconds,
-            "p50_ms": 1000 * float(p50),
-            "p99_ms": 1000 * float(p99),
-            "requests": len(self.latencies),
-            "acceptance": (self.emitted - len(self.latencies)) / max(1, self.drafted),
-        }
+
+@dataclass(frozen=True)
+class Point:
+    """What a number of edges had of a cloud, all rounds together; a percentile is NaN where nothing was answered."""
+
+    tokens_per_second: float
+    p50_ms: float
+    p99_ms: float
+    requests: int
+    acceptance: float
+
+    @classmethod
+    def of(cls, load: Load) -> Point:
+        latencies, answered = load.latencies, len(load.latencies)
+        p50, p99 = np.quantile(latencies, (0.5, 0.99)) if latencies else (math.nan,) * 2
+        return cls(
+            tokens_per_second=load.emitted / load.seconds,
+            p50_ms=1000 * float(p50),
+            p99_ms=1000 * float(p99),
+            requests=answered,
+            acceptance=(load.emitted - answered) / max(1, load.drafted),
+        )
+
+
+@dataclass(kw_only=True)
+class CloudLoad:
+    """Both clouds under every number of edges.
+
+    Attributes:
+        points: by number of edges and by server.
+        batched_over_unbatched: tokens per second over all rounds, and the least and the most of a single one, by number of
+            edges.
+    """
+
+    points: dict[int, dict[str, Point]]
+    batched_over_unbatched: dict[int, Interval]
+    target: str
+    k: int
+    wrong: float
+    seconds: float
+    rounds: int
+    machine: Machine
 
 
 class Edge:
@@ -182,13 +214,8 @@ class Players:
         return sum(loads, Load(seconds))
 
 
-def cloud_load(args: argparse.Namespace) -> dict[str, Any]:
-    """Both clouds under every number of edges, in turn.
-
-    Returns:
-        ``points``: figures by number of edges and by server; ``batched_over_unbatched``: tokens per second over all
-        rounds (``value``) and the least and the most of a single one.
-    """
+def cloud_load(args: argparse.Namespace) -> CloudLoad:
+    """Measure both clouds under every number of edges, in turn."""
     served = [
         "--target",
         args.target,
@@ -213,79 +240,70 @@ def cloud_load(args: argparse.Namespace) -> dict[str, Any]:
                         loads[edges, name].append(load)
                         bar.update()
     device = resolve_device(args.device)
-    return {
-        "points": {
-            edges: {name: sum(loads[edges, name], Load()).figures() for name in SERVERS} for edges in args.edges
-        },
-        "batched_over_unbatched": {
+    dtype = resolve_dtype(args.dtype, device, [args.target])
+    return CloudLoad(
+        points={edges: {name: Point.of(sum(loads[edges, name], Load())) for name in SERVERS} for edges in args.edges},
+        batched_over_unbatched={
             edges: gain(loads[edges, "batched"], loads[edges, "unbatched"]) for edges in args.edges
         },
-        **{name: getattr(args, name) for name in ("target", "k", "wrong", "seconds", "rounds")},
-        "machine": {
-            "processor": processor(device),
-            "threads": torch.get_num_threads(),
-            "dtype": str(resolve_dtype(args.dtype, device, [args.target])).removeprefix("torch."),
-            "versions": versions(),
-            "revision": revision(),
-        },
-    }
+        target=args.target,
+        k=args.k,
+        wrong=args.wrong,
+        seconds=args.seconds,
+        rounds=args.rounds,
+        machine=this_machine(device, str(dtype).removeprefix("torch.")),
+    )
 
 
-def gain(batched: Sequence[Load], unbatched: Sequence[Load]) -> dict[str, float]:
-    """Ratio of tokens per second, over all rounds, and the least and the most of one."""
+def gain(batched: Sequence[Load], unbatched: Sequence[Load]) -> Interval:
+    """Return the ratio of tokens per second, over all rounds, and the least and the most of one."""
     if not all(load.emitted for load in unbatched):
-        return dict.fromkeys(("value", "low", "high"), float("nan"))
+        return Interval(math.nan, math.nan, math.nan)
     rounds = [a.emitted / b.emitted for a, b in zip(batched, unbatched, strict=True)]
     value = sum(load.emitted for load in batched) / sum(load.emitted for load in unbatched)
-    return {"value": value, "low": min(rounds), "high": max(rounds)}
+    return Interval(value, min(rounds), max(rounds))
 
 
-def report(results: dict[str, Any]) -> str:
-    """The table as text."""
+def report(results: CloudLoad) -> str:
+    """Return the table as text."""
     lines = [
         "| edges | cloud | tokens/s | p50 ms | p99 ms | requests | accepted | batched over unbatched [rounds] |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for edges, servers in results["points"].items():
-        over = results["batched_over_unbatched"][edges]
-        for name, found in servers.items():
-            ratio = f"{over['value']:.2f} [{over['low']:.2f}, {over['high']:.2f}]" if name == "batched" else "–"
+    for edges, servers in results.points.items():
+        for name, point in servers.items():
+            ratio = f"{results.batched_over_unbatched[edges]:.2f}" if name == "batched" else "–"
             lines.append(
-                f"| {edges} | {name} | {found['tokens_per_second']:.1f} | {found['p50_ms']:.1f} | {found['p99_ms']:.1f} | "
-                f"{found['requests']} | {100 * found['acceptance']:.0f} % | {ratio} |"
+                f"| {edges} | {name} | {point.tokens_per_second:.1f} | {point.p50_ms:.1f} | {point.p99_ms:.1f} | "
+                f"{point.requests} | {100 * point.acceptance:.0f} % | {ratio} |"
             )
-    head = results["machine"]
     lines += [
         "",
-        f"{results['rounds']} rounds of {results['seconds']:g} s, greedy drafts of {results['k']} tokens, over loopback; "
+        f"{results.rounds} rounds of {results.seconds:g} s, greedy drafts of {results.k} tokens, over loopback; "
         "prompts are read before. In brackets: the least and the most of a round.",
-        f"{head['processor']}, {head['threads']} threads, {head['dtype']}; "
-        f"{', '.join(f'{name} {v}' for name, v in head['versions'].items())}; revision {head['revision']}.",
+        f"{results.machine}.",
     ]
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Tokens per second and latencies by number of edges."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    edges = list(results["points"])
-    for name in SERVERS:
-        found = [results["points"][n][name] for n in edges]
-        line = left.plot(edges, [f["tokens_per_second"] for f in found], marker="o", label=name)
-        for key, style in (("p50_ms", "o-"), ("p99_ms", "x:")):
-            label = f"{name}, {key.removesuffix('_ms')}"
-            right.plot(edges, [f[key] for f in found], style, color=line[0].get_color(), label=label)
-    left.set_ylabel("tokens/s of all edges")
-    right.set_ylabel("milliseconds of a verification")
-    right.set_yscale("log")
-    for axis in (left, right):
-        axis.set_xlabel("edges at once")
-        axis.set_xticks(edges)
-        axis.legend(fontsize=8)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def draw(results: CloudLoad, path: Path) -> None:
+    """Draw tokens per second and latencies by number of edges."""
+    with drawn(path, 9, 4) as figure:
+        left, right = figure.subplots(1, 2)
+        edges = list(results.points)
+        for name in SERVERS:
+            found = [results.points[n][name] for n in edges]
+            line = left.plot(edges, [point.tokens_per_second for point in found], marker="o", label=name)
+            color = line[0].get_color()
+            right.plot(edges, [point.p50_ms for point in found], "o-", color=color, label=f"{name}, p50")
+            right.plot(edges, [point.p99_ms for point in found], "x:", color=color, label=f"{name}, p99")
+        left.set_ylabel("tokens/s of all edges")
+        right.set_ylabel("milliseconds of a verification")
+        right.set_yscale("log")
+        for axis in (left, right):
+            axis.set_xlabel("edges at once")
+            axis.set_xticks(edges)
+            axis.legend(fontsize=8)
 
 
 def numbers(text: str) -> list[int]:
@@ -319,7 +337,7 @@ def main() -> None:
     with one_sentence():
         results = cloud_load(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "cloud-load.json", results)
+        write_json(args.out / "cloud-load.json", to_json(results))
         draw(results, args.out / "cloud-load.png")
         print(report(results))
         print(f"written: {args.out}/cloud-load.json, cloud-load.png")

@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import Annotated, Any
 
 from spec_envs.arguments import POSITIVE, TEMPERATURE, TOKENS, Parser, nonempty, output_folder, whole_number
 from spec_envs.decoding.decoder import Decoder
@@ -27,16 +24,17 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
+from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import encoded_prompts
-from spec_envs.experiments.measure.machine import machine
-from spec_envs.experiments.measure.report import draw_arms
+from spec_envs.experiments.measure.machine import Machine, machine
+from spec_envs.experiments.measure.results import Compared, Comparison, Interval
 from spec_envs.experiments.measure.static import static_chain
-from spec_envs.experiments.measure.statistics import aa_agrees, ratio, throughput, with_aa_check
+from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.network.cloud_process import behind, cloud
-from spec_envs.files import whole, write_json
+from spec_envs.files import write_json
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.__main__ import address, connected
-from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.link import load_link
 from spec_envs.network.wire import MODES, PORT
 
@@ -47,17 +45,89 @@ ASSESSMENTS = ((1.5, "EXCELLENT"), (1.3, "GOOD"), (1.1, "MODERATE"))
 PATIENCE = 10.0  # seconds
 
 
-def measure(
-    decoder: Decoder, k: int, prompts: Sequence[Encoded], iterations: int, max_new_tokens: int
-) -> dict[str, Any]:
-    """Every arm on every prompt, as often as said.
+@dataclass(kw_only=True)
+class Row(Compared):
+    """An arm: means per text.
 
-    Returns:
-        ``arms`` by name (see ``row``), the headline, and what it was made from.
+    Attributes:
+        over: ratios of tokens per second to those of plain decoding, ``plain`` and ``plain_without_prefill``.
+        seconds: by part of the latency.
+        breakdown: the same in per cent.
+        acceptance: share of accepted among verified tokens; None where nothing was drafted.
+        rounds: cycles.
     """
+
+    latency_s: float
+    seconds: Annotated[dict[str, float], Inline(suffix="_s")]
+    breakdown: dict[str, float]
+    acceptance: float | None
+    rounds: float
+    tokens: float
+    bytes_up: float
+    bytes_down: float
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], reference: Sequence[Sample]) -> Row:
+        texts, verified = len(samples), sum(s.verified for s in samples)
+        spent = {part: sum(s.parts[place] for s in samples) / texts for part, place in PLACES.items()}
+        spent["prefill"] = sum(s.prefill_seconds for s in samples) / texts
+        latency = sum(s.prefill_seconds + s.seconds for s in samples) / texts
+        spent["other"] = max(0.0, latency - sum(spent.values()))
+        own, others = (by_prompt([whole_text(s) for s in found]) for found in (samples, reference))
+        without_prefill = ratio(by_prompt(samples), by_prompt(reference))
+        return cls(
+            tokens_per_second=throughput(own),
+            over={"plain": ratio(own, others), "plain_without_prefill": without_prefill},
+            latency_s=latency,
+            seconds=spent,
+            breakdown={part: 100 * spent[part] / latency for part in PARTS},
+            acceptance=sum(s.accepted for s in samples) / verified if verified else None,
+            rounds=sum(s.cycles for s in samples) / texts,
+            tokens=sum(s.tokens + 1 for s in samples) / texts,
+            bytes_up=sum(s.bytes_up for s in samples) / texts,
+            bytes_down=sum(s.bytes_down for s in samples) / texts,
+        )
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The models, how drafts are sent, and where the cloud is."""
+
+    target: str
+    drafter: str
+    temperature: float
+    k: int
+    mode: str
+    top_k: int
+    link: str
+    own_cloud: bool
+    machine: Machine
+
+
+@dataclass(kw_only=True)
+class EdgeCloud(Comparison):
+    """Edge and cloud, and the cloud alone twice, on the same prompts, each ``iterations`` times."""
+
+    arms: dict[str, Row]
+    prompts: int
+    iterations: int
+    max_new_tokens: int
+    settings: Annotated[Settings, Inline()]
+    first_try: EdgeCloud | None = None
+
+    @property
+    def own(self) -> Row:
+        """The arm that drafts on the edge."""
+        return self.arms["edge-cloud"]
+
+
+def measure(
+    decoder: Decoder, settings: Settings, prompts: Sequence[Encoded], iterations: int, max_new_tokens: int
+) -> EdgeCloud:
+    """Run every arm on every prompt, ``iterations`` times."""
     plain, again = decoder.plain(), decoder.plain()
     arms = {
-        "edge-cloud": decoded(decoder, static_chain(k, max(2, k))),
+        "edge-cloud": decoded(decoder, static_chain(settings.k, max(2, settings.k))),
         "plain": decoded(plain, None),
         "plain again": decoded(again, None),
     }
@@ -65,53 +135,36 @@ def measure(
         samples = run_arms(arms, [*prompts] * iterations, max_new_tokens, "edge and cloud")
     finally:
         for used in (decoder, plain, again):
-            assert isinstance(used.verifier, RemoteVerifier)
-            used.verifier.channel.close()
-    rows = {name: row(found, samples["plain"]) for name, found in samples.items()}
-    headline = rows["edge-cloud"]
+            used.close()
+    return EdgeCloud(
+        arms={name: Row.of(found, samples["plain"]) for name, found in samples.items()},
+        prompts=len(prompts),
+        iterations=iterations,
+        max_new_tokens=max_new_tokens,
+        settings=settings,
+    )
+
+
+def headline(results: EdgeCloud) -> dict[str, Any]:
+    """Return what stands at the top of the JSON file: the speedup over the cloud alone, and the means of edge and cloud."""
+    own, row = results.own, to_json(results.own)
     keys = ("acceptance", "latency_s", "network_s", "edge_s", "cloud_s", "bytes_up", "bytes_down", "breakdown")
     return {
-        "speedup": headline["over_plain"]["value"],
-        "speedup_interval": headline["over_plain"],
-        "speedup_without_prefill": headline["over_plain_without_prefill"],
-        "assessment": assessment(headline["over_plain"]["value"]),
-        **{key: headline[key] for key in keys},
-        "arms": rows,
-        "prompts": len(prompts),
-        "iterations": iterations,
-        "max_new_tokens": max_new_tokens,
-    }
-
-
-def row(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
-    """Means per text of an arm, its breakdown in per cent, and ratios of tokens per second."""
-    texts, verified = len(samples), sum(s.verified for s in samples)
-    spent = {part: sum(s.parts[place] for s in samples) / texts for part, place in PLACES.items()}
-    spent["prefill"] = sum(s.prefill_seconds for s in samples) / texts
-    latency = sum(s.prefill_seconds + s.seconds for s in samples) / texts
-    spent["other"] = max(0.0, latency - sum(spent.values()))
-    own, others = (by_prompt([whole_text(s) for s in found]) for found in (samples, reference))
-    return {
-        "latency_s": latency,
-        **{f"{part}_s": spent[part] for part in PARTS},
-        "breakdown": {part: 100 * spent[part] / latency for part in PARTS},
-        "acceptance": sum(s.accepted for s in samples) / verified if verified else None,
-        "rounds": sum(s.cycles for s in samples) / texts,
-        "tokens": sum(s.tokens + 1 for s in samples) / texts,
-        "tokens_per_second": throughput(own),
-        **{way: sum(vars(s)[way] for s in samples) / texts for way in ("bytes_up", "bytes_down")},
-        "over_plain": ratio(own, others),
-        "over_plain_without_prefill": ratio(by_prompt(samples), by_prompt(reference)),
+        "speedup": own.over["plain"].value,
+        "speedup_interval": row["over_plain"],
+        "speedup_without_prefill": row["over_plain_without_prefill"],
+        "assessment": assessment(own.over["plain"].value),
+        **{key: row[key] for key in keys},
     }
 
 
 def whole_text(sample: Sample) -> Sample:
-    """A sample whose seconds and tokens are those of the prefill, too."""
+    """Return a sample whose seconds and tokens include the prefill's."""
     return replace(sample, tokens=sample.tokens + 1, seconds=sample.seconds + sample.prefill_seconds)
 
 
 def by_prompt(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample per prompt, with the tokens and seconds of all its iterations: intervals are over prompts."""
+    """Return one sample per prompt, with the tokens and seconds of all its iterations: intervals are over prompts."""
     pooled: dict[tuple[int, ...], Sample] = {}
     for sample in samples:
         key = tuple(sample.prompt.ids)
@@ -123,80 +176,72 @@ def by_prompt(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def assessment(speedup: float) -> str:
-    """In a word: EXCELLENT above 50 % faster, GOOD above 30 %, MODERATE above 10 %, else POOR."""
+    """Return a word: EXCELLENT above 50 % faster, GOOD above 30 %, MODERATE above 10 %, else POOR."""
     return next((word for bound, word in ASSESSMENTS if speedup > bound), "POOR")
 
 
-def report(results: dict[str, Any]) -> str:
-    """The tables as text."""
+def report(results: EdgeCloud) -> str:
+    """Return the tables as text."""
     lines = [
         "| arm | latency s | tokens/s | over cloud-only [95 %] | accepted | rounds | bytes up | bytes down |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in results["arms"].items():
-        accepted = "–" if found["acceptance"] is None else f"{100 * found['acceptance']:.0f} %"
+    for name, row in results.arms.items():
+        accepted = "–" if row.acceptance is None else f"{100 * row.acceptance:.0f} %"
         lines.append(
-            f"| {LABELS[name]} | {found['latency_s']:.2f} | {found['tokens_per_second']:.1f} | "
-            f"{interval(found['over_plain'])} | {accepted} | {found['rounds']:.1f} | {found['bytes_up']:,.0f} | "
-            f"{found['bytes_down']:,.0f} |"
+            f"| {LABELS[name]} | {row.latency_s:.2f} | {row.tokens_per_second:.1f} | {interval(row.over['plain'])} | "
+            f"{accepted} | {row.rounds:.1f} | {row.bytes_up:,.0f} | {row.bytes_down:,.0f} |"
         )
     lines += ["", f"| seconds (share of latency) | {' | '.join(PARTS)} |", f"|---{'|---' * len(PARTS)}|"]
-    for name, found in results["arms"].items():
-        cells = [f"{found[f'{part}_s']:.3f} ({found['breakdown'][part]:.0f} %)" for part in PARTS]
+    for name, row in results.arms.items():
+        cells = [f"{row.seconds[part]:.3f} ({row.breakdown[part]:.0f} %)" for part in PARTS]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
-    head = results["machine"]
+    settings, over = results.settings, results.own.over
     lines += [
         "",
-        f"Means per text: {results['prompts']} held-out prompts × {results['iterations']}, at most "
-        f"{results['max_new_tokens']} new tokens, temperature {results['temperature']:g}, drafts of {results['k']} tokens, "
-        f"mode {results['mode']}, {results['link']}.",
-        f"{head['processor']}, {head['threads']} threads, dtype {head['dtype']}; "
-        f"{', '.join(f'{name} {v}' for name, v in head['versions'].items())}; revision {head['revision']}.",
+        f"Means per text: {results.prompts} held-out prompts × {results.iterations}, at most "
+        f"{results.max_new_tokens} new tokens, temperature {settings.temperature:g}, drafts of {settings.k} tokens, "
+        f"mode {settings.mode}, {settings.link}.",
+        f"{settings.machine}.",
     ]
-    if results["prompts"] > 1:
-        verdict = "contains" if aa_agrees(results) else "EXCLUDES"
+    if results.prompts > 1:
+        verdict = "contains" if results.agrees else "EXCLUDES"
         lines.append(f"A/A check (cloud-only twice): the interval {verdict} 1.")
     lines += [
-        f"Without the prefill: {interval(results['speedup_without_prefill'])} × cloud-only.",
-        f"Speedup over cloud-only: {interval(results['speedup_interval'])}: {results['assessment']}.",
+        f"Without the prefill: {interval(over['plain_without_prefill'])} × cloud-only.",
+        f"Speedup over cloud-only: {interval(over['plain'])}: {assessment(over['plain'].value)}.",
     ]
-    if "first_try" in results:
-        again = {**results["first_try"], **{key: value for key, value in results.items() if key in SETTINGS}}
-        lines += ["", "The first try, whose A/A interval excludes 1:", "", report(again)]
+    if results.first_try:
+        lines += ["", "The first try, whose A/A interval excludes 1:", "", report(results.first_try)]
     return "\n".join(lines)
 
 
-def interval(found: dict[str, float]) -> str:
-    """A ratio, with its interval where there is one."""
-    between = f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] < found["high"] else ""
-    return f"{found['value']:.2f}{between}"
+def interval(ratio: Interval) -> str:
+    """Return a ratio as text, with its interval where there is one."""
+    return f"{ratio:.2f}" if ratio.low < ratio.high else f"{ratio.value:.2f}"
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Where the seconds of a text go in every arm, and the speed over cloud-only."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1)
-    rows = {LABELS[name]: found for name, found in results["arms"].items()}
-    names, left = list(rows)[::-1], [0.0] * len(rows)
-    for part in PARTS:
-        seconds = [rows[name][f"{part}_s"] for name in names]
-        top.barh(names, seconds, left=left, label=part, alpha=0.8)
-        left = [a + b for a, b in zip(left, seconds, strict=True)]
-    top.set_xlabel("seconds per text")
-    top.legend(fontsize=8, ncols=len(PARTS))
-    top.set_title(f"{results['link']}, temperature {results['temperature']:g}: {results['assessment']}", fontsize=10)
-    draw_arms(bottom, rows, "plain")
-    bottom.set_xlabel("tokens per second over cloud-only, prefill included, 95 % interval")
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def draw(results: EdgeCloud, path: Path) -> None:
+    """Draw where the seconds of a text go in every arm, and the speed over cloud-only."""
+    with drawn(path, 9, 6) as figure:
+        top, bottom = figure.subplots(2, 1)
+        rows = {LABELS[name]: row for name, row in results.arms.items()}
+        names, left = list(rows)[::-1], [0.0] * len(rows)
+        for part in PARTS:
+            seconds = [rows[name].seconds[part] for name in names]
+            top.barh(names, seconds, left=left, label=part, alpha=0.8)
+            left = [a + b for a, b in zip(left, seconds, strict=True)]
+        top.set_xlabel("seconds per text")
+        top.legend(fontsize=8, ncols=len(PARTS))
+        settings, speedup = results.settings, results.own.over["plain"].value
+        title = f"{settings.link}, temperature {settings.temperature:g}: {assessment(speedup)}"
+        top.set_title(title, fontsize=10)
+        draw_arms(bottom, rows, "plain")
+        bottom.set_xlabel("tokens per second over cloud-only, prefill included, 95 % interval")
 
 
-SETTINGS = ("target", "drafter", "temperature", "k", "mode", "top_k", "link", "own_cloud", "machine")
-
-
-def edge_cloud(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything: the cloud, if none is given, the link, and the measurement."""
+def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
+    """Start the cloud, if none is given, and the link, and measure."""
     own = args.host is None and args.port is None
     with ExitStack() as stack:
         if own:
@@ -204,28 +249,33 @@ def edge_cloud(args: argparse.Namespace) -> dict[str, Any]:
             url = stack.enter_context(cloud(*served))
         else:
             url = address(args.host or "localhost", args.port or PORT)
+        where = f"over {args.link}" if args.link else "over loopback" if own else f"to {url}"
         if args.link:
             url = stack.enter_context(behind(args.link, url))
         names = ("target", "drafter", "device", "dtype", "temperature", "mode", "top_k", "k")
-        settings = {name: getattr(args, name) for name in names}
-        decoder = connected(url, **settings, patience=PATIENCE, token_in_clear=args.token_in_clear)
-        prompts = {"target": args.target}
+        given = {name: getattr(args, name) for name in names}
+        decoder = connected(url, **given, patience=PATIENCE, token_in_clear=args.token_in_clear)
+        about = machine(decoder)
+        if own:
+            dtype = resolve_dtype(args.dtype, resolve_device(args.device), [args.target])
+            about = replace(about, dtype=str(dtype).removeprefix("torch."))
+        settings = Settings(
+            target=args.target,
+            drafter=args.drafter,
+            temperature=args.temperature,
+            k=args.k,
+            mode=args.mode if args.temperature else "ids",
+            top_k=args.top_k,
+            link=where,
+            own_cloud=own,
+            machine=about,
+        )
 
-        def measured(count: int) -> dict[str, Any]:
-            return measure(
-                decoder, args.k, encoded_prompts(prompts, "test", count), args.iterations, args.max_new_tokens
-            )
+        def measured(count: int) -> EdgeCloud:
+            prompts = encoded_prompts({"target": args.target}, "test", count)
+            return measure(decoder, settings, prompts, args.iterations, args.max_new_tokens)
 
-        results = with_aa_check(measured, args.num_prompts) if args.num_prompts > 1 else measured(1)
-    where = f"over {args.link}" if args.link else "over loopback" if own else f"to {url}"
-    settings = {name: getattr(args, name) for name in ("target", "drafter", "temperature", "k", "mode", "top_k")}
-    if not args.temperature:
-        settings["mode"] = "ids"
-    head = machine(decoder)
-    if own:
-        dtype = resolve_dtype(args.dtype, resolve_device(args.device), [args.target])
-        head["dtype"] = str(dtype).removeprefix("torch.")
-    return results | settings | {"link": where, "own_cloud": own, "machine": head}
+        return with_aa_check(measured, args.num_prompts) if args.num_prompts > 1 else measured(1)
 
 
 def arguments() -> argparse.Namespace:
@@ -262,7 +312,7 @@ def main() -> None:
             load_link(args.link)
         results = edge_cloud(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "edge-cloud.json", results)
+        write_json(args.out / "edge-cloud.json", headline(results) | to_json(results))
         draw(results, args.out / "edge-cloud.png")
         print(report(results))
         print(f"written: {args.out}/edge-cloud.json, edge-cloud.png")

@@ -40,6 +40,7 @@ from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
 from spec_envs.files import held, read_json, whole, write_json
@@ -220,7 +221,7 @@ def assemble(plan: Plan, folder: Path) -> None:
         context=decoder.context,
         eos=sorted(decoder.eos),
         costs=as_text(cost_curves(decoder)),
-        made_with=machine(decoder),
+        made_with=to_json(machine(decoder)),
         texts=kept,
         arrays={},
         date=settings["date"],

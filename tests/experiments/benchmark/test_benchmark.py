@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments.benchmark.checks import averaged
+from spec_envs.experiments.benchmark.findings import FewTexts, Learned
 from spec_envs.experiments.benchmark.replay import over_seeds
 from spec_envs.experiments.benchmark.report import cheaper
 from spec_envs.experiments.measure.report import text_notes
+from spec_envs.experiments.measure.results import Divergence, Interval
 
 
 def test_costs_are_the_mean_of_what_was_measured() -> None:
@@ -21,8 +23,8 @@ def test_costs_are_the_mean_of_what_was_measured() -> None:
 
 
 def test_arms_of_which_the_same_is_to_be_said_stand_together() -> None:
-    clean = {"per_1000": 0.0, "largest_gap": 0.0, "same_text": 1.0}
-    lines = text_notes({"plain": clean, "a": clean, "b": {**clean, "per_1000": 2.0}, "c": clean})
+    clean = Divergence(per_1000=0.0, largest_gap=0.0, same_text=1.0)
+    lines = text_notes({"plain": clean, "a": clean, "b": replace(clean, per_1000=2.0), "c": clean})
     assert [line.partition(":")[0] for line in lines] == ["plain", "a, c", "b"]
     assert "0.0 of 1,000" in lines[1] and "2.0 of 1,000" in lines[2] and "100 % of prompts" in lines[2]
     assert "prompts" not in lines[0]
@@ -30,19 +32,14 @@ def test_arms_of_which_the_same_is_to_be_said_stand_together() -> None:
 
 @pytest.mark.parametrize(("least", "said"), [(1.05, "after 3 texts, with 1/50"), (1.2, "none reaches `ppo`")])
 def test_with_how_few_forwards_hindsight_is_as_good_as_ppo(least: float, said: str) -> None:
-    found: dict[str, Any] = {
-        "replay": {"ppo": {"value": least, "forwards": 10_000}},
-        "few_texts": [
-            {"texts": 1, "forwards": 100, "value": 1.0},
-            {"texts": 3, "forwards": 200, "value": 1.1},
-            {"texts": 9, "forwards": 900, "value": 1.15},
-        ],
-    }
-    assert said in cheaper(found)
+    ppo = Learned(
+        ratio=Interval(least, least, least), seeds=[least], train_seconds=1.0, forwards=10_000, chosen="ppo-0"
+    )
+    assert said in cheaper(ppo, [FewTexts(1, 100, 1.0), FewTexts(3, 200, 1.1), FewTexts(9, 900, 1.15)])
 
 
 def test_over_seeds_is_the_interquartile_mean() -> None:
     row = over_seeds(np.array([0.0, 1.0, 1.1, 1.2, 1.3, 1.2, 1.1, 9.0]))
-    assert row["value"] == pytest.approx(1.15)
-    assert row["low"] <= row["value"] <= row["high"]
-    assert over_seeds(np.array([1.0, 3.0]))["high"] == 3.0
+    assert row.value == pytest.approx(1.15)
+    assert row.low <= row.value <= row.high
+    assert over_seeds(np.array([1.0, 3.0])).high == 3.0

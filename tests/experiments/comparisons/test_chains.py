@@ -1,4 +1,4 @@
-"""The benchmark of draft lengths on the synthetic profile: every figure follows from what was run."""
+"""The comparison of draft lengths on the synthetic profile: every figure follows from what was run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from spec_envs.experiments.comparisons import chains as bench_k
+from spec_envs.experiments.comparisons import chains
 
 NAME = "qwen2.5-coder-32b-cpu"
 KEYS = {"best_fixed_over_plain", "best_agent", "best_agent_over_best_fixed", "by_context", "variation", "acceptance"}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict:
-    common = ["bench_k", "--trace", NAME, "--count", "10", "--out", str(tmp_path), "--root", str(tmp_path / "runs")]
+    common = ["chains", "--trace", NAME, "--count", "10", "--out", str(tmp_path), "--root", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", [*common, *arguments])
-    bench_k.main()
+    chains.main()
     return json.loads((tmp_path / "bench-k.json").read_text())
 
 
@@ -58,5 +58,5 @@ def test_unknown_stanza(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_on_a_server_only_segments_are_decided(tmp_path: Path, stanza: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench_k.policy_of(stanza, bench_k.experiment_for(stanza, {"engine": "llama-server"}), tmp_path)
+        chains.policy_of(stanza, chains.experiment_for(stanza, {"engine": "llama-server"}), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,11 @@
+"""Decoding speed against other software, on the tiny pair."""
+
 from __future__ import annotations
 
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,24 +13,21 @@ import pytest
 from spec_envs.controls import candidates
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
-from spec_envs.experiments.comparisons import decoding as bench
-from spec_envs.experiments.evaluate import folder_name
-from spec_envs.experiments.measure.arms import Encoded, Sample
+from spec_envs.experiments.comparisons import decoding
+from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.references import assisted_arms, transformers_arms
-from spec_envs.experiments.measure.report import error_bars, most_played
-from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import save_draft
 
 
-def test_the_benchmark_writes_its_figures_and_a_usable_clock(
+def test_it_writes_its_figures_and_a_usable_clock(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(candidates, "DEPTHS", (1, 4))
     monkeypatch.setattr(candidates, "BUDGETS", (8, 16))
     arguments = ["--target", tiny["target"], "--drafter", tiny["drafter"], "--dtype", "float32", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--count", "3", "--out", str(tmp_path)])
-    bench.main()
+    monkeypatch.setattr(sys, "argv", ["decoding", *arguments, "--count", "3", "--out", str(tmp_path)])
+    decoding.main()
     results = json.loads((tmp_path / "bench.json").read_text())
     assert set(results) >= {
         "plain_over_transformers",
@@ -51,21 +49,21 @@ def test_the_benchmark_writes_its_figures_and_a_usable_clock(
     assert (tmp_path / "bench.png").exists() and "static_over_plain" in capsys.readouterr().out
 
 
-def test_the_benchmark_of_a_draft_model(
+def test_a_draft_model(
     tiny: dict, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(candidates, "KS", (1, 4))
     arguments = ["--target", tiny["target"], "--drafter", str(tiny_draft), "--dtype", "float32", "--device", "cpu"]
     arguments += ["--count", "3", "--dtypes", "float32"]
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path)])
-    bench.main()
+    monkeypatch.setattr(sys, "argv", ["decoding", *arguments, "--out", str(tmp_path)])
+    decoding.main()
     results, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr()
     assert results["static"]["best"][0] in (1, 4) and f"k {results['static']['best'][0]}" in printed.out
     assert results["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) >= {"1", "8"}
     assert "llama.cpp is left out" in printed.err
-    monkeypatch.setattr(sys, "argv", ["bench", "--dtypes", "int8,bf16"])
+    monkeypatch.setattr(sys, "argv", ["decoding", "--dtypes", "int8,bf16"])
     with pytest.raises(SystemExit):
-        bench.main()
+        decoding.main()
     assert "bf16 is unknown; expected some of int8, bfloat16" in capsys.readouterr().err
 
 
@@ -76,40 +74,6 @@ def test_an_assistant_of_another_size_is_left_out(
     decoder = load_decoder(tiny["target"], str(padded), "cpu", "float32", width=1)
     assert set(assisted_arms(tiny["target"], decoder, (str(padded), 4))) == {"transformers generate"}
     assert "wants models of one vocabulary size" in capsys.readouterr().err
-
-
-def test_ratios_are_of_sums_and_paired() -> None:
-    def sample(tokens: int, seconds: float) -> Sample:
-        return Sample(Encoded("t", []), tokens, seconds, 0.0, [])
-
-    slow = [sample(10, 1.0), sample(100, 20.0), sample(50, 4.0)]
-    fast = [sample(s.tokens, s.seconds / 2) for s in slow]
-    assert throughput(slow) == 160 / 25
-    assert ratio(fast, slow) == pytest.approx({"value": 2.0, "low": 2.0, "high": 2.0})
-    noisy = [sample(s.tokens, s.seconds * f) for s, f in zip(slow, (0.4, 0.6, 0.5), strict=True)]
-    found = ratio(noisy, slow)
-    assert found["low"] < found["value"] < found["high"]
-
-
-def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
-    def measure(prompts: int) -> dict[str, Any]:
-        low = 1.1 if prompts < 8 else 0.9
-        return {"arms": {"plain again": {"over_plain": {"low": low, "high": 1.2}}}, "prompts": prompts}
-
-    assert "first_try" not in with_aa_check(measure, 8)
-    repeated = with_aa_check(measure, 5)
-    assert repeated["prompts"] == 10 and repeated["first_try"]["prompts"] == 5
-
-
-def test_evaluations_have_folders_of_their_own() -> None:
-    assert folder_name({"temperature": 1.0, "count": 3}) == "temperature_1.0-count_3"
-    long = [folder_name({"depth": ["runs/" + "x" * 200, end]}) for end in "12"]
-    assert max(map(len, long)) < 160 and long[0] != long[1]
-
-
-def test_a_collapsed_policy_is_found() -> None:
-    played = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
-    assert most_played(played) == ("7", 0.98)
 
 
 def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, tmp_path: Path) -> None:
@@ -127,9 +91,3 @@ def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, t
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
     arm = transformers_arms(str(folder), decoder)["transformers generate"]
     assert arm(prompt, 20, 0).ids == decoder.tokens[: decoder.tokens.index(stop) + 1]
-
-
-def test_bars_of_a_value_that_rounding_puts_outside_its_interval() -> None:
-    value = 1.0
-    assert error_bars([{"value": value, "low": value + 1e-16 * 4, "high": value}]) == [[0.0], [0.0]]
-    assert error_bars([{"value": 1.0, "low": 0.5, "high": 1.25}]) == [[0.5], [0.25]]

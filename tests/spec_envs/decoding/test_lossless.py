@@ -21,7 +21,8 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import ancestors
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.experiments.measure.arms import Encoded, decoded
-from spec_envs.experiments.measure.statistics import divergences
+from spec_envs.experiments.measure.results import Divergence
+from spec_envs.experiments.measure.statistics import divergence
 from spec_envs.prompts.sets import TASKS, encode, load_prompts
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import REAL
@@ -203,7 +204,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         accepted += sample.accepted
         samples.append(sample)
     assert accepted > 3 * len(samples)
-    assert divergences(decoder, samples) == {"per_1000": 0.0, "largest_gap": 0.0}
+    assert divergence(decoder, samples, samples) == Divergence(per_1000=0.0, largest_gap=0.0, same_text=1.0)
 
 
 def test_near_ties_are_all_that_flips_in_bfloat16(prompts: dict) -> None:
@@ -212,6 +213,6 @@ def test_near_ties_are_all_that_flips_in_bfloat16(prompts: dict) -> None:
     decoder = load_decoder(REAL, "auto", "cpu", "bfloat16")
     arm = decoded(decoder, Policy(control, RandomAgent(control, seed=0)))
     samples = [arm(Encoded(task, ids), TOKENS, 0) for task, ids in prompts.items()]
-    found = divergences(decoder, samples)
+    found = divergence(decoder, samples, samples)
     # Logits from 16 to 32 are 0.125 apart in bfloat16; without instructions for it, processors round more often.
-    assert found["largest_gap"] <= 8 * 0.125 and found["per_1000"] < 60, found
+    assert found.largest_gap <= 8 * 0.125 and found.per_1000 < 60, found

@@ -1,0 +1,130 @@
+"""Results are dataclasses in the code and JSON in files: `to_json` where a file is written, `from_json` where one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from spec_envs.sealed import read_sealed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Annotates a field, a dictionary or a dataclass, whose items stand in JSON beside those of its owner, under keys with a
+    prefix and a suffix: ``over: Annotated[dict[str, Interval], Inline("over_")]``."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+    def key(self, name: str) -> str:
+        """Return the key of an item."""
+        return self.prefix + name + self.suffix
+
+    def items(self, content: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
+        """Return the items of a JSON object that has keys of its own, ``others``."""
+        return {
+            key.removeprefix(self.prefix).removesuffix(self.suffix): item
+            for key, item in content.items()
+            if key.startswith(self.prefix) and key.endswith(self.suffix) and key not in others
+        }
+
+
+def to_json(value: Any) -> Any:
+    """Return dataclasses as dictionaries, as deep as they lie; a field whose default is None is left out where it is None."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    found: dict[str, Any] = {}
+    hints = get_type_hints(type(value), include_extras=True)
+    for field in fields(value):
+        item, inline = to_json(vars(value)[field.name]), inlined(hints[field.name])
+        if inline:
+            found |= {inline.key(name): inner for name, inner in (item or {}).items()}
+        elif item is not None or field.default is not None:
+            found[field.name] = item
+    return found
+
+
+def inlined(hint: Any) -> Inline | None:
+    """Return how a field's type says that it is inlined."""
+    marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((mark for mark in marks if isinstance(mark, Inline)), None)
+
+
+def from_json(kind: type[T], content: Any) -> T:
+    """Return what ``to_json`` made JSON of; keys that the dataclass does not have are passed over.
+
+    Raises:
+        ValueError: a field is missing or of another type.
+    """
+    return cast(T, read(kind, content))
+
+
+def load(kind: type[T], path: Path, remedy: str) -> T:
+    """Return what a sealed JSON file holds.
+
+    Raises:
+        ValueError: the file is missing or damaged; the sentence names it and ends with ``remedy``.
+    """
+    content = read_sealed(path, remedy)
+    try:
+        return from_json(kind, content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def read(kind: Any, content: Any) -> Any:
+    """Return JSON as a value of a type, which may be a union or have arguments."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return read(arguments[0], content)
+    if origin in (Union, UnionType):
+        return read_union(arguments, content)
+    if kind is Any or (kind is float and type(content) is int):
+        return content
+    if is_dataclass(kind) and isinstance(content, dict):
+        return read_fields(cast(type, kind), content)
+    if origin is dict and isinstance(content, dict):
+        keys, values = arguments
+        return {int(key) if keys is int else key: read(values, item) for key, item in content.items()}
+    if origin is list and isinstance(content, list):
+        return [read(arguments[0], item) for item in content]
+    if origin is tuple and isinstance(content, list):
+        return tuple(read(part, item) for part, item in zip(arguments, content, strict=True))
+    if origin or not isinstance(content, kind):
+        raise ValueError(f"{str(content)[:40]!r} stands where {kind.__name__} is expected")
+    return content
+
+
+def read_union(kinds: tuple[Any, ...], content: Any) -> Any:
+    """Return JSON as a value of the first of several types that it fits."""
+    reasons = []
+    for kind in kinds:
+        try:
+            return read(kind, content)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(reasons[0])
+
+
+def read_fields(kind: type, content: dict[str, Any]) -> Any:
+    """Return a JSON object as a dataclass."""
+    hints, found = get_type_hints(kind, include_extras=True), {}
+    alone = {field.name for field in fields(kind) if not inlined(hints[field.name])}
+    for field in fields(kind):
+        inline, hint = inlined(hints[field.name]), hints[field.name]
+        if inline:
+            found[field.name] = read(hint, inline.items(content, alone))
+        elif field.name in content:
+            found[field.name] = read(hint, content[field.name])
+        elif field.default is MISSING:
+            raise ValueError(f"{field.name} is missing")
+    return kind(**found)
