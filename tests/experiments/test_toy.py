@@ -1,0 +1,134 @@
+"""A problem and an agent are added as the README says, a file and a row each, and everything else takes them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import spec_envs
+from spec_envs.agents import AGENTS, load
+from spec_envs.experiments import config, train
+from spec_envs.experiments.measure.live import decoder_for
+
+ID = "SpecToy-v0"
+PROBLEM = '''
+"""Whether to draft one token or several."""
+
+from gymnasium import spaces
+
+from spec_envs.controls.base import Control
+from spec_envs.controls.base import Entry, read_context, read_position
+
+
+class ToyControl(Control):
+    """## Description
+
+    A chain of one token or of `long` tokens is drafted and verified.
+    """
+
+    name, partner_name = "toy", None
+    observations = ("default",)
+    width = 1
+    cuts = False
+
+    def __init__(self, long: int = 4, observation: str = "default", cost_features: bool = False):
+        super().__init__(observation, cost_features)
+        self.lengths, self.max_depth = (1, long), long - 1
+        self.action_space = spaces.Discrete(2)
+        self._declare([Entry("position", 1, 0.0, 1.0, read_position), Entry("context", 1, 0.0, 1.0, read_context)])
+
+    def settings(self):
+        return ("short", "long")
+
+    def prepare(self, decoder):
+        pass
+
+    def act(self, decoder, action):
+        return decoder.cycle(self.lengths[action])
+'''
+AGENT = '''
+"""All actions in turn."""
+
+from spec_envs.agents.rules.base import Rule
+
+
+class TurnsAgent(Rule):
+    """Takes every action in turn."""
+
+    looks_at = ()
+    remembers = ("turn",)
+
+    def __init__(self, control, seed=0):
+        super().__init__(control)
+        self.turn = seed
+
+    def decide(self, observation, state, start, deterministic):
+        self.turn += 1
+        return self.turn % self.control.action_space.n, state
+'''
+EXPERIMENT = """
+env: {}
+agents:
+  random: {}
+  fixed: {hyperparameters: {value: long}}
+  turns: {}
+  ppo: {total_timesteps: 64, hyperparameters: {n_steps: 32, batch_size: 32}}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The two files, their two rows, and the YAML file."""
+    for name, text in (("toy_problem.py", PROBLEM), ("toy_agent.py", AGENT), (f"{ID}.yml", EXPERIMENT)):
+        (tmp_path / name).write_text(textwrap.dedent(text).lstrip())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    monkeypatch.setitem(AGENTS, "turns", importlib.import_module("toy_agent").TurnsAgent)
+    spec_envs.register(ID, "toy_problem:ToyControl")
+    yield
+    del spec_envs.ENVIRONMENTS[ID], gym.registry[ID], sys.modules["toy_agent"]
+    sys.modules.pop("toy_problem", None)
+
+
+@pytest.fixture
+def keywords(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Any]:
+    return tiny | {"drafter": str(tiny_draft)}
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_toy_problem_passes_gymnasiums_checks(keywords: dict[str, Any]) -> None:
+    env = gym.make(ID, **keywords)
+    check_env(env.unwrapped, skip_render_check=True)
+    env.close()
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("stanza", ["random", "fixed", "turns", "ppo"])
+def test_a_toy_problem_is_trained_measured_and_used(
+    stanza: str,
+    keywords: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [f"env.{key}={value}" for key, value in keywords.items()]
+    small = ["test_prompts=2", "eval_prompts=2"]
+    arguments = ["train", ID, "--agent", stanza, "--root", str(tmp_path), "--set", *overrides, *small]
+    monkeypatch.setattr(sys, "argv", arguments)
+    train.main()
+    table = capsys.readouterr().out
+    assert all(f"| {arm} |" in table for arm in ("plain", "random", "static", stanza))
+    assert "Best static setting on training prompts: " in table
+    control, agent = load(tmp_path / ID / f"{stanza}-0")
+    done = spec_envs.generate(decoder_for(keywords, control), control, agent, [3, 4, 5], 20).run()
+    followed = control.played(done.actions, [cycle.drafted for cycle in done.cycles])
+    assert set(followed) <= set(control.settings()) and len(followed) == len(done.cycles) > 1
+    assert stanza != "fixed" or set(followed) == {"long"}
