@@ -27,6 +27,18 @@ LOGGED = 10  # steps between lines of the log
 KNOWN = 4096  # decisions that are remembered; before anything is drafted, a cycle looks like many others
 
 
+def weighed(control: Control) -> Plans:
+    """Return the plans of a control, which an agent can weigh at every decision.
+
+    Raises:
+        ValueError: there are none, they have no price of their own, or what is drafted is not observed.
+    """
+    plans = control.plans().settled()
+    if plans.stepwise and plans.shown is None:
+        raise ValueError(f'the observation {control.observation!r} lacks what is drafted; pass observation="default"')
+    return plans
+
+
 class TracedAgent(Deciding):
     """An agent that is fitted to all that a trace knows, over rounds: in the first the lessons are those of random play,
     in each further one those of what was learned in the last are added.
@@ -63,14 +75,13 @@ class TracedAgent(Deciding):
         seed: int = 0,
         reads: str = "cycle",
     ):
-        self.control, self.plans = control, Plans(control)
+        self.control, self.plans = control, weighed(control)
         self.cycles, self.rounds, self.steps, self.batch_size = cycles, rounds, steps, batch_size
         self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
         if reads not in READS:
             raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
         assert control.observation_space.shape is not None
-        own = self.plans.own if reads == "cycle" else 0
-        self.width = own or control.observation_space.shape[0]
+        self.width = (control.own if reads == "cycle" else 0) or control.observation_space.shape[0]
         self.looks_at = [name for name, place in control.slices.items() if place.start < self.width]
         torch.manual_seed(seed)
         between, self.activation = activation

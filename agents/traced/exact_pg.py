@@ -33,11 +33,13 @@ class ExactPGAgent(TracedAgent):
     def __init__(self, control: Control, **hyperparameters: Any):
         choices = int(control.action_space.n)  # type: ignore[attr-defined]
         super().__init__(control, choices, (nn.Tanh, lambda x: np.tanh(x, out=x)), **hyperparameters)
-        if self.plans.stepwise:  # as likely to go on as to stop, else hardly any gradient comes from deep plans
+        if (
+            self.plans.drafts is not None
+        ):  # as likely to go on as to stop, else hardly any gradient comes from deep plans
             last = self.network[-1]
             assert isinstance(last, nn.Linear)
             with torch.no_grad():
-                last.bias[self.plans.going_on] += float(np.log(choices - 1))
+                last.bias[self.plans.drafts] += float(np.log(choices - 1))
             self._unpack()
         self.decision_seconds = self.measure()
         self.tokens = self.seconds = 0.0
@@ -73,10 +75,10 @@ class ExactPGAgent(TracedAgent):
     def _chances(self, seen: Tensor) -> Tensor:
         """How probable the policy makes each plan, ``[n, plans]``, of what is seen at every level ``[n, levels, …]``."""
         plans, chances = self.plans, self.network(seen[..., : self.width]).softmax(-1)
-        stopping = torch.from_numpy(plans.stopping())
-        if not plans.stepwise:
+        stopping = torch.from_numpy(plans.ends)
+        if plans.drafts is None:
             return chances[:, 0, stopping]
-        on = chances[:, :, plans.going_on]
+        on = chances[:, :, plans.drafts]
         undecided = torch.arange(plans.levels) < plans.first  # levels that are always drafted
         on = torch.where(undecided, 1.0, on)
         reached = torch.cat([torch.ones(len(on), 1), on.cumprod(1)[:, :-1]], 1)
@@ -85,7 +87,7 @@ class ExactPGAgent(TracedAgent):
         if chances.shape[2] == 2:
             end = torch.ones_like(end)
         else:
-            end = torch.cat([end[..., :-1], end[..., -1:] + end[..., plans.going_on, None]], -1)
+            end = torch.cat([end[..., :-1], end[..., -1:] + end[..., plans.drafts, None]], -1)
         stops = torch.cat([stops[:, :-1], end], 1)
         sizes = torch.from_numpy(plans.sizes)
         return reached[:, sizes] * stops[:, sizes, stopping]

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from spec_envs.agents.traced.base import TracedAgent
+from spec_envs.agents.traced.base import TracedAgent, weighed
 from spec_envs.agents.traced.lessons import Lessons
 from spec_envs.agents.traced.outcomes import ChainOutcomes, Outcomes, TreeOutcomes
 from spec_envs.controls.base import Control
-from spec_envs.controls.plans import Plans
 from spec_envs.decoding.clock import CostTable
 from spec_envs.vector.env import ReplayVectorEnv
 
@@ -37,8 +36,8 @@ class HindsightAgent(TracedAgent):
     """
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        plans = Plans(control)
-        self.outcomes: Outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
+        plans = weighed(control)
+        self.outcomes: Outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
         super().__init__(
             control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters
         )
@@ -58,8 +57,8 @@ class HindsightAgent(TracedAgent):
         for _ in range(DINKELBACH if self.kept else 0):
             assert self.kept is not None
             begun = np.zeros(len(self.kept.begun))
-            if not self.plans.copies:
-                begun += table.seconds("draft", 1) + self.plans.made * forward
+            if not self.plans.chain:
+                begun += table.seconds("draft", 1) + (self.plans.made or 0) * forward
             plan = self._chosen(self.kept.seen)
             tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)
             self.pace = tokens.sum() / seconds.sum()

@@ -9,9 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from spec_envs.controls.plans import Plans
-from spec_envs.vector.chains import Chains
 from spec_envs.vector.env import ReplayVectorEnv
-from spec_envs.vector.trees import Trees
 
 Actor = Callable[[np.ndarray], np.ndarray]
 """From observations ``[n, …]`` to actions ``[n]``."""
@@ -20,9 +18,9 @@ Actor = Callable[[np.ndarray], np.ndarray]
 class Lessons(NamedTuple):
     """Cycles that began, and all that could have come of them.
 
-    ``seen`` ``[n, levels, …]``: what is observed at each level of the cycle. ``accepted`` ``[n, plans]`` tokens;
-    ``forwards`` ``[n, plans]``, that the drafter makes behind what is there when the cycle's first decision is made; ``begun``
-    ``[n]`` seconds that were spent until then.
+    ``seen`` ``[n, levels, …]``: what is observed at each level of the cycle. ``accepted`` ``[n, plans]``: tokens.
+    ``forwards`` ``[n, plans]``: forwards that the drafter makes after the cycle's first decision. ``begun`` ``[n]``: seconds that
+    were spent before it.
     """
 
     seen: np.ndarray
@@ -31,14 +29,14 @@ class Lessons(NamedTuple):
     begun: np.ndarray
 
     def outcome(self, plan: np.ndarray, forward: float, verification: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and seconds ``[n]`` of following one plan each, under these prices."""
+        """Return the tokens and seconds ``[n]`` of following one plan each, under these prices."""
         each = np.arange(len(plan))
         seconds = self.begun + self.forwards[each, plan] * forward + verification[plan]
         return self.accepted[each, plan] + 1.0, seconds
 
 
 def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: object) -> ReplayVectorEnv:
-    """The environments in NumPy of an environment that replays a trace.
+    """Return the environments in NumPy of an environment that replays a trace.
 
     Raises:
         ValueError: one that decodes live; what it would teach is not known.
@@ -55,7 +53,7 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
 
 
 def taught(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, seed: int) -> Lessons:
-    """The first ``cycles`` cycles or a few more that begin while ``actor`` plays."""
+    """Return the lessons of the first ``cycles`` cycles, or of a few more, that begin while ``actor`` decides."""
     observations, _ = env.reset(seed=seed)
     begins, found, count = np.ones(env.num_envs, bool), [], 0
     while count < cycles:
@@ -68,26 +66,17 @@ def taught(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, seed: 
 
 
 def lessons_of(env: ReplayVectorEnv, plans: Plans, observations: np.ndarray, which: np.ndarray) -> Lessons:
-    """The lessons of environments whose cycle has just begun."""
-    play, row = env.play, env.play.row[which]
-    left = env.last[which] - row
+    """Return the lessons of environments whose cycle has just begun.
+
+    Args:
+        observations: of them ``[n, …]``.
+        which: their indices ``[n]``.
+    """
+    cycles, row = env.cycles, env.play.row[which]
+    left = (env.last[which] - row)[:, None]
     seen = np.repeat(observations[:, None], plans.levels, 1)
-    if isinstance(play, Trees):
-        accepted = play.tables.accepted[
-            row[:, None], play.depth[which, None] if plans.levels == 1 else plans.sizes, plans.budgets
-        ]
-        first = play.depth[which, None]
-        forwards = np.maximum(0, plans.sizes - first) if plans.stepwise else np.zeros(accepted.shape)
-        if plans.stepwise:
-            static = play.tables.static
-            seen[:, :, : static.shape[2]] = static[row]
-    else:
-        assert isinstance(play, Chains)
-        accepted = np.minimum(play.right[row, None], plans.sizes)
-        asked = play.tables.chain[row, : play.k_max, 4] == 0
-        asked &= np.arange(play.k_max) < play.length[row, None]
-        forwards = np.concatenate([np.zeros((len(row), 1)), asked.cumsum(1)], 1)
-        if plans.stepwise:
-            seen[:, :, : play.tables.chain.shape[2]] = play.tables.chain[row]
-    accepted = np.minimum(accepted, left[:, None] - 1)
-    return Lessons(seen, accepted.astype(np.float32), forwards.astype(np.float32), env.pending[which].copy())
+    if plans.stepwise:
+        seen[:, :, : env.control.own] = cycles.observed[row]
+    accepted = np.minimum(cycles.accepted[row], left - 1).astype(np.float32)
+    forwards = np.broadcast_to(cycles.forwards, cycles.accepted.shape)[row].astype(np.float32)
+    return Lessons(seen, accepted, forwards, env.pending[which].copy())

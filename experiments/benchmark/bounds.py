@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from spec_envs.controls.base import Control
-from spec_envs.controls.k import KControl
-from spec_envs.controls.plans import Plans
+from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.vector.chains import chain_tables
+from spec_envs.vector.cycles import CycleTable
 from spec_envs.vector.prices import prices
-from spec_envs.vector.trees import accepted_table
 
 UNREAD = 48  # most tokens that a draft model may have to catch up with; more are priced as these
 
@@ -42,45 +40,26 @@ class Bounds:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        self.plans = Plans(self.control)
+        cycles = CycleTable(self.trace, self.control)
+        self.plans = plans = cycles.plans.settled()
         starts = self.trace.starts
         self.first = starts[list(self.texts)]
         self.last = np.minimum(starts[np.array(self.texts) + 1], self.first + self.max_new_tokens) - 1
         self.tokens = self.last - self.first
         self.tasks = [self.trace.texts[i].task for i in self.texts]
-        self.chain = isinstance(self.control, KControl)
-        plans = self.plans
-        if self.chain:
-            k_max = self.control.k_max  # type: ignore[attr-defined]
-            tables = chain_tables(self.trace, k_max)
-            self.length = np.minimum(self.trace.columns["length"], k_max).astype(np.int64)
-            self.right = np.minimum(self.trace.columns["right"], self.length).astype(np.int64)
-            self.asked, self.read = tables.first, tables.read.astype(np.int64)
-            self.draft = prices([self.table], "draft", UNREAD + k_max + 1)[0]
-            further = self.draft[tables.gaps].cumsum(1)
-            self.further = np.concatenate([np.zeros((len(further), 1)), further], 1)
-            self.verify = prices([self.table], "verify", k_max + 1)[0]
-        else:
-            depth = self.control.max_depth  # type: ignore[attr-defined]
-            budgets = np.unique(plans.budgets)
-            offered = [self.control.budget] if hasattr(self.control, "budget") else self.control.budgets  # type: ignore[attr-defined]
-            table = accepted_table(self.trace, [offered[b] for b in budgets], depth)
-            self.accepted = table[:, plans.sizes, plans.budgets].astype(np.int64)  # [rows, plans]
-            self.root = prices([self.table], "draft", depth + 2)[0]
-            self.cycle = plans.sizes * plans.forward(self.table) + plans.verification(self.table)
-        self.playable = np.ones(len(plans.sizes), bool)
-        if not self.chain and self.control.name == "depth":
-            self.playable = plans.sizes >= 1  # the first expansion is always made
-
-    def names(self) -> list[tuple[int, ...]]:
-        """Every setting: k, or depth and budget."""
-        if self.chain:
-            return [(int(k),) for k in self.plans.sizes]
-        offered = [self.control.budget] if hasattr(self.control, "budget") else self.control.budgets  # type: ignore[attr-defined]
-        return [(int(d), offered[b]) for d, b in zip(self.plans.sizes, self.plans.budgets, strict=True)]
+        self.playable = plans.sizes >= plans.first
+        self.most = UNREAD if plans.chain else plans.deepest + 2
+        self.draft = prices([self.table], "draft", max(self.most + plans.deepest, plans.width) + 1)[0]
+        verify = prices([self.table], "verify", int(plans.nodes.max()) + 1)[0]
+        self.accepted = cycles.accepted.astype(np.int64)
+        rows, shape = self.trace.rows, self.accepted.shape
+        self.further = np.broadcast_to(cycles.further(self.draft[None])[0], shape)
+        self.verify = np.broadcast_to(verify[cycles.nodes + 1], shape)
+        self.asked, self.read = np.broadcast_to(cycles.asked, shape), np.broadcast_to(cycles.read, shape)
+        self.copied, self.right = np.broadcast_to(cycles.first, rows), np.broadcast_to(cycles.right, rows)
 
     def static(self) -> np.ndarray:
-        """Seconds of every text under every setting, ``[texts, plans]``; infinite where the control does not offer it."""
+        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite where the control does not offer it."""
         texts, count = len(self.texts), len(self.plans.sizes)
         row = np.repeat(self.first[:, None], count, 1)
         last = np.repeat(self.last[:, None], count, 1)
@@ -94,10 +73,10 @@ class Bounds:
         return np.where(self.playable, seconds, np.inf)
 
     def clairvoyant(self) -> np.ndarray:
-        """The least seconds of every text, ``[texts]``."""
+        """Return the least seconds of every text, ``[texts]``."""
         found = []
         count = len(self.plans.sizes)
-        states = UNREAD + 1 if self.chain else int(self.root.size)
+        states = self.most + 1
         unread = np.repeat(np.arange(states)[:, None], count, 1)
         plan = np.broadcast_to(np.arange(count), unread.shape)
         for first, last in zip(self.first.tolist(), self.last.tolist(), strict=True):
@@ -113,32 +92,23 @@ class Bounds:
     def _cycles(
         self, row: np.ndarray, plan: np.ndarray, unread: np.ndarray, left: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Seconds, emitted tokens, and tokens that are then unread, of cycles at those rows."""
-        if not self.chain:
-            accepted = self.accepted[row, plan]
-            emitted = np.clip(np.minimum(accepted + 1, left), 1, None)
-            return self.root[np.minimum(unread, self.root.size - 1)] + self.cycle[plan], emitted, emitted
-        size = np.minimum(self.plans.sizes[plan], self.length[row])
-        asked = self.asked[row] < size
-        waiting = np.minimum(unread, UNREAD)
-        draft = (
-            np.where(asked, self.draft[np.where(asked, waiting + self.asked[row], 0)], 0.0) + self.further[row, size]
-        )
-        accepted = np.minimum(self.right[row], size)
-        emitted = np.clip(np.minimum(accepted + 1, left), 1, None)
-        read = np.where(asked, self.read[row, size], 0)
-        kept = np.minimum(np.minimum(read, emitted - 1), self.right[row])
-        return draft + self.verify[size + 1], emitted, np.where(asked, 0, waiting) + emitted - kept
+        """Return the seconds, emitted tokens, and tokens that are then unread, of cycles at those rows."""
+        asked, waiting = self.asked[row, plan], np.minimum(unread, self.most)
+        rows = np.where(asked, catch_up.rows(waiting, self.copied[row]), 0)
+        seconds = self.draft[rows] + self.further[row, plan] + self.verify[row, plan]
+        emitted = np.clip(np.minimum(self.accepted[row, plan] + 1, left), 1, None)
+        waiting = np.where(asked, 0, waiting)
+        return seconds, emitted, catch_up.left_unread(waiting, self.read[row, plan], emitted, self.right[row])
 
     def throughput(self, seconds: np.ndarray) -> np.ndarray:
-        """Tokens per second of seconds by text ``[texts, …]``."""
+        """Return the tokens per second of seconds by text ``[texts, …]``."""
         return self.tokens.sum() / seconds.sum(0)
 
     def best(self, seconds: np.ndarray) -> int:
-        """The fastest setting over all texts."""
+        """Return the plan that is fastest over all texts."""
         return int(seconds.sum(0).argmin())
 
     def best_by_task(self, seconds: np.ndarray) -> dict[str, int]:
-        """The fastest setting of each task."""
+        """Return the plan that is fastest for each task."""
         tasks = np.array(self.tasks)
         return {task: int(seconds[tasks == task].sum(0).argmin()) for task in dict.fromkeys(self.tasks)}

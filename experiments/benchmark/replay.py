@@ -41,7 +41,7 @@ def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tup
     bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
     train_seconds, seconds = bounds.static(), test.static()
     best, own_best = bounds.best(train_seconds), bounds.best_by_task(train_seconds)
-    static = Static(bounds.names()[best], seconds[:, best], int(test.tokens.sum()))
+    static = Static(bounds.plans.names[best], seconds[:, best], int(test.tokens.sum()))
     total = float(static.seconds.sum())
     per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
     return static, References(
@@ -142,7 +142,7 @@ def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict
         best = bounds.best(bounds.static())
         static = test.static()[:, best].sum()
         seconds = total_seconds(samples_of(problem, trained_policy(folder, table), "test", table))
-        setting, clairvoyant = list(bounds.names()[best]), test.clairvoyant().sum()
+        setting, clairvoyant = list(bounds.plans.names[best]), test.clairvoyant().sum()
         found[name] = OtherCosts(setting, static / seconds, static / clairvoyant)
     return found
 

@@ -12,6 +12,8 @@ from gymnasium import spaces
 
 from spec_envs import recordings
 from spec_envs.checked import check_number
+from spec_envs.controls.plans import Plans
+from spec_envs.controls.recorded import DEPTH_UNIT, Reader, expansions_then, published_depth_then, survival
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder
@@ -25,6 +27,8 @@ from spec_envs.decoding.loading import (
 )
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
+LENGTH_UNIT = 1000  # and that the published observation shows as 1
+WINDOWS = (4, 16)  # cycles over which acceptance is observed
 LONGEST_CHAIN, LARGEST_TREE = 4096, 100_000  # drafted tokens, nodes: what is allocated before anything is drafted
 COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verification curve
 
@@ -34,13 +38,15 @@ Setting = int | str
 
 
 class Entry(NamedTuple):
-    """A named range of the observation vector; ``read`` gives a number, or ``size`` of them or fewer."""
+    """A named range of the observation vector. ``read`` returns a number, or ``size`` of them or fewer. ``recorded`` reads
+    the same of a trace, where it depends on nothing but what the cycle under way has drafted."""
 
     name: str
     size: int
     low: float
     high: float
     read: Callable[[Decoder], Any]
+    recorded: Reader | None = None
 
 
 class Agent(Protocol):
@@ -81,6 +87,8 @@ class Control(ABC):
         entries: the observation's ranges in order; ``self.slices[name]`` finds one.
         width, max_depth: of the tree.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
+        own: how many of the observation's first numbers show what the cycle under way has drafted, at a control that
+            observes that; the others are the same all through a cycle.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
         task: of the text under way, ``""`` where it is not known.
         rewards: the rewards that a decision can be paid by, by name, the default first.
@@ -127,6 +135,7 @@ class Control(ABC):
         ends = np.cumsum([entry.size for entry in entries])
         self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
         self._reads = [(e.name, e.read, self.slices[e.name].start) for e in entries]
+        self.own = max((self.slices[e.name].stop for e in entries if e.recorded), default=0)
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
@@ -192,15 +201,11 @@ class Control(ABC):
         return np.minimum(np.maximum(vector, space.low, out=vector), space.high, out=vector)
 
     def _read_costs(self, decoder: Decoder) -> list[float]:
-        """The cost table in force: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1)."""
+        """Return what ``costs_shown`` returns of the cost table in force."""
         table = decoder.clock.table if isinstance(decoder.clock, PricedClock) else self.costs
         if table is None:
             raise ValueError("cost_features need a cost table: set the control's costs, or give the clock one")
-        plain = table.seconds("verify", 1)
-        return [
-            *(plain / table.seconds("verify", n) for n in COST_ROWS),
-            table.seconds("draft", decoder.tree.width) / plain,
-        ]
+        return costs_shown(table, decoder.tree.width)
 
     def default_drafter(self, target: str) -> str:
         """Return the drafter of a target where none is named."""
@@ -254,6 +259,19 @@ class Control(ABC):
     def open_recording(self, trace: str, clock: WallClock) -> Decoder:
         """Open the recording of that name in place of models; a control that needs a certain one overrides it."""
         return recordings.load(trace).decoder(self, clock)
+
+    def plans(self) -> Plans:
+        """Return every way in which a cycle can continue.
+
+        Raises:
+            ValueError: a problem, or settings of it, whose cycles no trace replays.
+        """
+        raise ValueError(f"plans are made of cycles that a trace replays, not of {self.name} with these settings")
+
+    def place(self, name: str) -> int | None:
+        """Return where an entry of the observation begins; None where there is none of that name."""
+        found = self.slices.get(name)
+        return None if found is None else found.start
 
     def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
         """What this problem adds to the info of a step, which ended a cycle or did not."""
@@ -394,6 +412,13 @@ def checked_action(space: spaces.Discrete, action: Any) -> int:
     return int(action)
 
 
+def costs_shown(table: CostTable, width: int) -> list[float]:
+    """Return a cost table as it is observed: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1), where a
+    forward of the drafter has ``width`` rows."""
+    plain = table.seconds("verify", 1)
+    return [*(plain / table.seconds("verify", n) for n in COST_ROWS), table.seconds("draft", width) / plain]
+
+
 def layout(control: Control) -> str:
     """Return what stands in an observation, in its order."""
     return ", ".join(f"{entry.name}[{entry.size}]" for entry in control.entries)
@@ -402,13 +427,14 @@ def layout(control: Control) -> str:
 def read_survival(decoder: Decoder) -> np.ndarray:
     """Per level grown, the drafter's probability that the text passes through one of its candidates."""
     tree = decoder.tree
-    return np.add.reduceat(np.exp(tree.scores), tree.level_starts) if tree.size else np.zeros(0)
+    return survival(tree.scores, tree.level_starts) if tree.size else np.zeros(0)
 
 
 def read_recent(decoder: Decoder) -> list[float]:
     """Accepted tokens per cycle over the last 4 and the last 16 cycles, in units of the deepest path."""
     deepest = decoder.max_depth + 1
-    return [sum(c.accepted for c in decoder.cycles[-n:]) / max(1, len(decoder.cycles[-n:])) / deepest for n in (4, 16)]
+    recent = [decoder.cycles[-n:] for n in WINDOWS]
+    return [sum(cycle.accepted for cycle in cycles) / max(1, len(cycles)) / deepest for cycles in recent]
 
 
 def read_expansions(decoder: Decoder) -> float:
@@ -429,8 +455,8 @@ def read_context(decoder: Decoder) -> float:
 def common_entries() -> list[Entry]:
     """Ranges that do not depend on the problem."""
     return [
-        Entry("expansions", 1, 0.0, 1.0, read_expansions),
-        Entry("recent", 2, 0.0, 1.0, read_recent),
+        Entry("expansions", 1, 0.0, 1.0, read_expansions, expansions_then),
+        Entry("recent", len(WINDOWS), 0.0, 1.0, read_recent),
         Entry("position", 1, 0.0, 1.0, read_position),
         Entry("context", 1, 0.0, 1.0, read_context),
     ]
@@ -438,19 +464,19 @@ def common_entries() -> list[Entry]:
 
 def read_length(decoder: Decoder, repeats: int) -> np.ndarray:
     """Length of the text in units of 1000 tokens, several times."""
-    return np.full(repeats, decoder.length / 1000)
+    return np.full(repeats, decoder.length / LENGTH_UNIT)
 
 
 def read_depth(decoder: Decoder, repeats: int) -> np.ndarray:
     """Expansions so far, in units of ten, several times."""
-    return np.full(repeats, decoder.tree.expansions / 10)
+    return np.full(repeats, decoder.tree.expansions / DEPTH_UNIT)
 
 
-def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], repeats: int) -> list[Entry]:
-    """The observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
+def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], scores_then: Reader, repeats: int) -> list[Entry]:
+    """Return the observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
     lowest = -1000.0  # a floor below any path log-probability in float32
     return [
-        Entry("scores", scores, lowest, 0.0, read_scores),
+        Entry("scores", scores, lowest, 0.0, read_scores, scores_then),
         Entry("length", repeats, 0.0, 1000.0, partial(read_length, repeats=repeats)),
-        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats)),
+        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats), published_depth_then),
     ]

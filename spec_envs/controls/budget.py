@@ -20,6 +20,8 @@ from spec_envs.controls.base import (
     ltd_entries,
     read_survival,
 )
+from spec_envs.controls.plans import Plans, tree_plans
+from spec_envs.controls.recorded import all_scores_then, gains, gains_then, survival_then
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 LTD_CODE = tuple(range(10, 241, 10))
@@ -108,12 +110,12 @@ class BudgetControl(Control):
         self.action_space = spaces.Discrete(len(self.budgets))
         if observation == "ltd":
             candidates = width + width * width * max_depth
-            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), repeats=29))
+            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), all_scores_then, repeats=29))
         else:
             self._declare(
                 [
-                    Entry("gains", len(self.budgets), 0.0, 1.0, partial(read_gains, budgets=self.budgets)),
-                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
+                    gains_entry(self.budgets),
+                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then),
                     *common_entries(),
                 ]
             )
@@ -131,6 +133,11 @@ class BudgetControl(Control):
     def settle(self, *values: Setting) -> None:
         if self.depth == "random":
             self.depth = int(values[0])
+
+    def plans(self) -> Plans:
+        drawn = self.depth == "random"
+        depths = range(1, self.max_depth + 1) if drawn else [int(self.depth)]
+        return tree_plans(depths, self.budgets, self.width, 0, made=None if drawn else int(self.depth))
 
     def prepare(self, decoder: Decoder) -> None:
         if decoder.drafting:
@@ -168,9 +175,12 @@ def offered(budgets: Sequence[int] | str, max_depth: int, width: int) -> tuple[i
     return tuple(budgets)
 
 
+def gains_entry(budgets: Sequence[int]) -> Entry:
+    """Return the range that shows what each budget adds."""
+    recorded = partial(gains_then, budgets=budgets)
+    return Entry("gains", len(budgets), 0.0, 1.0, partial(read_gains, budgets=budgets), recorded)
+
+
 def read_gains(decoder: Decoder, budgets: Sequence[int]) -> np.ndarray:
-    """Expected accepted tokens that each budget adds, by the drafter's own probabilities, in units of the deepest path."""
-    scores = np.sort(decoder.tree.scores)[::-1]
-    below = np.concatenate([[0.0], np.cumsum(np.exp(scores))])
-    reached = below[np.minimum(budgets, len(scores))]
-    return np.diff(reached, prepend=0.0) / (decoder.max_depth + 1)
+    """Return what ``gains`` returns of the tree under way."""
+    return gains(decoder.tree.scores, budgets, decoder.max_depth)

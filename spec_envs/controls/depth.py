@@ -11,6 +11,8 @@ from gymnasium import spaces
 from spec_envs.controls import candidates
 from spec_envs.controls.base import Control, Entry, Setting, check_tree, common_entries, ltd_entries, read_survival
 from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.plans import Plans, tree_plans
+from spec_envs.controls.recorded import frontier_then, last_scores_then, survival_then
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 VERIFY, EXPAND = 0, 1
@@ -100,12 +102,12 @@ class DepthControl(Control):
         self.action_space = spaces.Discrete(2)
         self.progress, self.longest = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
         if observation == "ltd":
-            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), repeats=14))
+            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), last_scores_then, repeats=14))
         else:
             self._declare(
                 [
-                    Entry("frontier", width, 0.0, 1.0, read_frontier),
-                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
+                    Entry("frontier", width, 0.0, 1.0, read_frontier, frontier_then),
+                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then),
                     *common_entries(),
                 ]
             )
@@ -135,6 +137,10 @@ class DepthControl(Control):
     def static(self, *values: Setting) -> tuple[Control, Setting]:
         depth, budget = map(int, values)
         return DepthControl(self.max_depth, self.width, budget), depth
+
+    def plans(self) -> Plans:
+        depths, shown = range(self.max_depth + 1), self.place("expansions")
+        return tree_plans(depths, [self.budget], self.width, VERIFY, EXPAND, made=1, runs_out=True, shown=shown)
 
     def prepare(self, decoder: Decoder) -> None:
         if decoder.tree.expansions == 0:

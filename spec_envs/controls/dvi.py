@@ -10,8 +10,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from spec_envs.checked import check_number
-from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, read_context, read_position
-from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS
+from spec_envs.controls.base import LONGEST_CHAIN, WINDOWS, Control, Entry, read_context, read_position
+from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import accepted, saved
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder

@@ -10,7 +10,16 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls import candidates
-from spec_envs.controls.base import LONGEST_CHAIN, Control, Entry, Setting, read_context, read_position
+from spec_envs.controls.base import LONGEST_CHAIN, WINDOWS, Control, Entry, Setting, read_context, read_position
+from spec_envs.controls.plans import Plans, chain_plans
+from spec_envs.controls.recorded import (
+    ENTROPY_UNIT,
+    drafted_then,
+    free_then,
+    path_then,
+    probability_then,
+    token_entropy_then,
+)
 from spec_envs.controls.text_kind import KINDS, context_kind
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
@@ -22,8 +31,6 @@ from spec_envs.decoding.loading import Models
 from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
-WINDOWS = (4, 16)  # decisions over which acceptance is observed
-ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
 SNIPPET, FRESH = 96, 16  # tokens that the kind of text is told from, and after how many new ones it is told anew
 OPENING, JSON = 8, ("{", "```json", "```\n{")  # tokens of an answer by which it is told to be JSON as a whole
 SEGMENT = 64  # tokens between decisions where an engine is asked for whole segments
@@ -174,9 +181,13 @@ class KControl(Control):
             return counters
         chain: list[Entry] = []
         if self.decision == "token":
-            names = ("drafted", "probability", "entropy", "path")
-            chain = [Entry(name, 1, 0.0, 1.0, partial(self._read_of_chain, i)) for i, name in enumerate(names)]
-            chain.append(Entry("free", 1, 0.0, 1.0, read_free))
+            chain = [
+                Entry("drafted", 1, 0.0, 1.0, partial(self._read_of_chain, 0), drafted_then),
+                Entry("probability", 1, 0.0, 1.0, partial(self._read_of_chain, 1), probability_then),
+                Entry("entropy", 1, 0.0, 1.0, partial(self._read_of_chain, 2), token_entropy_then),
+                Entry("path", 1, 0.0, 1.0, partial(self._read_of_chain, 3), path_then),
+                Entry("free", 1, 0.0, 1.0, read_free, free_then),
+            ]
         elif not self.adjustment_interval:
             chain = [
                 Entry("confidence", 1, 0.0, 1.0, self._read_confidence),
@@ -229,6 +240,11 @@ class KControl(Control):
 
     def static(self, *values: Setting) -> tuple[Control, Setting]:
         return KControl(self.k_max, observation="counters"), values[0]
+
+    def plans(self) -> Plans:
+        if self.adjustment_interval:
+            return super().plans()
+        return chain_plans(self.k_max, DRAFT if self.decision == "token" else None, self.place("drafted"))
 
     def prepare(self, decoder: Decoder) -> None:
         """Nothing is drafted before it is decided."""

@@ -1,131 +1,156 @@
-"""Every way in which a cycle can go on from a decision, as arrays: what agents that learn from full information weigh."""
+"""Every way in which a cycle can continue from a decision, as arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from spec_envs.controls.base import Control
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.depth import EXPAND, VERIFY, DepthControl
-from spec_envs.controls.k import DRAFT, KControl
-from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.full_trees import level_slice
 
-# Entries of an observation that are the same all through a cycle
-UNCHANGED = (
-    "recent",
-    "match",
-    "acceptance",
-    "last_k",
-    "last_acceptance",
-    "position",
-    "context",
-    "kind",
-    "task",
-    "costs",
-)
 
-
+@dataclass(frozen=True, eq=False)
 class Plans:
-    """The plans of a cycle, each a size to draft to and a budget to verify.
-
-    Args:
-        control: of trees, or of chains.
+    """The plans of a cycle, each a size to draft to and a budget to verify. They are ordered by size, and every size has
+    the same budgets.
 
     Attributes:
         sizes: ``[plans]``, expansions of a tree, or tokens of a chain.
-        budgets: ``[plans]``, which of the control's budgets is verified (of a chain always the whole).
-        nodes: ``[plans]``, drafted nodes that are then verified.
-        levels: decisions that there can be in a cycle; at level i, i expansions are made or tokens drafted (a control that
-            decides once has one level).
-        first: level of the first decision; what comes before is always drafted.
-        made: expansions in front of the first decision.
-        deepest: the largest size that there can be.
-        copies: whether some tokens may be drafted for nothing.
-        own: how many of an observation's first entries tell of what this cycle has drafted; the others are the same all
-            through it. 0 where a decision comes before drafting.
-
-    Raises:
-        ValueError: another control, or one that decides for several cycles at once.
+        budgets: ``[plans]``, the most drafted nodes that are then verified.
+        candidates: ``[plans]``, nodes drafted.
+        ends: ``[plans]``, the action that ends a cycle with each plan, once it is drafted.
+        drafts: the action that drafts a further level or token, of a control that decides after each; None of one that
+            decides once per cycle.
+        made: expansions or tokens that are drafted before the first decision of every cycle; None if that is drawn from
+            ``sizes`` for each cycle.
+        runs_out: whether a cycle that reaches the largest size is verified within the same step.
+        chain: whether chains are drafted, some of whose tokens may be copied for nothing.
+        width: rows of the forward that drafts a further level or token.
+        shown: place in an observation of the size drafted so far, as a share of the largest; None where it is not shown.
     """
 
-    def __init__(self, control: Control):
-        self.control, self.copies = control, isinstance(control, KControl)
-        if isinstance(control, KControl) and not control.adjustment_interval:
-            stepwise = control.decision == "token"
-            self.sizes, self.budgets = np.arange(control.k_max + 1), np.zeros(control.k_max + 1, np.int64)
-            self.nodes = self.sizes
-        elif isinstance(control, (DepthControl, BudgetControl, TreeControl)):
-            offered = np.array([control.budget] if isinstance(control, DepthControl) else control.budgets)
-            stepwise = not isinstance(control, BudgetControl)
-            if isinstance(control, BudgetControl):
-                if control.depth == "random":
-                    raise ValueError('depth is "random"; plans are priced at one depth, such as depth=2')
-                depths = np.array([control.depth])
-            else:
-                depths = np.arange(control.max_depth + 1)
-            self.sizes = np.repeat(depths, len(offered))
-            self.budgets = np.tile(np.arange(len(offered)), len(depths))
-            stops = np.array([level_slice(depth, control.width).stop for depth in self.sizes.tolist()])
-            self.nodes = np.minimum(offered[self.budgets], stops)
-        else:
-            raise ValueError(
-                f"plans are made of cycles of SpecDepth-v0, SpecBudget-v0, SpecTree-v0 and SpecK-v0, not of {control.name} "
-                "with these settings"
-            )
-        self.stepwise = stepwise
-        self.deepest = int(getattr(control, "k_max", control.max_depth))  # type: ignore[attr-defined]
-        self.levels = self.deepest + 1 if stepwise else 1
-        self.first = int(isinstance(control, DepthControl))
-        self.made = self.first if stepwise or self.copies else int(self.sizes[0])
-        starts = [place.start for name, place in control.slices.items() if name in UNCHANGED]
-        self.own = 0 if self.copies and not stepwise else min(starts, default=control.observation_space.shape[0])  # type: ignore[index]
-        if "expansions" not in control.slices and "drafted" not in control.slices and stepwise:
-            raise ValueError(
-                f'the observation {control.observation!r} lacks what is drafted; pass observation="default"'
-            )
+    sizes: np.ndarray
+    budgets: np.ndarray
+    candidates: np.ndarray
+    ends: np.ndarray
+    drafts: int | None = None
+    made: int | None = 0
+    runs_out: bool = False
+    chain: bool = False
+    width: int = 1
+    shown: int | None = None
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether a decision is made after every level or token."""
+        return self.drafts is not None
+
+    @property
+    def deepest(self) -> int:
+        """The largest size."""
+        return int(self.sizes[-1])
+
+    @property
+    def offered(self) -> int:
+        """Budgets of every size."""
+        return int((self.sizes == self.sizes[0]).sum())
+
+    @property
+    def nodes(self) -> np.ndarray:
+        """Nodes that are verified under each plan, ``[plans]``."""
+        return np.minimum(self.budgets, self.candidates)
+
+    @property
+    def levels(self) -> int:
+        """Decisions that there can be in a cycle: at level i, i expansions are made or tokens drafted. A control that
+        decides once has one level."""
+        return self.deepest + 1 if self.stepwise else 1
+
+    @property
+    def first(self) -> int:
+        """Level of the first decision of a cycle."""
+        return self.made or 0 if self.stepwise else 0
+
+    @property
+    def names(self) -> list[tuple[int, ...]]:
+        """The numbers that name each plan: a chain's length, or a tree's depth and budget."""
+        columns = (self.sizes,) if self.chain else (self.sizes, self.budgets)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def settled(self) -> Plans:
+        """Return these plans, as long as every cycle begins at the same size.
+
+        Raises:
+            ValueError: the size is drawn, so that no plan has a price of its own.
+        """
+        if self.made is None:
+            raise ValueError('depth is "random"; plans are priced at one depth, such as depth=2')
+        return self
 
     def level(self, observations: np.ndarray) -> np.ndarray:
-        """At which level each of the observations ``[n, …]`` was made."""
+        """Return the level ``[n]`` at which each of the observations ``[n, …]`` was made."""
         if not self.stepwise:
             return np.zeros(len(observations), np.int64)
-        name = "drafted" if self.copies else "expansions"
-        share = observations[:, self.control.slices[name].start]
-        return np.rint(share * self.deepest).astype(np.int64)
+        return np.rint(observations[:, self.shown] * self.deepest).astype(np.int64)
 
     def open(self, level: np.ndarray) -> np.ndarray:
-        """Which plans are still there at those levels, ``[…, plans]`` (bool)."""
+        """Return which plans can still be followed at those levels, ``[…, plans]`` (bool)."""
         if not self.stepwise:
             return np.ones((*np.shape(level), len(self.sizes)), bool)
         return self.sizes >= np.asarray(level)[..., None]
 
     def actions(self, level: np.ndarray, plan: np.ndarray) -> np.ndarray:
-        """The actions that follow plans ``[n]`` at levels ``[n]``."""
-        control, goes_on = self.control, self.sizes[plan] > level
-        if isinstance(control, DepthControl):
-            return np.where(goes_on, EXPAND, VERIFY)
-        if isinstance(control, TreeControl):
-            return np.where(goes_on, 0, 1 + self.budgets[plan])
-        if isinstance(control, KControl):
-            return np.where(goes_on, DRAFT, 0) if self.stepwise else plan
-        return self.budgets[plan]
+        """Return the actions ``[n]`` that follow plans ``[n]`` at levels ``[n]``."""
+        if self.drafts is None:
+            return self.ends[plan]
+        return np.where(self.sizes[plan] > level, self.drafts, self.ends[plan])
 
-    @property
-    def going_on(self) -> int:
-        """The action that drafts another level or token, of a control that decides at each."""
-        largest = len(self.sizes) - 1
-        return int(self.actions(np.zeros(1, np.int64), np.array([largest]))[0])
-
-    def stopping(self) -> np.ndarray:
-        """The action ``[plans]`` that ends a cycle with each plan, once it is drafted."""
-        every = np.arange(len(self.sizes))
-        return self.actions(self.sizes, every)
+    def ended_by(self, actions: int) -> np.ndarray:
+        """Return which of a size's plans each action ends, ``[actions]``. Where nothing more can be drafted, the action
+        that drafts ends the last one."""
+        found = np.full(actions, self.offered - 1)
+        found[self.ends[: self.offered]] = np.arange(self.offered)
+        return found
 
     def verification(self, table: CostTable) -> np.ndarray:
-        """Seconds of verifying each plan's nodes, ``[plans]``."""
+        """Return the seconds of verifying each plan's nodes, ``[plans]``."""
         return np.array([table.seconds("verify", n + 1) for n in self.nodes.tolist()])
 
     def forward(self, table: CostTable) -> float:
-        """Seconds of drafting a further level or token."""
-        return table.seconds("draft", self.control.width)
+        """Return the seconds of drafting a further level or token."""
+        return table.seconds("draft", self.width)
+
+
+def tree_plans(
+    depths: Sequence[int],
+    budgets: Sequence[int],
+    width: int,
+    first_end: int,
+    drafts: int | None = None,
+    made: int | None = 0,
+    runs_out: bool = False,
+    shown: int | None = None,
+) -> Plans:
+    """Return the plans of trees of all of these depths, each verified with all of these budgets.
+
+    Args:
+        first_end: action that ends a cycle with the first budget; those of the others follow it.
+        drafts, made, runs_out, shown: see ``Plans``.
+    """
+    sizes, offered = np.repeat(depths, len(budgets)), np.tile(budgets, len(depths))
+    candidates = np.array([level_slice(depth, width).stop for depth in sizes.tolist()])
+    ends = np.tile(np.arange(first_end, first_end + len(budgets)), len(depths))
+    return Plans(sizes, offered, candidates, ends, drafts, made, runs_out, False, width, shown)
+
+
+def chain_plans(k_max: int, drafts: int | None = None, shown: int | None = None) -> Plans:
+    """Return the plans of chains of up to ``k_max`` tokens, which are verified whole.
+
+    Args:
+        drafts, shown: see ``Plans``. Where chains are drafted token by token, action 0 verifies; else action K drafts K tokens.
+    """
+    sizes = np.arange(k_max + 1)
+    ends = sizes if drafts is None else np.zeros(k_max + 1, np.int64)
+    return Plans(sizes, sizes, sizes, ends, drafts, 0, drafts is not None, True, 1, shown)

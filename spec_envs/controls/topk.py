@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import Control, Entry, Setting, read_context, read_position
-from spec_envs.controls.k import ENTROPY_UNIT, WINDOWS, acceptance, mean, one_hot, read_match
+from spec_envs.controls.base import WINDOWS, Control, Entry, Setting, read_context, read_position
+from spec_envs.controls.k import acceptance, mean, one_hot, read_match
+from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import rl_adapter, saved
 from spec_envs.controls.rl_adapter_state import KS, published_state
 from spec_envs.decoding.clock import WallClock

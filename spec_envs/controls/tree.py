@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls import candidates
 from spec_envs.controls.base import Control, Entry, Setting, common_entries, read_survival
-from spec_envs.controls.budget import offered, read_gains
+from spec_envs.controls.budget import gains_entry, offered
 from spec_envs.controls.depth import read_frontier
-from spec_envs.controls.k import ENTROPY_UNIT
+from spec_envs.controls.plans import Plans, tree_plans
+from spec_envs.controls.recorded import ENTROPY_UNIT, entropy_then, frontier_then, survival_then
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 EXPAND = 0
@@ -99,10 +99,10 @@ class TreeControl(Control):
         self.action_space = spaces.Discrete(1 + len(self.budgets))
         self._declare(
             [
-                Entry("frontier", width, 0.0, 1.0, read_frontier),
-                Entry("survival", max_depth + 1, 0.0, 1.0, read_survival),
-                Entry("gains", len(self.budgets), 0.0, 1.0, partial(read_gains, budgets=self.budgets)),
-                Entry("entropy", 1, 0.0, 1.0, read_entropy),
+                Entry("frontier", width, 0.0, 1.0, read_frontier, frontier_then),
+                Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then),
+                gains_entry(self.budgets),
+                Entry("entropy", 1, 0.0, 1.0, read_entropy, entropy_then),
                 *common_entries(),
             ]
         )
@@ -131,6 +131,10 @@ class TreeControl(Control):
     def static(self, *values: Setting) -> tuple[Control, Setting]:
         depth, budget = map(int, values)
         return TreeControl(self.max_depth, self.width, (budget,)), f"{depth}x{budget}"
+
+    def plans(self) -> Plans:
+        depths, shown = range(self.max_depth + 1), self.place("expansions")
+        return tree_plans(depths, self.budgets, self.width, 1, EXPAND, shown=shown)
 
     def prepare(self, decoder: Decoder) -> None:
         decoder.begin()

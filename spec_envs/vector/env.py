@@ -11,12 +11,8 @@ from gymnasium.vector.utils import batch_space
 
 from spec_envs.checked import choice
 from spec_envs.controls import CONTROLS, make_control
-from spec_envs.controls.base import CONTEXT_UNIT
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.depth import DepthControl
-from spec_envs.controls.k import KControl
+from spec_envs.controls.base import CONTEXT_UNIT, LENGTH_UNIT, WINDOWS
 from spec_envs.controls.rewards import Decision
-from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
@@ -24,12 +20,13 @@ from spec_envs.env import EndedText, check_keywords
 from spec_envs.keywords import check_ranges
 from spec_envs.recordings import clocks_for
 from spec_envs.vector.chains import Chains
+from spec_envs.vector.cycles import CycleTable
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.infos import blank, cleared, gathered
 from spec_envs.vector.recent import Recent
-from spec_envs.vector.trees import Outcome, Trees
+from spec_envs.vector.trees import Trees
 
-WINDOWS = (4, 16)  # cycles over which the accepted tokens of trees are observed
+PLAYS: dict[str, type[Trees] | type[Chains]] = {"tree": Trees, "chain": Chains}  # by the kind of a trace
 UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that nothing here follows
 
 
@@ -118,13 +115,13 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.pending, self.spent, self.cycle_spent = (np.zeros(num_envs) for _ in range(3))
         self.recent = Recent(WINDOWS, num_envs, 1)  # accepted tokens
         self.draws, self.brought = Draws(num_envs), blank(num_envs)
+        self.cycles = CycleTable(self.trace, self.control)
         self.price([priced.table for priced in self.clocks])
 
     def price(self, tables: Sequence[CostTable]) -> None:
         """Price forwards by these tables from the next reset on; of several, one is drawn per text."""
-        kind = Chains if isinstance(self.control, KControl) else Trees
         self.cost_tables = list(tables)
-        self.play = kind(self.trace, self.control, tables, self.num_envs, self.draws)  # type: ignore[arg-type]
+        self.play = PLAYS[self.control.trace_kind](self.cycles, tables, self.num_envs, self.draws)
         self.plain = np.array([1 / table.seconds("verify", 1) for table in tables])
         self.pace = (
             self.plain * self.trace.static_over_plain
@@ -137,7 +134,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _check(self, keywords: dict[str, Any], max_new_tokens: int) -> None:
         """Refuse what a trace does not have, and what nobody would notice to be without effect."""
         control = self.control
-        if not isinstance(control, (DepthControl, BudgetControl, TreeControl, KControl)) or control.engine != "torch":
+        if not control.trace_kind or control.engine != "torch":
             raise ValueError(f"{control.name} is not replayed in NumPy; make it with vectorization_mode='sync'")
         if unused := [name for name in UNUSED if keywords.get(name)]:
             raise ValueError(
@@ -236,7 +233,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         }
         values["seconds"] |= {"draft": draft, "verify": done.verify, "policy": policy}
         self.brought = values
-        self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, done, finished, live)
+        self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, finished, live)
         terminated = done.verified.copy() if self.episode == "cycle" else finished
         observations = self._observe(slice(None), ~finished)
         infos = self._reset_ended(observations, values, terminated, finished)
@@ -325,7 +322,6 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         which: np.ndarray,
         accepted: np.ndarray,
         emitted: np.ndarray,
-        done: Outcome,
         finished: np.ndarray,
         live: np.ndarray | bool,
     ) -> None:
@@ -334,7 +330,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self.recent.push(which, accepted[which, None])
         self.cycle_spent[which] = 0.0
         self.pending *= ~np.asarray(live)
-        self.pending[which] = self.play.verified(which, accepted, emitted, done, finished)
+        self.pending[which] = self.play.verified(which, accepted, emitted, finished)
 
     def _begin(self, which: np.ndarray, texts: np.ndarray | None = None) -> None:
         """Texts begin in some environments: those, or any."""
@@ -369,12 +365,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             at, cycles = slices["recent"].start, self.recent.cycles[which]
             for i, window in enumerate(WINDOWS):
                 mean = self.recent.sums[i, which, 0] / np.clip(cycles, 1, window)
-                out[:, at + i] = np.minimum(1.0, mean / (self.control.max_depth + 1))  # type: ignore[attr-defined]
+                out[:, at + i] = np.minimum(1.0, mean / (self.control.max_depth + 1))
         if "position" in slices:
             out[:, slices["position"].start] = emitted / self.max_new_tokens
             out[:, slices["context"].start] = np.minimum(1.0, (self.prompt_lengths[text] + emitted) / CONTEXT_UNIT)
         if "length" in slices:
-            out[:, slices["length"]] = ((self.prompt_lengths[text] + emitted) / 1000)[:, None]
+            out[:, slices["length"]] = ((self.prompt_lengths[text] + emitted) / LENGTH_UNIT)[:, None]
         return out
 
 

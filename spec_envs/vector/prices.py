@@ -6,9 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spec_envs.controls.base import Control, costs_shown
 from spec_envs.decoding.clock import CostTable
 
 
 def prices(tables: Sequence[CostTable], part: str, rows: int) -> np.ndarray:
-    """Seconds of forwards of 0…``rows`` rows under each table, ``[tables, rows + 1]``."""
+    """Return the seconds of forwards of 0…``rows`` rows under each table, ``[tables, rows + 1]``."""
     return np.array([[table.seconds(part, n) for n in range(rows + 1)] for table in tables])
+
+
+def costs_observed(tables: Sequence[CostTable], control: Control) -> np.ndarray | None:
+    """Return what a control's ``cost_features`` show of each table, ``[tables, size]``; None where it has none."""
+    if not control.cost_features:
+        return None
+    shown = [costs_shown(table, control.width) for table in tables]
+    return np.clip(np.array(shown, np.float32), 0.0, 1.0)

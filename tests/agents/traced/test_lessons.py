@@ -17,7 +17,6 @@ from spec_envs.agents.traced.outcomes import ChainOutcomes, TreeOutcomes
 from spec_envs.controls import make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
-from spec_envs.controls.plans import Plans
 from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.train import trace_of
@@ -35,9 +34,9 @@ def test_following_a_plan_leads_to_the_cycle_that_it_names(
     env_id, name, keywords = CASES[case]
     shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
     env: Any = gym.make(env_id, **shared).unwrapped
-    control, found = env.control, Plans(env.control)
+    control, found = env.control, env.control.plans()
     assert found.levels == (1 if case in ("budget", "k") else found.deepest + 1)
-    assert (found.first, found.copies) == (int(case == "depth"), case in ("k", "token", "drafted"))
+    assert (found.first, found.chain) == (int(case == "depth"), case in ("k", "token", "drafted"))
     for plan, size in enumerate(found.sizes.tolist()):
         if size < found.first:
             continue
@@ -50,10 +49,10 @@ def test_following_a_plan_leads_to_the_cycle_that_it_names(
             action = found.actions(found.level(observation[None]), np.array([plan]))[0]
             observation, _, _, _, info = env.step(int(action))
             emitted, level = info["emitted"], level + 1
-        drafted = size if found.copies else level_slice(size, control.width).stop
+        drafted = size if found.chain else level_slice(size, control.width).stop
         assert (info["drafted"], info["verified"]) == (drafted, found.nodes[plan])
-        budgets = [control.budget] if case == "depth" else getattr(control, "budgets", [99])
-        assert found.nodes[plan] == min(drafted, budgets[found.budgets[plan]])
+        assert found.nodes[plan] == min(drafted, found.budgets[plan])
+        assert found.chain or found.budgets[plan] in ([control.budget] if case == "depth" else control.budgets)
     assert len(set(zip(found.sizes.tolist(), found.budgets.tolist(), strict=True))) == len(found.sizes)
 
 
@@ -73,7 +72,7 @@ def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
-    env, found = copy.deepcopy(vectors[case]), Plans(control_of(case))
+    env, found = copy.deepcopy(vectors[case]), control_of(case).plans()
     forward, verification = found.forward(TABLE), found.verification(TABLE)
     observations, _ = env.reset(seed=0)
     begins, rng, everywhere, cycles = np.ones(8, bool), np.random.default_rng(0), np.arange(8), 0
@@ -111,7 +110,7 @@ def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str,
 
 
 def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
-    found = ChainOutcomes(Plans(KControl(k_max=3, decision="token")))
+    found = ChainOutcomes(KControl(k_max=3, decision="token").plans())
     odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
     predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)  # alive; right 1, 2, 3; copied 1, 2, 3
     for forward, verification in ((0.0, np.zeros(4)), (0.25, np.array([1.0, 1.5, 1.75, 3.0]))):
@@ -130,9 +129,9 @@ def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
 @pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
 def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
     """One set of log-odds for all that is seen ends at the means of what the plans brought."""
-    plans = Plans(control_of(case))
-    outcomes = ChainOutcomes(plans) if plans.copies else TreeOutcomes(plans)
-    lessons = random_lessons(vectors[case], plans.control)
+    plans = control_of(case).plans()
+    outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
+    lessons = random_lessons(vectors[case], control_of(case))
     accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
     predicted = torch.zeros(1, plans.levels, outcomes.outputs, requires_grad=True)
     optimizer = torch.optim.Adam([predicted], 0.1)

@@ -230,7 +230,7 @@ def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarra
     found = np.zeros(len(plans.sizes))
 
     def end(size: int, budget: int, chance: float) -> None:
-        found[np.flatnonzero((plans.sizes == size) & (plans.budgets == budget))] += chance
+        found[np.flatnonzero(plans.sizes == size)[budget]] += chance
 
     def walk(level: int, chance: float) -> None:
         for action, own in enumerate(chances[level] * chance):

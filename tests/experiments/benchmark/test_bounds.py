@@ -39,7 +39,7 @@ SHORT: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
 def settings(bounds: Bounds) -> list[int | str]:
     """The setting of each plan, as ``FixedAgent`` takes it."""
     by_name = {"depth": lambda d, b: d, "budget": lambda d, b: b, "tree": lambda d, b: f"{d}x{b}", "k": lambda k: k}
-    return [by_name[bounds.control.name](*name) for name in bounds.names()]
+    return [by_name[bounds.control.name](*name) for name in bounds.plans.names]
 
 
 class Player:

@@ -1,0 +1,156 @@
+"""What an observation shows of recorded trees and chains. Every function reads many cycles of a trace at once, each of a row
+and of a size that is drafted there; beside them stand the formulas that they share with what is read of a live tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from spec_envs.decoding.traces.files import RecordedTexts
+from spec_envs.decoding.traces.full_trees import grown, level_slice
+
+ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
+DEPTH_UNIT = 10.0  # expansions that the published observation shows as 1
+
+Reader = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+"""From recorded trees (or chains), rows of the trace ``[n]`` and sizes ``[n]`` to what an entry of the observation shows,
+``[n]`` or ``[n, size]``."""
+
+
+class RecordedTrees:
+    """The full trees of a trace, of which a cycle drafts the first levels.
+
+    Attributes:
+        scores: ``[rows, C]``, path log-probability of every node.
+        frontiers: ``[rows, L, W]``, the nodes of each level that are expanded, best first.
+        stops: ``[L]``, nodes of a tree of each depth.
+    """
+
+    def __init__(self, trace: RecordedTexts, max_depth: int, width: int):
+        self.width, self.max_depth = width, max_depth
+        self.stops = np.array([level_slice(level, width).stop for level in range(max_depth + 1)])
+        trees = grown(np.asarray(trace.columns["log_probs"][:, : self.stops[-1]]), width)
+        self.scores, self.frontiers, self.entropies = trees.scores, trees.frontiers, trace.columns["entropies"]
+
+    @cached_property
+    def survival(self) -> np.ndarray:
+        """Summed path probability of every level, ``[rows, L]``."""
+        return survival(self.scores, [0, *self.stops[:-1]])
+
+
+class RecordedChains:
+    """The longest chains of a trace, of which a cycle drafts the first tokens.
+
+    Attributes:
+        steps, paths: ``[rows, K]``, log-probability of each token, and of the chain up to it.
+        entropies: ``[rows, K]``, of the distribution that each token is from, in nats.
+        copied: ``[rows, K + 1]``, whether each further token is copied.
+    """
+
+    def __init__(self, trace: RecordedTexts, k_max: int):
+        self.k_max = k_max
+        self.paths = np.asarray(trace.columns["log_probs"])[:, :k_max].cumsum(1, dtype=np.float32)
+        self.steps = self.paths.copy()
+        self.steps[:, 1:] -= self.paths[:, :-1]
+        self.entropies = np.asarray(trace.columns["entropies"])[:, :k_max]
+        self.copied = np.pad(copies(trace, k_max), ((0, 0), (0, 1)))
+
+    def means(self) -> np.ndarray:
+        """Return the mean probability and mean entropy of the tokens of every chain, ``[rows, K + 1, 2]``, as they are
+        observed after it."""
+        totals = np.zeros((len(self.steps), self.k_max + 1, 2))
+        totals[:, 1:, 0] = np.exp(self.steps).cumsum(1)
+        totals[:, 1:, 1] = self.entropies.cumsum(1) / ENTROPY_UNIT
+        counts = np.maximum(1, np.arange(self.k_max + 1))
+        return np.clip(totals / counts[None, :, None], 0.0, 1.0).astype(np.float32)
+
+
+def copies(trace: RecordedTexts, k_max: int) -> np.ndarray:
+    """Return which of the first tokens of every chain are copied, ``[rows, K]``."""
+    copied = np.asarray(trace.columns["copied"])[:, :k_max]
+    return copied & (np.arange(k_max) < np.asarray(trace.columns["length"])[:, None])
+
+
+def survival(scores: np.ndarray, level_starts: Sequence[int]) -> np.ndarray:
+    """Return the summed path probability of each level of trees, ``[…, levels]``.
+
+    Args:
+        scores: path log-probabilities ``[…, nodes]``.
+        level_starts: the first node of each level.
+    """
+    return np.add.reduceat(np.exp(scores), level_starts, -1)
+
+
+def survival_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    levels = np.arange(trees.max_depth + 1)
+    return np.where(levels <= depth[:, None], trees.survival[row], np.float32(0))
+
+
+def frontier_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    return np.exp(trees.scores[row[:, None], trees.frontiers[row, depth]])
+
+
+def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndarray:
+    """Return the expected accepted tokens that each budget adds to the one before, by the drafter's own probabilities, in
+    units of the deepest path, ``[…, budgets]``.
+
+    Args:
+        scores: path log-probabilities ``[…, nodes]``, −inf for nodes that there are not.
+    """
+    best = np.exp(-np.sort(-scores, -1)).cumsum(-1)
+    reached = np.concatenate([np.zeros((*best.shape[:-1], 1)), best], -1)
+    return np.diff(reached[..., np.minimum(budgets, scores.shape[-1])], prepend=0.0) / (max_depth + 1)
+
+
+def gains_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: Sequence[int]) -> np.ndarray:
+    most = trees.stops[depth.max(initial=0)]
+    grown_then = np.arange(most) < trees.stops[depth][:, None]
+    return gains(np.where(grown_then, trees.scores[row, :most], -np.inf), budgets, trees.max_depth)
+
+
+def entropy_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    first = np.where(depth > 0, 1 + trees.width * (depth - 1), 0)  # the node that the last expansion fed first
+    return trees.entropies[row, first] / ENTROPY_UNIT
+
+
+def expansions_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    return depth / trees.max_depth
+
+
+def published_depth_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    return depth / DEPTH_UNIT
+
+
+def all_scores_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    there = np.arange(trees.scores.shape[1]) < trees.stops[depth][:, None]
+    return np.where(there, trees.scores[row], 0.0)
+
+
+def last_scores_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    size = trees.width * trees.width
+    nodes = np.where(depth > 0, trees.stops[depth] - size, 0)[:, None] + np.arange(size)
+    there = nodes < trees.stops[depth][:, None]
+    return np.where(there, trees.scores[row[:, None], np.where(there, nodes, 0)], 0.0)
+
+
+def drafted_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return size / chains.k_max
+
+
+def probability_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return np.where(size > 0, np.exp(chains.steps[row, size - 1]), 1.0)
+
+
+def token_entropy_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return np.where(size > 0, chains.entropies[row, size - 1] / ENTROPY_UNIT, 0.0)
+
+
+def path_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return np.where(size > 0, np.exp(chains.paths[row, size - 1]), 1.0)
+
+
+def free_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return chains.copied[row, size]

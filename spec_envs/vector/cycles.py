@@ -1,0 +1,113 @@
+"""Every cycle that can begin at a position of a trace: what each plan accepts, which forwards it takes, and what is
+observed meanwhile."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from spec_envs.controls.base import Control
+from spec_envs.controls.recorded import RecordedChains, RecordedTrees, copies
+from spec_envs.decoding.traces.trace import Trace
+
+CHUNK = 2048  # rows whose observed entries are computed together
+
+
+class CycleTable:
+    """The cycles of a control on a trace, by row of the trace and plan of the control.
+
+    Arrays ``[rows, …]`` have a single row where all rows are alike: trees are drafted alike at every position.
+
+    Args:
+        trace: of the kind that replays the control.
+        control: which has plans.
+
+    Attributes:
+        plans: of the control.
+        sizes: ``[sizes]``, each size of a plan once.
+        accepted: ``[rows, plans]``, tokens of the text among the verified nodes.
+        drafted, nodes: ``[rows, plans]``, nodes drafted, and how many of them are verified.
+        asked: ``[rows, plans]``, whether the drafter makes any forward.
+        forwards: ``[rows, plans]``, forwards after the first decision.
+        first: ``[rows]``, tokens that are copied before the one that the first forward drafts.
+        gaps: ``[rows, largest size]``, rows of the forward that drafts each further level or token; 0 where there is none, and
+            of the first forward, whose rows depend on what is unread of the text (``spec_envs.decoding.catch_up``).
+        read: ``[rows, plans]``, tokens of a chain that forwards have read once it is drafted.
+        right: ``[rows]``, how many of its first tokens are the text's.
+    """
+
+    def __init__(self, trace: Trace, control: Control):
+        self.trace, self.control, self.plans = trace, control, control.plans()
+        self.sizes = np.unique(self.plans.sizes)
+        if self.plans.chain:
+            self._read_chains()
+        else:
+            self._read_trees()
+
+    def _read_trees(self) -> None:
+        plans, levels = self.plans, self.plans.deepest + 1
+        ranks = np.asarray(self.trace.columns["ranks"][:, :levels, :levels])
+        self.accepted = np.empty((len(ranks), len(plans.sizes)), np.int8)
+        for i, (depth, budget) in enumerate(zip(plans.sizes.tolist(), plans.budgets.tolist(), strict=True)):
+            self.accepted[:, i] = ((ranks[:, depth] >= 0) & (ranks[:, depth] < budget)).sum(1)
+        self.drafted, self.nodes = plans.candidates[None], plans.nodes[None]
+        self.asked = np.ones((1, len(plans.sizes)), bool)
+        further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
+        self.forwards, self.gaps = further[None], np.full((1, plans.deepest), plans.width)
+        self.first = self.right = np.zeros(1, np.int64)
+        self.read = np.zeros((1, len(plans.sizes)), np.int64)  # the next tree has another root, and reads all anew
+
+    def _read_chains(self) -> None:
+        columns, k_max = self.trace.columns, self.plans.deepest
+        length = np.minimum(columns["length"], k_max).astype(np.int64)
+        self.right = np.minimum(columns["right"], length).astype(np.int64)
+        self.drafted = self.nodes = np.minimum(length[:, None], self.plans.sizes)
+        self.accepted = np.minimum(self.right[:, None], self.plans.sizes)
+        self.copied = copies(self.trace, k_max)
+        asked = ~self.copied & (np.arange(k_max) < length[:, None])
+        self.forwards = np.pad(asked.cumsum(1), ((0, 0), (1, 0)))
+        self.asked = self.forwards > 0
+        self.first = np.where(asked.any(1), asked.argmax(1), k_max)
+        self.read = np.zeros((len(length), k_max + 1), np.int16)
+        self.gaps = np.zeros((len(length), k_max), np.int16)
+        last = np.full(len(length), -1)
+        for at in range(k_max):
+            self.gaps[:, at] = np.where(asked[:, at] & (last >= 0), at - last, 0)
+            last = np.where(asked[:, at], at, last)
+            self.read[:, at + 1] = np.maximum(last, 0)
+
+    def further(self, draft: np.ndarray) -> np.ndarray:
+        """Return the seconds of a cycle's forwards after its first one, ``[tables, rows, plans]``.
+
+        Args:
+            draft: seconds of a forward by its rows, ``[tables, most rows + 1]``.
+        """
+        seconds = draft[:, self.gaps].cumsum(2)
+        return np.pad(seconds, ((0, 0), (0, 0), (1, 0)))[:, :, self.plans.sizes]
+
+    @cached_property
+    def recorded(self) -> RecordedTrees | RecordedChains:
+        """What was drafted at every position of the trace."""
+        if self.plans.chain:
+            return RecordedChains(self.trace, self.plans.deepest)
+        return RecordedTrees(self.trace, self.control.max_depth, self.control.width)
+
+    @cached_property
+    def observed(self) -> np.ndarray:
+        """What is observed of what a cycle has drafted, ``[rows, sizes, control.own]``, float32."""
+        found = np.zeros((self.trace.rows, len(self.sizes), self.control.own), np.float32)
+        for begin in range(0, len(found), CHUNK):
+            rows = np.arange(begin, min(begin + CHUNK, len(found)))
+            for i, size in enumerate(self.sizes):
+                found[rows, i] = self.read_entries(rows, np.full(len(rows), size))
+        return found
+
+    def read_entries(self, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Return what is observed of what cycles at rows ``[n]`` have drafted at sizes ``[n]``, ``[n, control.own]``."""
+        found = np.zeros((len(row), self.control.own), np.float32)
+        for entry in self.control.entries:
+            if entry.recorded:
+                shown = np.clip(entry.recorded(self.recorded, row, size), entry.low, entry.high)
+                found[:, self.control.slices[entry.name]] = shown.reshape(len(row), -1)
+        return found
