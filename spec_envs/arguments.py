@@ -1,4 +1,4 @@
-"""Arguments of the commands: whatever is out of range or cannot be written to is refused before any work begins."""
+"""Arguments of the commands: values out of range and places that cannot be written to are refused before any work."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from spec_envs.files import at_home
 
 
 class Refused(SystemExit):
-    """The end of a command whose arguments make no sense: its status is 2, and it says why."""
+    """Ends a command whose arguments are wrong, with status 2 and the reason as its code."""
 
     code = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a command that its module's docstring describes.
+    """The parser of a command, which its module's docstring describes.
 
-    Options are written in full: an abbreviation would be another option's as soon as one is added.
+    Options have to be written in full, because an abbreviation may become ambiguous when an option is added.
     """
 
     def __init__(
@@ -35,19 +35,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, epilog=epilog)
 
     def error(self, message: str) -> NoReturn:
-        """End the command with one line."""
+        """Print the reason in one line and end the command."""
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         print(line := f"error: {message}; --help describes every option", file=sys.stderr)
         raise Refused(line)
 
 
 def shown(text: str) -> str:
-    """A value for a sentence: as it was given, or in quotes where it would not be seen."""
+    """Return a value as an error shows it: as it was given, or in quotes if it is blank or not printable."""
     return text if text.strip() and text.isprintable() else repr(text)
 
 
 def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """The type of a whole number within a range."""
+    """Return an argument type: a whole number within a range."""
     expected = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
 
     def parse(text: str) -> int:
@@ -63,7 +63,7 @@ def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int
 
 
 def number(lowest: float, highest: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """The type of a finite number within a range; ``above``: the lowest itself does not belong to it."""
+    """Return an argument type: a finite number within a range, which excludes ``lowest`` itself if ``above``."""
     least = f"above {lowest:g}" if above else f"{lowest:g} or more"
     expected = least if highest == math.inf else f"{least} and at most {highest:g}"
 
@@ -80,48 +80,48 @@ def number(lowest: float, highest: float = math.inf, above: bool = False) -> Cal
 
 
 POSITIVE = whole_number(1)
-PROMPTS = whole_number(2)  # of a table: intervals are taken over prompts
-TOKENS = whole_number(2, 2**20)  # of a text: the first one is the prefill's
-SEED = whole_number(0, 2**32 - 1)  # what NumPy and Stable-Baselines3 take
+PROMPTS = whole_number(2)  # of a table, whose intervals need two prompts
+TOKENS = whole_number(2, 2**20)  # of a text, whose first token belongs to the prefill
+SEED = whole_number(0, 2**32 - 1)  # the range of NumPy and Stable-Baselines3
 TEMPERATURE = number(0, 100)
 TOP_P = number(0, 1, above=True)
 
 
 def nonempty(text: str) -> str:
-    """The type of a name, which is not empty."""
+    """Return a name that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; expected a name, or leave the option out")
     return text
 
 
 def output_folder(text: str) -> Path:
-    """The type of a folder that results are written into: one that is there, or can be made."""
+    """Return the path of a folder for results, which exists or can be made."""
     return _writable(text, Path(text))
 
 
 def output_file(text: str) -> Path:
-    """The type of a file that a result is written to, over one of that name."""
+    """Return the path of a file for a result, which replaces a file of that name."""
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file")
     return _writable(text, Path(text).parent)
 
 
 def input_folder(text: str) -> Path:
-    """The type of a folder that is read."""
+    """Return the path of a folder that exists."""
     if not at_home(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected one that is there")
     return Path(text)
 
 
 def input_file(text: str) -> Path:
-    """The type of a file that is read."""
+    """Return the path of a file that exists."""
     if not at_home(text).is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file; expected one that is there")
     return at_home(text)
 
 
 def _writable(text: str, folder: Path) -> Path:
-    """The path of ``text``, whose files lie in ``folder``."""
+    """Return ``text`` as a path if files can be written into ``folder``, or could be once it is made."""
     nonempty(text)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():

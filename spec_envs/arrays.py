@@ -1,4 +1,4 @@
-"""Archives of arrays, as strangers may have made them."""
+"""Archives of arrays from sources that are not trusted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import numpy as np
 
 
 def read_npz(path: Path, most: int) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file, which hold at most ``most`` bytes together.
+    """Return the arrays of an .npz file by name.
+
+    Args:
+        most: bytes that the arrays may take together.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, larger than that, or holds what would have to be unpickled.
+        ValueError: it is damaged, too large, or holds objects that would have to be unpickled.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -32,9 +35,9 @@ def read_npz(path: Path, most: int) -> dict[str, np.ndarray]:
 
 
 def _check_header(file: IO[bytes], member: zipfile.ZipInfo) -> None:
-    """Refuse an array that claims to be larger than what is there, for which memory would be asked."""
-    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+    """Refuse an array whose header claims more bytes than the file has, before memory is allocated for it."""
+    version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)  # type: ignore[arg-type]
+    shape, _, dtype = read(file)
     if math.prod(shape) * dtype.itemsize > member.file_size or min(shape, default=0) < 0:
         raise ValueError(f"{member.filename} claims the shape {shape}, which is more than it holds")

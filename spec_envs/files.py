@@ -1,12 +1,12 @@
-"""Files that are there whole or not at all, and folders that one process at a time writes in."""
+"""Files that are written whole or not at all, and folders that one process at a time writes in."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,22 +14,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-DATA = Path(__file__).resolve().parent / "data"  # what is shipped
-LOCK = ".lock"  # in a folder that is held
+LOG = logging.getLogger(__name__)
+DATA = Path(__file__).resolve().parent / "data"  # shipped with the package
+LOCK = ".lock"  # name of the file in a held folder
 TEMPORARY = ".tmp"
 
 
 @contextmanager
 def held(folder: Path, doing: str = "") -> Iterator[None]:
-    """Hold a folder: until the block ends, or this process dies however it dies, no other process holds it.
+    """Hold a folder: no other process holds it until the block ends or this process dies, in whatever way.
 
-    The folder is made where there is none, temporary files that a killed process left in it are removed, and at the end
-    it is removed if nothing was written in it. The lock is the operating system's on an open file: what the file says
-    serves the message alone. It is not reentrant.
+    The folder is made if it does not exist, temporary files that a killed process left in it are removed, and at the end
+    it is removed if nothing was written in it. The lock is the operating system's on an open file, whose text only serves
+    error messages. It is not reentrant.
 
     Args:
-        doing: what whoever holds the folder does there, such as "recording a trace": a line then says so, and this
-            process waits for it. Without it this process is refused.
+        doing: what processes that hold the folder do there, such as "recording a trace". With it, this process logs that
+            it waits, and waits for the other one; without it, an error is raised.
 
     Raises:
         ValueError: another process holds the folder, and ``doing`` is empty.
@@ -44,8 +45,8 @@ def held(folder: Path, doing: str = "") -> Iterator[None]:
             raise ValueError(
                 f"{folder} is in use by {holder(note)}; wait until it has ended, or choose another folder"
             ) from None
-        print(f"waiting for {holder(note)}, which is {doing} in {folder}", file=sys.stderr, flush=True)
-        folder.mkdir(parents=True, exist_ok=True)  # who held it may have removed it
+        LOG.warning("waiting for %s, which is %s in %s", holder(note), doing, folder)
+        folder.mkdir(parents=True, exist_ok=True)  # the other process may have removed it
         lock.acquire(poll_interval=0.2)
     try:
         with suppress(OSError):  # a full disk is reported by what is written there
@@ -61,7 +62,7 @@ def held(folder: Path, doing: str = "") -> Iterator[None]:
 
 
 def holder(note: Path) -> str:
-    """Return what the lock file of a folder says of the process that holds it."""
+    """Return the name of the process that holds a folder, as its lock file states it."""
     try:
         return note.read_text()[:200] or "another process"
     except (OSError, UnicodeDecodeError):
@@ -70,8 +71,9 @@ def holder(note: Path) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends, and is removed if it fails. A power loss
-    leaves the old file or the new one: what was written is on the disk before it takes the name.
+    """Yield a temporary path beside ``path`` that is renamed to ``path`` when the block ends, and removed if it fails.
+
+    A power loss leaves either the old file or the new one, because the contents are on the disk before the renaming.
 
     Raises:
         OSError: the file could not be written (a full disk, say); the sentence names it.
@@ -81,19 +83,19 @@ def whole(path: Path) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         temporary.replace(path)
-        with suppress(OSError):  # of folders some network file systems refuse it
+        with suppress(OSError):  # some network file systems cannot flush a folder
             flush(path.parent)
     except BaseException as error:  # KeyboardInterrupt too: clean up, then raise on
         temporary.unlink(missing_ok=True)
-        told = isinstance(error, OSError) and error.errno is None  # of another file, by a block within this one
-        if not told and (isinstance(error, OSError) or "(os error" in str(error)):  # the latter from safetensors
+        reported = isinstance(error, OSError) and error.errno is None  # by a block within this one, for another file
+        if not reported and (isinstance(error, OSError) or "(os error" in str(error)):  # the latter from safetensors
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise OSError(f"could not write {path}: {reason}; free some space or choose another folder") from error
         raise
 
 
 def flush(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -108,7 +110,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; there is none of a name that no file system takes."""
+    """Return whether there is such a file; False for a name that no file system takes."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -116,7 +118,7 @@ def is_file(path: Path) -> bool:
 
 
 def at_home(source: str | Path) -> Path:
-    """Return a path with ``~`` as the home folder; that of nobody known stays as it is."""
+    """Return a path with ``~`` replaced by the home folder; the ``~name`` of an unknown user stays as it is."""
     try:
         return Path(source).expanduser()
     except RuntimeError:
@@ -124,11 +126,16 @@ def at_home(source: str | Path) -> Path:
 
 
 def find_json(source: str, folder: Path, what: str, *others: str) -> Path:
-    """The JSON file ``source``: one of a shipped folder by its bare name, or any by its path. ``others``: names that
-    mean something else to who asks.
+    """Return the path of a JSON file.
+
+    Args:
+        source: bare name of a file in ``folder``, or a path.
+        folder: of the shipped files.
+        what: the file describes, for the error.
+        others: further names that the caller accepts, listed in the error.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     for path in (folder / f"{source}.json", Path(source)):
         if is_file(path):
@@ -141,7 +148,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write JSON whole or not at all.
 
     Raises:
-        ValueError: a number that JSON does not have (NaN or an infinity).
+        ValueError: the data has NaN or an infinity, which JSON does not have.
         OSError: the file could not be written.
     """
     try:
@@ -155,10 +162,10 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, holds NaN or an infinity, or is nested deeper than any of our files.
+        ValueError: it is not JSON, has NaN or an infinity, or is nested too deeply.
     """
     try:
         return json.loads(text, parse_constant=finite, parse_float=finite)
@@ -167,7 +174,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def finite(text: str) -> float:
-    """Return a number that a JSON text holds; NaN and infinities, which Python's reader takes, are refused."""
+    """Return the number that a JSON text states.
+
+    Raises:
+        ValueError: it is NaN or an infinity, which Python's reader accepts.
+    """
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
@@ -175,7 +186,7 @@ def finite(text: str) -> float:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Return what a JSON file holds.
+    """Return the value of a JSON file.
 
     Args:
         remedy: what to do about a damaged file, such as "delete it to measure again".

@@ -1,4 +1,4 @@
-"""Processes that end with this one, however that comes about."""
+"""Child processes that end with this process, in whatever way it ends."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PDEATHSIG = 1  # of prctl
 class Starter:
     """A thread that starts processes and lasts as long as this process.
 
-    Linux ends a process with the *thread* that started it, if it was asked to. Starting every one from here makes that
-    thread outlive whoever wanted it.
+    Linux can end a process together with the *thread* that started it. A process started from here therefore outlives the
+    thread that asked for it.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Starter:
         threading.Thread(target=self._work, name="starter", daemon=True).start()
 
     def call(self, start: Callable[[], Any]) -> Any:
-        """Return what a call returns, or raise what it raises, in that thread."""
+        """Run ``start`` in the thread and return what it returns, or raise what it raises."""
         future: Future[Any] = Future()
         self.todo.put((future, start))
         return future.result()
@@ -44,14 +44,14 @@ class Starter:
 
 
 _lock = threading.Lock()
-_starters: dict[int, Starter] = {}  # by process: a fork has none of its parent's threads
+_starters: dict[int, Starter] = {}  # by process id: a fork does not have its parent's threads
 
 
 def started(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
-    """Start a process that ends with this one: by itself on Linux, elsewhere only if it is stopped.
+    """Start a process that ends with this one. Elsewhere than on Linux, the caller has to stop it.
 
     Args:
-        settings: of ``subprocess.Popen``.
+        settings: further arguments of ``subprocess.Popen``.
 
     Raises:
         OSError: the program cannot be run.
@@ -64,20 +64,25 @@ def started(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
             _starters.clear()
             starter = _starters[os.getpid()] = Starter()
     parent = os.getpid()
-    return starter.call(lambda: subprocess.Popen(command, preexec_fn=lambda: _die_with(parent), **settings))
+    libc = LIBC
+    process: subprocess.Popen[Any] = starter.call(
+        lambda: subprocess.Popen(command, preexec_fn=lambda: _die_with(libc, parent), **settings)
+    )
+    return process
 
 
-def _die_with(parent: int) -> None:
-    """Have the system kill this process when the thread that started it is gone: it has nothing to save, and may hang
-    when it is asked to end."""
-    assert LIBC is not None
-    LIBC.prctl(PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before it could be asked
+def _die_with(libc: ctypes.CDLL, parent: int) -> None:
+    """Have the system kill this process when the thread that started it ends.
+
+    It is killed, not asked to end, because it has nothing to save and may hang.
+    """
+    libc.prctl(PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended before this request
         os._exit(1)
 
 
 def _forked() -> None:
-    """A child of a fork starts processes from a thread of its own, and may have been forked under the lock."""
+    """Replace the lock in the child of a fork, which may have been forked while it was held."""
     global _lock
     _lock = threading.Lock()
 

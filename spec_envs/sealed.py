@@ -1,6 +1,6 @@
-"""Files that notice damage: each holds the SHA-256 of what it says, so that a flipped bit is not taken for a number.
+"""Files with a checksum: each holds the SHA-256 of its contents, so that damage is noticed when it is read.
 
-JSON, PyTorch's and safetensors files; those that others wrote, without a hash, are read too.
+These are JSON, PyTorch and safetensors files. Files of other programs, which have no checksum, are read too.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def digest(content: Any) -> str:
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Return what stands beside the hash.
+    """Return an object without its hash.
 
     Raises:
-        ValueError: it is not what was hashed.
+        ValueError: the contents do not match the hash.
     """
     seal = content.get(SEAL)
     rest = {key: value for key, value in content.items() if key != SEAL}
@@ -62,12 +62,12 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object and its hash, whole or not at all."""
-    plain = json.loads(json.dumps(content))  # keys as JSON has them
+    plain = json.loads(json.dumps(content))  # the keys become texts, as they are read again
     write_json(path, plain | {SEAL: digest(plain)})
 
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
-    """Return what ``write_sealed`` wrote.
+    """Return the JSON object that ``write_sealed`` wrote.
 
     Raises:
         ValueError: the file is missing or damaged; the sentence names it and ends with ``remedy``.
@@ -82,10 +82,10 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_torch(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save``, whole or not at all. The file is a zip archive, whose comment holds the hash of all before it: its
-    contents are what was saved, and others read it as they read any.
+    """Write a file as ``torch.save`` does, whole or not at all.
 
-    By way of memory, for torch itself does not say why it could not write.
+    The file is a zip archive whose comment holds the hash of all bytes before it, so that other programs read it as any
+    file of PyTorch. It is made in memory first, because torch does not report why it could not write.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -95,11 +95,11 @@ def write_torch(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_torch(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Return what ``write_torch`` wrote, on the CPU; nothing is unpickled but tensors and plain values.
+    """Return the state that ``write_torch`` wrote, on the CPU; only tensors and plain values are unpickled.
 
     Args:
-        what: the file is, such as "the checkpoint".
-        remedy: what to do about a damaged one, such as "delete it to begin anew".
+        what: name of the file for errors, such as "the checkpoint".
+        remedy: what to do about a damaged file, such as "delete it to begin anew".
 
     Raises:
         ValueError: the file is missing or damaged, or would take more memory than its own size; the sentence names it.
@@ -119,7 +119,7 @@ def read_torch(path: Path, what: str, remedy: str) -> dict[str, Any]:
             raise ValueError("its tensors are larger than the file")
     except OSError as error:
         raise ValueError(f"cannot read {what} {path}: {error.strerror or first_line(error)}; {remedy}") from None
-    except Exception as error:  # zipfile, torch and its unpickler each have their own for a damaged file
+    except Exception as error:  # zipfile, torch and its unpickler each raise their own for a damaged file
         raise ValueError(f"cannot read {what} {path}: it is damaged ({first_line(error)}); {remedy}") from None
     return state
 
@@ -139,20 +139,24 @@ def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
     data = save(tensors, metadata | {SEAL: digest([tensors, sorted(metadata.items())])})
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library writes it in any order
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library writes it in random order
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_bytes(path, len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file; see ``read_torch``.
+    """Return the tensors and the metadata of a safetensors file.
+
+    Args:
+        what: name of the file for errors, such as "the policy".
+        remedy: what to do about a damaged file.
 
     Raises:
         ValueError: the file is missing or damaged; the sentence names it.
     """
     try:
-        path.open("rb").close()  # whose errors say why
+        path.open("rb").close()  # safetensors does not report why it cannot open a file
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             metadata = dict(file.metadata() or {})
@@ -161,7 +165,7 @@ def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor],
             raise ValueError("its contents are not those that were written")
     except OSError as error:
         raise ValueError(f"cannot read {what} {path}: {error.strerror or first_line(error)}; {remedy}") from None
-    except Exception as error:  # safetensors has no one error for a damaged header
+    except Exception as error:  # safetensors raises several kinds for a damaged header
         raise ValueError(f"cannot read {what} {path}: it is damaged ({first_line(error)}); {remedy}") from None
     return tensors, metadata
 
@@ -170,7 +174,7 @@ def number_of(content: dict[str, Any], name: str, path: Path, remedy: str, least
     """Return a number that a file must hold.
 
     Raises:
-        ValueError: it is missing, no finite number, or below ``least``; the sentence names the file.
+        ValueError: it is missing, not finite, or below ``least``; the sentence names the file.
     """
     try:
         value = float(content[name])
@@ -182,6 +186,6 @@ def number_of(content: dict[str, Any], name: str, path: Path, remedy: str, least
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its name where it has none."""
+    """Return the first line of an error's message, or the name of its class where the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""YAML as the files of this project use it: one mapping or value, every key once, and no more than it looks."""
+"""The YAML of this project's files: one mapping or value, every key once, and no more nodes than it appears to have."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ DEEPEST = 50
 
 
 class Loader(yaml.SafeLoader):
-    """Reads true, false, null and decimal or hexadecimal numbers; all else (on, no, 1:30, 017, 2026-01-01) is text.
+    """Reads true, false, null and decimal or hexadecimal numbers; everything else (on, no, 1:30, 017, 2026-01-01) is text.
 
-    A key that stands twice in a mapping is refused.
+    It refuses a mapping that has a key twice.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the node, each of whose keys stands once."""
+        """Return the node of a mapping.
+
+        Raises:
+            yaml.MarkedYAMLError: a key stands twice in it.
+        """
         node = super().compose_mapping_node(anchor)
         seen: dict[Any, int] = {}
         for key, _ in node.value:
@@ -48,11 +52,11 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
+    """Return the value of a YAML text.
 
     Raises:
-        ValueError: it is not YAML, says a key twice, is nested deeply, or grows beyond its length by aliases; the
-            sentence begins with the line where that is known.
+        ValueError: it is not YAML, has a key twice, is nested too deeply, or aliases make it too large; the sentence
+            begins with the line where that is known.
     """
     try:
         loader = Loader(text)
@@ -66,23 +70,22 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{place}{error.problem or error.context}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:  # the last two of a scalar under a tag that it does not fit
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # the last two: a scalar does not fit its tag
         raise ValueError(str(error).splitlines()[0]) from None
 
 
 def measure(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     """Return how many nodes there are with every alias written out.
 
+    Args:
+        known: counts of the nodes seen so far, by id; extended here.
+
     Raises:
-        yaml.MarkedYAMLError: too many, too deep, or endless.
+        yaml.MarkedYAMLError: there are too many nodes, or they are nested too deeply.
     """
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = MOST_NODES + 1  # until it is known: an alias of a node within itself has no end
+    known[id(node)] = MOST_NODES + 1  # for now: an alias of a node within itself has no end
     inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
     count = 1
     if not isinstance(node, yaml.ScalarNode):

@@ -1,4 +1,4 @@
-"""Conversations: several turns, by person and model in turn. Each turn of a person is a prompt, with what was said before.
+"""Conversations between a person and a model. Each turn of the person is a prompt, with the turns before it.
 
 A turn is a chat message, ``{"role": "user", "content": "…"}``, or one of ShareGPT, ``{"from": "human", "value": "…"}``;
 ``role`` or ``from`` is ``user`` or ``human``, ``assistant`` or ``gpt``, or ``system`` (first). A content may be a list of
@@ -9,7 +9,7 @@ ShareGPT's format: ``{"conversations": [turn, …]}``, or with ``messages`` in i
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +18,14 @@ from spec_envs.files import whole
 from spec_envs.prompts.rows import NO_JSON, check_values, lines, parsed, read_bytes, split_of
 from spec_envs.text import encodable
 
+LOG = logging.getLogger(__name__)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SUFFIXES = (".json", ".jsonl")
 MOST_TURNS = 1000  # of a conversation: each is a prompt with all before it
 
 
 class Turn(NamedTuple):
-    """What a person said, what was said before (role and text), and the split that its conversation belongs to."""
+    """A turn of a person: its text, the turns before it (role and text), and the split of its conversation."""
 
     text: str
     history: tuple[tuple[str, str], ...]
@@ -32,13 +33,14 @@ class Turn(NamedTuple):
 
 
 def is_log(name: str) -> bool:
-    """Return whether a prompt set's name is that of a log."""
+    """Return whether a prompt set's name is the path of a log."""
     return name.endswith(SUFFIXES)
 
 
 def read_log(path: Path) -> list[Turn]:
-    """Return the turns of a log that a model answered or was to answer, in order. What is no conversation is left out, and
-    one line on stderr says how many rows that were.
+    """Return the turns of the persons in a log, in order.
+
+    Rows that are no conversation are left out; a warning is logged with their number.
 
     Raises:
         ValueError: the file cannot be read, or there is no conversation in it.
@@ -60,15 +62,14 @@ def read_log(path: Path) -> list[Turn]:
         )
     if refused:
         shown = ", ".join(refused[:3]) + (", …" if len(refused) > 3 else "")
-        print(
-            f"{path}: left out {len(refused)} of {total} rows that are no conversation ({shown}): {first}",
-            file=sys.stderr,
+        LOG.warning(
+            "%s: left out %d of %d rows that are no conversation (%s): %s", path, len(refused), total, shown, first
         )
     return turns
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file and where they are: those of an array, else lines as they are."""
+    """Yield the rows of a file, each with its place: the parsed elements of an array, or else the lines as bytes."""
     data = read_bytes(path, "conversations")
     if data.lstrip().startswith(b"["):
         try:
@@ -96,7 +97,7 @@ def conversation(row: Any) -> list[Turn]:
 
 
 def asked(messages: Any) -> list[Turn]:
-    """Return the turns of a person among messages, without a split.
+    """Return the person's turns among messages, with an empty split.
 
     Raises:
         ValueError: they are not messages of a person and a model in turn, or none is a person's.
@@ -118,7 +119,7 @@ def message(turn: Any) -> tuple[str, str]:
     """Return role and text of a message.
 
     Raises:
-        ValueError: it is none, or says something else than text.
+        ValueError: it is not a message, or its content is not text.
     """
     if not isinstance(turn, dict):
         raise ValueError("a turn is no object")

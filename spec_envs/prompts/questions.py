@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ from spec_envs.prompts.conversations import Turn, asked
 from spec_envs.prompts.rows import check_values, lines, parsed, read_bytes, split_of
 from spec_envs.text import encodable, reason
 
-COLUMNS = (  # of data sets, the first that there is
+LOG = logging.getLogger(__name__)
+COLUMNS = (  # of a data set; the first of these that it has holds the prompts
     *("turns", "prompt", "messages", "conversations", "question", "instruction", "article", "document", "text"),
 )
 
 
 def read_questions(path: Path) -> list[Turn]:
-    """Return the first turns of a question.jsonl file; one line on stderr says how many later ones there are.
+    """Return the first turns of a question.jsonl file.
+
+    Later turns are left out; a warning is logged with their number.
 
     Raises:
-        ValueError: the file cannot be read or has no question, or a line is none; the sentence names file and line.
+        ValueError: the file cannot be read or has no question, or a line is not a question; the sentence names file and
+            line.
     """
     turns, later = [], []
     for number, line in lines(read_bytes(path, "questions")):
@@ -38,13 +42,15 @@ def read_questions(path: Path) -> list[Turn]:
         later.append(more)
     if not turns:
         raise ValueError(f'{path} holds no question; expected {{"turns": ["…"]}} on each line')
-    tell_of_later(path, later)
+    log_later_turns(path, later)
     return turns
 
 
 def read_data_set(name: str) -> list[Turn]:
     """Return the user turns of a data set on the hub, ``org/name@configuration:column`` (the last two optional), or of a
-    local folder, ``folder:column``. Rows without a prompt are left out, and one line on stderr says how many.
+    local folder, ``folder:column``.
+
+    Rows without a prompt are left out; a warning is logged with their number.
 
     Raises:
         ValueError: there is no such data set or column, or no prompt in it.
@@ -59,8 +65,8 @@ def read_data_set(name: str) -> list[Turn]:
     folder = at_home(place)
     identifier, _, configuration = (str(folder), "", "") if folder.is_dir() else place.partition("@")
     try:
-        splits = load_dataset(identifier, configuration or None)  # which runs no code of a data set
-    except Exception as error:  # the library raises many kinds
+        splits = load_dataset(identifier, configuration or None)  # this version runs no code of a data set
+    except Exception as error:  # the library raises exceptions of many kinds
         raise ValueError(f"cannot load the data set {identifier!r} from the hub: {reason(error)}") from None
     parts = list(splits.values())
     shared = [c for c in (parts[0].column_names if parts else []) if all(c in part.column_names for part in parts)]
@@ -75,7 +81,7 @@ def column_turns(values: Any, name: str) -> list[Turn]:
     """Return the user turns of a data set's column.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no row holds a prompt.
     """
     turns, later, refused = [], [], []
     total = 0
@@ -91,18 +97,18 @@ def column_turns(values: Any, name: str) -> list[Turn]:
         seen = f"; {refused[0]}" if refused else ""
         raise ValueError(f"{name} holds no prompt; expected texts, lists of texts or chat messages{seen}")
     if refused:
-        print(f"{name}: left out {len(refused)} of {total} rows that hold no prompt ({refused[0]})", file=sys.stderr)
-    tell_of_later(name, later)
+        LOG.warning("%s: left out %d of %d rows that hold no prompt (%s)", name, len(refused), total, refused[0])
+    log_later_turns(name, later)
     return turns
 
 
 def first_turns(value: Any) -> tuple[list[Turn], int]:
     """Return the user turns of a text, a list of texts or a list of chat messages, and how many turns were left out.
 
-    Of several texts it is the first: what follows needs the model's own answer to it.
+    Of several texts only the first is taken, because the later ones need the model's own answer to it.
 
     Raises:
-        ValueError: it is none of these, or there is nothing in it.
+        ValueError: the value is none of these, or empty.
     """
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return asked(value), 0
@@ -114,11 +120,10 @@ def first_turns(value: Any) -> tuple[list[Turn], int]:
     return [Turn(encodable(texts[0]), (), "")], len(texts) - 1
 
 
-def tell_of_later(name: Path | str, later: list[int]) -> None:
-    """Say on stderr how many turns after the first were left out."""
+def log_later_turns(name: Path | str, later: list[int]) -> None:
+    """Log how many turns after the first ones were left out."""
     if any(later):
-        print(
-            f"{name}: left out {sum(later)} later turns of {sum(map(bool, later))} questions, which need the model's own "
-            "answer to the first",
-            file=sys.stderr,
+        LOG.warning(
+            "%s: left out %d later turns of %d questions, which need the model's own answer to the first",
+            *(name, sum(later), sum(map(bool, later))),
         )

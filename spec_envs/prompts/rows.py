@@ -1,4 +1,4 @@
-"""Rows of JSON out of files that other people wrote."""
+"""Rows of JSON in files that other people wrote."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ NO_JSON = "it is not JSON"
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """Return what a file of ``what`` holds, without a byte order mark of UTF-8.
+    """Return the contents of a file of ``what``, without the byte order mark of UTF-8.
 
     Raises:
         ValueError: the file cannot be read; the sentence names it.
     """
     try:
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, ValueError) as error:  # the latter for a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the name has a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read the {what} {path}: {reason or error}") from None
 
 
 def lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that hold something, with their numbers."""
+    """Yield the lines that are not blank, with their numbers, counted from 1."""
     for number, line in enumerate(data.split(b"\n"), 1):  # not what Unicode calls a line, such as U+2028
         if line.strip():
             yield number, line
 
 
 def parsed(data: bytes) -> Any:
-    """Return what JSON in UTF-8 says; an object that has a key twice becomes NaN.
+    """Return the value of JSON in UTF-8; an object that has a key twice becomes NaN, which ``check_values`` refuses.
 
     Raises:
         ValueError: it is not UTF-8, not JSON, or nested so deeply that it cannot be read.
@@ -49,10 +49,10 @@ def parsed(data: bytes) -> Any:
 
 
 def check_values(row: Any) -> None:
-    """Refuse a row that has NaN or Infinity, which are no JSON, or an object with a key twice.
+    """Refuse a row with NaN or Infinity, which JSON does not have, or with an object that has a key twice.
 
     Raises:
-        ValueError: it does.
+        ValueError: the row has one of these.
     """
     try:
         json.dumps(row, allow_nan=False)
@@ -61,11 +61,12 @@ def check_values(row: Any) -> None:
 
 
 def split_of(row: dict[str, Any], text: str) -> str:
-    """Return the split that a row states, else one that depends on a text only: six tenths are train, one tenth
-    validation, three tenths test.
+    """Return the split that a row states, or else one that depends on ``text`` only.
+
+    Of the texts, six tenths are train, one tenth validation, three tenths test.
 
     Raises:
-        ValueError: it states another one.
+        ValueError: the row states a split that does not exist.
     """
     stated = row.get("split")
     if stated is None:

@@ -1,19 +1,19 @@
 """Prompts: one user turn through the model's chat template.
 
-The shipped set has five kinds of task named after the benchmarks whose kind they are (the texts were written for this
-project): ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and
-``humaneval`` (code), and one more that only its name brings in: ``json`` (structured output). Each is split into train,
-validation and test. Other sets are read from
-``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations, of which the first turns are
-used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``); another name with a slash
-is a local folder or a data set on the hub, ``org/name``, optionally with a configuration and a column,
-``org/name@config:column`` (needs the ``datasets`` extra), whose column holds texts, lists of texts or chat messages.
+The shipped set has five tasks, named after the benchmarks that they resemble (the texts were written for this project):
+``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and ``humaneval`` (code). A
+sixth, ``json`` (structured output), is used only where it is named. Each is split into train, validation and test.
+
+Other sets are read from ``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations, of
+which the first turns are used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``).
+Another name with a slash is a local folder or a data set on the hub, ``org/name``, optionally with a configuration and a
+column, ``org/name@config:column`` (needs the ``datasets`` extra); the column holds texts, lists of texts or chat messages.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from spec_envs.prompts.rows import SPLITS
 from spec_envs.prompts.templates import LONGEST, Refused, rendered
 from spec_envs.text import Detokenizer, encodable
 
+LOG = logging.getLogger(__name__)
 SHIPPED = DATA / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
 FURTHER = ("json",)  # shipped, but not part of "all"
@@ -34,8 +35,15 @@ FURTHER = ("json",)  # shipped, but not part of "all"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn, the task it belongs to, what was said before it (pairs of role and text), and whether it is left out
-    where the model cannot be given it: it is from a log of conversations or a data set, where such are to be expected."""
+    """One user turn.
+
+    Attributes:
+        task: name of the task it belongs to.
+        text: the turn itself.
+        history: role and text of every turn before it.
+        logged: whether it comes from a log or a data set. There some prompts cannot be given to a model, so they are
+            left out instead of raising an error.
+    """
 
     task: str
     text: str
@@ -44,12 +52,11 @@ class Prompt:
 
 
 def load_prompts(names: str = "all", split: str = "train", data_dir: str | None = None) -> list[Prompt]:
-    """Prompts by name, in the order of their files.
+    """Return prompts by name, in the order of their files.
 
     Args:
-        names: set names separated by commas; ``"all"`` among them is every local set there is (of the shipped ones, those
-            of ``TASKS``).
-        split: ``"train"``, ``"validation"`` or ``"test"``. Rows of a foreign file that state no split are divided
+        names: names of sets, separated by commas; ``"all"`` stands for every local set (of the shipped ones, ``TASKS``).
+        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``. Rows of a foreign file that state no split are divided
             by a hash of their text: six tenths train, one tenth validation, three tenths test.
         data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
 
@@ -81,7 +88,11 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
 
 
 def prompt_files(data_dir: str | None) -> dict[str, Path]:
-    """Prompt sets by name."""
+    """Return the files of the prompt sets by name: those below ``data_dir``, or the shipped ones.
+
+    Raises:
+        ValueError: the folder cannot be read or holds no prompts.
+    """
     if data_dir is None:
         return {name: SHIPPED / f"{name}.jsonl" for name in (*TASKS, *FURTHER)}
     try:
@@ -94,7 +105,7 @@ def prompt_files(data_dir: str | None) -> dict[str, Path]:
 
 
 def in_turn(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
-    """Prompts with their tasks in turn, ``size`` of each, as long as there are any."""
+    """Return the prompts reordered so that tasks alternate, ``size`` prompts of each at a time."""
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.task, []).append(prompt)
@@ -105,11 +116,13 @@ def in_turn(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: str | None = None, date: str | None = None
 ) -> Iterator[tuple[Prompt, list[int]]]:
-    """Yield prompts with their token ids; see ``encode``. Prompts of a log or a data set that the template or the model does
-    not take are left out, and one line on stderr says how many.
+    """Yield the prompts, each with its token ids as ``encode`` makes them.
+
+    Prompts of a log or a data set that the template or the model does not take are left out; a warning is logged with
+    their number.
 
     Raises:
-        ValueError: a prompt cannot be encoded, or none is left.
+        ValueError: another prompt cannot be encoded, or none is left.
     """
     refused: list[str] = []
     try:
@@ -125,13 +138,13 @@ def encode_all(
             yield prompt, ids
     finally:
         if refused:
-            print(f"left out {len(refused)} of {len(prompts)} prompts: {refused[0]}", file=sys.stderr)
+            LOG.warning("left out %d of %d prompts: %s", len(refused), len(prompts), refused[0])
 
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None, date: str | None = None
 ) -> list[int]:
-    """Return the token ids of a prompt; see ``encode``."""
+    """Return the token ids of a prompt as ``encode`` makes them."""
     return encode(tokenizer, prompt.text, template, prompt.history, date)
 
 
@@ -142,13 +155,14 @@ def encode(
     history: Sequence[tuple[str, str]] = (),
     date: str | None = None,
 ) -> list[int]:
-    """Return the token ids of a user turn, up to the place where the answer begins. Halves of surrogate pairs, which no
-    tokenizer takes, are ``U+FFFD``.
+    """Return the token ids of a user turn, up to the place where the answer begins.
+
+    Halves of surrogate pairs, which no tokenizer takes, become ``U+FFFD``.
 
     Args:
         template: a Jinja chat template for models without one; ``"none"`` takes the text as it is.
-        history: roles and texts of what was said before.
-        date: which day it is for the template, ``YYYY-MM-DD``; by default always the same one.
+        history: role and text of every turn before it.
+        date: the day that the template is given, ``YYYY-MM-DD``; by default always the same one.
 
     Raises:
         ValueError: the text is empty or far too long, the model has no chat template and none is given, or its template
@@ -162,14 +176,11 @@ def encode(
     if (length := sum(len(said) for _, said in turns)) > LONGEST:
         raise Refused(f"the prompt has {length:,} characters; expected at most {LONGEST:,}")
     if template == "none":
-        ids = tokenizer("\n\n".join(said for _, said in turns))["input_ids"]
+        ids: list[int] = tokenizer("\n\n".join(said for _, said in turns))["input_ids"]
     else:
         ids = tokenizer(rendered(tokenizer, turns, template, date), add_special_tokens=False)["input_ids"]
-    begins = tokenizer.bos_token_id
-    while begins is not None and ids[:2] == [
-        begins,
-        begins,
-    ]:  # a text that begins with it, and a tokenizer that adds it
+    begin = tokenizer.bos_token_id
+    while begin is not None and ids[:2] == [begin, begin]:  # the text begins with it and the tokenizer adds it again
         ids = ids[1:]
     if not ids:
         raise Refused("the prompt has no tokens; expected a text that the tokenizer knows")

@@ -1,9 +1,9 @@
-"""Chat templates. A template is a program that comes with a model, of whoever made the model.
+"""Chat templates. A template is a program that comes with a model, written by whoever made the model.
 
 It runs in Jinja's sandbox, as transformers compiles it: no attributes of Python, no files, no imports. Here its time, its
-memory and the length of what it writes are bounded, too (on Linux, the time in the main thread; one operation on a huge
-integer cannot be interrupted), it is never told another date than the one that is set, and its random numbers are always
-the same ones: a prompt depends on the settings only.
+memory and the length of its output are bounded, too (on Linux, and the time only in the main thread; one operation on a
+huge integer cannot be interrupted). It is given the date of the settings and always the same random numbers, so that a
+prompt depends on the settings only.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from spec_envs.text import encodable, reason
 
-DATE = "2026-01-01"  # of the day on which every text is written, where nothing else is set
-LONGEST = 8_000_000  # characters of a prompt: more than any context has room for
-SECONDS = 10.0  # of the processor, for one prompt
-MEMORY = 1 << 30  # bytes beyond what the process has
+DATE = "2026-01-01"  # that templates are given by default
+LONGEST = 8_000_000  # characters of a prompt, more than any context has room for
+SECONDS = 10.0  # of processor time for one prompt
+MEMORY = 1 << 30  # bytes beyond those the process already has
 
 
 class Refused(ValueError):
-    """A prompt that a model cannot be given, while it may take others."""
+    """Raised for a prompt that a model cannot be given, while it may take others."""
 
 
 def rendered(
@@ -41,17 +41,17 @@ def rendered(
     date: str | None = None,
     answer: bool = True,
 ) -> str:
-    """Return what a chat template makes of a conversation, up to the place where the answer begins.
+    """Return the text that a chat template makes of a conversation, up to the place where the answer begins.
 
     Args:
-        turns: roles and texts.
+        turns: role and text of each turn.
         template: in Jinja; None for the model's own.
-        date: which day it is for the template, ``YYYY-MM-DD``; None for ``DATE``.
-        answer: whether the model is to answer.
+        date: the day that the template is given, ``YYYY-MM-DD``; None for ``DATE``.
+        answer: whether the text ends with the beginning of the model's answer.
 
     Raises:
         Refused: the template does not take these turns, or writes more than ``LONGEST`` characters.
-        ValueError: there is no template, it is malformed, or takes too much time or memory; or there is no such day.
+        ValueError: there is no template, it is malformed or takes too much time or memory, or the day does not exist.
     """
     if template is None and tokenizer.chat_template is None:
         raise ValueError("the model has no chat template; give template= (Jinja), or template='none' for bare text")
@@ -75,7 +75,7 @@ def rendered(
     except TemplateSyntaxError as error:
         line = f"line {error.lineno}: {reason(error)}"
         raise ValueError(f"{whose} is malformed ({line}); give another one with template=") from None
-    except Exception as error:  # a program that is not ours may raise anything
+    except Exception as error:  # a foreign program may raise anything
         raise Refused(f"{whose} does not take the prompt ({reason(error)})") from None
     finally:
         random.setstate(state)
@@ -85,10 +85,10 @@ def rendered(
 
 
 def day(date: str | None) -> datetime:
-    """Return midnight of a day.
+    """Return midnight of a day, of ``DATE`` where none is given.
 
     Raises:
-        ValueError: no such day, or not written as ``YYYY-MM-DD``.
+        ValueError: there is no such day, or it is not written as ``YYYY-MM-DD``.
     """
     try:
         return datetime.strptime(date or DATE, "%Y-%m-%d")
@@ -98,10 +98,10 @@ def day(date: str | None) -> datetime:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Let what runs within take no more than ``SECONDS`` of the processor and ``MEMORY``.
+    """Limit the block to ``SECONDS`` of processor time and ``MEMORY`` bytes.
 
     Raises:
-        MemoryError, TimeoutError: it did.
+        MemoryError, TimeoutError: the block exceeded a limit.
     """
     if sys.platform != "linux":
         yield
@@ -115,7 +115,7 @@ def bounded() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (min(given), hard))
     if timed:
         before = signal.signal(signal.SIGVTALRM, _too_long)
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1.0)  # again, in case Jinja catches the first
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1.0)  # repeated in case Jinja catches the first
     try:
         yield
     except MemoryError:

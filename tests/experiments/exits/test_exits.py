@@ -104,7 +104,7 @@ def test_a_run_ends_with_a_table_and_a_drafter(
 
 
 def test_flags_are_keys_of_the_stanza(
-    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"conversations": [{"from": "human", "value": f"the {w}"}]} for w in ("a", "of", "in", "is", "it", "on")]
     log = tmp_path / "log.jsonl"
@@ -117,7 +117,7 @@ def test_flags_are_keys_of_the_stanza(
     }
     small = ["--set", "env.device=cpu", "eval_prompts=2", "eval_freq=0"]
     run(monkeypatch, dvi, *(text for pair in flags.items() for text in pair), *small)
-    assert "left out 1 of 7 rows that are no conversation (line 7)" in capsys.readouterr().err
+    assert "left out 1 of 7 rows that are no conversation (line 7)" in caplog.text
     found = json.loads((tmp_path / "results" / "reinforce-0.json").read_text())
     assert set(found) >= KEYS and found["adapter"] == "layers" and found["exit_layer"] == 3
     config = yaml.safe_load((tmp_path / "runs" / "SpecDVI-v0" / "reinforce-0" / "config.yml").read_text())

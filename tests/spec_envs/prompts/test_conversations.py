@@ -46,7 +46,7 @@ def test_turns_in_order_with_what_was_said_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lines", "array"])
-def test_what_is_no_conversation_is_counted(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_conversation_is_counted(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = tmp_path / "log.jsonl"
     if kind == "lines":
         log.write_text("\n".join([json.dumps(GOOD), *BAD, "", json.dumps(GOOD)]))
@@ -55,7 +55,7 @@ def test_what_is_no_conversation_is_counted(kind: str, tmp_path: Path, capsys: p
         log.write_text(json.dumps([GOOD, *(json.loads(bad) for bad in BAD[1:])]))
         count, total, place = len(BAD) - 1, len(BAD), "row 2"
     assert len(read_log(log)) == (4 if kind == "lines" else 2)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert f"left out {count} of {total} rows that are no conversation ({place}, " in said
 
 
@@ -109,12 +109,12 @@ def test_chat_messages_are_a_conversation(tmp_path: Path) -> None:
     ],
 )
 def test_why_a_row_is_left_out(
-    row: str, said: str, array: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    row: str, said: str, array: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log, good = tmp_path / "log.json", json.dumps(GOOD)
     log.write_text(f"[{good}, {row}, {good}]" if array else f"{good}\n{row}\n{good}")
     assert len(read_log(log)) == 4
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert (
         f"left out 1 of 3 rows that are no conversation ({'row' if array else 'line'} 2): " in shown and said in shown
     )
@@ -123,23 +123,23 @@ def test_why_a_row_is_left_out(
         read_log(log)
 
 
-def test_a_row_nested_too_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_nested_too_deeply(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log, good, deep = tmp_path / "log.json", json.dumps(GOOD), "[" * 100_000 + "]" * 100_000
     log.write_text(f"{good}\n{deep}\n")
-    assert len(read_log(log)) == 2 and "(line 2): it is nested too deeply" in capsys.readouterr().err
+    assert len(read_log(log)) == 2 and "(line 2): it is nested too deeply" in caplog.text
     log.write_text(f"[{good}, {deep}]")
     with pytest.raises(ValueError, match=r"cannot read the conversations .*log\.json: it is nested too deeply"):
         read_log(log)
 
 
-def test_half_surrogates_and_other_encodings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_surrogates_and_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = tmp_path / "log.json"
     rows = [GOOD, {"conversations": [{"from": "human", "value": "cut \ud83d"}]}]
     log.write_text(json.dumps(rows))
     assert read_log(log)[-1].text == "cut \ufffd" and len(load_prompts(str(log), "all")) == 3
     latin = json.dumps({"conversations": [{"from": "human", "value": "café"}]}, ensure_ascii=False).encode("latin-1")
     log.write_bytes(json.dumps(GOOD).encode() + b"\r\n" + latin + b"\r\n")
-    assert len(read_log(log)) == 2 and "(line 2): it is not UTF-8" in capsys.readouterr().err
+    assert len(read_log(log)) == 2 and "(line 2): it is not UTF-8" in caplog.text
     for encoded in (b"[" + latin + b"]", json.dumps(rows).encode("utf-16"), b""):
         log.write_bytes(encoded)
         with pytest.raises(ValueError, match=r"log\.json"):

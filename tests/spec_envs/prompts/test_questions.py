@@ -18,8 +18,6 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.prompts.questions import column_turns
 from spec_envs.prompts.sets import Prompt, encode_all, load_prompts
 
-Said = pytest.CaptureFixture[str]
-
 
 def question_file(folder: Path, *lines: str | bytes) -> str:
     """A folder for ``data_dir=`` with the set ``q`` of these lines."""
@@ -125,12 +123,13 @@ def test_files_without_permission(tmp_path: Path) -> None:
         load_prompts("q", "all", folder)
 
 
-def test_later_turns_are_left_out_and_said(tmp_path: Path, capsys: Said) -> None:
+def test_later_turns_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"turns": ["a", "b", "c"]}, {"turns": ["d"]}, {"turns": ["e", "f"]}]
     assert texts(*map(json.dumps, rows), folder=tmp_path) == ["a", "d", "e"]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "q/question.jsonl: left out 3 later turns of 2 questions" in said and said.count("\n") == 1
-    assert texts(*map(json.dumps, rows[1:2]), folder=tmp_path) == ["d"] and not capsys.readouterr().err
+    caplog.clear()
+    assert texts(*map(json.dumps, rows[1:2]), folder=tmp_path) == ["d"] and not caplog.text
 
 
 def data_set(folder: Path, *rows: Any) -> str:
@@ -158,12 +157,14 @@ def user(text: Any) -> dict[str, Any]:
         ([{"turns": ["a", "b"]}, {"turns": []}], ["a"], "set@1:turns: left out 1 later turns of 1 questions"),
     ],
 )
-def test_data_sets(rows: list[Any], found: list[str], said: str, tmp_path: Path, capsys: Said) -> None:
+def test_data_sets(
+    rows: list[Any], found: list[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     prompts = load_prompts(data_set(tmp_path / "set@1", *rows), "all")
     assert [prompt.text for prompt in prompts] == found and all(prompt.logged for prompt in prompts)
     if "messages" in rows[0]:
         assert prompts[1].history == (("user", "a"), ("assistant", "b"))
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert said in shown and ("left out" in shown) == bool(said)
 
 

@@ -141,7 +141,7 @@ def test_one_begin_of_text(tiny_target: Path) -> None:
 
 
 def test_prompts_of_a_log_that_the_template_refuses(
-    tiny: dict, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: dict, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [[("human", "the a")], [("system", "is"), ("human", "to on")], [("human", "in the")]]
     log = tmp_path / "log.jsonl"
@@ -149,11 +149,12 @@ def test_prompts_of_a_log_that_the_template_refuses(
     log.write_text("\n".join(map(json.dumps, turns)))
     settings: dict[str, Any] = tiny | {"drafter": "lookup", "template": NO_SYSTEM, "prompts": str(log)}
     env = gym.make("SpecK-v0", **settings, split="all")
-    said = capsys.readouterr().err
+    said = caplog.text
+    caplog.clear()
     assert [prompt.text for prompt in env.unwrapped.prompts] == ["the a", "in the"]
     assert "left out 1 of 3 prompts: " in said and "(roles must alternate)" in said and said.count("left out") == 1
     assert len(encoded_prompts(settings, "all", 9)) == 2
-    assert "left out 1 of 3 prompts: " in capsys.readouterr().err
+    assert "left out 1 of 3 prompts: " in caplog.text
     log.write_text(json.dumps(turns[1]))
     for make in (lambda: gym.make("SpecK-v0", **settings, split="all"), lambda: encoded_prompts(settings, "all", 9)):
         with pytest.raises(ValueError, match=r"does not take the prompt \(roles must alternate"):
