@@ -36,8 +36,8 @@ from spec_envs.agents.traced.exact_pg import ExactPGAgent
 from spec_envs.agents.traced.hindsight import HindsightAgent
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.env import check_keywords
 from spec_envs.sealed import first_line, number_of, read_sealed
+from spec_envs.settings import check_keywords
 from spec_envs.yaml_text import parse_yaml
 
 CONFIG = "config.yml"

@@ -7,8 +7,9 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -17,15 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.controls import CONTROLS
-from spec_envs.env import check_keywords
 from spec_envs.experiments.hyperparameters import check_name, check_value
+from spec_envs.settings import Settings, check_keywords, keyword_types
 from spec_envs.yaml_text import Loader, parse_yaml
 
 FOLDER = Path(__file__).parent
 
 
 class Stage(BaseModel):
-    """One step of training policies in turn; ``partner: false`` holds the other decision fixed."""
+    """One of several trainings in turn. With ``partner: false`` the other decision is fixed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: str
@@ -40,8 +41,8 @@ class Experiment(BaseModel):
     Attributes:
         agent: a name of ``agents.AGENTS``; by default the stanza's own.
         env: keyword arguments of the environment, over those of the file.
-        eval_env: what is otherwise in the final table, over ``env``; ``{trace: null}`` plays on the models what was trained
-            on a trace.
+        eval_env: what is otherwise in the final table, over ``env``; ``{trace: null}`` evaluates on the models what was
+            trained on a trace.
         total_timesteps: environment steps of training.
         hyperparameters: keyword arguments of the agent.
         eval_freq: steps between validations (0: none), each at the end of a rollout; the best agent is kept.
@@ -56,7 +57,7 @@ class Experiment(BaseModel):
             always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
         init: run folder whose policy weights training starts from.
-        checkpoint: checkpoint.pt's folder to go on from.
+        checkpoint: checkpoint.pt's folder to continue from.
         stages: policies trained in turn, each with the one before as partner.
     """
 
@@ -80,7 +81,7 @@ class Experiment(BaseModel):
 
 
 def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> Experiment:
-    """A stanza of ``experiments/{env_id}.yml`` with ``key=value`` overrides.
+    """Return a stanza of ``experiments/{env_id}.yml`` with ``key=value`` overrides.
 
     Args:
         overrides: ``"total_timesteps=1000"``, ``"env.max_new_tokens=64"``, …; values are YAML.
@@ -98,7 +99,7 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
     chosen.setdefault("agent", stanza)
 
     def place(where: tuple[str, ...]) -> str:
-        """Where a key was set: an override, or a line of the file."""
+        """Return where a key was set: "SET", or a line of the file."""
         if any(where[: len(key)] == key for key in overridden):
             return "SET"
         return f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}"
@@ -117,7 +118,7 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
 
 
 def file_of(env_id: str) -> Path:
-    """The YAML file of an environment."""
+    """Return the path of an environment's YAML file."""
     if env_id not in ENVIRONMENTS:
         raise ValueError(
             f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}"
@@ -126,30 +127,31 @@ def file_of(env_id: str) -> Path:
 
 
 def first_stanza(env_id: str) -> str:
-    """The stanza that an environment's file begins with: what is trained where none is named."""
+    """Return the name of the stanza that an environment's file begins with, which is trained where none is named."""
     return next(iter(read(file_of(env_id))[2]))
 
 
 def stanzas_of(env_id: str) -> list[str]:
-    """The stanzas of an environment's file, in their order."""
+    """Return the names of the stanzas of an environment's file, in their order."""
     return list(read(file_of(env_id))[2])
 
 
 def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]], str]) -> None:
-    """Refuse unknown agents and environment keywords, and numbers that YAML reads as text."""
+    """Refuse unknown agents, environments and hyper-parameters, keywords that an environment does not take, and numbers
+    that YAML reads as text."""
     if experiment.agent not in AGENTS:
         raise ValueError(
             f"{place(('agent',))}: no agent {experiment.agent!r}{nearest(experiment.agent, AGENTS)}; "
             f"there are {', '.join(AGENTS)}"
         )
     check_env(experiment.env, env_id, lambda key: place(("env", key)))
-    check_env(experiment.eval_env, env_id, lambda key: place(("eval_env", key)))
+    check_env(experiment.eval_env, env_id, lambda key: place(("eval_env", key)), experiment.env)
     for key in set(experiment.eval_env) & set(inspect.signature(CONTROLS[env_id]).parameters):
         raise ValueError(
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
     if experiment.record:
-        experiment.eval_env.setdefault("trace", None)  # what was learned from a trace is shown live
+        experiment.eval_env.setdefault("trace", None)  # what was learned from a trace is evaluated live
         if not CONTROLS[env_id].trace_kind:
             raise ValueError(f"{place(('record',))}: {env_id} has no exact traces; leave record out")
         if len(experiment.record) != 3 or min(experiment.record) < 0 or not experiment.record[0]:
@@ -160,7 +162,9 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
     for stage in experiment.stages:
         if stage.id not in ENVIRONMENTS:
             raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
-        check_env(stage.env, stage.id, lambda key: place(("stages",)))
+        known = keyword_types(CONTROLS[stage.id])
+        shared = {name: value for name, value in experiment.env.items() if name in known}
+        check_env(stage.env, stage.id, lambda key: place(("stages",)), shared)
     for key, value in experiment.hyperparameters.items():
         where = place(("hyperparameters", key))
         try:
@@ -171,14 +175,29 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-def check_env(env: dict[str, Any], env_id: str, place: Callable[[str], str]) -> None:
-    """Refuse keywords that an environment does not have, and values of the wrong type."""
+def check_env(
+    env: dict[str, Any], env_id: str, place: Callable[[str], str], beneath: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Refuse keywords that an environment does not have, and values that it does not take.
+
+    Args:
+        place: returns where a keyword was set.
+        beneath: keywords that hold where ``env`` says nothing else.
+
+    Raises:
+        ValueError: the sentence says where.
+    """
     for key, value in env.items():
         refuse_unfit_numbers(key, value, place(key))
         try:
             check_keywords(CONTROLS[env_id], {key: value})
         except TypeError as error:
             raise ValueError(f"{place(key)}: {error}") from None
+    try:
+        Settings.read(CONTROLS[env_id], {**beneath, **env})
+    except ValueError as error:
+        key = str(error).replace("=", " ").split()[0]  # every sentence begins with the keyword
+        raise ValueError(f"{place(key)}: {error}") from None
 
 
 def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
@@ -200,7 +219,7 @@ def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
 
 
 def is_number(text: str | float) -> bool:
-    """Whether a text reads as a number."""
+    """Tell whether a text reads as a number."""
     try:
         float(text)
     except ValueError:
@@ -209,7 +228,7 @@ def is_number(text: str | float) -> bool:
 
 
 def apply(override: str, config: dict[str, Any]) -> tuple[str, ...]:
-    """Set ``a.b=value`` in nested dictionaries; returns the keys."""
+    """Set ``a.b=value`` in nested dictionaries; return the keys."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not key=value; for example env.max_new_tokens=64")
@@ -267,12 +286,12 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
 
 @functools.lru_cache(8)
 def composed(text: str) -> yaml.Node | None:
-    """The nodes of a YAML text, which know their lines."""
+    """Return the nodes of a YAML text, which know their lines."""
     return yaml.compose(text, Loader)
 
 
 def line_of(text: str, *keys: tuple[str, ...]) -> int:
-    """Line of whichever of several nested keys a YAML text holds; of the deepest parent it holds otherwise."""
+    """Return the line of whichever of several nested keys a YAML text holds; otherwise that of the deepest parent it holds."""
     best = (False, 0, 1)
     for path in keys:
         node, line, depth = composed(text), 1, 0
@@ -288,6 +307,6 @@ def line_of(text: str, *keys: tuple[str, ...]) -> int:
 
 
 def nearest(word: str, known: Any) -> str:
-    """``; did you mean …?``"""
+    """Return " (did you mean …?)" with the known word that is nearest; nothing where none is near."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""

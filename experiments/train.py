@@ -45,6 +45,7 @@ from spec_envs.files import LOCK, TEMPORARY, held, whole
 from spec_envs.network.edge.linked import is_address
 from spec_envs.prompts.templates import DATE
 from spec_envs.sealed import number_of, read_sealed, write_sealed
+from spec_envs.settings import Settings
 
 MEASURED = "delete it to measure again"
 TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves behind
@@ -301,7 +302,7 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
     newest: dict[str, Path] = {}
     for number, stage in enumerate(experiment.stages, 1):
         kind = CONTROLS[stage.id]
-        own = set(inspect.signature(kind).parameters) | set(inspect.signature(SpecEnv).parameters)
+        own = set(inspect.signature(kind).parameters) | set(Settings.model_fields)
         partner = next((path for env_id, path in newest.items() if env_id != stage.id), None) if stage.partner else None
         settings = experiment.model_copy(
             update={

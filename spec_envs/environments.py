@@ -11,25 +11,24 @@ from typing import Any
 from spec_envs import ENVIRONMENTS, class_name
 from spec_envs.controls import CONTROLS
 from spec_envs.env import SpecEnv
+from spec_envs.settings import documentation, signature
 
 
 def environment(env_id: str) -> type[SpecEnv]:
     """Make the class of an environment."""
     place = ENVIRONMENTS[env_id]
+    kind = CONTROLS[place]
 
     def __init__(self: SpecEnv, control: str = place, **keywords: Any) -> None:
         SpecEnv.__init__(self, control, **keywords)
 
-    shared = inspect.getdoc(SpecEnv)
-    return type(
-        class_name(env_id),
-        (SpecEnv,),
-        {
-            "__init__": __init__,
-            "__module__": __name__,
-            "__doc__": f"{inspect.getdoc(CONTROLS[place])}\n\n## Shared arguments\n\n{shared}\n",
-        },
-    )
+    described = {
+        "__init__": __init__,
+        "__signature__": signature(kind),
+        "__doc__": f"{inspect.getdoc(kind)}\n\n## Shared Arguments\n\n{documentation()}\n",
+        "__module__": __name__,
+    }
+    return type(class_name(env_id), (SpecEnv,), described)
 
 
 def __getattr__(name: str) -> type[SpecEnv]:

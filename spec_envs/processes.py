@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import queue
 import signal
@@ -89,3 +90,10 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+def in_worker() -> bool:
+    """Tell whether siblings of this process share its machine: workers of multiprocessing, or of a Ray cluster."""
+    ray = sys.modules.get("ray")
+    on_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return on_ray or multiprocessing.parent_process() is not None

@@ -193,7 +193,7 @@ class OnlineAgent(ExitAgent):
         prompts = list(env.prompts)
         if self.order == "shuffled":
             np.random.default_rng(self.seed).shuffle(prompts)  # type: ignore[arg-type]
-        return in_turn(prompts, env.switch_every) if env.switch_every else prompts
+        return in_turn(prompts, env.settings.switch_every) if env.settings.switch_every else prompts
 
     def _text(self, env: gym.Env, prompt: Prompt) -> None:
         """Decode one text and learn from it."""

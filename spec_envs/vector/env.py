@@ -16,9 +16,9 @@ from spec_envs.controls.rewards import Decision
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
-from spec_envs.env import EndedText, check_keywords
-from spec_envs.keywords import check_ranges
+from spec_envs.env import EndedText
 from spec_envs.recordings import clocks_for
+from spec_envs.settings import Settings
 from spec_envs.vector.chains import Chains
 from spec_envs.vector.cycles import CycleTable
 from spec_envs.vector.draws import Draws
@@ -37,12 +37,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Args:
         control: ``"depth"``, ``"budget"``, ``"tree"`` or ``"k"``.
         num_envs: how many.
-        trace: folder of a trace (`make trace`).
         autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there. With
             ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
             ``infos["final_obs"]`` and ``infos["final_info"]`` are what it ended with, at the places where
             ``infos["_final_obs"]`` is true.
-        keywords: the other keyword arguments of ``SpecEnv`` and of the control, as far as they mean something here.
+        keywords: those of ``SpecEnv``, as far as they mean something here; ``trace`` is the folder of a trace
+            (`make trace`).
 
     ``reset`` takes a seed for all (environment i then has ``seed + i``) or a list with one for each, and as options
     ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy goes on where the
@@ -64,41 +64,29 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         control: str,
         num_envs: int = 1,
         *,
-        trace: str | None = None,
-        split: str = "train",
-        prompts: str = "all",
-        clock: str | Sequence[str] = "wall",
-        max_new_tokens: int | None = None,
-        episode: str = "prompt",
-        reward: str | None = None,
-        pace: float | None = None,
-        policy_seconds: float = 0.0,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **keywords: Any,
     ):
         kind = CONTROLS[control]
-        given = {"reward": reward, "episode": episode, "clock": clock, "max_new_tokens": max_new_tokens, "pace": pace}
-        given |= {"trace": trace, "split": split, "prompts": prompts, "policy_seconds": policy_seconds}
-        check_keywords(kind, given | keywords)
+        self.settings = settings = Settings.read(kind, keywords)
         check_count(num_envs)
-        if trace is None:
+        if settings.trace is None:
             raise ValueError(
                 "vectorised in NumPy are environments that replay a trace: give trace=FOLDER (`make trace`), or make "
                 'live ones with vectorization_mode="sync"'
             )
-        reward = next(iter(kind.rewards)) if reward is None else reward
-        self.trace = Trace.load(trace)
-        max_new_tokens = self.trace.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.trace.check_settings(keywords)
-        check_ranges(kind, given | {"reward": reward, "max_new_tokens": max_new_tokens})
-        self.control = make_control(control, keywords)
-        self._check(keywords, max_new_tokens)
+        self.trace = Trace.load(settings.trace)
+        self.trace.check_settings(dict(settings))
+        self.max_new_tokens = self.trace.max_new_tokens if settings.max_new_tokens is None else settings.max_new_tokens
+        self.control = make_control(control, keywords | dict(settings))
+        self._check(keywords)
         self.metadata = self.metadata | {"autoreset_mode": autoreset(autoreset_mode)}
         self.autoreset_mode = self.metadata["autoreset_mode"]
-        self.clocks = [priced for priced in clocks_for(clock, "cpu", self.trace) if isinstance(priced, PricedClock)]
-        self.num_envs, self.episode, self.reward_name, self.played = num_envs, episode, reward, 0
-        self.max_new_tokens, self.policy_seconds, self.given_pace = max_new_tokens, policy_seconds, pace
-        self.texts = np.array(self.trace.of_split(split, prompts))
+        clocks = clocks_for(settings.clock, "cpu", self.trace)
+        self.clocks = [priced for priced in clocks if isinstance(priced, PricedClock)]
+        self.num_envs, self.reward_name, self.played = num_envs, settings.reward or next(iter(kind.rewards)), 0
+        self.policy_seconds, self.given_pace = settings.policy_seconds, settings.pace
+        self.texts = np.array(self.trace.of_split(settings.split, settings.prompts))
         self.single_observation_space, self.single_action_space = (
             self.control.observation_space,
             self.control.action_space,
@@ -107,7 +95,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.starts = self.trace.starts[:-1]
-        self.lasts = np.minimum(self.trace.starts[1:], self.starts + max_new_tokens) - 1
+        self.lasts = np.minimum(self.trace.starts[1:], self.starts + self.max_new_tokens) - 1
         self.prompt_lengths = np.array([len(text.prompt) for text in self.trace.texts])
         self.tasks = np.array([text.task for text in self.trace.texts], object)
         self.said = np.full(len(self.tasks), None, object)  # texts in words, once they have been asked for
@@ -131,7 +119,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.has_text = np.zeros(self.num_envs, bool)
         self.ended = np.zeros(self.num_envs, bool)  # environments whose episode the last step ended
 
-    def _check(self, keywords: dict[str, Any], max_new_tokens: int) -> None:
+    def _check(self, keywords: dict[str, Any]) -> None:
         """Refuse what a trace does not have, and what nobody would notice to be without effect."""
         control = self.control
         if not control.trace_kind or control.engine != "torch":
@@ -141,7 +129,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"{', '.join(unused)} means nothing for environments of a trace in NumPy; leave it out, or make them with "
                 "vectorization_mode='sync'"
             )
-        self.trace.check(control, max_new_tokens)
+        self.trace.check(control, self.max_new_tokens)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -163,7 +151,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         which = np.flatnonzero(mask)
         self.draws.seed(seeds, which)
         again = np.array([own is not None for own in seeds]) | ~begun | (self.play.row == self.last)
-        new = which if self.episode == "prompt" or texts is not None else which[again[which]]
+        new = which if self.settings.episode == "prompt" or texts is not None else which[again[which]]
         self._begin(new, None if texts is None else texts[new])
         self.has_text, self.ended = begun | mask, self.ended & ~mask
         return self._observe(slice(None)), gathered(blank(self.num_envs), mask)
@@ -234,7 +222,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         values["seconds"] |= {"draft": draft, "verify": done.verify, "policy": policy}
         self.brought = values
         self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, finished, live)
-        terminated = done.verified.copy() if self.episode == "cycle" else finished
+        terminated = done.verified.copy() if self.settings.episode == "cycle" else finished
         observations = self._observe(slice(None), ~finished)
         infos = self._reset_ended(observations, values, terminated, finished)
         return observations, rewards, terminated, np.zeros(self.num_envs, bool), infos

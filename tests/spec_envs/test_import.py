@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import pydoc
@@ -15,6 +16,7 @@ import spec_envs
 from spec_envs import ENVIRONMENTS, environments
 from spec_envs.controls import CONTROLS
 from spec_envs.env import SpecEnv
+from spec_envs.settings import Settings
 
 HEAVY = {"torch", "transformers", "scipy", "matplotlib", "pydantic", "stable_baselines3"}
 
@@ -56,7 +58,13 @@ def test_the_class_of_an_environment_shows_its_documentation(env_id: str) -> Non
     kind = getattr(environments, spec_envs.class_name(env_id))
     assert issubclass(kind, SpecEnv) and pickle.loads(pickle.dumps(kind)) is kind
     text = pydoc.plain(pydoc.render_doc(kind))
-    assert "| Num | Observation" in text and "max_new_tokens" in text and "Shared arguments" in text
+    assert "| Num | Observation" in text and "## Shared Arguments" in text
+    for name, field in Settings.model_fields.items():
+        assert field.description and f"`{name}={field.default!r}`: {field.description}" in text
+    own = {name: parameter.default for name, parameter in inspect.signature(CONTROLS[env_id]).parameters.items()}
+    shared = {name: field.default for name, field in Settings.model_fields.items()}
+    shown = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    assert shown == own | shared
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
