@@ -49,9 +49,9 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     config = agents.read_config(run)
     env = {**config["env"], **config.get("eval_env", {}), **overrides}
     check_overrides(overrides, env)
-    if config["id"] == "SpecDVI-v0":
-        return evaluate_exit(run, env, test_prompts or config["test_prompts"])
     control, agent = agents.load(run)
+    if control.exit:
+        return evaluate_exit(Policy(control, agent), run, env, test_prompts or config["test_prompts"])
     decoder = decoder_for(env, control)
     static_file = run / "static.json"
     if overrides or not static_file.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spec_envs import agents
-from spec_envs.controls import CONTROLS
+from spec_envs.controls import make_control
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.exits.evaluation import K_MAX, exit_decoder
 from spec_envs.experiments.measure.live import encoded_prompts, target_and_drafter
@@ -23,7 +23,7 @@ def check_evaluation(config: dict[str, Any]) -> None:
         ValueError: the sentence says what the evaluation lacks.
     """
     env = {**config["env"], **config["eval_env"]}
-    at_exit = CONTROLS[config["id"]].name == "dvi"
+    at_exit = make_control(config["id"], config["env"]).exit is not None
     played = {name: value for name, value in env.items() if name not in SHOWN}
     try:
         SpecEnv(config["id"], split="test", **played).close()

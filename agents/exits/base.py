@@ -12,7 +12,6 @@ from torch import Tensor
 from spec_envs.agents.deciding import Deciding
 from spec_envs.agents.timing import cold_seconds, priced
 from spec_envs.controls.base import Control
-from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.drafters.early_exit import Projection
 from spec_envs.decoding.exits.adapter import ExitAdapter, default_rank
 from spec_envs.decoding.exits.files import load_exit, save_exit
@@ -28,6 +27,7 @@ class ExitAgent(Deciding):
         seed: of draws.
 
     Attributes:
+        exit: the settings of the problem's exit.
         adapter: the exit, and what was trained of it.
         block: log-probabilities of the tokens that were drafted since it was emptied; None does not keep them.
 
@@ -35,12 +35,14 @@ class ExitAgent(Deciding):
         ValueError: another problem.
     """
 
-    control: DVIControl
     remembers = ("block",)
 
     def __init__(self, control: Control, seed: int = 0):
-        if not isinstance(control, DVIControl):
-            raise ValueError(f"{type(self).__name__} improves an early exit: it needs SpecDVI-v0, not {control.name}")
+        if control.exit is None:
+            raise ValueError(
+                f"{type(self).__name__} improves an early exit: {control.name} drafts with another model; take SpecDVI-v0"
+            )
+        self.exit = control.exit
         self.control, self.seed, self.rng = control, seed, np.random.default_rng(seed)
         self.decision_seconds = 0.0
         self.block: list[float] | None = None
@@ -77,7 +79,7 @@ class ExitAgent(Deciding):
     def _drawn(self, observation: np.ndarray) -> tuple[int, float]:
         """A token drafted while learning, and its log-probability."""
         logits = self.adapter.logits(self._hidden(observation))[0]
-        temperature = self.control.draft_temperature
+        temperature = self.exit.draft_temperature
         log_probabilities = (logits / (temperature or 1.0)).log_softmax(-1)
         if temperature == 0:
             token = int(log_probabilities.argmax())
@@ -95,19 +97,18 @@ class ExitAgent(Deciding):
         Raises:
             ValueError: none there, or one of another target, layer or kind.
         """
-        control = self.control
-        device = resolve_device(control.device)
-        target = load_target(control.target, device, resolve_dtype(control.dtype, device, [control.target]))
-        adapter = load_exit(Path(folder), target, control.target)
+        device = resolve_device(self.exit.device)
+        target = load_target(self.exit.target, device, resolve_dtype(self.exit.dtype, device, [self.exit.target]))
+        adapter = load_exit(Path(folder), target, self.exit.target)
         self._check(adapter, str(folder))
         self._adapter, self._played = adapter, None
         self.decision_seconds = self.measure()
 
     def _check(self, adapter: ExitAdapter, place: str) -> None:
         """Refuse another exit than that of the agent's problem."""
-        control = self.control
+        point = self.exit
         found = (adapter.exit_layer, adapter.kind, adapter.settings.rank)
-        wanted = (control.exit_layer, control.adapter, control.rank or default_rank(control.adapter))
+        wanted = (point.exit_layer, point.adapter, point.rank or default_rank(point.adapter))
         if found != wanted:
             raise ValueError(f"{place} has exit_layer, adapter and rank {found}, this agent's problem has {wanted}")
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
 from spec_envs.agents.timing import priced
+from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.decoding.drafters.early_exit import Projection
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.loading import DEFAULT_TARGET
@@ -46,6 +47,12 @@ class ExitPolicy(ActorCriticPolicy):
         model = load_target(target, at, resolve_dtype(dtype, at, [target]))
         self._exit = partial(ExitAdapter.fresh, model, target, exit_layer, "head", rank)
         super().__init__(*args, **{**base, "ortho_init": False})
+
+    @staticmethod
+    def keywords(exit: ExitPoint) -> dict[str, Any]:
+        """Return the arguments with which a policy starts as the projection of an exit."""
+        names = {"target": exit.target, "exit_device": exit.device, "dtype": exit.dtype}
+        return names | {"exit_layer": exit.exit_layer, "rank": exit.rank}
 
     def _build(self, lr_schedule: Any) -> None:
         super()._build(lr_schedule)

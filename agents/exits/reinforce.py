@@ -45,7 +45,7 @@ class ReinforceAgent(OnlineAgent):
         **online: Any,
     ):
         super().__init__(control, **online)
-        if self.control.draft_temperature == 0:
+        if self.exit.draft_temperature == 0:
             raise ValueError(
                 "draft_temperature is 0, at which nothing is drawn and nothing can be learned from draws; set it above 0, "
                 "such as 1"
@@ -82,7 +82,7 @@ class ReinforceAgent(OnlineAgent):
         drawn = (drafted != UNDRAFTED).float()
 
         def loss(rows: slice, logits: Tensor) -> Tensor:
-            tempered = logits / self.control.draft_temperature
+            tempered = logits / self.exit.draft_temperature
             tokens = drafted[rows].clamp(min=0)
             return drawn[rows] * reinforce(tempered, tokens, rewards[rows], self.baseline, behaviour[rows])
 

@@ -26,7 +26,6 @@ from spec_envs.agents.sb3.deployed import bare
 from spec_envs.agents.schedules import schedule
 from spec_envs.agents.timing import cold_seconds
 from spec_envs.controls.base import Control
-from spec_envs.controls.dvi import DVIControl
 from spec_envs.decoding.exits.files import save_exit
 from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.sealed import first_line, number_of, read_torch, read_weights, write_torch, write_weights
@@ -104,17 +103,17 @@ class SB3Agent(Deciding):
         device = torch.device("cpu")  # the networks are small; the accelerator belongs to the decoder
         policy: Any = "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy"
         policy_kwargs = {"net_arch": arch, "activation_fn": ACTIVATIONS[activation]}
-        if isinstance(control, DVIControl):
+        if (exit := control.exit) is not None:
             if value_based or algorithm == "recurrent-ppo":
                 raise ValueError(
                     f"{algorithm} has no policy that starts as an exit's projection; take ppo, a2c or trpo"
                 )
-            if control.adapter != "head":
+            if exit.adapter != "head":
                 raise ValueError(
-                    f'{algorithm} trains the projection alone: adapter is {control.adapter!r}, expected "head"'
+                    f'{algorithm} trains the projection alone: adapter is {exit.adapter!r}, expected "head"'
                 )
-            policy, policy_kwargs = ExitPolicy, policy_kwargs | control.exit_keywords()
-            device = resolve_device(control.device)  # where the exit's projection is
+            policy, policy_kwargs = ExitPolicy, policy_kwargs | ExitPolicy.keywords(exit)
+            device = resolve_device(exit.device)  # where the exit's projection is
         try:
             self.model = kind(
                 policy,

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from spec_envs import agents
 from spec_envs.agents.exits.losses import distillation
-from spec_envs.controls import Policy, make_control
+from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
+from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
@@ -41,11 +42,20 @@ def exit_decoder(env: dict[str, Any], k: int, drafter: str | None = None) -> Dec
 
 def chain_env(env: dict[str, Any], drafter: str | None = None) -> dict[str, Any]:
     """Return keyword arguments of ``SpecK-v0`` with an exit of ``SpecDVI-v0`` for the drafter."""
-    control = make_control("dvi", env)
-    assert isinstance(control, DVIControl)
     own = set(inspect.signature(DVIControl).parameters) - {"target", "device", "dtype"}
     shared = {key: value for key, value in env.items() if key not in own and key != "reward"}
-    return shared | {"drafter": drafter or control.default_drafter(control.target)}
+    return shared | {"drafter": drafter or exit_of_problem(make_control("dvi", env)).drafter}
+
+
+def exit_of_problem(control: Control) -> ExitPoint:
+    """Return the exit that a problem drafts from.
+
+    Raises:
+        ValueError: it drafts with another model.
+    """
+    if control.exit is None:
+        raise ValueError(f"{control.name} drafts with another model than the target's own exit; expected SpecDVI-v0")
+    return control.exit
 
 
 @dataclass(frozen=True)
@@ -63,39 +73,43 @@ class Acceptance:
         )
 
 
-def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> Results:
-    """Return the table of a run of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
+def evaluate_exit(policy: Policy, run: Path, env: dict[str, Any], test_prompts: int) -> Results:
+    """Return the table of a policy of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
     lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what learning changed.
 
     Args:
+        policy: of the run.
+        run: its folder.
         env: keyword arguments of the environment.
 
     Raises:
         ValueError: the run was to train an exit and holds none.
     """
-    config = agents.read_config(run)
-    control, agent = agents.load(run)
-    assert isinstance(control, DVIControl)
-    untrained = control.default_drafter(control.target)
+    config, control = agents.read_config(run), policy.control
+    point = exit_of_problem(control)
     if not is_exit(run) and config["agent"] != "random":
         raise ValueError(f"{run} holds no exit; delete it to train again")
-    trained = str(run) if is_exit(run) else untrained
+    trained = str(run) if is_exit(run) else point.drafter
     static = best_static(chain_env(env, trained), KControl(K_MAX))
     k = max(1, int(static.best[0]))
-    chains = {"untrained exit": untrained, "trained exit": trained, "trained exit behind lookup": f"lookup+{trained}"}
+    chains = {
+        "untrained exit": point.drafter,
+        "trained exit": trained,
+        "trained exit behind lookup": f"lookup+{trained}",
+    }
     policies = {name: static_chain(k, K_MAX) for name in chains}
     decoders = {name: exit_decoder(env, K_MAX, drafter) for name, drafter in chains.items()}
     decoders[KANGAROO] = stopping = exit_decoder(env, K_MAX, trained)
     assert isinstance(stopping.drafter, EarlyExitDrafter)
     stopping.drafter.stop = STOP
-    policies |= {KANGAROO: static_chain(STOP_K, K_MAX), config["agent"]: Policy(control, agent)}
+    policies |= {KANGAROO: static_chain(STOP_K, K_MAX), config["agent"]: policy}
     decoders[config["agent"]] = adapted = decoder_for({**env, "drafter": trained}, control)
 
     base = decoders["untrained exit"]
     plain = base.plain()
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not base.clock.priced:
-        arms |= transformers_arms(control.target, base)
+        arms |= transformers_arms(point.target, base)
     if not exit_of(adapted).lossless:
         arms["plain, adapted"] = decoded(adapted.plain(), None)
     arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
@@ -107,8 +121,8 @@ def evaluate_exit(run: Path, env: dict[str, Any], test_prompts: int) -> Results:
         before, after = (Acceptance.of(samples[name]) for name in ("untrained exit", "trained exit"))
         moved = drift(exit_of(adapted), samples["plain"])
         found = Exit(
-            exit_layer=control.exit_layer,
-            adapter=control.adapter,
+            exit_layer=point.exit_layer,
+            adapter=point.adapter,
             k=k,
             accept_rate_before=before.accept_rate,
             accept_rate_after=after.accept_rate,

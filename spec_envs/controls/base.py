@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 from spec_envs import recordings
 from spec_envs.checked import check_number
+from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.plans import Plans
 from spec_envs.controls.recorded import DEPTH_UNIT, Reader, expansions_then, published_depth_then, survival
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
@@ -100,6 +101,7 @@ class Control(ABC):
             a decision; ``""`` where a cycle is one decision.
         longest: levels or tokens that ``progress`` shows as 1.
         link: name or address of the link between drafter and target, ``""`` where there is none.
+        exit: the target's own early exit that drafts, or None where another model does.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
     """
 
@@ -115,6 +117,7 @@ class Control(ABC):
     progress: str = ""
     longest: int = 0
     link: str = ""
+    exit: ExitPoint | None = None
     engine: str = "torch"
     partner_name: ClassVar[str | None]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spec_envs.checked import check_number
 from spec_envs.controls.base import LONGEST_CHAIN, WINDOWS, Control, Entry, read_context, read_position
+from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import accepted, saved
 from spec_envs.decoding.clock import WallClock
@@ -107,6 +108,7 @@ class DVIControl(Control):
     rewards = {"accepted": accepted, "saved": saved}  # noqa: RUF012 - declared by Control
     width = 1
     cuts = False
+    exit: ExitPoint
 
     def __init__(
         self,
@@ -134,9 +136,8 @@ class DVIControl(Control):
             if not fits:
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
         check_number("draft_temperature", draft_temperature, warm, WARM)
-        self.target, self.device, self.dtype = target, device, dtype
-        self.exit_layer, self.block, self.adapter, self.rank = exit_layer, block, adapter, rank
-        self.stop, self.draft_temperature = stop, draft_temperature
+        self.exit = ExitPoint(target, device, dtype, exit_layer, adapter, rank, draft_temperature)
+        self.block, self.stop = block, stop
         self.max_depth = max(block - 1, 1)
         self.action_space = spaces.Discrete(shape.vocab)
         self.state: Tensor | None = None
@@ -155,13 +156,8 @@ class DVIControl(Control):
             ]
         return entries
 
-    def exit_keywords(self) -> dict[str, Any]:
-        """What a policy needs to know to start as this exit's projection: arguments of ``spec_envs.agents.exits.policy.ExitPolicy``."""
-        names = {"target": self.target, "exit_device": self.device, "dtype": self.dtype, "exit_layer": self.exit_layer}
-        return names | {"rank": self.rank}
-
     def default_drafter(self, target: str) -> str:
-        return f"{EXIT}{self.exit_layer}"
+        return self.exit.drafter
 
     def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
         """Open a decoder that drafts from the target's own exit.
@@ -174,14 +170,14 @@ class DVIControl(Control):
             clock=clock,
             width=self.width,
             max_depth=self.max_depth,
-            adapter=self.adapter,
-            rank=self.rank,
+            adapter=self.exit.adapter,
+            rank=self.exit.rank,
         )
         found = exit_of(decoder).settings
         for name, wanted, has in (
-            ("exit_layer", self.exit_layer, found.exit_layer),
-            ("adapter", self.adapter, found.kind),
-            ("rank", self.rank or found.rank, found.rank),
+            ("exit_layer", self.exit.exit_layer, found.exit_layer),
+            ("adapter", self.exit.adapter, found.kind),
+            ("rank", self.exit.rank or found.rank, found.rank),
         ):
             if wanted != has:
                 raise ValueError(f"{name} is {wanted}, but the exit {models.drafter!r} has {has}; pass {name}={has!r}")
@@ -226,7 +222,7 @@ class DVIControl(Control):
             return np.zeros(1)
         with torch.no_grad():
             logits = exit_of(decoder).logits(self.state[None])[0]
-        return (logits / (self.draft_temperature or 1.0)).softmax(-1).cpu().numpy()
+        return (logits / (self.exit.draft_temperature or 1.0)).softmax(-1).cpu().numpy()
 
 
 def exit_of(decoder: Decoder) -> ExitAdapter:
