@@ -18,7 +18,6 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_ta
 from spec_envs.decoding.drafters.eagle.config import read_config
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle.head import EagleHead, drafter_folder
-from spec_envs.decoding.drafters.eagle.int8 import eagle_model
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.formats import is_head, refuse_foreign_tensors
 from spec_envs.decoding.drafters.lookup import LookupDrafter
@@ -67,7 +66,7 @@ def load_eagle(name: str, target: Transformer) -> EagleModel:
     """
     head = EagleHead.load(name)
     try:
-        return eagle_model(head, target)
+        return EagleModel(head, target)
     except ValueError as error:
         raise ValueError(f"cannot use the EAGLE-3 head in {drafter_folder(name)}: {error}") from None
 

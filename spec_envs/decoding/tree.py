@@ -112,9 +112,10 @@ class Tree:
         scores = (self._scores[self.frontier][:, None] + children.log_probs).ravel()
         first = self.size
         self._add(children, np.repeat(self.frontier, width), scores)
-        best: np.ndarray = np.argsort(-scores, kind="stable")[: self.width]
+        best = np.argsort(-scores, kind="stable")[: self.width]
+        parents: np.ndarray = best // width
         self.frontier = first + best
-        return best // width
+        return parents
 
     def select(self, budget: int) -> np.ndarray:
         """Return the ids (ascending) of the ``budget`` nodes of the highest scores.

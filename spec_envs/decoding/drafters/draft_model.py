@@ -193,8 +193,8 @@ def on_the_target(
     mine, theirs = (config.hidden_size, config.vocab_size), (target.shape.hidden, target.shape.vocab)
     if mine != theirs:
         raise ValueError(
-            f"the draft model was made for a target of hidden size and vocabulary {mine}, not {theirs}; use one made for "
-            "this target"
+            f"the draft model was made for a target of hidden size and vocabulary {mine}, not {theirs}; use one made "
+            "for this target"
         )
     shortlist = weights[SHORTLIST]
     if shortlist.dim() != 1 or shortlist.is_floating_point() or not len(shortlist):

@@ -16,6 +16,7 @@ from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children, Tree
 
@@ -153,7 +154,7 @@ class DeployedAttention:
 
     def _read(self, states: Tensor) -> Tensor:
         positions = self.cache.length + torch.arange(len(states), device=states.device)[None]
-        x, _ = self.layers(states[None], self.cache, self.target.rope, positions)
+        x: Tensor = self.layers(Rows(states[None], self.cache, self.target.rope, positions))[0]
         self.cache.length += len(states)
         return x[0]
 

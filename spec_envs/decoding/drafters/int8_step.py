@@ -13,6 +13,7 @@ from spec_envs.decoding.model.int8 import Layers, Linear, RMSNorm, c_cache, c_ta
 from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import CDrafter, address, library
 from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.rows import Rows
 
 
 class Int8Step:
@@ -125,7 +126,7 @@ class Int8Step:
     ) -> None:
         """Raise IndexError for arrays of other sizes or dtypes than the kernels assume."""
         at, mask = torch.from_numpy(positions)[None], None if seen is None else torch.from_numpy(seen)
-        self.layers.check_rows(hidden[None], 1, cache, self.rope, range(len(self.layers.structures)), at, mask)
+        self.layers.check_rows(Rows(hidden[None], cache, self.rope, at, mask), 1)
         choices = self.outputs + (0 if extra is None else len(extra))
         fits = (
             cache.data.shape[2] == 1

@@ -1,4 +1,4 @@
-"""Batched work of the target: generating many texts at once, and reading hidden states off many texts."""
+"""Batches: generate many texts at once, or read the hidden states of many texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spec_envs.decoding.model.transformer import Transformer
 
 
 def left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids ``[batch, n]`` padded on the left with 0, and the number of padding columns ``[batch]``."""
+    """Return ids ``[batch, n]``, padded on the left with 0, and the number of padding columns ``[batch]``."""
     width = max(map(len, sequences))
     padding = torch.tensor([width - len(s) for s in sequences], device=device)
     ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences], device=device)
@@ -29,18 +29,25 @@ def generate_batch(
     generator: torch.Generator | None = None,
     doing: str = "",
 ) -> list[list[int]]:
-    """Continue every prompt by up to ``max_new_tokens`` tokens, greedily or sampled.
+    """Continue every prompt by up to ``max_new_tokens`` tokens, greedily or by sampling.
 
-    Sequences that reach an id of ``eos`` (kept in the result) leave the batch when an eighth of it has ended.
+    A sequence ends with an id of ``eos``, which is kept in the result; ended sequences leave the batch when they are an
+    eighth of it.
 
     Args:
-        doing: what a progress bar says meanwhile; without it there is none.
+        target: the model.
+        prompts: their token ids.
+        max_new_tokens: most new tokens of each.
+        eos: ids that end a text.
+        temperature: 0 is greedy.
+        generator: for sampling.
+        doing: label of a progress bar; without one none is shown.
 
     Returns:
         The new tokens of each prompt, in order.
 
     Raises:
-        ValueError: an empty prompt, or texts beyond the context.
+        ValueError: a prompt is empty, or the texts do not fit the context.
     """
     if not all(map(len, prompts)):
         raise ValueError("a prompt is empty; expected at least one token")
@@ -81,7 +88,7 @@ def generate_batch(
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """The next token of every row of ``logits`` ``[batch, vocab]``."""
+    """Choose the next token ``[batch]`` for every row of ``logits`` ``[batch, vocab]``."""
     if temperature == 0:
         return logits.argmax(-1)
     below = (logits.float() / temperature).softmax(-1).cumsum(-1)  # inverse CDF; multinomial is slow on a CPU
@@ -91,11 +98,16 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
 
 @torch.inference_mode()
 def read_batch(target: Transformer, texts: Sequence[Sequence[int]], capture: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Hidden states of whole texts, padded on the left, in one forward.
+    """Read whole texts, padded on the left, in one forward.
+
+    Args:
+        target: the model.
+        texts: their token ids.
+        capture: layers whose inputs are returned.
 
     Returns:
-        The inputs of the ``capture`` layers, concatenated ``[batch, n, len(capture) * hidden]``, and the final
-        normed hidden states ``[batch, n, hidden]``, from which the head gives the logits.
+        The inputs of the ``capture`` layers side by side, ``[batch, n, len(capture) * hidden]``, and the normed hidden
+        states after the last layer, ``[batch, n, hidden]``, whose product with the output rows is the logits.
     """
     ids, padding = left_padded(texts, target.device)
     n = ids.shape[1]

@@ -1,11 +1,11 @@
-"""Keys and values of a text or of many, and which of them new rows see."""
+"""Keys and values of one text or of many, and which of them new rows see."""
 
 from __future__ import annotations
 
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,27 +16,44 @@ from spec_envs.decoding.model.shape import Shape
 BLOCK = 64  # rows are allocated in blocks, which the int8 kernels read as a whole
 
 
+class Place(NamedTuple):
+    """Where a forward writes its new rows, and what they see.
+
+    Attributes:
+        rows: the rows of every sequence to write, or ``[batch, n]`` with slots.
+        columns: how many rows are read, from the first one on, c.
+        mask: additive mask ``[batch or 1, 1, n, c]``, or None where the rows are causal.
+    """
+
+    rows: slice | Tensor
+    columns: int
+    mask: Tensor | None
+
+
 class KVCache:
     """Keys and values of every layer, ``[2, layers, batch, kv_heads, rows, head_dim]``.
 
-    ``length`` rows are committed. A forward writes behind them; committing rows or rolling back is setting
-    ``length``, keeping a path of a tree is one gather.
+    The first ``length`` rows are committed. A forward writes after them; committing rows or rolling back only sets
+    ``length``, and keeping a path of a tree is one gather.
 
     Args:
+        shape: of the model.
         capacity: most rows of a sequence.
+        dtype, device: of keys and values.
+        batch: number of sequences.
     """
 
-    slots: Tensor | None = None  # of the new rows; see ``SlotBatch``
+    slots: Tensor | None = None  # each sequence is its own row of the batch; compare ``SlotBatch``
 
     def __init__(self, shape: Shape, capacity: int, dtype: torch.dtype, device: torch.device, batch: int = 1):
         self.data = torch.zeros(memory(shape, capacity, batch), dtype=dtype, device=device)
         self.capacity = capacity
         self.length = 0
         self.masks: MaskBuffer | None = None
-        self.graphs: dict[tuple, Any] = {}  # forwards captured over this memory
+        self.graphs: dict[tuple[object, ...], Any] = {}  # forwards captured over this memory
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Commit the rows ``length + r`` for r in ``rows`` (ascending) as the next rows of the sequence."""
+        """Commit the rows ``length + r`` for each r in ``rows`` (ascending) as the next rows of the sequence."""
         start, count = self.length, len(rows)
         if list(rows) != list(range(count)):
             index = torch.tensor(rows, device=self.data.device) + start
@@ -48,25 +65,27 @@ class KVCache:
         self.data = self.data[:, :, sequences].contiguous()
 
     def check(self, x: Tensor, seen: Tensor | None, padding: Tensor | None) -> None:
-        """Raise ValueError if new rows ``[batch, n, hidden]`` do not fit."""
+        """Raise ValueError if new rows x ``[batch, n, hidden]`` do not fit."""
         if self.length + x.shape[1] > self.capacity:
             raise ValueError(f"{self.length + x.shape[1]} rows do not fit a cache of {self.capacity}")
 
-    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> tuple[slice, int, Tensor | None]:
-        """Where ``n`` new rows are written, how many columns they read, and their ``mask``."""
+    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Place:
+        """Return where ``n`` new rows are written and what they see; the arguments are those of ``mask``."""
         end = self.length + n
-        return slice(self.length, end), end, self.mask(n, seen, padding)
+        return Place(slice(self.length, end), end, self.mask(n, seen, padding))
 
     def mask(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Additive mask ``[batch or 1, 1, n, length + n]`` of ``n`` new rows, in the cache's dtype.
+        """Return the additive mask of ``n`` new rows.
 
         Args:
-            seen: ``[n, m]`` (bool), which of the last m columns a row sees, all before them being visible; by default
-                each sees the new rows up to itself.
-            padding: ``[batch]`` columns on the left that nobody sees.
+            n: number of new rows.
+            seen: ``[n, m]`` (bool), which of the last m columns each row sees, all columns before them being visible;
+                by default each row sees the new rows up to itself.
+            padding: number of columns on the left of each sequence that no row sees, ``[batch]``.
 
         Returns:
-            None where no mask is needed: one row, or causal rows of an empty cache.
+            ``[batch or 1, 1, n, length + n]`` in the cache's dtype, or None where no mask is needed: for one row, or
+            for causal rows of an empty cache.
         """
         if padding is not None:
             return padding_mask(padding, n, self.length + n, self.data.dtype)
@@ -83,15 +102,17 @@ class KVCache:
 class Slots:
     """Keys and values ``[2, layers, slots, kv_heads, rows, head_dim]`` of many sequences, each with its own length.
 
-    Committing rows of a slot or rolling it back is setting its length; a slot of length 0 is free for another sequence.
-    On a CPU the memory of a slot is taken as its rows are first written.
+    Committing rows of a slot or rolling it back only sets its length; a slot of length 0 is free for another sequence.
+    On a CPU the memory of a slot is allocated as its rows are first written.
 
     Args:
-        count: slots.
-        capacity: most rows of a sequence, those behind the committed ones included.
+        shape: of the model.
+        count: number of slots.
+        capacity: most rows of a sequence, those not committed included.
+        dtype, device: of keys and values.
 
     Attributes:
-        lengths: ``[slots]`` (int64), the committed rows of each slot.
+        lengths: committed rows of each slot, ``[slots]`` (int64).
     """
 
     def __init__(self, shape: Shape, count: int, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -100,23 +121,23 @@ class Slots:
         self.lengths = np.zeros(count, dtype=np.int64)
 
     def batch(self, slots: Sequence[int]) -> SlotBatch:
-        """The cache of a forward whose batch entry i is the sequence in ``slots[i]``.
+        """Return the cache of a forward whose batch entry i is the sequence in ``slots[i]``.
 
         Raises:
-            ValueError: no slot, one that does not exist, or the same one twice.
+            ValueError: there is no slot, one does not exist, or one is given twice.
         """
         return SlotBatch(self, slots)
 
 
 class SlotBatch:
-    """Some slots, as the cache of one forward: row j of batch entry i is row ``lengths[i] + j`` of its slot.
+    """Some slots as the cache of one forward: new row j of batch entry i is row ``lengths[i] + j`` of its slot.
 
-    It sees the committed rows of its slot and the new rows of its entry up to itself. Nothing is committed, so entries
-    with fewer rows than others are padded on the right with any ids.
+    A row sees the committed rows of its slot and the new rows of its entry up to itself. A forward commits nothing, so
+    entries with fewer rows than others are padded on the right with any ids.
 
     Attributes:
-        owner: the slots; the lengths are theirs at the time of the forward.
-        slots: ``[batch]`` (int64).
+        owner: the slots; their lengths at the time of the forward count.
+        slots: the slot of each entry, ``[batch]`` (int64).
     """
 
     def __init__(self, owner: Slots, slots: Sequence[int]):
@@ -129,10 +150,12 @@ class SlotBatch:
     @property
     def lengths(self) -> np.ndarray:
         """Committed rows of every entry, ``[batch]`` (int64)."""
-        return self.owner.lengths[self.slots.cpu().numpy()]
+        lengths: np.ndarray = self.owner.lengths[self.slots.cpu().numpy()]
+        return lengths
 
     def check(self, x: Tensor, seen: Tensor | None, padding: Tensor | None) -> None:
-        """Raise ValueError if new rows ``[batch, n, hidden]`` do not fit, or with a mask, which slots do not have."""
+        """Raise ValueError if new rows x ``[batch, n, hidden]`` do not fit, or if they have a mask, which slots do not
+        take."""
         entries, n = x.shape[:2]
         if seen is not None or padding is not None:
             raise ValueError("rows of slots are causal and padded on the right; leave out seen and padding")
@@ -140,26 +163,26 @@ class SlotBatch:
             raise ValueError(f"rows of {entries} sequences were given for {len(self.slots)} slots")
         for slot, length in zip(self.slots.tolist(), self.lengths.tolist(), strict=True):
             if length + n > self.owner.capacity:
-                raise ValueError(f"{n} rows behind the {length} of slot {slot} do not fit its {self.owner.capacity}")
+                raise ValueError(f"{n} rows after the {length} of slot {slot} do not fit its {self.owner.capacity}")
 
-    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> tuple[Tensor, int, Tensor]:
-        """Where ``n`` new rows of each entry are written, ``[batch, n]``, how many columns they read, and their additive
-        mask ``[batch, 1, n, columns]``."""
+    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Place:
+        """Return where ``n`` new rows of each entry are written and what they see; the rest of the arguments is
+        None."""
         lengths, device = self.lengths, self.data.device
         rows = torch.from_numpy(lengths[:, None] + np.arange(n)).to(device)
         columns = int(lengths.max()) + n
         hidden = torch.arange(columns, device=device) > rows[:, :, None]
         mask = torch.zeros(hidden.shape, dtype=self.data.dtype, device=device).masked_fill_(hidden, float("-inf"))
-        return rows, columns, mask[:, None]
+        return Place(rows, columns, mask[:, None])
 
 
 def memory(shape: Shape, capacity: int, sequences: int) -> tuple[int, ...]:
-    """``[2, layers, sequences, kv_heads, rows, head_dim]`` with rows in whole blocks."""
+    """Return the sizes ``[2, layers, sequences, kv_heads, rows, head_dim]`` of a cache, the rows in whole blocks."""
     return 2, shape.layers, sequences, shape.kv_heads, -(-capacity // BLOCK) * BLOCK, shape.head_dim
 
 
 def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU take memory only as they are written, which those of torch do not."""
+    """Return zeros that on a CPU take memory only as they are written, unlike ``torch.zeros``."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize, access=mmap.ACCESS_COPY)
@@ -167,10 +190,10 @@ def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 
 class MaskBuffer:
-    """Additive masks for tree rows behind a prefix of any length.
+    """Additive masks for tree rows after a prefix of any length.
 
-    One buffer of zeros with the tree's block at its right end; the mask for a prefix of any length is a window
-    on it, so nothing but the block itself is ever written.
+    The buffer is zero except for the tree's block at its right end. The mask for a prefix of any length is a window on
+    it, so that only the block is ever written.
     """
 
     def __init__(self, rows: int, columns: int, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -179,22 +202,24 @@ class MaskBuffer:
         self.buffer = torch.zeros(1, 1, rows, capacity + columns, dtype=dtype, device=device)
 
     def fits(self, rows: int, columns: int) -> bool:
-        """Whether a block of this size has room."""
+        """Return whether a block of this size fits the buffer."""
         return rows <= self.buffer.shape[2] and columns <= self.buffer.shape[3] - self.capacity
 
     def window(self, prefix: int, seen: Tensor) -> Tensor:
-        """Mask ``[1, 1, n, prefix + m]`` for ``seen`` ``[n, m]`` (bool) behind ``prefix`` visible rows."""
+        """Return the mask ``[1, 1, n, prefix + m]`` for ``seen`` ``[n, m]`` (bool) after ``prefix`` visible rows."""
         n, m = seen.shape
         block = self.buffer[0, 0, :n, self.capacity : self.capacity + m]
         block.fill_(float("-inf")).masked_fill_(seen, 0.0)
         window = self.buffer[:, :, :n, self.capacity - prefix : self.capacity + m]
-        return window if window.device.type == "cpu" else window.clone()  # CUDA kernels want aligned rows
+        return window if window.device.type == "cpu" else window.clone()  # CUDA kernels need aligned rows
 
 
 def padding_mask(padding: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask ``[batch, 1, rows, columns]``: causal, and blind to padding on the left.
+    """Return a causal additive mask ``[batch, 1, rows, columns]`` that also hides ``padding`` ``[batch]`` columns on
+    the left.
 
-    The lowest finite number stands for minus infinity, so that a padding row, which sees nothing, stays a number.
+    The lowest finite number stands for minus infinity, so that the attention of a padding row, which sees nothing, is
+    not NaN.
     """
     column = torch.arange(columns, device=padding.device)
     row = torch.arange(columns - rows, columns, device=padding.device)

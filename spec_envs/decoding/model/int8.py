@@ -1,13 +1,13 @@
-"""Decoder layers in int8 on a CPU: weights quantised per output channel, every row of activations by itself.
+"""Decoder layers in int8 on a CPU: weights are quantised per output channel, each row of activations by itself.
 
-Integer sums do not depend on what else is in the batch, and the kernels add everything else in one order per row, so
-a row has the same bits alone, in a tree and in a batch: speculative decoding in int8 is exactly plain decoding.
-The classes are those of ``layers.py``.
+Integer sums do not depend on what else is in the batch, and the kernels add everything else in one order per row.
+Therefore a row has the same bits alone, in a tree and in a batch, and speculative decoding in int8 gives exactly the
+text of plain decoding. The classes are those of ``layers.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from ctypes import Array, byref, c_void_p
 
 import torch
@@ -21,15 +21,21 @@ from spec_envs.decoding.model.kernels.packing import COLUMNS, TILE, interleaved,
 from spec_envs.decoding.model.layers import feeds, joined
 from spec_envs.decoding.model.lora import Additions
 from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.rows import Outputs, Rows
 from spec_envs.decoding.model.shape import Shape
 
-MOST = (2**31 - 1) // 127**2  # inputs of a product whose sums fit 32 bits
+MOST = (2**31 - 1) // 127**2  # most inputs of a product whose sums fit 32 bits
 MULTIPLES = {"head size": COLUMNS, "hidden size": TILE, "intermediate size": TILE, "width": TILE}
 
 
 def uncomputed(**widths: int) -> str | None:
-    """Why the kernels do not compute a model or a product of these widths, named as in ``MULTIPLES`` with underscores; None
-    where they do. Every width that they cannot compute is refused here."""
+    """Return a sentence on why the kernels cannot compute a model or a product of these widths, or None if they can.
+
+    This is the only place where widths are refused.
+
+    Args:
+        widths: named as in ``MULTIPLES``, with underscores for spaces.
+    """
     for name, multiple in MULTIPLES.items():
         width = widths.get(name.replace(" ", "_"), multiple)
         if width % multiple or width < 1:
@@ -40,10 +46,10 @@ def uncomputed(**widths: int) -> str | None:
 
 
 def computes(config: PretrainedConfig) -> bool:
-    """Whether the kernels compute a model of this config.
+    """Return whether the kernels can compute a model of this config.
 
     Raises:
-        ValueError: a config that no dtype computes.
+        ValueError: no dtype can compute it.
     """
     shape = Shape.from_config(config)
     widths = {"head_size": shape.head_dim, "hidden_size": shape.hidden, "intermediate_size": config.intermediate_size}
@@ -51,7 +57,7 @@ def computes(config: PretrainedConfig) -> bool:
 
 
 def check(**widths: int) -> None:
-    """Raise ValueError for widths that the kernels do not compute."""
+    """Raise ValueError for widths that the kernels cannot compute; see ``uncomputed``."""
     if reason := uncomputed(**widths):
         raise ValueError(reason)
 
@@ -60,7 +66,7 @@ class RMSNorm:
     """Root-mean-square norm with a gain, in float32.
 
     Raises:
-        ValueError: a width that the kernels do not compute.
+        ValueError: the kernels cannot compute this width.
     """
 
     def __init__(self, weight: Tensor, eps: float):
@@ -78,12 +84,12 @@ class Linear:
     """``y = x Wᵀ + b`` with the weight in int8 per output and the rows of x in int8 per row.
 
     Args:
-        weight: ``[out, in]``, in a multiple of 16.
+        weight: ``[out, in]``; ``in`` is a multiple of 16.
         bias: ``[out]`` or None.
         norm: applied to x first.
 
     Raises:
-        ValueError: a width that the kernels do not compute.
+        ValueError: the kernels cannot compute this width, or bias or norm have another one.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None):
@@ -97,7 +103,7 @@ class Linear:
         self.matrix = CMatrix(address(self.weight), address(self.scale), address(self.bias), self.inputs, self.outputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Return ``[..., out]`` for x ``[..., in]``."""
         x, stride = rows_of(x, self.inputs), len(self.scale)
         out = torch.empty(*x.shape[:-1], stride)
         self.library.linear(
@@ -106,7 +112,7 @@ class Linear:
         return out[..., : self.outputs]
 
     def argmax(self, x: Tensor) -> Tensor:
-        """The index of the largest output of each row, ``[...]``."""
+        """Return the index ``[...]`` of each row's largest output, for x ``[..., in]``."""
         x = rows_of(x, self.inputs)
         out = torch.empty(x.shape[:-1], dtype=torch.int64)
         self.library.linear_argmax(
@@ -115,7 +121,7 @@ class Linear:
         return out
 
     def dense(self) -> Tensor:
-        """The quantised weight ``[out, in]`` as floats."""
+        """Return the quantised weight ``[out, in]`` as float32."""
         return unpacked(self.weight, self.scale)[: self.outputs, : self.inputs]
 
     def _norm(self) -> tuple[int | None, float]:
@@ -123,10 +129,11 @@ class Linear:
 
 
 class Head:
-    """Logits of hidden states through the final norm, or the most probable token of each.
+    """The final norm and the output rows, from hidden states to logits or to the most probable token.
 
     Args:
-        weight: ``[vocab, hidden]``.
+        weight: output rows ``[vocab, hidden]``.
+        norm: applied to the hidden states first.
     """
 
     def __init__(self, weight: Tensor, norm: RMSNorm):
@@ -134,7 +141,7 @@ class Head:
         self.argmax = self.linear.argmax
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` to ``[..., vocab]``."""
+        """Return the logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
         return self.linear(x)
 
 
@@ -142,47 +149,39 @@ class Layers:
     """A stack of decoder layers; see ``layers.Layers``.
 
     Raises:
-        ValueError: a width that the kernels do not compute.
+        ValueError: the kernels cannot compute a width, or the weights do not fit together.
     """
 
     def __init__(self, weights: Sequence[dict[str, Tensor]], shape: Shape):
         check(head_size=shape.head_dim, hidden_size=shape.hidden)
         self.shape, self.library = shape, library()
         self.inner: set[int] = set()  # widths within the feed-forward parts
-        self.kept: list[Linear | Tensor] = []  # what the structures point to
+        self.kept: list[Linear | Tensor] = []  # alive while the structures point to them
         self.structures = (CLayer * len(weights))(*(self._structure(w) for w in weights))
         if any(layer.qkv.inputs != shape.hidden for layer in self.structures[1:]):
             raise ValueError(f"a layer after the first one reads another width than the hidden size {shape.hidden}")
 
-    def __call__(
-        self,
-        x: Tensor,
-        cache: KVCache | SlotBatch,
-        rope: Rope,
-        positions: Tensor,
-        seen: Tensor | None = None,
-        padding: Tensor | None = None,
-        layers: range | None = None,
-        capture: Collection[int] = (),
-        entering: Tensor | None = None,
-        added: Additions | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run ``layers`` (all by default) on new rows; see ``layers.Layers``."""
-        layers = layers if layers is not None else range(len(self.structures))
-        memory = c_cache(cache)
-        self.check_rows(x, memory.batch, cache, rope, layers, positions, seen, padding)
-        read = x if entering is None else entering
-        if read.shape != (*x.shape[:2], self.structures[0].qkv.inputs if layers.start == 0 else self.shape.hidden):
+    def __call__(self, rows: Rows) -> Outputs:
+        """Run layers on new rows; see ``layers.Layers``.
+
+        Raises:
+            IndexError: the rows do not fit the cache, the tables or these layers.
+        """
+        memory, layers = c_cache(rows.cache), self._range(rows)
+        self.check_rows(rows, memory.batch)
+        read = rows.x if rows.entering is None else rows.entering
+        width = self.structures[0].qkv.inputs if layers.start == 0 else self.shape.hidden
+        if read.shape != (*rows.x.shape[:2], width):
             raise IndexError(f"entering {list(read.shape)} does not fit what the attention of the first layer reads")
-        x = floats(x).clone()
+        x, wanted = floats(rows.x).clone(), [i for i in sorted(rows.capture) if i in layers]
         if not layers or not x.numel():
-            return x, [x.clone() for i in sorted(capture) if i in layers]
-        captured = {i: torch.empty_like(x) for i in sorted(capture) if i in layers}
+            return x, [x.clone() for _ in wanted]
+        captured = {i: torch.empty_like(x) for i in wanted}
         pointers = (c_void_p * len(self.structures))(*(address(captured.get(i)) for i in range(len(self.structures))))
-        positions = positions.contiguous()
-        seen = None if seen is None else seen.contiguous()
-        padding = None if padding is None else padding.contiguous()
-        entering = None if entering is None else floats(entering)
+        positions = rows.positions.contiguous()
+        seen = None if rows.seen is None else rows.seen.contiguous()
+        padding = None if rows.padding is None else rows.padding.contiguous()
+        entering = None if rows.entering is None else floats(rows.entering)
         self.library.forward(
             self.structures,
             layers.start,
@@ -192,29 +191,20 @@ class Layers:
             byref(memory),
             x.shape[1],
             positions.data_ptr(),
-            byref(c_tables(rope)),
+            byref(c_tables(rows.rope)),
             address(seen),
             0 if seen is None else seen.shape[1],
             address(padding),
             pointers,
-            c_added(added, self.structures),
+            c_added(rows.added, self.structures),
             threads(),
         )
         return x, list(captured.values())
 
-    def check_rows(
-        self,
-        x: Tensor,
-        batch: int,
-        cache: KVCache | SlotBatch,
-        rope: Rope,
-        layers: range,
-        positions: Tensor,
-        seen: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> None:
-        """Raise IndexError for tensors of other sizes or dtypes than the kernels will take them for."""
-        s, n = self.shape, x.shape[1]
+    def check_rows(self, rows: Rows, batch: int) -> None:
+        """Raise IndexError for tensors of other sizes or dtypes than the kernels assume for ``batch`` sequences."""
+        x, cache, rope, positions, seen, padding, *_ = rows
+        layers, s, n = self._range(rows), self.shape, x.shape[1]
         stop = layers.stop if layers else 0
         _, stored, _, kv_heads, _, head_dim = cache.data.shape
         expected = {
@@ -234,7 +224,12 @@ class Layers:
                 size = None if tensor is None else list(tensor.shape)
                 raise IndexError(f"{name} {size} do not fit {list(x.shape)} rows of layers {layers} in int8")
 
+    def _range(self, rows: Rows) -> range:
+        """Return the layers that run."""
+        return rows.layers if rows.layers is not None else range(len(self.structures))
+
     def _structure(self, weights: dict[str, Tensor]) -> CLayer:
+        """Quantise the weights of a layer, and describe them to the kernels."""
         s = self.shape
         linears = [
             Linear(*joined(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
@@ -263,7 +258,7 @@ class Layers:
 
 
 def c_cache(cache: KVCache | SlotBatch) -> CCache:
-    """The cache as the kernels take it."""
+    """Describe a cache to the kernels."""
     _, layers, sequences, _, rows, _ = cache.data.shape
     memory = (cache.data.data_ptr(), layers, sequences, rows)
     if isinstance(cache, KVCache):
@@ -272,10 +267,10 @@ def c_cache(cache: KVCache | SlotBatch) -> CCache:
 
 
 def c_added(added: Additions | None, layers: Array[CLayer]) -> Array[CAdded] | None:
-    """The additions to these layers as the kernels take them, made once for each.
+    """Describe additions to these layers to the kernels, once for each ``Additions``.
 
     Raises:
-        IndexError: additions to other layers, or of other widths.
+        IndexError: the additions belong to another number of layers or have other widths.
     """
     if added is None:
         return None
@@ -289,14 +284,15 @@ def c_added(added: Additions | None, layers: Array[CLayer]) -> Array[CAdded] | N
                     for field, value in zip(("down", "up", "rank"), low_rank(pair, getattr(layer, name)), strict=True):
                         setattr(structure, f"{name}_{field}", value)
         added.structures = structures
-    return added.structures
+    described: Array[CAdded] = added.structures
+    return described
 
 
 def low_rank(pair: tuple[Tensor, Tensor], matrix: CMatrix) -> tuple[int | None, int | None, int]:
-    """Addresses and rank of what is added to a product.
+    """Return the addresses of ``down`` and ``up`` and the rank of what is added to a product.
 
     Raises:
-        IndexError: it is not float32, contiguous and of the product's widths.
+        IndexError: they are not contiguous float32 of the product's widths.
     """
     down, up = pair
     sizes = (len(down), matrix.inputs), (len(down), matrix.outputs)
@@ -306,12 +302,16 @@ def low_rank(pair: tuple[Tensor, Tensor], matrix: CMatrix) -> tuple[int | None, 
 
 
 def c_tables(rope: Rope) -> CTables:
-    """The tables as the kernels take them."""
+    """Describe rotary tables to the kernels."""
     return CTables(rope.cos.data_ptr(), rope.sin.data_ptr(), len(rope.cos))
 
 
 def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``layers.most_probable``."""
+    """Return the most probable outputs; see ``layers.most_probable``.
+
+    Raises:
+        IndexError: there are fewer outputs than ``width``, or they are not float32.
+    """
     both = logits.shape[1] + (0 if extra is None else extra.shape[1])
     if not 1 <= width <= both or logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise IndexError(f"{width} of {both} logits in {logits.dtype} cannot be chosen")
@@ -326,10 +326,10 @@ def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Ten
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:
-    """Rows of that width in contiguous float32.
+    """Return x ``[..., width]`` in contiguous float32.
 
     Raises:
-        IndexError: rows of another width.
+        IndexError: x has another width.
     """
     if x.shape[-1] != width:
         raise IndexError(f"rows {list(x.shape)} do not fit a width of {width}")
@@ -337,5 +337,5 @@ def rows_of(x: Tensor, width: int) -> Tensor:
 
 
 def read_all(data: Tensor) -> None:
-    """Read every byte of ``data`` once, on all threads, as fast as memory gives them."""
+    """Read every byte of ``data`` once, on all threads, as fast as memory delivers them."""
     library().read_all(data.data_ptr(), data.nbytes, threads())

@@ -1,4 +1,4 @@
-"""Matrix product with constant weights, in the layout the processor reads fastest."""
+"""A matrix product with constant weights, in the layout that the processor reads fastest."""
 
 import functools
 import platform
@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows the packed layout is tuned for. Measured over 1..96 rows, a layout packed for 16 is within
-# a few per cent of the best one at every row count, so one copy of the weights serves them all.
+# Number of rows for which the packed layout is tuned. Measured over 1 to 96 rows, a layout packed for 16 is within a
+# few per cent of the best one at every number of rows, so one copy of the weights serves them all.
 PACK_ROWS = 16
 
 
 class Linear:
     """``y = x Wᵀ + b`` for inference.
 
-    On a CPU with bfloat16 instructions the weight is stored in oneDNN's blocked layout once, instead of
-    being rearranged in every call; elsewhere this is ``torch.nn.functional.linear``.
+    On a CPU with bfloat16 instructions the weight is stored once in oneDNN's blocked layout instead of being rearranged
+    in every call; elsewhere this is ``torch.nn.functional.linear``.
 
     Args:
         weight: ``[out, in]``.
@@ -32,39 +32,44 @@ class Linear:
             self.weight = weight.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Return ``[..., out]`` for x ``[..., in]``."""
         if self.packed:
             return product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:
-        """The weight ``[out, in]``; a copy where it is packed."""
+        """Return the weight ``[out, in]``; a copy where it is packed."""
         return self.weight.to_dense() if self.packed else self.weight
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether the weight gains from oneDNN's layout: bfloat16 on a CPU that computes in it."""
+    """Return whether the weight gains from oneDNN's layout: bfloat16 on a CPU that computes in it."""
     wanted = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and fast_bfloat16("cpu")
     return wanted and operators_work()
 
 
 def reordered(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's layout."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+    """Return the weight ``[out, in]`` in oneDNN's layout."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+    return packed
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``y = x Wᵀ + b`` with the weight in oneDNN's layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """Return ``x Wᵀ + b`` with the weight in oneDNN's layout."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 @functools.cache
 def operators_work() -> bool:
-    """Whether this torch has these operators, which are not part of its public interface, and they do what is expected."""
+    """Return whether this version of torch has these two operators, and they compute what is expected.
+
+    They are not part of torch's public interface, which has no way to keep a packed weight.
+    """
     x, weight = torch.arange(96.0).bfloat16().view(2, 48) / 64, torch.arange(768.0).bfloat16().view(16, 48) / 512
     try:
         packed = reordered(weight)
-        found = product(x, packed, weight[:, 0]), packed.to_dense()
+        found: tuple[Tensor, Tensor] = product(x, packed, weight[:, 0]), packed.to_dense()
     except (AttributeError, RuntimeError, TypeError):
         return False
     wanted = F.linear(x, weight, weight[:, 0]), weight
@@ -72,10 +77,10 @@ def operators_work() -> bool:
 
 
 def fast_bfloat16(device: str | torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 matrices in hardware."""
+    """Return whether ``device`` multiplies bfloat16 matrices in hardware."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):  # where oneDNN would emulate it
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):  # oneDNN emulates it on other processors
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): what is added to a target's products while its weights stay as they are."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685), which add to a target's products while its weights stay as they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,12 @@ PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Added(NamedTuple):
-    """What is added to the products of a layer, as ``down`` ``[r, in]`` and ``up`` ``[r, out]`` (the scale within): to
-    queries, keys and values side by side, and to the output of attention. None is nothing."""
+    """Additions to the products of a layer, as pairs of ``down`` ``[r, in]`` and ``up`` ``[r, out]`` (scale included).
+
+    Attributes:
+        qkv: added to queries, keys and values side by side, or None.
+        out: added to the attention's output, or None.
+    """
 
     qkv: tuple[Tensor, Tensor] | None
     out: tuple[Tensor, Tensor] | None
@@ -26,22 +30,27 @@ class Added(NamedTuple):
 
 @dataclass
 class Additions:
-    """What is added to every layer of a target, ready for a forward; ``structures`` is how the int8 kernels take it."""
+    """Additions to every layer of a target, ready for a forward.
+
+    Attributes:
+        layers: for each layer its additions, or None.
+        structures: their description for the int8 kernels, once it has been made.
+    """
 
     layers: list[Added | None]
     structures: Any = None
 
     def tensors(self) -> list[Tensor]:
-        """All that there is, in order."""
+        """Return all tensors, in order of layer and product."""
         pairs = [pair for layer in self.layers if layer is not None for pair in layer if pair is not None]
         return [tensor for pair in pairs for tensor in pair]
 
     def to(self, dtype: torch.dtype) -> Additions:
-        """The same in another dtype; gradients flow through."""
+        """Return the same additions in another dtype; gradients flow through the conversion."""
         return self._each(lambda tensor: tensor.to(dtype))
 
     def frozen(self, dtype: torch.dtype) -> Additions:
-        """The same numbers without gradients, contiguous, in memory of their own and in the dtype of a forward."""
+        """Return a contiguous copy without gradients in the dtype of a forward."""
         return self._each(lambda tensor: tensor.detach().to(dtype, copy=True).contiguous())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Additions:
@@ -51,8 +60,10 @@ class Additions:
         return Additions([None if a is None else Added(both(a.qkv), both(a.out)) for a in self.layers])
 
     def become(self, other: Additions) -> Additions:
-        """These with the numbers of the others, at the addresses that graphs and kernels know; the others where they have
-        other shapes."""
+        """Copy the numbers of ``other`` into these tensors, whose addresses graphs and kernels know, and return them.
+
+        Where the shapes differ ``other`` itself is returned.
+        """
         mine, theirs = self.tensors(), other.tensors()
         if [t.shape for t in mine] != [t.shape for t in theirs]:
             return other
@@ -62,7 +73,7 @@ class Additions:
 
 
 class LowRank(nn.Module):
-    """``y += alpha / rank · (x Aᵀ) Bᵀ``; nothing at first, for B is 0.
+    """``alpha / rank · (x Aᵀ) Bᵀ``, which is added to a product; it is zero at first, since B is.
 
     Args:
         inputs, outputs: widths of the product.
@@ -78,12 +89,12 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """A as peft draws it, B 0."""
+        """Draw A as peft does, and set B to 0."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
         self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., inputs]`` to ``[..., outputs]``."""
+        """Return the addition ``[..., outputs]`` for x ``[..., inputs]``."""
         return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
 
@@ -97,7 +108,7 @@ class LayersLoRA(nn.Module):
         products: names among ``PRODUCTS``; queries and values by default, as in the paper.
 
     Raises:
-        ValueError: another product, or none.
+        ValueError: a product is unknown, or there is none.
     """
 
     def __init__(
@@ -115,47 +126,43 @@ class LayersLoRA(nn.Module):
             "v_proj": (shape.hidden, kept),
             "o_proj": (attended, shape.hidden),
         }
-        self.low_ranks = nn.ModuleDict(
+        self.low_ranks: Mapping[str, LowRank] = nn.ModuleDict(  # type: ignore[assignment]  # its values are modules
             {key(layer, name): LowRank(*self.widths[name], rank, alpha) for layer in layers for name in self.products}
         )
 
     def parts(self) -> Iterator[tuple[int, str, LowRank]]:
-        """Layer, product and addition of each."""
+        """Yield layer, product and addition of each part."""
         for layer in self.range:
             for name in self.products:
-                yield layer, name, self._of(layer, name)
+                yield layer, name, self.low_ranks[key(layer, name)]
 
     def added(self, layer: int) -> Added:
-        """What is added to a layer; gradients flow from it to the parameters."""
+        """Return the additions to a layer; gradients flow from them to the parameters."""
         return Added(self._joined(layer, PRODUCTS[:3]), self._joined(layer, PRODUCTS[3:]))
 
     def _joined(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """The additions to products of the same input, whose outputs are side by side, as one."""
+        """Join the additions to products of one input, whose outputs are side by side; None if there are none."""
         downs: list[Tensor] = []
         ups: list[Tensor] = []
         before, whole = 0, sum(self.widths[name][1] for name in names)
         for name in names:
             width = self.widths[name][1]
             if name in self.products:
-                low_rank = self._of(layer, name)
+                low_rank = self.low_ranks[key(layer, name)]
                 downs.append(low_rank.lora_A)
                 ups.append(F.pad(low_rank.lora_B.T * low_rank.scale, (before, whole - before - width)))
             before += width
         return (torch.cat(downs), torch.cat(ups)) if downs else None
 
-    def _of(self, layer: int, name: str) -> LowRank:
-        found = self.low_ranks[key(layer, name)]
-        assert isinstance(found, LowRank)
-        return found
-
 
 def key(layer: int, name: str) -> str:
-    """A module's name, which may not hold a point."""
+    """Return the name of an addition's module, which may not contain a dot."""
     return f"{layer}-{name}"
 
 
 def additions(parts: Sequence[LayersLoRA], layers: int) -> Additions:
-    """What several ranges of a target of so many layers add together; with gradients, where they are enabled."""
+    """Return the additions of several ranges to a target of ``layers`` layers, with gradients where they are
+    enabled."""
     of: list[Added | None] = [None] * layers
     for part in parts:
         for layer in part.range:

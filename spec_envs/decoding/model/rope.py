@@ -10,16 +10,25 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# Types whose frequencies do not depend on the length of the text; those of "dynamic" do beyond the context only, and
-# those of "longrope" beyond the original context, where its two lists of factors differ.
+# Types whose frequencies do not depend on the length of the text. Those of "dynamic" do so only beyond the context, and
+# those of "longrope" only beyond the original context and if its two lists of factors differ.
 STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 class Rope:
-    """Rotary position tables (cosine, and sine with the sign of the half it multiplies), computed in float32.
+    """Tables of rotary positions, computed in float32.
+
+    Args:
+        config: with the rope parameters.
+        head_dim: size of a head.
+        length: number of positions.
+        dtype, device: of the tables.
+
+    Attributes:
+        cos, sin: ``[length, head_dim]``; the sine has the sign with which it multiplies its half.
 
     Raises:
-        ValueError: rotary positions that are not computed, or parameters that make none.
+        ValueError: the kind of rotary positions is not supported, or its parameters are wrong.
     """
 
     def __init__(self, config: PretrainedConfig, head_dim: int, length: int, dtype: torch.dtype, device: torch.device):
@@ -30,22 +39,22 @@ class Rope:
         self.sin = torch.cat([-sin, sin], -1).to(device, dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables ``[..., head_dim]`` for integer ``positions`` ``[...]``."""
+        """Return cosine and sine ``[..., head_dim]`` at integer ``positions`` ``[...]``."""
         return self.cos[positions], self.sin[positions]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply tables ``[..., head_dim]`` to ``[..., heads, head_dim]``."""
+    """Rotate heads ``[..., heads, head_dim]`` by tables ``[..., head_dim]``."""
     cos, sin = rope
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    swapped = x.view(*x.shape[:-1], 2, -1).flip(-2).flatten(-2)
     return torch.addcmul(x * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2))
 
 
 def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Radians per position of every pair of dimensions of a head, ``[head_dim / 2]``, and what scales the tables.
+    """Return the radians per position of each pair of a head's dimensions, ``[head_dim / 2]``, and the tables' scale.
 
     Raises:
-        ValueError: see ``Rope``.
+        ValueError: the kind of rotary positions is not supported, or its parameters are wrong.
     """
     parameters: dict[str, Any] = config.rope_parameters or {}
     kind = parameters.get("rope_type")
@@ -54,7 +63,7 @@ def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]
     if kind != "proportional" and parameters.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(
             f"the rope parameters have partial_rotary_factor = {parameters['partial_rotary_factor']}; only whole heads "
-            "are turned here"
+            "are rotated here"
         )
     try:
         if kind == "default":
@@ -67,7 +76,8 @@ def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]
         ) from None
     if 2 * len(turns) != head_dim:
         raise ValueError(
-            f"rope type {kind!r} turns {2 * len(turns)} of the {head_dim} dimensions of a head; only all of them are supported"
+            f"rope type {kind!r} rotates {2 * len(turns)} of the {head_dim} dimensions of a head; only all of them are "
+            "supported"
         )
     if not (torch.isfinite(turns).all() and math.isfinite(scale)):
         raise ValueError(f"the rope parameters {parameters} give frequencies that are not finite numbers")
@@ -75,9 +85,9 @@ def frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]
 
 
 def static_context(config: PretrainedConfig) -> int:
-    """Positions within which the frequencies do not depend on the length of the text."""
+    """Return how many positions there are before the frequencies depend on the length of the text."""
     parameters: dict[str, Any] = config.rope_parameters or {}
-    original = parameters.get("original_max_position_embeddings")
+    original, context = parameters.get("original_max_position_embeddings"), int(config.max_position_embeddings)
     if parameters.get("rope_type") != "longrope" or parameters.get("short_factor") == parameters.get("long_factor"):
-        return config.max_position_embeddings
-    return min(config.max_position_embeddings, original if type(original) is int else 0)
+        return context
+    return min(context, original if type(original) is int else 0)

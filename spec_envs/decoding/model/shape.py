@@ -11,16 +11,25 @@ from spec_envs.decoding.model.rope import static_context
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 SILU = ("silu", "swish")  # two names of one activation
-LONGEST = 1 << 20  # positions; tables of all of them are kept, and a config may claim any number
+LONGEST = 1 << 20  # most positions: the rotary tables hold all of them, and a config may claim any number
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of an architecture, read from a transformers config.
+    """The numbers of an architecture.
+
+    Attributes:
+        hidden: width of the hidden states.
+        layers: number of layers.
+        heads, kv_heads: number of query heads, and of key/value heads.
+        head_dim: size of a head.
+        vocab: number of token ids.
+        context: most tokens of a text.
+        norm_eps: of the RMS norms.
 
     Raises:
-        ValueError: numbers that belong to no model.
+        ValueError: no model can have these numbers.
     """
 
     hidden: int
@@ -48,10 +57,15 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> Shape:
-        """Read ``config``; raises ValueError for an architecture this forward does not compute."""
+        """Read the numbers of a transformers config.
+
+        Raises:
+            ValueError: the architecture is not supported.
+        """
         if config.model_type not in ARCHITECTURES:
             raise ValueError(
-                f"architecture {config.model_type!r} is not supported; use a model of one of: {', '.join(ARCHITECTURES)}"
+                f"architecture {config.model_type!r} is not supported; use a model of one of: "
+                f"{', '.join(ARCHITECTURES)}"
             )
         if config.is_heterogeneous:
             raise ValueError("the model's config has layers of different shapes, which are not supported")
@@ -68,32 +82,38 @@ class Shape:
             kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1),
             vocab=config.vocab_size,
-            context=context if window is None else min(context, window),  # within it, attention is plain attention
+            context=context
+            if window is None
+            else min(context, window),  # within the window attention is full attention
             norm_eps=config.rms_norm_eps,
         )
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
-    """How many positions a layer sees at least; None where all layers see the whole text.
+    """Return the size of the sliding window in positions; None where all layers see the whole text.
 
     Raises:
-        ValueError: another kind of attention, or a window of no positions.
+        ValueError: a layer has another kind of attention, or the window is empty.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := kinds - {FULL, SLIDING}:
         raise ValueError(f"layers of {', '.join(sorted(unknown))} are not supported; expected {FULL} or {SLIDING}")
     window = getattr(config, "sliding_window", None)
     if config.model_type in ("qwen2", "qwen3") and SLIDING not in kinds:
-        return None  # the other architectures do not go by the kinds of their layers
+        return None  # the other architectures ignore layer_types
     if window is None and SLIDING not in kinds:
         return None
     if window is None or window < 1:
         raise ValueError(f"the model's config has sliding_window = {window} for {SLIDING}; expected 1 or more")
-    return window
+    return int(window)
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below ``prefix``, without it."""
+    """Return the tensors whose names begin with ``prefix``, by their names without it.
+
+    Raises:
+        KeyError: there are none.
+    """
     found = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if not found:
         raise KeyError(f"{prefix}*")

@@ -1,7 +1,7 @@
 """A decoder-only transformer over a preallocated cache: Llama, Mistral, Qwen2 and Qwen3.
 
-One forward serves prefill, plain decoding, tree verification and batched generation. It runs any contiguous
-range of layers and can hand out the hidden states that enter chosen layers, which is what drafters read.
+One forward serves prefill, plain decoding, tree verification and batched generation. It runs any contiguous range of
+layers and can return the hidden states that enter chosen layers, which drafters read.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from spec_envs.decoding.model.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.model.graphs import graphed
 from spec_envs.decoding.model.lora import Additions
 from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.rows import Outputs, Rows
 from spec_envs.decoding.model.shape import Shape, part
 from spec_envs.decoding.weights.tensors import EMBEDDING, OUTPUT, fitting
 
 
 class Precision:
-    """What a dtype means for the parts of a model.
+    """The modules and dtypes with which a model of a given dtype is computed.
 
     Attributes:
-        modules: where ``RMSNorm``, ``Linear``, ``Layers`` and ``Head`` come from.
-        weights: dtype in which weights are handed to them; None is their own.
+        modules: ``layers`` or ``int8``, which define ``RMSNorm``, ``Linear``, ``Layers`` and ``Head``.
+        weights: dtype of the weights that are passed to them; None means the checkpoint's own.
         hidden: dtype of hidden states and logits.
         cache: dtype of keys, values and the embedding.
     """
@@ -43,15 +44,16 @@ class Precision:
             self.modules, self.weights, self.hidden, self.cache = layers, dtype, dtype, dtype
 
     def cast(self, weight: Tensor, device: torch.device) -> Tensor:
-        """A weight as the parts want it.
+        """Return a weight in the dtype that the modules take, on ``device``.
 
         Raises:
-            ValueError: it holds numbers that float16 does not.
+            ValueError: it holds numbers that are too large for float16.
         """
         cast = weight.to(device, self.weights or weight.dtype)
         if cast.dtype == torch.float16 and not torch.isfinite(cast).all():
             raise ValueError(
-                f"the weights reach {weight.abs().max():.3g}, which float16 does not hold; pass dtype bfloat16 or float32"
+                f"the weights reach {weight.abs().max():.3g}, which float16 does not hold; pass dtype bfloat16 or "
+                "float32"
             )
         return cast
 
@@ -60,17 +62,18 @@ class Transformer:
     """A causal language model for inference.
 
     Args:
-        config: a transformers config of one of ``ARCHITECTURES``.
+        config: a transformers config of one of ``shape.ARCHITECTURES``.
         weights: state dict with Hugging Face's names (``model.layers.0.self_attn.q_proj.weight``, …).
-        dtype, device: what to compute in and where; ``torch.int8`` is weights in int8 and rows quantised one by one.
-        outputs: how many output rows there are (default: those of the vocabulary).
+        dtype, device: in which the model is computed; ``torch.int8`` means weights in int8 and each row of activations
+            quantised by itself.
+        outputs: number of output rows; by default the size of the vocabulary.
 
     Attributes:
-        fingerprint: tells weights apart, whatever dtype they are computed in.
+        fingerprint: identifies the weights, whatever dtype they are computed in.
 
     Raises:
-        ValueError: another architecture, weights that do not belong to the config, or a model that ``dtype`` does not
-            compute.
+        ValueError: the architecture is not supported, the weights do not belong to the config, or the model cannot be
+            computed in ``dtype``.
     """
 
     def __init__(
@@ -99,15 +102,15 @@ class Transformer:
         self.head = modules.Head(output, self.norm)
 
     def cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty cache for ``batch`` sequences of at most ``capacity`` rows."""
+        """Return an empty cache for ``batch`` sequences of at most ``capacity`` rows."""
         return KVCache(self.shape, capacity, self.precision.cache, self.device, batch)
 
     def slots(self, count: int, capacity: int) -> Slots:
-        """``count`` empty slots for sequences of at most ``capacity`` rows, each with a length of its own."""
+        """Return ``count`` empty slots for sequences of at most ``capacity`` rows, each with its own length."""
         return Slots(self.shape, count, capacity, self.precision.cache, self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states ``[..., hidden]`` of token ids ``[...]``."""
+        """Return the hidden states ``[..., hidden]`` of token ids ``[...]``."""
         return F.embedding(ids, self.embedding).to(self.precision.hidden)
 
     def forward(
@@ -120,41 +123,45 @@ class Transformer:
         layers: range | None = None,
         capture: Collection[int] = (),
         added: Additions | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run ``layers`` (all by default) on new rows behind the cache's committed ones.
+    ) -> Outputs:
+        """Run ``layers`` (all by default) on new rows after the cache's committed ones.
 
-        Rows are written to the cache but not committed: set ``cache.length`` or call ``cache.keep``, and for a batch of
-        slots set the slots' ``lengths``.
+        The rows are written to the cache but not committed: set ``cache.length`` or call ``cache.keep``, and for a
+        batch of slots set the slots' ``lengths``.
 
         Args:
-            x: hidden states ``[batch, n, hidden]`` entering the first of ``layers``.
+            x: hidden states ``[batch, n, hidden]`` that enter the first of ``layers``.
             cache: where earlier rows are read and these are written.
-            positions: rotary positions ``[batch, n]``, below the context in padding rows, too.
+            positions: rotary positions ``[batch, n]``, less than the context in padding rows, too.
             seen: ``[n, m]`` (bool), which of the last m columns each row sees, all columns before them being visible;
-                by default each sees the new rows up to itself.
-            padding: ``[batch]`` columns on the left that nobody sees. With slots both are None.
-            capture: layers whose input is handed out; the number of layers means the output of the last one.
+                by default each row sees the new rows up to itself.
+            padding: number of columns on the left of each sequence that no row sees, ``[batch]``. With slots ``seen``
+                and ``padding`` are None.
+            layers: which layers run.
+            capture: layers whose input is returned; the number of layers means the output of the last one.
             added: what low-rank adapters add to the products of the layers; the weights stay as they are.
 
         Returns:
-            Hidden states ``[batch, n, hidden]`` (before the final norm) and the captured inputs, in order of layer.
+            Hidden states ``[batch, n, hidden]`` before the final norm, and the captured inputs in order of layer.
 
         Raises:
-            ValueError: rows that do not fit the cache.
+            ValueError: the rows do not fit the cache.
         """
         cache.check(x, seen, padding)
-        x, captured = self.layers(x, cache, self.rope, positions, seen, padding, layers, capture, added=added)
+        rows = Rows(x, cache, self.rope, positions, seen, padding, layers, capture, added=added)
+        x, captured = self.layers(rows)
         if self.shape.layers in capture and (layers is None or layers.stop == self.shape.layers):
             captured.append(x)
         return x, captured
 
     def output_weight(self) -> Tensor:
-        """The head's weight ``[vocab, hidden]``; a copy where it is packed and not the embedding's."""
-        return self.embedding if self.tied else self.head.linear.dense()
+        """Return the output rows ``[vocab, hidden]``; a copy where they are packed and not the embedding's."""
+        weight: Tensor = self.embedding if self.tied else self.head.linear.dense()
+        return weight
 
 
 def fingerprint(weights: dict[str, Tensor], samples: int = 64) -> str:
-    """A digest of some numbers of every tensor of a model."""
+    """Return a digest of about ``samples`` numbers of every tensor of a model."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         flat = weights[name].detach().reshape(-1)

@@ -17,6 +17,7 @@ from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.model import int8, kernels, layers
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.lora import Added, Additions
+from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
 from tests.support.models.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
 
@@ -211,8 +212,9 @@ class Pair:
         tokens, at = self.choice.ids(shape.vocab, n), torch.arange(n)[None]
         entering = torch.cat([norms[0](self.model.embed(tokens)), norms[1](hidden)], -1)[None]
         caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)]
-        mine, _ = ours(hidden[None], caches[0], self.model.rope, at, entering=entering)
-        near(mine, theirs(hidden[None], caches[2], self.reference.rope, at, entering=entering)[0], "eagle layer")
+        mine, _ = ours(Rows(hidden[None], caches[0], self.model.rope, at, entering=entering))
+        expected, _ = theirs(Rows(hidden[None], caches[2], self.reference.rope, at, entering=entering))
+        near(mine, expected, "eagle layer")
         head = self.model.head.linear
         step = Int8Step(ours, norms[0], head, self.model.embedding, self.model.rope, shape.vocab, (norms[0], norms[1]))
         output = hidden.clone()
@@ -223,8 +225,8 @@ class Pair:
             kept[f"self_attn.{name}_proj.weight"] = kept[f"self_attn.{name}_proj.weight"][:, : shape.hidden] * 1.4
         ours, theirs = int8.Layers([kept], shape), reference_layers([kept], shape)
         caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.float32)]
-        mine, _ = ours(hidden[None], caches[0], self.model.rope, at)
-        near(mine, theirs(hidden[None], caches[1], self.reference.rope, at)[0], "attention of an exit")
+        mine, _ = ours(Rows(hidden[None], caches[0], self.model.rope, at))
+        near(mine, theirs(Rows(hidden[None], caches[1], self.reference.rope, at))[0], "attention of an exit")
 
 
 @torch.inference_mode()

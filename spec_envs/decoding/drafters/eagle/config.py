@@ -1,24 +1,27 @@
-"""What the config.json of an EAGLE-3 head says that it computes, in every layout that people publish.
+"""The config.json of an EAGLE-3 head, in every published layout.
 
-A head reads the hidden states at some boundaries of the target's layers: boundary i is the input of layer i, or the output
-of layer i - 1, and boundary n the output of the last of n layers, before the final norm. The tools count differently:
+A head reads the hidden states at some boundaries of the target's layers: boundary i is the input of layer i, which is
+the output of layer i - 1, and boundary n is the output of the last of n layers, before the final norm. Tools count
+differently:
 
-- SafeAILab/EAGLE (modeling_llama_kv.py), and sglang and vLLM where a head names nothing: boundaries 2, n/2, n - 3.
+- SafeAILab/EAGLE (modeling_llama_kv.py), and sglang and vLLM for a head that names no layers: boundaries 2, n/2, n - 3.
 - vLLM reads ``eagle_aux_hidden_state_layer_ids`` as boundaries, 0 being the embedding and n allowed
-  (``EagleModelMixin._maybe_add_hidden_state``, pull request 36063), and speculators does, whose heads are made with it
+  (``EagleModelMixin._maybe_add_hidden_state``, pull request 36063). So does speculators, whose heads vLLM serves
   (speculators/models/utils.py, ``resolve_target_layer_ids``: distinct, from 0 to n).
-- SpecForge and ModelOpt collect the outputs of the layers that they name, 1, n/2 - 1, n - 4 by default, and write these ids
-  under ``eagle_config`` (modelopt/torch/speculative/plugins: ``_set_default_aux_hidden_state_layers``). These are
-  boundaries 2, n/2, n - 3 again.
-- sglang tells the two apart by the first id: where it is 1 the ids are outputs, otherwise boundaries (pull request 25454,
-  "drop +1 offset on aux layer ids when first id != 1"). This is what is done here with ids under ``eagle_config``.
+- SpecForge and ModelOpt collect the outputs of the named layers, by default 1, n/2 - 1, n - 4, and write these ids
+under
+  ``eagle_config`` (modelopt/torch/speculative/plugins: ``_set_default_aux_hidden_state_layers``). These are again the
+  boundaries 2, n/2, n - 3.
+- sglang distinguishes the two by the first id: if it is 1, the ids are outputs, otherwise boundaries (pull request
+25454,
+  "drop +1 offset on aux layer ids when first id != 1"). The same is done here with ids under ``eagle_config``.
 - AngelSlim writes no ids (angelslim/compressor/speculative/train/configs); its heads are served with the default ones.
 
-EAGLE-3.1 and its relatives add norms: ``fc_norm`` (once called ``use_aux_norm``) of each hidden state in front of ``fc``,
-``norm_before_fc`` of all of them side by side, and ``norm_output``, by which a step hands its normed output to the next
-(vLLM pull request 42764, sglang's llama_eagle3.py, speculators/models/eagle3/core.py). NVIDIA's heads have these keys under
-``eagle_config`` (vLLM pull request 42143). With ``norm_before_residual`` what the first layer adds to is the normed state
-(vLLM's llama_eagle3.py).
+EAGLE-3.1 and its relatives add norms: ``fc_norm`` (formerly ``use_aux_norm``) of each hidden state before ``fc``,
+``norm_before_fc`` of all of them side by side, and ``norm_output``, with which a step passes its normed output to the
+next step (vLLM pull request 42764, sglang's llama_eagle3.py, speculators/models/eagle3/core.py). NVIDIA's heads have
+these keys under ``eagle_config`` (vLLM pull request 42143). With ``norm_before_residual`` the residual of the first
+layer is the normed state (vLLM's llama_eagle3.py).
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ Positive = Annotated[float, Meta(gt=0, lt=1e12)]
 
 
 class Numbers(msgspec.Struct):
-    """What must be numbers, and switches that must be switches."""
+    """The numbers and switches of a head's layers, with their allowed ranges."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -62,14 +65,14 @@ class Numbers(msgspec.Struct):
     vocab_size: Size
     max_position_embeddings: Size
     rms_norm_eps: Positive
-    hidden_act: Literal["silu", "swish"]  # two names of one
+    hidden_act: Literal["silu", "swish"]  # two names of one activation
     attention_bias: bool
     tie_word_embeddings: bool
     mlp_bias: bool = False
 
 
 class RopeNumbers(msgspec.Struct, forbid_unknown_fields=True):
-    """The rotary positions that are computed (see ``rope.py``)."""
+    """The parameters of the supported rotary positions (see ``rope.py``)."""
 
     rope_theta: Positive
     rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
@@ -88,7 +91,7 @@ class RopeNumbers(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Extras(msgspec.Struct):
-    """Keys that only heads have."""
+    """The keys that only heads have."""
 
     draft_vocab_size: Size | None = None
     target_vocab_size: Size | None = None
@@ -110,13 +113,13 @@ class Variant:
     """How a head differs from the first published ones.
 
     Attributes:
-        boundaries: of the target's layers whose hidden states it reads, ascending; None is 2, n/2, n - 3.
-        target_hidden: width of these, where it is not the head's own.
+        boundaries: of the target's layers whose hidden states it reads, ascending; None means 2, n/2, n - 3.
+        target_hidden: width of these hidden states; None means the head's own.
         norm_before_residual, norm_before_fc, fc_norm, norm_output: see above.
-        biased: parts that are said to have a bias.
-        head_norms: whether queries and keys are said to be normed, as in Qwen3.
+        biased: names of the parts that have a bias according to the config.
+        head_norms: whether queries and keys are normed according to the config, as in Qwen3.
         window: of sliding attention, in tokens.
-        verifier: name of the target that it was trained for, where it is said.
+        verifier: name of the target for which it was trained, if the config has one.
     """
 
     boundaries: tuple[int, ...] | None = None
@@ -132,14 +135,14 @@ class Variant:
 
     @property
     def states(self) -> int:
-        """How many hidden states it reads."""
+        """Number of hidden states that it reads."""
         return 3 if self.boundaries is None else len(self.boundaries)
 
     def keys(self) -> dict[str, Any]:
-        """As they are written to a config.json.
+        """Return the keys of a config.json that describe this variant.
 
         Raises:
-            ValueError: boundaries that tools would take for outputs.
+            ValueError: tools would read the boundaries as outputs.
         """
         written: dict[str, Any] = {name: True for name in FLAGS if getattr(self, name)}
         if self.boundaries and self.boundaries[0] == 1:
@@ -153,23 +156,26 @@ class Variant:
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
-    """The numbers of a head's layers, with ``draft_vocab_size`` (None where nothing is said), and what is special about it.
+    """Read a head's config.json.
+
+    Returns:
+        The config of its layers, with ``draft_vocab_size`` (None where the file does not say), and its variant.
 
     Raises:
-        ValueError: a config.json that cannot be read, is of another format, or has a key that would change the computation
-            and is not known; the sentence names the folder and the key.
+        ValueError: the file cannot be read, has another format, or has an unknown key that may change the computation;
+            the sentence names the folder and the key.
     """
     raw = read_json(folder / "config.json")
     refuse_foreign_config(raw, folder)
     try:
         return of_speculators(raw) if "speculators_model_type" in raw else of_others(raw)
-    except ValueError as error:  # among them msgspec's
+    except ValueError as error:  # msgspec's are among them
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot use the EAGLE-3 head in {folder}: config.json: {reason}") from None
 
 
 def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
-    """From the layout of SafeAILab, SpecForge and ModelOpt."""
+    """Read the layout of SafeAILab, SpecForge and ModelOpt; see ``read_config``."""
     nested = raw.get("eagle_config") or {}
     if not isinstance(nested, dict):
         raise ValueError(f"eagle_config is {nested!r}, expected an object")
@@ -183,7 +189,7 @@ def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
 
 
 def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
-    """From the layout of vllm-project/speculators."""
+    """Read the layout of vllm-project/speculators; see ``read_config``."""
     inner, about = raw.get("transformer_layer_config"), raw.get("speculators_config") or {}
     if not isinstance(inner, dict) or not isinstance(about, dict):
         raise ValueError("transformer_layer_config and speculators_config should be objects")
@@ -191,8 +197,8 @@ def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
     refuse_unknown(inner, MODEL, "transformer_layer_config: ")
     if about.get("algorithm", "eagle3") != "eagle3":
         raise ValueError(f"algorithm is {about['algorithm']!r}, expected 'eagle3'")
-    if raw.get("norm_before_residual") is None:  # true to vLLM, false to the library
-        raise ValueError("norm_before_residual is not said, and tools disagree on what it is then; write true or false")
+    if raw.get("norm_before_residual") is None:  # vLLM takes this for true, the library for false
+        raise ValueError("norm_before_residual is missing, and tools disagree on its default; write true or false")
     kinds: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
     kind = inner.get("model_type", "qwen3")
     if not isinstance(kind, str) or kind not in kinds:
@@ -206,10 +212,10 @@ def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
 
 
 def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> PretrainedConfig:
-    """The transformers config of a head's layers, checked."""
+    """Return the checked transformers config of a head's layers, of class ``kind``."""
     refuse_quantised(raw)
     refuse_two_ropes(raw)
-    for part in msgspec.structs.fields(Numbers):  # before transformers makes lists of so many layers
+    for part in msgspec.structs.fields(Numbers):  # before transformers allocates lists of any claimed size
         if raw.get(part.name) is not None:
             try:
                 msgspec.convert(raw[part.name], part.type)
@@ -219,7 +225,7 @@ def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Pretraine
     kept += [] if raw.get("rope_parameters") else ["rope_scaling"]
     try:
         config = kind(**{key: raw[key] for key in kept if raw.get(key) is not None})
-    except Exception as error:  # whatever transformers trips over in values of any type
+    except Exception as error:  # values of a wrong type make transformers raise any exception
         raise ValueError(f"{type(error).__name__}: {error}") from None
     found = {name: getattr(config, name) for name in Numbers.__struct_fields__ if hasattr(config, name)}
     numbers = msgspec.convert(found, Numbers)
@@ -234,14 +240,19 @@ def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Pretraine
 
 
 def extras_of(raw: Mapping[str, Any]) -> Extras:
-    """The keys that only heads have, checked."""
+    """Return the checked keys that only heads have."""
     return msgspec.convert({key: raw[key] for key in Extras.__struct_fields__ if key in raw}, Extras)
 
 
 def variant_of(
     raw: Mapping[str, Any], boundaries: tuple[int, ...] | None, head_norms: bool, verifier: str | None = None
 ) -> Variant:
-    """What is special about a head whose keys lie side by side."""
+    """Return the variant of a head.
+
+    Args:
+        raw: all keys of its config.json on one level.
+        boundaries, head_norms, verifier: see ``Variant``.
+    """
     extras = extras_of(raw)
     if extras.target_vocab_size not in (None, raw.get("vocab_size")):
         raise ValueError(f"target_vocab_size is {extras.target_vocab_size} and vocab_size {raw.get('vocab_size')}")
@@ -269,7 +280,11 @@ def variant_of(
 
 
 def joined(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config.json and its ``eagle_config`` side by side; None is nothing said."""
+    """Return the keys of a config.json and its ``eagle_config`` on one level, without those that are None.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
     together = {key: value for key, value in raw.items() if value is not None}
     for key, value in nested.items():
         if value is not None and together.setdefault(key, value) != value:
@@ -283,7 +298,12 @@ def joined(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
 def boundaries_of(
     raw: Mapping[str, Any], nested: Mapping[str, Any], boundaries_at_top: bool = False
 ) -> tuple[int, ...] | None:
-    """The boundaries that a head reads, where it names layers."""
+    """Return the boundaries that a head reads, or None if it names no layers.
+
+    Args:
+        raw, nested: the config.json and its ``eagle_config``.
+        boundaries_at_top: whether ids in ``raw`` are boundaries, as in speculators' layout.
+    """
     top, inner = raw.get(IDS), nested.get(IDS)
     ids = top if inner is None else inner
     if ids is None or ids == []:
@@ -304,7 +324,11 @@ def boundaries_of(
 
 
 def refuse_two_ropes(raw: Mapping[str, Any]) -> None:
-    """Refuse rotary positions that transformers' older names say otherwise than its newer one."""
+    """Refuse rotary positions for which transformers' older keys contradict its newer one.
+
+    Raises:
+        ValueError: they do.
+    """
     parameters = raw.get("rope_parameters")
     if not isinstance(parameters, dict) or not parameters:
         return
@@ -317,7 +341,11 @@ def refuse_two_ropes(raw: Mapping[str, Any]) -> None:
 
 
 def refuse_quantised(raw: Mapping[str, Any]) -> None:
-    """Refuse a head that needs more than its tensors to be dequantised."""
+    """Refuse a quantised head.
+
+    Raises:
+        ValueError: it is one.
+    """
     quantised = raw.get("quantization_config")
     if quantised:
         method = (

@@ -1,4 +1,4 @@
-"""Keys of a head's config.json: those that are read, those that change nothing, and the refusal of all others."""
+"""Keys of a head's config.json: those that are read, those that change nothing, and the check for all others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -19,12 +19,12 @@ MODEL = words("""
     rms_norm_eps vocab_size max_position_embeddings rope_theta rope_scaling rope_parameters tie_word_embeddings
     attention_bias mlp_bias bias qkv_bias sliding_window use_sliding_window layer_types quantization_config
     target_vocab_size
-""")  # of the layers
+""")  # keys of the layers
 BESIDE = frozenset({"draft_vocab_size", "target_hidden_size", IDS, "tie_word_embeddings", *FLAGS})
 FLAT = MODEL | BESIDE | {"eagle_config", "num_aux_hidden_states", "use_aux_norm"}
 SPECULATORS = BESIDE | {"speculators_model_type", "speculators_config", "transformer_layer_config"}
 EAGLE = frozenset({IDS, "use_aux_norm", *FLAGS})
-# Switches and factors at the only values that are computed.
+# Switches and factors, with the only value that is supported.
 FIXED: Mapping[str, Any] = {
     "partial_rotary_factor": 1,
     "logit_scale": 1,
@@ -41,7 +41,7 @@ FIXED: Mapping[str, Any] = {
     "eagle_decoder_type": "llama",
     "has_lm_head": True,
 }
-# What Hugging Face's tools write: of training, generation, bookkeeping.
+# Keys that Hugging Face's tools write on training, generation and bookkeeping.
 HARMLESS = words("""
     architectures model_type dtype torch_dtype transformers_version speculators_version auto_map
     attention_dropout hidden_dropout initializer_range pretraining_tp use_cache max_window_layers embed_requires_grad
@@ -58,16 +58,18 @@ HARMLESS = words("""
 
 
 def refuse_unknown(found: Mapping[str, Any], read: frozenset[str], where: str) -> None:
-    """Refuse keys that may change what a head computes and that nobody reads.
+    """Refuse keys that nothing reads and that may change what a head computes.
 
-    A key that is null, false or empty switches nothing on; all others must be among ``read``, ``FIXED`` at that value, or
-    ``HARMLESS``.
+    A key that is null, false or empty switches nothing on. All others must be among ``read``, in ``FIXED`` with that
+    value, or in ``HARMLESS``.
 
     Args:
-        where: goes in front of the sentence.
+        found: keys and values of the config.json.
+        read: keys that are read.
+        where: prefix of the error's sentence.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a key.
     """
     for key, value in found.items():
         if key in FIXED:
@@ -83,6 +85,6 @@ def refuse_unknown(found: Mapping[str, Any], read: frozenset[str], where: str) -
 
 
 def short(value: Any) -> str:
-    """A value in a sentence."""
+    """Return a value as it is shown in a sentence, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""EAGLE-3 drafter (arXiv 2503.01840): a decoder layer, seldom more, that reads some of the target's hidden states."""
+"""EAGLE-3 drafter (arXiv 2503.01840): one decoder layer, seldom more, that reads some of the target's hidden states."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.graphs import graphed
+from spec_envs.decoding.model.kernels.bindings import floats
 from spec_envs.decoding.model.rope import Rope
+from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.shape import Shape, part
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children, Tree
 
 
 def captured_layers(layers: int) -> tuple[int, int, int]:
-    """The boundaries of a target's layers, low, middle and high, that a head reads which names none.
+    """Return the three boundaries of a target's layers that a head reads by default: low, middle and high.
 
     Raises:
-        ValueError: the target has too few layers for three different ones.
+        ValueError: the target has too few layers for three different boundaries.
     """
     if layers < 7:
         raise ValueError(f"the target has {layers} layers; an EAGLE-3 head reads three of at least 7")
@@ -32,10 +35,10 @@ def captured_layers(layers: int) -> tuple[int, int, int]:
 
 
 def check_fit(head: EagleHead, target: Transformer) -> None:
-    """Refuse a head of another target.
+    """Check that a head was made for a target like this one.
 
     Raises:
-        ValueError: a hidden size, vocabulary or layer that the target does not have.
+        ValueError: the head expects another hidden size, vocabulary or number of layers.
     """
     config, variant, shape = head.config, head.variant, target.shape
     of = f" (it names {variant.verifier})" if variant.verifier else ""
@@ -49,28 +52,28 @@ def check_fit(head: EagleHead, target: Transformer) -> None:
             )
     if variant.boundaries and variant.boundaries[-1] > shape.layers:
         raise ValueError(
-            f"the drafter reads hidden states at the boundaries {list(variant.boundaries)} of a target's layers, but the "
-            f"target has {shape.layers}; use a head trained for this target{of}"
+            f"the drafter reads hidden states at the boundaries {list(variant.boundaries)} of a target's layers, but "
+            f"the target has {shape.layers}; use a head trained for this target{of}"
         )
     if config.hidden_size != shape.hidden and not hasattr(head, "embed_tokens"):
         raise ValueError(
-            f"the drafter's hidden size is {config.hidden_size}, the target's is {shape.hidden}, so it needs embed_tokens.weight "
-            "of its own; use a whole head"
+            f"the drafter's hidden size is {config.hidden_size}, the target's is {shape.hidden}, so it needs its own "
+            "embed_tokens.weight; use a whole head"
         )
 
 
 class EagleModel:
-    """An EAGLE-3 head in its inference form; shared by every drafter that uses it.
+    """An EAGLE-3 head in the form for inference, shared by every drafter that uses it.
 
     Args:
         head: the weights.
-        target: the model it was trained for; its embedding, dtype and device are shared.
+        target: the model for which it was trained; its embedding, dtype and device are shared.
 
     Attributes:
-        capture: boundaries of the target's layers whose hidden states the head reads (see ``eagle_config.py``).
+        capture: boundaries of the target's layers whose hidden states the head reads (see ``config.py``).
 
     Raises:
-        ValueError: the head belongs to another hidden size, vocabulary or number of layers.
+        ValueError: the head expects another hidden size, vocabulary or number of layers.
     """
 
     def __init__(self, head: EagleHead, target: Transformer):
@@ -119,22 +122,32 @@ class EagleModel:
         self.lm_head = modules.Linear(rows)
         shares = output is not None and torch.allclose(
             rows, output[ids].to(rows.dtype), rtol=1e-2, atol=1e-3
-        )  # but for rounding
-        self.output_weight = output if shares else None  # where every token can join the shortlist
+        )  # equal up to rounding
+        self.output_weight = output if shares else None  # if it is shared, every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
+        self.call: Int8Step | None = None  # a whole step in int8, which has the first published heads' order of norms
+        if target.dtype == torch.int8 and not (variant.norm_before_residual or variant.norm_output):
+            norms = self.input_norm, self.hidden_norm
+            outputs = self.lm_head.outputs
+            self.call = Int8Step(self.layers, self.norm, self.lm_head, self.embedding, self.rope, outputs, norms)
 
     def cache(self, capacity: int) -> KVCache:
-        """An empty cache for a text of at most ``capacity`` rows."""
+        """Return an empty cache for a text of at most ``capacity`` rows."""
         return KVCache(self.shape, capacity, self.target.precision.cache, self.target.device)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """What the head reads ``[n, hidden]`` of the target's hidden states side by side ``[n, states * target hidden]``."""
+        """Return the hidden states ``[n, hidden]`` that the head reads.
+
+        Args:
+            features: the target's hidden states side by side, ``[n, states * target hidden]``.
+        """
         if self.fc_norms:
             chunks = features.chunk(len(self.fc_norms), -1)
             features = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norms, chunks, strict=True)], -1)
         if self.joined_norm:
             features = self.joined_norm(features)
-        return self.fc(features[None])[0]
+        fused: Tensor = self.fc(features[None])[0]
+        return fused
 
     def step(
         self,
@@ -147,17 +160,25 @@ class EagleModel:
         last: int,
         seen: np.ndarray | None = None,
     ) -> tuple[Tensor, Children]:
-        """One forward, written to the cache behind its committed rows.
+        """Make one forward; its rows are written to the cache after the committed ones, which they do not join.
 
         Args:
             hidden: hidden states ``[n, hidden]`` of the rows.
-            tokens, positions: the token behind each row, and the row's rotary position, ``[n]``.
-            last: how many rows, counted from the end, are asked for children.
+            tokens, positions: the token after each row, and the row's rotary position, ``[n]``.
+            cache: of this head.
+            vocabulary: the tokens that can be drafted.
+            width: children per row.
+            last: how many rows, counted from the end, get children.
             seen: see ``KVCache.mask``.
 
         Returns:
-            What the rows' children read as hidden states ``[n, hidden]``, and the children of the last rows.
+            The hidden states ``[n, hidden]`` that the rows' children read, and the children of the last rows.
         """
+        if self.call is not None:
+            output = floats(hidden).clone()
+            index, *scores = self.call(output, tokens, positions, cache, vocabulary.rows, width, last, seen)
+            log_probs, entropies = scores
+            return output, Children(vocabulary.ids[index], log_probs, entropies)
         device, variant = self.target.device, self.variant
         embedded = F.embedding(torch.from_numpy(tokens).to(device), self.embedding).to(self.target.precision.hidden)
         normed = self.hidden_norm(hidden)
@@ -165,12 +186,12 @@ class EagleModel:
         residual = normed if variant.norm_before_residual else hidden
         at = torch.from_numpy(positions).to(device)[None]
         rows = None if seen is None else torch.from_numpy(seen).to(device)
-        output = self.layers(residual[None], cache, self.rope, at, rows, entering=entering)[0][0]
+        output = self.layers(Rows(residual[None], cache, self.rope, at, rows, entering=entering))[0][0]
         children = self.children(output[len(output) - last :], width, vocabulary)
         return self.norm(output) if variant.norm_output else output, children
 
     def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> Children:
-        """The ``width`` most probable next tokens of each row."""
+        """Return the ``width`` most probable next tokens of each row of hidden states ``[n, hidden]``."""
         normed = self.norm(hidden)
         index, *rest = self.most_probable(self.lm_head(normed), vocabulary.logits(normed), width)
         return Children(vocabulary.ids[index.cpu().numpy()], *(values.cpu().numpy() for values in rest))
@@ -179,13 +200,16 @@ class EagleModel:
 class EagleDrafter:
     """Drafts a tree with an EAGLE-3 head.
 
-    Row t of its cache belongs to position t of the text: it read the target's features of token t and the embedding
-    of token t + 1, and predicts token t + 2. Frontier rows lie behind the committed ones, one block per level.
+    Row t of its cache belongs to position t of the text: it reads the target's features of token t and the embedding of
+    token t + 1, and predicts token t + 2. Frontier rows follow the committed ones, one block per level.
 
     Args:
         model: the head.
-        width: children per node and nodes expanded per level.
-        max_depth: expansions after the first level that there is room for.
+        width: children per node, and nodes expanded per level.
+        max_depth: most expansions after the first level.
+
+    Raises:
+        ValueError: ``width`` is larger than the head's vocabulary.
     """
 
     def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
@@ -200,7 +224,7 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Forget the last text and process this one but for its last row, which the first cycle completes."""
+        """Forget the last text and read the new one except its last row, which the first cycle completes."""
         need = len(text) + positions + self.frontier_rows
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
@@ -211,16 +235,16 @@ class EagleDrafter:
         self.vocabulary.add(text)
         if len(features) > 1:
             self.catch_up(features[:-1], text[1:-1], 0)
-        self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not processed yet
+        self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not read yet
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Note committed tokens for the next root."""
+        """Note committed tokens and their features for the next root."""
         self.features.append(features)
         self.tokens.extend(tokens)
 
     @torch.inference_mode()
     def root(self, tree: Tree) -> int:
-        """Process the tokens committed since the last call; the last row gives level 0."""
+        """Read the tokens committed since the last call, start the tree from the last row, and return their number."""
         self.vocabulary.add(self.tokens)
         rows = len(self.tokens)
         hidden, children = self.catch_up(torch.cat(self.features), self.tokens, 1)
@@ -232,7 +256,7 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def expand(self, tree: Tree) -> int:
-        """One forward over the frontier, behind the rows of earlier levels."""
+        """Grow the tree by one forward over the frontier, after the rows of earlier levels; return its rows."""
         committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
         positions = np.full(self.width, committed + earlier // self.width)
         self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
@@ -247,7 +271,16 @@ class EagleDrafter:
         return self.width
 
     def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
-        """Append rows for committed positions: features ``[n, states · hidden]`` and the tokens behind them ``[n]``."""
+        """Commit rows for positions of the text to the cache.
+
+        Args:
+            features: of the positions, ``[n, states * target hidden]``.
+            tokens: the token after each of them, ``[n]``.
+            last: how many rows, counted from the end, get children.
+
+        Returns:
+            As of ``EagleModel.step``.
+        """
         n, length = len(features), self.cache.length
         hidden = self.model.fuse(features)
         positions = np.arange(length, length + n)

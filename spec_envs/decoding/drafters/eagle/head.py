@@ -1,7 +1,7 @@
-"""Weights of an EAGLE-3 head (arXiv 2503.01840): published checkpoints, read, written and initialised.
+"""Weights of an EAGLE-3 head (arXiv 2503.01840): read from and written to published checkpoints, and initialised.
 
-The module exists for its parameter names, which are those of published checkpoints, and for training.
-``drafters/eagle.py`` turns it into the inference form.
+The modules exist for their parameter names, which are those of published checkpoints, and for training. ``EagleModel``
+in ``drafter.py`` is the form for inference.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PLAIN = Variant()
 
 
 def drafter_folder(name: str) -> Path:
-    """The folder of a drafter: one shipped with the package, or any model that has a name here.
+    """Return the folder of a drafter: one shipped with the package, or that of any model.
 
     Raises:
-        ValueError: the name leads nowhere.
+        ValueError: there is no drafter or model of this name.
     """
     shipped = registry()["drafters"].get(name, {})
     return DATA / shipped["path"] if "path" in shipped else model_folder(name)
@@ -42,8 +42,9 @@ class EagleAttention(nn.Module):
     """Projections of a layer's attention.
 
     Args:
-        width: of what queries, keys and values read.
-        has: names of the layer's tensors that not every head has.
+        config: of the head.
+        width: of the rows from which queries, keys and values are computed.
+        has: names of the layer's optional tensors.
     """
 
     def __init__(self, config: PretrainedConfig, width: int, has: Collection[str]):
@@ -59,7 +60,7 @@ class EagleAttention(nn.Module):
 
 
 class EagleMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward part of a layer; the arguments are those of ``EagleAttention``."""
 
     def __init__(self, config: PretrainedConfig, has: Collection[str] = ()):
         super().__init__()
@@ -69,7 +70,8 @@ class EagleMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, "mlp.down_proj.bias" in has)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        fed: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return fed
 
 
 class EagleLayer(nn.Module):
@@ -91,12 +93,12 @@ class EagleHead(nn.Module):
     Args:
         config: a Llama or Qwen3 config with ``draft_vocab_size``.
         variant: how it differs from the first published heads.
-        has: tensors that not every head has, and this one does.
+        has: names of its optional tensors.
 
     Attributes:
-        d2t: ``[draft_vocab]`` offsets, target id = i + d2t[i].
-        t2d: ``[vocab]`` mask of the target ids that can be drafted.
-        lm_head: output rows of the draft vocabulary; None of a head that takes them from an embedding or the target.
+        d2t: offsets ``[draft_vocab]``; target id = i + d2t[i].
+        t2d: mask ``[vocab]`` of the target ids that can be drafted.
+        lm_head: output rows of the draft vocabulary; None for a head that uses those of an embedding or of the target.
     """
 
     def __init__(
@@ -135,9 +137,10 @@ class EagleHead(nn.Module):
 
     @classmethod
     def from_target(cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor) -> EagleHead:
-        """A head for ``target`` that starts as the target's own last layer; its output rows stay the target's.
+        """Return a head for ``target`` that starts as the target's own last layer; its output rows are not trained.
 
         Args:
+            target: the model for which the head drafts.
             weights: the target's state dict.
             draft_ids: ascending target ids of the draft vocabulary.
         """
@@ -148,7 +151,7 @@ class EagleHead(nn.Module):
             intermediate_size=source.intermediate_size,
             num_hidden_layers=1,
             num_attention_heads=source.num_attention_heads,
-            num_key_value_heads=source.num_attention_heads,  # the next token is read through the values only
+            num_key_value_heads=source.num_attention_heads,  # the next token enters through the values only
             head_dim=target.shape.head_dim,
             rms_norm_eps=source.rms_norm_eps,
             max_position_embeddings=source.max_position_embeddings,
@@ -167,7 +170,8 @@ class EagleHead(nn.Module):
             state[f"midlayer.{block}.{name}.weight"] = weights[f"{last}{block}.{name}.weight"]
         for name in ("q_proj", "k_proj", "v_proj"):  # reads the hidden state as the target's layer does
             projection = state[f"midlayer.self_attn.{name}.weight"].zero_()
-            heads = weights[f"{last}self_attn.{name}.weight"].unflatten(0, (-1, target.shape.head_dim))
+            weight = weights[f"{last}self_attn.{name}.weight"]
+            heads = weight.reshape(-1, target.shape.head_dim, *weight.shape[1:])
             heads = heads.repeat_interleave(config.num_attention_heads // len(heads), 0)
             projection[:, hidden:] = heads.flatten(0, 1)
         for name, origin in (("hidden_norm", "input_layernorm"), ("post_attention_layernorm",) * 2):
@@ -186,7 +190,7 @@ class EagleHead(nn.Module):
         """Read a head by its short name, folder or hub id.
 
         Raises:
-            ValueError: missing or corrupt files, or tensors that are not an EAGLE-3 head's.
+            ValueError: files are missing or damaged, or are not those of an EAGLE-3 head.
         """
         folder = drafter_folder(name)
         config, variant = read_config(folder)
@@ -201,14 +205,14 @@ class EagleHead(nn.Module):
 
     @classmethod
     def of(cls, config: PretrainedConfig, variant: Variant, weights: dict[str, Tensor]) -> EagleHead:
-        """A head of these tensors, in float32.
+        """Return a head of these tensors, in float32.
 
         Raises:
-            ValueError: some are missing, unknown, or do not fit.
+            ValueError: tensors are missing, unknown, or do not fit.
         """
         draft_vocabulary(weights, config.draft_vocab_size, config.vocab_size)
         config.draft_vocab_size = len(weights["d2t"])
-        with torch.device("meta"):  # nothing of the sizes that a file claims is allocated before they are compared
+        with torch.device("meta"):  # sizes that a file claims are compared before anything is allocated
             head = cls(config, variant, optional(weights, variant))
         refuse_others(weights, head)
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -219,7 +223,7 @@ class EagleHead(nn.Module):
         """Write config.json and model.safetensors in the published layout.
 
         Raises:
-            ValueError: a head that this layout has no words for.
+            ValueError: this layout cannot describe the head.
         """
         folder.mkdir(parents=True, exist_ok=True)
         config = self.written_config(dtype)
@@ -231,8 +235,11 @@ class EagleHead(nn.Module):
         write_json(folder / "config.json", config)
 
     def written_config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The contents of config.json; rotary positions and dtype by their older names as well, since vLLM, sglang and
-        speculators' converter know no others."""
+        """Return the contents of config.json.
+
+        Rotary positions and dtype are also under their older names, the only ones that vLLM, sglang and speculators'
+        converter read.
+        """
         self.config.dtype = dtype
         content: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
         rope = content["rope_parameters"]
@@ -244,5 +251,5 @@ class EagleHead(nn.Module):
 
 
 def below(names: Collection[str], prefix: str) -> frozenset[str]:
-    """The names that begin like this, without it."""
+    """Return the names that begin with ``prefix``, without it."""
     return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))

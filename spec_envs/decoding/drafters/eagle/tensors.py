@@ -1,4 +1,4 @@
-"""The tensors of an EAGLE-3 checkpoint by one set of names, each of them read or refused."""
+"""The tensors of an EAGLE-3 checkpoint under one set of names, each of them read or refused."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from spec_envs.decoding.drafters.eagle.config import Variant
 
-# What training leaves behind (speculators' view of the target's last norm and output rows), and tables that are computed.
+# Tensors left over from training (speculators' copy of the target's last norm and output rows), and tables that are
+# computed here.
 UNREAD = ("verifier_norm.weight", "verifier_lm_head.weight")
 TABLES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-GROUPS = (  # biases and norms that are there together or not at all
+GROUPS = (  # biases and norms that a layer has together or not at all
     ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
     ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
@@ -22,10 +23,11 @@ MAY_BE = ("fc.bias", "embed_tokens.weight", "lm_head.weight")
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of the first published heads: ``midlayer.`` for ``layers.0.``, and no ``model.`` in front.
+    """Return the tensors under the names of the first published heads: ``midlayer.`` for ``layers.0.``, no ``model.``
+    prefix.
 
     Raises:
-        ValueError: two tensors of one name.
+        ValueError: two tensors have one name.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -40,7 +42,7 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optional(names: Iterable[str], variant: Variant) -> frozenset[str]:
-    """Which tensors that a head need not have this one has, by what its checkpoint holds and its config.json promises."""
+    """Return the optional tensors that a head has, according to the ``names`` in its checkpoint and its config.json."""
     there = set(names)
     chosen = {name for name in MAY_BE if name in there} | {f"{part}.bias" for part in variant.biased if part == "fc"}
     for layer in {layer_of(name) for name in there} - {""}:
@@ -54,7 +56,7 @@ def optional(names: Iterable[str], variant: Variant) -> frozenset[str]:
 
 
 def layer_of(name: str) -> str:
-    """The prefix of a layer's tensor, or nothing."""
+    """Return the prefix of a layer's tensor; empty for a tensor outside the layers."""
     parts = name.split(".")
     if parts[0] == "midlayer":
         return "midlayer."
@@ -62,10 +64,10 @@ def layer_of(name: str) -> str:
 
 
 def refuse_others(found: Mapping[str, Tensor], head: nn.Module) -> None:
-    """Refuse tensors that a head has no place for, that are missing, of another shape, or not numbers.
+    """Check the tensors of a checkpoint against those of a head.
 
     Raises:
-        ValueError: there is one.
+        ValueError: tensors are unknown, missing, of another shape or dtype, or not finite.
     """
     expected = head.state_dict()
     if extra := sorted(found.keys() - expected.keys()):
@@ -84,21 +86,24 @@ def refuse_others(found: Mapping[str, Tensor], head: nn.Module) -> None:
 
 
 def some(names: list[str]) -> str:
-    """The first of many names."""
+    """Return the first three names as text, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def draft_vocabulary(found: dict[str, Tensor], drafted: int | None, vocab: int) -> None:
-    """Put ``d2t`` and ``t2d`` in order, which map the draft vocabulary to the target's ids and back.
+    """Check ``d2t`` and ``t2d`` in ``found``, and add them where they are missing.
 
-    Target id = i + d2t[i] (EAGLE, SpecForge, ModelOpt, speculators, vLLM and sglang alike), and t2d says which ids these
-    are. A head without d2t drafts from the whole vocabulary.
+    They map the draft vocabulary to the target's ids and back: target id = i + d2t[i] (in EAGLE, SpecForge, ModelOpt,
+    speculators, vLLM and sglang alike), and t2d is the mask of these ids. A head without d2t drafts from the whole
+    vocabulary.
 
     Args:
-        drafted: what config.json says of the draft vocabulary's size.
+        found: tensors of the head.
+        drafted: size of the draft vocabulary according to config.json, or None.
+        vocab: size of the target's vocabulary.
 
     Raises:
-        ValueError: tensors that contradict each other, the output rows, or the vocabulary.
+        ValueError: the tensors contradict each other, the output rows or the vocabulary.
     """
     rows = len(found["lm_head.weight"]) if "lm_head.weight" in found else None
     mapped = len(found["d2t"]) if "d2t" in found and found["d2t"].dim() == 1 else None
@@ -109,7 +114,7 @@ def draft_vocabulary(found: dict[str, Tensor], drafted: int | None, vocab: int) 
     if "d2t" not in found:
         if size != vocab:
             raise ValueError(
-                f"it lacks d2t, without which {size} draft tokens cannot be told from {vocab} of the target"
+                f"it lacks d2t, without which {size} draft tokens cannot be mapped to the {vocab} of the target"
             )
         found["d2t"] = torch.zeros(vocab, dtype=torch.long)
     offsets = found["d2t"]
@@ -119,7 +124,7 @@ def draft_vocabulary(found: dict[str, Tensor], drafted: int | None, vocab: int) 
     ids = offsets + torch.arange(len(offsets))
     if not bool(((ids >= 0) & (ids < vocab)).all()):
         raise ValueError(f"d2t leads to ids outside of the target's {vocab}; expected offsets, target id = i + d2t[i]")
-    if len(ids.unique()) != len(ids):
+    if len(torch.unique(ids)) != len(ids):
         raise ValueError("d2t leads to one id twice")
     mask = torch.zeros(vocab, dtype=torch.bool)
     mask[ids] = True

@@ -1,4 +1,4 @@
-"""The CPU kernels of int8 decoding: C++ sources, compiled once per machine when they are first needed."""
+"""The CPU kernels of int8 decoding: C++ sources that are compiled once per machine, when they are first needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ __all__ = ["fast", "library", "threads"]
 
 
 def fast() -> bool:
-    """Whether the kernels are here and use the processor's instructions for int8 (Intel AMX, AVX-512 VNNI, AVX2)."""
-    found = library() if torch.cpu._is_avx2_supported() else None
-    return found is not None and found.accelerated() > 0
+    """Return whether the kernels are available and use the processor's int8 instructions (AMX, AVX-512 VNNI or
+    AVX2)."""
+    found = library() if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
+    return found is not None and bool(found.accelerated() > 0)

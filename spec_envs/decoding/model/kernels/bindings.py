@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spec_envs.decoding.model import kernels
 
-NO_MEMORY = 2  # what a kernel returns where it could not get any
+NO_MEMORY = 2  # status of a kernel that could not allocate memory
 
 
 class CMatrix(Structure):
@@ -69,10 +69,10 @@ class CDrafter(Structure):
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels, with their signatures.
+    """Return the compiled kernels with their signatures.
 
     Raises:
-        ValueError: they cannot be had here.
+        ValueError: they are not available here.
     """
     found = kernels.library()
     if found is None:
@@ -105,12 +105,12 @@ def library() -> ctypes.CDLL:
         for name in ("rms_norm", "most_probable"):
             getattr(found, name).restype = None
         for name in ("linear", "linear_argmax", "forward", "draft"):
-            getattr(found, name).errcheck = refused
+            getattr(found, name).errcheck = check_status
     return found
 
 
-def refused(status: int, function: Any, arguments: tuple) -> None:
-    """Raise IndexError where a kernel returned that rows do not fit, and MemoryError where there was none for them."""
+def check_status(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
+    """Raise IndexError if a kernel returned that rows do not fit, MemoryError if it returned that memory ran out."""
     if status == NO_MEMORY:
         raise MemoryError("there is not enough memory for so many rows in int8; pass a shorter text")
     if status:
@@ -118,9 +118,10 @@ def refused(status: int, function: Any, arguments: tuple) -> None:
 
 
 def floats(x: Tensor) -> Tensor:
-    """Contiguous float32."""
+    """Return x in contiguous float32."""
     return x.to(torch.float32).contiguous()
 
 
 def address(x: Tensor | None) -> int | None:
+    """Return the address of a tensor's data; None for None."""
     return None if x is None else x.data_ptr()

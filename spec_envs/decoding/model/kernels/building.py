@@ -1,8 +1,8 @@
-"""The compiled kernels: built once for a processor, kept in the user's cache folder, and loaded from it if nobody else
-can have written there and they are whole.
+"""Compile the kernels once for a processor, keep them in the user's cache folder, and load them.
 
-The name of a library holds the SHA-256 of its contents. One process builds and the others wait; where the folder cannot
-be used, a process builds for itself in a temporary folder.
+A kept library is loaded only if no other user can have written it and it is whole: its name contains the SHA-256 of its
+contents. One process compiles and the others wait; where the folder cannot be used, each process compiles for itself in
+a temporary folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -21,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch  # noqa: F401 - its OpenMP runtime, loaded first, serves these kernels too: one pool of threads
+import torch  # noqa: F401 - its OpenMP runtime is loaded first and serves these kernels too: one pool of threads
 from filelock import FileLock
 from platformdirs import user_cache_path
 
@@ -30,27 +31,28 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 
 Command = tuple[str, ...]
+log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
-    """One sentence on why the kernels could not be built."""
+    """The kernels could not be built; the message is one sentence on why."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, after one line that says why, where they cannot be had."""
+    """Return the compiled kernels; where they are not available, log a warning that says why and return None."""
     try:
         return first_built()
     except BuildError as error:
-        tell(f"int8 decoding is not available here: {error}")
+        log.warning("int8 decoding is not available here: %s", error)
         return None
 
 
 def first_built() -> ctypes.CDLL:
-    """The kernels by the first compiler that builds them.
+    """Return the kernels as the first compiler that succeeds builds them.
 
     Raises:
-        BuildError: there is none, or the system does not let them run.
+        BuildError: no compiler succeeds, or the system does not let the kernels run.
     """
     if sys.platform == "win32":
         raise BuildError("the kernels are built on Linux and macOS only")
@@ -62,7 +64,7 @@ def first_built() -> ctypes.CDLL:
             failures.append(str(error))
             continue
         for failure in failures:
-            tell(f"{failure}; {shlex.join(compiler)} was used")
+            log.warning("%s; %s was used", failure, shlex.join(compiler))
         if not kernels.usable():
             raise BuildError("the system does not grant the tile registers")
         return kernels
@@ -70,7 +72,7 @@ def first_built() -> ctypes.CDLL:
 
 
 def compilers() -> Iterator[Command]:
-    """``$CXX`` and the first compiler on PATH, as commands."""
+    """Yield ``$CXX`` and the first compiler on PATH, as commands."""
     try:
         named = tuple(shlex.split(os.environ.get("CXX", "")))
     except ValueError:
@@ -82,7 +84,7 @@ def compilers() -> Iterator[Command]:
 
 
 def built(compiler: Command, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
-    """The kernels for this processor, from the cache or compiled now.
+    """Return the kernels for this processor, from the cache or compiled now.
 
     Raises:
         BuildError: the compiler cannot build them, or they cannot be loaded.
@@ -91,31 +93,32 @@ def built(compiler: Command, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     try:
         folder = private_folder()
         return load_whole(folder, key) or alone(folder, key, compiler, flags)
-    except (OSError, NotImplementedError) as error:  # a folder without write access, locks, or libraries that run
-        tell(f"the int8 kernels are compiled for this process alone: {error}")
+    except (OSError, NotImplementedError) as error:  # no write access, no locks, or libraries there may not be run
+        log.warning("the int8 kernels are compiled for this process alone: %s", error)
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # a library that is loaded needs its file no more
+        with tempfile.TemporaryDirectory() as scratch:  # once it is loaded, a library no longer needs its file
             return ctypes.CDLL(str(compile_into(Path(scratch), key, compiler, flags)))
     except OSError as error:
         raise BuildError(f"the kernels can neither be kept nor loaded: {one_line(str(error))}") from None
 
 
 def fingerprint(compiler: Command, flags: tuple[str, ...]) -> str:
-    """What tells builds apart: sources, flags, compiler, and the processor's features as the compiler sees them."""
+    """Return a hash of what a build depends on: sources, flags, compiler, and the processor's features as it sees
+    them."""
     macros = run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
     return hashlib.sha256("\0".join([*compiler, *flags, macros, *sources]).encode()).hexdigest()[:16]
 
 
 def private_folder() -> Path:
-    """The folder of compiled kernels, made if it is not there.
+    """Return the folder of compiled kernels, created if it does not exist.
 
     Raises:
-        OSError: it cannot be had, or others may write to it.
+        OSError: it cannot be created, or other users may write to it.
     """
     try:
         folder = user_cache_path("spec-envs") / "kernels"
-    except RuntimeError as error:  # no home
+    except RuntimeError as error:  # the user has no home folder
         raise OSError(str(error)) from None
     if not folder.is_absolute():
         raise OSError(f"the cache folder {folder} is not an absolute path")
@@ -127,22 +130,25 @@ def private_folder() -> Path:
 
 
 def ours(path: Path) -> bool:
-    """Whether a file or folder is this user's, and nobody else may write to it."""
+    """Return whether a file or folder belongs to this user and no other user may write to it."""
     status = path.stat()
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def load_whole(folder: Path, key: str) -> ctypes.CDLL | None:
-    """The library of that key, if there is one which is ours, whole, and can be loaded."""
+    """Return the library of that key, or None if there is none that is ours, whole, and can be loaded."""
     for path in folder.glob(f"{key}-*.so"):
-        with contextlib.suppress(OSError):  # built by another system over the same home, or taken away just now
+        with contextlib.suppress(OSError):  # built by another system over the same home folder, or deleted just now
             if ours(path) and path.name == name(key, path.read_bytes()):
                 return ctypes.CDLL(str(path))
     return None
 
 
 def alone(folder: Path, key: str, compiler: Command, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """Build the library while other processes wait; what is there of that key, and what a killed build left, goes."""
+    """Compile the library while other processes wait.
+
+    Damaged libraries of that key and what a killed compilation left are deleted.
+    """
     with FileLock(folder / "lock", mode=0o600):
         if found := load_whole(folder, key):  # another process was faster
             return found
@@ -159,8 +165,8 @@ def alone(folder: Path, key: str, compiler: Command, flags: tuple[str, ...]) -> 
 
 
 def compile_into(folder: Path, key: str, compiler: Command, flags: tuple[str, ...]) -> Path:
-    """A newly compiled library in ``folder``."""
-    tell("compiling the int8 kernels (once)")
+    """Compile the library in ``folder`` and return its path."""
+    log.warning("compiling the int8 kernels; this takes about a minute and happens once")
     made = folder / "kernels.so"
     run(compiler, *flags, str(SOURCES / "kernels.cpp"), "-o", str(made))
     made.chmod(0o700)
@@ -168,17 +174,17 @@ def compile_into(folder: Path, key: str, compiler: Command, flags: tuple[str, ..
 
 
 def name(key: str, contents: bytes) -> str:
-    """The file name of a library."""
+    """Return the file name of a library."""
     return f"{key}-{hashlib.sha256(contents).hexdigest()}.so"
 
 
 def run(compiler: Command, *arguments: str) -> str:
-    """Output of a compiler.
+    """Run a compiler and return its output.
 
     Raises:
-        BuildError: it is not there, or it failed.
+        BuildError: the compiler cannot be run, or it failed.
     """
-    shown, environment = shlex.join(compiler), {**os.environ, "LC_ALL": "C"}  # with errors that are called error
+    shown, environment = shlex.join(compiler), {**os.environ, "LC_ALL": "C"}  # so that errors contain "error:"
     try:
         done = subprocess.run(
             [*compiler, *arguments], capture_output=True, text=True, errors="replace", env=environment
@@ -192,11 +198,6 @@ def run(compiler: Command, *arguments: str) -> str:
 
 
 def one_line(output: str) -> str:
-    """The first line that tells of an error, or the first one."""
+    """Return the first line with an error, or else the first line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line), lines[0] if lines else "")
-
-
-def tell(sentence: str) -> None:
-    """One line for the user."""
-    print(sentence, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Weights in the order in which the kernels read them."""
+"""Quantised weights in the order in which the kernels read them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ BLOCK, COLUMNS, TILE = 64, 32, 16  # inputs and outputs that are packed together
 
 
 def hadamard(order: int) -> Tensor:
-    """The symmetric orthogonal Hadamard matrix of a power of two (Sylvester's)."""
+    """Return the symmetric orthogonal Hadamard matrix ``[order, order]`` of a power of two, by Sylvester's
+    construction."""
     h = torch.ones(1, 1)
     while len(h) < order:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / order**0.5
+    orthogonal: Tensor = h / order**0.5
+    return orthogonal
 
 
 def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight ``[out, in]``, turned by the Hadamard matrix in blocks of 64 inputs (QuaRot, arXiv 2404.00456) and
-    quantised per output, in the order in which the kernels read it; and its scales ``[out rounded up to 32]``.
+    """Quantise a weight ``[out, in]`` per output, after multiplying each block of 64 inputs by the Hadamard matrix
+    (QuaRot, arXiv 2404.00456).
+
+    Returns:
+        The int8 weight in the order in which the kernels read it, and its scales ``[out rounded up to 32]``.
 
     Raises:
-        ValueError: a weight that is not a finite number.
+        ValueError: the weight holds a number that is not finite.
     """
     w = padded(weight.float(), COLUMNS, BLOCK)
-    w = (w.unflatten(1, (-1, BLOCK)) @ hadamard(BLOCK)).flatten(1)
+    w = (w.view(len(w), -1, BLOCK) @ hadamard(BLOCK)).flatten(1)
     scale = w.abs().amax(1) / 127
     if not torch.isfinite(scale).all():
         raise ValueError(
@@ -36,16 +41,17 @@ def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(tiles: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of ``packed``, but for rounding."""
+    """Return the weight ``[out, in]``, both rounded up to whole blocks: the inverse of ``packed`` up to rounding."""
     w = tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(scale), -1, BLOCK).float() * scale[:, None, None]
     return (w @ hadamard(BLOCK)).flatten(1)
 
 
 def padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """``x`` with zeros below and to the right, up to multiples of ``rows`` and ``columns``."""
+    """Pad x with zeros below and to the right, up to multiples of ``rows`` and ``columns``."""
     return torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
 
 
 def interleaved(gate: Tensor, up: Tensor) -> Tensor:
-    """Outputs of gate and up in turn, a tile of each."""
-    return torch.stack([gate.unflatten(0, (-1, TILE)), up.unflatten(0, (-1, TILE))], 1).flatten(0, 2)
+    """Return the outputs of gate and up in turn, a tile of 16 of each."""
+    shape = -1, TILE, *gate.shape[1:]
+    return torch.stack([gate.reshape(shape), up.reshape(shape)], 1).flatten(0, 2)

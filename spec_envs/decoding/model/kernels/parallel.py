@@ -1,7 +1,7 @@
-"""How many threads compute: as many as torch uses, and one in a forked process.
+"""The number of threads of a kernel: as many as torch uses, and one in a forked process.
 
-OpenMP's threads do not live on in a forked process, where a computation on several of them would wait for ever; torch
-and the kernels share them.
+torch and the kernels share OpenMP's threads. These do not exist in a forked process, where a computation on several
+threads would wait for them forever.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ORIGIN = os.getpid()
 
 
 def threads() -> int:
-    """Threads of a kernel."""
+    """Return the number of threads with which a kernel computes."""
     return torch.get_num_threads() if os.getpid() == ORIGIN else 1
 
 

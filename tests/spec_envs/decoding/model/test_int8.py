@@ -20,6 +20,7 @@ from spec_envs.decoding.model.batch import generate_batch, read_batch
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.lora import Added, Additions
+from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target
@@ -199,7 +200,7 @@ def test_rows_that_do_not_fit_are_refused(build: None) -> None:
     cache = model.cache(64)
     cache.length = 62
     with pytest.raises(IndexError, match="rows do not fit"):
-        model.layers(x, cache, model.rope, torch.zeros(1, 3, dtype=torch.long))
+        model.layers(Rows(x, cache, model.rope, torch.zeros(1, 3, dtype=torch.long)))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_tensors_of_other_sizes_are_refused() -> None:
 
     def refused(match: str, x: Tensor = x, at: Tensor = at, **given: Any) -> None:
         with pytest.raises(IndexError, match=match):
-            model.layers(x, given.pop("cache", model.cache(8)), given.pop("rope", model.rope), at, **given)
+            model.layers(Rows(x, **({"cache": model.cache(8), "rope": model.rope, "positions": at} | given)))
 
     refused("rows", x[..., :80])
     refused("rows", x.expand(2, 3, 96))
@@ -256,7 +257,7 @@ def test_tensors_of_other_sizes_are_refused() -> None:
     refused("entering", entering=x[..., :80])
     wide = int8.Layers([eagle_layer(model.shape)], dataclasses.replace(model.shape, layers=1))
     with pytest.raises(IndexError, match=r"entering .* does not fit"):  # it reads twice the hidden size
-        wide(x, model.cache(8), model.rope, at)
+        wide(Rows(x, model.cache(8), model.rope, at))
     with pytest.raises(ValueError, match="a layer after the first one reads another width"):
         int8.Layers([eagle_layer(model.shape)] * 2, model.shape)
     for some in (range(4), range(-1, 2), range(0, 3, 2)):

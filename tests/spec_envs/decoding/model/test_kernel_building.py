@@ -50,32 +50,35 @@ def libraries(place: Path) -> list[Path]:
     return sorted(place.glob("*.so"))
 
 
-def compilations(capsys: pytest.CaptureFixture[str]) -> int:
-    return capsys.readouterr().err.count("compiling")
+def compilations(caplog: pytest.LogCaptureFixture) -> int:
+    """Return how many compilations were logged since the last call."""
+    count = caplog.text.count("compiling the int8 kernels")
+    caplog.clear()
+    return count
 
 
-def test_kernels_are_compiled_once_for_the_same_sources(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_are_compiled_once_for_the_same_sources(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert FRESH() is not None and FRESH() is not None
-    assert compilations(capsys) == 1 and len(libraries(place)) == 1
+    assert compilations(caplog) == 1 and len(libraries(place)) == 1
     assert {path.name for path in place.iterdir()} == {libraries(place)[0].name, "lock"}
     write_source(building.SOURCES, 2)
     assert FRESH().accelerated() == 2
-    assert compilations(capsys) == 1 and len(libraries(place)) == 2
+    assert compilations(caplog) == 1 and len(libraries(place)) == 2
 
 
 @pytest.mark.parametrize("kept", [0, 1000, -1])
-def test_a_damaged_library_is_built_anew(place: Path, kept: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_library_is_built_anew(place: Path, kept: int, caplog: pytest.LogCaptureFixture) -> None:
     FRESH()
     found = libraries(place)[0]
     whole = found.read_bytes()
     found.unlink()  # for it is loaded
     found.write_bytes(whole[:kept] if kept >= 0 else whole[:-9] + b"damaged!!")
     assert FRESH().accelerated() == 1
-    assert compilations(capsys) == 2
+    assert compilations(caplog) == 2
     assert [path.read_bytes() for path in libraries(place)] == [whole]
 
 
-def test_a_whole_library_that_does_not_load_is_built_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_library_that_does_not_load_is_built_anew(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     FRESH()
     found = libraries(place)[0]
     contents = b"a library of another system"
@@ -89,28 +92,28 @@ def test_a_whole_library_that_does_not_load_is_built_anew(place: Path, capsys: p
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_a_library_or_folder_that_others_may_write_to_is_not_loaded(
-    place: Path, mode: int, capsys: pytest.CaptureFixture[str]
+    place: Path, mode: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     FRESH()
     libraries(place)[0].chmod(mode)
     assert FRESH() is not None
-    assert compilations(capsys) == 2 and libraries(place)[0].stat().st_mode & 0o777 == 0o700
+    assert compilations(caplog) == 2 and libraries(place)[0].stat().st_mode & 0o777 == 0o700
     place.chmod(mode)
     before = libraries(place)[0].stat().st_mtime_ns
     assert FRESH() is not None  # made in a temporary folder
-    assert f"{place} belongs to another user or may be written to by others" in capsys.readouterr().err
+    assert f"{place} belongs to another user or may be written to by others" in caplog.text
     assert libraries(place)[0].stat().st_mtime_ns == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_library_or_folder_of_another_user_is_not_loaded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_library_or_folder_of_another_user_is_not_loaded(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     FRESH()
     os.chown(libraries(place)[0], 12345, 12345)
     assert FRESH() is not None
-    assert compilations(capsys) == 2 and libraries(place)[0].stat().st_uid == 0
+    assert compilations(caplog) == 2 and libraries(place)[0].stat().st_uid == 0
     os.chown(place, 12345, 12345)
     assert FRESH() is not None
-    assert "belongs to another user" in capsys.readouterr().err
+    assert "belongs to another user" in caplog.text
 
 
 def test_an_open_umask_leaves_nothing_open(place: Path) -> None:
@@ -123,18 +126,18 @@ def test_an_open_umask_leaves_nothing_open(place: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert FRESH().accelerated() == 1
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and told[0].startswith("the int8 kernels are compiled for this process alone")
+    logged = caplog.messages
+    assert len(logged) == 2 and logged[0].startswith("the int8 kernels are compiled for this process alone")
 
 
 @pytest.mark.parametrize("home", ["gone", "unset"])
 def test_without_a_cache_folder_to_speak_of(
-    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def nowhere(name: str) -> Path:
         if home == "unset":
@@ -203,24 +206,24 @@ def test_a_killed_build_holds_nobody_up(place: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_compiler_is_a_command_with_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrapper = tmp_path / "a wrapper"
     wrapper.write_text('#!/bin/sh\nexec "$@"\n')
     wrapper.chmod(0o700)
     monkeypatch.setenv("CXX", f"'{wrapper}' c++ -DUNUSED='a b'")
     assert FRESH().accelerated() == 1
-    assert capsys.readouterr().err == "compiling the int8 kernels (once)\n"
+    assert len(caplog.messages) == 1 and compilations(caplog) == 1
 
 
 @pytest.mark.parametrize("named", ["nowhere -O2", "false", "'unbalanced", "/"])
 def test_a_compiler_that_does_not_compile_is_told_and_another_is_used(
-    named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    named: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", named)
     assert FRESH().accelerated() == 1
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and named.split()[0].strip("'") in told[-1] and told[-1].endswith("was used")
+    logged = caplog.messages
+    assert len(logged) == 2 and named.split()[0].strip("'") in logged[-1] and logged[-1].endswith("was used")
 
 
 @pytest.mark.parametrize("named", ["", "   "])
@@ -229,19 +232,19 @@ def test_an_empty_name_of_a_compiler_is_none(named: str, monkeypatch: pytest.Mon
     assert FRESH().accelerated() == 1
 
 
-def test_an_error_of_the_compiler_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_compiler_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     (building.SOURCES / "kernels.cpp").write_text('#include "other.h"\n')
     (building.SOURCES / "other.h").write_text("int number = nonsense;\n")
     assert FRESH() is None
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "int8 decoding is not available here" in told[1] and "error: 'nonsense'" in told[1]
+    logged = caplog.messages
+    assert len(logged) == 2 and "int8 decoding is not available here" in logged[1] and "error: 'nonsense'" in logged[1]
 
 
 @pytest.mark.parametrize(
     ("compiler", "reason"), [(None, "no C++ compiler"), ("false", "false could not build"), ("nowhere", "nowhere")]
 )
 def test_without_a_compiler_the_default_is_another_dtype(
-    compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "library", FRESH)
     monkeypatch.setattr(building, "COMPILERS", ())
@@ -250,8 +253,7 @@ def test_without_a_compiler_the_default_is_another_dtype(
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
         int8.Linear(torch.randn(4, 64))
-    told = capsys.readouterr().err
-    assert told.startswith("int8 decoding is not available here") and reason in told
+    assert caplog.messages[0].startswith("int8 decoding is not available here") and reason in caplog.messages[0]
 
 
 def test_a_relative_cache_folder_is_as_if_there_were_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.kernels import building
+from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
@@ -173,7 +174,7 @@ def test_mistakes_are_said(model: Transformer) -> None:
         with pytest.raises(ValueError, match="one or more different slots below 4, not"):
             slots.batch(wrong)
     x, positions = model.embed(torch.zeros(2, 5, dtype=torch.long)), torch.zeros(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match="5 rows behind the 60 of slot 1 do not fit its 64"):
+    with pytest.raises(ValueError, match="5 rows after the 60 of slot 1 do not fit its 64"):
         model.forward(x, slots.batch([0, 1]), positions)
     with pytest.raises(ValueError, match="rows of 2 sequences were given for 3 slots"):
         model.forward(x, slots.batch([0, 2, 1]), positions)
@@ -184,7 +185,7 @@ def test_mistakes_are_said(model: Transformer) -> None:
     model.forward(x[:, :4], slots.batch([0, 1]), positions[:, :4])
     if model.dtype == torch.int8:
         with pytest.raises(IndexError, match="rows do not fit"):
-            model.layers(x, slots.batch([0, 3]), model.rope, positions)
+            model.layers(Rows(x, slots.batch([0, 3]), model.rope, positions))
 
 
 @torch.inference_mode()
