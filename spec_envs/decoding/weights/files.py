@@ -17,23 +17,22 @@ from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.weights.config import first_line, in_fp8, read_json
 from spec_envs.decoding.weights.tensors import tensors
 
-FILES = ("model.safetensors", "pytorch_model.bin")  # each whole, or in parts that an index names
+FILES = ("model.safetensors", "pytorch_model.bin")  # whole, or in parts that an index names
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.inv_freq")  # left in by older transformers
-IDS = ("d2t", "t2d", "shortlist")  # tensors of drafters that are no weights
+HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.inv_freq")  # written by older transformers
+IDS = ("d2t", "t2d", "shortlist")  # tensors of drafters that hold ids
 
 
 def index_of(file: Path) -> Path:
-    """Return the index of a file that may be in parts."""
+    """Return the path of the index that a file has if it is in parts."""
     return file.with_name(f"{file.name}.index.json")
 
 
 def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
-    """Return the files that transformers would read, and no other that lies beside them, and the tensors that their index
-    names.
+    """Return the files of weights that transformers would read, and the names of the tensors in their index.
 
     Raises:
-        ValueError: there are none, or some of the parts are missing.
+        ValueError: there are no such files, or some parts are missing.
     """
     for name in FILES:
         file = folder / name
@@ -49,10 +48,10 @@ def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Return an index: the file of each tensor.
+    """Read an index and return the file name of each tensor.
 
     Raises:
-        ValueError: it is damaged, or names something that is not a file beside it.
+        ValueError: the index is damaged, or names something other than files beside it.
     """
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
@@ -67,7 +66,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the state dict of a folder; PyTorch files are read with ``weights_only=True``.
 
     Raises:
-        ValueError: no weights, a file that is missing or cannot be read, or tensors that are quantised.
+        ValueError: files are missing or cannot be read, tensors are quantised, or an adapter lies beside them.
     """
     weights: dict[str, Tensor] = {}
     files, named = weight_files(folder)
@@ -91,11 +90,13 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_blocks(files: list[Path], config: dict[str, Any]) -> None:
-    """Refuse blocks of FP8 that transformers would take for others: it divides the size of a weight by that of its scales,
-    which is the size of a block only where all blocks are whole, or there is one.
+    """Refuse FP8 weights whose blocks transformers would misjudge.
+
+    It divides the size of a weight by that of its scales, which is the size of a block only if all blocks are whole or
+    there is only one.
 
     Raises:
-        ValueError: a weight is not made of whole blocks.
+        ValueError: a weight does not consist of whole blocks.
     """
     block = config["quantization_config"].get("weight_block_size") or (128, 128)
     sizes: dict[str, tuple[int, ...]] = {}
@@ -106,45 +107,50 @@ def check_blocks(files: list[Path], config: dict[str, Any]) -> None:
     for name, scales in sizes.items():
         size = sizes.get(name.removesuffix("_scale_inv"), ())
         if not name.endswith("_scale_inv") or len(size) != len(scales) or len(size) != len(block):
-            continue  # left to what multiplies it out
+            continue  # left to transformers, which dequantises it
         for rows, count, of in zip(size, scales, block, strict=True):
             if count != -(-rows // of) or (count > 1 and rows % of):
                 raise ValueError(
-                    f"the FP8 weight {name.removesuffix('_scale_inv')} is {list(size)} with {list(scales)} scales for blocks of "
-                    f"{list(block)}, which are not whole; take its weights in bfloat16"
+                    f"the FP8 weight {name.removesuffix('_scale_inv')} is {list(size)} with {list(scales)} scales for "
+                    f"blocks of {list(block)}, which are not whole; take its weights in bfloat16"
                 )
 
 
 def multiplied_out(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint in FP8 in float32, multiplied by their scales.
+    """Return the weights of an FP8 checkpoint in float32, multiplied by their scales.
 
     Raises:
-        ValueError: tensors that transformers does not read, or lacks.
+        ValueError: transformers cannot read all tensors, or some are missing.
     """
     method = FineGrainedFP8Config(dequantize=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=method, output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:  # of any kind, for the scales come from a file
+    except Exception as error:  # scales of any content make transformers raise any exception
         raise ValueError(f"cannot multiply out the FP8 weights of {folder}: {first_line(error)}") from None
-    model, told = loaded
-    if wrong := [str(key) for found in told.values() for key in found]:
+    model, report = loaded
+    if wrong := [str(key) for found in report.values() for key in found]:
         raise ValueError(
             f"transformers does not read the FP8 weights of {folder} in all their parts: {', '.join(sorted(wrong)[:3])}; "
             "take its weights in bfloat16"
         )
-    return model.state_dict()
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file."""
+    """Yield names and tensors of a file.
+
+    Raises:
+        ValueError: the file cannot be read, or a tensor is quantised.
+    """
     try:
         safe = file.suffix == ".safetensors"
         loaded = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
             raise ValueError("it holds something else than tensors by name")
-    except Exception as error:  # of any kind, as damaged files make libraries raise them
+    except Exception as error:  # damaged files make the libraries raise any exception
         raise ValueError(
             f"cannot read the weights {file}: {first_line(error)}; delete it and fetch or convert it again"
         ) from None
@@ -159,7 +165,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_unread(config: PretrainedConfig, names: Iterable[str]) -> None:
-    """Raise ValueError for tensors that a model of this config would not read, for it is then another model."""
+    """Raise ValueError for tensors that a model of this config would not read, since it is then another model."""
     shape = Shape.from_config(config)
     read = dict(tensors(config, shape, shape.vocab))
     unread = sorted(name for name in names if name not in read and not HARMLESS.fullmatch(name))

@@ -1,6 +1,6 @@
-"""Reading GGUF files, whole or split, that may be cut anywhere or claim anything.
+"""Read GGUF files, whole or split, which may be cut off anywhere or claim anything.
 
-Every count, length and offset is held against the size of the file before anything is allocated or looped over.
+Every count, length and offset is compared with the size of the file before anything is allocated or looped over.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ SCALARS = {
     10: "Q",
     11: "q",
     12: "d",
-}  # struct's letters
+}  # letters of the struct module
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # of a split file
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # name of a part of a split file
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as the file holds it: the shape in torch's order, the kind of its blocks, and their bytes."""
+    """A tensor as it is stored.
+
+    Attributes:
+        name: in the file.
+        shape: in torch's order.
+        kind: of its blocks.
+        data: the bytes of the blocks, ``[..., bytes of a row]``.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,10 +52,10 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUF:
-    """What one file holds, or all parts of a split one.
+    """The contents of a file, or of all parts of a split one.
 
     Attributes:
-        path: the file, of a split one the first part, which has the metadata.
+        path: of the file, or of the first part, which has the metadata.
         metadata: values by key; arrays are lists.
         tensors: by name.
     """
@@ -59,13 +66,13 @@ class GGUF:
 
 
 class Header:
-    """Values one after another from the start of a file, none of them beyond its end."""
+    """Reads values one after another from the start of a file, never beyond its end."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.at = data, 0
 
     def take(self, size: int) -> memoryview:
-        """Return the next ``size`` bytes."""
+        """Return the next ``size`` bytes; raise ValueError if there are fewer."""
         if size > len(self.data) - self.at:
             raise ValueError(f"it is cut off, or damaged at byte {self.at}")
         self.at += size
@@ -82,7 +89,7 @@ class Header:
         return bytes(self.take(length)).decode()
 
     def value(self, kind: int) -> Any:
-        """Return a value of metadata."""
+        """Return a metadata value of type ``kind``."""
         if kind in SCALARS:
             return self.values(SCALARS[kind])[0]
         if kind == STRING:
@@ -98,10 +105,10 @@ class Header:
 
 
 def read_gguf(path: Path) -> GGUF:
-    """Return what a GGUF file holds, with the other parts where it is one part of a split file.
+    """Read a GGUF file, together with the other parts if it is one part of a split file.
 
     Raises:
-        ValueError: not a GGUF file, a damaged or cut one, or parts that are missing or do not belong together.
+        ValueError: the file is no GGUF file, is damaged or cut off, or its parts are missing or do not belong together.
     """
     files = part_files(path)
     parts = [read_one(file) for file in files]
@@ -124,7 +131,9 @@ def read_gguf(path: Path) -> GGUF:
 
 
 def part_files(path: Path) -> list[Path]:
-    """Return the files that belong together with ``path``, in order; by their names, so that nothing is read.
+    """Return all parts of the split file to which ``path`` belongs, in order, or ``path`` alone.
+
+    Only the names are compared; nothing is read.
 
     Raises:
         ValueError: some parts are missing.
@@ -143,7 +152,11 @@ def part_files(path: Path) -> list[Path]:
 
 
 def read_one(path: Path) -> GGUF:
-    """Return what one file holds."""
+    """Read one file.
+
+    Raises:
+        ValueError: it is no GGUF file, is damaged or cut off.
+    """
     try:
         data = np.memmap(path, mode="r")
         header = Header(data)
@@ -153,7 +166,7 @@ def read_one(path: Path) -> GGUF:
 
 
 def contents(header: Header, data: np.ndarray) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Return metadata and tensors."""
+    """Return the metadata by key and the tensors by name."""
     if bytes(header.take(4)) != b"GGUF":
         raise ValueError("it does not begin with the letters GGUF")
     (version,) = header.values("I")
@@ -182,7 +195,7 @@ def contents(header: Header, data: np.ndarray) -> tuple[dict[str, Any], dict[str
 
 
 def entry(header: Header) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-    """Return name, shape, kind and offset of a tensor."""
+    """Return name, shape, kind and offset of the next tensor in the header."""
     name, (dimensions,) = header.text(), header.values("I")
     if not 0 < dimensions <= 4:
         raise ValueError(f"its tensor {name!r} has {dimensions} dimensions")
@@ -195,12 +208,13 @@ def entry(header: Header) -> tuple[str, tuple[int, ...], GGMLQuantizationType, i
 
 
 def blocks(name: str, shape: Sequence[int], kind: GGMLQuantizationType, data: np.ndarray, offset: int) -> np.ndarray:
-    """Return the bytes ``[..., bytes of a row]`` of a tensor that lies ``offset`` behind the start of the data."""
+    """Return the bytes ``[..., bytes of a row]`` of a tensor that begins ``offset`` bytes after the start of the
+    data."""
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     if not all(shape) or shape[-1] % per_block:
         raise ValueError(f"its tensor {name!r} has the shape {list(shape)}, which is no number of {kind.name} blocks")
     row_bytes = shape[-1] // per_block * block_bytes
     size = math.prod(shape[:-1]) * row_bytes
     if offset + size > len(data):
-        raise ValueError(f"it is cut off: the tensor {name!r} ends {offset + size - len(data)} bytes behind its end")
+        raise ValueError(f"it is cut off: the tensor {name!r} ends {offset + size - len(data)} bytes after its end")
     return data[offset : offset + size].reshape(*shape[:-1], row_bytes)

@@ -1,6 +1,6 @@
-"""A language model out of a GGUF file: its config, weights, tokenizer and the ids that end its texts.
+"""The language model in a GGUF file: its config, weights, tokenizer and the ids that end its texts.
 
-Keys and tensors that change what is computed are read or refused by name; none is skipped in silence.
+Keys and tensors that change what is computed are read or refused by name; none is skipped silently.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from spec_envs.decoding.weights.files import refuse_unread
 from spec_envs.decoding.weights.gguf_file import GGUF, StoredTensor
 from spec_envs.decoding.weights.tensors import fitting
 
-FAMILIES: dict[str, type[PretrainedConfig]] = {  # a Mistral's file says llama, which is the same forward
+FAMILIES: dict[str, type[PretrainedConfig]] = {  # a Mistral's file says llama, whose forward is the same
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
-NAMES = {  # of a layer's modules, there and here
+NAMES = {  # of a layer's modules, in the file and in transformers
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -53,8 +53,8 @@ OUTSIDE = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides the frequencies by; Llama 3.1 and later
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys of an architecture that change nothing at these values
+ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp divides the frequencies by these; Llama 3.1 and later
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys of an architecture, with the values at which they change nothing
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.scale": (0,),
@@ -70,15 +70,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys of an architecture that change n
     "rope.scaling.yarn_attn_factor": (0, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
-DESCRIBING = ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")  # the embedding has the rows it has
-PRE_TOKENIZERS = {  # those that transformers has an expression for, and those that GPT-2's is right for
-    *("default", "gpt-2", "smollm"),  # SmolLM cuts digits apart, which its merges leave apart anyway
+DESCRIBING = ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")  # change nothing at any value
+PRE_TOKENIZERS = {  # those for which transformers has an expression, and those for which GPT-2's is right
+    *("default", "gpt-2", "smollm"),  # SmolLM splits digits, which its merges never join anyway
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe", "midm-2.0", "lfm2", "tekken"),
     *("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "gpt-4o", "llama4", "kanana2"),
 }
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# llama.cpp ends a text at these tokens, too, whatever the keys say.
+# llama.cpp also ends a text at these tokens, whatever the keys say.
 END_TOKENS = {
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
     *("<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
@@ -87,7 +87,11 @@ END_TOKENS = {
 
 
 class Keys:
-    """The keys of an architecture, each of them asked for or refused."""
+    """The keys of a file's architecture, each of which is read or refused.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
 
     def __init__(self, gguf: GGUF):
         self.architecture = str(gguf.metadata.get("general.architecture", "not named"))
@@ -98,10 +102,15 @@ class Keys:
         self.unread = {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
 
     def number(self, key: str, default: float | None = None, whole: bool = True) -> Any:
-        """Return a number, whole or not.
+        """Return the positive number of a key, which counts as read.
+
+        Args:
+            key: without the architecture's prefix.
+            default: used where the key is missing; None requires the key.
+            whole: whether it must be an int.
 
         Raises:
-            ValueError: there is none, or something else.
+            ValueError: the key is missing, or its value is no such number.
         """
         value = self.unread.pop(key, default)
         kinds = (int,) if whole else (int, float)
@@ -113,7 +122,7 @@ class Keys:
         return value
 
     def refuse_rest(self) -> None:
-        """Raise ValueError for a key that changes the model and that nobody asked for."""
+        """Raise ValueError for a key that changes the model and that has not been read."""
         for key, value in self.unread.items():
             if key not in DESCRIBING and value not in NEUTRAL.get(key, ()):
                 shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:40]}…"
@@ -124,7 +133,7 @@ def config_of(gguf: GGUF) -> PretrainedConfig:
     """Return the transformers config of a file.
 
     Raises:
-        ValueError: an architecture that is not computed here, or keys that are missing, wrong or not supported.
+        ValueError: the architecture is not supported, or keys are missing, wrong or not supported.
     """
     kind = gguf.metadata.get("general.type", "model")
     if kind != "model":
@@ -151,7 +160,7 @@ def config_of(gguf: GGUF) -> PretrainedConfig:
     if settings["num_hidden_layers"] > len(gguf.tensors):
         raise ValueError(f"it holds {len(gguf.tensors)} tensors for {settings['num_hidden_layers']} layers")
     settings["rope_parameters"] = rope_of(gguf, keys, settings["max_position_embeddings"], head_dim)
-    if keys.architecture != "qwen2":  # whose queries, keys and values always have them
+    if keys.architecture != "qwen2":  # its queries, keys and values always have biases
         settings["attention_bias"] = has_bias(gguf, "attn_")
     if keys.architecture == "llama":
         settings["mlp_bias"] = has_bias(gguf, "ffn_")
@@ -161,9 +170,9 @@ def config_of(gguf: GGUF) -> PretrainedConfig:
 
 
 def rope_of(gguf: GGUF, keys: Keys, context: int, head_dim: int) -> dict[str, Any]:
-    """Return the rotary positions as transformers names them."""
+    """Return the rope parameters as transformers names them."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10_000.0, whole=False)}
-    kind = keys.unread.pop("rope.scaling.type", "linear")  # llama.cpp's default, without effect where nothing is scaled
+    kind = keys.unread.pop("rope.scaling.type", "linear")  # llama.cpp's default, which does nothing without a factor
     linear = keys.unread.pop("rope.scale_linear", 0)
     factor = keys.unread.pop("rope.scaling.factor", linear)
     original = keys.unread.pop("rope.scaling.original_context_length", context)
@@ -192,19 +201,19 @@ def rope_of(gguf: GGUF, keys: Keys, context: int, head_dim: int) -> dict[str, An
 
 
 def rows(gguf: GGUF, name: str) -> int:
-    """Return the rows of a tensor."""
+    """Return the number of rows of a tensor; raise ValueError if it is missing."""
     if name not in gguf.tensors:
         raise ValueError(f"the tensor {name} is missing")
     return gguf.tensors[name].shape[0]
 
 
 def has_bias(gguf: GGUF, part: str) -> bool:
-    """Return whether layers have biases in a part."""
+    """Return whether the layers have biases in the modules whose names begin with ``part``."""
     return any(re.fullmatch(rf"blk\.\d+\.{part}\w+\.bias", name) for name in gguf.tensors)
 
 
 def token_list(gguf: GGUF) -> list[str]:
-    """Return the tokens of a file by id."""
+    """Return the tokens of a file, in order of their ids; raise ValueError if it has none."""
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError("it has no tokenizer (tokenizer.ggml.tokens)")
@@ -212,7 +221,7 @@ def token_list(gguf: GGUF) -> list[str]:
 
 
 def token_id(gguf: GGUF, name: str) -> int | None:
-    """Return the id of a special token; None where the file has none."""
+    """Return the id of a special token, or None if the file names none; raise ValueError for anything but an id."""
     found = gguf.metadata.get(f"tokenizer.ggml.{name}")
     if found is None:
         return None
@@ -222,7 +231,7 @@ def token_id(gguf: GGUF, name: str) -> int | None:
 
 
 def end_ids(gguf: GGUF) -> list[int]:
-    """Return every id that ends a text: of the keys, and of the tokens whose name says so."""
+    """Return all ids that end a text, ascending: those of the keys, and those of the tokens in ``END_TOKENS``."""
     named = {i for i in (token_id(gguf, key) for key in END_KEYS) if i is not None}
     return sorted(named | {i for i, token in enumerate(token_list(gguf)) if token in END_TOKENS})
 
@@ -231,7 +240,7 @@ def values(tensor: StoredTensor) -> np.ndarray:
     """Return the numbers of a tensor in float32.
 
     Raises:
-        ValueError: a kind of blocks that nobody can read.
+        ValueError: the library cannot read this kind of blocks.
     """
     try:
         return np.array(quants.dequantize(tensor.data, tensor.kind), np.float32).reshape(tensor.shape)
@@ -240,7 +249,7 @@ def values(tensor: StoredTensor) -> np.ndarray:
 
 
 def named_here(config: PretrainedConfig, name: str) -> str:
-    """Return the name that transformers has for a tensor; the same where it has none."""
+    """Return transformers' name of a tensor, or ``name`` itself where it has none."""
     if name in OUTSIDE:
         return OUTSIDE[name]
     modules = NAMES | QK_NORMS if config.model_type == "qwen3" else NAMES
@@ -254,7 +263,7 @@ def weights_of(gguf: GGUF, config: PretrainedConfig) -> dict[str, Tensor]:
     """Return the weights by transformers' names, in float32.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape, before any of them is read.
+        ValueError: tensors are missing, unknown or of another shape, which is checked before any of them is read.
     """
     skipped = {ROPE_FACTORS} if gguf.metadata["general.architecture"] == "llama" else set()
     stored = {named_here(config, name): tensor for name, tensor in gguf.tensors.items() if name not in skipped}
@@ -266,7 +275,7 @@ def weights_of(gguf: GGUF, config: PretrainedConfig) -> dict[str, Tensor]:
 
 
 def converted_tensors(stored: Mapping[str, StoredTensor], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in transformers' layout."""
+    """Yield name and tensor in transformers' layout, float32."""
     for name, tensor in stored.items():
         weight = torch.from_numpy(values(tensor))
         if config.model_type == "llama" and re.search(r"\.(q|k)_proj\.", name):
@@ -275,24 +284,25 @@ def converted_tensors(stored: Mapping[str, StoredTensor], config: PretrainedConf
 
 
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Return rows of a rotary projection as llama.cpp has a Llama's: pairs side by side, where transformers has halves."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    """Return the rows of a rotary projection in llama.cpp's order for Llama, pairs side by side instead of two
+    halves."""
+    return weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def halved(weight: Tensor, head_dim: int) -> Tensor:
-    """Undo ``interleaved``."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    """Return the rows of a rotary projection in transformers' order, two halves: the inverse of ``interleaved``."""
+    return weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def write_tokenizer(gguf: GGUF, folder: Path) -> None:
-    """Write the tokenizer of a file, whatever else lies beside it, with its tokens at the ids that the file has for them.
+    """Write the tokenizer of a file to ``folder``, its tokens at the ids that they have in the file.
 
     Raises:
-        ValueError: a tokenizer that transformers does not read.
+        ValueError: transformers cannot read the tokenizer.
     """
     tokens = token_list(gguf)
     refuse_tokenizer(gguf.metadata)
-    with tempfile.TemporaryDirectory() as alone:
+    with tempfile.TemporaryDirectory() as alone:  # transformers would read other files beside it as well
         Path(alone, gguf.path.name).symlink_to(gguf.path.resolve())
         source = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.path.name, trust_remote_code=False)
     source.save_pretrained(folder)
@@ -306,7 +316,7 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> None:
 
 
 def refuse_tokenizer(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a tokenizer does to text that transformers would not do."""
+    """Raise ValueError if transformers would not treat text as the file's tokenizer does."""
     kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and cut not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre is {cut!r}, a way to cut text into words that transformers does not know")
@@ -315,10 +325,14 @@ def refuse_tokenizer(metadata: Mapping[str, Any]) -> None:
 
 
 def respell(content: dict[str, Any], tokens: list[str], kinds: list[int]) -> None:
-    """Give a tokenizer.json the special tokens of the file, and no other.
+    """Give a tokenizer.json exactly the special tokens of the file.
 
-    transformers adds tokens that its own classes have by default, and spells those of a byte-level vocabulary in bytes,
-    so that it takes a token such as DeepSeek's for a new one.
+    transformers adds default tokens of its own classes, and it spells those of a byte-level vocabulary in bytes, so
+    that it takes tokens such as DeepSeek's for new ones.
+
+    Args:
+        content: the tokenizer.json, which is changed in place.
+        tokens, kinds: tokens of the file and their kinds, by id.
     """
     vocab = content["model"]["vocab"]
     spelled = {i: token for token, i in vocab.items()}
@@ -336,12 +350,12 @@ def write_model(gguf: GGUF, folder: Path) -> None:
     """Write config, weights, tokenizer and generation config to a folder in the Hugging Face layout.
 
     Raises:
-        ValueError: a file that is not understood in every part that matters.
+        ValueError: a part of the file that matters is not supported.
     """
     config = config_of(gguf)
     write_tokenizer(gguf, folder)
     config.architectures = [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
     config.save_pretrained(folder)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)  # type: ignore[no-untyped-call]
     save_file(weights_of(gguf, config), folder / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Which tensors a model has, by its config: those that transformers' model of the same config has."""
+"""The tensors that a model of a given config has: those of transformers' model of the same config."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], outputs: int) -> dict[str, Tensor]:
-    """The tensors of a model of this config; others, which transformers ignores too, are left out.
+    """Return the tensors of a model of this config; others are left out, which transformers ignores, too.
 
     Args:
-        outputs: how many output rows there are.
+        config, shape: of the model.
+        weights: its state dict.
+        outputs: number of output rows.
 
     Returns:
-        Among others ``EMBEDDING`` and ``OUTPUT``, which are the same tensor where the two are tied.
+        The tensors by name; ``EMBEDDING`` and ``OUTPUT`` are the same tensor where the two are tied.
 
     Raises:
-        ValueError: a tensor that is missing, has another size, or is not made of floating-point numbers.
+        ValueError: a tensor is missing, has another size, or does not hold floating-point numbers.
     """
     found = dict(weights)
-    if config.tie_word_embeddings:  # as transformers does: either stands for both, and two that differ are not tied
+    if config.tie_word_embeddings:  # as in transformers, either stands for both, and two that differ are not tied
         embedding, output = found.get(EMBEDDING), found.get(OUTPUT)
         if embedding is None and output is not None:
             found[EMBEDDING] = output
@@ -46,12 +48,12 @@ def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], 
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers."""
+    """Return whether two tensors hold the same numbers."""
     return a.shape == b.shape and bool((a == b).all())
 
 
 def tensors(config: PretrainedConfig, shape: Shape, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and size of every tensor."""
+    """Yield name and size of every tensor of a model with ``outputs`` output rows."""
     hidden, inner = shape.hidden, config.intermediate_size
     attended, kept = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield EMBEDDING, (shape.vocab, hidden)
@@ -80,7 +82,7 @@ def tensors(config: PretrainedConfig, shape: Shape, outputs: int) -> Iterator[tu
 
 
 def biases(config: PretrainedConfig) -> tuple[bool, bool, bool]:
-    """Whether queries, keys and values, the output of attention, and the feed-forward part have biases."""
+    """Return whether queries, keys and values, the attention's output, and the feed-forward part have biases."""
     if config.model_type == "llama":
         return config.attention_bias, config.attention_bias, config.mlp_bias
     if config.model_type == "qwen3":
