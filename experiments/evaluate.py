@@ -18,8 +18,7 @@ from typing import Any
 from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
-from spec_envs.controls import Control, Policy, make_control
-from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls import Policy, make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
@@ -123,25 +122,25 @@ def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
     if depth.isdecimal() and budget.isdecimal():
         return static_policy(DepthControl(**sizes), (int(depth), int(budget)))
     if depth.isdecimal():
-        sized = learned_policy(budget, BudgetControl)
-        if not 0 <= int(depth) <= sized.control.max_depth:
-            raise ValueError(f"depth is {depth}; expected 0 to {sized.control.max_depth}")
-        sized.control.depth = int(depth)  # type: ignore[attr-defined]
+        sized = learned_policy(budget, "budget")
+        sized.control.hold(int(depth))
         return sized
-    policy = learned_policy(depth, DepthControl)
+    policy = learned_policy(depth, "depth")
     if budget.isdecimal():
-        policy.control.budget = int(budget)  # type: ignore[attr-defined]
+        policy.control.hold(int(budget))
     else:
-        partner = learned_policy(budget, BudgetControl)
+        partner = learned_policy(budget, "budget")
         policy.control.compose(partner.control, partner.agent)
     return policy
 
 
-def learned_policy(run: str, kind: type[Control]) -> Policy:
+def learned_policy(run: str, problem: str) -> Policy:
     """The policy of a run of one problem, without its partner."""
     control, agent = agents.load(run)
-    if not isinstance(control, kind):
-        raise ValueError(f"{run} is not a run of {kind.__name__}; give it as the other of DEPTH and BUDGET")
+    if control.name != problem:
+        raise ValueError(
+            f"{run} is a run of {control.name}, not of {problem}; give it as the other of DEPTH and BUDGET"
+        )
     control.partner = None
     return Policy(control, agent)
 

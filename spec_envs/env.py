@@ -12,7 +12,7 @@ from gymnasium.utils import EzPickle
 
 from spec_envs import recordings, render
 from spec_envs.controls import CONTROLS, make_control
-from spec_envs.controls.base import checked_action
+from spec_envs.controls.policy import checked_action
 from spec_envs.decoding.clock import PricedClock, WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder

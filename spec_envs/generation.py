@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spec_envs.controls.base import Agent, Control, Policy
+from spec_envs.controls.base import Control
+from spec_envs.controls.policy import Agent, Policy
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.text import TextStream
 

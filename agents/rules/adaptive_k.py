@@ -13,7 +13,6 @@ import numpy as np
 
 from spec_envs.agents.rules.base import ChainRule
 from spec_envs.controls.base import Control
-from spec_envs.controls.k import KControl
 from spec_envs.controls.text_kind import KINDS, context_kind
 
 UNKNOWN_RATE = 0.5  # while there is no history
@@ -203,7 +202,6 @@ class AdaptiveKAgent(ChainRule):
 
     def _record(self, observation: np.ndarray) -> None:
         """Report the last decision: a cycle, or a segment, of which only the rate is seen."""
-        assert isinstance(self.control, KControl)
         k, rate = self.read(observation, "last_k"), self.read(observation, "last_acceptance")
         interval = self.control.adjustment_interval
         drafted = interval * (k > 0) if interval else round(k * self.k_max)

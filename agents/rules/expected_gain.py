@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from spec_envs.agents.rules.tree_base import PricedRule
-from spec_envs.controls import tree
 from spec_envs.controls.base import Control
 
 
@@ -32,19 +31,21 @@ class ExpectedGainAgent(PricedRule):
 
     def __init__(self, control: Control, scale: float = 1.0):
         super().__init__(control)
-        self.scale = scale
+        self.scale, self.plans = scale, control.plans()
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         depth, deepest = self.depth(observation), self.control.max_depth
         accepted = self.numbers(observation, "gains").cumsum() * (deepest + 1)
         now = self.rates(accepted, depth)
         best = int(np.argmax(now))
-        if not self.control.progress:
-            return best, state
         room = self.budgets >= depth + 2  # a path to the next level has that many nodes
-        if depth < deepest and self.rates(accepted + room * self.next_level(observation), depth + 1).max() > now[best]:
-            return tree.EXPAND, state
-        return 1 + best, state
+        if (
+            self.plans.stepwise
+            and depth < deepest
+            and self.rates(accepted + room * self.next_level(observation), depth + 1).max() > now[best]
+        ):
+            return self.plans.drafts, state
+        return int(self.plans.ends[best]), state
 
     def rates(self, accepted: np.ndarray, depth: int) -> np.ndarray:
         """Expected tokens per second of each budget."""

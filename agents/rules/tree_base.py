@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 
 from spec_envs.agents.rules.base import Rule
-from spec_envs.controls import depth, tree
 from spec_envs.controls.base import Control
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.tree import TreeControl
 
 
 class TreeRule(Rule):
@@ -31,7 +28,7 @@ class GrowthRule(TreeRule):
     """A rule that grows a tree until it expects too little of the next level. How many nodes are verified then is fixed.
 
     Args:
-        budget: nodes verified in ``SpecTree-v0``; in ``SpecDepth-v0`` the control has a budget of its own.
+        budget: nodes verified, where the control offers several budgets (``SpecTree-v0``).
 
     Raises:
         ValueError: a budget that the control does not offer.
@@ -39,12 +36,12 @@ class GrowthRule(TreeRule):
 
     def __init__(self, control: Control, budget: int = 7):
         super().__init__(control)
-        if isinstance(control, TreeControl):
-            if budget not in control.budgets:
-                raise ValueError(f"budget is {budget}; expected one of {', '.join(map(str, control.budgets))}")
-            self.expand, self.verify = tree.EXPAND, 1 + control.budgets.index(budget)
-        else:
-            self.expand, self.verify = depth.EXPAND, depth.VERIFY
+        if len(control.budgets) == 1:
+            budget = control.budgets[0]
+        if budget not in control.budgets:
+            raise ValueError(f"budget is {budget}; expected one of {', '.join(map(str, control.budgets))}")
+        plans = control.plans()
+        self.expand, self.verify = plans.drafts, int(plans.ends[control.budgets.index(budget)])
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         deepest = self.depth(observation) == self.control.max_depth
@@ -52,11 +49,11 @@ class GrowthRule(TreeRule):
 
     @abstractmethod
     def stops(self, observation: np.ndarray) -> bool:
-        """Whether to verify what is drafted."""
+        """Return whether to verify what is drafted."""
 
     def space(self, trial: Any) -> dict[str, Any]:
-        """Hyper-parameters to try, suggested by an Optuna trial: a budget, where it is the rule's to choose."""
-        if isinstance(self.control, TreeControl):
+        """Return hyper-parameters to try, suggested by an Optuna trial: a budget, where it is the rule's to choose."""
+        if len(self.control.budgets) > 1:
             return {"budget": trial.suggest_categorical("budget", self.control.budgets)}
         return {}
 
@@ -66,7 +63,6 @@ class PricedRule(TreeRule):
 
     def __init__(self, control: Control):
         super().__init__(control)
-        assert isinstance(control, (BudgetControl, TreeControl))
         self.budgets = np.array(control.budgets)
 
     @functools.cached_property

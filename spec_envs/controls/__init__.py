@@ -8,7 +8,8 @@ from pkgutil import resolve_name
 from typing import Any
 
 from spec_envs import ENVIRONMENTS
-from spec_envs.controls.base import Agent, Control, Policy
+from spec_envs.controls.base import Control
+from spec_envs.controls.policy import Agent, Policy
 
 __all__ = ["CONTROLS", "Agent", "Control", "Policy", "make_control"]
 

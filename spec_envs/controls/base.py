@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
 
 from spec_envs import recordings
-from spec_envs.checked import check_number
+from spec_envs.controls.entries import Entry
 from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.plans import Plans
-from spec_envs.controls.recorded import DEPTH_UNIT, Reader, expansions_then, published_depth_then, survival
+from spec_envs.controls.policy import Agent, Policy
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder
@@ -27,57 +26,12 @@ from spec_envs.decoding.loading import (
     static_over_plain,
 )
 
-CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
-LENGTH_UNIT = 1000  # and that the published observation shows as 1
-WINDOWS = (4, 16)  # cycles over which acceptance is observed
-LONGEST_CHAIN, LARGEST_TREE = 4096, 100_000  # drafted tokens, nodes: what is allocated before anything is drafted
+LONGEST_CHAIN = 4096  # drafted tokens that are allocated before anything is drafted
 COST_ROWS = (1, 8, 16, 32, 64, 96)  # where the observation samples the verification curve
 
 
 Setting = int | str
 """Name of a static setting: a depth, a number of nodes, a chain length, ``"2x7"``, ``"4x300"``."""
-
-
-class Entry(NamedTuple):
-    """A named range of the observation vector. ``read`` returns a number, or ``size`` of them or fewer. ``recorded`` reads
-    the same of a trace, where it depends on nothing but what the cycle under way has drafted."""
-
-    name: str
-    size: int
-    low: float
-    high: float
-    read: Callable[[Decoder], Any]
-    recorded: Reader | None = None
-
-
-class Agent(Protocol):
-    """Anything with Stable-Baselines3's ``predict``; ``decision_seconds`` is charged per decision.
-
-    One that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
-    (``Policy``), the others are not made, and are 0.
-    """
-
-    decision_seconds: float
-
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        """Action and next recurrent state."""
-
-
-@runtime_checkable
-class Learner(Agent, Protocol):
-    """An agent that goes on learning while it serves."""
-
-    def record(self, observation: np.ndarray, action: int, reward: float, following: np.ndarray, done: bool) -> Any:
-        """Learn from a decision."""
-
-
-@runtime_checkable
-class Trained(Agent, Protocol):
-    """An agent that knows the problem it was made for."""
-
-    control: Control
 
 
 class Control(ABC):
@@ -87,6 +41,7 @@ class Control(ABC):
         action_space, observation_space: as in Gymnasium.
         entries: the observation's ranges in order; ``self.slices[name]`` finds one.
         width, max_depth: of the tree.
+        budgets: numbers of nodes that a cycle may verify, where a part of the tree is; empty for chains.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         own: how many of the observation's first numbers show what the cycle under way has drafted, at a control that
             observes that; the others are the same all through a cycle.
@@ -100,6 +55,7 @@ class Control(ABC):
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token is
             a decision; ``""`` where a cycle is one decision.
         longest: levels or tokens that ``progress`` shows as 1.
+        adjustment_interval: tokens for which a decision is kept; 0 where every cycle is decided.
         link: name or address of the link between drafter and target, ``""`` where there is none.
         exit: the target's own early exit that drafts, or None where another model does.
         name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
@@ -108,6 +64,7 @@ class Control(ABC):
     action_space: spaces.Discrete
     width: int
     max_depth: int
+    budgets: tuple[int, ...] = ()
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
     rewards: ClassVar[Mapping[str, Reward]] = {"saved": saved, "ltd": ltd}
     temperature: ClassVar[float] = 0.0
@@ -116,6 +73,7 @@ class Control(ABC):
     cuts: ClassVar[bool] = True
     progress: str = ""
     longest: int = 0
+    adjustment_interval: int = 0
     link: str = ""
     exit: ExitPoint | None = None
     engine: str = "torch"
@@ -334,6 +292,14 @@ class Control(ABC):
         """Return a control and the setting by which it plays one value of each axis of ``candidates``."""
         return self, values[0]
 
+    def hold(self, value: int) -> None:
+        """Fix the decision that a partner would make.
+
+        Raises:
+            ValueError: a value out of range, or a problem that leaves no decision to a partner.
+        """
+        raise ValueError(f"{self.name} leaves no decision to a partner; expected SpecDepth-v0 or SpecBudget-v0")
+
     def settle(self, *values: Setting) -> None:
         """Fix what is drawn anew in every cycle of training at the best static values, by axis."""
         return None
@@ -347,74 +313,6 @@ class Control(ABC):
         """Carry out a decision; None if the cycle goes on."""
 
 
-class Policy:
-    """A control with the agent that plays it: a partner inside another control, or what ``generate`` runs.
-
-    Args:
-        learning: whether the agent explores, and learns from every cycle.
-
-    Raises:
-        ValueError: it is to, and cannot; it was made for another problem; or its ``decision_seconds`` are no seconds.
-    """
-
-    def __init__(self, control: Control, agent: Agent, learning: bool = False):
-        if learning and not isinstance(agent, Learner):
-            raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter, dvi and reinforce do")
-        if isinstance(agent, Trained):
-            control.check_layout(agent.control, type(agent).__name__)
-        check_number("decision_seconds", agent.decision_seconds, lambda seconds: seconds >= 0, "seconds, 0 or more")
-        self.control, self.agent, self.learning = control, agent, learning
-        self.looks_at: Collection[str] | None = None if learning else getattr(agent, "looks_at", None)
-        self.state: Any = None
-        self.fresh = True
-
-    def reset(self, rng: np.random.Generator, task: str = "") -> None:
-        """A new text begins."""
-        self.control.reset(rng, task)
-        self.state, self.fresh = None, True
-
-    def decide(self, decoder: Decoder) -> int:
-        """Observe and choose an action; its time is charged to the clock."""
-        observation = self.control.observe(decoder, self.looks_at)
-        start = np.array([self.fresh])
-        action, self.state = self.agent.predict(observation, self.state, start, deterministic=not self.learning)
-        self.fresh, self.observed = False, observation
-        decoder.clock.charge("policy", self.agent.decision_seconds)
-        return checked_action(self.control.action_space, action)
-
-    def learn(self, decoder: Decoder, action: int, cycle: Cycle) -> None:
-        """Tell the agent what came of its last decision: accepted tokens per second (its own time is not charged)."""
-        assert isinstance(self.agent, Learner)
-        reward = cycle.accepted / max(sum(cycle.seconds.values()), 1e-9)
-        self.agent.record(self.observed, action, reward, self.control.observe(decoder), decoder.finished)
-
-
-def check_tree(max_depth: int, width: int) -> None:
-    """Refuse trees that no memory would hold.
-
-    Raises:
-        ValueError: more nodes than ``LARGEST_TREE``.
-    """
-    if (nodes := width + width * width * max_depth) > LARGEST_TREE:
-        raise ValueError(
-            f"max_depth and width are {max_depth} and {width}, a tree of {nodes} nodes; expected at most {LARGEST_TREE}"
-        )
-
-
-def checked_action(space: spaces.Discrete, action: Any) -> int:
-    """Return an action as a number: a whole number of Python or NumPy, or an array of no dimensions that holds one.
-
-    Raises:
-        ValueError: anything else, such as a fraction, a boolean, a text or an array of one number, or one out of range.
-    """
-    if isinstance(action, np.ndarray) and action.shape == ():
-        action = action[()]
-    whole = isinstance(action, (int, np.integer)) and not isinstance(action, bool)
-    if not whole or not 0 <= action < space.n:
-        raise ValueError(f"action {action!r} is not in {space}; expected a whole number from 0 to {space.n - 1}")
-    return int(action)
-
-
 def costs_shown(table: CostTable, width: int) -> list[float]:
     """Return a cost table as it is observed: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1), where a
     forward of the drafter has ``width`` rows."""
@@ -425,61 +323,3 @@ def costs_shown(table: CostTable, width: int) -> list[float]:
 def layout(control: Control) -> str:
     """Return what stands in an observation, in its order."""
     return ", ".join(f"{entry.name}[{entry.size}]" for entry in control.entries)
-
-
-def read_survival(decoder: Decoder) -> np.ndarray:
-    """Per level grown, the drafter's probability that the text passes through one of its candidates."""
-    tree = decoder.tree
-    return survival(tree.scores, tree.level_starts) if tree.size else np.zeros(0)
-
-
-def read_recent(decoder: Decoder) -> list[float]:
-    """Accepted tokens per cycle over the last 4 and the last 16 cycles, in units of the deepest path."""
-    deepest = decoder.max_depth + 1
-    recent = [decoder.cycles[-n:] for n in WINDOWS]
-    return [sum(cycle.accepted for cycle in cycles) / max(1, len(cycles)) / deepest for cycles in recent]
-
-
-def read_expansions(decoder: Decoder) -> float:
-    """Expansions so far, in units of the most there can be."""
-    return decoder.tree.expansions / decoder.max_depth
-
-
-def read_position(decoder: Decoder) -> float:
-    """Share of max_new_tokens emitted."""
-    return len(decoder.tokens) / decoder.max_new_tokens
-
-
-def read_context(decoder: Decoder) -> float:
-    """Length of the text in units of 4096 tokens."""
-    return decoder.length / CONTEXT_UNIT
-
-
-def common_entries() -> list[Entry]:
-    """Ranges that do not depend on the problem."""
-    return [
-        Entry("expansions", 1, 0.0, 1.0, read_expansions, expansions_then),
-        Entry("recent", len(WINDOWS), 0.0, 1.0, read_recent),
-        Entry("position", 1, 0.0, 1.0, read_position),
-        Entry("context", 1, 0.0, 1.0, read_context),
-    ]
-
-
-def read_length(decoder: Decoder, repeats: int) -> np.ndarray:
-    """Length of the text in units of 1000 tokens, several times."""
-    return np.full(repeats, decoder.length / LENGTH_UNIT)
-
-
-def read_depth(decoder: Decoder, repeats: int) -> np.ndarray:
-    """Expansions so far, in units of ten, several times."""
-    return np.full(repeats, decoder.tree.expansions / DEPTH_UNIT)
-
-
-def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], scores_then: Reader, repeats: int) -> list[Entry]:
-    """Return the observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
-    lowest = -1000.0  # a floor below any path log-probability in float32
-    return [
-        Entry("scores", scores, lowest, 0.0, read_scores, scores_then),
-        Entry("length", repeats, 0.0, 1000.0, partial(read_length, repeats=repeats)),
-        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats), published_depth_then),
-    ]

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from operator import attrgetter
 
-import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls import candidates
-from spec_envs.controls.base import (
-    LARGEST_TREE,
-    Control,
-    Entry,
-    Setting,
-    check_tree,
-    common_entries,
-    ltd_entries,
-    read_survival,
-)
+from spec_envs.controls.base import Control, Setting
+from spec_envs.controls.budgets import offered
+from spec_envs.controls.entries import gains_entry, ltd_entries, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import all_scores_then, gains, gains_then, survival_then
+from spec_envs.controls.recorded import all_scores_then
 from spec_envs.decoding.decoder import Cycle, Decoder
-
-LTD_CODE = tuple(range(10, 241, 10))
-LTD_PAPER = tuple(range(20, 241, 20))
-NAMED = {"ltd": LTD_CODE, "ltd-paper": LTD_PAPER}
 
 
 class BudgetControl(Control):
@@ -112,13 +99,7 @@ class BudgetControl(Control):
             candidates = width + width * width * max_depth
             self._declare(ltd_entries(candidates, attrgetter("tree.scores"), all_scores_then, repeats=29))
         else:
-            self._declare(
-                [
-                    gains_entry(self.budgets),
-                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then),
-                    *common_entries(),
-                ]
-            )
+            self._declare([gains_entry(self.budgets), survival_entry(max_depth), *progress_entries()])
 
     def settings(self) -> tuple[Setting, ...]:
         return self.budgets
@@ -132,7 +113,12 @@ class BudgetControl(Control):
 
     def settle(self, *values: Setting) -> None:
         if self.depth == "random":
-            self.depth = int(values[0])
+            self.hold(int(values[0]))
+
+    def hold(self, value: int) -> None:
+        if not 0 <= value <= self.max_depth:
+            raise ValueError(f"depth is {value}; expected 0 to {self.max_depth}")
+        self.depth = value
 
     def plans(self) -> Plans:
         drawn = self.depth == "random"
@@ -155,32 +141,3 @@ class BudgetControl(Control):
     def act(self, decoder: Decoder, action: int) -> Cycle | None:
         self.prepare(decoder)
         return decoder.verify(self.budgets[action])
-
-
-def offered(budgets: Sequence[int] | str, max_depth: int, width: int) -> tuple[int, ...]:
-    """The budgets of a control, which may be given by name, for a tree of that size.
-
-    Raises:
-        ValueError: another name, numbers that do not ascend from 0 or more, or a tree without levels or nodes.
-    """
-    if isinstance(budgets, str):
-        if budgets not in NAMED:
-            raise ValueError(f"budgets is {budgets!r}; expected numbers or one of {', '.join(NAMED)}")
-        budgets = NAMED[budgets]
-    if max_depth < 1 or width < 1:
-        raise ValueError(f"max_depth and width are {max_depth} and {width}; expected at least 1")
-    check_tree(max_depth, width)
-    if not budgets or min(budgets) < 0 or max(budgets) > LARGEST_TREE or list(budgets) != sorted(set(budgets)):
-        raise ValueError(f"budgets is {list(budgets)}; expected ascending numbers of nodes, up to {LARGEST_TREE}")
-    return tuple(budgets)
-
-
-def gains_entry(budgets: Sequence[int]) -> Entry:
-    """Return the range that shows what each budget adds."""
-    recorded = partial(gains_then, budgets=budgets)
-    return Entry("gains", len(budgets), 0.0, 1.0, partial(read_gains, budgets=budgets), recorded)
-
-
-def read_gains(decoder: Decoder, budgets: Sequence[int]) -> np.ndarray:
-    """Return what ``gains`` returns of the tree under way."""
-    return gains(decoder.tree.scores, budgets, decoder.max_depth)

@@ -9,10 +9,11 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls import candidates
-from spec_envs.controls.base import Control, Entry, Setting, check_tree, common_entries, ltd_entries, read_survival
-from spec_envs.controls.budget import BudgetControl
+from spec_envs.controls.base import Control, Setting
+from spec_envs.controls.budgets import check_tree
+from spec_envs.controls.entries import frontier_entry, ltd_entries, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import frontier_then, last_scores_then, survival_then
+from spec_envs.controls.recorded import last_scores_then
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 VERIFY, EXPAND = 0, 1
@@ -98,19 +99,13 @@ class DepthControl(Control):
                 f"max_depth, width and budget are {max_depth}, {width} and {budget}; expected at least 2, 1 and 0"
             )
         check_tree(max_depth, width)
-        self.max_depth, self.width, self.budget = max_depth, width, budget
+        self.max_depth, self.width, self.budgets = max_depth, width, (budget,)
         self.action_space = spaces.Discrete(2)
         self.progress, self.longest = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
         if observation == "ltd":
             self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), last_scores_then, repeats=14))
         else:
-            self._declare(
-                [
-                    Entry("frontier", width, 0.0, 1.0, read_frontier, frontier_then),
-                    Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then),
-                    *common_entries(),
-                ]
-            )
+            self._declare([frontier_entry(width), survival_entry(max_depth), *progress_entries()])
 
     def settings(self) -> tuple[Setting, ...]:
         return tuple(range(1, self.max_depth + 1))
@@ -140,7 +135,10 @@ class DepthControl(Control):
 
     def plans(self) -> Plans:
         depths, shown = range(self.max_depth + 1), self.place("expansions")
-        return tree_plans(depths, [self.budget], self.width, VERIFY, EXPAND, made=1, runs_out=True, shown=shown)
+        return tree_plans(depths, self.budgets, self.width, VERIFY, EXPAND, made=1, runs_out=True, shown=shown)
+
+    def hold(self, value: int) -> None:
+        self.budgets = (value,)
 
     def prepare(self, decoder: Decoder) -> None:
         if decoder.tree.expansions == 0:
@@ -153,13 +151,7 @@ class DepthControl(Control):
         return decoder.verify(self._budget(decoder))
 
     def _budget(self, decoder: Decoder) -> int:
-        """The nodes to verify: the partner's choice, if there is one."""
+        """Return the nodes to verify: the partner's choice, if there is one."""
         if self.partner is None:
-            return self.budget
-        assert isinstance(self.partner.control, BudgetControl)
+            return self.budgets[0]
         return self.partner.control.budgets[self.partner.decide(decoder)]
-
-
-def read_frontier(decoder: Decoder) -> np.ndarray:
-    """Path probabilities of the frontier."""
-    return np.exp(decoder.tree.scores[decoder.tree.frontier])

@@ -10,7 +10,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from spec_envs.checked import check_number
-from spec_envs.controls.base import LONGEST_CHAIN, WINDOWS, Control, Entry, read_context, read_position
+from spec_envs.controls.base import LONGEST_CHAIN, Control
+from spec_envs.controls.entries import WINDOWS, Entry, text_entries
 from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import accepted, saved
@@ -151,8 +152,7 @@ class DVIControl(Control):
                 Entry("entropy", 1, 0.0, 1.0, lambda d: entropy(self._probabilities(d)) / ENTROPY_UNIT),
                 Entry("drafted", 1, 0.0, 1.0, lambda d: d.tree.size / self.block),
                 Entry("acceptance", len(WINDOWS), 0.0, 1.0, lambda d: [judged(d.cycles[-n:]) for n in WINDOWS]),
-                Entry("position", 1, 0.0, 1.0, read_position),
-                Entry("context", 1, 0.0, 1.0, read_context),
+                *text_entries(),
             ]
         return entries
 

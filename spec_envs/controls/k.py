@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import cache, partial
-from typing import cast
+from collections.abc import Collection, Sequence
+from functools import partial
 
 import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls import candidates
-from spec_envs.controls.base import LONGEST_CHAIN, WINDOWS, Control, Entry, Setting, read_context, read_position
+from spec_envs.controls.base import LONGEST_CHAIN, Control, Setting
+from spec_envs.controls.entries import WINDOWS, Entry, acceptance, copies, mean, one_hot, read_match, text_entries
 from spec_envs.controls.plans import Plans, chain_plans
 from spec_envs.controls.recorded import (
     ENTROPY_UNIT,
@@ -20,19 +20,15 @@ from spec_envs.controls.recorded import (
     probability_then,
     token_entropy_then,
 )
-from spec_envs.controls.text_kind import KINDS, context_kind
+from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, told_kind
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Cycle, Decoder, merged
-from spec_envs.decoding.drafters.base import Copier
-from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.decoding.llama_cpp.decoder import drafter_for, open_server
 from spec_envs.decoding.llama_cpp.server import check_server_args
 from spec_envs.decoding.loading import Models
 from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
-SNIPPET, FRESH = 96, 16  # tokens that the kind of text is told from, and after how many new ones it is told anew
-OPENING, JSON = 8, ("{", "```json", "```\n{")  # tokens of an answer by which it is told to be JSON as a whole
 SEGMENT = 64  # tokens between decisions where an engine is asked for whole segments
 ENGINES = ("torch", "llama-server")
 DECISIONS = ("cycle", "token")
@@ -174,8 +170,7 @@ class KControl(Control):
             Entry("acceptance", len(WINDOWS), 0.0, 1.0, self._read_acceptance),
             Entry("last_k", 1, 0.0, 1.0, self._read_last_k),
             Entry("last_acceptance", 1, 0.0, 1.0, self._read_last_acceptance),
-            Entry("position", 1, 0.0, 1.0, read_position),
-            Entry("context", 1, 0.0, 1.0, read_context),
+            *text_entries(),
         ]
         if self.observation == "counters":
             return counters
@@ -311,40 +306,9 @@ class KControl(Control):
         return self.kind
 
 
-def told_kind(tail: list[int], opening: list[int], detokenize: Callable[[list[int]], str]) -> str:
-    """The kind of a text, told from its last tokens and from the first ones of its answer."""
-    if detokenize(opening).lstrip().startswith(JSON):
-        return "json"
-    return context_kind(detokenize(tail[-SNIPPET:]))
-
-
-def read_match(decoder: Decoder) -> float:
-    """How many of the text's last tokens stood in it before, in units of the most that are counted; 0 without lookup."""
-    drafter = copier(decoder)
-    return min(1.0, drafter.matched() / LONGEST) if drafter else 0.0
-
-
 def read_free(decoder: Decoder) -> float:
-    """1 where the next token of the chain under way would be copied, else 0."""
+    """Return 1 where the next token of the chain under way would be copied, else 0."""
     return float(copies(decoder))
-
-
-def copies(decoder: Decoder) -> bool:
-    """Whether the next token of the chain under way would be copied."""
-    drafter = copier(decoder)
-    return drafter is not None and drafter.source(decoder.tree.tokens.tolist()) is not None
-
-
-def copier(decoder: Decoder) -> Copier | None:
-    """The drafter of a text that goes on, if it is one that may copy."""
-    kind: type = type(decoder.drafter)
-    return None if decoder.finished or not may_copy(kind) else cast(Copier, decoder.drafter)
-
-
-@cache
-def may_copy(drafter: type) -> bool:
-    """Whether drafters of a type are copiers: slow to find out, and asked at every decision."""
-    return issubclass(drafter, Copier)
 
 
 def draft(decoder: Decoder) -> None:
@@ -353,20 +317,3 @@ def draft(decoder: Decoder) -> None:
         decoder.expand()
     else:
         decoder.begin()
-
-
-def acceptance(cycles: list[Cycle]) -> float:
-    """Accepted over drafted tokens: a ratio of sums, not a mean of ratios."""
-    drafted = sum(cycle.drafted for cycle in cycles)
-    return sum(cycle.accepted for cycle in cycles) / drafted if drafted else 0.0
-
-
-def one_hot(name: str, names: tuple[str, ...]) -> list[float]:
-    """1 at the name's place; at the last place for a name that is not there."""
-    at = names.index(name) if name in names else len(names) - 1
-    return [float(i == at) for i in range(len(names))]
-
-
-def mean(values: np.ndarray) -> float:
-    """The mean; 0 of nothing."""
-    return float(values.mean()) if len(values) else 0.0

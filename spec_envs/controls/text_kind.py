@@ -1,9 +1,12 @@
-"""What kind of text is being written, told from its characters."""
+"""The kind of text that is being written, detected from its characters."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+SNIPPET, FRESH = 96, 16  # tokens that decide the kind of a text, and after how many new ones it is detected anew
+OPENING, JSON = 8, ("{", "```json", "```\n{")  # leading tokens of an answer that decide whether it is JSON as a whole
 KINDS = ("code", "prose", "math", "json", "list")
 CODE_CHARACTERS, CODE_SHARE = frozenset("{}()[];:"), 0.05
 MATH_SIGNS, MATH_WORDS = frozenset("∑∀∃→⇒∫"), re.compile(r"\b(therefore|proof)\b", re.IGNORECASE)
@@ -24,3 +27,10 @@ def context_kind(snippet: str) -> str:
     if not MATH_SIGNS.isdisjoint(snippet) or MATH_WORDS.search(snippet):
         return "math"
     return "list" if len(ITEM.findall(snippet)) >= 2 else "prose"
+
+
+def told_kind(tail: list[int], opening: list[int], detokenize: Callable[[list[int]], str]) -> str:
+    """Return the kind of a text, detected from its last tokens and from the first ones of its answer."""
+    if detokenize(opening).lstrip().startswith(JSON):
+        return "json"
+    return context_kind(detokenize(tail[-SNIPPET:]))

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs.controls.base import WINDOWS, Control, Entry, Setting, read_context, read_position
-from spec_envs.controls.k import acceptance, mean, one_hot, read_match
+from spec_envs.controls.base import Control, Setting
+from spec_envs.controls.entries import WINDOWS, Entry, acceptance, mean, one_hot, read_match, text_entries
 from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import rl_adapter, saved
 from spec_envs.controls.rl_adapter_state import KS, published_state
@@ -191,8 +191,7 @@ class TopKControl(Control):
             Entry("confidence", 1, 0.0, 1.0, partial(read_last, "probabilities")),
             Entry("entropy", 1, 0.0, 1.0, lambda d: read_last("entropies", d) / ENTROPY_UNIT),
             Entry("match", 1, 0.0, 1.0, read_match),
-            Entry("position", 1, 0.0, 1.0, read_position),
-            Entry("context", 1, 0.0, 1.0, read_context),
+            *text_entries(),
             Entry("task", len(TASKS) + 1, 0.0, 1.0, lambda d: one_hot(self.task, (*TASKS, ""))),
         ]
 

@@ -8,11 +8,11 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls import candidates
-from spec_envs.controls.base import Control, Entry, Setting, common_entries, read_survival
-from spec_envs.controls.budget import gains_entry, offered
-from spec_envs.controls.depth import read_frontier
+from spec_envs.controls.base import Control, Setting
+from spec_envs.controls.budgets import offered
+from spec_envs.controls.entries import Entry, frontier_entry, gains_entry, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import ENTROPY_UNIT, entropy_then, frontier_then, survival_then
+from spec_envs.controls.recorded import ENTROPY_UNIT, entropy_then
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 EXPAND = 0
@@ -99,11 +99,11 @@ class TreeControl(Control):
         self.action_space = spaces.Discrete(1 + len(self.budgets))
         self._declare(
             [
-                Entry("frontier", width, 0.0, 1.0, read_frontier, frontier_then),
-                Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then),
+                frontier_entry(width),
+                survival_entry(max_depth),
                 gains_entry(self.budgets),
                 Entry("entropy", 1, 0.0, 1.0, read_entropy, entropy_then),
-                *common_entries(),
+                *progress_entries(),
             ]
         )
 

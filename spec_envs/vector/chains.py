@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spec_envs.controls.base import WINDOWS
-from spec_envs.controls.k import FRESH, OPENING, SNIPPET, told_kind
+from spec_envs.controls.entries import WINDOWS
 from spec_envs.controls.recorded import RecordedChains
-from spec_envs.controls.text_kind import KINDS
+from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, told_kind
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST

@@ -25,7 +25,7 @@ PROBLEM = '''
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control
-from spec_envs.controls.base import Entry, read_context, read_position
+from spec_envs.controls.entries import text_entries
 
 
 class ToyControl(Control):
@@ -43,7 +43,7 @@ class ToyControl(Control):
         super().__init__(observation, cost_features)
         self.lengths, self.max_depth = (1, long), long - 1
         self.action_space = spaces.Discrete(2)
-        self._declare([Entry("position", 1, 0.0, 1.0, read_position), Entry("context", 1, 0.0, 1.0, read_context)])
+        self._declare(text_entries())
 
     def settings(self):
         return ("short", "long")

@@ -155,7 +155,7 @@ def test_mixes_of_learned_and_fixed(
     arms = json.loads((out / "results.json").read_text())["arms"]
     assert len([name for name in arms if name.startswith("depth")]) == 4
     monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", runs[1], "--budget", "16"])
-    with pytest.raises(SystemExit, match="is not a run of DepthControl"):
+    with pytest.raises(SystemExit, match="is a run of budget, not of depth"):
         evaluate.main()
     monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", "20", "--budget", runs[1]])
     with pytest.raises(SystemExit, match="depth is 20; expected 0 to 12"):

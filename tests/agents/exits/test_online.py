@@ -359,7 +359,9 @@ def test_bad_hyperparameters(name: str, own: dict, message: str, tiny: dict) -> 
 
 
 def test_bad_problems(tiny: dict) -> None:
-    with pytest.raises(ValueError, match="DVIAgent improves an early exit: k drafts with another model; take SpecDVI-v0"):
+    with pytest.raises(
+        ValueError, match="DVIAgent improves an early exit: k drafts with another model; take SpecDVI-v0"
+    ):
         AGENTS["dvi"](control=make_control("k", {}))
     with pytest.raises(ValueError, match="draft_temperature is 0, at which nothing is drawn"):
         AGENTS["reinforce"](control=make_control("dvi", {**tiny, **EXIT}))
