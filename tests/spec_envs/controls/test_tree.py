@@ -134,7 +134,7 @@ def test_static_settings_of_any_budget(tiny: dict, tiny_decoder: Decoder, monkey
     monkeypatch.setattr(candidates, "BUDGETS", (7,))
     monkeypatch.setattr(static, "PROMPTS", 2)
     found = static.best_static(tiny, TreeControl(max_depth=4))
-    assert {"depth 0, budget 7", "depth 2, budget 1"} <= set(found["tokens_per_second"])
+    assert {"depth 0, budget 7", "depth 2, budget 1"} <= set(found.tokens_per_second)
 
 
 def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
