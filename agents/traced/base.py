@@ -1,4 +1,4 @@
-"""What agents that learn from a trace have in common: a small network, and rounds of lessons to fit it to."""
+"""The base class of agents that learn from a trace: a small network, and rounds of lessons that it is fitted to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spec_envs.vector.env import ReplayVectorEnv
 FILE = "policy.safetensors"
 READS = ("cycle", "everything")
 LOGGED = 10  # steps between lines of the log
-KNOWN = 4096  # decisions that are remembered; before anything is drafted, a cycle looks like many others
+KNOWN = 4096  # decisions that are remembered: before anything is drafted, cycles look alike
 
 
 def weighed(control: Control) -> Plans:
@@ -40,24 +40,27 @@ def weighed(control: Control) -> Plans:
 
 
 class TracedAgent(Deciding):
-    """An agent that is fitted to all that a trace knows, over rounds: in the first the lessons are those of random play,
-    in each further one those of what was learned in the last are added.
+    """An agent that is fitted to all that a trace knows, over rounds. The first round has the lessons of random decisions;
+    each further one adds the lessons of the policy that the round before it left.
 
     Args:
         control: of trees or chains.
-        outputs: of the network.
+        outputs: numbers that the network returns.
         activation: between its layers, and the same in NumPy, which may write into its argument.
         hidden: units of each of the two hidden layers; beyond 96, BLAS takes threads for a decision (see ``bare.in_numpy``).
-        cycles: that are looked at in each round.
-        rounds, steps, batch_size: optimiser's steps in each round, and cycles of a step. Many steps learn few texts by heart.
-        learning_rate: at the beginning; it falls to 0 on half a cosine.
+        cycles: lessons of each round.
+        rounds, steps, batch_size: rounds, steps of the optimiser in each, and cycles of a step. Many steps overfit few texts.
+        learning_rate: at the beginning of a round; it falls to 0 along half a cosine.
+        weight_decay: of AdamW.
         seed: of everything that is drawn.
-        reads: "cycle": of an observation only what the cycle under way has drafted, where a decision can know that; or
-            "everything", also how earlier cycles went, the task, the position: of few texts, that is learned by heart.
+        reads: ``"cycle"``: of an observation only what the cycle under way has drafted, where that is known when it is
+            decided; or ``"everything"``, also earlier cycles, task and position, which overfits few texts.
 
     Attributes:
+        plans: of the control.
+        width: how many of an observation's first numbers the network reads.
         looks_at: names of the entries of an observation that it reads.
-        decision_seconds: time of one decision; measured when the agent is made, then kept with its weights.
+        decision_seconds: seconds of one decision, measured when the agent is made and then saved with its weights.
     """
 
     def __init__(
@@ -85,21 +88,21 @@ class TracedAgent(Deciding):
         self.looks_at = [name for name, place in control.slices.items() if place.start < self.width]
         torch.manual_seed(seed)
         between, self.activation = activation
-        self.network = nn.Sequential(
-            nn.Linear(self.width, hidden), between(), nn.Linear(hidden, hidden), between(), nn.Linear(hidden, outputs)
-        )
+        sizes = ((self.width, hidden), (hidden, hidden), (hidden, outputs))
+        first, second, self.last = (nn.Linear(*ends) for ends in sizes)
+        self.network = nn.Sequential(first, between(), second, between(), self.last)
         self._unpack()
 
     @abstractmethod
     def actions(self, observations: np.ndarray) -> np.ndarray:
-        """An action for each of the observations ``[n, …]``."""
+        """Return an action ``[n]`` for each of the observations ``[n, …]``."""
 
     @abstractmethod
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
-        """Learn from all lessons so far, of which ``new`` are those of the last round; the loss of each step."""
+        """Learn from all lessons so far, of which ``new`` are those of the last round; yield the loss of each step."""
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """The action for one observation; nothing is drawn, so that of one that was seen before is known."""
+        """Return the action for one observation. Nothing is drawn, so the actions of the last observations are remembered."""
         seen = np.asarray(observation, np.float32)[: self.width]
         key = seen.tobytes()
         if key not in self.known:
@@ -118,8 +121,8 @@ class TracedAgent(Deciding):
         """Learn from a trace.
 
         Args:
-            total_timesteps: ignored; how much is looked at stands in the hyper-parameters.
-            env: one that replays a trace.
+            total_timesteps: ignored; ``cycles`` and ``rounds`` say how much is learned from.
+            env: an environment that replays a trace.
             folder: of the run, for ``log.jsonl`` and TensorBoard; learning takes seconds and begins anew if it was killed.
             checkpoint_freq: ignored.
 
@@ -145,12 +148,12 @@ class TracedAgent(Deciding):
         return self
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """For one round."""
+        """Return the optimiser of one round, and the schedule of its learning rate."""
         adam = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
 
     def outputs(self, x: np.ndarray) -> np.ndarray:
-        """The network in NumPy, by which a decision costs a tenth of one by torch."""
+        """Return what the network does, ``[…, outputs]``, computed in NumPy, which takes a tenth of PyTorch's time."""
         *hidden, (weight, bias) = self.layers
         x = x[..., : self.width]
         for w, b in hidden:
@@ -160,13 +163,13 @@ class TracedAgent(Deciding):
         return x @ weight + bias
 
     def _unpack(self) -> None:
-        """The network's weights as arrays."""
+        """Copy the network's weights into arrays."""
         self.known: dict[bytes, int] = {}
         linear = [module for module in self.network if isinstance(module, nn.Linear)]
         self.layers = [(m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()) for m in linear]
 
     def measure(self) -> float:
-        """Median seconds of a decision that is not known yet."""
+        """Return the median seconds of a decision that is not remembered."""
         self.known.clear()
         space = self.control.observation_space
         seen = iter(np.random.default_rng(0).random((REPEATS, *(space.shape or (0,))), np.float32))
@@ -174,15 +177,15 @@ class TracedAgent(Deciding):
 
     @property
     def priced_seconds(self) -> float:
-        """Seconds of a decision under a cost table."""
+        """Seconds of a decision under a cost table, which prices the network instead of timing it."""
         return priced_network(self.network)
 
     def state(self) -> dict[str, np.ndarray]:
-        """What is saved beside the network."""
+        """Return the arrays that are saved beside the network."""
         return {}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Take it back."""
+        """Restore what ``state`` returned."""
 
     def save(self, folder: Path) -> None:
         """Write the weights."""
@@ -191,10 +194,10 @@ class TracedAgent(Deciding):
         write_weights(folder / FILE, weights, decision_seconds=repr(self.decision_seconds))
 
     def load(self, folder: Path) -> None:
-        """Read them.
+        """Read the weights that ``save`` wrote.
 
         Raises:
-            ValueError: none there, damaged ones, or those of another control.
+            ValueError: there are none, they are damaged, or they are those of another control.
         """
         path, remedy = folder / FILE, "delete it to train again"
         tensors, metadata = read_weights(path, "the policy in", remedy)

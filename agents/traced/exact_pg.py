@@ -23,33 +23,29 @@ class ExactPGAgent(TracedAgent):
         ∇ Σ_plans P(plan) · (accepted + 1 − λ · seconds),
 
     P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance but
-    that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy belongs to the cost table that it was
+    that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy holds for the cost table that it was
     trained under.
 
     Args:
-        control, hyperparameters: see ``TracedAgent``.
+        control, hyperparameters: those of ``TracedAgent``.
     """
 
     def __init__(self, control: Control, **hyperparameters: Any):
         choices = int(control.action_space.n)  # type: ignore[attr-defined]
         super().__init__(control, choices, (nn.Tanh, lambda x: np.tanh(x, out=x)), **hyperparameters)
-        if (
-            self.plans.drafts is not None
-        ):  # as likely to go on as to stop, else hardly any gradient comes from deep plans
-            last = self.network[-1]
-            assert isinstance(last, nn.Linear)
-            with torch.no_grad():
-                last.bias[self.plans.drafts] += float(np.log(choices - 1))
+        if self.plans.drafts is not None:
+            with torch.no_grad():  # as likely to draft as to stop, else hardly any gradient comes from deep plans
+                self.last.bias[self.plans.drafts] += float(np.log(choices - 1))
             self._unpack()
         self.decision_seconds = self.measure()
         self.tokens = self.seconds = 0.0
 
     def actions(self, observations: np.ndarray) -> np.ndarray:
-        """See ``TracedAgent``: the most probable ones."""
+        """Return the most probable action ``[n]`` for each of the observations ``[n, …]``."""
         return self.outputs(observations).argmax(1)
 
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
-        """Climb for a round."""
+        """Run one round of policy-gradient ascent; yield the loss of each step."""
         table = env.cost_tables[0]
         forward, verification = self.plans.forward(table), self.plans.verification(table)
         seen, gained = torch.from_numpy(lessons.seen), torch.from_numpy(lessons.accepted + 1)
@@ -73,7 +69,7 @@ class ExactPGAgent(TracedAgent):
         self._unpack()
 
     def _chances(self, seen: Tensor) -> Tensor:
-        """How probable the policy makes each plan, ``[n, plans]``, of what is seen at every level ``[n, levels, …]``."""
+        """Return the probability ``[n, plans]`` that the policy follows each plan, from what is seen at every level ``[n, levels, …]``."""
         plans, chances = self.plans, self.network(seen[..., : self.width]).softmax(-1)
         stopping = torch.from_numpy(plans.ends)
         if plans.drafts is None:
@@ -83,7 +79,7 @@ class ExactPGAgent(TracedAgent):
         on = torch.where(undecided, 1.0, on)
         reached = torch.cat([torch.ones(len(on), 1), on.cumprod(1)[:, :-1]], 1)
         stops = torch.where(undecided[:, None], 0.0, chances)
-        end = stops[:, -1:]  # where going on is the last stop: the largest budget, or all there is
+        end = stops[:, -1:]  # where drafting ends the cycle: with the largest budget, or with all there is
         if chances.shape[2] == 2:
             end = torch.ones_like(end)
         else:

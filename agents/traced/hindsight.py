@@ -28,11 +28,11 @@ class HindsightAgent(TracedAgent):
     with the weights: another table needs another λ, not another training.
 
     A trace says what every action would have led to, so nothing is explored: the network is fitted to all plans of every
-    cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle goes on it predicts anew, so that it
-    stops where its first plan turns out too hopeful.
+    cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle continues the agent predicts anew, so
+    that it stops where its first plan turns out too hopeful.
 
     Args:
-        control, hyperparameters: see ``TracedAgent``.
+        control, hyperparameters: those of ``TracedAgent``.
     """
 
     def __init__(self, control: Control, **hyperparameters: Any):
@@ -48,17 +48,18 @@ class HindsightAgent(TracedAgent):
         self.table = None
 
     def price(self, table: CostTable) -> Self:
-        """Play under another cost table."""
+        """Weigh plans under another cost table from now on."""
         self.table = table
         self.known.clear()
         forward, verification = self.plans.forward(table), self.plans.verification(table)
         self.pace = 1 / table.seconds("verify", 1)
         self.outcomes.price(self.pace, forward, verification)
-        for _ in range(DINKELBACH if self.kept else 0):
-            assert self.kept is not None
-            begun = np.zeros(len(self.kept.begun))
-            if not self.plans.chain:
-                begun += table.seconds("draft", 1) + (self.plans.made or 0) * forward
+        if self.kept is None:
+            return self
+        begun = np.zeros(len(self.kept.begun))
+        if not self.plans.chain:
+            begun += table.seconds("draft", 1) + (self.plans.made or 0) * forward
+        for _ in range(DINKELBACH):
             plan = self._chosen(self.kept.seen)
             tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)
             self.pace = tokens.sum() / seconds.sum()
@@ -66,7 +67,7 @@ class HindsightAgent(TracedAgent):
         return self
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """The action for one observation, under the control's cost table if nothing else was said.
+        """Return the action for one observation, under the control's cost table unless ``price`` gave another.
 
         Raises:
             ValueError: there is no cost table.
@@ -80,16 +81,16 @@ class HindsightAgent(TracedAgent):
         return super().decide(observation, state, start, deterministic)
 
     def actions(self, observations: np.ndarray) -> np.ndarray:
-        """See ``TracedAgent``."""
+        """Return the actions ``[n]`` that follow the plans which are worth most."""
         level = self.plans.level(observations)
         return self.plans.actions(level, self._best(observations, level))
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """The plan ``[n]`` with the most A − λT among those that are open."""
+        """Return the plan ``[n]`` with the most A − λT among those that are open."""
         return self.outcomes.worth(self.outputs(observations), level).argmax(1)
 
     def _chosen(self, seen: np.ndarray) -> np.ndarray:
-        """The plan ``[n]`` with which each cycle ends, of what is seen at every level ``[n, levels, …]``."""
+        """Return the plan ``[n]`` with which each cycle ends, from what is seen at every level ``[n, levels, …]``."""
         n, levels = seen.shape[:2]
         level = np.broadcast_to(np.arange(levels), (n, levels))
         plan = self._best(seen.reshape(n * levels, -1), level.ravel()).reshape(n, levels)
@@ -99,7 +100,7 @@ class HindsightAgent(TracedAgent):
         return plan[np.arange(n), ends.argmax(1)]
 
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
-        """Cross-entropy over all open plans of all levels."""
+        """Fit the network by cross-entropy over all open plans of all levels; yield the loss of each step."""
         seen = torch.from_numpy(lessons.seen[..., : self.width])
         accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
         optimizer, schedule = self.optimizer()
@@ -117,7 +118,7 @@ class HindsightAgent(TracedAgent):
         self.price(env.cost_tables[0])
 
     def state(self) -> dict[str, np.ndarray]:
-        """See ``TracedAgent``.
+        """Return the cycles that the pace is found by.
 
         Raises:
             ValueError: nothing was learned.
@@ -131,6 +132,6 @@ class HindsightAgent(TracedAgent):
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """See ``TracedAgent``."""
+        """Restore the cycles that ``state`` returned."""
         seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
         self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None

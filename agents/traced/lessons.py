@@ -1,4 +1,4 @@
-"""What a trace teaches: at every state, what each plan of the cycle would have brought."""
+"""Lessons of a trace: at every state, what each plan of the cycle would have brought."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plans bring, as probabilities that a network is fitted to: by cross-entropy, whose optimum is what they are."""
+"""What plans bring, as probabilities that a network is fitted to by cross-entropy, whose optimum they are."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ COPIES = 0.3  # weight of whether a token is a copy, beside that of whether it i
 
 
 class Outcomes(Protocol):
-    """What stands between a network and the plans.
+    """Turns the log-odds that a network returns into what each plan is worth.
 
     Attributes:
-        outputs: log-odds that the network has.
+        outputs: how many log-odds the network returns.
     """
 
     outputs: int
 
     def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
-        """Cross-entropy of the log-odds ``[n, levels, outputs]``, deeper levels weighing less, since they are reached less
-        often; ``accepted`` and ``forwards`` are ``[n, plans]`` (``Lessons``)."""
+        """Return the cross-entropy of log-odds ``[n, levels, outputs]`` and what happened. Deeper levels weigh less, since they
+        are reached less often.
+
+        Args:
+            accepted, forwards: of ``Lessons``, ``[n, plans]``.
+        """
         ...
 
     def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
-        """From now on a second is worth ``pace`` tokens, and this is what a forward and verifying each plan cost."""
+        """Set what a second is worth in tokens, and the seconds of a forward and of verifying each plan."""
         ...
 
     def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Tokens less what the seconds to come are worth, ``[n, plans]``, of log-odds ``[n, outputs]`` at those levels: up to
-        a number that is the same for all plans that are open, and −inf for the others."""
+        """Return the tokens less what the seconds to come are worth, ``[n, plans]``, given log-odds ``[n, outputs]`` at those
+        levels: up to a number that is the same for all plans that are open, and −inf for the others."""
         ...
 
 
 class TreeOutcomes:
-    """Of each plan, the share of the tokens that it could have accepted (a fractional logit, Papke & Wooldridge 1996)."""
+    """Predicts, for each plan, the share accepted of the tokens that it could accept (a fractional logit, Papke & Wooldridge
+    1996)."""
 
     def __init__(self, plans: Plans):
         self.outputs = len(plans.sizes)
@@ -63,8 +68,8 @@ class TreeOutcomes:
 
 
 class ChainOutcomes:
-    """Hazards, as in the discrete analysis of survival: the log-odds that all tokens that are drafted are right, that each
-    further one is right if those before it are, and that each further one is a copy, which takes no forward."""
+    """Predicts hazards, as in the discrete analysis of survival: that all tokens drafted so far are right, that each further
+    one is right if those before it are, and that each further one is a copy, which takes no forward."""
 
     def __init__(self, plans: Plans):
         longest = len(plans.sizes) - 1

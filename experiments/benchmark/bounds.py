@@ -1,9 +1,9 @@
 """What could be had on the texts of a trace: the best static setting, that of each task, and the clairvoyant optimum.
 
-The text is the same whatever is played, so the most tokens per second are the least seconds. A policy that knew everything
+The text is the same under every policy, so the most tokens per second are the least seconds. A policy that knew everything
 would choose at every position the setting that leads to the least seconds to the text's end, found by dynamic programming
 backwards over the positions; with all tokens fixed that is the optimum of ΣN/ΣT itself, and Dinkelbach's iteration is not
-needed. Nobody can reach it: acceptance is not known before the target has spoken.
+needed. No policy can reach it: what is accepted is not known before the target has verified it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Bounds:
         self.last = np.minimum(starts[np.array(self.texts) + 1], self.first + self.max_new_tokens) - 1
         self.tokens = self.last - self.first
         self.tasks = [self.trace.texts[i].task for i in self.texts]
-        self.playable = plans.sizes >= plans.first
+        self.offered = plans.sizes >= plans.first
         self.most = UNREAD if plans.chain else plans.deepest + 2
         self.draft = prices([self.table], "draft", max(self.most + plans.deepest, plans.width) + 1)[0]
         verify = prices([self.table], "verify", int(plans.nodes.max()) + 1)[0]
@@ -70,7 +70,7 @@ class Bounds:
             seconds += alive * spent
             unread = np.where(alive, unread_after, unread)
             row = row + alive * emitted
-        return np.where(self.playable, seconds, np.inf)
+        return np.where(self.offered, seconds, np.inf)
 
     def clairvoyant(self) -> np.ndarray:
         """Return the least seconds of every text, ``[texts]``."""
@@ -85,7 +85,7 @@ class Bounds:
                 at = np.full_like(plan, row)
                 spent, emitted, after = self._cycles(at, plan, unread, last - at)
                 total = spent + least[row - first + emitted, np.minimum(after, states - 1)]
-                least[row - first] = np.where(self.playable, total, np.inf).min(1)
+                least[row - first] = np.where(self.offered, total, np.inf).min(1)
             found.append(least[0, 1])
         return np.array(found)
 

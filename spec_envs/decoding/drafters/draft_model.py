@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from spec_envs.decoding import catch_up
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
 from spec_envs.decoding.drafters.int8_step import Int8Step
@@ -83,9 +84,10 @@ class DraftModelDrafter(ChainDrafter):
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Keep the rows of accepted tokens that have been read, and note the other tokens for the next forward."""
-        accepted, kept = tokens[:-1], 0  # the last one is the target's own
-        while kept < min(len(self.chain), len(accepted)) and self.chain[kept] == accepted[kept]:
-            kept += 1
+        right = 0
+        while right < min(len(self.chain), len(tokens)) and self.chain[right] == tokens[right]:
+            right += 1
+        kept = int(catch_up.kept(len(self.chain), len(tokens), right))
         self.committed += kept
         self.cache.length = self.committed
         self.chain = []

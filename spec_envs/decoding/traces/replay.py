@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
@@ -27,7 +28,7 @@ def replayed(trace: RecordedTexts, clock: WallClock, max_depth: int, detokenize:
 
 
 class Place:
-    """Where in the texts of a trace a decoder is."""
+    """A decoder's place in the texts of a trace."""
 
     def __init__(self, trace: RecordedTexts):
         self.trace = trace
@@ -48,7 +49,7 @@ class Place:
 
 
 class ReplayVerifier:
-    """The target's side: takes what the text says, and adds the token behind it."""
+    """The target's side: accepts what the recorded text has, and adds the token after it."""
 
     temperature, top_p, traffic = 0.0, 1.0, Traffic()
 
@@ -66,7 +67,7 @@ class ReplayVerifier:
         return self.place.trace.manifest.dtype
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
-        """The first token of the text."""
+        """Return the first token of the text."""
         self.place.begin(prompt)
         self.text = self.place.trace.columns["tokens"]
         return int(self.text[self.place.row])
@@ -74,7 +75,7 @@ class ReplayVerifier:
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """Walk along the text as far as it was drafted; behind its end stands whatever token, which is cut off."""
+        """Walk along the text as far as it was drafted. The token after the end of the text is arbitrary, since it is cut off."""
         path, parent = [], ROOT
         ahead = self.text[self.place.row + 1 : self.place.end]
         for token in ahead[: len(tokens)]:
@@ -88,25 +89,25 @@ class ReplayVerifier:
         return Verdict(path, added)
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
-        """The next tokens of the text."""
+        """Return the next tokens of the text."""
         tokens = self.text[self.place.row + 1 : min(self.place.end, self.place.row + 1 + count)].tolist()
         self.place.row += len(tokens)
         return tokens
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Tokens that the target did not choose lead to texts that were not recorded."""
+        """Refuse tokens that the target did not choose, which lead to texts that were not recorded."""
         raise ValueError("a trace has the target's own texts only; tokens that were never verified cannot be replayed")
 
     def close(self) -> None:
-        """Nothing lies outside."""
+        """Release nothing: a replay holds nothing open."""
 
     def plain(self, eos: Collection[int] = ()) -> ReplayVerifier:
-        """One of the same texts."""
+        """Return another verifier of the same texts."""
         return ReplayVerifier(self.place.trace)
 
 
 class Replay:
-    """What the drafter's side has in common for trees and chains."""
+    """The drafter's side, as far as it is the same for trees and chains."""
 
     capture: tuple[int, ...] = ()
 
@@ -122,7 +123,7 @@ class Replay:
         self.unread = 1  # committed tokens that no forward has read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """The text goes on."""
+        """Move on by the tokens that joined the text."""
         self.place.row += len(tokens)
         self.unread += len(tokens)
 
@@ -131,13 +132,13 @@ class TreeReplay(Replay):
     """Drafts the trees that were recorded."""
 
     def root(self, tree: Tree) -> int:
-        """The first level."""
+        """Draft the first level; return the rows of the forward that did."""
         tree.start(self._children(0, 1))
         rows, self.unread = self.unread, 0
         return rows
 
     def expand(self, tree: Tree) -> int:
-        """The next level."""
+        """Draft the next level; return the rows of the forward that did."""
         tree.grow(self._children(len(tree.level_starts), self.width))
         return self.width
 
@@ -150,35 +151,34 @@ class TreeReplay(Replay):
 
 
 class ChainReplay(Replay, ChainDrafter):
-    """Drafts the chains that were recorded. Forwards have the rows that they had: a copied token has none, and the next
+    """Drafts the chains that were recorded. Forwards have the rows that they had: a copied token takes none, and the next
     forward reads it."""
 
     temperature = 0.0
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """See ``Replay``."""
+        """Go to the text of this prompt and first token; nothing of a chain is read."""
         super().start(text, positions, features, rng)
         self.read = 0  # tokens of the chain that a forward has read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """See ``Replay``; what was read of the chain and taken need not be read again."""
-        accepted = len(tokens) - 1
-        kept = min(self.read, accepted, int(self.columns["right"][self.place.row]))
+        """Move on by the tokens that joined the text; those that were read as part of the chain need not be read again."""
+        right = int(self.columns["right"][self.place.row])
+        unread = int(catch_up.left_unread(self.unread, self.read, len(tokens), right))
         super().commit(tokens, features)
-        self.unread -= kept
-        self.read = 0
+        self.unread, self.read = unread, 0
 
     def root(self, tree: Tree) -> int:
-        """The first token, where there is one."""
+        """Draft the first token, where there is one; return the rows of the forward that did."""
         tree.clear()
         return super().root(tree) if self._length else 0
 
     def continues(self, tree: Tree) -> bool:
-        """Whether more was drafted behind a chain."""
+        """Return whether more was drafted after a chain."""
         return 0 < tree.size < self._length
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """See ``ChainDrafter``."""
+        """Return the token that was drafted after a chain, and the rows of the forward that did; 0 for a copy."""
         row, at = self.place.row, len(chain)
         token, log_prob = self.columns["drafted"][row, at], self.columns["log_probs"][row, at]
         children = Children(
@@ -186,16 +186,16 @@ class ChainReplay(Replay, ChainDrafter):
         )
         if self.columns["copied"][row, at]:
             return children, 0
-        rows = self.unread + at - self.read
+        rows = catch_up.rows(self.unread, at, self.read)
         self.unread, self.read = 0, at
         return children, rows
 
     def matched(self) -> int:
-        """See ``Copier``."""
+        """Return how many tokens match at the place that was copied from."""
         return int(self.columns["matched"][self.place.row])
 
     def source(self, chain: list[int]) -> Occurrence | None:
-        """See ``Copier``; the place itself is not recorded."""
+        """Return a match where the next token of a chain was copied, else None; its place in the text is not recorded."""
         copied = len(chain) < self._length and self.columns["copied"][self.place.row, len(chain)]
         return Occurrence(0, self.matched()) if copied else None
 
