@@ -24,7 +24,7 @@ READS_trace = ENV ARGS
 READS_benchmark = FAST RAY ARGS
 READS_edge = HOST PROMPT ARGS
 READS_tensorboard = ROOT
-$(foreach t,bench standalone bench-k bench-dvi minari cloud edge-cloud cloud-load zoo-check chaos test fuzz,$(eval READS_$t = ARGS))
+$(foreach t,compare-decoding compare-chains compare-exits bench bench-k bench-dvi standalone minari cloud edge-cloud cloud-load zoo-check chaos test fuzz,$(eval READS_$t = ARGS))
 
 GOALS := $(or $(MAKECMDGOALS),help)
 READ := $(foreach t,$(GOALS),$(READS_$t))
@@ -35,11 +35,11 @@ endif
 unexport $(GIVEN)
 $(foreach v,$(READ),$(eval export GIVEN_$v := $$(value $v)))
 
-.PHONY: help setup train eval bench bench-k bench-dvi benchmark minari drafter standalone tune generate trace cloud edge edge-cloud cloud-load \
-	tensorboard test fuzz zoo-check chaos lint
+.PHONY: help setup train eval compare-decoding compare-chains compare-exits benchmark minari drafter standalone tune generate trace \
+	cloud edge edge-cloud cloud-load tensorboard test fuzz zoo-check chaos lint
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 18
 
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -58,13 +58,13 @@ eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (
 		$${GIVEN_DATA_DIR:+--data-dir "$$GIVEN_DATA_DIR"} $${GIVEN_PROMPTS:+--prompts "$$GIVEN_PROMPTS"} \
 		$${GIVEN_COUNT:+--count "$$GIVEN_COUNT"} $${GIVEN_TEMPERATURE:+--temperature "$$GIVEN_TEMPERATURE"} $(value ARGS)
 
-bench: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
+compare-decoding: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
 	$(PY) -m spec_envs.experiments.comparisons.decoding $(value ARGS)
 
-bench-k: $(READY)  ## fixed draft lengths, controllers and trained agents by context; runs/bench-k.json; ARGS=--help
+compare-chains: $(READY)  ## fixed draft lengths, controllers and trained agents by context; runs/bench-k.json; ARGS=--help
 	$(PY) -m spec_envs.experiments.comparisons.chains $(value ARGS)
 
-bench-dvi: $(READY)  ## learning curves of agents that improve an early exit; runs/bench-dvi/bench-dvi.md, .json, .png; ARGS=--help
+compare-exits: $(READY)  ## learning curves of agents that improve an early exit; runs/bench-dvi/bench-dvi.md, .json, .png; ARGS=--help
 	$(PY) -m spec_envs.experiments.comparisons.exits $(value ARGS)
 
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
@@ -119,3 +119,12 @@ lint: $(READY)  ## format check, lint, types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# Former names of targets.
+.PHONY: bench bench-k bench-dvi
+bench: compare-decoding
+bench-k: compare-chains
+bench-dvi: compare-exits
+$(foreach t,$(filter bench,$(GOALS)),$(warning make $t is now called make compare-decoding))
+$(foreach t,$(filter bench-k,$(GOALS)),$(warning make $t is now called make compare-chains))
+$(foreach t,$(filter bench-dvi,$(GOALS)),$(warning make $t is now called make compare-exits))

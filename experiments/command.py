@@ -1,7 +1,8 @@
-"""How every command ends: with its result, or with one sentence."""
+"""Every command ends with its result, or with one sentence; what the package logs meanwhile is printed."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -14,12 +15,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, by which a cluster ends a process: it ends like one that was interrupted."""
 
 
+class Lines(logging.Handler):
+    """Prints messages as they are to what stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what a user can mend into a sentence and an exit status of 1; Ctrl-C and SIGTERM into a sentence and the status
-    that shells have for them, 130 and 143."""
+    """Turn what a user can mend into a sentence and an exit status of 1, and Ctrl-C and SIGTERM into a sentence and the
+    status that shells have for them, 130 and 143. What the package logs goes to stderr."""
     try:
-        with terminable():
+        with terminable(), logged():
             yield
     except OSError as error:  # of a library that writes a file, and does not say which, on a full disk
         whose = "" if error.filename or error.errno is None else "; free some space, or choose another folder"
@@ -29,6 +37,22 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
     except KeyboardInterrupt as error:
         print(interrupted, file=sys.stderr)
         sys.exit(143 if isinstance(error, Terminated) else 130)
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """While the block runs, what the package logs is printed to stderr, a line each."""
+    package, handler = logging.getLogger("spec_envs"), Lines()
+    level, propagate = package.level, package.propagate
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        package.propagate = propagate
 
 
 @contextmanager

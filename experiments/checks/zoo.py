@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import random
 import shutil
 import sys
@@ -34,6 +35,8 @@ from spec_envs.experiments.train import run, run_folder, run_stages
 from spec_envs.experiments.work_folder import NOTE
 from spec_envs.files import held, read_json, write_json
 from spec_envs.prompts.sets import encode
+
+LOG = logging.getLogger(__name__)
 
 SHIPPED = "shipped"
 PASSED = "passed.json"
@@ -174,7 +177,7 @@ def check_all(chosen: list[Case], root: Path, options: Options, checked: Callabl
     settings = {"revision": revision(), **options._asdict()}
     note = root / NOTE
     if note.exists() and read_json(note, f"delete {root}") != settings:
-        print(f"{root} is of another revision: beginning anew", file=sys.stderr)
+        LOG.info(f"{root} is of another revision: beginning anew")
         for env_id in ENVIRONMENTS:
             shutil.rmtree(root / env_id, ignore_errors=True)
         (root / PASSED).unlink(missing_ok=True)

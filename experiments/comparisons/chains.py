@@ -1,4 +1,4 @@
-"""Fixed and adaptive draft lengths side by side (`make bench-k`): K = 4, 8 and 16, the best fixed K, the controllers of
+"""Fixed and adaptive draft lengths side by side (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers of
 the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out

@@ -1,4 +1,4 @@
-"""Decoding speed of this machine in one run (`make bench`): plain decoding and the best static speculation against
+"""Decoding speed of this machine in one run (`make compare-decoding`): plain decoding and the best static speculation against
 transformers and llama.cpp on the same weights, cost curves by dtype, how near a forward is to the time that reading
 its weights takes, what each dtype costs in quality, and the share of a step spent outside drafter and target.
 

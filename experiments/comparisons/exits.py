@@ -1,4 +1,4 @@
-"""Learning curves of agents that improve an early exit (`make bench-dvi`): every stanza and seed reads the same stream of
+"""Learning curves of agents that improve an early exit (`make compare-exits`): every stanza and seed reads the same stream of
 prompts once, and what its exit is worth is then measured on held-out prompts, side by side.
 
 Runs lie in `ROOT/SpecDVI-v0/<stanza>-<seed>/`; killed, the same command goes on. Results: bench-dvi.json, .md and .png.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.train import run_folder, trained
 from spec_envs.files import whole, write_json
+
+LOG = logging.getLogger(__name__)
 
 ENV = "SpecDVI-v0"
 STANZAS = ("reinforce", "reinforce-head", "dvi")
@@ -69,7 +72,7 @@ def train_all(args: argparse.Namespace, stream: Path) -> dict[str, list[Path]]:
             settings = [f"env.prompts={stream}", "env.split=all", "eval_env.prompts=all", "own_text=0"]
             settings += [f"hyperparameters.texts={args.texts}", f"eval_freq={args.eval_freq}", *args.set]
             folder = run_folder(args.root, ENV, stanza, seed)
-            print(f"{stanza}, seed {seed}")
+            LOG.info(f"{stanza}, seed {seed}")
             trained(load_experiment(ENV, stanza, settings), ENV, stanza, seed, folder)
             runs.setdefault(stanza, []).append(folder)
     return runs

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import logging
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +38,8 @@ from spec_envs.experiments.drafters.selftext import read_conversations, write_co
 from spec_envs.experiments.drafters.training import report, train
 from spec_envs.experiments.work_folder import claim
 from spec_envs.files import held, write_json
+
+LOG = logging.getLogger(__name__)
 
 KINDS = ("eagle3", "draft-model")
 LEARNING_RATES = {"eagle3": 1.6e-3, "draft-model": 2e-3}
@@ -183,7 +185,7 @@ def make_drafter(args: argparse.Namespace) -> None:
     kept = ["target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens"]
     kept += ["kind", "layers"] if args.kind == "draft-model" else []
     claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)}, "--work")
-    print(f"text, recordings and checkpoint: {args.work}; the drafter: {args.out}", file=sys.stderr)
+    LOG.info(f"text, recordings and checkpoint: {args.work}; the drafter: {args.out}")
     text = args.work / "text.jsonl"
     if args.tokens:
         write_conversations(target, tokenizer, text, args.tokens, longest=longest, seed=args.seed)
@@ -196,7 +198,7 @@ def make_drafter(args: argparse.Namespace) -> None:
             f"there are {len(conversations)} conversations of at most {longest} tokens; expected 2 or more"
         )
     answered = sum(len(ids) - answer for ids, answer in conversations[held_out:])
-    print(f"{len(conversations) - held_out} conversations, {answered} answer tokens", file=sys.stderr)
+    LOG.info(f"{len(conversations) - held_out} conversations, {answered} answer tokens")
 
     unseen = record(target, conversations[:held_out], args.work / "held-out", capture)
     seen = record(target, conversations[held_out:], args.work / "recorded", capture)

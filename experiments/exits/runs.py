@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.prompts.conversations import write_log
 
+LOG = logging.getLogger(__name__)
+
 CONVERSATIONS = "conversations.jsonl"
 VALIDATED_K = 4  # drafted tokens per cycle of a validation
 
@@ -34,7 +36,7 @@ def write_own_text(path: Path, env: dict[str, Any], count: int, seed: int) -> No
     target = load_target(name, device, resolve_dtype(env.get("dtype", "auto"), device, [name]))
     tokenizer, rng = load_tokenizer(name), random.Random(seed)
     turns = list(dict.fromkeys(training_turns()))[: count // 2]
-    print(f"{name} writes user turns to learn from", file=sys.stderr)
+    LOG.info(f"{name} writes user turns to learn from")
     barren = 0
     while len(turns) < count and barren < 3:
         written = sampled_turns(target, tokenizer, min(128, 2 * (count - len(turns))), 160, 0.4, rng)

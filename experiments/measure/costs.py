@@ -3,9 +3,9 @@ to the time that reading its weights takes."""
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
+
+LOG = logging.getLogger(__name__)
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # a row more than a tile of 16 costs a jump
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, or more that it has to catch up with
@@ -67,10 +69,9 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
         fastest = sorted(found, key=total)[:WINDOWS]
         spread = difference(fastest)
     if spread > AGREE:
-        print(
+        LOG.warning(
             f"the machine is busy: of {len(found)} windows of time in which forwards were measured, the fastest "
-            f"{WINDOWS} differ by {100 * spread:.0f} %; the cost table is uncertain by as much",
-            file=sys.stderr,
+            f"{WINDOWS} differ by {100 * spread:.0f} %; the cost table is uncertain by as much"
         )
     curves = {
         part: monotone({n: statistics.median(one[part][n] for one in fastest) for n in fastest[0][part]})
@@ -171,7 +172,7 @@ def curves_by_dtype(env: dict[str, Any], control: Control, dtypes: Sequence[str]
         try:
             decoder = decoder_for({**env, "dtype": dtype}, control)
         except ValueError as error:  # widths that the int8 kernels do not compute
-            print(f"no cost curve in {dtype}: {error}", file=sys.stderr)
+            LOG.warning(f"no cost curve in {dtype}: {error}")
             continue
         curves[dtype] = cost_curves(decoder, repeats=3)
     return curves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +18,8 @@ from spec_envs.decoding.llama_cpp.server import LlamaServer, chain_arguments, fi
 from spec_envs.decoding.loading import LOOKUP
 from spec_envs.decoding.weights.checkpoints import model_folder
 from spec_envs.experiments.measure.arms import Arm, Encoded, Sample
+
+LOG = logging.getLogger(__name__)
 
 LOOKED_UP = 10  # tokens that prompt lookup drafts, transformers' usual number
 NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ever does in short answers
@@ -56,11 +58,11 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
     if name == LOOKUP:
         return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=k)}
     if not (drafter_folder(name) / "tokenizer_config.json").is_file():
-        print("transformers assisted is left out: the draft model is no model of its own", file=sys.stderr)
+        LOG.warning("transformers assisted is left out: the draft model is no model of its own")
         return arms
     assistant = language_model(name, decoder)
     if assistant.config.vocab_size != model.config.vocab_size:
-        print("transformers assisted is left out: it wants models of one vocabulary size", file=sys.stderr)
+        LOG.warning("transformers assisted is left out: it wants models of one vocabulary size")
         return arms
     fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
     assistant.generation_config.update(num_assistant_tokens=k, **fixed)
@@ -129,7 +131,7 @@ def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> d
                 arguments = [*arguments, *(chain(*draft) if draft and by_model else lookup)]
             arms[name] = llamacpp_arm(LlamaServer(model, arguments, threads))
         except ValueError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            LOG.warning(f"{name} is left out: {error}")
     return arms
 
 

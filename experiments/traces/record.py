@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
-import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -46,6 +46,8 @@ from spec_envs.experiments.measure.machine import machine, weights_sha256
 from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.prompts.sets import SPLITS
 from spec_envs.prompts.templates import DATE
+
+LOG = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
     "target": DEFAULT_TARGET,
@@ -356,7 +358,7 @@ def main() -> None:
         folder = args.out or default_folder(plan)
         if args.shard:
             record_shard(plan, folder, args.shard)
-            print(f"{folder}: shard {args.shard[0]} of {args.shard[1]} is recorded", file=sys.stderr)
+            LOG.info(f"{folder}: shard {args.shard[0]} of {args.shard[1]} is recorded")
             return
         report(args.env, recorded(plan, folder))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from spec_envs.experiments.measure.machine import versions, weights_sha256
 from spec_envs.files import parse_json, whole
 from spec_envs.network.expected_trace import ExpectedTrace, Text
 from spec_envs.prompts.templates import DATE
+
+LOG = logging.getLogger(__name__)
 
 COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
 
@@ -134,7 +136,7 @@ def main() -> None:
     with one_sentence("interrupted; nothing was written"):
         path = chosen_file(args)
         if path.exists():
-            print("recorded already; delete the file to record it again", file=sys.stderr)
+            LOG.info("recorded already; delete the file to record it again")
         else:
             record_all(args, path)
         trace = ExpectedTrace.load(str(path))
@@ -151,7 +153,7 @@ def record_all(args: argparse.Namespace, path: Path) -> None:
     local = decoder.local
     decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
     env = {"target": args.target, "prompts": args.prompts}
-    print(f"recording {path}", file=sys.stderr)
+    LOG.info(f"recording {path}")
     texts = []
     for split, count in COUNTS.items():
         prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))

@@ -52,6 +52,7 @@ def make(tmp_path: Path):
         ("train", "env=SpecK-v0", "env"),
         ("train", "RUN=x", "RUN"),
         ("eval", "SEED=1", "SEED"),
+        ("compare-chains", "ENV=SpecK-v0", "ENV"),
         ("bench", "ENV=SpecK-v0", "ENV"),
         ("generate", "Prompt=hello", "Prompt"),
         ("lint", "ARGS=x", "ARGS"),
@@ -117,6 +118,21 @@ def test_values_are_passed_as_they_are_written(make, target: str, given: dict[st
     on_the_line = [f"{name}={value}" for name, value in given.items()]
     for code, output, errors in (make(target, *on_the_line), make(target, **given)):
         assert (code, errors, output) == (0, "", ["-m", *expected])
+
+
+@pytest.mark.parametrize(
+    ("former", "target", "module"),
+    [
+        ("bench", "compare-decoding", "decoding"),
+        ("bench-k", "compare-chains", "chains"),
+        ("bench-dvi", "compare-exits", "exits"),
+    ],
+)
+def test_former_names_of_targets(make, former: str, target: str, module: str) -> None:
+    expected = ["-m", f"spec_envs.experiments.comparisons.{module}", "--count", "3"]
+    assert make(target, "ARGS=--count 3") == (0, expected, "")
+    code, output, errors = make(former, "ARGS=--count 3")
+    assert (code, output) == (0, expected) and f"make {former} is now called make {target}" in errors
 
 
 def test_the_environment_does_not_name_the_host(make) -> None:

@@ -68,12 +68,12 @@ def test_a_draft_model(
 
 
 def test_an_assistant_of_another_size_is_left_out(
-    tiny: dict, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: dict, tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     padded = save_draft(tmp_path / "padded", tiny_target, vocab_size=99)
     decoder = load_decoder(tiny["target"], str(padded), "cpu", "float32", width=1)
     assert set(assisted_arms(tiny["target"], decoder, (str(padded), 4))) == {"transformers generate"}
-    assert "wants models of one vocabulary size" in capsys.readouterr().err
+    assert "wants models of one vocabulary size" in caplog.text
 
 
 def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, tmp_path: Path) -> None:

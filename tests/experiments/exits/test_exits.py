@@ -14,7 +14,7 @@ from spec_envs import agents, generate
 from spec_envs.controls import candidates
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments import dvi, evaluate, stream, train
-from spec_envs.experiments.comparisons import exits as bench_dvi
+from spec_envs.experiments.comparisons import exits as comparison
 from spec_envs.experiments.config import first_stanza
 from spec_envs.experiments.exits import runs as exit_runs
 from spec_envs.prompts.conversations import read_log
@@ -148,7 +148,7 @@ def test_learning_curves(
 ) -> None:
     arguments = ["--root", str(tmp_path), "--stanzas", "dvi", "reinforce", "--seeds", "0", "1", "--texts", "6"]
     arguments += ["--count", "2", "--k", "2", "--eval-freq", "40", "--set", *settings(tiny)]
-    run(monkeypatch, bench_dvi, *arguments)
+    run(monkeypatch, comparison, *arguments)
     table = capsys.readouterr().out
     found = json.loads((tmp_path / "bench-dvi.json").read_text())
     for stanza in ("dvi", "reinforce"):

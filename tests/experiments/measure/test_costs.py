@@ -26,32 +26,32 @@ def busy(monkeypatch: pytest.MonkeyPatch, *loads: dict[int, float]) -> list[int]
 
 
 def test_a_quiet_machine_is_measured_three_times(
-    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     count = busy(monkeypatch)
     assert costs.cost_curves(tiny_decoder) == TRUE
-    assert count == [3] and not capsys.readouterr().err
+    assert count == [3] and not caplog.messages
 
 
 def test_windows_that_disagree_are_measured_again(
-    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What was once taken for a table: 60, 58, 125, 82, 214, 100 ms."""
     load = {2: 0.95, 4: 2.0, 8: 1.3, 12: 3.2, 16: 1.5}
     count = busy(monkeypatch, load, load, {1: 1.4})
     found = costs.cost_table(tiny_decoder)
     assert found["verify"] == TRUE["verify"] and count == [6]
-    assert found["spread"] == 0.0 and found["windows"] == 6 and not capsys.readouterr().err
+    assert found["spread"] == 0.0 and found["windows"] == 6 and not caplog.messages
 
 
 def test_a_machine_that_is_always_busy_says_so(
-    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loads = [{4: 1.0 + i % 4, 12: 1.0 + (i + 2) % 4} for i in range(20)]
     count = busy(monkeypatch, *loads)
     found = costs.cost_table(tiny_decoder)
     assert count == [found["windows"]] == [costs.MOST] and found["spread"] > costs.AGREE
-    assert "the machine is busy" in capsys.readouterr().err
+    assert "the machine is busy" in caplog.text
     seconds = list(found["verify"].values())
     assert seconds == sorted(seconds)
 
