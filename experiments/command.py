@@ -43,16 +43,14 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
 def logged() -> Iterator[None]:
     """While the block runs, what the package logs is printed to stderr, a line each."""
     package, handler = logging.getLogger("spec_envs"), Lines()
-    level, propagate = package.level, package.propagate
+    level = package.level
     package.addHandler(handler)
     package.setLevel(logging.INFO)
-    package.propagate = False
     try:
         yield
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
-        package.propagate = propagate
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What policies are worth: live against plain decoding, a random one, the best static setting and transformers.
+"""Compare policies: live against plain decoding, a random one, the best static setting and transformers.
 
 `make eval RUN=runs/…` makes a run's table again; `make eval DEPTH="6 runs/…" BUDGET="32 runs/…"` runs every mix of
 fixed and learned depth and budget.
@@ -19,12 +19,12 @@ from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Policy, make_control
-from spec_envs.controls.depth import DepthControl
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.link_references import link_policies
-from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
+from spec_envs.experiments.measure.live import Keywords, decoder_for, target_and_drafter
+from spec_envs.experiments.measure.mixes import mixed
 from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import Best, Results
 from spec_envs.experiments.measure.static import best_static, static_policy
@@ -35,7 +35,7 @@ from spec_envs.prompts.sets import load_prompts
 from spec_envs.sealed import write_sealed
 
 
-def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None = None) -> Results:
+def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None) -> Results:
     """Return the table of one run: plain, random, best static setting, trained policy, transformers.
 
     Args:
@@ -80,8 +80,8 @@ def evaluate_run(run: Path, overrides: dict[str, Any], test_prompts: int | None 
     return with_aa_check(measure, test_prompts or config["test_prompts"])
 
 
-def check_overrides(overrides: dict[str, Any], env: dict[str, Any]) -> None:
-    """Refuse settings that an evaluation would take and not read, and names of prompts that there are none of.
+def check_overrides(overrides: Keywords, env: Keywords) -> None:
+    """Refuse settings that an evaluation would take and not read, and unknown names of prompts.
 
     Raises:
         ValueError: one of them; the sentence says which.
@@ -93,13 +93,13 @@ def check_overrides(overrides: dict[str, Any], env: dict[str, Any]) -> None:
         return
     if ignored := sorted(set(overrides) - {"clock", "max_new_tokens", "prompts"}):
         raise ValueError(
-            f"{', '.join(ignored)} cannot be set: the run is played on the trace {trace!r}, which was made with its own"
+            f"{', '.join(ignored)} cannot be set: the run is replayed from the trace {trace!r}, which was made with its own"
         )
     if "prompts" in overrides:
         recordings.load(trace).prompts("test", overrides["prompts"])
 
 
-def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: dict[str, Any], test_prompts: int) -> Results:
+def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: Keywords, test_prompts: int) -> Results:
     """Return the table of every mix of depths and budgets, each a number or a run folder."""
     trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdecimal()]
     if len({target_and_drafter(env) for env in trained}) > 1:
@@ -116,35 +116,6 @@ def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: dict[st
     return with_aa_check(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
 
 
-def mixed(depth: str, budget: str, env: dict[str, Any]) -> Policy:
-    """The policy for one depth and one budget, each a number or a run folder."""
-    sizes = {key: env[key] for key in ("width", "max_depth") if key in env}
-    if depth.isdecimal() and budget.isdecimal():
-        return static_policy(DepthControl(**sizes), (int(depth), int(budget)))
-    if depth.isdecimal():
-        sized = learned_policy(budget, "budget")
-        sized.control.hold(int(depth))
-        return sized
-    policy = learned_policy(depth, "depth")
-    if budget.isdecimal():
-        policy.control.hold(int(budget))
-    else:
-        partner = learned_policy(budget, "budget")
-        policy.control.compose(partner.control, partner.agent)
-    return policy
-
-
-def learned_policy(run: str, problem: str) -> Policy:
-    """The policy of a run of one problem, without its partner."""
-    control, agent = agents.load(run)
-    if control.name != problem:
-        raise ValueError(
-            f"{run} is a run of {control.name}, not of {problem}; give it as the other of DEPTH and BUDGET"
-        )
-    control.partner = None
-    return Policy(control, agent)
-
-
 def save(results: Results, folder: Path) -> None:
     """Write results.png, results.md and, last, results.json in a folder, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +128,7 @@ def save(results: Results, folder: Path) -> None:
 
 
 def folder_name(settings: dict[str, Any]) -> str:
-    """The settings of an evaluation as the name of its folder, of a length that every file system takes."""
+    """Return the settings of an evaluation as the name of its folder, of a length that every file system takes."""
     name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}").strip("_") for key, value in settings.items())
     return name if len(name) <= 150 else f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
 

@@ -31,7 +31,7 @@ from spec_envs.experiments.config import Experiment, first_stanza, load_experime
 from spec_envs.experiments.evaluate import evaluate_run, save
 from spec_envs.experiments.exits.runs import CONVERSATIONS, improve, write_own_text
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.costs import cost_table
+from spec_envs.experiments.measure.costs import measured as measured_costs
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import revision, versions
@@ -119,7 +119,7 @@ def make_env(folder: Path, config: dict[str, Any]) -> gym.Env:
         table = folder / "clock.json"
         if not table.exists():
             print("measuring this machine's cost table", file=sys.stderr)
-            write_sealed(table, cost_table(local_decoder(keywords, control)))
+            write_sealed(table, to_json(measured_costs(local_decoder(keywords, control))))
         read_sealed(table, MEASURED)
         keywords["clock"] = str(table)
     if config["record"]:

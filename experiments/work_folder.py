@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from spec_envs.files import LOCK, read_json, write_json
 
 NOTE = "settings.json"
 
 
-def claim(folder: Path, settings: dict[str, Any], option: str) -> None:
+def claim(folder: Path, settings: Mapping[str, object], option: str) -> None:
     """Note what a folder that this process holds is for.
 
     Args:

@@ -12,7 +12,6 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,7 +40,7 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import from_json, to_json
-from spec_envs.experiments.measure.live import decoder_for
+from spec_envs.experiments.measure.live import Keywords, decoder_for
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
@@ -51,7 +50,7 @@ from spec_envs.experiments.traces.record import Plan, calibrated, claim, default
 from spec_envs.files import held, read_json, whole, write_json
 
 
-def trace_of(env_id: str, env: dict[str, Any], size: Size, root: Path) -> Trace:
+def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:
     """Return the trace of a problem; on Ray its texts are recorded in shards."""
     plan = Plan(env_id, env, size.texts)
     folder = default_folder(plan, root)
@@ -123,7 +122,7 @@ def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tup
     )
 
 
-def decoded_live(policies: dict[str, Policy], env: dict[str, Any], decoder: Decoder, prompts: int) -> Results:
+def decoded_live(policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int) -> Results:
     """Return the table of all arms on held-out prompts, decoded live; what learns while it serves begins anew."""
 
     def measure(count: int) -> Results:

@@ -25,8 +25,8 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
-from spec_envs.experiments.evaluate import mixed
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
+from spec_envs.experiments.measure.mixes import mixed
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.files import write_json
 from spec_envs.text import Detokenizer

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-PROBLEMS: dict[str, dict[str, Any]] = {  # keyword arguments of an environment, and of another pair of models
+from spec_envs.experiments.measure.live import Keywords
+
+PROBLEMS: dict[str, Keywords] = {  # keyword arguments of an environment, and of another pair of models
     "SpecDepth-v0": {},
     "SpecBudget-v0": {"depth": 2},
     "SpecTree-v0": {},

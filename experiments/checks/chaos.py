@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -47,10 +48,10 @@ class Undisturbed(NamedTuple):
 
     begin: float
     seconds: float
-    made: dict[str, Any]
+    made: Mapping[str, object]
 
 
-def started(case: Case, folder: Path) -> subprocess.Popen:
+def started(case: Case, folder: Path) -> subprocess.Popen[bytes]:
     """The command of a case, in a process group of its own; what it prints is beside its folder."""
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
@@ -62,13 +63,13 @@ def started(case: Case, folder: Path) -> subprocess.Popen:
         )
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a command and all that it started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def ended(process: subprocess.Popen, seconds: float) -> bool:
+def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Wait for a command; whether it ended within that time."""
     try:
         process.wait(seconds)
@@ -104,7 +105,7 @@ def last_line(folder: Path) -> str:
     return lines[-1][-300:] if lines else "it printed nothing"
 
 
-def compared(folder: Path, case: Case, expected: dict[str, Any]) -> str:
+def compared(folder: Path, case: Case, expected: Mapping[str, object]) -> str:
     """What is wrong with what a command made; nothing where all is right."""
     if left := sorted(path.name for path in folder.rglob(f"*{TEMPORARY}")):
         return f"temporary files are left: {', '.join(left)}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors.torch import load_file
 
@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     name: str
     arguments: str
-    made: Callable[[Path], dict[str, Any]]
+    made: Callable[[Path], Mapping[str, object]]
 
     def command(self, folder: Path) -> list[str]:
         """Module and arguments of the command in that folder."""
@@ -49,7 +49,7 @@ def weights(folder: Path, pattern: str) -> dict[str, str]:
     return found
 
 
-def last_step(folder: Path) -> dict[str, Any]:
+def last_step(folder: Path) -> Mapping[str, object]:
     """The steps of a run, by its log, and whether it has a table."""
     log = next(folder.rglob("log.jsonl"))
     return {
@@ -58,20 +58,20 @@ def last_step(folder: Path) -> dict[str, Any]:
     }
 
 
-def learned_at_an_exit(folder: Path) -> dict[str, Any]:
+def learned_at_an_exit(folder: Path) -> Mapping[str, object]:
     """The weights of an exit, and how many lines its log has."""
     lines = sum(len(path.read_text().splitlines()) for path in folder.rglob("log.jsonl"))
     return weights(folder, "exit_proj/*.safetensors") | {"lines": lines}
 
 
-def reported(folder: Path) -> dict[str, Any]:
+def reported(folder: Path) -> Mapping[str, object]:
     """The settings of a drafter's report, and the names of its weights."""
     report = json.loads((folder / "head" / "report.json").read_text())
     names = sorted(load_file(folder / "head" / "model.safetensors"))
     return {"epochs": report["epochs"], "draft_vocab": report["draft_vocab"], "names": names}
 
 
-def benchmarked(folder: Path) -> dict[str, Any]:
+def benchmarked(folder: Path) -> Mapping[str, object]:
     """What was recorded, and which arms the figures have."""
     results = json.loads(next(folder.rglob("benchmark.json")).read_text())
     arms = {name: sorted(found["replay"]) for name, found in results.items()}

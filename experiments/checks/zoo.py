@@ -40,7 +40,7 @@ LOG = logging.getLogger(__name__)
 
 SHIPPED = "shipped"
 PASSED = "passed.json"
-SMALL: dict[str, Any] = {  # of a stanza; none is made larger
+SMALL: dict[str, int] = {  # of a stanza; none is made larger
     "total_timesteps": 64,
     "eval_freq": 32,
     "eval_prompts": 1,

@@ -32,7 +32,7 @@ from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
-from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
@@ -77,7 +77,7 @@ class Chains(Results):
         return f"K = {self.static.best[0]}" if self.static else BEST
 
 
-def compare_chains(env: dict[str, Any], stanzas: Sequence[str], count: int, root: Path) -> Chains:
+def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path) -> Chains:
     """Measure everything in one run.
 
     Args:
@@ -120,7 +120,7 @@ def compare_chains(env: dict[str, Any], stanzas: Sequence[str], count: int, root
     return with_aa_check(measure, count)
 
 
-def experiment_for(stanza: str, env: dict[str, Any]) -> Experiment:
+def experiment_for(stanza: str, env: Keywords) -> Experiment:
     """Return a stanza with other keyword arguments of the environment."""
     return load_experiment(ID, stanza, [f"env.{key}={json.dumps(value)}" for key, value in env.items()])
 

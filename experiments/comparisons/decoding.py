@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 
@@ -31,7 +31,7 @@ from spec_envs.experiments.measure.costs import (
 )
 from spec_envs.experiments.measure.encoding import Inline, to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
-from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
+from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts, target_and_drafter
 from spec_envs.experiments.measure.quality import Quality, quality
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
 from spec_envs.experiments.measure.report import markdown
@@ -93,7 +93,7 @@ class Speeds:
     dtype: str
 
 
-def compare_decoding(env: dict[str, Any], count: int, compared: Sequence[str] | None) -> Speeds:
+def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) -> Speeds:
     """Measure everything in one run.
 
     Args:

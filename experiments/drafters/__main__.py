@@ -230,7 +230,7 @@ def make_drafter(args: argparse.Namespace) -> None:
         "epochs": args.epochs,
         "draft_vocab": len(drafter.draft_ids),
     }
-    result |= report(objective, unseen, REPORTED)
+    result |= vars(report(objective, unseen, REPORTED))
     write_json(args.out / "report.json", result)
     print(json.dumps(result, indent=2))
 

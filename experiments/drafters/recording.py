@@ -1,4 +1,4 @@
-"""What a drafter learns from: the target's hidden states over its own text, recorded once.
+"""Recordings that a drafter learns from: the target's hidden states over its own text, computed once.
 
 The target's distribution is recorded as its final normed hidden state: one product with the output head gives the
 probabilities of any draft vocabulary.
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.model.batch import read_batch
 from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.experiments.drafters.selftext import Conversation
 from spec_envs.files import held, whole
 from spec_envs.prompts.sets import encode
 
@@ -36,13 +37,12 @@ class Example:
     final: Tensor
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: dict) -> tuple[list[int], int]:
-    """Ids of a whole conversation and the position where the answer begins."""
-    prompt = encode(tokenizer, conversation["user"])
-    answer = conversation.get("answer_ids")
-    if answer is None:
-        answer = tokenizer(conversation["assistant"], add_special_tokens=False)["input_ids"]
-        if conversation.get("complete", True):
+def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], int]:
+    """Return the ids of a whole conversation, and the position where the answer begins."""
+    prompt, answer = encode(tokenizer, conversation.user), conversation.answer_ids
+    if conversation.assistant is not None:
+        answer = tokenizer(conversation.assistant, add_special_tokens=False)["input_ids"]
+        if conversation.complete:
             answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, len(prompt)
 
@@ -62,7 +62,7 @@ def record(
 def record_alone(
     target: Transformer, conversations: list[tuple[list[int], int]], folder: Path, capture: tuple[int, ...], batch: int
 ) -> list[Path]:
-    """The same in a folder that this process holds."""
+    """Do the same in a folder that this process holds."""
     shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):
@@ -95,9 +95,9 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def shard_lengths(path: Path) -> list[int]:
-    """Tokens of the conversations of one file, shortest first."""
+    """Return the number of tokens of each conversation of one file, shortest first."""
     with readable(path), safe_open(path, "pt") as file:
-        return file.get_tensor("lengths").tolist()
+        return list(map(int, file.get_tensor("lengths")))
 
 
 @contextmanager
@@ -114,11 +114,11 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def load_shard(path: Path) -> list[Example]:
-    """The conversations of one file, shortest first."""
+    """Return the conversations of one file, shortest first."""
     with readable(path):
         tensors = load_file(path)
         lengths, answers = (tensors[name].tolist() for name in ("lengths", "answers"))
-        columns = [tensors[name].split(lengths) for name in ("ids", "features", "final")]
+        columns = [torch.split(tensors[name], lengths) for name in ("ids", "features", "final")]
     return [
         Example(ids.long(), answer, features, final)
         for answer, ids, features, final in zip(answers, *columns, strict=True)

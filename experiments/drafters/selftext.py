@@ -1,6 +1,6 @@
-"""Text that the target writes itself: what its drafter learns from, so that no data set is needed.
+"""Text that the target writes itself, for its drafter to learn from, so that no data set is needed.
 
-User turns are put together (``turns.py``) or sampled at temperature 1 from the bare chat template (the model then
+User turns are composed (``turns.py``) or sampled at temperature 1 from the bare chat template (the model then
 writes the kind of request it was tuned on); the target answers them greedily. One conversation is one JSON line.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,33 @@ from spec_envs.text import Detokenizer, TextStream
 
 SMALLEST, SHARE = 8, 100  # texts of a batch; of how many tokens in all there is one more
 MARK = "\x00turn\x00"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A user turn and its answer.
+
+    Attributes:
+        answer_ids: of the answer; empty where it is given as a text.
+        assistant: the answer as a text, which ends with EOS where it is ``complete``.
+    """
+
+    user: str
+    answer_ids: list[int]
+    assistant: str | None = None
+    complete: bool = True
+
+    @classmethod
+    def of(cls, line: Any) -> Conversation:
+        """Return the conversation of a line of JSON.
+
+        Raises:
+            TypeError, KeyError, AttributeError: it is none.
+        """
+        ids, text = line.get("answer_ids"), line.get("assistant")
+        if not isinstance(line["user"], str) or not isinstance(text if ids is None else ids, list | str):
+            raise TypeError
+        return cls(line["user"], ids or [], text if ids is None else None, line.get("complete", True))
 
 
 def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -52,18 +80,18 @@ def write_conversations(
         max_turn, max_answer: limits in tokens; a longer turn is dropped, a longer answer is cut.
         longest: of turn and answer together, in tokens; longer turns are dropped.
         opened: share of the sampled user turns that start with one of ``OPENINGS``.
-        composed: share of the user turns that are put together.
+        composed: share of the user turns that are composed.
     """
     if longest <= max_answer:
         raise ValueError(f"longest is {longest}; expected more than an answer's {max_answer} tokens")
     conversations = read_conversations(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:  # without a line cut short
-        temporary.write_text("".join(json.dumps(c) + "\n" for c in conversations))
-    written = sum(len(c["answer_ids"]) for c in conversations)
+        temporary.write_text("".join(map(as_line, conversations)))
+    written = sum(len(c.answer_ids) for c in conversations)
     eos = {tokenizer.eos_token_id}
     batch = min(batch, max(SMALLEST, tokens // SHARE))  # a little text is not written in one large batch
-    answered = {c["user"] for c in conversations}
+    answered = {c.user for c in conversations}
     shipped = [turn for turn in training_turns() if turn not in answered]
     with (
         tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
@@ -74,9 +102,7 @@ def write_conversations(
             rng = random.Random(f"{seed}-{written}-{barren}")
             users = sampled_turns(target, tokenizer, 2 * batch, max_turn, opened, rng) + shipped
             shipped = []
-            texts = [
-                decode(tokenizer, c["answer_ids"]) for c in rng.sample(conversations, min(400, len(conversations)))
-            ]
+            texts = [decode(tokenizer, c.answer_ids) for c in rng.sample(conversations, min(400, len(conversations)))]
             users += [composed_turn(rng, texts) for _ in range(round(len(users) * composed / (1 - composed)))]
             prompts = sorted(((encode(tokenizer, user), user) for user in users), key=lambda pair: len(pair[0]))
             prompts = [(ids, user) for ids, user in prompts if len(ids) + max_answer <= longest]
@@ -89,12 +115,17 @@ def write_conversations(
                 if written >= tokens:
                     break
                 answers = generate_batch(target, [ids for ids, _ in group], max_answer, eos, doing="answering")
-                new = [{"user": user, "answer_ids": answer} for (_, user), answer in zip(group, answers, strict=True)]
-                file.writelines(json.dumps(conversation) + "\n" for conversation in new)
+                new = [Conversation(user, answer) for (_, user), answer in zip(group, answers, strict=True)]
+                file.writelines(map(as_line, new))
                 conversations += new
                 written += sum(map(len, answers))
                 file.flush()
                 bar.update(min(written, tokens) - bar.n)
+
+
+def as_line(conversation: Conversation) -> str:
+    """Return a conversation that the target wrote as a line of JSON."""
+    return json.dumps({"user": conversation.user, "answer_ids": conversation.answer_ids}) + "\n"
 
 
 def sampled_turns(
@@ -105,7 +136,7 @@ def sampled_turns(
     opened: float,
     rng: random.Random,
 ) -> list[str]:
-    """User turns the target writes: those of ``count`` that it ends within ``max_turn`` tokens."""
+    """Let the target write user turns, and return those of ``count`` that it ends within ``max_turn`` tokens."""
     generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
     prefix, eos = user_prefix(tokenizer), {tokenizer.eos_token_id}
     openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(count)]
@@ -116,14 +147,14 @@ def sampled_turns(
     detokenize, users = Detokenizer.of(tokenizer), []
     for opening, start, turn in zip(openings, starts, turns, strict=True):
         if turn[-1] in eos:
-            stream = TextStream(detokenize)  # what was written is text behind its start, where it has its first space
+            stream = TextStream(detokenize)  # what was written is text after its start, where it has its first space
             stream.push(start)
             users.append(opening + stream.push(turn[:-1]) + stream.finish())
     return [user for user in users if user.strip()]
 
 
-def read_conversations(path: Path) -> list[dict[str, Any]]:
-    """Conversations of a JSONL file, each with ``user`` and ``answer_ids``, or ``assistant`` (text).
+def read_conversations(path: Path) -> list[Conversation]:
+    """Return the conversations of a JSONL file, each with ``user`` and ``answer_ids``, or ``assistant`` (text).
 
     Raises:
         ValueError: a malformed line; the last one may be cut short by a killed run and is left out.
@@ -132,10 +163,7 @@ def read_conversations(path: Path) -> list[dict[str, Any]]:
     conversations = []
     for number, line in enumerate(lines, 1):
         try:
-            conversation = json.loads(line)
-            answer = conversation.get("answer_ids", conversation.get("assistant"))
-            if not isinstance(conversation["user"], str) or not isinstance(answer, list | str):
-                raise TypeError
+            conversation = Conversation.of(json.loads(line))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             if number < len(lines):
                 raise ValueError(

@@ -7,8 +7,8 @@ import pickle
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from spec_envs.experiments.drafters.recording import Example, load_shard, shard_
 from spec_envs.sealed import write_torch
 
 CHECKPOINT_EVERY = 200  # batches
+
+
+@dataclass(frozen=True)
+class Report:
+    """Share of held-out positions at which a chain of 1, 2, … tokens would be accepted, and how many positions there are."""
+
+    positions: int
+    chain_acceptance: list[float]
 
 
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
@@ -74,7 +82,7 @@ def train(
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}; delete it") from None
+            raise ValueError(f"cannot continue from {checkpoint}: {str(error).splitlines()[0]}; delete it") from None
         done = state["done"]
     total = round(epochs * per_epoch)
     # Products of this size do not split well over cores: each core takes a part of the batch instead.
@@ -115,8 +123,8 @@ def train(
 
 
 @torch.no_grad()
-def report(objective: Objective | Distillation, paths: list[Path], depth: int) -> dict[str, Any]:
-    """Cumulative chain acceptance by depth 1…``depth`` on held-out text.
+def report(objective: Objective | Distillation, paths: list[Path], depth: int) -> Report:
+    """Return cumulative chain acceptance by depth 1…``depth`` on held-out text.
 
     A lower bound of what is drafted in use: here tokens that the text only brings later compete as well.
     """
@@ -127,7 +135,4 @@ def report(objective: Objective | Distillation, paths: list[Path], depth: int) -
         _, s, r = objective(Batch.of(examples, objective.output_head.device), depth)
         survived += s.cpu()
         rows += r.cpu()
-    return {
-        "positions": int(rows[0]),
-        "chain_acceptance": [round(a, 4) for a in (survived / rows.clamp(min=1)).tolist()],
-    }
+    return Report(int(rows[0]), [round(a, 4) for a in (survived / rows.clamp(min=1)).tolist()])

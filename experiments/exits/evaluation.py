@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
-from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.results import Drift, Exit, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
@@ -34,13 +33,24 @@ STOP_K, STOP = 6, 0.6  # published for Kangaroo (arXiv 2404.18911)
 KANGAROO = f"trained exit, up to {STOP_K}, stop below {STOP}"
 
 
-def exit_decoder(env: dict[str, Any], k: int, drafter: str | None = None) -> Decoder:
+def exit_decoder(env: Keywords, k: int, drafter: str | None = None) -> Decoder:
     """Return a decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword arguments, the
     untrained one where no ``drafter`` is named."""
     return decoder_for(chain_env(env, drafter), KControl(k_max=max(2, k), observation="counters"))
 
 
-def chain_env(env: dict[str, Any], drafter: str | None = None) -> dict[str, Any]:
+def exit_drafter(decoder: Decoder) -> EarlyExitDrafter:
+    """Return the exit that a decoder drafts from.
+
+    Raises:
+        ValueError: it has another drafter.
+    """
+    if not isinstance(decoder.drafter, EarlyExitDrafter):
+        raise ValueError("the drafter is no early exit; expected exit:N, or the folder of a trained one")
+    return decoder.drafter
+
+
+def chain_env(env: Keywords, drafter: str | None = None) -> Keywords:
     """Return keyword arguments of ``SpecK-v0`` with an exit of ``SpecDVI-v0`` for the drafter."""
     own = set(inspect.signature(DVIControl).parameters) - {"target", "device", "dtype"}
     shared = {key: value for key, value in env.items() if key not in own and key != "reward"}
@@ -73,7 +83,7 @@ class Acceptance:
         )
 
 
-def evaluate_exit(policy: Policy, run: Path, env: dict[str, Any], test_prompts: int) -> Results:
+def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -> Results:
     """Return the table of a policy of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
     lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what learning changed.
 
@@ -100,8 +110,7 @@ def evaluate_exit(policy: Policy, run: Path, env: dict[str, Any], test_prompts: 
     policies = {name: static_chain(k, K_MAX) for name in chains}
     decoders = {name: exit_decoder(env, K_MAX, drafter) for name, drafter in chains.items()}
     decoders[KANGAROO] = stopping = exit_decoder(env, K_MAX, trained)
-    assert isinstance(stopping.drafter, EarlyExitDrafter)
-    stopping.drafter.stop = STOP
+    exit_drafter(stopping).stop = STOP
     policies |= {KANGAROO: static_chain(STOP_K, K_MAX), config["agent"]: policy}
     decoders[config["agent"]] = adapted = decoder_for({**env, "drafter": trained}, control)
 

@@ -10,16 +10,14 @@ from typing import Any
 import gymnasium as gym
 
 from spec_envs.agents.exits.online import OnlineAgent
-from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.drafters.selftext import sampled_turns
 from spec_envs.experiments.drafters.turns import composed_turn, training_turns
-from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder
+from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder, exit_drafter
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.measure.live import Keywords, encoded_prompts
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.prompts.conversations import write_log
 
@@ -29,9 +27,13 @@ CONVERSATIONS = "conversations.jsonl"
 VALIDATED_K = 4  # drafted tokens per cycle of a validation
 
 
-def write_own_text(path: Path, env: dict[str, Any], count: int, seed: int) -> None:
-    """A log of ``count`` user turns where there is none: the shipped training prompts, turns that the target writes
-    itself, and such as are put together of its words and of Python's standard library."""
+def write_own_text(path: Path, env: Keywords, count: int, seed: int) -> None:
+    """Write a log of ``count`` user turns: the shipped training prompts, turns that the target writes itself, and turns
+    composed from its words and from Python standard-library sources.
+
+    Raises:
+        ValueError: the target ends no user turn.
+    """
     name, device = env.get("target", DEFAULT_TARGET), resolve_device(env.get("device", "auto"))
     target = load_target(name, device, resolve_dtype(env.get("dtype", "auto"), device, [name]))
     tokenizer, rng = load_tokenizer(name), random.Random(seed)
@@ -50,18 +52,16 @@ def write_own_text(path: Path, env: dict[str, Any], count: int, seed: int) -> No
 
 
 def improve(folder: Path, config: dict[str, Any], env: gym.Env, agent: OnlineAgent) -> None:
-    """Learn over the stream, as far as it is not done yet, and keep the exit in the folder."""
+    """Learn over the stream from where the run stopped, and keep the exit in the folder."""
     shown = config["env"] | config["eval_env"]
-    played = exit_decoder(shown, VALIDATED_K)
+    evaluated = exit_decoder(shown, VALIDATED_K)
     prompts = encoded_prompts(shown, "validation", config["eval_prompts"]) if config["eval_freq"] else []
 
     def validate(adapter: ExitAdapter) -> dict[str, float]:
-        drafter = played.drafter
-        assert isinstance(drafter, EarlyExitDrafter)
-        drafter.use(adapter)
-        chain = {"exit": decoded(played, static_chain(VALIDATED_K, VALIDATED_K))}
+        exit_drafter(evaluated).use(adapter)
+        chain = {"exit": decoded(evaluated, static_chain(VALIDATED_K, VALIDATED_K))}
         samples = run_arms(chain, prompts, shown.get("max_new_tokens", 128), "validation", quiet=True)["exit"]
-        return to_json(Acceptance.of(samples))
+        return vars(Acceptance.of(samples))
 
     agent.learn(
         config["total_timesteps"],

@@ -1,4 +1,4 @@
-"""Arms of a comparison, and running them side by side: prompt by prompt, interleaved in one process."""
+"""Arms of a comparison, which run side by side: prompt by prompt, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ class Encoded:
 
 @dataclass
 class Sample:
-    """One prompt under one arm. ``tokens`` and ``seconds`` leave out the first token, which is the prefill's,
-    and ``tokens`` those that no target verified; ``lengths``
-    are the candidates drafted by cycle, ``states`` those of a simulated link."""
+    """One prompt under one arm.
+
+    Attributes:
+        tokens: emitted ones, without the first token, which is the prefill's, and those that no target verified.
+        seconds: of the tokens, the prefill left out.
+        ids: the whole answer.
+        lengths: candidates drafted by cycle.
+        states: of a simulated link, by cycle.
+    """
 
     prompt: Encoded
     tokens: int
@@ -48,16 +54,17 @@ class Sample:
 
 
 Arm = Callable[[Encoded, int, int], Sample]
-"""From a prompt, max_new_tokens and a seed to a sample."""
+"""Returns the sample of a prompt, with at most so many new tokens and a seed."""
 
 
 def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
-    """This project's decoder under a policy; None decodes plainly."""
+    """Return the arm of this project's decoder under a policy; None decodes plainly."""
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         rng = np.random.default_rng(seed)
         done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task)
-        states = [link_state(decoder) for _ in done][1:]
+        channel = simulated_channel(decoder)
+        states = [channel.used if channel else None for _ in done][1:]  # the state in the cycle that has just ended
         cycles = done.cycles
         parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "network", "policy")}
         return Sample(
@@ -81,11 +88,11 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
     return run
 
 
-def link_state(decoder: Decoder) -> LinkState | None:
-    """The state that a simulated link had in the cycle that has just ended."""
+def simulated_channel(decoder: Decoder) -> SimulatedChannel | None:
+    """Return the simulated link that a decoder verifies over, if there is one."""
     verifier = decoder.verifier
     if isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel):
-        return verifier.channel.used
+        return verifier.channel
     return None
 
 
@@ -97,7 +104,7 @@ def run_arms(
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, list[Sample]]:
-    """Every arm on every prompt, prompt by prompt in rotating order, after one warm-up each.
+    """Run every arm on every prompt, prompt by prompt in rotating order, after one warm-up each.
 
     A prompt on which an arm has nothing to do (the first token ends the text) is left out for all. ``quiet`` shows no
     progress bar.

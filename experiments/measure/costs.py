@@ -8,7 +8,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
-from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import decoder_for
-from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.encoding import Inline
+from spec_envs.experiments.measure.live import Keywords, decoder_for
+from spec_envs.experiments.measure.machine import Machine, machine
 
 LOG = logging.getLogger(__name__)
 
@@ -37,28 +38,30 @@ AGREE = 0.1  # largest difference between windows, as a share of the seconds
 Curves = dict[str, dict[int, float]]
 
 
-class Measured(NamedTuple):
-    """Cost curves, how far the windows of time that they are from differ, and how many were tried."""
+@dataclass(frozen=True)
+class Measured:
+    """A cost table of this machine.
 
-    curves: Curves
+    Attributes:
+        curves: seconds by rows of ``verify`` and ``draft``.
+        spread: the largest difference between the windows of time that they are from, as a share of the seconds.
+        windows: how many were tried.
+    """
+
+    curves: Annotated[Curves, Inline()]
     spread: float
     windows: int
+    machine: Machine
 
 
 def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Curves:
-    """Seconds by rows of ``verify`` and of ``draft``, behind a text of ``CONTEXT`` tokens; see ``measured``."""
+    """Return seconds by rows of ``verify`` and of ``draft``, after a text of ``CONTEXT`` tokens; see ``measured``."""
     return measured(decoder, rows, repeats).curves
 
 
-def cost_table(decoder: Decoder) -> dict[str, Any]:
-    """Return what is kept of a cost table: the curves, what they were measured on, and how well that went."""
-    found = measured(decoder)
-    return {**found.curves, "spread": found.spread, "windows": found.windows, "machine": to_json(machine(decoder))}
-
-
 def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Measured:
-    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up: what else runs on a machine
-    makes forwards slower, never faster. A line says so where they do not agree.
+    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up: whatever else
+    runs on a machine makes forwards slower, never faster. Windows that do not agree are logged.
 
     Of each number of rows the median counts; more rows never cost less.
     """
@@ -77,16 +80,16 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
         part: monotone({n: statistics.median(one[part][n] for one in fastest) for n in fastest[0][part]})
         for part in fastest[0]
     }
-    return Measured(curves, spread, len(found))
+    return Measured(curves, spread, len(found), machine(decoder))
 
 
 def total(curves: Curves) -> float:
-    """Seconds of a forward of each kind."""
+    """Return the seconds of all forwards together."""
     return sum(seconds for curve in curves.values() for seconds in curve.values())
 
 
 def difference(found: Sequence[Curves]) -> float:
-    """The largest difference between several measurements of the same forward, as a share of their median; that of the
+    """Return the largest difference between several measurements of the same forward, as a share of their median; that of the
     cheapest ones counts against a plain step, for a microsecond more or less bends no decision."""
     plain = min(min(one["verify"].values()) for one in found)
     shares = []
@@ -98,14 +101,14 @@ def difference(found: Sequence[Curves]) -> float:
 
 
 def monotone(curve: dict[int, float]) -> dict[int, float]:
-    """The nearest curve that never falls."""
+    """Return the nearest curve that never falls."""
     rows = sorted(curve)
     fitted = isotonic_regression([curve[n] for n in rows]).x
     return dict(zip(rows, map(float, fitted), strict=True))
 
 
 def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
-    """Seconds by rows in one window of time.
+    """Return seconds by rows in one window of time.
 
     The row counts are visited in turn, ``repeats`` times over, so that a machine that drifts bends all of them alike.
     """
@@ -139,7 +142,7 @@ def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
                 decoder.begin()
                 if decoder.tree.width > 1 or isinstance(
                     decoder.verifier, SplitVerifier
-                ):  # of lookup, those behind are enough
+                ):  # of lookup, the expansions are enough
                     draft[1].append(timed(sync) - begin)
                 begin = timed(sync)
                 decoder.expand()
@@ -154,19 +157,19 @@ def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
 
 
 def draft_model(decoder: Decoder) -> DraftModelDrafter | None:
-    """The draft model of a decoder that has one, be it behind prompt lookup."""
+    """Return the draft model of a decoder that has one, be it after prompt lookup."""
     drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
     return drafter if isinstance(drafter, DraftModelDrafter) else None
 
 
 def dtypes_at_speed(device: torch.device) -> list[str]:
-    """The dtypes that compute at speed here, and float32."""
+    """Return the dtypes that compute at speed here, and float32."""
     dtypes = ["int8"] if device.type == "cpu" and kernels.fast() else []
     return [*dtypes, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
 
 
-def curves_by_dtype(env: dict[str, Any], control: Control, dtypes: Sequence[str]) -> dict[str, Curves]:
-    """Cost curves in each of ``dtypes`` that the model can be computed in."""
+def curves_by_dtype(env: Keywords, control: Control, dtypes: Sequence[str]) -> dict[str, Curves]:
+    """Return cost curves in each of ``dtypes`` that the model can be computed in."""
     curves = {}
     for dtype in dtypes:
         try:
@@ -179,17 +182,17 @@ def curves_by_dtype(env: dict[str, Any], control: Control, dtypes: Sequence[str]
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of weights that one forward of the target reads: every layer and the head."""
+    """Return the bytes of weights that one forward of the target reads: every layer and the head."""
     shape, target = decoder.local.target.shape, decoder.local.target
     heads = shape.heads + 2 * shape.kv_heads
     attention = shape.hidden * shape.head_dim * (heads + shape.heads)
     feed = 3 * shape.hidden * target.config.intermediate_size
     count = shape.layers * (attention + feed) + shape.vocab * shape.hidden
-    return count * target.dtype.itemsize
+    return int(count * target.dtype.itemsize)
 
 
 def read_seconds(size: int, repeats: int = 15) -> float:
-    """Seconds of reading ``size`` bytes of memory once, on all threads: the floor of a forward of that many bytes."""
+    """Return the seconds of reading ``size`` bytes of memory once, on all threads: the floor of a forward of that many bytes."""
     data = torch.zeros(size // 4)
     seconds = []
     for _ in range(repeats):
@@ -200,13 +203,13 @@ def read_seconds(size: int, repeats: int = 15) -> float:
 
 
 def timed(synchronize: Callable[[], None]) -> float:
-    """The time, once the device has nothing left to do."""
+    """Return the time once the device has nothing left to do."""
     synchronize()
     return time.perf_counter()
 
 
 def describe(curves: Curves) -> str:
-    """The curves in units of one plain step, in one line."""
+    """Return the curves in units of one plain step, in one line."""
     plain = curves["verify"][1]
     verify = ", ".join(f"{n}: {s / plain:.2f}" for n, s in curves["verify"].items())
     draft = ", ".join(f"{n}: {s / plain:.3f}" for n, s in curves["draft"].items())

@@ -14,14 +14,13 @@ from spec_envs.agents.rules.base import Rule
 from spec_envs.controls import Control, Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
+from spec_envs.experiments.measure.arms import Sample, decoded, run_arms, simulated_channel
 from spec_envs.experiments.measure.costs import cost_curves
-from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts, local_decoder
 from spec_envs.experiments.measure.results import Best, Histogram
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.edge.linked import is_address
-from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.link import LinkState, MarkovLink, load_link
 
 DRAFT = 4  # tokens of the drafts among which the best static k is looked for
@@ -55,7 +54,7 @@ class Outcome:
         return self.seconds + state.rtt + jitter + self.up / state.up + self.down / state.down
 
 
-def best_choices(env: dict[str, Any], control: Control) -> Best:
+def best_choices(env: Keywords, control: Control) -> Best:
     """Try every choice on training prompts, and find the best one; ``best_k`` is the best that drafts ``DRAFT`` tokens."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
@@ -125,8 +124,9 @@ def link_policies(control: Control, decoder: Decoder, static: Best) -> dict[str,
     policies = {}
     if static.best_k and static.best_k != static.best:
         policies["static k"] = Policy(control, FixedAgent(control, static.best_k[0]))
-    if static.per_state:
-        policies["per state"] = Policy(control, PerState(control, decoder, static.per_state))
+    channel = simulated_channel(decoder)
+    if static.per_state and channel:
+        policies["per state"] = Policy(control, PerState(control, channel, static.per_state))
     return policies
 
 
@@ -148,11 +148,9 @@ def label(state: LinkState) -> str:
 class PerState(Rule):
     """Makes the best choice of the state that the simulated link really is in."""
 
-    def __init__(self, control: Control, decoder: Decoder, choices: dict[str, str]):
+    def __init__(self, control: Control, channel: SimulatedChannel, choices: dict[str, str]):
         super().__init__(control)
-        verifier = decoder.verifier
-        assert isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel)
-        self.channel = verifier.channel
+        self.channel = channel
         offered = control.settings()
         self.actions = {state: offered.index(choice) for state, choice in choices.items()}
 

@@ -1,4 +1,4 @@
-"""What an environment's settings mean outside of Gymnasium: its decoder and its prompts."""
+"""The decoder and the prompts of an environment's keyword arguments, outside of Gymnasium."""
 
 from __future__ import annotations
 
@@ -16,35 +16,41 @@ from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts
 
-DRAFTED = 32  # rows behind a text that its drafts may take up
+DRAFTED = 32  # rows after a text that its drafts may take up
+Keywords = dict[str, Any]
+"""Keyword arguments of an environment, by name."""
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 
 
-def decoder_for(env: dict[str, Any], control: Control) -> Decoder:
-    """The decoder that an environment with these keyword arguments has."""
+def decoder_for(env: Keywords, control: Control) -> Decoder:
+    """Return the decoder that an environment with these keyword arguments has."""
     trace = env.get("trace")
     recording = recordings.load(trace) if trace is not None else None
     clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
     return control.open(clock, trace, **models_of(env, control))
 
 
-def models_of(env: dict[str, Any], control: Control) -> dict[str, Any]:
-    """Those keyword arguments that say what decodes, and how it samples."""
+def models_of(env: Keywords, control: Control) -> Keywords:
+    """Return those keyword arguments that name what decodes, and how it samples."""
     given = {name: env[name] for name in MODELS if name in env}
     return {"temperature": control.temperature} | given
 
 
-def local_decoder(env: dict[str, Any], control: Control) -> Decoder:
-    """The same pair without a link between, on a measured clock: what cost curves are measured on."""
+def local_decoder(env: Keywords, control: Control) -> Decoder:
+    """Return the same pair without a link between, on a measured clock: cost curves are measured on it."""
     decoder = decoder_for({**env, "clock": "wall"}, control)
     if isinstance(decoder.verifier, RemoteVerifier):
         return load_decoder(**models_of(env, control), width=control.width, max_depth=control.max_depth)
     return decoder
 
 
-def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded]:
-    """``count`` prompts of a split, taken from the tasks in turn: one each, or as many as ``switch_every`` says. Those of a
-    log of conversations or a data set that are too long, or that the template does not take, are left out."""
+def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
+    """Return ``count`` prompts of a split, taken from the tasks in turn: one each, or ``switch_every`` of them. Those of a
+    log of conversations or a data set that are too long, or that the template does not take, are left out.
+
+    Raises:
+        ValueError: none is left.
+    """
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
     if env.get("trace"):
@@ -65,8 +71,8 @@ def encoded_prompts(env: dict[str, Any], split: str, count: int) -> list[Encoded
     return found
 
 
-def target_and_drafter(env: dict[str, Any]) -> tuple[str, str]:
-    """Target and drafter of an environment with these keyword arguments."""
+def target_and_drafter(env: Keywords) -> tuple[str, str]:
+    """Return target and drafter of an environment with these keyword arguments."""
     target = env.get("target", DEFAULT_TARGET)
     drafter = env.get("drafter", "auto")
     return target, default_drafter(target) if drafter == "auto" else drafter

@@ -1,9 +1,10 @@
-"""What arms of a comparison are worth, as it stands in tables and in results.json."""
+"""Results of arms side by side, as tables show them and results.json holds them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.encoding import Inline
@@ -131,14 +132,13 @@ class Comparison:
         first_try: the results of fewer prompts, on which plain decoding differed from itself.
     """
 
-    arms: dict[str, Any]  # of Compared
-    first_try: Any = None
+    arms: Mapping[str, Compared]
+    first_try: Comparison | None = None
 
     @property
     def agrees(self) -> bool:
         """True where the interval of plain decoding over itself (A/A) contains 1."""
-        over: dict[str, Interval] = self.arms["plain again"].over
-        return 1 in over["plain"]
+        return 1 in self.arms["plain again"].over["plain"]
 
 
 @dataclass(kw_only=True)

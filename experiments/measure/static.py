@@ -15,7 +15,7 @@ from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.link_references import best_choices
-from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
@@ -34,7 +34,7 @@ def static_chain(k: int, k_max: int = 16) -> Policy:
     return static_policy(KControl(k_max), (k,))
 
 
-def best_static(env: dict[str, Any], control: Control) -> Best:
+def best_static(env: Keywords, control: Control) -> Best:
     """Find the fastest static setting of a problem: each axis in turn from a middling start, until none moves.
 
     Args:
@@ -66,7 +66,7 @@ class Search:
     machine does not choose (a server is timed live). What the chosen setting is worth is then measured live.
     """
 
-    def __init__(self, env: dict[str, Any], control: Control):
+    def __init__(self, env: Keywords, control: Control):
         self.decoder = decoder_for(env, control)
         if not self.decoder.clock.priced and not isinstance(self.decoder, LlamaServerDecoder):
             self.decoder.clock = PricedClock(CostTable("measured", **cost_curves(self.decoder)))

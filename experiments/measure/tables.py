@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.decoder import Decoder
@@ -11,7 +10,7 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves, describe
 from spec_envs.experiments.measure.link_references import played_by_state
-from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
+from spec_envs.experiments.measure.live import Keywords, encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
@@ -22,7 +21,7 @@ from spec_envs.network.edge.linked import is_address
 
 def run_tables(
     policies: dict[str, Policy],
-    env: dict[str, Any],
+    env: Keywords,
     decoder: Decoder,
     test_prompts: int,
     references: Sequence[str],
@@ -42,7 +41,7 @@ def run_tables(
 
 def side_by_side(
     policies: dict[str, Policy],
-    env: dict[str, Any],
+    env: Keywords,
     decoder: Decoder,
     test_prompts: int,
     others: dict[str, Arm] | None = None,
@@ -65,7 +64,7 @@ def side_by_side(
 def tables(
     samples: dict[str, list[Sample]],
     policies: dict[str, Policy],
-    env: dict[str, Any],
+    env: Keywords,
     decoder: Decoder,
     references: Sequence[str],
     learned: Sequence[str],

@@ -25,21 +25,21 @@ from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import POSITIVE, SEED, Parser, nonempty
 from spec_envs.controls import CONTROLS, Agent, make_control
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import apply, check_env
+from spec_envs.experiments.measure.live import Keywords
 from spec_envs.files import held, write_bytes
 
 PLACE = "MINARI_DATASETS_PATH"  # of the data sets, to Minari
-SUMMARY = ("task", "tokens", "speedup")  # of a text, said in its last info
+SUMMARY = ("task", "tokens", "speedup")  # of a text, in its last info
 
 
 @dataclass
 class Episode:
-    """What was seen and done from a reset to its end.
+    """Observations and actions from a reset to its end.
 
     Attributes:
-        seed: of the reset; None where a text went on over it.
+        seed: of the reset; None where a text continued over it.
         observations: ``[steps + 1]``.
         actions, rewards: ``[steps]``.
         infos: ``[steps + 1]``, the reset's first.
@@ -53,7 +53,7 @@ class Episode:
 
 
 def library() -> Any:
-    """The Minari library.
+    """Return the Minari library.
 
     Raises:
         ValueError: it is not installed.
@@ -80,7 +80,7 @@ def free(name: str) -> Path:
         raise ValueError(f"name is {name!r}; expected one such as spec-envs/depth-random-v0") from None
     if (path := get_dataset_path(name)).exists():
         raise ValueError(f"there is a data set {name} in {path}; choose another --name, or delete that folder")
-    return path
+    return Path(path)
 
 
 @contextmanager
@@ -121,8 +121,8 @@ def moved(name: str, made: Path, place: Path) -> None:
 
 def prepared(
     trace: Trace, env_id: str, policy: str, seed: int = 0, overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], Agent]:
-    """Keyword arguments of the environment, and the agent that plays it.
+) -> tuple[Keywords, Agent]:
+    """Return keyword arguments of the environment, and the agent that decides in it.
 
     Args:
         policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder, which brings the keyword arguments
@@ -136,7 +136,7 @@ def prepared(
     """
     manifest = trace.manifest
     rule = policy == "random" or policy.startswith("static:")
-    env: dict[str, Any] = {"max_new_tokens": manifest.max_new_tokens}
+    env: Keywords = {"max_new_tokens": manifest.max_new_tokens}
     if rule:
         sizes = {"width": manifest.width, "max_depth": manifest.max_depth}
         env |= {"k_max": manifest.max_depth + 1} if trace.kind == "chain" else sizes
@@ -163,10 +163,8 @@ def prepared(
 
 
 def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Episode]:
-    """Episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text goes on (``episode="cycle"``)."""
-    spec_env = env.unwrapped
-    assert isinstance(spec_env, SpecEnv)
-    begins, state = True, None
+    """Yield episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text continues (``episode="cycle"``)."""
+    begins, state, decoder = True, None, env.get_wrapper_attr("decoder")
     for i in range(episodes):
         own = seed + i if begins else None
         observation, info = env.reset(seed=own)
@@ -175,7 +173,7 @@ def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Epi
             state = None if begins else state
             action, state = agent.predict(observation, state, np.array([begins]), deterministic=True)
             observation, reward, done, _, info = env.step(action)
-            begins = spec_env.decoder.finished
+            begins = decoder.finished
             episode.observations.append(observation)
             episode.actions.append(int(action))
             episode.rewards.append(float(reward))
@@ -184,7 +182,7 @@ def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Epi
 
 
 def columns(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Infos as lists, of what all of them have."""
+    """Return infos as lists, of the keys that all of them have."""
     found: dict[str, Any] = {}
     for name, first in infos[0].items():
         values = [info[name] for info in infos]

@@ -2,8 +2,8 @@
 chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of chains
 SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/trace.py`).
 
-Each text is kept as soon as it is recorded: killed at any moment, the same command goes on. `--shard 0/4` records a quarter
-of the texts, for several machines that share a disk; without it what is left is recorded and the trace is put together.
+Each text is kept as soon as it is recorded: killed at any moment, the same command continues. `--shard 0/4` records a quarter
+of the texts, for several machines that share a disk; without it the rest is recorded and the trace is assembled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
 from spec_envs.arrays import read_npz
-from spec_envs.controls import CONTROLS, Policy, make_control
+from spec_envs.controls import CONTROLS, Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
@@ -41,7 +40,7 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.measure.live import Keywords, encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
 from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.prompts.sets import SPLITS
@@ -49,7 +48,7 @@ from spec_envs.prompts.templates import DATE
 
 LOG = logging.getLogger(__name__)
 
-DEFAULTS: dict[str, Any] = {  # of the keyword arguments that a recording depends on
+DEFAULTS: Keywords = {  # of the keyword arguments that a recording depends on
     "target": DEFAULT_TARGET,
     "drafter": "auto",
     "device": "auto",
@@ -65,19 +64,18 @@ TEXTS = (60, 12, 30)  # of train, validation and test
 CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
 DOING, SHARDS = "recording a trace", "texts/shard-*"
 LARGEST_TEXT = 2**30  # bytes of a text's columns
-DOING, SHARDS = "recording a trace", "texts/shard-*"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be recorded: an environment's keyword arguments and how many texts of each split.
+    """A recording to make: an environment's keyword arguments and how many texts of each split.
 
     Raises:
         ValueError: nothing to record.
     """
 
     env_id: str
-    env: dict[str, Any]
+    env: Keywords
     texts: tuple[int, int, int] = TEXTS
 
     def __post_init__(self) -> None:
@@ -87,8 +85,8 @@ class Plan:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 2 or more")
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """All that the recording depends on."""
+    def settings(self) -> Keywords:
+        """Return all that the recording depends on."""
         control = make_control(self.env_id, self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
         given["date"] = given["date"] or DATE
@@ -98,14 +96,14 @@ class Plan:
 
     @property
     def target(self) -> str:
-        return self.env.get("target", DEFAULTS["target"])
+        return str(self.env.get("target", DEFAULT_TARGET))
 
     @property
     def max_new_tokens(self) -> int:
-        return self.env.get("max_new_tokens", DEFAULTS["max_new_tokens"])
+        return int(self.env.get("max_new_tokens", MAX_NEW_TOKENS))
 
     def chosen(self) -> list[tuple[str, Encoded]]:
-        """Split and prompt of every text, each once."""
+        """Return split and prompt of every text, each once."""
         found = [
             (split, prompt)
             for split, count in zip(SPLITS, self.texts, strict=True)
@@ -115,14 +113,14 @@ class Plan:
         return list({tuple(prompt.ids): (split, prompt) for split, prompt in found}.values())
 
     def decoder(self) -> Decoder:
-        """What is recorded."""
+        """Return the decoder that is recorded."""
         names = ("target", "drafter", "device", "dtype", "width", "max_depth")
         settings = {**self.env, **self.settings}
         return load_decoder(**{name: settings[name] for name in names if name in settings})
 
 
 def recorded(plan: Plan, folder: Path) -> Trace:
-    """The trace of a plan in a folder, recorded as far as it is not there yet.
+    """Return the trace of a plan in a folder, recorded as far as it is not there yet.
 
     Raises:
         ValueError: the folder holds a trace of another plan, or a damaged one.
@@ -140,7 +138,7 @@ def recorded(plan: Plan, folder: Path) -> Trace:
 
 
 def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
-    """The same where nothing is said of the folder: several processes may ask for it at once."""
+    """Do the same in the folder that the plan has by default; several processes may ask for it at once."""
     while True:
         folder = default_folder(plan, root)
         with held(folder, DOING):
@@ -192,12 +190,12 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> N
 
 
 def text_file(folder: Path, i: int) -> Path:
-    """Where a text is kept until the trace is put together."""
+    """Return where a text is kept until the trace is assembled."""
     return folder / "texts" / f"{i:05d}.npz"
 
 
 def assemble(plan: Plan, folder: Path) -> None:
-    """Put the texts together, with what forwards cost here; those that end with their first token are left out."""
+    """Assemble the trace of all texts, with what forwards cost here; texts that end with their first token are left out."""
     decoder, kept, parts = plan.decoder(), [], []
     for i, (split, prompt) in enumerate(plan.chosen()):
         columns = read_text(text_file(folder, i), kind_of(decoder))
@@ -234,7 +232,7 @@ def assemble(plan: Plan, folder: Path) -> None:
 
 
 def read_text(path: Path, kind: str) -> Columns:
-    """The columns of a text of that kind of trace.
+    """Return the columns of a text of that kind of trace.
 
     Raises:
         ValueError: the file is damaged, or another shard has not written it yet.
@@ -249,7 +247,7 @@ def read_text(path: Path, kind: str) -> Columns:
 
 
 def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, dict[int, float]]:
-    """The curves of a table, scaled such that training texts under random settings cost what they cost on the wall.
+    """Return the curves of a table, scaled such that training texts under random settings cost what they take on the wall.
 
     A forward timed alone is a little faster than one of a text that is being decoded, with everything around it. What
     lies around is charged to verifications.
@@ -274,8 +272,8 @@ def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, di
     return {part: {n: s * factors[part] for n, s in getattr(table, part).items()} for part in factors}
 
 
-def random_settings(trace: Trace) -> Any:
-    """Cycles of all sizes that anybody would play."""
+def random_settings(trace: Trace) -> Control:
+    """Return a control whose random actions draw cycles of all usual sizes."""
     manifest = trace.manifest
     if manifest.kind == "chain":
         return KControl(k_max=min(8, manifest.max_depth + 1), observation="counters")
@@ -284,12 +282,12 @@ def random_settings(trace: Trace) -> Any:
 
 
 def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
-    """Cost curves with keys that JSON has."""
+    """Return cost curves with keys that JSON has."""
     return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
 
 
 def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
-    """Where a plan's trace lies if nothing else is said; beside one of other settings under a name of its own."""
+    """Return where a plan's trace lies by default; beside one of other settings it has a name of its own."""
     kind, settings = CONTROLS[plan.env_id].trace_kind, plan.settings
     folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
     note = folder / "settings.json"
@@ -299,7 +297,7 @@ def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """``i/n`` as numbers."""
+    """Return the numbers of ``i/n``."""
     part, _, count = text.partition("/")
     if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shard; expected i/n with i from 0 to n-1, such as 0/4")
@@ -331,7 +329,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("TRAIN", "VALIDATION", "TEST"),
         help=f"(default {TEXTS})",
     )
-    parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and put nothing together")
+    parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and assemble nothing")
     parser.add_argument("--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND)")
     return parser.parse_args(argv)
 
@@ -350,7 +348,7 @@ def main() -> None:
     }
     if args.depth is not None:
         env |= {"k_max": args.depth + 1} if CONTROLS[args.env].trace_kind == "chain" else {"max_depth": args.depth}
-    with one_sentence("interrupted; the same command goes on with the next text"):
+    with one_sentence("interrupted; the same command continues with the next text"):
         plan = Plan(args.env, env, tuple(args.texts))
         if not args.shard and not args.out:
             report(args.env, recorded_by_default(plan))
@@ -364,7 +362,7 @@ def main() -> None:
 
 
 def report(env_id: str, trace: Trace) -> None:
-    """Say what was recorded, and how to replay it."""
+    """Print what was recorded, and how to replay it."""
     folder, ties = trace.folder, int(trace.ties().sum())
     size = sum(path.stat().st_size for path in folder.glob("*.npy"))
     print(f"{folder}: {len(trace.texts)} texts, {trace.rows} positions, {ties} near-ties, {size / 1e6:.0f} MB")

@@ -1,5 +1,5 @@
 """Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable it
-is at each of their tokens that a drafted one would be accepted, for every k. Approximate when played, see
+is at each of their tokens that a drafted one would be accepted, for every k. Its replay is approximate, see
 `spec_envs/network/expected.py`.
 
 The file is written when the last text is recorded; killed before, the same command begins again.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from tqdm import tqdm
 from spec_envs.arguments import TOKENS, Parser, nonempty, number, output_file
 from spec_envs.controls.rl_adapter_state import KS
 from spec_envs.decoding.clock import CostTable
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
 from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import versions, weights_sha256
 from spec_envs.files import parse_json, whole
@@ -39,23 +39,23 @@ COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
 
 
 class Watched(LocalVerifier):
-    """Remembers the distribution that it drew from last."""
+    """Keeps the distribution that it drew from last."""
 
     def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
         self.p = super()._probabilities(logits)
         return self.p
 
 
-def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], tokens: int, seed: int) -> Text:
-    """One text; its drafter is asked at every token for the next one alone."""
-    verifier, drafter = decoder.verifier, decoder.drafter
-    assert isinstance(verifier, Watched) and isinstance(drafter, ChainDrafter)
+def record(
+    verifier: Watched, drafter: ChainDrafter, eos: Collection[int], split: str, prompt: Encoded, tokens: int, seed: int
+) -> Text:
+    """Record one text; its drafter is asked at every token for the next one alone."""
     rng = np.random.default_rng(seed)
     nothing = np.zeros(0, np.int64)
-    text = [verifier.start(prompt, tokens + 1, rng)]
-    drafter.start([*prompt, text[0]], tokens + 1, verifier.features, rng)
+    text = [verifier.start(prompt.ids, tokens + 1, rng)]
+    drafter.start([*prompt.ids, text[0]], tokens + 1, verifier.features, rng)
     rows = []
-    while len(text) < tokens and text[-1] not in decoder.eos:
+    while len(text) < tokens and text[-1] not in eos:
         matched = drafter.matched() if isinstance(drafter, Copier) else 0
         children, _ = drafter.draft([])
         assert children.proposal is not None
@@ -71,31 +71,31 @@ def record(decoder: Decoder, task: str, split: str, prompt: Sequence[int], token
     acceptance, probability, entropy, entries, match = (np.array(column) for column in zip(*rows, strict=True))
     half = np.float16
     return Text(
-        task, split, list(prompt), text, last(acceptance.astype(half)), last(probability.astype(half)),
+        prompt.task, split, list(prompt.ids), text, last(acceptance.astype(half)), last(probability.astype(half)),
         last(entropy.astype(half)), last(entries.astype(np.int32)), last(match.astype(np.int16)),
     )  # fmt: skip
 
 
 def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
-    """What a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that write it, and what
-    the command was told."""
+    """Return what a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that write it, and
+    the options of the command."""
     hashes = weights_sha256(args.target, drafter)
     found = {"sha256": hashes, "dtype": dtype, "prompts": args.prompts, "date": DATE, "versions": versions()}
     return json.dumps(found | {"settings": settings(args)})
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All that a recording depends on."""
+    """Return all that a recording depends on."""
     return {name: value for name, value in vars(args).items() if name != "out"}
 
 
 def last(rows: np.ndarray) -> np.ndarray:
-    """Rows ``[n]`` and one more, like the last, for the token behind which nothing was recorded."""
+    """Return rows ``[n]`` and one more, like the last, for the token after which nothing was recorded."""
     return np.concatenate([rows, rows[-1:]])
 
 
 def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
-    """Σ min(p, q̂) of the target's distribution ``[vocab]`` and the draft's cut to ``k`` entries; 0 is uncut."""
+    """Return Σ min(p, q̂) of the target's distribution ``[vocab]`` and the draft's cut to ``k`` entries; 0 is uncut."""
     cut = q.truncated(k) if k else q
     weights = cut.weights.astype(float)
     return float(np.minimum(p[cut.ids], weights / weights.sum()).sum())
@@ -142,29 +142,31 @@ def main() -> None:
         trace = ExpectedTrace.load(str(path))
         tokens, size = sum(len(text.tokens) for text in trace.texts), path.stat().st_size
         print(f"{path}: {len(trace.texts)} texts, {tokens} tokens, {size / 1e3:.0f} kB")
-        print(f'play it with gym.make("SpecTopK-v0", trace="{path}")')
+        print(f'replay it with gym.make("SpecTopK-v0", trace="{path}")')
 
 
 def record_all(args: argparse.Namespace, path: Path) -> None:
     """Record the texts of every split, then write the file."""
     CostTable.load(args.clock)
-    drafter = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
-    decoder = load_decoder(args.target, drafter, dtype=args.dtype, temperature=args.temperature, width=1)
-    local = decoder.local
-    decoder.verifier = Watched(local.target, (), local.temperature, local.top_p)
+    name = default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter
+    decoder = load_decoder(args.target, name, dtype=args.dtype, temperature=args.temperature, width=1)
+    local, drafter = decoder.local, decoder.drafter
+    if not isinstance(drafter, ChainDrafter):
+        raise ValueError(f"--drafter is {name}, which drafts no chains; expected a draft model, or 'lookup'")
+    verifier = Watched(local.target, (), local.temperature, local.top_p)
     env = {"target": args.target, "prompts": args.prompts}
     LOG.info(f"recording {path}")
     texts = []
     for split, count in COUNTS.items():
         prompts = encoded_prompts(env, split, max(1, round(args.scale * count)))
         for seed, prompt in enumerate(tqdm(prompts, desc=f"texts of {split}", unit="text")):
-            text = record(decoder, prompt.task, split, prompt.ids, args.max_new_tokens, seed)
+            text = record(verifier, drafter, decoder.eos, split, prompt, args.max_new_tokens, seed)
             texts += [text] if len(text.tokens) > 1 else []
     if not texts:
         raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
-    eos, source = min(decoder.eos), made_with(args, drafter, local.dtype)
+    eos, source = min(decoder.eos), made_with(args, name, local.dtype)
     trace = ExpectedTrace(
-        "", args.target, drafter, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
+        "", args.target, name, args.clock, local.vocab, eos, args.temperature, KS, tuple(texts), source
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:

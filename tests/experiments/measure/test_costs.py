@@ -39,9 +39,9 @@ def test_windows_that_disagree_are_measured_again(
     """What was once taken for a table: 60, 58, 125, 82, 214, 100 ms."""
     load = {2: 0.95, 4: 2.0, 8: 1.3, 12: 3.2, 16: 1.5}
     count = busy(monkeypatch, load, load, {1: 1.4})
-    found = costs.cost_table(tiny_decoder)
-    assert found["verify"] == TRUE["verify"] and count == [6]
-    assert found["spread"] == 0.0 and found["windows"] == 6 and not caplog.messages
+    found = costs.measured(tiny_decoder)
+    assert found.curves["verify"] == TRUE["verify"] and count == [6]
+    assert found.spread == 0.0 and found.windows == 6 and not caplog.messages
 
 
 def test_a_machine_that_is_always_busy_says_so(
@@ -49,10 +49,10 @@ def test_a_machine_that_is_always_busy_says_so(
 ) -> None:
     loads = [{4: 1.0 + i % 4, 12: 1.0 + (i + 2) % 4} for i in range(20)]
     count = busy(monkeypatch, *loads)
-    found = costs.cost_table(tiny_decoder)
-    assert count == [found["windows"]] == [costs.MOST] and found["spread"] > costs.AGREE
+    found = costs.measured(tiny_decoder)
+    assert count == [found.windows] == [costs.MOST] and found.spread > costs.AGREE
     assert "the machine is busy" in caplog.text
-    seconds = list(found["verify"].values())
+    seconds = list(found.curves["verify"].values())
     assert seconds == sorted(seconds)
 
 
