@@ -139,7 +139,7 @@ def prepared(
     env: Keywords = {"max_new_tokens": manifest.max_new_tokens}
     if rule:
         sizes = {"width": manifest.width, "max_depth": manifest.max_depth}
-        env |= {"k_max": manifest.max_depth + 1} if trace.kind == "chain" else sizes
+        env |= {"k_max": manifest.max_depth + 1} if CONTROLS[env_id].trace_kind == "chain" else sizes
     else:
         config = agents.read_config(Path(policy))
         if config["id"] != env_id:
