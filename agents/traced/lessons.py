@@ -72,7 +72,7 @@ def lessons_of(env: ReplayVectorEnv, plans: Plans, observations: np.ndarray, whi
         observations: of them ``[n, …]``.
         which: their indices ``[n]``.
     """
-    cycles, row = env.cycles, env.play.row[which]
+    cycles, row = env.cycles, env.under_way.row[which]
     left = (env.last[which] - row)[:, None]
     seen = np.repeat(observations[:, None], plans.levels, 1)
     if plans.stepwise:

@@ -134,7 +134,7 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         vector = ReplayVecEnv(problem.environments(count, **env))
         agent: Any = SB3Agent(control, "ppo", total_timesteps=steps, seed=seed, **hyperparameters)
         agent.learn(steps, vector)
-        forwards = vector.env.played
+        forwards = vector.env.forwards
         written = {**hyperparameters, "seed": seed, "total_timesteps": steps}
         name = "ppo"
     else:

@@ -12,7 +12,7 @@ from spec_envs.controls.base import Control, Setting
 from spec_envs.controls.budgets import offered
 from spec_envs.controls.entries import gains_entry, ltd_entries, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import all_scores_then
+from spec_envs.controls.recorded import recorded_scores
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 
@@ -97,7 +97,7 @@ class BudgetControl(Control):
         self.action_space = spaces.Discrete(len(self.budgets))
         if observation == "ltd":
             candidates = width + width * width * max_depth
-            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), all_scores_then, repeats=29))
+            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), recorded_scores, repeats=29))
         else:
             self._declare([gains_entry(self.budgets), survival_entry(max_depth), *progress_entries()])
 

@@ -13,7 +13,7 @@ from spec_envs.controls.base import Control, Setting
 from spec_envs.controls.budgets import check_tree
 from spec_envs.controls.entries import frontier_entry, ltd_entries, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import last_scores_then
+from spec_envs.controls.recorded import recorded_last_level
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 VERIFY, EXPAND = 0, 1
@@ -103,7 +103,7 @@ class DepthControl(Control):
         self.action_space = spaces.Discrete(2)
         self.progress, self.longest = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
         if observation == "ltd":
-            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), last_scores_then, repeats=14))
+            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), recorded_last_level, repeats=14))
         else:
             self._declare([frontier_entry(width), survival_entry(max_depth), *progress_entries()])
 

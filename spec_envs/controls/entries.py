@@ -11,13 +11,13 @@ import numpy as np
 from spec_envs.controls.recorded import (
     DEPTH_UNIT,
     Reader,
-    expansions_then,
-    frontier_then,
     gains,
-    gains_then,
-    published_depth_then,
+    recorded_depth,
+    recorded_expansions,
+    recorded_frontier,
+    recorded_gains,
+    recorded_survival,
     survival,
-    survival_then,
 )
 from spec_envs.decoding.decoder import Cycle, Decoder
 from spec_envs.decoding.drafters.base import Copier
@@ -42,24 +42,24 @@ class Entry(NamedTuple):
 
 def survival_entry(max_depth: int) -> Entry:
     """Return the range that shows how probably the text passes through each level of the tree."""
-    return Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, survival_then)
+    return Entry("survival", max_depth + 1, 0.0, 1.0, read_survival, recorded_survival)
 
 
 def frontier_entry(width: int) -> Entry:
     """Return the range that shows the nodes which the next expansion would feed."""
-    return Entry("frontier", width, 0.0, 1.0, read_frontier, frontier_then)
+    return Entry("frontier", width, 0.0, 1.0, read_frontier, recorded_frontier)
 
 
 def gains_entry(budgets: Sequence[int]) -> Entry:
     """Return the range that shows how many accepted tokens each budget is expected to add."""
-    recorded = partial(gains_then, budgets=budgets)
+    recorded = partial(recorded_gains, budgets=budgets)
     return Entry("gains", len(budgets), 0.0, 1.0, partial(read_gains, budgets=budgets), recorded)
 
 
 def progress_entries() -> list[Entry]:
     """Return the ranges that show how far the tree, the text and the last cycles have come."""
     return [
-        Entry("expansions", 1, 0.0, 1.0, read_expansions, expansions_then),
+        Entry("expansions", 1, 0.0, 1.0, read_expansions, recorded_expansions),
         Entry("recent", len(WINDOWS), 0.0, 1.0, read_recent),
         *text_entries(),
     ]
@@ -73,13 +73,15 @@ def text_entries() -> list[Entry]:
     ]
 
 
-def ltd_entries(scores: int, read_scores: Callable[[Decoder], Any], scores_then: Reader, repeats: int) -> list[Entry]:
+def ltd_entries(
+    scores: int, read_scores: Callable[[Decoder], Any], recorded_scores: Reader, repeats: int
+) -> list[Entry]:
     """Return the observation of Learning to Draft (arXiv 2603.01639): scores, then length and depth, repeated."""
     lowest = -1000.0  # a floor below any path log-probability in float32
     return [
-        Entry("scores", scores, lowest, 0.0, read_scores, scores_then),
+        Entry("scores", scores, lowest, 0.0, read_scores, recorded_scores),
         Entry("length", repeats, 0.0, 1000.0, partial(read_length, repeats=repeats)),
-        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats), published_depth_then),
+        Entry("depth", repeats, 0.0, 100.0, partial(read_depth, repeats=repeats), recorded_depth),
     ]
 
 

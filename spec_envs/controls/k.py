@@ -14,11 +14,11 @@ from spec_envs.controls.entries import WINDOWS, Entry, acceptance, copies, mean,
 from spec_envs.controls.plans import Plans, chain_plans
 from spec_envs.controls.recorded import (
     ENTROPY_UNIT,
-    drafted_then,
-    free_then,
-    path_then,
-    probability_then,
-    token_entropy_then,
+    recorded_free,
+    recorded_path,
+    recorded_probability,
+    recorded_size,
+    recorded_token_entropy,
 )
 from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, told_kind
 from spec_envs.decoding.clock import WallClock
@@ -177,11 +177,11 @@ class KControl(Control):
         chain: list[Entry] = []
         if self.decision == "token":
             chain = [
-                Entry("drafted", 1, 0.0, 1.0, partial(self._read_of_chain, 0), drafted_then),
-                Entry("probability", 1, 0.0, 1.0, partial(self._read_of_chain, 1), probability_then),
-                Entry("entropy", 1, 0.0, 1.0, partial(self._read_of_chain, 2), token_entropy_then),
-                Entry("path", 1, 0.0, 1.0, partial(self._read_of_chain, 3), path_then),
-                Entry("free", 1, 0.0, 1.0, read_free, free_then),
+                Entry("drafted", 1, 0.0, 1.0, partial(self._read_of_chain, 0), recorded_size),
+                Entry("probability", 1, 0.0, 1.0, partial(self._read_of_chain, 1), recorded_probability),
+                Entry("entropy", 1, 0.0, 1.0, partial(self._read_of_chain, 2), recorded_token_entropy),
+                Entry("path", 1, 0.0, 1.0, partial(self._read_of_chain, 3), recorded_path),
+                Entry("free", 1, 0.0, 1.0, read_free, recorded_free),
             ]
         elif not self.adjustment_interval:
             chain = [

@@ -56,7 +56,7 @@ class RecordedChains:
         self.steps = self.paths.copy()
         self.steps[:, 1:] -= self.paths[:, :-1]
         self.entropies = np.asarray(trace.columns["entropies"])[:, :k_max]
-        self.copied = np.pad(copies(trace, k_max), ((0, 0), (0, 1)))
+        self.copied = np.pad(copied_tokens(trace, k_max), ((0, 0), (0, 1)))
 
     def means(self) -> np.ndarray:
         """Return the mean probability and mean entropy of the tokens of every chain, ``[rows, K + 1, 2]``, as they are
@@ -68,7 +68,7 @@ class RecordedChains:
         return np.clip(totals / counts[None, :, None], 0.0, 1.0).astype(np.float32)
 
 
-def copies(trace: RecordedTexts, k_max: int) -> np.ndarray:
+def copied_tokens(trace: RecordedTexts, k_max: int) -> np.ndarray:
     """Return which of the first tokens of every chain are copied, ``[rows, K]``."""
     copied = np.asarray(trace.columns["copied"])[:, :k_max]
     return copied & (np.arange(k_max) < np.asarray(trace.columns["length"])[:, None])
@@ -84,12 +84,14 @@ def survival(scores: np.ndarray, level_starts: Sequence[int]) -> np.ndarray:
     return np.add.reduceat(np.exp(scores), level_starts, -1)
 
 
-def survival_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_survival(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the summed path probability of every level, 0 where it is not grown, ``[n, L]``."""
     levels = np.arange(trees.max_depth + 1)
     return np.where(levels <= depth[:, None], trees.survival[row], np.float32(0))
 
 
-def frontier_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_frontier(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the path probabilities of the nodes that the next expansion would feed, best first, ``[n, W]``."""
     return np.exp(trees.scores[row[:, None], trees.frontiers[row, depth]])
 
 
@@ -105,52 +107,63 @@ def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndar
     return np.diff(reached[..., np.minimum(budgets, scores.shape[-1])], prepend=0.0) / (max_depth + 1)
 
 
-def gains_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: Sequence[int]) -> np.ndarray:
+def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: Sequence[int]) -> np.ndarray:
+    """Return ``gains`` of trees that are grown so far, ``[n, budgets]``."""
     most = trees.stops[depth.max(initial=0)]
-    grown_then = np.arange(most) < trees.stops[depth][:, None]
-    return gains(np.where(grown_then, trees.scores[row, :most], -np.inf), budgets, trees.max_depth)
+    there = np.arange(most) < trees.stops[depth][:, None]
+    return gains(np.where(there, trees.scores[row, :most], -np.inf), budgets, trees.max_depth)
 
 
-def entropy_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_entropy(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats."""
     first = np.where(depth > 0, 1 + trees.width * (depth - 1), 0)  # the node that the last expansion fed first
     return trees.entropies[row, first] / ENTROPY_UNIT
 
 
-def expansions_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_expansions(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the expansions so far as a share of the most there can be."""
     return depth / trees.max_depth
 
 
-def published_depth_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_depth(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the expansions so far, in units of ten."""
     return depth / DEPTH_UNIT
 
 
-def all_scores_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_scores(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the path log-probabilities of all nodes, 0 where there is none, ``[n, C]``."""
     there = np.arange(trees.scores.shape[1]) < trees.stops[depth][:, None]
     return np.where(there, trees.scores[row], 0.0)
 
 
-def last_scores_then(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def recorded_last_level(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the path log-probabilities of the nodes added last, 0 where there is none, ``[n, W²]``."""
     size = trees.width * trees.width
     nodes = np.where(depth > 0, trees.stops[depth] - size, 0)[:, None] + np.arange(size)
     there = nodes < trees.stops[depth][:, None]
     return np.where(there, trees.scores[row[:, None], np.where(there, nodes, 0)], 0.0)
 
 
-def drafted_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+def recorded_size(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the tokens drafted so far as a share of the most there can be."""
     return size / chains.k_max
 
 
-def probability_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+def recorded_probability(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the probability of the last token; 1 before the first."""
     return np.where(size > 0, np.exp(chains.steps[row, size - 1]), 1.0)
 
 
-def token_entropy_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+def recorded_token_entropy(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the entropy of the distribution that the last token is from, in units of 10 nats; 0 before the first."""
     return np.where(size > 0, chains.entropies[row, size - 1] / ENTROPY_UNIT, 0.0)
 
 
-def path_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+def recorded_path(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the product of the tokens' probabilities; 1 before the first."""
     return np.where(size > 0, np.exp(chains.paths[row, size - 1]), 1.0)
 
 
-def free_then(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+def recorded_free(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return whether the next token is a copy."""
     return chains.copied[row, size]

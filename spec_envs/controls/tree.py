@@ -12,7 +12,7 @@ from spec_envs.controls.base import Control, Setting
 from spec_envs.controls.budgets import offered
 from spec_envs.controls.entries import Entry, frontier_entry, gains_entry, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import ENTROPY_UNIT, entropy_then
+from spec_envs.controls.recorded import ENTROPY_UNIT, recorded_entropy
 from spec_envs.decoding.decoder import Cycle, Decoder
 
 EXPAND = 0
@@ -102,7 +102,7 @@ class TreeControl(Control):
                 frontier_entry(width),
                 survival_entry(max_depth),
                 gains_entry(self.budgets),
-                Entry("entropy", 1, 0.0, 1.0, read_entropy, entropy_then),
+                Entry("entropy", 1, 0.0, 1.0, read_entropy, recorded_entropy),
                 *progress_entries(),
             ]
         )

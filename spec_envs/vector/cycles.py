@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from spec_envs.controls.base import Control
-from spec_envs.controls.recorded import RecordedChains, RecordedTrees, copies
+from spec_envs.controls.recorded import RecordedChains, RecordedTrees, copied_tokens
 from spec_envs.decoding.traces.trace import Trace
 
 CHUNK = 2048  # rows whose observed entries are computed together
@@ -64,7 +64,7 @@ class CycleTable:
         self.right = np.minimum(columns["right"], length).astype(np.int64)
         self.drafted = self.nodes = np.minimum(length[:, None], self.plans.sizes)
         self.accepted = np.minimum(self.right[:, None], self.plans.sizes)
-        self.copied = copies(self.trace, k_max)
+        self.copied = copied_tokens(self.trace, k_max)
         asked = ~self.copied & (np.arange(k_max) < length[:, None])
         self.forwards = np.pad(asked.cumsum(1), ((0, 0), (1, 0)))
         self.asked = self.forwards > 0

@@ -1,4 +1,4 @@
-"""A generator for each of many environments, all of them drawn from at once."""
+"""A generator for each of many environments, all drawn from at once."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from collections.abc import Sequence
 import numpy as np
 from gymnasium.utils import seeding
 
-WORDS = 128  # of 32 bits that are fetched of a generator at a time
+WORDS = 128  # words of 32 bits that are fetched from a generator at a time
 MASK = np.uint64(0xFFFFFFFF)
 
 
 class Draws:
-    """The generators of ``count`` environments. Numbers are those that ``Generator.integers`` of each would give.
+    """The generators of ``count`` environments. They give the numbers that ``Generator.integers`` of each would.
 
     NumPy makes a number below n of 32-bit words, the high half of word · n (Lemire 2019, arXiv 1805.10941). Fetching words
     and multiplying them here draws for thousands of environments in the time of a few calls.
     """
 
     def __init__(self, count: int):
-        self.generators: list[np.random.Generator | None] = [None] * count
+        self.generators: dict[int, np.random.Generator] = {}
         self.words, self.at = np.zeros((count, WORDS), np.uint32), np.full(count, WORDS)
 
     def seed(self, seeds: Sequence[int | None], which: np.ndarray) -> None:
-        """Begin the generators of some environments anew; those whose seed is None go on, if they have begun.
+        """Begin the generators of some environments anew; those whose seed is None are kept, if they have begun.
 
         Raises:
             gymnasium.error.Error: a seed that is negative or not a whole number. No generator has changed then.
         """
-        made = {i: seeding.np_random(seeds[i])[0] for i in which if seeds[i] is not None or self.generators[i] is None}
+        made = {i: seeding.np_random(seeds[i])[0] for i in which if seeds[i] is not None or i not in self.generators}
         for i, generator in made.items():
             self.generators[i], self.at[i] = generator, WORDS
 
     def integers(self, which: np.ndarray, below: int) -> np.ndarray:
         """Return a number from 0 to ``below`` - 1 for each of these environments, which are all different."""
         out = np.zeros(len(which), np.int64)
-        left = np.arange(len(which) if below > 1 else 0)  # of one number nothing is drawn
+        left = np.arange(len(which) if below > 1 else 0)  # nothing is drawn where there is one number
         while len(left):
             product = self._next(which[left]).astype(np.uint64) * np.uint64(below)
             out[left] = product >> np.uint64(32)
@@ -43,11 +43,11 @@ class Draws:
         return out
 
     def _next(self, which: np.ndarray) -> np.ndarray:
-        """Return the next word of each."""
+        """Return the next word of each of these environments."""
         for i in which[self.at[which] == WORDS]:
-            generator = self.generators[i]
-            assert generator is not None
-            raw = generator.bit_generator.random_raw(WORDS // 2)  # of 64 bits, of which NumPy takes the low half first
+            raw = self.generators[i].bit_generator.random_raw(
+                WORDS // 2
+            )  # 64 bits each, of which NumPy takes the low half first
             self.words[i], self.at[i] = raw.astype("<u8").view("<u4"), 0
         at = self.at[which]
         self.at[which] += 1

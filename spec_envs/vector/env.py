@@ -1,4 +1,4 @@
-"""Thousands of episodes of a trace at once, in NumPy without a loop over environments."""
+"""Thousands of episodes of a trace at once, in NumPy and without a loop over environments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spec_envs.vector.infos import blank, cleared, gathered
 from spec_envs.vector.recent import Recent
 from spec_envs.vector.trees import Trees
 
-PLAYS: dict[str, type[Trees] | type[Chains]] = {"tree": Trees, "chain": Chains}  # by the kind of a trace
+KINDS: dict[str, type[Trees] | type[Chains]] = {"tree": Trees, "chain": Chains}  # by the kind of a trace
 UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that nothing here follows
 
 
@@ -35,7 +35,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own.
 
     Args:
-        control: ``"depth"``, ``"budget"``, ``"tree"`` or ``"k"``.
+        control: name of a control that traces replay, or where it is found, ``"module:Class"``.
         num_envs: how many.
         autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there. With
             ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
@@ -45,12 +45,14 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             (`make trace`).
 
     ``reset`` takes a seed for all (environment i then has ``seed + i``) or a list with one for each, and as options
-    ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy goes on where the
-    original was.
+    ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy continues where
+    the original was.
 
     Attributes:
-        played: cycles so far, each one forward of the target if it were live.
-        brought: the numbers of the last step by their names in an info, those of episodes that it ended among them.
+        forwards: forwards that the target would have made so far, one per cycle.
+        brought: the numbers of the last step by their names in an info, also of episodes that it ended.
+        cycles: table of every cycle of the trace.
+        under_way: the trees or chains that are drafted.
 
     Raises:
         TypeError: an unknown keyword; the nearest one is named.
@@ -84,7 +86,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.autoreset_mode = self.metadata["autoreset_mode"]
         clocks = clocks_for(settings.clock, "cpu", self.trace)
         self.clocks = [priced for priced in clocks if isinstance(priced, PricedClock)]
-        self.num_envs, self.reward_name, self.played = num_envs, settings.reward or next(iter(kind.rewards)), 0
+        self.num_envs, self.reward_name, self.forwards = num_envs, settings.reward or next(iter(kind.rewards)), 0
         self.policy_seconds, self.given_pace = settings.policy_seconds, settings.pace
         self.texts = np.array(self.trace.of_split(settings.split, settings.prompts))
         self.single_observation_space, self.single_action_space = (
@@ -98,7 +100,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.lasts = np.minimum(self.trace.starts[1:], self.starts + self.max_new_tokens) - 1
         self.prompt_lengths = np.array([len(text.prompt) for text in self.trace.texts])
         self.tasks = np.array([text.task for text in self.trace.texts], object)
-        self.said = np.full(len(self.tasks), None, object)  # texts in words, once they have been asked for
+        self.words = np.full(len(self.tasks), None, object)  # texts in words, once they have been asked for
         self.text, self.last, self.begun = (np.zeros(num_envs, np.int64) for _ in range(3))
         self.pending, self.spent, self.cycle_spent = (np.zeros(num_envs) for _ in range(3))
         self.recent = Recent(WINDOWS, num_envs, 1)  # accepted tokens
@@ -109,7 +111,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def price(self, tables: Sequence[CostTable]) -> None:
         """Price forwards by these tables from the next reset on; of several, one is drawn per text."""
         self.cost_tables = list(tables)
-        self.play = PLAYS[self.control.trace_kind](self.cycles, tables, self.num_envs, self.draws)
+        self.under_way = KINDS[self.control.trace_kind](self.cycles, tables, self.num_envs, self.draws)
         self.plain = np.array([1 / table.seconds("verify", 1) for table in tables])
         self.pace = (
             self.plain * self.trace.static_over_plain
@@ -120,7 +122,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.ended = np.zeros(self.num_envs, bool)  # environments whose episode the last step ended
 
     def _check(self, keywords: dict[str, Any]) -> None:
-        """Refuse what a trace does not have, and what nobody would notice to be without effect."""
+        """Refuse what a trace does not have, and keywords that would have no effect."""
         control = self.control
         if not control.trace_kind or control.engine != "torch":
             raise ValueError(f"{control.name} is not replayed in NumPy; make it with vectorization_mode='sync'")
@@ -137,12 +139,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin a text in every environment, or with ``episode="cycle"`` its next cycle.
 
         Args:
-            seed: environment i has ``seed + i``, or the i-th of a list; None goes on with the generators as they are.
+            seed: environment i has ``seed + i``, or the i-th of a list; None keeps the generators as they are.
             options: ``{"texts": indices}`` of the trace, one per environment, instead of drawing them; and
                 ``"reset_mask"``, an array of booleans, to reset some environments only.
 
         Raises:
-            ValueError: another option, texts that there are not, or another number of seeds. No environment has a text then.
+            ValueError: an unknown option, indices outside the trace, or another number of seeds. No environment has a text then.
         """
         self._check_open()
         begun, self.has_text = self.has_text, np.zeros(self.num_envs, bool)
@@ -150,7 +152,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         seeds = self._seeds(seed)
         which = np.flatnonzero(mask)
         self.draws.seed(seeds, which)
-        again = np.array([own is not None for own in seeds]) | ~begun | (self.play.row == self.last)
+        again = np.array([own is not None for own in seeds]) | ~begun | (self.under_way.row == self.last)
         new = which if self.settings.episode == "prompt" or texts is not None else which[again[which]]
         self._begin(new, None if texts is None else texts[new])
         self.has_text, self.ended = begun | mask, self.ended & ~mask
@@ -192,30 +194,30 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Carry out a decision in every environment.
 
         Raises:
-            ValueError: an action that is not a whole number in range, another number of actions, or no text to go on with.
+            ValueError: an action that is not a whole number in range, another number of actions, or no text to continue.
         """
         self._check_open()
         actions = self._checked(actions)
         live: np.ndarray | bool = ~self.ended if self.autoreset_mode == AutoresetMode.NEXT_STEP else True
-        play = self.play
-        done = play.act(actions, live)
+        under_way = self.under_way
+        done = under_way.act(actions, live)
         draft = (self.pending + done.draft) * live
         policy = np.full(self.num_envs, self.policy_seconds) * live
         seconds = draft + done.verify + policy
-        left = self.last - play.row
+        left = self.last - under_way.row
         emitted = np.where(done.verified, np.minimum(done.accepted + 1, left), 0)
         accepted = np.where(done.verified, np.minimum(done.accepted, left), 0)
-        play.row += emitted
-        self.played += int(done.verified.sum())
-        finished = done.verified & (play.row == self.last)
+        under_way.row += emitted
+        self.forwards += int(done.verified.sum())
+        finished = done.verified & (under_way.row == self.last)
         self.spent += seconds
         self.cycle_spent += seconds
         whole = np.where(done.verified, self.cycle_spent, 1.0)
         rewards = self.control.rewards[self.reward_name](
-            Decision(emitted, emitted, accepted, seconds, whole, self.pace[play.clock])
+            Decision(emitted, emitted, accepted, seconds, whole, self.pace[under_way.clock])
         )
         values = blank(self.num_envs)
-        values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[play.clock] * seconds}
+        values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[under_way.clock] * seconds}
         values |= {
             name: np.where(done.verified, n, 0) for name, n in (("drafted", done.drafted), ("verified", done.sent))
         }
@@ -243,22 +245,22 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         else:
             infos = gathered(values, everywhere) | summary
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            begins = np.flatnonzero(before & (self.play.row == self.last))
+            begins = np.flatnonzero(before & (self.under_way.row == self.last))
         if len(begins):
             self._begin(begins)
             observations[begins] = self._observe(begins)
         return infos
 
     def _summary(self, finished: np.ndarray) -> dict[str, np.ndarray]:
-        """Return what the last info of a text has."""
+        """Return what the last info of a text has besides numbers of the step, of every environment."""
         tokens = self.last - self.begun + 1
-        speedup = (tokens - 1) / np.maximum(self.spent, 1e-12) / self.plain[self.play.clock]
+        speedup = (tokens - 1) / np.maximum(self.spent, 1e-12) / self.plain[self.under_way.clock]
         for text in set(self.text[finished].tolist()):
-            if self.said[text] is None:
+            if self.words[text] is None:
                 ids = self.trace.columns["tokens"][self.starts[text] : self.lasts[text] + 1].tolist()
                 tokenizer = load_tokenizer(self.trace.manifest.target)
-                self.said[text] = str(tokenizer.decode(ids, skip_special_tokens=True))
-        return {"text": self.said[self.text], "task": self.tasks[self.text], "tokens": tokens, "speedup": speedup}
+                self.words[text] = str(tokenizer.decode(ids, skip_special_tokens=True))
+        return {"text": self.words[self.text], "task": self.tasks[self.text], "tokens": tokens, "speedup": speedup}
 
     def _checked(self, actions: Any) -> np.ndarray:
         """Return the actions of all environments, or refuse them."""
@@ -270,7 +272,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"{self.choices - 1}, of the shape ({self.num_envs},), not {given.dtype} of the shape {given.shape}"
             )
         if not self.has_text.all():
-            raise ValueError("there are no texts to go on with; call reset() first")
+            raise ValueError("there are no texts to continue; call reset() first")
         if self.autoreset_mode == AutoresetMode.DISABLED and self.ended.any():
             raise ValueError(
                 f"{int(self.ended.sum())} environments have ended; call reset(options={{'reset_mask': mask}}) first"
@@ -282,7 +284,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError("the environments are closed; make others")
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """Return an attribute for every environment; they share what is not kept apart."""
+        """Return an attribute for every environment; all have the same one unless it is kept per environment."""
         value = getattr(self, name)
         apart = name in ("text", "last", "begun", "pending", "spent", "has_text", "ended")
         return tuple(value) if apart else (value,) * self.num_envs
@@ -313,28 +315,28 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         finished: np.ndarray,
         live: np.ndarray | bool,
     ) -> None:
-        """What is remembered of cycles that ended, and what is drafted for the next ones."""
+        """Note what is remembered of the cycles that ended in environments ``which``, and draft for the next ones."""
         if "recent" in self.control.slices:
             self.recent.push(which, accepted[which, None])
         self.cycle_spent[which] = 0.0
         self.pending *= ~np.asarray(live)
-        self.pending[which] = self.play.verified(which, accepted, emitted, finished)
+        self.pending[which] = self.under_way.verified(which, accepted, emitted, finished)
 
     def _begin(self, which: np.ndarray, texts: np.ndarray | None = None) -> None:
-        """Texts begin in some environments: those, or any."""
+        """Begin texts in environments ``which``: the given ones, or drawn ones."""
         if len(self.cost_tables) > 1:
-            self.play.clock[which] = self.draws.integers(which, len(self.cost_tables))
+            self.under_way.clock[which] = self.draws.integers(which, len(self.cost_tables))
         texts = self._drawn(which) if texts is None else texts
         if (self.lasts[texts] == self.starts[texts]).any():
             raise EndedText("the target's first token already ends a text; give other ones")
         self.text[which], self.last[which], self.begun[which] = texts, self.lasts[texts], self.starts[texts]
-        self.play.row[which] = self.starts[texts]
+        self.under_way.row[which] = self.starts[texts]
         self.recent.clear(which)
         self.spent[which] = self.cycle_spent[which] = 0.0
-        self.pending[which] = self.play.start(which)
+        self.pending[which] = self.under_way.start(which)
 
     def _drawn(self, which: np.ndarray) -> np.ndarray:
-        """Return texts, any of those there are but such as the first token ends."""
+        """Return drawn texts, none of which ends at its first token."""
         texts = self.texts[self.draws.integers(which, len(self.texts))]
         for _ in range(99):
             again = np.flatnonzero(self.lasts[texts] == self.starts[texts])
@@ -344,10 +346,10 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return texts
 
     def _observe(self, which: np.ndarray | slice, alive: np.ndarray | None = None) -> np.ndarray:
-        """What the agents of some environments see."""
-        row, text, slices = self.play.row[which], self.text[which], self.control.slices
+        """Return what the agents of environments ``which`` see, ``[n, …]``; ``alive`` is false where a text has ended."""
+        row, text, slices = self.under_way.row[which], self.text[which], self.control.slices
         out = np.zeros((len(row), self.single_observation_space.shape[0]), np.float32)  # type: ignore[index]
-        self.play.observe(out, which, np.ones(len(row), bool) if alive is None else alive)
+        self.under_way.observe(out, which, np.ones(len(row), bool) if alive is None else alive)
         emitted = row - self.begun[which] + 1
         if "recent" in slices:
             at, cycles = slices["recent"].start, self.recent.cycles[which]

@@ -1,4 +1,5 @@
-"""What ``gym.make_vec`` calls: environments in NumPy where a trace is replayed there, and single ones side by side elsewhere."""
+"""The function that ``gym.make_vec`` calls: it makes environments in NumPy where a trace is replayed, and single ones side by
+side elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +14,8 @@ from spec_envs.controls import CONTROLS
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
 
-OF_MAKE = (
-    "max_episode_steps",
-    "disable_env_checker",
-)  # arguments of gym.make, whose wrappers are of single environments
+# Arguments of gym.make, whose wrappers are for single environments
+OF_MAKE = ("max_episode_steps", "disable_env_checker")
 
 
 def make_vector(
@@ -27,14 +26,14 @@ def make_vector(
 ) -> VectorEnv:
     """Return ``num_envs`` environments of a control.
 
-    A recorded trace is replayed in NumPy (``ReplayVectorEnv``), unless a keyword is given that this does not know:
+    A recorded trace is replayed in NumPy (``ReplayVectorEnv``), unless a keyword is given that it does not know:
     ``render_mode``, ``switch_every``, ``adjustment_interval``, or ``max_episode_steps`` of ``gym.make``. Then, and without
     a recorded trace, it is Gymnasium's ``SyncVectorEnv`` of as many single environments.
 
     Args:
-        control: ``"depth"``, ``"budget"``, ``"tree"`` or ``"k"``.
+        control: name of a control, or where it is found, ``"module:Class"``.
         autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``.
-        keywords: of ``SpecEnv``.
+        keywords: those of ``SpecEnv``.
 
     Raises:
         TypeError, ValueError: see ``SpecEnv``.

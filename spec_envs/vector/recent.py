@@ -11,13 +11,13 @@ class Recent:
     """Sums of some numbers over the last cycles of each environment.
 
     Args:
-        windows: over how many, ascending.
+        windows: numbers of cycles to sum over, ascending.
         count: environments.
-        numbers: that are summed.
+        numbers: how many numbers of a cycle are summed.
 
     Attributes:
         sums: ``[windows, count, numbers]``.
-        cycles: ``[count]``, that there were.
+        cycles: ``[count]``, cycles so far.
     """
 
     def __init__(self, windows: Sequence[int], count: int, numbers: int):
@@ -29,13 +29,13 @@ class Recent:
         self.cycles = np.zeros(count, np.int64)
 
     def clear(self, which: np.ndarray) -> None:
-        """Nothing has happened yet in these environments."""
+        """Forget the cycles of these environments."""
         self.ring.reshape(len(self.cycles), -1)[which] = 0
         self.sums[:, which] = 0
         self.cycles[which] = 0
 
     def push(self, which: np.ndarray, values: np.ndarray) -> None:
-        """A cycle with ``values`` ``[len(which), numbers]`` ended in each of these environments."""
+        """Add the cycle with ``values`` ``[len(which), numbers]`` that ended in each of these environments."""
         at, longest = self.cycles[which], self.windows[-1]
         first = which * longest
         for window, sums in zip(self.windows, self.sums, strict=True):

@@ -14,8 +14,14 @@ from spec_envs.vector.prices import costs_observed, prices
 
 
 class Outcome(NamedTuple):
-    """What an action led to, for each environment: whether the cycle ended; then how many tokens of the text were
-    drafted right, how many candidates there were and how many of them were verified; the seconds of both sides."""
+    """What a decision led to, an array for each number with one of each environment.
+
+    Attributes:
+        verified: whether the cycle ended (bool); ``accepted``, ``drafted`` and ``sent`` have a meaning only there.
+        accepted: tokens of the text among the verified nodes.
+        drafted, sent: nodes drafted, and how many of them were verified.
+        draft, verify: seconds of the drafter and of the target.
+    """
 
     verified: np.ndarray
     accepted: np.ndarray

@@ -119,7 +119,7 @@ def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: 
     for first, second in zip(*runs, strict=True):
         for a, b in zip(first, second, strict=True):
             np.testing.assert_array_equal(a, b)
-    assert env.played == 60 * 16  # each decision is a cycle
+    assert env.forwards == 60 * 16  # each decision is a cycle
     assert len(set(env.text)) > 1 and set(env.text) <= set(traces["tree"].of_split("train"))
 
 
@@ -323,6 +323,6 @@ def test_replaying_trees_needs_no_models(
     env = make_vector("SpecDepth-v0", 4, trace=str(traces["tree"].folder), max_new_tokens=20, **sizes(plans["tree"]))
     env.reset(seed=0)
     env.step(np.ones(4, int))
-    assert env.played == 0  # all have expanded, nothing is verified
+    assert env.forwards == 0  # all have expanded, nothing is verified
     env.step(np.zeros(4, int))
-    assert env.played == 4
+    assert env.forwards == 4
