@@ -252,9 +252,9 @@ def test_one_of_several_tables_prices_a_text(traces: dict[str, Trace], plans: di
         "SpecDepth-v0", 32, trace=str(traces["tree"].folder), clock=tables, max_new_tokens=20, **sizes(plans["tree"])
     )
     env.reset(seed=0)
-    assert set(env.play.clock) == {0, 1}
+    assert set(env.under_way.clock) == {0, 1}
     *_, infos = env.step(np.zeros(32, int))
-    slow = env.play.clock == 0  # may have changed where a text ended, which none has after one cycle
+    slow = env.under_way.clock == 0  # may have changed where a text ended, which none has after one cycle
     assert infos["seconds"]["verify"][slow].min() > infos["seconds"]["verify"][~slow].max()
 
 
