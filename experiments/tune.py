@@ -30,6 +30,7 @@ from spec_envs.agents.rules.base import Rule
 from spec_envs.arguments import POSITIVE, TOKENS, Parser, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.decoder import over_models
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
@@ -121,7 +122,7 @@ def priced(folder: Path, env: dict[str, Any], control: Control) -> Path:
         write_json(table, {"verify": clock.table.verify, "draft": clock.table.draft})
     elif not table.exists():
         print("measuring this machine's cost table", file=sys.stderr)
-        write_json(table, cost_curves(decoder_for(env, control)))
+        write_json(table, cost_curves(over_models(decoder_for(env, control))))
     return table
 
 

@@ -14,12 +14,10 @@ from spec_envs import recordings, render
 from spec_envs.controls import CONTROLS, make_control
 from spec_envs.controls.policy import checked_action
 from spec_envs.decoding.clock import PricedClock, WallClock
-from spec_envs.decoding.decoder import Cycle, Decoder
-from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
-from spec_envs.decoding.loading import plain_seconds
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
-from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.processes import in_worker
 from spec_envs.prompts.sets import Prompt, encode_all, encode_prompt, load_prompts
 from spec_envs.settings import RENDER_MODES, Settings
@@ -90,7 +88,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
                 )
         return clocks
 
-    def _open_decoder(self) -> Decoder:
+    def _open_decoder(self) -> Engine:
         """Return what decodes, after a check that the recording, if there is one, fits all settings."""
         given = self.settings
         models = given.model_dump(include={"target", "drafter", "device", "dtype", "temperature", "top_p"})
@@ -201,21 +199,14 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
 
     @property
     def plain_rate(self) -> float:
-        """Tokens per second of plain decoding: measured once per process, or priced."""
+        """Tokens per second of plain decoding without a network: measured once per process, or priced."""
         clock = self.decoder.clock
-        if isinstance(clock, PricedClock):
-            return 1 / clock.table.seconds("verify", 1)
-        if isinstance(self.decoder, LlamaServerDecoder):
-            return self.decoder.plain_rate()
-        return 1 / self._plain_seconds
+        return 1 / (clock.table.seconds("verify", 1) if isinstance(clock, PricedClock) else self._plain_seconds)
 
     @functools.cached_property
     def _plain_seconds(self) -> float:
         """Seconds per step of plain decoding by the target, without the network."""
-        verifier = self.decoder.verifier
-        if isinstance(verifier, RemoteVerifier):
-            return verifier.plain().plain_seconds()
-        return plain_seconds(self.settings.target, verifier.device, self.decoder.local.target.dtype)
+        return self.decoder.plain_seconds()
 
     @property
     def pace(self) -> float:
@@ -269,7 +260,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.texts += given is None
         self._mark = dict(self.decoder.clock.totals)
         self._text_began = dict(self.decoder.clock.totals)
-        self._restarts_began = getattr(self.decoder, "restart_seconds", 0.0)
 
     def _draw_prompt(self) -> Prompt:
         """Return any prompt, or with ``switch_every`` one of the set whose turn it is."""
@@ -303,8 +293,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             info["text"] = self.decoder.detokenize(self.decoder.tokens)
             info["task"] = self.prompt.task
             info["tokens"] = tokens
-            if isinstance(self.decoder, LlamaServerDecoder):
-                info["restart_seconds"] = self.decoder.restart_seconds - self._restarts_began
             worth = sum(
                 self.control.worth(done) for done in self.decoder.cycles
             )  # without the first token, the prefill's

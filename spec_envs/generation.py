@@ -10,7 +10,8 @@ import numpy as np
 
 from spec_envs.controls.base import Control
 from spec_envs.controls.policy import Agent, Policy
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.engine import Engine
 from spec_envs.text import TextStream
 
 
@@ -28,7 +29,7 @@ class Generation:
         actions: decisions taken, in order.
     """
 
-    decoder: Decoder
+    decoder: Engine
     policy: Policy | None
     prompt: list[int]
     max_new_tokens: int
@@ -70,7 +71,7 @@ class Generation:
 
     def _cycle(self) -> Cycle:
         if self.policy is None:
-            return self.decoder.verify(0)
+            return self.decoder.cycle(0)
         while True:
             action = self.policy.decide(self.decoder)
             self.actions.append(action)
@@ -95,7 +96,7 @@ class Generation:
 
 
 def generate(
-    decoder: Decoder,
+    decoder: Engine,
     control: Control | None,
     agent: Agent | None,
     prompt: list[int],

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spec_envs.decoding.decoder import Cycle, Decoder, Drafted
+from spec_envs.decoding.cycle import Cycle, Drafted
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.tree import ROOT
 from spec_envs.text import TextStream, after, printable
 
@@ -14,7 +15,7 @@ GREEN, RED, BOLD, RESET = "\x1b[32m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
 DRAWN = 60  # nodes shown of a tree
 
 
-def ansi(decoder: Decoder) -> str:
+def ansi(decoder: Engine) -> str:
     """Return the text with drafted tokens green and the target's own bold, then the last cycle's tree, rejected nodes red."""
     stream = TextStream(decoder.detokenize)
     parts = [(BOLD, stream.push(decoder.tokens[:1]))]
@@ -30,7 +31,7 @@ def ansi(decoder: Decoder) -> str:
     return "\n".join(lines)
 
 
-def labels(decoder: Decoder, cycle: Cycle) -> list[str]:
+def labels(decoder: Engine, cycle: Cycle) -> list[str]:
     """Return the text of every node of a cycle, each within a text, where it has its space."""
     before = decoder.tokens[0]
     return [printable(after(decoder.detokenize, before, token)) for token in cycle.nodes.tokens.tolist()]
@@ -55,7 +56,7 @@ def tree_lines(nodes: Drafted, labels: list[str]) -> list[str]:
     return lines
 
 
-def picture(decoder: Decoder) -> np.ndarray:
+def picture(decoder: Engine) -> np.ndarray:
     """The tail of the text above the last cycle's tree, ``[480, 800, 3]`` uint8."""
     figure = Figure(figsize=(8, 4.8), dpi=100)
     canvas = FigureCanvasAgg(figure)

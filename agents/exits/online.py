@@ -20,10 +20,10 @@ from spec_envs.agents.exits.passes import ExitPass
 from spec_envs.agents.exits.replay import Replay, Segment, judged, merged, packed, unpacked
 from spec_envs.agents.schedules import schedule
 from spec_envs.controls.base import Control
-from spec_envs.controls.dvi import exit_of
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.controls.dvi import on_exit
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.exits.adapter import ExitAdapter
-from spec_envs.decoding.exits.split import SplitVerifier
+from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.env import EndedText, SpecEnv
 from spec_envs.prompts.sets import Prompt, in_turn
 from spec_envs.sealed import first_line, read_torch, write_torch
@@ -90,10 +90,10 @@ class OnlineAgent(ExitAgent):
         self.rates = schedule("constant", 1.0, 1)
         self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
         self.journal = Journal(None, 0, 0, {})
-        self.decoder: Decoder | None = None
+        self.decoder: ExitDecoder | None = None
         self.rows: list[Segment] = []  # of the text under way, since the last update
 
-    def bind(self, decoder: Decoder) -> None:
+    def bind(self, decoder: Engine) -> None:
         """Improve the exit of this decoder from now on; weights that were loaded before go on there.
 
         ``generate(decoder, control, agent, prompt, learn=True)`` then learns while it serves.
@@ -101,14 +101,15 @@ class OnlineAgent(ExitAgent):
         Raises:
             ValueError: it has another exit than this agent's problem.
         """
-        self._check(exit_of(decoder), "the decoder")
-        trained, self._adapter = self._adapter, exit_of(decoder)
+        own = on_exit(decoder)
+        self._check(own.drafter.adapter, "the decoder")
+        trained, self._adapter = self._adapter, own.drafter.adapter
         if self._adapter.version == 0:  # nobody has taught it yet
             self._adapter.initialise(self.seed)
         if trained is not None and trained is not self._adapter:
             self._adapter.load_state_dict(trained.state_dict())
             self._adapter.touched()
-        self.decoder, self.passes, self._played, self.block = decoder, ExitPass(self._adapter), None, []
+        self.decoder, self.passes, self._played, self.block = own, ExitPass(self._adapter), None, []
         self.counts = torch.zeros(self._adapter.target.shape.vocab, dtype=torch.int64)
         self._adapter.requires_grad_(True)
         self.optimizer = self.optimizers()
@@ -210,10 +211,9 @@ class OnlineAgent(ExitAgent):
             if info["emitted"]:
                 self.record(before, token, float(reward), observation, done)
 
-    def _judged(self, decoder: Decoder) -> Segment:
+    def _judged(self, decoder: ExitDecoder) -> Segment:
         """What the decoder's last cycle tells, one row per emitted token."""
         verifier, cycle = decoder.verifier, decoder.cycles[-1]
-        assert isinstance(verifier, SplitVerifier)
         n, positions = cycle.emitted, self.control.details(decoder, cycle)["positions"]
         emitted = torch.tensor(cycle.tokens, device=verifier.device)
         nats = -verifier.logits[:n].float().log_softmax(-1).gather(1, emitted[:, None]).sum()

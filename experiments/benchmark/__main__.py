@@ -18,7 +18,7 @@ import numpy as np
 from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.traces.files import MANIFEST
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, samples_of
@@ -67,7 +67,7 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     trace = trace_of(env_id, env, size, root)
     problem, folder = Problem(env_id, env, str(trace.folder)), root / "benchmark" / name
     control = problem.control()
-    decoder = decoder_for({**env, "trace": None}, control)
+    decoder = over_models(decoder_for({**env, "trace": None}, control))
     table, checks = checked(problem, trace, decoder, size)
     static, references = bounded(problem, trace, table, size)
 
@@ -84,7 +84,7 @@ def measure(name: str, size: Size, root: Path) -> Findings:
 
     live = decoded_live(policies, env, decoder, size.prompts)
     sampling = {**env, "temperature": 1.0}
-    sampled = decoder_for({**sampling, "trace": None}, control)
+    sampled = over_models(decoder_for({**sampling, "trace": None}, control))
     return Findings(
         settings=size,
         checks=checks,

@@ -11,7 +11,8 @@ import numpy as np
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.traces.recorder import record, watched
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
@@ -42,7 +43,7 @@ def played_at_random(
         The texts, and what forwards cost meanwhile: the mean of what is measured before, between and after them.
     """
     control, tables = problem.control(), [measured()]
-    decoder = decoder_for({**problem.env, "trace": None}, control)
+    decoder = over_models(decoder_for({**problem.env, "trace": None}, control))
     policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
     found: list[Played] = []
     while (made := sum(len(played.cycles) for played in found)) < cycles:

@@ -18,6 +18,7 @@ import torch
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, output_folder
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.decoding.decoder import over_models
 from spec_envs.decoding.loading import DEFAULT_TARGET, drafts_chains, without_lookup
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.weights.checkpoints import DTYPES
@@ -106,7 +107,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     env = {**env, "drafter": drafter}
     chain = drafts_chains(drafter)
     control = KControl() if chain else DepthControl()
-    decoder = decoder_for(env, control)
+    decoder = over_models(decoder_for(env, control))
     target, device = decoder.local.target, decoder.verifier.device
     static = best_static(env, control)
     policies = {"static": static_policy(control, static.best)}

@@ -16,7 +16,7 @@ from spec_envs.controls import Control, Policy, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.k import KControl
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import is_exit
@@ -36,7 +36,7 @@ KANGAROO = f"trained exit, up to {STOP_K}, stop below {STOP}"
 def exit_decoder(env: Keywords, k: int, drafter: str | None = None) -> Decoder:
     """Return a decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword arguments, the
     untrained one where no ``drafter`` is named."""
-    return decoder_for(chain_env(env, drafter), KControl(k_max=max(2, k), observation="counters"))
+    return over_models(decoder_for(chain_env(env, drafter), KControl(k_max=max(2, k), observation="counters")))
 
 
 def exit_drafter(decoder: Decoder) -> EarlyExitDrafter:
@@ -112,7 +112,7 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
     decoders[KANGAROO] = stopping = exit_decoder(env, K_MAX, trained)
     exit_drafter(stopping).stop = STOP
     policies |= {KANGAROO: static_chain(STOP_K, K_MAX), config["agent"]: policy}
-    decoders[config["agent"]] = adapted = decoder_for({**env, "drafter": trained}, control)
+    decoders[config["agent"]] = adapted = over_models(decoder_for({**env, "drafter": trained}, control))
 
     base = decoders["untrained exit"]
     plain = base.plain()

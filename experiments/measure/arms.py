@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from spec_envs.controls import Policy
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.engine import Engine
 from spec_envs.generation import Generation
 from spec_envs.network.channel import SimulatedChannel
-from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.edge.linked import LinkedDecoder
 from spec_envs.network.link import LinkState
 
 
@@ -57,7 +57,7 @@ Arm = Callable[[Encoded, int, int], Sample]
 """Returns the sample of a prompt, with at most so many new tokens and a seed."""
 
 
-def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
+def decoded(decoder: Engine, policy: Policy | None) -> Arm:
     """Return the arm of this project's decoder under a policy; None decodes plainly."""
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
@@ -88,11 +88,10 @@ def decoded(decoder: Decoder, policy: Policy | None) -> Arm:
     return run
 
 
-def simulated_channel(decoder: Decoder) -> SimulatedChannel | None:
+def simulated_channel(decoder: Engine) -> SimulatedChannel | None:
     """Return the simulated link that a decoder verifies over, if there is one."""
-    verifier = decoder.verifier
-    if isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SimulatedChannel):
-        return verifier.channel
+    if isinstance(decoder, LinkedDecoder) and isinstance(decoder.verifier.channel, SimulatedChannel):
+        return decoder.verifier.channel
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import isotonic_regression
 
 from spec_envs.controls import Control
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
@@ -173,7 +173,7 @@ def curves_by_dtype(env: Keywords, control: Control, dtypes: Sequence[str]) -> d
     curves = {}
     for dtype in dtypes:
         try:
-            decoder = decoder_for({**env, "dtype": dtype}, control)
+            decoder = over_models(decoder_for({**env, "dtype": dtype}, control))
         except ValueError as error:  # widths that the int8 kernels do not compute
             LOG.warning(f"no cost curve in {dtype}: {error}")
             continue

@@ -13,7 +13,7 @@ from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.rules.base import Rule
 from spec_envs.controls import Control, Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.engine import Engine
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms, simulated_channel
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts, local_decoder
@@ -119,7 +119,7 @@ def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str,
         chosen = better
 
 
-def link_policies(control: Control, decoder: Decoder, static: Best) -> dict[str, Policy]:
+def link_policies(control: Control, decoder: Engine, static: Best) -> dict[str, Policy]:
     """Return further references: the best static k, and over a Markov link the best choice of each of its states."""
     policies = {}
     if static.best_k and static.best_k != static.best:

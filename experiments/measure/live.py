@@ -7,13 +7,13 @@ from typing import Any
 
 from spec_envs import recordings
 from spec_envs.controls import Control
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.decoder import Decoder, over_models
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.experiments.measure.arms import Encoded
-from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts
 
 DRAFTED = 32  # rows after a text that its drafts may take up
@@ -22,7 +22,7 @@ Keywords = dict[str, Any]
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 
 
-def decoder_for(env: Keywords, control: Control) -> Decoder:
+def decoder_for(env: Keywords, control: Control) -> Engine:
     """Return the decoder that an environment with these keyword arguments has."""
     trace = env.get("trace")
     recording = recordings.load(trace) if trace is not None else None
@@ -38,10 +38,9 @@ def models_of(env: Keywords, control: Control) -> Keywords:
 
 def local_decoder(env: Keywords, control: Control) -> Decoder:
     """Return the same pair without a link between, on a measured clock: cost curves are measured on it."""
-    decoder = decoder_for({**env, "clock": "wall"}, control)
-    if isinstance(decoder.verifier, RemoteVerifier):
+    if control.link:
         return load_decoder(**models_of(env, control), width=control.width, max_depth=control.max_depth)
-    return decoder
+    return over_models(decoder_for({**env, "clock": "wall"}, control))
 
 
 def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from spec_envs.decoding.clock import PricedClock
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.eagle.head import drafter_folder
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import LOOKUP, without_lookup
 from spec_envs.decoding.weights.checkpoints import model_folder
 
@@ -37,7 +37,7 @@ class Machine:
         return f"{self.processor}, {self.threads} threads, {self.dtype}{clock}; {versions}; revision {self.revision}"
 
 
-def machine(decoder: Decoder) -> Machine:
+def machine(decoder: Engine) -> Machine:
     """Return what a decoder's figures are made on."""
     clock = decoder.clock.table.name if isinstance(decoder.clock, PricedClock) else "wall"
     return this_machine(decoder.device, decoder.dtype, clock)

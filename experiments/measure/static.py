@@ -11,7 +11,7 @@ from spec_envs.controls.base import Setting
 from spec_envs.controls.candidates import START
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
+from spec_envs.decoding.decoder import in_process
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.link_references import best_choices
@@ -68,7 +68,7 @@ class Search:
 
     def __init__(self, env: Keywords, control: Control):
         self.decoder = decoder_for(env, control)
-        if not self.decoder.clock.priced and not isinstance(self.decoder, LlamaServerDecoder):
+        if not self.decoder.clock.priced and in_process(self.decoder):
             self.decoder.clock = PricedClock(CostTable("measured", **cost_curves(self.decoder)))
         self.prompts = encoded_prompts(env, "train", PROMPTS)
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))

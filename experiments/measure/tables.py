@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spec_envs.controls import Policy
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.decoder import in_process
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves, describe
@@ -22,7 +23,7 @@ from spec_envs.network.edge.linked import is_address
 def run_tables(
     policies: dict[str, Policy],
     env: Keywords,
-    decoder: Decoder,
+    decoder: Engine,
     test_prompts: int,
     references: Sequence[str],
     learned: Sequence[str],
@@ -42,7 +43,7 @@ def run_tables(
 def side_by_side(
     policies: dict[str, Policy],
     env: Keywords,
-    decoder: Decoder,
+    decoder: Engine,
     test_prompts: int,
     others: dict[str, Arm] | None = None,
 ) -> dict[str, list[Sample]]:
@@ -50,7 +51,7 @@ def side_by_side(
     prompts = encoded_prompts(env, "test", test_prompts)
     plain = decoder.plain()
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
-    if not decoder.clock.priced and decoder.in_process:
+    if not decoder.clock.priced and in_process(decoder):
         arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
     decoders = {name: decoder.separate() for name in policies}
     arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
@@ -65,7 +66,7 @@ def tables(
     samples: dict[str, list[Sample]],
     policies: dict[str, Policy],
     env: Keywords,
-    decoder: Decoder,
+    decoder: Engine,
     references: Sequence[str],
     learned: Sequence[str],
 ) -> Results:
@@ -74,7 +75,7 @@ def tables(
     curves = None
     if not decoder.clock.priced and control.link and not is_address(control.link):
         curves = cost_curves(local_decoder(env, control))
-    elif not decoder.clock.priced and decoder.in_process:
+    elif not decoder.clock.priced and in_process(decoder):
         curves = cost_curves(decoder)
     results = Results(
         arms=summary(samples, references),
@@ -106,7 +107,7 @@ def tables(
         results.others_text = {
             name: same_text(arm, samples["plain"]) for name, arm in samples.items() if name not in ours
         }
-    if decoder.in_process and not decoder.temperature:
+    if in_process(decoder) and not decoder.temperature:
         results.divergences = {
             name: divergence(decoder, samples[name], samples["plain"]) for name in ("plain", *learned)
         }

@@ -16,7 +16,8 @@ from spec_envs.controls.plans import Plans
 from spec_envs.controls.policy import Agent, Policy
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import (
     DEFAULT_TARGET,
     Models,
@@ -139,7 +140,7 @@ class Control(ABC):
         if self.partner:
             self.partner.reset(rng, task)
 
-    def observe(self, decoder: Decoder, looks_at: Collection[str] | None = None) -> np.ndarray:
+    def observe(self, decoder: Engine, looks_at: Collection[str] | None = None) -> np.ndarray:
         """What the agent sees, float32. The first call of a cycle drafts what the first decision needs.
 
         After the end of a text there is nothing to decide; the tree's entries are then empty.
@@ -161,7 +162,7 @@ class Control(ABC):
         space = self.observation_space
         return np.minimum(np.maximum(vector, space.low, out=vector), space.high, out=vector)
 
-    def _read_costs(self, decoder: Decoder) -> list[float]:
+    def _read_costs(self, decoder: Engine) -> list[float]:
         """Return what ``costs_shown`` returns of the cost table in force."""
         table = decoder.clock.table if isinstance(decoder.clock, PricedClock) else self.costs
         if table is None:
@@ -187,7 +188,7 @@ class Control(ABC):
         dtype: str = "auto",
         temperature: float | None = None,
         top_p: float = 1.0,
-    ) -> Decoder:
+    ) -> Engine:
         """Open what decodes under this control: models, or a recording that stands for them.
 
         Args:
@@ -202,13 +203,14 @@ class Control(ABC):
         if trace is not None:
             recording = recordings.load(trace)
             given = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
+            engine = self.open_recording(trace, clock or PricedClock(recording.costs()))
             recording.check_settings(given | {"temperature": temperature, "top_p": top_p})
-            return self.open_recording(trace, clock or PricedClock(recording.costs()))
+            return engine
         drafter = self.default_drafter(target) if drafter == "auto" else drafter
         temperature = self.temperature if temperature is None else temperature
         return self.open_models(Models(target, drafter, device, dtype, temperature, top_p), clock)
 
-    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+    def open_models(self, models: Models, clock: WallClock | None) -> Engine:
         """Open models in this process; a control whose models are elsewhere overrides it."""
         if models.temperature > 0 and self.cuts and self.width == 1 and drafts_chains(models.drafter):
             raise ValueError(
@@ -217,7 +219,7 @@ class Control(ABC):
             )
         return load_decoder(**vars(models), clock=clock, width=self.width, max_depth=self.max_depth)
 
-    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+    def open_recording(self, trace: str, clock: WallClock) -> Engine:
         """Open the recording of that name in place of models; a control that needs a certain one overrides it."""
         return recordings.load(trace).decoder(self, clock)
 
@@ -234,7 +236,7 @@ class Control(ABC):
         found = self.slices.get(name)
         return None if found is None else found.start
 
-    def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
+    def details(self, decoder: Any, cycle: Cycle | None) -> dict[str, Any]:
         """What this problem adds to the info of a step, which ended a cycle or did not."""
         return {}
 
@@ -305,11 +307,11 @@ class Control(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, decoder: Decoder) -> None:
+    def prepare(self, decoder: Any) -> None:
         """Bring the cycle to the next decision."""
 
     @abstractmethod
-    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+    def act(self, decoder: Any, action: int) -> Cycle | None:
         """Carry out a decision; None if the cycle goes on."""
 
 

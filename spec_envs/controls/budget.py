@@ -13,7 +13,8 @@ from spec_envs.controls.budgets import offered
 from spec_envs.controls.entries import gains_entry, ltd_entries, progress_entries, survival_entry
 from spec_envs.controls.plans import Plans, tree_plans
 from spec_envs.controls.recorded import recorded_scores
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.decoder import Decoder
 
 
 class BudgetControl(Control):

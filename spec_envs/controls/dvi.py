@@ -16,10 +16,10 @@ from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import accepted, saved
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.decoder import Cycle, Decoder
-from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter
-from spec_envs.decoding.exits.split import SplitVerifier
+from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.decoding.loading import DEFAULT_TARGET, EXIT, Models, load_decoder
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.sampling import WARM, warm
@@ -159,13 +159,13 @@ class DVIControl(Control):
     def default_drafter(self, target: str) -> str:
         return self.exit.drafter
 
-    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+    def open_models(self, models: Models, clock: WallClock | None) -> ExitDecoder:
         """Open a decoder that drafts from the target's own exit.
 
         Raises:
             ValueError: another drafter, or an exit of other settings than the control's.
         """
-        decoder = load_decoder(
+        opened = load_decoder(
             **vars(models),
             clock=clock,
             width=self.width,
@@ -173,7 +173,8 @@ class DVIControl(Control):
             adapter=self.exit.adapter,
             rank=self.exit.rank,
         )
-        found = exit_of(decoder).settings
+        decoder = on_exit(opened)
+        found = decoder.drafter.adapter.settings
         for name, wanted, has in (
             ("exit_layer", self.exit.exit_layer, found.exit_layer),
             ("adapter", self.exit.adapter, found.kind),
@@ -183,26 +184,24 @@ class DVIControl(Control):
                 raise ValueError(f"{name} is {wanted}, but the exit {models.drafter!r} has {has}; pass {name}={has!r}")
         return decoder
 
-    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+    def open_recording(self, trace: str, clock: WallClock) -> ExitDecoder:
         raise ValueError(f"trace is {trace!r}; no trace replays SpecDVI-v0, whose states are those of a model")
 
-    def prepare(self, decoder: Decoder) -> None:
+    def prepare(self, decoder: ExitDecoder) -> None:
         self.state = decoder.look()
 
-    def act(self, decoder: Decoder, action: int) -> Cycle | None:
+    def act(self, decoder: ExitDecoder, action: int) -> Cycle | None:
         unsure = self.stop > 0 and self._probabilities(decoder)[action] < self.stop
         decoder.put(action)
         if decoder.tree.size < self.block and not unsure:
             return None
         return decoder.verify()
 
-    def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
+    def details(self, decoder: ExitDecoder, cycle: Cycle | None) -> dict[str, Any]:
         if cycle is None:
             return {"positions": []}
-        verifier = decoder.verifier
-        assert isinstance(verifier, SplitVerifier)
         tokens = torch.from_numpy(cycle.nodes.tokens[: cycle.scored])
-        logits = verifier.logits[: cycle.scored].float() / (decoder.temperature or 1.0)
+        logits = decoder.verifier.logits[: cycle.scored].float() / (decoder.temperature or 1.0)
         confidences = logits.softmax(-1).cpu().gather(1, tokens[:, None])[:, 0].tolist()
         return {
             "positions": [
@@ -211,31 +210,40 @@ class DVIControl(Control):
             ]
         }
 
-    def _read_hidden(self, decoder: Decoder) -> np.ndarray:
+    def _read_hidden(self, decoder: ExitDecoder) -> np.ndarray:
         if decoder.finished or self.state is None:
             return np.zeros(0)
         return self.state.float().cpu().numpy()
 
-    def _probabilities(self, decoder: Decoder) -> np.ndarray:
+    def _probabilities(self, decoder: ExitDecoder) -> np.ndarray:
         """The exit's own distribution ``[vocabulary]`` of the next token, all 0 where there is none."""
         if decoder.finished or self.state is None:
             return np.zeros(1)
         with torch.no_grad():
-            logits = exit_of(decoder).logits(self.state[None])[0]
+            logits = decoder.drafter.adapter.logits(self.state[None])[0]
         return (logits / (self.exit.draft_temperature or 1.0)).softmax(-1).cpu().numpy()
 
 
-def exit_of(decoder: Decoder) -> ExitAdapter:
-    """The exit that a decoder drafts from, and what was trained of it.
+def exit_of(engine: Engine) -> ExitAdapter:
+    """Return the exit that an engine drafts from, with what was trained of it.
 
     Raises:
         ValueError: it has another drafter.
     """
-    if not isinstance(decoder.drafter, EarlyExitDrafter):
+    return on_exit(engine).drafter.adapter
+
+
+def on_exit(engine: Engine) -> ExitDecoder:
+    """Return an engine that has to be a decoder on the target's own exit.
+
+    Raises:
+        ValueError: it has another drafter.
+    """
+    if not isinstance(engine, ExitDecoder):
         raise ValueError(
             f"SpecDVI-v0 drafts from the target's own exit: drafter is 'auto', '{EXIT}N' or the folder of a trained one"
         )
-    return decoder.drafter.adapter
+    return engine
 
 
 def entropy(p: np.ndarray) -> float:

@@ -19,9 +19,11 @@ from spec_envs.controls.recorded import (
     recorded_survival,
     survival,
 )
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import Copier
 from spec_envs.decoding.drafters.lookup import LONGEST
+from spec_envs.decoding.engine import Engine
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
 LENGTH_UNIT = 1000  # and that the published observation shows as 1
@@ -36,7 +38,7 @@ class Entry(NamedTuple):
     size: int
     low: float
     high: float
-    read: Callable[[Decoder], Any]
+    read: Callable[[Any], Any]
     recorded: Reader | None = None
 
 
@@ -113,12 +115,12 @@ def read_recent(decoder: Decoder) -> list[float]:
     return [sum(cycle.accepted for cycle in cycles) / max(1, len(cycles)) / deepest for cycles in recent]
 
 
-def read_position(decoder: Decoder) -> float:
+def read_position(decoder: Engine) -> float:
     """Return the emitted tokens as a share of ``max_new_tokens``."""
     return len(decoder.tokens) / decoder.max_new_tokens
 
 
-def read_context(decoder: Decoder) -> float:
+def read_context(decoder: Engine) -> float:
     """Return the length of the text in units of 4096 tokens."""
     return decoder.length / CONTEXT_UNIT
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -22,8 +23,10 @@ from spec_envs.controls.recorded import (
 )
 from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, told_kind
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.decoder import Cycle, Decoder, merged
-from spec_envs.decoding.llama_cpp.decoder import drafter_for, open_server
+from spec_envs.decoding.cycle import Cycle, merged
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.engine import Engine
+from spec_envs.decoding.llama_cpp.engine import drafter_for, open_server
 from spec_envs.decoding.llama_cpp.server import check_server_args
 from spec_envs.decoding.loading import Models
 from spec_envs.prompts.sets import TASKS
@@ -155,12 +158,12 @@ class KControl(Control):
     def static_over_plain(self, target: str, drafter: str) -> float:
         return super().static_over_plain(target, drafter) if self.engine == "torch" else 1.0
 
-    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
+    def open_models(self, models: Models, clock: WallClock | None) -> Engine:
         if self.engine == "torch":
             return super().open_models(models, clock)
         return open_server(models, self.k_max, self.adjustment_interval, clock, self.server_args)
 
-    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+    def open_recording(self, trace: str, clock: WallClock) -> Engine:
         if self.engine != "torch":
             raise ValueError(f"trace is {trace!r}, which takes the place of {self.engine}; give one of the two")
         return super().open_recording(trace, clock)
@@ -207,7 +210,7 @@ class KControl(Control):
         self.kind, self.kind_at = "", 0
         self.before: np.ndarray | None = None  # what was observed before the chain under way
 
-    def observe(self, decoder: Decoder, looks_at: Collection[str] | None = None) -> np.ndarray:
+    def observe(self, decoder: Any, looks_at: Collection[str] | None = None) -> np.ndarray:
         """See ``Control.observe``. Within a chain only what belongs to it is read again."""
         if self.decision == "token" and decoder.tree.size and self.before is not None and "free" in self.slices:
             vector = self.before.copy()
@@ -240,6 +243,11 @@ class KControl(Control):
         if self.adjustment_interval:
             return super().plans()
         return chain_plans(self.k_max, DRAFT if self.decision == "token" else None, self.place("drafted"))
+
+    def details(self, decoder: Any, cycle: Cycle | None) -> dict[str, Any]:
+        if self.engine == "torch" or cycle is None or not decoder.finished:
+            return {}
+        return {"restart_seconds": decoder.restart_seconds}
 
     def prepare(self, decoder: Decoder) -> None:
         """Nothing is drafted before it is decided."""

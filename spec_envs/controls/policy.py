@@ -9,7 +9,8 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.checked import check_number
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.engine import Engine
 
 if TYPE_CHECKING:
     from spec_envs.controls.base import Control
@@ -72,7 +73,7 @@ class Policy:
         self.control.reset(rng, task)
         self.state, self.fresh = None, True
 
-    def decide(self, decoder: Decoder) -> int:
+    def decide(self, decoder: Engine) -> int:
         """Observe, choose an action and return it; its time is charged to the clock."""
         observation = self.control.observe(decoder, self.looks_at)
         start = np.array([self.fresh])
@@ -81,7 +82,7 @@ class Policy:
         decoder.clock.charge("policy", self.agent.decision_seconds)
         return checked_action(self.control.action_space, action)
 
-    def learn(self, decoder: Decoder, action: int, cycle: Cycle) -> None:
+    def learn(self, decoder: Engine, action: int, cycle: Cycle) -> None:
         """Report to a ``learning`` agent what its last decision brought: accepted tokens per second, without its own time."""
         if isinstance(self.agent, Learner):
             reward = cycle.accepted / max(sum(cycle.seconds.values()), 1e-9)

@@ -15,16 +15,14 @@ from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import rl_adapter, saved
 from spec_envs.controls.rl_adapter_state import KS, published_state
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.decoder import Cycle, Decoder
+from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.decoding.loading import Models
+from spec_envs.decoding.loading import Models, load_decoder
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.estimate import Estimate
-from spec_envs.network.edge.linked import is_address, linked
-from spec_envs.network.edge.remote import RemoteVerifier
+from spec_envs.network.edge.linked import LinkedDecoder, is_address, linked
 from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.network.link import load_link
-from spec_envs.network.wire import MODES
 from spec_envs.prompts.sets import TASKS
 
 ACTIONS, PROTOCOLS = ("k", "joint"), ("auto", "scalar", "full")
@@ -198,15 +196,15 @@ class TopKControl(Control):
     def static_over_plain(self, target: str, drafter: str) -> float:
         return 1.0
 
-    def open_models(self, models: Models, clock: WallClock | None) -> Decoder:
-        decoder = super().open_models(models, clock)
+    def open_models(self, models: Models, clock: WallClock | None) -> LinkedDecoder:
+        decoder = load_decoder(**vars(models), clock=clock, width=self.width, max_depth=self.max_depth)
         if self.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
             raise ValueError(
                 "edge_value is for a drafter that can always say more; take a draft model, not lookup alone"
             )
         return linked(decoder, self.link, models.target)
 
-    def open_recording(self, trace: str, clock: WallClock) -> Decoder:
+    def open_recording(self, trace: str, clock: WallClock) -> LinkedDecoder:
         recorded = ExpectedTrace.load(trace)
         if is_address(self.link):
             raise ValueError(f"trace is {trace!r}, which takes the place of the cloud; give a simulated link")
@@ -214,7 +212,7 @@ class TopKControl(Control):
             raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
         return recorded.over(load_link(self.link), clock, self.max_depth)
 
-    def _read_published(self, decoder: Decoder) -> np.ndarray:
+    def _read_published(self, decoder: LinkedDecoder) -> np.ndarray:
         link, accepted = estimate(decoder), acceptance(drafted(decoder)[-WINDOWS[-1] :])
         entropy = read_last("entropies", decoder)
         return published_state(link.up_mbps, link.rtt_ms, accepted, entropy, self.task)
@@ -222,18 +220,18 @@ class TopKControl(Control):
     def settings(self) -> tuple[Setting, ...]:
         return tuple(map(str, self.choices))
 
-    def prepare(self, decoder: Decoder) -> None:
+    def prepare(self, decoder: LinkedDecoder) -> None:
         """Nothing is drafted before it is decided from what."""
 
-    def act(self, decoder: Decoder, action: int) -> Cycle:
-        choice, verifier, drafter = self.choices[action], decoder.verifier, decoder.drafter
-        assert isinstance(verifier, RemoteVerifier)
+    def act(self, decoder: LinkedDecoder, action: int) -> Cycle:
+        choice = self.choices[action]
         if choice.mode == "cloud":
             return decoder.decode(choice.length)
-        verifier.mode = choice.mode if choice.mode in MODES else "topk"
-        if isinstance(drafter, ChainDrafter):  # and not prompt lookup, which is certain of what it says
-            drafter.top_k = {"topk": choice.top_k, "full": verifier.vocab}.get(choice.mode)
-        return decoder.unverified(choice.length) if choice.mode == "edge" else decoder.cycle(choice.length)
+        if choice.mode == "edge":
+            decoder.send("topk", None)
+            return decoder.unverified(choice.length)
+        decoder.send(choice.mode, choice.top_k)
+        return decoder.cycle(choice.length)
 
     def worth(self, cycle: Cycle) -> float:
         """Return the tokens of a cycle; those that the target never saw count as ``edge_value``."""
@@ -241,22 +239,21 @@ class TopKControl(Control):
             return self.edge_value * cycle.emitted
         return super().worth(cycle)
 
-    def details(self, decoder: Decoder, cycle: Cycle | None) -> dict[str, Any]:
+    def details(self, decoder: LinkedDecoder, cycle: Cycle | None) -> dict[str, Any]:
         return {"unverified": cycle.unverified if cycle else 0}
 
 
-def estimate(decoder: Decoder) -> Estimate:
-    """What the edge knows of its link."""
-    assert isinstance(decoder.verifier, RemoteVerifier)
+def estimate(decoder: LinkedDecoder) -> Estimate:
+    """Return what the edge knows of its link."""
     return decoder.verifier.estimate
 
 
-def drafted(decoder: Decoder) -> list[Cycle]:
+def drafted(decoder: LinkedDecoder) -> list[Cycle]:
     """The cycles in which a draft was judged, latest last, as many as an observation looks at."""
     return [cycle for cycle in decoder.cycles[-4 * WINDOWS[-1] :] if cycle.verified]
 
 
-def read_last(name: str, decoder: Decoder) -> float:
+def read_last(name: str, decoder: LinkedDecoder) -> float:
     """The mean of a property of the last chain's tokens; 0 before the first one."""
     cycles = drafted(decoder)
     return mean(getattr(cycles[-1].nodes, name)) if cycles else 0.0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
@@ -22,6 +20,7 @@ from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.formats import is_head, refuse_foreign_tensors
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.decoding.exits.files import is_exit, load_exit
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.transformer import Transformer
@@ -228,7 +227,8 @@ def load_decoder(
     elif drafter is not None:
         loaded = EagleDrafter(load_eagle(drafter, model), width, max_depth)
     verifier = verifier or LocalVerifier(model, loaded.capture if loaded else (), temperature, top_p)
-    return Decoder(
+    made = ExitDecoder if isinstance(loaded, EarlyExitDrafter) else Decoder
+    return made(
         verifier,
         loaded,
         clock or WallClock(at),
@@ -236,13 +236,3 @@ def load_decoder(
         max_depth,
         Detokenizer.of(load_tokenizer(target)),
     )
-
-
-@functools.cache
-def plain_seconds(target: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Measured seconds of one plain decoding step behind a short prompt: the median of 20 after a warm-up."""
-    model = load_target(target, device, dtype)
-    decoder = Decoder(LocalVerifier(model), None, WallClock(device), ())
-    decoder.start([0] * 64, 32, np.random.default_rng(0))
-    cycles = [decoder.verify(0) for _ in range(25)]
-    return statistics.median(cycle.seconds["verify"] for cycle in cycles[5:])

@@ -30,6 +30,7 @@ from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic
 from spec_envs.files import DATA, is_file
 from spec_envs.network.channel import SimulatedChannel
+from spec_envs.network.edge.linked import LinkedDecoder
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.link import Link
 from spec_envs.network.wire import Hello, Plain, Tokens, Verdict, Verify, Welcome, encode, ids_dtype, unpack_ids
@@ -193,11 +194,11 @@ class ExpectedTrace(Recording):
             f"the trace {self.name!r} is one of drafts over a link, which {problem.name} does not decide about"
         )
 
-    def over(self, link: Link, clock: WallClock, max_depth: int) -> Decoder:
+    def over(self, link: Link, clock: WallClock, max_depth: int) -> LinkedDecoder:
         """Return a decoder of chains that replays the trace over a link."""
         channel = ExpectedChannel(self, link)
         verifier = RemoteVerifier(channel, bytes(16), self.vocab, CONTEXT, self.temperature)
-        return Decoder(verifier, ExpectedDrafter(self), clock, {self.eos}, max_depth)
+        return LinkedDecoder(verifier, ExpectedDrafter(self), clock, {self.eos}, max_depth)
 
     def find(self, prompt: Sequence[int]) -> Text:
         """Return the text that answers a prompt."""

@@ -13,10 +13,10 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.network.cloud.server import Cloud
+from spec_envs.network.edge.linked import LinkedDecoder
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.websocket import SocketChannel
 from spec_envs.network.wire import (
@@ -41,20 +41,18 @@ class Edge:
     """
 
     def __init__(self, url: str, target: str, draft: str, kind: str = "topk", **others: Any):
-        self.decoder = load_decoder(
-            target, draft, "cpu", "float32", width=1, max_depth=7, temperature=float(kind != "ids")
-        )
+        local = load_decoder(target, draft, "cpu", "float32", width=1, max_depth=7, temperature=float(kind != "ids"))
         self.kind, channel = kind, SocketChannel(url, **others)
-        own = self.decoder.verifier
-        self.decoder.verifier = verifier = RemoteVerifier(
+        own = local.verifier
+        verifier = RemoteVerifier(
             channel, vocabulary_hash(load_tokenizer(target)), own.vocab, own.context, own.temperature, own.top_p
         )
+        self.decoder = LinkedDecoder(verifier, local.drafter, local.clock, (), local.max_depth, local.detokenize)
         if kind == "plain":
-            self.decoder = Decoder(verifier.plain(), None, self.decoder.clock, ())
+            self.decoder = LinkedDecoder(verifier.plain(), None, local.clock, ())
         elif kind != "ids":
             verifier.mode = "topk" if kind == "mixed" else kind
             self.decoder.drafter.top_k = 5  # type: ignore[union-attr]
-        self.decoder.eos = frozenset()
 
     @property
     def channel(self) -> SocketChannel:

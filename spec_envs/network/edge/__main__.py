@@ -17,7 +17,6 @@ from typing import TextIO
 import numpy as np
 
 from spec_envs.arguments import POSITIVE, SEED, TEMPERATURE, TOP_P, Parser, nonempty, number, whole_number
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.sampling import Proposal
@@ -25,7 +24,7 @@ from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
-from spec_envs.network.edge.linked import is_address, linked, tell
+from spec_envs.network.edge.linked import LinkedDecoder, is_address, linked, tell
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.websocket import CloudAway, SocketChannel
 from spec_envs.network.wire import MODES, PORT, PORTS
@@ -101,8 +100,8 @@ def connected(
     patience: float = 20.0,
     fallback: bool = False,
     token_in_clear: bool = False,
-) -> Decoder:
-    """A decoder that drafts here chains of up to ``k`` tokens, which the cloud at ``url`` verifies.
+) -> LinkedDecoder:
+    """Return a decoder that drafts here chains of up to ``k`` tokens, which the cloud at ``url`` verifies.
 
     Args:
         target, drafter, device, dtype: as for ``load_decoder``; of the target only what the drafter needs is run.
@@ -120,11 +119,11 @@ def connected(
     if not 0 < patience < math.inf:
         raise ValueError(f"patience is {patience:g} s; expected more than 0, and an end")
     SocketChannel(url, in_clear=token_in_clear)  # what is wrong with the address is said before models are loaded
-    decoder = load_decoder(target, drafter, device, dtype, temperature, top_p, width=1, max_depth=k - 1)
-    linked(decoder, url, target, Fallback if fallback else RemoteVerifier, token_in_clear)
+    local = load_decoder(target, drafter, device, dtype, temperature, top_p, width=1, max_depth=k - 1)
+    decoder = linked(local, url, target, Fallback if fallback else RemoteVerifier, token_in_clear)
     tell(decoder, mode, top_k)
     verifier = decoder.verifier
-    assert isinstance(verifier, RemoteVerifier) and isinstance(verifier.channel, SocketChannel)
+    assert isinstance(verifier.channel, SocketChannel)
     verifier.channel.patience = patience
     if isinstance(verifier, Fallback):
         if not isinstance(decoder.drafter, ChainDrafter):
@@ -144,7 +143,7 @@ class Stream:
         bytes_up, bytes_down, network_seconds: in all; the cloud's computing is not among them.
     """
 
-    def __init__(self, decoder: Decoder, prompt: list[int], max_new_tokens: int, k: int, seed: int = 0):
+    def __init__(self, decoder: LinkedDecoder, prompt: list[int], max_new_tokens: int, k: int, seed: int = 0):
         self.decoder, self.prompt, self.max_new_tokens, self.k, self.seed = decoder, prompt, max_new_tokens, k, seed
         self.rounds = self.drafted = self.accepted = self.unverified = self.bytes_up = self.bytes_down = 0
         self.seconds = self.prefill_seconds = self.network_seconds = 0.0
@@ -267,7 +266,6 @@ def run(args: argparse.Namespace) -> None:
     prompt = encode(load_tokenizer(args.target), args.prompt)
     stream = Stream(decoder, prompt, args.max_new_tokens, args.k, args.seed)
     screen = Screen(decoder.detokenize, sys.stdout)
-    assert isinstance(decoder.verifier, RemoteVerifier)
     try:
         for verified in stream:
             screen.show(decoder.tokens, verified)

@@ -1,9 +1,11 @@
-"""A decoder whose target is behind a network: over a WebSocket, or over a simulated link in this process."""
+"""A decoder whose target lies behind a network: over a WebSocket, or over a simulated link in this process."""
 
 from __future__ import annotations
 
+from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
+from spec_envs.decoding.verifier import Traffic
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.network.channel import Channel, SimulatedChannel
 from spec_envs.network.cloud.engine import Engine
@@ -15,8 +17,51 @@ from spec_envs.network.wire import MODES, vocabulary_hash
 SCHEMES = ("ws://", "wss://")
 
 
+class LinkedDecoder(Decoder):
+    """A ``Decoder`` whose target lies behind a network, and which may do without a verification of every draft."""
+
+    verifier: RemoteVerifier
+
+    def decode(self, count: int) -> Cycle:
+        """Have the target alone add up to ``count`` tokens in one exchange, and return them as one cycle."""
+        self._check_undrafted()
+        with self.clock.time("verify", 1) as forward:
+            tokens = self.verifier.decode(min(count, self.max_new_tokens - len(self.tokens)), self.eos)
+            forward.times = len(tokens)
+        return self._emit(tokens, self.verifier.traffic)
+
+    def unverified(self, k: int) -> Cycle:
+        """Emit ``k`` drafted tokens as they are, without the target, which might have chosen others."""
+        self._check_undrafted()
+        self.begin()
+        for _ in range(k - 1):
+            self.expand()
+        emitted = self._cut(self.tree.tokens.tolist())
+        self.verifier.append(emitted)
+        return self._emit(emitted, Traffic(), drafted=self.tree.size, unverified=len(emitted))
+
+    def plain_seconds(self) -> float:
+        """Ask the cloud for its own seconds of a plain step."""
+        return self.verifier.plain().plain_seconds()
+
+    def send(self, mode: str, top_k: int | None) -> None:
+        """Send the distributions of drafts in a mode of ``wire.MODES`` from now on.
+
+        Args:
+            top_k: in mode ``"topk"``, how many entries of a distribution a token is drawn from and are sent; None is all.
+        """
+        self.verifier.mode = mode
+        if isinstance(self.drafter, ChainDrafter):  # prompt lookup is certain of its tokens
+            self.drafter.top_k = {"topk": top_k, "full": self.verifier.vocab}.get(mode)
+
+    def _check_undrafted(self) -> None:
+        self._check_alive()
+        if self.tree.size:
+            raise RuntimeError("a cycle is under way; call verify() first")
+
+
 def is_address(link: str) -> bool:
-    """Whether a link is the address of a cloud, and not the name of a simulated one."""
+    """Return whether a link is the address of a cloud, and not the name of a simulated one."""
     return link.startswith(SCHEMES)
 
 
@@ -26,8 +71,8 @@ def linked(
     target: str,
     verifier: type[RemoteVerifier] = RemoteVerifier,
     token_in_clear: bool = False,
-) -> Decoder:
-    """The same decoder with its target behind a network.
+) -> LinkedDecoder:
+    """Return a decoder like the given one, whose target lies behind a network.
 
     Args:
         decoder: over models of this process, with a drafter of chains. The target's weights are loaded here either way:
@@ -53,30 +98,27 @@ def linked(
     else:
         channel = SimulatedChannel(Engine(local.target, vocabulary, 1), load_link(link))
     sampling = local.temperature, local.top_p
-    decoder.verifier = verifier(channel, vocabulary, local.vocab, local.context, *sampling)
-    decoder.verifier.dtype = local.dtype if isinstance(channel, SimulatedChannel) else "the cloud's"
-    return decoder
+    remote = verifier(channel, vocabulary, local.vocab, local.context, *sampling)
+    remote.dtype = local.dtype if isinstance(channel, SimulatedChannel) else "the cloud's"
+    return LinkedDecoder(remote, drafter, decoder.clock, decoder.eos, decoder.max_depth, decoder.detokenize)
 
 
-def tell(decoder: Decoder, mode: str, top_k: int) -> None:
-    """Have a linked decoder tell the distributions of its drafts in a mode of ``wire.MODES``; ``top_k`` is the cut of
-    ``topk``, before a token is drawn. Greedy decoding tells ids alone, whatever the mode.
+def tell(decoder: LinkedDecoder, mode: str, top_k: int) -> None:
+    """Have a decoder send the distributions of its drafts in a mode; see ``LinkedDecoder.send``. Greedy decoding sends ids
+    alone, whatever the mode.
 
     Raises:
-        ValueError: no such mode, or one that does not tell enough.
+        ValueError: no such mode, or one that does not say enough at the target's temperature.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected 1 or more")
-    verifier, drafter = decoder.verifier, decoder.drafter
-    assert isinstance(verifier, RemoteVerifier)
-    verifier.mode = mode
-    if not verifier.temperature:
-        return
-    if mode == "ids":
+    if not decoder.temperature:
+        decoder.verifier.mode = mode
+    elif mode == "ids":
         raise ValueError(
-            f"mode is 'ids', which is for temperature 0, not {verifier.temperature:g}; take scalar, topk or full"
+            f"mode is 'ids', which is for temperature 0, not {decoder.temperature:g}; take scalar, topk or full"
         )
-    if isinstance(drafter, ChainDrafter):  # prompt lookup is certain of what it says
-        drafter.top_k = {"topk": top_k, "full": verifier.vocab}.get(mode)
+    else:
+        decoder.send(mode, top_k)

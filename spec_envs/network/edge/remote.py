@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.accept import residual
-from spec_envs.decoding.decoder import NO_TOKENS
+from spec_envs.decoding.cycle import NO_TOKENS
 from spec_envs.decoding.sampling import Proposal, inverse_cdf, probabilities
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.network import wire

@@ -12,6 +12,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.transformer import Transformer
 from tests.support.models.tiny import CPU
@@ -30,9 +31,9 @@ def trained(target: Transformer, name: str, kind: str, exit_layer: int = 3, seed
     return adapter
 
 
-def decoder_of(adapter: ExitAdapter, k: int = 6, temperature: float = 0.0, stop: float = 0.0) -> Decoder:
+def decoder_of(adapter: ExitAdapter, k: int = 6, temperature: float = 0.0, stop: float = 0.0) -> ExitDecoder:
     verifier = SplitVerifier(adapter, temperature)
-    return Decoder(verifier, EarlyExitDrafter(verifier, stop), WallClock(CPU), (), max_depth=k - 1)
+    return ExitDecoder(verifier, EarlyExitDrafter(verifier, stop), WallClock(CPU), (), max_depth=k - 1)
 
 
 def decoded(decoder: Decoder, prompt: list[int], lengths: list[int], tokens: int = 40) -> list[int]:

@@ -16,7 +16,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.lookup import Occurrences, copy_probability
-from spec_envs.decoding.llama_cpp.decoder import drafter_for
+from spec_envs.decoding.llama_cpp.engine import drafter_for
 from spec_envs.decoding.loading import default_drafter, load_decoder, static_over_plain
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv

@@ -65,8 +65,9 @@ def test_it_prints_what_the_decoder_says(
     arguments = ["--mode", mode, "--top-k", "9", "--k", "3", "--temperature", str(temperature)]
     command(monkeypatch, models, url, *arguments)
     text, last = capsys.readouterr().out.split("\n\n")
-    decoder = load_decoder(**models, temperature=temperature, width=1, max_depth=2)
-    tell(linked(decoder, FAST, models["target"]), mode, 9)
+    local = load_decoder(**models, temperature=temperature, width=1, max_depth=2)
+    decoder = linked(local, FAST, models["target"])
+    tell(decoder, mode, 9)
     decoder.start(encode(load_tokenizer(models["target"]), PROMPT), TOKENS, np.random.default_rng(4))
     while not decoder.finished:
         decoder.cycle(3)

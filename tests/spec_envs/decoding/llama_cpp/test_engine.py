@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.llama_cpp.decoder import LlamaServerDecoder
+from spec_envs.decoding.llama_cpp.engine import LlamaEngine
 from spec_envs.decoding.llama_cpp.server import LlamaServer, gguf_of
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
@@ -44,15 +44,13 @@ def worse_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder(worse_draft: Path) -> Iterator[LlamaServerDecoder]:
-    decoder = LlamaServerDecoder(REAL, str(worse_draft), 4, segment=39, threads=1)
+def decoder(worse_draft: Path) -> Iterator[LlamaEngine]:
+    decoder = LlamaEngine(REAL, str(worse_draft), 4, segment=39, threads=1)
     yield decoder
     decoder.close()
 
 
-def test_the_text_is_the_servers_own_whatever_the_lengths(
-    decoder: LlamaServerDecoder, rng: np.random.Generator
-) -> None:
+def test_the_text_is_the_servers_own_whatever_the_lengths(decoder: LlamaEngine, rng: np.random.Generator) -> None:
     """Wrong drafts are rejected, and restarts, where the server needs them, read the text again: the last one 78 tokens
     before a near-tie, which larger forwards than the decoder's settle the other way on some processors."""
     prompt, file = ids(STORY), gguf_of(REAL)
@@ -73,7 +71,7 @@ def test_the_text_is_the_servers_own_whatever_the_lengths(
 
 def test_lengths_take_effect_and_restarts_are_counted_apart(rng: np.random.Generator) -> None:
     """The target as its own draft: of 12 tokens the first is the prompt's, and every cycle makes k + 1 of the rest."""
-    decoder = LlamaServerDecoder(REAL, REAL, 4, segment=12, threads=1)
+    decoder = LlamaEngine(REAL, REAL, 4, segment=12, threads=1)
     decoder.start(ids(STORY), 40, rng)
     assert decoder.cycle(4).drafted == 8 and decoder.restart_seconds == 0
     before = decoder.metrics()["llamacpp:spec_decode_num_draft_tokens_total"]
@@ -88,14 +86,14 @@ def test_lengths_take_effect_and_restarts_are_counted_apart(rng: np.random.Gener
         shorter.seconds["verify"]
     )
     assert decoder.per_request == (decoder.restart_seconds == 0) == alive(first)
-    assert decoder.plain_rate() == decoder.plain_rate() > 0
+    assert decoder.plain_seconds() == decoder.plain_seconds() > 0
     last = decoder.server.process.pid
     decoder.close()
     decoder.close()
     assert not alive(last)
 
 
-def test_a_text_ends_at_eos_and_arguments_are_checked(decoder: LlamaServerDecoder, rng: np.random.Generator) -> None:
+def test_a_text_ends_at_eos_and_arguments_are_checked(decoder: LlamaEngine, rng: np.random.Generator) -> None:
     decoder.start(ids("Repeat ten times: one two three."), 24, rng)
     cycle = decoder.cycle(4)
     assert decoder.finished and decoder.tokens[-1] in decoder.eos and len(decoder.tokens) < 24
@@ -118,15 +116,15 @@ def test_a_text_ends_at_eos_and_arguments_are_checked(decoder: LlamaServerDecode
         ({"drafter": "lookup"}, "GGUF"),
     ):
         with pytest.raises(ValueError, match=said):
-            LlamaServerDecoder(**({"target": REAL, "drafter": REAL, "k_max": 4} | arguments))
+            LlamaEngine(**({"target": REAL, "drafter": REAL, "k_max": 4} | arguments))
     with pytest.raises(ValueError, match="no cost table can price"):
-        LlamaServerDecoder(REAL, REAL, 4, clock=PricedClock(CostTable.load("qwen3-14b-a6000")))
+        LlamaEngine(REAL, REAL, 4, clock=PricedClock(CostTable.load("qwen3-14b-a6000")))
 
 
 def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
     """The shipped draft model drafts for the target in llama.cpp too; one step is a segment, and nothing is left."""
     env = gym.make("SpecK-v0", engine="llama-server", adjustment_interval=16, k_max=4, max_new_tokens=40).unwrapped
-    assert isinstance(env, SpecEnv) and isinstance(env.decoder, LlamaServerDecoder)
+    assert isinstance(env, SpecEnv) and isinstance(env.decoder, LlamaEngine)
     env.reset(seed=0, options={"prompt": STORY})
     done, k, accepted = False, 4, 0
     while not done:
@@ -146,7 +144,7 @@ def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("ending", ["killed", "hanging"])
 def test_a_server_that_fails_in_the_middle_is_one_sentence(ending: str, rng: np.random.Generator) -> None:
-    decoder = LlamaServerDecoder(REAL, REAL, 2, segment=12, threads=1)
+    decoder = LlamaEngine(REAL, REAL, 2, segment=12, threads=1)
     decoder.start(ids(STORY), 24, rng)
     process = decoder.server.process.pid
     os.kill(process, signal.SIGSTOP)  # so that the request is under way, whatever follows
@@ -170,7 +168,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(data.replace(token, another))
     with pytest.raises(ValueError, match=r"drafts nothing with .*other\.gguf.*; the last lines of its log: .*vocab"):
-        LlamaServerDecoder(REAL, str(other), 2, threads=1)
+        LlamaEngine(REAL, str(other), 2, threads=1)
 
 
 def test_a_build_that_honours_a_requests_length_is_never_restarted(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -178,7 +176,7 @@ def test_a_build_that_honours_a_requests_length_is_never_restarted(tmp_path: Pat
     program = tmp_path / "llama-server"
     program.write_text(f"#!{sys.executable}\n" + textwrap.dedent(OLDER_BUILD))
     program.chmod(0o755)
-    decoder = LlamaServerDecoder(REAL, REAL, 4, segment=6, binary=str(program))
+    decoder = LlamaEngine(REAL, REAL, 4, segment=6, binary=str(program))
     process = decoder.server.process.pid
     decoder.start([5, 6], 20, rng)
     assert [decoder.cycle(k).drafted for k in (3, 0, 4)] == [3, 0, 4]

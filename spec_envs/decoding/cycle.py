@@ -1,0 +1,81 @@
+"""What one cycle of decoding did: the tokens it emitted, the nodes it verified, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """The nodes that a cycle verified, for rendering and for observations.
+
+    Attributes:
+        tokens, parents, levels: ``[n]``.
+        path: indices of the accepted nodes.
+        probabilities, entropies: of a chain, ``[n]`` probabilities of its tokens and entropies in nats of the
+            distributions they were drafted from; empty for a tree.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    levels: np.ndarray
+    path: list[int]
+    probabilities: np.ndarray
+    entropies: np.ndarray
+
+
+NONE, NO_TOKENS = np.zeros(0), np.zeros(0, np.int64)
+NOTHING = Drafted(NO_TOKENS, NO_TOKENS, NO_TOKENS, [], NONE, NONE)
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One draft-and-verify round.
+
+    Attributes:
+        tokens: what it emitted, cut at EOS and at max_new_tokens.
+        accepted: number of emitted tokens that were drafted.
+        drafted: number of candidates drafted.
+        verified: number of drafted nodes sent to the target (the root not counted).
+        depth: number of expansions after the first level.
+        seconds: by part (draft, verify, network, policy).
+        nodes: the verified nodes.
+        bytes_up, bytes_down: sent to the target and received from it, where a network lies between.
+        unverified: number of emitted tokens that the target never saw.
+    """
+
+    tokens: list[int]
+    accepted: int
+    drafted: int
+    verified: int
+    depth: int
+    seconds: dict[str, float]
+    nodes: Drafted
+    bytes_up: int = 0
+    bytes_down: int = 0
+    unverified: int = 0
+
+    @property
+    def emitted(self) -> int:
+        """Number of emitted tokens."""
+        return len(self.tokens)
+
+    @property
+    def scored(self) -> int:
+        """Number of drafted tokens that the target verified (chains only): the accepted ones and the first rejected one,
+        cut at the end of the text."""
+        return min(self.verified, self.accepted + (self.emitted > self.accepted))
+
+
+def merged(cycles: Sequence[Cycle]) -> Cycle:
+    """Return several cycles as one: their tokens in a row, their counts and seconds added, and the nodes of the last."""
+    if len(cycles) == 1:
+        return cycles[0]
+    counts = ("accepted", "drafted", "verified", "bytes_up", "bytes_down", "unverified")
+    accepted, drafted, verified, *rest = (sum(getattr(c, name) for c in cycles) for name in counts)
+    seconds = {part: sum(cycle.seconds[part] for cycle in cycles) for part in cycles[0].seconds}
+    tokens = [token for cycle in cycles for token in cycle.tokens]
+    return Cycle(tokens, accepted, drafted, verified, cycles[-1].depth, seconds, cycles[-1].nodes, *rest)
