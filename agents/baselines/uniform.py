@@ -1,4 +1,4 @@
-"""Uniformly random actions."""
+"""Uniformly random actions: what no decision is worth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spec_envs.controls.base import Control
 
 
 class RandomAgent(Rule):
-    """Every action with the same probability, whatever is observed."""
+    """Takes every action with the same probability, whatever is observed."""
 
     looks_at = ()
 

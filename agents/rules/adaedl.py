@@ -13,16 +13,16 @@ from spec_envs.controls.recorded import ENTROPY_UNIT
 
 class AdaedlAgent(StopRule):
     """Stops where 1 − √(γH), H the entropy of the draft distribution in nats, is below λ. After every cycle λ moves
-    towards the acceptance rate that is wanted: up where less is accepted, down where more is (Agrawal et al. 2024,
+    towards a target acceptance rate: up where less is accepted, down where more is (Agrawal et al. 2024,
     arXiv 2410.18351).
 
     Args:
-        scale: γ.
-        threshold: λ at first.
-        target: acceptance rate that is wanted.
-        step: by which λ is moved.
+        scale: the factor γ of the entropy.
+        threshold: the first λ.
+        target: the target acceptance rate.
+        step: amount by which λ is moved.
         rate_memory, threshold_memory: share of the old value in the moving averages of the acceptance rate and of λ.
-        copy_threshold: see ``StopRule``.
+        copy_threshold: as of ``StopRule``.
     """
 
     remembers = ("rate", "threshold")

@@ -81,7 +81,7 @@ class AdaptiveSpecController:
             tokens: emitted; by default those accepted and the one that the target adds itself.
 
         Raises:
-            ValueError: numbers that cannot be.
+            ValueError: fewer than 0 or more than all drafted tokens accepted.
         """
         if not 0 <= accepted <= drafted:
             raise ValueError(f"accepted is {accepted} of {drafted} drafted; expected 0 to {drafted}")
@@ -92,32 +92,32 @@ class AdaptiveSpecController:
         self.tokens += accepted + 1 if tokens is None else tokens
 
     def get_rolling_acceptance(self) -> float:
-        """Accepted over drafted tokens of the window; 0.5 while nothing was drafted."""
+        """Return accepted over drafted tokens of the window; 0.5 while nothing was drafted."""
         drafted = sum(d for _, d in self.history)
         return sum(a for a, _ in self.history) / drafted if drafted else UNKNOWN_RATE
 
     def should_adjust(self) -> bool:
-        """Whether ``adjustment_interval`` tokens were emitted since the last adjustment."""
+        """Return whether ``adjustment_interval`` tokens were emitted since the last adjustment."""
         return self.tokens >= self.config.adjustment_interval
 
     def compute_new_k(self) -> int:
-        """Adjust K by the rolling acceptance rate; a change is logged."""
+        """Adjust K by the rolling acceptance rate and return it; a change is logged."""
         rate, target = self.get_rolling_acceptance(), self.config.target_acceptance
         self.tokens = 0
         return self.change_k(self.config.k_current + step(rate, target), {"acceptance": round(rate, 4)})
 
     def get_k_for_context(self, snippet: str) -> int:
-        """The draft length for a text that looks like this: K + 8 for code, K − 4 for mathematics, 6 for JSON (at least
+        """Return the draft length for a text that looks like this: K + 8 for code, K − 4 for mathematics, 6 for JSON (at least
         k_min), K otherwise; within [k_min, k_max]. K itself stays as it is."""
         return self.k_for_kind(context_kind(snippet), self.config.k_current)
 
     def k_for_kind(self, kind: str, base: int) -> int:
-        """The context rule for a K of ``base``; see ``get_k_for_context``."""
+        """Return the draft length that ``get_k_for_context`` gives for a K of ``base``."""
         k = {"code": base + 8, "math": base - 4, "json": max(self.config.k_min, JSON_K)}.get(kind, base)
         return min(max(k, self.config.k_min), self.config.k_max)
 
     def change_k(self, k: int, details: dict[str, Any]) -> int:
-        """Set K, within its bounds; a change is logged with ``details``."""
+        """Set K within its bounds and return it; a change is logged with ``details``."""
         before, self.config.k_current = self.config.k_current, min(max(k, self.config.k_min), self.config.k_max)
         if self.config.k_current != before and self.audit_log:
             line = {
@@ -135,7 +135,7 @@ class AdaptiveSpecController:
 
 
 def step(rate: float, target: float) -> int:
-    """How far K moves at an acceptance rate."""
+    """Return how far K moves at an acceptance rate."""
     rate, target = round(rate, 9), round(target, 9)  # 0.55 + 0.1 is a little more than 0.65 in floats
     if rate > round(target + 0.10, 9):
         return 4
@@ -149,14 +149,13 @@ def step(rate: float, target: float) -> int:
 
 
 class AdaptiveKAgent(ChainRule):
-    """The controller as an agent. While a text is of one kind K is what the context rule makes of it and is adjusted from
-    there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the length
+    """The controller as an agent. While a text is of one kind, K is the context rule's K for it and is adjusted from there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the length
     in use but not the one being learned).
 
     Args:
-        k_min, …, acceptance_window: see ``SpecConfig``; k_max is at most the environment's, k_current within the bounds.
-        use_context: whether to follow the context rule.
-        audit_log, session: see ``AdaptiveSpecController``.
+        k_min, …, acceptance_window: as of ``SpecConfig``; k_max is at most the environment's, k_current within the bounds.
+        use_context: makes it follow the context rule.
+        audit_log, session: as of ``AdaptiveSpecController``.
     """
 
     decision = "cycle"

@@ -10,27 +10,31 @@ class Bandit:
     Moulines 2011, arXiv 0805.3415).
 
     Args:
-        prices: of a cycle by arm.
+        prices: price of a cycle by arm.
         exploration: weight of the bonus, in units of the most tokens that an arm can bring.
-        discount: of what was seen one decision earlier.
+        discount: weight of what was seen one decision earlier.
     """
 
     def __init__(self, prices: np.ndarray, exploration: float, discount: float):
         self.prices, self.exploration, self.discount = prices, exploration, discount
         self.tries, self.tokens = np.zeros(len(prices)), np.zeros(len(prices))
-        self.played = 0
+        self.chosen = 0
 
     def record(self, tokens: float) -> None:
-        """What the arm played last brought."""
+        """Note the tokens that the last chosen arm brought."""
         self.tries *= self.discount
         self.tokens *= self.discount
-        self.tries[self.played] += 1
-        self.tokens[self.played] += tokens
+        self.tries[self.chosen] += 1
+        self.tokens[self.chosen] += tokens
 
     def choose(self, most: np.ndarray) -> int:
-        """The arm to play; ``most`` tokens are what each can bring."""
+        """Return the arm to choose.
+
+        Args:
+            most: tokens that each arm can bring at most.
+        """
         tried = np.maximum(self.tries, 1e-9)
         bonus = np.sqrt(np.log(max(self.tries.sum(), np.e)) / tried)
         worth = (self.tokens / tried + self.exploration * most * bonus) / self.prices
-        self.played = int(np.argmax(np.where(self.tries == 0, np.inf, worth)))
-        return self.played
+        self.chosen = int(np.argmax(np.where(self.tries == 0, np.inf, worth)))
+        return self.chosen

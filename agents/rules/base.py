@@ -1,4 +1,4 @@
-"""What agents that follow a rule have in common."""
+"""Base classes of agents that follow a rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spec_envs.controls.base import Control
 
 
 class Rule(Deciding):
-    """An agent without anything to train, for any control. What it remembers, it remembers over texts.
+    """An agent without anything to train. It keeps what it remembers from text to text.
 
     Attributes:
         looks_at: names of the entries of an observation that it reads; None are all.
@@ -57,7 +57,7 @@ class Rule(Deciding):
         """Nothing to load."""
 
     def read(self, observation: np.ndarray, name: str) -> float:
-        """An entry of the observation, the first of several."""
+        """Return the first number of an entry of the observation."""
         return float(observation[self.control.slices[name].start])
 
 
@@ -88,7 +88,7 @@ class ChainRule(Rule):
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:
-        """Hyper-parameters to try, suggested by an Optuna trial."""
+        """Return hyper-parameters to try, suggested by an Optuna trial."""
         return {}
 
 
@@ -109,7 +109,7 @@ class LengthRule(ChainRule):
 
     @abstractmethod
     def update(self, accepted: float, observation: np.ndarray) -> None:
-        """Move ``k`` after a chain of which that share was accepted."""
+        """Move ``k`` after a chain of which the share ``accepted`` was accepted."""
 
 
 class StopRule(ChainRule):
@@ -118,7 +118,7 @@ class StopRule(ChainRule):
     The published rules weigh a forward of the draft model; a token that is copied for nothing is not theirs to weigh.
 
     Args:
-        copy_threshold: the chain is gone on with by copying while the product of its probabilities is at least this.
+        copy_threshold: least product of a chain's probabilities at which it continues by copying.
     """
 
     decision = "token"
@@ -137,11 +137,11 @@ class StopRule(ChainRule):
         return int(not stops), state
 
     def begin(self, observation: np.ndarray) -> None:
-        """A cycle begins; its first token is always drafted."""
+        """Begin a cycle, whose first token is always drafted."""
 
     @abstractmethod
     def stops(self, observation: np.ndarray) -> bool:
-        """Whether to verify what is drafted."""
+        """Return whether to verify what is drafted."""
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from spec_envs.controls.base import Control
 
 
 class ConfidenceAgent(StopRule):
-    """Stops behind a token to which the draft model gave less than a threshold (``assistant_confidence_threshold`` of
+    """Stops after a token to which the draft model gave less than a threshold (``assistant_confidence_threshold`` of
     transformers, 0.4 there; Mamou et al. 2024, arXiv 2405.04304).
 
     Args:
-        threshold: of the probability.
+        threshold: least probability at which drafting continues.
         cumulative: compare the product of the chain's probabilities instead of the last one.
-        copy_threshold: see ``StopRule``.
+        copy_threshold: as of ``StopRule``.
     """
 
     looks_at = ("drafted", "probability", "path", "free")

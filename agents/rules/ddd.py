@@ -1,4 +1,4 @@
-"""Dynamic Depth Decoding: the beam's probability tells when to stop."""
+"""Dynamic Depth Decoding: the beam's probability decides when to stop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class DddAgent(GrowthRule):
     least a threshold (Brown et al. 2024, arXiv 2409.00142).
 
     Args:
-        threshold: of the sum.
-        budget: see ``GrowthRule``.
+        threshold: least sum at which the tree grows.
+        budget: as of ``GrowthRule``.
     """
 
     plays = ("depth", "tree")

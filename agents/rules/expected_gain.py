@@ -23,7 +23,7 @@ class ExpectedGainAgent(PricedRule):
     for a path to it, and to cost one forward over the frontier.
 
     Args:
-        scale: of the drafter's probabilities; below 1 for one that is too sure of itself.
+        scale: factor of the drafter's probabilities; below 1 for a drafter that is overconfident.
     """
 
     plays = ("budget", "tree")
@@ -48,11 +48,11 @@ class ExpectedGainAgent(PricedRule):
         return int(self.plans.ends[best]), state
 
     def rates(self, accepted: np.ndarray, depth: int) -> np.ndarray:
-        """Expected tokens per second of each budget."""
+        """Return the expected tokens per second of each budget, ``[budgets]``."""
         return (1 + self.scale * accepted) / self.seconds[depth]
 
     def next_level(self, observation: np.ndarray) -> float:
-        """Accepted tokens that another level is expected to add, at most."""
+        """Return how many accepted tokens another level is expected to add, at most."""
         survival, depth = self.numbers(observation, "survival"), self.depth(observation)
         before = survival[depth - 1] if depth else 1.0
         return float(survival[depth] * np.clip(survival[depth] / max(before, 1e-9), 0, 1))

@@ -12,7 +12,7 @@ from spec_envs.controls.base import Control
 
 class GammaTuneAgent(LengthRule):
     """A moving average of the accepted length sets the next chain's, with some tokens of slack; a chain that was
-    accepted whole says only that more would have been, so there the estimate switches to growing (after Gautam et al.
+    accepted whole shows only that more would have been, so there the estimate grows by a constant (after Gautam et al.
     2025, arXiv 2504.00030; the constants are this project's, to be tuned).
 
     Args:

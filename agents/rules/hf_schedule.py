@@ -11,12 +11,12 @@ from spec_envs.controls.base import Control
 
 
 class ScheduleAgent(LengthRule):
-    """Two tokens more after a chain that was accepted whole, one less after any other
+    """Drafts two tokens more after a chain that was accepted whole, one less after any other
     (``num_assistant_tokens_schedule="heuristic"`` of transformers; Gante 2023, "Assisted Generation").
 
     Args:
         k: first length; 5 in transformers when the schedule was the default, 20 since.
-        increase, decrease: tokens.
+        increase, decrease: change of the length, in tokens.
     """
 
     looks_at = ("last_k", "last_acceptance")

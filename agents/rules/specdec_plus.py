@@ -20,19 +20,19 @@ from spec_envs.sealed import first_line, read_weights, write_weights
 
 
 class SpecDecPlusAgent(StopRule):
-    """Stops where the chance that the chain holds a rejection, 1 − Πa, is above a threshold, a being what a learned head
-    says of each token's acceptance (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head reads the draft
+    """Stops where the chance that the chain holds a rejection, 1 − Πa, is above a threshold, a being the acceptance that a
+    learned head predicts of each token (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head reads the draft
     model's hidden state; this one reads the observation.
 
     ``learn`` drafts chains of every length up to the longest, notes which tokens were accepted, and fits the head by
-    cross-entropy in which a rejection weighs more; what does best on the last fifth of what was noted is kept.
+    cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the notes is kept.
 
     Args:
-        threshold: of the chance of a rejection; 0.7 is the published one.
-        rejection_weight: 6 is the published one.
+        threshold: largest chance of a rejection at which drafting continues; 0.7 is the published one.
+        rejection_weight: weight of a rejection in the loss; 6 is the published one.
         hidden: units of the head's one layer.
-        epochs: most passes over what was noted.
-        copy_threshold: see ``StopRule``.
+        epochs: most passes over the notes.
+        copy_threshold: as of ``StopRule``.
     """
 
     remembers = ("alive",)
@@ -68,7 +68,7 @@ class SpecDecPlusAgent(StopRule):
         return 1 - self.alive > self.threshold
 
     def acceptance(self, observation: np.ndarray) -> float:
-        """The head's chance that the chain's last token is accepted, those before it being accepted."""
+        """Return the head's chance that the chain's last token is accepted, those before it being accepted."""
         hidden = self.weights[0] @ observation + self.weights[1]
         logit = self.weights[2] @ (hidden / (1 + np.exp(-hidden))) + self.weights[3]
         return float(1 / (1 + np.exp(-logit[0])))
@@ -97,7 +97,9 @@ class SpecDecPlusAgent(StopRule):
         progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.seed})
         seen, accepted = self._note(total_timesteps, env, progress)
         if not len(seen):
-            raise ValueError(f"no draft was judged in {total_timesteps} steps; expected more steps, or another drafter")
+            raise ValueError(
+                f"no draft was verified in {total_timesteps} steps; expected more steps, or another drafter"
+            )
         torch.manual_seed(self.seed)
         weight = torch.where(accepted > 0, 1.0, self.rejection_weight)
         fitted = slice(max(1, len(seen) * 4 // 5))
@@ -126,7 +128,8 @@ class SpecDecPlusAgent(StopRule):
         return self
 
     def _note(self, total_timesteps: int, env: gym.Env, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
-        """Observations behind drafted tokens up to the first rejected one, and whether each was accepted."""
+        """Return observations after drafted tokens up to the first rejected one, ``[n, size]``, and whether each was accepted,
+        ``[n]``."""
         noted = progress.state or {"seen": torch.zeros(0, self.weights[0].shape[1]), "labels": torch.zeros(0)}
         seen: list[np.ndarray] = list(noted["seen"].numpy())
         labels: list[float] = noted["labels"].tolist()
@@ -142,9 +145,9 @@ class SpecDecPlusAgent(StopRule):
             if not info["emitted"]:
                 chain.append(observation)
                 continue
-            refused = info["accepted"] < len(chain) and not over
-            seen += chain[: info["accepted"] + refused]
-            labels += [1.0] * min(len(chain), info["accepted"]) + [0.0] * refused
+            rejected = info["accepted"] < len(chain) and not over
+            seen += chain[: info["accepted"] + rejected]
+            labels += [1.0] * min(len(chain), info["accepted"]) + [0.0] * rejected
             chain, length = [], self._length(progress)
             if over:
                 progress.texts += 1
@@ -158,11 +161,11 @@ class SpecDecPlusAgent(StopRule):
         return torch.from_numpy(np.array(seen)), torch.tensor(labels)
 
     def _length(self, progress: Progress) -> int:
-        """Tokens of the next chain."""
+        """Draw the tokens of the next chain."""
         return int(progress.rng.integers(1, self.k_max + 1))
 
     def _unpack(self) -> None:
-        """The head as arrays: a decision by NumPy costs a tenth of one by torch."""
+        """Keep the head as arrays, because a decision by NumPy costs a tenth of one by torch."""
         self.weights = [parameter.detach().numpy().copy() for parameter in self.head.parameters()]
 
     def save(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""SVIP: the draft model's entropy tells when to stop."""
+"""SVIP: the draft model's entropy decides when to stop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SvipAgent(StopRule):
     above a threshold (Zhang et al. 2024, arXiv 2411.18462).
 
     Args:
-        threshold: of √H, H in nats.
-        copy_threshold: see ``StopRule``.
+        threshold: largest √H at which drafting continues, H in nats.
+        copy_threshold: as of ``StopRule``.
     """
 
     looks_at = ("drafted", "entropy", "path", "free")

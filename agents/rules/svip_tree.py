@@ -1,4 +1,4 @@
-"""SVIP for trees: the drafter's entropy behind the best node tells when to stop."""
+"""SVIP for trees: the drafter's entropy after the best node decides when to stop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spec_envs.controls.recorded import ENTROPY_UNIT
 
 
 class SvipTreeAgent(GrowthRule):
-    """Stops where √H is above a threshold, H the entropy of the distribution that the best of the last level is from. That
-    is the rule of Zhang et al. 2024 (arXiv 2411.18462) for chains; see ``SvipAgent``.
+    """Stops where √H is above a threshold, H the entropy of the distribution that the best of the last level is from. It
+    applies the rule of Zhang et al. 2024 (arXiv 2411.18462) for chains (``SvipAgent``) to trees.
 
     Args:
-        threshold: of √H, H in nats.
-        budget: see ``GrowthRule``.
+        threshold: largest √H at which the tree grows, H in nats.
+        budget: as of ``GrowthRule``.
     """
 
     plays = ("tree",)

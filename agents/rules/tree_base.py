@@ -1,4 +1,4 @@
-"""What the published rules for trees have in common."""
+"""Base classes of the published rules for trees."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class TreeRule(Rule):
     """A published rule for a tree of drafted nodes."""
 
     def numbers(self, observation: np.ndarray, name: str) -> np.ndarray:
-        """An entry of the observation, all of its numbers."""
+        """Return all numbers of an entry of the observation."""
         return observation[self.control.slices[name]].astype(np.float64)
 
     def depth(self, observation: np.ndarray) -> int:
-        """Expansions so far."""
+        """Return the expansions so far."""
         return round(self.read(observation, "expansions") * self.control.max_depth)
 
 
@@ -59,7 +59,7 @@ class GrowthRule(TreeRule):
 
 
 class PricedRule(TreeRule):
-    """A rule that weighs tokens against seconds. These it reads from ``control.costs`` when it first decides."""
+    """A rule that weighs tokens against seconds, which it reads from ``control.costs`` when it first decides."""
 
     def __init__(self, control: Control):
         super().__init__(control)
@@ -67,7 +67,7 @@ class PricedRule(TreeRule):
 
     @functools.cached_property
     def seconds(self) -> np.ndarray:
-        """Of a cycle by depth and budget ``[max_depth + 1, budgets]``: the root's forward, one over the frontier for each
+        """The seconds of a cycle by depth and budget ``[max_depth + 1, budgets]``: the root's forward, one over the frontier for each
         expansion, and the verification of the budget, as far as the tree has so many nodes, with the root.
 
         Raises:

@@ -12,12 +12,12 @@ from spec_envs.controls.base import Control
 
 
 class UcbBudgetAgent(PricedRule):
-    """Discounted UCB over the budgets: each is worth its tokens over the seconds of a cycle under the cost table; see
-    ``UcbAgent``. It learns while it serves.
+    """Applies discounted UCB, as ``UcbAgent`` does, to the budgets: each is worth its tokens over the seconds of a cycle
+    under the cost table. It learns while it is deployed.
 
     Args:
         exploration: weight of the bonus.
-        discount: of what was seen one decision earlier.
+        discount: weight of what was seen one decision earlier.
     """
 
     plays = ("budget",)
@@ -39,7 +39,7 @@ class UcbBudgetAgent(PricedRule):
         return self.bandit.choose(1 + np.minimum(self.budgets, depth + 1)), state
 
     def _last_accepted(self, observation: np.ndarray) -> int:
-        """Accepted tokens of the last cycle: of the last four together, but for those already known."""
+        """Return the accepted tokens of the last cycle: those of the last four cycles, less those already known."""
         cycles = min(4, len(self.accepted) + 1)
         known = self.accepted[-3:]
         total = self.read(observation, "recent") * (self.control.max_depth + 1) * cycles

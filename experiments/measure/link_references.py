@@ -25,7 +25,7 @@ from spec_envs.network.link import LinkState, MarkovLink, load_link
 
 DRAFT = 4  # tokens of the drafts among which the best static k is looked for
 PROMPTS, TOKENS = 12, 64  # training prompts that choices are tried on, and tokens of each
-RECORDED = 40  # prompts where a trace plays, which costs little
+RECORDED = 40  # prompts where a trace is replayed, which costs little
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Search:
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
 
     def rates(self, policies: dict[Any, Policy]) -> dict[Any, float]:
-        """Tokens per second of each policy."""
+        """Return the tokens per second of each policy."""
         decoders = {setting: self.decoder.separate() for setting in policies}
         arms = {str(setting): decoded(decoders[setting], policy) for setting, policy in policies.items()}
         try:

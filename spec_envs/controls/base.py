@@ -1,4 +1,4 @@
-"""What a control problem is: what an agent sees of the decoder, and what its action does to it."""
+"""A control problem: what an agent observes of the decoder, and what its actions do to it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ class Control(ABC):
     Attributes:
         action_space, observation_space: as in Gymnasium.
         entries: the observation's ranges in order; ``self.slices[name]`` finds one.
-        width, max_depth: of the tree.
+        width, max_depth: size of the tree: children per node, and most expansions after the first level. A chain of k
+            tokens has width 1 and k − 1 expansions.
         budgets: numbers of nodes that a cycle may verify, where a part of the tree is; empty for chains.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
         own: how many of the observation's first numbers show what the cycle under way has drafted, at a control that
             observes that; the others are the same all through a cycle.
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
-        task: of the text under way, ``""`` where it is not known.
+        task: kind of prompt of the text under way, ``""`` where it is not known.
         rewards: the rewards that a decision can be paid by, by name, the default first.
-        temperature: of the target where none is given.
-        cuts: whether only a part of what was drafted may be verified, which a chain that was drawn does not allow.
+        temperature: sampling temperature of the target where none is given.
+        cuts: True where only a part of what was drafted may be verified, which a chain that was sampled does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` where none does.
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token is
@@ -59,7 +60,8 @@ class Control(ABC):
         adjustment_interval: tokens for which a decision is kept; 0 where every cycle is decided.
         link: name or address of the link between drafter and target, ``""`` where there is none.
         exit: the target's own early exit that drafts, or None where another model does.
-        name, partner_name: of this problem, and of the one whose policy it can be composed with, if any.
+        name: name of this problem.
+        partner_name: name of the problem whose policy it can be composed with, or None.
     """
 
     action_space: spaces.Discrete
@@ -78,7 +80,7 @@ class Control(ABC):
     link: str = ""
     exit: ExitPoint | None = None
     engine: str = "torch"
-    partner_name: ClassVar[str | None]
+    partner_name: ClassVar[str | None] = None
 
     def __init__(self, observation: str, cost_features: bool):
         if observation not in self.observations:
@@ -118,11 +120,11 @@ class Control(ABC):
         self.partner = Policy(control, agent)
 
     def check_layout(self, other: Control, who: str) -> None:
-        """Refuse an agent, ``who``, that was made for another control: what stands where in an observation, and how many
-        actions there are, has to be the same.
+        """Refuse an agent, ``who``, that was made for another control: the layout of observations and the number of actions
+        have to be the same.
 
         Raises:
-            ValueError: it is not; the sentence says what is.
+            ValueError: one of them is another.
         """
         for what, mine, theirs in (
             ("an observation of", layout(self), layout(other)),
@@ -135,13 +137,14 @@ class Control(ABC):
                 )
 
     def reset(self, rng: np.random.Generator, task: str = "") -> None:
-        """A new text begins, of a task of that name."""
+        """Begin a new text of that task."""
         self.rng, self.task = rng, task
         if self.partner:
             self.partner.reset(rng, task)
 
     def observe(self, decoder: Engine, looks_at: Collection[str] | None = None) -> np.ndarray:
-        """What the agent sees, float32. The first call of a cycle drafts what the first decision needs.
+        """Return what the agent sees, float32 in the shape of ``observation_space``. The first call of a cycle drafts what the
+        first decision needs.
 
         After the end of a text there is nothing to decide; the tree's entries are then empty.
 
@@ -237,7 +240,11 @@ class Control(ABC):
         return None if found is None else found.start
 
     def details(self, decoder: Any, cycle: Cycle | None) -> dict[str, Any]:
-        """What this problem adds to the info of a step, which ended a cycle or did not."""
+        """Return what this problem adds to the info of a step.
+
+        Args:
+            cycle: the cycle that the step ended, or None.
+        """
         return {}
 
     def worth(self, cycle: Cycle) -> float:
@@ -291,7 +298,7 @@ class Control(ABC):
         return {self.name: self.settings()}
 
     def static(self, *values: Setting) -> tuple[Control, Setting]:
-        """Return a control and the setting by which it plays one value of each axis of ``candidates``."""
+        """Return a control, and its setting that follows one value of each axis of ``candidates``."""
         return self, values[0]
 
     def hold(self, value: int) -> None:
@@ -312,7 +319,7 @@ class Control(ABC):
 
     @abstractmethod
     def act(self, decoder: Any, action: int) -> Cycle | None:
-        """Carry out a decision; None if the cycle goes on."""
+        """Carry out a decision and return the cycle that it ended; None if the cycle continues."""
 
 
 def costs_shown(table: CostTable, width: int) -> list[float]:

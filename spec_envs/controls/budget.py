@@ -1,4 +1,4 @@
-"""How many nodes to verify."""
+"""Decide how many nodes to verify."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BudgetControl(Control):
     ## Description
 
     A tree of fixed depth has been drafted; the agent decides how many of its best nodes the target verifies. A larger
-    budget accepts more and makes the forward slower, by as much as the machine's cost curve says.
+    budget accepts more and makes the forward slower, by as much as the machine's cost curve shows.
 
     This is the size problem of Learning to Draft (ICLR 2026, arXiv 2603.01639).
 

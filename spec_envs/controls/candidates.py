@@ -1,4 +1,4 @@
-"""What a search of the best static setting tries."""
+"""Values that a search of the best static setting tries."""
 
 from __future__ import annotations
 

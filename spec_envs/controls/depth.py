@@ -1,4 +1,4 @@
-"""How deep to draft."""
+"""Decide how deep to draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to draft behind the target's own early exit."""
+"""Decide which tokens to draft at the target's own early exit."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class DVIControl(Control):
     """
     ## Description
 
-    The target drafts for itself: its first `exit_layer` layers read the text, and what they make of the last token is
-    shown to the agent, which says the next token. When a block is drafted, the remaining layers go on from those very
-    states and judge it in one forward: what the target would have said is kept, and it adds a token of its own. An agent
-    that learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
+    The target drafts for itself: its first `exit_layer` layers read the text, and the agent sees their state of the last
+    token and picks the next token. When a block is drafted, the remaining layers continue from those very states and
+    verify it in one forward: tokens that the target agrees with are kept, and it adds a token of its own. An agent that
+    learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
 
     ## Action Space
 
@@ -48,16 +48,16 @@ class DVIControl(Control):
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
-    | 0–575 | `hidden`: the exit state of the last token, drafted ones included, behind Kangaroo's attention if there is one; 0 after the end of a text | −3.4e38 | 3.4e38 |
+    | 0–575 | `hidden`: the exit state of the last token, drafted ones included, after Kangaroo's attention if there is one; 0 after the end of a text | −3.4e38 | 3.4e38 |
 
     `observation="policy"` appends what the exit's own projection makes of it, at the price of computing it:
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
-    | 576 | `probability`: of its most probable token | 0 | 1 |
+    | 576 | `probability`: that it gives its most probable token | 0 | 1 |
     | 577 | `entropy`: of its distribution, nats / 10 | 0 | 1 |
     | 578 | `drafted`: tokens of the block so far / `block` | 0 | 1 |
-    | 579–580 | `acceptance`: accepted / judged tokens over 4 and 16 cycles | 0 | 1 |
+    | 579–580 | `acceptance`: accepted / verified tokens over 4 and 16 cycles | 0 | 1 |
     | 581 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
     | 582 | `context`: tokens of the text / 4096 | 0 | 1 |
 
@@ -65,10 +65,10 @@ class DVIControl(Control):
 
     ## Rewards
 
-    `"accepted"` (default): 1 for a drafted token that the target takes, paid when its block is judged: at every step with
-    `block=1`, else at a block's last. Greedily the target takes its own most probable token; when it samples, token x
+    `"accepted"` (default): 1 for a drafted token that the target accepts, paid when its block is verified: at every step with
+    `block=1`, else at a block's last. Greedily the target accepts its own most probable token; when it samples, token x
     with the probability p(x) that it gives it (the agent's choice is a fixed proposal, whatever distribution it came
-    from, which is exact). Tokens behind the first refused one are never judged. `"saved"`: emitted − pace · seconds, as
+    from, which is exact). Tokens after the first rejected one are never verified. `"saved"`: emitted − pace · seconds, as
     in SpecDepth-v0.
 
     ## Starting State
@@ -81,19 +81,19 @@ class DVIControl(Control):
 
     ## Information
 
-    As in SpecDepth-v0, and `positions`: of a judged block, for each judged token `token`, `accepted`, and `confidence`,
+    As in SpecDepth-v0, and `positions`: of a verified block, for each verified token `token`, `accepted`, and `confidence`,
     the probability that the target gave it.
 
     ## Arguments
 
-    - `exit_layer=2`: layers in front of the exit.
+    - `exit_layer=2`: layers before the exit.
     - `block=1`: drafted tokens that are verified together.
     - `adapter="head"`: what may be trained. `"head"` is low rank on the exit's projection alone and `"kangaroo"` that
-      behind an adapter of norm, attention and norm (arXiv 2404.18911); with both the target stays as it is, and the text
-      is its own. `"layers"` is low rank on its layers, `lora_S` in front of the exit and `lora_D` behind it; the text is
+      after an adapter of norm, attention and norm (arXiv 2404.18911); with both the target stays as it is, and the text
+      is its own. `"layers"` is low rank on its layers, `lora_S` before the exit and `lora_D` after it; the text is
       then that of the adapted target. An agent reaches it as `env.unwrapped.decoder.drafter.adapter`.
     - `rank=None`: of the low-rank weights; 64 for projections, 8 for layers.
-    - `stop=0`: a block is verified early behind a token that the exit gives less than this probability (Kangaroo: 0.6).
+    - `stop=0`: a block is verified early after a token that the exit gives less than this probability (Kangaroo: 0.6).
     - `draft_temperature=0`: at which `reinforce` and `dvi` draw what they draft while they learn; 0 takes the most
       probable token.
 
@@ -104,7 +104,7 @@ class DVIControl(Control):
     - v0: initial version.
     """
 
-    name, partner_name = "dvi", None
+    name = "dvi"
     observations = ("default", "policy")
     rewards = {"accepted": accepted, "saved": saved}  # noqa: RUF012 - declared by Control
     width = 1
@@ -151,7 +151,7 @@ class DVIControl(Control):
                 Entry("probability", 1, 0.0, 1.0, lambda d: float(self._probabilities(d).max())),
                 Entry("entropy", 1, 0.0, 1.0, lambda d: entropy(self._probabilities(d)) / ENTROPY_UNIT),
                 Entry("drafted", 1, 0.0, 1.0, lambda d: d.tree.size / self.block),
-                Entry("acceptance", len(WINDOWS), 0.0, 1.0, lambda d: [judged(d.cycles[-n:]) for n in WINDOWS]),
+                Entry("acceptance", len(WINDOWS), 0.0, 1.0, lambda d: [accepted_share(d.cycles[-n:]) for n in WINDOWS]),
                 *text_entries(),
             ]
         return entries
@@ -216,7 +216,7 @@ class DVIControl(Control):
         return self.state.float().cpu().numpy()
 
     def _probabilities(self, decoder: ExitDecoder) -> np.ndarray:
-        """The exit's own distribution ``[vocabulary]`` of the next token, all 0 where there is none."""
+        """Return the exit's own distribution ``[vocabulary]`` of the next token; one 0 where there is no exit state."""
         if decoder.finished or self.state is None:
             return np.zeros(1)
         with torch.no_grad():
@@ -247,11 +247,11 @@ def on_exit(engine: Engine) -> ExitDecoder:
 
 
 def entropy(p: np.ndarray) -> float:
-    """In nats."""
+    """Return the entropy of a distribution, in nats."""
     return float(-(p * np.log(np.maximum(p, 1e-30))).sum())
 
 
-def judged(cycles: list[Cycle]) -> float:
-    """Accepted over judged tokens."""
+def accepted_share(cycles: list[Cycle]) -> float:
+    """Return accepted over verified tokens, 0 where none was verified."""
     scored = sum(cycle.scored for cycle in cycles)
     return sum(cycle.accepted for cycle in cycles) / scored if scored else 0.0

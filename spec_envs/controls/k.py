@@ -1,4 +1,4 @@
-"""How long a chain to draft."""
+"""Decide how long a chain to draft."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spec_envs.controls.recorded import (
     recorded_size,
     recorded_token_entropy,
 )
-from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, told_kind
+from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import Cycle, merged
 from spec_envs.decoding.decoder import Decoder
@@ -44,9 +44,9 @@ class KControl(Control):
     A chain of K tokens is drafted, each by a forward of a draft model or copied from where the text read like this
     before (`drafter="lookup+…"`, the default), and the target verifies all of them in one forward. Long chains pay where
     the drafter is nearly always right; where it is not, K = 0, plain decoding, is the fastest. The agent decides K once
-    per cycle (`decision="cycle"`), or after each drafted token whether to go on (`decision="token"`). The chain is that
+    per cycle (`decision="cycle"`), or after each drafted token whether to continue (`decision="token"`). The chain is that
     of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however it is chosen, since a token that was drawn
-    is verified whatever made the agent stop behind it.
+    is verified whatever made the agent stop after it.
 
     ## Action Space
 
@@ -68,7 +68,7 @@ class KControl(Control):
     | 6 | `last_acceptance`: accepted / drafted tokens of the last decision | 0 | 1 |
     | 7 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
     | 8 | `context`: tokens of the text / 4096 | 0 | 1 |
-    | 9–13 | `kind`: one-hot of code, prose, math, json, list, told from the last 96 tokens | 0 | 1 |
+    | 9–13 | `kind`: one-hot of code, prose, math, json, list, detected from the last 96 tokens | 0 | 1 |
     | 14–19 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
     With `decision="token"` the first two give way to five of the chain under way: `drafted` (its tokens / `k_max`),
@@ -112,7 +112,7 @@ class KControl(Control):
     - v0: initial version.
     """
 
-    name, partner_name = "k", None
+    name = "k"
     trace_kind = "chain"
     observations = ("default", "counters")
     width = 1
@@ -211,7 +211,7 @@ class KControl(Control):
         self.before: np.ndarray | None = None  # what was observed before the chain under way
 
     def observe(self, decoder: Any, looks_at: Collection[str] | None = None) -> np.ndarray:
-        """See ``Control.observe``. Within a chain only what belongs to it is read again."""
+        """Return what ``Control.observe`` returns; within a chain only what belongs to it is read again."""
         if self.decision == "token" and decoder.tree.size and self.before is not None and "free" in self.slices:
             vector = self.before.copy()
             vector[: self.slices["free"].stop] = *self._read_chain(decoder), copies(decoder)
@@ -250,14 +250,14 @@ class KControl(Control):
         return {"restart_seconds": decoder.restart_seconds}
 
     def prepare(self, decoder: Decoder) -> None:
-        """Nothing is drafted before it is decided."""
+        """Draft nothing: the first decision of a cycle comes before drafting."""
 
     def act(self, decoder: Decoder, action: int) -> Cycle | None:
         if self.decision == "token":
             if action == DRAFT:
                 before = decoder.tree.size
                 draft(decoder)
-                if before < decoder.tree.size < self.k_max:  # a drafter that has nothing more to say does not grow it
+                if before < decoder.tree.size < self.k_max:  # a drafter that has nothing more to draft does not grow it
                     return None
             self.last_k = decoder.tree.size
             self.decided.append(decoder.verify())
@@ -306,10 +306,10 @@ class KControl(Control):
         return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
 
     def _kind(self, decoder: Decoder) -> str:
-        """The kind of text, told anew when enough of it is new."""
+        """Return the detected kind of text, detected anew after every ``FRESH`` new tokens."""
         if not self.kind or decoder.length >= self.kind_at + FRESH:
             tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens]
-            self.kind = told_kind(tail, decoder.tokens[:OPENING], decoder.detokenize)
+            self.kind = kind_of_answer(tail, decoder.tokens[:OPENING], decoder.detokenize)
             self.kind_at = decoder.length
         return self.kind
 

@@ -1,4 +1,4 @@
-"""What the published selector of k for speculation over a link sees, and what it chooses from."""
+"""Observation and actions of the published selector of k for speculation over a link."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNITS = {"bandwidth_mbps": 1000.0, "latency_ms": 500.0, "draft_acc_prob": 1.0, "
 def published_state(
     bandwidth_mbps: float, latency_ms: float, draft_acc_prob: float, entropy: float, task_name: str
 ) -> np.ndarray:
-    """The ten numbers of the published selector, float32.
+    """Return the ten numbers of the published selector's observation, float32.
 
     | Number | What | Min | Max |
     |--------|------|-----|-----|
@@ -27,7 +27,7 @@ def published_state(
     | 4–9 | one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
     Raises:
-        ValueError: one of the four is not a number.
+        ValueError: one of the first four is not a number.
     """
     given = dict(zip(UNITS, (bandwidth_mbps, latency_ms, draft_acc_prob, entropy), strict=True))
     state = np.zeros(len(UNITS) + len(TASKS_PUBLISHED), np.float32)

@@ -14,11 +14,11 @@ ITEM = re.compile(r"^\s*([-*•]|\d+[.)])\s", re.MULTILINE)
 
 
 def context_kind(snippet: str) -> str:
-    """One of ``KINDS``: the detector of dynamic speculation for llama.cpp, and lists.
+    """Return one of ``KINDS``: the detector of dynamic speculation for llama.cpp, and lists.
 
     JSON begins with ``{`` or has ``"type":``. Code has a code fence, or more than a twentieth of its characters are
     brackets, colons and semicolons. Mathematics has a sign of logic or analysis, or "therefore" or "proof". A list has
-    two items or more. JSON is asked for first: it consists of code's characters.
+    two items or more. JSON is tried first, because it consists of code's characters.
     """
     if snippet.lstrip().startswith("{") or '"type":' in snippet:
         return "json"
@@ -29,7 +29,7 @@ def context_kind(snippet: str) -> str:
     return "list" if len(ITEM.findall(snippet)) >= 2 else "prose"
 
 
-def told_kind(tail: list[int], opening: list[int], detokenize: Callable[[list[int]], str]) -> str:
+def kind_of_answer(tail: list[int], opening: list[int], detokenize: Callable[[list[int]], str]) -> str:
     """Return the kind of a text, detected from its last tokens and from the first ones of its answer."""
     if detokenize(opening).lstrip().startswith(JSON):
         return "json"

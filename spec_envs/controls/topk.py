@@ -1,4 +1,4 @@
-"""How much of a draft's distribution to send over a network, how long a draft to send, and whether to send one."""
+"""Decide how much of a draft's distribution to send over a network, how long a draft to send, and whether to send one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MBPS, MILLISECONDS = (0.1, 10_000.0), (0.1, 10_000.0)  # what the observation sh
 
 
 class Choice(NamedTuple):
-    """An action: draft ``length`` tokens and tell their distributions by ``mode`` (cut to ``top_k`` entries with
+    """An action: draft ``length`` tokens and send their distributions by ``mode`` (cut to ``top_k`` entries with
     ``"topk"``); or, with ``"cloud"``, have the cloud decode that many alone, or with ``"edge"`` take them unverified."""
 
     mode: str
@@ -50,7 +50,7 @@ class TopKControl(Control):
     ## Description
 
     An edge with a small drafter and a cloud with the target speak over a link whose rate and round trip move. The edge
-    drafts a chain and sends it with as much of each token's distribution as the agent says; the cloud judges it in one
+    drafts a chain and sends it with as much of each token's distribution as the agent decides; the cloud verifies it in one
     forward. Few entries are quickly sent, but a distribution that is cut far is further from the target's, and less of
     the chain is accepted. The protocols are those of `spec_envs.network.wire`, every one of them exact: q is cut to k
     entries, rounded to float16 and only then drawn from (k = 0: ids and q(x) alone, DSSD, arXiv 2507.12000). Under greedy
@@ -110,7 +110,7 @@ class TopKControl(Control):
     - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a trace in CSV, or
       `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not slept; or the address of a cloud,
       `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
-    - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` tells every distribution that way.
+    - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` sends every distribution that way.
     - `actions="k"`, or `"joint"`.
     - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves the
       action out.
@@ -122,7 +122,7 @@ class TopKControl(Control):
     - v0: initial version.
     """
 
-    name, partner_name = "topk", None
+    name = "topk"
     observations = ("default", "rl_adapter")
     rewards = {"saved": saved, "rl_adapter": rl_adapter}  # noqa: RUF012 - declared by Control
     temperature = 1.0
@@ -152,10 +152,10 @@ class TopKControl(Control):
             raise ValueError(f'edge_value is {edge_value}; expected 0 to 1, with actions="joint"')
         if protocol != "auto" and actions == "k":
             raise ValueError(
-                f'protocol="{protocol}" tells every distribution alike, whatever k is; give actions="joint"'
+                f'protocol="{protocol}" sends every distribution alike, whatever k is; give actions="joint"'
             )
         if k > LONGEST_DRAFT:
-            raise ValueError(f"k is {k}; expected at most {LONGEST_DRAFT}, the longest draft that a cloud judges")
+            raise ValueError(f"k is {k}; expected at most {LONGEST_DRAFT}, the longest draft that a cloud verifies")
         if observation == "rl_adapter" and actions == "joint":
             raise ValueError('observation="rl_adapter" is the published state, for actions="k"')
         self.ks, self.k, self.link, self.protocol, self.edge_value = tuple(ks), k, link, protocol, edge_value
@@ -200,7 +200,7 @@ class TopKControl(Control):
         decoder = load_decoder(**vars(models), clock=clock, width=self.width, max_depth=self.max_depth)
         if self.edge_value is not None and not isinstance(decoder.drafter, ChainDrafter):
             raise ValueError(
-                "edge_value is for a drafter that can always say more; take a draft model, not lookup alone"
+                "edge_value is for a drafter that can always draft more; take a draft model, not lookup alone"
             )
         return linked(decoder, self.link, models.target)
 
@@ -260,6 +260,6 @@ def read_last(name: str, decoder: LinkedDecoder) -> float:
 
 
 def log_scaled(value: float, bounds: tuple[float, float]) -> float:
-    """0 at the lower bound, 1 at the upper one, even steps for even ratios."""
+    """Return a value on a logarithmic scale: 0 at the lower bound, 1 at the upper one."""
     low, high = bounds
     return min(1.0, max(0.0, math.log(value / low) / math.log(high / low))) if value > 0 else 0.0

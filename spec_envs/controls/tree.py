@@ -1,4 +1,4 @@
-"""How deep to draft and how many nodes to verify, decided together."""
+"""Decide how deep to draft and how many nodes to verify, together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TreeControl(Control):
 
     `Discrete(1 + len(budgets))`: 0 expands by one more level; action i ≥ 1 verifies the `budgets[i − 1]` best nodes by path
     log-probability. No expansion is forced. Where there is no further level, at `max_depth` or because the drafter has
-    nothing more to say, action 0 verifies the largest budget.
+    nothing more to draft, action 0 verifies the largest budget.
 
     ## Observation Space
 
@@ -44,7 +44,7 @@ class TreeControl(Control):
     | 0–9 | `frontier`: path probabilities of the nodes the next expansion would feed, best first | 0 | 1 |
     | 10–22 | `survival`: per level, the summed path probability of its candidates (0 where not grown) | 0 | 1 |
     | 23–35 | `gains`: per budget, the summed path probability of the nodes it adds to the one before / (`max_depth` + 1) | 0 | 1 |
-    | 36 | `entropy`: of the drafter's distribution behind the root, or behind the best node that the last expansion fed; nats / 10 | 0 | 1 |
+    | 36 | `entropy`: of the drafter's distribution after the root, or after the best node that the last expansion fed; nats / 10 | 0 | 1 |
     | 37 | `expansions`: levels grown so far / `max_depth` | 0 | 1 |
     | 38–39 | `recent`: accepted tokens per cycle over 4 and 16 cycles / (`max_depth` + 1) | 0 | 1 |
     | 40 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
@@ -81,7 +81,7 @@ class TreeControl(Control):
     - v0: initial version.
     """
 
-    name, partner_name = "tree", None
+    name = "tree"
     trace_kind = "tree"
     observations = ("default",)
 
@@ -148,6 +148,6 @@ class TreeControl(Control):
 
 
 def read_entropy(decoder: Decoder) -> float:
-    """Entropy of the distribution that the last level's first nodes are from: the root's, or that of the best node which
-    the last expansion fed."""
+    """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats: the root's, or
+    that of the best node which the last expansion fed; 0 before anything is drafted."""
     return float(decoder.tree.entropies[-1][0]) / ENTROPY_UNIT if decoder.tree.size else 0.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from spec_envs.controls.entries import WINDOWS
 from spec_envs.controls.recorded import RecordedChains
-from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, told_kind
+from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST
@@ -33,7 +33,7 @@ def kinds(trace: Trace) -> np.ndarray:
         for row in range(start, end):
             emitted = tokens[start : row + 1]
             tail = [*text.prompt[-SNIPPET:], *emitted[-SNIPPET:].tolist()]
-            found[row] = KINDS.index(told_kind(tail, emitted[:OPENING].tolist(), detokenize))
+            found[row] = KINDS.index(kind_of_answer(tail, emitted[:OPENING].tolist(), detokenize))
     return found
 
 

@@ -34,7 +34,7 @@ class ToyControl(Control):
     A chain of one token or of `long` tokens is drafted and verified.
     """
 
-    name, partner_name = "toy", None
+    name = "toy"
     observations = ("default",)
     width = 1
     cuts = False

@@ -189,7 +189,7 @@ def test_rates_are_shown_on_a_log_scale() -> None:
         ({"ks": [5, 5]}, "ks is .*; expected different numbers"),
         ({"actions": "both"}, "actions is 'both'; expected one of k, joint"),
         ({"protocol": "topk"}, "protocol is 'topk'; expected one of auto, scalar, full"),
-        ({"protocol": "scalar"}, "tells every distribution alike"),
+        ({"protocol": "scalar"}, "sends every distribution alike"),
         ({"k": 65}, "k is 65; expected at most 64"),
         ({"edge_value": 0.5}, 'edge_value is 0.5; expected 0 to 1, with actions="joint"'),
         ({"link": "tin-can"}, "no link 'tin-can'"),
