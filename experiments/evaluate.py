@@ -84,7 +84,7 @@ def check_overrides(overrides: Keywords, env: Keywords) -> None:
     """Refuse settings that an evaluation would take and not read, and unknown names of prompts.
 
     Raises:
-        ValueError: one of them; the sentence says which.
+        ValueError: one of them.
     """
     trace = env.get("trace")
     if not trace:

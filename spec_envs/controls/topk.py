@@ -221,7 +221,7 @@ class TopKControl(Control):
         return tuple(map(str, self.choices))
 
     def prepare(self, decoder: LinkedDecoder) -> None:
-        """Nothing is drafted before it is decided from what."""
+        """Draft nothing: the decision comes before drafting."""
 
     def act(self, decoder: LinkedDecoder, action: int) -> Cycle:
         choice = self.choices[action]
@@ -249,12 +249,12 @@ def estimate(decoder: LinkedDecoder) -> Estimate:
 
 
 def drafted(decoder: LinkedDecoder) -> list[Cycle]:
-    """The cycles in which a draft was judged, latest last, as many as an observation looks at."""
+    """Return the cycles in which a draft was verified, latest last, as many as an observation looks at."""
     return [cycle for cycle in decoder.cycles[-4 * WINDOWS[-1] :] if cycle.verified]
 
 
 def read_last(name: str, decoder: LinkedDecoder) -> float:
-    """The mean of a property of the last chain's tokens; 0 before the first one."""
+    """Return the mean of a property of the last chain's tokens; 0 before the first chain."""
     cycles = drafted(decoder)
     return mean(getattr(cycles[-1].nodes, name)) if cycles else 0.0
 
