@@ -1,4 +1,4 @@
-"""Learning that goes on where it was killed, text by text: what is drawn for a text depends on its number alone."""
+"""Learning that continues where it was killed, text by text: what is drawn for a text depends on its number alone."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from spec_envs.agents.exits.journal import Journal
+from spec_envs.agents.journal import Journal
+from spec_envs.agents.run import CHECKPOINT, Run
 from spec_envs.decoding.clock import PARTS
 from spec_envs.env import SpecEnv
 from spec_envs.sealed import first_line, read_torch, write_torch
 
-CHECKPOINT = Path("last") / "checkpoint.pt"
 REMEDY = "delete it to begin anew"
 
 
 class Progress:
-    """How far learning has come, in a folder.
+    """How far learning has come in a run.
 
     Args:
-        folder: of the run; None keeps nothing.
-        checkpoint_freq: steps between checkpoints, each at the end of a text.
-        rng: what the learner draws from, which goes on where it was.
+        run: where it is kept; checkpoints are written at the end of a text.
+        rng: what the learner draws from; it continues where it was.
 
     Attributes:
         steps, texts: decisions made and texts ended so far.
-        state: what the learner saved; None where there is nothing to go on from.
+        state: what the learner saved; None where there is no checkpoint to continue from.
         journal: ``log.jsonl`` and TensorBoard.
+
+    Raises:
+        ValueError: the run's checkpoint cannot be read.
     """
 
-    def __init__(self, folder: Path | None, checkpoint_freq: int, rng: np.random.Generator, env: gym.Env):
-        self.folder, self.checkpoint_freq, self.rng, self.env = folder, checkpoint_freq, rng, env
+    def __init__(self, run: Run, rng: np.random.Generator, env: gym.Env):
+        self.folder, self.checkpoint_freq, self.quiet = run.folder, run.checkpoint_freq, not run.progress_bar
+        self.rng, self.env = rng, env
         self.steps = self.texts = self.saved = 0
         self.state: dict[str, Any] | None = None
-        if folder is not None and (folder / CHECKPOINT).exists():
-            self._read(folder / CHECKPOINT)
+        if run.folder is not None and run.begun:
+            self._read(run.folder / CHECKPOINT)
         self.journal = Journal(None, 0, 0, {})
 
     def _read(self, path: Path) -> None:
+        """Continue from a checkpoint."""
         state = read_torch(path, "the checkpoint", REMEDY)
         try:
             self.steps = self.saved = int(state["steps"])
@@ -52,11 +56,11 @@ class Progress:
             raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {REMEDY}") from None
 
     def open_journal(self, prefix: str, figure: str, hyperparameters: dict[str, Any]) -> None:
-        """Write down what follows; what was written after the checkpoint is dropped, for it is done again."""
+        """Open the log; lines written after the checkpoint are dropped, because their steps are taken again."""
         self.journal = Journal(self.folder, self.steps, self.texts, hyperparameters, prefix, figure)
 
     def begin(self, *seeds: int) -> np.ndarray:
-        """Begin the next text; returns its first observation."""
+        """Begin the next text and return its first observation."""
         env = self.env.unwrapped
         env.np_random = np.random.default_rng([*seeds, self.texts])
         if isinstance(env, SpecEnv):  # so that seconds are the same to the last bit, whatever came before
@@ -65,12 +69,13 @@ class Progress:
         return observation
 
     def due(self) -> bool:
-        """Whether a checkpoint is due, at the end of a text."""
+        """Return whether a checkpoint is due at the end of a text."""
         return self.folder is not None and self.steps - self.saved >= self.checkpoint_freq
 
     def save(self, learner: dict[str, Any]) -> None:
-        """Write a checkpoint."""
-        assert self.folder is not None
+        """Write a checkpoint with what the learner needs to continue."""
+        if self.folder is None:
+            return
         (self.folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
         env = self.env.unwrapped
         turn = {"env_texts": env.texts, "env_turn": env.turn} if isinstance(env, SpecEnv) else {}

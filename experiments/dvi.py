@@ -32,7 +32,8 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.evaluate import evaluate_run, save
 from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.train import run_folder, trained
+from spec_envs.experiments.runs import run_folder
+from spec_envs.experiments.train import trained
 from spec_envs.files import read_json, write_json
 
 ENV = "SpecDVI-v0"
@@ -147,7 +148,7 @@ def refuse_other(path: Path, folder: Path) -> None:
 
 def main() -> None:
     args = arguments()
-    with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
+    with one_sentence("interrupted; the same command continues from the last checkpoint, if one was written yet"):
         improved(args)
 
 

@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from spec_envs.agents import AGENTS, ONLINE, known_hyperparameters
 from spec_envs.agents.exits.online import OnlineAgent
-from spec_envs.agents.sb3.agent import ALGORITHMS
+from spec_envs.agents.registry import AGENTS
+from spec_envs.agents.sb3.agent import ALGORITHMS, RESERVED, SB3Agent
 from spec_envs.agents.selector.adapter import Settings
 from spec_envs.agents.traced.base import TracedAgent
 
@@ -21,11 +21,10 @@ SHARES = {"gamma", "gae_lambda", "tau", "exploration_fraction", "exploration_ini
 @functools.cache
 def constructors(agent: str) -> tuple[Callable[..., Any], ...]:
     """The classes whose constructors an agent's hyper-parameters go to, first its own."""
-    own = AGENTS[agent]
-    kinds: list[Callable[..., Any]] = [own.func if isinstance(own, functools.partial) else own]
+    kinds: list[Callable[..., Any]] = [SB3Agent if agent in ALGORITHMS else AGENTS[agent]]
     if agent in ALGORITHMS:
         kinds.append(ALGORITHMS[agent])
-    if agent in ONLINE:
+    if agent in ("dvi", "reinforce"):
         kinds.append(OnlineAgent)
     if agent in ("hindsight", "exact-pg"):
         kinds.append(TracedAgent)
@@ -77,3 +76,25 @@ def check_name(agent: str, name: str, nearest: Callable[[str, Any], str]) -> Non
     if name not in known:
         hint = nearest(name, known) or f"; there are {', '.join(sorted(known))}" if known else "; it has none"
         raise ValueError(f"unknown hyper-parameter {name!r} of {agent}{hint}")
+
+
+def parameters(name: str) -> set[str]:
+    known = {p for kind in constructors(name) for p in inspect.signature(kind).parameters}
+    return (
+        known - RESERVED - {"outputs", "activation"}
+        | ({"learning_rate", "activation"} if name in ALGORITHMS else set())
+        | ({"learning_rate"} & known)
+        | ({"seed"} & known)
+    )
+
+
+def known_hyperparameters(name: str) -> set[str]:
+    """What may stand under ``hyperparameters:`` for an agent."""
+    own = {"control", "algorithm", "hyperparameters", "online", "seed", "total_timesteps"}
+    return parameters(name) - own
+
+
+def set_by_run(agent: str, seed: int, total_timesteps: int) -> dict[str, int]:
+    """Return those hyper-parameters of an agent that its run sets."""
+    given = {"seed": seed, "total_timesteps": total_timesteps}
+    return {name: value for name, value in given.items() if name in parameters(agent)}

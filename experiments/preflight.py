@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from spec_envs import agents
+from spec_envs.agents import AGENTS, load, read_config
 from spec_envs.controls import make_control
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.exits.evaluation import K_MAX, exit_decoder
 from spec_envs.experiments.measure.live import encoded_prompts, target_and_drafter
 from spec_envs.experiments.measure.static import PROMPTS
+from spec_envs.experiments.runs import RunConfig
 
 SHOWN = ("cost_features", "split", "render_mode", "policy_seconds")  # which an evaluation does not read
 
 
-def check_evaluation(config: dict[str, Any]) -> None:
+def check_evaluation(config: RunConfig) -> None:
     """Refuse a run whose validation or final table could not be made: no prompts in a split, a text too short, a model, a
     cost table or a trace that is not there.
 
     Raises:
         ValueError: the sentence says what the evaluation lacks.
     """
-    env = {**config["env"], **config["eval_env"]}
-    at_exit = make_control(config["id"], config["env"]).exit is not None
+    env = config.shown_env
+    at_exit = make_control(config.id, config.env).exit is not None
     played = {name: value for name, value in env.items() if name not in SHOWN}
     try:
-        SpecEnv(config["id"], split="test", **played).close()
-        needed = {"test": (config["test_prompts"], env), "train": (PROMPTS, env if at_exit else config["env"])}
-        if config["eval_freq"]:
-            shown = env if config["agent"] in agents.ONLINE else config["env"]
-            needed["validation"] = (config["eval_prompts"], shown)
+        SpecEnv(config.id, split="test", **played).close()
+        needed = {"test": (config.test_prompts, env), "train": (PROMPTS, env if at_exit else config.env)}
+        if config.eval_freq:
+            shown = env if AGENTS[config.agent].validated_by == "acceptance" else config.env
+            needed["validation"] = (config.eval_prompts, shown)
         for split, (count, where) in needed.items():
             if not encoded_prompts(where, split, count):
                 raise ValueError(f"there are no prompts in the split {split!r}")
@@ -40,15 +40,15 @@ def check_evaluation(config: dict[str, Any]) -> None:
         raise ValueError(f"the run could not be evaluated after its training: {error}") from None
 
 
-def check_partner(config: dict[str, Any]) -> None:
+def check_partner(config: RunConfig) -> None:
     """Refuse a partner that is not there, or that was trained with other models.
 
     Raises:
         ValueError: the sentence says which.
     """
-    if not config["partner"]:
+    if not config.partner:
         return
-    partner = agents.read_config(Path(config["partner"]))
-    if target_and_drafter(partner["env"]) != target_and_drafter(config["env"]):
-        raise ValueError(f"the partner {config['partner']} was trained with another target or drafter")
-    agents.load(config["partner"])
+    partner = read_config(Path(config.partner))
+    if target_and_drafter(partner["env"]) != target_and_drafter(config.env):
+        raise ValueError(f"the partner {config.partner} was trained with another target or drafter")
+    load(config.partner)

@@ -26,7 +26,7 @@ from tqdm import trange
 
 from spec_envs import ENVIRONMENTS, recordings
 from spec_envs.agents import AGENTS
-from spec_envs.agents.rules.base import Rule
+from spec_envs.agents.base import Agent
 from spec_envs.arguments import POSITIVE, TOKENS, Parser, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
@@ -52,10 +52,9 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
     experiment = load_experiment(env_id, stanza, overrides)
     control = make_control(env_id, experiment.env)
     kind = AGENTS[experiment.agent]
-    if not hasattr(kind, "space"):
-        tunable = ", ".join(name for name, agent in AGENTS.items() if hasattr(agent, "space"))
-        raise ValueError(f"{experiment.agent} has nothing to tune here; the agents that have are {tunable}")
     agent = kind(control=control, **experiment.hyperparameters)
+    if not agent.space(optuna.create_study().ask()):
+        raise ValueError(f"{experiment.agent} has nothing to tune here; expected one of the published rules")
     if control.engine != "torch":
         raise ValueError(f"a {control.engine} cannot be priced; tune on engine=torch, at the same adjustment_interval")
     chosen = encoded_prompts(experiment.env, "train", prompts)
@@ -167,7 +166,7 @@ def opened(folder: Path) -> optuna.Study:
     return study
 
 
-def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
+def train(agent: Agent, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
     """What an agent with a learned part learns once, for all trials."""
     spec_env = SpecEnv(env_id, **{**env, "clock": str(table)})
     agent.learn(total_timesteps, spec_env)
@@ -175,7 +174,7 @@ def train(agent: Rule, env: dict[str, Any], env_id: str, table: Path, total_time
     spec_env.close()
 
 
-def published(agent: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+def published(agent: Agent, hyperparameters: dict[str, Any]) -> dict[str, Any]:
     """The settings that the study tries first: those of the stanza and the agent's defaults, as far as they are tuned."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(agent)).parameters.items()}
     tuned = agent.space(optuna.create_study().ask())
@@ -198,7 +197,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    with one_sentence("interrupted; the same command goes on with the next trial"):
+    with one_sentence("interrupted; the same command continues with the next trial"):
         folder = args.root / args.env / args.agent
         tune(args.env, args.agent, args.set, args.trials, args.prompts, args.tokens, folder)
 

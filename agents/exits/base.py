@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.agents.deciding import Deciding
+from spec_envs.agents.base import Agent
 from spec_envs.agents.timing import cold_seconds, priced
 from spec_envs.controls.base import Control
 from spec_envs.decoding.drafters.early_exit import Projection
@@ -19,7 +19,7 @@ from spec_envs.decoding.sampling import inverse_cdf
 from spec_envs.decoding.weights.checkpoints import load_target, resolve_device, resolve_dtype
 
 
-class ExitAgent(Deciding):
+class ExitAgent(Agent):
     """Says what an exit's projection says of its state.
 
     Args:
@@ -87,11 +87,11 @@ class ExitAgent(Deciding):
             token = inverse_cdf(log_probabilities.double().exp().cpu().numpy(), self.rng.random())
         return token, float(log_probabilities[token])
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path) -> None:
         """Write the exit, as it serves as ``drafter=``."""
-        save_exit(self.adapter, Path(folder))
+        save_exit(self.adapter, folder)
 
-    def load(self, folder: Path | str) -> None:
+    def load(self, folder: Path) -> None:
         """Read an exit.
 
         Raises:
@@ -99,7 +99,7 @@ class ExitAgent(Deciding):
         """
         device = resolve_device(self.exit.device)
         target = load_target(self.exit.target, device, resolve_dtype(self.exit.dtype, device, [self.exit.target]))
-        adapter = load_exit(Path(folder), target, self.exit.target)
+        adapter = load_exit(folder, target, self.exit.target)
         self._check(adapter, str(folder))
         self._adapter, self._played = adapter, None
         self.decision_seconds = self.measure()

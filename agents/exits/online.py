@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spec_envs.agents.exits.base import ExitAgent
-from spec_envs.agents.exits.journal import Journal
 from spec_envs.agents.exits.passes import ExitPass
 from spec_envs.agents.exits.replay import Replay, Segment, judged, merged, packed, unpacked
+from spec_envs.agents.journal import Journal
+from spec_envs.agents.run import CHECKPOINT, Run
 from spec_envs.agents.schedules import schedule
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import on_exit
 from spec_envs.decoding.engine import Engine
-from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.env import EndedText, SpecEnv
 from spec_envs.prompts.sets import Prompt, in_turn
 from spec_envs.sealed import first_line, read_torch, write_torch
 
-CHECKPOINT = "checkpoint.pt"
 ROWS = 32  # of logits at a time
 ORDERS = ("shuffled", "logged")
 COUNTERS = ("steps", "updates", "texts_read", "tokens", "validated")  # of a checkpoint
@@ -56,6 +55,11 @@ class OnlineAgent(ExitAgent):
     Raises:
         ValueError: another problem, or a value out of its range.
     """
+
+    learns_from = "cycles"
+    charges_training = False  # a decision is the drafter's own work
+    validated_by = "acceptance"
+    starts_from = ("init",)
 
     def __init__(
         self,
@@ -134,60 +138,51 @@ class OnlineAgent(ExitAgent):
         if enough:
             self._update()
 
-    def learn(
-        self,
-        total_timesteps: int,
-        env: gym.Env,
-        folder: Path | None = None,
-        checkpoint_freq: int = 2048,
-        validate: Callable[[ExitAdapter], dict[str, float]] | None = None,
-        eval_freq: int = 0,
-        progress_bar: bool = False,
-    ) -> Self:
-        """Decode and learn, text by text, until ``total_timesteps`` drafted tokens or ``texts``; from the folder's
-        checkpoint on, if there is one.
+    def learn(self, total_timesteps: int, env: gym.Env, run: Run | None = None) -> Self:
+        """Decode and learn, text by text, until ``total_timesteps`` drafted tokens or ``texts``, continuing from the run's
+        checkpoint. Checkpoints and validations are made at the end of a text.
 
-        Args:
-            folder: of the run, for checkpoints (below ``last``), ``log.jsonl``, ``validation.jsonl`` and TensorBoard.
-            checkpoint_freq, eval_freq: steps between checkpoints and between validations (0: none), each at the end of a
-                text.
-            validate: figures of a snapshot of the adapter.
+        Raises:
+            ValueError: an environment that does not decode, or a checkpoint that cannot be read.
         """
+        run = run or Run()
         spec_env = env.unwrapped
-        assert isinstance(spec_env, SpecEnv)
+        if not isinstance(spec_env, SpecEnv):
+            raise ValueError(f"{type(self).__name__} learns while it decodes: it needs SpecDVI-v0, not {spec_env}")
         self.bind(spec_env.decoder)
-        if folder is not None and (folder / "last" / CHECKPOINT).exists():
-            self.load_checkpoint(folder / "last")
+        if run.folder is not None and run.begun:
+            self.load_checkpoint((run.folder / CHECKPOINT).parent)
         shown = {"agent": type(self).__name__, "seed": self.seed}
-        self.journal = Journal(folder, self.updates, self.texts_read, shown)
+        self.journal = Journal(run.folder, self.updates, self.texts_read, shown)
         order = self._order(spec_env)
         last = self.texts if self.texts is not None else len(order)
         self.rates = schedule(self.lr_schedule, 1.0, max(2, last))
+        if run.eval_freq and self.texts_read == 0:
+            self._validate(run)
         saved = self.steps
-
-        def validation() -> None:
-            if validate is not None:
-                found = validate(self.adapter.snapshot())
-                read = {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens}
-                self.journal.write("validation", read | found)
-
-        if eval_freq and self.texts_read == 0:
-            validation()
-        with tqdm(total=last, initial=self.texts_read, unit="text", desc="learning", disable=not progress_bar) as bar:
+        with tqdm(
+            total=last, initial=self.texts_read, unit="text", desc="learning", disable=not run.progress_bar
+        ) as bar:
             while self.steps < total_timesteps and self.texts_read < last:
                 self.done = max(self.texts_read / last, self.steps / total_timesteps)
                 self._text(env, order[self.texts_read % len(order)])
                 bar.update()
                 ended = self.steps >= total_timesteps or self.texts_read >= last
-                if eval_freq and (ended or self.steps - self.validated >= eval_freq):
-                    validation()
+                if run.eval_freq and (ended or self.steps - self.validated >= run.eval_freq):
+                    self._validate(run)
                     self.validated = self.steps
-                if folder is not None and (ended or self.steps - saved >= checkpoint_freq):
-                    self.save_checkpoint(folder / "last")
+                if run.folder is not None and (ended or self.steps - saved >= run.checkpoint_freq):
+                    self.save_checkpoint((run.folder / CHECKPOINT).parent)
                     saved = self.steps
         self.journal.close()
         self._finish()
         return self
+
+    def _validate(self, run: Run) -> None:
+        """Write down what a validation of the exit as it is finds."""
+        if run.validate is not None:
+            read = {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens}
+            self.journal.write("validation", read | run.validate(self))
 
     def _order(self, env: SpecEnv) -> list[Prompt]:
         """One pass over the stream."""
@@ -325,15 +320,15 @@ class OnlineAgent(ExitAgent):
             "extra": self.extra_state(),
             **{name: getattr(self, name) for name in COUNTERS},
         }
-        write_torch(folder / CHECKPOINT, state)
+        write_torch(folder / CHECKPOINT.name, state)
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Go on from a checkpoint.
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Continue from a checkpoint; nothing was saved beside it.
 
         Raises:
             ValueError: a damaged one, or one of another exit.
         """
-        path, remedy = folder / CHECKPOINT, "delete it to begin anew"
+        path, remedy = folder / CHECKPOINT.name, "delete it to begin anew"
         state = read_torch(path, "the checkpoint", remedy)
         device = self.adapter.target.device
         try:
@@ -350,6 +345,7 @@ class OnlineAgent(ExitAgent):
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {remedy}") from None
         self.adapter.touched()
+        return {}
 
 
 def adamw(weights: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:

@@ -8,27 +8,27 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from spec_envs.agents.deciding import Deciding
+from spec_envs.agents.base import Agent, Source
+from spec_envs.agents.run import Run
 from spec_envs.controls.base import Control
 
 
-class Rule(Deciding):
+class Rule(Agent):
     """An agent without anything to train. It keeps what it remembers from text to text.
 
     Attributes:
-        looks_at: names of the entries of an observation that it reads; None are all.
         plays: names of the problems that it controls; none are all.
 
     Raises:
         ValueError: a control of another problem, or one whose observation lacks what the rule looks at.
     """
 
-    decision_seconds = 0.0
+    learns_from: ClassVar[Source] = "nothing"
     looks_at: tuple[str, ...] | None = None
     plays: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, control: Control):
-        self.control = control
+        super().__init__(control)
         if self.plays and control.name not in self.plays:
             raise ValueError(
                 f"{type(self).__name__} controls the problem {' or '.join(self.plays)}, not {control.name}"
@@ -44,17 +44,19 @@ class Rule(Deciding):
         """Seconds of a decision under a cost table; a rule's are next to none."""
         return 0.0
 
-    def learn(
-        self, total_timesteps: int, env: Any = None, folder: Path | None = None, checkpoint_freq: int = 2048
-    ) -> Self:
-        """Nothing to learn."""
+    def measure(self) -> float:
+        """Return 0: a rule takes next to no time."""
+        return 0.0
+
+    def learn(self, total_timesteps: int, env: Any, run: Run | None = None) -> Self:
+        """Return the rule as it is: it has nothing to learn."""
         return self
 
     def save(self, folder: Path) -> None:
-        """Nothing to save: all there is stands in the run's config."""
+        """Write nothing: the run's configuration is all there is."""
 
     def load(self, folder: Path) -> None:
-        """Nothing to load."""
+        """Read nothing."""
 
     def read(self, observation: np.ndarray, name: str) -> float:
         """Return the first number of an entry of the observation."""
@@ -85,11 +87,6 @@ class ChainRule(Rule):
             )
         super().__init__(control)
         self.k_max = control.max_depth + 1
-
-    @staticmethod
-    def space(trial: Any) -> dict[str, Any]:
-        """Return hyper-parameters to try, suggested by an Optuna trial."""
-        return {}
 
 
 class LengthRule(ChainRule):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from spec_envs.agents.resuming import Progress
 from spec_envs.agents.rules.base import StopRule
+from spec_envs.agents.run import Run
 from spec_envs.agents.timing import cold_seconds, priced_network
 from spec_envs.controls.base import Control
 from spec_envs.sealed import first_line, read_weights, write_weights
@@ -35,6 +36,7 @@ class SpecDecPlusAgent(StopRule):
         copy_threshold: as of ``StopRule``.
     """
 
+    learns_from = "cycles"
     remembers = ("alive",)
     looks_at: tuple[str, ...] = ("drafted", "probability", "entropy", "path", "free")
 
@@ -57,8 +59,7 @@ class SpecDecPlusAgent(StopRule):
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         self.alive = 1.0
         self._unpack()
-        blank = np.zeros(width, np.float32)
-        self.decision_seconds = cold_seconds(lambda: self.acceptance(blank))
+        self.decision_seconds = self.measure()
 
     def begin(self, observation: np.ndarray) -> None:
         self.alive = 1.0
@@ -75,25 +76,19 @@ class SpecDecPlusAgent(StopRule):
 
     @property
     def priced_seconds(self) -> float:
-        """Seconds of a decision under a cost table."""
         return priced_network(self.head)
 
-    def learn(
-        self,
-        total_timesteps: int,
-        env: gym.Env | None = None,
-        folder: Path | None = None,
-        checkpoint_freq: int = 2048,
-    ) -> Self:
-        """Note ``total_timesteps`` decisions in ``env`` and fit the head; from the folder's checkpoint on, if there is one.
+    def measure(self) -> float:
+        blank = np.zeros(self.weights[0].shape[1], np.float32)
+        return cold_seconds(lambda: self.acceptance(blank))
 
-        Args:
-            folder: of the run, for checkpoints (below ``last``), ``log.jsonl`` and TensorBoard.
-            checkpoint_freq: steps between checkpoints, each at the end of a text.
+    def learn(self, total_timesteps: int, env: gym.Env, run: Run | None = None) -> Self:
+        """Note ``total_timesteps`` decisions in ``env`` and fit the head, continuing from the run's checkpoint.
+
+        Raises:
+            ValueError: no draft was verified in so many steps.
         """
-        if env is None:
-            raise ValueError("SpecDec++ learns from an environment; pass env=")
-        progress = Progress(folder, checkpoint_freq, np.random.default_rng(self.seed), env)
+        progress = Progress(run or Run(), np.random.default_rng(self.seed), env)
         progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.seed})
         seen, accepted = self._note(total_timesteps, env, progress)
         if not len(seen):
@@ -136,7 +131,13 @@ class SpecDecPlusAgent(StopRule):
         chain: list[np.ndarray] = []
         before, length = len(labels), self._length(progress)
         observation = progress.begin(self.seed)
-        bar = tqdm(total=total_timesteps, initial=progress.steps, desc="noting what is accepted", unit="step")
+        bar = tqdm(
+            total=total_timesteps,
+            initial=progress.steps,
+            desc="noting what is accepted",
+            unit="step",
+            disable=progress.quiet,
+        )
         while progress.steps < total_timesteps:
             observation, _, terminated, truncated, info = env.step(int(len(chain) < length))
             progress.steps += 1

@@ -61,6 +61,8 @@ class GrowthRule(TreeRule):
 class PricedRule(TreeRule):
     """A rule that weighs tokens against seconds, which it reads from ``control.costs`` when it first decides."""
 
+    needs_costs = True
+
     def __init__(self, control: Control):
         super().__init__(control)
         self.budgets = np.array(control.budgets)

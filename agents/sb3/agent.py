@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
@@ -13,22 +13,28 @@ import torch
 from sb3_contrib import QRDQN, TRPO, RecurrentPPO
 from scipy.special import softmax
 from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common import monitor
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
-from spec_envs.agents.deciding import Deciding
+from spec_envs.agents.base import Agent
 from spec_envs.agents.exits.policy import ExitPolicy
+from spec_envs.agents.run import CHECKPOINT, Run
+from spec_envs.agents.sb3.callbacks import BEST, Keeper, Monitor
 from spec_envs.agents.sb3.ddqn import DoubleDQN
 from spec_envs.agents.sb3.deployed import bare
+from spec_envs.agents.sb3.vec_env import ReplayVecEnv
 from spec_envs.agents.schedules import schedule
 from spec_envs.agents.timing import cold_seconds
 from spec_envs.controls.base import Control
 from spec_envs.decoding.exits.files import save_exit
 from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.sealed import first_line, number_of, read_torch, read_weights, write_torch, write_weights
+from spec_envs.vector.env import ReplayVectorEnv
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppo": PPO,
@@ -46,10 +52,10 @@ RESERVED = {  # arguments of the algorithms that this class sets itself, or that
     *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
 }
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "policy.safetensors"
 
 
-class SB3Agent(Deciding):
+class SB3Agent(Agent):
     """A Stable-Baselines3 algorithm.
 
     Args:
@@ -70,6 +76,10 @@ class SB3Agent(Deciding):
     Raises:
         ValueError: a hyper-parameter that the algorithm does not have, or a value that it refuses.
     """
+
+    learns_from = "rewards"
+    validated_by = "speedup"
+    starts_from = ("init", "checkpoint")
 
     def __init__(
         self,
@@ -128,6 +138,7 @@ class SB3Agent(Deciding):
             given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
             raise ValueError(f"{algorithm} refuses its hyper-parameters ({given}): {first_line(error)}") from None
         self.control, self.seed = control, seed
+        self.shown = {"agent": algorithm, "seed": seed, "learning_rate": learning_rate, **hyperparameters}
         self.rng = np.random.default_rng(seed)
         self.redeploy()
         self.decision_seconds = self.measure()
@@ -155,48 +166,54 @@ class SB3Agent(Deciding):
         weights = softmax(preferences.astype(float)) if self.network.logits else np.ones(len(preferences))
         return int(self.rng.choice(len(weights), p=weights / weights.sum())), state
 
-    def learn(
-        self,
-        total_timesteps: int,
-        env: gym.Env | VecEnv,
-        callback: list[BaseCallback] | None = None,
-        log: Path | None = None,
-        progress_bar: bool = False,
-    ) -> SB3Agent:
-        """Train until ``total_timesteps`` in all, going on from what was loaded.
+    def learn(self, total_timesteps: int, env: gym.Env | VecEnv | ReplayVectorEnv, run: Run | None = None) -> Self:
+        """Train until ``total_timesteps`` in all, continuing from what was loaded or from the run's checkpoint; with
+        validations the agent is then the best of those that were validated.
 
         Raises:
-            ValueError: another number of environments than the agent was made for.
+            ValueError: another number of environments than the agent was made for, or a checkpoint that cannot be read.
         """
-        vectorized = self.model._wrap_env(env, monitor_wrapper=True)
+        run = run or Run()
+        vectorized = vectorized_of(env)
         if vectorized.num_envs != self.model.n_envs:
             raise ValueError(
                 f"there are {vectorized.num_envs} environments, the agent was made for {self.model.n_envs}; make it with "
                 f"num_envs={vectorized.num_envs}"
             )
-        vectorized.seed(self.seed + self.model.num_timesteps)  # a resumed run goes on with other prompts
+        callbacks = self._callbacks(run, vectorized)
+        vectorized.seed(self.seed + self.model.num_timesteps)  # a resumed run continues with other prompts
         self.model.set_env(vectorized, force_reset=True)
-        self.model.tensorboard_log = str(log) if log else None
+        self.model.tensorboard_log = str(run.folder) if run.folder else None
         remaining = total_timesteps - self.model.num_timesteps
         if remaining > 0:
             self.model.learn(
                 remaining,
-                callback,
+                callbacks,
                 log_interval=1,
                 tb_log_name="events",
                 reset_num_timesteps=False,
-                progress_bar=progress_bar,
+                progress_bar=run.progress_bar,
             )
         self.redeploy()
+        if run.folder and (run.folder / BEST / WEIGHTS).exists():
+            self.load(run.folder / BEST)
         return self
+
+    def _callbacks(self, run: Run, env: VecEnv) -> list[BaseCallback]:
+        """Return the callbacks of a run, after continuing from its checkpoint if there is one."""
+        if run.folder is None:
+            return []
+        history = self.load_checkpoint((run.folder / CHECKPOINT).parent)["history"] if run.begun else []
+        callbacks: list[BaseCallback] = [Keeper(self, run.folder, run, history)]
+        if env.has_attr("prompt"):  # one that decodes
+            callbacks.append(Monitor(run.folder / "log.jsonl", self.shown))
+        return callbacks
 
     def save(self, folder: Path) -> None:
         """Write the policy's weights, last, for they say that it is trained."""
         if isinstance(self.model.policy, ExitPolicy):
             save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
-        write_weights(
-            folder / "policy.safetensors", self.model.policy.state_dict(), decision_seconds=repr(self.decision_seconds)
-        )
+        write_weights(folder / WEIGHTS, self.model.policy.state_dict(), decision_seconds=repr(self.decision_seconds))
 
     def load(self, folder: Path) -> None:
         """Read the policy's weights.
@@ -204,7 +221,7 @@ class SB3Agent(Deciding):
         Raises:
             ValueError: no weights, damaged ones, or those of another network.
         """
-        path, remedy = folder / "policy.safetensors", "delete it to train again"
+        path, remedy = folder / WEIGHTS, "delete it to train again"
         tensors, metadata = read_weights(path, "the policy", remedy)
         seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:
@@ -224,7 +241,6 @@ class SB3Agent(Deciding):
             "parameters": self.model.get_parameters(),
             "num_timesteps": self.model.num_timesteps,
             "updates": self.model._n_updates,
-            "decision_seconds": self.decision_seconds,
             "torch_rng": torch.get_rng_state(),
             "beside": beside,
         }
@@ -233,7 +249,7 @@ class SB3Agent(Deciding):
             rows = buffer.buffer_size if buffer.full else buffer.pos
             state["replay"] = {name: torch.from_numpy(getattr(buffer, name)[:rows]) for name in BUFFER}
             state |= {"pos": buffer.pos, "full": buffer.full}
-        write_torch(folder / CHECKPOINT, state)
+        write_torch(folder / CHECKPOINT.name, state)
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Go on from a checkpoint; returns what was saved ``beside`` it.
@@ -241,12 +257,11 @@ class SB3Agent(Deciding):
         Raises:
             ValueError: no checkpoint, a damaged one, or one of another network or replay buffer.
         """
-        path, remedy = folder / CHECKPOINT, "delete it to begin anew"
+        path, remedy = folder / CHECKPOINT.name, "delete it to begin anew"
         state = read_torch(path, "the checkpoint", remedy)
         try:
             self.model.set_parameters(state["parameters"], exact_match=True, device="cpu")
             self.model.num_timesteps, self.model._n_updates = int(state["num_timesteps"]), int(state["updates"])
-            self.decision_seconds = float(state["decision_seconds"])
             torch.set_rng_state(state["torch_rng"])
             if isinstance(self.model, OffPolicyAlgorithm) and "replay" in state:
                 buffer = self.model.replay_buffer
@@ -260,6 +275,27 @@ class SB3Agent(Deciding):
             raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {remedy}") from None
         self.redeploy()
         return beside
+
+
+def agent_of(algorithm: str) -> type[SB3Agent]:
+    """Return the agent of one algorithm, which is made without naming it."""
+
+    class Named(SB3Agent):
+        def __init__(self, control: Control, **hyperparameters: Any):
+            super().__init__(control, algorithm, **hyperparameters)
+
+    Named.__name__ = Named.__qualname__ = f"{ALGORITHMS[algorithm].__name__}Agent"
+    return Named
+
+
+def vectorized_of(env: gym.Env | VecEnv | ReplayVectorEnv) -> VecEnv:
+    """Return environments as Stable-Baselines3 takes them, a single one in its ``Monitor``."""
+    if isinstance(env, VecEnv):
+        return env
+    if isinstance(env, ReplayVectorEnv):
+        return ReplayVecEnv(env)
+    monitored = env if is_wrapped(env, monitor.Monitor) else monitor.Monitor(env)
+    return DummyVecEnv([lambda: monitored])
 
 
 class Spaces(gym.Env):

@@ -12,8 +12,9 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
-from spec_envs.agents.deciding import Deciding
+from spec_envs.agents.base import Agent
 from spec_envs.agents.resuming import REMEDY, Progress
+from spec_envs.agents.run import Run
 from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter
 from spec_envs.agents.timing import priced_network
 from spec_envs.controls.base import Control
@@ -35,7 +36,7 @@ class Text:
             self.losses.append(loss)
 
 
-class RLAdapterAgent(Deciding):
+class RLAdapterAgent(Agent):
     """The published selector where it plays SpecTopK-v0.
 
     Args:
@@ -51,6 +52,8 @@ class RLAdapterAgent(Deciding):
     Raises:
         ValueError: another control, an unknown hyper-parameter, or a checkpoint that cannot be read.
     """
+
+    learns_from = "rewards"
 
     def __init__(self, control: Control, path: str | None = None, seed: int = 0, **hyperparameters: Any):
         shape, actions = control.observation_space.shape, control.action_space
@@ -89,20 +92,19 @@ class RLAdapterAgent(Deciding):
         """Learn from what an action brought; see ``RLNetworkAdapter.record``."""
         return self.adapter.record(observation, action, reward, next_observation, done)
 
-    def learn(
-        self, total_timesteps: int, env: gym.Env, folder: Path | None = None, checkpoint_freq: int = 2048
-    ) -> Self:
-        """Act and learn for ``total_timesteps`` steps; from the folder's checkpoint on, if there is one.
+    def learn(self, total_timesteps: int, env: gym.Env, run: Run | None = None) -> Self:
+        """Act and learn for ``total_timesteps`` steps, continuing from the run's checkpoint.
 
-        Args:
-            folder: of the run, for checkpoints (below ``last``), ``log.jsonl`` and TensorBoard.
-            checkpoint_freq: steps between checkpoints, each at the end of a text.
+        Raises:
+            ValueError: a checkpoint that cannot be read.
         """
-        progress = Progress(folder, checkpoint_freq, self.adapter.rng, env)
+        progress = Progress(run or Run(), self.adapter.rng, env)
         begun = self._restore(progress.state) if progress.state else self.adapter.update_count
         progress.open_journal("rl_adapter", "reward", {"agent": "rl-adapter", "seed": self.seed})
         text, observation = Text(), progress.begin(self.seed, begun)  # what goes on sees other prompts
-        bar = tqdm(total=total_timesteps, initial=progress.steps, desc="learning k", unit="step")
+        bar = tqdm(
+            total=total_timesteps, initial=progress.steps, desc="learning k", unit="step", disable=progress.quiet
+        )
         while progress.steps < total_timesteps:
             action = self.adapter.act(observation, training=True)
             following, reward, terminated, truncated, info = env.step(action)

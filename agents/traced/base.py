@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from spec_envs.agents.deciding import Deciding
-from spec_envs.agents.exits.journal import Journal
+from spec_envs.agents.base import Agent
+from spec_envs.agents.journal import Journal
+from spec_envs.agents.run import Run
 from spec_envs.agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.agents.traced.lessons import Lessons, replay_of, taught
 from spec_envs.controls.base import Control
@@ -39,7 +40,7 @@ def weighed(control: Control) -> Plans:
     return plans
 
 
-class TracedAgent(Deciding):
+class TracedAgent(Agent):
     """An agent that is fitted to all that a trace knows, over rounds. The first round has the lessons of random decisions;
     each further one adds the lessons of the policy that the round before it left.
 
@@ -62,6 +63,8 @@ class TracedAgent(Deciding):
         looks_at: names of the entries of an observation that it reads.
         decision_seconds: seconds of one decision, measured when the agent is made and then saved with its weights.
     """
+
+    learns_from = "trace"
 
     def __init__(
         self,
@@ -111,32 +114,23 @@ class TracedAgent(Deciding):
             self.known[key] = int(self.actions(seen[None])[0])
         return self.known[key], state
 
-    def learn(
-        self,
-        total_timesteps: int = 0,
-        env: gym.Env | ReplayVectorEnv | None = None,
-        folder: Path | None = None,
-        checkpoint_freq: int = 2048,
-    ) -> Self:
-        """Learn from a trace.
+    def learn(self, total_timesteps: int, env: gym.Env | ReplayVectorEnv, run: Run | None = None) -> Self:
+        """Learn from a trace. Learning takes seconds and begins anew if it was killed: it writes no checkpoints.
 
         Args:
             total_timesteps: ignored; ``cycles`` and ``rounds`` say how much is learned from.
             env: an environment that replays a trace.
-            folder: of the run, for ``log.jsonl`` and TensorBoard; learning takes seconds and begins anew if it was killed.
-            checkpoint_freq: ignored.
+            run: gets ``log.jsonl`` and TensorBoard events.
 
         Raises:
             ValueError: an environment without a trace.
         """
-        if env is None:
-            raise ValueError(f"{type(self).__name__} learns from a trace; pass env=, made with trace=FOLDER")
         vector = replay_of(env)
         rng = np.random.default_rng(self.seed)
         torch.manual_seed(self.seed)
         lessons: Lessons | None = None
         name = type(self).__name__.removesuffix("Agent").lower()
-        journal = Journal(folder, 0, 0, {"agent": name, "seed": self.seed}, name, "loss")
+        journal = Journal((run or Run()).folder, 0, 0, {"agent": name, "seed": self.seed}, name, "loss")
         for number in range(self.rounds):
             actor = self.actions if number else lambda seen: rng.integers(vector.choices, size=len(seen))
             new = taught(vector, actor, self.plans, self.cycles, self.seed + number)

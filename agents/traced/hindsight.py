@@ -35,6 +35,8 @@ class HindsightAgent(TracedAgent):
         control, hyperparameters: those of ``TracedAgent``.
     """
 
+    needs_costs = True
+
     def __init__(self, control: Control, **hyperparameters: Any):
         plans = weighed(control)
         self.outcomes: Outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)

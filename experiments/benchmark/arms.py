@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from spec_envs import agents
-from spec_envs.agents import AGENTS
-from spec_envs.agents.sb3.agent import SB3Agent
-from spec_envs.agents.sb3.vec_env import ReplayVecEnv
+from spec_envs.agents import AGENTS, load
 from spec_envs.agents.traced.base import READS
-from spec_envs.agents.traced.hindsight import HindsightAgent
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.hyperparameters import set_by_run
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
 from spec_envs.experiments.measure.mixes import mixed
 from spec_envs.experiments.measure.statistics import throughput
@@ -64,6 +61,31 @@ LTD_APART = {"SpecDepth-v0": {}, "SpecBudget-v0": {"depth": 2}}  # what its two 
 SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or decide something of their own
     "ltd": {"observation": "ltd"},
     "ucb": {"decision": "cycle"},
+}
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """What is trained on a trace.
+
+    Attributes:
+        agent: a name of ``AGENTS``.
+        envs: environments that it learns from at once.
+        env: keyword arguments of these over the problem's.
+        hyperparameters: of the agent, but for those that the run sets.
+    """
+
+    agent: str
+    envs: int = ENVS
+    env: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+
+ARMS = {
+    "ppo": TrainedArm("ppo", ENVS, {"episode": "cycle"}, PPO | {"learning_rate": 1e-3, "num_envs": ENVS}),
+    "ltd": TrainedArm("ppo", ENVS // 4, LTD, LTD_PPO | LTD_NETS | {"learning_rate": 3e-4, "num_envs": ENVS // 4}),
+    "hindsight": TrainedArm("hindsight"),
+    "exact-pg": TrainedArm("exact-pg"),
 }
 
 
@@ -122,36 +144,23 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         both = [train(part, arm, seed, steps, str(place / part.env_id)) for part in parts]
         return {key: sum(made[key] for made in both) for key in both[0]}
     place.mkdir(parents=True, exist_ok=True)
-    trace = Trace.load(problem.trace)
-    control = problem.control(arm)
+    trace, chosen = Trace.load(problem.trace), ARMS[arm]
+    control, kind = problem.control(arm), AGENTS[chosen.agent]
     begin, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # sums depend on it
-    if arm in ("ppo", "ltd"):
-        hyperparameters: dict[str, Any] = dict(PPO if arm == "ppo" else LTD_PPO | LTD_NETS)
-        count = ENVS if arm == "ppo" else ENVS // 4
-        env = {**(LTD if arm == "ltd" else {"episode": "cycle"}), "observation": control.observation}
-        hyperparameters |= {"learning_rate": 1e-3 if arm == "ppo" else 3e-4, "num_envs": count}
-        vector = ReplayVecEnv(problem.environments(count, **env))
-        agent: Any = SB3Agent(control, "ppo", total_timesteps=steps, seed=seed, **hyperparameters)
-        agent.learn(steps, vector)
-        forwards = vector.env.forwards
-        written = {**hyperparameters, "seed": seed, "total_timesteps": steps}
-        name = "ppo"
-    else:
-        vector = problem.environments(ENVS)
-        chosen = vector.texts if texts is None else vector.texts[:texts]
-        vector.texts = chosen
-        agent = AGENTS[arm](control=control, seed=seed).learn(0, vector)
-        written, name = {"seed": seed}, arm
-        forwards = int(sum(trace.texts[i].tokens for i in chosen))
+    vector = problem.environments(chosen.envs, **chosen.env)
+    if texts is not None:
+        vector.texts = vector.texts[:texts]
+    hyperparameters = {**chosen.hyperparameters, **set_by_run(chosen.agent, seed, steps)}
+    agent = kind(control=control, **hyperparameters).learn(steps, vector)
+    from_trace = kind.learns_from == "trace"
+    forwards = int(sum(trace.texts[i].tokens for i in vector.texts)) if from_trace else vector.forwards
     torch.set_num_threads(threads)
     seconds = time.perf_counter() - begin
-    env_keywords = problem.env | SEEN.get(arm, {})
     agent.save(place)
     write_json(place / "clock.json", trace.manifest.costs)
-    write_json(
-        place / "config.yml", {"id": problem.env_id, "env": env_keywords, "agent": name, "hyperparameters": written}
-    )
+    config = {"id": problem.env_id, "env": problem.env | SEEN.get(arm, {}), "agent": chosen.agent}
+    write_json(place / "config.yml", config | {"hyperparameters": hyperparameters})
     write_json(note, {"seconds": seconds, "forwards": forwards})
     return {"seconds": seconds, "forwards": forwards}
 
@@ -165,10 +174,8 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
         for part in (policy.agent, policy.control.partner.agent):
             part.decision_seconds = part.measure()  # type: ignore[attr-defined]
         return policy
-    control, agent = agents.load(folder)
+    control, agent = load(folder)
     control.costs = table
-    if isinstance(agent, HindsightAgent):
-        agent.price(table)
     agent.decision_seconds = agent.measure()  # here and now, as the table is
     return Policy(control, agent)
 

@@ -31,7 +31,8 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment, stanzas_of
 from spec_envs.experiments.measure.machine import revision
-from spec_envs.experiments.train import run, run_folder, run_stages
+from spec_envs.experiments.runs import run_folder
+from spec_envs.experiments.train import run, run_stages
 from spec_envs.experiments.work_folder import NOTE
 from spec_envs.files import held, read_json, write_json
 from spec_envs.prompts.sets import encode

@@ -22,7 +22,6 @@ import numpy as np
 
 from spec_envs import agents
 from spec_envs.agents import AGENTS
-from spec_envs.agents.rules.base import Rule
 from spec_envs.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import ENGINES, KControl
@@ -38,7 +37,8 @@ from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.measure.tables import side_by_side, tables
-from spec_envs.experiments.train import run_folder, trained
+from spec_envs.experiments.runs import run_folder
+from spec_envs.experiments.train import trained
 from spec_envs.files import read_json, write_json
 
 ID = "SpecK-v0"
@@ -128,7 +128,7 @@ def experiment_for(stanza: str, env: Keywords) -> Experiment:
 def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
     """Return a controller as its stanza has it, or a trained agent, which is trained first if need be."""
     kind = AGENTS[experiment.agent]
-    if isinstance(kind, type) and issubclass(kind, Rule) and kind.learn is Rule.learn:
+    if kind.learns_from == "nothing":
         control = make_control("k", experiment.env)
         return Policy(control, kind(control=control, **experiment.hyperparameters))
     control = make_control("k", experiment.env)

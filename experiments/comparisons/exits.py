@@ -21,7 +21,7 @@ from spec_envs.controls.dvi import exit_of
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.exits.evaluation import Acceptance, drift, exit_decoder
-from spec_envs.experiments.exits.runs import VALIDATED_K, write_own_text
+from spec_envs.experiments.exits.runs import write_own_text
 from spec_envs.experiments.measure.arms import Arm, decoded, run_arms
 from spec_envs.experiments.measure.encoding import Inline, to_json
 from spec_envs.experiments.measure.figures import drawn
@@ -29,7 +29,9 @@ from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
 from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.measure.static import static_chain
-from spec_envs.experiments.train import run_folder, trained
+from spec_envs.experiments.runs import run_folder
+from spec_envs.experiments.train import trained
+from spec_envs.experiments.validation import VALIDATED_K
 from spec_envs.files import whole, write_json
 
 LOG = logging.getLogger(__name__)

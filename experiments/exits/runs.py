@@ -1,30 +1,21 @@
-"""Runs that improve an early exit: the stream that they learn from, and what is validated meanwhile."""
+"""The stream of user turns that an early exit learns from where none is given."""
 
 from __future__ import annotations
 
 import logging
 import random
 from pathlib import Path
-from typing import Any
 
-import gymnasium as gym
-
-from spec_envs.agents.exits.online import OnlineAgent
-from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.drafters.selftext import sampled_turns
 from spec_envs.experiments.drafters.turns import composed_turn, training_turns
-from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder, exit_drafter
-from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.live import Keywords, encoded_prompts
-from spec_envs.experiments.measure.static import static_chain
+from spec_envs.experiments.measure.live import Keywords
 from spec_envs.prompts.conversations import write_log
 
 LOG = logging.getLogger(__name__)
 
 CONVERSATIONS = "conversations.jsonl"
-VALIDATED_K = 4  # drafted tokens per cycle of a validation
 
 
 def write_own_text(path: Path, env: Keywords, count: int, seed: int) -> None:
@@ -49,27 +40,3 @@ def write_own_text(path: Path, env: Keywords, count: int, seed: int) -> None:
     rng.shuffle(turns)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_log(path, turns[:count], "train")
-
-
-def improve(folder: Path, config: dict[str, Any], env: gym.Env, agent: OnlineAgent) -> None:
-    """Learn over the stream from where the run stopped, and keep the exit in the folder."""
-    shown = config["env"] | config["eval_env"]
-    evaluated = exit_decoder(shown, VALIDATED_K)
-    prompts = encoded_prompts(shown, "validation", config["eval_prompts"]) if config["eval_freq"] else []
-
-    def validate(adapter: ExitAdapter) -> dict[str, float]:
-        exit_drafter(evaluated).use(adapter)
-        chain = {"exit": decoded(evaluated, static_chain(VALIDATED_K, VALIDATED_K))}
-        samples = run_arms(chain, prompts, shown.get("max_new_tokens", 128), "validation", quiet=True)["exit"]
-        return vars(Acceptance.of(samples))
-
-    agent.learn(
-        config["total_timesteps"],
-        env,
-        folder,
-        config["checkpoint_freq"],
-        validate,
-        config["eval_freq"],
-        progress_bar=True,
-    )
-    agent.save(folder)

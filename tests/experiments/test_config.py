@@ -10,7 +10,7 @@ from spec_envs.agents import AGENTS
 from spec_envs.controls import make_control
 from spec_envs.experiments import config
 from spec_envs.experiments.config import load_experiment
-from spec_envs.experiments.train import resolved
+from spec_envs.experiments.runs import resolved
 
 STANZAS = [
     (env_id, stanza)
@@ -24,7 +24,7 @@ def test_every_stanza_is_valid_and_builds_its_agent(env_id: str, stanza: str) ->
     experiment = load_experiment(env_id, stanza)
     control = make_control(env_id, experiment.env)
     settings = resolved(experiment, env_id, stanza, seed=0)
-    AGENTS[experiment.agent](control=control, **settings["hyperparameters"])
+    AGENTS[experiment.agent](control=control, **settings.hyperparameters)
 
 
 def test_the_defaults_are_undiscounted() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spec_envs import agents
-from spec_envs.experiments import train
+from spec_envs.experiments import runs, train
 from spec_envs.files import held
 from tests.support.runs import Run, files_of, run_of
 
@@ -18,7 +18,7 @@ def test_a_second_run_is_refused_whatever_its_settings(every: dict[str, Run], tm
     folder = tmp_path / "run"
     other = Run("SpecK-v0", every["ppo"].experiment.model_copy(update={"total_timesteps": 128}))
     with held(folder):
-        train.open_run(folder, train.resolved(every["ppo"].experiment, "SpecK-v0", "stanza", 0))
+        runs.open_run(folder, runs.resolved(every["ppo"].experiment, "SpecK-v0", "stanza", 0))
         before = {path: path.read_bytes() for path in files_of(folder)}
         for run in (every["ppo"], other):
             with pytest.raises(

@@ -16,7 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spec_envs import agents
-from spec_envs.experiments import train
+from spec_envs.agents.loading import DECISION
+from spec_envs.experiments import runs
 from spec_envs.sealed import read_sealed, read_torch
 from tests.support import ROOT
 from tests.support.runs import PROFILE, Run, killed, run_of, weights
@@ -41,7 +42,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(
 ) -> None:
     every[name].train(tmp_path / "whole")
     killed(every[name], tmp_path / "killed", 1)
-    assert not [path for path in train.TRAINED if (tmp_path / "killed" / path).exists()]
+    assert not [path for path in runs.TRAINED if (tmp_path / "killed" / path).exists()]
     every[name].train(tmp_path / "killed")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "killed")]
@@ -161,8 +162,8 @@ def test_what_a_run_measured_is_kept(tiny: dict, tmp_path: Path) -> None:
     for part in ("verify", "draft"):
         seconds = list(table[part].values())
         assert seconds == sorted(seconds)
-    decision = read_sealed(tmp_path / agents.DECISION, "")
+    decision = read_sealed(tmp_path / DECISION, "")
     assert decision["how"] == "measured"
     run.train(tmp_path)
-    assert read_sealed(tmp_path / "clock.json", "") == table and read_sealed(tmp_path / agents.DECISION, "") == decision
+    assert read_sealed(tmp_path / "clock.json", "") == table and read_sealed(tmp_path / DECISION, "") == decision
     assert agents.load(tmp_path)[1].decision_seconds == decision["seconds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from spec_envs import agents
 from spec_envs.controls import candidates
 from spec_envs.decoding.clock import CostTable
-from spec_envs.experiments import evaluate, stream, train
+from spec_envs.experiments import evaluate, runs, stream, train
 from tests.support import ROOT
 
 
@@ -31,6 +32,10 @@ def command(env_id: str, agent: str, root: Path, tiny: dict, *settings: str) -> 
 def few_static_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "DEPTHS", (2, 4))
     monkeypatch.setattr(candidates, "BUDGETS", (7, 15))
+
+
+def made_of(config: dict) -> runs.RunConfig:
+    return runs.RunConfig(**{field.name: config[field.name] for field in dataclasses.fields(runs.RunConfig)})
 
 
 def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
@@ -70,7 +75,9 @@ def test_train_ends_with_a_table_and_a_picture(
     assert "is finished" in capsys.readouterr().out
     (untrained := tmp_path / env_id / "ppo-1").mkdir()
     (untrained / "config.yml").write_text((folder / "config.yml").read_text())
-    train.open_run(untrained, {**config, "seed": 1})  # nothing was trained there yet: other settings may have it
+    runs.open_run(
+        untrained, dataclasses.replace(made_of(config), seed=1)
+    )  # nothing was trained there yet: other settings may have it
     assert agents.read_config(untrained)["seed"] == 1
     with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
         run_train(monkeypatch, [*arguments, "total_timesteps=256"])
@@ -135,7 +142,7 @@ def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
     assert not (folder / "results.json").exists()
     again = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "going on at step" in again.stderr
+    assert "from its last checkpoint" in again.stderr
     steps = [json.loads(line)["timesteps"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps[-1] == 1024
     assert (folder / "results.json").exists()

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from spec_envs import agents, generate
+from spec_envs import generate
 from spec_envs.agents import AGENTS
-from spec_envs.agents.exits.journal import Journal
 from spec_envs.agents.exits.replay import UNDRAFTED, Replay, Segment, joined
+from spec_envs.agents.journal import Journal
+from spec_envs.agents.run import Run
 from spec_envs.controls import make_control
-from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter
+from spec_envs.decoding.exits.adapter import KINDS
 from spec_envs.decoding.exits.files import load_exit
 from spec_envs.decoding.loading import load_decoder
+from spec_envs.experiments.hyperparameters import known_hyperparameters
 from tests.support.cloud_process import FORKS
 from tests.support.exits import EXIT, built, seen
 
@@ -62,7 +64,7 @@ def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
         own = {"texts": texts, "learning_rate": learning_rate, "updates_per_batch": 4, "order": "logged"}
         env, agent = built(tiny, name, kind, shared, **own, **schedule)
         (tmp_path / folder).mkdir()
-        agent.learn(10**6, env, tmp_path / folder)
+        agent.learn(10**6, env, Run(tmp_path / folder))
         lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
         assert set(lines[0]) >= {"step", "loss_rl", "loss_slow", "accept_rate", "ppl_sample", "tokens", "texts"}
         return [line["accept_rate"] for line in lines]
@@ -232,10 +234,10 @@ def learning(name: str, folder: str, keywords: dict, own: dict) -> None:
     torch.set_num_threads(1)
     agent = AGENTS[name](control=make_control("dvi", keywords), **own)
 
-    def validate(adapter: ExitAdapter) -> dict[str, float]:
-        return {"norm": float(sum(p.norm() for p in adapter.parameters()))}
+    def validate(agent: Any) -> dict[str, float]:
+        return {"norm": float(sum(p.norm() for p in agent.adapter.parameters()))}
 
-    agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), Path(folder), 40, validate, eval_freq=60)
+    agent.learn(10**6, gym.make("SpecDVI-v0", **keywords), Run(Path(folder), 40, 60, validate))
     agent.save(Path(folder))
 
 
@@ -287,7 +289,7 @@ def test_a_damaged_checkpoint_is_a_sentence(tiny: dict, tmp_path: Path) -> None:
     (tmp_path / "last" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     env, agent = built(tiny, "dvi", "head")
     with pytest.raises(ValueError, match=r"cannot read the checkpoint .*checkpoint.pt: .*; delete it to begin anew"):
-        agent.learn(100, env, tmp_path)
+        agent.learn(100, env, Run(tmp_path))
 
 
 def test_a_journal_drops_what_is_done_again(tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_a_slow_step_that_did_not_happen_has_no_loss(tiny: dict, tmp_path: Path)
     """Every second update is one of the verifier; a text of one row has no next token to learn from."""
     own = {"fast_batch": 1, "replay_batch": 0, "slow_every": 2, "texts": 6}
     env, agent = built({**tiny, "draft_temperature": 1.0}, "reinforce", "layers", **own)
-    agent.learn(10**6, env, tmp_path)
+    agent.learn(10**6, env, Run(tmp_path))
     lines = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) > 4
     assert all(line["loss_slow"] is None for line in lines if line["step"] % 2)
@@ -365,4 +367,4 @@ def test_bad_problems(tiny: dict) -> None:
         AGENTS["dvi"](control=make_control("k", {}))
     with pytest.raises(ValueError, match="draft_temperature is 0, at which nothing is drawn"):
         AGENTS["reinforce"](control=make_control("dvi", {**tiny, **EXIT}))
-    assert agents.known_hyperparameters("dvi") >= {"fast_batch", "kl_steps", "texts"}
+    assert known_hyperparameters("dvi") >= {"fast_batch", "kl_steps", "texts"}

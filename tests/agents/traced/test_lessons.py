@@ -19,6 +19,8 @@ from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.runs import resolved
 from spec_envs.experiments.train import trace_of
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.lessons import random_lessons
@@ -153,8 +155,9 @@ def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, Repl
 
 
 def test_a_run_learns_from_the_trace_that_is_named(traces: dict[str, Trace], tmp_path: Path) -> None:
-    config = {"id": "SpecK-v0", "record": [4, 1, 2]}
-    found = trace_of(tmp_path / "SpecK-v0" / "hindsight-0", config, {"trace": str(traces["copies"].folder)})
+    experiment = load_experiment("SpecK-v0", "hindsight", [f"env.trace={traces['copies'].folder}", "record=[4,1,2]"])
+    config = resolved(experiment, "SpecK-v0", "hindsight", 0)
+    found = trace_of(tmp_path / "SpecK-v0" / "hindsight-0", config)
     assert found.folder == traces["copies"].folder
     assert not list(tmp_path.iterdir())
 

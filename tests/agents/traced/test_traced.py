@@ -27,7 +27,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.bounds import Bounds
 from spec_envs.experiments.config import Experiment
-from spec_envs.experiments.train import open_run, resolved
+from spec_envs.experiments.runs import open_run, resolved
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.lessons import random_lessons
 from tests.support.traced import CASES, TABLE, TREE, control_of, costs_in
@@ -41,7 +41,7 @@ SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_
 def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
     """Both agents, trained in each case."""
     return {
-        (name, case): AGENTS[name](control=control_of(case), seed=4, **SMALL).learn(env=copy.deepcopy(vectors[case]))
+        (name, case): AGENTS[name](control=control_of(case), seed=4, **SMALL).learn(0, copy.deepcopy(vectors[case]))
         for case in LEARNED
         for name in ("hindsight", "exact-pg")
     }
@@ -191,10 +191,8 @@ def test_hindsight_says_what_it_lacks(
     agent = HindsightAgent(control, **SMALL)
     with pytest.raises(ValueError, match="nothing to save"):
         agent.save(tmp_path)
-    with pytest.raises(ValueError, match="pass env="):
-        agent.learn()
     with pytest.raises(ValueError, match="pass trace=FOLDER"):
-        agent.learn(env=gym.make("SpecDepth-v0", **tiny, **CASES["depth"][2]))
+        agent.learn(0, gym.make("SpecDepth-v0", **tiny, **CASES["depth"][2]))
     with pytest.raises(ValueError, match="control's costs"):
         agent.predict(np.zeros(control.observation_space.shape, np.float32))
     learned["hindsight", "depth"].save(tmp_path)

@@ -14,9 +14,9 @@ from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.config import Experiment
+from spec_envs.experiments.runs import open_run, resolved
 from spec_envs.experiments.traces import minari as minari_export
 from spec_envs.experiments.traces.minari import exported
-from spec_envs.experiments.train import open_run, resolved
 
 minari = pytest.importorskip("minari", reason="the extra `minari` is not installed")
 

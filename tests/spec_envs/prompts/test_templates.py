@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.experiments.runs import resolved
 from spec_envs.experiments.traces.record import Plan, recorded
-from spec_envs.experiments.train import resolved
 from spec_envs.prompts import templates
 from spec_envs.prompts.sets import Prompt, encode, encode_all
 from spec_envs.prompts.templates import DATE, Refused, rendered
@@ -189,12 +189,12 @@ def test_random_numbers_of_a_template_are_always_the_same(tokenizer: PreTrainedT
 
 def test_runs_and_traces_record_the_day(tiny: dict, tmp_path: Path, tiny_draft: Path) -> None:
     stanza = load_experiment("SpecK-v0", "ppo")
-    config = yaml.safe_load(yaml.safe_dump(resolved(stanza, "SpecK-v0", "ppo", 0)))
-    assert config["env"]["date"] == DATE
+    config = yaml.safe_load(yaml.safe_dump(resolved(stanza, "SpecK-v0", "ppo", 0).env))
+    assert config["date"] == DATE
     stanza = load_experiment("SpecK-v0", "ppo", ["env.date='2026-03-05'"])
-    assert resolved(stanza, "SpecK-v0", "ppo", 0)["env"]["date"] == "2026-03-05"
+    assert resolved(stanza, "SpecK-v0", "ppo", 0).env["date"] == "2026-03-05"
     stanza = load_experiment("SpecK-v0", "ppo", ["env.trace=somewhere"])  # which knows its own
-    assert "date" not in resolved(stanza, "SpecK-v0", "ppo", 0)["env"]
+    assert "date" not in resolved(stanza, "SpecK-v0", "ppo", 0).env
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
     plan = Plan("SpecK-v0", env | {"drafter": "lookup", "k_max": 3, "date": "2026-03-05"}, (2, 0, 0))

@@ -1,26 +1,27 @@
-"""What happens around training: TensorBoard, validation, checkpoints."""
+"""Callbacks that keep an agent while Stable-Baselines3 trains it: figures, validations, checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
 
-from spec_envs.agents.exits.journal import append, keep
-from spec_envs.agents.sb3.agent import SB3Agent
+from spec_envs.agents.journal import append, keep
+from spec_envs.agents.run import CHECKPOINT, Run
 
+BEST = "best"  # folder of the best agent, below the run's
 TEXT_ONLY = ("stdout", "log", "json", "csv")  # formats that cannot show a histogram
 
 
 class Monitor(BaseCallback):
-    """Throughput, speedup, emitted per cycle, acceptance, seconds by part and actions by task, per rollout.
+    """Log throughput, speedup, emitted per cycle, acceptance, seconds by part and actions by task, per rollout.
 
     Args:
-        path: JSONL file that gets one line per rollout.
+        path: JSONL file that gets a line per rollout.
         hyperparameters: shown in TensorBoard's HPARAMS tab.
     """
 
@@ -82,29 +83,32 @@ class Monitor(BaseCallback):
         self._clear()
 
 
+class Kept(Protocol):
+    """What ``Keeper`` needs of the agent that is trained."""
+
+    def redeploy(self) -> None:
+        """Decide by the policy's present weights."""
+
+    def save(self, folder: Path) -> None:
+        """Write the policy's weights."""
+
+    def save_checkpoint(self, folder: Path, **beside: Any) -> None:
+        """Write everything that training needs to continue, and what is given beside it."""
+
+
 class Keeper(BaseCallback):
-    """Validates and checkpoints between rollouts, when no update is half done.
+    """Validate and write checkpoints between rollouts, when no update is half done.
 
     Args:
         agent: what is trained.
         folder: the run's; ``best/`` below it keeps the best agent, ``last/`` the checkpoint.
-        checkpoint_freq, eval_freq: in steps; ``eval_freq`` 0 keeps the last agent as the best.
-        validate: speedup of the agent as it is.
+        run: how often; without validations the last agent is the best.
         history: steps and speedup of the validations so far; they are kept in the checkpoint.
     """
 
-    def __init__(
-        self,
-        agent: SB3Agent,
-        folder: Path,
-        checkpoint_freq: int,
-        eval_freq: int,
-        validate: Callable[[], float],
-        history: Sequence[tuple[int, float]] = (),
-    ):
+    def __init__(self, agent: Kept, folder: Path, run: Run, history: Sequence[tuple[int, float]] = ()):
         super().__init__()
-        self.agent, self.folder, self.validate = agent, folder, validate
-        self.checkpoint_freq, self.eval_freq = checkpoint_freq, eval_freq
+        self.agent, self.folder, self.run = agent, folder, run
         self.history = [(int(step), float(value)) for step, value in history]
 
     def _on_step(self) -> bool:
@@ -114,30 +118,33 @@ class Keeper(BaseCallback):
         self.saved = self.num_timesteps
 
     def _on_rollout_start(self) -> None:
-        if self.eval_freq and self.num_timesteps - self._validated() >= self.eval_freq:
+        if self.run.eval_freq and self.num_timesteps - self._validated() >= self.run.eval_freq:
             self._validate()
             self._save()
-        elif self.num_timesteps - self.saved >= self.checkpoint_freq:
+        elif self.num_timesteps - self.saved >= self.run.checkpoint_freq:
             self._save()
 
     def _on_training_end(self) -> None:
-        if self.eval_freq and self.num_timesteps > self._validated():
+        if self.run.eval_freq and self.num_timesteps > self._validated():
             self._validate()
         self._save()
 
     def _validated(self) -> int:
-        """Steps at the last validation."""
+        """Return the steps at the last validation."""
         return self.history[-1][0] if self.history else 0
 
     def _validate(self) -> None:
+        """Validate the agent as it is, and keep it where it is the best so far."""
+        if self.run.validate is None:
+            return
         self.agent.redeploy()
-        value = self.validate()
+        value = self.run.validate(self.agent)["speedup"]
         if not self.history or value > max(v for _, v in self.history):
-            self.agent.save(self.folder / "best")
+            self.agent.save(self.folder / BEST)
         self.history.append((self.num_timesteps, value))
         for writer in (f.writer for f in self.logger.output_formats if isinstance(f, TensorBoardOutputFormat)):
             writer.add_scalar("validation/speedup", value, self.num_timesteps)
 
     def _save(self) -> None:
-        self.agent.save_checkpoint(self.folder / "last", history=self.history)
+        self.agent.save_checkpoint((self.folder / CHECKPOINT).parent, history=self.history)
         self.saved = self.num_timesteps

@@ -1,0 +1,122 @@
+"""Run folders: what a run is made of, and the folder that holds it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spec_envs.agents import read_config
+from spec_envs.agents.run import CHECKPOINT
+from spec_envs.experiments.config import Experiment
+from spec_envs.experiments.hyperparameters import set_by_run
+from spec_envs.experiments.measure.machine import revision, versions
+from spec_envs.files import LOCK, TEMPORARY, whole
+from spec_envs.prompts.templates import DATE
+
+CONFIG = "config.yml"
+RESULTS = "results.json"
+TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves in its folder
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of a run as they are written beside its results.
+
+    Attributes:
+        id: the environment's.
+        stanza: name of the stanza that the run comes from.
+        seed: of agent and environment.
+        partner: absolute path of the partner's run folder.
+        hyperparameters: of the agent, with the seed and the total where it takes them.
+
+    The others are those of ``Experiment``.
+    """
+
+    id: str
+    stanza: str
+    seed: int
+    agent: str
+    env: dict[str, Any]
+    eval_env: dict[str, Any]
+    total_timesteps: int
+    eval_freq: int
+    eval_prompts: int
+    test_prompts: int
+    checkpoint_freq: int
+    own_text: int
+    record: list[int]
+    calibrate: bool
+    partner: str | None
+    init: str | None
+    checkpoint: str | None
+    hyperparameters: dict[str, Any]
+
+    @property
+    def shown_env(self) -> dict[str, Any]:
+        """Keyword arguments of the environment in the final table."""
+        return {**self.env, **self.eval_env}
+
+
+def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> RunConfig:
+    """Return the settings of a run of a stanza."""
+    env = experiment.env if experiment.env.get("trace") else {"date": DATE} | experiment.env  # a trace has its own
+    given = set_by_run(experiment.agent, seed, experiment.total_timesteps)
+    return RunConfig(
+        **experiment.model_dump(exclude={"env", "partner", "hyperparameters", "stages"}),
+        id=env_id,
+        stanza=stanza,
+        seed=seed,
+        env=env,
+        partner=str(Path(experiment.partner).resolve()) if experiment.partner else None,
+        hyperparameters={**experiment.hyperparameters, **given},
+    )
+
+
+def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
+    """Return where a run lies."""
+    return root / env_id / f"{stanza}-{seed}"
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether the agent of a run has been trained to its end."""
+    return any((folder / name).exists() for name in TRAINED)
+
+
+def open_run(folder: Path, config: RunConfig) -> None:
+    """Make the folder of a run, which this process holds, or check that it is this run's.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings that has trained or was evaluated already.
+    """
+    for left in folder.rglob(f"*{TEMPORARY}"):  # by a process that was killed while it wrote
+        left.unlink()
+    if (folder / CONFIG).exists():
+        found = read_config(folder)
+        settings = asdict(config)
+        differing = sorted(field.name for field in fields(config) if found.get(field.name) != settings[field.name])
+        if not differing:
+            return
+        if is_trained(folder) or (folder / CHECKPOINT).exists() or (folder / RESULTS).exists():
+            raise ValueError(
+                f"{folder} holds a run with another {', '.join(differing)}; "
+                "choose another SEED or ROOT, or delete that folder to start over"
+            )
+        clear(folder)  # nothing in it could be continued
+    for part in (folder, folder / "best", folder / "last"):
+        part.mkdir(parents=True, exist_ok=True)
+    made_with = {"versions": versions(), "revision": revision()}
+    with whole(folder / CONFIG) as temporary:
+        temporary.write_text(yaml.safe_dump(asdict(config) | made_with, sort_keys=False))
+
+
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

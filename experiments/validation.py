@@ -1,0 +1,101 @@
+"""What an agent is worth while it is trained, on validation prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from spec_envs.agents import load
+from spec_envs.agents.base import Agent
+from spec_envs.agents.exits.base import ExitAgent
+from spec_envs.agents.loading import cost_table
+from spec_envs.controls import Control, Policy, make_control
+from spec_envs.decoding.decoder import Decoder
+from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder, exit_drafter
+from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.static import static_chain
+from spec_envs.experiments.measure.statistics import ratio
+from spec_envs.experiments.runs import RunConfig
+
+VALIDATED_K = 4  # drafted tokens per cycle of an exit's validation
+
+
+class Validation(Protocol):
+    """Figures of an agent as it is, by name; its decoders are opened when it is first asked."""
+
+    def __call__(self, agent: Any) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+class Speedup:
+    """The speedup of a policy over plain decoding.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig):
+        self.folder, self.config = folder, config
+        self.opened: list[Decoder] = []
+
+    @cached_property
+    def control(self) -> Control:
+        """A control of its own, since a validation must not disturb the episode under way."""
+        control = make_control(self.config.id, self.config.env)
+        if self.config.partner:
+            control.compose(*load(self.config.partner))
+        if control.cost_features:
+            control.costs = cost_table(self.folder, self.config.env)
+        return control
+
+    @cached_property
+    def decoders(self) -> tuple[Decoder, Decoder]:
+        """One that follows the agent, and one that decodes plainly."""
+        decoder = decoder_for(self.config.env, self.control)
+        self.opened = [decoder, decoder.plain()]
+        return decoder, self.opened[1]
+
+    @cached_property
+    def prompts(self) -> Sequence[Encoded]:
+        return encoded_prompts(self.config.env, "validation", self.config.eval_prompts)
+
+    def __call__(self, agent: Agent) -> dict[str, float]:
+        decoder, plain = self.decoders
+        arms = {"plain": decoded(plain, None), "agent": decoded(decoder, Policy(self.control, agent))}
+        samples = run_arms(arms, self.prompts, self.config.env.get("max_new_tokens", 128), "validation")
+        return {"speedup": ratio(samples["agent"], samples["plain"]).value}
+
+    def close(self) -> None:
+        for decoder in self.opened:
+            decoder.close()
+
+
+class ExitAcceptance:
+    """How much of what an early exit drafts is accepted."""
+
+    def __init__(self, folder: Path, config: RunConfig):
+        self.env, self.count = config.shown_env, config.eval_prompts
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return exit_decoder(self.env, VALIDATED_K)
+
+    @cached_property
+    def prompts(self) -> Sequence[Encoded]:
+        return encoded_prompts(self.env, "validation", self.count)
+
+    def __call__(self, agent: ExitAgent) -> dict[str, float]:
+        exit_drafter(self.decoder).use(agent.adapter.snapshot())
+        chain = {"exit": decoded(self.decoder, static_chain(VALIDATED_K, VALIDATED_K))}
+        samples = run_arms(chain, self.prompts, self.env.get("max_new_tokens", 128), "validation", quiet=True)
+        return vars(Acceptance.of(samples["exit"]))
+
+    def close(self) -> None:
+        pass
+
+
+VALIDATIONS: dict[str, Callable[[Path, RunConfig], Validation]] = {"speedup": Speedup, "acceptance": ExitAcceptance}
