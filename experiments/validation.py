@@ -12,7 +12,7 @@ from spec_envs.agents.base import Agent
 from spec_envs.agents.exits.base import ExitAgent
 from spec_envs.agents.loading import cost_table
 from spec_envs.controls import Control, Policy, make_control
-from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.engine import Engine
 from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder, exit_drafter
 from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
@@ -40,7 +40,7 @@ class Speedup:
 
     def __init__(self, folder: Path, config: RunConfig):
         self.folder, self.config = folder, config
-        self.opened: list[Decoder] = []
+        self.opened: list[Engine] = []
 
     @cached_property
     def control(self) -> Control:
@@ -53,7 +53,7 @@ class Speedup:
         return control
 
     @cached_property
-    def decoders(self) -> tuple[Decoder, Decoder]:
+    def decoders(self) -> tuple[Engine, Engine]:
         """One that follows the agent, and one that decodes plainly."""
         decoder = decoder_for(self.config.env, self.control)
         self.opened = [decoder, decoder.plain()]
@@ -81,7 +81,7 @@ class ExitAcceptance:
         self.env, self.count = config.shown_env, config.eval_prompts
 
     @cached_property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> Engine:
         return exit_decoder(self.env, VALIDATED_K)
 
     @cached_property
