@@ -12,6 +12,7 @@ from spec_envs.agents.base import Agent
 from spec_envs.agents.exits.base import ExitAgent
 from spec_envs.agents.loading import cost_table
 from spec_envs.controls import Control, Policy, make_control
+from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.engine import Engine
 from spec_envs.experiments.exits.evaluation import Acceptance, exit_decoder, exit_drafter
 from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
@@ -81,7 +82,7 @@ class ExitAcceptance:
         self.env, self.count = config.shown_env, config.eval_prompts
 
     @cached_property
-    def decoder(self) -> Engine:
+    def decoder(self) -> Decoder:
         return exit_decoder(self.env, VALIDATED_K)
 
     @cached_property
