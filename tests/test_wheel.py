@@ -1,0 +1,117 @@
+"""What is installed: one package with all its files, which works from any directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec_envs.decoding.traces.trace import Trace
+
+ROOT = Path(__file__).parents[1]
+PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check")
+LINKED = ("agents", "experiments")  # folders at the top that are installed within the package
+SCRIPT = """
+import json, sys
+import gymnasium as gym
+import spec_envs
+from spec_envs import agents
+
+for env_id, keywords in json.loads(sys.argv[1]).items():
+    env = gym.make(env_id, **keywords)
+    env.reset(seed=0)
+    env.step(0)
+    env.close()
+loaded = [agents.load(folder.name)[0].name for folder in sorted(agents.SHIPPED.iterdir())]
+print(json.dumps([spec_envs.__file__, agents.__file__, loaded]))
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packed, so that building leaves nothing in the repository."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *LINKED, "spec_envs"):
+        place = ROOT / name
+        if place.is_dir():
+            shutil.copytree(place, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(place, folder / name)
+    return folder
+
+
+def wheel(source: Path, into: Path) -> Path:
+    """Build a wheel without the network."""
+    subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", into, source], check=True)
+    [made] = into.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel(sources, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--target", folder, built], check=True)
+    return folder
+
+
+def run(installed: Path, directory: Path, *arguments: str) -> str:
+    """Run Python in another directory, where only what was installed is found."""
+    environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    return subprocess.check_output([sys.executable, *arguments], cwd=directory, env=environment, text=True)
+
+
+def files_of(archive: Path) -> set[str]:
+    """Return the names of a wheel's files, its metadata apart."""
+    return {name for name in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in name}
+
+
+def test_a_wheel_has_every_file_of_one_package(sources: Path, built: Path) -> None:
+    wanted = {
+        str(place.relative_to(sources))
+        for folder in ("spec_envs", *(f"spec_envs/{name}" for name in LINKED))
+        for place in (sources / folder).glob("**/*")
+        if place.is_file()
+    }
+    assert files_of(built) == wanted
+
+
+def test_a_source_distribution_makes_the_same_wheel(sources: Path, built: Path, tmp_path: Path) -> None:
+    """Folders that are links in the repository are folders in it."""
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=sources, check=True, stdout=subprocess.DEVNULL)
+    [made] = tmp_path.glob("*.tar.gz")
+    assert files_of(wheel(made, tmp_path / "wheel")) == files_of(built)
+
+
+def test_only_one_name_is_installed(installed: Path) -> None:
+    assert {place.name.partition("-")[0] for place in installed.iterdir()} == {"spec_envs"}
+
+
+def test_everything_works_from_an_unrelated_directory(
+    installed: Path, tmp_path: Path, tiny: dict[str, Any], traces: dict[str, Trace]
+) -> None:
+    """Each environment is made and stepped, and each shipped agent loads."""
+    trees = {"trace": str(traces["tree"].folder), "max_depth": 4, "width": 4, "max_new_tokens": 20}
+    keywords = {env_id: trees for env_id in ("SpecDepth-v0", "SpecBudget-v0", "SpecTree-v0")}
+    keywords |= {"SpecK-v0": {"trace": "qwen2.5-coder-32b-cpu"}, "SpecTopK-v0": {"trace": "smollm2-135m-topk"}}
+    keywords |= {"SpecDVI-v0": tiny | {"drafter": "auto"}}
+    package, agents, loaded = json.loads(run(installed, tmp_path, "-c", SCRIPT, json.dumps(keywords)))
+    assert [Path(package).parents[1], Path(agents).parents[2]] == [installed, installed]
+    assert loaded == ["budget", "depth", "k", "tree"]
+
+
+def test_commands_are_run_from_an_unrelated_directory(installed: Path, tmp_path: Path) -> None:
+    shown = run(installed, tmp_path, "-m", "spec_envs.experiments.train", "--help")
+    assert "environment id: SpecDepth-v0, SpecBudget-v0" in " ".join(shown.split())
