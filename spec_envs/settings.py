@@ -108,9 +108,14 @@ class Settings(BaseModel):
             ValueError: a value out of its range, or two that do not go together.
         """
         check_keywords(kind, given)
-        settings = cls(**{name: plain(value) for name, value in given.items() if name in cls.model_fields})
+        settings = cls.shared(given)
         settings._check(list(kind.rewards))
         return settings
+
+    @classmethod
+    def shared(cls, given: Mapping[str, Any]) -> Settings:
+        """Return the shared settings among keyword arguments that ``read`` has taken before; the others are passed over."""
+        return cls(**{name: plain(value) for name, value in given.items() if name in cls.model_fields})
 
     def _check(self, rewards: Sequence[str]) -> None:
         """Refuse what no environment takes, and rewards that the problem does not offer."""

@@ -104,7 +104,7 @@ def test_everything_works_from_an_unrelated_directory(
 ) -> None:
     """Each environment is made and stepped, and each shipped agent loads."""
     trees = {"trace": str(traces["tree"].folder), "max_depth": 4, "width": 4, "max_new_tokens": 20}
-    keywords = {env_id: trees for env_id in ("SpecDepth-v0", "SpecBudget-v0", "SpecTree-v0")}
+    keywords = dict.fromkeys(("SpecDepth-v0", "SpecBudget-v0", "SpecTree-v0"), trees)
     keywords |= {"SpecK-v0": {"trace": "qwen2.5-coder-32b-cpu"}, "SpecTopK-v0": {"trace": "smollm2-135m-topk"}}
     keywords |= {"SpecDVI-v0": tiny | {"drafter": "auto"}}
     package, agents, loaded = json.loads(run(installed, tmp_path, "-c", SCRIPT, json.dumps(keywords)))

@@ -9,12 +9,14 @@ from spec_envs import recordings
 from spec_envs.controls import Control
 from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.engine import Engine
-from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.decoding.loading import default_drafter, load_decoder
 from spec_envs.decoding.model.shape import Shape
+from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts
+from spec_envs.settings import Settings
 
 DRAFTED = 32  # rows after a text that its drafts may take up
 Keywords = dict[str, Any]
@@ -52,15 +54,15 @@ def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
     """
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
-    if env.get("trace"):
-        recorded = recordings.load(env["trace"]).prompts(split, env.get("prompts", "all"))
+    settings = Settings.shared(env)
+    if settings.trace:
+        recorded = recordings.load(settings.trace).prompts(split, settings.prompts)
         return [Encoded(*prompt) for prompt in itertools.islice(itertools.cycle(recorded), count)]
-    prompts = load_prompts(env.get("prompts", "all"), split, env.get("data_dir"))
-    target = env.get("target", DEFAULT_TARGET)
+    prompts, target = load_prompts(settings.prompts, split, settings.data_dir), settings.target
     tokenizer, context = load_tokenizer(target), Shape.from_config(load_config(model_folder(target))).context
-    mixed = in_turn(prompts, max(1, env.get("switch_every", 0)))
-    encoded = encode_all(tokenizer, mixed, env.get("template"), env.get("date"))
-    room = context - env.get("max_new_tokens", 128) - DRAFTED
+    mixed = in_turn(prompts, max(1, settings.switch_every))
+    encoded = encode_all(tokenizer, mixed, settings.template, settings.date)
+    room = context - (settings.max_new_tokens or MAX_NEW_TOKENS) - DRAFTED
     fitting = (Encoded(p.task, ids) for p, ids in encoded if not p.logged or len(ids) <= room)
     if not (found := list(itertools.islice(fitting, count))):
         raise ValueError(
@@ -72,6 +74,6 @@ def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
 
 def target_and_drafter(env: Keywords) -> tuple[str, str]:
     """Return target and drafter of an environment with these keyword arguments."""
-    target = env.get("target", DEFAULT_TARGET)
-    drafter = env.get("drafter", "auto")
-    return target, default_drafter(target) if drafter == "auto" else drafter
+    settings = Settings.shared(env)
+    drafter = default_drafter(settings.target) if settings.drafter == "auto" else settings.drafter
+    return settings.target, drafter

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from spec_envs.controls import CONTROLS
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
+from spec_envs.decoding.traces.recording import DEFAULTS
 from spec_envs.decoding.traces.synthetic import PROFILES, Profile
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.record import Plan
 from spec_envs.network.link import load_link
-from spec_envs.settings import keyword_types
+from spec_envs.settings import Settings, keyword_types
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.recordings import sizes
 
@@ -33,6 +35,17 @@ NAN, INF = float("nan"), float("inf")
 def shared(traces: dict[str, Trace], plans: dict[str, Plan]) -> dict[str, Any]:
     """Keyword arguments of an environment that replays trees."""
     return {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **sizes(plans["tree"])}
+
+
+def test_settings_without_effect_are_those_of_their_defaults() -> None:
+    assert {name: Settings.model_fields[name].default for name in DEFAULTS} == DEFAULTS
+
+
+def test_settings_are_frozen() -> None:
+    settings = Settings.read(CONTROLS["k"], {"pace": np.float32(2), "k_max": 4})
+    assert settings.pace == 2.0 and settings == Settings.shared({"pace": 2.0, "decision": "token"})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.pace = 3.0  # type: ignore[misc]
 
 
 WITHOUT_EFFECT: list[dict[str, Any]] = [

@@ -170,11 +170,11 @@ def test_domains_take_turns() -> None:
     assert [p.task + p.text for p in in_turn([*a, *b], 2)] == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "a4"]
 
 
-def test_an_environment_reads_logs(tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_environment_reads_logs(tiny: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = {"conversations": [{"from": "human", "value": "the " * 3000}]}
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [GOOD, long])))
     env = gym.make("SpecDepth-v0", **tiny, prompts=str(tmp_path / "log.jsonl"), split="all")
-    assert "left out 1 of 3 prompts, longer than" in capsys.readouterr().err
+    assert "left out 1 of 3 prompts, longer than" in caplog.text
     shown = {**tiny, "prompts": str(tmp_path / "log.jsonl")}
     assert len(encoded_prompts(shown, "all", 9)) == 2
     (tmp_path / "log.jsonl").write_text(json.dumps(long))
