@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from http import HTTPStatus
 
 TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the token, so that no list of processes shows it
-SHORTEST = 16  # characters of a token that keeps strangers out
+SHORTEST = 16  # characters of a token that cannot be guessed
 FORM = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 CHALLENGE = 'Bearer realm="spec-envs"'
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address can be reached from this machine alone."""
+    """Return whether an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -23,10 +23,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_token(token: str) -> None:
-    """Refuse a token that cannot stand in a header; an empty one is none.
+    """Refuse a token that cannot be sent in a header; an empty token means that there is none.
 
     Raises:
-        ValueError: it has other characters than RFC 6750 allows.
+        ValueError: it has characters that RFC 6750 does not allow.
     """
     if token and not FORM.fullmatch(token):
         raise ValueError(
@@ -35,10 +35,10 @@ def check_token(token: str) -> None:
 
 
 def check_served(token: str, host: str) -> None:
-    """Refuse to serve others than this machine without a token that is hard to guess.
+    """Refuse to serve other machines without a token that is hard to guess.
 
     Raises:
-        ValueError: there is none, a short one, or one that cannot stand in a header.
+        ValueError: there is no token, it is too short, or it cannot be sent in a header.
     """
     check_token(token)
     if is_loopback(host):
@@ -56,11 +56,11 @@ def check_served(token: str, host: str) -> None:
 
 
 def denied(given: Sequence[str], token: str) -> tuple[HTTPStatus, str, str] | None:
-    """Return status, challenge and sentence of a request that is not authorized, else None.
+    """Return status, challenge and body of the response to a request that is not authorized, or None if it is.
 
     Args:
-        given: its Authorization headers.
-        token: the cloud's; empty asks for none.
+        given: the request's Authorization headers.
+        token: the cloud's own token; if it is empty, every request is authorized.
     """
     if len(given) > 1:
         challenge = f'{CHALLENGE}, error="invalid_request"'
@@ -69,7 +69,7 @@ def denied(given: Sequence[str], token: str) -> tuple[HTTPStatus, str, str] | No
         return None
     scheme, _, value = given[0].strip().partition(" ") if given else ("", "", "")
     sentence = "expected Authorization: Bearer and the cloud's token\n"
-    if scheme.lower() != "bearer":  # RFC 6750, 3.1: no error code where nothing was tried
+    if scheme.lower() != "bearer":  # RFC 6750, 3.1: no error code if no token was given
         return HTTPStatus.UNAUTHORIZED, CHALLENGE, sentence
     if not hmac.compare_digest(value.strip().encode(errors="surrogateescape"), token.encode()):
         return HTTPStatus.UNAUTHORIZED, f'{CHALLENGE}, error="invalid_token"', sentence

@@ -1,4 +1,4 @@
-"""Where an edge's requests go: to a cloud (`websocket.py`), or over a simulated link to one in this process."""
+"""Channels carry an edge's requests to a cloud (`websocket.py`), or over a simulated link to a cloud in this process."""
 
 from __future__ import annotations
 
@@ -27,43 +27,49 @@ from spec_envs.network.wire import (
 
 
 class Channel(Protocol):
-    """Requests and answers of one session at a time.
+    """Carries the requests and answers of one session at a time.
 
     Attributes:
-        rtt: seconds of a round trip of next to nothing, as last seen.
+        rtt: seconds of the last round trip of a tiny message.
     """
 
     rtt: float
 
     def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
-        """A new session."""
+        """Open a new session and return the cloud's greeting."""
 
     def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
-        """The answer to a request that is made out for what the cloud has of the text: ``shared`` tokens, or fewer."""
+        """Send a request and return its answer.
+
+        Args:
+            shared: tokens of the text that the cloud is known to have.
+            request: makes the request for a cloud that has so many tokens: ``shared``, or fewer after a reconnection.
+        """
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
-        """The tokens of plain decoding as they come."""
+        """Yield the tokens of plain decoding as they arrive; the arguments are those of ``exchange``."""
 
     def idle(self) -> None:
-        """A round goes by in which nothing is sent."""
+        """Let a round pass in which nothing is sent."""
 
     def another(self) -> Channel:
-        """A channel to the same cloud over the same kind of link."""
+        """Return another channel to the same cloud over the same kind of link."""
 
     def close(self) -> None:
         """End the session; may be called twice."""
 
 
 class SimulatedChannel:
-    """A cloud in this process behind a simulated link: messages are encoded and decoded as they would be, what they take
-    on the link is computed, nobody waits for it.
+    """A cloud in this process, reached over a simulated link.
+
+    Messages are encoded and decoded as on a real link. Their time on the link is computed; nobody waits for it.
 
     Args:
-        engine: with a session to spare.
-        link: moves on with every forward of the target, be it the judgement of a draft or a token of plain decoding.
+        engine: the cloud's engine, with a free session.
+        link: its state moves after every forward of the target, whether it verifies a draft or decodes a token.
 
     Attributes:
-        used: the state of the link at the last request.
+        used: state of the link at the last request.
     """
 
     def __init__(self, engine: Engine, link: Link):
@@ -83,17 +89,16 @@ class SimulatedChannel:
 
     def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
         frame = encode(request(shared))
-        reply = encode(self.judge(expect(decode(frame), Verify)))
+        reply = encode(self.verify(expect(decode(frame), Verify)))
         self.rtt = self.link.state.rtt
         traffic = self._traffic(len(frame), len(reply))
         self.link.move()
         return expect(decode(reply), Verdict), traffic
 
-    def judge(self, request: Verify) -> Verdict:
-        """The cloud's answer."""
-        assert self.session is not None
+    def verify(self, request: Verify) -> Verdict:
+        """Return the cloud's answer."""
         begin = time.perf_counter()
-        [answer] = self.engine.run([self.engine.job(self.session, request)])
+        [answer] = self.engine.run([self.engine.job(self._open_session(), request)])
         return answer.verdict(request.number, time.perf_counter() - begin, queued=0.0)
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
@@ -112,18 +117,17 @@ class SimulatedChannel:
             yield expect(decode(reply), Tokens), traffic
 
     def tokens(self, request: Plain) -> Iterator[Tokens]:
-        """The cloud's answers."""
-        assert self.session is not None
-        stop, job = set(unpack_ids(request.stop, self.engine.vocab).tolist()), self.engine.job(self.session, request)
+        """Yield the cloud's answers, one for each token."""
+        stop = set(unpack_ids(request.stop, self.engine.vocab).tolist())
+        job = self.engine.job(self._open_session(), request)
         for index in range(request.count):
             begin = time.perf_counter()
-            [answer] = self.engine.run([job])
-            assert answer.token is not None
-            last = index == request.count - 1 or answer.token in stop
-            yield Tokens(request.number, answer.token, last, time.perf_counter() - begin, 0.0, index)
+            token = self.engine.next_token(job)
+            last = index == request.count - 1 or token in stop
+            yield Tokens(request.number, token, last, time.perf_counter() - begin, 0.0, index)
             if last:
                 return
-            job = self.engine.going_on(job, answer.token)
+            job = self.engine.following(job, token)
 
     def idle(self) -> None:
         self.used = self.link.state
@@ -136,6 +140,11 @@ class SimulatedChannel:
         if self.session is not None:
             self.engine.close(self.session)
             self.session = None
+
+    def _open_session(self) -> Session:
+        if self.session is None:
+            raise RuntimeError("the channel is closed; call begin first")
+        return self.session
 
     def _traffic(self, up: int, down: int) -> Traffic:
         self.used = self.link.state

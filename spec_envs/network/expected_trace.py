@@ -277,7 +277,7 @@ class ExpectedChannel(SimulatedChannel):
         welcome = Welcome(0, CONTEXT, self.trace.vocab)
         return welcome, self._traffic(len(encode(hello)), len(encode(welcome)))
 
-    def judge(self, request: Verify) -> Verdict:
+    def verify(self, request: Verify) -> Verdict:
         """Accept the tokens up to the first one that is not the recorded one."""
         tokens, at = self._behind(request)
         draft = unpack_ids(request.draft, self.trace.vocab)

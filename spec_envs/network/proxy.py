@@ -1,8 +1,8 @@
 """A TCP proxy that gives a real connection the rate and the delay of a simulated link:
 `python -m spec_envs.network.proxy --listen 8766 --to 127.0.0.1:8765 --link markov-1-500`.
 
-Bytes pass a token bucket of their direction, then half a round trip during which others pass the bucket. Nothing is
-lost: a link's ``loss`` is left to those who compute with it.
+Bytes pass the token bucket of their direction and arrive half a round trip later. Nothing is lost: the ``loss`` of a link
+is used only where its seconds are computed.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from spec_envs.arguments import SEED, Parser
 from spec_envs.network.link import LINKS, LITERAL, PACKET, Link, load_link
 
 LOG = logging.getLogger(__name__)
-BURST = 0.002  # seconds of the rate that an idle direction saves up: what timers miss
-CHUNK_SECONDS, CHUNK = 0.01, 65536  # bytes of one chunk last at most so long, and are at most so many
-CHUNKS = 1024  # under way in one direction before it stops reading
-Chunks = asyncio.Queue[tuple[float, bytes]]  # when to deliver, and what; no bytes: the end
+BURST = 0.002  # seconds of its rate that an idle direction saves, because timers are imprecise
+CHUNK_SECONDS, CHUNK = 0.01, 65536  # most seconds and most bytes of a chunk
+CHUNKS = 1024  # chunks on their way in one direction before it stops reading
+Chunks = asyncio.Queue[tuple[float, bytes]]  # time of delivery and bytes; empty bytes are the end
 
 
-class Way:
-    """One direction of the link: a token bucket that all connections share.
+class Direction:
+    """One direction of the link, a token bucket that all connections share.
 
     Args:
-        rate: bytes per second at this moment.
+        rate: returns the present rate in bytes per second.
     """
 
     def __init__(self, rate: Callable[[], float]):
         self.rate = rate
-        self.free = 0.0  # when all that was let in so far has left
+        self.free = 0.0  # time at which all bytes so far have left
 
     @property
     def chunk(self) -> int:
-        """Bytes to take at a time, so few that a new rate is soon felt."""
+        """Bytes to take at a time, so few that a change of the rate soon takes effect."""
         return int(np.clip(self.rate() * CHUNK_SECONDS, PACKET, CHUNK))
 
     async def send(self, size: int) -> None:
-        """Return when the last of ``size`` bytes has left."""
+        """Wait until the last of ``size`` bytes has left."""
         now = asyncio.get_running_loop().time()
         self.free = max(self.free, now - BURST) + size / self.rate()
         if self.free > now:
@@ -54,19 +54,19 @@ class Way:
 
 
 class ShapedProxy:
-    """Forwards every connection to one address, over a simulated link; the side that connects is the edge.
+    """Forwards every connection to one address over a simulated link; the side that connects is the edge.
 
-    Both ``with`` (on a thread of its own) and ``async with`` start and stop it.
+    It is started and stopped by ``with`` (in a thread of its own) or ``async with``.
 
     Args:
-        link: whose state counts; it is reset at the start.
-        to: host and port of the server behind.
-        listen: host and port; port 0 takes a free one.
-        seed: of the states and the jitter.
-        interval: seconds after which the state moves.
+        link: gives rate and delay; it is reset at the start.
+        to: host and port of the server.
+        listen: host and port to listen on; port 0 takes a free one.
+        seed: of the link's states and jitter.
+        interval: seconds after which the link's state moves.
 
     Attributes:
-        port: that it listens on.
+        port: the port it listens on.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ShapedProxy:
         self.link, self.to, self.listen, self.seed, self.interval = link, to, listen, seed, interval
         self.port = listen[1]
         self.tasks: set[asyncio.Task[None]] = set()
-        self.up, self.down = Way(lambda: link.state.up), Way(lambda: link.state.down)
+        self.up, self.down = Direction(lambda: link.state.up), Direction(lambda: link.state.down)
 
     async def __aenter__(self) -> Self:
         self.link.reset(np.random.default_rng(self.seed))
@@ -121,12 +121,12 @@ class ShapedProxy:
         self.loop.close()
 
     def _keep(self, task: asyncio.Task[None]) -> None:
-        """Hold on to a task until it is done."""
+        """Keep a reference to a task until it is done."""
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     async def _move(self) -> None:
-        """The state moves on, whether anything is sent or not."""
+        """Move the link's state at every interval, whether anything is sent or not."""
         while True:
             await asyncio.sleep(self.interval)
             self.link.move()
@@ -136,7 +136,7 @@ class ShapedProxy:
         self._keep(asyncio.create_task(self._forward(reader, writer)))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Forward until both sides have said their last, or one is gone."""
+        """Forward until both sides have ended, or one is gone."""
         up: Chunks = asyncio.Queue(CHUNKS)
         down: Chunks = asyncio.Queue(CHUNKS)
         try:
@@ -155,29 +155,30 @@ class ShapedProxy:
             for each in writers:
                 each.close()
         except* OSError:
-            pass  # the other side hears of it below
+            pass  # the connection to the other side is aborted below
         finally:
             for each in writers:
                 if not each.is_closing():
                     each.transport.abort()
 
-    async def _take(self, reader: asyncio.StreamReader, way: Way, chunks: Chunks) -> None:
-        """Let bytes in at the rate of their direction, and say when they arrive: in order, after half a round trip.
+    async def _take(self, reader: asyncio.StreamReader, direction: Direction, chunks: Chunks) -> None:
+        """Read bytes at the rate of their direction and queue them with their time of arrival, in order.
 
-        Half the jitter is drawn for every message, which is what comes while nothing before it is under way.
+        They arrive after half a round trip and half the jitter, which is drawn for every message: bytes that come while
+        none before them are on their way.
         """
         loop, arrival, jitter = asyncio.get_running_loop(), 0.0, 0.0
-        while data := await reader.read(way.chunk):
+        while data := await reader.read(direction.chunk):
             if arrival <= loop.time():
                 jitter = self.link.jitter() / 2
-            await way.send(len(data))
+            await direction.send(len(data))
             arrival = max(arrival, loop.time() + self.link.state.rtt / 2 + jitter)
             await chunks.put((arrival, data))
         await chunks.put((max(arrival, loop.time() + self.link.state.rtt / 2), b""))
 
 
 async def deliver(chunks: Chunks, writer: asyncio.StreamWriter) -> None:
-    """Write chunks when they arrive; the last one is the end."""
+    """Write chunks at their time of arrival, up to the one that is the end."""
     loop = asyncio.get_running_loop()
     while True:
         arrival, data = await chunks.get()
@@ -191,7 +192,7 @@ async def deliver(chunks: Chunks, writer: asyncio.StreamWriter) -> None:
 
 
 def address(text: str) -> tuple[str, int]:
-    """``PORT`` of loopback, or ``HOST:PORT``."""
+    """Return host and port of ``HOST:PORT``, or of ``PORT`` on loopback."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdecimal() and len(port) <= 5) or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no address; expected PORT or HOST:PORT")
@@ -199,7 +200,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def server(text: str) -> tuple[str, int]:
-    """Return an address that one can connect to."""
+    """Return host and port of an address to connect to, whose port is not 0."""
     host, port = address(text)
     if port == 0:
         raise argparse.ArgumentTypeError(f"is {text}; expected a port from 1 to 65535")
@@ -207,7 +208,7 @@ def server(text: str) -> tuple[str, int]:
 
 
 def milliseconds(text: str) -> float:
-    """A positive time in seconds, given in ms."""
+    """Return the seconds of a positive time in milliseconds."""
     try:
         value = float(text)
     except ValueError:
@@ -220,13 +221,13 @@ def milliseconds(text: str) -> float:
 def arguments() -> argparse.Namespace:
     parser = Parser(
         "A TCP proxy that gives connections the rate and the delay of a simulated link.",
-        epilog="Example: --listen 8766 --to 127.0.0.1:8765 --link markov-1-500. Who connects to --listen is the edge: "
-        "its bytes go up. The rate of a direction is shared by all connections; lost packets are not imitated.",
+        epilog="Example: --listen 8766 --to 127.0.0.1:8765 --link markov-1-500. The side that connects to --listen is "
+        "the edge: its bytes go up. The rate of a direction is shared by all connections; lost packets are not imitated.",
     )
     parser.add_argument(
         "--listen", type=address, required=True, metavar="[HOST:]PORT", help="where to listen (host: loopback)"
     )
-    parser.add_argument("--to", type=server, required=True, metavar="[HOST:]PORT", help="the server behind")
+    parser.add_argument("--to", type=server, required=True, metavar="[HOST:]PORT", help="the server to forward to")
     shipped = ", ".join(sorted(path.stem for path in LINKS.glob("*.json")))
     parser.add_argument(
         "--link", required=True, help=f"{shipped}; a JSON file; a .csv of ms,mbps; or a literal {LITERAL}"
@@ -244,7 +245,7 @@ def arguments() -> argparse.Namespace:
 
 
 async def run(proxy: ShapedProxy) -> None:
-    """Forward until interrupted."""
+    """Print the addresses and forward until interrupted."""
     async with proxy:
         print(f"{proxy.listen[0]}:{proxy.port} → {proxy.to[0]}:{proxy.to[1]} over {proxy.link.name}", flush=True)
         await asyncio.Event().wait()

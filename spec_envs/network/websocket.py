@@ -1,4 +1,4 @@
-"""A channel over a WebSocket, which survives the loss of its connection."""
+"""A channel over a WebSocket that survives the loss of its connection."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -25,7 +25,7 @@ from websockets.uri import parse_uri
 
 from spec_envs.decoding.verifier import Traffic
 from spec_envs.network.authorization import TOKEN, check_token, is_loopback
-from spec_envs.network.edge.answers import check_welcome, printable
+from spec_envs.network.edge.answers import check_welcome, one_line
 from spec_envs.network.wire import (
     LATER,
     Hello,
@@ -44,15 +44,17 @@ from spec_envs.network.wire import (
 
 PING_EVERY = 8  # tokens of a stream
 LONGEST_ANSWER = 4 * 2**20  # bytes: logits of a vocabulary of half a million in float64
-ANY = 2**31  # tokens
+ANY = 2**31  # tokens, more than any text has
+T = TypeVar("T")
+M = TypeVar("M", Verdict, Tokens)
 
 
-class CloudAway(ConnectionError):
-    """The cloud does not answer."""
+class CloudUnavailable(ConnectionError):
+    """Raised if the cloud does not answer."""
 
 
-def lost(error: BaseException) -> bool:
-    """Whether a failure is of the connection, or passes, so that trying again may help."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether another attempt may succeed, because the connection failed or the cloud is busy."""
     if isinstance(error, InvalidStatus):
         return error.response.status_code >= 500
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -62,8 +64,8 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, (OSError, WebSocketException, EOFError))
 
 
-class Straight(reconnect):
-    """A connection to the address that was given, and to no other: redirects are not followed."""
+class DirectConnection(reconnect):
+    """A connection that does not follow redirects."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
@@ -73,9 +75,9 @@ def check_address(url: str) -> str:
     """Return the host of a cloud's address.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a valid address.
     """
-    expected = f"the cloud's address is {printable(url)!r}; expected ws://host:port, or wss:// with TLS"
+    expected = f"the cloud's address is {one_line(url)!r}; expected ws://host:port, or wss:// with TLS"
     if not url.startswith(("ws://", "wss://")) or "#" in url or not url.isprintable() or " " in url:
         raise ValueError(expected)
     try:
@@ -89,18 +91,20 @@ def check_address(url: str) -> str:
 
 
 class SocketChannel:
-    """A WebSocket to a cloud. Where the connection is lost it is opened anew, with back-off, and the request is made again
-    for what the cloud still has of the text; the cloud's answer is the same.
+    """A WebSocket to a cloud.
+
+    A lost connection is opened anew, with back-off, and the request is repeated for the part of the text that the cloud
+    still has; the cloud's answer is the same.
 
     Args:
         url: ``ws://host:port`` or ``wss://…``.
         patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
-        timeout: seconds that an answer may take, if the patience lasts that long.
-        token: for a cloud that wants one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
-        in_clear: whether it may go to another machine without TLS.
+        timeout: most seconds of an answer, if the patience lasts that long.
+        token: for a cloud that needs one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
+        in_clear: whether the token may be sent to another machine without TLS.
 
     Raises:
-        ValueError: no such address, or a token that would be read on the way.
+        ValueError: the address is not valid, or the token would be sent in clear.
     """
 
     def __init__(
@@ -122,7 +126,7 @@ class SocketChannel:
             )
         self.connection: ClientConnection | None = None
         self.hello: Hello | None = None
-        self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened, and its vocabulary
+        self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened; its vocabulary
         self.rtt = 0.0
 
     def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
@@ -133,7 +137,7 @@ class SocketChannel:
                 self._connect()
             return self._greet()
 
-        return self._patiently(attempt)
+        return self._with_retries(attempt)
 
     def exchange(self, shared: int, request: Callable[[int], Verify]) -> tuple[Verdict, Traffic]:
         def attempt() -> tuple[Verdict, Traffic]:
@@ -142,16 +146,14 @@ class SocketChannel:
             up = self._send(message)
             verdict, down = self._answer(message.number, Verdict)
             elapsed = time.perf_counter() - began
-            assert self.connection is not None
-            self.rtt = self.connection.latency or self.rtt
-            self.connection.ping()  # while the line is idle; the next exchange knows the round trip
+            self._ping()  # while the link is idle, so that the next exchange knows the round trip
             return verdict, Traffic(up, down, max(0.0, elapsed - verdict.seconds - verdict.queued))
 
-        return self._patiently(attempt)
+        return self._with_retries(attempt)
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
         got: list[int] = []
-        asked = 0  # how many of them were had when the request was made
+        asked = 0  # how many of them there were when the request was made
 
         def attempt() -> tuple[Tokens, Traffic]:
             nonlocal asked
@@ -163,25 +165,24 @@ class SocketChannel:
                 self.number = plain.number
             while True:
                 tokens, down = self._answer(self.number, Tokens)
-                if tokens.index >= len(got) - asked:  # no message that came twice
+                if tokens.index >= len(got) - asked:  # otherwise it is a repeated message
                     break
             if tokens.index > len(got) - asked:
                 raise Refused("message", f"token {tokens.index} of a stream came in; expected {len(got) - asked}")
             elapsed = time.perf_counter() - began
-            if tokens.index % PING_EVERY == 0 and self.connection is not None:
-                self.rtt = self.connection.latency or self.rtt
-                self.connection.ping()
+            if tokens.index % PING_EVERY == 0:
+                self._ping()
             return tokens, Traffic(up, down, max(0.0, elapsed - tokens.seconds - tokens.queued))
 
         last = False
         while not last:
-            tokens, traffic = self._patiently(attempt)
+            tokens, traffic = self._with_retries(attempt)
             got.append(tokens.token)
             last = tokens.last
             yield tokens, traffic
 
     def idle(self) -> None:
-        """A real link needs no telling."""
+        """Do nothing: time passes on a real link by itself."""
 
     def another(self) -> SocketChannel:
         return SocketChannel(self.url, self.patience, self.timeout, self.token, self.in_clear)
@@ -191,32 +192,33 @@ class SocketChannel:
         if connection is not None:
             connection.close()
 
-    def _patiently(self, attempt: Callable[[], Any]) -> Any:
-        """The outcome of an attempt that may take several."""
+    def _with_retries(self, attempt: Callable[[], T]) -> T:
+        """Return the result of ``attempt``, which is repeated while its failures are transient."""
 
         def drop(state: RetryCallState) -> None:
             if state.outcome is not None and state.outcome.failed:
                 self._drop()
 
         tries = Retrying(
-            retry=retry_if_exception(lost),
+            retry=retry_if_exception(is_transient),
             wait=wait_random_exponential(multiplier=0.05, max=2.0),
             stop=stop_all(stop_after_delay(self.patience), stop_after_attempt(2)),
             after=drop,
             reraise=True,
         )
         try:
-            return tries(attempt)
+            found: T = tries(attempt)
+            return found
         except BaseException as error:
             self._drop()
-            said = printable(str(error)) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             if isinstance(error, InvalidStatus) and error.response.status_code == 401:
                 raise ValueError(f"the cloud at {self.url} wants a bearer token; set {TOKEN} to its own") from None
-            if isinstance(error, Refused) and not lost(error):
-                raise ValueError(f"the cloud at {self.url} refused: {said}") from None
+            if isinstance(error, Refused) and not is_transient(error):
+                raise ValueError(f"the cloud at {self.url} refused: {reason}") from None
             if isinstance(error, (Refused, WebSocketException, OSError, EOFError)):
-                raise CloudAway(
-                    f"the cloud at {self.url} does not answer ({said}); start one with `make cloud`, or check the address"
+                raise CloudUnavailable(
+                    f"the cloud at {self.url} does not answer ({reason}); start one with `make cloud`, or check the address"
                 ) from None
             raise
 
@@ -224,7 +226,7 @@ class SocketChannel:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         context = ssl.create_default_context() if self.url.startswith("wss://") else None
         try:
-            self.connection = Straight(
+            self.connection = DirectConnection(
                 self.url, additional_headers=headers, ssl=context, max_size=LONGEST_ANSWER, compression=None, proxy=None,
                 open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None, max_queue=4,
             ).__enter__()  # fmt: skip
@@ -234,19 +236,20 @@ class SocketChannel:
             raise ConnectionError(str(error)) from None
 
     def _greet(self) -> tuple[Welcome, Traffic]:
-        """Say hello on a connection that is open."""
-        assert self.hello is not None
+        """Send the greeting on an open connection and return the cloud's."""
+        if self.hello is None:
+            raise RuntimeError("the channel has no session; call begin first")
         began, deadline = time.perf_counter(), self._deadline()
         up = self._send(self.hello)
         while isinstance(message := decode(reply := self._receive(deadline)), (Verdict, Tokens)):
-            pass  # of a text that was broken off
+            pass  # an answer for a text that was given up
         self.rtt = time.perf_counter() - began
         welcome = expect(message, Welcome)
         self.have, self.vocab = welcome.have, welcome.vocab
         return welcome, Traffic(up, len(reply), self.rtt)
 
     def _reconnected(self, shared: int) -> int:
-        """How many tokens of the text the cloud has, of which ``shared`` are known to be right."""
+        """Connect if necessary, and return how many of the first ``shared`` tokens of the text the cloud has."""
         if self.connection is None:
             self._connect()
             vocab = self.vocab
@@ -257,20 +260,29 @@ class SocketChannel:
 
     def _send(self, message: Message) -> int:
         frame = encode(message)
-        assert self.connection is not None
-        self.connection.send(frame)
+        self._open().send(frame)
         return len(frame)
 
     def _deadline(self) -> float:
-        """When an answer has to be there, whatever else comes meanwhile."""
+        """Return the time by which an answer has to arrive, whatever else arrives before it."""
         return time.monotonic() + min(self.timeout, self.patience)
 
     def _receive(self, deadline: float) -> Any:
-        assert self.connection is not None
-        return self.connection.recv(timeout=max(0.0, deadline - time.monotonic()))
+        return self._open().recv(timeout=max(0.0, deadline - time.monotonic()))
 
-    def _answer(self, number: int, kind: Any) -> tuple[Any, int]:
-        """The answer to request ``number``; others, which belong to a request made twice, are passed over."""
+    def _open(self) -> ClientConnection:
+        if self.connection is None:
+            raise ConnectionError("there is no connection to the cloud")
+        return self.connection
+
+    def _ping(self) -> None:
+        """Note the last round trip and start measuring the next one."""
+        connection = self._open()
+        self.rtt = connection.latency or self.rtt
+        connection.ping()
+
+    def _answer(self, number: int, kind: type[M]) -> tuple[M, int]:
+        """Return the answer to request ``number`` and its bytes; answers to repeated requests are skipped."""
         deadline = self._deadline()
         while True:
             reply = self._receive(deadline)
@@ -282,7 +294,7 @@ class SocketChannel:
             return expect(message, kind), len(reply)
 
     def _drop(self) -> None:
-        """Give up a connection that failed."""
+        """Discard a connection that failed."""
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.close_socket()

@@ -1,18 +1,18 @@
-"""What edge and cloud say to each other: msgpack messages, and how many bytes they are.
+"""The protocol between edge and cloud: msgpack messages, and the packing of their contents.
 
-A message is an array whose first element tells its kind. The edge opens with ``Hello``, which the cloud answers with
+A message is an array whose first element is its kind. The edge opens with ``Hello``, which the cloud answers with
 ``Welcome``; then each ``Verify`` is answered by a ``Verdict`` and each ``Plain`` by ``Tokens``, one message per token; an
 ``Error`` may take the place of any answer. Token ids are little-endian arrays of the narrowest width that holds the
 vocabulary, probabilities are arrays of floats.
 
-How a drafted token's distribution q is told (``mode``), every one of them exact:
+Ways to send the distribution q of a drafted token (``mode``), all of them exact:
 
 - ``ids``: not at all; for greedy decoding.
-- ``scalar``: q(x) of the drafted tokens alone. On a rejection the target's logits come down once and the edge draws from
+- ``scalar``: only q(x) of the drafted tokens. After a rejection the target's logits are sent once and the edge draws from
   the residual (DSSD, arXiv 2507.12000).
-- ``topk``: q cut to its k most probable tokens and rounded to float16 *before* the token was drawn; the same q̂ stands in
-  the acceptance ratio and in the residual.
-- ``full``: the same, uncut.
+- ``topk``: q cut to its k most probable tokens and rounded to float16 *before* the token was drawn; the same q̂ is used
+  in the acceptance ratio and in the residual.
+- ``full``: the same without the cut.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_envs.decoding.sampling import Proposal
 
-PORT, PORTS = 8765, 2**16 - 1  # of a cloud by default, and the highest there is
+PORT, PORTS = 8765, 2**16 - 1  # default port of a cloud, and the highest port number
 VERSION = 1
 MODES = ("ids", "scalar", "topk", "full")
 MAX_BYTES = 16 * 2**20  # of a message: 64 whole distributions of a vocabulary of 50,000 and more
@@ -46,7 +46,7 @@ Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 class Sent(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A distribution: token ids (empty where the weights are of the whole vocabulary, in order) and float16 weights."""
+    """A distribution: token ids and their float16 weights; without ids the weights are those of the whole vocabulary."""
 
     ids: bytes
     weights: bytes
@@ -55,8 +55,8 @@ class Sent(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
 class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """The edge's first message on a connection.
 
-    ``vocabulary`` is ``vocabulary_hash`` of its tokenizer, ``session`` what it calls its session (16 random bytes, by which
-    it finds it again after the connection was lost), ``temperature``, ``top_p`` and ``seed`` the sampling's.
+    ``vocabulary`` is the ``vocabulary_hash`` of its tokenizer. ``session`` is its name for the session: 16 random bytes, with
+    which it resumes the session after the connection was lost. ``temperature``, ``top_p`` and ``seed`` set the sampling.
     """
 
     version: int
@@ -68,7 +68,10 @@ class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, ta
 
 
 class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
-    """The session is open; the cloud has ``have`` tokens of its text, and texts of up to ``context`` tokens."""
+    """The answer to ``Hello``: the session is open.
+
+    The cloud has ``have`` tokens of its text, accepts texts of up to ``context`` tokens, and its target has ``vocab`` ids.
+    """
 
     have: Count
     context: Count
@@ -76,10 +79,10 @@ class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 
 
 class Verify(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
-    """Judge a draft: behind the first ``at`` tokens of the text and the tokens ``text``, ``draft`` was drawn.
+    """A request to verify ``draft``, which follows the first ``at`` tokens of the text and then the tokens ``text``.
 
-    ``chances`` are q(x) of the drafted tokens (float64), with mode ``scalar``; ``proposals`` their distributions, with
-    ``topk`` and ``full``. Without a draft this asks for the next token. ``number`` counts the edge's requests.
+    ``probabilities`` are q(x) of the drafted tokens (float64) in mode ``scalar``, ``proposals`` their distributions in modes
+    ``topk`` and ``full``. Without a draft it asks for the next token. ``number`` counts the edge's requests.
     """
 
     number: Count
@@ -87,14 +90,16 @@ class Verify(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, t
     text: bytes
     draft: bytes
     mode: Name
-    chances: bytes = b""
+    probabilities: bytes = b""
     proposals: Annotated[list[Sent], Meta(max_length=1024)] = []
 
 
 class Verdict(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=4):
-    """How many drafted tokens were kept, and the token behind them; -1 where the edge is to draw it from the residual of
-    these ``logits`` (mode ``scalar``; of the float type ``dtype``). ``seconds`` of the forwards that read this request, and
-    ``queued`` the others that it waited, for forwards of other requests alone."""
+    """The answer to ``Verify``: how many drafted tokens were accepted, and the token after them.
+
+    The token is -1 if the edge has to draw it from the residual of ``logits`` (mode ``scalar``; of the float type
+    ``dtype``). ``seconds`` are those of the forwards that read this request, ``queued`` those that it waited for others.
+    """
 
     number: Count
     accepted: Count
@@ -106,7 +111,7 @@ class Verdict(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 
 
 class Plain(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
-    """Decode ``count`` tokens, or up to one of ``stop``, behind the first ``at`` tokens of the text and ``text``."""
+    """A request to decode ``count`` tokens, or up to one of ``stop``, after the first ``at`` tokens of the text and ``text``."""
 
     number: Count
     at: Count
@@ -116,7 +121,7 @@ class Plain(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, ta
 
 
 class Tokens(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
-    """The next token of plain decoding, whether it is the last one, and how many came before it."""
+    """One answer to ``Plain``: the next token, whether it is the last one, and how many came before it (``index``)."""
 
     number: Count
     token: Count
@@ -127,7 +132,7 @@ class Tokens(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, t
 
 
 class Error(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=7):
-    """Why a message was refused: a code of ``CODES`` and a sentence."""
+    """The answer to a message that was refused: a code of ``CODES`` and a sentence with the reason."""
 
     code: str
     sentence: str
@@ -135,9 +140,9 @@ class Error(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, ta
 
 CODES = {
     "message": "not a message of this protocol",
-    "version": "another version of it",
+    "version": "another version of the protocol",
     "vocabulary": "another vocabulary",
-    "request": "a request that makes no sense",
+    "request": "a request that is not valid",
     "limit": "more than the cloud allows",
     "busy": "no session is free; try again later",
     "draining": "the cloud is shutting down; try again later",
@@ -152,38 +157,39 @@ _decoder = msgspec.msgpack.Decoder(Message)
 
 
 class Refused(ValueError):
-    """A message that cannot be served; ``code`` is one of ``CODES``."""
+    """Raised for a message that cannot be served; ``code`` is one of ``CODES``."""
 
     def __init__(self, code: str, sentence: str):
         super().__init__(sentence)
         self.code = code
 
     def message(self) -> Error:
-        """As it is sent."""
+        """Return the message that reports this error."""
         return Error(self.code, str(self))
 
 
 def encode(message: Message) -> bytes:
-    """A message as bytes."""
+    """Return a message as bytes."""
     return _encoder.encode(message)
 
 
 def decode(frame: Any) -> Message:
-    """A message from bytes.
+    """Return the message of a frame.
 
     Raises:
-        Refused: they are none.
+        Refused: the frame is not a message of this protocol.
     """
     if not isinstance(frame, bytes):
         raise Refused("message", "a text frame came in; expected a binary one")
     try:
-        return _decoder.decode(frame)
+        message: Message = _decoder.decode(frame)
+        return message
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused("message", f"{len(frame)} bytes that are no message of version {VERSION}: {error}") from None
 
 
 def expect(message: Message, kind: type[M]) -> M:
-    """A message that has to be of one kind.
+    """Return a message if it is of one kind.
 
     Raises:
         Refused: it is an error, or of another kind.
@@ -196,26 +202,26 @@ def expect(message: Message, kind: type[M]) -> M:
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """16 bytes that two tokenizers share only if they have the same tokens with the same ids."""
+    """Return 16 bytes that are equal for two tokenizers only if they have the same tokens with the same ids."""
     pairs = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return hashlib.sha256(pairs.encode()).digest()[:16]
 
 
 def ids_dtype(vocab: int) -> np.dtype:
-    """The narrowest integers that hold a vocabulary's ids."""
+    """Return the narrowest integer type that holds a vocabulary's ids."""
     return np.dtype("<u2") if vocab <= 2**16 else np.dtype("<u4")
 
 
 def pack_ids(ids: Any, vocab: int) -> bytes:
-    """Token ids as bytes."""
+    """Return token ids as bytes."""
     return np.asarray(ids, ids_dtype(vocab)).tobytes()
 
 
 def unpack_ids(data: bytes, vocab: int) -> np.ndarray:
-    """Token ids ``[n]`` from bytes.
+    """Return the token ids ``[n]`` of bytes.
 
     Raises:
-        Refused: half an id, or one beyond the vocabulary.
+        Refused: the bytes end within an id, or an id is outside the vocabulary.
     """
     dtype = ids_dtype(vocab)
     if len(data) % dtype.itemsize:
@@ -227,10 +233,10 @@ def unpack_ids(data: bytes, vocab: int) -> np.ndarray:
 
 
 def pack_proposal(proposal: Proposal, vocab: int) -> Sent:
-    """A distribution as it is sent: with its ids, or over the whole vocabulary, whichever is shorter.
+    """Return a distribution as it is sent: with its ids or over the whole vocabulary, whichever is shorter.
 
     Raises:
-        ValueError: its weights are not those of float16: it was not rounded before it was drawn from.
+        ValueError: its weights are not float16 numbers, so it was not rounded before the draft was drawn.
     """
     ids, weights = pack_ids(proposal.ids, vocab), proposal.weights.astype(np.float16)
     if (weights != proposal.weights).any():
@@ -243,10 +249,10 @@ def pack_proposal(proposal: Proposal, vocab: int) -> Sent:
 
 
 def unpack_proposal(sent: Sent, vocab: int) -> np.ndarray:
-    """Probabilities ``[vocab]`` (float64) from what was sent.
+    """Return the probabilities ``[vocab]`` (float64) of a distribution that was sent.
 
     Raises:
-        Refused: no distribution.
+        Refused: it is not a distribution.
     """
     if len(sent.weights) % 2:
         raise Refused("message", f"{len(sent.weights)} bytes of float16 weights; expected an even number")
@@ -263,15 +269,15 @@ def unpack_proposal(sent: Sent, vocab: int) -> np.ndarray:
 
 
 def pack_logits(logits: Tensor) -> tuple[bytes, str]:
-    """A row of logits as bytes of its own float type, so that both ends make the same distribution of it."""
+    """Return a row of logits as bytes, and the name of its float type, so that both ends compute the same distribution."""
     return logits.cpu().contiguous().view(torch.uint8).numpy().tobytes(), str(logits.dtype).removeprefix("torch.")
 
 
 def unpack_logits(data: bytes, dtype: str, vocab: int) -> Tensor:
-    """A row of logits ``[vocab]``.
+    """Return the row of logits ``[vocab]`` of bytes.
 
     Raises:
-        Refused: they are not that.
+        Refused: the type is unknown, or the size is not that of the vocabulary.
     """
     if dtype not in LOGITS or len(data) != vocab * LOGITS[dtype].itemsize:
         raise Refused("message", f"{len(data)} bytes of {dtype!r} logits came in for a vocabulary of {vocab}")
@@ -279,15 +285,15 @@ def unpack_logits(data: bytes, dtype: str, vocab: int) -> Tensor:
 
 
 def pack_floats(values: Any) -> bytes:
-    """Float64 numbers as bytes."""
+    """Return float64 numbers as bytes."""
     return np.asarray(values, "<f8").tobytes()
 
 
 def unpack_floats(data: bytes) -> np.ndarray:
-    """Float64 numbers ``[n]`` from bytes.
+    """Return the float64 numbers ``[n]`` of bytes.
 
     Raises:
-        Refused: half a number.
+        Refused: the bytes end within a number.
     """
     if len(data) % 8:
         raise Refused("message", f"{len(data)} bytes of float64 numbers; expected a multiple of 8")

@@ -1,8 +1,8 @@
-"""The cloud: a WebSocket server with the target, which judges the drafts of many edges (`make cloud`).
+"""The cloud: a WebSocket server with the target, which verifies the drafts of many edges (`make cloud`).
 
-Listens on loopback unless told otherwise; on any other address edges have to know a bearer token, read from the
-environment variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and Prometheus' `/metrics` are on the same port. SIGTERM lets texts that
-are under way come to their end, and takes no new ones; a second one ends them, too.
+It listens on loopback by default. On any other address edges have to send a bearer token, which is read from the environment
+variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and `/metrics` for Prometheus are on the same port. After SIGTERM
+no new texts are accepted and unfinished ones are completed; a second SIGTERM ends them, too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.network.authorization import TOKEN, check_served, is_loopback
 from spec_envs.network.cloud.admission import SPARE
-from spec_envs.network.cloud.batching import Here
-from spec_envs.network.cloud.engine import CHUNK, TOGETHER, Engine
+from spec_envs.network.cloud.batching import CallingThread
+from spec_envs.network.cloud.engine import CHUNK, SHORT, Engine
 from spec_envs.network.cloud.server import Cloud, Limits
 from spec_envs.network.wire import (
     MAX_BYTES,
@@ -38,7 +38,7 @@ from spec_envs.network.wire import (
 )
 
 SHORTEST_MESSAGE = 4096  # bytes, of --max-message
-OWN_FILES = 64  # that a cloud has open beside its connections
+OWN_FILES = 64  # files that a cloud has open in addition to its connections
 
 
 if sys.platform != "win32":
@@ -46,7 +46,7 @@ if sys.platform != "win32":
 
 
 def warm(engine: Engine) -> None:
-    """The first forwards, which are slow, before anybody waits for one."""
+    """Make the first forwards, which are slow, before any request waits for them."""
     hello = Hello(1, engine.vocabulary, bytes(16), 1.0, 1.0, 0)
     session = engine.open(hello)
     for rows in (32, 1, 8):
@@ -101,10 +101,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--chunk",
-        type=whole_number(TOGETHER, 2**20),
+        type=whole_number(SHORT, 2**20),
         default=CHUNK,
         help="rows of a prompt that are read between two rounds of shorter requests, and that one forward of those has at "
-        f"most: smaller ones disturb others less and read prompts more slowly ({TOGETHER} or more; default {CHUNK})",
+        f"most: smaller ones disturb others less and read prompts more slowly ({SHORT} or more; default {CHUNK})",
     )
     parser.add_argument("--no-batching", action="store_true", help="a forward of its own for every request")
     parser.add_argument("--threads", type=whole_number(1, 2**12), help="of torch (default: all processors)")
@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
 
 
 def allow_files(count: int) -> None:
-    """Have the system allow this process to open so many files, as far as it does."""
+    """Raise this process's limit of open files to ``count``, as far as the system allows."""
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -122,10 +122,10 @@ def allow_files(count: int) -> None:
 
 
 def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSLContext | None]:
-    """The cloud that the arguments describe.
+    """Return the cloud that the arguments describe, and its TLS context if it has one.
 
     Raises:
-        ValueError: arguments that make no sense together.
+        ValueError: the arguments do not fit together.
     """
     token = os.environ.get(TOKEN, "")
     check_served(token, args.host)
@@ -150,16 +150,16 @@ def opened(args: argparse.Namespace, executor: Executor) -> tuple[Cloud, ssl.SSL
     vocabulary = vocabulary_hash(load_tokenizer(args.target))
     engine = Engine(target, vocabulary, args.sessions, args.max_tokens, args.chunk)
     warm(engine)
-    of_one = args.per_address
-    if of_one is None and not is_loopback(args.host):
-        of_one = max(1, args.sessions // 2)
-    limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace, args.greeting, of_one)
+    per_address = args.per_address
+    if per_address is None and not is_loopback(args.host):
+        per_address = max(1, args.sessions // 2)
+    limits = Limits(args.sessions, args.max_tokens, args.max_message, args.idle, args.grace, args.greeting, per_address)
     allow_files(2 * args.sessions + SPARE + OWN_FILES)
     return Cloud(engine, limits, token, not args.no_batching, executor), tls
 
 
 async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, stop: asyncio.Event) -> None:
-    """Serve until ``stop`` is set, and then the texts under way."""
+    """Serve until ``stop`` is set, then until the unfinished texts are complete."""
     async with cloud.listening(host, port, tls) as server:
         port = next(iter(server.sockets)).getsockname()[1]
         print(f"listening on {'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -167,8 +167,8 @@ async def run(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, st
         await cloud.drain()
 
 
-def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: Here) -> None:
-    """Serve until SIGTERM or Ctrl-C: the connections in a thread of their own, the forwards in this one."""
+def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, calling: CallingThread) -> None:
+    """Serve until SIGTERM or Ctrl-C, with the connections in a thread of their own and the forwards in this one."""
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     failures: list[BaseException] = []
 
@@ -178,18 +178,18 @@ def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: 
         except BaseException as error:
             failures.append(error)
         finally:
-            here.shutdown()
+            calling.shutdown()
 
     def end(*_: object) -> None:
-        """Let texts come to their end; called again, end now."""
+        """Complete unfinished texts; when called again, end at once."""
         if not loop.is_closed():
-            loop.call_soon_threadsafe(cloud.hurry.set if stop.is_set() else stop.set)
+            loop.call_soon_threadsafe(cloud.stop_now.set if stop.is_set() else stop.set)
 
     for stopping in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stopping, end)
     thread = threading.Thread(target=connections, name="connections")
     thread.start()
-    here.work()
+    calling.work()
     thread.join()
     loop.close()
     if failures:
@@ -198,11 +198,11 @@ def serve(cloud: Cloud, host: str, port: int, tls: ssl.SSLContext | None, here: 
 
 def main() -> None:
     args = arguments()
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # what strangers send is no error of ours
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # malformed input is not an error of the server
     try:
-        here = Here()
-        cloud, tls = opened(args, here)
-        serve(cloud, args.host, args.port, tls, here)
+        calling = CallingThread()
+        cloud, tls = opened(args, calling)
+        serve(cloud, args.host, args.port, tls, calling)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

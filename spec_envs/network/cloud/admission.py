@@ -1,4 +1,4 @@
-"""Who may come in, and how much anybody may say that is no work: limits on connections before and beside requests."""
+"""Admission control: how many connections there may be, and how many frames that ask for no work."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from typing import Any
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import CloseCode, Frame, Opcode
 
-from spec_envs.network.cloud.log import Sparse
+from spec_envs.network.cloud.log import RateLimitedLog
 from spec_envs.network.cloud.metrics import Metrics
 
-PIECE = 4096  # bytes that are read of a connection before others have their turn
-HELLO = 4096  # bytes of a message before the greeting, which has less than a hundred
-UNREAD = 4 * 2**20  # bytes of answers that wait for a client to read them; the longest has half of that
-SPARE = 16  # connections beside those that edges may have: they look after health and metrics
+PIECE = 4096  # bytes that are parsed at a time
+HELLO = 4096  # bytes of a message before the greeting, which itself has less than a hundred
+UNREAD = 4 * 2**20  # bytes of answers that a client has not read; the longest answer has half of that
+SPARE = 16  # connections beyond those of edges, for health checks and metrics
 PATIENCE = 1.0  # seconds for which even a full cloud waits for a greeting
-CREDIT, REFILL, EARNED = 400.0, 50.0, 2.0  # frames without work: at once, per second, and for every answer
+CREDIT, REFILL, EARNED = 400.0, 50.0, 2.0  # frames without work: at once, more per second, and more per answer
 LOG = logging.getLogger(__name__)
 
 
 class Allowance:
-    """How many frames of a connection are read that ask for no work: pings, fragments, and messages said twice."""
+    """A token bucket for the frames of a connection that ask for no work: pings, fragments and repeated messages."""
 
     def __init__(self) -> None:
         self.left, self.at = CREDIT, time.monotonic()
 
     def earn(self) -> None:
-        """Allow more for an answer: an edge measures round trips as it goes."""
+        """Allow more frames after an answer, because an edge measures round trips between its requests."""
         self.left = min(CREDIT, self.left + EARNED)
 
     def spend(self) -> float:
-        """Return for how many seconds a frame should have waited; 0 if it is within the allowance."""
+        """Count a frame and return how many seconds too early it came; 0 if it is within the allowance."""
         now = time.monotonic()
         self.left = min(CREDIT, self.left + (now - self.at) * REFILL) - 1
         self.at = now
         return max(0.0, -self.left / REFILL)
 
 
-def neighbourhood(host: str) -> str:
-    """Return what stands for a client among addresses: of IPv6 the network of 64 bits, of which everybody has one."""
+def client_address(host: str) -> str:
+    """Return the address by which a client is counted: of IPv6 its /64 network, because every client has a whole one."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -54,101 +54,105 @@ def neighbourhood(host: str) -> str:
     return str(address)
 
 
-class Door:
-    """Counts connections from the moment that they are made.
+class Admission:
+    """Limits how many connections there are, in all and per address, from the moment that they are made.
 
     Args:
-        most, per_address: connections at once, of all and of one address.
-        message: bytes of a message after the greeting.
-        metrics: count those that are turned away, by reason.
+        most, per_address: most connections at once, in all and of one address.
+        message: most bytes of a message after the greeting.
+        metrics: count the connections that are closed, by reason.
     """
 
     def __init__(self, most: int, per_address: int, message: int, metrics: Metrics):
         self.most, self.per_address, self.message, self.metrics = most, per_address, message, metrics
-        self.inside: dict[Guest, float] = {}  # and since when
+        self.connections: dict[Connection, float] = {}  # and when each was made, the oldest first
         self.addresses: Counter[str] = Counter()
-        self.lines = Sparse(LOG)
+        self.log = RateLimitedLog(LOG)
 
-    def guest(self, *arguments: Any, **settings: Any) -> Guest:
-        """Make the connection of one client."""
-        return Guest(self, *arguments, **settings)
+    def connection(self, *arguments: Any, **settings: Any) -> Connection:
+        """Return a connection for a new client; the server calls this as its factory."""
+        return Connection(self, *arguments, **settings)
 
-    def enter(self, guest: Guest) -> None:
-        """Let a connection in, or close it where there are too many."""
-        self.inside[guest] = time.monotonic()
-        self.addresses[guest.address] += 1
-        if self.addresses[guest.address] > self.per_address and not self.make_room(guest.address):
-            self.turn_away(guest, "address", "an address has all the connections that it may have")
-        elif len(self.inside) > self.most and not self.make_room():
-            self.turn_away(guest, "full", "all connections are taken")
+    def admit(self, connection: Connection) -> None:
+        """Admit a connection, or close it if there are too many."""
+        self.connections[connection] = time.monotonic()
+        self.addresses[connection.address] += 1
+        if self.addresses[connection.address] > self.per_address and not self.make_room(connection.address):
+            self.drop(connection, "address", "an address has all the connections that it may have")
+        elif len(self.connections) > self.most and not self.make_room():
+            self.drop(connection, "full", "all connections are taken")
 
-    def leave(self, guest: Guest) -> None:
+    def forget(self, connection: Connection) -> None:
         """Forget a connection that was lost."""
-        if self.inside.pop(guest, None) is not None:
-            self.addresses[guest.address] -= 1
-            self.addresses += Counter()  # without those of which none is left
+        if self.connections.pop(connection, None) is not None:
+            self.addresses[connection.address] -= 1
+            self.addresses += Counter()  # which drops the addresses without a connection
 
     def make_room(self, address: str | None = None) -> bool:
-        """Close the oldest connection, of an address or of all, that should have greeted by now; whether there was one."""
+        """Close the oldest connection, of ``address`` or of all, that should have greeted by now.
+
+        Return whether there was one.
+        """
         then = time.monotonic() - PATIENCE
-        for guest, since in self.inside.items():  # the oldest first
-            if not guest.greeted and since < then and address in (None, guest.address):
-                self.turn_away(guest, "greeting")
+        for connection, since in self.connections.items():
+            if not connection.greeted and since < then and address in (None, connection.address):
+                self.drop(connection, "greeting")
                 return True
         return False
 
     def close_silent(self, seconds: float) -> None:
-        """Close the connections that have not greeted for so long."""
+        """Close the connections that have not greeted within ``seconds``."""
         then = time.monotonic() - seconds
-        for guest in [guest for guest, since in self.inside.items() if not guest.greeted and since < then]:
-            self.turn_away(guest, "greeting")
+        silent = [each for each, since in self.connections.items() if not each.greeted and since < then]
+        for connection in silent:
+            self.drop(connection, "greeting")
 
     def exhausted(self) -> None:
-        """There are no more file descriptors; asyncio tries again in a second."""
+        """Report that no file descriptor is left, and free one; asyncio accepts again in a second."""
         self.metrics.turned_away.labels("files").inc()
-        self.lines.warn("files", "no file descriptor is left for a new connection; allow more with `ulimit -n`")
+        self.log.warn("files", "no file descriptor is left for a new connection; allow more with `ulimit -n`")
         self.make_room()
 
-    def turn_away(self, guest: Guest, reason: str, sentence: str = "") -> None:
-        """Close a connection at once, and count why."""
+    def drop(self, connection: Connection, reason: str, sentence: str = "") -> None:
+        """Close a connection at once and count the reason."""
         self.metrics.turned_away.labels(reason).inc()
         if sentence:
-            self.lines.warn(reason, f"{sentence}; new ones are closed")
-        self.leave(guest)
-        guest.transport.abort()
+            self.log.warn(reason, f"{sentence}; new ones are closed")
+        self.forget(connection)
+        connection.transport.abort()
 
 
-class Guest(ServerConnection):
-    """A connection that is read piece by piece, so that who sends a lot can be stopped, and holds nobody up.
+class Connection(ServerConnection):
+    """A connection that is read in pieces, so that a client that sends a lot is stopped early and delays nobody.
 
     Attributes:
-        address: of the client, as far as it counts.
-        greeted: whether it has a session.
-        allowance: of what it may say beside requests.
+        address: by which the client is counted.
+        greeted: whether the client has greeted and so has a session.
+        allowance: for frames that ask for no work.
     """
 
-    def __init__(self, door: Door, *arguments: Any, **settings: Any):
+    def __init__(self, admission: Admission, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self.door, self.address, self.greeted = door, "", False
+        self.admission, self.address, self.greeted = admission, "", False
         self.allowance = Allowance()
         self.unread = bytearray()
 
     def greet(self) -> None:
-        """Take the messages of an edge from now on."""
-        self.greeted, self.protocol.max_message_size = True, self.door.message
+        """Accept messages of the size of requests from now on."""
+        self.greeted, self.protocol.max_message_size = True, self.admission.message
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.recv_messages.resume = self._resume
-        self.protocol.max_message_size = min(HELLO, self.door.message)
+        self.protocol.max_message_size = min(HELLO, self.admission.message)
         peer = transport.get_extra_info("peername")
-        self.address = neighbourhood(str(peer[0])) if isinstance(peer, tuple) else str(peer)
-        self.door.enter(self)
+        self.address = client_address(str(peer[0])) if isinstance(peer, tuple) else str(peer)
+        self.admission.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.unread.clear()
         super().connection_lost(exc)
-        self.door.leave(self)
+        self.admission.forget(self)
 
     def data_received(self, data: bytes) -> None:
         self.unread += data
@@ -163,22 +167,22 @@ class Guest(ServerConnection):
         super().process_event(event)
 
     def _read(self) -> None:
-        """Read on until enough messages wait."""
+        """Parse pieces until enough messages wait."""
         while self.unread and not self.recv_messages.paused and not self.transport.is_closing():
             piece = bytes(self.unread[:PIECE])
             del self.unread[:PIECE]
             super().data_received(piece)
 
     def _resume(self) -> None:
-        """Read what came in before, and then what comes."""
+        """Parse what was received before, then receive more."""
         self._read()
         if not self.recv_messages.paused:
             self.transport.resume_reading()
 
     def _stop(self, reason: str, sentence: str) -> None:
-        """Close the connection and say why; who does not read it is cut off."""
+        """Send the reason and close the connection, soon also for a client that does not read it."""
         if not self.transport.is_closing():
-            self.door.metrics.turned_away.labels(reason).inc()
+            self.admission.metrics.turned_away.labels(reason).inc()
             self.protocol.fail(CloseCode.POLICY_VIOLATION, sentence)
             self.send_data()
             self.transport.close()

@@ -1,8 +1,8 @@
-"""The target's side of a network: the texts of many sessions, and forwards over the requests of several at once.
+"""The target's side of a network: the texts of many sessions, and forwards over the requests of several of them at once.
 
-Nothing here knows how messages come in. What a request is answered with depends on the text, the draft and the session's
-seed alone: the uniforms of a decision are those of (seed, length of the text), so that a request that is made again,
-after the connection was lost or by a cloud that was started anew, has the same answer.
+Nothing here knows how messages arrive. The answer to a request depends only on the text, the draft and the session's seed:
+the uniform numbers of a decision are drawn from (seed, length of the text). A request that is repeated, after the connection
+was lost or to a cloud that was restarted, therefore has the same answer.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from spec_envs.network.wire import (
 )
 
 LONGEST_DRAFT = 64  # tokens
-TOGETHER = 64  # rows of a request up to which it shares a forward with others
-CHUNK = 128  # rows of a longer one, mostly a prompt, that one forward reads
+SHORT = 64  # rows of a request up to which it shares a forward with others
+CHUNK = 128  # rows of a longer request, mostly a prompt, that one forward reads
 
 
 @dataclass
 class Session:
-    """One text: its tokens ``[n]``, and a slot of the cache that has the rows of the first ones of them."""
+    """One text: its tokens ``[n]``, and the slot of the cache that holds the rows of the first of them."""
 
     hello: Hello
     slot: int
@@ -50,28 +50,47 @@ class Session:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was found to make sense: to verify ``draft`` after ``text``. ``chances`` are the q(x) of its tokens,
-    ``drafted_from`` the distributions that they were drawn from, as they were sent: unpacked they are many times as large.
+    """A checked request to verify ``draft`` after ``text``.
+
+    Attributes:
+        session: the session of the text.
+        text, draft: token ids ``[n]``.
+        mode: how the distributions of the draft were sent, one of ``MODES``.
+        proposals: the distributions from which the draft was drawn, as they were sent; unpacked they are much larger.
+        probabilities: q(x) of the drafted tokens.
     """
 
     session: Session
     text: np.ndarray
     draft: np.ndarray
     mode: str
-    drafted_from: Sequence[Sent] = ()
-    chances: Sequence[float] = ()
+    proposals: Sequence[Sent] = ()
+    probabilities: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How many drafted tokens were kept, and the token behind them; None where the edge is to draw it, from ``logits``."""
+    """How many drafted tokens were accepted, and the token after them.
+
+    The token is None if the edge has to draw it from the residual of ``logits``.
+    """
 
     accepted: int
     token: int | None
     logits: Tensor | None = None
 
+    def next_token(self) -> int:
+        """Return the token.
+
+        Raises:
+            ValueError: the edge has to draw it.
+        """
+        if self.token is None:
+            raise ValueError("the edge draws this token from the residual; only answers to drafts are like that")
+        return self.token
+
     def verdict(self, number: int, seconds: float, queued: float) -> Verdict:
-        """As it is sent."""
+        """Return the message that sends this answer to request ``number``."""
         if self.logits is None:
             return Verdict(number, self.accepted, -1 if self.token is None else self.token, seconds, queued)
         data, dtype = pack_logits(self.logits)
@@ -85,11 +104,12 @@ class Engine:
         target: the model.
         vocabulary: hash of its tokenizer.
         sessions: most sessions at once.
-        context: most tokens of a text; by default, and at most, the target's.
-        chunk: most rows that one forward reads of a long request. In int8 a row has the same bits whatever this is.
+        context: most tokens of a text; by default, and at most, those of the target's context.
+        chunk: most rows of a long request that one forward reads. In int8 the result has the same bits for any value.
 
     Attributes:
-        sessions: by the key that the edge gave them.
+        sessions: open sessions by the key that the edge gave them.
+        free: slots without a session.
     """
 
     def __init__(
@@ -103,20 +123,20 @@ class Engine:
         self.target, self.vocabulary, self.chunk = target, vocabulary, chunk
         self.context = min(context or target.shape.context, target.shape.context)
         self.vocab = target.shape.vocab
-        self.slots = target.slots(sessions, self.context + TOGETHER)  # a short row may be followed by junk
+        self.slots = target.slots(sessions, self.context + SHORT)  # short rows are padded on the right
         self.free = list(range(sessions))
         self.sessions: dict[bytes, Session] = {}
 
     @property
     def longest_request(self) -> int:
-        """Bytes of the longest message that makes sense: a whole text, and a draft with its whole distributions."""
+        """Bytes of the longest valid message: a whole text, and the longest draft with full distributions."""
         return self.context * ids_dtype(self.vocab).itemsize + LONGEST_DRAFT * (2 * self.vocab + 32) + 1024
 
     def check(self, hello: Hello) -> None:
-        """Refuse an edge that this target cannot serve, before anything is changed.
+        """Refuse an edge that this target cannot serve; nothing is changed.
 
         Raises:
-            Refused: the edge speaks another version, has another vocabulary or asks for sampling that makes no sense.
+            Refused: the edge has another version or vocabulary, or its sampling parameters are out of range.
         """
         if hello.version != VERSION:
             raise Refused(
@@ -130,10 +150,10 @@ class Engine:
             raise Refused("request", str(error)) from None
 
     def open(self, hello: Hello) -> Session:
-        """The session of an edge: as it was left, or a new one.
+        """Return the session of an edge, as it was left or a new one.
 
         Raises:
-            Refused: as in ``check``, or no slot is free.
+            Refused: the edge cannot be served (``check``), or no slot is free.
         """
         self.check(hello)
         found = self.sessions.get(hello.session)
@@ -141,25 +161,25 @@ class Engine:
             if not self.free:
                 raise Refused("busy", f"all {len(self.slots.lengths)} sessions are taken; try again later")
             found = self.sessions[hello.session] = Session(hello, self.free.pop())
-        elif found.hello != hello:  # sampled otherwise: another text
+        elif found.hello != hello:  # other sampling parameters, so another text
             found = self.sessions[hello.session] = Session(hello, found.slot)
         return found
 
     def another(self) -> Engine:
-        """One of the same target, for one session."""
+        """Return an engine of the same target, for one session."""
         return Engine(self.target, self.vocabulary, 1, self.context, self.chunk)
 
     def close(self, session: Session) -> None:
-        """Forget a session; its slot is free for another."""
+        """Forget a session and free its slot."""
         del self.sessions[session.hello.session]
         self.slots.lengths[session.slot] = 0
         self.free.append(session.slot)
 
     def job(self, session: Session, request: Verify | Plain) -> Job:
-        """What a request asks for first: the judgement of its draft, or the next token.
+        """Return the first job of a request: to verify its draft, or to decode the next token.
 
         Raises:
-            Refused: it makes no sense.
+            Refused: the request is not valid.
         """
         new = unpack_ids(request.text, self.vocab)
         if request.at > len(session.tokens):
@@ -179,21 +199,21 @@ class Engine:
             raise Refused("limit", f"a draft of {len(draft)} tokens came in; expected at most {LONGEST_DRAFT}")
         if request.mode not in MODES or (len(draft) and (request.mode == "ids") != (session.hello.temperature == 0)):
             raise Refused("request", f"mode {request.mode!r} came in at temperature {session.hello.temperature}")
-        drafted_from: list[Sent] = []
-        chances: list[float] = []
+        proposals: list[Sent] = []
+        q: list[float] = []
         if request.mode == "scalar":
-            chances = unpack_floats(request.chances).tolist()
+            q = unpack_floats(request.probabilities).tolist()
         elif request.mode != "ids":
-            drafted_from = request.proposals
-            pairs = zip(drafted_from, draft.tolist(), strict=False)
-            chances = [float(unpack_proposal(sent, self.vocab)[token]) for sent, token in pairs]
-        told = len(drafted_from or chances)
-        if request.mode != "ids" and (told != len(draft) or not all(chance > 0 for chance in chances)):
+            proposals = request.proposals
+            pairs = zip(proposals, draft.tolist(), strict=False)
+            q = [float(unpack_proposal(distribution, self.vocab)[token]) for distribution, token in pairs]
+        sent = len(proposals or q)
+        if request.mode != "ids" and (sent != len(draft) or not all(probability > 0 for probability in q)):
             raise Refused("request", "a drafted token has no distribution, or no chance in it")
-        return Job(session, text, draft, request.mode, drafted_from, chances)
+        return Job(session, text, draft, request.mode, proposals, q)
 
-    def going_on(self, job: Job, token: int) -> Job:
-        """What asks for the token behind ``token``, which was the answer to ``job``."""
+    def following(self, job: Job, token: int) -> Job:
+        """Return the job that decodes the token after ``token``, which was the answer to ``job``."""
         return Job(job.session, np.append(job.text, token), np.zeros(0, np.int64), "ids")
 
     def _check_room(self, tokens: int) -> None:
@@ -201,30 +221,35 @@ class Engine:
             raise Refused("limit", f"the text may come to {tokens} tokens; expected at most {self.context}")
 
     def rows(self, job: Job) -> int:
-        """How many rows have to be read for the answer to a job: tokens of its text that the cache lacks, and its draft."""
+        """Return how many rows a job has to read: the tokens of its text that the cache lacks, and its draft."""
         return len(job.text) - self._known(job) + len(job.draft)
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Answer jobs of different sessions: the short ones in one forward, each of the long ones by itself, in chunks."""
+        """Answer jobs of different sessions: the short ones in one forward, each long one by itself, in chunks."""
         for job in jobs:
-            while self.rows(job) > max(TOGETHER, self.chunk):
+            while self.rows(job) > max(SHORT, self.chunk):
                 self.read(job)
         rows = [self._rows(job) for job in jobs]
-        short = [i for i, r in enumerate(rows) if len(r) <= TOGETHER]
+        short = [i for i, r in enumerate(rows) if len(r) <= SHORT]
         batches = [short, *([i] for i in range(len(jobs)) if i not in short)]
         answers: dict[int, Answer] = {}
         for batch in filter(None, batches):
             hidden = self._forward([jobs[i].session.slot for i in batch], [rows[i] for i in batch])
-            judged = [
+            verified = [
                 h[len(rows[i]) - len(jobs[i].draft) - 1 : len(rows[i])] for i, h in zip(batch, hidden, strict=True)
             ]
-            answers |= dict(zip(batch, self._judge([jobs[i] for i in batch], judged), strict=True))
+            answers |= dict(zip(batch, self._verify([jobs[i] for i in batch], verified), strict=True))
         return [answers[i] for i in range(len(jobs))]
+
+    def next_token(self, job: Job) -> int:
+        """Answer one job without a draft and return the next token of its text."""
+        [answer] = self.run([job])
+        return answer.next_token()
 
     @torch.inference_mode()
     def read(self, job: Job) -> None:
-        """Read one chunk of a job that has more rows than that, and leave the rest, and the answer, for later."""
+        """Read one chunk of a job that has more rows than that; the rest and the answer are left for later."""
         rows = self._rows(job)[: self.chunk]
         slot, session = job.session.slot, job.session
         self._forward([slot], [rows])
@@ -232,19 +257,20 @@ class Engine:
         session.tokens, self.slots.lengths[slot] = job.text[:end], end
 
     def _known(self, job: Job) -> int:
-        """Rows of the cache that are of the job's text; its last token is read in any case."""
+        """Return how many rows of the cache belong to the job's text; its last token is always read again."""
         tokens = job.session.tokens
         n = min(self.slots.lengths[job.session.slot], len(job.text) - 1, len(tokens))
         other = tokens[:n] != job.text[:n]
         return int(other.argmax()) if other.any() else int(n)
 
     def _rows(self, job: Job) -> list[int]:
-        """The tokens that a forward has to read, the draft's included; the cache is rolled back to what is before them."""
+        """Roll the cache back to the rows of the job's text, and return the tokens to read after them, draft included."""
         known = self.slots.lengths[job.session.slot] = self._known(job)
         return [*job.text[known:].tolist(), *job.draft.tolist()]
 
     def _forward(self, slots: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-        """Last hidden states ``[sessions, n, hidden]`` of the rows, those of short ones followed by junk."""
+        """Return last hidden states ``[sessions, n, hidden]``; shorter requests are padded on the right, where the
+        states mean nothing."""
         device, n = self.target.device, max(map(len, rows))
         ids = torch.tensor([[*r, *[0] * (n - len(r))] for r in rows], device=device)
         begin = torch.from_numpy(self.slots.lengths[list(slots)]).to(device)
@@ -252,8 +278,8 @@ class Engine:
         hidden, _ = self.target.forward(self.target.embed(ids), self.slots.batch(slots), positions)
         return hidden
 
-    def _judge(self, jobs: Sequence[Job], hidden: Sequence[Tensor]) -> list[Answer]:
-        """Apply each job's rule to the hidden states of its last token and draft, ``[draft + 1, hidden]``."""
+    def _verify(self, jobs: Sequence[Job], hidden: Sequence[Tensor]) -> list[Answer]:
+        """Apply each job's acceptance rule to the hidden states of its last token and draft ``[draft + 1, hidden]``."""
         greedy = [job.session.hello.temperature == 0 for job in jobs]
         together, ends = torch.cat(list(hidden)), np.cumsum([len(h) for h in hidden])
         choices = self.target.head.argmax(together).cpu().numpy() if any(greedy) else np.zeros(0)
@@ -263,9 +289,9 @@ class Engine:
             own = slice(end - len(h), end)
             hello = job.session.hello
             if hello.temperature == 0:
-                answer = keep(job, choices[own])
+                answer = verify_greedy(job, choices[own])
             else:
-                answer = judge(job, logits[own], np.random.default_rng([hello.seed, len(job.text)]).random)
+                answer = verify_sampled(job, logits[own], np.random.default_rng([hello.seed, len(job.text)]).random)
             tokens = np.concatenate([job.text, job.draft[: answer.accepted]])
             self.slots.lengths[job.session.slot] = len(tokens)
             job.session.tokens = tokens if answer.token is None else np.append(tokens, answer.token)
@@ -273,24 +299,24 @@ class Engine:
         return answers
 
 
-def keep(job: Job, choices: np.ndarray) -> Answer:
-    """The greedy rule, on the target's choices ``[draft + 1]``."""
+def verify_greedy(job: Job, choices: np.ndarray) -> Answer:
+    """Apply the greedy rule to the target's choices ``[draft + 1]``."""
     path, token = accept.greedy(job.draft, np.arange(len(job.draft)) - 1, choices)
     return Answer(len(path), token)
 
 
-def judge(job: Job, logits: Tensor, uniform: Callable[[], float]) -> Answer:
-    """The sampling rule, on logits ``[draft + 1, vocab]``."""
+def verify_sampled(job: Job, logits: Tensor, uniform: Callable[[], float]) -> Answer:
+    """Apply the sampling rule to logits ``[draft + 1, vocab]``."""
     hello = job.session.hello
 
     @functools.cache
     def p(row: int) -> np.ndarray:
         return probabilities(logits[row], hello.temperature, hello.top_p)
 
-    kept = accept.prefix(job.draft, job.chances, p, uniform)
-    if kept == len(job.draft):
-        return Answer(kept, inverse_cdf(p(kept), uniform()))
+    accepted = accept.prefix(job.draft, job.probabilities, p, uniform)
+    if accepted == len(job.draft):
+        return Answer(accepted, inverse_cdf(p(accepted), uniform()))
     if job.mode == "scalar":
-        return Answer(kept, None, logits[kept])
-    q = unpack_proposal(job.drafted_from[kept], len(p(kept)))
-    return Answer(kept, inverse_cdf(accept.residual(p(kept), q), uniform()))
+        return Answer(accepted, None, logits[accepted])
+    q = unpack_proposal(job.proposals[accepted], len(p(accepted)))
+    return Answer(accepted, inverse_cdf(accept.residual(p(accepted), q), uniform()))

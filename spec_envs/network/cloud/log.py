@@ -1,4 +1,4 @@
-"""Lines of a log of which strangers cannot make many."""
+"""A log that cannot be flooded from outside."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 EVERY = 10.0  # seconds
 
 
-class Sparse:
-    """Logs a line of one kind at most every ten seconds, with how many were left out since the last one.
+class RateLimitedLog:
+    """Logs at most one line of a kind every ten seconds, with the number of lines left out since the last one.
 
     Args:
-        logger: where lines go.
+        logger: that the lines are sent to.
         every: seconds between two lines of a kind.
     """
 
@@ -22,7 +22,10 @@ class Sparse:
         self.left_out: dict[str, int] = {}
 
     def warn(self, kind: str, sentence: str, error: BaseException | None = None) -> None:
-        """Log a sentence, and the traceback of an error that nobody expected. There are to be few kinds."""
+        """Log a sentence, and the traceback of an unexpected error.
+
+        ``kind`` has to be one of a few names, because every kind has a line of its own.
+        """
         now = time.monotonic()
         if now - self.last.get(kind, -self.every) < self.every:
             self.left_out[kind] = self.left_out.get(kind, 0) + 1

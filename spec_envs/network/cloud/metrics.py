@@ -1,4 +1,4 @@
-"""What a cloud counts, for Prometheus."""
+"""Metrics of a cloud for Prometheus."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Metrics:
         self.received = Counter(name("received_bytes"), "Bytes of messages from edges.", registry=registry)
         self.sent = Counter(name("sent_bytes"), "Bytes of messages to edges.", registry=registry)
         self.emitted = Counter(name("emitted_tokens"), "Tokens decided.", registry=registry)
-        self.drafted = Counter(name("drafted_tokens"), "Drafted tokens judged.", registry=registry)
-        self.accepted = Counter(name("accepted_tokens"), "Drafted tokens kept.", registry=registry)
+        self.drafted = Counter(name("drafted_tokens"), "Drafted tokens verified.", registry=registry)
+        self.accepted = Counter(name("accepted_tokens"), "Drafted tokens accepted.", registry=registry)
         self.refused = Counter(name("refused"), "Messages refused.", ["code"], registry=registry)
         self.turned_away = Counter(
             name("turned_away"), "Connections closed or not made.", ["reason"], registry=registry
         )
-        for code in CODES:  # all there ever are
+        for code in CODES:  # so that every label exists from the start
             self.refused.labels(code)
         for reason in REASONS:
             self.turned_away.labels(reason)
@@ -36,13 +36,13 @@ class Metrics:
         self.forward = Histogram(name("forward_seconds"), "Seconds of a forward.", buckets=SECONDS, registry=registry)
         self.queued = Histogram(name("queued_seconds"), "Seconds before it.", buckets=SECONDS, registry=registry)
 
-    def judged(self, job: Job, answer: Answer, queued: float) -> None:
-        """Count an answer."""
+    def answered(self, job: Job, answer: Answer, queued: float) -> None:
+        """Count the answer to a job that waited ``queued`` seconds."""
         self.drafted.inc(len(job.draft))
         self.accepted.inc(answer.accepted)
         self.emitted.inc(answer.accepted + (answer.token is not None))
         self.queued.observe(queued)
 
     def page(self) -> tuple[str, bytes]:
-        """Content type and text of `/metrics`."""
+        """Return content type and text of `/metrics`."""
         return CONTENT_TYPE_LATEST, generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""The cloud's side of its connections: who is served, what is said, and when it ends."""
+"""The cloud as a WebSocket server: its connections, the sessions that belong to them, and its shutdown."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from websockets.exceptions import ConnectionClosed, TooManyFragments
 from websockets.http11 import Request, Response
 
 from spec_envs.network.authorization import denied
-from spec_envs.network.cloud.admission import SPARE, Door, Guest
+from spec_envs.network.cloud.admission import SPARE, Admission, Connection
 from spec_envs.network.cloud.batching import Batcher
 from spec_envs.network.cloud.engine import Engine, Job, Session
-from spec_envs.network.cloud.log import Sparse
+from spec_envs.network.cloud.log import RateLimitedLog
 from spec_envs.network.cloud.metrics import Metrics
 from spec_envs.network.wire import (
     MAX_BYTES,
@@ -50,11 +50,11 @@ class Limits:
     """What the cloud allows.
 
     Attributes:
-        sessions: at once; twice as many connections.
-        tokens: of a text.
-        message: bytes.
-        idle: seconds after which a connection on which nothing is said is closed, and a session without one forgotten.
-        grace: seconds that texts under way have when the cloud shuts down.
+        sessions: most sessions at once; there may be twice as many connections.
+        tokens: most tokens of a text.
+        message: most bytes of a message.
+        idle: seconds after which a silent connection is closed, and a session without a connection forgotten.
+        grace: seconds that unfinished texts have when the cloud shuts down.
         greeting: seconds that a connection has for its first message.
         per_address: sessions of one address; twice as many connections. By default as many as there are.
     """
@@ -68,8 +68,8 @@ class Limits:
     per_address: int | None = None
 
     @property
-    def of_one(self) -> int:
-        """Most sessions of one address."""
+    def sessions_per_address(self) -> int:
+        """Most sessions of one address at once."""
         return self.sessions if self.per_address is None else min(self.sessions, self.per_address)
 
 
@@ -77,11 +77,11 @@ class Cloud:
     """Serves the sessions of an engine.
 
     Args:
-        engine: the target with room for ``limits.sessions``.
-        limits: see ``Limits``.
-        token: that edges have to bear; empty asks for none.
+        engine: the target, with room for ``limits.sessions``.
+        limits: on sessions, messages and time.
+        token: bearer token that edges have to send; empty if none is needed.
         batching: whether requests that wait at the same time share a forward.
-        executor: where forwards run; see ``Batcher``.
+        executor: runs the forwards, as for ``Batcher``.
     """
 
     def __init__(
@@ -96,53 +96,56 @@ class Cloud:
         self.metrics = Metrics()
         self.batcher = Batcher(engine, self.metrics, batching, executor)
         message = min(limits.message, engine.longest_request)
-        self.door = Door(2 * limits.sessions + SPARE, 2 * limits.of_one + SPARE // 2, message, self.metrics)
-        self.lines = Sparse(LOG)
-        self.attached: dict[bytes, Guest] = {}  # by session
-        self.detached: dict[bytes, float] = {}  # when the connections of sessions were lost
-        self.owners: dict[bytes, str] = {}  # addresses that sessions were opened from
-        self.talks: set[Conversation] = set()
+        self.admission = Admission(
+            2 * limits.sessions + SPARE, 2 * limits.sessions_per_address + SPARE // 2, message, self.metrics
+        )
+        self.log = RateLimitedLog(LOG)
+        self.attached: dict[bytes, Connection] = {}  # by session
+        self.detached: dict[bytes, float] = {}  # when sessions lost their connection
+        self.owners: dict[bytes, str] = {}  # addresses from which sessions were opened
+        self.handlers: set[Handler] = set()
         self.draining = False
-        self.hurry = asyncio.Event()  # set: texts under way are not waited for
+        self.stop_now = asyncio.Event()  # once set, unfinished texts are not waited for
 
     @contextlib.asynccontextmanager
     async def listening(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> Any:
-        """Serve while the block lasts; yields the server.
+        """Serve while the block lasts; yield the server.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the server cannot listen on the address.
         """
         loop = asyncio.get_running_loop()
         try:
             server = await serve(
-                self.connected, host, port, ssl=tls, process_request=self.received, max_size=self.door.message,
+                self.handle,  # type: ignore[arg-type]
+                host, port, ssl=tls, process_request=self.answer_http, max_size=self.admission.message,
                 origins=[None], compression=None, ping_interval=None, close_timeout=2.0, server_header=None, max_queue=0,
-                open_timeout=self.limits.greeting, create_connection=self.door.guest,  # type: ignore[arg-type]
+                open_timeout=self.limits.greeting, create_connection=self.admission.connection,  # type: ignore[arg-type]
             )  # fmt: skip
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
             raise OSError(f"could not listen on {host}:{port} ({reason}); choose another address") from None
-        loop.set_exception_handler(self._complain)
+        loop.set_exception_handler(self._log_failure)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self.batcher.run()), tasks.create_task(self._forget_silent())]
             try:
                 yield server
             finally:
                 server.close()
-                await server.wait_closed()  # the last answers are still worked out
+                await server.wait_closed()  # until the last answers are sent
                 for task in running:
                     task.cancel()
 
-    def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log what failed outside of any connection: a line of each kind, for strangers could have many made."""
+    def _log_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error that occurred outside of any connection."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in EXHAUSTED:
-            self.door.exhausted()
+            self.admission.exhausted()
         elif not self.draining:
-            self.lines.warn(type(error).__name__, str(context.get("message")), error)
+            self.log.warn(type(error).__name__, str(context.get("message")), error)
 
-    def received(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer plain HTTP, and refuse connections before they are made."""
+    def answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer a plain HTTP request, or refuse a connection before it becomes a WebSocket; None to go ahead with it."""
         if request.path == "/healthz":
             return connection.respond(
                 HTTPStatus.SERVICE_UNAVAILABLE if self.draining else HTTPStatus.OK,
@@ -160,41 +163,40 @@ class Cloud:
             return Response(HTTPStatus.OK.value, "OK", headers, body)
         if request.path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, "there are /, /healthz and /metrics\n")
-        if len(self.talks) >= 2 * self.limits.sessions and not self.door.make_room():
+        if len(self.handlers) >= 2 * self.limits.sessions and not self.admission.make_room():
             self.metrics.turned_away.labels("full").inc()
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections; try again later\n")
         return None
 
-    async def connected(self, connection: ServerConnection) -> None:
-        """Serve one connection to its end. What is still asked for when it ends is not worked on any more."""
-        assert isinstance(connection, Guest)
-        talk = Conversation(self, connection)
-        self.talks.add(talk)
-        tasks = [asyncio.create_task(talk.serve()), asyncio.create_task(connection.wait_closed())]
+    async def handle(self, connection: Connection) -> None:
+        """Serve one connection to its end; requests that are then unanswered are cancelled."""
+        handler = Handler(self, connection)
+        self.handlers.add(handler)
+        tasks = [asyncio.create_task(handler.serve()), asyncio.create_task(connection.wait_closed())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.talks.remove(talk)
-            await talk.end()
+            self.handlers.remove(handler)
+            await handler.end()
 
     def check(self, hello: Hello) -> None:
-        """Refuse a greeting that is not to change anything.
+        """Refuse a greeting before it changes anything.
 
         Raises:
-            Refused: the edge does not fit the target, or new texts are not taken any more.
+            Refused: the edge does not fit the target, or new texts are no longer accepted.
         """
         self.engine.check(hello)
         if self.draining and hello.session not in self.engine.sessions:
             raise Refused("draining", "the cloud is shutting down and takes no new texts; try another one, or later")
 
-    def attach(self, hello: Hello, connection: Guest) -> Session:
-        """The session of a greeting, which from now on belongs to this connection.
+    def attach(self, hello: Hello, connection: Connection) -> Session:
+        """Return the session of a greeting; from now on it belongs to this connection.
 
         Raises:
-            Refused: there is none to be had.
+            Refused: the greeting is refused (``check``), or no session is free.
         """
         self.check(hello)
         if hello.session not in self.engine.sessions:
@@ -202,7 +204,7 @@ class Cloud:
         session = self.engine.open(hello)
         other = self.attached.get(hello.session)
         if other is not None and other is not connection:
-            other.transport.abort()  # the edge came back before its loss was noticed here
+            other.transport.abort()  # the edge reconnected before its loss was noticed
         self.attached[hello.session] = connection
         self.owners.setdefault(hello.session, connection.address)
         self.detached.pop(hello.session, None)
@@ -210,15 +212,17 @@ class Cloud:
         return session
 
     def _make_room(self, address: str) -> None:
-        """Forget a session whose edge is away, where a new one would be too many: of its own address, or of the one that
-        has most; of these the one that left first.
+        """If a new session would be one too many, forget one whose edge is away.
+
+        It is of the same address if that has all its sessions, or else of the address that has most sessions; of these,
+        the one whose edge left first.
 
         Raises:
-            Refused: the address has all the sessions that it may have, and their edges are there.
+            Refused: the address has all the sessions that it may have, and their edges are connected.
         """
         held = Counter(self.owners.values())
         away = sorted(self.detached, key=self.detached.__getitem__)
-        if held[address] >= self.limits.of_one < self.limits.sessions:
+        if held[address] >= self.limits.sessions_per_address < self.limits.sessions:
             away = [key for key in away if self.owners[key] == address]
             if not away:
                 raise Refused("busy", f"all {held[address]} sessions of your address are taken; try again later")
@@ -226,8 +230,8 @@ class Cloud:
         elif not self.engine.free and away:
             self.forget(max(away, key=lambda key: held[self.owners[key]]))
 
-    def detach(self, session: Session, connection: Guest, lost: bool) -> None:
-        """A connection goes; where it was ``lost`` its session is kept for a while."""
+    def detach(self, session: Session, connection: Connection, lost: bool) -> None:
+        """Detach a session from its connection; it is kept for a while if the connection was ``lost``."""
         key = session.hello.session
         if self.attached.get(key) is not connection:
             return
@@ -237,54 +241,53 @@ class Cloud:
             self.forget(key)
 
     def forget(self, key: bytes) -> None:
-        """Drop a session without a connection."""
+        """Forget a session that has no connection."""
         del self.detached[key], self.owners[key]
         self.engine.close(self.engine.sessions[key])
         self.metrics.sessions.set(len(self.engine.sessions))
 
     async def _forget_silent(self) -> None:
-        """Drop connections on which nothing is said, or what is said is not read, and sessions whose edges do not come
-        back."""
+        """Close silent connections, those whose answers are not read, and forget sessions whose edges do not return."""
         while True:
             await asyncio.sleep(min(1.0, self.limits.idle / 4, self.limits.greeting / 4))
             now = time.monotonic()
             then = now - self.limits.idle
-            self.door.close_silent(self.limits.greeting)
-            for talk in self.talks:
-                if talk.since < then or talk.worked < now - 2 * self.limits.idle:
+            self.admission.close_silent(self.limits.greeting)
+            for handler in self.handlers:
+                if handler.since < then or handler.worked < now - 2 * self.limits.idle:
                     self.metrics.turned_away.labels("idle").inc()
-                    talk.connection.transport.abort()
+                    handler.connection.transport.abort()
             for key in [key for key, since in self.detached.items() if since < then]:
                 self.forget(key)
 
     async def drain(self) -> None:
-        """Take no new texts, and wait for those under way, also for edges that lost their connection."""
+        """Refuse new texts and wait for the unfinished ones, also those of edges that lost their connection."""
         self.draining = True
         begin = time.monotonic()
-        while self.engine.sessions and time.monotonic() - begin < self.limits.grace and not self.hurry.is_set():
+        while self.engine.sessions and time.monotonic() - begin < self.limits.grace and not self.stop_now.is_set():
             await asyncio.sleep(0.05)
 
 
-class Conversation:
-    """What is said on one connection.
+class Handler:
+    """Handles the messages of one connection.
 
     Attributes:
-        since: when something was last said.
-        worked: when something was last said that there was work in.
+        since: when a message was last sent or received.
+        worked: when the answer to a request was last sent.
     """
 
-    def __init__(self, cloud: Cloud, connection: Guest):
+    def __init__(self, cloud: Cloud, connection: Connection):
         self.cloud, self.connection = cloud, connection
         self.session: Session | None = None
         self.since = self.worked = time.monotonic()
-        self.number = -1  # of the last request: one that comes in twice is not served twice
+        self.number = -1  # of the last request; a repeated one is not served twice
         self.streaming: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
-        """Answer message after message, until one has to be refused or the connection ends."""
+        """Answer messages until one has to be refused or the connection ends."""
         try:
             while True:
-                await self.take(await self.connection.recv())
+                await self.answer(await self.connection.recv())
         except Refused as refused:
             await self.refuse(refused)
         except TooManyFragments:
@@ -294,16 +297,16 @@ class Conversation:
         except Exception as error:
             await self._failed(error)
 
-    async def take(self, frame: Any) -> None:
+    async def answer(self, frame: Any) -> None:
         """Answer a message.
 
         Raises:
-            Refused: it cannot be.
+            Refused: it is not valid or not allowed.
         """
         self.since = time.monotonic()
         self.cloud.metrics.received.inc(len(frame))
         message = decode(frame)
-        del frame  # as long as a request may be, and what is needed of it was copied
+        del frame  # it may be long, and the message has its own copy
         if isinstance(message, Hello):
             await self._greet(message)
         elif not isinstance(message, (Verify, Plain)):
@@ -335,24 +338,23 @@ class Conversation:
         await self._send(Welcome(len(self.session.tokens), engine.context, engine.vocab), work=False)
 
     async def _slow_down(self) -> None:
-        """Let who says much that is no work wait for the answer."""
+        """Delay the answer to a client that sends too many messages without work."""
         if wait := self.connection.allowance.spend():
             await asyncio.sleep(min(wait, 1.0))
 
     async def _stream(self, request: Plain, job: Job) -> None:
-        """Send token after token."""
+        """Decode plainly and send every token in a message of its own."""
         engine = self.cloud.engine
         stop = set(unpack_ids(request.stop, engine.vocab).tolist())
         try:
             for index in range(request.count):
                 done = await self.cloud.batcher.answer(job, self.connection.address)
-                token = done.answer.token
-                assert token is not None
+                token = done.answer.next_token()
                 last = index == request.count - 1 or token in stop
                 await self._send(Tokens(request.number, token, last, done.seconds, done.queued, index))
                 if last:
                     return
-                job = engine.going_on(job, token)
+                job = engine.following(job, token)
         except Refused as refused:
             await self.refuse(refused)
         except ConnectionClosed:
@@ -361,12 +363,12 @@ class Conversation:
             await self._failed(error)
 
     async def _failed(self, error: Exception) -> None:
-        """End a connection at a fault of our own."""
-        self.cloud.lines.warn(f"connection {type(error).__name__}", "a connection failed", error)
+        """Close the connection after an unexpected error of the cloud itself."""
+        self.cloud.log.warn(f"connection {type(error).__name__}", "a connection failed", error)
         await self.refuse(Refused("internal", "the cloud failed; try again"))
 
     async def _stop_streaming(self) -> None:
-        """Break off plain decoding that nobody wants any more."""
+        """Cancel plain decoding that is no longer wanted."""
         if self.streaming is not None:
             self.streaming.cancel()
             await asyncio.gather(self.streaming, return_exceptions=True)
@@ -382,14 +384,14 @@ class Conversation:
             self.connection.allowance.earn()
 
     async def refuse(self, refused: Refused) -> None:
-        """Say why, and close the connection."""
+        """Send the reason and close the connection."""
         self.cloud.metrics.refused.labels(refused.code).inc()
         with contextlib.suppress(ConnectionClosed):
             await self._send(refused.message(), work=False)
         await self.connection.close(POLICY, refused.code)
 
     async def end(self) -> None:
-        """The connection is closed: with a greeting, or it was lost."""
+        """Clean up after the connection was closed by the edge or lost."""
         await self._stop_streaming()
         if self.session is not None:
             lost = not self.connection.protocol.close_rcvd_then_sent

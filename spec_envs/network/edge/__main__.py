@@ -1,8 +1,8 @@
 """The edge: streams an answer to a prompt, drafted here and verified by a cloud (`make edge`).
 
-The target's weights are loaded here, too, for the drafter that comes with it works on its embedding and output rows; its
-layers are not run. A connection that is lost is opened anew. With --offline-fallback the drafter goes on alone while the
-cloud is away, which is not what the target would have said: such text is marked.
+The target's weights are loaded here, too, because its shipped drafter uses its embedding and output rows; its layers are not
+run. A lost connection is opened anew. With --offline-fallback the drafter continues alone while the cloud is unavailable;
+such text is not the target's, and is marked.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
-from spec_envs.network.edge.linked import LinkedDecoder, is_address, linked, tell
+from spec_envs.network.edge.linked import LinkedDecoder, choose_mode, is_address, over
 from spec_envs.network.edge.remote import RemoteVerifier
-from spec_envs.network.websocket import CloudAway, SocketChannel
-from spec_envs.network.wire import MODES, PORT, PORTS
+from spec_envs.network.websocket import CloudUnavailable, SocketChannel
+from spec_envs.network.wire import MODES, PORT, PORTS, vocabulary_hash
 from spec_envs.prompts.sets import encode
 from spec_envs.text import Detokenizer, TextStream, printable
 
 PROMPT = "Explain in three sentences why the sky is blue."
-RETRY, ATTEMPT = 2.0, 1.0  # seconds without the cloud after which it is tried again, and for how long
+RETRY, ATTEMPT = 2.0, 1.0  # seconds until an unavailable cloud is tried again, and patience of that attempt
 
 
-class Fallback(RemoteVerifier):
-    """A verifier that lets drafts pass as they are while the cloud is away.
+class FallbackVerifier(RemoteVerifier):
+    """A verifier that accepts drafts as they are while the cloud is unavailable.
 
     Attributes:
-        drafter: has to give the first token where the cloud is away from the start.
-        away: whether the last call went without the cloud.
-        tried: when it was last found away.
+        drafter: drafts the first token if the cloud is unavailable from the start.
+        away: whether the last call was answered without the cloud.
+        tried: when the cloud was last found unavailable.
+        patience: the channel's patience while the cloud answers.
     """
 
     channel: SocketChannel
@@ -50,13 +51,13 @@ class Fallback(RemoteVerifier):
 
     @property
     def waiting(self) -> bool:
-        """Whether the cloud is away, and it is not yet time to try again."""
+        """Whether the cloud is unavailable and not to be tried again yet."""
         return self.away and time.monotonic() - self.tried < RETRY
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         try:
             return super().start(prompt, rows, rng)
-        except CloudAway:
+        except CloudUnavailable:
             self._lost()
         self.drafter.start(prompt, rows, self.features, rng)
         tree = Tree(self.drafter.width, 1)
@@ -70,7 +71,7 @@ class Fallback(RemoteVerifier):
     ) -> Verdict:
         try:
             verdict = super().verify(tokens, parents, levels, proposals)
-        except CloudAway:
+        except CloudUnavailable:
             if not len(tokens):
                 raise
             self._lost()
@@ -101,46 +102,45 @@ def connected(
     fallback: bool = False,
     token_in_clear: bool = False,
 ) -> LinkedDecoder:
-    """Return a decoder that drafts here chains of up to ``k`` tokens, which the cloud at ``url`` verifies.
+    """Return a decoder that drafts chains of up to ``k`` tokens here and has the cloud at ``url`` verify them.
 
     Args:
-        target, drafter, device, dtype: as for ``load_decoder``; of the target only what the drafter needs is run.
+        target, drafter, device, dtype: as for ``load_decoder``; the target's layers are not run.
         temperature, top_p: of the target's sampling.
-        mode, top_k: how the distributions of drafts are told; see ``spec_envs.network.wire``.
+        mode, top_k: how the distributions of drafts are sent, as for ``choose_mode``.
         patience: seconds after which a cloud that does not answer is given up.
-        fallback: whether drafts then pass as they are.
-        token_in_clear: whether the token may go to another machine without TLS.
+        fallback: whether drafts are then accepted as they are.
+        token_in_clear: whether the token may be sent to another machine without TLS.
 
     Raises:
-        ValueError: models or settings that do not fit together.
+        ValueError: models or settings do not fit together.
     """
     if not 1 <= k <= LONGEST_DRAFT:
         raise ValueError(f"k is {k}; expected a draft of 1 to {LONGEST_DRAFT} tokens")
     if not 0 < patience < math.inf:
         raise ValueError(f"patience is {patience:g} s; expected more than 0, and an end")
-    SocketChannel(url, in_clear=token_in_clear)  # what is wrong with the address is said before models are loaded
+    channel = SocketChannel(url, patience, in_clear=token_in_clear)  # refuses a wrong address before models are loaded
     local = load_decoder(target, drafter, device, dtype, temperature, top_p, width=1, max_depth=k - 1)
-    decoder = linked(local, url, target, Fallback if fallback else RemoteVerifier, token_in_clear)
-    tell(decoder, mode, top_k)
+    vocabulary = vocabulary_hash(load_tokenizer(target))
+    decoder = over(channel, local, vocabulary, FallbackVerifier if fallback else RemoteVerifier)
+    choose_mode(decoder, mode, top_k)
     verifier = decoder.verifier
-    assert isinstance(verifier.channel, SocketChannel)
-    verifier.channel.patience = patience
-    if isinstance(verifier, Fallback):
+    if isinstance(verifier, FallbackVerifier):
         if not isinstance(decoder.drafter, ChainDrafter):
-            raise ValueError("prompt lookup alone cannot go on without the cloud; take a draft model as drafter")
+            raise ValueError("prompt lookup alone cannot continue without the cloud; take a draft model as drafter")
         verifier.drafter = decoder.drafter
     return decoder
 
 
 class Stream:
-    """An answer under way; iterate over it for whether what was just emitted is verified.
+    """An answer that is being decoded. Iterating decodes it; every item says whether the newest tokens are verified.
 
     Attributes:
-        rounds: cycles that the cloud judged.
-        drafted, accepted: tokens of those rounds.
-        unverified: emitted tokens that the cloud never saw before they were text.
+        rounds: number of cycles that the cloud verified.
+        drafted, accepted: tokens of those cycles.
+        unverified: emitted tokens that the cloud did not verify.
         seconds, prefill_seconds: after the first token, and up to it.
-        bytes_up, bytes_down, network_seconds: in all; the cloud's computing is not among them.
+        bytes_up, bytes_down, network_seconds: in total; the seconds exclude those of the cloud's forwards.
     """
 
     def __init__(self, decoder: LinkedDecoder, prompt: list[int], max_new_tokens: int, k: int, seed: int = 0):
@@ -156,7 +156,7 @@ class Stream:
         yield self._count(1)
         while not decoder.finished:
             began = time.perf_counter()
-            if isinstance(verifier, Fallback) and verifier.waiting:
+            if isinstance(verifier, FallbackVerifier) and verifier.waiting:
                 cycle = decoder.unverified(self.k)
             else:
                 cycle = decoder.cycle(self.k)
@@ -165,7 +165,7 @@ class Stream:
 
     def _count(self, emitted: int, drafted: int = 0, accepted: int = 0) -> bool:
         verifier = self.decoder.verifier
-        if isinstance(verifier, Fallback) and verifier.away:
+        if isinstance(verifier, FallbackVerifier) and verifier.away:
             self.unverified += emitted
             return False
         self.rounds += 1
@@ -177,7 +177,7 @@ class Stream:
         return True
 
     def last_line(self) -> str:
-        """What it came to."""
+        """Return the statistics of the finished answer in one line."""
         tokens = len(self.decoder.tokens)
         rate = (tokens - 1) / self.seconds if self.seconds else 0.0
         share = 100 * self.accepted / self.drafted if self.drafted else 0.0
@@ -190,8 +190,7 @@ class Stream:
 
 
 class Screen:
-    """Prints a text as it grows: whole characters only, what is not verified in colour, or in brackets where there is
-    none."""
+    """Prints a text as it grows, in whole characters; unverified text is coloured, or in brackets without a terminal."""
 
     def __init__(self, detokenize: Detokenizer, out: TextIO):
         self.stream, self.out = TextStream(detokenize), out
@@ -199,13 +198,13 @@ class Screen:
         self.read, self.open, self.doubtful = 0, False, False
 
     def show(self, tokens: Sequence[int], verified: bool) -> None:
-        """Print what is new of the text of ``tokens``; a character of several tokens waits for all of them."""
+        """Print the new part of the text of ``tokens``; a character of several tokens waits for all of them."""
         self.doubtful |= not verified
         self._print(self.stream.push(tokens[self.read :]))
         self.read = len(tokens)
 
     def close(self) -> None:
-        """Print what still waited, and end the mark and the line."""
+        """Print the rest, and end the mark and the line."""
         self._print(self.stream.finish())
         self.out.write(f"{self.closing if self.open else ''}\n")
         self.out.flush()
@@ -222,7 +221,7 @@ class Screen:
 
 
 def address(host: str, port: int) -> str:
-    """Of the cloud: a host, or a whole ``ws://`` or ``wss://`` URL, which is taken as it is."""
+    """Return the URL of the cloud at ``host``, which may itself be a ``ws://`` or ``wss://`` URL."""
     if is_address(host):
         return host
     return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
@@ -230,19 +229,26 @@ def address(host: str, port: int) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("host", nargs="?", default="localhost", help="of the cloud, or its ws:// or wss:// URL")
-    parser.add_argument("--port", type=whole_number(1, PORTS), default=PORT, help=f"of the cloud (default {PORT})")
+    parser.add_argument("host", nargs="?", default="localhost", help="host of the cloud, or its ws:// or wss:// URL")
+    parser.add_argument("--port", type=whole_number(1, PORTS), default=PORT, help=f"port of the cloud (default {PORT})")
     parser.add_argument("--prompt", default=PROMPT, help=f"a user turn (default: {PROMPT})")
     parser.add_argument(
-        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})"
+        "--target",
+        type=nonempty,
+        default=DEFAULT_TARGET,
+        help=f"model that the cloud serves (default {DEFAULT_TARGET})",
     )
-    parser.add_argument("--drafter", type=nonempty, default="auto", help="of chains (default: the target's own)")
+    parser.add_argument(
+        "--drafter", type=nonempty, default="auto", help="drafter of chains (default: the target's own)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--top-p", type=TOP_P, default=1.0, help="mass kept when sampling (default 1)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of sampling (default 0)")
-    parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are told (default topk)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling (default 0)")
+    parser.add_argument(
+        "--mode", choices=MODES, default="topk", help="how the distributions of drafts are sent (default topk)"
+    )
     parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
     parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
     parser.add_argument("--max-new-tokens", type=whole_number(1, 2**20), default=128, help="(default 128)")
@@ -252,12 +258,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
     )
-    parser.add_argument("--offline-fallback", action="store_true", help="then go on unverified instead of ending")
+    parser.add_argument("--offline-fallback", action="store_true", help="then continue unverified instead of ending")
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the answer and the line about it."""
+    """Print the answer and its statistics."""
     names = ("target", "drafter", "device", "dtype", "temperature", "top_p", "mode", "top_k", "k", "patience")
     settings = {name: getattr(args, name) for name in names}
     decoder = connected(
@@ -275,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
             screen.close()
         raise
     finally:
-        decoder.verifier.channel.close()
+        decoder.verifier.close()
     print(f"\n{stream.last_line()}")
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-NOISE = 1e-3  # seconds by which two round trips differ for no reason that matters
-PRIOR = 20e6 / 8  # bytes per second, of a link of which nothing is known
+NOISE = 1e-3  # seconds by which round trips of the same link differ
+PRIOR = 20e6 / 8  # bytes per second assumed of an unknown link
 FASTEST = 10e9 / 8
 
 
 class Estimate:
-    """Rates and round trip of a link, from messages of known sizes.
+    """Estimates rates and round trip of a link from messages of known sizes.
 
-    Round trips are those of messages next to nothing long (pings). What an exchange took beyond one is the transfer of its
-    bytes; the rate that follows counts the more, the longer the transfer was, or would have been at the rate assumed so
-    far, against the noise of a round trip: a short message over a fast link tells nothing, and leaves the rate as it was.
+    Round trips are measured with tiny messages (pings). The seconds of an exchange beyond one round trip are the transfer of
+    its bytes. The longer that transfer took, or was expected to take, compared with the noise of a round trip, the more its
+    rate counts; a short message over a fast link has no information and leaves the rate unchanged.
 
     Attributes:
         up, down: bytes per second.
@@ -24,11 +24,14 @@ class Estimate:
         self.rtt = 0.05
 
     def ping(self, seconds: float) -> None:
-        """A message of next to nothing was answered at once."""
+        """Take the round trip of a tiny message."""
         self.rtt = seconds
 
     def exchange(self, bytes_up: int, bytes_down: int, seconds: float) -> None:
-        """A request and its answer took ``seconds`` on the network: the heavier way tells about its rate."""
+        """Take a request and its answer, which spent ``seconds`` on the network.
+
+        The direction that carried more bytes updates its rate.
+        """
         transfer = seconds - self.rtt
         if bytes_up >= bytes_down:
             self.up = improved(self.up, bytes_up, transfer - bytes_down / self.down)
@@ -49,8 +52,10 @@ class Estimate:
 
 
 def improved(rate: float, size: int, seconds: float) -> float:
-    """A rate in view of a transfer: the seconds that were expected of it and those that were seen, averaged. What was
-    expected, or was seen beyond what noise explains, is the evidence."""
+    """Return a rate updated by a transfer: a weighted average of its expected and its measured seconds.
+
+    The weight grows with the expected seconds, or the measured ones beyond the noise if they are more.
+    """
     expected = size / rate
     evidence = max(seconds - 2 * NOISE, expected)
     weight = evidence**2 / (evidence**2 + NOISE**2)

@@ -65,25 +65,38 @@ def is_address(link: str) -> bool:
     return link.startswith(SCHEMES)
 
 
-def linked(
-    decoder: Decoder,
-    link: str,
-    target: str,
-    verifier: type[RemoteVerifier] = RemoteVerifier,
-    token_in_clear: bool = False,
-) -> LinkedDecoder:
-    """Return a decoder like the given one, whose target lies behind a network.
+def linked(decoder: Decoder, link: str, target: str) -> LinkedDecoder:
+    """Return a decoder like the given one, whose target lies behind a link.
 
     Args:
-        decoder: over models of this process, with a drafter of chains. The target's weights are loaded here either way:
-            a drafter may share its embedding and output rows, and a simulated link leads to them.
-        link: address of a cloud, ``ws://…`` or ``wss://…``; or a simulated link (see ``load_link``).
-        target: name of the target, whose tokenizer the cloud has to have.
-        verifier: what speaks to the cloud.
-        token_in_clear: whether the token may go to another machine without TLS.
+        decoder: has its models in this process and a drafter of chains. The target's weights are loaded here in any case,
+            because a drafter may share its embedding and output rows, and a simulated link leads to them.
+        link: address of a cloud, ``ws://…`` or ``wss://…``; or a simulated link, as for ``load_link``.
+        target: name of the target; the cloud has to have the same tokenizer.
 
     Raises:
-        ValueError: no such link, or a drafter that reads the target's states, which do not come over a network.
+        ValueError: there is no such link, or the drafter reads the target's states, which are not sent over a network.
+    """
+    vocabulary = vocabulary_hash(load_tokenizer(target))
+    channel: Channel
+    if is_address(link):
+        channel = SocketChannel(link)
+    else:
+        channel = SimulatedChannel(Engine(decoder.local.target, vocabulary, 1), load_link(link))
+    return over(channel, decoder, vocabulary)
+
+
+def over(
+    channel: Channel, decoder: Decoder, vocabulary: bytes, kind: type[RemoteVerifier] = RemoteVerifier
+) -> LinkedDecoder:
+    """Return a decoder like the given one, which verifies over a channel.
+
+    Args:
+        vocabulary: hash of the target's tokenizer.
+        kind: class of the verifier.
+
+    Raises:
+        ValueError: the drafter reads the target's states, which are not sent over a network.
     """
     local, drafter = decoder.local, decoder.drafter
     if drafter is not None and (drafter.capture or drafter.width != 1):
@@ -91,24 +104,18 @@ def linked(
             "the drafter is a head on the target's states, which do not come over a network; take a draft model, or "
             "'lookup+' and a draft model"
         )
-    vocabulary = vocabulary_hash(load_tokenizer(target))
-    channel: Channel
-    if is_address(link):
-        channel = SocketChannel(link, in_clear=token_in_clear)
-    else:
-        channel = SimulatedChannel(Engine(local.target, vocabulary, 1), load_link(link))
-    sampling = local.temperature, local.top_p
-    remote = verifier(channel, vocabulary, local.vocab, local.context, *sampling)
-    remote.dtype = local.dtype if isinstance(channel, SimulatedChannel) else "the cloud's"
-    return LinkedDecoder(remote, drafter, decoder.clock, decoder.eos, decoder.max_depth, decoder.detokenize)
+    verifier = kind(channel, vocabulary, local.vocab, local.context, local.temperature, local.top_p)
+    verifier.dtype = local.dtype if isinstance(channel, SimulatedChannel) else "the cloud's"
+    return LinkedDecoder(verifier, drafter, decoder.clock, decoder.eos, decoder.max_depth, decoder.detokenize)
 
 
-def tell(decoder: LinkedDecoder, mode: str, top_k: int) -> None:
-    """Have a decoder send the distributions of its drafts in a mode; see ``LinkedDecoder.send``. Greedy decoding sends ids
-    alone, whatever the mode.
+def choose_mode(decoder: LinkedDecoder, mode: str, top_k: int) -> None:
+    """Have a decoder send the distributions of its drafts in a mode of ``wire.MODES``; greedy decoding sends ids only.
+
+    ``top_k`` is the cut of mode ``topk``, made before a token is drawn.
 
     Raises:
-        ValueError: no such mode, or one that does not say enough at the target's temperature.
+        ValueError: there is no such mode, or it does not send enough at the target's temperature.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")

@@ -325,7 +325,7 @@ def test_requests_that_make_sense_are_not() -> None:
     cloud = engine()
     session = cloud.open(SAMPLED)
     job = cloud.job(session, Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "topk", b"", ONE))
-    assert job.text.tolist() == [3] and job.draft.tolist() == [1] and job.chances == [1]
+    assert job.text.tolist() == [3] and job.draft.tolist() == [1] and job.probabilities == [1]
     cloud.job(session, Plain(1, 0, pack_ids([3], 16), 127, b""))
 
 

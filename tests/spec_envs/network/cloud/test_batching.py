@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec_envs.network.cloud.batching import Batcher, Done
-from spec_envs.network.cloud.engine import TOGETHER, Answer, Engine, Job
+from spec_envs.network.cloud.batching import Answered, Batcher
+from spec_envs.network.cloud.engine import SHORT, Answer, Engine, Job
 from spec_envs.network.cloud.metrics import Metrics
 from spec_envs.network.wire import VERSION, Hello, Plain, Refused, Verify, pack_ids
 from tests.support.models.builds import WITHOUT_KERNELS
@@ -49,8 +49,8 @@ class Ledger:
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         slots = [job.session.slot for job in jobs]
         self.forwards.append(slots)
-        assert max(map(self.rows, jobs)) * len(jobs) <= max(self.chunk, TOGETHER) or len(jobs) == 1
-        self.chunks += [slot for slot in slots if self.left[slot] > TOGETHER]
+        assert max(map(self.rows, jobs)) * len(jobs) <= max(self.chunk, SHORT) or len(jobs) == 1
+        self.chunks += [slot for slot in slots if self.left[slot] > SHORT]
         if set(slots) & set(self.poison):
             raise RuntimeError("out of memory")
         return [Answer(0, slot) for slot in slots]
@@ -63,11 +63,11 @@ class Ledger:
         self.left[job.session.slot] -= self.chunk
 
 
-def answered(engine: Any, asked: Sequence[tuple[int, int, str]], together: bool = True) -> list[Any]:
+def answered(engine: Any, asked: Sequence[tuple[int, int, str]], batching: bool = True) -> list[Any]:
     """What comes of jobs (slot, rows, owner) that all wait at the same time; refusals as their codes."""
 
     async def ask() -> list[Any]:
-        batcher = Batcher(engine, Metrics(), together)
+        batcher = Batcher(engine, Metrics(), batching)
         jobs = [(engine.job(slot, rows), owner) for slot, rows, owner in asked]
         waiting = [asyncio.create_task(batcher.answer(*each)) for each in jobs]
         await asyncio.sleep(0)
@@ -118,14 +118,14 @@ def test_short_requests_of_many_sessions_do_not_fill_a_forward() -> None:
     """An owner with many sessions does not keep another waiting: padded rows are bounded, and owners take turns."""
     engine = Ledger(chunk=128)
     found = answered(engine, [*((slot, 60, "crowd") for slot in range(20)), (20, 5, "one")])
-    assert all(isinstance(done, Done) for done in found)
+    assert all(isinstance(done, Answered) for done in found)
     assert next(i for i, slots in enumerate(engine.forwards) if 20 in slots) <= 1
     assert max(map(len, engine.forwards)) == 2
 
 
 def test_without_batching_every_request_has_its_own_forward() -> None:
     engine = Ledger()
-    answered(engine, [(0, 5, "a"), (1, 5, "b"), (2, 200, "c")], together=False)
+    answered(engine, [(0, 5, "a"), (1, 5, "b"), (2, 200, "c")], batching=False)
     assert engine.forwards == [[0], [1], [2], [2], [2], [2]]
 
 

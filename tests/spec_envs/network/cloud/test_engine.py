@@ -13,7 +13,7 @@ from spec_envs.network.cloud.batching import Batcher
 from spec_envs.network.cloud.engine import Engine
 from spec_envs.network.cloud.metrics import Metrics
 from spec_envs.network.cloud.server import Cloud, Limits
-from spec_envs.network.websocket import CloudAway
+from spec_envs.network.websocket import CloudUnavailable
 from spec_envs.network.wire import (
     Hello,
     Refused,
@@ -45,7 +45,7 @@ def test_an_engine_that_fails_is_asked_again(
             assert edges(url, kind).text(20) == texts[kind][:20]
         calls = 0
         engine.run = lambda jobs: 1 / 0  # type: ignore
-        with pytest.raises(CloudAway, match="the cloud failed at a forward; try again"):
+        with pytest.raises(CloudUnavailable, match="the cloud failed at a forward; try again"):
             edges(url, patience=0.1).text(20)
         engine.run = run  # type: ignore[method-assign]
         assert edges(url).text(20) == texts["topk"][:20]

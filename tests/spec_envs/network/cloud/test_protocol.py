@@ -179,7 +179,7 @@ def test_no_message_brings_the_engine_down(engine: Engine, hello: Hello, data: s
                 assert (answer.token is None) == (answer.logits is not None)
                 decode(encode(answer.verdict(message.number, 0.0, 0.0)))
                 if isinstance(message, Plain) and answer.token is not None:
-                    engine.run([engine.going_on(job, answer.token)])
+                    engine.run([engine.following(job, answer.token)])
     except Refused as refused:
         assert refused.code in CODES and "\n" not in str(refused)
 

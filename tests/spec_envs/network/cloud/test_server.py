@@ -16,7 +16,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from spec_envs.network.websocket import CloudAway
+from spec_envs.network.websocket import CloudUnavailable
 from spec_envs.network.wire import (
     VERSION,
     Hello,
@@ -53,7 +53,9 @@ def test_edges_that_do_not_fit_get_one_sentence(
             ValueError, match=r"refused: the edge speaks version 2, this cloud 1; update the older one$"
         ):
             edges(cloud.url).start(40)
-    with pytest.raises(CloudAway, match=r"does not answer \(.*refused.*\); start one with `make cloud`, or check the"):
+    with pytest.raises(
+        CloudUnavailable, match=r"does not answer \(.*refused.*\); start one with `make cloud`, or check the"
+    ):
         edges(cloud.url, patience=0.3).start(40)
 
 
@@ -96,10 +98,10 @@ def test_tls(options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_
     with CloudProcess(tmp_path, *options, "--tls-certificate", pem, "--tls-key", str(tmp_path / "key.pem")) as cloud:
         assert cloud.url.startswith("wss://")
         begin = time.monotonic()
-        with pytest.raises(CloudAway, match="certificate verify failed"):
+        with pytest.raises(CloudUnavailable, match="certificate verify failed"):
             edges(cloud.url).start(40)
         assert time.monotonic() - begin < 5
-        with pytest.raises(CloudAway):
+        with pytest.raises(CloudUnavailable):
             edges(cloud.url.replace("wss", "ws"), patience=0.3).start(40)
         monkeypatch.setenv("SSL_CERT_FILE", pem)
         for kind in ("topk", "mixed"):
@@ -165,7 +167,7 @@ def test_more_edges_than_sessions(
             edge.start(40)  # another text takes the place of the last one
             edge.go_on(10)
         assert cloud.metric("sessions") == 2
-        with pytest.raises(CloudAway, match=r"all 2 sessions are taken; try again later\); start one with"):
+        with pytest.raises(CloudUnavailable, match=r"all 2 sessions are taken; try again later\); start one with"):
             edges(cloud.url, patience=0.3).start(40)
         third = pool.submit(edges(cloud.url).text, 40)
         time.sleep(0.3)
@@ -185,7 +187,7 @@ def test_more_edges_than_sessions(
         two.channel.close()
 
         held = [connect(cloud.url, proxy=None).__enter__() for _ in range(4)]
-        with pytest.raises(CloudAway, match="HTTP 503"):
+        with pytest.raises(CloudUnavailable, match="HTTP 503"):
             edges(cloud.url, patience=0.3).start(40)
         for connection in held:
             connection.close()
@@ -210,7 +212,7 @@ def test_a_cloud_that_is_ended_lets_texts_come_to_their_end(
         edge.go_on(10)
         cloud.process.terminate()
         wait_for(lambda: cloud.page("/healthz") == (503, "draining\n"))
-        with pytest.raises(CloudAway, match="the cloud is shutting down and takes no new texts"):
+        with pytest.raises(CloudUnavailable, match="the cloud is shutting down and takes no new texts"):
             edges(cloud.url, patience=0.3).start(40)
         edge.go_on(20)
         edge.channel._drop()  # its text is still there when it comes back

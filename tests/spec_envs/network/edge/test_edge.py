@@ -17,8 +17,8 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.network.cloud_process import cloud
 from spec_envs.network.edge import __main__ as edge
-from spec_envs.network.edge.__main__ import Fallback, Screen, Stream, address, connected
-from spec_envs.network.edge.linked import linked, tell
+from spec_envs.network.edge.__main__ import FallbackVerifier, Screen, Stream, address, connected
+from spec_envs.network.edge.linked import choose_mode, linked
 from spec_envs.network.link import load_link
 from spec_envs.network.proxy import ShapedProxy
 from spec_envs.prompts.sets import decode, encode
@@ -67,7 +67,7 @@ def test_it_prints_what_the_decoder_says(
     text, last = capsys.readouterr().out.split("\n\n")
     local = load_decoder(**models, temperature=temperature, width=1, max_depth=2)
     decoder = linked(local, FAST, models["target"])
-    tell(decoder, mode, 9)
+    choose_mode(decoder, mode, 9)
     decoder.start(encode(load_tokenizer(models["target"]), PROMPT), TOKENS, np.random.default_rng(4))
     while not decoder.finished:
         decoder.cycle(3)
@@ -99,7 +99,7 @@ def test_the_cloud_goes_and_comes_back(url: str, models: dict[str, Any], monkeyp
                 links.enter_context(ShapedProxy(load_link(FAST), (host, int(port)), ("127.0.0.1", first.port)))
                 monkeypatch.setattr(edge, "RETRY", 0.0)
     screen.close()
-    assert isinstance(decoder.verifier, Fallback)
+    assert isinstance(decoder.verifier, FallbackVerifier)
     assert marks == [True] * 3 + [False] * 3 + [True] * (len(marks) - 6) and len(marks) > 8
     assert not decoder.verifier.away and decoder.verifier.channel.patience == 0.1
     assert [cycle.unverified for cycle in decoder.cycles[1:6]] == [0, 0, 2, 2, 0]
@@ -127,7 +127,7 @@ def test_no_cloud(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"drafter": "lookup", "fallback": True}, "cannot go on without the cloud"),
+        ({"drafter": "lookup", "fallback": True}, "cannot continue without the cloud"),
         ({"mode": "ids"}, "mode is 'ids', which is for temperature 0"),
         ({"k": 65}, "k is 65; expected a draft of 1 to 64"),
         ({"patience": 0}, "patience is 0 s"),

@@ -17,7 +17,7 @@ from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import Traffic
 from spec_envs.network import wire
 from spec_envs.network.cloud import engine
-from spec_envs.network.cloud.engine import Engine, judge, keep
+from spec_envs.network.cloud.engine import Engine, verify_greedy, verify_sampled
 from spec_envs.network.edge import remote
 from spec_envs.network.edge.remote import RemoteVerifier
 from tests.support.enumeration import VOCAB, Branch, Oracle, chained_exactly, random_texts
@@ -49,9 +49,9 @@ class EnumeratedChannel:
         job = self.engine.job(self.session, wire.expect(wire.decode(frame), wire.Verify))
         rows = torch.stack([self.logits[tuple(job.draft[:i].tolist())] for i in range(len(job.draft) + 1)])
         if job.session.hello.temperature == 0:
-            answer = keep(job, rows.argmax(-1).numpy())
+            answer = verify_greedy(job, rows.argmax(-1).numpy())
         else:
-            answer = judge(job, rows, lambda: Branch(self.oracle))  # type: ignore[arg-type, return-value]
+            answer = verify_sampled(job, rows, lambda: Branch(self.oracle))  # type: ignore[arg-type, return-value]
         reply = wire.encode(answer.verdict(1, 0.0, 0.0))
         return wire.expect(wire.decode(reply), wire.Verdict), Traffic(len(frame), len(reply))
 

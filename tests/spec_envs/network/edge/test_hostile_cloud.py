@@ -18,9 +18,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from spec_envs.decoding.sampling import Proposal
-from spec_envs.network.edge.answers import SHOWN, printable
+from spec_envs.network.edge.answers import SHOWN, one_line
 from spec_envs.network.edge.remote import RemoteVerifier
-from spec_envs.network.websocket import CloudAway, SocketChannel
+from spec_envs.network.websocket import CloudUnavailable, SocketChannel
 from spec_envs.network.wire import Error, Hello, Message, Plain, Tokens, Verdict, Verify, Welcome, decode, encode
 
 VOCAB, KEY = 16, bytes(16)
@@ -131,7 +131,7 @@ LIES: dict[str, Callable[[Verify], list[Any] | None]] = {
 
 @pytest.mark.parametrize("sentence", LIES)
 def test_a_lie_is_one_sentence(sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with cloud(lying(LIES[sentence])) as url, pytest.raises((ValueError, CloudAway), match=sentence) as error:
+    with cloud(lying(LIES[sentence])) as url, pytest.raises((ValueError, CloudUnavailable), match=sentence) as error:
         verified(edge(url), [1, 2, 3])
     said = str(error.value)
     assert said.isprintable() and len(said) < 1000 and "the cloud" in said
@@ -172,7 +172,10 @@ def test_logits_that_are_none(verdict: dict[str, Any], sentence: str) -> None:
     ],
 )
 def test_a_welcome_is_checked(welcome: Any, sentence: str) -> None:
-    with cloud(lambda request: [welcome]) as url, pytest.raises((ValueError, CloudAway), match=sentence) as error:
+    with (
+        cloud(lambda request: [welcome]) as url,
+        pytest.raises((ValueError, CloudUnavailable), match=sentence) as error,
+    ):
         verified(edge(url), [1, 2, 3])
     assert str(error.value).isprintable()
 
@@ -206,7 +209,7 @@ def test_streams_that_make_no_sense(tokens: Callable[[Plain], list[Any]], senten
     with cloud(lambda request: tokens(request) if isinstance(request, Plain) else honest(request)) as url:
         verifier = edge(url)
         verifier.start([1], 20, np.random.default_rng(0))
-        with pytest.raises((ValueError, CloudAway), match=sentence):
+        with pytest.raises((ValueError, CloudUnavailable), match=sentence):
             verifier.decode(4, (3,))
         verifier.close()
 
@@ -214,13 +217,13 @@ def test_streams_that_make_no_sense(tokens: Callable[[Plain], list[Any]], senten
 def test_a_cloud_that_says_other_things_for_ever_is_given_up() -> None:
     """Answers to requests that nobody made do not keep an edge waiting."""
     lie = lying(lambda r: [of(r.number + 1)] * 20_000)
-    with cloud(lie) as url, pytest.raises(CloudAway, match="does not answer"):
+    with cloud(lie) as url, pytest.raises(CloudUnavailable, match="does not answer"):
         verified(edge(url), [1, 2, 3])
 
 
 def test_reasons_of_closing_are_cleaned() -> None:
     sentence, close = r"policy violation\) \[31m no", (1008, "\033[31m no")
-    with cloud(lambda request: None, close) as url, pytest.raises(CloudAway, match=sentence) as error:
+    with cloud(lambda request: None, close) as url, pytest.raises(CloudUnavailable, match=sentence) as error:
         verified(edge(url), [1, 2, 3])
     assert str(error.value).isprintable()
 
@@ -255,7 +258,7 @@ def test_redirects_are_not_followed() -> None:
     with web(200) as (other, asked), web(302, Location=f"ws://127.0.0.1:{other}/") as (port, first):
         channel = SocketChannel(f"ws://127.0.0.1:{port}", patience=0.3, token="a-secret-token-of-mine")
         verifier = RemoteVerifier(channel, KEY, VOCAB, 64)
-        with pytest.raises(CloudAway, match="HTTP 302") as error:
+        with pytest.raises(CloudUnavailable, match="HTTP 302") as error:
             verified(verifier, [1])
         assert first and not asked and str(error.value).isprintable()
         assert "a-secret-token" not in str(error.value)
@@ -263,16 +266,16 @@ def test_redirects_are_not_followed() -> None:
 
 @pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 418, 500, 503])
 def test_what_is_no_cloud_is_one_sentence(status: int) -> None:
-    with web(status, "\033[31mowned") as (port, _), pytest.raises(CloudAway, match="does not answer") as error:
+    with web(status, "\033[31mowned") as (port, _), pytest.raises(CloudUnavailable, match="does not answer") as error:
         verified(edge(f"ws://127.0.0.1:{port}"), [1])
     assert str(error.value).isprintable()
 
 
 @given(st.text(max_size=2 * SHOWN))
 def test_printable_text_is_a_line_that_no_terminal_obeys(text: str) -> None:
-    clean = printable(text)
+    clean = one_line(text)
     assert clean.isprintable() and len(clean) <= SHOWN + 1
-    assert printable(clean) == clean
+    assert one_line(clean) == clean
     if text.isprintable() and len(text) <= SHOWN:
         assert clean.split() == text.split()
 
@@ -333,7 +336,7 @@ def test_no_frame_brings_an_edge_down(
     saying[:] = greeting, answer
     try:
         tokens = verified(edge(url, mode, patience=0.05), [1, 2, 3])
-    except (ValueError, CloudAway) as error:
+    except (ValueError, CloudUnavailable) as error:
         assert str(error).isprintable() and len(str(error)) < 1000
     else:
         assert all(0 <= token < VOCAB for token in tokens)
