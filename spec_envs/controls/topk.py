@@ -107,7 +107,7 @@ class TopKControl(Control):
 
     - `ks`: candidates for k; more than the vocabulary, or than the drafter's distribution has, is all of it.
     - `k=4`: tokens of a draft; with `actions="joint"` of the longest one.
-    - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a trace in CSV, or
+    - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a log in CSV, or
       `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not slept; or the address of a cloud,
       `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
     - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` sends every distribution that way.

@@ -1,7 +1,7 @@
 """Simulated links between an edge device that drafts and a server that verifies.
 
 A link has a state (rate up, rate down, round trip) that holds for one round and then moves: it stays (constant), follows
-a Markov chain, or follows a recorded trace. What an exchange costs is computed from the state of its round; the states
+a Markov chain, or follows the log of a real link. What an exchange costs is computed from the state of its round; the states
 are drawn from a generator of their own, so that two policies that send different bytes meet the same link.
 """
 
@@ -74,16 +74,16 @@ class Link:
         self.moves, self.noise = np.random.default_rng(0).spawn(2)
 
     def reset(self, rng: np.random.Generator) -> None:
-        """A new text: draw where the link starts. Two generators are spawned from ``rng``, one for the states and one
+        """Begin a text: draw where the link starts. Two generators are spawned from ``rng``, one for the states and one
         for jitter and loss; ``rng`` itself is not drawn from."""
         self.moves, self.noise = rng.spawn(2)
         self.state = self._first()
 
     def move(self) -> None:
-        """Go on to the state of the next round, whatever was sent in this one."""
+        """Move to the state of the next round, whatever was sent in this one."""
 
     def seconds(self, bytes_up: int, bytes_down: int) -> float:
-        """Seconds of one exchange: round trip, jitter, serialisation both ways, and what was lost sent again, which
+        """Return the seconds of one exchange: round trip, jitter, serialisation both ways, and what was lost sent again, which
         costs a further round trip each time that anything of one way is still missing."""
         up, up_rounds = self._sent(bytes_up)
         down, down_rounds = self._sent(bytes_down)
@@ -91,17 +91,17 @@ class Link:
         return trips * self.state.rtt + self.jitter() + up / self.state.up + down / self.state.down
 
     def push(self, bytes_down: int) -> float:
-        """Seconds that a frame adds which follows another one down a stream: its serialisation and that of its packets
-        that were lost. No round trip and no jitter: those overlap with the frames before it."""
+        """Return the seconds that a frame adds which follows another one down a stream: its serialisation and that of its
+        packets that were lost. No round trip and no jitter: those overlap with the frames before it."""
         return self._sent(bytes_down)[0] / self.state.down
 
     def jitter(self) -> float:
-        """Seconds that an exchange takes longer than its round trip, drawn anew."""
+        """Draw the seconds that an exchange takes longer than its round trip."""
         return float(self.noise.exponential(self.jitter_ms / 1e3)) if self.jitter_ms else 0.0
 
     def _sent(self, size: int) -> tuple[float, int]:
-        """Bytes that go over the line until ``size`` have arrived, in packets of equal size, and how many times what
-        was lost was sent again."""
+        """Return the bytes that go over the line until ``size`` have arrived, in packets of equal size, and how many times
+        lost packets were sent again."""
         if not self.loss or not size:
             return float(size), 0
         packets = math.ceil(size / PACKET)
@@ -111,7 +111,7 @@ class Link:
         return size / packets * sent, rounds
 
     def _first(self) -> LinkState:
-        """The state a text starts in."""
+        """Return the state in which a text starts."""
         return self.states[0]
 
 
@@ -139,13 +139,13 @@ class MarkovLink(Link):
         return self.states[self.index]
 
 
-class TraceLink(Link):
-    """A recorded trace, played in a circle from a moment drawn for every text.
+class LogLink(Link):
+    """A recorded log, followed in a circle from a moment drawn for every text.
 
     Args:
         ms: when every row begins, ascending; the last one lasts as long as the one before it.
         rows: the state of every row.
-        interval_ms: by how much of the trace a round moves on.
+        interval_ms: milliseconds of the log that a round lasts.
     """
 
     def __init__(self, name: str, ms: np.ndarray, rows: list[LinkState], interval_ms: float, **common: float):
@@ -178,7 +178,7 @@ class StateData(Checked):
 
 
 class Common(Checked):
-    """What every kind of link may have."""
+    """Settings that every kind of link may have."""
 
     jitter_ms: Delay = 0.0
     loss: float = Field(default=0.0, ge=0, le=0.99)
@@ -229,8 +229,8 @@ class MarkovData(Common):
         return MarkovLink(name, tuple(data.state() for data in self.states), transitions, **self.common())
 
 
-class TraceData(Common):
-    """A CSV beside the JSON. ``rtt_ms`` holds where the CSV has no such column."""
+class LogData(Common):
+    """A log: a CSV beside the JSON. ``rtt_ms`` holds where the CSV has no such column."""
 
     kind: Literal["trace"]
     csv: str
@@ -238,16 +238,16 @@ class TraceData(Common):
     rtt_ms: Delay = 50.0
 
     def link(self, name: str, folder: Path) -> Link:
-        rows = read_trace(folder / self.csv)
+        rows = read_log(folder / self.csv)
         states = [
             LinkState(row.up_mbps or row.mbps, row.mbps, self.rtt_ms if row.rtt_ms is None else row.rtt_ms)
             for row in rows
         ]
-        return TraceLink(name, np.array([row.ms for row in rows]), states, self.interval_ms, **self.common())
+        return LogLink(name, np.array([row.ms for row in rows]), states, self.interval_ms, **self.common())
 
 
-class TraceRow(BaseModel):
-    """A row of a trace: when it begins, rate down, rate up (by default as down) and round trip."""
+class LogRow(BaseModel):
+    """A row of a log: when it begins, rate down, rate up (by default as down) and round trip."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     ms: float = Field(ge=-1e12, le=1e12)
@@ -256,14 +256,14 @@ class TraceRow(BaseModel):
     rtt_ms: Delay | None = None
 
 
-ADAPTER: TypeAdapter[ConstantData | MarkovData | TraceData] = TypeAdapter(
-    Annotated[ConstantData | MarkovData | TraceData, Field(discriminator="kind")]
+ADAPTER: TypeAdapter[ConstantData | MarkovData | LogData] = TypeAdapter(
+    Annotated[ConstantData | MarkovData | LogData, Field(discriminator="kind")]
 )
-ROWS = TypeAdapter(Annotated[list[TraceRow], Field(min_length=2)])
+ROWS = TypeAdapter(Annotated[list[LogRow], Field(min_length=2)])
 
 
 def load_link(source: str) -> Link:
-    """A shipped link by name, a JSON file or a trace (``.csv``) by path, or a literal
+    """Return a shipped link by name, a JSON file or a log (``.csv``) by path, or a literal
     ``"constant:up=46,down=563,rtt=50"`` (Mbps, Mbps, ms; ``jitter`` in ms and ``loss`` may follow).
 
     Raises:
@@ -271,9 +271,9 @@ def load_link(source: str) -> Link:
     """
     if source.startswith("constant:"):
         return _check(_literal(source), repr(source), f"expected {LITERAL!r}").link(source, LINKS)
-    path = find_json(source, LINKS, "link", "a trace's .csv", LITERAL)
+    path = find_json(source, LINKS, "link", "a log's .csv", LITERAL)
     if path.suffix == ".csv":
-        return TraceData(kind="trace", csv=path.name).link(path.stem, path.parent)
+        return LogData(kind="trace", csv=path.name).link(path.stem, path.parent)
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -281,30 +281,30 @@ def load_link(source: str) -> Link:
     return _check(raw, str(path), f"see those in {LINKS}").link(path.stem, path.parent)
 
 
-def read_trace(path: Path) -> list[TraceRow]:
-    """Rows of a trace: a CSV with the columns ``ms`` and ``mbps``, and maybe ``up_mbps`` and ``rtt_ms``.
+def read_log(path: Path) -> list[LogRow]:
+    """Return the rows of a log: a CSV with the columns ``ms`` and ``mbps``, and maybe ``up_mbps`` and ``rtt_ms``.
 
     Raises:
         ValueError: there is no such file, or it is malformed.
     """
     expected = "expected a header ms,mbps (up_mbps and rtt_ms may follow) and at least two rows of numbers"
     if not path.is_file():
-        raise ValueError(f"{path} is not there: expected the CSV of a trace")
+        raise ValueError(f"{path} is not there: expected the CSV of a link's log")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = ROWS.validate_python(list(csv.DictReader(file, restval="")))
     except ValidationError as error:
-        raise ValueError(f"{path} is not a trace ({first_error(error)}); {expected}") from None
+        raise ValueError(f"{path} is not a link's log ({first_error(error)}); {expected}") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a trace ({error}); {expected}") from None
+        raise ValueError(f"{path} is not a link's log ({error}); {expected}") from None
     for number, (row, following) in enumerate(itertools.pairwise(rows), 1):
         if following.ms <= row.ms:
-            raise ValueError(f"{path} is not a trace (row {number}: ms does not ascend); sort the rows by time")
+            raise ValueError(f"{path} is not a link's log (row {number}: ms does not ascend); sort the rows by time")
     return rows
 
 
 def _literal(source: str) -> dict[str, Any]:
-    """``constant:key=number,…`` as the data of a file."""
+    """Return ``constant:key=number,…`` as the data of a file."""
     data: dict[str, Any] = {"kind": "constant"}
     for part in source.removeprefix("constant:").split(","):
         key, _, number = part.partition("=")
@@ -317,8 +317,12 @@ def _literal(source: str) -> dict[str, Any]:
     return data
 
 
-def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | TraceData:
-    """The data of a link, or one sentence about what is wrong with it."""
+def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | LogData:
+    """Return the data of a link.
+
+    Raises:
+        ValueError: one sentence about what is wrong with it.
+    """
     try:
         return ADAPTER.validate_python(raw)
     except ValidationError as error:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from spec_envs.experiments.network.link_profiles import PROFILES, trace
-from spec_envs.network.link import LINKS, Link, LinkState, MarkovLink, TraceLink, load_link
+from spec_envs.network.link import LINKS, Link, LinkState, MarkovLink, LogLink, load_link
 from spec_envs.network.proxy import ShapedProxy, main
 
 SHIPPED = sorted(path.stem for path in LINKS.glob("*.json"))
@@ -125,7 +125,7 @@ def test_a_recorded_trace_goes_round(tmp_path: Path) -> None:
     path = tmp_path / "recorded.csv"
     path.write_text("ms,mbps,rtt_ms\n1000,10,1\n1200,20,2\n1500,30,3\n")  # the last row lasts 300 ms, too
     link = load_link(str(path))
-    assert isinstance(link, TraceLink) and link.name == "recorded" and link.period == 800
+    assert isinstance(link, LogLink) and link.name == "recorded" and link.period == 800
     rows = [LinkState(10, 10, 1), LinkState(20, 20, 2), LinkState(30, 30, 3)]
     assert link.states == tuple(rows)
     link.reset(np.random.default_rng(0))
@@ -170,7 +170,7 @@ def test_unknown_links(source: str, message: str) -> None:
         ({"kind": "markov", "states": STATES[:2], "transitions": [[0.5, 0.4], [1, 0]]}, "sums to 1"),
         ({"kind": "markov", "states": STATES[:2], "transitions": [[1, 0], [0.5, 0.5]]}, "within reach"),
         ({"kind": "trace", "csv": "none.csv"}, "none.csv is not there"),
-        ({"kind": "trace", "csv": "mine.csv"}, "mine.csv is not a trace"),
+        ({"kind": "trace", "csv": "mine.csv"}, "mine.csv is not a link.s log"),
     ],
 )
 def test_malformed_links(data: dict[str, object], message: str, tmp_path: Path) -> None:
