@@ -19,7 +19,8 @@ from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, 
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.decoder import over_models
-from spec_envs.decoding.loading import DEFAULT_TARGET, drafts_chains, without_lookup
+from spec_envs.decoding.drafters.names import DrafterName
+from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.weights.checkpoints import DTYPES
 from spec_envs.experiments.command import one_sentence
@@ -103,15 +104,17 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
         compared: dtypes whose cost curves are measured; by default those that compute at speed here.
     """
     target_name, drafter = target_and_drafter(env)
-    drafter = without_lookup(drafter)  # none of the others looks up first
+    name = DrafterName.parse(drafter)
+    if name.model:
+        name = DrafterName(lookup=False, model=name.model)  # none of the others looks up first
+    drafter = str(name)
     env = {**env, "drafter": drafter}
-    chain = drafts_chains(drafter)
-    control = KControl() if chain else DepthControl()
+    control = KControl() if name.chain else DepthControl()
     decoder = over_models(decoder_for(env, control))
     target, device = decoder.local.target, decoder.verifier.device
     static = best_static(env, control)
     policies = {"static": static_policy(control, static.best)}
-    draft = (drafter, max(1, int(static.best[0]))) if chain else None
+    draft = (drafter, max(1, int(static.best[0]))) if name.chain else None
     others = assisted_arms(target_name, decoder, draft)
     if not decoder.verifier.temperature and device.type == "cpu":
         others |= llamacpp_arms(target_name, torch.get_num_threads(), draft)

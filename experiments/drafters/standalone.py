@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from spec_envs.arguments import Parser, nonempty, output_folder
 from spec_envs.decoding.drafters.draft_model import SHORTLIST
-from spec_envs.decoding.drafters.eagle.head import drafter_folder
+from spec_envs.decoding.drafters.names import drafter_folder
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder, registry
 from spec_envs.decoding.weights.config import load_config

@@ -8,8 +8,9 @@ from typing import Any
 from spec_envs import recordings
 from spec_envs.controls import Control
 from spec_envs.decoding.decoder import Decoder, over_models
+from spec_envs.decoding.drafters.names import default_drafter
 from spec_envs.decoding.engine import Engine
-from spec_envs.decoding.loading import default_drafter, load_decoder
+from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder

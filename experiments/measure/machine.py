@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from spec_envs.decoding.clock import PricedClock
-from spec_envs.decoding.drafters.eagle.head import drafter_folder
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.engine import Engine
-from spec_envs.decoding.loading import LOOKUP, without_lookup
 from spec_envs.decoding.weights.checkpoints import model_folder
 
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
@@ -76,8 +75,9 @@ def revision() -> str:
 def weights_sha256(target: str, drafter: str) -> dict[str, str]:
     """Return the SHA-256 of the weights of ``target`` and ``drafter``; prompt lookup has none."""
     folders = {"target": model_folder(target)}
-    if drafter != LOOKUP:
-        folders["drafter"] = drafter_folder(without_lookup(drafter))
+    name = DrafterName.parse(drafter)
+    if name.model:
+        folders["drafter"] = name.folder
     hashes = {}
     for side, folder in folders.items():
         digest = hashlib.sha256()

@@ -13,9 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.eagle.head import drafter_folder
+from spec_envs.decoding.drafters.names import LOOKUP, drafter_folder
 from spec_envs.decoding.llama_cpp.server import LlamaServer, chain_arguments, find_binary, gguf_of
-from spec_envs.decoding.loading import LOOKUP
 from spec_envs.decoding.weights.checkpoints import model_folder
 from spec_envs.experiments.measure.arms import Arm, Encoded, Sample
 

@@ -22,7 +22,8 @@ from spec_envs.arguments import TOKENS, Parser, nonempty, number, output_file
 from spec_envs.controls.rl_adapter_state import KS
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
-from spec_envs.decoding.loading import DEFAULT_TARGET, default_drafter, load_decoder
+from spec_envs.decoding.drafters.names import default_drafter
+from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.experiments.command import one_sentence

@@ -17,14 +17,12 @@ from spec_envs.controls.policy import Agent, Policy
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.drafters.names import DrafterName, default_drafter, static_over_plain
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import (
     DEFAULT_TARGET,
     Models,
-    default_drafter,
-    drafts_chains,
     load_decoder,
-    static_over_plain,
 )
 
 LONGEST_CHAIN = 4096  # drafted tokens that are allocated before anything is drafted
@@ -215,7 +213,7 @@ class Control(ABC):
 
     def open_models(self, models: Models, clock: WallClock | None) -> Engine:
         """Open models in this process; a control whose models are elsewhere overrides it."""
-        if models.temperature > 0 and self.cuts and self.width == 1 and drafts_chains(models.drafter):
+        if models.temperature > 0 and self.cuts and self.width == 1 and DrafterName.parse(models.drafter).chain:
             raise ValueError(
                 f"temperature is {models.temperature}, at which the draft model {models.drafter!r} draws its chain; a drawn "
                 "chain is verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"

@@ -17,10 +17,11 @@ from spec_envs.controls.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import accepted, saved
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import Cycle
+from spec_envs.decoding.drafters.names import EXIT
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter
 from spec_envs.decoding.exits.decoder import ExitDecoder
-from spec_envs.decoding.loading import DEFAULT_TARGET, EXIT, Models, load_decoder
+from spec_envs.decoding.loading import DEFAULT_TARGET, Models, load_decoder
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.sampling import WARM, warm
 from spec_envs.decoding.weights.checkpoints import model_folder

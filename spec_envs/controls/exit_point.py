@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spec_envs.decoding.loading import EXIT
+from spec_envs.decoding.drafters.names import EXIT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
-from spec_envs.decoding.loading import static_over_plain
+from spec_envs.decoding.drafters.names import static_over_plain
 from spec_envs.env import SpecEnv
 from tests.support.models.tiny import REAL
 from tests.support.playing import rollout

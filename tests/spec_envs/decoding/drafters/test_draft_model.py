@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from spec_envs.decoding import accept
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
-from spec_envs.decoding.loading import drafts_chains, load_decoder
+from spec_envs.decoding.drafters.names import DrafterName
+from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.files import load_weights
 from tests.support.models.builds import WITHOUT_KERNELS
@@ -99,7 +100,7 @@ def test_a_drawn_chain_is_not_cut(tiny: dict, tiny_draft: Path, rng: np.random.G
 
 
 def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    assert drafts_chains(str(tiny_draft)) and not drafts_chains(tiny["drafter"])
+    assert DrafterName.parse(str(tiny_draft)).chain and not DrafterName.parse(tiny["drafter"]).chain
     with pytest.raises(ValueError, match=r"drafts a chain, not a tree of width 10; pass width=1"):
         load_decoder(tiny["target"], str(tiny_draft), "cpu", "float32")
     with pytest.raises(ValueError, match=r"has another tokenizer than .*; take one of the same family"):

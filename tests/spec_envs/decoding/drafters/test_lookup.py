@@ -16,8 +16,9 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.lookup import Occurrences, copy_probability
+from spec_envs.decoding.drafters.names import default_drafter, static_over_plain
 from spec_envs.decoding.llama_cpp.engine import drafter_for
-from spec_envs.decoding.loading import default_drafter, load_decoder, static_over_plain
+from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
 from spec_envs.prompts.sets import encode, load_prompts
@@ -200,5 +201,5 @@ def test_lookup_goes_first_by_default() -> None:
 
 def test_lookup_goes_in_front_of_draft_models_only(tiny: dict[str, Any]) -> None:
     for name in ("", tiny["drafter"]):
-        with pytest.raises(ValueError, match="expected the name of a draft model or an exit behind the plus sign"):
+        with pytest.raises(ValueError, match="expected the name of a draft model or an exit after the plus sign"):
             copying(tiny, name)

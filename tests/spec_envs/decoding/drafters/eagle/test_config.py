@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spec_envs.decoding.loading import drafts_chains, load_decoder
+from spec_envs.decoding.drafters.names import DrafterName
+from spec_envs.decoding.loading import load_decoder
 from tests.support.models.heads import (
     FLAGS,
     IDS,
@@ -185,7 +186,7 @@ def test_folders_that_are_damaged_or_belong_to_another_target(
     save_head(tmp_path / "vocab", Recipe(vocab=20))
     refused(tmp_path / "vocab", "vocabulary is 20, the target's is 16")
     save_head(tmp_path / "narrow", Recipe(hidden=16))
-    refused(tmp_path / "narrow", "hidden size is 16, the target's is 32, so it needs embed_tokens.weight")
+    refused(tmp_path / "narrow", "hidden size is 16, the target's is 32, so it needs its own embed_tokens.weight")
     verifier = {"algorithm": "eagle3", "verifier": {"name_or_path": "org/its-target"}}
     save_head(tmp_path / "named", Recipe(vocab=20), "speculators", speculators_config=verifier)
     refused(tmp_path / "named", r"the target's is 16; .*\(it names org/its-target\)")
@@ -210,7 +211,7 @@ def test_folders_that_are_damaged_or_belong_to_another_target(
         refused(tmp_path / "cut", "config.json of the drafter")
     (tmp_path / "cut" / "config.json").unlink()
     refused(tmp_path / "cut", "has no config.json")
-    assert not drafts_chains(str(tmp_path / "wide")) and drafts_chains(str(tiny_draft))
+    assert not DrafterName.parse(str(tmp_path / "wide")).chain and DrafterName.parse(str(tiny_draft)).chain
 
 
 JUNK = st.recursive(

@@ -1,0 +1,163 @@
+"""Loaders of drafters, one per kind: from a parsed name to both sides of a decoder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
+from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
+from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter, EagleModel
+from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
+from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.drafters.names import EXIT, DrafterName, Kind, drafter_folder
+from spec_envs.decoding.exits.adapter import ExitAdapter
+from spec_envs.decoding.exits.files import load_exit
+from spec_envs.decoding.exits.split import SplitVerifier
+from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.verifier import LocalVerifier
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
+from spec_envs.files import at_home
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loaded target, and how a decoder over it drafts and samples: see the arguments of ``load_decoder``."""
+
+    name: str
+    model: Transformer
+    temperature: float
+    top_p: float
+    width: int
+    max_depth: int
+    adapter: str
+    rank: int | None
+    stop: float
+
+
+def load_sides(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Load a drafter and return the target's side and the drafter's side of a decoder.
+
+    Raises:
+        ValueError: the drafter is damaged, or made for another target.
+    """
+    return LOADERS[name.kind](name, target)
+
+
+def load_lookup(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of prompt lookup alone, which has no weights."""
+    shape = target.model.shape
+    return verifier_of(target), LookupDrafter(shape.vocab, shape.context)
+
+
+def load_head(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of an EAGLE-3 head, which reads states of the target."""
+    head = EagleDrafter(load_eagle(name.model, target.model), target.width, target.max_depth)
+    return verifier_of(target, head.capture), head
+
+
+def load_model(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of a draft model."""
+    draft = load_draft_model(name.model, target.name, target.model, target.temperature, target.top_p)
+    return verifier_of(target), copying(name, draft)
+
+
+def load_early_exit(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of an exit, whose verifier continues from the drafter's states."""
+    adapter = load_adapter(name.model, target.name, target.model, target.adapter, target.rank)
+    verifier = SplitVerifier(adapter, target.temperature, target.top_p)
+    return verifier, copying(name, EarlyExitDrafter(verifier, target.stop))
+
+
+LOADERS: dict[Kind, Callable[[DrafterName, Target], tuple[LocalVerifier, Drafter]]] = {
+    "none": load_lookup,
+    "eagle3": load_head,
+    "model": load_model,
+    "exit": load_early_exit,
+}
+
+
+def verifier_of(target: Target, capture: tuple[int, ...] = ()) -> LocalVerifier:
+    """Return the target's side where the drafter does not share it."""
+    return LocalVerifier(target.model, capture, target.temperature, target.top_p)
+
+
+def copying(name: DrafterName, drafter: ChainDrafter) -> Drafter:
+    """Return a drafter of chains, after prompt lookup where the name says so."""
+    return CopyingDrafter(drafter) if name.lookup else drafter
+
+
+@functools.cache
+def load_eagle(name: str, target: Transformer) -> EagleModel:
+    """Return an EAGLE-3 head in its inference form, loaded once per target and shared.
+
+    Raises:
+        ValueError: it leads nowhere, is damaged, does something that is not computed, or belongs to another target.
+    """
+    head = EagleHead.load(name)
+    try:
+        return EagleModel(head, target)
+    except ValueError as error:
+        raise ValueError(f"cannot use the EAGLE-3 head in {drafter_folder(name)}: {error}") from None
+
+
+def load_draft_model(name: str, target: str, model: Transformer, temperature: float, top_p: float) -> DraftModelDrafter:
+    """Return a draft model for the target of that name and these weights.
+
+    Raises:
+        ValueError: it has another tokenizer, lacks some of its tokens, or was made for another target.
+    """
+    folder = drafter_folder(name)
+    if not (folder / "tokenizer_config.json").is_file():  # it shares the target's
+        draft, shortlist = load_shared(folder, model)
+        return DraftModelDrafter(draft, model, temperature, top_p, shortlist)
+    if load_tokenizer(name).get_vocab() != load_tokenizer(target).get_vocab():
+        raise ValueError(f"the draft model {name!r} has another tokenizer than {target!r}; take one of the same family")
+    draft, known = load_target(name, model.device, model.dtype), len(load_tokenizer(name))
+    if draft.shape.vocab < known:
+        raise ValueError(
+            f"the draft model {name!r} knows {draft.shape.vocab} of its tokenizer's {known} tokens; take another"
+        )
+    return DraftModelDrafter(draft, model, temperature, top_p)
+
+
+@functools.cache
+def load_shared(folder: Path, target: Transformer) -> tuple[Transformer, np.ndarray]:
+    """Return a draft model on a target's embedding and output rows, loaded once per target, and its shortlist.
+
+    Raises:
+        ValueError: it is damaged, of another format, or belongs to another target.
+    """
+    weights = load_weights(folder)
+    refuse_foreign_tensors(weights, folder)
+    config = load_config(folder)
+    try:
+        return on_the_target(config, weights, target)
+    except ValueError as error:
+        raise ValueError(f"cannot use the draft model in {folder}: {error}") from None
+
+
+def load_adapter(name: str, target: str, model: Transformer, kind: str, rank: int | None) -> ExitAdapter:
+    """Return the exit of that name, not shared with other decoders.
+
+    Args:
+        kind, rank: of the adapter of an untrained one; see ``ExitAdapter.fresh``.
+
+    Raises:
+        ValueError: an exit that the target does not have, or a trained one of another target.
+    """
+    if not name.startswith(EXIT):
+        return load_exit(at_home(name), model, target)
+    layers = name.removeprefix(EXIT)
+    if not layers.isdecimal():
+        raise ValueError(f"drafter is {name!r}; expected {EXIT} and a number of layers, such as {EXIT}2")
+    return ExitAdapter.fresh(model, target, int(layers), kind, rank)

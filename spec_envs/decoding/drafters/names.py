@@ -1,0 +1,106 @@
+"""What the name of a drafter means, and which drafters models.yml has."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spec_envs.decoding.drafters.formats import is_head
+from spec_envs.decoding.exits.files import is_exit
+from spec_envs.decoding.weights.checkpoints import model_folder, registry
+from spec_envs.files import DATA
+
+LOOKUP = "lookup"  # the drafter without weights; before another's name and a plus sign, it is tried first
+EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
+Kind = Literal["none", "exit", "eagle3", "model"]
+
+
+@dataclass(frozen=True)
+class DrafterName:
+    """The name of a drafter, taken apart.
+
+    Attributes:
+        lookup: whether prompt lookup is tried first.
+        model: what drafts where lookup does not: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the
+            folder of a trained exit; ``""`` for prompt lookup alone.
+    """
+
+    lookup: bool
+    model: str
+
+    @classmethod
+    def parse(cls, name: str) -> DrafterName:
+        """Take a name apart: ``lookup``, ``lookup+MODEL`` or ``MODEL``.
+
+        Raises:
+            ValueError: nothing, or ``lookup`` again, follows the plus sign.
+        """
+        if name == LOOKUP:
+            return cls(True, "")
+        model = name.removeprefix(f"{LOOKUP}+")
+        if model != name and model in ("", LOOKUP):
+            raise ValueError(f"drafter is {name!r}; expected the name of a draft model or an exit after the plus sign")
+        return cls(model != name, model)
+
+    def __str__(self) -> str:
+        return "+".join(part for part in (LOOKUP if self.lookup else "", self.model) if part)
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """Kind of the model, as its folder shows; ``"none"`` for prompt lookup alone.
+
+        Raises:
+            ValueError: the name leads nowhere, or to a drafter of a format that is not read.
+        """
+        if not self.model:
+            return "none"
+        if self.model.startswith(EXIT) or is_exit(self.model):
+            return "exit"
+        return "eagle3" if is_head(self.folder) else "model"
+
+    @property
+    def chain(self) -> bool:
+        """Whether it drafts chains; an EAGLE-3 head drafts trees."""
+        return self.lookup or self.kind != "eagle3"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the model's weights, where it has any of its own."""
+        return drafter_folder(self.model)
+
+
+def drafter_folder(name: str) -> Path:
+    """Return the folder of a head or a draft model: one shipped with the package, or any model that has a name here.
+
+    Raises:
+        ValueError: the name leads nowhere.
+    """
+    shipped = registry()["drafters"].get(name, {})
+    return DATA / shipped["path"] if "path" in shipped else model_folder(name)
+
+
+def default_drafter(target: str, chain: bool = False) -> str:
+    """Return the drafter that models.yml has for a target: the first one, or the first that drafts chains.
+
+    Raises:
+        ValueError: there is none.
+    """
+    entries = registry()["drafters"]
+    known = [name for name, entry in entries.items() if entry["target"] == target]
+    found = next((name for name in known if not chain or DrafterName.parse(name).chain), None)
+    if found is None:
+        raise ValueError(
+            f"no drafter is known for {target!r}, only for "
+            f"{', '.join(dict.fromkeys(entry['target'] for entry in entries.values()))}; "
+            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and a "
+            "draft model), or train one with `make drafter`"
+        )
+    return found
+
+
+def static_over_plain(target: str, drafter: str) -> float:
+    """Return the speed of a pair's best static setting in units of plain decoding; 1 where it was not measured."""
+    entry = registry()["drafters"].get(drafter, {})
+    return entry.get("static_over_plain", 1.0) if entry.get("target") == target else 1.0
