@@ -13,7 +13,7 @@ import numpy as np
 
 from spec_envs.agents.rules.base import ChainRule
 from spec_envs.controls.base import Control
-from spec_envs.controls.text_kind import KINDS, context_kind
+from spec_envs.controls.observation.text_kind import KINDS, context_kind
 
 UNKNOWN_RATE = 0.5  # while there is no history
 JSON_K = 6

@@ -8,7 +8,7 @@ import numpy as np
 
 from spec_envs.agents.rules.base import StopRule
 from spec_envs.controls.base import Control
-from spec_envs.controls.recorded import ENTROPY_UNIT
+from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
 
 class SvipAgent(StopRule):

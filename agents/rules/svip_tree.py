@@ -8,7 +8,7 @@ import numpy as np
 
 from spec_envs.agents.rules.tree_base import GrowthRule
 from spec_envs.controls.base import Control
-from spec_envs.controls.recorded import ENTROPY_UNIT
+from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
 
 class SvipTreeAgent(GrowthRule):

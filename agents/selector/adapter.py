@@ -16,7 +16,7 @@ from torch import nn
 
 from spec_envs.agents.sb3.ddqn import double_target
 from spec_envs.agents.sb3.deployed import Bare
-from spec_envs.controls.rl_adapter_state import KS, TASKS_PUBLISHED, UNITS, published_state
+from spec_envs.controls.observation.rl_adapter_state import KS, TASKS_PUBLISHED, UNITS, published_state
 from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.files import whole
 from spec_envs.sealed import read_torch, write_torch

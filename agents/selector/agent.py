@@ -18,7 +18,7 @@ from spec_envs.agents.run import Run
 from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter
 from spec_envs.agents.timing import priced_network
 from spec_envs.controls.base import Control
-from spec_envs.controls.rl_adapter_state import KS
+from spec_envs.controls.observation.rl_adapter_state import KS
 from spec_envs.env import SpecEnv
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from spec_envs.arguments import TOKENS, Parser, nonempty, number, output_file
-from spec_envs.controls.rl_adapter_state import KS
+from spec_envs.controls.observation.rl_adapter_state import KS
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
 from spec_envs.decoding.drafters.names import default_drafter

@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs import recordings
-from spec_envs.controls.entries import Entry
 from spec_envs.controls.exit_point import ExitPoint
+from spec_envs.controls.observation.entries import Entry
 from spec_envs.controls.plans import Plans
 from spec_envs.controls.policy import Agent, Policy
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved

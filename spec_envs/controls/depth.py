@@ -11,9 +11,9 @@ from gymnasium import spaces
 from spec_envs.controls import candidates
 from spec_envs.controls.base import Control, Setting
 from spec_envs.controls.budgets import check_tree
-from spec_envs.controls.entries import frontier_entry, ltd_entries, progress_entries, survival_entry
+from spec_envs.controls.observation.entries import frontier_entry, ltd_entries, progress_entries, survival_entry
+from spec_envs.controls.observation.recorded import recorded_last_level
 from spec_envs.controls.plans import Plans, tree_plans
-from spec_envs.controls.recorded import recorded_last_level
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.decoder import Decoder
 

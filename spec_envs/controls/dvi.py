@@ -11,9 +11,9 @@ from torch import Tensor
 
 from spec_envs.checked import check_number
 from spec_envs.controls.base import LONGEST_CHAIN, Control
-from spec_envs.controls.entries import WINDOWS, Entry, text_entries
 from spec_envs.controls.exit_point import ExitPoint
-from spec_envs.controls.recorded import ENTROPY_UNIT
+from spec_envs.controls.observation.entries import WINDOWS, Entry, text_entries
+from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 from spec_envs.controls.rewards import accepted, saved
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import Cycle

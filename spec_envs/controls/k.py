@@ -11,9 +11,17 @@ from gymnasium import spaces
 
 from spec_envs.controls import candidates
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Setting
-from spec_envs.controls.entries import WINDOWS, Entry, acceptance, copies, mean, one_hot, read_match, text_entries
-from spec_envs.controls.plans import Plans, chain_plans
-from spec_envs.controls.recorded import (
+from spec_envs.controls.observation.entries import (
+    WINDOWS,
+    Entry,
+    acceptance,
+    copies,
+    mean,
+    one_hot,
+    read_match,
+    text_entries,
+)
+from spec_envs.controls.observation.recorded import (
     ENTROPY_UNIT,
     recorded_free,
     recorded_path,
@@ -21,7 +29,8 @@ from spec_envs.controls.recorded import (
     recorded_size,
     recorded_token_entropy,
 )
-from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
+from spec_envs.controls.observation.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
+from spec_envs.controls.plans import Plans, chain_plans
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import Cycle, merged
 from spec_envs.decoding.decoder import Decoder

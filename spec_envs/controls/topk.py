@@ -10,10 +10,10 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Setting
-from spec_envs.controls.entries import WINDOWS, Entry, acceptance, mean, one_hot, read_match, text_entries
-from spec_envs.controls.recorded import ENTROPY_UNIT
+from spec_envs.controls.observation.entries import WINDOWS, Entry, acceptance, mean, one_hot, read_match, text_entries
+from spec_envs.controls.observation.recorded import ENTROPY_UNIT
+from spec_envs.controls.observation.rl_adapter_state import KS, published_state
 from spec_envs.controls.rewards import rl_adapter, saved
-from spec_envs.controls.rl_adapter_state import KS, published_state
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.drafters.base import ChainDrafter
@@ -82,7 +82,7 @@ class TopKControl(Control):
     | 9 | `context`: tokens of the text / 4096 | 0 | 1 |
     | 10–15 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
-    `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.rl_adapter_state`), linear in Mbps
+    `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.observation.rl_adapter_state`), linear in Mbps
     and blind below some ten of them. `cost_features=True` appends `costs`, as in SpecDepth-v0.
 
     ## Rewards

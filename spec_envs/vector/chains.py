@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spec_envs.controls.entries import WINDOWS
-from spec_envs.controls.recorded import RecordedChains
-from spec_envs.controls.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
+from spec_envs.controls.observation.entries import WINDOWS
+from spec_envs.controls.observation.recorded import RecordedChains
+from spec_envs.controls.observation.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST

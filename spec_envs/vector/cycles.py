@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from spec_envs.controls.base import Control
-from spec_envs.controls.recorded import RecordedChains, RecordedTrees, copied_tokens
+from spec_envs.controls.observation.recorded import RecordedChains, RecordedTrees, copied_tokens
 from spec_envs.decoding.traces.trace import Trace
 
 CHUNK = 2048  # rows whose observed entries are computed together

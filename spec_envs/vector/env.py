@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 from spec_envs.checked import choice
 from spec_envs.controls import CONTROLS, make_control
-from spec_envs.controls.entries import CONTEXT_UNIT, LENGTH_UNIT, WINDOWS
+from spec_envs.controls.observation.entries import CONTEXT_UNIT, LENGTH_UNIT, WINDOWS
 from spec_envs.controls.rewards import Decision
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.trace import Trace

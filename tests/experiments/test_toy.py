@@ -25,7 +25,7 @@ PROBLEM = '''
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control
-from spec_envs.controls.entries import text_entries
+from spec_envs.controls.observation.entries import text_entries
 
 
 class ToyControl(Control):

@@ -18,7 +18,7 @@ from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.ddqn import double_target
 from spec_envs.agents.selector.adapter import RLNetworkAdapter, Settings, settings
 from spec_envs.agents.selector.agent import RLAdapterAgent
-from spec_envs.controls.rl_adapter_state import KS, TASKS_PUBLISHED, published_state
+from spec_envs.controls.observation.rl_adapter_state import KS, TASKS_PUBLISHED, published_state
 from spec_envs.experiments.hyperparameters import known_hyperparameters
 
 LINK = (100.0, 50.0, 0.7, 2.0, "gsm8k")

@@ -12,7 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from spec_envs.controls.k import DRAFT, VERIFY, KControl
-from spec_envs.controls.text_kind import KINDS, context_kind
+from spec_envs.controls.observation.text_kind import KINDS, context_kind
 from spec_envs.env import SpecEnv
 from tests.support.texts import plain
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from spec_envs.controls.recorded import (
+from spec_envs.controls.observation.recorded import (
     DEPTH_UNIT,
     Reader,
     gains,
