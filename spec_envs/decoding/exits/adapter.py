@@ -1,7 +1,8 @@
-"""What is trained of an early exit: low-rank weights and, if wanted, an adapter of attention, beside the target's own.
+"""The trained parts of an early exit: low-rank weights and, for Kangaroo, an attention, beside the target's own
+weights.
 
-An exit sits behind the first layers of a target. Its projection, at first the target's final norm and output rows,
-turns their hidden state into a distribution of the next token: a drafter inside the target. An adapter belongs to one
+An exit follows the first layers of a target. Its projection, at first the target's final norm and output rows, turns
+their hidden state into a distribution of the next token: a drafter inside the target. An adapter belongs to one
 decoder; the target's weights are shared and never written to.
 """
 
@@ -33,14 +34,15 @@ LAYERS_RANK, LAYERS_SCALE = 8, 2.0
 
 @dataclass(frozen=True)
 class ExitSettings:
-    """What an adapter is for, and what it consists of.
+    """The target and the exit of an adapter, and its shape.
 
     Attributes:
         base_model: the target's name.
         fingerprint: of the target's weights; an adapter of other weights is refused.
-        exit_layer: layers in front of the exit.
-        kind: ``"head"`` is low rank on the exit's projection; ``"kangaroo"`` that behind norm, attention and norm
-            (arXiv 2404.18911); ``"layers"`` low rank on the target's layers, in front of the exit and behind it.
+        exit_layer: number of layers before the exit.
+        kind: ``"head"``: low-rank weights on the exit's projection; ``"kangaroo"``: the same after norm, attention and
+            norm (arXiv 2404.18911); ``"layers"``: low-rank weights on the target's layers, before the exit and after
+            it.
         rank: of the low-rank weights.
     """
 
@@ -52,18 +54,18 @@ class ExitSettings:
 
 
 class ExitAdapter(nn.Module):
-    """An early exit of a target, and what is trained of it.
+    """An early exit of a target, with its trained parts.
 
     Args:
         target: the model, whose weights stay as they are.
-        settings: which exit, and which adapter.
+        settings: the exit, and the adapter's shape.
 
     Attributes:
-        shortlist: ascending ids that a drafter proposes (besides those of the text), or None for all.
-        version: counts changes; decoders take up a change when a text begins.
+        shortlist: ascending ids that a drafter proposes besides those of the text; None means all ids.
+        version: counts changes; a change takes effect in a decoder when its next text begins.
 
     Raises:
-        ValueError: an exit that the target does not have, another kind or rank, or the settings of another target.
+        ValueError: the target has no such exit, the kind or rank is wrong, or the settings belong to another target.
     """
 
     def __init__(self, target: Transformer, settings: ExitSettings):
@@ -86,11 +88,16 @@ class ExitAdapter(nn.Module):
     def fresh(
         cls, target: Transformer, name: str, exit_layer: int, kind: str = "head", rank: int | None = None
     ) -> Self:
-        """An untrained one for the target ``name``, whose exit says what its hidden state says through the target's own
-        final norm and output rows (but for ``"kangaroo"``, whose attention starts as that of the next layer).
+        """Return an untrained adapter.
+
+        At first its exit predicts with the target's own final norm and output rows; the attention of ``"kangaroo"``
+        starts as that of the next layer.
 
         Args:
-            rank: of the low-rank weights; by default 64 of a projection, 8 of layers.
+            target: the model.
+            name: of the target.
+            exit_layer, kind: see ``ExitSettings``.
+            rank: of the low-rank weights; by default 64 for a projection, 8 for layers.
         """
         rank = default_rank(kind) if rank is None else rank
         return cls(target, ExitSettings(name, target.fingerprint, exit_layer, kind, rank))
@@ -105,48 +112,49 @@ class ExitAdapter(nn.Module):
 
     @property
     def lossless(self) -> bool:
-        """Whether the verifier is the target as it is."""
+        """Whether the verifier is the unchanged target."""
         return self.kind != "layers"
 
     @property
     def norm(self) -> Tensor:
-        """Gain of the norm in front of the projection, float32."""
+        """Gain of the norm before the projection, ``[hidden]``, float32."""
         return self.attention.norm if self.kind == "kangaroo" else self.target.norm.weight.float()
 
     def snapshot(self) -> ExitAdapter:
-        """A copy that does not learn."""
+        """Return a copy that does not learn; it shares the target."""
         shared = [self.target, self.__dict__.get("_output")]
         return copy.deepcopy(self, {id(x): x for x in shared}).requires_grad_(False)
 
     def initialise(self, seed: int) -> None:
-        """Draw the low-rank weights anew, as those of an untrained exit."""
+        """Draw new low-rank weights, as those of an untrained exit."""
         generator = torch.Generator(self.target.device).manual_seed(seed)
         for module in self.modules():
             if isinstance(module, LowRank):
                 module.initialise(generator)
 
     def touched(self) -> None:
-        """Note that weights have changed."""
+        """Note that the weights have changed, so that decoders read them again."""
         self.version += 1
 
     def additions(self) -> Additions | None:
-        """What is added to the target's layers, with gradients; None where they stay as they are."""
+        """Return the additions to the target's layers, with gradients; None where the layers stay as they are."""
         return None if self.lossless else additions([self.lora_S, self.lora_D], self.target.shape.layers)
 
     def deployed_additions(self) -> Additions | None:
-        """The same for a forward of the target as it is decoded with."""
+        """Return the additions in the dtype in which the target decodes, without gradients."""
         with torch.no_grad():
             added = self.additions()
         return None if added is None else added.frozen(self.target.precision.hidden)
 
     def read(self, states: Tensor) -> Tensor:
-        """Exit states of whole texts ``[batch, n, hidden]``, padded on the right, as the projection reads them."""
+        """Return what the projection reads ``[batch, n, hidden]`` of exit states of whole texts, padded on the
+        right."""
         return self.attention(states) if self.kind == "kangaroo" else states
 
     def logits(self, states: Tensor) -> Tensor:
-        """Of what the projection reads, ``[n, hidden]`` to ``[n, vocab]``, float32.
+        """Return the logits ``[n, vocab]`` (float32) of ``states`` ``[n, hidden]`` as the projection reads them.
 
-        Gradients flow to the adapter's weights, and to ``states`` where they do not come from frozen layers alone.
+        Gradients flow to the adapter's weights, and to ``states`` unless they come from frozen layers alone.
         """
         normed = F.rms_norm(states.float(), self.norm.shape, self.norm, self.target.shape.norm_eps)
         if self.kind == "head":
@@ -159,20 +167,22 @@ class ExitAdapter(nn.Module):
     @functools.cached_property
     def _output(self) -> Tensor:
         """The target's output rows ``[vocab, hidden]``, bfloat16 where it is computed in int8."""
-        return self.target.output_weight().to(self.target.precision.cache)  # once: it may be a copy
+        return self.target.output_weight().to(self.target.precision.cache)  # read once: may be a copy
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:
-        """Output rows ``[n, hidden]`` of the exit's projection for some ids, the adapter merged in, float32."""
-        rows = self._output[ids].float()
-        if self.kind == "layers":
-            return rows
-        return rows + self.exit_proj.lora_B[ids] @ self.exit_proj.lora_A * self.exit_proj.scale
+        """Return the output rows ``[n, hidden]`` (float32) of the exit's projection for ``ids`` ``[n]``, adapter
+        included."""
+        rows: Tensor = self._output[ids].float()
+        if self.kind != "layers":
+            rows = rows + self.exit_proj.lora_B[ids] @ self.exit_proj.lora_A * self.exit_proj.scale
+        return rows
 
 
 class Attention(nn.Module):
-    """Kangaroo's adapter (arXiv 2404.18911, section 3.1): norm, attention and, behind it, another norm, with a residual
-    connection around the attention. It starts as the attention of the layer behind the exit and the target's final norm.
+    """Kangaroo's adapter (arXiv 2404.18911, section 3.1): norm, attention with a residual connection, and another norm.
+
+    It starts as the attention of the layer after the exit and the target's final norm.
     """
 
     def __init__(self, target: Transformer, settings: ExitSettings):
@@ -187,11 +197,11 @@ class Attention(nn.Module):
         self.rope = Rope(target.config, self.shape.head_dim, self.shape.context, torch.float32, target.device)
 
     def layer(self) -> dict[str, Tensor]:
-        """The weights of the attention and the norm in front of it, by the names of a layer's."""
+        """Return the weights of the attention and of the norm before it, by the names that they have in a layer."""
         return dict(zip(self.names, self.weights, strict=True))
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[batch, n, hidden]`` to the same; the norm behind it is left to the projection."""
+        """Return the output ``[batch, n, hidden]`` for exit states; the second norm is left to the projection."""
         return Layers([self.layer()], self.shape).read(states.float(), self.rope)
 
 
@@ -202,20 +212,21 @@ def inject_lora(
     alpha: float = LAYERS_SCALE * LAYERS_RANK,
     products: Sequence[str] = ("q_proj", "v_proj"),
 ) -> dict[str, LayersLoRA]:
-    """Low-rank adapters for both sides of an exit.
+    """Return low-rank adapters for the layers on both sides of an exit.
 
-    Nothing of the model changes: hand ``spec_envs.decoding.model.lora.additions(adapters.values(), layers)`` to its forward.
+    The model does not change: pass ``spec_envs.decoding.model.lora.additions(adapters.values(), layers)`` to its
+    forward.
 
     Args:
         base_model: the target.
-        exit_layer: layers in front of the exit.
+        exit_layer: number of layers before the exit.
         rank, alpha, products: of both; see ``LayersLoRA``.
 
     Returns:
-        ``lora_S`` on the layers in front of the exit, ``lora_D`` on those behind it.
+        ``lora_S`` on the layers before the exit, ``lora_D`` on those after it.
 
     Raises:
-        ValueError: an exit that the model does not have.
+        ValueError: the model has no such exit.
     """
     check_exit(base_model, exit_layer)
     layers = {"lora_S": range(exit_layer), "lora_D": range(exit_layer, base_model.shape.layers)}
@@ -223,12 +234,12 @@ def inject_lora(
 
 
 def default_rank(kind: str) -> int:
-    """Of the low-rank weights of that kind of adapter."""
+    """Return the default rank of the low-rank weights of a kind of adapter."""
     return LAYERS_RANK if kind == "layers" else HEAD_RANK
 
 
 def check_exit(target: Transformer, exit_layer: int) -> None:
-    """Refuse an exit that the target does not have."""
+    """Raise ValueError if the target has no such exit."""
     if not 1 <= exit_layer < target.shape.layers:
         raise ValueError(
             f"exit_layer is {exit_layer}; expected 1 to {target.shape.layers - 1}, for the target has "
@@ -237,7 +248,7 @@ def check_exit(target: Transformer, exit_layer: int) -> None:
 
 
 def check(target: Transformer, settings: ExitSettings) -> None:
-    """Refuse settings that do not fit the target."""
+    """Raise ValueError if the settings do not fit the target."""
     if settings.fingerprint != target.fingerprint:
         raise ValueError(
             f"the adapter was trained on {settings.base_model!r}, whose weights are others than those of this target; "

@@ -29,7 +29,7 @@ from spec_envs.files import at_home, parse_json, whole
 from spec_envs.sealed import SEAL, digest, first_line
 
 SETTINGS, ATTENTION = "exit.json", "attention.safetensors"
-# Keys of peft's that do not change what loaded weights compute.
+# peft's keys that do not change what the loaded weights compute.
 UNREAD = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -41,24 +41,29 @@ UNREAD = (
     "revision",
     "task_type",
 )
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names of files
 
 
 @dataclass(frozen=True)
 class Stored(ExitSettings):
-    """What ``exit.json`` holds: also the SHA-256 of the files of weights, and of all that it says itself."""
+    """The contents of ``exit.json``, besides the hash that seals them.
+
+    Attributes:
+        shortlist: see ``ExitAdapter``.
+        files: SHA-256 of the files of weights, by name.
+    """
 
     shortlist: list[int] | None
     files: dict[str, str] | None = None
 
 
 def is_exit(name: str | Path) -> bool:
-    """Whether a folder holds an exit's adapter."""
+    """Return whether a folder holds an exit's adapter."""
     return (at_home(name) / SETTINGS).is_file()
 
 
 def save_exit(adapter: ExitAdapter, folder: Path) -> None:
-    """Write an adapter; where that fails, what was there before stays.
+    """Write an adapter to a folder; if that fails, the folder's earlier files stay.
 
     Raises:
         OSError: a file could not be written; the sentence names it.
@@ -86,7 +91,7 @@ def save_exit(adapter: ExitAdapter, folder: Path) -> None:
 
 
 def read(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one of an exit's files."""
+    """Read the tensors of one of an exit's files; raise ValueError if it is damaged or missing."""
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:
@@ -94,15 +99,20 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def sealed(settings: dict[str, Any]) -> str:
-    """Return the hash of what ``exit.json`` says, but for the name that the target has somewhere."""
+    """Return the hash of the contents of ``exit.json``, except the target's name, which differs between machines."""
     return digest({key: value for key, value in settings.items() if key != "base_model"})
 
 
 def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
-    """Read an adapter for a target that is called ``name`` here, whatever it was called where the adapter was trained.
+    """Read an adapter.
+
+    Args:
+        folder: of the adapter.
+        target: the model for which it was trained.
+        name: of the target here, which may have been called otherwise where the adapter was trained.
 
     Raises:
-        ValueError: a file that is missing or damaged, or an adapter of another target.
+        ValueError: a file is missing or damaged, or the adapter belongs to another target.
     """
     try:
         content = parse_json((folder / SETTINGS).read_bytes())
@@ -142,7 +152,8 @@ def load_exit(folder: Path, target: Transformer, name: str) -> ExitAdapter:
 
 
 def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-    """The low-rank parts: name, what peft's configuration says of their meaning, and tensors by peft's names."""
+    """Yield the low-rank parts: name, the keys of peft's configuration that give them meaning, and tensors by peft's
+    names."""
     settings = adapter.settings
     if settings.kind == "layers":
         for name, lora in (("lora_S", adapter.lora_S), ("lora_D", adapter.lora_D)):
@@ -157,42 +168,43 @@ def parts(adapter: ExitAdapter) -> Iterator[tuple[str, dict[str, Any], dict[str,
 
 
 def as_json(content: dict[str, Any]) -> bytes:
-    """For a file that people may read."""
+    """Return the bytes of a JSON file that people can read."""
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def as_safetensors(tensors: dict[str, Tensor]) -> bytes:
-    """For a file of weights."""
+    """Return the bytes of a file of weights."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def named(module: str, low_rank: LowRank) -> dict[str, Tensor]:
-    """Tensors of an addition by the names that peft has for it."""
+    """Return the tensors of an addition by peft's names."""
     return {f"base_model.model.{module}.lora_{side}.weight": getattr(low_rank, f"lora_{side}") for side in "AB"}
 
 
 def meaning(settings: ExitSettings, alpha: float, **chosen: Any) -> dict[str, Any]:
-    """What must be said of low-rank weights in an ``adapter_config.json``."""
+    """Return the keys of an ``adapter_config.json`` that give low-rank weights their meaning."""
     return {"peft_type": "LORA", "r": settings.rank, "lora_alpha": round(alpha), "bias": "none", **chosen}
 
 
 def peft_config(settings: ExitSettings, meant: dict[str, Any]) -> dict[str, Any]:
-    """The contents of an ``adapter_config.json``."""
-    from peft import LoraConfig  # takes more than a second, and only files that are written need it
+    """Return the contents of an ``adapter_config.json``."""
+    from peft import LoraConfig  # takes more than a second to import, and only writing needs it
 
     said = {key: value for key, value in meant.items() if key != "peft_type"}
     config = LoraConfig(base_model_name_or_path=settings.base_model, task_type="CAUSAL_LM", inference_mode=True, **said)
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    written: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in written.items()}
 
 
 def check_config(wanted: dict[str, Any], path: Path) -> None:
-    """Refuse an ``adapter_config.json`` by which the weights beside it mean something else than is computed here.
+    """Check that an ``adapter_config.json`` gives the weights beside it the meaning that is computed here.
 
-    The keys of ``wanted`` must say the same, in any order of their lists; any other key that peft has or will have (weights
-    that are decomposed, ranks and scales by module, further modules, …) must switch nothing on.
+    The keys of ``wanted`` must have the same values, lists in any order. Any other key that peft has or will have
+    (decomposed weights, ranks and scales by module, further modules, …) must switch nothing on.
 
     Raises:
-        ValueError: there is another one; or no such file, or no JSON object in it.
+        ValueError: it does not, or it is no JSON object.
     """
     try:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
@@ -210,16 +222,16 @@ def check_config(wanted: dict[str, Any], path: Path) -> None:
 
 
 def as_set(value: Any) -> Any:
-    """A list without its order."""
+    """Return a list in a fixed order, and any other value as it is."""
     return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 @torch.no_grad()
 def take(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Copy tensors by name.
+    """Copy the found tensors into the wanted ones of the same names.
 
     Raises:
-        ValueError: some are missing, too many, or of another shape.
+        ValueError: tensors are missing, unknown, or of another shape.
     """
     if differing := sorted(set(wanted) ^ set(found)):
         raise ValueError(f"tensors are missing or unknown: {', '.join(differing[:3])}")

@@ -1,4 +1,4 @@
-"""A target read in two parts: the layers in front of its early exit while a chain is drafted, those behind it to verify."""
+"""A target read in two parts: the layers before its early exit draft a chain, those after it verify."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from spec_envs.decoding.verifier import LocalVerifier, Verdict
 
 
 class SplitVerifier(LocalVerifier):
-    """The target behind its own early exit. No layer reads a row twice: what the drafter had read of the chain is kept,
-    and verification goes on from there, in the same cache.
+    """Verifies with the layers after the target's own early exit.
+
+    No layer reads a row twice: the exit states that the drafter has computed are kept, and verification continues from
+    them in the same cache.
 
     Args:
-        adapter: the exit, and what was trained of it.
+        adapter: the exit, with its trained parts.
         temperature, top_p: see ``LocalVerifier``.
 
     Attributes:
-        features: exit states of the rows committed by the last call, ``[rows, hidden]``.
-        finals: of the last ``verify``, hidden states of those rows behind the last layer, ``[rows, hidden]``.
-        logits: of the last ``verify``, those of every verified row, ``[n + 1, vocab]``.
+        features: exit states of the rows that the last call committed, ``[rows, hidden]``.
+        finals: hidden states of the rows that the last ``verify`` committed after the last layer, ``[rows, hidden]``.
+        logits: of every row of the last ``verify``, ``[n + 1, vocab]``.
     """
 
     def __init__(self, adapter: ExitAdapter, temperature: float = 0.0, top_p: float = 1.0):
@@ -34,11 +36,11 @@ class SplitVerifier(LocalVerifier):
         layers = self.target.shape.layers
         self.shallow, self.deep = range(adapter.exit_layer), range(adapter.exit_layer, layers)
         shape, dtype = (64, self.target.shape.hidden), self.target.precision.hidden
-        self.states = torch.empty(shape, dtype=dtype, device=self.device)  # of the rows that were looked at
-        self.rows: list[int] = []
+        self.states = torch.empty(shape, dtype=dtype, device=self.device)  # exit states of
+        self.rows: list[int] = []  # these tokens after the committed ones
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
-        """See ``LocalVerifier``; what the adapter has learned since the last text counts from now on."""
+        """Read the prompt and return the first token; what the adapter has learned takes effect from now on."""
         if self.version != self.adapter.version:
             added, self.version = self.adapter.deployed_additions(), self.adapter.version
             self.added = added if added is None or self.added is None else self.added.become(added)
@@ -46,15 +48,15 @@ class SplitVerifier(LocalVerifier):
         return super().start(prompt, rows, rng)
 
     def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
-        """The target with the adapter in its layers, if it has one there."""
+        """Return a verifier that never drafts; an adapter in the target's layers stays in effect."""
         other = LocalVerifier(self.target, (), self.temperature, self.top_p)
         other.added = self.adapter.deployed_additions()
         return other
 
     @torch.inference_mode()
     def look(self, chain: Sequence[int]) -> tuple[Tensor, int]:
-        """Exit states ``[1 + len(chain), hidden]`` of the text's last token and a chain behind it, and how many of these
-        rows were not read before."""
+        """Return exit states of the text's last token and of ``chain``, ``[1 + len(chain), hidden]``, and how many of
+        these rows had to be computed."""
         wanted = [self.last, *chain]
         known = 0
         while known < min(len(wanted), len(self.rows)) and wanted[known] == self.rows[known]:
@@ -80,7 +82,7 @@ class SplitVerifier(LocalVerifier):
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """See ``LocalVerifier``; the nodes are a chain."""
+        """Verify a chain; see ``Verifier.verify``."""
         states, _ = self.look(tokens.tolist())
         positions = self.cache.length + torch.arange(len(states), device=self.device)[None]
         hidden, _ = self.target.forward(states[None], self.cache, positions, layers=self.deep, added=self.added)

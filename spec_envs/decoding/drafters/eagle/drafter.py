@@ -55,7 +55,7 @@ def check_fit(head: EagleHead, target: Transformer) -> None:
             f"the drafter reads hidden states at the boundaries {list(variant.boundaries)} of a target's layers, but "
             f"the target has {shape.layers}; use a head trained for this target{of}"
         )
-    if config.hidden_size != shape.hidden and not hasattr(head, "embed_tokens"):
+    if config.hidden_size != shape.hidden and "embed_tokens.weight" not in head.state_dict():
         raise ValueError(
             f"the drafter's hidden size is {config.hidden_size}, the target's is {shape.hidden}, so it needs its own "
             "embed_tokens.weight; use a whole head"
