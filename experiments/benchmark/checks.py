@@ -13,7 +13,7 @@ from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.decoder import Decoder, over_models
-from spec_envs.decoding.traces.recorder import record, watched
+from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, words
@@ -111,7 +111,7 @@ def recording_cost(trace: Trace, decoder: Decoder) -> RecordingCost:
     """Return what recording a position costs, beside a live cycle that drafts and verifies as much as is offered."""
     text = next(text for text in trace.texts if text.split == "train")
     begin = time.perf_counter()
-    columns = record(watched(decoder), text.prompt, trace.manifest.max_new_tokens)
+    columns = Recorder(decoder).record(text.prompt, trace.manifest.max_new_tokens)
     position = (time.perf_counter() - begin) / len(columns["tokens"])
     decoder.start(text.prompt, trace.manifest.max_new_tokens, np.random.default_rng(0))
     cycles: list[float] = []

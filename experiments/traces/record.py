@@ -32,7 +32,7 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
-from spec_envs.decoding.traces.recorder import Columns, kind_of, record, watched
+from spec_envs.decoding.traces.recorder import Columns, Recorder, kind_of
 from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
@@ -182,9 +182,10 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> N
     if not todo:
         return
     (folder / "texts").mkdir(exist_ok=True)
-    decoder = watched(plan.decoder())
+    decoder = plan.decoder()
+    recorder = Recorder(decoder)
     for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
-        columns = record(decoder, prompt.ids, plan.max_new_tokens)
+        columns = recorder.record(prompt.ids, plan.max_new_tokens)
         with whole(text_file(folder, i)) as path, path.open("wb") as file:
             np.savez(file, **columns)  # type: ignore[arg-type]
 
@@ -207,7 +208,7 @@ def assemble(plan: Plan, folder: Path) -> None:
     settings = plan.settings
     manifest = Manifest(
         version=VERSION,
-        kind=kind_of(decoder),  # type: ignore[arg-type]
+        kind=kind_of(decoder),
         target=plan.target,
         drafter=settings["drafter"],
         fingerprints=weights_sha256(plan.target, settings["drafter"]),

@@ -20,42 +20,49 @@ Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter
 NOTHING = torch.empty(0)  # features of the target, which no drafter of chains reads
 
 
-class Told(ChainDrafter):
-    """Stands for a draft model whose forwards are made for many chains at once: it drafts what it was told."""
+class Scripted(ChainDrafter):
+    """Stands for a draft model in one of many chains whose forwards are made together; it drafts what it was given.
+
+    Args:
+        model: the draft model.
+
+    Attributes:
+        following: the child of the chain's last token, set before it is drafted.
+    """
 
     def __init__(self, model: DraftModelDrafter):
         self.vocab, self.context, self.temperature = model.vocab, model.context, model.temperature
         self.following: Children
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is no state."""
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is no state."""
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """What follows, as it was told."""
         return self.following, 1
 
 
 @dataclass
 class Chain:
-    """What is drafted behind a position.
+    """A chain that is drafted after a position of a text.
 
     Attributes:
-        matched: tokens that match the place where the text read like this before, 0 without one.
-        copied: of each drafted token whether it was copied from there.
+        drafter: drafts it.
+        tree: the chain so far.
+        matched: how many of the text's last tokens match an earlier place; 0 without one.
+        copied: for each drafted token whether it was copied.
     """
 
-    drafter: Told | CopyingDrafter | LookupDrafter
-    told: Told | None
+    drafter: Scripted | CopyingDrafter | LookupDrafter
     tree: Tree
     matched: int = 0
     copied: list[bool] = field(default_factory=list)
 
     def grow(self) -> bool:
-        """Draft a token, the draft model's being told; False where nothing more is drafted."""
-        size, copier = self.tree.size, None if isinstance(self.drafter, Told) else self.drafter
+        """Draft a token; return whether there was one."""
+        size, copier = self.tree.size, None if isinstance(self.drafter, Scripted) else self.drafter
         if copier and not size:
             self.matched = copier.matched()
         copies = copier is not None and copier.source(self.tree.tokens.tolist()) is not None
@@ -67,58 +74,78 @@ class Chain:
 
 
 def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: Sequence[int]) -> list[Chain]:
-    """What a drafter drafts behind every token of a text but the last.
+    """Draft a chain after every token of a text but the last.
 
     Args:
-        live: the drafter, of greedy chains; its draft model forgets the text that it is at.
+        live: the drafter, of greedy chains; its draft model forgets the text that it has read.
         longest: most tokens of a chain.
-        text: emitted tokens ``[n]``.
+        prompt, text: the text's prompt, and its emitted tokens ``[n]``.
+
+    Returns:
+        The chains ``[n - 1]``.
+
+    Raises:
+        ValueError: the drafter copies for another model than a draft model.
     """
-    model = live.model if isinstance(live, CopyingDrafter) else live
     found: list[Chain] = []
-    if isinstance(model, LookupDrafter):
+    if isinstance(live, LookupDrafter):
         for at in range(len(text) - 1):
-            chain = begun(live, None, [*prompt, *text[: at + 1]], longest)
+            chain = begun(LookupDrafter(live.vocab, live.context, live.ngram), [*prompt, *text[: at + 1]], longest)
             while chain.tree.size < longest and chain.grow():
                 pass
             found.append(chain)
         return found
-    assert isinstance(model, DraftModelDrafter)
+    model = live.model if isinstance(live, CopyingDrafter) else live
+    if not isinstance(model, DraftModelDrafter):
+        raise ValueError(f"chains of a {type(model).__name__} cannot be drafted together; expected a draft model")
     model.start([*prompt, text[0]], len(text) + TOGETHER * longest, NOTHING, np.random.default_rng(0))
     for run in same_vocabulary(model.vocabulary, text[:-1]):
-        texts = [[*prompt, *text[: at + 1]] for at in range(run.start, run.stop)]
-        chains = [begun(live, Told(model), so_far, longest) for so_far in texts]
-        draft_together(model, chains, text[run], longest)
+        scripts = [Scripted(model) for _ in range(run.start, run.stop)]
+        chains = [
+            begun(
+                CopyingDrafter(script) if isinstance(live, CopyingDrafter) else script,
+                [*prompt, *text[: at + 1]],
+                longest,
+            )
+            for at, script in zip(range(run.start, run.stop), scripts, strict=True)
+        ]
+        draft_together(model, chains, scripts, text[run], longest)
         found += chains
     return found
 
 
-def begun(live: Chains, told: Told | None, text: Sequence[int], longest: int) -> Chain:
-    """An empty chain behind a text, and what drafts it."""
-    drafter: Told | CopyingDrafter | LookupDrafter
-    if isinstance(live, LookupDrafter):
-        drafter = LookupDrafter(live.vocab, live.context, live.ngram)
-    else:
-        assert told is not None
-        drafter = CopyingDrafter(told) if isinstance(live, CopyingDrafter) else told
+def begun(drafter: Scripted | CopyingDrafter | LookupDrafter, text: Sequence[int], longest: int) -> Chain:
+    """Return an empty chain of ``drafter`` after a text."""
     drafter.start(text, 0, NOTHING, np.random.default_rng(0))
-    return Chain(drafter, told, Tree(1, longest - 1))
+    return Chain(drafter, Tree(1, longest - 1))
 
 
-def draft_together(model: DraftModelDrafter, chains: Sequence[Chain], tokens: Sequence[int], longest: int) -> None:
-    """Grow the chains behind each of ``tokens`` ``[m]``, the next ones of the text; their rows stay in the model's cache.
+def draft_together(
+    model: DraftModelDrafter,
+    chains: Sequence[Chain],
+    scripts: Sequence[Scripted],
+    tokens: Sequence[int],
+    longest: int,
+) -> None:
+    """Grow the chains after each of ``tokens`` ``[m]``, the next ones of the text, and commit the tokens to the model's
+    cache.
 
-    The model reads copied tokens one by one as well, where a single text would have read them with the next that it
-    drafts: a row is the same in any batch.
+    The model reads copied tokens one by one as well, where a decoder reads them together with the next token that it
+    drafts: a row's result does not depend on its batch.
+
+    Args:
+        model: the draft model.
+        chains, scripts: the chain after each token, and what stands for the model in it.
+        tokens: of the text.
+        longest: most tokens of a chain.
     """
     m, committed = len(tokens), model.cache.length
     following = model.step(tokens, last=m)
     text, own = np.tril(np.ones((m, m), bool)), np.eye(m, dtype=bool)
     for size in range(longest):
-        for i, chain in enumerate(chains):
-            assert chain.told is not None
+        for i, (chain, script) in enumerate(zip(chains, scripts, strict=True)):
             row = slice(i, i + 1)
-            chain.told.following = Children(following.tokens[row], following.log_probs[row], following.entropies[row])
+            script.following = Children(following.tokens[row], following.log_probs[row], following.entropies[row])
             chain.grow()
         if size < longest - 1:
             ends = [int(chain.tree.tokens[-1]) for chain in chains]

@@ -17,13 +17,16 @@ from spec_envs.decoding.tree import Children, Tree
 def trees_everywhere(
     live: EagleDrafter, depth: int, prompt: Sequence[int], text: Sequence[int], features: Tensor
 ) -> list[list[Children]]:
-    """What an EAGLE head drafts behind every token of a text but the last: the children of each level.
+    """Draft a tree with an EAGLE-3 head after every token of a text but the last.
 
     Args:
-        live: the drafter; its head and width are taken, its cache is left alone.
-        depth: expansions.
-        text: emitted tokens ``[n]``.
-        features: of the target, at every token in front of the last one, ``[prompt + n - 1, …]``.
+        live: the drafter; its head and width are used, its cache is not.
+        depth: expansions after the first level.
+        prompt, text: the text's prompt, and its emitted tokens ``[n]``.
+        features: of the target at every token before the last one, ``[prompt + n - 1, …]``.
+
+    Returns:
+        For each of the trees ``[n - 1]`` the children of its levels.
     """
     drafter = EagleDrafter(live.model, live.width, TOGETHER * (depth + 1))
     drafter.start([*prompt, text[0]], len(text) + TOGETHER, features[: len(prompt)], np.random.default_rng(0))
@@ -35,7 +38,17 @@ def trees_everywhere(
 
 
 def trees_together(drafter: EagleDrafter, features: Tensor, tokens: Sequence[int], depth: int) -> list[list[Children]]:
-    """Trees behind each of ``tokens`` ``[m]``, the next ones of the text; their rows stay in the drafter's cache."""
+    """Draft a tree after each of ``tokens`` ``[m]``, the next ones of the text, and commit them to the drafter's cache.
+
+    Args:
+        drafter: whose cache holds the text before.
+        features: of the target at the token before each, ``[m, …]``.
+        tokens: of the text.
+        depth: expansions after the first level.
+
+    Returns:
+        For each of the trees ``[m]`` the children of its levels.
+    """
     model, cache, width, m = drafter.model, drafter.cache, drafter.width, len(tokens)
     hidden, roots = drafter.catch_up(features, tokens, m)
     committed, rows = cache.length, m * width
@@ -71,6 +84,6 @@ def trees_together(drafter: EagleDrafter, features: Tensor, tokens: Sequence[int
 
 
 def row(children: Children, i: int, count: int) -> Children:
-    """The children of rows ``i * count`` to ``(i + 1) * count``."""
+    """Return the children of the rows from ``i * count`` up to ``(i + 1) * count``."""
     own = slice(i * count, (i + 1) * count)
     return Children(children.tokens[own], children.log_probs[own], children.entropies[own])

@@ -13,7 +13,7 @@ import pytest
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.full_trees import grown, level_slice
-from spec_envs.decoding.traces.recorder import record, watched
+from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces import record as recording
 from spec_envs.experiments.traces.record import Plan, claim, record_texts, recorded, shard_of
@@ -83,8 +83,8 @@ def test_replay_of_the_real_models(env_id: str, tmp_path: Path) -> None:
 
 def test_drafting_together_is_drafting_alone(tiny: dict[str, Any]) -> None:
     """One forward over many positions gives each the tree that a decoder there would have grown."""
-    decoder = watched(load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", width=4, max_depth=3))
-    columns = record(decoder, [5, 6, 7, 8], 24)
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", width=4, max_depth=3)
+    columns = Recorder(decoder).record([5, 6, 7, 8], 24)
     decoder.start([5, 6, 7, 8], 24, np.random.default_rng(0))
     trees = grown(columns["log_probs"], 4)
     for row in range(len(columns["tokens"]) - 1):
@@ -99,9 +99,9 @@ def test_drafting_together_is_drafting_alone(tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["chain", "copies", "lookup"])
 def test_chains_drafted_together_are_those_drafted_alone(name: str, plans: dict[str, Plan]) -> None:
-    decoder = watched(plans[name].decoder())
+    decoder = plans[name].decoder()
     prompt = [5, 6, 7, 8, 5, 6, 9, 7]
-    columns = record(decoder, prompt, 24)
+    columns = Recorder(decoder).record(prompt, 24)
     decoder.start(prompt, 24, np.random.default_rng(0))
     longest, copied = decoder.max_depth + 1, 0
     for row in range(len(columns["tokens"]) - 1):
