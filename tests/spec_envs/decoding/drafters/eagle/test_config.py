@@ -191,7 +191,7 @@ def test_folders_that_are_damaged_or_belong_to_another_target(
     save_head(tmp_path / "named", Recipe(vocab=20), "speculators", speculators_config=verifier)
     refused(tmp_path / "named", r"the target's is 16; .*\(it names org/its-target\)")
     save_head(tmp_path / "unsaid", Recipe(), "speculators", norm_before_residual=None)
-    refused(tmp_path / "unsaid", "norm_before_residual is not said, and tools disagree")
+    refused(tmp_path / "unsaid", "norm_before_residual is missing, and tools disagree")
     save_head(tmp_path / "other", Recipe(), "speculators", speculators_config={"algorithm": "dflash"})
     refused(tmp_path / "other", "algorithm is 'dflash'")
     save_head(tmp_path / "inner", Recipe(), "speculators", transformer_layer_config={"model_type": "gemma3"})
