@@ -87,6 +87,21 @@ TEMPERATURE = number(0, 100)
 TOP_P = number(0, 1, above=True)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, target: str = "model", drafter: str = "") -> None:
+    """Add ``--target``, ``--device`` and ``--dtype``, and ``--drafter`` where it is described.
+
+    Args:
+        target, drafter: what they are, for the help.
+    """
+    from spec_envs.decoding.loading import DEFAULT_TARGET  # takes seconds, and not every command has a model
+
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET, help=f"{target} (default {DEFAULT_TARGET})")
+    if drafter:
+        parser.add_argument("--drafter", type=nonempty, default="auto", help=f"{drafter} (default: the target's own)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto (default), int8, bfloat16, float16 or float32")
+
+
 def nonempty(text: str) -> str:
     """Return a name that is not empty."""
     if not text.strip():

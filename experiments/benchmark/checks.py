@@ -63,7 +63,7 @@ def play(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: in
 def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Played]) -> Equality:
     """Replay what was decoded live with the same actions, and compare accepted tokens of every cycle and seconds."""
     control = problem.control()
-    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
+    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))
     policy = Policy(control, RandomAgent(control, seed=RANDOM_SEED))
     near, compared, wrong, tied, priced = trace.ties(), 0, 0, 0, 0.0
     for timed in live:

@@ -1,4 +1,4 @@
-"""Jobs one after another, or on a Ray cluster (`RAY=1`, or the address of one): the results are the same."""
+"""Jobs run one after another, or on a Ray cluster (`RAY=1`, or the address of one); the results are the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def mapped(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], desc: str) -> list[Any]:
-    """``work(*job)`` for every job, in their order.
+    """Return ``work(*job)`` of every job, in their order.
 
     With the environment variable ``RAY`` set to 1 on a local cluster of Ray, with an address on that one, which has to see
     the same files. Each job computes on one thread there, and for itself alone, so that nothing depends on who runs it.
@@ -34,4 +34,4 @@ def mapped(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], desc: str)
         while left:
             done, left = ray.wait(left)
             bar.update(len(done))
-    return ray.get(waiting)
+    return list(ray.get(waiting))

@@ -15,12 +15,11 @@ from typing import Annotated
 
 import torch
 
-from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, nonempty, output_folder
+from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, add_model_arguments, output_folder
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.decoder import over_models
 from spec_envs.decoding.drafters.names import DrafterName
-from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.weights.checkpoints import DTYPES
 from spec_envs.experiments.command import one_sentence
@@ -202,12 +201,7 @@ def dtypes(names: str) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
-    parser.add_argument(
-        "--drafter", type=nonempty, default="auto", help="EAGLE-3 head or draft model (default: the target's own)"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16, float16, float32")
+    add_model_arguments(parser, drafter="EAGLE-3 head or draft model")
     parser.add_argument(
         "--dtypes",
         type=dtypes,

@@ -17,10 +17,18 @@ from pathlib import Path
 
 import torch
 
-from spec_envs.arguments import POSITIVE, SEED, Parser, input_file, nonempty, number, output_folder, whole_number
+from spec_envs.arguments import (
+    POSITIVE,
+    SEED,
+    Parser,
+    add_model_arguments,
+    input_file,
+    number,
+    output_folder,
+    whole_number,
+)
 from spec_envs.decoding.drafters.eagle.drafter import EagleModel, captured_layers
 from spec_envs.decoding.drafters.eagle.head import PLAIN, EagleHead
-from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import (
     load_target,
@@ -51,9 +59,7 @@ REPORTED = 12  # levels
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to draft for (default {DEFAULT_TARGET})"
-    )
+    add_model_arguments(parser, "model to draft for")
     parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what to train (default eagle3)")
     parser.add_argument(
         "--layers", type=POSITIVE, help=f"of a draft model: the target's first ones and its last (default {LAYERS})"
@@ -95,12 +101,6 @@ def arguments() -> argparse.Namespace:
         "--longest", type=POSITIVE, default=1024, help="longer conversations are left out (tokens) (default 1024)"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of text, batches and split (default 0)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="of the target: auto (default), int8, bfloat16, float32 (autocast is bfloat16 at int8)",
-    )
     return parser.parse_args()
 
 

@@ -1,8 +1,10 @@
-"""What a small draft model is trained on: a few of the target's layers learn to say what the whole of it says."""
+"""The objective that a small draft model is trained on: a few of the target's layers learn to predict what all of them
+predict."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from spec_envs.files import write_bytes, write_json
 
 
 def kept_layers(layers: int, count: int) -> list[int]:
-    """Which ``count`` layers of a target its draft model starts from: the first ones, which read the text, and the last.
+    """Return the ``count`` layers of a target that its draft model starts from: the first ones, which read the text, and the last.
 
     Raises:
         ValueError: the target has fewer.
@@ -43,12 +45,12 @@ class Student(nn.Module):
         super().__init__()
         self.config, self.draft_ids = config, draft_ids
         self.embedding = target.embedding
-        self.model = AutoModel.from_config(config, dtype=torch.float32)
+        self.model: Any = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         del self.model.embed_tokens
 
     @classmethod
     def from_target(cls, name: str, target: Transformer, count: int, draft_ids: Tensor) -> Student:
-        """A student of ``count`` layers that are the target's own."""
+        """Return a student of ``count`` layers that are the target's own."""
         folder = model_folder(name)
         config, weights = load_config(folder), load_weights(folder)
         kept = kept_layers(config.num_hidden_layers, count)
@@ -64,9 +66,10 @@ class Student(nn.Module):
         return student
 
     def forward(self, batch: Batch) -> Tensor:
-        """Normed hidden states ``[B, T, hidden]`` of texts padded on the right, which causal attention need not mask."""
+        """Return normed hidden states ``[B, T, hidden]`` of texts padded on the right, which causal attention need not mask."""
         embedded = F.embedding(batch.ids, self.embedding).float()
-        return self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden: Tensor = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return hidden
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config.json and model.safetensors with Hugging Face's names, without the embedding, and so with a type
@@ -100,11 +103,11 @@ class Distillation:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (a scalar), and per length up to ``steps`` the number of the answers' positions from which that many
+        """Return the loss (a scalar), and per length up to ``steps`` the number of the answers' positions from which that many
         tokens in a row are right, and of all positions.
 
         Under greedy decoding a chain reads its own tokens, which are the text's as long as they are right: one pass
-        over the text tells how far each would be accepted. ``share`` and ``generator`` have no use here.
+        over the text shows how far each would be accepted. ``share`` and ``generator`` have no use here.
         """
         vocabulary = self.shortlist.clone()
         vocabulary[batch.ids] = True

@@ -1,4 +1,4 @@
-"""What an EAGLE-3 head is trained on: training-time test (arXiv 2503.01840, section 3), the head unrolled over its own
+"""The objective that an EAGLE-3 head is trained on: training-time test (arXiv 2503.01840, section 3), the head unrolled over its own
 outputs, so that deep levels see in training what they see in use."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
 
 
 def sample_rows(batch: Batch, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """The same number of the answers' rows of every conversation, at random, ascending: ``[B, n]``."""
+    """Return the same number of the answers' rows of every conversation, at random, ascending: ``[B, n]``."""
     inside = drafted_rows(batch, 0)
     count = max(1, round(share * int(inside.sum(1).max())))
     keys = torch.rand(inside.shape, device=inside.device, generator=generator).masked_fill_(~inside, 2.0)
@@ -29,19 +29,19 @@ class Unrolled(nn.Module):
     """The head, unrolled: row t starts from the target's hidden state at position t; at step i it has been fed the
     text's tokens t+1 … t+1+i and predicts token t+2+i, reading its own output of step i−1.
 
-    Behind step 0 a row reads step 0's keys up to its own and its own later ones, but no other row's: so the deeper
+    After step 0 a row reads step 0's keys up to its own and its own later ones, but no other row's: so the deeper
     steps can be run for a random share of the rows, which are nearly as good a sample and much cheaper.
     """
 
     def __init__(self, head: EagleHead, embedding: Tensor, positions: int):
-        """``positions``: of the longest text and the levels unrolled behind it."""
+        """``positions``: of the longest text and the levels unrolled after it."""
         super().__init__()
         self.head = head
         self.embedding = embedding
         self.rope = Rope(head.config, head.config.head_dim, positions, torch.float32, embedding.device)
 
     def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
-        """Yield each step's normed output: ``[B, T, hidden]`` at step 0, ``[B, n, hidden]`` for ``rows`` behind it."""
+        """Yield each step's normed output: ``[B, T, hidden]`` at step 0, ``[B, n, hidden]`` for ``rows`` after it."""
         width = batch.ids.shape[1]
         all_rows = torch.arange(width, device=batch.ids.device).expand(len(batch.ids), -1)
         hidden, keys, values = self.head.fc(batch.features), [], []
@@ -58,7 +58,7 @@ class Unrolled(nn.Module):
             yield self.head.norm(hidden)
 
     def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 + step``."""
+        """Return queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 + step``."""
         config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
         tokens = batch.ids.gather(1, (rows + 1 + step).clamp(max=batch.ids.shape[1] - 1))
         embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
@@ -71,7 +71,7 @@ class Unrolled(nn.Module):
         return q / math.sqrt(config.head_dim), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
     def _attend(self, q: Tensor, keys: list[Tensor], values: list[Tensor], rows: Tensor) -> Tensor:
-        """Attention to step 0's keys up to the own row, and to the own keys of the later steps."""
+        """Return the attention to step 0's keys up to the own row, and to the own keys of the later steps."""
         width = keys[0].shape[2]
         future = torch.arange(width, device=rows.device) > rows[:, None, :, None]
         scores = [(q @ keys[0].transpose(-1, -2)).float().masked_fill(future, float("-inf"))]
@@ -80,12 +80,13 @@ class Unrolled(nn.Module):
         mixed = weights[..., :width] @ values[0]
         for i, value in enumerate(values[1:]):
             mixed = mixed + weights[..., width + i, None] * value
-        return self.head.midlayer.self_attn.o_proj(mixed.transpose(1, 2).flatten(-2))
+        out: Tensor = self.head.midlayer.self_attn.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return out
 
 
 class Objective:
     """Cross-entropy to the target's distribution over the draft vocabulary: of the whole text at the first step, of
-    the answers behind it.
+    the answers after it.
 
     In training that vocabulary is the shortlist and every token of the batch: the output rows are the target's and
     stay fixed, so a head that learns to point at a token need not have it on the shortlist.
@@ -103,10 +104,10 @@ class Objective:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows.
+        """Return the loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows.
 
         Args:
-            share: of the rows that the steps behind the first are run for.
+            share: of the rows that the steps after the first are run for.
             generator: draws those rows.
         """
         device = batch.ids.device

@@ -22,8 +22,7 @@ from threading import Barrier
 import numpy as np
 from tqdm import tqdm
 
-from spec_envs.arguments import POSITIVE, Parser, nonempty, number, output_folder, whole_number
-from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.arguments import POSITIVE, Parser, add_model_arguments, number, output_folder, whole_number
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.encoding import to_json
@@ -323,11 +322,7 @@ def arguments() -> argparse.Namespace:
         "--k", type=whole_number(1, min(LONGEST_DRAFT, TOKENS // 2)), default=4, help="tokens of a draft (default 4)"
     )
     parser.add_argument("--wrong", type=number(0, 1), default=0.15, help="share of wrong tokens (default 0.15)")
-    parser.add_argument(
-        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    add_model_arguments(parser, "model to serve")
     parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 

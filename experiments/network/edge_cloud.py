@@ -18,9 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from spec_envs.arguments import POSITIVE, TEMPERATURE, TOKENS, Parser, nonempty, output_folder, whole_number
+from spec_envs.arguments import (
+    POSITIVE,
+    TEMPERATURE,
+    TOKENS,
+    Parser,
+    add_model_arguments,
+    output_folder,
+    whole_number,
+)
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
@@ -290,14 +297,9 @@ def arguments() -> argparse.Namespace:
         "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
     )
     parser.add_argument("--link", help="simulated link that a proxy in between imitates (markov-1-500, lte, …)")
-    parser.add_argument(
-        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"that the cloud serves (default {DEFAULT_TARGET})"
-    )
-    parser.add_argument("--drafter", type=nonempty, default="auto", help="of chains (default: the target's own)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    add_model_arguments(parser, "model that the cloud serves", "drafter of chains")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
-    parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are told (default topk)")
+    parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are sent (default topk)")
     parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
     parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
     parser.add_argument("--max-new-tokens", type=TOKENS, default=64, help="per text (default 64)")

@@ -1,4 +1,4 @@
-"""Write the traces of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates by 100 ms that behave like
+"""Write the logs of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates by 100 ms that behave like
 mmWave 5G, LTE and Wi-Fi. They are made up, and recorded nowhere."""
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Columns = dict[str, np.ndarray]
 
 
 def fading(rng: np.random.Generator, rows: float) -> np.ndarray:
-    """A stationary Gaussian process of variance 1 whose correlation falls to 1/e within ``rows`` rows."""
+    """Return a stationary Gaussian process of variance 1 whose correlation falls to 1/e within ``rows`` rows."""
     keep = np.exp(-1 / rows)
     noise = rng.standard_normal(ROWS) * np.sqrt(1 - keep**2)
     noise[0] /= np.sqrt(1 - keep**2)
-    return lfilter([1.0], [1.0, -keep], noise)
+    return np.asarray(lfilter([1.0], [1.0, -keep], noise))
 
 
 def spells(rng: np.random.Generator, *mean_rows: float) -> np.ndarray:
-    """Kinds of spell in turn, by row; a spell of kind i lasts ``mean_rows[i]`` rows in the mean, and one at least."""
+    """Return kinds of spell in turn, by row; a spell of kind i lasts ``mean_rows[i]`` rows in the mean, and one at least."""
     kinds = np.tile(np.arange(len(mean_rows)), ROWS)
     lengths = rng.geometric(1 / np.array(mean_rows)[kinds[:ROWS]])
     return np.repeat(kinds[:ROWS], lengths)[:ROWS]
 
 
 def mmwave(rng: np.random.Generator) -> Columns:
-    """Hundreds of Mbps in line of sight; something in the way takes nearly all of it at once, down to 5 Mbps."""
+    """Return hundreds of Mbps in line of sight; an obstacle takes nearly all of it at once, down to 5 Mbps."""
     blocked = spells(rng, 60, 12) == 1
     clear = 600 * np.exp(0.35 * fading(rng, 20))
     behind = np.maximum(5, 12 * np.exp(0.6 * fading(rng, 5)))
@@ -43,13 +43,13 @@ def mmwave(rng: np.random.Generator) -> Columns:
 
 
 def lte(rng: np.random.Generator) -> Columns:
-    """Slow fading between 5 and 60 Mbps; up it is a third of that."""
+    """Return slow fading between 5 and 60 Mbps; up it is a third of that."""
     down = 5 + 55 * norm.cdf(fading(rng, 40))
     return {"mbps": down, "up_mbps": down / 3}
 
 
 def wifi(rng: np.random.Generator) -> Columns:
-    """The steps of 802.11ac (two streams, 80 MHz) and bursts in which other stations want the air, too."""
+    """Return the steps of 802.11ac (two streams, 80 MHz) and bursts in which other stations want the air, too."""
     ladder = 0.6 * np.array([58.5, 117, 175.5, 234, 351, 468, 526.5, 585, 702, 780])  # what is left of the air's rate
     step = np.clip(np.round(6 + 2 * fading(rng, 50)), 0, len(ladder) - 1).astype(int)
     contended = spells(rng, 40, 8) == 1
@@ -61,8 +61,8 @@ def wifi(rng: np.random.Generator) -> Columns:
 PROFILES = {"5g-mmwave": mmwave, "lte": lte, "wifi": wifi}
 
 
-def trace(name: str) -> str:
-    """A profile as CSV; always the same."""
+def log(name: str) -> str:
+    """Return a profile as CSV, always the same."""
     columns = PROFILES[name](np.random.default_rng(0))
     lines = [",".join(["ms", *columns])]
     lines += [
@@ -78,7 +78,7 @@ def main() -> None:
     with one_sentence():
         args.out.mkdir(parents=True, exist_ok=True)
         for name in PROFILES:
-            write_bytes(args.out / f"{name}.csv", trace(name).encode())
+            write_bytes(args.out / f"{name}.csv", log(name).encode())
             print(args.out / f"{name}.csv")
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.agents.baselines.uniform import RandomAgent
-from spec_envs.arguments import TOKENS, Parser, input_folder, nonempty, output_folder, whole_number
+from spec_envs.arguments import TOKENS, Parser, add_model_arguments, input_folder, nonempty, output_folder, whole_number
 from spec_envs.arrays import read_npz
 from spec_envs.controls import CONTROLS, Control, Policy, make_control
 from spec_envs.controls.budget import BudgetControl
@@ -43,7 +43,7 @@ from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import Keywords, encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
 from spec_envs.files import held, read_json, whole, write_json
-from spec_envs.prompts.sets import SPLITS
+from spec_envs.prompts.rows import SPLITS
 from spec_envs.prompts.templates import DATE
 
 LOG = logging.getLogger(__name__)
@@ -309,10 +309,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     traced = [env_id for env_id in ENVIRONMENTS if CONTROLS[env_id].trace_kind]
     parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
-    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
-    parser.add_argument("--drafter", type=nonempty, default="auto", help="(default: the target's own)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    add_model_arguments(parser, drafter="EAGLE-3 head of trees, or what drafts chains")
     parser.add_argument("--prompts", type=nonempty, default="all", help="prompt sets, separated by commas")
     parser.add_argument(
         "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"

@@ -19,8 +19,7 @@ from concurrent.futures import Executor
 
 import torch
 
-from spec_envs.arguments import TOKENS, Parser, nonempty, number, whole_number
-from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.arguments import TOKENS, Parser, add_model_arguments, number, whole_number
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.network.authorization import TOKEN, check_served, is_loopback
 from spec_envs.network.cloud.admission import SPARE
@@ -57,11 +56,7 @@ def warm(engine: Engine) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--target", type=nonempty, default=DEFAULT_TARGET, help=f"model to serve (default {DEFAULT_TARGET})"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    add_model_arguments(parser, "model to serve")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument(
         "--port",

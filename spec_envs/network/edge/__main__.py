@@ -16,7 +16,16 @@ from typing import TextIO
 
 import numpy as np
 
-from spec_envs.arguments import POSITIVE, SEED, TEMPERATURE, TOP_P, Parser, nonempty, number, whole_number
+from spec_envs.arguments import (
+    POSITIVE,
+    SEED,
+    TEMPERATURE,
+    TOP_P,
+    Parser,
+    add_model_arguments,
+    number,
+    whole_number,
+)
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.sampling import Proposal
@@ -232,17 +241,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("host", nargs="?", default="localhost", help="host of the cloud, or its ws:// or wss:// URL")
     parser.add_argument("--port", type=whole_number(1, PORTS), default=PORT, help=f"port of the cloud (default {PORT})")
     parser.add_argument("--prompt", default=PROMPT, help=f"a user turn (default: {PROMPT})")
-    parser.add_argument(
-        "--target",
-        type=nonempty,
-        default=DEFAULT_TARGET,
-        help=f"model that the cloud serves (default {DEFAULT_TARGET})",
-    )
-    parser.add_argument(
-        "--drafter", type=nonempty, default="auto", help="drafter of chains (default: the target's own)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32")
+    add_model_arguments(parser, "model that the cloud serves", "drafter of chains")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--top-p", type=TOP_P, default=1.0, help="mass kept when sampling (default 1)")
     parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling (default 0)")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spec_envs.experiments.network.link_profiles import PROFILES, trace
+from spec_envs.experiments.network.link_profiles import PROFILES, log
 from spec_envs.network.link import LINKS, Link, LinkState, LogLink, MarkovLink, load_link
 from spec_envs.network.proxy import ShapedProxy, main
 
@@ -209,7 +209,7 @@ def test_a_file_that_is_not_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_shipped_traces_are_what_their_script_writes(name: str) -> None:
-    assert (LINKS / f"{name}.csv").read_text() == trace(name)
+    assert (LINKS / f"{name}.csv").read_text() == log(name)
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
