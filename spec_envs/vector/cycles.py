@@ -84,7 +84,7 @@ class CycleTable:
             draft: seconds of a forward by its rows, ``[tables, most rows + 1]``.
         """
         seconds = draft[:, self.gaps].cumsum(2)
-        return np.pad(seconds, ((0, 0), (0, 0), (1, 0)))[:, :, self.plans.sizes]
+        return np.pad(seconds, ((0, 0), (0, 0), (1, 0))).take(self.plans.sizes, 2)
 
     @cached_property
     def recorded(self) -> RecordedTrees | RecordedChains:
@@ -96,11 +96,13 @@ class CycleTable:
     @cached_property
     def observed(self) -> np.ndarray:
         """What is observed of what a cycle has drafted, ``[rows, sizes, control.own]``, float32."""
-        found = np.zeros((self.trace.rows, len(self.sizes), self.control.own), np.float32)
+        own, space = self.control.own, self.control.observation_space
+        found = np.zeros((self.trace.rows, len(self.sizes), own), np.float32)
         for begin in range(0, len(found), CHUNK):
             rows = np.arange(begin, min(begin + CHUNK, len(found)))
             for i, size in enumerate(self.sizes):
-                found[rows, i] = self.read_entries(rows, np.full(len(rows), size))
+                shown = self.read_entries(rows, np.full(len(rows), size))
+                found[rows, i] = np.clip(shown, space.low[:own], space.high[:own])
         return found
 
     def read_entries(self, row: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -108,6 +110,6 @@ class CycleTable:
         found = np.zeros((len(row), self.control.own), np.float32)
         for entry in self.control.entries:
             if entry.recorded:
-                shown = np.clip(entry.recorded(self.recorded, row, size), entry.low, entry.high)
+                shown = entry.recorded(self.recorded, row, size)
                 found[:, self.control.slices[entry.name]] = shown.reshape(len(row), -1)
         return found

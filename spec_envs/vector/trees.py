@@ -50,7 +50,7 @@ class Trees:
         self.cycles, self.plans, self.control, self.draws = cycles, cycles.plans, cycles.control, draws
         plans = self.plans
         self.shallowest, self.offered = int(plans.sizes[0]), plans.offered
-        self.ended = plans.ended_by(int(self.control.action_space.n))
+        self.ended = plans.ended_by(int(self.control.action_space.n)) - self.shallowest * self.offered
         self.candidates, self.sent = plans.candidates, plans.nodes
         self.expansion = prices(tables, "draft", plans.width)[:, plans.width]
         self.root = prices(tables, "draft", self.control.max_depth + 2)
@@ -89,7 +89,7 @@ class Trees:
             grows, verified = grows & live, verified & live
             self.depth += grows
             drafting = grows * self.expansion[self.clock]
-        plan = (self.depth - self.shallowest) * self.offered + self.ended[actions]
+        plan = self.depth * self.offered + self.ended[actions]
         return Outcome(
             verified,
             self.cycles.accepted[self.row, plan],
