@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spec_envs.decoding.drafters.eagle.head import DATA
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_target
 from spec_envs.experiments.drafters import standalone
 from spec_envs.experiments.drafters.distillation import Student
+from spec_envs.files import DATA
 from tests.support.models.tiny import CPU, REAL
 
 IDS = [5, 6, 7, 8]
