@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -40,6 +41,7 @@ class Agent(ABC):
         charges_training: the seconds of its decisions are charged while it learns.
         validated_by: what a validation measures while the agent learns: its ``"speedup"`` over plain decoding, the
             ``"acceptance"`` of the early exit that it improves, or ``""`` for no validation.
+        reserved: keyword arguments of later ``constructors`` that the agent sets itself.
         starts_from: what it can start training from: ``"init"``, weights of another run, or a ``"checkpoint"``.
     """
 
@@ -51,10 +53,23 @@ class Agent(ABC):
     needs_costs: ClassVar[bool] = False
     charges_training: ClassVar[bool] = True
     validated_by: ClassVar[Literal["", "speedup", "acceptance"]] = ""
+    reserved: ClassVar[frozenset[str]] = frozenset()
     starts_from: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, control: Control, **hyperparameters: Any):
         self.control = control
+
+    @classmethod
+    def constructors(cls) -> list[Callable[..., Any]]:
+        """Return the functions whose keyword arguments are the agent's hyper-parameters: its constructor, and those that
+        this one passes further arguments to."""
+        found = []
+        for kind in cls.__mro__:
+            if "__init__" in vars(kind):
+                found.append(vars(kind)["__init__"])
+                if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(found[-1]).parameters.values()):
+                    break
+        return found
 
     @abstractmethod
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:

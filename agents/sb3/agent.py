@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,11 +46,13 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
 }
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
-RESERVED = {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
-    *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
-    *("_init_setup_model", "base", "rollout_buffer_class", "rollout_buffer_kwargs"),
-    *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
-}
+RESERVED = frozenset(
+    {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
+        *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
+        *("_init_setup_model", "base", "rollout_buffer_class", "rollout_buffer_kwargs"),
+        *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
+    }
+)
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 WEIGHTS = "policy.safetensors"
 
@@ -79,6 +81,7 @@ class SB3Agent(Agent):
 
     learns_from = "rewards"
     validated_by = "speedup"
+    reserved = RESERVED
     starts_from = ("init", "checkpoint")
 
     def __init__(
@@ -283,6 +286,10 @@ def agent_of(algorithm: str) -> type[SB3Agent]:
     class Named(SB3Agent):
         def __init__(self, control: Control, **hyperparameters: Any):
             super().__init__(control, algorithm, **hyperparameters)
+
+        @classmethod
+        def constructors(cls) -> list[Callable[..., Any]]:
+            return [SB3Agent.__init__, ALGORITHMS[algorithm].__init__]
 
     Named.__name__ = Named.__qualname__ = f"{ALGORITHMS[algorithm].__name__}Agent"
     return Named

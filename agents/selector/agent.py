@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from spec_envs.agents.base import Agent
 from spec_envs.agents.resuming import REMEDY, Progress
 from spec_envs.agents.run import Run
-from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter
+from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter, Settings
 from spec_envs.agents.timing import priced_network
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.rl_adapter_state import KS
@@ -54,6 +55,10 @@ class RLAdapterAgent(Agent):
     """
 
     learns_from = "rewards"
+
+    @classmethod
+    def constructors(cls) -> list[Callable[..., Any]]:
+        return [cls.__init__, Settings.__init__]
 
     def __init__(self, control: Control, path: str | None = None, seed: int = 0, **hyperparameters: Any):
         shape, actions = control.observation_space.shape, control.action_space

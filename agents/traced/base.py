@@ -65,6 +65,7 @@ class TracedAgent(Agent):
     """
 
     learns_from = "trace"
+    reserved = frozenset({"outputs", "activation"})
 
     def __init__(
         self,
