@@ -1,4 +1,4 @@
-"""Values that others hand in, refused in one sentence where they make no sense."""
+"""Check values that others pass in, and refuse them in one sentence where they make no sense."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_checked(kind: type[Any], path: Path, what: str, expected: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and not a boolean."""
+    """Tell whether a value is a finite number, and not a boolean."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
     size: Any = abs(value)

@@ -189,11 +189,12 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return None
 
     def close(self) -> None:
-        """End what the decoder runs beside this process; may be called twice."""
+        """End what the decoder runs outside this process; may be called twice."""
         self.closed = True
         self.decoder.close()
 
     def _check_open(self) -> None:
+        """Refuse an environment that was closed."""
         if self.closed:
             raise ValueError("the environment is closed; make another one")
 
@@ -239,6 +240,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return encoded
 
     def _begin_text(self, given: str | Prompt | None) -> None:
+        """Begin the text of a given prompt, or of one that is drawn."""
         if isinstance(given, str):
             given = Prompt("given", given)
         if given is not None and self.recording and given not in self.encoded:
@@ -273,6 +275,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return ours[self.np_random.integers(len(ours))]
 
     def _info(self, cycle: Cycle | None, seconds: dict[str, float]) -> dict[str, Any]:
+        """Return the info of a step that took these seconds, by part, and ended this cycle, if any."""
         emitted = cycle.emitted if cycle else 0
         spent = sum(seconds.values())
         info = {
@@ -293,8 +296,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             info["text"] = self.decoder.detokenize(self.decoder.tokens)
             info["task"] = self.prompt.task
             info["tokens"] = tokens
-            worth = sum(
-                self.control.worth(done) for done in self.decoder.cycles
-            )  # without the first token, the prefill's
+            # The first token is the prefill's and of no cycle.
+            worth = sum(self.control.worth(done) for done in self.decoder.cycles)
             info["speedup"] = worth / total / self.plain_rate
         return info

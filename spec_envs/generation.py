@@ -1,4 +1,4 @@
-"""Text from a decoder, a control and an agent: what an environment does, without the environment."""
+"""Decode texts under the control of an agent, as an environment does, without an environment."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ class Generation:
 
     @property
     def tokens(self) -> list[int]:
+        """Ids emitted so far."""
         return self.decoder.tokens
 
     @property
     def cycles(self) -> list[Cycle]:
+        """Finished cycles."""
         return self.decoder.cycles
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the cycles over their seconds."""
+        """Tokens of the cycles per second; NaN before the first cycle."""
         return (len(self.tokens) - 1) / self.seconds if self.seconds else float("nan")
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -70,6 +72,7 @@ class Generation:
             yield cycle.tokens
 
     def _cycle(self) -> Cycle:
+        """Make decisions until a cycle ends; return it."""
         if self.policy is None:
             return self.decoder.cycle(0)
         while True:
@@ -89,7 +92,7 @@ class Generation:
         yield stream.finish()
 
     def run(self) -> Generation:
-        """Generate to the end."""
+        """Generate to the end; return this generation."""
         for _ in self:
             pass
         return self
@@ -108,13 +111,13 @@ def generate(
     """Decode a prompt under an agent's control; without control and agent, plainly.
 
     Args:
-        decoder: from ``spec_envs.decoding.loading.load_decoder``, with the control's width and max_depth.
+        decoder: from ``control.open`` or ``spec_envs.load_decoder``, with the control's width and max_depth.
         control, agent: the pair that ``spec_envs.agents.load(run)`` returns.
         prompt: token ids (``spec_envs.prompts.sets.encode``).
         max_new_tokens: most tokens to emit.
         seed: of the sampling, at temperature above 0.
         task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.sets.TASKS``, or any other.
-        learn: whether the agent explores and goes on learning from every cycle, if it can (``rl-adapter``, and
+        learn: whether the agent explores and continues to learn from every cycle, if it can (``rl-adapter``, and
             ``dvi`` and ``reinforce`` after ``agent.bind(decoder)``).
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a decoder is doing, as coloured text or as a picture."""
+"""Show what a decoder is doing, as coloured text or as a picture."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tree_lines(nodes: Drafted, labels: list[str]) -> list[str]:
 
 
 def picture(decoder: Engine) -> np.ndarray:
-    """The tail of the text above the last cycle's tree, ``[480, 800, 3]`` uint8."""
+    """Return the tail of the text above the last cycle's tree, ``[480, 800, 3]`` uint8."""
     figure = Figure(figsize=(8, 4.8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     text, tree = figure.subplots(2, 1, height_ratios=[1, 4])
