@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -77,7 +79,7 @@ def drawn(text: str) -> str:
     return text.replace("\n", "⏎").replace("$", r"\$")
 
 
-def draw_tree(axes, cycle: Cycle, labels: list[str]) -> None:
+def draw_tree(axes: Any, cycle: Cycle, labels: list[str]) -> None:
     """Draw nodes by level from left to right, accepted ones green."""
     nodes, accepted = cycle.nodes, set(cycle.nodes.path)
     where: dict[int, tuple[float, float]] = {ROOT: (-1.0, 0.0)}

@@ -14,7 +14,7 @@ from spec_envs.checked import check_number, choice
 from spec_envs.controls.base import Control
 from spec_envs.controls.rewards import RATES
 from spec_envs.decoding.loading import DEFAULT_TARGET
-from spec_envs.prompts.sets import SPLITS
+from spec_envs.prompts.rows import SPLITS
 
 EPISODES = ("prompt", "cycle")
 RENDER_MODES = ("ansi", "human", "rgb_array")

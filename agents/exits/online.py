@@ -188,7 +188,7 @@ class OnlineAgent(ExitAgent):
         """One pass over the stream."""
         prompts = list(env.prompts)
         if self.order == "shuffled":
-            np.random.default_rng(self.seed).shuffle(prompts)  # type: ignore[arg-type]
+            np.random.default_rng(self.seed).shuffle(prompts)
         return in_turn(prompts, env.settings.switch_every) if env.settings.switch_every else prompts
 
     def _text(self, env: gym.Env, prompt: Prompt) -> None:

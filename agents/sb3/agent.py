@@ -130,7 +130,7 @@ class SB3Agent(Agent):
         try:
             self.model = kind(
                 policy,
-                DummyVecEnv([lambda: Spaces(control)] * num_envs),  # type: ignore[list-item]
+                DummyVecEnv([lambda: Spaces(control)] * num_envs),
                 learning_rate=learning_rates,
                 policy_kwargs=policy_kwargs,
                 seed=seed,

@@ -113,7 +113,7 @@ class ReplayVecEnv(VecEnv):
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
-    ) -> list:
+    ) -> list[Any]:
         """Call a method of ``env`` once; what it returns, for every environment.
 
         Raises:

@@ -31,7 +31,7 @@ class ExactPGAgent(TracedAgent):
     """
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        choices = int(control.action_space.n)  # type: ignore[attr-defined]
+        choices = int(control.action_space.n)
         super().__init__(control, choices, (nn.Tanh, lambda x: np.tanh(x, out=x)), **hyperparameters)
         if self.plans.drafts is not None:
             with torch.no_grad():  # as likely to draft as to stop, else hardly any gradient comes from deep plans

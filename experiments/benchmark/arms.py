@@ -115,7 +115,7 @@ def samples_of(
     chosen = trace.of_split(split) if texts is None else texts
     prompts = [Encoded(trace.texts[i].task, trace.texts[i].prompt) for i in chosen]
     control = policy.control
-    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))  # type: ignore[attr-defined]
+    decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))
     arms = {"policy": decoded(decoder, policy)}
     return run_arms(arms, prompts, problem.env["max_new_tokens"], "", quiet=True)["policy"]
 

@@ -193,7 +193,7 @@ def peft_config(settings: ExitSettings, meant: dict[str, Any]) -> dict[str, Any]
 
     said = {key: value for key, value in meant.items() if key != "peft_type"}
     config = LoraConfig(base_model_name_or_path=settings.base_model, task_type="CAUSAL_LM", inference_mode=True, **said)
-    written: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    written: dict[str, Any] = config.to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in written.items()}
 
 

@@ -38,7 +38,7 @@ def memory_pool() -> Any:
 
 def record_cuda(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
     """Capture ``run`` in a CUDA graph; return a function that replays it, and the outputs that a replay overwrites."""
-    side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side: torch.cuda.Stream = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries initialise themselves in the first runs
         run()

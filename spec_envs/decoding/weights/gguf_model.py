@@ -357,5 +357,5 @@ def write_model(gguf: GGUF, folder: Path) -> None:
     config.architectures = [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
     config.save_pretrained(folder)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    GenerationConfig(**ids).save_pretrained(folder)
     save_file(weights_of(gguf, config), folder / "model.safetensors", {"format": "pt"})
