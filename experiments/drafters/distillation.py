@@ -45,7 +45,7 @@ class Student(nn.Module):
         super().__init__()
         self.config, self.draft_ids = config, draft_ids
         self.embedding = target.embedding
-        self.model: Any = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        self.model: Any = AutoModel.from_config(config, dtype=torch.float32)
         del self.model.embed_tokens
 
     @classmethod

@@ -83,7 +83,9 @@ class LlamaServer:
             if self._ready(last=attempt == PORTS - 1):
                 break
 
-    def complete(self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any) -> dict[str, Any]:
+    def complete(
+        self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any
+    ) -> dict[str, Any]:
         """Continue token ids, greedily unless ``settings`` ask for something else; return the server's answer with ``timings``.
 
         Raises:
