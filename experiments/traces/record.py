@@ -1,6 +1,6 @@
 """Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at every position of them the whole tree or
 chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of chains
-SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/trace.py`).
+SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`).
 
 Each text is kept as soon as it is recorded: killed at any moment, the same command continues. `--shard 0/4` records a quarter
 of the texts, for several machines that share a disk; without it the rest is recorded and the trace is assembled.
