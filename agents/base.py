@@ -1,4 +1,4 @@
-"""What an agent of the zoo is: Stable-Baselines3's ``predict``, one shape of ``learn``, and what it says of itself."""
+"""The base class of the zoo's agents: Stable-Baselines3's ``predict``, one shape of ``learn``, and the agent's description."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from spec_envs.controls.base import Control
 
 
 class Place(NamedTuple):
-    """What an agent carries from decision to decision of one of many environments: what it remembers itself, by the
-    names of attributes, and its recurrent state."""
+    """The memory of an agent between the decisions of one of many environments: its own attributes by name, and its
+    recurrent state."""
 
     memory: dict[str, Any]
     state: Any
@@ -147,7 +147,7 @@ class Agent(ABC):
     def _many(
         self, seen: np.ndarray, state: Sequence[Place] | None, episode_start: Any, deterministic: bool
     ) -> tuple[np.ndarray, list[Place]]:
-        """Decide for one environment after the other, each with what was remembered in it; ``predict``'s result."""
+        """Decide for one environment after the other, each with its own memory, and return the result of ``predict``."""
         starts = np.zeros(len(seen), bool) if episode_start is None else np.asarray(episode_start, bool)
         if starts.shape != (len(seen),):
             raise ValueError(

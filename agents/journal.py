@@ -1,4 +1,4 @@
-"""What a learner that goes on where it was killed writes down: JSONL, and the same in TensorBoard."""
+"""The records of a learner that continues where it was killed: JSONL, and the same in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Journal:
 
     Args:
         folder: of the run; None writes nothing.
-        step, texts: where the run goes on: what was written of later texts is dropped, for it is done again.
+        step, texts: where the run continues; lines of later texts are dropped, because those texts are read again.
         hyperparameters: shown in TensorBoard's HPARAMS tab.
         prefix: of the log's figures in TensorBoard.
         figure: of the log, that TensorBoard shows beside the hyper-parameters.
@@ -44,7 +44,7 @@ class Journal:
             self.writer.add_hparams(shown, {f"{prefix}/{figure}": 0.0}, run_name=".")
 
     def write(self, name: str, line: dict[str, Any]) -> None:
-        """A line of ``log`` or ``validation``; it has a ``step``, and ``texts`` that were read."""
+        """Write a line of ``log`` or ``validation``; it has a ``step``, and ``texts`` that were read."""
         if self.folder is None or self.writer is None:
             return
         append(self.folder / f"{name}.jsonl", line)
@@ -103,7 +103,8 @@ def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def cut(path: Path, texts: int) -> None:
-    """Drop lines of later texts, and one cut short; all where nothing was read, the first validation among them."""
+    """Drop lines of later texts and a truncated last line; if no text was read, drop all, the first validation
+    included."""
     if texts == 0:
         path.unlink(missing_ok=True)
     else:

@@ -23,7 +23,7 @@ def load(run: str | Path) -> tuple[Control, Agent]:
     environment's id, those of the agent that is shipped for it.
 
     Raises:
-        ValueError: the folder is not a run, or its files cannot be read; the sentence says which.
+        ValueError: the folder is not a run, or its files cannot be read; the message names which.
     """
     return load_beside(SHIPPED / run if str(run) in ENVIRONMENTS else Path(run), ())
 

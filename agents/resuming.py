@@ -19,7 +19,7 @@ REMEDY = "delete it to begin anew"
 
 
 class Progress:
-    """How far learning has come in a run.
+    """The progress of learning in a run.
 
     Args:
         run: where it is kept; checkpoints are written at the end of a text.

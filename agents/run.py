@@ -1,4 +1,4 @@
-"""What training keeps and shows beside the agent itself."""
+"""The files and progress that training keeps and shows besides the agent itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decision costs: measured, or priced where nothing is measured."""
+"""The cost of a decision: measured, or priced where nothing is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AROUND, LAYER, IN_TORCH, WEIGHT = 10e-6, 2e-6, 150e-6, 1e-10
 
 
 def cold_seconds(decide: Callable[[], object]) -> float:
-    """Median seconds of a decision such as it is between forwards of a model, which leave little of it in the caches: two to
+    """Return the median seconds of a decision such as it is between forwards of a model, which leave little of it in the caches: two to
     three times those of one that is repeated in a loop."""
     weights, timings = np.zeros(CACHE // 8), []
     for _ in range(REPEATS):

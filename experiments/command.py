@@ -29,7 +29,7 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         with terminable(), logged():
             yield
-    except OSError as error:  # of a library that writes a file, and does not say which, on a full disk
+    except OSError as error:  # of a library that writes a file, and does not name it, on a full disk
         whose = "" if error.filename or error.errno is None else "; free some space, or choose another folder"
         sys.exit(f"error: {error}{whose}")
     except ValueError as error:

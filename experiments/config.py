@@ -182,10 +182,10 @@ def check_env(
 
     Args:
         place: returns where a keyword was set.
-        beneath: keywords that hold where ``env`` says nothing else.
+        beneath: keywords that hold where ``env`` sets nothing else.
 
     Raises:
-        ValueError: the sentence says where.
+        ValueError: the message names the place.
     """
     for key, value in env.items():
         refuse_unfit_numbers(key, value, place(key))
@@ -219,7 +219,7 @@ def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
 
 
 def is_number(text: str | float) -> bool:
-    """Tell whether a text reads as a number."""
+    """Return whether a text reads as a number."""
     try:
         float(text)
     except ValueError:

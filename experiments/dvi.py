@@ -1,4 +1,4 @@
-"""Improve an early exit and say what it is worth: a stanza of experiments/SpecDVI-v0.yml by flags.
+"""Improve an early exit and report its speed: a stanza of experiments/SpecDVI-v0.yml by flags.
 
     python -m spec_envs.experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8 --beta_kl 0.1
         --baseline_momentum 0.9
@@ -103,7 +103,7 @@ def arguments() -> argparse.Namespace:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The flags that were given, as overrides of the stanza's keys."""
+    """Return the flags that were given, as overrides of the stanza's keys."""
     given = {flag.key: getattr(args, name) for name, flag in FLAGS.items() if getattr(args, name) is not None}
     found = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     if args.conversations:

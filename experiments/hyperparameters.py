@@ -51,7 +51,7 @@ def check_value(agent: str, name: str, value: Any) -> None:
     """Refuse a hyper-parameter of the wrong type or out of range.
 
     Raises:
-        ValueError: the sentence says what was expected.
+        ValueError: the message names what was expected.
     """
     wanted, default = parameters(agent)[name]
     try:

@@ -1,4 +1,4 @@
-"""What would fail only after training is tried before it."""
+"""Try before training whatever would otherwise fail only after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_evaluation(config: RunConfig) -> None:
     cost table or a trace that is not there.
 
     Raises:
-        ValueError: the sentence says what the evaluation lacks.
+        ValueError: the message names what the evaluation lacks.
     """
     env = config.shown_env
     at_exit = make_control(config.id, config.env).exit is not None
@@ -44,7 +44,7 @@ def check_partner(config: RunConfig) -> None:
     """Refuse a partner that is not there, or that was trained with other models.
 
     Raises:
-        ValueError: the sentence says which.
+        ValueError: the message names which.
     """
     if not config.partner:
         return

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def last_line(generation: Generation, plain: Generation) -> str:
-    """Tokens per second against plain."""
+    """Return the line of tokens per second against plain."""
     fast, slow = generation.tokens_per_second, plain.tokens_per_second
     cycles = len(generation.cycles)
     emitted = (len(generation.tokens) - 1) / max(1, cycles)

@@ -229,7 +229,7 @@ def spec_env_of(env: gym.Env) -> SpecEnv:
 
 
 def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:
-    """Policies in turn: each stage trains one problem with the newest policy of the other as its partner."""
+    """Train policies in turn: each stage trains one problem with the newest policy of the other as its partner."""
     newest: dict[str, Path] = {}
     for number, stage in enumerate(experiment.stages, 1):
         kind = CONTROLS[stage.id]

@@ -108,7 +108,7 @@ def report(study: optuna.Study, folder: Path) -> None:
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that came to a figure; one that was interrupted does not count."""
+    """Return the trials that came to a figure; one that was interrupted does not count."""
     return study.get_trials(states=(TrialState.COMPLETE,))
 
 
@@ -167,7 +167,7 @@ def opened(folder: Path) -> optuna.Study:
 
 
 def train(agent: Agent, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
-    """What an agent with a learned part learns once, for all trials."""
+    """Train, once for all trials, the part of an agent that learns."""
     spec_env = SpecEnv(env_id, **{**env, "clock": str(table)})
     agent.learn(total_timesteps, spec_env)
     agent.save(folder)
@@ -175,7 +175,8 @@ def train(agent: Agent, env: dict[str, Any], env_id: str, table: Path, total_tim
 
 
 def published(agent: Agent, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the study tries first: those of the stanza and the agent's defaults, as far as they are tuned."""
+    """Return the settings that the study tries first: those of the stanza and the agent's defaults, as far as they are
+    tuned."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(agent)).parameters.items()}
     tuned = agent.space(optuna.create_study().ask())
     return {name: value for name, value in (defaults | hyperparameters).items() if name in tuned}

@@ -1,4 +1,4 @@
-"""What an agent is worth while it is trained, on validation prompts."""
+"""Measure an agent on validation prompts while it is trained."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Speedup:
 
 
 class ExitAcceptance:
-    """How much of what an early exit drafts is accepted."""
+    """Measures the share of an early exit's drafted tokens that is accepted."""
 
     def __init__(self, folder: Path, config: RunConfig):
         self.env, self.count = config.shown_env, config.eval_prompts

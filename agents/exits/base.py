@@ -20,7 +20,7 @@ from spec_envs.decoding.weights.checkpoints import load_target, resolve_device, 
 
 
 class ExitAgent(Agent):
-    """Says what an exit's projection says of its state.
+    """Drafts the tokens that an exit's projection predicts from the exit's state.
 
     Args:
         control: of ``SpecDVI-v0``.
@@ -56,7 +56,7 @@ class ExitAgent(Agent):
         return self._adapter
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """The token to draft: the most probable one of the shortlist; without ``deterministic``, as while it learns, of all
+        """Return the token to draft: the most probable one of the shortlist; without ``deterministic``, as while it learns, of all
         or drawn at ``draft_temperature``."""
         if deterministic:
             if self._played is None:
@@ -70,14 +70,14 @@ class ExitAgent(Agent):
         return token, state
 
     def _hidden(self, observation: np.ndarray) -> Tensor:
-        """What the projection reads, ``[1, hidden]``, in the target's dtype."""
+        """Return the projection's input ``[1, hidden]``, in the target's dtype."""
         target = self.adapter.target
         hidden = torch.from_numpy(np.asarray(observation, np.float32)[self.control.slices["hidden"]])[None]
         return hidden.to(target.device, target.precision.hidden)
 
     @torch.no_grad()
     def _drawn(self, observation: np.ndarray) -> tuple[int, float]:
-        """A token drafted while learning, and its log-probability."""
+        """Return a token drafted while learning, and its log-probability."""
         logits = self.adapter.logits(self._hidden(observation))[0]
         temperature = self.exit.draft_temperature
         log_probabilities = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -119,6 +119,6 @@ class ExitAgent(Agent):
         return priced(shape.vocab * shape.hidden, in_torch=1)
 
     def measure(self) -> float:
-        """Median seconds of a decision."""
+        """Return the median seconds of a decision."""
         blank = np.ones(self.control.observation_space.shape or 0, np.float32)
         return cold_seconds(lambda: self.predict(blank, deterministic=True))

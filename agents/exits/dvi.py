@@ -49,7 +49,7 @@ class DVIAgent(OnlineAgent):
         return {"fast": adamw(self.passes.weights(), self.learning_rate)}
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float]:
-        """The losses of acceptance and of distillation with cross-entropy."""
+        """Make an update, and return the losses of acceptance and of distillation with cross-entropy."""
         policy, teacher = self.weights()
         verifier = self.decoder.verifier if self.decoder else None
         drawing = (verifier.temperature, verifier.top_p) if verifier else (0.0, 1.0)
@@ -70,6 +70,6 @@ class DVIAgent(OnlineAgent):
         return sums[0], sums[1]
 
     def weights(self) -> tuple[float, float]:
-        """Of acceptance and of distillation, at this update."""
+        """Return the weights of acceptance and of distillation at this update."""
         t = min(1.0, max(0.0, (self.updates - self.kl_steps) / self.anneal_steps))
         return t, (1 - t) + self.kl_floor * t

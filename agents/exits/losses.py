@@ -1,4 +1,4 @@
-"""What an exit is trained by, row by row: pure functions of logits."""
+"""Losses that train an exit, row by row: pure functions of logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 def reinforce(
     logits: Tensor, tokens: Tensor, rewards: Tensor, baseline: float, behaviour: Tensor | None = None
 ) -> Tensor:
-    """−(r − b) · log π(t|h), whose expected gradient is that of −E[r] (Williams 1992); ``[n]``.
+    """Return −(r − b) · log π(t|h) ``[n]``, whose expected gradient is that of −E[r] (Williams 1992).
 
-    The refused tokens belong to it as much as the accepted ones. Tokens that an earlier policy drew are weighed by how
+    Rejected tokens count as much as accepted ones. Tokens that an earlier policy drew are weighted by how
     much more probable they have become, π / π_behaviour.
 
     Args:
         logits: of the policy, ``[n, vocab]``.
-        tokens, rewards: drawn, and whether they were taken, ``[n]``.
+        tokens, rewards: the drawn tokens, and 1 where one was accepted, else 0, ``[n]``.
         baseline: a number that does not depend on these tokens.
         behaviour: log-probabilities with which they were drawn, ``[n]``; None is those of this policy.
     """
@@ -29,7 +29,7 @@ def reinforce(
 def expected_acceptance(
     logits: Tensor, verifier_logits: Tensor, temperature: float = 0.0, top_p: float = 1.0
 ) -> Tensor:
-    """The chance that the verifier takes the next draft, ``[n]``: exact, for its distribution is known.
+    """Return the chance ``[n]`` that the verifier accepts the next draft: exact, because its distribution is known.
 
     Greedily it is π(a*), a* being the verifier's most probable token; when both draw, at the same temperature and from
     their nuclei, it is Σ min(p, π) (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6).
@@ -44,7 +44,7 @@ def expected_acceptance(
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """The smallest sets of mass ``top_p`` of distributions ``[n, vocab]``, normalised."""
+    """Return the smallest sets of mass ``top_p`` of distributions ``[n, vocab]``, normalised."""
     if top_p == 1:
         return p
     ordered, index = p.sort(dim=-1, descending=True, stable=True)
@@ -54,11 +54,11 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
 
 
 def distillation(logits: Tensor, verifier_logits: Tensor) -> Tensor:
-    """KL(verifier ‖ policy) in nats, ``[n]``."""
+    """Return KL(verifier ‖ policy) in nats, ``[n]``."""
     wanted = verifier_logits.log_softmax(-1)
     return F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
 
 
 def masked_cross_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """−log π(t) where the mask is 1, ``[n]``."""
+    """Return −log π(t) where the mask is 1, ``[n]``."""
     return F.cross_entropy(logits, tokens.clamp(min=0), reduction="none") * mask

@@ -39,7 +39,7 @@ class OnlineAgent(ExitAgent):
     Args:
         control: of ``SpecDVI-v0``.
         seed: of draws, replay and the order of prompts.
-        fast_batch: judged rows between updates.
+        fast_batch: verified rows between updates.
         replay_size, replay_batch: rows that are remembered, and that join those of an update.
         updates_per_batch: updates whenever there are ``fast_batch`` new rows.
         texts: after which learning ends, if the steps have not ended it; None reads every prompt of the stream once.
@@ -98,7 +98,7 @@ class OnlineAgent(ExitAgent):
         self.rows: list[Segment] = []  # of the text under way, since the last update
 
     def bind(self, decoder: Engine) -> None:
-        """Improve the exit of this decoder from now on; weights that were loaded before go on there.
+        """Improve the exit of this decoder from now on, starting from the weights that were loaded before.
 
         ``generate(decoder, control, agent, prompt, learn=True)`` then learns while it serves.
 
@@ -207,7 +207,7 @@ class OnlineAgent(ExitAgent):
                 self.record(before, token, float(reward), observation, done)
 
     def _judged(self, decoder: ExitDecoder) -> Segment:
-        """What the decoder's last cycle tells, one row per emitted token."""
+        """Return the rows of the decoder's last cycle, one per emitted token."""
         verifier, cycle = decoder.verifier, decoder.cycles[-1]
         n, positions = cycle.emitted, self.control.details(decoder, cycle)["positions"]
         emitted = torch.tensor(cycle.tokens, device=verifier.device)
@@ -236,7 +236,7 @@ class OnlineAgent(ExitAgent):
         self.since = dict.fromkeys(since, 0.0)
 
     def perplexity(self) -> float | None:
-        """Of what was emitted since the last update, under the target as it is; None where no next token is known."""
+        """Return the target's perplexity on what was emitted since the last update; None where no next token is known."""
         if self.adapter.lossless:
             return float(np.exp(self.since["nats"] / self.since["emitted"]))
         segment, target = self.pending[-1], self.adapter.target
@@ -247,7 +247,7 @@ class OnlineAgent(ExitAgent):
         return float(torch.nn.functional.cross_entropy(logits, segment.ids[places + 1]).exp())
 
     def descend(self, name: str, segments: Sequence[Segment], loss: Callable[[slice, Tensor], Tensor]) -> float:
-        """One step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their logits are
+        """Take one step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their logits are
         then still in the processor's cache when they are read again.
 
         Args:
@@ -268,7 +268,7 @@ class OnlineAgent(ExitAgent):
         return total
 
     def step(self, name: str, loss: Tensor) -> None:
-        """One step of an optimiser; decoders take it up when their next text begins."""
+        """Take one step of an optimiser; decoders use the new weights when their next text begins."""
         optimizer = self.optimizer[name]
         optimizer.zero_grad()
         loss.backward()
@@ -282,7 +282,7 @@ class OnlineAgent(ExitAgent):
         self._played = None
 
     def _finish(self) -> None:
-        """Learning has ended: what is played from now on drafts from a shortlist."""
+        """End learning: from now on the agent drafts from a shortlist."""
         frequent = self.counts.argsort(descending=True, stable=True)[: self.shortlist]
         frequent = frequent[self.counts[frequent] > 0]
         if len(frequent):
@@ -293,21 +293,21 @@ class OnlineAgent(ExitAgent):
 
     @abstractmethod
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By name; ``step`` takes one."""
+        """Return the optimisers by name; ``step`` takes one."""
 
     @abstractmethod
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
-        """An update on some rows; its two losses, for the log."""
+        """Make an update on some rows, and return its two losses for the log."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What an agent has beside weights and optimisers, for its checkpoint."""
+        """Return the agent's state besides weights and optimisers, for its checkpoint."""
         return {}
 
     def take_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Restore what ``extra_state`` returned."""
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write everything that learning needs to go on, between two texts."""
+        """Write everything that learning needs to continue, between two texts."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "adapter": self.adapter.state_dict(),
@@ -349,5 +349,5 @@ class OnlineAgent(ExitAgent):
 
 
 def adamw(weights: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """AdamW without decay."""
+    """Return AdamW without decay."""
     return torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)

@@ -16,7 +16,8 @@ from spec_envs.decoding.weights.checkpoints import load_target
 
 
 class ExitPass:
-    """What an exit's projection, and the layers behind the exit, read at every token of a text, by today's weights.
+    """Computes the inputs of an exit's projection, and of the layers after the exit, at every token of a text, with the
+    current weights.
 
     Args:
         adapter: what is trained.
@@ -26,7 +27,7 @@ class ExitPass:
         self.adapter = adapter
 
     def weights(self) -> list[nn.Parameter]:
-        """Those that make the exit a better drafter."""
+        """Return the weights that make the exit a better drafter."""
         adapter = self.adapter
         if not adapter.lossless:
             return list(adapter.lora_S.parameters())
@@ -44,18 +45,18 @@ class ExitPass:
         return load_target(self.adapter.settings.base_model, target.device, torch.float32)
 
     def additions(self) -> Additions | None:
-        """What the adapter adds to the layers of ``model``, with gradients."""
+        """Return the adapter's additions to the layers of ``model``, with gradients."""
         added = self.adapter.additions()
         return None if added is None else added.to(self.model.dtype)
 
     def rows(self, segments: Sequence[Segment]) -> Tensor:
-        """What the projection reads at the rows of segments, ``[n, hidden]``."""
+        """Return the projection's inputs ``[n, hidden]`` at the rows of segments."""
         if self.adapter.kind == "head":  # which does not depend on what is trained
             return joined(segments, "exits")
         return torch.cat([self.text(segment.ids)[segment.places] for segment in segments])
 
     def text(self, ids: Tensor) -> Tensor:
-        """What the projection reads at every token of a text ``[m]``, ``[m, hidden]``."""
+        """Return the projection's inputs ``[m, hidden]`` at every token of a text ``[m]``."""
         adapter, shallow = self.adapter, range(self.adapter.exit_layer)
         if not adapter.lossless:
             model = self.model
@@ -64,19 +65,19 @@ class ExitPass:
 
     @torch.no_grad()
     def through(self, ids: Tensor, layers: range) -> Tensor:
-        """What the target as it is makes of a text ``[m]`` up to the last of ``layers``, in its own dtype, without
-        gradients."""
+        """Return the hidden states ``[m, hidden]`` of a text ``[m]`` after the last of ``layers`` of the unadapted
+        target, in its own dtype, without gradients."""
         target, positions = self.adapter.target, torch.arange(len(ids), device=ids.device)[None]
         return target.forward(target.embed(ids)[None], target.cache(len(ids)), positions, layers=layers)[0][0]
 
     def behind(self, ids: Tensor) -> Tensor:
-        """Hidden states of a text behind the last layer of the adapted target, ``[m, hidden]``, with gradients for
-        ``lora_D`` only."""
+        """Return the hidden states ``[m, hidden]`` of a text after the last layer of the adapted target, with gradients
+        for ``lora_D`` only."""
         model, layers = self.model, range(self.adapter.exit_layer, self.model.shape.layers)
         states = self.text(ids).detach()
         return model.layers.read(states[None], model.rope, layers, self.additions())[0]
 
     @torch.no_grad()
     def frozen(self, ids: Tensor) -> Tensor:
-        """The same of the target as it is, computed likewise."""
+        """Return the same states of the unadapted target, computed likewise."""
         return self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]

@@ -66,12 +66,12 @@ class ExitPolicy(ActorCriticPolicy):
 
     @property
     def adapter(self) -> ExitAdapter:
-        """What is trained; ``save_exit`` makes a drafter of it."""
+        """The adapter that is trained; ``save_exit`` makes a drafter of it."""
         return self.action_net.adapter
 
 
 class ExitNet(nn.Module):
-    """Exit states ``[n, hidden]``, with whatever stands behind them, to logits ``[n, vocab]``."""
+    """Maps exit states ``[n, hidden]``, with whatever follows them, to logits ``[n, vocab]``."""
 
     def __init__(self, adapter: ExitAdapter):
         super().__init__()

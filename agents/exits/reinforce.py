@@ -16,9 +16,9 @@ from spec_envs.controls.base import Control
 
 
 class ReinforceAgent(OnlineAgent):
-    """Policy gradient with a moving baseline for what drafts, and now and then a supervised step for what verifies.
+    """Trains the drafting weights by policy gradient with a moving baseline, and at times the verifying ones by supervision.
 
-    Every ``fast_batch`` judged rows: −E[(r − b) · log π(t|h)] on them and on replayed ones, b being the exponential moving
+    Every ``fast_batch`` verified rows: −E[(r − b) · log π(t|h)] on them and on replayed ones, b being the exponential moving
     average of the reward. The states are computed anew with gradients, so that ``lora_S`` learns with
     ``adapter="layers"``. Every ``slow_every`` such updates, with that adapter: CE(verifier, text) +
     ``beta_kl`` · KL(verifier ‖ frozen verifier) for ``lora_D``.
@@ -66,7 +66,7 @@ class ReinforceAgent(OnlineAgent):
         return found
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
-        """The losses of the policy and, where there was a slow step, of the verifier."""
+        """Make an update, and return the losses of the policy and, where there was a slow step, of the verifier."""
         fast = self.descend("fast", segments, self.policy_loss(segments))
         rewards = joined(segments, "rewards")[joined(segments, "drafted") != UNDRAFTED]
         momentum = self.baseline_momentum
@@ -77,7 +77,7 @@ class ReinforceAgent(OnlineAgent):
         return fast, slow
 
     def policy_loss(self, segments: Sequence[Segment]) -> Callable[[slice, Tensor], Tensor]:
-        """Of rows and their logits; rows behind which nothing was drawn count for nothing."""
+        """Return the policy-gradient loss as a function of rows and logits; rows after which nothing was drawn contribute 0."""
         drafted, rewards, behaviour = (joined(segments, name) for name in ("drafted", "rewards", "behaviour"))
         drawn = (drafted != UNDRAFTED).float()
 
@@ -89,7 +89,7 @@ class ReinforceAgent(OnlineAgent):
         return loss
 
     def slow_update(self, segment: Segment) -> float | None:
-        """A supervised step of ``lora_D`` on one text; None where no next token is known."""
+        """Take a supervised step of ``lora_D`` on one text, and return its loss; None where no next token is known."""
         places = segment.places[:-1]  # whose next tokens are known
         if not len(places):
             return None

@@ -1,4 +1,4 @@
-"""What an agent at an early exit has seen judged: rows of texts, and a memory of them."""
+"""The verified rows of texts that an agent at an early exit has seen, and a memory of them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from spec_envs.decoding.exits.split import SplitVerifier
 
-UNDRAFTED = -1  # in place of a token, at a row behind which nothing was drafted
+UNDRAFTED = -1  # in place of a token, at a row after which nothing was drafted
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one text in order, up to and including the first refused draft of each cycle: what is behind it was never
-    judged, and is not here.
+    """Rows of one text in order, up to and including the first rejected draft of each cycle: later drafts were never
+    verified, and are not here.
 
     Attributes:
         ids: the text up to its last row, ``[m]``.
         places: where in it the rows are, ``[n]``; a row is what a token is drafted from.
         exits: their exit states, ``[n, hidden]``.
-        finals: their hidden states behind the last layer, ``[n, hidden]``, from which the head gives the verifier's logits.
-        drafted: the token drafted behind each, ``[n]``; ``UNDRAFTED`` where the target added one on its own.
-        rewards: 1 where the verifier took it, else 0, ``[n]``.
+        finals: their hidden states after the last layer, ``[n, hidden]``, from which the head gives the verifier's logits.
+        drafted: the token drafted after each, ``[n]``; ``UNDRAFTED`` where the target added one on its own.
+        rewards: 1 where the verifier accepted it, else 0, ``[n]``.
         confidences: the probability that the verifier gave it, ``[n]``.
         behaviour: the log-probability with which it was drafted, ``[n]``.
     """
@@ -51,11 +51,11 @@ def judged(
     behaviour: Sequence[float],
     n: int,
 ) -> Segment:
-    """What the verifier's last call tells, one row for each of the ``n`` tokens that it emitted.
+    """Return the rows of the verifier's last call, one for each of the ``n`` tokens that it emitted.
 
     Args:
         text: up to the last row.
-        positions: its judged drafts; see ``SpecDVI-v0``.
+        positions: its verified drafts; see ``SpecDVI-v0``.
         behaviour: the log-probabilities with which these were drafted, as far as they are known.
     """
     device = verifier.device
@@ -90,7 +90,7 @@ class Replay:
             rows -= len(self.segments.pop(0))
 
     def sample(self, rows: int, rng: np.random.Generator) -> list[Segment]:
-        """Different segments that have ``rows`` rows together, or all there are."""
+        """Return different segments that have ``rows`` rows together, or all there are."""
         chosen: list[Segment] = []
         for i in rng.permutation(len(self.segments)):
             if sum(map(len, chosen)) >= rows:
@@ -100,21 +100,21 @@ class Replay:
 
 
 def packed(segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
-    """Segments as tensors by name, for a checkpoint."""
+    """Return segments as tensors by name, for a checkpoint."""
     return [{field.name: getattr(segment, field.name) for field in fields(Segment)} for segment in segments]
 
 
 def unpacked(state: Sequence[dict[str, Any]], device: torch.device) -> list[Segment]:
-    """The inverse of ``packed``."""
+    """Return the segments that ``packed`` turned into tensors."""
     return [Segment(**{name: tensor.to(device) for name, tensor in tensors.items()}) for tensors in state]
 
 
 def joined(segments: Sequence[Segment], name: str) -> Tensor:
-    """One attribute of several segments, one after another."""
+    """Return one attribute of several segments, concatenated."""
     return torch.cat([getattr(segment, name) for segment in segments])
 
 
 def merged(rows: Sequence[Segment]) -> Segment:
-    """Consecutive rows of one text as one segment."""
+    """Return consecutive rows of one text as one segment."""
     columns = {name: joined(rows, name) for name in Segment.__dataclass_fields__ if name != "ids"}
     return Segment(ids=rows[-1].ids, **columns)

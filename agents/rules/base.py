@@ -14,7 +14,7 @@ from spec_envs.controls.base import Control
 
 
 class Rule(Agent):
-    """An agent without anything to train. It keeps what it remembers from text to text.
+    """An agent without anything to train. Its memory lasts from text to text.
 
     Attributes:
         plays: names of the problems that it controls; none are all.

@@ -76,7 +76,7 @@ class SB3Agent(Agent):
         decision_seconds: time of one bare decision; measured when the agent is made, then kept with its weights.
 
     Raises:
-        ValueError: a hyper-parameter that the algorithm does not have, or a value that it refuses.
+        ValueError: a hyper-parameter that the algorithm does not have, or a value that it does not take.
     """
 
     learns_from = "rewards"
@@ -156,12 +156,12 @@ class SB3Agent(Agent):
         return self.network.priced_seconds
 
     def measure(self) -> float:
-        """Median seconds of a bare decision."""
+        """Return the median seconds of a bare decision."""
         blank = np.zeros_like(self.model.observation_space.sample())
         return cold_seconds(lambda: self.predict(blank, deterministic=True))
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """The action for one observation, by the bare network; ``state`` is the recurrent state or None."""
+        """Return the action for one observation, by the bare network; ``state`` is the recurrent state or None."""
         state = None if start else state
         preferences, state = self.network(np.asarray(observation, np.float32), state)
         if deterministic:
@@ -213,7 +213,7 @@ class SB3Agent(Agent):
         return callbacks
 
     def save(self, folder: Path) -> None:
-        """Write the policy's weights, last, for they say that it is trained."""
+        """Write the policy's weights, last, because their file marks the run as trained."""
         if isinstance(self.model.policy, ExitPolicy):
             save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
         write_weights(folder / WEIGHTS, self.model.policy.state_dict(), decision_seconds=repr(self.decision_seconds))
@@ -235,10 +235,10 @@ class SB3Agent(Agent):
         self.redeploy()
 
     def save_checkpoint(self, folder: Path, **beside: Any) -> None:
-        """Write everything that training needs to go on, in one file: all of it is of one moment.
+        """Write everything that training needs to continue into one file, so that all of it is of one moment.
 
         Args:
-            beside: what the caller needs to go on; ``load_checkpoint`` returns it.
+            beside: what the caller needs to continue; ``load_checkpoint`` returns it.
         """
         state: dict[str, Any] = {
             "parameters": self.model.get_parameters(),
@@ -255,7 +255,7 @@ class SB3Agent(Agent):
         write_torch(folder / CHECKPOINT.name, state)
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Go on from a checkpoint; returns what was saved ``beside`` it.
+        """Continue from a checkpoint, and return what was saved ``beside`` it.
 
         Raises:
             ValueError: no checkpoint, a damaged one, or one of another network or replay buffer.

@@ -63,7 +63,7 @@ class Monitor(BaseCallback):
         self._report()
 
     def _report(self) -> None:
-        """Log what happened since the last report."""
+        """Log the figures since the last report."""
         total = sum(self.seconds.values())
         if not self.cycles or not total:
             return
@@ -84,7 +84,7 @@ class Monitor(BaseCallback):
 
 
 class Kept(Protocol):
-    """What ``Keeper`` needs of the agent that is trained."""
+    """The methods of the trained agent that ``Keeper`` calls."""
 
     def redeploy(self) -> None:
         """Decide by the policy's present weights."""

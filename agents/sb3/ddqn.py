@@ -23,7 +23,7 @@ def double_target(
     next_observations: torch.Tensor,
     discount: float | torch.Tensor,
 ) -> torch.Tensor:
-    """r + γ·(1 − done)·Q_target(s', argmax_a Q_online(s', a)): one network selects, the other evaluates, so that the
+    """Return r + γ·(1 − done)·Q_target(s', argmax_a Q_online(s', a)): one network selects, the other evaluates, so that the
     maximum over noisy values is not overestimated (van Hasselt et al. 2016, arXiv 1509.06461, equation 4).
 
     Args:
@@ -112,7 +112,7 @@ class DoubleDQN(DQN):
 
     @property
     def exploration_rate(self) -> float:
-        """ε; with ``epsilon_decay`` a function of the updates so far, so that it goes on where training does."""
+        """Return ε; with ``epsilon_decay`` a function of the updates so far, so that it continues where training does."""
         if self.epsilon_decay is None:
             return self._scheduled_rate
         decayed = self.exploration_initial_eps * self.epsilon_decay**self._n_updates
@@ -120,10 +120,11 @@ class DoubleDQN(DQN):
 
     @exploration_rate.setter
     def exploration_rate(self, rate: float) -> None:
-        self._scheduled_rate = rate  # DQN sets what its linear schedule says
+        self._scheduled_rate = rate  # DQN sets the value of its linear schedule
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """``gradient_steps`` updates on batches of the replay buffer: ``DQN.train`` but for target, loss and copies."""
+        """Make ``gradient_steps`` updates on batches of the replay buffer, as ``DQN.train`` but for target, loss and
+        copies."""
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)

@@ -55,7 +55,7 @@ class Bare:
 
 
 def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """A linear layer or an activation as a function of one vector."""
+    """Return a linear layer or an activation as a function of one vector."""
     if isinstance(module, nn.Linear):
         weight, bias = module.weight.detach().numpy().copy(), module.bias.detach().numpy().copy()
         # not `weight @ x`: BLAS computes larger products on threads of its own, which stay awake for a while and get in the
@@ -65,7 +65,7 @@ def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def bare(policy: Any) -> Bare | BareExit:
-    """The network that a policy's deterministic action is the argmax of."""
+    """Return the network that a policy's deterministic action is the argmax of."""
     if isinstance(policy, ExitPolicy):
         return BareExit(policy.adapter)
     if isinstance(policy, ActorCriticPolicy):

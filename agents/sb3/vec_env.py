@@ -27,7 +27,7 @@ class ReplayVecEnv(VecEnv):
         ValueError: environments that do not reset within the step.
 
     The info of an environment in which an episode ended has ``terminal_observation``, and at the end of a text also
-    ``task``, ``tokens``, ``speedup`` and what ``Monitor`` would say: ``episode``, with the return ``r``, the steps ``l``
+    ``task``, ``tokens``, ``speedup`` and what ``Monitor`` would report: ``episode``, with the return ``r``, the steps ``l``
     and the seconds ``t`` since this object was made. With ``episode="cycle"`` those are of the whole text too. All other
     environments share one empty info, so that a step costs no Python per environment.
 
@@ -36,7 +36,7 @@ class ReplayVecEnv(VecEnv):
 
     Attributes:
         env: the environments.
-        arrays: what they said of the last step, ``[num_envs]`` each; see ``ReplayVectorEnv.step``.
+        arrays: their results of the last step, ``[num_envs]`` each; see ``ReplayVectorEnv.step``.
     """
 
     env: ReplayVectorEnv
@@ -56,7 +56,7 @@ class ReplayVecEnv(VecEnv):
 
     @classmethod
     def make(cls, env_id: str, num_envs: int, **keywords: Any) -> ReplayVecEnv:
-        """As many environments of that id.
+        """Return as many environments of that id.
 
         Args:
             keywords: of ``ReplayVectorEnv``; ``trace`` is one of them.
@@ -99,7 +99,7 @@ class ReplayVecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of ``env``, the same for every environment asked about."""
+        """Return an attribute of ``env``, the same for every environment asked about."""
         return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:

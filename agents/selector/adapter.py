@@ -69,7 +69,7 @@ class Settings:
 
 
 def settings(args: argparse.Namespace | dict[str, Any] | None) -> Settings:
-    """Hyper-parameters from what a caller overrides.
+    """Return the hyper-parameters, given those that a caller overrides.
 
     Raises:
         ValueError: an unknown name (the nearest one is named), or a value out of its range.
@@ -99,7 +99,7 @@ class QNetwork(nn.Module):
         return self.layers()(states)
 
     def layers(self) -> nn.Sequential:
-        """The same layers with the activations between them."""
+        """Return the same layers with the activations between them."""
         return nn.Sequential(self.fc1, nn.ReLU(), self.fc2, nn.ReLU(), self.fc3, nn.ReLU(), self.fc4)
 
 
@@ -126,7 +126,7 @@ class Replay:
         self.added += 1
 
     def sample(self, count: int, rng: np.random.Generator, device: torch.device) -> list[torch.Tensor]:
-        """Different transitions, column by column."""
+        """Return different transitions, column by column."""
         rows = rng.choice(len(self), count, replace=False)
         return [torch.from_numpy(column[rows]).to(device) for column in self.columns.values()]
 
@@ -217,11 +217,11 @@ class RLNetworkAdapter:
         task_name: str,
         training: bool = False,
     ) -> int:
-        """The k for the next round, a member of ``KS``; a random one with probability ε if ``training``."""
+        """Return the k for the next round, a member of ``KS``; a random one with probability ε if ``training``."""
         return KS[self.act(published_state(bandwidth_mbps, latency_ms, draft_acc_prob, entropy, task_name), training)]
 
     def act(self, state: np.ndarray, training: bool = False) -> int:
-        """The place in ``KS`` of the k for a state ``[10]``."""
+        """Return the place in ``KS`` of the k for a state ``[10]``."""
         if training and self.rng.random() < self.epsilon:
             return int(self.rng.integers(len(KS)))
         if self._deployed is None:  # the networks changed
@@ -251,7 +251,8 @@ class RLNetworkAdapter:
         return self.update()
 
     def update(self) -> float | None:
-        """One gradient update on a batch of what is remembered; its loss, or None while that is less than a batch."""
+        """Make one gradient update on a batch of remembered transitions, and return its loss, or None while there is
+        less than a batch."""
         if len(self.replay) < self.settings.batch_size:
             return None
         batch = self.replay.sample(self.settings.batch_size, self.rng, self.device)
@@ -291,7 +292,7 @@ class RLNetworkAdapter:
         }
 
     def load(self, path: str | Path | None = None, buffer: bool = True) -> None:
-        """Go on from a checkpoint; what was learnt and remembered before is forgotten.
+        """Continue from a checkpoint; what was learnt and remembered before is forgotten.
 
         Args:
             buffer: read what is remembered there, too, if there is such a file.
@@ -317,7 +318,7 @@ class RLNetworkAdapter:
             ) from error
 
     def restore(self, state: dict[str, Any], replay: Replay) -> None:
-        """Go on from what ``state`` returned, with these transitions; where that fails nothing has changed.
+        """Continue from what ``state`` returned, with these transitions; where that fails nothing has changed.
 
         Raises:
             ValueError: numbers out of range; other errors where it is no such state.
@@ -350,5 +351,5 @@ class RLNetworkAdapter:
 
 
 def beside(checkpoint: Path) -> Path:
-    """Where a checkpoint's replay buffer lies."""
+    """Return the path of a checkpoint's replay buffer."""
     return checkpoint.with_name(checkpoint.name + ".buffer")

@@ -1,4 +1,4 @@
-"""The published selector of k behind Stable-Baselines3's ``predict``."""
+"""The published selector of k with the ``predict`` of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spec_envs.env import SpecEnv
 
 
 class Text:
-    """What the decisions of a text brought."""
+    """The results of a text's decisions."""
 
     def __init__(self) -> None:
         self.rewards: list[float] = []
@@ -38,7 +38,7 @@ class Text:
 
 
 class RLAdapterAgent(Agent):
-    """The published selector where it plays SpecTopK-v0.
+    """The published selector as an agent of SpecTopK-v0.
 
     Args:
         control: SpecTopK-v0's with ``observation="rl_adapter"``.
@@ -79,7 +79,7 @@ class RLAdapterAgent(Agent):
         return priced_network(self.adapter.policy_net)
 
     def measure(self) -> float:
-        """Median seconds of a decision."""
+        """Return the median seconds of a decision."""
         blank, timings = np.zeros(STATE, np.float32), []
         for _ in range(50):
             begin = time.perf_counter()
@@ -88,13 +88,13 @@ class RLAdapterAgent(Agent):
         return float(np.median(timings))
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """The action for one observation; unless ``deterministic``, a random one with probability ε."""
+        """Return the action for one observation; unless ``deterministic``, a random one with probability ε."""
         return self.adapter.act(observation, training=not deterministic), state
 
     def record(
         self, observation: np.ndarray, action: int, reward: float, next_observation: np.ndarray, done: bool
     ) -> float | None:
-        """Learn from what an action brought; see ``RLNetworkAdapter.record``."""
+        """Learn from an action's results, as ``RLNetworkAdapter.record`` does."""
         return self.adapter.record(observation, action, reward, next_observation, done)
 
     def learn(self, total_timesteps: int, env: gym.Env, run: Run | None = None) -> Self:
@@ -106,7 +106,7 @@ class RLAdapterAgent(Agent):
         progress = Progress(run or Run(), self.adapter.rng, env)
         begun = self._restore(progress.state) if progress.state else self.adapter.update_count
         progress.open_journal("rl_adapter", "reward", {"agent": "rl-adapter", "seed": self.seed})
-        text, observation = Text(), progress.begin(self.seed, begun)  # what goes on sees other prompts
+        text, observation = Text(), progress.begin(self.seed, begun)  # continued learning sees other prompts
         bar = tqdm(
             total=total_timesteps, initial=progress.steps, desc="learning k", unit="step", disable=progress.quiet
         )
@@ -115,7 +115,7 @@ class RLAdapterAgent(Agent):
             following, reward, terminated, truncated, info = env.step(action)
             over = terminated and (
                 not isinstance(env.unwrapped, SpecEnv) or "text" in info
-            )  # with episode="cycle" texts go on
+            )  # with episode="cycle" texts continue
             loss = self.record(observation, action, float(reward), following, over)
             text.add(float(reward), loss)
             progress.steps += 1
@@ -134,20 +134,20 @@ class RLAdapterAgent(Agent):
         return self
 
     def _report(self, progress: Progress, text: Text) -> None:
-        """A line of the log, at the end of a text."""
+        """Write a line of the log, at the end of a text."""
         adapter, mean = self.adapter, sum(text.rewards) / len(text.rewards)
         loss = sum(text.losses) / len(text.losses) if text.losses else None
         line = {"reward": mean, "loss": loss, "epsilon": adapter.epsilon, "updates": adapter.update_count}
         progress.journal.write("log", {"step": progress.steps, "texts": progress.texts, **line})
 
     def _state(self, begun: int) -> dict[str, Any]:
-        """What learning needs to go on; the replay buffer as it lies, for its order decides what is drawn."""
+        """Return what learning needs to continue; the replay buffer keeps its order, which decides what is drawn."""
         replay = self.adapter.replay
         columns = {name: torch.from_numpy(column[: len(replay)]) for name, column in replay.columns.items()}
         return {"adapter": self.adapter.state(), "columns": columns, "added": replay.added, "begun": begun}
 
     def _restore(self, state: dict[str, Any]) -> int:
-        """Go on from ``_state``; returns the updates with which the run had begun."""
+        """Continue from ``_state``, and return the updates with which the run had begun."""
         replay = Replay(self.adapter.settings.buffer_size)
         try:
             for name, column in replay.columns.items():

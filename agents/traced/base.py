@@ -119,7 +119,7 @@ class TracedAgent(Agent):
         """Learn from a trace. Learning takes seconds and begins anew if it was killed: it writes no checkpoints.
 
         Args:
-            total_timesteps: ignored; ``cycles`` and ``rounds`` say how much is learned from.
+            total_timesteps: ignored; ``cycles`` and ``rounds`` set how much is learned from.
             env: an environment that replays a trace.
             run: gets ``log.jsonl`` and TensorBoard events.
 

@@ -27,7 +27,7 @@ class HindsightAgent(TracedAgent):
     table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
     with the weights: another table needs another λ, not another training.
 
-    A trace says what every action would have led to, so nothing is explored: the network is fitted to all plans of every
+    A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of every
     cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle continues the agent predicts anew, so
     that it stops where its first plan turns out too hopeful.
 

@@ -1,4 +1,4 @@
-"""What plans bring, as probabilities that a network is fitted to by cross-entropy, whose optimum they are."""
+"""The outcomes of plans as probabilities, to which a network is fitted by cross-entropy; they are its optimum."""
 
 from __future__ import annotations
 

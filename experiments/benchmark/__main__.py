@@ -1,4 +1,4 @@
-"""Where adaptive control of speculative decoding pays, and where it does not (`make benchmark`).
+"""Measure where adaptive control of speculative decoding pays, and where it does not (`make benchmark`).
 
 Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and then
 decodes held-out prompts live, all arms side by side. Beside them stand the best static setting S*, that of each task, the

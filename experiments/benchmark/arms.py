@@ -66,7 +66,7 @@ SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or dec
 
 @dataclass(frozen=True)
 class TrainedArm:
-    """What is trained on a trace.
+    """A kind of agent that is trained on a trace.
 
     Attributes:
         agent: a name of ``AGENTS``.
@@ -98,11 +98,11 @@ class Problem:
     trace: str
 
     def control(self, arm: str = "") -> Control:
-        """What an arm decides about, and what it sees."""
+        """Return the control of an arm: its decisions and its observation."""
         return make_control(self.env_id, self.env | SEEN.get(arm, {}))
 
     def environments(self, count: int, **changes: Any) -> Any:
-        """Environments in NumPy on the training texts."""
+        """Return ``count`` environments in NumPy on the training texts."""
         keywords = {**self.env, "trace": self.trace, **changes}
         return gym.make_vec(self.env_id, num_envs=count, vectorization_mode="vector_entry_point", **keywords)
 
@@ -110,7 +110,7 @@ class Problem:
 def samples_of(
     problem: Problem, policy: Policy, split: str, table: CostTable, texts: Sequence[int] | None = None
 ) -> list[Sample]:
-    """The texts of a split under a policy, replayed under a cost table, the time of its decisions included."""
+    """Return the texts of a split under a policy, replayed under a cost table, the time of its decisions included."""
     trace = Trace.load(problem.trace)
     chosen = trace.of_split(split) if texts is None else texts
     prompts = [Encoded(trace.texts[i].task, trace.texts[i].prompt) for i in chosen]
@@ -134,7 +134,7 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
 
     Returns:
         ``seconds`` of training, and ``forwards`` of the target that the same training takes live: of PPO one per cycle that
-        it played; of those that learn from the trace itself one per token of the training texts.
+        it ran; of those that learn from the trace itself one per token of the training texts.
     """
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
@@ -166,7 +166,7 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
 
 
 def trained_policy(folder: str, table: CostTable) -> Policy:
-    """A trained arm, under a cost table."""
+    """Return a trained arm under a cost table."""
     if not (Path(folder) / "config.yml").exists():  # both of LTD's
         depth, budget = (f"{folder}/{env_id}" for env_id in LTD_APART)
         policy = mixed(depth, budget, {})
@@ -181,7 +181,7 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
 
 
 def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Policy, dict[str, Any]]:
-    """A published rule with the best hyper-parameters of its grid on the first training texts; it has not played yet."""
+    """Return a published rule with the best hyper-parameters of its grid on the first training texts, in its initial state."""
     grid = GRIDS[problem.env_id][rule]
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     chosen = Trace.load(problem.trace).of_split("train")[:texts]
@@ -197,8 +197,8 @@ def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Po
 
 
 def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
-    """The test texts under the best policy of what an agent sees, as far as learning finds it: those that learn from the
-    trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and played on that fold; the
+    """Return the test texts under the best policy of what an agent sees, as far as learning finds it: those that learn from the
+    trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and replayed on that fold; the
     fastest one."""
     trace, found = Trace.load(problem.trace), []
     test = trace.of_split("test")

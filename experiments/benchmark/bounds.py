@@ -1,4 +1,4 @@
-"""What could be had on the texts of a trace: the best static setting, that of each task, and the clairvoyant optimum.
+"""Upper bounds on the texts of a trace: the best static setting, that of each task, and the clairvoyant optimum.
 
 The text is the same under every policy, so the most tokens per second are the least seconds. A policy that knew everything
 would choose at every position the setting that leads to the least seconds to the text's end, found by dynamic programming

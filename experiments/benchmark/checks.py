@@ -22,7 +22,7 @@ from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.generation import Generation
 
 RANDOM_SEED = 11
-PARTS = 6  # of random play, between which costs are measured anew
+PARTS = 6  # of random actions, between which costs are measured anew
 
 
 class Played(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the benchmark finds of a problem, as it stands in benchmark.json."""
+"""The benchmark's findings on a problem, as benchmark.json holds them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class RecordingCost:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a machine costs and whether a replay is the live decoder."""
+    """The costs of a machine, and the agreement of replay and live decoder."""
 
     costs: dict[str, dict[int, float]]
     machine: Machine

@@ -19,7 +19,7 @@ FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables tha
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """The sizes of a benchmark."""
 
     texts: tuple[int, int, int]  # recorded, of train, validation and test
     tokens: int
@@ -29,7 +29,7 @@ class Size:
     tuning: int  # training texts that rules are tuned on
     folds: int
     prompts: int  # live
-    cycles: int  # of random play, live against replayed
+    cycles: int  # of random actions, live against replayed
     sampled: int  # prompts at temperature 1
 
 

@@ -1,5 +1,5 @@
-"""Whether commands that are killed at any moment continue (`make chaos`): each is killed again and again (SIGKILL, with all
-its children) and started anew as it was, until it ends; then what it made is compared with what it makes undisturbed.
+"""Verify that commands that are killed at any moment continue (`make chaos`): each is killed again and again (SIGKILL, with
+all its children) and started anew as it was, until it ends; then its files are compared with those of an undisturbed run.
 
 Moments are drawn from the time that an undisturbed run takes, from its first file on. Where a command ends before it is
 killed, it is begun again in another folder. Prints a table and exits with 1 if a command did not end, or ended with
@@ -34,7 +34,7 @@ POLL = 0.01
 
 
 class Result(NamedTuple):
-    """Of one case: seconds undisturbed, times that it was killed, times that it ended, and what went wrong."""
+    """The outcome of one case: seconds undisturbed, times that it was killed, times that it ended, and what went wrong."""
 
     name: str
     seconds: float
@@ -52,7 +52,7 @@ class Undisturbed(NamedTuple):
 
 
 def started(case: Case, folder: Path) -> subprocess.Popen[bytes]:
-    """The command of a case, in a process group of its own; what it prints is beside its folder."""
+    """Start the command of a case in a process group of its own; its output is beside its folder."""
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", *case.command(folder)],
@@ -70,7 +70,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait for a command; whether it ended within that time."""
+    """Wait for a command, and return True if it ended within that time."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -100,13 +100,13 @@ def undisturbed(case: Case, folder: Path) -> Undisturbed:
 
 
 def last_line(folder: Path) -> str:
-    """The last line that a command printed."""
+    """Return the last line that a command printed."""
     lines = folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
     return lines[-1][-300:] if lines else "it printed nothing"
 
 
 def compared(folder: Path, case: Case, expected: Mapping[str, object]) -> str:
-    """What is wrong with what a command made; nothing where all is right."""
+    """Return how a command's files differ from the expected ones; empty where they do not."""
     if left := sorted(path.name for path in folder.rglob(f"*{TEMPORARY}")):
         return f"temporary files are left: {', '.join(left)}"
     made = case.made(folder)
@@ -142,7 +142,7 @@ def disturbed(case: Case, root: Path, usual: Undisturbed, kills: int, rng: rando
 
 
 def tried(case: Case, root: Path, kills: int, seed: int) -> Result:
-    """One case in a folder of its own, which is kept where it fails."""
+    """Try one case in a folder of its own, which is kept where it fails."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     with tqdm(total=kills, desc=case.name, unit="kill") as bar:
@@ -157,7 +157,7 @@ def tried(case: Case, root: Path, kills: int, seed: int) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """What became of every case."""
+    """Return the table of every case's outcome."""
     lines = ["| case | undisturbed | kills | ends | |", "|---|---|---|---|---|"]
     lines += [f"| {r.name} | {r.seconds:.0f} s | {r.kills} | {r.ends} | {r.failed or 'the same'} |" for r in results]
     return "\n".join(lines)

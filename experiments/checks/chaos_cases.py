@@ -28,18 +28,18 @@ class Case(NamedTuple):
     made: Callable[[Path], Mapping[str, object]]
 
     def command(self, folder: Path) -> list[str]:
-        """Module and arguments of the command in that folder."""
+        """Return the module and arguments of the command in that folder."""
         return [argument.replace("{}", str(folder)) for argument in self.arguments.split()]
 
 
 def digests(folder: Path, *patterns: str) -> dict[str, str]:
-    """SHA-256 of files by name."""
+    """Return the SHA-256 of files by name."""
     found = {path for pattern in patterns for path in folder.rglob(pattern)}
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
 
 
 def weights(folder: Path, pattern: str) -> dict[str, str]:
-    """SHA-256 of the tensors of safetensors files; what is written beside them may have been timed."""
+    """Return the SHA-256 of the tensors of safetensors files; what is written beside them may have been timed."""
     found = {}
     for path in sorted(folder.rglob(pattern)):
         digest = hashlib.sha256()
@@ -50,7 +50,7 @@ def weights(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def last_step(folder: Path) -> Mapping[str, object]:
-    """The steps of a run, by its log, and whether it has a table."""
+    """Return the last step in a run's log, and whether the run has a table."""
     log = next(folder.rglob("log.jsonl"))
     return {
         "steps": json.loads(log.read_text().splitlines()[-1])["timesteps"],
@@ -59,20 +59,20 @@ def last_step(folder: Path) -> Mapping[str, object]:
 
 
 def learned_at_an_exit(folder: Path) -> Mapping[str, object]:
-    """The weights of an exit, and how many lines its log has."""
+    """Return the weights of an exit, and the number of lines in its log."""
     lines = sum(len(path.read_text().splitlines()) for path in folder.rglob("log.jsonl"))
     return weights(folder, "exit_proj/*.safetensors") | {"lines": lines}
 
 
 def reported(folder: Path) -> Mapping[str, object]:
-    """The settings of a drafter's report, and the names of its weights."""
+    """Return the settings of a drafter's report, and the names of its weights."""
     report = json.loads((folder / "head" / "report.json").read_text())
     names = sorted(load_file(folder / "head" / "model.safetensors"))
     return {"epochs": report["epochs"], "draft_vocab": report["draft_vocab"], "names": names}
 
 
 def benchmarked(folder: Path) -> Mapping[str, object]:
-    """What was recorded, and which arms the figures have."""
+    """Return the digests of the recordings, and the arms that the figures have."""
     results = json.loads(next(folder.rglob("benchmark.json")).read_text())
     arms = {name: sorted(found["replay"]) for name, found in results.items()}
     return digests(folder, "traces/**/*.npy") | {"arms": arms}

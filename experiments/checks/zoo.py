@@ -1,5 +1,5 @@
-"""Whether the whole zoo works (`make zoo-check`): every stanza of every YAML is trained in small on the real model to its
-final table, and every agent that is shipped is loaded and played.
+"""Verify that the whole zoo works (`make zoo-check`): every stanza of every YAML is trained in small on the real model to its
+final table, and every agent that is shipped is loaded and run.
 
 What is learned in so few steps is worth nothing; what is checked is that it is learned, saved, loaded and shown. Killed at
 any moment, the same command continues with what has not passed yet, as long as the code is the same. Prints a table and
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What became of a case: seconds, and why it failed; nothing where it passed."""
+    """The outcome of a case: seconds, and why it failed; nothing where it passed."""
 
     case: Case
     seconds: float
@@ -84,13 +84,13 @@ class Row(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Everything that there is to check."""
+    """Return everything that there is to check."""
     trained = [Case(env_id, stanza) for env_id in ENVIRONMENTS for stanza in stanzas_of(env_id)]
     return trained + [Case(path.name, SHIPPED) for path in sorted(agents.SHIPPED.iterdir())]
 
 
 def sampled(found: list[Case], count: int, seed: int) -> list[Case]:
-    """That many stanzas, of as many environments as possible, and every shipped agent."""
+    """Return that many stanzas, of as many environments as possible, and every shipped agent."""
     rng, by_env = random.Random(seed), dict[str, list[Case]]()
     for case in found:
         if case.stanza != SHIPPED:
@@ -108,7 +108,7 @@ class Options(NamedTuple):
 
 
 def shrunk(env_id: str, stanza: str, options: Options) -> Experiment:
-    """A stanza as it is, but small."""
+    """Return a stanza as it is, but small."""
     full = load_experiment(env_id, stanza)
     overrides = [f"{key}={min(value, getattr(full, key))}" for key, value in SMALL.items()]
     hyperparameters = {
@@ -151,7 +151,7 @@ def play_shipped(env_id: str) -> None:
 
 
 def answer(control: Control, agent: Any) -> list[int]:
-    """The answer to one prompt, under an agent or without one."""
+    """Return the answer to one prompt, under an agent or without one."""
     decoder = load_decoder(width=control.width, max_depth=control.max_depth)
     prompt = encode(load_tokenizer(DEFAULT_TARGET), "Write a Python function that reverses a list.")
     if agent is None:
@@ -174,7 +174,7 @@ def check(case: Case, root: Path, options: Options) -> Row:
 
 
 def check_all(chosen: list[Case], root: Path, options: Options, checked: Callable[[Case], Row]) -> list[Row]:
-    """Rows of all cases; those that passed in this folder, with the same code, are not tried again."""
+    """Return the rows of all cases; those that passed in this folder, with the same code, are not tried again."""
     settings = {"revision": revision(), **options._asdict()}
     note = root / NOTE
     if note.exists() and read_json(note, f"delete {root}") != settings:
@@ -201,7 +201,7 @@ def check_all(chosen: list[Case], root: Path, options: Options, checked: Callabl
 
 
 def table(rows: list[Row]) -> str:
-    """What became of every case, and the sum."""
+    """Return the table of every case's outcome, and the sum."""
     lines = ["| environment | stanza | seconds | |", "|---|---|---|---|"]
     lines += [f"| {row.case.env_id} | {row.case.stanza} | {row.seconds:.0f} | {row.failed or 'ok'} |" for row in rows]
     passed = sum(not row.failed for row in rows)

@@ -1,9 +1,9 @@
-"""Fixed and adaptive draft lengths side by side (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers of
+"""Compare fixed and adaptive draft lengths side by side (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers of
 the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
 ones. Agents that are not trained yet are trained first, with one seed and always on this project's own decoder;
-controllers play the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of another
+controllers follow the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of another
 target, or of a server of llama.cpp, stand in the same file under a name.
 """
 

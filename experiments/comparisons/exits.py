@@ -1,7 +1,7 @@
-"""Learning curves of agents that improve an early exit (`make compare-exits`): every stanza and seed reads the same stream of
-prompts once, and what its exit is worth is then measured on held-out prompts, side by side.
+"""Draw learning curves of agents that improve an early exit (`make compare-exits`): every stanza and seed reads the same stream of
+prompts once, and its exit is then measured on held-out prompts, side by side.
 
-Runs lie in `ROOT/SpecDVI-v0/<stanza>-<seed>/`; killed, the same command goes on. Results: bench-dvi.json, .md and .png.
+Runs lie in `ROOT/SpecDVI-v0/<stanza>-<seed>/`; killed, the same command continues. Results: bench-dvi.json, .md and .png.
 """
 
 from __future__ import annotations

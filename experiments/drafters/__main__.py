@@ -1,7 +1,7 @@
 """Train a drafter for a target on text the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft model
 of a few of the target's own layers (`make drafter KIND=draft-model`).
 
-Four parts, each of which goes on where it was interrupted: write text, record hidden states, train, report on
+Four parts, each of which continues where it was interrupted: write text, record hidden states, train, report on
 held-out text. A head is saved in the published checkpoint layout, a draft model in Hugging Face's without what it shares
 with the target; both are ready for `drafter=`.
 """
@@ -105,7 +105,7 @@ def arguments() -> argparse.Namespace:
 
 
 def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos: int, vocab: int) -> torch.Tensor:
-    """The ``size`` most frequent ids of the answers, ascending; EOS is among them."""
+    """Return the ``size`` most frequent ids of the answers, ascending; EOS is among them."""
     counts = collections.Counter(token for ids, answer in conversations for token in ids[answer:])
     counts[eos] = max(counts.values()) + 1
     frequent = [token for token, _ in counts.most_common(min(size, vocab))]
@@ -113,7 +113,7 @@ def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos:
 
 
 def trained_head(name: str, target: Transformer) -> EagleHead:
-    """A head to train on.
+    """Return a head to train on.
 
     Raises:
         ValueError: it computes something else than the heads that are trained here, or its output rows are not the
@@ -170,7 +170,7 @@ def main() -> None:
 
 
 def make_drafter(args: argparse.Namespace) -> None:
-    """Text, recordings, training, report."""
+    """Write the text, record it, train the drafter, and report on it."""
     given = [conversation for file in args.conversations for conversation in read_conversations(file)]
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device, [args.target])

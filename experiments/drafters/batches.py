@@ -36,12 +36,13 @@ class Batch:
 
 
 def drafted_rows(batch: Batch, step: int, within_answer: bool = True) -> Tensor:
-    """Rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer, or inside the whole text."""
+    """Return the rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer, or inside the
+    whole text."""
     row = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
     first = batch.answers[:, None] - 1 if within_answer else 0
     return (row >= first) & (row + 2 + step < batch.lengths[:, None])
 
 
 def first_occurrence(ids: Tensor) -> Tensor:
-    """Where in its text each token ``[B, T]`` occurs first: from there on the drafter's vocabulary has it."""
+    """Return where in its text each token ``[B, T]`` occurs first: from there on the drafter's vocabulary has it."""
     return (ids[:, :, None] == ids[:, None, :]).byte().argmax(-1)

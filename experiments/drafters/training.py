@@ -32,7 +32,7 @@ class Report:
 
 
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
-    """Examples of similar length, about ``tokens`` tokens at a time, in random order within shuffled files."""
+    """Yield examples of similar length, about ``tokens`` tokens at a time, in random order within shuffled files."""
     for path in rng.sample(paths, len(paths)):
         examples = load_shard(path)  # shortest first
         groups = grouped([len(example.ids) for example in examples], tokens)
@@ -42,7 +42,7 @@ def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list
 
 
 def grouped(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices of ascending ``lengths`` in runs that, padded, hold about ``tokens`` tokens."""
+    """Return the indices of ascending ``lengths`` in runs that, padded, hold about ``tokens`` tokens."""
     groups: list[list[int]] = [[]]
     for i, length in enumerate(lengths):
         if groups[-1] and (len(groups[-1]) + 1) * length > tokens:
@@ -52,7 +52,7 @@ def grouped(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to a twentieth of the peak."""
+    """Return the learning rate: a linear warm-up, then a cosine to a twentieth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)

@@ -46,7 +46,7 @@ COMPLETE = (
 
 
 def composed_turn(rng: random.Random, texts: Sequence[str]) -> str:
-    """A summary of one to three of ``texts``, or a function to complete, half of the time each."""
+    """Return a summary of one to three of ``texts``, or a function to complete, half of the time each."""
     if texts and rng.random() < 0.5:
         article = "\n\n".join(rng.choices(texts, k=rng.choice((1, 1, 2, 3))))
         return rng.choice(SUMMARISE).format(article)
@@ -54,13 +54,13 @@ def composed_turn(rng: random.Random, texts: Sequence[str]) -> str:
 
 
 def training_turns() -> list[str]:
-    """The shipped training prompts."""
+    """Return the shipped training prompts."""
     return [prompt.text for prompt in load_prompts("all", "train")]
 
 
 @functools.cache
 def library_functions() -> tuple[str, ...]:
-    """Heads of the standard library's functions: signature and docstring."""
+    """Return the heads of the standard library's functions: signature and docstring."""
     heads = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")

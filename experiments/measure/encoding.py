@@ -54,7 +54,7 @@ def to_json(value: Any) -> Any:
 
 
 def inlined(hint: Any) -> Inline | None:
-    """Return how a field's type says that it is inlined."""
+    """Return how a field's type marks it as inlined."""
     marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Inline)), None)
 

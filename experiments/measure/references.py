@@ -39,12 +39,14 @@ class FirstToken(StoppingCriteria):
 
 
 def transformers_arms(target: str, decoder: Decoder) -> dict[str, Arm]:
-    """Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for int8)."""
+    """Return arms of Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for
+    int8)."""
     return {"transformers generate": transformers_arm(language_model(target, decoder), decoder)}
 
 
 def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """``generate`` plain and assisted: by a draft model, a fixed number of tokens at a time, or by prompt lookup.
+    """Return arms of ``generate``, plain and assisted: by a draft model, a fixed number of tokens at a time, or by
+    prompt lookup.
 
     Args:
         draft: the model and the number; None is prompt lookup.
@@ -70,7 +72,7 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
 
 def language_model(name: str, decoder: Decoder) -> Any:
     """Return a model of transformers on the decoder's device, without the penalties and filters of its own; the ids that
-    end its texts are its own, for what is compared must not be told where to stop."""
+    end its texts are its own, because the compared model must stop on its own."""
     target = decoder.local.target
     transformers_logging.disable_progress_bar()  # of reading the weights
     folder, dtype = model_folder(name), target.precision.cache
@@ -81,7 +83,7 @@ def language_model(name: str, decoder: Decoder) -> Any:
 
 
 def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
-    """``generate`` with ``further`` arguments."""
+    """Return an arm of ``generate`` with ``further`` arguments."""
     verifier = decoder.verifier
     synchronize = WallClock(verifier.device).synchronize
     settings: dict[str, Any] = {
@@ -113,7 +115,7 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
 
 
 def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had, for a model in
+    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had, for a model in
     another format or a server that does not start, is left out, and a line says why.
 
     Args:
@@ -135,12 +137,12 @@ def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> d
 
 
 def chain(drafter: str, k: int) -> list[str]:
-    """What llama-server needs to be told to draft ``k`` tokens by a model."""
+    """Return the arguments with which llama-server drafts ``k`` tokens by a model."""
     return chain_arguments(find_binary(), gguf_of(drafter)[0], k)
 
 
 def llamacpp_arm(server: LlamaServer) -> Arm:
-    """A server; seconds are its own, of generation after the prompt."""
+    """Return an arm of a server; seconds are its own, of generation after the prompt."""
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         answer = server.complete(prompt.ids, max_new_tokens)

@@ -11,7 +11,7 @@ from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
 Histogram = dict[str, dict[str, int]]
-"""How often each setting was chosen, by task or by state of a link."""
+"""Counts of each chosen setting, by task or by state of a link."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Best:
     Attributes:
         best: one value of each axis that the problem offers, or the choice over a link.
         tokens_per_second: of every setting that was tried, by its name.
-        best_k: over a link, the best choice that says only how much of each distribution is sent.
+        best_k: over a link, the best choice that sets only how much of each distribution is sent.
         per_state: over a Markov link without loss, the choice that is best in each of its states.
         pace: over a link, the throughput of the best of these policies, as it was estimated.
     """
@@ -71,7 +71,7 @@ class Row(Compared):
 
 @dataclass
 class Divergence:
-    """How far what was emitted is from the target's own text.
+    """The distance of the emitted text from the target's own.
 
     Attributes:
         per_1000: emitted tokens that are not the argmax of one forward over their text, in a thousand.
@@ -86,7 +86,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a verifier has moved from the target as it was, on texts of the target.
+    """The distance of a verifier from the original target, on texts of the target.
 
     Attributes:
         perplexity: of the texts under the verifier.
@@ -101,7 +101,7 @@ class Drift:
 
 @dataclass(kw_only=True)
 class Exit:
-    """What learning changed at an early exit, and what a cycle costs there.
+    """The changes that learning made at an early exit, and the cost of a cycle there.
 
     Attributes:
         accept_rate_before: share of accepted among verified drafts, of the untrained exit.

@@ -1,8 +1,8 @@
-"""What a cloud does for many edges at once, with and without batching (`make cloud-load`).
+"""Measure a cloud that serves many edges at once, with and without batching (`make cloud-load`).
 
 Two clouds, one of which gives every request a forward of its own, are measured in turn with 1, 4 and 16 edges. The edges
 send recorded drafts of greedy decoding, the target's own text with some tokens made wrong, so that they compute next to
-nothing; prompts are read before the measurement begins, and recordings are played round and round. Latency is that of a
+nothing; prompts are read before the measurement begins, and recordings are repeated. Latency is that of a
 verification as an edge has it. Writes runs/cloud-load.json and runs/cloud-load.png.
 """
 
@@ -52,7 +52,7 @@ class Recording:
 
 @dataclass
 class Load:
-    """What edges had of a cloud: latencies of the requests that were answered in time, and tokens by kind."""
+    """Measurements of a cloud: latencies of the requests that were answered in time, and tokens by kind."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Point:
-    """What a number of edges had of a cloud, all rounds together; a percentile is NaN where nothing was answered."""
+    """Summary of a cloud under a number of edges, all rounds together; a percentile is NaN where nothing was answered."""
 
     tokens_per_second: float
     p50_ms: float
@@ -129,7 +129,7 @@ class Edge:
         self.at = 1  # tokens of the answer that stand
 
     def verify(self) -> int:
-        """One request; the tokens that it emitted."""
+        """Send one request, and return the tokens that it emitted."""
         text = self.recording.text
         if self.at + self.k >= len(text):
             self.at = 1
@@ -149,7 +149,7 @@ class Edge:
             verifier.text, verifier.shared = text, min(verifier.shared, same)
 
     def until(self, barrier: Barrier, seconds: float) -> Load:
-        """Request after request, from the moment at which all edges are ready."""
+        """Send request after request, from the moment at which all edges are ready."""
         load = Load()
         try:
             for _ in range(WARM_UP):
@@ -189,7 +189,7 @@ class Players:
         return RemoteVerifier(SocketChannel(url), self.vocabulary, self.vocab, self.context, temperature=0.0)
 
     def record(self, url: str, prompt: list[int]) -> Recording:
-        """The target's answer to a prompt."""
+        """Return the target's answer to a prompt."""
         verifier = self.verifier(url)
         try:
             first = verifier.start(prompt, 0, np.random.default_rng(0))
@@ -198,7 +198,7 @@ class Players:
             verifier.channel.close()
 
     def load(self, url: str, recordings: Sequence[Recording], k: int, wrong: float, seconds: float) -> Load:
-        """One measurement: an edge on a thread of its own for every recording."""
+        """Make one measurement: an edge on a thread of its own for every recording."""
         barrier, verifiers = Barrier(len(recordings)), [self.verifier(url) for _ in recordings]
 
         def play(i: int) -> Load:
@@ -306,7 +306,7 @@ def draw(results: CloudLoad, path: Path) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """Positive whole numbers separated by commas."""
+    """Return the positive whole numbers that a text lists, separated by commas."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers of edges; expected 1 to 1024, as in 1,4,16")

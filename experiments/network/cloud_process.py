@@ -46,14 +46,14 @@ def running(module: str, *arguments: str) -> Iterator[str]:
 
 @contextmanager
 def cloud(*arguments: str) -> Iterator[str]:
-    """A cloud on a free port of loopback; yields its address."""
+    """Run a cloud on a free port of loopback, and yield its address."""
     with running("spec_envs.network.cloud", "--port", "0", "--grace", "1", *arguments) as line:
         yield line.removeprefix("listening on ")
 
 
 @contextmanager
 def behind(link: str, url: str) -> Iterator[str]:
-    """The same cloud over a simulated link, which a proxy on a free port imitates; yields its address there.
+    """Run a proxy on a free port that imitates a simulated link to the same cloud, and yield its address.
 
     Raises:
         ValueError: a cloud with TLS, whose certificate is not that of a proxy.

@@ -1,6 +1,6 @@
 """Write episodes of a trace as a Minari data set, to learn from offline: `python -m spec_envs.experiments.traces.minari
 runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0`, after which `minari.load_dataset` reads it. An
-episode's seed and actions play it again in `recover_environment()`, as long as the trace is where it was.
+episode's seed and actions reproduce it in `recover_environment()`, as long as the trace is where it was.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def prepared(
 
     Args:
         policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder, which brings the keyword arguments
-            that it was trained with and is charged its decisions. The first two play all that the trace has.
+            that it was trained with and is charged its decisions. The first two replay all that the trace has.
         seed: of a random policy.
         overrides: ``key=value`` of the environment.
 
@@ -193,7 +193,7 @@ def columns(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def exported(
     name: str, folder: Path, env_id: str, policy: str, episodes: int, seed: int = 0, overrides: Sequence[str] = ()
 ) -> Any:
-    """Play episodes of the trace in a folder and write them as the data set ``name``; see ``prepared``.
+    """Replay episodes of the trace in a folder and write them as the data set ``name``; see ``prepared``.
 
     Every step has its info; every episode that ended a text has ``task``, ``tokens`` and ``speedup`` in its metadata.
 
