@@ -28,7 +28,7 @@ def read_checked(kind: type[Any], path: Path, what: str, expected: str) -> Any:
     """Return what a JSON file holds, as ``kind``.
 
     Raises:
-        ValueError: it cannot be read, or holds something else; the sentence says what was ``expected``.
+        ValueError: it cannot be read, or holds something else; the message names what was ``expected``.
     """
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
@@ -40,7 +40,7 @@ def read_checked(kind: type[Any], path: Path, what: str, expected: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number, and not a boolean."""
+    """Return whether a value is a finite number, and not a boolean."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
     size: Any = abs(value)
@@ -51,7 +51,7 @@ def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: s
     """Refuse a value that is not a finite number, or does not fit.
 
     Raises:
-        ValueError: the sentence says what was ``expected``.
+        ValueError: the message names what was ``expected``.
     """
     if not is_number(value) or not fits(value):
         raise ValueError(f"{name} is {value if is_number(value) else repr(value)}; expected {expected}")

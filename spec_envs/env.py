@@ -50,7 +50,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
 
     Raises:
         TypeError: a keyword that neither ``Settings`` nor the control has; the nearest one is named.
-        ValueError: a value that makes no sense; the sentence says what was expected.
+        ValueError: a value that makes no sense; the message names what was expected.
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration

@@ -93,7 +93,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_worker() -> bool:
-    """Tell whether siblings of this process share its machine: workers of multiprocessing, or of a Ray cluster."""
+    """Return whether siblings of this process share its machine: workers of multiprocessing, or of a Ray cluster."""
     ray = sys.modules.get("ray")
     on_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
     return on_ray or multiprocessing.parent_process() is not None

@@ -99,7 +99,7 @@ def read_torch(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
     Args:
         what: name of the file for errors, such as "the checkpoint".
-        remedy: what to do about a damaged file, such as "delete it to begin anew".
+        remedy: what to do about a damaged file, such as "delete it to start over".
 
     Raises:
         ValueError: the file is missing or damaged, or would take more memory than its own size; the sentence names it.

@@ -1,4 +1,4 @@
-"""Keyword arguments that environments of every problem share: what they mean, their defaults, and what is refused."""
+"""Keyword arguments that environments of every problem share: meanings, defaults, and checks."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_no_layer_imports_one_above_it() -> None:
 
 
 def test_no_import_circle() -> None:
-    """Of imports that run when a module is imported, no chain of them leads back."""
+    """No chain of imports that run when a module is imported leads back to it."""
     needs = {
         name: {other for other, at_once in imports(path) if at_once and other in MODULES and other != name}
         for name, path in MODULES.items()

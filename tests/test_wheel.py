@@ -1,4 +1,4 @@
-"""What is installed: one package with all its files, which works from any directory."""
+"""The wheel installs one package with all its files, which works from any directory."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ CONTROLS = Controls()
 
 
 def make_control(name: str, keywords: dict[str, Any]) -> Control:
-    """Return a control, made of those of an environment's keyword arguments that are its own.
+    """Return a control, built from the environment's keyword arguments that belong to it.
 
     Args:
         name: of the control, or an environment's id, or ``"module:Class"``.

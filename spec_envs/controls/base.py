@@ -171,7 +171,7 @@ class Control(ABC):
         return costs_shown(table, decoder.tree.width)
 
     def default_drafter(self, target: str) -> str:
-        """Return the drafter of a target where none is named."""
+        """Return the default drafter of a target."""
         return default_drafter(target, self.width == 1)
 
     def static_over_plain(self, target: str, drafter: str) -> float:
@@ -308,7 +308,7 @@ class Control(ABC):
         raise ValueError(f"{self.name} leaves no decision to a partner; expected SpecDepth-v0 or SpecBudget-v0")
 
     def settle(self, *values: Setting) -> None:
-        """Fix what is drawn anew in every cycle of training at the best static values, by axis."""
+        """Fix the values that training draws in every cycle at the best static ones, by axis."""
         return None
 
     @abstractmethod

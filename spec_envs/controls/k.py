@@ -315,7 +315,7 @@ class KControl(Control):
         return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
 
     def _kind(self, decoder: Decoder) -> str:
-        """Return the detected kind of text, detected anew after every ``FRESH`` new tokens."""
+        """Return the detected kind of text, detected again after every ``FRESH`` new tokens."""
         if not self.kind or decoder.length >= self.kind_at + FRESH:
             tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens]
             self.kind = kind_of_answer(tail, decoder.tokens[:OPENING], decoder.detokenize)

@@ -44,7 +44,7 @@ class Plans:
 
     @property
     def stepwise(self) -> bool:
-        """Whether a decision is made after every level or token."""
+        """Return whether a decision is made after every level or token."""
         return self.drafts is not None
 
     @property

@@ -1,4 +1,4 @@
-"""What decides under a control."""
+"""The interface of a policy, which decides under a control."""
 
 from __future__ import annotations
 

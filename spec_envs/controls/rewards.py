@@ -1,4 +1,4 @@
-"""What a decision is paid, by the name of the reward; a control lists those that it offers."""
+"""Rewards of a decision, by name; a control lists those that it offers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Decision(NamedTuple):
-    """What a decision brought and what it cost: numbers, or arrays with one of each per environment.
+    """The yield and the cost of a decision: numbers, or arrays with one of each per environment.
 
     Attributes:
         worth: tokens that the cycle counts for; 0 where the decision ended none.

@@ -92,7 +92,7 @@ class TopKControl(Control):
 
     ## Starting State
 
-    The target's first token after the prompt; the link is in a state drawn anew.
+    The target's first token after the prompt; the link's state is drawn at random.
 
     ## Episode End
 

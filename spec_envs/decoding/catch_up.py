@@ -1,4 +1,4 @@
-"""How many rows a drafter's forward has: it catches up with the text, and with those tokens of its own chain that no
+"""The rows of a drafter's forward: it catches up with the text, and with those tokens of its own chain that no
 forward has read yet, because they were copied or because nothing was drafted after them.
 
 Every function takes whole numbers or arrays of them.

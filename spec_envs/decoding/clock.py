@@ -39,7 +39,7 @@ class WallClock:
     Attributes:
         priced: whether the seconds come from a table instead.
         totals: seconds charged to each part since the text began.
-        simulated: seconds among them for which nobody waited, as those of a simulated network.
+        simulated: seconds among them that did not pass in reality, such as those of a simulated network.
     """
 
     priced = False

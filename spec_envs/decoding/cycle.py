@@ -1,4 +1,4 @@
-"""What one cycle of decoding did: the tokens it emitted, the nodes it verified, and what it cost."""
+"""The record of one cycle of decoding: the tokens it emitted, the nodes it verified, and what it cost."""
 
 from __future__ import annotations
 

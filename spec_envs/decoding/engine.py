@@ -126,7 +126,7 @@ def check_room(prompt: Sequence[int], max_new_tokens: int, positions: int, conte
     """Refuse a prompt that is empty, or that does not leave ``positions`` of the context.
 
     Raises:
-        ValueError: the sentence says what does not fit.
+        ValueError: the message names what does not fit.
     """
     if not len(prompt):
         raise ValueError("the prompt is empty; expected at least one token")

@@ -28,7 +28,7 @@ DEFAULT_TARGET = "smollm2-135m"
 
 @dataclass(frozen=True)
 class Models:
-    """Which models decode, and how the target samples: the arguments of ``load_decoder`` of the same names."""
+    """The models that decode and the target's sampling settings, named as the arguments of ``load_decoder``."""
 
     target: str
     drafter: str

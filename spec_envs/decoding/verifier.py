@@ -28,7 +28,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one call of a verifier sent over a network.
+    """The traffic of one call of a verifier over a network.
 
     Attributes:
         bytes_up, bytes_down: sent to the target and received from it.

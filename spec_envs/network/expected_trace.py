@@ -3,7 +3,7 @@
 For texts that the target sampled, a trace has at every position with what probability a token drafted there would be
 accepted, Σ min(p, q̂_k), for each k. In a replay every drafted token is right with its probability, and the text
 continues as it was recorded. That is approximate, and only that: the text does not depend on what was drafted, and a
-rejection tells nothing about the token after it. Messages are encoded with as many entries as they would have, so that
+rejection leaves the token after it unknown. Messages are encoded with as many entries as they would have, so that
 bytes are real.
 """
 

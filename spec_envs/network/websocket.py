@@ -93,7 +93,7 @@ def check_address(url: str) -> str:
 class SocketChannel:
     """A WebSocket to a cloud.
 
-    A lost connection is opened anew, with back-off, and the request is repeated for the part of the text that the cloud
+    A lost connection is reopened, with back-off, and the request is repeated for the part of the text that the cloud
     still has; the cloud's answer is the same.
 
     Args:

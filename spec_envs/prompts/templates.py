@@ -85,7 +85,7 @@ def rendered(
 
 
 def day(date: str | None) -> datetime:
-    """Return midnight of a day, of ``DATE`` where none is given.
+    """Return midnight of a day, by default of ``DATE``.
 
     Raises:
         ValueError: there is no such day, or it is not written as ``YYYY-MM-DD``.

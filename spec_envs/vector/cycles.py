@@ -56,7 +56,8 @@ class CycleTable:
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
         self.forwards, self.gaps = further[None], np.full((1, plans.deepest), plans.width)
         self.first = self.right = np.zeros(1, np.int64)
-        self.read = np.zeros((1, len(plans.sizes)), np.int64)  # the next tree has another root, and reads all anew
+        # the next tree has another root, and reads everything again
+        self.read = np.zeros((1, len(plans.sizes)), np.int64)
 
     def _read_chains(self) -> None:
         columns, k_max = self.trace.columns, self.plans.deepest
@@ -88,14 +89,14 @@ class CycleTable:
 
     @cached_property
     def recorded(self) -> RecordedTrees | RecordedChains:
-        """What was drafted at every position of the trace."""
+        """Return what was drafted at every position of the trace."""
         if self.plans.chain:
             return RecordedChains(self.trace, self.plans.deepest)
         return RecordedTrees(self.trace, self.control.max_depth, self.control.width)
 
     @cached_property
     def observed(self) -> np.ndarray:
-        """What is observed of what a cycle has drafted, ``[rows, sizes, control.own]``, float32."""
+        """Return the observation of a cycle's drafted tokens, ``[rows, sizes, control.own]``, float32."""
         own, space = self.control.own, self.control.observation_space
         found = np.zeros((self.trace.rows, len(self.sizes), own), np.float32)
         for begin in range(0, len(found), CHUNK):

@@ -23,7 +23,7 @@ class Draws:
         self.words, self.at = np.zeros((count, WORDS), np.uint32), np.full(count, WORDS)
 
     def seed(self, seeds: Sequence[int | None], which: np.ndarray) -> None:
-        """Begin the generators of some environments anew; those whose seed is None are kept, if they have begun.
+        """Seed the generators of some environments; those whose seed is None are kept, if they have begun.
 
         Raises:
             gymnasium.error.Error: a seed that is negative or not a whole number. No generator has changed then.

@@ -232,7 +232,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _reset_ended(
         self, observations: np.ndarray, values: dict[str, Any], terminated: np.ndarray, finished: np.ndarray
     ) -> dict[str, Any]:
-        """Begin texts in environments whose episode has ended, when their mode says so, and write what they show over
+        """Begin texts in environments whose episode has ended, if their mode asks for it, and write what they show over
         ``observations``; return the infos of the step."""
         before, self.ended = self.ended, terminated.copy()
         everywhere, begins = np.ones(self.num_envs, bool), np.zeros(0, np.int64)

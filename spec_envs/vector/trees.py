@@ -14,7 +14,7 @@ from spec_envs.vector.prices import costs_observed, prices
 
 
 class Outcome(NamedTuple):
-    """What a decision led to, an array for each number with one of each environment.
+    """The outcome of a decision: arrays with one value per environment.
 
     Attributes:
         verified: whether the cycle ended (bool); ``accepted``, ``drafted`` and ``sent`` have a meaning only there.
@@ -109,7 +109,7 @@ class Trees:
         return seconds
 
     def observe(self, out: np.ndarray, which: np.ndarray | slice, alive: np.ndarray) -> None:
-        """Fill in what is observed of the trees of ``which``: nothing of texts that have ended."""
+        """Fill in the observations of the trees of ``which``; texts that have ended show none."""
         row, depth = self.row[which], self.depth[which]
         if self.control.observation == "ltd":  # as wide as a tree, too much to be kept of every position
             found = self.cycles.read_entries(row, depth)

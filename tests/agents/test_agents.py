@@ -220,7 +220,7 @@ def test_unreadable_runs(tmp_path: Path) -> None:
         agents.load(tmp_path)
     run = write_run(tmp_path / "run", AGENTS["ppo"](control=DepthControl(), pi_arch=[8]))
     with pytest.raises(ValueError, match=r"cannot read the policy .*policy.safetensors"):
-        agents.load(run)  # the config says another network
+        agents.load(run)  # the config names another network
     (run / "policy.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="cannot read the policy"):
         agents.load(run)

@@ -21,7 +21,7 @@ from spec_envs.env import SpecEnv
 PROFILE = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
 TOKEN = PROFILE | {"decision": "token"}
 TREE = {"max_depth": 4, "width": 4, "max_new_tokens": 20}
-# Where each agent plays, and what it takes; the traces are those of the tests.
+# The environment of each agent and its keyword arguments; the traces are those of the tests.
 PLAYED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "random": ("SpecK-v0", PROFILE, {}),
     "fixed": ("SpecK-v0", PROFILE, {"value": 2}),
@@ -45,7 +45,7 @@ PLAYED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def made(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tuple[SpecEnv, Any]]:
-    """An environment and the agent of a name, made anew."""
+    """Return a new environment and the agent of a name."""
 
     def make(name: str) -> tuple[SpecEnv, Any]:
         env_id, keywords, hyperparameters = PLAYED[name]

@@ -41,4 +41,4 @@ def test_it_decides_by_what_it_sees_and_by_the_costs(env_id: str) -> None:
     agent.price(control.costs)
     assert len(set(agent.actions(seen).tolist())) > 1
     dear = CostTable("verification is dear", {1: 0.01, 2: 1.0}, {1: 1.0, 10: 1.0})
-    assert agent.price(dear).pace <= 100.001  # that of plain decoding, which SpecK-v0 then plays and the others cannot
+    assert agent.price(dear).pace <= 100.001  # that of plain decoding, which SpecK-v0 then uses and the others cannot

@@ -1,4 +1,4 @@
-"""What every command has in common: help, one line for what makes no sense, and nothing written when it refuses."""
+"""Every command has help, refuses bad arguments in one line, and writes nothing when it refuses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
 
 
 def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one line with which a command ends."""
+    """Return the one line with which a command ends."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     errors = io.StringIO()
     with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(errors):
@@ -62,7 +62,7 @@ def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def takes_numbers(action: argparse.Action) -> bool:
-    """Whether an option refuses what is no number."""
+    """Return whether an option refuses a value that is not a number."""
     if action.type is None or not callable(action.type):
         return False
     try:

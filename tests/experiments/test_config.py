@@ -28,7 +28,7 @@ def test_every_stanza_is_valid_and_builds_its_agent(env_id: str, stanza: str) ->
 
 
 def test_the_defaults_are_undiscounted() -> None:
-    for env_id in ENVIRONMENTS:  # at an exit every draft is paid when it is judged, and leads nowhere else
+    for env_id in ENVIRONMENTS:  # at an exit every draft is paid when it is verified, and has no later effect
         expected = 0.0 if env_id == "SpecDVI-v0" else 1.0
         assert load_experiment(env_id, "ppo").hyperparameters["gamma"] == expected
 

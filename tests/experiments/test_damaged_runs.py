@@ -49,7 +49,7 @@ def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def loaded(folder: Path) -> str:
-    """What ``spec_envs.agents.load`` makes of a run, as a hash of all its numbers."""
+    """Return a hash of all numbers of the agent that ``spec_envs.agents.load`` loads from a run."""
     control, agent = agents.load(folder)
     state: dict[str, Any] = {"seconds": 0.0 if isinstance(agent, OnlineAgent) else agent.decision_seconds}
     if isinstance(agent, SB3Agent):
@@ -67,7 +67,7 @@ def loaded(folder: Path) -> str:
 
 
 class Damage(NamedTuple):
-    """What happens to a file."""
+    """Damage to a file."""
 
     kind: str
     place: float
@@ -98,7 +98,7 @@ DAMAGES = st.builds(
 
 
 def named(error: ValueError, path: Path, folder: Path) -> bool:
-    """Whether one sentence says what is damaged."""
+    """Return whether one sentence names the damaged file."""
     sentence = str(error)
     return "\n" not in sentence and (path.name in sentence or (path.name == "config.yml" and str(folder) in sentence))
 

@@ -1,4 +1,4 @@
-"""What cannot be trained or evaluated is refused before any work, and leaves no folder."""
+"""A run that cannot be trained or evaluated is refused before any work, and leaves no folder."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ print(recorded_by_default(plan, Path(sys.argv[1])).rows)
 
 
 def test_two_that_record_the_same_trace_wait_for_each_other(tiny: dict, tiny_draft: Path, tmp_path: Path) -> None:
-    """The first is killed while it records; the second goes on, and both end with one trace."""
+    """The first is killed while it records; the second continues, and both end with one trace."""
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")} | {"drafter": str(tiny_draft)}
     script = RECORDS.replace("{sys.argv[2]}", repr(env | {"k_max": 4}))
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -151,7 +151,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(every: dict[str, Ru
 
 
 def test_what_a_run_measured_is_kept(tiny: dict, tmp_path: Path) -> None:
-    """The table of a run says what it was measured on, and the time of a decision is the same when it goes on."""
+    """The table of a run names what it was measured on, and a resumed run keeps the time of a decision."""
     own = [f"env.{key}={value}" for key, value in tiny.items() if key != "clock"]
     small = ["total_timesteps=64", "checkpoint_freq=32", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
     run = run_of("SpecDepth-v0", "ppo", *own, *small, "eval_freq=0")

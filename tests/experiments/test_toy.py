@@ -1,4 +1,4 @@
-"""A problem and an agent are added as the README says, a file and a row each, and everything else takes them."""
+"""A problem and an agent are added as the README describes, a file and a row each, and everything else takes them."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_settings_of_an_evaluation_that_nothing_would_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is misspelt or has no effect is refused, and writes nothing."""
+    """A setting that is misspelt or has no effect is refused, and nothing is written."""
     small = ["total_timesteps=64", "test_prompts=3", "hyperparameters.value=2"]
     profile = "env.trace=qwen2.5-coder-32b-cpu"
     run_train(monkeypatch, ["SpecK-v0", "--agent", "fixed", "--root", str(tmp_path), "--set", profile, *small])

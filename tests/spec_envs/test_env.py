@@ -176,7 +176,7 @@ def test_the_docstring_table_is_the_observation(env_id: str, tiny: dict) -> None
 
 
 def rounded(number: str | float) -> float:
-    """As it is written in a table."""
+    """Return a number as it is written in a table."""
     return float(f"{float(str(number).replace('−', '-')):.2g}")
 
 
@@ -188,7 +188,7 @@ def test_nothing_observed_was_timed(env_id: str, tiny: dict) -> None:
 
 
 def observed(step: Any) -> list:
-    """What an entry of a rollout shows the agent: the first observation, nothing (info), or that of a step or reset."""
+    """Return the observation in an entry of a rollout: the first one, none (info), or that of a step or reset."""
     if isinstance(step, list):
         return step
     return [] if isinstance(step, dict) else [step[0][0]]

@@ -103,7 +103,7 @@ def test_plain_generation(tiny: dict) -> None:
 
 
 def test_an_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
-    """What stands where in an observation counts, not only how much there is, and so does the number of actions."""
+    """The layout of an observation counts, not only its size, and so does the number of actions."""
     token, cycle = make_control("k", {"decision": "token"}), make_control("k", {})
     decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
     agent = AGENTS["ppo"](control=token)

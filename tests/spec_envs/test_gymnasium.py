@@ -25,7 +25,7 @@ PROFILE: dict[str, Any] = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 4
 
 @pytest.fixture
 def made(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any]) -> Callable[..., gym.Env]:
-    """An environment of an id on a priced clock: on a trace where one is played, else over the tiny models."""
+    """Return an environment of an id on a priced clock: on a trace if it replays one, else over the tiny models."""
 
     def make(env_id: str, **more: Any) -> gym.Env:
         keywords: dict[str, Any] = {"max_new_tokens": 20}
@@ -43,7 +43,7 @@ def made(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any])
 
 
 def rollout(env: Any, seed: int | None, steps: int = 40) -> list[Any]:
-    """Everything that an environment says."""
+    """Return everything that an environment returns."""
     rng = np.random.default_rng(0)
     said: list[Any] = [env.reset(seed=seed)]
     for _ in range(steps):
@@ -55,7 +55,7 @@ def rollout(env: Any, seed: int | None, steps: int = 40) -> list[Any]:
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_gymnasiums_checker_passes(env_id: str, made: Callable[..., gym.Env]) -> None:
-    """Step determinism too, which it looks at only where a spec says that an environment is deterministic."""
+    """Step determinism too, which it checks only if a spec marks an environment as deterministic."""
     env = made(env_id).unwrapped
     assert env.spec is not None
     env.spec = copy.deepcopy(env.spec)
@@ -71,7 +71,7 @@ def test_two_environments_side_by_side_are_alike(env_id: str, made: Callable[...
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_a_reset_leaves_nothing_of_what_was_played_before(env_id: str, made: Callable[..., gym.Env]) -> None:
-    """The same environment under the same seed says the same to the last bit."""
+    """The same environment under the same seed returns the same to the last bit."""
     env = made(env_id)
     first = rollout(env, 3)
     rollout(env, 4, 60)

@@ -24,7 +24,7 @@ def alive(process: int) -> bool:
 
 
 def ended(process: int) -> bool:
-    """Whether it ends within seconds."""
+    """Return whether it ends within seconds."""
     for _ in range(200):
         if not alive(process):
             return True

@@ -269,7 +269,7 @@ def some_of(control: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def works_or_is_refused(make: Callable[[], Any]) -> None:
-    """An environment that can be played, or a sentence."""
+    """The arguments give an environment that can be stepped, or one sentence."""
     try:
         env = make()
     except (TypeError, ValueError) as error:

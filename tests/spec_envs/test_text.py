@@ -37,7 +37,7 @@ def metaspace() -> PreTrainedTokenizerBase:
 
 
 def byte_fallback() -> PreTrainedTokenizerBase:
-    """As Llama 2 and Mistral have it: a space at the front, and bytes for what is not in the vocabulary."""
+    """Tokenizer as of Llama 2 and Mistral: a space at the front, and bytes for what is not in the vocabulary."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
     pieces = Tokenizer(models.BPE({w: i for i, w in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>"))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

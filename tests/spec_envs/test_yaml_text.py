@@ -63,7 +63,7 @@ trees = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.
 @pytest.mark.fuzz
 @given(trees)
 def test_what_is_written_is_read(value: object) -> None:
-    """What PyYAML writes of text, numbers, lists and dictionaries is read as it was."""
+    """Text, numbers, lists and dictionaries that PyYAML writes are read back unchanged."""
     assert parse_yaml(yaml.safe_dump(value)) == value
 
 

@@ -1,4 +1,4 @@
-"""What tests of several packages need."""
+"""Helpers shared by tests of several packages."""
 
 from pathlib import Path
 

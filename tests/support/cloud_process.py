@@ -22,7 +22,7 @@ from websockets.frames import CloseCode
 
 from spec_envs.network.cloud import __main__ as cloud
 
-FORKS = multiprocessing.get_context("forkserver")  # has the imports behind it, which take most of a start
+FORKS = multiprocessing.get_context("forkserver")  # has finished its imports, which take most of a start
 FORKS.set_forkserver_preload(["spec_envs.network.cloud", "tests.support.cloud_process", "spec_envs.agents"])
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -30,7 +30,7 @@ Fault = Callable[[int, str, Any], Awaitable[list[Any] | None]]
 
 
 def run(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """What `python -m spec_envs.network.cloud` does, with its output in a file."""
+    """Run a cloud as `python -m spec_envs.network.cloud` does, with its output in a file."""
     os.environ.update(environment)
     with Path(output).open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -41,7 +41,7 @@ def run(arguments: list[str], environment: dict[str, str], output: str) -> None:
 
 
 class CloudProcess:
-    """A cloud that can be killed and started anew on its port.
+    """A cloud that can be killed and started again on its port.
 
     Args:
         folder: for its output.
@@ -73,7 +73,7 @@ class CloudProcess:
 
     @property
     def said(self) -> str:
-        """Its output."""
+        """Return its output."""
         return self.output.read_text() if self.output.exists() else ""
 
     def end(self, timeout: float = 30) -> int | None:
@@ -133,7 +133,7 @@ class Meddler:
         self.reset(clean)
 
     def reset(self, fault: Fault) -> None:
-        """Count anew."""
+        """Start counting from zero."""
         self.fault, self.passed = fault, 0
 
     async def _connected(self, edge: ServerConnection) -> None:

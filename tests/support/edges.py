@@ -35,7 +35,7 @@ class Edge:
     """Writes texts with a cloud.
 
     Args:
-        kind: how the distributions of drafts are told; ``ids`` is greedy decoding, ``plain`` the cloud's own text as it
+        kind: how the distributions of drafts are sent; ``ids`` is greedy decoding, ``plain`` the cloud's own text as it
             streams it, ``mixed`` drafts and such streams by turns.
         others: of the channel.
     """
@@ -80,7 +80,7 @@ class Edge:
 
 
 def say(url: str, *frames: Any, **others: Any) -> list[Any]:
-    """The answers to frames, and the code with which the connection was closed."""
+    """Return the answers to frames, and the code with which the connection was closed."""
     answers: list[Any] = []
     with connect(url, compression=None, proxy=None, **others) as connection:
         with contextlib.suppress(ConnectionClosed):

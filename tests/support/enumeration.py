@@ -76,7 +76,7 @@ def chained_exactly(emitted: dict[tuple, float], length: int, p: dict) -> float:
 
 
 def random_texts(length: int, seed: int) -> tuple[dict, dict]:
-    """Random distributions of a target and of a draft behind every text of up to ``length`` tokens."""
+    """Return random distributions of a target and of a draft after every text of up to ``length`` tokens."""
     rng = np.random.default_rng(seed)
     p, q = {}, {}
     for n in range(length + 1):

@@ -22,7 +22,7 @@ def built(tiny: dict, name: str, kind: str, env: dict | None = None, **own: Any)
 
 
 def seen(env: gym.Env, agent: OnlineAgent, count: int) -> list[Segment]:
-    """Rows of a few texts, judged, with the agent bound to the environment."""
+    """Return verified rows of a few texts, with the agent bound to the environment."""
     rows: list[Segment] = []
     agent.fast_update = lambda segments: rows.extend(segments) or (0.0, None)  # type: ignore[method-assign]
     agent.replay_batch = 0

@@ -1,4 +1,4 @@
-"""Whether there is a llama-server, and whether its process is alive."""
+"""Find a llama-server, and check that its process is alive."""
 
 from __future__ import annotations
 

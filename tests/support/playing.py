@@ -14,7 +14,7 @@ from spec_envs.generation import Generation
 
 
 def played(env: SpecEnv, control: Control, agent: Any, tokens: int, seed: int) -> Generation:
-    """A text that an environment draws; the agent, which is shown what it looks at only, acts as if it saw everything."""
+    """Run a text of an environment; an agent that sees only what it looks at acts as if it saw everything."""
     env.reset(seed=seed)
     seeing_all = Policy(control, copy.deepcopy(agent))
     seeing_all.looks_at = None

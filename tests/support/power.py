@@ -1,4 +1,4 @@
-"""How many draws a test of a distribution needs."""
+"""The number of draws that a test of a distribution needs."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def dying(save: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """What a run has learned."""
+    """Return the weights that a run has learned."""
     kinds = ("*.safetensors", "*.pth", "exit.json")
     files = [path for kind in kinds for path in sorted(folder.glob(kind)) + sorted(folder.glob(f"*_*/{kind}"))]
     assert files

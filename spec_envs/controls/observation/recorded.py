@@ -1,4 +1,4 @@
-"""What an observation shows of recorded trees and chains. Every function reads many cycles of a trace at once, each of a row
+"""Observations of recorded trees and chains. Every function reads many cycles of a trace at once, each of a row
 and of a size that is drafted there; beside them stand the formulas that they share with what is read of a live tree."""
 
 from __future__ import annotations

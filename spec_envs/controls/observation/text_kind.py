@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-SNIPPET, FRESH = 96, 16  # tokens that decide the kind of a text, and after how many new ones it is detected anew
+SNIPPET, FRESH = 96, 16  # tokens that decide the kind of a text, and after how many new ones it is detected again
 OPENING, JSON = 8, ("{", "```json", "```\n{")  # leading tokens of an answer that decide whether it is JSON as a whole
 KINDS = ("code", "prose", "math", "json", "list")
 CODE_CHARACTERS, CODE_SHARE = frozenset("{}()[];:"), 0.05

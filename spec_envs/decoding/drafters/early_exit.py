@@ -56,7 +56,7 @@ class EarlyExitDrafter(ChainDrafter):
         self.version = self.verifier.version = -1
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Begin a new text; ``features`` are the exit states of the prompt. See ``Drafter.start``."""
+        """Begin a new text, as ``Drafter.start`` does; ``features`` are the exit states of the prompt."""
         if self.version != self.adapter.version:
             self.projection, self.version = None, self.adapter.version
             self.attention = DeployedAttention(self.adapter) if self.adapter.kind == "kangaroo" else None

@@ -1,4 +1,4 @@
-"""Which kind of drafter a folder holds: an EAGLE-3 head, a draft model, or a format that is not read here.
+"""Detect which kind of drafter a folder holds: an EAGLE-3 head, a draft model, or a format that is not read here.
 
 The config.json decides, and where it states nothing the names of the tensors.
 """

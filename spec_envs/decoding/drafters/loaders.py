@@ -92,7 +92,7 @@ def verifier_of(target: Target, capture: tuple[int, ...] = ()) -> LocalVerifier:
 
 
 def copying(name: DrafterName, drafter: ChainDrafter) -> Drafter:
-    """Return a drafter of chains, after prompt lookup where the name says so."""
+    """Return a drafter of chains, with prompt lookup before it if the name has it."""
     return CopyingDrafter(drafter) if name.lookup else drafter
 
 

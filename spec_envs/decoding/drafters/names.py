@@ -1,4 +1,4 @@
-"""What the name of a drafter means, and which drafters models.yml has."""
+"""Parse the names of drafters, and list the drafters of models.yml."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DrafterName:
 
     @classmethod
     def parse(cls, name: str) -> DrafterName:
-        """Take a name apart: ``lookup``, ``lookup+MODEL`` or ``MODEL``.
+        """Parse a name: ``lookup``, ``lookup+MODEL`` or ``MODEL``.
 
         Raises:
             ValueError: nothing, or ``lookup`` again, follows the plus sign.
@@ -62,7 +62,7 @@ class DrafterName:
 
     @property
     def chain(self) -> bool:
-        """Whether it drafts chains; an EAGLE-3 head drafts trees."""
+        """Return whether it drafts chains; an EAGLE-3 head drafts trees."""
         return self.lookup or self.kind != "eagle3"
 
     @property

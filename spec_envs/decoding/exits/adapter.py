@@ -112,7 +112,7 @@ class ExitAdapter(nn.Module):
 
     @property
     def lossless(self) -> bool:
-        """Whether the verifier is the unchanged target."""
+        """Return whether the verifier is the unchanged target."""
         return self.kind != "layers"
 
     @property

@@ -1,6 +1,6 @@
 """An exit's adapter as files: low-rank weights in peft's layout, so that they load on a transformers model, too.
 
-``exit.json`` says what it is for. ``exit_proj/`` is an adapter of ``lm_head`` for the target cut off behind the exit
+``exit.json`` states what it is for. ``exit_proj/`` is an adapter of ``lm_head`` for the target cut off after the exit
 (``num_hidden_layers=exit_layer``), ``lora_S/`` and ``lora_D/`` are adapters of the whole target, and
 ``attention.safetensors`` holds Kangaroo's attention.
 """

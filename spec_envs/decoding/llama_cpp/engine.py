@@ -226,10 +226,10 @@ class LlamaEngine(Text):
         self.restart_seconds += time.perf_counter() - begin
 
     def _honours_lengths(self) -> bool:
-        """Return whether a request's own draft length has an effect: what is drafted shows it, since no build says so.
+        """Return whether a request's own draft length has an effect, by drafting, since no build reports it.
 
         Raises:
-            ValueError: nothing is drafted. A server that cannot use a draft model decodes plainly, without saying so.
+            ValueError: nothing is drafted. A server that cannot use a draft model decodes plainly, without a message.
         """
         drafted = {}
         for k in (0, 2):
@@ -241,7 +241,7 @@ class LlamaEngine(Text):
 
 
 def drafter_for(target: str) -> str:
-    """Return the drafter of a target where none is named: the one of models.yml, without lookup. A target that models.yml
+    """Return the default drafter of a target: the one of models.yml, without lookup. A target that models.yml
     does not have, such as a GGUF file, drafts for itself.
 
     Raises:

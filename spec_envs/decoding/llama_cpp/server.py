@@ -52,7 +52,7 @@ class LlamaServer:
 
     Raises:
         ValueError: no program, arguments that are set here, or it did not start; the sentence ends with the last lines
-            of its log, and says where the whole of it is kept.
+            of its log and the path of the whole log.
     """
 
     def __init__(

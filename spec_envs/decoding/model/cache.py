@@ -17,7 +17,7 @@ BLOCK = 64  # rows are allocated in blocks, which the int8 kernels read as a who
 
 
 class Place(NamedTuple):
-    """Where a forward writes its new rows, and what they see.
+    """The place where a forward writes its new rows, and the rows they attend to.
 
     Attributes:
         rows: the rows of every sequence to write, or ``[batch, n]`` with slots.
@@ -70,7 +70,7 @@ class KVCache:
             raise ValueError(f"{self.length + x.shape[1]} rows do not fit a cache of {self.capacity}")
 
     def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Place:
-        """Return where ``n`` new rows are written and what they see; the arguments are those of ``mask``."""
+        """Return where ``n`` new rows are written and the rows they attend to; the arguments are those of ``mask``."""
         end = self.length + n
         return Place(slice(self.length, end), end, self.mask(n, seen, padding))
 

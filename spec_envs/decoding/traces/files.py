@@ -50,7 +50,7 @@ class Recorded(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What a trace is valid for.
+    """The conditions a trace is valid for.
 
     Attributes:
         kind: ``"tree"`` or ``"chain"``.
@@ -135,7 +135,7 @@ def check_manifest(manifest: Manifest) -> None:
     """Refuse a manifest with numbers that no recording has.
 
     Raises:
-        ValueError: it has some; the sentence says which.
+        ValueError: it has some; the message names which.
     """
     if manifest.width < 1 or manifest.max_depth < 0 or manifest.vocab < 1 or manifest.context < 1:
         raise ValueError("its width, max_depth, vocab and context are not all positive")
@@ -156,7 +156,7 @@ def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
     """Refuse columns that are not those of trees, or chains, of the manifest's size.
 
     Raises:
-        ValueError: one is not; the sentence says which.
+        ValueError: one is not; the message names which.
     """
     width, levels = manifest.width, manifest.max_depth + 1
     nodes = level_slice(levels - 1, width).stop if manifest.kind == "tree" else levels

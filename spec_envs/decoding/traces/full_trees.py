@@ -43,10 +43,10 @@ def level_slice(level: int, width: int) -> slice:
 
 
 def on_path(tree: Grown, drafted: np.ndarray, text: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which nodes of full trees lie on the path of the text, and their place among the candidates.
+    """Return which nodes of full trees lie on the path of the text, and their place among the candidates.
 
     Args:
-        tree, drafted: the trees of a whole text, ``[n, …]``; the one in row i is drafted behind token i.
+        tree, drafted: the trees of a whole text, ``[n, …]``; the one in row i is drafted after token i.
         text: its tokens ``[n]``.
 
     Returns:

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {  # keyword arguments about models and prompts, with
 
 
 class Problem(Protocol):
-    """What a recording has to know of the control that it is replayed under."""
+    """The properties of a control that a recording for it depends on."""
 
     @property
     def name(self) -> str: ...
@@ -84,7 +84,7 @@ class Recording(ABC):
         """Refuse a control that the recording does not fit, and texts longer than it has.
 
         Raises:
-            ValueError: the sentence says what does not fit.
+            ValueError: the message names what does not fit.
         """
 
     @abstractmethod

@@ -120,7 +120,7 @@ class Profile(Recording):
         return {}
 
     def prompts(self, split: str = EVERY, names: str = EVERY) -> list[tuple[str, list[int]]]:
-        """Return kind and ids of the prompts of those kinds, as many of a kind as its weight says; all splits have them."""
+        """Return kind and ids of the prompts, in proportion to the weights of the kinds; splits have all of them."""
         texts = [
             Snippet(kind.name, [FIRST + i] * self.prompt_tokens)
             for i, kind in enumerate(self.kinds)
@@ -164,7 +164,7 @@ class SyntheticDrafter(ChainDrafter):
         self.kind = self.profile.kinds[self.right - FIRST]
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Do nothing: the next chain is drawn anew."""
+        """Do nothing: the next chain is drawn independently."""
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         mean = self.kind.acceptance[min(len(chain), len(self.kind.acceptance) - 1)]
@@ -206,7 +206,7 @@ class SyntheticVerifier:
         return [self.right] * count
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Do nothing: the right token stays right whatever the text says."""
+        """Do nothing: the right token does not depend on the text."""
 
     def close(self) -> None:
         """Do nothing: there are no external resources to release."""

@@ -3,7 +3,7 @@
 Under greedy decoding neither the text nor the drafter's state depends on what was drafted before. So the whole tree (or
 chain) drafted at each position answers every depth, budget and length exactly, without a model (``replay.py``).
 
-A trace is a folder: ``manifest.json``, which says what it is valid for, and one memory-mapped array per column, with a
+A trace is a folder: ``manifest.json``, stating what it is valid for, and one memory-mapped array per column, with a
 row per emitted token: row i of a text is the state in which its tokens 0…i are emitted.
 
 | column | trees | chains |

@@ -107,7 +107,7 @@ def model_folder(name: str) -> Path:
     """Return a local folder with the model ``name``; it is fetched and converted if necessary.
 
     Raises:
-        ValueError: there is no such model; the sentence says what was tried.
+        ValueError: there is no such model; the message lists what was tried.
     """
     models = registry()["models"]
     if name in models:

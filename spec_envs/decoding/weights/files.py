@@ -90,7 +90,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_blocks(files: list[Path], config: dict[str, Any]) -> None:
-    """Refuse FP8 weights whose blocks transformers would misjudge.
+    """Refuse FP8 weights whose blocks transformers would misread.
 
     It divides the size of a weight by that of its scales, which is the size of a block only if all blocks are whole or
     there is only one.

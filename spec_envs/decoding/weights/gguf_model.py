@@ -31,7 +31,7 @@ from spec_envs.decoding.weights.files import refuse_unread
 from spec_envs.decoding.weights.gguf_file import GGUF, StoredTensor
 from spec_envs.decoding.weights.tensors import fitting
 
-FAMILIES: dict[str, type[PretrainedConfig]] = {  # a Mistral's file says llama, whose forward is the same
+FAMILIES: dict[str, type[PretrainedConfig]] = {  # a Mistral's file is labelled llama, whose forward is the same
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
@@ -78,7 +78,7 @@ PRE_TOKENIZERS = {  # those for which transformers has an expression, and those 
 }
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# llama.cpp also ends a text at these tokens, whatever the keys say.
+# llama.cpp also ends a text at these tokens, whatever the keys are.
 END_TOKENS = {
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
     *("<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),

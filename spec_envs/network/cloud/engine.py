@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """How many drafted tokens were accepted, and the token after them.
+    """The number of accepted drafted tokens, and the token after them.
 
     The token is None if the edge has to draw it from the residual of ``logits``.
     """

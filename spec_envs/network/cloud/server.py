@@ -47,7 +47,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What the cloud allows.
+    """The limits of the cloud.
 
     Attributes:
         sessions: most sessions at once; there may be twice as many connections.

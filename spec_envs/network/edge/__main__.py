@@ -1,7 +1,7 @@
 """The edge: streams an answer to a prompt, drafted here and verified by a cloud (`make edge`).
 
 The target's weights are loaded here, too, because its shipped drafter uses its embedding and output rows; its layers are not
-run. A lost connection is opened anew. With --offline-fallback the drafter continues alone while the cloud is unavailable;
+run. A lost connection is reopened. With --offline-fallback the drafter continues alone while the cloud is unavailable;
 such text is not the target's, and is marked.
 """
 
@@ -60,7 +60,7 @@ class FallbackVerifier(RemoteVerifier):
 
     @property
     def waiting(self) -> bool:
-        """Whether the cloud is unavailable and not to be tried again yet."""
+        """Return whether the cloud is unavailable and not to be tried again yet."""
         return self.away and time.monotonic() - self.tried < RETRY
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
@@ -142,7 +142,7 @@ def connected(
 
 
 class Stream:
-    """An answer that is being decoded. Iterating decodes it; every item says whether the newest tokens are verified.
+    """An answer that is being decoded. Iterating decodes it; every item carries whether the newest tokens are verified.
 
     Attributes:
         rounds: number of cycles that the cloud verified.

@@ -1,4 +1,4 @@
-"""What an edge knows of its link: the rates and the round trip that its own messages had."""
+"""An edge's estimate of its link: rates and round trip, measured on its own messages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Estimate:
         self.rtt = 0.05
 
     def ping(self, seconds: float) -> None:
-        """Take the round trip of a tiny message."""
+        """Update the estimate with the round trip of a tiny message."""
         self.rtt = seconds
 
     def exchange(self, bytes_up: int, bytes_down: int, seconds: float) -> None:
-        """Take a request and its answer, which spent ``seconds`` on the network.
+        """Update the estimate with a request and its answer, which spent ``seconds`` on the network.
 
         The direction that carried more bytes updates its rate.
         """

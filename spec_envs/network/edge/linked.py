@@ -1,4 +1,4 @@
-"""A decoder whose target lies behind a network: over a WebSocket, or over a simulated link in this process."""
+"""A decoder whose target is reached over a network: over a WebSocket, or over a simulated link in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMES = ("ws://", "wss://")
 
 
 class LinkedDecoder(Decoder):
-    """A ``Decoder`` whose target lies behind a network, and which may do without a verification of every draft."""
+    """A ``Decoder`` whose target is reached over a network, and which may skip the verification of drafts."""
 
     verifier: RemoteVerifier
 
@@ -66,7 +66,7 @@ def is_address(link: str) -> bool:
 
 
 def linked(decoder: Decoder, link: str, target: str) -> LinkedDecoder:
-    """Return a decoder like the given one, whose target lies behind a link.
+    """Return a decoder like the given one, whose target is reached over a link.
 
     Args:
         decoder: has its models in this process and a drafter of chains. The target's weights are loaded here in any case,

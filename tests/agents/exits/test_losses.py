@@ -1,4 +1,4 @@
-"""What an exit is trained by: losses and gradients are right."""
+"""The losses that train an exit, and their gradients, are right."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_losses() -> None:
 
 
 def test_additions_are_computed_in_the_targets_dtype(tiny: dict) -> None:
-    """Where gradients flow through the target's own dtype, as on CUDA."""
+    """Gradients flow through the target's own dtype, as on CUDA."""
     agent = built(tiny, "reinforce", "layers", texts=1)[1]
     shallower = load_decoder(tiny["target"], "exit:2", "cpu", "float32", width=1, adapter="layers", rank=4)
     with pytest.raises(ValueError, match=r"the decoder has exit_layer, adapter and rank \(2, 'layers', 4\)"):

@@ -1,4 +1,4 @@
-"""Agents that improve an exit: they learn, and a killed run goes on as if nothing had been."""
+"""Agents that improve an exit: they learn, and a killed run continues as if it had not been killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.exits import EXIT, built, seen
 
 @pytest.mark.parametrize("block", [1, 4])
 def test_rows_are_those_that_were_judged(block: int, tiny: dict) -> None:
-    """Every emitted token is one row, with the states from which exit and target said what came next."""
+    """Every emitted token is one row, with the states from which exit and target predicted the next token."""
     env, agent = built(tiny, "dvi", "head", {"block": block})
     segments = [*seen(env, agent, 3), *agent.pending]
     target, rows = agent.adapter.target, 0
@@ -76,7 +76,7 @@ def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exits_learn_in_bfloat16(kind: str, tiny: dict, tmp_path: Path) -> None:
-    """Where gradients do not flow through the target's own dtype, they do through a copy in float32."""
+    """Gradients that do not flow through the target's own dtype flow through a copy in float32."""
     env, agent = built(tiny, "dvi", kind, {"dtype": "bfloat16", "max_new_tokens": 30}, texts=4)
     agent.learn(10**6, env)
     assert agent.updates > 2 and all(torch.isfinite(w).all() for w in agent.adapter.parameters())
@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny:
         return process
 
     def ended(process: Any) -> bool:
-        """Whether it came to its own end."""
+        """Return whether it came to its own end."""
         process.join(120)
         return process.exitcode == 0
 

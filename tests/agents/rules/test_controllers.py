@@ -1,4 +1,4 @@
-"""The published controllers do what their papers say, and are tuned on training prompts."""
+"""The published controllers follow their papers, and are tuned on training prompts."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_gammatune_follows_the_accepted_length() -> None:
 
 
 def test_a_bandit_finds_the_best_arm() -> None:
-    """Of chains whose tokens are right with a chance of 0.5, the best length at this cost, found by enumeration."""
+    """Tokens are right with a chance of 0.5; enumeration gives the best length at this cost."""
     control, rng, cost = KControl(8), np.random.default_rng(0), 0.1
     agent = AGENTS["ucb"](control=control, cost=cost, exploration=0.05, discount=1.0)
     worth = {k: sum(0.5**i for i in range(k + 1)) / (1 + cost * k) for k in agent.arms.tolist()}
@@ -231,7 +231,7 @@ def test_specdec_learns_acceptance_and_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ucb", "ppo"])
 def test_a_useless_drafter_is_left_alone(name: str, tmp_path: Path) -> None:
-    """Where next to nothing is accepted, what learns ends at K = 0: on held-out texts never below 0.97 of plain."""
+    """If almost nothing is accepted, learning controllers end at K = 0: on held-out texts never below 0.97 of plain."""
     profile = json.loads((PROFILES / f"{NAME}.json").read_text())
     for kind in profile["kinds"].values():
         kind["acceptance"] = [0.01]
@@ -271,7 +271,7 @@ def test_adaptive_agent_moves_k_with_the_kind_of_text(tmp_path: Path) -> None:
 
 
 def test_adaptive_agent_in_segments_adjusts_after_each() -> None:
-    """Of a segment only the rate is known; 64 tokens are an interval whatever was accepted, and plain ones say nothing."""
+    """A segment shows only its rate: 64 tokens are an interval whatever was accepted; plain ones do not count."""
     control = KControl(24, adjustment_interval=64)
     agent = AdaptiveKAgent(control, use_context=False)
     assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
@@ -283,7 +283,7 @@ def test_adaptive_agent_in_segments_adjusts_after_each() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_controller_decodes(name: str) -> None:
-    """Each stanza of the YAML, played through ``generate`` on the profile: faster than plain decoding, and it adapts."""
+    """Each stanza of the YAML, run by ``generate`` on the profile, is faster than plain decoding and adapts."""
     stricter = ["hyperparameters.threshold=0.7"] if name == "adaedl" else []  # the profile's entropies are low
     experiment = load_experiment("SpecK-v0", name, [f"env.trace={NAME}", *stricter])
     control = make_control("SpecK-v0", experiment.env)
@@ -317,7 +317,7 @@ def test_controllers_refuse_what_they_cannot_see(name: str, own: dict[str, Any],
 
 @pytest.mark.parametrize("name", [*RULES, "ppo"])
 def test_tuning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is tuned ends with hyper-parameters that its stanza takes; a study goes on where it was interrupted."""
+    """Tuning ends with hyper-parameters that the stanza takes; an interrupted study continues."""
     arguments = ["tune", "SpecK-v0", "--agent", name, "--root", str(tmp_path), "--prompts", "3", "--tokens", "48"]
     arguments += ["--set", f"env.trace={NAME}", "total_timesteps=600"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "2"])

@@ -1,4 +1,4 @@
-"""The published rules for trees do what their papers say, and decode faster than plain under the table they read."""
+"""The published rules for trees follow their papers, and decode faster than plain under the table they read."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Link(gym.Env):
 
 
 def control(width: int = 10, actions: int = 11) -> Any:
-    """What SpecTopK-v0's control shows of itself."""
+    """The attributes of SpecTopK-v0's control that the agent reads."""
     box = spaces.Box(0, 1, (width,), np.float32)
     return SimpleNamespace(observation_space=box, action_space=spaces.Discrete(actions), slices={})
 

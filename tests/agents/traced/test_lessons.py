@@ -1,4 +1,4 @@
-"""What a trace teaches: plans are the cycles that they name, lessons are what playing them brings, outcomes their odds."""
+"""Lessons of a trace: plans are the cycles that they name, lessons their rewards when run, outcomes their odds."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_a_policy_that_cannot_be_read_is_refused(
 
 
 def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarray:
-    """How probable each plan is ``[plans]``, by walking through every choice at every level ``[levels, actions]``."""
+    """Return the probability of each plan ``[plans]``, over every choice at every level ``[levels, actions]``."""
     found = np.zeros(len(plans.sizes))
 
     def end(size: int, budget: int, chance: float) -> None:

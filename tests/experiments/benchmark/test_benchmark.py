@@ -1,4 +1,4 @@
-"""What the benchmark makes of its measurements, and how it says so."""
+"""The benchmark's results from its measurements, and its report of them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Player:
         return spent, self.env.decoder.finished
 
     def least(self, text: int, offered: list[int | str], sequence: list[int | str]) -> float:
-        """The least seconds of all ways to go on behind a sequence."""
+        """Return the least seconds of all ways to continue a sequence."""
         spent, ended = self.seconds(text, sequence)
         return spent if ended else min(self.least(text, offered, [*sequence, value]) for value in offered)
 

@@ -70,7 +70,7 @@ def test_it_continues_and_says_what_failed(
     assert "| SpecK-v0 | svip | 1 | ValueError: it is broken |" in (shown := capsys.readouterr().out)
     assert "3 of 4 passed" in shown
     monkeypatch.setattr(zoo_check, "cases", lambda: [Case("SpecK-v0", "ppo")])
-    zoo_check.main()  # a check that ended is made anew
+    zoo_check.main()  # a check that ended is made again
     assert len(tried) == 7 and "1 of 1 passed" in capsys.readouterr().out
 
 

@@ -77,7 +77,7 @@ def test_an_assistant_of_another_size_is_left_out(
 
 
 def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, tmp_path: Path) -> None:
-    """Ours is not told to it: where the two disagree, the texts differ, which the table shows."""
+    """The other software does not get our end tokens: where the two disagree, the texts differ, as the table shows."""
     folder = shutil.copytree(tiny_target, tmp_path / "target")
     decoder = load_decoder(str(folder), None, "cpu", "float32")
     prompt = Encoded("t", [5, 6, 7, 8])

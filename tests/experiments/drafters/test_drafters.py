@@ -45,7 +45,7 @@ def test_a_drafter_from_given_conversations(
     head = EagleHead.load(str(tmp_path / "work" / "head"))
     assert len(head.draft_ids) == report["draft_vocab"]
     recorded = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
-    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")  # goes on; nothing is recorded again
+    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")  # continues; nothing is recorded again
     assert recorded == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
     assert json.loads((tmp_path / "longer" / "report.json").read_text())["epochs"] == 3
     with pytest.raises(SystemExit, match="was begun with another seed; choose another --work"):

@@ -1,4 +1,4 @@
-"""The draft model without embedding, elsewhere: refused as it is stored, and whole when it is written out."""
+"""Other software refuses the draft model as it is stored, without embedding, and reads it when it is written out."""
 
 from __future__ import annotations
 

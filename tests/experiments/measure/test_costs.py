@@ -36,7 +36,7 @@ def test_a_quiet_machine_is_measured_three_times(
 def test_windows_that_disagree_are_measured_again(
     tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was once taken for a table: 60, 58, 125, 82, 214, 100 ms."""
+    """These windows were once accepted as a table: 60, 58, 125, 82, 214, 100 ms."""
     load = {2: 0.95, 4: 2.0, 8: 1.3, 12: 3.2, 16: 1.5}
     count = busy(monkeypatch, load, load, {1: 1.4})
     found = costs.measured(tiny_decoder)

@@ -1,4 +1,4 @@
-"""Results: ratios with their intervals, tables as JSON and back, and what is said about them."""
+"""Results: ratios with their intervals, tables as JSON and back, and sentences about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets for Minari: the episodes that were played, which their seeds and actions play again."""
+"""Data sets for Minari hold the recorded episodes, which their seeds and actions reproduce."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ minari = pytest.importorskip("minari", reason="the extra `minari` is not install
 
 @pytest.fixture(autouse=True)
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where data sets lie."""
+    """The folder of the data sets."""
     folder = tmp_path / "datasets"
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     return folder
@@ -128,7 +128,7 @@ def test_the_command_says_what_it_made_and_what_is_wrong(
 def test_a_killed_export_leaves_no_data_set(
     traces: dict[str, Trace], datasets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written when the process ends is out of sight, and gone after the next export of that name."""
+    """A partly written data set is hidden, and the next export of that name removes it."""
 
     def killed(*_: Any, **__: Any) -> None:
         raise SystemExit

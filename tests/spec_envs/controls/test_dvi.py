@@ -1,4 +1,4 @@
-"""SpecDVI-v0: what is seen, what is paid, and that only what was judged is told."""
+"""SpecDVI-v0: its observations, its rewards, and that only verified tokens are reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_draft_is_paid_if_it_is_what_the_target_says(block: int, tiny: dict) -
                 _, reward, done, _, info = env.step(drafted[-1])
             assert len(drafted) == block
             accepted = right.index(False) if False in right else block
-            inside = min(accepted, len(text) - start)  # what is behind the text's end is neither paid nor told
+            inside = min(accepted, len(text) - start)  # tokens after the text's end are neither paid nor reported
             assert reward == inside == info["accepted"]
             told = min(accepted + 1, block) if len(text) - start > accepted else inside
             assert [p["token"] for p in info["positions"]] == drafted[:told]
@@ -87,7 +87,7 @@ def test_when_sampling_a_draft_is_taken_as_often_as_the_target_says_it(tiny: dic
     prompt = "the a of and in"
     counts, expected = np.zeros(16), np.zeros(16)
     accepted = chance = 0.0
-    known: dict[int, np.ndarray] = {}  # the target's distribution behind each first token
+    known: dict[int, np.ndarray] = {}  # the target's distribution after each first token
     for seed in range(1200):
         try:
             env.reset(seed=seed, options={"prompt": prompt})

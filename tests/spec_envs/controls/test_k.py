@@ -1,4 +1,4 @@
-"""SpecK-v0: what is observed, what an action does, and that the text is the target's own whatever is played."""
+"""SpecK-v0: its observations, its actions, and that the text is the target's own under any actions."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_mistakes_are_named(pair: dict[str, Any], own: dict[str, Any], message: 
 
 
 def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None:
-    """An agent that always goes on ends every cycle all the same."""
+    """An agent that always continues still ends every cycle."""
     env = make({**tiny, "drafter": "lookup"}, decision="token")
     env.reset(seed=0)
     for _ in range(24 * 17):

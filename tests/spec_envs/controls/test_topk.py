@@ -104,7 +104,7 @@ def test_the_cloud_alone_says_the_same_for_a_seed_and_moves_the_link_per_token(c
 
 
 def test_nothing_of_a_text_outlives_it(chain: dict) -> None:
-    """The same seed is the same episode, whatever was played before: bytes, seconds, what the edge knows of its link."""
+    """The same seed is the same episode, whatever ran before: bytes, seconds, and the edge's estimate of its link."""
     env = make(chain, **JOINT, max_new_tokens=50).unwrapped
 
     def played(seed: int) -> list:

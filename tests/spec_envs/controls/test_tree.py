@@ -147,7 +147,7 @@ def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch)
     assert len(histogram) > 3
     monkeypatch.setattr(
         tiny_decoder.drafter, "expand", lambda tree: 0
-    )  # nothing more to say: every cycle is one decision
+    )  # no further decision: every cycle is one decision
     sample = decoded(tiny_decoder, Policy(control, RandomAgent(control, seed=0)))(Encoded("a task", PROMPT), 20, 0)
     assert sum(settings_played(control, [sample])["a task"].values()) == len(sample.actions) == sample.cycles
 

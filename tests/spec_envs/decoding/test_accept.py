@@ -32,12 +32,12 @@ def emitted(tokens: np.ndarray, result: tuple[list[int], int]) -> tuple[int, ...
 
 
 def distribution(rule: Callable, tokens: np.ndarray, parents: Any, p: np.ndarray) -> dict[tuple, float]:
-    """What a rule emits, with its probability; ``parents`` of a tree, or the proposals of a chain."""
+    """Return what a rule emits, with its probability; ``parents`` of a tree, or the proposals of a chain."""
     oracle = Oracle()
     found: dict[tuple, float] = {}
 
     def draw(weights: np.ndarray, u: Any) -> int:
-        if weights.sum() == 0:  # behind a branch that has probability 0
+        if weights.sum() == 0:  # after a branch that has probability 0
             return 0
         return oracle.fork(list(weights / weights.sum()))
 
@@ -82,7 +82,7 @@ def test_sampled_keeps_the_targets_distribution(nodes: int, seed: int) -> None:
 
 
 def chain_distribution(rule: Callable, length: int, p: dict, q: dict) -> dict[tuple, float]:
-    """What a cycle emits when every token of its chain is drawn from the draft's distribution behind the ones before."""
+    """Return the distribution of what a cycle emits when its chain is drawn token by token from the draft."""
     found: dict[tuple, float] = {}
     for tokens in itertools.product(range(VOCAB), repeat=length):
         proposals = [q[tokens[:i]] for i in range(length)]
@@ -103,7 +103,7 @@ def test_drawn_chains_keep_the_targets_distribution(length: int, seed: int) -> N
 
 
 def test_the_enumeration_catches_a_wrong_residual() -> None:
-    """Zeroing only the refused token gives (.425, .275, .30) where the target has (.4, .4, .2)."""
+    """Zeroing only the rejected token gives (.425, .275, .30) where the target has (.4, .4, .2)."""
 
     def wrong(tokens: Any, proposals: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
         p = probabilities(0).copy()

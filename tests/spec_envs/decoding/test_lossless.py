@@ -77,7 +77,7 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
 
 
 class Drafting:
-    """Drafts what an untrained exit says, and now and then a random token."""
+    """Drafts what an untrained exit predicts, and now and then a random token."""
 
     decision_seconds = 0.0
 
@@ -97,7 +97,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
     """χ² of the first emitted token against transformers' distribution, with enough draws to see a bias of 0.03.
 
     The draws go through the verifier's own decision, on a drafted tree, or a token drawn from a draft model (the target
-    itself, hotter), behind a real text; only the forward, and the distribution at each row, are made once for all of
+    itself, hotter), after a real text; only the forward, and the distribution at each row, are made once for all of
     them. A rule that emits the most probable token a little too often is shown to be caught with the same number of
     draws.
     """

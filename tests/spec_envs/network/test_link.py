@@ -21,7 +21,7 @@ SHIPPED = sorted(path.stem for path in LINKS.glob("*.json"))
 
 
 def played(link: Link, seed: int, sizes: tuple[int, int], rounds: int = 50) -> tuple[list[LinkState], list[float]]:
-    """States and seconds of a text that exchanges the same sizes in every round."""
+    """Return states and seconds of a text that exchanges the same sizes in every round."""
     link.reset(np.random.default_rng(seed))
     states, seconds = [], []
     for _ in range(rounds):
@@ -73,7 +73,7 @@ def test_serialisation_by_hand() -> None:
 
 
 def test_jitter_and_retransmissions_in_the_mean(rng: np.random.Generator) -> None:
-    """Of one packet, p/(1 − p) further round trips and serialisations; of many, that share of the bytes."""
+    """One packet costs p/(1 − p) further round trips and serialisations; many cost that share of their bytes."""
     link = load_link("constant:up=8,down=8,rtt=50,loss=0.2")
     link.reset(rng)
     assert np.mean([link.seconds(1000, 0) for _ in range(4000)]) == pytest.approx(0.05 + 0.001 + 0.25 * 0.051, rel=0.02)
@@ -221,7 +221,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def through(source: str, *messages: bytes) -> tuple[list[bytes], float]:
-    """What an echo server sends back over a link to as many connections at once, and the seconds it took."""
+    """Return what an echo server sends back over a link to as many connections at once, and the seconds it took."""
 
     async def exchange(port: int, message: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -256,7 +256,7 @@ def test_the_proxy_is_no_faster_than_its_link() -> None:
 
 
 def ended(side: socket.socket) -> bool:
-    """Whether the other side is gone."""
+    """Return whether the other side is gone."""
     try:
         return side.recv(1) == b""
     except ConnectionError:
@@ -278,7 +278,7 @@ def test_the_proxy_on_a_thread_moves_its_link_and_closes() -> None:
             assert proxy.link.state != begin
             with pytest.raises(OSError, match=r"could not listen on 127.0.0.1:\d+ \(Address already in use\)"):
                 ShapedProxy(proxy.link, ("127.0.0.1", 1), ("127.0.0.1", proxy.port)).__enter__()
-        for side in (near, far):  # both are told
+        for side in (near, far):  # both are notified
             with side:
                 assert ended(side)
         assert not proxy.thread.is_alive()

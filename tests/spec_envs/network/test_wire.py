@@ -1,4 +1,4 @@
-"""Messages: what they say, how long they are, and that nothing else gets in."""
+"""Messages: their content, their length, and that nothing else gets in."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def number(n: int) -> int:
 
 
 def array(n: int) -> int:
-    """Bytes that say how many elements follow."""
+    """Return bytes that begin with the number of elements that follow."""
     return 1 if n < 16 else 3
 
 
@@ -291,8 +291,8 @@ ONE = [sent([1], [1.0])]
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
-        (Verify(1, 1, b"", b"", "ids"), "request"),  # behind a text that the session has not
-        (Verify(1, 0, b"", b"", "ids"), "request"),  # behind nothing
+        (Verify(1, 1, b"", b"", "ids"), "request"),  # after a text that the session does not have
+        (Verify(1, 0, b"", b"", "ids"), "request"),  # after nothing
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "trees"), "request"),
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "ids"), "request"),  # while sampling
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "topk"), "request"),  # without a distribution

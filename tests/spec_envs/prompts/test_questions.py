@@ -1,4 +1,4 @@
-"""What strangers' files of prompts hold becomes prompts that can be encoded, or one sentence that names the file."""
+"""Files of prompts from strangers give prompts that can be encoded, or one sentence that names the file."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_it_is_as_many_single_environments(
     traces: dict[str, Trace],
     plans: dict[str, Plan],
 ) -> None:
-    """Step by step what Gymnasium's vector environment gives under the same seeds, in every way to begin anew."""
+    """Every step equals that of Gymnasium's vector environment under the same seeds, in every autoreset mode."""
     shared = {"trace": str(traces[name].folder), "split": "all", "max_new_tokens": 20, "policy_seconds": 1e-4}
     shared |= sizes(plans[name]) | keywords
     many = make_vector(env_id, COUNT, **shared, autoreset_mode=mode)
@@ -124,7 +124,7 @@ def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: 
 
 
 def test_every_environment_has_its_own_seed(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
-    """A list of seeds is one per environment; a number is counted up; what another one plays changes nothing."""
+    """A list of seeds is one per environment; a number is counted up; the actions of one change nothing in another."""
     shared = {"trace": str(traces["tree"].folder), "split": "all", "max_new_tokens": 20, **sizes(plans["tree"])}
     env = make_vector("SpecDepth-v0", 6, **shared)
 

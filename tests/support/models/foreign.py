@@ -31,7 +31,7 @@ def restore(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
-    """What is written here, greedily."""
+    """Return the text that this package writes greedily."""
     decoder = load_decoder(str(folder), None, "cpu", "float32")
     decoder.start(ids, count, np.random.default_rng(0))
     while not decoder.finished:
@@ -40,7 +40,7 @@ def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
 
 
 def theirs(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
-    """What transformers writes, greedily."""
+    """Return the text that transformers writes greedily."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)

@@ -146,7 +146,7 @@ def split(model: Any, folder: Path, count: int = 2) -> list[Path]:
 
 
 def reference(model: Any, ids: Sequence[int], count: int = 24, **settings: Any) -> list[int]:
-    """What transformers writes, greedily."""
+    """Return the text that transformers writes greedily."""
     prompt = torch.tensor([list(ids)])
     with torch.no_grad():
         out = model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=PAD, **settings)

@@ -212,7 +212,7 @@ class Reference:
         return self.product(torch.cat(mixed), f"{at}self_attn.o_proj")
 
     def row(self, hidden: Tensor, token: int, position: int) -> tuple[Tensor, Tensor]:
-        """What the next step reads, and log-probabilities of the draft vocabulary."""
+        """Return the input of the next step, and log-probabilities of the draft vocabulary."""
         x = hidden
         for layer in range(self.r.layers):
             at = f"layers.{layer}." if layer else "midlayer."
@@ -232,7 +232,7 @@ class Reference:
         return normed if self.r.flags.get("norm_output") else x, (self.rows @ normed).log_softmax(-1)
 
     def chain(self, features: Tensor, text: list[int], chain: list[int]) -> list[Tensor]:
-        """Log-probabilities behind a text and behind each token of a chain."""
+        """Return log-probabilities after a text and after each token of a chain."""
         for i in range(len(text) - 1):
             hidden, log_probs = self.row(self.fuse(features[i]), text[i + 1], i)
         found = [log_probs]
@@ -251,7 +251,7 @@ def random_target(folder: Path, like: Path, **changes: Any) -> Path:
 
 
 def drafted(target: Path, head: Path, dtype: str = "float32", width: int = 1, levels: int = 3) -> Decoder:
-    """A decoder behind a prompt with levels drafted."""
+    """Return a decoder after a prompt, with levels drafted."""
     decoder = load_decoder(str(target), str(head), "cpu", dtype, width=width, max_depth=levels)
     decoder.start(PROMPT, 40, np.random.default_rng(0))
     decoder.begin()

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Quantised(linear.Linear):
-    """What a product in int8 is."""
+    """The reference of a product in int8."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.inputs = weight.shape[1]

@@ -110,7 +110,7 @@ class Extras(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Variant:
-    """How a head differs from the first published ones.
+    """The differences of a head from the first published ones.
 
     Attributes:
         boundaries: of the target's layers whose hidden states it reads, ascending; None means 2, n/2, n - 3.
@@ -159,7 +159,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
     """Read a head's config.json.
 
     Returns:
-        The config of its layers, with ``draft_vocab_size`` (None where the file does not say), and its variant.
+        The config of its layers, with ``draft_vocab_size`` (None if the file has none), and its variant.
 
     Raises:
         ValueError: the file cannot be read, has another format, or has an unknown key that may change the computation;

@@ -40,7 +40,7 @@ class BuildError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; where they are not available, log a warning that says why and return None."""
+    """Return the compiled kernels; where they are not available, log a warning with the reason and return None."""
     try:
         return first_built()
     except BuildError as error:

@@ -52,7 +52,7 @@ def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.rand
 
 
 def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> None:
-    """After a cycle whose chain was refused at any place, the draft's next proposal is that of a fresh reading."""
+    """After a cycle whose chain was rejected at any place, the draft's next proposal is that of a fresh reading."""
     decoder = chain_decoder(tiny, tiny["target"])
     drafter = decoder.drafter
     assert isinstance(drafter, DraftModelDrafter)

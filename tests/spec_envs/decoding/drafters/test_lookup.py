@@ -58,10 +58,10 @@ def test_lookup_drafts_what_followed_before(tiny: dict[str, Any], rng: np.random
 def test_the_longest_match_is_found_behind_a_chain_too() -> None:
     seen = Occurrences([3, 4, 5, 6, 9, 9, 4, 5, 7, 3, 4], 2, longest=4)
     assert seen.find() == (2, 2)  # (3, 4) stood before, 5 followed
-    assert seen.find([5]) == (8, 2)  # two tokens are looked up, and the latest 4, 5 is taken, behind which 7 stood
+    assert seen.find([5]) == (8, 2)  # two tokens are looked up, and the latest 4, 5 is taken, which 7 followed
     seen.append([5])
     assert seen.find() == (8, 2)
-    assert seen.find([6]) == (4, 4)  # 5, 6 stood once, behind 3, 4
+    assert seen.find([6]) == (4, 4)  # 5, 6 stood once, after 3, 4
     assert Occurrences([3, 4, 5], 2).find() is None
 
 
@@ -166,7 +166,7 @@ def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
             matches.add(float(see[at["match"]][0]))
         free.append(bool(see[at["free"]][0]))
         see, _, done, _, info = spec_env.step(int(spec_env.np_random.random() < 0.8))
-        if not info["emitted"]:  # a token was drafted, and cost nothing where it was said to
+        if not info["emitted"]:  # a token was drafted, at no cost if it was observed as free
             assert (info["seconds"]["draft"] == 0) == free[-1]
         if done:
             see, _ = spec_env.reset()

@@ -44,7 +44,7 @@ def test_an_exit_is_of_one_target_whatever_it_is_called(tiny_target: Path, tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Path, tmp_path: Path) -> None:
-    """Loaded by peft onto transformers' own model, the adapters say the same."""
+    """Loaded by peft onto transformers' own model, the adapters predict the same."""
     adapter = trained(target, str(tiny_target), kind)
     save_exit(adapter, tmp_path)
     again = load_exit(tmp_path, target, str(tiny_target))

@@ -86,7 +86,7 @@ def test_what_is_drafted_is_what_one_pass_over_the_text_says(kind: str, target: 
 
 
 def test_confidence_stops_a_chain(target: Transformer, tiny_target: Path) -> None:
-    """Kangaroo: nothing behind a token that the exit gave less than the threshold."""
+    """Kangaroo drafts nothing after a token to which the exit gave less than the threshold."""
     adapter = trained(target, str(tiny_target), "head")
     free, stopped = decoder_of(adapter), decoder_of(adapter, stop=0.5)
     lengths = set()
@@ -102,7 +102,7 @@ def test_confidence_stops_a_chain(target: Transformer, tiny_target: Path) -> Non
 
 
 def test_sampling_judges_by_the_target(target: Transformer, tiny_target: Path) -> None:
-    """What decides at every row of a drawn chain is the target's own distribution, whatever drafted."""
+    """The target's own distribution decides at every row of a drawn chain, whatever drafted it."""
     decoder = decoder_of(trained(target, str(tiny_target), "kangaroo"), temperature=0.8)
     verifier = decoder.local
     assert isinstance(verifier, SplitVerifier)
@@ -118,8 +118,8 @@ def test_sampling_judges_by_the_target(target: Transformer, tiny_target: Path) -
 
 
 def test_drawn_chains_leave_the_targets_distribution_as_it_is(target: Transformer, tiny_target: Path) -> None:
-    """What follows the first token, over many draws, is distributed as the target's, and what the exit drew there was
-    taken as often as Σ min(p, q) says."""
+    """The token after the first, over many draws, is distributed as the target's, and the exit's draws there are
+    accepted with probability Σ min(p, q)."""
     adapter = trained(target, str(tiny_target), "head")
     adapter.shortlist = None
     decoder = decoder_of(adapter, temperature=0.8)
@@ -168,7 +168,7 @@ def test_a_decoder_takes_up_a_change_when_a_text_begins(target: Transformer, tin
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    assert decoded(decoder, PROMPTS[1], [2]) == first  # nothing said that it changed
+    assert decoded(decoder, PROMPTS[1], [2]) == first  # nothing reported the change
     adapter.touched()
     assert decoded(decoder, PROMPTS[1], [2]) != first
     drafter = decoder.drafter

@@ -134,7 +134,7 @@ def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
         assert (info["drafted"] > 0) == (k > 0)
         accepted += info["accepted"]
         k = 0
-    assert accepted > 0  # so the file that was written for llama.cpp says what the draft model says
+    assert accepted > 0  # so the file that was written for llama.cpp predicts what the draft model predicts
     assert info["tokens"] == 40 and info["restart_seconds"] > 0 and info["speedup"] > 0
     process = env.decoder.server.process.pid
     env.close()

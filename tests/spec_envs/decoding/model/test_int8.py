@@ -113,7 +113,7 @@ def rows_alone(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: 
 
 
 def tree_logits(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> Tensor:
-    """Logits of the root (the prefix's last token) and of every node, in one forward behind the prefix."""
+    """Return logits of the root (the prefix's last token) and of every node, in one forward after the prefix."""
     start = prefix.shape[1] - 1
     levels = np.zeros(len(parents), dtype=np.int64)
     for node, parent in enumerate(parents):

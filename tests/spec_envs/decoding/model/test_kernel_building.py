@@ -1,4 +1,4 @@
-"""The compiled kernels: when they are built, what of the cache is believed, and what is said where they cannot be had."""
+"""The compiled kernels: when they are built, which cached files are trusted, and the warning without them."""
 
 from __future__ import annotations
 

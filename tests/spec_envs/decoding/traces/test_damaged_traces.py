@@ -130,7 +130,7 @@ values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dic
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_value_in_a_manifest(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    """With any of its values changed, a trace is read or refused, and what is read can be played."""
+    """With any of its values changed, a trace is read or refused, and one that is read can be replayed."""
     source = traces["tree"].folder
     folder = tmp_path_factory.mktemp("fuzz") / "trace"
     folder.mkdir()

@@ -42,7 +42,7 @@ def test_fixed_lengths_give_the_published_rows(k: int) -> None:
 
 
 def test_what_is_reported_is_the_chance_of_acceptance() -> None:
-    """Drafted tokens behind right ones are accepted as often as the drafter says, and as often as the profile says."""
+    """Drafted tokens after right ones are accepted as often as the drafter predicts, and as the profile states."""
     profile = Profile.load(NAME)
     env = gym.make("SpecK-v0", trace=NAME, max_new_tokens=2000).unwrapped
     said: list[float] = []
@@ -65,7 +65,7 @@ def test_what_is_reported_is_the_chance_of_acceptance() -> None:
 
 @pytest.mark.parametrize("own", [{}, {"decision": "token"}, {"adjustment_interval": 64}])
 def test_it_is_an_environment(own: dict[str, Any]) -> None:
-    """Deterministic by seed, thousands of steps without a model; the kind of text is what the prompt's name says."""
+    """Deterministic by seed, thousands of steps without a model; the prompt's name gives the kind of text."""
     rewards = []
     for _ in range(2):
         env = gym.make("SpecK-v0", trace=NAME, max_new_tokens=128, render_mode="ansi", **own).unwrapped

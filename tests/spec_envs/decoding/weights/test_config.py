@@ -130,7 +130,7 @@ def reference_text(reference: PreTrainedModel, prompt: list[int], eos: list[int]
 
 
 def same_text(ours: list[int], theirs: list[int], reference: PreTrainedModel, prompt: list[int]) -> bool:
-    """Whether the texts are the same up to a choice between two logits that are."""
+    """Return whether the texts are equal up to a choice between two equal logits."""
     for at, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b:
             row = reference(torch.tensor([prompt + theirs[:at]])).logits[0, -1]

@@ -53,7 +53,7 @@ def test_blocks_in_fp8_are_multiplied_out(in_fp8: dict[str, Path], tmp_path: Pat
 
 @pytest.mark.parametrize("columns", [192, 320])
 def test_blocks_in_fp8_that_are_not_whole_are_refused(in_fp8: dict[str, Path], tmp_path: Path, columns: int) -> None:
-    """Where the last block is cut, transformers would multiply other blocks."""
+    """If the last block is cut, transformers would multiply other blocks."""
     folder = Path(shutil.copytree(in_fp8["stored"], tmp_path / "cut"))
     name = "model.layers.0.mlp.up_proj.weight"
 

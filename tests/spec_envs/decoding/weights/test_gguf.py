@@ -55,7 +55,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def ours(path: Path, ids: Sequence[int] = IDS, count: int = 24) -> list[int]:
-    """What is written here, greedily."""
+    """Return the text that this package writes greedily."""
     decoder = load_decoder(str(path), None, "cpu", "float32")
     decoder.start(ids, count, np.random.default_rng(0))
     while not decoder.finished:
@@ -251,7 +251,7 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def outcome(data: bytes, folder: Path) -> list[int] | None:
-    """What a file writes; None where it is refused in one sentence, without anything left in the cache."""
+    """Return the text of a file; None if it is refused in one sentence, with nothing left in the cache."""
     path = folder / "model.gguf"
     path.write_bytes(data)
     try:
@@ -318,7 +318,7 @@ def test_values_of_any_kind(fields: dict[str, Any], tmp_path_factory: pytest.Tem
     spelled=st.sets(st.sampled_from([0, 5, 77, TURN])),
 )
 def test_ends_of_texts(named: dict[str, int], spelled: set[int], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The text of transformers that is told all of them."""
+    """The text is that of transformers with all end tokens given."""
     ends = iter(["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"])
     tokens = [next(ends) if i in spelled else token for i, token in enumerate(TOKENS)]
     kinds = [3 if i in spelled or i >= END else 1 for i in range(len(TOKENS))]

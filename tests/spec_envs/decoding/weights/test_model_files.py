@@ -56,7 +56,7 @@ def test_the_text_of_transformers(name: str, folder: Path) -> None:
 
 
 def test_weights_that_are_tied_or_not(folder: Path) -> None:
-    """Either stands for both; two that differ are not tied, whatever the config says; one is never made up."""
+    """Either stands for both; two that differ are not tied, whatever the config states; one is never made up."""
     text = ours(folder)
     restore(folder, lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))
     assert ours(copy(folder, "head alone")) == text == theirs(folder)
@@ -198,7 +198,7 @@ def test_json_that_is_damaged(content: bytes, name: str, folder: Path) -> None:
 
 
 def test_ends_of_texts(folder: Path) -> None:
-    """Of the config, of the generation config, and of the tokenizer: all of them."""
+    """Texts end at all end tokens of the config, the generation config and the tokenizer."""
     text = ours(folder)
     stop = text[6]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop, 99]}))
@@ -245,7 +245,7 @@ def test_cut_files(name: str, share: float, tiny_target: Path, tmp_path_factory:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(share * len(content))])
     try:
-        assert ours(folder) == ours(tiny_target)  # cut behind its last bracket
+        assert ours(folder) == ours(tiny_target)  # cut after its last bracket
     except ValueError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
 

@@ -23,13 +23,13 @@ from tests.support.models.tiny import CPU
 
 @pytest.fixture(scope="module")
 def options(tiny_target: Path) -> list[str]:
-    """Of a cloud with the tiny target."""
+    """Options of a cloud with the tiny target."""
     return ["--target", str(tiny_target), "--dtype", "float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def cloud(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
-    """One for all tests that do not end it, which forgets soon."""
+    """One cloud for all tests that do not end it; it soon forgets sessions."""
     with CloudProcess(tmp_path_factory.mktemp("cloud"), *options, "--idle", "2", "--max-message", "4096") as process:
         yield process
 
@@ -39,7 +39,7 @@ def edges(tiny_target: Path, tiny_draft: Path) -> Edges:
     """Makes edges from an address and the arguments of ``Edge``."""
 
     def make(url: str, kind: str = "topk", **others: Any) -> Edge:
-        """One whose drafts are kept and refused by turns: the target drafts for itself, but of few tokens."""
+        """Return an edge whose drafts are partly rejected: the target drafts for itself, but sends few entries."""
         return Edge(url, str(tiny_target), str(tiny_draft if kind == "ids" else tiny_target), kind, **others)
 
     return make
@@ -52,7 +52,7 @@ def hello(tiny_target: Path) -> Hello:
 
 @pytest.fixture(scope="module")
 def texts(cloud: CloudProcess, edges: Edges) -> dict[str, list[int]]:
-    """Of 40 tokens, by kind, that nobody disturbed."""
+    """Undisturbed texts of 40 tokens, by kind."""
     return {kind: edges(cloud.url, kind).text(40) for kind in KINDS}
 
 

@@ -64,7 +64,7 @@ class Ledger:
 
 
 def answered(engine: Any, asked: Sequence[tuple[int, int, str]], batching: bool = True) -> list[Any]:
-    """What comes of jobs (slot, rows, owner) that all wait at the same time; refusals as their codes."""
+    """Return the answers to jobs (slot, rows, owner) that all wait at the same time; refusals as their codes."""
 
     async def ask() -> list[Any]:
         batcher = Batcher(engine, Metrics(), batching)
@@ -131,7 +131,7 @@ def test_without_batching_every_request_has_its_own_forward() -> None:
 
 @pytest.mark.parametrize("rows", [5, 640])
 def test_nobody_pays_for_the_request_of_another(rows: int, caplog: pytest.LogCaptureFixture) -> None:
-    """One at which the engine fails is refused alone, and the log has a line about it, not about each."""
+    """Only the request at which the engine fails is refused, and the log has a line about it alone."""
     engine = Ledger(chunk=640, poison=[1, 3])
     found = answered(engine, [(slot, rows, "all") for slot in range(5)])
     assert [each if isinstance(each, str) else each.answer.token for each in found] == [0, "internal", 2, "internal", 4]

@@ -63,7 +63,7 @@ def vocabulary(tiny_target: Path) -> bytes:
 
 
 class Client:
-    """A connection that says what it is told to, greedily.
+    """A connection that sends given messages, greedily.
 
     Args:
         seed: of the session's key.
@@ -81,7 +81,7 @@ class Client:
         return self.say(self.hello)
 
     def say(self, message: Any) -> Any:
-        """The answer to a message."""
+        """Return the answer to a message."""
         self.connection.send(encode(message))
         return decode(self.connection.recv(timeout=60))
 
@@ -152,7 +152,7 @@ def raw(cloud: CloudProcess) -> socket.socket:
 
 
 def closed(connection: socket.socket) -> bool:
-    """Whether it is, within half a minute; what comes before is thrown away."""
+    """Return whether it is closed within half a minute; messages before that are discarded."""
     try:
         while connection.recv(2**16):
             pass
@@ -207,7 +207,7 @@ def test_a_prompt_that_nobody_waits_for_is_not_read(options: list[str], vocabula
 
 
 def test_who_does_not_greet_shuts_nobody_out(cloud: CloudProcess, vocabulary: bytes) -> None:
-    """Connections that say nothing, half a request, or half a message, more than the cloud takes."""
+    """More connections than the cloud takes send nothing, half a request, or half a message."""
     before = turned_away(cloud, "greeting")
     begin = time.monotonic()
     silent = [socket.create_connection(("127.0.0.1", cloud.port), timeout=30) for _ in range(100)]
@@ -294,7 +294,7 @@ def test_compression_is_off(cloud: CloudProcess) -> None:
 
 
 def test_out_of_file_descriptors(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
-    """A line says so, others are left out, and the cloud serves again afterwards."""
+    """One line reports it, others are left out, and the cloud serves again afterwards."""
     with CloudProcess(tmp_path, *options, "--sessions", "200") as cloud:
         assert cloud.process.pid is not None
         open_now = len(list(Path(f"/proc/{cloud.process.pid}/fd").iterdir()))
@@ -336,7 +336,7 @@ def test_an_address_has_a_share_of_the_sessions(options: list[str], vocabulary: 
 def test_a_greeting_that_is_refused_throws_nobody_out(
     options: list[str], vocabulary: bytes, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Neither another edge that is away, nor the one whose session it names, be it away or there."""
+    """Other edges that are away, and the edge whose session it names, keep their sessions."""
     with CloudProcess(tmp_path, *options, "--sessions", "1") as cloud:
         away = Client(cloud, vocabulary, 1)
         away.greet()

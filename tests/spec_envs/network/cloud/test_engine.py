@@ -26,7 +26,7 @@ from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, in_process, replace
 def test_an_engine_that_fails_is_asked_again(
     engine: Engine, edges: Edges, texts: dict[str, list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether it fails before or after it has answered others."""
+    """The engine may fail before or after it has answered others."""
     run, calls = engine.run, 0
 
     def failing(jobs: Any) -> Any:
@@ -56,7 +56,7 @@ def test_an_engine_that_fails_is_asked_again(
 def test_an_edge_that_gives_a_connection_up_leaves_nothing_behind(
     engine: Engine, edges: Edges, texts: dict[str, list[int]]
 ) -> None:
-    """No thread, and no session once it has said goodbye."""
+    """No thread is left, and no session once the edge has said goodbye."""
     with in_process(Cloud(engine, Limits(4))) as url:
         before = threading.active_count()
         edge = edges(url)

@@ -72,7 +72,7 @@ def damaged(at: int, damage: Callable[[bytes], Any]) -> Fault:
 
 
 def stalled(at: int) -> Fault:
-    """A message never comes, and nothing behind it."""
+    """A message never arrives, nor does anything after it."""
 
     async def fault(number: int, source: str, frame: Any) -> list[Any] | None:
         if number == at:

@@ -1,4 +1,4 @@
-"""What is no message of the protocol is refused, and neither the engine nor the cloud comes down."""
+"""Data that is no message of the protocol is refused, and engine and cloud keep running."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_bytes_that_are_no_websocket_and_edges_that_do_not_read(
         with socket.create_connection(address) as raw:
             raw.sendall(data)
     with connect(cloud.url, compression=None, proxy=None) as half:
-        half.socket.sendall(b"\x82\xfe\x00")  # a frame that does not go on
+        half.socket.sendall(b"\x82\xfe\x00")  # a frame that does not continue
         half.socket.shutdown(socket.SHUT_WR)
     raw = socket.create_connection(address)
     raw.settimeout(1.0)
@@ -123,7 +123,7 @@ MODE = st.one_of(st.sampled_from(MODES), st.text(max_size=4))
 
 
 def messages(hello: Hello) -> st.SearchStrategy[Any]:
-    """Well-formed ones that say anything, many of them nearly sense."""
+    """Return well-formed messages with arbitrary content, much of it nearly valid."""
     return st.one_of(
         st.builds(
             Hello,
@@ -143,7 +143,7 @@ def messages(hello: Hello) -> st.SearchStrategy[Any]:
 
 
 def drafts(n: int) -> st.SearchStrategy[Verify]:
-    """Requests to judge ``n`` tokens that only lie about their distributions."""
+    """Return requests to verify ``n`` tokens whose only error is in their distributions."""
     return st.builds(
         Verify,
         COUNTS,

@@ -57,7 +57,7 @@ def alone(model: Transformer, text: Tensor) -> tuple[Tensor, KVCache]:
 
 
 def together(model: Transformer, batch: SlotBatch, rows: list[Tensor]) -> Tensor:
-    """Hidden states ``[batch, n, hidden]`` of rows ``[<= n]`` behind the slots, with junk on the right."""
+    """Return hidden states ``[batch, n, hidden]`` of rows ``[<= n]`` after the slots, padded with junk on the right."""
     n = max(map(len, rows))
     junk = torch.full((n,), model.config.vocab_size - 1)
     ids = torch.stack([torch.cat([row, junk[len(row) :]]) for row in rows])

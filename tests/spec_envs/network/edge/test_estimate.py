@@ -1,4 +1,4 @@
-"""What an edge learns of its link from its own exchanges."""
+"""An edge estimates its link from its own exchanges."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_long_messages_tell_rates_and_round_trip(state: LinkState, jitter_ms: fl
 
 @pytest.mark.parametrize("state", STATES[-2:], ids=str)
 def test_short_messages_over_a_fast_link_tell_nothing(state: LinkState, rng: np.random.Generator) -> None:
-    """Round trips that differ by half a millisecond either way hardly move a rate that long messages told."""
+    """Round trips that differ by half a millisecond either way hardly move a rate estimated from long messages."""
     estimate, link = learned(state)
     for _ in range(300):
         exchanged(estimate, link, SHORT, ANSWER, rng.uniform(-5e-4, 5e-4))

@@ -31,7 +31,7 @@ Texts = dict[tuple[int, ...], Any]
 
 class EnumeratedChannel:
     """A cloud whose every draw is a fork: messages as they are sent, requests as the engine reads them, and its rules, on
-    logits that are known behind every text. Texts begin with one token that is not counted."""
+    logits that are known after every text. Texts begin with one token that is not counted."""
 
     rtt = 0.0
 
@@ -63,12 +63,12 @@ def proposal_of(q: np.ndarray) -> Proposal:
 
 
 def cut_to(k: int | None) -> Callable[[Proposal], Proposal]:
-    """What a mode draws from."""
+    """Return the function that cuts a distribution to what a mode draws from."""
     return (lambda whole: whole) if k is None else (lambda whole: whole.truncated(k))
 
 
 def as_drawn(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
-    """What an edge tells, and what it draws residuals with: the same that it drew the draft from."""
+    """Return the distribution that an edge sends and draws residuals with: the one that it drew the draft from."""
     return drawn_from
 
 
@@ -82,13 +82,13 @@ def emitted(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> dict[tuple, float]:
-    """What a cycle over the network emits, over all drafts and all draws of both ends."""
+    """Return the distribution of a cycle's tokens over the network, over all drafts and all draws of both ends."""
     oracle = Oracle()
     found: dict[tuple, float] = {}
     rng: Any = SimpleNamespace(integers=lambda high: 0, random=lambda: 0.5)
 
     def draw(weights: np.ndarray, u: Any) -> int:
-        if weights.sum() == 0:  # behind a branch that has probability 0
+        if weights.sum() == 0:  # after a branch that has probability 0
             return 0
         return oracle.fork(list(weights / weights.sum()))
 
@@ -171,7 +171,7 @@ def test_greedy_drafts_emit_the_argmax(length: int) -> None:
     p, q = random_texts(length, 0)
     logits, _ = targets(p, torch.float64)
     exact = {text: np.eye(VOCAB)[row.argmax()] for text, row in logits.items()}
-    for mode in ("topk", "ids"):  # greedy decoding tells the ids alone, whatever the mode
+    for mode in ("topk", "ids"):  # greedy decoding sends only the ids, whatever the mode
         found = emitted(mode, logits, q, length, cut_to(None), temperature=0.0)
         assert chained_exactly(found, length, exact) < 1e-12
 
@@ -221,7 +221,7 @@ def rounded_late(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
         ("scalar", None, residual_of_cut, 1e-2),  # drawn from the whole one
         ("scalar", None, refused_token_zeroed, 1e-2),
         ("full", None, rounded_late, 1e-6),  # drawn before it was rounded to float16
-        ("topk", 3, whole_told, 1e-2),  # told whole, drawn from the cut one
+        ("topk", 3, whole_told, 1e-2),  # sent whole, drawn from the cut one
     ],
 )
 def test_the_enumeration_catches_mismatched_distributions(

@@ -58,7 +58,7 @@ def edge(url: str, mode: str = "topk", temperature: float = 1.0, patience: float
 
 
 def verified(verifier: RemoteVerifier, draft: list[int]) -> list[int]:
-    """What is emitted of a draft after a prompt."""
+    """Return the tokens emitted of a draft after a prompt."""
     try:
         first = verifier.start([1, 2, 3], 20, np.random.default_rng(0))
         chain = np.array(draft)
@@ -70,7 +70,7 @@ def verified(verifier: RemoteVerifier, draft: list[int]) -> list[int]:
 
 
 def honest(request: Any) -> list[Any]:
-    """What an honest cloud says, which accepts every draft."""
+    """Return the answer of an honest cloud, which accepts every draft."""
     if isinstance(request, Hello):
         return [WELCOME]
     if isinstance(request, Plain):
@@ -311,7 +311,7 @@ FRAMES = st.one_of(
 
 @pytest.fixture(scope="module")
 def told() -> Iterator[tuple[str, list[list[Any]]]]:
-    """A cloud that says what it is told to: on a greeting, and on a draft."""
+    """A cloud with scripted answers to a greeting and to a draft."""
     saying: list[list[Any]] = [[], []]
 
     def answers(request: Any) -> list[Any] | None:

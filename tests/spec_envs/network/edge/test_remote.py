@@ -76,7 +76,7 @@ def cloud(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def played(verifier: RemoteVerifier, seed: int) -> tuple[list[int], list[tuple[int, int]], int]:
-    """The text, bytes both ways and drafted tokens that were accepted of a session with random drafts."""
+    """Return the text, bytes both ways and accepted drafted tokens of a session with random drafts."""
     sampling, drafts = np.random.default_rng(seed).spawn(2)
     verifier.start([3, 5, 7, 2], 100, sampling)
     sizes, accepted = [], 0
@@ -166,9 +166,9 @@ def real_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.model
 @pytest.mark.parametrize("mode", ["topk", "scalar"])
 def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: str, real_cloud: str) -> None:
-    """χ² of the first token that a cycle emits behind a few words, with enough draws to see a bias of 0.03.
+    """χ² of the first token that a cycle emits after a few words, with enough draws to see a bias of 0.03.
 
-    Every draw is a session with a seed of its own whose only request is judged with the prompt: one token drafted from
+    Every draw is a session with a seed of its own whose only request comes with the prompt: one token drafted from
     the target itself, hotter. Eight edges ask at once, so that they share forwards. An edge that replaces the likeliest
     tokens by others a little too often is shown to be caught with the same number of draws.
     """

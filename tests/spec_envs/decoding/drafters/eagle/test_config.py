@@ -26,7 +26,7 @@ from tests.support.models.heads import (
 
 
 def read_layers(target: Path, folder: Path, **changes: Any) -> tuple[int, ...]:
-    """Of a head whose config.json names layers, the boundaries that are read."""
+    """Return the boundaries that are read of a head whose config.json names layers."""
     save_head(folder, Recipe(named=False), **changes)
     return drafted(target, folder).local.capture
 

@@ -31,7 +31,7 @@ PROMPT = [3, 7, 5, 9, 4, 11, 2]
 
 
 def layer_config(kind: type = LlamaConfig, **changes: Any) -> Any:
-    """Of a tiny head's layers."""
+    """Return the config of a tiny head's layers."""
     numbers: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 40,
@@ -97,7 +97,7 @@ def states(target: Path, text: list[int], boundaries: list[int]) -> Tensor:
 def library_log_probs(
     model: Eagle3DraftModel, target: Path, text: list[int], chain: list[int], at: list[int]
 ) -> Tensor:
-    """What the library predicts behind a text and behind each token of a chain, ``[levels, draft vocabulary]``."""
+    """Return the library's predictions after a text and after each token of a chain, ``[levels, draft vocabulary]``."""
     seen: list[Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out))
     features = states(target, [*text, *chain], at)[:, :-1]
@@ -127,7 +127,7 @@ def assert_same_drafts(head: Path, model: Eagle3DraftModel, target: Path, at: li
 
     wide = load_decoder(str(target), str(head), "cpu", "float32", width=drafted)
     wide.start(PROMPT, 40, np.random.default_rng(0))
-    wide.begin()  # everything that can be drafted behind the text
+    wide.begin()  # everything that can be drafted after the text
     found = dict(zip(wide.tree.tokens.tolist(), wide.tree.scores, strict=True))
     np.testing.assert_allclose([found[i] for i in ids.tolist()], expected[0], atol=1e-5)
 
