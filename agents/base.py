@@ -1,4 +1,5 @@
-"""The base class of the zoo's agents: Stable-Baselines3's ``predict``, one shape of ``learn``, and the agent's description."""
+"""The base class of the zoo's agents: Stable-Baselines3's ``predict``, one shape of ``learn``, and the agent's
+description."""
 
 from __future__ import annotations
 
@@ -31,12 +32,13 @@ class Agent(ABC):
 
     Attributes:
         control: the problem that the agent was made for.
-        decision_seconds: seconds of a decision, charged while it decodes; measured when the agent is made, then kept with
-            its weights.
-        looks_at: names of the observation's entries that it reads; None reads all. While it decodes, others are not made.
+        decision_seconds: seconds of a decision, charged while it decodes; measured when the agent is made, then kept
+            with its weights.
+        looks_at: names of the observation's entries that it reads; None reads all. While it decodes, others are not
+            made.
         remembers: names of the attributes that hold what it remembers of the decisions before.
-        learns_from: what ``learn`` needs: ``"nothing"``, ``"rewards"`` of the environment, the ``"cycles"`` that are decoded in it,
-            or the ``"trace"`` that it replays.
+        learns_from: what ``learn`` needs: ``"nothing"``, ``"rewards"`` of the environment, the ``"cycles"`` that are
+            decoded in it, or the ``"trace"`` that it replays.
         needs_costs: the agent weighs tokens against the seconds in ``control.costs``.
         charges_training: the seconds of its decisions are charged while it learns.
         validated_by: what a validation measures while the agent learns: its ``"speedup"`` over plain decoding, the
@@ -61,8 +63,8 @@ class Agent(ABC):
 
     @classmethod
     def constructors(cls) -> list[Callable[..., Any]]:
-        """Return the functions whose keyword arguments are the agent's hyper-parameters: its constructor, and those that
-        this one passes further arguments to."""
+        """Return the functions whose keyword arguments are the agent's hyper-parameters: its constructor, and those
+        that this one passes further arguments to."""
         found = []
         for kind in cls.__mro__:
             if "__init__" in vars(kind):
@@ -147,7 +149,8 @@ class Agent(ABC):
     def _many(
         self, seen: np.ndarray, state: Sequence[Place] | None, episode_start: Any, deterministic: bool
     ) -> tuple[np.ndarray, list[Place]]:
-        """Decide for one environment after the other, each with its own memory, and return the result of ``predict``."""
+        """Decide for one environment after the other, each with its own memory, and return the result of
+        ``predict``."""
         starts = np.zeros(len(seen), bool) if episode_start is None else np.asarray(episode_start, bool)
         if starts.shape != (len(seen),):
             raise ValueError(

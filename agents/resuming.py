@@ -1,4 +1,4 @@
-"""Learning that continues where it was killed, text by text: what is drawn for a text depends on its number alone."""
+"""Learning that continues where it was killed, text by text: the draws for a text depend on its number alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Progress:
 
     Args:
         run: where it is kept; checkpoints are written at the end of a text.
-        rng: what the learner draws from; it continues where it was.
+        rng: the learner's generator; it continues where it was.
 
     Attributes:
         steps, texts: decisions made and texts ended so far.
-        state: what the learner saved; None where there is no checkpoint to continue from.
+        state: the learner's saved state; None where there is no checkpoint to continue from.
         journal: ``log.jsonl`` and TensorBoard.
 
     Raises:

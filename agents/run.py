@@ -15,12 +15,12 @@ class Run:
     """A training run, as ``learn`` sees it. Without a folder nothing is written.
 
     Attributes:
-        folder: gets checkpoints (``last/``), the best agent (``best/``), ``log.jsonl`` and TensorBoard events; training continues
-            from the checkpoint that lies there.
+        folder: gets checkpoints (``last/``), the best agent (``best/``), ``log.jsonl`` and TensorBoard events; training
+            continues from the checkpoint that lies there.
         checkpoint_freq: environment steps between checkpoints.
         eval_freq: environment steps between validations; 0 makes none.
-        validate: returns figures of the agent as it is, by name. Of several agents the one with the highest ``"speedup"`` is
-            kept, where there is that figure.
+        validate: returns figures of the agent as it is, by name. Of several agents the one with the highest
+            ``"speedup"`` is kept, where there is that figure.
         progress_bar: shows a progress bar.
     """
 

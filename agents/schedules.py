@@ -10,7 +10,7 @@ SCHEDULES = ("constant", "linear", "adawm")
 def schedule(
     name: str, peak: float, total_timesteps: int, warmup_timesteps: int | None = None
 ) -> Callable[[float], float]:
-    """A learning-rate schedule.
+    """Return a learning-rate schedule.
 
     ``adawm`` (arXiv 2603.01639): with T total and w warm-up steps (1 % of T by default), peak · t / w while t < w,
     then peak · (1 − (t − w) / (T − w)), never below 0.

@@ -15,8 +15,8 @@ AROUND, LAYER, IN_TORCH, WEIGHT = 10e-6, 2e-6, 150e-6, 1e-10
 
 
 def cold_seconds(decide: Callable[[], object]) -> float:
-    """Return the median seconds of a decision such as it is between forwards of a model, which leave little of it in the caches: two to
-    three times those of one that is repeated in a loop."""
+    """Return the median seconds of a decision such as it is between forwards of a model, which leave little of it in
+    the caches: two to three times those of one that is repeated in a loop."""
     weights, timings = np.zeros(CACHE // 8), []
     for _ in range(REPEATS):
         weights += 1
@@ -27,8 +27,8 @@ def cold_seconds(decide: Callable[[], object]) -> float:
 
 
 def priced(weights: int, layers: int = 0, in_torch: int = 0) -> float:
-    """Return the seconds of a decision that reads so many weights, in layers computed in NumPy or in torch. Under a cost
-    table forwards are priced, and so are decisions: a measured time would make two runs of one seed differ."""
+    """Return the seconds of a decision that reads so many weights, in layers computed in NumPy or in torch. Under a
+    cost table forwards are priced, and so are decisions: a measured time would make two runs of one seed differ."""
     return AROUND + LAYER * layers + IN_TORCH * in_torch + WEIGHT * weights
 
 

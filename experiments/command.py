@@ -1,4 +1,4 @@
-"""Every command ends with its result, or with one sentence; what the package logs meanwhile is printed."""
+"""Commands end with their result, or with one sentence; the package's log is printed meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Lines(logging.Handler):
-    """Prints messages as they are to what stderr is at that moment."""
+    """Prints messages unchanged to the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)

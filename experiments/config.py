@@ -36,7 +36,7 @@ class Stage(BaseModel):
 
 
 class Experiment(BaseModel):
-    """A stanza: an agent, what it is trained on, and how.
+    """A stanza: an agent, its environment, and its training.
 
     Attributes:
         agent: a name of ``agents.AGENTS``; by default the stanza's own.
@@ -51,8 +51,8 @@ class Experiment(BaseModel):
         checkpoint_freq: steps between checkpoints, each at the end of a rollout.
         own_text: user turns that the target writes when the run begins, and that are streamed in the place of
             ``env.prompts`` (``SpecDVI-v0``); 0 takes the prompts.
-        record: how many texts of train, validation and test are recorded when the run begins, into ``traces/`` of the root,
-            to train on, unless ``env.trace`` names one that is there; the final table is live.
+        record: how many texts of train, validation and test are recorded when the run begins, into ``traces/`` of the
+            root, to train on, unless ``env.trace`` names one that is there; the final table is live.
         calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
             always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
         partner: run folder of a trained policy for the decisions this environment holds fixed.
@@ -291,7 +291,8 @@ def composed(text: str) -> yaml.Node | None:
 
 
 def line_of(text: str, *keys: tuple[str, ...]) -> int:
-    """Return the line of whichever of several nested keys a YAML text holds; otherwise that of the deepest parent it holds."""
+    """Return the line of whichever of several nested keys a YAML text holds; otherwise that of the deepest parent it
+    holds."""
     best = (False, 0, 1)
     for path in keys:
         node, line, depth = composed(text), 1, 0

@@ -1,7 +1,7 @@
 """Improve an early exit and report its speed: a stanza of experiments/SpecDVI-v0.yml by flags.
 
-    python -m spec_envs.experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8 --beta_kl 0.1
-        --baseline_momentum 0.9
+    python -m spec_envs.experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8
+        --beta_kl 0.1 --baseline_momentum 0.9
 
 trains where the run was not trained yet, evaluates on held-out prompts and writes RESULTS/<stanza>-<seed>.json. A flag
 that is left out is as in the stanza; the key that it stands for is given with it below.
@@ -41,7 +41,7 @@ REINFORCE = ("slow_every", "beta_kl", "baseline_momentum")  # which dvi does not
 
 
 class Flag(NamedTuple):
-    """A flag's type, the key of the YAML that it sets, and what it is."""
+    """A flag's type, the key of the YAML that it sets, and its description."""
 
     kind: Callable[[str], Any]
     key: str

@@ -39,7 +39,7 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
     """Return the table of one run: plain, random, best static setting, trained policy, transformers.
 
     Args:
-        overrides: environment keywords other than the run's; the static setting is then chosen anew.
+        overrides: environment keywords other than the run's; the static setting is then chosen again.
         test_prompts: how many; the run's own number by default.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checks of what stands under ``hyperparameters:`` of a stanza, by what an agent's constructor declares."""
+"""Checks of the ``hyperparameters:`` of a stanza against the declarations of an agent's constructor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parameters(agent: str) -> dict[str, Declared]:
 
 
 def known_hyperparameters(agent: str) -> set[str]:
-    """Return what may stand under ``hyperparameters:`` for an agent."""
+    """Return the names that ``hyperparameters:`` of an agent may hold."""
     return set(parameters(agent)) - NOT_SETTINGS
 
 

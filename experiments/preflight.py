@@ -16,8 +16,8 @@ SHOWN = ("cost_features", "split", "render_mode", "policy_seconds")  # which an 
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Refuse a run whose validation or final table could not be made: no prompts in a split, a text too short, a model, a
-    cost table or a trace that is not there.
+    """Refuse a run whose validation or final table could not be made: no prompts in a split, a text too short, a model,
+    a cost table or a trace that is not there.
 
     Raises:
         ValueError: the message names what the evaluation lacks.

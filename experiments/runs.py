@@ -1,4 +1,4 @@
-"""Run folders: what a run is made of, and the folder that holds it."""
+"""Run folders: the parts of a run, and the folder that holds it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> Run
 
 
 def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
-    """Return where a run lies."""
+    """Return the folder of a run."""
     return root / env_id / f"{stanza}-{seed}"
 
 

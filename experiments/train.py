@@ -121,8 +121,8 @@ def seconds_of_decision(folder: Path, config: RunConfig, agent: Agent) -> float:
 
 
 def settle_pace(folder: Path, config: RunConfig, env: SpecEnv) -> None:
-    """Keep the pace that rewards are measured by in the folder, so that a resumed run is paid by the same yardstick: over a
-    link that of the best static choice, on a measured clock this machine's."""
+    """Keep the pace that rewards are measured by in the folder, so that a resumed run is paid by the same yardstick:
+    over a link that of the best static choice, on a measured clock this machine's."""
     if env.control.link:
         if env.given_pace is not None:
             return

@@ -2,7 +2,8 @@
 
 Every trial decodes the same training prompts under other hyper-parameters; a cost table of this machine, measured when
 the study begins, prices the forwards, so that a busy moment chooses nothing. Killed at any moment, the same command
-continues to the same total and the same settings. Writes runs/tune/<EnvId>/<stanza>/: study.log, clock.json, best.yml and history.png.
+continues to the same total and the same settings. Writes runs/tune/<EnvId>/<stanza>/: study.log, clock.json, best.yml
+and history.png.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
 
 
 def search(study: optuna.Study, speed: Callable[[optuna.Trial], float], trials: int) -> None:
-    """Run what is missing of ``trials``. Each has a generator of its own, so that the search is the same however often it
-    is interrupted."""
+    """Run what is missing of ``trials``. Each has a generator of its own, so that the search is the same however often
+    it is interrupted."""
     done = len(finished(study))
     for number in trange(done, trials, initial=min(done, trials), total=trials, desc="tuning", unit="trial"):
         study.sampler = optuna.samplers.TPESampler(seed=number)
@@ -113,7 +114,8 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def priced(folder: Path, env: dict[str, Any], control: Control) -> Path:
-    """Return the cost table of a folder: that of the environment, or this machine's, measured if it is not there yet."""
+    """Return the cost table of a folder: that of the environment, or this machine's, measured if it is not there
+    yet."""
     table = folder / "clock.json"
     recording = recordings.load(env["trace"]) if env.get("trace") is not None else None
     clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
@@ -126,7 +128,8 @@ def priced(folder: Path, env: dict[str, Any], control: Control) -> Path:
 
 
 class Unlocked(JournalFileOpenLock):
-    """No lock: who writes the journal holds the whole folder, and Optuna's own lock outlives a process that is killed."""
+    """No lock: who writes the journal holds the whole folder, and Optuna's own lock outlives a process that is
+    killed."""
 
     def acquire(self) -> bool:
         return True
@@ -138,8 +141,8 @@ class Unlocked(JournalFileOpenLock):
 def opened(folder: Path) -> optuna.Study:
     """Return the study of a folder that this process holds, new or as far as it has come.
 
-    What a killed process leaves is cleared: Optuna's lock of the journal, a last line that was cut short, and a trial that
-    was running, which counts as failed.
+    What a killed process leaves is cleared: Optuna's lock of the journal, a last line that was cut short, and a trial
+    that was running, which counts as failed.
 
     Raises:
         ValueError: the journal is damaged.

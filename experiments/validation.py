@@ -25,7 +25,7 @@ VALIDATED_K = 4  # drafted tokens per cycle of an exit's validation
 
 
 class Validation(Protocol):
-    """Figures of an agent as it is, by name; its decoders are opened when it is first asked."""
+    """Figures of the current agent by name; its decoders are opened when it is first asked."""
 
     def __call__(self, agent: Any) -> dict[str, float]: ...
 

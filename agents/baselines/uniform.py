@@ -1,4 +1,4 @@
-"""Uniformly random actions: what no decision is worth."""
+"""Uniformly random actions: the baseline without decisions."""
 
 from __future__ import annotations
 

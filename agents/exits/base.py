@@ -28,7 +28,7 @@ class ExitAgent(Agent):
 
     Attributes:
         exit: the settings of the problem's exit.
-        adapter: the exit, and what was trained of it.
+        adapter: the exit with its trained weights.
         block: log-probabilities of the tokens that were drafted since it was emptied; None does not keep them.
 
     Raises:
@@ -56,8 +56,8 @@ class ExitAgent(Agent):
         return self._adapter
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """Return the token to draft: the most probable one of the shortlist; without ``deterministic``, as while it learns, of all
-        or drawn at ``draft_temperature``."""
+        """Return the token to draft: the most probable one of the shortlist; without ``deterministic``, as while it
+        learns, of all or drawn at ``draft_temperature``."""
         if deterministic:
             if self._played is None:
                 self._played = Projection(self.adapter)

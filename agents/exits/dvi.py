@@ -17,14 +17,14 @@ from spec_envs.controls.base import Control
 class DVIAgent(OnlineAgent):
     """Improves an exit while it decodes (Bhansali and Heck 2025, DVI, arXiv 2510.05421).
 
-    Every emitted token is a lesson, for the verifier's distribution is known at each: the exact gradient of the chance
-    that it takes the next draft stands in the place of the published policy gradient's samples. With s updates made, the
-    loss is (1 − t) · KL + t · (−acceptance + kl_floor · KL) + ce_weight · CE, where t goes from 0 at ``kl_steps`` to 1 in
-    ``anneal_steps`` more; KL is that of the verifier to the exit, and CE is on drafts that were taken.
+    Every emitted token is a lesson, because the verifier's distribution is known at each: the exact gradient of the
+    chance that it accepts the next draft replaces the samples of the published policy gradient. With s updates made,
+    the loss is (1 − t) · KL + t · (−acceptance + kl_floor · KL) + ce_weight · CE, where t goes from 0 at ``kl_steps``
+    to 1 in ``anneal_steps`` more; KL is that of the verifier to the exit, and CE is on accepted drafts.
 
     Args:
         kl_steps, anneal_steps: updates of distillation alone, and of the change.
-        kl_floor, ce_weight: what stays of distillation, and the weight of cross-entropy.
+        kl_floor, ce_weight: final weight of distillation, and weight of cross-entropy.
         learning_rate: of AdamW.
         online: arguments of ``OnlineAgent``.
     """

@@ -139,8 +139,8 @@ class OnlineAgent(ExitAgent):
             self._update()
 
     def learn(self, total_timesteps: int, env: gym.Env, run: Run | None = None) -> Self:
-        """Decode and learn, text by text, until ``total_timesteps`` drafted tokens or ``texts``, continuing from the run's
-        checkpoint. Checkpoints and validations are made at the end of a text.
+        """Decode and learn, text by text, until ``total_timesteps`` drafted tokens or ``texts``, continuing from the
+        run's checkpoint. Checkpoints and validations are made at the end of a text.
 
         Raises:
             ValueError: an environment that does not decode, or a checkpoint that cannot be read.
@@ -179,7 +179,7 @@ class OnlineAgent(ExitAgent):
         return self
 
     def _validate(self, run: Run) -> None:
-        """Write down what a validation of the exit as it is finds."""
+        """Write down the figures of a validation of the current exit."""
         if run.validate is not None:
             read = {"step": self.updates, "texts": self.texts_read, "tokens": self.tokens}
             self.journal.write("validation", read | run.validate(self))
@@ -236,7 +236,8 @@ class OnlineAgent(ExitAgent):
         self.since = dict.fromkeys(since, 0.0)
 
     def perplexity(self) -> float | None:
-        """Return the target's perplexity on what was emitted since the last update; None where no next token is known."""
+        """Return the target's perplexity on what was emitted since the last update; None where no next token is
+        known."""
         if self.adapter.lossless:
             return float(np.exp(self.since["nats"] / self.since["emitted"]))
         segment, target = self.pending[-1], self.adapter.target
@@ -247,8 +248,8 @@ class OnlineAgent(ExitAgent):
         return float(torch.nn.functional.cross_entropy(logits, segment.ids[places + 1]).exp())
 
     def descend(self, name: str, segments: Sequence[Segment], loss: Callable[[slice, Tensor], Tensor]) -> float:
-        """Take one step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their logits are
-        then still in the processor's cache when they are read again.
+        """Take one step of an optimiser by the mean of a loss over the rows of segments, some rows at a time: their
+        logits are then still in the processor's cache when they are read again.
 
         Args:
             loss: from a range of the rows and the exit's logits there, ``[n, vocab]``, to the loss of each, ``[n]``.

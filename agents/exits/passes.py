@@ -1,4 +1,4 @@
-"""Passes over whole texts that gradients flow through, for what is trained of an exit."""
+"""Passes over whole texts that gradients flow through, for the trained weights of an exit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ExitPass:
     current weights.
 
     Args:
-        adapter: what is trained.
+        adapter: the adapter that is trained.
     """
 
     def __init__(self, adapter: ExitAdapter):

@@ -25,8 +25,8 @@ class ExitPolicy(ActorCriticPolicy):
     Trained are low-rank weights of that projection (``adapter``), and a value network.
 
     Args:
-        target, exit_device, dtype, exit_layer: as given to the environment (there ``device``; a policy's own is that of its
-            other layers).
+        target, exit_device, dtype, exit_layer: as given to the environment (there ``device``; a policy's own is that of
+            its other layers).
         rank: of the low-rank weights.
         base: arguments of ``ActorCriticPolicy``; of ``net_arch`` the value network's layers (``vf``) count.
 
@@ -82,7 +82,7 @@ class ExitNet(nn.Module):
 
 
 class ExitExtractor(MlpExtractor):
-    """Observations as they are for the action net, normalised and through layers for the value."""
+    """Passes observations unchanged to the action net; normalises them and passes them through layers for the value."""
 
     def __init__(self, adapter: ExitAdapter, layers: list[int], activation: type[nn.Module]):
         self.hidden, self.eps = adapter.target.shape.hidden, adapter.target.shape.norm_eps

@@ -1,4 +1,4 @@
-"""REINFORCE at an early exit: what is drafted is drawn, and what came of it is all that is learned from."""
+"""REINFORCE at an early exit: drafts are drawn, and the agent learns only from their acceptance."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from spec_envs.controls.base import Control
 
 
 class ReinforceAgent(OnlineAgent):
-    """Trains the drafting weights by policy gradient with a moving baseline, and at times the verifying ones by supervision.
+    """Trains the drafting weights by policy gradient with a moving baseline, and at times the verifying ones by
+    supervision.
 
-    Every ``fast_batch`` verified rows: −E[(r − b) · log π(t|h)] on them and on replayed ones, b being the exponential moving
-    average of the reward. The states are computed anew with gradients, so that ``lora_S`` learns with
+    Every ``fast_batch`` verified rows: −E[(r − b) · log π(t|h)] on them and on replayed ones, b being the exponential
+    moving average of the reward. The states are computed again with gradients, so that ``lora_S`` learns with
     ``adapter="layers"``. Every ``slow_every`` such updates, with that adapter: CE(verifier, text) +
     ``beta_kl`` · KL(verifier ‖ frozen verifier) for ``lora_D``.
 
@@ -27,7 +28,7 @@ class ReinforceAgent(OnlineAgent):
         slow_every: fast updates between slow ones.
         beta_kl: weight of the divergence from the frozen verifier.
         baseline_momentum: of the baseline.
-        learning_rate, slow_learning_rate: of AdamW for what drafts and for ``lora_D``.
+        learning_rate, slow_learning_rate: of AdamW for the drafting weights and for ``lora_D``.
         online: arguments of ``OnlineAgent``.
 
     Raises:
@@ -77,7 +78,8 @@ class ReinforceAgent(OnlineAgent):
         return fast, slow
 
     def policy_loss(self, segments: Sequence[Segment]) -> Callable[[slice, Tensor], Tensor]:
-        """Return the policy-gradient loss as a function of rows and logits; rows after which nothing was drawn contribute 0."""
+        """Return the policy-gradient loss as a function of rows and logits; rows after which nothing was drawn
+        contribute 0."""
         drafted, rewards, behaviour = (joined(segments, name) for name in ("drafted", "rewards", "behaviour"))
         drawn = (drafted != UNDRAFTED).float()
 

@@ -24,7 +24,8 @@ class Segment:
         ids: the text up to its last row, ``[m]``.
         places: where in it the rows are, ``[n]``; a row is what a token is drafted from.
         exits: their exit states, ``[n, hidden]``.
-        finals: their hidden states after the last layer, ``[n, hidden]``, from which the head gives the verifier's logits.
+        finals: their hidden states after the last layer, ``[n, hidden]``, from which the head gives the verifier's
+            logits.
         drafted: the token drafted after each, ``[n]``; ``UNDRAFTED`` where the target added one on its own.
         rewards: 1 where the verifier accepted it, else 0, ``[n]``.
         confidences: the probability that the verifier gave it, ``[n]``.

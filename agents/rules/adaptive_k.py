@@ -107,8 +107,8 @@ class AdaptiveSpecController:
         return self.change_k(self.config.k_current + step(rate, target), {"acceptance": round(rate, 4)})
 
     def get_k_for_context(self, snippet: str) -> int:
-        """Return the draft length for a text that looks like this: K + 8 for code, K − 4 for mathematics, 6 for JSON (at least
-        k_min), K otherwise; within [k_min, k_max]. K itself stays as it is."""
+        """Return the draft length for a text that looks like this: K + 8 for code, K − 4 for mathematics, 6 for JSON
+        (at least k_min), K otherwise; within [k_min, k_max]. K itself stays as it is."""
         return self.k_for_kind(context_kind(snippet), self.config.k_current)
 
     def k_for_kind(self, kind: str, base: int) -> int:
@@ -149,11 +149,13 @@ def step(rate: float, target: float) -> int:
 
 
 class AdaptiveKAgent(ChainRule):
-    """The controller as an agent. While a text is of one kind, K is the context rule's K for it and is adjusted from there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the length
-    in use but not the one being learned).
+    """The controller as an agent. While a text is of one kind, K is the context rule's K for it and is adjusted from
+    there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the
+    length in use but not the one being learned).
 
     Args:
-        k_min, …, acceptance_window: as of ``SpecConfig``; k_max is at most the environment's, k_current within the bounds.
+        k_min, …, acceptance_window: as of ``SpecConfig``; k_max is at most the environment's, k_current within the
+            bounds.
         use_context: makes it follow the context rule.
         audit_log, session: as of ``AdaptiveSpecController``.
     """

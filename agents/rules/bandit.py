@@ -6,13 +6,13 @@ import numpy as np
 
 
 class Bandit:
-    """Each arm is worth its mean tokens per unit of its price, plus a bonus where it was tried little lately (Garivier and
-    Moulines 2011, arXiv 0805.3415).
+    """Each arm is worth its mean tokens per unit of its price, plus a bonus where it was tried little lately (Garivier
+    and Moulines 2011, arXiv 0805.3415).
 
     Args:
         prices: price of a cycle by arm.
         exploration: weight of the bonus, in units of the most tokens that an arm can bring.
-        discount: weight of what was seen one decision earlier.
+        discount: weight of an observation one decision earlier.
     """
 
     def __init__(self, prices: np.ndarray, exploration: float, discount: float):
@@ -21,7 +21,7 @@ class Bandit:
         self.chosen = 0
 
     def record(self, tokens: float) -> None:
-        """Note the tokens that the last chosen arm brought."""
+        """Note the tokens that the last chosen arm emitted."""
         self.tries *= self.discount
         self.tokens *= self.discount
         self.tries[self.chosen] += 1

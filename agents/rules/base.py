@@ -49,7 +49,7 @@ class Rule(Agent):
         return 0.0
 
     def learn(self, total_timesteps: int, env: Any, run: Run | None = None) -> Self:
-        """Return the rule as it is: it has nothing to learn."""
+        """Return the rule unchanged, because it has nothing to learn."""
         return self
 
     def save(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ class ChainRule(Rule):
 
 
 class LengthRule(ChainRule):
-    """A rule that moves K after every decision by what the last chain brought."""
+    """A rule that moves K after every decision by the acceptance of the last chain."""
 
     decision = "cycle"
     remembers: ClassVar[tuple[str, ...]] = ("k",)

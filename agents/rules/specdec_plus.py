@@ -21,12 +21,13 @@ from spec_envs.sealed import first_line, read_weights, write_weights
 
 
 class SpecDecPlusAgent(StopRule):
-    """Stops where the chance that the chain holds a rejection, 1 − Πa, is above a threshold, a being the acceptance that a
-    learned head predicts of each token (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head reads the draft
-    model's hidden state; this one reads the observation.
+    """Stops where the chance that the chain holds a rejection, 1 − Πa, is above a threshold, a being the acceptance
+    that a learned head predicts of each token (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head
+    reads the draft model's hidden state; this one reads the observation.
 
     ``learn`` drafts chains of every length up to the longest, notes which tokens were accepted, and fits the head by
-    cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the notes is kept.
+    cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the notes is
+    kept.
 
     Args:
         threshold: largest chance of a rejection at which drafting continues; 0.7 is the published one.
@@ -123,8 +124,8 @@ class SpecDecPlusAgent(StopRule):
         return self
 
     def _note(self, total_timesteps: int, env: gym.Env, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return observations after drafted tokens up to the first rejected one, ``[n, size]``, and whether each was accepted,
-        ``[n]``."""
+        """Return observations after drafted tokens up to the first rejected one, ``[n, size]``, and whether each was
+        accepted, ``[n]``."""
         noted = progress.state or {"seen": torch.zeros(0, self.weights[0].shape[1]), "labels": torch.zeros(0)}
         seen: list[np.ndarray] = list(noted["seen"].numpy())
         labels: list[float] = noted["labels"].tolist()

@@ -12,8 +12,8 @@ from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
 
 class SvipTreeAgent(GrowthRule):
-    """Stops where √H is above a threshold, H the entropy of the distribution that the best of the last level is from. It
-    applies the rule of Zhang et al. 2024 (arXiv 2411.18462) for chains (``SvipAgent``) to trees.
+    """Stops where √H is above a threshold, H the entropy of the distribution that the best of the last level is from.
+    It applies the rule of Zhang et al. 2024 (arXiv 2411.18462) for chains (``SvipAgent``) to trees.
 
     Args:
         threshold: largest √H at which the tree grows, H in nats.

@@ -25,7 +25,8 @@ class TreeRule(Rule):
 
 
 class GrowthRule(TreeRule):
-    """A rule that grows a tree until it expects too little of the next level. How many nodes are verified then is fixed.
+    """A rule that grows a tree until it expects too little of the next level. How many nodes are verified then is
+    fixed.
 
     Args:
         budget: nodes verified, where the control offers several budgets (``SpecTree-v0``).
@@ -69,8 +70,9 @@ class PricedRule(TreeRule):
 
     @functools.cached_property
     def seconds(self) -> np.ndarray:
-        """The seconds of a cycle by depth and budget ``[max_depth + 1, budgets]``: the root's forward, one over the frontier for each
-        expansion, and the verification of the budget, as far as the tree has so many nodes, with the root.
+        """The seconds of a cycle by depth and budget ``[max_depth + 1, budgets]``: the root's forward, one over the
+        frontier for each expansion, and the verification of the budget, as far as the tree has so many nodes, with the
+        root.
 
         Raises:
             ValueError: the control has no cost table.

@@ -12,14 +12,14 @@ from spec_envs.controls.base import Control
 
 
 class UcbAgent(ChainRule):
-    """Applies discounted UCB to K: each arm is worth its tokens per unit of time, a chain of K costing as much as 1 + c·K plain
-    steps, plus a bonus where it was tried little lately (Garivier and Moulines 2011, arXiv 0805.3415; bandits over draft
-    lengths: Hou et al. 2025, BanditSpec, arXiv 2505.15141). It learns while it is deployed.
+    """Applies discounted UCB to K: each arm is worth its tokens per unit of time, a chain of K costing as much as 1 +
+    c·K plain steps, plus a bonus where it was tried little lately (Garivier and Moulines 2011, arXiv 0805.3415; bandits
+    over draft lengths: Hou et al. 2025, BanditSpec, arXiv 2505.15141). It learns while it is deployed.
 
     Args:
         cost: the price c of a drafted token, in units of a plain step.
         exploration: weight of the bonus.
-        discount: weight of what was seen one decision earlier.
+        discount: weight of an observation one decision earlier.
         arms: lengths to choose from, as far as the environment has them.
     """
 

@@ -12,12 +12,12 @@ from spec_envs.controls.base import Control
 
 
 class UcbBudgetAgent(PricedRule):
-    """Applies discounted UCB, as ``UcbAgent`` does, to the budgets: each is worth its tokens over the seconds of a cycle
-    under the cost table. It learns while it is deployed.
+    """Applies discounted UCB, as ``UcbAgent`` does, to the budgets: each is worth its tokens over the seconds of a
+    cycle under the cost table. It learns while it is deployed.
 
     Args:
         exploration: weight of the bonus.
-        discount: weight of what was seen one decision earlier.
+        discount: weight of an observation one decision earlier.
     """
 
     plays = ("budget",)

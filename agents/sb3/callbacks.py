@@ -93,14 +93,14 @@ class Kept(Protocol):
         """Write the policy's weights."""
 
     def save_checkpoint(self, folder: Path, **beside: Any) -> None:
-        """Write everything that training needs to continue, and what is given beside it."""
+        """Write everything that training needs to continue, with the given state beside it."""
 
 
 class Keeper(BaseCallback):
     """Validate and write checkpoints between rollouts, when no update is half done.
 
     Args:
-        agent: what is trained.
+        agent: the agent that is trained.
         folder: the run's; ``best/`` below it keeps the best agent, ``last/`` the checkpoint.
         run: how often; without validations the last agent is the best.
         history: steps and speedup of the validations so far; they are kept in the checkpoint.
@@ -134,7 +134,7 @@ class Keeper(BaseCallback):
         return self.history[-1][0] if self.history else 0
 
     def _validate(self) -> None:
-        """Validate the agent as it is, and keep it where it is the best so far."""
+        """Validate the current agent, and keep it if it is the best so far."""
         if self.run.validate is None:
             return
         self.agent.redeploy()

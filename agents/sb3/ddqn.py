@@ -23,8 +23,8 @@ def double_target(
     next_observations: torch.Tensor,
     discount: float | torch.Tensor,
 ) -> torch.Tensor:
-    """Return r + γ·(1 − done)·Q_target(s', argmax_a Q_online(s', a)): one network selects, the other evaluates, so that the
-    maximum over noisy values is not overestimated (van Hasselt et al. 2016, arXiv 1509.06461, equation 4).
+    """Return r + γ·(1 − done)·Q_target(s', argmax_a Q_online(s', a)): one network selects, the other evaluates, so that
+    the maximum over noisy values is not overestimated (van Hasselt et al. 2016, arXiv 1509.06461, equation 4).
 
     Args:
         online, target: from observations ``[batch, width]`` to values ``[batch, actions]``.
@@ -45,7 +45,7 @@ class DoubleDQN(DQN):
     selector, whose settings are the defaults (its network, 256-256-256 with ReLU, is ``policy_kwargs``).
 
     Args:
-        epsilon_decay: what ε is multiplied with at every gradient update, from ``exploration_initial_eps`` down to
+        epsilon_decay: factor of ε at every gradient update, from ``exploration_initial_eps`` down to
             ``exploration_final_eps``; None is the linear schedule over ``exploration_fraction`` of the steps.
         target_update_updates: gradient updates between copies of the network into the target network; None copies every
             ``target_update_interval`` steps of the environment.
@@ -112,7 +112,8 @@ class DoubleDQN(DQN):
 
     @property
     def exploration_rate(self) -> float:
-        """Return ε; with ``epsilon_decay`` a function of the updates so far, so that it continues where training does."""
+        """The exploration rate ε; with ``epsilon_decay`` a function of the updates so far, so that it continues where
+        training does."""
         if self.epsilon_decay is None:
             return self._scheduled_rate
         decayed = self.exploration_initial_eps * self.epsilon_decay**self._n_updates

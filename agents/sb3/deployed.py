@@ -1,4 +1,4 @@
-"""A policy's network alone: what is deployed of a Stable-Baselines3 agent."""
+"""A policy's network alone: the deployed part of a Stable-Baselines3 agent."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
 
 
 class Bare:
-    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them and in NumPy,
-    by which a decision of so small a network costs a fraction of one by torch.
+    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them and in
+    NumPy, by which a decision of so small a network costs a fraction of one by torch.
 
     Args:
         layers: linear ones and activations; their weights are copied.
@@ -41,7 +41,7 @@ class Bare:
 
     @torch.inference_mode()
     def remember(self, x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
-        """An observation through the recurrent part."""
+        """Pass an observation through the recurrent part."""
         assert self.lstm is not None
         out, state = self.lstm(torch.from_numpy(x)[None, None], state)
         return out[0, 0].numpy(), state

@@ -27,12 +27,12 @@ class ReplayVecEnv(VecEnv):
         ValueError: environments that do not reset within the step.
 
     The info of an environment in which an episode ended has ``terminal_observation``, and at the end of a text also
-    ``task``, ``tokens``, ``speedup`` and what ``Monitor`` would report: ``episode``, with the return ``r``, the steps ``l``
-    and the seconds ``t`` since this object was made. With ``episode="cycle"`` those are of the whole text too. All other
-    environments share one empty info, so that a step costs no Python per environment.
+    ``task``, ``tokens``, ``speedup`` and what ``Monitor`` would report: ``episode``, with the return ``r``, the steps
+    ``l`` and the seconds ``t`` since this object was made. With ``episode="cycle"`` those are of the whole text too.
+    All other environments share one empty info, so that a step costs no Python per environment.
 
-    Each environment has a generator of its own, seeded as Stable-Baselines3 does; ``set_options({"texts": indices})`` names those that begin at the next
-    reset.
+    Each environment has a generator of its own, seeded as Stable-Baselines3 does; ``set_options({"texts": indices})``
+    names those that begin at the next reset.
 
     Attributes:
         env: the environments.
@@ -123,7 +123,7 @@ class ReplayVecEnv(VecEnv):
         return [getattr(self.env, method_name)(*method_args, **method_kwargs)] * self.num_envs
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """As if in a ``Monitor`` and in nothing else: the infos have its ``episode``."""
+        """Answer as if in a ``Monitor`` and in nothing else: the infos have its ``episode``."""
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     @staticmethod

@@ -120,7 +120,7 @@ class Replay:
         return min(self.added, self.size)
 
     def add(self, *transition: Any) -> None:
-        """A state, action, reward, next state and whether that was the end."""
+        """Add a transition: a state, action, reward, next state and whether the episode ended."""
         for column, value in zip(self.columns.values(), transition, strict=True):
             column[self.added % self.size] = value
         self.added += 1
@@ -229,7 +229,7 @@ class RLNetworkAdapter:
         return int(self._deployed(np.asarray(state, np.float32), None)[0].argmax())
 
     def record(self, state: np.ndarray, action: int, reward: float, next_state: np.ndarray, done: bool) -> float | None:
-        """Remember what a round brought and learn from a batch: :meth:`update`.
+        """Remember the results of a round and learn from a batch with :meth:`update`.
 
         Args:
             state, next_state: ``[10]``, of :func:`published_state`.

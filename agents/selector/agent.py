@@ -31,7 +31,7 @@ class Text:
         self.losses: list[float] = []
 
     def add(self, reward: float, loss: float | None) -> None:
-        """A decision, and the loss of the update after it where there was one."""
+        """Add the reward of a decision, and the loss of the update after it where there was one."""
         self.rewards.append(reward)
         if loss is not None:
             self.losses.append(loss)

@@ -41,16 +41,18 @@ def weighed(control: Control) -> Plans:
 
 
 class TracedAgent(Agent):
-    """An agent that is fitted to all that a trace knows, over rounds. The first round has the lessons of random decisions;
-    each further one adds the lessons of the policy that the round before it left.
+    """An agent that is fitted to all that a trace knows, over rounds. The first round has the lessons of random
+    decisions; each further one adds the lessons of the policy that the round before it left.
 
     Args:
         control: of trees or chains.
         outputs: numbers that the network returns.
         activation: between its layers, and the same in NumPy, which may write into its argument.
-        hidden: units of each of the two hidden layers; beyond 96, BLAS takes threads for a decision (see ``bare.in_numpy``).
+        hidden: units of each of the two hidden layers; beyond 96, BLAS takes threads for a decision (see
+            ``bare.in_numpy``).
         cycles: lessons of each round.
-        rounds, steps, batch_size: rounds, steps of the optimiser in each, and cycles of a step. Many steps overfit few texts.
+        rounds, steps, batch_size: rounds, steps of the optimiser in each, and cycles of a step. Many steps overfit few
+            texts.
         learning_rate: at the beginning of a round; it falls to 0 along half a cosine.
         weight_decay: of AdamW.
         seed: of everything that is drawn.
@@ -106,7 +108,8 @@ class TracedAgent(Agent):
         """Learn from all lessons so far, of which ``new`` are those of the last round; yield the loss of each step."""
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """Return the action for one observation. Nothing is drawn, so the actions of the last observations are remembered."""
+        """Return the action for one observation. Nothing is drawn, so the actions of the last observations are
+        remembered."""
         seen = np.asarray(observation, np.float32)[: self.width]
         key = seen.tobytes()
         if key not in self.known:

@@ -1,4 +1,5 @@
-"""Exact policy gradient: a trace knows what every action leads to, so the expectation over actions is summed, not sampled."""
+"""Exact policy gradient: a trace knows what every action leads to, so the expectation over actions is summed, not
+sampled."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ class ExactPGAgent(TracedAgent):
 
         ∇ Σ_plans P(plan) · (accepted + 1 − λ · seconds),
 
-    P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance but
-    that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy holds for the cost table that it was
-    trained under.
+    P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
+    but that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy holds for the cost table that
+    it was trained under.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.
@@ -69,7 +70,8 @@ class ExactPGAgent(TracedAgent):
         self._unpack()
 
     def _chances(self, seen: Tensor) -> Tensor:
-        """Return the probability ``[n, plans]`` that the policy follows each plan, from what is seen at every level ``[n, levels, …]``."""
+        """Return the probability ``[n, plans]`` that the policy follows each plan, from what is seen at every level
+        ``[n, levels, …]``."""
         plans, chances = self.plans, self.network(seen[..., : self.width]).softmax(-1)
         stopping = torch.from_numpy(plans.ends)
         if plans.drafts is None:

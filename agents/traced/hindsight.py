@@ -1,4 +1,4 @@
-"""Hindsight: learn what every plan would have brought, then weigh it against what it costs here."""
+"""Hindsight: learn the outcome of every plan, then weigh it against its cost on this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
 class HindsightAgent(TracedAgent):
     """Predicts from an observation how many tokens would be accepted under each plan that is still open (deeper trees,
     other budgets, longer chains), and follows the one with the most A − λT, T being its remaining seconds under a cost
-    table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
-    with the weights: another table needs another λ, not another training.
+    table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are
+    kept with the weights: another table needs another λ, not another training.
 
-    A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of every
-    cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle continues the agent predicts anew, so
-    that it stops where its first plan turns out too hopeful.
+    A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of
+    every cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle continues the agent
+    predicts anew, so that it stops where its first plan turns out too hopeful.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.

@@ -1,4 +1,4 @@
-"""Lessons of a trace: at every state, what each plan of the cycle would have brought."""
+"""Lessons of a trace: the outcome of each plan of the cycle, at every state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Actor = Callable[[np.ndarray], np.ndarray]
 
 
 class Lessons(NamedTuple):
-    """Cycles that began, and all that could have come of them.
+    """Cycles that began, and all their possible outcomes.
 
     ``seen`` ``[n, levels, …]``: what is observed at each level of the cycle. ``accepted`` ``[n, plans]``: tokens.
-    ``forwards`` ``[n, plans]``: forwards that the drafter makes after the cycle's first decision. ``begun`` ``[n]``: seconds that
-    were spent before it.
+    ``forwards`` ``[n, plans]``: forwards that the drafter makes after the cycle's first decision. ``begun`` ``[n]``:
+    seconds that were spent before it.
     """
 
     seen: np.ndarray

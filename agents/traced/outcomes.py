@@ -17,7 +17,7 @@ COPIES = 0.3  # weight of whether a token is a copy, beside that of whether it i
 
 
 class Outcomes(Protocol):
-    """Turns the log-odds that a network returns into what each plan is worth.
+    """Turns the log-odds that a network returns into the worth of each plan.
 
     Attributes:
         outputs: how many log-odds the network returns.
@@ -26,8 +26,8 @@ class Outcomes(Protocol):
     outputs: int
 
     def loss(self, predicted: Tensor, accepted: Tensor, forwards: Tensor) -> Tensor:
-        """Return the cross-entropy of log-odds ``[n, levels, outputs]`` and what happened. Deeper levels weigh less, since they
-        are reached less often.
+        """Return the cross-entropy of log-odds ``[n, levels, outputs]`` and what happened. Deeper levels weigh less,
+        since they are reached less often.
 
         Args:
             accepted, forwards: of ``Lessons``, ``[n, plans]``.
@@ -35,18 +35,18 @@ class Outcomes(Protocol):
         ...
 
     def price(self, pace: float, forward: float, verification: np.ndarray) -> None:
-        """Set what a second is worth in tokens, and the seconds of a forward and of verifying each plan."""
+        """Set the worth of a second in tokens, and the seconds of a forward and of verifying each plan."""
         ...
 
     def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Return the tokens less what the seconds to come are worth, ``[n, plans]``, given log-odds ``[n, outputs]`` at those
-        levels: up to a number that is the same for all plans that are open, and −inf for the others."""
+        """Return the tokens less what the seconds to come are worth, ``[n, plans]``, given log-odds ``[n, outputs]`` at
+        those levels: up to a number that is the same for all plans that are open, and −inf for the others."""
         ...
 
 
 class TreeOutcomes:
-    """Predicts, for each plan, the share accepted of the tokens that it could accept (a fractional logit, Papke & Wooldridge
-    1996)."""
+    """Predicts, for each plan, the share accepted of the tokens that it could accept (a fractional logit, Papke &
+    Wooldridge 1996)."""
 
     def __init__(self, plans: Plans):
         self.outputs = len(plans.sizes)
@@ -68,8 +68,8 @@ class TreeOutcomes:
 
 
 class ChainOutcomes:
-    """Predicts hazards, as in the discrete analysis of survival: that all tokens drafted so far are right, that each further
-    one is right if those before it are, and that each further one is a copy, which takes no forward."""
+    """Predicts hazards, as in the discrete analysis of survival: that all tokens drafted so far are right, that each
+    further one is right if those before it are, and that each further one is a copy, which takes no forward."""
 
     def __init__(self, plans: Plans):
         longest = len(plans.sizes) - 1

@@ -1,9 +1,10 @@
 """Measure where adaptive control of speculative decoding pays, and where it does not (`make benchmark`).
 
-Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and then
-decodes held-out prompts live, all arms side by side. Beside them stand the best static setting S*, that of each task, the
-informed optimum I* (the best policy of what an agent sees, cross-fitted) and the clairvoyant one C*. Writes
-runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of the same; `RAY=1` records and trains on Ray.
+Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and
+then decodes held-out prompts live, all arms side by side. Beside them stand the best static setting S*, that of each
+task, the informed optimum I* (the best policy of what an agent sees, cross-fitted) and the clairvoyant one C*. Writes
+runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of the same; `RAY=1` records and trains on
+Ray.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tup
 
 
 def decoded_live(policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int) -> Results:
-    """Return the table of all arms on held-out prompts, decoded live; what learns while it serves begins anew."""
+    """Return the table of all arms on held-out prompts, decoded live; agents that learn while they serve start from
+    scratch."""
 
     def measure(count: int) -> Results:
         fresh = {name: renewed(policy) for name, policy in policies.items()}

@@ -1,4 +1,4 @@
-"""Arms of the benchmark: what is trained on a trace, what is tuned on it, and how fast each is when it is replayed."""
+"""Arms of the benchmark: those trained on a trace, those tuned on it, and the replayed speed of each."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
         texts: only the first so many training texts.
 
     Returns:
-        ``seconds`` of training, and ``forwards`` of the target that the same training takes live: of PPO one per cycle that
-        it ran; of those that learn from the trace itself one per token of the training texts.
+        ``seconds`` of training, and ``forwards`` of the target that the same training takes live: for PPO one per cycle
+        that it ran; for agents that learn from the trace itself one per token of the training texts.
     """
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
@@ -181,7 +181,8 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
 
 
 def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Policy, dict[str, Any]]:
-    """Return a published rule with the best hyper-parameters of its grid on the first training texts, in its initial state."""
+    """Return a published rule with the best hyper-parameters of its grid on the first training texts, in its initial
+    state."""
     grid = GRIDS[problem.env_id][rule]
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     chosen = Trace.load(problem.trace).of_split("train")[:texts]
@@ -197,9 +198,9 @@ def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Po
 
 
 def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
-    """Return the test texts under the best policy of what an agent sees, as far as learning finds it: those that learn from the
-    trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and replayed on that fold; the
-    fastest one."""
+    """Return the test texts under the best policy of what an agent sees, as far as learning finds it: those that learn
+    from the trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and replayed
+    on that fold; the fastest one."""
     trace, found = Trace.load(problem.trace), []
     test = trace.of_split("test")
     others = [i for i in trace.of_split("all") if i not in set(test)]

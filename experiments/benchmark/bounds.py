@@ -1,9 +1,10 @@
 """Upper bounds on the texts of a trace: the best static setting, that of each task, and the clairvoyant optimum.
 
-The text is the same under every policy, so the most tokens per second are the least seconds. A policy that knew everything
-would choose at every position the setting that leads to the least seconds to the text's end, found by dynamic programming
-backwards over the positions; with all tokens fixed that is the optimum of ΣN/ΣT itself, and Dinkelbach's iteration is not
-needed. No policy can reach it: what is accepted is not known before the target has verified it.
+The text is the same under every policy, so the most tokens per second are the least seconds. A policy that knew
+everything would choose at every position the setting that leads to the least seconds to the text's end, found by
+dynamic programming backwards over the positions; with all tokens fixed that is the optimum of ΣN/ΣT itself, and
+Dinkelbach's iteration is not needed. No policy can reach it: what is accepted is not known before the target has
+verified it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Bounds:
         self.copied, self.right = np.broadcast_to(cycles.first, rows), np.broadcast_to(cycles.right, rows)
 
     def static(self) -> np.ndarray:
-        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite where the control does not offer it."""
+        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite where the control does not
+        offer it."""
         texts, count = len(self.texts), len(self.plans.sizes)
         row = np.repeat(self.first[:, None], count, 1)
         last = np.repeat(self.last[:, None], count, 1)

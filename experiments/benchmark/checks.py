@@ -40,7 +40,7 @@ def played_at_random(
     """Decode held-out texts live until there are so many cycles.
 
     Returns:
-        The texts, and what forwards cost meanwhile: the mean of what is measured before, between and after them.
+        The texts, and the cost of forwards meanwhile: the mean of measurements before, between and after them.
     """
     control, tables = problem.control(), [measured()]
     decoder = over_models(decoder_for({**problem.env, "trace": None}, control))
@@ -108,7 +108,8 @@ def speeds(problem: Problem, played: Sequence[Played], count: int = 4096, steps:
 
 
 def recording_cost(trace: Trace, decoder: Decoder) -> RecordingCost:
-    """Return what recording a position costs, beside a live cycle that drafts and verifies as much as is offered."""
+    """Return the seconds of recording a position, and of a live cycle that drafts and verifies as much as is
+    offered."""
     text = next(text for text in trace.texts if text.split == "train")
     begin = time.perf_counter()
     columns = Recorder(decoder).record(text.prompt, trace.manifest.max_new_tokens)

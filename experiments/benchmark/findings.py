@@ -49,8 +49,8 @@ class Learned:
 
 @dataclass(kw_only=True)
 class Tuned:
-    """A published rule: its best settings, and its throughput over the best static setting's when replayed, on texts that
-    come from the tasks in turn (``value``) and task by task (``by_domain``)."""
+    """A published rule: its best settings, and its throughput over the best static setting's when replayed, on texts
+    that come from the tasks in turn (``value``) and task by task (``by_domain``)."""
 
     settings: dict[str, Any]
     value: float
@@ -68,7 +68,8 @@ class FewTexts:
 
 @dataclass(frozen=True)
 class OtherCosts:
-    """Hindsight and the clairvoyant optimum under a cost table not seen in training, over that table's best static setting."""
+    """Hindsight and the clairvoyant optimum under a cost table not seen in training, over that table's best static
+    setting."""
 
     static: list[Any]
     over_static: float
@@ -77,8 +78,8 @@ class OtherCosts:
 
 @dataclass(frozen=True)
 class Equality:
-    """Replayed against live cycles: how many, with another accepted length, the same at marked ties; and priced over timed
-    seconds."""
+    """Replayed against live cycles: how many, with another accepted length, the same at marked ties; and priced over
+    timed seconds."""
 
     cycles: int
     mismatches: int
@@ -116,8 +117,8 @@ class Checks:
 
 @dataclass(frozen=True)
 class References:
-    """The best static setting S*, and what is to be had beyond it: throughput over S* of the best static setting of each
-    task, of the clairvoyant optimum, and of the best policy of what an agent sees that was found."""
+    """The best static setting S*, and what is to be had beyond it: throughput over S* of the best static setting of
+    each task, of the clairvoyant optimum, and of the best policy of what an agent sees that was found."""
 
     static: list[Any]
     static_over_plain: float

@@ -1,4 +1,4 @@
-"""The problems of the benchmark, and how much of everything is measured."""
+"""The problems of the benchmark, and its sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark on held-out texts that are replayed: references, what is trained, and what is tuned."""
+"""The benchmark on held-out texts that are replayed: references, trained arms and tuned arms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from spec_envs.experiments.measure.statistics import throughput
 
 
 class Static(NamedTuple):
-    """The static setting that is best on training texts, on the held-out ones: seconds of each text, and tokens of all."""
+    """The static setting that is best on training texts, on the held-out ones: seconds of each text, and tokens of
+    all."""
 
     setting: Sequence[Any]
     seconds: np.ndarray
@@ -56,8 +57,8 @@ def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tup
 def trained(
     problem: Problem, name: str, table: CostTable, static: Static, size: Size, folder: Path
 ) -> tuple[dict[str, Policy], dict[str, Learned]]:
-    """Train the arms that learn, and return of each the policy of the seed that is fastest on validation texts, and a row
-    over all seeds."""
+    """Train the arms that learn, and return of each the policy of the seed that is fastest on validation texts, and a
+    row over all seeds."""
     steps = {"ppo": size.steps, "ltd": size.ltd_steps}
     arms = [arm for arm in LEARNED if arm != "ltd" or problem.env_id != "SpecK-v0"]
     jobs = [
@@ -132,7 +133,8 @@ def over_seeds(ratios: np.ndarray) -> Interval:
 
 
 def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, OtherCosts]:
-    """Try hindsight with the same weights under cost tables that it has not seen, over the best static setting of each."""
+    """Try hindsight with the same weights under cost tables that it has not seen, over the best static setting of
+    each."""
     found = {}
     for name in FOREIGN:
         table, control = CostTable.load(name), problem.control()

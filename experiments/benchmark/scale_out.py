@@ -12,8 +12,9 @@ from tqdm import tqdm
 def mapped(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], desc: str) -> list[Any]:
     """Return ``work(*job)`` of every job, in their order.
 
-    With the environment variable ``RAY`` set to 1 on a local cluster of Ray, with an address on that one, which has to see
-    the same files. Each job computes on one thread there, and for itself alone, so that nothing depends on who runs it.
+    With the environment variable ``RAY`` set to 1 on a local cluster of Ray, with an address on that one, which has to
+    see the same files. Each job computes on one thread there, and for itself alone, so that nothing depends on who runs
+    it.
 
     Raises:
         ValueError: ``RAY`` is set and Ray is not installed.

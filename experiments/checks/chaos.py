@@ -1,5 +1,6 @@
-"""Verify that commands that are killed at any moment continue (`make chaos`): each is killed again and again (SIGKILL, with
-all its children) and started anew as it was, until it ends; then its files are compared with those of an undisturbed run.
+"""Verify that commands that are killed at any moment continue (`make chaos`): each is killed again and again (SIGKILL,
+with all its children) and started anew as it was, until it ends; then its files are compared with those of an
+undisturbed run.
 
 Moments are drawn from the time that an undisturbed run takes, from its first file on. Where a command ends before it is
 killed, it is begun again in another folder. Prints a table and exits with 1 if a command did not end, or ended with
@@ -34,7 +35,8 @@ POLL = 0.01
 
 
 class Result(NamedTuple):
-    """The outcome of one case: seconds undisturbed, times that it was killed, times that it ended, and what went wrong."""
+    """The outcome of one case: seconds undisturbed, times that it was killed, times that it ended, and what went
+    wrong."""
 
     name: str
     seconds: float
@@ -44,7 +46,7 @@ class Result(NamedTuple):
 
 
 class Undisturbed(NamedTuple):
-    """Seconds up to the first file and up to the end, and what was made."""
+    """Seconds up to the first file and up to the end, and the digests of the files."""
 
     begin: float
     seconds: float

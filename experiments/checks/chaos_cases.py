@@ -1,4 +1,4 @@
-"""The commands that are killed (``chaos.py``), in small, and what they have to make each time."""
+"""The commands that are killed (``chaos.py``), in small, and the files that they have to make each time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TRAIN = "spec_envs.experiments.train --root {}"
 
 
 class Case(NamedTuple):
-    """A command, and what it makes.
+    """A command, and the digests of its files.
 
     Attributes:
         arguments: module and arguments; ``{}`` stands for the folder.
-        made: what is the same however often the command was killed.
+        made: returns the figures that are the same however often the command was killed.
     """
 
     name: str

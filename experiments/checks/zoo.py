@@ -1,9 +1,9 @@
-"""Verify that the whole zoo works (`make zoo-check`): every stanza of every YAML is trained in small on the real model to its
-final table, and every agent that is shipped is loaded and run.
+"""Verify that the whole zoo works (`make zoo-check`): every stanza of every YAML is trained in small on the real model
+to its final table, and every agent that is shipped is loaded and run.
 
-What is learned in so few steps is worth nothing; what is checked is that it is learned, saved, loaded and shown. Killed at
-any moment, the same command continues with what has not passed yet, as long as the code is the same. Prints a table and
-exits with 1 if anything failed; what a stanza printed is in STANZA.log beside its run folder. With --priced, all 87
+What is learned in so few steps is worth nothing; what is checked is that it is learned, saved, loaded and shown. Killed
+at any moment, the same command continues with what has not passed yet, as long as the code is the same. Prints a table
+and exits with 1 if anything failed; what a stanza printed is in STANZA.log beside its run folder. With --priced, all 87
 stanzas take 15 minutes of processor time, a sample of four about one.
 """
 

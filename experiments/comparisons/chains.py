@@ -1,5 +1,5 @@
-"""Compare fixed and adaptive draft lengths side by side (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers of
-the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
+"""Compare fixed and adaptive draft lengths side by side (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the
+controllers of the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
 ones. Agents that are not trained yet are trained first, with one seed and always on this project's own decoder;
@@ -91,7 +91,7 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
     own = {"engine": env["engine"]} if "engine" in env else {}
 
     def policies() -> dict[str, Policy]:
-        """Return every controller as it is before it has seen anything."""
+        """Return every controller in its initial state."""
         return {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
 
     policies()  # what has to be trained is trained before anything is measured

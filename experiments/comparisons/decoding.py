@@ -1,6 +1,7 @@
-"""Decoding speed of this machine in one run (`make compare-decoding`): plain decoding and the best static speculation against
-transformers and llama.cpp on the same weights, cost curves by dtype, how near a forward is to the time that reading
-its weights takes, what each dtype costs in quality, and the share of a step spent outside drafter and target.
+"""Measure the decoding speed of this machine in one run (`make compare-decoding`): plain decoding and the best static
+speculation against transformers and llama.cpp on the same weights, cost curves by dtype, how near a forward is to the
+time that reading its weights takes, what each dtype costs in quality, and the share of a step spent outside drafter and
+target.
 
 Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `clock=runs/clock.json`.
 """

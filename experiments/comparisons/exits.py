@@ -1,7 +1,8 @@
-"""Draw learning curves of agents that improve an early exit (`make compare-exits`): every stanza and seed reads the same stream of
-prompts once, and its exit is then measured on held-out prompts, side by side.
+"""Draw learning curves of agents that improve an early exit (`make compare-exits`): every stanza and seed reads the
+same stream of prompts once, and its exit is then measured on held-out prompts, side by side.
 
-Runs lie in `ROOT/SpecDVI-v0/<stanza>-<seed>/`; killed, the same command continues. Results: bench-dvi.json, .md and .png.
+Runs lie in `ROOT/SpecDVI-v0/<stanza>-<seed>/`; killed, the same command continues. Results: bench-dvi.json, .md and
+.png.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ UNTRAINED = "untrained"
 
 @dataclass(kw_only=True)
 class Learned:
-    """An exit that a run has trained: its acceptance on held-out prompts, and what was validated while it learned."""
+    """An exit that a run has trained: its acceptance on held-out prompts, and its validations while it learned."""
 
     acceptance: Annotated[Acceptance, Inline()]
     drift: Annotated[Drift, Inline()]

@@ -1,9 +1,9 @@
-"""Train a drafter for a target on text the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft model
-of a few of the target's own layers (`make drafter KIND=draft-model`).
+"""Train a drafter for a target on text the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft
+model of a few of the target's own layers (`make drafter KIND=draft-model`).
 
 Four parts, each of which continues where it was interrupted: write text, record hidden states, train, report on
-held-out text. A head is saved in the published checkpoint layout, a draft model in Hugging Face's without what it shares
-with the target; both are ready for `drafter=`.
+held-out text. A head is saved in the published checkpoint layout, a draft model in Hugging Face's without what it
+shares with the target; both are ready for `drafter=`.
 """
 
 from __future__ import annotations

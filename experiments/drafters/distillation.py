@@ -22,7 +22,8 @@ from spec_envs.files import write_bytes, write_json
 
 
 def kept_layers(layers: int, count: int) -> list[int]:
-    """Return the ``count`` layers of a target that its draft model starts from: the first ones, which read the text, and the last.
+    """Return the ``count`` layers of a target that its draft model starts from: the first ones, which read the text,
+    and the last.
 
     Raises:
         ValueError: the target has fewer.
@@ -66,7 +67,8 @@ class Student(nn.Module):
         return student
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return normed hidden states ``[B, T, hidden]`` of texts padded on the right, which causal attention need not mask."""
+        """Return normed hidden states ``[B, T, hidden]`` of texts padded on the right, which causal attention need not
+        mask."""
         embedded = F.embedding(batch.ids, self.embedding).float()
         hidden: Tensor = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return hidden
@@ -86,8 +88,8 @@ class Student(nn.Module):
 
 
 class Distillation:
-    """Cross-entropy to the target's distribution over the shortlist and the tokens of the batch (the output rows are the
-    target's and stay fixed, so that any token of a text can join in use).
+    """Cross-entropy to the target's distribution over the shortlist and the tokens of the batch (the output rows are
+    the target's and stay fixed, so that any token of a text can join in use).
 
     Args:
         output_head: the target's output rows ``[vocab, hidden]``.
@@ -103,8 +105,8 @@ class Distillation:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar), and per length up to ``steps`` the number of the answers' positions from which that many
-        tokens in a row are right, and of all positions.
+        """Return the loss (a scalar), and per length up to ``steps`` the number of the answers' positions from which
+        that many tokens in a row are right, and of all positions.
 
         Under greedy decoding a chain reads its own tokens, which are the text's as long as they are right: one pass
         over the text shows how far each would be accepted. ``share`` and ``generator`` have no use here.

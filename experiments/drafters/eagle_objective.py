@@ -1,5 +1,5 @@
-"""The objective that an EAGLE-3 head is trained on: training-time test (arXiv 2503.01840, section 3), the head unrolled over its own
-outputs, so that deep levels see in training what they see in use."""
+"""The objective that an EAGLE-3 head is trained on: training-time test (arXiv 2503.01840, section 3), the head unrolled
+over its own outputs, so that deep levels see in training what they see in use."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Unrolled(nn.Module):
             yield self.head.norm(hidden)
 
     def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 + step``."""
+        """Return queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 +
+        step``."""
         config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
         tokens = batch.ids.gather(1, (rows + 1 + step).clamp(max=batch.ids.shape[1] - 1))
         embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
@@ -104,7 +105,8 @@ class Objective:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all rows.
+        """Return the loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all
+        rows.
 
         Args:
             share: of the rows that the steps after the first are run for.

@@ -29,7 +29,8 @@ SHARD = 256  # conversations
 
 @dataclass
 class Example:
-    """One conversation: ids ``[n]``, where the answer begins, features ``[n, 3·hidden]``, final states ``[n, hidden]``."""
+    """One conversation: ids ``[n]``, where the answer begins, features ``[n, 3·hidden]``, final states ``[n,
+    hidden]``."""
 
     ids: Tensor
     answer: int

@@ -1,5 +1,6 @@
 """Write a draft model that lives on its target's embedding as a model of its own, which transformers loads (`make
-standalone`): as `assistant_model` of its target, say. It has no shortlist then: its output rows are all of the target's.
+standalone`): as `assistant_model` of its target, say. It has no shortlist then: its output rows are all of the
+target's.
 """
 
 from __future__ import annotations

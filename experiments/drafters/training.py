@@ -25,7 +25,8 @@ CHECKPOINT_EVERY = 200  # batches
 
 @dataclass(frozen=True)
 class Report:
-    """Share of held-out positions at which a chain of 1, 2, … tokens would be accepted, and how many positions there are."""
+    """Share of held-out positions at which a chain of 1, 2, … tokens would be accepted, and how many positions there
+    are."""
 
     positions: int
     chain_acceptance: list[float]

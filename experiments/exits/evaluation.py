@@ -34,8 +34,8 @@ KANGAROO = f"trained exit, up to {STOP_K}, stop below {STOP}"
 
 
 def exit_decoder(env: Keywords, k: int, drafter: str | None = None) -> Decoder:
-    """Return a decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword arguments, the
-    untrained one where no ``drafter`` is named."""
+    """Return a decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword
+    arguments, the untrained one where no ``drafter`` is named."""
     return over_models(decoder_for(chain_env(env, drafter), KControl(k_max=max(2, k), observation="counters")))
 
 
@@ -84,8 +84,9 @@ class Acceptance:
 
 
 def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -> Results:
-    """Return the table of a policy of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and without prompt
-    lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what learning changed.
+    """Return the table of a policy of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and
+    without prompt lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what
+    learning changed.
 
     Args:
         policy: of the run.
@@ -154,7 +155,8 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
 
 
 def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, float]:
-    """Return seconds of a cycle by part in units of a plain step, and what a cycle must emit to be as fast as plain decoding."""
+    """Return seconds of a cycle by part in units of a plain step, and what a cycle must emit to be as fast as plain
+    decoding."""
     step = sum(s.seconds for s in plain) / sum(s.tokens for s in plain)
     cycles = sum(s.cycles for s in samples)
     parts = {part: sum(s.parts[part] for s in samples) / cycles / step for part in ("draft", "verify")}
@@ -163,7 +165,7 @@ def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[
 
 @torch.inference_mode()
 def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> Drift:
-    """Return how far the verifier has moved from the target as it is, on the target's texts."""
+    """Return the distance of the verifier from the original target, on the target's texts."""
     target, added = adapter.target, adapter.deployed_additions()
     nats = divergence = other = 0.0
     total = 0

@@ -60,8 +60,8 @@ def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: in
 
 
 def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Measured:
-    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up: whatever else
-    runs on a machine makes forwards slower, never faster. Windows that do not agree are logged.
+    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up: whatever
+    else runs on a machine makes forwards slower, never faster. Windows that do not agree are logged.
 
     Of each number of rows the median counts; more rows never cost less.
     """
@@ -89,8 +89,8 @@ def total(curves: Curves) -> float:
 
 
 def difference(found: Sequence[Curves]) -> float:
-    """Return the largest difference between several measurements of the same forward, as a share of their median; that of the
-    cheapest ones counts against a plain step, for a microsecond more or less bends no decision."""
+    """Return the largest difference between several measurements of the same forward, as a share of their median; that
+    of the cheapest ones counts against a plain step, for a microsecond more or less bends no decision."""
     plain = min(min(one["verify"].values()) for one in found)
     shares = []
     for part in found[0]:
@@ -192,7 +192,8 @@ def weight_bytes(decoder: Decoder) -> int:
 
 
 def read_seconds(size: int, repeats: int = 15) -> float:
-    """Return the seconds of reading ``size`` bytes of memory once, on all threads: the floor of a forward of that many bytes."""
+    """Return the seconds of reading ``size`` bytes of memory once, on all threads: the floor of a forward of that many
+    bytes."""
     data = torch.zeros(size // 4)
     seconds = []
     for _ in range(repeats):

@@ -1,4 +1,5 @@
-"""Results are dataclasses in the code and JSON in files: `to_json` where a file is written, `from_json` where one is read."""
+"""Results are dataclasses in the code and JSON in files: `to_json` where a file is written, `from_json` where one is
+read."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inline:
-    """Annotates a field, a dictionary or a dataclass, whose items stand in JSON beside those of its owner, under keys with a
-    prefix and a suffix: ``over: Annotated[dict[str, Interval], Inline("over_")]``."""
+    """Annotates a field, a dictionary or a dataclass, whose items stand in JSON beside those of its owner, under keys
+    with a prefix and a suffix: ``over: Annotated[dict[str, Interval], Inline("over_")]``."""
 
     prefix: str = ""
     suffix: str = ""
@@ -35,7 +36,8 @@ class Inline:
 
 
 def to_json(value: Any) -> Any:
-    """Return dataclasses as dictionaries, as deep as they lie; a field whose default is None is left out where it is None."""
+    """Return dataclasses as dictionaries, as deep as they lie; a field whose default is None is left out where it is
+    None."""
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

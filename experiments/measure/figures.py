@@ -1,4 +1,4 @@
-"""Pictures of results: how a figure is opened and written, and what is drawn in more than one of them."""
+"""Pictures of results: opening and writing a figure, and the drawings that several of them share."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def draw_ratios(axis: Axes, ratios: Mapping[str, Interval]) -> None:
 
 
 def error_bars(ratios: Sequence[Interval]) -> list[list[float]]:
-    """Return the lengths of error bars below and above ratios. The bounds come from the bootstrap, the ratio does not: where
-    an interval is as narrow as rounding, the ratio may lie a hair outside it."""
+    """Return the lengths of error bars below and above ratios. The bounds come from the bootstrap, the ratio does not:
+    where an interval is as narrow as rounding, the ratio may lie a hair outside it."""
     return [[max(0.0, r.value - r.low) for r in ratios], [max(0.0, r.high - r.value) for r in ratios]]
 
 
 def draw_shares(axis: Axes, histogram: Histogram) -> None:
-    """Draw the share of each choice in each state of a link, one bar per state from narrow to wide; rare choices together."""
+    """Draw the share of each choice in each state of a link, one bar per state from narrow to wide; rare choices
+    together."""
     total = sum((Counter(counts) for counts in histogram.values()), Counter[str]())
     common = [choice for choice, n in total.most_common(9) if n >= 0.01 * total.total()]
     bottom = [0.0] * len(histogram)

@@ -55,7 +55,8 @@ class Outcome:
 
 
 def best_choices(env: Keywords, control: Control) -> Best:
-    """Try every choice on training prompts, and find the best one; ``best_k`` is the best that drafts ``DRAFT`` tokens."""
+    """Try every choice on training prompts, and find the best one; ``best_k`` is the best that drafts ``DRAFT``
+    tokens."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
         decoder.clock = PricedClock(CostTable("measured", **cost_curves(local_decoder(env, control))))
@@ -95,9 +96,10 @@ def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str,
     """Find the policy that knows the link's state and has the highest throughput ΣN/ΣT: return the choice
     of each state, and the rate.
 
-    The state moves with every forward of the target, of which a draft takes one and n tokens of the cloud alone take n. So
-    this is an average-reward semi-Markov problem: at the optimum λ, max over choices of N − λT + Σ P^forwards h − h = 0 in
-    every state, for some h (Puterman 1994, section 11.4). Policy iteration, from the best choice of each state alone.
+    The state moves with every forward of the target, of which a draft takes one and n tokens of the cloud alone take n.
+    So this is an average-reward semi-Markov problem: at the optimum λ, max over choices of N − λT + Σ P^forwards h − h
+    = 0 in every state, for some h (Puterman 1994, section 11.4). Policy iteration, from the best choice of each state
+    alone.
     """
     names, n, jitter = list(outcomes), len(link.states), link.jitter_ms / 1e3
     tokens = np.array([outcomes[name].tokens for name in names])
@@ -146,7 +148,7 @@ def label(state: LinkState) -> str:
 
 
 class PerState(Rule):
-    """Makes the best choice of the state that the simulated link really is in."""
+    """Makes the best choice for the true state of the simulated link."""
 
     def __init__(self, control: Control, channel: SimulatedChannel, choices: dict[str, str]):
         super().__init__(control)

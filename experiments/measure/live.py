@@ -47,8 +47,8 @@ def local_decoder(env: Keywords, control: Control) -> Decoder:
 
 
 def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
-    """Return ``count`` prompts of a split, taken from the tasks in turn: one each, or ``switch_every`` of them. Those of a
-    log of conversations or a data set that are too long, or that the template does not take, are left out.
+    """Return ``count`` prompts of a split, taken from the tasks in turn: one each, or ``switch_every`` of them. Those
+    of a log of conversations or a data set that are too long, or that the template does not take, are left out.
 
     Raises:
         ValueError: none is left.

@@ -21,7 +21,8 @@ PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-cont
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a figure was made on; ``clock`` is "wall" or a cost table's name, None where the clock is always the wall."""
+    """The machine that a figure was made on; ``clock`` is "wall" or a cost table's name, None where the clock is always
+    the wall."""
 
     processor: str
     threads: int

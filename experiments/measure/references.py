@@ -71,8 +71,8 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
 
 
 def language_model(name: str, decoder: Decoder) -> Any:
-    """Return a model of transformers on the decoder's device, without the penalties and filters of its own; the ids that
-    end its texts are its own, because the compared model must stop on its own."""
+    """Return a model of transformers on the decoder's device, without the penalties and filters of its own; the ids
+    that end its texts are its own, because the compared model must stop on its own."""
     target = decoder.local.target
     transformers_logging.disable_progress_bar()  # of reading the weights
     folder, dtype = model_folder(name), target.precision.cache
@@ -115,8 +115,8 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
 
 
 def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had, for a model in
-    another format or a server that does not start, is left out, and a line says why.
+    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had,
+    for a model in another format or a server that does not start, is left out, and a line says why.
 
     Args:
         draft: draft model and number of tokens; None is prompt lookup.

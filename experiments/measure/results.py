@@ -143,7 +143,7 @@ class Comparison:
 
 @dataclass(kw_only=True)
 class Results(Comparison):
-    """A table and all that is needed to read it.
+    """A table with everything that is needed to read it.
 
     Attributes:
         arms: rows by name.
@@ -151,7 +151,7 @@ class Results(Comparison):
         seconds: cost curves of this machine, seconds by rows of ``verify`` and ``draft``; None where nothing is timed.
         curves: the same in words.
         actions: histograms of the learned arms.
-        decisions: what each learned arm decides.
+        decisions: the decisions of each learned arm.
         by_task: tokens per second by arm and task.
         link: of an edge and a cloud.
         by_state: histograms of the learned arms by state of the link.

@@ -1,4 +1,5 @@
-"""The best static setting, chosen on training prompts: one value of each axis that the problem offers, for every cycle."""
+"""The best static setting, chosen on training prompts: one value of each axis that the problem offers, for every
+cycle."""
 
 from __future__ import annotations
 

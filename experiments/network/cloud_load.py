@@ -1,8 +1,8 @@
 """Measure a cloud that serves many edges at once, with and without batching (`make cloud-load`).
 
-Two clouds, one of which gives every request a forward of its own, are measured in turn with 1, 4 and 16 edges. The edges
-send recorded drafts of greedy decoding, the target's own text with some tokens made wrong, so that they compute next to
-nothing; prompts are read before the measurement begins, and recordings are repeated. Latency is that of a
+Two clouds, one of which gives every request a forward of its own, are measured in turn with 1, 4 and 16 edges. The
+edges send recorded drafts of greedy decoding, the target's own text with some tokens made wrong, so that they compute
+next to nothing; prompts are read before the measurement begins, and recordings are repeated. Latency is that of a
 verification as an edge has it. Writes runs/cloud-load.json and runs/cloud-load.png.
 """
 
@@ -70,7 +70,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Point:
-    """Summary of a cloud under a number of edges, all rounds together; a percentile is NaN where nothing was answered."""
+    """Summary of a cloud under a number of edges, all rounds together; a percentile is NaN where nothing was
+    answered."""
 
     tokens_per_second: float
     p50_ms: float
@@ -97,8 +98,8 @@ class CloudLoad:
 
     Attributes:
         points: by number of edges and by server.
-        batched_over_unbatched: tokens per second over all rounds, and the least and the most of a single one, by number of
-            edges.
+        batched_over_unbatched: tokens per second over all rounds, and the least and the most of a single one, by number
+            of edges.
     """
 
     points: dict[int, dict[str, Point]]
@@ -141,7 +142,7 @@ class Edge:
         return emitted
 
     def _stand(self) -> None:
-        """Have the verifier's text be the recorded one: from its beginning, and where a near-tie fell the other way."""
+        """Set the verifier's text to the recorded one, at its beginning and where a near-tie fell the other way."""
         verifier, text = self.verifier, [*self.recording.prompt, *self.recording.text[: self.at]]
         if verifier.text != text:
             pairs = zip(verifier.text[: verifier.shared], text, strict=False)
@@ -185,7 +186,7 @@ class Players:
         channel.close()
 
     def verifier(self, url: str) -> RemoteVerifier:
-        """To a cloud, greedy."""
+        """Return a greedy verifier at a cloud."""
         return RemoteVerifier(SocketChannel(url), self.vocabulary, self.vocab, self.context, temperature=0.0)
 
     def record(self, url: str, prompt: list[int]) -> Recording:

@@ -16,11 +16,11 @@ STOP_SECONDS = 5
 
 @contextmanager
 def running(module: str, *arguments: str) -> Iterator[str]:
-    """A module's command; yields the first line that it prints. It ends with the block, and with this process, however
-    that comes about.
+    """Run a module's command, and yield the first line that it prints. The command ends with the block, and with this
+    process, however that ends.
 
     Raises:
-        ValueError: it ended before it printed anything; the sentence closes with the last line of its log.
+        ValueError: it ended before it printed anything; the message ends with the last line of its log.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = started(

@@ -1,8 +1,9 @@
 """Speculation between edge and cloud against the cloud alone, through a real socket (`make edge-cloud`).
 
-Prompt by prompt, interleaved: edge-cloud drafts here and has a cloud verify; cloud-only streams the cloud's own text, and
-does so twice, to show what the machine's moods amount to (A/A). Without --host and --port a cloud is started for the
-measurement, on this machine, which then has the work of both sides. Writes runs/edge-cloud.json and runs/edge-cloud.png.
+Prompt by prompt, interleaved: edge-cloud drafts here and has a cloud verify; cloud-only streams the cloud's own text,
+and does so twice, to show what the machine's moods amount to (A/A). Without --host and --port a cloud is started for
+the measurement, on this machine, which then has the work of both sides. Writes runs/edge-cloud.json and
+runs/edge-cloud.png.
 
 Seconds, bytes and tokens are means per text. Latency is that of the whole text; its parts are the prefill (the prompt's
 network included), and after it the edge (drafting), the network (the cloud's computing and queueing subtracted), the
@@ -153,7 +154,8 @@ def measure(
 
 
 def headline(results: EdgeCloud) -> dict[str, Any]:
-    """Return what stands at the top of the JSON file: the speedup over the cloud alone, and the means of edge and cloud."""
+    """Return what stands at the top of the JSON file: the speedup over the cloud alone, and the means of edge and
+    cloud."""
     own, row = results.own, to_json(results.own)
     keys = ("acceptance", "latency_s", "network_s", "edge_s", "cloud_s", "bytes_up", "bytes_down", "breakdown")
     return {

@@ -1,5 +1,5 @@
-"""Write the logs of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates by 100 ms that behave like
-mmWave 5G, LTE and Wi-Fi. They are made up, and recorded nowhere."""
+"""Write the logs of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates by 100 ms that
+behave like mmWave 5G, LTE and Wi-Fi. They are made up, and recorded nowhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def fading(rng: np.random.Generator, rows: float) -> np.ndarray:
 
 
 def spells(rng: np.random.Generator, *mean_rows: float) -> np.ndarray:
-    """Return kinds of spell in turn, by row; a spell of kind i lasts ``mean_rows[i]`` rows in the mean, and one at least."""
+    """Return kinds of spell in turn, by row; a spell of kind i lasts ``mean_rows[i]`` rows in the mean, and one at
+    least."""
     kinds = np.tile(np.arange(len(mean_rows)), ROWS)
     lengths = rng.geometric(1 / np.array(mean_rows)[kinds[:ROWS]])
     return np.repeat(kinds[:ROWS], lengths)[:ROWS]

@@ -109,7 +109,8 @@ def hidden(name: str) -> Iterator[Path]:
 
 
 def moved(name: str, made: Path, place: Path) -> None:
-    """Move a data set that was written in ``made`` to its place; the folders of its namespace, which Minari marks, first."""
+    """Move a data set that was written in ``made`` to its place; the folders of its namespace, which Minari marks,
+    first."""
     for parent in list(Path(name).parents)[-2::-1]:
         there = place.parents[len(Path(name).parts) - 1] / parent
         there.mkdir(parents=True, exist_ok=True)
@@ -125,14 +126,15 @@ def prepared(
     """Return keyword arguments of the environment, and the agent that decides in it.
 
     Args:
-        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder, which brings the keyword arguments
-            that it was trained with and is charged its decisions. The first two replay all that the trace has.
+        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder, which brings the keyword
+            arguments that it was trained with and is charged its decisions. The first two replay all that the trace
+            has.
         seed: of a random policy.
         overrides: ``key=value`` of the environment.
 
     Raises:
-        ValueError: a run of another environment, one with a partner, whom no keyword names, or overrides that change the
-            problem that a run has learned.
+        ValueError: a run of another environment, one with a partner, whom no keyword names, or overrides that change
+            the problem that a run has learned.
     """
     manifest = trace.manifest
     rule = policy == "random" or policy.startswith("static:")
@@ -163,7 +165,8 @@ def prepared(
 
 
 def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Episode]:
-    """Yield episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text continues (``episode="cycle"``)."""
+    """Yield episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text continues
+    (``episode="cycle"``)."""
     begins, state, decoder = True, None, env.get_wrapper_attr("decoder")
     for i in range(episodes):
         own = seed + i if begins else None

@@ -1,9 +1,10 @@
-"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at every position of them the whole tree or
-chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of chains
-SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`).
+"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at every position of them the whole tree
+or chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of
+chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`).
 
-Each text is kept as soon as it is recorded: killed at any moment, the same command continues. `--shard 0/4` records a quarter
-of the texts, for several machines that share a disk; without it the rest is recorded and the trace is assembled.
+Each text is kept as soon as it is recorded: killed at any moment, the same command continues. `--shard 0/4` records a
+quarter of the texts, for several machines that share a disk; without it the rest is recorded and the trace is
+assembled.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Plan:
 
     @property
     def settings(self) -> Keywords:
-        """Return all that the recording depends on."""
+        """All that the recording depends on."""
         control = make_control(self.env_id, self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
         given["date"] = given["date"] or DATE
@@ -196,7 +197,8 @@ def text_file(folder: Path, i: int) -> Path:
 
 
 def assemble(plan: Plan, folder: Path) -> None:
-    """Assemble the trace of all texts, with what forwards cost here; texts that end with their first token are left out."""
+    """Assemble the trace of all texts, with what forwards cost here; texts that end with their first token are left
+    out."""
     decoder, kept, parts = plan.decoder(), [], []
     for i, (split, prompt) in enumerate(plan.chosen()):
         columns = read_text(text_file(folder, i), kind_of(decoder))
@@ -248,7 +250,8 @@ def read_text(path: Path, kind: str) -> Columns:
 
 
 def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, dict[int, float]]:
-    """Return the curves of a table, scaled such that training texts under random settings cost what they take on the wall.
+    """Return the curves of a table, scaled such that training texts under random settings cost what they take on the
+    wall.
 
     A forward timed alone is a little faster than one of a text that is being decoded, with everything around it. What
     lies around is charged to verifications.

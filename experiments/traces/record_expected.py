@@ -1,5 +1,5 @@
-"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable it
-is at each of their tokens that a drafted one would be accepted, for every k. Its replay is approximate, see
+"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable
+it is at each of their tokens that a drafted one would be accepted, for every k. Its replay is approximate, see
 `spec_envs/network/expected.py`.
 
 The file is written when the last text is recorded; killed before, the same command begins again.
@@ -78,8 +78,8 @@ def record(
 
 
 def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
-    """Return what a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that write it, and
-    the options of the command."""
+    """Return what a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that
+    write it, and the options of the command."""
     hashes = weights_sha256(args.target, drafter)
     found = {"sha256": hashes, "dtype": dtype, "prompts": args.prompts, "date": DATE, "versions": versions()}
     return json.dumps(found | {"settings": settings(args)})
