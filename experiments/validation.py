@@ -76,7 +76,7 @@ class Speedup:
 
 
 class ExitAcceptance:
-    """Measures the share of an early exit's drafted tokens that is accepted."""
+    """Measures the acceptance of an early exit's drafts, and emitted tokens per cycle."""
 
     def __init__(self, folder: Path, config: RunConfig):
         self.env, self.count = config.shown_env, config.eval_prompts

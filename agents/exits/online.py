@@ -185,7 +185,7 @@ class OnlineAgent(ExitAgent):
             self.journal.write("validation", read | run.validate(self))
 
     def _order(self, env: SpecEnv) -> list[Prompt]:
-        """One pass over the stream."""
+        """Return the prompts of one pass over the stream, in the agent's order."""
         prompts = list(env.prompts)
         if self.order == "shuffled":
             np.random.default_rng(self.seed).shuffle(prompts)

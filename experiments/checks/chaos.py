@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
 
 class Undisturbed(NamedTuple):
-    """Seconds up to the first file and up to the end, and the digests of the files."""
+    """Seconds up to the first file and up to the end, and the summary of its files."""
 
     begin: float
     seconds: float

@@ -16,11 +16,11 @@ TRAIN = "spec_envs.experiments.train --root {}"
 
 
 class Case(NamedTuple):
-    """A command, and the digests of its files.
+    """A command, and a summary of its files.
 
     Attributes:
         arguments: module and arguments; ``{}`` stands for the folder.
-        made: returns the figures that are the same however often the command was killed.
+        made: returns the summary of a folder that is the same however often the command was killed.
     """
 
     name: str
@@ -50,7 +50,7 @@ def weights(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def last_step(folder: Path) -> Mapping[str, object]:
-    """Return the last step in a run's log, and whether the run has a table."""
+    """Return the last step in a run's log, and the number of its tables."""
     log = next(folder.rglob("log.jsonl"))
     return {
         "steps": json.loads(log.read_text().splitlines()[-1])["timesteps"],
@@ -59,13 +59,13 @@ def last_step(folder: Path) -> Mapping[str, object]:
 
 
 def learned_at_an_exit(folder: Path) -> Mapping[str, object]:
-    """Return the weights of an exit, and the number of lines in its log."""
+    """Return the digests of an exit's weights, and the number of lines in its log."""
     lines = sum(len(path.read_text().splitlines()) for path in folder.rglob("log.jsonl"))
     return weights(folder, "exit_proj/*.safetensors") | {"lines": lines}
 
 
 def reported(folder: Path) -> Mapping[str, object]:
-    """Return the settings of a drafter's report, and the names of its weights."""
+    """Return the epochs and vocabulary of a drafter's report, and the names of its weights."""
     report = json.loads((folder / "head" / "report.json").read_text())
     names = sorted(load_file(folder / "head" / "model.safetensors"))
     return {"epochs": report["epochs"], "draft_vocab": report["draft_vocab"], "names": names}
