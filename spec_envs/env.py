@@ -35,7 +35,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
     Args:
         control: which problem: the name of its control (``"depth"``, ``"budget"``, …), an environment's id, or where the
             control is found, ``"module:Class"``.
-        keywords: those of :class:`spec_envs.settings.Settings`, which says what each means, and of the control.
+        keywords: those of :class:`spec_envs.settings.Settings`, which describes each, and of the control.
 
     A copy (pickled, or by ``copy.deepcopy``) is another environment with the same keyword arguments, to be reset first.
 
@@ -221,7 +221,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return self.recording.max_new_tokens if self.recording else MAX_NEW_TOKENS
 
     def _fitting(self, encoded: dict[Prompt, list[int]]) -> dict[Prompt, list[int]]:
-        """Refuse prompts that would not fit when their turn comes; return them without those of a log of conversations that
+        """Refuse prompts that would not fit when their turn comes; return the others, without logged conversations that
         are too long."""
         context = self.decoder.context
         room = context - self.max_new_tokens - self.control.max_depth - 1

@@ -114,7 +114,7 @@ class Settings(BaseModel):
 
     @classmethod
     def shared(cls, given: Mapping[str, Any]) -> Settings:
-        """Return the shared settings among keyword arguments that ``read`` has taken before; the others are passed over."""
+        """Return the shared settings among keyword arguments that ``read`` has taken before; the others are ignored."""
         return cls(**{name: plain(value) for name, value in given.items() if name in cls.model_fields})
 
     def _check(self, rewards: Sequence[str]) -> None:

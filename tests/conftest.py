@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in the Hugging Face layout with a random Llama of eight layers."""
+    """Return a folder in the Hugging Face layout with a random Llama of eight layers."""
     folder = tmp_path_factory.mktemp("tiny-target")
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -65,7 +65,7 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A head for the tiny target that starts as the target's own last layer, over 14 of its 16 tokens."""
+    """Return a head for the tiny target that starts as the target's own last layer, over 14 of its 16 tokens."""
     folder = tmp_path_factory.mktemp("tiny-drafter")
     target = load_target(str(tiny_target), CPU, torch.float32)
     head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(14))
@@ -80,7 +80,7 @@ def tiny_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def tiny(tiny_target: Path, tiny_drafter: Path) -> dict[str, Any]:
-    """Keyword arguments of an environment over the tiny pair with a priced clock."""
+    """Return keyword arguments of an environment over the tiny pair with a priced clock."""
     return {
         "target": str(tiny_target),
         "drafter": str(tiny_drafter),
@@ -93,7 +93,7 @@ def tiny(tiny_target: Path, tiny_drafter: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_decoder(tiny: dict[str, Any]) -> Decoder:
-    """A decoder over the tiny pair."""
+    """Return a decoder over the tiny pair."""
     return load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
 
 

@@ -36,7 +36,7 @@ print(json.dumps([spec_envs.__file__, agents.__file__, loaded]))
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packed, so that building leaves nothing in the repository."""
+    """Return a copy of what is packed, so that building leaves nothing in the repository."""
     folder = tmp_path_factory.mktemp("sources")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *LINKED, "spec_envs"):
         place = ROOT / name

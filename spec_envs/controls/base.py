@@ -48,15 +48,15 @@ class Control(ABC):
         costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
         task: kind of prompt of the text under way, ``""`` where it is not known.
         rewards: the rewards that a decision can be paid by, by name, the default first.
-        temperature: sampling temperature of the target where none is given.
+        temperature: default sampling temperature of the target.
         cuts: True where only a part of what was drafted may be verified, which a chain that was sampled does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
-        trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` where none does.
+        trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` if none does.
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token is
             a decision; ``""`` where a cycle is one decision.
         longest: levels or tokens that ``progress`` shows as 1.
         adjustment_interval: tokens for which a decision is kept; 0 where every cycle is decided.
-        link: name or address of the link between drafter and target, ``""`` where there is none.
+        link: name or address of the link between drafter and target, ``""`` if there is none.
         exit: the target's own early exit that drafts, or None where another model does.
         name: name of this problem.
         partner_name: name of the problem whose policy it can be composed with, or None.
@@ -233,7 +233,7 @@ class Control(ABC):
         raise ValueError(f"plans are made of cycles that a trace replays, not of {self.name} with these settings")
 
     def place(self, name: str) -> int | None:
-        """Return where an entry of the observation begins; None where there is none of that name."""
+        """Return where an entry of the observation begins; None if no entry has that name."""
         found = self.slices.get(name)
         return None if found is None else found.start
 

@@ -217,7 +217,7 @@ class DVIControl(Control):
         return self.state.float().cpu().numpy()
 
     def _probabilities(self, decoder: ExitDecoder) -> np.ndarray:
-        """Return the exit's own distribution ``[vocabulary]`` of the next token; one 0 where there is no exit state."""
+        """Return the exit's distribution ``[vocabulary]`` of the next token, or a single 0 without an exit state."""
         if decoder.finished or self.state is None:
             return np.zeros(1)
         with torch.no_grad():
@@ -253,6 +253,6 @@ def entropy(p: np.ndarray) -> float:
 
 
 def accepted_share(cycles: list[Cycle]) -> float:
-    """Return accepted over verified tokens, 0 where none was verified."""
+    """Return accepted over verified tokens, 0 if none was verified."""
     scored = sum(cycle.scored for cycle in cycles)
     return sum(cycle.accepted for cycle in cycles) / scored if scored else 0.0

@@ -64,8 +64,8 @@ def load_decoder(
         temperature, top_p: 0 is greedy.
         clock: None measures on the wall.
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
-        adapter, rank: of an untrained exit, what may be trained of it (see ``ExitAdapter``).
-        stop: of an exit, see ``EarlyExitDrafter``.
+        adapter, rank: the trainable part of an untrained exit (see ``ExitAdapter``).
+        stop: threshold of an exit, see ``EarlyExitDrafter``.
 
     Raises:
         ValueError: a name that leads nowhere, or models that do not fit together or the width.

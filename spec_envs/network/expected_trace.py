@@ -68,7 +68,7 @@ class ExpectedTrace(Recording):
     Attributes:
         name: of its file.
         target, drafter: what it was recorded with.
-        clock: cost table that prices it where none is given.
+        clock: default cost table that prices it.
         vocab, eos: ids of the target, and the one that ends a text.
         temperature: that the texts were sampled at.
         ks: the numbers of entries that acceptance is known for; 0 stands for the whole distribution.

@@ -65,7 +65,7 @@ class Link:
         loss: probability that a packet is lost, each time it is sent.
 
     Attributes:
-        state: that of this round; the first of ``states`` until the first ``reset``.
+        state: state of this round; the first of ``states`` until the first ``reset``.
     """
 
     def __init__(self, name: str, states: tuple[LinkState, ...], jitter_ms: float = 0.0, loss: float = 0.0):

@@ -100,7 +100,7 @@ class SocketChannel:
         url: ``ws://host:port`` or ``wss://…``.
         patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
         timeout: most seconds of an answer, if the patience lasts that long.
-        token: for a cloud that needs one; by default that of the environment variable ``SPEC_ENVS_TOKEN``.
+        token: token for a cloud that needs one; by default the environment variable ``SPEC_ENVS_TOKEN``.
         in_clear: whether the token may be sent to another machine without TLS.
 
     Raises:

@@ -122,7 +122,7 @@ class Chains:
     def verified(
         self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, finished: np.ndarray
     ) -> np.ndarray:
-        """Note what is remembered of chains that were verified and what is left to read; return 0 seconds, since nothing is
+        """Record the verified chains and the tokens that are left to read; return 0 seconds, since nothing is
         drafted before it is decided."""
         size, row = self.size[which], self.before[which]
         self.unread[which] = catch_up.left_unread(

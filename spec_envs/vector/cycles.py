@@ -31,7 +31,7 @@ class CycleTable:
         asked: ``[rows, plans]``, whether the drafter makes any forward.
         forwards: ``[rows, plans]``, forwards after the first decision.
         first: ``[rows]``, tokens that are copied before the one that the first forward drafts.
-        gaps: ``[rows, largest size]``, rows of the forward that drafts each further level or token; 0 where there is none, and
+        gaps: ``[rows, largest size]``, rows of the forward that drafts each further level or token; 0 if none does, and
             of the first forward, whose rows depend on what is unread of the text (``spec_envs.decoding.catch_up``).
         read: ``[rows, plans]``, tokens of a chain that forwards have read once it is drafted.
         right: ``[rows]``, how many of its first tokens are the text's.

@@ -36,12 +36,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Args:
         control: name of a control that traces replay, or where it is found, ``"module:Class"``.
-        num_envs: how many.
+        num_envs: number of environments.
         autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there. With
             ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
             ``infos["final_obs"]`` and ``infos["final_info"]`` are what it ended with, at the places where
             ``infos["_final_obs"]`` is true.
-        keywords: those of ``SpecEnv``, as far as they mean something here; ``trace`` is the folder of a trace
+        keywords: those of ``SpecEnv`` that have an effect here; ``trace`` is the folder of a trace
             (`make trace`).
 
     ``reset`` takes a seed for all (environment i then has ``seed + i``) or a list with one for each, and as options
@@ -315,7 +315,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         finished: np.ndarray,
         live: np.ndarray | bool,
     ) -> None:
-        """Note what is remembered of the cycles that ended in environments ``which``, and draft for the next ones."""
+        """Record the cycles that ended in environments ``which``, and draft for the next ones."""
         if "recent" in self.control.slices:
             self.recent.push(which, accepted[which, None])
         self.cycle_spent[which] = 0.0

@@ -1,4 +1,4 @@
-"""Trees under way in many environments: what is accepted, what it costs and what is observed are look-ups."""
+"""Trees under way in many environments: acceptance, costs and observations are looked up."""
 
 from __future__ import annotations
 

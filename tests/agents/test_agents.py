@@ -228,7 +228,7 @@ def test_unreadable_runs(tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """Files cannot grow beyond 2,000 bytes: writing fails for real, half way.
+    """Limit files to 2,000 bytes, so that writing really fails half way.
 
     Not a fixture: pytest writes its own dot, perhaps to a file, before it tears fixtures down.
     """

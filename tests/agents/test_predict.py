@@ -65,7 +65,7 @@ def made(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tupl
 
 
 def by_hand(env: SpecEnv, agent: Any, seed: int, episodes: int) -> tuple[list[float], list[int]]:
-    """Returns and lengths of episodes, decided one observation at a time."""
+    """Return rewards and lengths of episodes, decided one observation at a time."""
     observation, _ = env.reset(seed=seed)
     state, start, rewards, lengths = None, np.array([True]), [0.0], [0]
     while True:

@@ -37,7 +37,7 @@ def command(name: str) -> ModuleType:
 
 
 def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
-    """The parser of a command, caught before it parses."""
+    """Return the parser of a command, caught before it parses."""
 
     def caught(self: Parser, *_: Any) -> None:
         raise Parsed(self)

@@ -26,7 +26,7 @@ from tests.support.runs import Run, files_of, killed, weights
 def halfway(
     every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, bytes]]]:
-    """Folders of killed runs, and what they come to."""
+    """Return folders of killed runs, and what they come to."""
     found = {}
     for name in ("ppo", "dqn", "dvi", "rl-adapter"):
         folder = tmp_path_factory.mktemp(name)
@@ -39,7 +39,7 @@ def halfway(
 
 @pytest.fixture(scope="module")
 def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Folders of trained runs, and what is loaded from them."""
+    """Return folders of trained runs, and what is loaded from them."""
     found = {}
     for name in every:
         folder = tmp_path_factory.mktemp(name) / "run"

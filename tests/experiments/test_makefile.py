@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 @pytest.fixture
 def make(tmp_path: Path):
-    """Runs a target with a stand-in for Python that prints its arguments."""
+    """Run a target with a stand-in for Python that prints its arguments."""
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\nfor a in "$@"; do printf \'%s\\n\' "$a"; done\n')
     stub.chmod(0o755)
@@ -157,7 +157,7 @@ def test_every_target_is_described(make) -> None:
     ],
 )
 def test_no_value_is_code_of_make(make, target: str, name: str, tmp_path: Path) -> None:
-    """Neither when make reads it nor when it hands its variables on to a command."""
+    """No value runs as code, neither when make reads it nor when it passes its variables to a command."""
     mark = tmp_path / "ran"
     value = f"$(shell touch {mark})"
     code, output, _ = make(target, f"{name}={value}")

@@ -25,7 +25,7 @@ from tests.support.runs import PROFILE, Run, killed, run_of, weights
 
 @pytest.mark.parametrize("name", ["ppo", "dqn", "hindsight", "rl-adapter", "specdec++", "dvi"])
 def test_two_runs_of_a_seed_have_the_same_bits(name: str, every: dict[str, Run], tmp_path: Path) -> None:
-    """Also where a busy machine measured other times for a decision."""
+    """The bits are equal also if a busy machine measured other times for a decision."""
     for folder in ("a", "b"):
         every[name].train(tmp_path / folder)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")

@@ -86,7 +86,7 @@ agents:
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The two files, their two rows, and the YAML file."""
+    """Yield the two files, their two rows, and the YAML file."""
     for name, text in (("toy_problem.py", PROBLEM), ("toy_agent.py", AGENT), (f"{ID}.yml", EXPERIMENT)):
         (tmp_path / name).write_text(textwrap.dedent(text).lstrip())
     monkeypatch.syspath_prepend(tmp_path)

@@ -26,7 +26,7 @@ LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"
 
 
 def variants(*keywords: dict) -> list[tuple[str, dict]]:
-    """Every environment with each of the keyword arguments that it offers."""
+    """Return every environment with each of the keyword arguments that it offers."""
     offered = {env_id: CONTROLS[env_id].observations for env_id in IDS}
     return [(i, k) for i in IDS for k in keywords if k.get("observation", "default") in offered[i]]
 
@@ -36,7 +36,7 @@ def make(env_id: str, tiny: dict, **keywords: Any) -> gym.Env:
 
 
 def drafter_of(env_id: str) -> dict[str, str]:
-    """A drafter for problems that the tiny head is none for: over a link it reads what only the cloud knows."""
+    """Return a drafter for problems that the tiny head is none for: over a link it reads what only the cloud knows."""
     return {"SpecTopK-v0": {"drafter": "lookup"}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
 
 

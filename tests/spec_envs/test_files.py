@@ -28,7 +28,7 @@ with held(Path(sys.argv[1])):
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """Another process that holds ``folder``."""
+    """Yield another process that holds ``folder``."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "folder")],
         stdout=subprocess.PIPE,

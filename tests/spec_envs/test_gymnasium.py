@@ -55,7 +55,7 @@ def rollout(env: Any, seed: int | None, steps: int = 40) -> list[Any]:
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_gymnasiums_checker_passes(env_id: str, made: Callable[..., gym.Env]) -> None:
-    """Step determinism too, which it checks only if a spec marks an environment as deterministic."""
+    """The spec is marked deterministic, since the checker verifies step determinism only then."""
     env = made(env_id).unwrapped
     assert env.spec is not None
     env.spec = copy.deepcopy(env.spec)

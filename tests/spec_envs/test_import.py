@@ -22,7 +22,7 @@ HEAVY = {"torch", "transformers", "scipy", "matplotlib", "pydantic", "stable_bas
 
 
 def test_importing_loads_no_models() -> None:
-    """Neither does asking for what is registered, nor a look at what there is."""
+    """Neither does listing the registered environments or the package's names."""
     script = (
         "import json, sys, spec_envs, gymnasium; dir(spec_envs); "
         "specs = [gymnasium.spec(env_id) for env_id in spec_envs.ENVIRONMENTS]; "
@@ -36,7 +36,7 @@ def test_importing_loads_no_models() -> None:
 
 @pytest.mark.parametrize("name", ["generate", "Generation", "load_decoder", "load_tokenizer", "agents"])
 def test_what_is_offered_is_found_in_a_fresh_process(name: str) -> None:
-    """Whatever has been imported before: no module has the name of a function."""
+    """Names are found whatever was imported before: no module has the name of a function."""
     script = (
         f"import spec_envs; first = spec_envs.{name}; import spec_envs.generation, spec_envs.environments; "
         f"from spec_envs import {name}; assert first is {name}; assert '{name}' in dir(spec_envs)"

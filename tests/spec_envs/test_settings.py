@@ -33,7 +33,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture
 def shared(traces: dict[str, Trace], plans: dict[str, Plan]) -> dict[str, Any]:
-    """Keyword arguments of an environment that replays trees."""
+    """Return keyword arguments of an environment that replays trees."""
     return {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **sizes(plans["tree"])}
 
 
@@ -167,7 +167,7 @@ def test_the_smallest_temperature_draws(tiny: dict[str, Any]) -> None:
 
 
 def table(rows: str = '"1"', verify: str = "0.1", draft: str = '{"1": 0.1}') -> str:
-    """The text of a cost table; a good one as it stands."""
+    """Return the text of a cost table, by default a valid one."""
     return f'{{"verify": {{{rows}: {verify}}}, "draft": {draft}}}'
 
 
@@ -269,7 +269,7 @@ def some_of(control: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def works_or_is_refused(make: Callable[[], Any]) -> None:
-    """The arguments give an environment that can be stepped, or one sentence."""
+    """Check that the arguments give an environment that can be stepped, or one sentence."""
     try:
         env = make()
     except (TypeError, ValueError) as error:

@@ -37,7 +37,7 @@ def metaspace() -> PreTrainedTokenizerBase:
 
 
 def byte_fallback() -> PreTrainedTokenizerBase:
-    """Tokenizer as of Llama 2 and Mistral: a space at the front, and bytes for what is not in the vocabulary."""
+    """Return a tokenizer like Llama 2's and Mistral's: a space in front, and bytes for unknown characters."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
     pieces = Tokenizer(models.BPE({w: i for i, w in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>"))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -79,7 +79,7 @@ def word_pieces() -> PreTrainedTokenizerBase:
 
 
 def word_level() -> PreTrainedTokenizerBase:
-    """Without a decoder, so that words are joined by spaces."""
+    """Return a tokenizer without a decoder, so that words are joined by spaces."""
     return fast(Tokenizer(models.WordLevel({"the": 0, "a": 1, ".": 2, "<unk>": 3}, unk_token="<unk>")))
 
 
@@ -98,7 +98,7 @@ def streamed(detokenize: Detokenizer, groups: list[list[int]]) -> list[str]:
 
 
 def holds(tokenizer: PreTrainedTokenizerBase, groups: list[list[int]]) -> None:
-    """Pieces are the text."""
+    """Check that the pieces add up to the text."""
     ids = [token for group in groups for token in group]
     pieces = streamed(Detokenizer.of(tokenizer), groups)
     assert "".join(pieces) == decode(tokenizer, ids)

@@ -1,4 +1,4 @@
-"""A cloud in a process of its own, and what comes between it and its edges."""
+"""A cloud in a process of its own, and a proxy between it and its edges."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class CloudProcess:
     """A cloud that can be killed and started again on its port.
 
     Args:
-        folder: for its output.
-        arguments: of the command line, the port apart.
-        environment: variables that it is to have.
+        folder: the folder of its output.
+        arguments: command-line arguments without the port.
+        environment: its environment variables.
     """
 
     def __init__(self, folder: Path, *arguments: str, **environment: str):
@@ -62,7 +62,7 @@ class CloudProcess:
         self.process.start()
 
     def listening(self) -> Self:
-        """Wait until it does."""
+        """Wait until it listens."""
         begin = time.monotonic()
         while "listening on " not in self.said:
             assert self.process.is_alive() and time.monotonic() - begin < 60, self.said
@@ -77,7 +77,7 @@ class CloudProcess:
         return self.output.read_text() if self.output.exists() else ""
 
     def end(self, timeout: float = 30) -> int | None:
-        """Its exit status; None where it does not end."""
+        """Wait for it to end; return its exit status, or None if it does not end."""
         self.process.join(timeout)
         return self.process.exitcode
 
@@ -90,12 +90,12 @@ class CloudProcess:
 
     @property
     def resident(self) -> int:
-        """KiB of memory."""
+        """Return KiB of memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
     def page(self, path: str, **headers: str) -> tuple[int, str]:
-        """Status and text of what plain HTTP is answered with."""
+        """Return status and text of the answer to plain HTTP."""
         request = urllib.request.Request(f"http{self.url.removeprefix('ws')}{path}", headers=headers)
         try:
             with DIRECT.open(request, timeout=10) as answer:
@@ -104,7 +104,7 @@ class CloudProcess:
             return error.code, error.read().decode()
 
     def metric(self, name: str) -> float:
-        """One of those without labels."""
+        """Return the value of a metric without labels."""
         lines = self.page("/metrics")[1].splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"spec_envs_cloud_{name} "))
 
@@ -187,5 +187,5 @@ class Meddler:
 
 
 async def clean(number: int, source: str, frame: Any) -> list[Any] | None:
-    """No fault."""
+    """Return the message unchanged."""
     return [frame]

@@ -1,4 +1,4 @@
-"""Edges that write texts with a cloud, and what else talks to it."""
+"""Edges that write texts with a cloud, and other clients."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Edge:
         self.decoder.start(PROMPT, count, np.random.default_rng(seed))
 
     def go_on(self, tokens: int = 2**31) -> list[int]:
-        """The text when it has so many tokens."""
+        """Continue until the text has so many tokens, and return it."""
         while not self.decoder.finished and len(self.decoder.tokens) < tokens:
             if self.kind == "mixed" and len(self.decoder.cycles) % 2:
                 self.decoder.decode(5)
@@ -72,7 +72,7 @@ class Edge:
         return self.decoder.tokens
 
     def text(self, count: int, seed: int = 1) -> list[int]:
-        """A whole text; the channel is closed."""
+        """Write a whole text, close the channel, and return the text."""
         self.start(count, seed)
         tokens = self.go_on()
         self.channel.close()
@@ -94,12 +94,12 @@ def say(url: str, *frames: Any, **others: Any) -> list[Any]:
 
 
 def replaced(message: Any, **fields: Any) -> Any:
-    """A message with other fields."""
+    """Return a message with other fields."""
     return type(message)(**{name: getattr(message, name) for name in message.__struct_fields__} | fields)
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     begin = time.monotonic()
     while not true():
         assert time.monotonic() - begin < 20
@@ -108,7 +108,7 @@ def wait_for(true: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def in_process(cloud: Cloud) -> Iterator[str]:
-    """A cloud on a thread of this process; its address."""
+    """Yield a cloud on a thread of this process; its address."""
     loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     address = ""
 

@@ -61,7 +61,7 @@ def total_variation(a: dict[tuple, float], b: dict[tuple, float]) -> float:
 
 
 def chained_exactly(emitted: dict[tuple, float], length: int, p: dict) -> float:
-    """Total variation between the target and what is emitted, continued by the target to the longest cycle's length."""
+    """Return total variation between target and emitted text, continued by the target to the longest cycle's length."""
     whole: dict[tuple, float] = {}
     for start, probability in emitted.items():
         for rest in itertools.product(range(VOCAB), repeat=length + 1 - len(start)):

@@ -7,7 +7,7 @@ from scipy.stats import chi2, ncx2
 
 
 def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
-    """Draws at which a χ² test at level 0.001 finds a total variation of ``bias`` with this power.
+    """Return draws at which a χ² test at level 0.001 finds a total variation of ``bias`` with this power.
 
     The hardest bias to see moves mass between the two largest bins.
     """

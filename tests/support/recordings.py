@@ -20,7 +20,7 @@ TEXTS = (4, 1, 2)  # of train, validation and test in the traces
 
 @pytest.fixture(scope="session")
 def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
-    """Recordings of the tiny models: trees, chains of a draft model, and chains of prompt lookup with a draft model."""
+    """Return recordings of the tiny models: trees, chains of a draft model, and chains with prompt lookup before it."""
     from spec_envs.experiments.traces.record import Plan  # here, since most tests need nothing of the experiments
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
@@ -41,7 +41,7 @@ def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
-    """Environments of each case on the training texts; copy one before stepping it."""
+    """Return environments of each case on the training texts; copy one before stepping it."""
     clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
     for case, (env_id, name, keywords) in CASES.items():
         shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}

@@ -48,7 +48,7 @@ def on_profile(agent: str, *overrides: str) -> Run:
 
 
 def runs(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
-    """A run of each kind of agent, whose clock is priced."""
+    """Return a run of each kind of agent, whose clock is priced."""
     trace = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **CASES["tree"][2], "budgets": [0, 2, 30]}
     dvi = [f"env.{key}={value}" for key, value in tiny.items() if key != "drafter"]
     dvi += ["own_text=0", "env.exit_layer=3", "env.adapter=head", "eval_freq=0", "checkpoint_freq=20"]
@@ -102,5 +102,5 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All that a run wrote and that is read again."""
+    """Return all that a run wrote and that is read again."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != LOCK and "events" not in str(p))

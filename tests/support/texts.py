@@ -31,7 +31,7 @@ def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
 
 
 def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
-    """p-value that sampled texts are the target's: each token's place in the target's own cumulative distribution, with
+    """Return a p-value that sampled texts are the target's: a token's place in its cumulative distribution, with
     the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
     decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
     decoder.eos = frozenset()

@@ -100,7 +100,7 @@ def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndar
     units of the deepest path, ``[…, budgets]``.
 
     Args:
-        scores: path log-probabilities ``[…, nodes]``, −inf for nodes that there are not.
+        scores: path log-probabilities ``[…, nodes]``, −inf for missing nodes.
     """
     best = np.exp(-np.sort(-scores, -1)).cumsum(-1)
     reached = np.concatenate([np.zeros((*best.shape[:-1], 1)), best], -1)
@@ -131,13 +131,13 @@ def recorded_depth(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> 
 
 
 def recorded_scores(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Return the path log-probabilities of all nodes, 0 where there is none, ``[n, C]``."""
+    """Return the path log-probabilities of all nodes, 0 for missing ones, ``[n, C]``."""
     there = np.arange(trees.scores.shape[1]) < trees.stops[depth][:, None]
     return np.where(there, trees.scores[row], 0.0)
 
 
 def recorded_last_level(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Return the path log-probabilities of the nodes added last, 0 where there is none, ``[n, W²]``."""
+    """Return the path log-probabilities of the nodes added last, 0 for missing ones, ``[n, W²]``."""
     size = trees.width * trees.width
     nodes = np.where(depth > 0, trees.stops[depth] - size, 0)[:, None] + np.arange(size)
     there = nodes < trees.stops[depth][:, None]

@@ -44,7 +44,7 @@ class Drafter(Protocol):
         """Read the committed tokens that are still unread, then start the tree with the root's best children.
 
         Returns:
-            The rows of the forward; 0 where none was needed.
+            The rows of the forward; 0 if none was needed.
         """
 
     def expand(self, tree: Tree) -> int:
@@ -56,7 +56,7 @@ class Copier(Protocol):
     """A drafter that may copy tokens from an earlier place of the text that reads like its end."""
 
     def matched(self) -> int:
-        """Return how many of the text's last tokens match the place to copy from; 0 where there is none."""
+        """Return how many of the text's last tokens match the place to copy from; 0 if there is none."""
 
     def source(self, chain: list[int]) -> Any:
         """Return where the token after ``chain`` would be copied from, or None where it would not be copied."""

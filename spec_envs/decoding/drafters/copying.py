@@ -40,7 +40,7 @@ class CopyingDrafter(ChainDrafter):
 
     @property
     def top_k(self) -> int | None:
-        """The draft model's; see ``ChainDrafter``."""
+        """The draft model's ``top_k``; see ``ChainDrafter``."""
         return self.model.top_k
 
     @top_k.setter

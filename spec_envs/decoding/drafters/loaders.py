@@ -150,7 +150,7 @@ def load_adapter(name: str, target: str, model: Transformer, kind: str, rank: in
     """Return the exit of that name, not shared with other decoders.
 
     Args:
-        kind, rank: of the adapter of an untrained one; see ``ExitAdapter.fresh``.
+        kind, rank: adapter of an untrained exit; see ``ExitAdapter.fresh``.
 
     Raises:
         ValueError: an exit that the target does not have, or a trained one of another target.

@@ -46,7 +46,7 @@ class Occurrences:
 
     def find(self, chain: Sequence[int] = ()) -> Occurrence | None:
         """Return the latest earlier place that matches the end of the text and ``chain`` in the most tokens, up to
-        ``ngram``; None where there is none."""
+        ``ngram``; None if there is none."""
         tail = [*self.text[-self.longest :], *chain][-self.longest :]
         for n in range(min(self.ngram, len(tail)), 0, -1):
             end = self.ends.get(tuple(tail[-n:]))
@@ -110,7 +110,7 @@ class LookupDrafter:
         return 0
 
     def expand(self, tree: Tree) -> int:
-        """Draft the token after the last one copied, as far as the text goes; return 0, for there is no forward."""
+        """Draft the token after the last one copied, if the text has one; return 0, since no forward runs."""
         if tree.size and self.copying:
             tree.grow(self._child(self.copying))
         return 0

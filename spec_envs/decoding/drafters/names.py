@@ -23,7 +23,7 @@ class DrafterName:
 
     Attributes:
         lookup: whether prompt lookup is tried first.
-        model: what drafts where lookup does not: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the
+        model: what drafts if lookup does not: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the
             folder of a trained exit; ``""`` for prompt lookup alone.
     """
 

@@ -38,7 +38,7 @@ class ExitSettings:
 
     Attributes:
         base_model: the target's name.
-        fingerprint: of the target's weights; an adapter of other weights is refused.
+        fingerprint: fingerprint of the target's weights; an adapter of other weights is refused.
         exit_layer: number of layers before the exit.
         kind: ``"head"``: low-rank weights on the exit's projection; ``"kangaroo"``: the same after norm, attention and
             norm (arXiv 2404.18911); ``"layers"``: low-rank weights on the target's layers, before the exit and after
@@ -220,7 +220,7 @@ def inject_lora(
     Args:
         base_model: the target.
         exit_layer: number of layers before the exit.
-        rank, alpha, products: of both; see ``LayersLoRA``.
+        rank, alpha, products: settings of both; see ``LayersLoRA``.
 
     Returns:
         ``lora_S`` on the layers before the exit, ``lora_D`` on those after it.

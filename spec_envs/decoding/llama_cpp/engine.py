@@ -54,7 +54,7 @@ class LlamaEngine(Text):
         target, drafter: names of models.yml or GGUF files; the two may be the same.
         k_max: longest chain.
         segment: most tokens of a cycle.
-        threads: of the server; by default as many as torch has.
+        threads: number of threads of the server; by default as many as torch has.
         binary: the program; by default the one on PATH, else the one of models.yml's wheel.
         clock: charged with the server's seconds; by default one of its own.
         timeout: seconds that a request may take.

@@ -44,11 +44,11 @@ class LlamaServer:
 
     Args:
         model: GGUF file.
-        arguments: further ones of llama-server (``["--spec-type", "ngram-simple"]``).
-        threads: of the server.
+        arguments: further arguments of llama-server (``["--spec-type", "ngram-simple"]``).
+        threads: number of threads of the server.
         context: tokens of prompt and answer.
         binary: the program; by default the one on PATH, else the one of models.yml's wheel.
-        server_args: of the user, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no GPU.
+        server_args: user's arguments, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no GPU.
 
     Raises:
         ValueError: no program, arguments that are set here, or it did not start; the sentence ends with the last lines

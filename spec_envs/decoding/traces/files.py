@@ -55,7 +55,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         kind: ``"tree"`` or ``"chain"``.
         target, drafter, dtype, template, date, prompts, max_new_tokens: keyword arguments that it was recorded with; the
-            date is None where none was set.
+            date is None if none was set.
         fingerprints: of both models' weights.
         width, max_depth: of the trees; a chain of ``max_depth + 1`` tokens has width 1.
         vocab, context, eos: of the target.
@@ -153,7 +153,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
-    """Refuse columns that are not those of trees, or chains, of the manifest's size.
+    """Refuse columns that do not hold trees, or chains, of the manifest's size.
 
     Raises:
         ValueError: one is not; the message names which.

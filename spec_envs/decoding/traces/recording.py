@@ -137,7 +137,7 @@ def chosen(recording: str, texts: Sequence[RecordedText], split: str, names: str
 
 
 def tasks_named(names: str, tasks: Collection[str], recording: str) -> set[str]:
-    """Return those of a recording's tasks that ``names``, separated by commas, ask for. ``"all"`` is every one; a shipped
+    """Return the tasks of a recording that ``names``, separated by commas, selects. ``"all"`` is every one; a shipped
     prompt set that the recording lacks may stand beside it.
 
     Raises:

@@ -28,7 +28,7 @@ def weights(agent: OnlineAgent) -> list[torch.nn.Parameter]:
 
 
 def without_step(agent: OnlineAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are computed and nothing moves."""
+    """Compute gradients without changing weights."""
     monkeypatch.setattr(agent, "_stepped", lambda optimizer: None)
     for optimizer in agent.optimizer.values():
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
@@ -62,7 +62,7 @@ def test_reinforce_is_the_gradient_of_acceptance(kind: str, tiny: dict, monkeypa
     assert exact.norm() > 1e-4
 
     def estimate(draws: int, baseline: float, kept_only: bool) -> Tensor:
-        """By the agent's own update, on draws of its own policy."""
+        """Return the gradient of the agent's own update, on draws of its own policy."""
         for weight in weights(agent):
             weight.grad = None
         generator = torch.Generator().manual_seed(1)

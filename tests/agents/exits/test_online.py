@@ -53,7 +53,7 @@ def test_rows_are_those_that_were_judged(block: int, tiny: dict) -> None:
     ("name", "kind"), [("dvi", "head"), ("dvi", "kangaroo"), ("dvi", "layers"), ("reinforce", "head")]
 )
 def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
-    """The cheapest learning test: of a few texts read again and again, far more drafts are right in the end."""
+    """Training repeatedly on a few texts makes far more of their drafts right."""
     log = tmp_path / "log.jsonl"
     rows = [{"conversations": [{"from": "human", "value": w}], "split": "train"} for w in ("the a", "we is", "in to")]
     log.write_text("\n".join(map(json.dumps, rows)))
@@ -100,7 +100,7 @@ def test_the_verifier_moves_slowly_and_only_behind_the_exit(tiny: dict) -> None:
 
 
 def test_greedy_text_stays_the_targets_own_while_it_learns(tiny: dict) -> None:
-    """``head`` and ``kangaroo``: before, during and after."""
+    """The text stays the same for ``head`` and ``kangaroo``, before, during and after learning."""
     for kind in ("head", "kangaroo"):
         env, agent = built(tiny, "dvi", kind, {"max_new_tokens": 30}, learning_rate=2e-2, texts=6)
         texts: list[tuple[list[int], list[int]]] = []
@@ -156,7 +156,7 @@ def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
 
 
 def test_it_learns_while_it_serves(tiny: dict, tmp_path: Path) -> None:
-    """``generate(learn=True)``, from a run that was saved; what it learned can be saved again."""
+    """``generate(learn=True)`` trains a saved run, which can be saved again."""
     env, first = built(tiny, "dvi", "kangaroo", texts=3)
     first.learn(10**6, env)
     first.save(tmp_path)
@@ -205,7 +205,7 @@ def test_a_text_that_nobody_reads_to_its_end_is_a_lesson_of_its_own(block: int, 
 
 
 def test_a_stream_ends(tiny: dict, tmp_path: Path) -> None:
-    """Each prompt is read once, equal ones as often as there are; more texts begin it again."""
+    """Each prompt is read once, duplicates included; further texts start from the first prompt."""
     log = tmp_path / "log.jsonl"
     rows = [{"conversations": [{"from": "human", "value": w}], "split": "train"} for w in ("the a", "the a", "in to")]
     log.write_text("\n".join(map(json.dumps, rows)))
@@ -230,7 +230,7 @@ def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
 
 
 def learning(name: str, folder: str, keywords: dict, own: dict) -> None:
-    """A run in a process of its own."""
+    """Train in a separate process."""
     torch.set_num_threads(1)
     agent = AGENTS[name](control=make_control("dvi", keywords), **own)
 

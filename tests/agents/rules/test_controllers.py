@@ -29,7 +29,7 @@ RULES = sorted(name for name, kind in AGENTS.items() if isinstance(kind, type) a
 
 
 def controller(rate: float, k: int = 12, **settings: Any) -> AdaptiveSpecController:
-    """A controller that saw 1,000 drafted tokens, that share of them accepted."""
+    """Return a controller that saw 1,000 drafted tokens, that share of them accepted."""
     found = AdaptiveSpecController(SpecConfig(k_current=k, acceptance_window=1000, **settings))
     found.record_acceptance(round(1000 * rate), 1000)
     return found
@@ -136,7 +136,7 @@ def test_audit_log(tmp_path: Path) -> None:
 
 
 def see(control: KControl, **entries: float) -> np.ndarray:
-    """An observation with these entries."""
+    """Return an observation with these entries."""
     vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
     for name, value in entries.items():
         vector[control.slices[name].start] = value

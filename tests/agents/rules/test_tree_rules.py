@@ -34,7 +34,7 @@ STANZAS = [
 
 
 def see(control: Control, **entries: Any) -> np.ndarray:
-    """An observation with these entries."""
+    """Return an observation with these entries."""
     vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
     for name, values in entries.items():
         start = control.slices[name].start
@@ -43,7 +43,7 @@ def see(control: Control, **entries: Any) -> np.ndarray:
 
 
 def table(verify: float = 0.0, draft: float = 0.1) -> CostTable:
-    """A plain step of one second, so much more for every further row, and drafter forwards of one price."""
+    """Return a plain step of one second, so much more for every further row, and drafter forwards of one price."""
     return CostTable("made up", {1: 1.0, 101: 1.0 + 100 * verify}, {1: draft})
 
 
@@ -130,7 +130,7 @@ def test_a_rule_without_prices_says_what_to_do(name: str, kind: Any) -> None:
 
 
 def test_a_bandit_finds_the_best_budget() -> None:
-    """It reads the last cycle out of the mean of four, over the beginnings of texts too."""
+    """The bandit recovers the last cycle from the mean of four, also across the beginnings of texts."""
     control, rng = BudgetControl(budgets=(1, 3, 7, 31)), np.random.default_rng(0)
     control.costs = table(0.02)
     means = {1: 0.5, 3: 0.8, 7: 1.5, 31: 1.6}
@@ -170,7 +170,7 @@ def test_the_stanzas_are_all_rules() -> None:
 
 @pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
 def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
-    """On the tiny pair, whose drafts are mostly right and cheap: faster than plain decoding."""
+    """Every rule is faster than plain decoding on the tiny pair, whose drafts are mostly right and cheap."""
     experiment = load_experiment(env_id, stanza)
     env = gym.make(env_id, **tiny).unwrapped
     control = make_control(env_id, {})

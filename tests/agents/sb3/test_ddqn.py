@@ -60,7 +60,7 @@ def test_one_network_selects_and_the_other_evaluates() -> None:
 
 @pytest.mark.parametrize(("loss", "expected"), [("mse", 4.0), ("huber", 1.5)])
 def test_training_takes_the_double_target(loss: str, expected: float) -> None:
-    """Networks that are constants: online predicts (0, 1), target (5, 1) where the maximum would be 5."""
+    """The networks are constants: online predicts (0, 1), target (5, 1) where the maximum would be 5."""
     model = agent(loss=loss, gamma=1.0, batch_size=4, target_update_updates=None).model
     for network, values in ((model.q_net, [0.0, 1.0]), (model.q_net_target, [5.0, 1.0])):
         for parameter in network.parameters():

@@ -48,7 +48,7 @@ class Link(gym.Env):
 
 
 def control(width: int = 10, actions: int = 11) -> Any:
-    """The attributes of SpecTopK-v0's control that the agent reads."""
+    """Return the attributes of SpecTopK-v0's control that the agent reads."""
     box = spaces.Box(0, 1, (width,), np.float32)
     return SimpleNamespace(observation_space=box, action_space=spaces.Discrete(actions), slices={})
 
@@ -79,7 +79,7 @@ class Published(nn.Module):
 
 
 def published(path: Path, trained: bool = True, **changes: Any) -> Published:
-    """A checkpoint that owes nothing to the adapter."""
+    """Return a checkpoint that owes nothing to the adapter."""
     torch.manual_seed(5)
     net, target = Published(), Published()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)

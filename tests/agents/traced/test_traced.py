@@ -39,7 +39,7 @@ SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_
 
 @pytest.fixture(scope="session")
 def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
-    """Both agents, trained in each case."""
+    """Return both agents, trained in each case."""
     return {
         (name, case): AGENTS[name](control=control_of(case), seed=4, **SMALL).learn(0, copy.deepcopy(vectors[case]))
         for case in LEARNED
@@ -48,7 +48,7 @@ def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
 
 
 def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
-    """Seconds ``[texts]`` of the training texts under an agent."""
+    """Return seconds ``[texts]`` of the training texts under an agent."""
     env = copy.deepcopy(env)
     texts = np.resize(env.texts, env.num_envs)
     seen, _ = env.reset(seed=0, options={"texts": texts})
@@ -138,7 +138,7 @@ def test_what_an_agent_reads_is_one_of_two() -> None:
 
 
 def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
-    """Actions at every level, ``[levels, n]``."""
+    """Return actions at every level, ``[levels, n]``."""
     return np.stack([agent.actions(lessons.seen[:, level]) for level in range(agent.plans.first, agent.plans.levels)])
 
 

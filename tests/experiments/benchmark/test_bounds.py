@@ -37,13 +37,13 @@ SHORT: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
 
 
 def settings(bounds: Bounds) -> list[int | str]:
-    """The setting of each plan, as ``FixedAgent`` takes it."""
+    """Return the setting of each plan, as ``FixedAgent`` takes it."""
     by_name = {"depth": lambda d, b: d, "budget": lambda d, b: b, "tree": lambda d, b: f"{d}x{b}", "k": lambda k: k}
     return [by_name[bounds.control.name](*name) for name in bounds.plans.names]
 
 
 class Player:
-    """Plays texts of a trace in a single environment, each cycle under a setting of its own."""
+    """Replays texts of a trace in a single environment, each cycle under a setting of its own."""
 
     def __init__(self, env_id: str, trace: Trace, folder: Path, max_new_tokens: int, keywords: dict[str, Any]):
         costs = folder / "costs.json"
@@ -54,7 +54,7 @@ class Player:
         self.bounds = Bounds(trace, self.control, TABLE, range(len(trace.texts)), max_new_tokens)
 
     def seconds(self, text: int, sequence: list[int | str], repeat: bool = False) -> tuple[float, bool]:
-        """Seconds of a cycle under each setting in turn (``repeat``: the first for all), and whether the text ended."""
+        """Return seconds of a cycle per setting in turn (``repeat``: the first for all), and whether the text ended."""
         observation, _ = self.env.reset(options={"prompt": self.env.prompts[text]})
         spent, cycles = 0.0, 0
         while not self.env.decoder.finished and (repeat or cycles < len(sequence)):

@@ -21,7 +21,7 @@ for _ in range(10):
 
 
 def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str) -> Case:
-    """A command that takes a second and appends to what it finds."""
+    """Return a command that takes a second and appends to what it finds."""
     (tmp_path / "writer_case.py").write_text(WRITER.format(begin=begin))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return Case("writer", "writer_case {}", lambda folder: digests(folder, "count"))

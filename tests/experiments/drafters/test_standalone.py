@@ -25,14 +25,14 @@ IDS = [5, 6, 7, 8]
 
 @pytest.fixture
 def draft(tiny_target: Path, tmp_path: Path) -> Path:
-    """Seven of the eight layers of the target, over 14 of its 16 tokens."""
+    """Return seven of the eight layers of the target, over 14 of its 16 tokens."""
     target = load_target(str(tiny_target), CPU, torch.float32)
     Student.from_target(str(tiny_target), target, 7, torch.arange(14)).save(tmp_path / "draft", torch.float32)
     return tmp_path / "draft"
 
 
 def whole(draft: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The command's folder."""
+    """Return the command's folder."""
     out = draft.with_name("whole")
     monkeypatch.setattr(sys, "argv", ["standalone", str(draft), "--out", str(out), "--target", str(target)])
     standalone.main()
@@ -40,7 +40,7 @@ def whole(draft: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def counted(model: Any) -> list[int]:
-    """Rows of every forward of a model from now on."""
+    """Return a list that collects the rows of every later forward of a model."""
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     return rows

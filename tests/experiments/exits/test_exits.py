@@ -26,7 +26,7 @@ SMALL = ["eval_prompts=2", "test_prompts=3", "hyperparameters.fast_batch=16", "h
 
 @pytest.fixture(autouse=True)
 def tiny_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few lengths to try; and a random target ends no user turn that makes sense."""
+    """Reduce the lengths to try, and fix the user turns, since a random target ends none that makes sense."""
     monkeypatch.setattr(candidates, "KS", (0, 1, 3))
     monkeypatch.setattr(exit_runs, "sampled_turns", lambda *arguments: ["the a of", "in to is"])
 

@@ -13,7 +13,7 @@ TRUE = {"verify": {1: 0.060, 2: 0.061, 4: 0.063, 8: 0.064, 12: 0.066, 16: 0.068}
 
 
 def busy(monkeypatch: pytest.MonkeyPatch, *loads: dict[int, float]) -> list[int]:
-    """Windows in which forwards of some rows take so much longer; a quiet one after the last. Counts them."""
+    """Slow down forwards of some rows by each window's factors; later windows are quiet. Return a window counter."""
     count = [0]
 
     def window(decoder: Any, rows: Any, repeats: int) -> costs.Curves:

@@ -19,7 +19,7 @@ KEYS = {"speedup", "acceptance", "network_s", "edge_s", "cloud_s", "bytes_up", "
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
-    """Every process that is started."""
+    """Return every process that is started."""
     processes: list[subprocess.Popen[str]] = []
 
     class Noted(subprocess.Popen):

@@ -23,14 +23,14 @@ minari = pytest.importorskip("minari", reason="the extra `minari` is not install
 
 @pytest.fixture(autouse=True)
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the data sets."""
+    """Return the folder of the data sets."""
     folder = tmp_path / "datasets"
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     return folder
 
 
 def replays(dataset: Any) -> int:
-    """Play every episode again and compare; how many steps that were."""
+    """Replay every episode and compare; return the number of steps."""
     env, steps = dataset.recover_environment(), 0
     metadata = list(dataset.storage.get_episode_metadata(range(dataset.total_episodes)))
     for episode, noted in zip(dataset.iterate_episodes(), metadata, strict=True):

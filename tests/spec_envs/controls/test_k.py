@@ -19,7 +19,7 @@ from tests.support.texts import plain
 
 @pytest.fixture
 def pair(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Any]:
-    """Keyword arguments over the tiny target and a random draft model."""
+    """Return keyword arguments over the tiny target and a random draft model."""
     return {**tiny, "drafter": str(tiny_draft)}
 
 
@@ -193,7 +193,7 @@ def test_kinds_of_text(snippet: str, kind: str) -> None:
 
 
 def test_an_answer_that_opens_as_json_is_json(pair: dict[str, Any]) -> None:
-    """Though its last tokens are code's characters, and the prompt stands in front of them."""
+    """It is JSON although its last tokens look like code and the prompt stands before them."""
     env = make(pair)
     env.decoder.detokenize = lambda ids: '{"a": [1, 2]}' if len(ids) <= 8 else 'write {"a": [1, 2]}; now'
     see, _ = env.reset(seed=0, options={"prompt": "the a of and in to the a of and in"})

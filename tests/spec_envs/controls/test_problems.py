@@ -17,7 +17,7 @@ PLACES = [place.partition(":")[0] for place in ENVIRONMENTS.values()]
 
 
 def sources() -> Iterator[Path]:
-    """Files of the library outside the folder of the problems."""
+    """Yield files of the library outside the folder of the problems."""
     for folder in ("spec_envs", "agents", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
             linked = path.relative_to(ROOT / folder).parts[0] in ("agents", "experiments") and folder == "spec_envs"
@@ -26,7 +26,7 @@ def sources() -> Iterator[Path]:
 
 
 def names(node: ast.expr) -> set[str]:
-    """Names that stand anywhere in an expression."""
+    """Return names that stand anywhere in an expression."""
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} | {
         part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)
     }

@@ -37,7 +37,7 @@ AS_RECORDED = {"trace": TRACE, "target": "smollm2-135m", "drafter": "auto", "dty
 
 @pytest.fixture
 def chain(tiny: dict, tiny_draft: Path) -> dict[str, Any]:
-    """Keyword arguments of an environment over the tiny pair with a draft model."""
+    """Return keyword arguments of an environment over the tiny pair with a draft model."""
     return tiny | {"drafter": str(tiny_draft)}
 
 

@@ -153,7 +153,7 @@ def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch)
 
 
 def load_same(decoder: Decoder, control: TreeControl) -> Decoder:
-    """The same pair, for trees of the control's size."""
+    """Return the same pair, for trees of the control's size."""
     return Decoder(decoder.verifier, decoder.drafter, decoder.clock, decoder.eos, control.max_depth)
 
 

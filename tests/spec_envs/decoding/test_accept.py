@@ -15,7 +15,7 @@ from tests.support.enumeration import VOCAB, Branch, Oracle, chained_exactly, ra
 
 
 def random_tree(rng: np.random.Generator, nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """A connected tree whose siblings have distinct tokens."""
+    """Return a connected tree whose siblings have distinct tokens."""
     tokens, parents = [], []
     while len(tokens) < nodes:
         parent = int(rng.integers(-1, len(tokens)))
@@ -52,7 +52,7 @@ def distribution(rule: Callable, tokens: np.ndarray, parents: Any, p: np.ndarray
 
 
 def target_distribution(tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) -> dict[tuple, float]:
-    """Ancestral sampling of the target, which stops at the first token that is not a node."""
+    """Return ancestral sampling of the target, which stops at the first token that is not a node."""
     exact: dict[tuple, float] = {}
 
     def walk(node: int, prefix: tuple[int, ...], probability: float) -> None:

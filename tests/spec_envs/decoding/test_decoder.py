@@ -15,7 +15,7 @@ from tests.support.texts import plain
 
 
 def wander(decoder: Decoder, rng: np.random.Generator) -> None:
-    """One cycle of random depth and budget, now and then a plain step."""
+    """Run one cycle of random depth and budget, now and then a plain step."""
     if rng.random() < 0.1:
         decoder.verify(0)
         return

@@ -34,7 +34,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def prompts() -> dict[str, list[int]]:
-    """The shortest test prompt of every task."""
+    """Return the shortest test prompt of every task."""
     tokenizer = load_tokenizer(REAL)
     texts = {task: min((p.text for p in load_prompts(task, "test")), key=len) for task in TASKS}
     return {task: encode(tokenizer, text) for task, text in texts.items()}
@@ -170,7 +170,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Config) -> None:
-    """Token for token, and every token is the argmax of one forward over the whole text."""
+    """Texts are equal token for token, and every token is the argmax of one forward over the whole text."""
     count, tokens = pytestconfig.getoption("--prompts"), 64
     decoder = load_decoder(REAL, "auto", "cpu", "int8")
     tokenizer, texts = load_tokenizer(REAL), load_prompts("all", "all")

@@ -20,7 +20,7 @@ def grown(width: int, depth: int, seed: int) -> Tree:
 
 
 def certain(tokens: list[list[int]]) -> Children:
-    """Children of probability 1."""
+    """Return children of probability 1."""
     array = np.array(tokens)
     return Children(array, np.zeros(array.shape, np.float32), np.zeros(len(array), np.float32))
 

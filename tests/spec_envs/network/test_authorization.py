@@ -46,7 +46,7 @@ def cloud(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def asked(cloud: CloudProcess, path: str, headers: list[str]) -> tuple[int, str]:
-    """Status and head of the answer to a request with those Authorization headers."""
+    """Return status and head of the answer to a request with those Authorization headers."""
     lines = "".join(f"Authorization: {header}\r\n" for header in headers)
     with socket.create_connection(("127.0.0.1", cloud.port), timeout=30) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\n{UPGRADE}{lines}\r\n".encode("latin-1"))

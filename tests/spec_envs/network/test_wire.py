@@ -133,7 +133,7 @@ def test_text_frames_and_other_kinds_are_refused() -> None:
 
 
 def number(n: int) -> int:
-    """Bytes of a non-negative integer in msgpack."""
+    """Return bytes of a non-negative integer in msgpack."""
     return 1 if n < 128 else 2 if n < 256 else 3 if n < 2**16 else 5
 
 
@@ -143,7 +143,7 @@ def array(n: int) -> int:
 
 
 def data(n: int) -> int:
-    """Bytes of ``n`` bytes."""
+    """Return bytes of ``n`` bytes."""
     return n + (2 if n < 2**8 else 3 if n < 2**16 else 5)
 
 
@@ -220,7 +220,7 @@ def test_floats_come_back_bit_for_bit() -> None:
 
 @st.composite
 def proposals(draw: st.DrawFn) -> tuple[Proposal, int]:
-    """A distribution over some of a vocabulary, as spread out as floats are, and the vocabulary."""
+    """Return a distribution over some of a vocabulary, as spread out as floats are, and the vocabulary."""
     vocab = draw(st.sampled_from([5, 16, 300, 65_536, 70_000]))
     n = draw(st.integers(1, min(vocab, 40)))
     ids = draw(st.lists(st.integers(0, vocab - 1), min_size=n, max_size=n, unique=True))
@@ -278,7 +278,7 @@ def test_what_is_no_distribution_is_refused(distribution: Sent, code: str) -> No
 
 
 def engine(context: int = 128) -> Engine:
-    """One whose target cannot compute."""
+    """Return an engine whose target cannot compute."""
     shape = SimpleNamespace(vocab=16, context=context)
     slots = SimpleNamespace(lengths=np.zeros(1, np.int64))
     target: Any = SimpleNamespace(shape=shape, slots=lambda sessions, capacity: slots)

@@ -20,7 +20,7 @@ from spec_envs.prompts.sets import Prompt, encode_all, load_prompts
 
 
 def question_file(folder: Path, *lines: str | bytes) -> str:
-    """A folder for ``data_dir=`` with the set ``q`` of these lines."""
+    """Return a folder for ``data_dir=`` with the set ``q`` of these lines."""
     (folder / "q").mkdir(parents=True, exist_ok=True)
     (folder / "q" / "question.jsonl").write_bytes(
         b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
@@ -225,7 +225,7 @@ LINES = st.lists(ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_
 
 
 def holds(read: Callable[[], list[Prompt]], tiny: dict, named: str) -> None:
-    """Prompts are encoded, or one sentence names where they are not."""
+    """Check that prompts are encoded, or that one sentence names where they are not."""
     try:
         prompts = read()
     except ValueError as error:

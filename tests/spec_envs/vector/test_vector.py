@@ -1,4 +1,4 @@
-"""Environments in NumPy: what as many single ones do."""
+"""Environments in NumPy behave like as many single ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_vector(env_id: str, count: int, **keywords: Any) -> Any:
 
 
 def same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Infos are alike: names, masks, and what stands where a mask is true; elsewhere there is nothing in either."""
+    """Check that infos are alike: names, masks, and values where a mask is true; elsewhere neither has any."""
     assert set(mine) == set(theirs)
     for name, value in theirs.items():
         if isinstance(value, dict):
@@ -200,7 +200,7 @@ def test_attributes_are_read_and_set(traces: dict[str, Trace], plans: dict[str, 
 
 
 def test_make_vec_makes_what_is_meant(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
-    """In NumPy where a recorded trace is replayed there; single environments side by side elsewhere."""
+    """The environment is in NumPy if it replays a recorded trace, else single environments run side by side."""
     shared = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **sizes(plans["tree"])}
     assert isinstance(gym.make_vec("SpecDepth-v0", 2, **shared), ReplayVectorEnv)
     copies = {"trace": str(traces["copies"].folder), "max_new_tokens": 20, "k_max": 6, "adjustment_interval": 4}

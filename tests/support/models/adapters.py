@@ -21,7 +21,7 @@ PROMPTS = ([2, 3, 4, 5, 6], [9, 8, 7], [12, 2, 12, 2, 12])
 
 
 def trained(target: Transformer, name: str, kind: str, exit_layer: int = 3, seed: int = 0) -> ExitAdapter:
-    """An adapter with weights as if it had learned something."""
+    """Return an adapter with weights as if it had learned something."""
     torch.manual_seed(seed)
     adapter = ExitAdapter.fresh(target, name, exit_layer, kind, rank=4)
     with torch.no_grad():

@@ -28,7 +28,7 @@ SIZE: dict[str, Any] = {
 
 
 def byte_tokens() -> list[str]:
-    """The characters that stand for bytes in byte-level vocabularies, one merge of them, and special tokens."""
+    """Return the characters that stand for bytes in byte-level vocabularies, one merge of them, and special tokens."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [chr(256 + i) for i in range(256 - len(shown))]
     return [*map(chr, shown), *hidden, "th", *SPECIAL]
@@ -40,7 +40,7 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwe
 
 
 def tiny_model(family: str = "llama", seed: int = 1, **settings: Any) -> Any:
-    """A random model of a family over the tokens above."""
+    """Return a random model of a family over the tokens above."""
     torch.manual_seed(seed)
     width = {} if family == "qwen2" else {"head_dim": 8}
     ids = {"vocab_size": len(TOKENS), "eos_token_id": END, "pad_token_id": PAD}
@@ -52,7 +52,7 @@ def tiny_model(family: str = "llama", seed: int = 1, **settings: Any) -> Any:
 
 
 def fields_of(model: Any) -> dict[str, Any]:
-    """The metadata of a model's file."""
+    """Return the metadata of a model's file."""
     c, family = model.config, model.config.model_type
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return {
@@ -79,7 +79,7 @@ def fields_of(model: Any) -> dict[str, Any]:
 
 
 def tensors_of(model: Any) -> dict[str, np.ndarray]:
-    """The tensors of a model's file."""
+    """Return the tensors of a model's file."""
     there = {here: name for name, here in (NAMES | QK_NORMS).items()}
     outside = {here: name for name, here in OUTSIDE.items()}
     c, found = model.config, {}
@@ -98,7 +98,7 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
 
 
 def value_kind(value: Any) -> GGUFValueType:
-    """The type that a value is written as."""
+    """Return the type that a value is written as."""
     kinds = {bool: "BOOL", int: "INT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
     return GGUFValueType[kinds[type(value)]]
 

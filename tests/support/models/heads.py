@@ -54,7 +54,7 @@ class Recipe:
 
 
 def tensors(r: Recipe) -> dict[str, Tensor]:
-    """By the names of the first published heads."""
+    """Return tensors by the names of the first published heads."""
     generator = torch.Generator().manual_seed(r.seed)
 
     def drawn(*shape: int) -> Tensor:  # biases are not as small as weights may have to be
@@ -104,7 +104,7 @@ def tensors(r: Recipe) -> dict[str, Tensor]:
 
 
 def config(r: Recipe, layout: str) -> dict[str, Any]:
-    """The config.json of a layout."""
+    """Return the config.json of a layout."""
     numbers: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": r.hidden,
@@ -157,7 +157,7 @@ def save_head(folder: Path, r: Recipe, layout: str = "eagle", **changes: Any) ->
 
 
 def states(target: Path, text: list[int], boundaries: tuple[int, ...]) -> Tensor:
-    """The target's hidden states at some boundaries of its layers, ``[n, len(boundaries) * hidden]``; none is normed."""
+    """Return the target's states at some layer boundaries, ``[n, len(boundaries) * hidden]``, without norm."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
     found: dict[int, Tensor] = {}
     for i, layer in enumerate(model.model.layers):  # transformers' own list ends with a normed state
@@ -243,7 +243,7 @@ class Reference:
 
 
 def random_target(folder: Path, like: Path, **changes: Any) -> Path:
-    """A random Llama with the tokenizer of another folder, and other sizes."""
+    """Return a random Llama with the tokenizer of another folder, and other sizes."""
     shutil.copytree(like, folder)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(like, **changes))
     model.save_pretrained(folder)
@@ -261,7 +261,7 @@ def drafted(target: Path, head: Path, dtype: str = "float32", width: int = 1, le
 
 
 def assert_drafts_as_computed(target: Path, head: Path, r: Recipe, made: dict[str, Tensor], atol: float = 2e-4) -> None:
-    """Chains and the whole first distribution are those of the reference."""
+    """Check that chains and the whole first distribution are those of the reference."""
     decoder = drafted(target, head)
     chain, text = decoder.tree.tokens.tolist(), [*PROMPT, *decoder.tokens]
     reference = Reference(r, made, target)

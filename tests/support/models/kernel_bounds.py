@@ -59,7 +59,7 @@ ODD = ("", "hidden", "", "inner", "", "heads", "head", "rope")
 
 
 def config(choice: Choice, odd: str) -> PretrainedConfig:
-    """A config, often with one number of a model that is not computed."""
+    """Return a config, often with one number of a model that is not computed."""
     family = choice.of(list(FAMILIES))
     heads = choice.of([1, 2, 3, 4, 6, 8])
     kv_heads = choice.of([n for n in range(1, heads + 1) if heads % n == 0])
@@ -84,7 +84,7 @@ def config(choice: Choice, odd: str) -> PretrainedConfig:
 
 
 def near(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Keys and values in bfloat16 are all that differs, and what a sum rounds to."""
+    """Check that results differ only by bfloat16 keys and values and by the rounding of sums."""
     error = float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-6))
     assert ours.shape == theirs.shape and error < 0.08, f"{what}: {list(ours.shape)} is off by {error:.2f}"
 
@@ -98,7 +98,7 @@ class Pair:
         self.reference, self.shape = reference(made, weights), self.model.shape
 
     def both(self, hidden: Tensor, caches: tuple[Any, Any], at: Tensor, what: str, **given: Any) -> Tensor:
-        """Hidden states of both, which are compared through the head; the captured states, too."""
+        """Return hidden states of both, which are compared through the head; the captured states, too."""
         (ours, kept), (theirs, wanted) = (
             model.forward(hidden, cache, at, **given)
             for model, cache in zip((self.model, self.reference), caches, strict=True)
@@ -115,7 +115,7 @@ class Pair:
         return self.reference.embed(self.choice.ids(self.shape.vocab, *size))
 
     def prompt_and_tree(self) -> None:
-        """A prompt, and rows after it of which each sees some, up to the end of the context and of the cache."""
+        """Run a prompt, and rows after it of which each sees some, up to the end of the context and of the cache."""
         context, of = self.shape.context, self.choice.of
         n = of([1, 2, 16, 17, 40, context - 1, context])
         room = of([0, 1, 7, 30, 70])
@@ -136,7 +136,7 @@ class Pair:
         self.both(self.embed(1, room), caches, at, f"tree of {room} behind {n}", seen=seen)
 
     def batch(self) -> None:
-        """Sequences padded on the left."""
+        """Run sequences padded on the left."""
         batch, n = self.choice.of([1, 2, 5]), min(self.choice.of([1, 15, 33]), self.shape.context)
         padding = torch.from_numpy(self.choice.rng.integers(0, n, batch))
         at = (torch.arange(n)[None] - padding[:, None]).clamp(min=0)
@@ -150,7 +150,7 @@ class Pair:
         near(ours[shown], theirs[shown], f"batch of {batch} times {n}")
 
     def slots(self) -> None:
-        """Sequences of different lengths."""
+        """Run sequences of different lengths."""
         capacity = self.choice.of([33, 64])
         both = tuple(model.slots(4, capacity) for model in (self.model, self.reference))
         for n in (self.choice.of([1, 9, 20]), self.choice.of([1, 5, capacity - 20])):
@@ -162,7 +162,7 @@ class Pair:
                 slots.lengths[chosen] += n if max(slots.lengths) + n < capacity - 20 else 0
 
     def adapters(self) -> None:
-        """Low-rank additions to some layers."""
+        """Run low-rank additions to some layers."""
         matrices, made = self.model.layers.structures, []
         for layer in matrices:
             sides = [
@@ -177,7 +177,7 @@ class Pair:
         self.both(self.embed(1, n), caches, torch.arange(n)[None], "adapters", added=Additions(made))
 
     def best(self) -> None:
-        """The most probable of the outputs of two heads."""
+        """Compare the most probable outputs of two heads."""
         rows, extras = self.choice.of([1, 7, 20]), self.choice.of([0, 1, 15, 17])
         logits = self.choice.normal(rows, self.shape.vocab + 3)[:, : self.shape.vocab]
         extra = self.choice.normal(rows, extras) if extras else None
@@ -190,7 +190,7 @@ class Pair:
         assert all(len(set(row)) == width for row in index.tolist())
 
     def draft(self) -> None:
-        """A step of a draft model as one call."""
+        """Run a step of a draft model as one call."""
         model, vocab = self.model, self.shape.vocab
         step = Int8Step(model.layers, model.norm, model.head.linear, model.embedding, model.rope, vocab)
         n, extras = self.choice.of([1, 2, 33]), self.choice.of([0, 1, 9])
@@ -203,7 +203,7 @@ class Pair:
         assert not index.size or (index.min() >= 0 and index.max() < vocab + extras)
 
     def eagle(self) -> None:
-        """The layer of an EAGLE-3 head, which reads twice the hidden size, by itself and in a step as one call; and the
+        """Run an EAGLE-3 head's layer, which reads twice the hidden size, by itself and in a step as one call; and the
         attention of an exit, which has no feed-forward part."""
         shape, n = dataclasses.replace(self.shape, layers=1), self.choice.of([1, 2, 19])
         weights, hidden = eagle_layer(shape, self.choice.generator), self.choice.normal(n, shape.hidden)
@@ -231,7 +231,7 @@ class Pair:
 
 @torch.inference_mode()
 def drive(seed: int) -> bool:
-    """One random model and some calls; whether it is computed at all."""
+    """Drive one random model through some calls; return whether the kernels compute it at all."""
     choice = Choice(seed)
     torch.set_num_threads(choice.of([1, 1, 2, 3]))
     try:

@@ -29,7 +29,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def pair(config: PretrainedConfig) -> tuple[Transformer, Transformer]:
-    """A random model in the kernels' int8 and in torch's."""
+    """Return a random model in the kernels' int8 and in torch's."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():

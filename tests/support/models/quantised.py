@@ -30,7 +30,7 @@ class Quantised(linear.Linear):
 
 
 def reference(config: PretrainedConfig, weights: dict[str, Tensor]) -> Transformer:
-    """The model in torch's operators, all but products and their inputs in float32."""
+    """Return the model in torch's operators, all but products and their inputs in float32."""
     plain, layers.Linear = layers.Linear, Quantised  # type: ignore[misc]
     try:
         return Transformer(config, weights, torch.float32, CPU)
@@ -39,7 +39,7 @@ def reference(config: PretrainedConfig, weights: dict[str, Tensor]) -> Transform
 
 
 def random_weights(config: PretrainedConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights of a model of this config that keep hidden states at about their size.
+    """Return weights of a model of this config that keep hidden states at about their size.
 
     Raises:
         ValueError: a config that no dtype computes.
@@ -60,7 +60,7 @@ def random_weights(config: PretrainedConfig, generator: torch.Generator) -> dict
 
 
 def eagle_layer(shape: Shape, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Weights of a layer whose attention reads twice the hidden size, as that of an EAGLE-3 head."""
+    """Return weights of a layer whose attention reads twice the hidden size, as that of an EAGLE-3 head."""
     hidden, attended, kept = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {
         "self_attn.q_proj": (attended, 2 * hidden),
@@ -79,7 +79,7 @@ def eagle_layer(shape: Shape, generator: torch.Generator | None = None) -> dict[
 
 
 def reference_layers(weights: list[dict[str, Tensor]], shape: Shape) -> layers.Layers:
-    """Layers in torch's operators, all but products and their inputs in float32."""
+    """Return layers in torch's operators, all but products and their inputs in float32."""
     plain, layers.Linear = layers.Linear, Quantised  # type: ignore[misc]
     try:
         return layers.Layers(weights, shape)

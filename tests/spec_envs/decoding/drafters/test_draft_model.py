@@ -41,7 +41,7 @@ def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict, tiny_draft: 
 
 
 def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.random.Generator) -> None:
-    """So what the draft reads after every kind of cycle is the committed text, and nothing else."""
+    """After every kind of cycle the draft reads the committed text and nothing else."""
     decoder = chain_decoder(tiny, tiny["target"])
     decoder.eos = frozenset()
     decoder.start([3, 4, 5], 300, rng)
@@ -180,7 +180,7 @@ def test_embeddings_padded_to_another_size(
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator) -> None:
-    """Bit for bit: a token read alone by the drafter and in a chain by the verifier."""
+    """A token read alone by the drafter and in a chain by the verifier has the same bits."""
     decoder = load_decoder(REAL, REAL, "cpu", "int8", width=1, max_depth=7)
     decoder.start(list(range(50, 80)), 60, rng)
     while not decoder.finished:

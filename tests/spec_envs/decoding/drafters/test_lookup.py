@@ -1,4 +1,4 @@
-"""Drafting what stood in the text before: prompt lookup alone, and in front of a draft model."""
+"""Prompt lookup drafts copies of earlier text, alone or before a draft model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLE = CostTable("made up", {1: 1.0, 9: 2.0}, {1: 0.1, 8: 0.2})
 
 
 def copying(tiny: dict[str, Any], draft: Path | str, **settings: Any) -> Decoder:
-    """Prompt lookup in front of a draft model."""
+    """Return prompt lookup before a draft model."""
     return load_decoder(tiny["target"], f"lookup+{draft}", "cpu", "float32", width=1, max_depth=7, **settings)
 
 
@@ -79,7 +79,7 @@ def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict[str, Any], ti
 
 @pytest.mark.parametrize("seed", range(4))
 def test_only_copies_are_refused_where_the_target_drafts_for_itself(tiny: dict[str, Any], seed: int) -> None:
-    """So the draft model has read the committed text and the chain, copied tokens included, whenever it is asked. What it
+    """The draft model has read the committed text and the chain, copied tokens included, whenever it is asked. What it
     drafts costs by the rows it reads, what is copied costs nothing."""
     decoder = copying(tiny, tiny["target"], clock=PricedClock(TABLE))
     drafter, drafts = decoder.drafter, []
@@ -108,7 +108,7 @@ def test_only_copies_are_refused_where_the_target_drafts_for_itself(tiny: dict[s
 
 
 def test_when_sampling_a_copy_is_proposed_for_certain(tiny: dict[str, Any], tiny_draft: Path) -> None:
-    """So that the acceptance rule, exact for any proposal, stays exact."""
+    """The proposal is certain, so the acceptance rule, exact for any proposal, stays exact."""
     decoder, copied = copying(tiny, tiny_draft, temperature=0.8), 0
     decoder.eos = frozenset()
     decoder.start([3, 4, 5, 6, 7, 3, 4, 5], 100, np.random.default_rng(0))
@@ -179,7 +179,7 @@ def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
 
 @pytest.mark.parametrize("name", ["confidence", "svip", "adaedl"])
 def test_rules_go_on_copying_while_the_chain_is_likely(name: str) -> None:
-    """And stop by themselves where the next token costs a forward."""
+    """The rules stop by themselves where the next token costs a forward."""
     control = make_control("k", {"decision": "token"})
     rule, at = AGENTS[name](control=control, copy_threshold=0.2), control.slices
     see = np.zeros(control.observation_space.shape, np.float32)

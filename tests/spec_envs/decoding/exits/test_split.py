@@ -59,7 +59,7 @@ def test_no_layer_reads_a_row_twice(target: Transformer, tiny_target: Path, monk
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_drafted_is_what_one_pass_over_the_text_says(kind: str, target: Transformer, tiny_target: Path) -> None:
-    """The states that an agent sees, cycle after cycle, are those of the differentiable pass over the whole text."""
+    """The states that an agent sees in every cycle are those of the differentiable pass over the whole text."""
     adapter = trained(target, str(tiny_target), kind)
     decoder = decoder_of(adapter)
     decoder.start(PROMPTS[0], 30, np.random.default_rng(0))
@@ -193,7 +193,7 @@ def test_an_untrained_exit_is_the_target_cut_off(target: Transformer, tiny_targe
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_real_model_in_int8_keeps_its_text(kind: str) -> None:
-    """Token for token, and accepted drafts are among them; with adapted layers, the adapted target's own."""
+    """The text is equal token for token, with some drafts accepted; with adapted layers it is the adapted target's."""
     target = load_target(REAL, CPU, torch.int8)
     adapter = trained(target, REAL, kind, exit_layer=24)  # deep enough that some drafts are right
     if kind != "layers":

@@ -34,7 +34,7 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def worse_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The target with a few weights from the middle of its file zeroed: much of what it drafts is wrong."""
+    """Return the target with a few weights from the middle of its file zeroed: much of what it drafts is wrong."""
     data = bytearray(gguf_of(REAL)[0].read_bytes())
     middle = slice(len(data) * 6 // 10, len(data) * 6 // 10 + 2_000_000)
     data[middle] = bytes(2_000_000)

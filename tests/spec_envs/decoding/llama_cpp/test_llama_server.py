@@ -56,12 +56,12 @@ def test_a_server_continues_ids_and_is_gone_afterwards() -> None:
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A temporary folder of one's own."""
+    """Set a separate temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def logs() -> set[Path]:
-    """Those that are left in the temporary folder."""
+    """Return the logs that are left in the temporary folder."""
     return set(Path(tempfile.gettempdir()).glob("llama-server-*"))
 
 

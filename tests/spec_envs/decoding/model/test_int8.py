@@ -36,7 +36,7 @@ if WITHOUT_KERNELS:
 
 @pytest.fixture(params=["as built", *BUILDS])
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as they are used here, and as processors without tile registers have them."""
+    """Build the kernels as used here, and as for processors without tile registers."""
     if request.param in BUILDS:
         flags, expected = BUILDS[request.param]
         library = building.built(COMPILER, flags)
@@ -95,7 +95,7 @@ def test_a_model_computes_what_torch_does(name: str, build: None) -> None:
 
 
 def rows_alone(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> list[Tensor]:
-    """Logits of every node of a tree, its path decoded one token at a time."""
+    """Return logits of every node of a tree, its path decoded one token at a time."""
     rows = []
     for node in range(-1, len(parents)):
         path: list[int] = []
@@ -148,7 +148,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_tree(name: str, build: None) -> 
 
 
 def path_to(parents: np.ndarray, node: int) -> list[int]:
-    """Nodes from the first level to ``node``."""
+    """Return nodes from the first level to ``node``."""
     path = [node]
     while parents[path[0]] != ROOT:
         path.insert(0, int(parents[path[0]]))

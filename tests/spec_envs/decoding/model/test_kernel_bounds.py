@@ -30,7 +30,7 @@ if X86:
 
 
 def runtimes(compiler: building.Command) -> list[Path]:
-    """The sanitizers' libraries, which must be loaded first; skips where there are none."""
+    """Return the sanitizers' libraries, which must be loaded first; skips where there are none."""
     paths = [Path(building.run(compiler, f"-print-file-name={name}.so").strip()) for name in ("libasan", "libubsan")]
     if not all(path.is_absolute() for path in paths):
         pytest.skip("the compiler has no address sanitizer as a shared library")

@@ -32,7 +32,7 @@ SMALL = """
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and sources that are compiled in a moment; the folder that the libraries are kept in."""
+    """Return an empty cache, and sources that are compiled in a moment; the folder that the libraries are kept in."""
     sources = tmp_path / "sources"
     sources.mkdir()
     write_source(sources, 1)
@@ -166,7 +166,7 @@ SLOW = """\
 
 
 def slow_compiler(folder: Path, seconds: float) -> tuple[Path, Path]:
-    """A compiler that takes its time, and where it notes its builds."""
+    """Return a compiler that takes its time, and where it notes its builds."""
     script, log = folder / "slow c++", folder / "builds"
     script.write_text(textwrap.dedent(SLOW).format(log=log, seconds=seconds))
     script.chmod(0o700)

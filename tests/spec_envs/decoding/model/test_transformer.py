@@ -79,7 +79,7 @@ def token_by_token(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_tree(model: Transformer, reference: torch.nn.Module, vocab: int, prefix: int) -> None:
-    """Every row of a tree forward equals the last row of the reference on that node's path."""
+    """Check that every row of a tree forward equals the last row of the reference on that node's path."""
     rng = np.random.default_rng(0)
     text = torch.tensor(rng.integers(0, vocab, (1, prefix)))
     parents = np.array([ROOT, ROOT, 0, 0, 1, 2, 5])

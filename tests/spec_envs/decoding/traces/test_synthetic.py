@@ -83,7 +83,7 @@ def test_it_is_an_environment(own: dict[str, Any]) -> None:
 
 
 def test_training_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole command without a model: train, validate, table."""
+    """The whole command runs without a model: train, validate, table."""
     overrides = [f"env.trace={NAME}", "total_timesteps=2048", "eval_freq=1024", "test_prompts=10"]
     experiment = load_experiment("SpecK-v0", "ppo", overrides)
     train.run(experiment, "SpecK-v0", "ppo", 0, tmp_path / "run")

@@ -24,7 +24,7 @@ DEPTH = 4
 
 
 def replay_and_live(env_id: str, trace: Trace, plan: Plan, folder: Path, **keywords: Any) -> int:
-    """Play both under random actions on the same texts and compare all there is; how many cycles that were."""
+    """Run both under random actions on the same texts and compare everything; return the number of cycles."""
     costs = folder / "costs.json"
     costs.write_text(json.dumps(trace.manifest.costs))
     sizes = {key: plan.env[key] for key in ("max_depth", "width", "k_max", "max_new_tokens") if key in plan.env}

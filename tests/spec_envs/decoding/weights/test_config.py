@@ -68,7 +68,7 @@ STORED = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @st.composite
 def configs(draw: st.DrawFn) -> PretrainedConfig:
-    """Any config that transformers takes, most of them of models that are computed."""
+    """Return any config that transformers takes, most of them of models that are computed."""
     family = draw(st.sampled_from(list(FAMILIES)))
     heads = draw(st.sampled_from([1, 2, 3, 4, 6]))
     head_dim = draw(st.sampled_from([2, 6, 16, 32, 32, 64]))
@@ -104,7 +104,7 @@ def configs(draw: st.DrawFn) -> PretrainedConfig:
 
 
 def random_model(config: PretrainedConfig, seed: int, stored: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """transformers' model in float32, and its weights as a file of that dtype has them."""
+    """Return transformers' model in float32, and its weights as a file of that dtype has them."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
@@ -182,7 +182,7 @@ def test_a_config_gives_the_text_of_transformers_or_one_sentence(
 
 
 def check_int8(model: Transformer, ids: Tensor, expected: Tensor) -> None:
-    """Logits near those of float32, each row the same bits alone and beside others."""
+    """Check that logits are near those of float32, each row with the same bits alone and beside others."""
     ours = logits(model, ids)
     assert distance(ours, expected) < 0.25
     cache = model.cache(ids.shape[1])
@@ -270,7 +270,7 @@ def test_the_context_ends_where_a_window_would_slide(
 
 
 def from_folder(config: PretrainedConfig, weights: dict[str, Tensor], folder: Path) -> Tensor:
-    """Logits that transformers gives for these files."""
+    """Return logits that transformers gives for these files."""
     config.architectures = [AutoModelForCausalLM.from_config(config).__class__.__name__]
     config.save_pretrained(folder)
     save_file(

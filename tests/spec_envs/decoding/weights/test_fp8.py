@@ -15,7 +15,7 @@ from tests.support.models.foreign import configure, ours, restore, theirs
 
 @pytest.fixture(scope="module")
 def in_fp8(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> dict[str, Path]:
-    """A model whose projections are stored in FP8 with a scale for each block, and what it means, in float32."""
+    """Return a model whose projections are stored in FP8 with a scale for each block, and what it means, in float32."""
     torch.manual_seed(3)
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 16, "head_dim": 64}
     config = Qwen3Config(

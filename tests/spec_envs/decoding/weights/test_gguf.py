@@ -232,7 +232,7 @@ def test_a_damaged_conversion_is_made_again(tmp_path: Path, cache: Path) -> None
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, cache: Path) -> None:
-    """Its own folder, and one of another model; that of a process at work stays."""
+    """Its own folder is removed, and one of another model; that of a running process stays."""
     path = write_gguf(tiny_model(), tmp_path / "model.gguf")
     folder = model_folder(str(path))
     shutil.rmtree(folder)
@@ -275,7 +275,7 @@ def test_cut_files(share: float, even: bool, whole_file: bytes, tmp_path_factory
 def test_flipped_bytes_of_the_metadata(
     data: st.DataObject, whole_file: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Counts and lengths of any size, keys and tensors that are not there: a text or a sentence, in no time."""
+    """Counts and lengths of any size and missing keys or tensors give a text or a sentence, at once."""
     damaged = bytearray(whole_file)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, 11_000))

@@ -69,12 +69,12 @@ def test_weights_that_are_tied_or_not(folder: Path) -> None:
 
 
 def copy(folder: Path, name: str) -> Path:
-    """Under another name, for models are loaded once."""
+    """Return a copy of a folder under another name, since models are loaded once."""
     return Path(shutil.copytree(folder, folder.with_name(name)))
 
 
 def add(**tensors: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Further weights."""
+    """Return a function that adds further weights."""
     return lambda state: state.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
 
 
@@ -210,7 +210,7 @@ def test_ends_of_texts(folder: Path) -> None:
 
 
 def test_no_code_of_a_model_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is anybody asked whether it may be."""
+    """No prompt asks whether the code may run."""
     text = ours(folder)
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
     (folder / "evil.py").write_text("raise SystemExit('this must not run')")

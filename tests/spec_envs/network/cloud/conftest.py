@@ -23,20 +23,20 @@ from tests.support.models.tiny import CPU
 
 @pytest.fixture(scope="module")
 def options(tiny_target: Path) -> list[str]:
-    """Options of a cloud with the tiny target."""
+    """Return options of a cloud with the tiny target."""
     return ["--target", str(tiny_target), "--dtype", "float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def cloud(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
-    """One cloud for all tests that do not end it; it soon forgets sessions."""
+    """Yield a cloud for all tests that do not end it; it soon forgets sessions."""
     with CloudProcess(tmp_path_factory.mktemp("cloud"), *options, "--idle", "2", "--max-message", "4096") as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def edges(tiny_target: Path, tiny_draft: Path) -> Edges:
-    """Makes edges from an address and the arguments of ``Edge``."""
+    """Return a function that makes edges from an address and the arguments of ``Edge``."""
 
     def make(url: str, kind: str = "topk", **others: Any) -> Edge:
         """Return an edge whose drafts are partly rejected: the target drafts for itself, but sends few entries."""
@@ -52,11 +52,11 @@ def hello(tiny_target: Path) -> Hello:
 
 @pytest.fixture(scope="module")
 def texts(cloud: CloudProcess, edges: Edges) -> dict[str, list[int]]:
-    """Undisturbed texts of 40 tokens, by kind."""
+    """Return undisturbed texts of 40 tokens, by kind."""
     return {kind: edges(cloud.url, kind).text(40) for kind in KINDS}
 
 
 @pytest.fixture
 def engine(tiny_target: Path, hello: Hello) -> Engine:
-    """One in this process with few sessions and a short context."""
+    """Return an engine in this process with few sessions and a short context."""
     return Engine(load_target(str(tiny_target), CPU, torch.float32), hello.vocabulary, 4, 64)

@@ -169,7 +169,7 @@ def test_everybody_is_answered_and_owners_are_even(asked: list[tuple[int, int, s
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    """A random model in int8, whose rows do not depend on those beside them."""
+    """Return a random model in int8, whose rows do not depend on those beside them."""
     if WITHOUT_KERNELS:
         pytest.skip("the kernels cannot be built here")
     return pair(CONFIGS["llama"])[0]
@@ -212,7 +212,7 @@ def test_chunks_and_turns_leave_the_bits_as_they_are(
 
 
 def test_a_text_that_is_sent_again_is_not_read_again(target: Any) -> None:
-    """Nor is what two requests of a session, made at the same time, have in common taken for the other's."""
+    """Two simultaneous requests of a session do not take each other's rows for their own."""
     engine, vocab = Engine(target, KEY, 1, 300, 64), target.shape.vocab
     text = np.random.default_rng(0).integers(0, vocab, 200).tolist()
     session = engine.open(hello(0, 0.0))

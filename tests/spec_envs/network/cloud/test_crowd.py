@@ -52,7 +52,7 @@ def options(tiny_target: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cloud(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
-    """One for all tests that do not need their own."""
+    """Yield the cloud of all tests that do not need their own."""
     with CloudProcess(tmp_path_factory.mktemp("crowd"), *options, "--sessions", "40") as process:
         yield process
 
@@ -66,7 +66,7 @@ class Client:
     """A connection that sends given messages, greedily.
 
     Args:
-        seed: of the session's key.
+        seed: seed of the session's key.
     """
 
     def __init__(self, cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[str, Any] | None = None):
@@ -100,7 +100,7 @@ class Client:
 
 
 def admitted(cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[str, Any] | None = None) -> Client:
-    """A connection to a cloud that may still be about to close another one, and has no room until it has."""
+    """Return a connection to a cloud that may still be about to close another one, and has no room until it has."""
     begin = time.monotonic()
     while True:
         with contextlib.suppress(InvalidStatus):
@@ -110,7 +110,7 @@ def admitted(cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[st
 
 
 def served(cloud: CloudProcess, vocabulary: bytes) -> int:
-    """The token that an honest client gets, who tries for a while."""
+    """Return the token that an honest client gets, who tries for a while."""
     begin = time.monotonic()
     while True:
         errors = contextlib.suppress(OSError, EOFError, WebSocketException, AssertionError)
@@ -137,14 +137,14 @@ def prompt(seed: int, length: int = CONTEXT - 1) -> list[int]:
 
 
 def came(client: Client) -> Any:
-    """The answer to the last request, if it is there."""
+    """Return the answer to the last request, if it is there."""
     with contextlib.suppress(TimeoutError):
         return decode(client.connection.recv(timeout=0))
     return None
 
 
 def raw(cloud: CloudProcess) -> socket.socket:
-    """A connection that became a WebSocket, of which nothing is read."""
+    """Return a connection that became a WebSocket, of which nothing is read."""
     found = socket.create_connection(("127.0.0.1", cloud.port), timeout=30)
     found.sendall(REQUEST + b"\r\n")
     assert found.recv(12) == b"HTTP/1.1 101"
@@ -239,7 +239,7 @@ def test_frames_that_ask_for_nothing_close_a_connection(cloud: CloudProcess, voc
 
 
 def test_pings_of_an_edge_at_work_do_not(cloud: CloudProcess, vocabulary: bytes) -> None:
-    """It measures the round trip after every answer."""
+    """An edge measures the round trip after every answer."""
     with Client(cloud, vocabulary, 5) as client:
         client.verify([3, 4, 5])
         for _ in range(700):

@@ -1,4 +1,4 @@
-"""Whatever happens to connections, messages and the cloud, texts are as they should be."""
+"""Texts are right whatever happens to connections, messages and the cloud."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_cloud_killed_in_the_middle_of_a_stream(
 
 
 def cut(at: int, delivered: bool) -> Fault:
-    """The connection is lost at a message, which still comes through or does not."""
+    """Return a fault that loses the connection at a message, which may still come through."""
 
     async def fault(number: int, source: str, frame: Any) -> list[Any] | None:
         return [frame] if number < at or (delivered and number == at) or number > at + delivered else None
@@ -63,7 +63,7 @@ def cut(at: int, delivered: bool) -> Fault:
 
 
 def damaged(at: int, damage: Callable[[bytes], Any]) -> Fault:
-    """One message is another when it comes."""
+    """Return a fault that replaces one message."""
 
     async def fault(number: int, source: str, frame: Any) -> list[Any] | None:
         return [damage(frame) if number == at else frame]
@@ -72,7 +72,7 @@ def damaged(at: int, damage: Callable[[bytes], Any]) -> Fault:
 
 
 def stalled(at: int) -> Fault:
-    """A message never arrives, nor does anything after it."""
+    """Return a fault that withholds a message and everything after it."""
 
     async def fault(number: int, source: str, frame: Any) -> list[Any] | None:
         if number == at:
@@ -85,7 +85,7 @@ def stalled(at: int) -> Fault:
 def everywhere(
     between: Meddler, edges: Edges, kind: str, expected: list[int], faults: Callable[[int], Fault], **others: Any
 ) -> None:
-    """A text is what it should be with a fault at its first message, at its second one, and so on."""
+    """Check that a text is right with a fault at its first message, at its second one, and so on."""
     at, passed = 0, 1
     while at < passed:
         at += 1

@@ -78,7 +78,7 @@ def test_what_is_no_message_of_the_protocol_is_refused(
 def test_bytes_that_are_no_websocket_and_edges_that_do_not_read(
     cloud: CloudProcess, edges: Edges, hello: Hello, texts: dict[str, list[int]]
 ) -> None:
-    """The latter are dropped, or their connection would last for ever."""
+    """Edges that do not read are dropped, or their connection would last for ever."""
     address = ("127.0.0.1", cloud.port)
     rng = np.random.default_rng(0)
     for data in (
@@ -197,7 +197,7 @@ def test_no_message_brings_the_cloud_down(cloud: CloudProcess, hello: Hello, dat
 
 
 def test_the_cloud_is_still_right(cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]) -> None:
-    """After all of the above, and it has not complained."""
+    """After all tests above the cloud answers correctly, and its log has no error."""
     for kind in KINDS:
         assert edges(cloud.url, kind).text(40) == texts[kind]
     assert cloud.said.count("\n") == 1 and cloud.process.is_alive()

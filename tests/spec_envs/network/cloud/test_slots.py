@@ -27,7 +27,7 @@ MODELS = ["llama", "llama-bias", "qwen2", "qwen3", "portable", "float32"]
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_target: Path) -> Transformer:
-    """A random model in float32, or in int8 with the kernels as built or (portable) without tile registers."""
+    """Return a random model in float32, or in int8 with the kernels as built or (portable) without tile registers."""
     if request.param == "float32":
         return load_target(str(tiny_target), CPU, torch.float32)
     if WITHOUT_KERNELS:
@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
 
 
 def same(model: Transformer, ours: Tensor, alone: Tensor) -> bool:
-    """The same bits in int8, the same numbers in float32, where sums depend on the rows beside."""
+    """Return whether bits are equal in int8, or numbers in float32, where sums depend on neighbouring rows."""
     if model.dtype == torch.int8:
         return torch.equal(ours, alone)
     return bool((ours - alone).abs().max() <= 1e-5 * alone.abs().max())
@@ -50,7 +50,7 @@ def ids_of(model: Transformer, *size: int, seed: int = 0) -> Tensor:
 
 
 def alone(model: Transformer, text: Tensor) -> tuple[Tensor, KVCache]:
-    """Hidden states ``[n, hidden]`` of a text ``[n]`` in one forward, and its cache."""
+    """Return hidden states ``[n, hidden]`` of a text ``[n]`` in one forward, and its cache."""
     cache = model.cache(len(text))
     x, _ = model.forward(model.embed(text[None]), cache, torch.arange(len(text))[None])
     return x[0], cache
@@ -66,7 +66,7 @@ def together(model: Transformer, batch: SlotBatch, rows: list[Tensor]) -> Tensor
 
 
 def filled(model: Transformer, texts: list[Tensor], capacity: int = 200) -> Slots:
-    """Slots with one committed text each, read slot by slot."""
+    """Return slots with one committed text each, read slot by slot."""
     slots = model.slots(len(texts), capacity)
     for slot, text in enumerate(texts):
         if len(text):

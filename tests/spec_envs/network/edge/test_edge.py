@@ -41,7 +41,7 @@ def url(tiny_target: Path) -> Iterator[str]:
 
 @pytest.fixture
 def nobody() -> str:
-    """An address at which nobody listens."""
+    """Return an address at which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"ws://127.0.0.1:{probe.getsockname()[1]}"
 

@@ -13,13 +13,13 @@ LONG, SHORT, ANSWER = 1_000_000, 200, 60  # bytes
 
 
 def exchanged(estimate: Estimate, link: Link, up: int, down: int, noise: float = 0.0) -> None:
-    """A ping and an exchange, which differ by ``noise`` (seconds)."""
+    """Report a ping and an exchange, which differ by ``noise`` (seconds)."""
     estimate.ping(link.state.rtt)
     estimate.exchange(up, down, link.seconds(up, down) + noise)
 
 
 def learned(state: LinkState, jitter_ms: float = 0.0) -> tuple[Estimate, Link]:
-    """An estimate after long messages both ways, several because of the jitter."""
+    """Return an estimate after long messages both ways, several because of the jitter."""
     link, estimate = Link("one state", (state,), jitter_ms), Estimate()
     for _ in range(5):
         exchanged(estimate, link, LONG, ANSWER)

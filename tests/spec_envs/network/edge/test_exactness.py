@@ -57,7 +57,7 @@ class EnumeratedChannel:
 
 
 def proposal_of(q: np.ndarray) -> Proposal:
-    """A whole distribution, zeros left out."""
+    """Return a whole distribution, zeros left out."""
     ids = np.flatnonzero(q)
     return Proposal(ids, q[ids])
 
@@ -120,7 +120,7 @@ def emitted(
 
 
 def targets(p: Texts, dtype: torch.dtype, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Texts, Texts]:
-    """Logits of a float type with the distributions ``p`` or near them, and the distributions they are sampled with."""
+    """Return logits of a float type with distributions ``p`` or near them, and the distributions they sample."""
     with np.errstate(divide="ignore"):
         logits = {text: torch.from_numpy(np.log(row)).to(dtype) for text, row in p.items()}
     exact = {}

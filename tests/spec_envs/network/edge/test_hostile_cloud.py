@@ -31,7 +31,7 @@ Answers = Callable[[Any], list[Any] | None]
 
 @contextmanager
 def cloud(answers: Answers, close: tuple[int, str] | None = None) -> Iterator[str]:
-    """A cloud that answers every message with those frames, and closes the connection at None; yields its address."""
+    """Yield the address of a cloud that answers every message with those frames and closes the connection at None."""
 
     def talk(connection: ServerConnection) -> None:
         try:
@@ -81,12 +81,12 @@ def honest(request: Any) -> list[Any]:
 
 
 def lying(lie: Callable[[Verify], list[Any] | None]) -> Answers:
-    """Honest until a draft comes."""
+    """Return the answers of a cloud that is honest until a draft comes."""
     return lambda request: lie(request) if isinstance(request, Verify) and request.draft else honest(request)
 
 
 def raw(*fields: Any) -> bytes:
-    """A message whose fields are not checked."""
+    """Return a message whose fields are not checked."""
     return msgspec.msgpack.encode(fields)
 
 
@@ -215,7 +215,7 @@ def test_streams_that_make_no_sense(tokens: Callable[[Plain], list[Any]], senten
 
 
 def test_a_cloud_that_says_other_things_for_ever_is_given_up() -> None:
-    """Answers to requests that nobody made do not keep an edge waiting."""
+    """Answers to requests that were not made do not keep an edge waiting."""
     lie = lying(lambda r: [of(r.number + 1)] * 20_000)
     with cloud(lie) as url, pytest.raises(CloudUnavailable, match="does not answer"):
         verified(edge(url), [1, 2, 3])
@@ -230,7 +230,7 @@ def test_reasons_of_closing_are_cleaned() -> None:
 
 @contextmanager
 def web(status: int, reason: str = "", **headers: str) -> Iterator[tuple[int, list[dict[str, str]]]]:
-    """A web server that answers everything in one way; its port, and the headers of what it was asked."""
+    """Yield the port of a web server that answers everything in one way, and the headers of its requests."""
     asked: list[dict[str, str]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -311,7 +311,7 @@ FRAMES = st.one_of(
 
 @pytest.fixture(scope="module")
 def told() -> Iterator[tuple[str, list[list[Any]]]]:
-    """A cloud with scripted answers to a greeting and to a draft."""
+    """Yield a cloud with scripted answers to a greeting and to a draft."""
     saying: list[list[Any]] = [[], []]
 
     def answers(request: Any) -> list[Any] | None:
@@ -331,7 +331,7 @@ def told() -> Iterator[tuple[str, list[list[Any]]]]:
 def test_no_frame_brings_an_edge_down(
     told: tuple[str, list[list[Any]]], greeting: list[Any], answer: list[Any], mode: str
 ) -> None:
-    """It has a text, or ends in one sentence."""
+    """The edge writes a text, or ends in one sentence."""
     url, saying = told
     saying[:] = greeting, answer
     try:
@@ -345,7 +345,7 @@ def test_no_frame_brings_an_edge_down(
 
 
 def kinds() -> list[type[Message]]:
-    """All messages, so that a new one is thought of here."""
+    """Return all types of messages, so that new ones are tested too."""
     return [Hello, Welcome, Verify, Verdict, Plain, Tokens, Error]
 
 

@@ -69,7 +69,7 @@ def test_greedy_text_is_plain_text_under_random_drafts(target: Transformer, seed
 
 @pytest.fixture(scope="module")
 def cloud(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a cloud with the tiny target, in a process of its own."""
+    """Yield the address of a cloud with the tiny target, in a process of its own."""
     arguments = ("--device", "cpu", "--target", str(tiny_target), "--dtype", "float32")
     with CloudProcess(tmp_path_factory.mktemp("cloud"), *arguments) as process:
         yield process.url
@@ -194,7 +194,7 @@ def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: s
     critical = chi2.isf(0.001, len(expected) - 1)
 
     def edge(first: int) -> list[tuple[int, bool]]:
-        """Every eighth draw."""
+        """Return every eighth draw."""
         channel, drawn = SocketChannel(real_cloud), []
         verifier = verifier_of(target, channel, vocabulary, temperature=temperature, top_p=top_p)
         verifier.mode = mode

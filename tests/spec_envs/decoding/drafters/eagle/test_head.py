@@ -97,7 +97,7 @@ def test_a_head_is_as_it_was_when_it_is_saved_again(tiny_target: Path, tmp_path:
 
 @pytest.fixture(scope="module")
 def wide_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose widths the kernels compute."""
+    """Return a target whose widths the kernels compute."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
     return random_target(tmp_path_factory.mktemp("wide") / "target", tiny_target, **sizes)
@@ -106,7 +106,7 @@ def wide_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 @pytest.mark.parametrize("name", RECIPES)
 def test_int8_drafts_nearly_the_same(name: str, wide_target: Path, tmp_path: Path) -> None:
-    """Under every flag, but for what rounding does."""
+    """Under every flag, drafts differ only by rounding."""
     r = dataclasses.replace(RECIPES[name], target_hidden=128, hidden=128, head_dim=32, mlp=128, scale=0.08)
     r = dataclasses.replace(r, hidden=64) if name == "narrow" else r
     save_head(tmp_path / "head", r)

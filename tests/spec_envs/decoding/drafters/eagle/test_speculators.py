@@ -47,7 +47,7 @@ def layer_config(kind: type = LlamaConfig, **changes: Any) -> Any:
 
 
 def library_head(folder: Path, target: Path, layers: Any, drafted: int = VOCAB - 3, **flags: Any) -> Eagle3DraftModel:
-    """A random head of the library, saved."""
+    """Return a random head of the library, saved."""
     torch.manual_seed(3)
     about = SpeculatorsConfig(
         algorithm="eagle3",
@@ -72,8 +72,8 @@ def library_head(folder: Path, target: Path, layers: Any, drafted: int = VOCAB -
 
 
 def from_files(folder: Path, target: Path) -> Eagle3DraftModel:
-    """A head as the library reads it, with the target's embedding where it has none (the library says so, but under this
-    version of transformers finds one drawn at random)."""
+    """Return a head as the library reads it, with the target's embedding if it has none (as the library documents; this
+    version of transformers draws one at random)."""
     config = Eagle3SpeculatorConfig.from_pretrained(str(folder))
     config.transformer_layer_config._attn_implementation = "eager"
     model = Eagle3DraftModel.from_pretrained(str(folder), config=config).float().eval()
@@ -83,7 +83,7 @@ def from_files(folder: Path, target: Path) -> Eagle3DraftModel:
 
 
 def states(target: Path, text: list[int], boundaries: list[int]) -> Tensor:
-    """The target's hidden states at some boundaries of its layers, ``[1, n, len(boundaries) * hidden]``."""
+    """Return the target's hidden states at some boundaries of its layers, ``[1, n, len(boundaries) * hidden]``."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     found: dict[int, Tensor] = {}
     for i, layer in enumerate(model.model.layers):  # transformers' own list ends with a state that is normed
@@ -177,7 +177,7 @@ def test_an_embedding_that_is_not_stored_is_the_targets(tiny_target: Path, tmp_p
 
 
 def test_what_is_saved_here_is_converted_by_the_library(tiny_target: Path, tmp_path: Path) -> None:
-    """So every key that it goes by is there under the name that it knows."""
+    """Every key that the library reads is there under its own name."""
     place = shutil.copytree(tiny_target, tmp_path / "target")
     config = json.loads((place / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 300.0

@@ -14,7 +14,7 @@ from tests.support.models.heads import Recipe, drafted, save_head
 
 
 def changed(folder: Path, change: Any, layout: str = "eagle") -> Path:
-    """A head with another set of tensors."""
+    """Return a head with another set of tensors."""
     save_head(folder, Recipe(), layout)
     weights = load_file(folder / "model.safetensors")
     change(weights)
