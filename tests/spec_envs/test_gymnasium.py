@@ -203,7 +203,7 @@ def test_a_measured_clock_is_refused_in_a_worker_of_ray(tiny: dict[str, Any], mo
 
 
 def test_torchrl_makes_it() -> None:
-    """It asks by a keyword of its own whether an environment knows it, and reads the answer in Python's words."""
+    """TorchRL passes a keyword of its own to see whether an environment takes it, and parses Python's error."""
     from torchrl.envs import GymEnv
     from torchrl.envs.utils import check_env_specs
 

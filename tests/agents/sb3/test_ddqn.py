@@ -112,7 +112,7 @@ def test_a_checkpoint_goes_on_with_exploration_and_copies(tmp_path: Path) -> Non
 
 
 def test_the_schedules_of_stable_baselines_remain() -> None:
-    """Without decay and copies by updates: ε falls linearly, and copies are by steps of the environment."""
+    """Without the new settings ε falls linearly, and the target is copied by steps of the environment."""
     own = {"epsilon_decay": None, "target_update_updates": None, "learning_starts": 20}
     both = {"exploration_fraction": 0.5, "exploration_final_eps": 0.1, "target_update_interval": 30}
     model = agent(**own, **both).learn(40, Toy()).model

@@ -130,7 +130,7 @@ def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
 
 @pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
 def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
-    """One set of log-odds for all that is seen ends at the means of what the plans brought."""
+    """One set of log-odds for all observations converges to the plans' mean outcomes."""
     plans = control_of(case).plans()
     outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
     lessons = random_lessons(vectors[case], control_of(case))

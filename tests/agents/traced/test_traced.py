@@ -1,4 +1,4 @@
-"""Agents that learn from a trace make something of it, and are kept."""
+"""Agents that learn from a trace improve on it, and can be saved."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_composed_turns_are_of_every_kind() -> None:
 def test_a_draft_model_from_given_conversations(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It starts as a few of the target's own layers, learns from what the target writes, and what is saved drafts for
+    """The draft model starts as some of the target's layers, learns from the target's text, and drafts once saved for
     that target."""
     target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
     users = [" ".join(random.Random(i).choices(WORDS[2:14], k=6)) for i in range(60)]

@@ -1,4 +1,4 @@
-"""Logs of conversations: several turns, in order, and what is no conversation is counted and left out."""
+"""Logs of conversations: turns stay in order, and lines without a conversation are counted and left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of an exit: those of peft, of one target, whole or as they were; others are refused."""
+"""Files of an exit are peft's, fit one target, and are replaced whole or not at all; others are refused."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_build_that_honours_a_requests_length_is_never_restarted(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Builds of 2025 did, and had other options; a program that talks like one stands in for them."""
+    """Builds of 2025 honour it and have other options; a program that answers like one stands in for them."""
     program = tmp_path / "llama-server"
     program.write_text(f"#!{sys.executable}\n" + textwrap.dedent(OLDER_BUILD))
     program.chmod(0o755)

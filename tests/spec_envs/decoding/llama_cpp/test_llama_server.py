@@ -107,7 +107,7 @@ def test_a_program_that_never_gets_ready(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_arguments_of_a_user(capfd: pytest.CaptureFixture[str]) -> None:
-    """They go to the program, take the place of ``--device none``, and are not those that are set here."""
+    """A user's arguments go to the program and replace ``--device none``; arguments that are set here are refused."""
     given = ["--device", "none", "--verbosity", "1", "--alias", "mine"]
     with LlamaServer(*gguf_of(REAL), server_args=given) as server:
         assert Path(f"/proc/{server.process.pid}/cmdline").read_text().count("none") == 1

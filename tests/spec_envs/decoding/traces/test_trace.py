@@ -263,7 +263,7 @@ def test_shards_are_numbers_below_their_count(text: str) -> None:
 
 
 def test_a_plan_of_other_settings_lies_beside_the_first(plans: dict[str, Plan], tmp_path: Path) -> None:
-    """Neither has to be deleted for the other, and the same plan finds its own again."""
+    """Neither recording has to be deleted for the other, and the same plan finds its own again."""
     first = recording.default_folder(plans["chain"], tmp_path)
     claim(plans["chain"], first)
     assert recording.default_folder(plans["chain"], tmp_path) == first

@@ -127,7 +127,7 @@ def test_texts_end_at_every_id_that_the_file_names(tmp_path: Path) -> None:
 
 
 def test_tokens_have_the_ids_of_the_file(tmp_path: Path) -> None:
-    """Byte by byte, special tokens in other letters than a byte-level vocabulary's, and no token that is not in it."""
+    """Ids are the file's, for single bytes and for special tokens; no token outside the vocabulary appears."""
     special = ["<｜end▁of▁sentence｜>", *SPECIAL[1:]]
     path = write_gguf(tiny_model(), tmp_path / "model.gguf", {"tokenizer.ggml.tokens": TOKENS[:END] + special})
     tokenizer = load_tokenizer(str(path))

@@ -56,7 +56,7 @@ def test_the_text_of_transformers(name: str, folder: Path) -> None:
 
 
 def test_weights_that_are_tied_or_not(folder: Path) -> None:
-    """Either stands for both; two that differ are not tied, whatever the config states; one is never made up."""
+    """One tensor stands for both; two that differ are not tied, whatever the config states; none is made up."""
     text = ours(folder)
     restore(folder, lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))
     assert ours(copy(folder, "head alone")) == text == theirs(folder)

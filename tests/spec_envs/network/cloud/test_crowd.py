@@ -172,7 +172,7 @@ def flood(connection: socket.socket, frame: bytes, count: int) -> None:
 
 
 def test_short_requests_are_answered_before_long_ones(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
-    """While 8 prompts are read, another edge has verifications between their chunks, long before the first of them is
+    """While 8 prompts are read, another edge's drafts are verified between their chunks, long before the first of them is
     answered. Its seconds are those of its own forwards; whatever else it waits is queueing, and not the network's."""
     chunk = 64
     with CloudProcess(tmp_path, *options, "--chunk", str(chunk)) as cloud, contextlib.ExitStack() as stack:
@@ -249,7 +249,7 @@ def test_pings_of_an_edge_at_work_do_not(cloud: CloudProcess, vocabulary: bytes)
 
 
 def test_what_is_not_read_is_bounded(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
-    """Neither greetings that are repeated, nor requests, nor long messages pile up for a client that reads nothing."""
+    """Repeated greetings, requests and long messages do not pile up for a client that reads nothing."""
     with CloudProcess(tmp_path, *options, "--idle", "2", "--sessions", "8") as cloud:
         served(cloud, vocabulary)
         before = cloud.resident
@@ -277,7 +277,7 @@ def test_what_is_not_read_is_bounded(options: list[str], vocabulary: bytes, tmp_
 
 
 def test_before_the_greeting_messages_are_short(cloud: CloudProcess, vocabulary: bytes) -> None:
-    """Nobody has to be trusted with the memory of a request before it is known who asks."""
+    """Memory for long requests is granted only after the greeting."""
     with connect(cloud.url, compression=None, proxy=None) as connection:
         connection.send(bytes(5000))
         with pytest.raises(ConnectionClosed) as error:

@@ -197,7 +197,7 @@ def test_no_message_brings_the_cloud_down(cloud: CloudProcess, hello: Hello, dat
 
 
 def test_the_cloud_is_still_right(cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]) -> None:
-    """After all tests above the cloud answers correctly, and its log has no error."""
+    """The cloud answers correctly after all tests above, and has logged nothing further."""
     for kind in KINDS:
         assert edges(cloud.url, kind).text(40) == texts[kind]
     assert cloud.said.count("\n") == 1 and cloud.process.is_alive()

@@ -1,4 +1,4 @@
-"""The edge's command against a real cloud in a process of its own, and what it does when that goes away."""
+"""The edge's command against a real cloud in a process of its own, also when the cloud goes away."""
 
 from __future__ import annotations
 
