@@ -156,7 +156,7 @@ class RLAdapterAgent(Agent):
             replay.added, begun = int(state["added"]), int(state["begun"])
             self.adapter.restore(state["adapter"], replay)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"cannot go on from the checkpoint: {error}; {REMEDY}") from None
+            raise ValueError(f"cannot continue from the checkpoint: {error}; {REMEDY}") from None
         return begun
 
     def save(self, folder: Path) -> None:

@@ -185,7 +185,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
+    with one_sentence("interrupted; the same command continues from the last checkpoint, if one was written yet"):
         stream = args.conversations or args.root / "conversations.jsonl"
         if args.conversations is None and not stream.exists():
             own = [s.removeprefix("env.") for s in args.set if s.startswith("env.target=")]

@@ -163,7 +163,7 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    with one_sentence("interrupted; the same command goes on from the last checkpoint, if one was written yet"):
+    with one_sentence("interrupted; the same command continues from the last checkpoint, if one was written yet"):
         args = settled(args)
         with held(args.work):
             make_drafter(args)

@@ -48,7 +48,7 @@ def test_settings_that_fail_leave_no_folder(every: dict[str, Run], tmp_path: Pat
             "leave out calibrate=false, or name a table in env.clock",
         ),
         ("SpecBudget-v0", "ucb", ["calibrate=false"], "leave out calibrate=false, or name a table in env.clock"),
-        ("SpecDepth-v0", "ppo", ["eval_env.max_new_tokens=1"], "could not be evaluated .*max_new_tokens is 1"),
+        ("SpecDepth-v0", "ppo", ["eval_env.max_new_tokens=1"], "SET: max_new_tokens is 1"),
         ("SpecDepth-v0", "ppo", ["eval_env.prompts=gsm9k"], "could not be evaluated .*no prompt set gsm9k"),
         ("SpecDepth-v0", "ppo", ["eval_env.clock=none"], "could not be evaluated .*no cost table 'none'"),
         ("SpecDepth-v0", "ppo", ["eval_env.target=nothing"], "could not be evaluated .*no model 'nothing'"),

@@ -133,7 +133,7 @@ def test_a_signal_ends_a_run_in_one_line(number: int, status: int, tmp_path: Pat
     run.send_signal(number)
     _, err = run.communicate(timeout=60)
     assert run.returncode == status and "Traceback" not in err
-    assert "interrupted; the same command goes on from the last checkpoint" in err.strip().splitlines()[-1]
+    assert "interrupted; the same command continues from the last checkpoint" in err.strip().splitlines()[-1]
 
 
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(every: dict[str, Run], tmp_path: Path) -> None:

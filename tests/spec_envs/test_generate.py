@@ -108,7 +108,7 @@ def test_an_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
     decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
     agent = AGENTS["ppo"](control=token)
     with pytest.raises(
-        ValueError, match=r"SB3Agent was made for k with an observation of drafted.*, but here k has conf"
+        ValueError, match=r"PPOAgent was made for k with an observation of drafted.*, but here k has conf"
     ):
         Policy(cycle, agent)
     with pytest.raises(ValueError, match="was made for k with an observation of"):

@@ -22,6 +22,7 @@ class Toy(gym.Env):
 
     observation_space = spaces.Box(0, 1, (3,), np.float32)
     action_space = spaces.Discrete(2)
+    exit = None
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)

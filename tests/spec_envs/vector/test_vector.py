@@ -318,8 +318,8 @@ def test_replaying_trees_needs_no_models(
     def refuse(*args: Any, **keywords: Any) -> None:
         raise AssertionError("a model was asked for")
 
-    for name in ("load_target", "load_tokenizer", "load_weights"):
-        monkeypatch.setattr(f"spec_envs.decoding.loading.{name}", refuse)
+    for name in ("loading.load_target", "loading.load_tokenizer", "drafters.loaders.load_weights"):
+        monkeypatch.setattr(f"spec_envs.decoding.{name}", refuse)
     env = make_vector("SpecDepth-v0", 4, trace=str(traces["tree"].folder), max_new_tokens=20, **sizes(plans["tree"]))
     env.reset(seed=0)
     env.step(np.ones(4, int))

@@ -15,8 +15,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.full_trees import grown, level_slice
 from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces import record as recording
-from spec_envs.experiments.traces.record import Plan, claim, record_texts, recorded, shard_of
+from spec_envs.experiments.traces.record import Plan, claim, default_folder, record_texts, recorded, shard_of
 from tests.support.models.tiny import REAL
 from tests.support.recordings import TEXTS
 
@@ -159,7 +158,7 @@ def test_ranks_count_the_candidates_above_a_node(traces: dict[str, Trace]) -> No
 
 def test_a_killed_recording_goes_on(plans: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, folder = plans["chain"], tmp_path / "trace"
-    original, made = recording.record, []
+    original, made = Recorder.record, []
 
     def dies(*args: Any) -> Any:
         if len(made) == 3:
@@ -167,13 +166,13 @@ def test_a_killed_recording_goes_on(plans: dict[str, Plan], tmp_path: Path, monk
         made.append(1)
         return original(*args)
 
-    monkeypatch.setattr(recording, "record", dies)
+    monkeypatch.setattr(Recorder, "record", dies)
     with pytest.raises(KeyboardInterrupt):
         recorded(plan, folder)
     with pytest.raises(ValueError, match="there is no trace"):
         Trace.load(folder)
     assert len(list((folder / "texts").glob("*.npz"))) == 3
-    monkeypatch.setattr(recording, "record", lambda *args: (made.append(1), original(*args))[1])
+    monkeypatch.setattr(Recorder, "record", lambda *args: (made.append(1), original(*args))[1])
     whole = recorded(plan, folder)
     assert len(made) == sum(TEXTS)  # none was recorded twice
     assert [text.split for text in whole.texts] == ["train"] * 4 + ["validation"] + ["test"] * 2
@@ -264,10 +263,10 @@ def test_shards_are_numbers_below_their_count(text: str) -> None:
 
 def test_a_plan_of_other_settings_lies_beside_the_first(plans: dict[str, Plan], tmp_path: Path) -> None:
     """Neither recording has to be deleted for the other, and the same plan finds its own again."""
-    first = recording.default_folder(plans["chain"], tmp_path)
+    first = default_folder(plans["chain"], tmp_path)
     claim(plans["chain"], first)
-    assert recording.default_folder(plans["chain"], tmp_path) == first
-    other = recording.default_folder(plans["copies"], tmp_path)
+    assert default_folder(plans["chain"], tmp_path) == first
+    other = default_folder(plans["copies"], tmp_path)
     assert other != first and other.name.startswith(first.name)
     claim(plans["copies"], other)
-    assert recording.default_folder(plans["copies"], tmp_path) == other
+    assert default_folder(plans["copies"], tmp_path) == other

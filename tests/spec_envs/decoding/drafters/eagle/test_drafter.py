@@ -78,8 +78,8 @@ def test_training_improves_and_goes_on_where_it_stopped(
     straight = objective()
     train(straight, paths, tmp_path / "a.pt", epochs=40, **settings)
     trained = report(straight, paths, depth=4)
-    assert trained["chain_acceptance"][0] > untrained["chain_acceptance"][0] + 0.1
-    assert trained["chain_acceptance"] == sorted(trained["chain_acceptance"], reverse=True)
+    assert trained.chain_acceptance[0] > untrained.chain_acceptance[0] + 0.1
+    assert trained.chain_acceptance == sorted(trained.chain_acceptance, reverse=True)
 
     monkeypatch.setattr(drafter_training, "CHECKPOINT_EVERY", 7)
     killed, passes = objective(), []
@@ -97,7 +97,7 @@ def test_training_improves_and_goes_on_where_it_stopped(
     for a, b in zip(straight.model.head.parameters(), resumed.model.head.parameters(), strict=True):
         assert torch.equal(a, b)
     (tmp_path / "b.pt").write_bytes(b"cut short")
-    with pytest.raises(ValueError, match=r"cannot go on from .*b.pt.*; delete it"):
+    with pytest.raises(ValueError, match=r"cannot continue from .*b.pt.*; delete it"):
         train(objective(), paths, tmp_path / "b.pt", epochs=40, **settings)
 
 

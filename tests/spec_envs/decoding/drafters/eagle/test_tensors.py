@@ -59,7 +59,7 @@ EYE = torch.eye(32)
         (drop("norm.weight"), "it lacks the tensors norm.weight"),
         (drop("midlayer.hidden_norm.weight"), "it lacks the tensors midlayer.hidden_norm.weight"),
         (drop("fc.weight"), "it lacks the tensors fc.weight"),
-        (drop("d2t"), "it lacks d2t, without which 13 draft tokens cannot be told from 16"),
+        (drop("d2t"), "it lacks d2t, without which 13 draft tokens cannot be mapped to the 16 of the target"),
         (drop("d2t", "t2d"), "it lacks d2t"),
         (add(d2t=torch.zeros(12, dtype=torch.long)), "13, but 12 tokens can be drafted"),
         (add(d2t=torch.zeros(13)), "d2t is torch.float32 of shape"),
