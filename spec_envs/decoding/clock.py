@@ -147,7 +147,19 @@ class CostTable:
         """Return the seconds of a forward of ``rows`` rows; ``part`` is ``"draft"``, or any other for the target's."""
         if not rows:
             return 0.0
-        known, costs = self._points["draft" if part == "draft" else "verify"]
+        key = ("draft" if part == "draft" else "verify", rows)
+        if key not in self._priced:  # the same few are asked for at every step
+            self._priced[key] = self._interpolated(*key)
+        return self._priced[key]
+
+    @functools.cached_property
+    def _priced(self) -> dict[tuple[str, int], float]:
+        """Seconds by part and rows, as far as they were asked for."""
+        return {}
+
+    def _interpolated(self, part: str, rows: int) -> float:
+        """Return the seconds of a forward by its curve."""
+        known, costs = self._points[part]
         if rows > known[-1] and len(known) > 1:
             slope = max(0.0, costs[-1] - costs[-2]) / (known[-1] - known[-2])  # noise may make a flat curve fall
             return float(costs[-1] + (rows - known[-1]) * slope)
