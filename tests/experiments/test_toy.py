@@ -20,7 +20,7 @@ from spec_envs.experiments.measure.live import decoder_for
 
 ID = "SpecToy-v0"
 PROBLEM = '''
-"""Whether to draft one token or several."""
+"""A toy problem: draft one token or several."""
 
 from gymnasium import spaces
 
