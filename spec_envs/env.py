@@ -150,21 +150,22 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         observation = self.control.observe(self.decoder)
         if self.render_mode == "human":
             self.render()
-        return observation, self._info(None, dict.fromkeys(self._mark, 0.0))
+        return observation, self._info(None, dict.fromkeys(self._mark, 0.0), 0.0)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Carry out a decision. What the next decision needs is drafted here too, and charged to the next step."""
         self._check_open()
         chosen = checked_action(self.control.action_space, action)
         if self.prompt is None or self.decoder.finished:
-            raise ValueError("there is no text to go on with; call reset() first")
+            raise ValueError("there is no text to continue; call reset() first")
         clock = self.decoder.clock
         clock.charge("policy", self.policy_seconds)
         cycle = self.control.act(self.decoder, chosen)
         seconds = clock.since(self._mark)
         self._mark = dict(clock.totals)
-        info = self._info(cycle, seconds)
-        reward = self.control.reward(self.reward_name, cycle, sum(seconds.values()), self.pace)
+        spent = sum(seconds.values())
+        info = self._info(cycle, seconds, spent)
+        reward = self.control.reward(self.reward_name, cycle, spent, self.pace)
         terminated = self.decoder.finished or (self.settings.episode == "cycle" and cycle is not None)
         observation = self.control.observe(self.decoder)
         if self.render_mode == "human":
@@ -274,12 +275,10 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         ours = [prompt for prompt in self.prompts if prompt.task == (self.turn or tasks[0])]
         return ours[self.np_random.integers(len(ours))]
 
-    def _info(self, cycle: Cycle | None, seconds: dict[str, float]) -> dict[str, Any]:
-        """Return the info of a step that took these seconds, by part, and ended this cycle, if any."""
-        emitted = cycle.emitted if cycle else 0
-        spent = sum(seconds.values())
+    def _info(self, cycle: Cycle | None, seconds: dict[str, float], spent: float) -> dict[str, Any]:
+        """Return the info of a step that took these seconds, by part and ``spent`` in all, and ended this cycle, if any."""
         info = {
-            "emitted": emitted,
+            "emitted": cycle.emitted if cycle else 0,
             "accepted": cycle.accepted if cycle else 0,
             "drafted": cycle.drafted if cycle else 0,
             "verified": cycle.verified if cycle else 0,

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from spec_envs.controls.k import KControl
 from spec_envs.experiments.drafters import recording
 from spec_envs.files import write_json
 from spec_envs.sealed import write_torch
+from tests.support.identity import Identity
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
@@ -33,27 +33,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "ddqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
     "qrdqn": {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
 }
-
-
-class Identity(gym.Env):
-    """A toy with a control's spaces: the right action is whether the first number is above one half."""
-
-    def __init__(self, control: DepthControl):
-        self.observation_space, self.action_space = control.observation_space, control.action_space
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.left = 10
-        return self._draw(), {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        reward = float(int(action) == int(self.seen[0] > 0.5))
-        self.left -= 1
-        return self._draw(), reward, self.left == 0, False, {}
-
-    def _draw(self) -> np.ndarray:
-        self.seen = self.np_random.random(self.observation_space.shape).astype(np.float32)
-        return self.seen
 
 
 def test_every_algorithm_is_in_the_zoo() -> None:
@@ -96,7 +75,7 @@ def test_learning_saving_loading_and_going_on(name: str, tmp_path: Path) -> None
         return AGENTS[name](control=control, seed=0, pi_arch=[8], vf_arch=[8], **SMALL[name])
 
     agent = fresh()
-    agent.learn(64, Identity(control))
+    agent.learn(64, Identity(control.observation_space, control.action_space))
     agent.save(tmp_path)
     agent.save_checkpoint(tmp_path)
     loaded, resumed = fresh(), fresh()
@@ -104,7 +83,7 @@ def test_learning_saving_loading_and_going_on(name: str, tmp_path: Path) -> None
     resumed.load_checkpoint(tmp_path)
     for a, b, c in zip(*(x.model.policy.state_dict().values() for x in (agent, loaded, resumed)), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
-    resumed.learn(128, Identity(control))
+    resumed.learn(128, Identity(control.observation_space, control.action_space))
     assert resumed.model.num_timesteps == 128
     if name.endswith("dqn"):
         assert resumed.model.replay_buffer.size() == 128
@@ -123,7 +102,7 @@ def test_the_bare_network_computes_what_torch_does(activation: str) -> None:
 def test_ppo_learns_the_identity() -> None:
     control = DepthControl()
     agent = AGENTS["ppo"](control=control, seed=0, learning_rate=3e-3, gamma=0.0, n_steps=256, n_epochs=10)
-    agent.learn(6000, Identity(control))
+    agent.learn(6000, Identity(control.observation_space, control.action_space))
     rng = np.random.default_rng(1)
     seen = rng.random((200, *control.observation_space.shape)).astype(np.float32)
     right = [agent.predict(x, deterministic=True)[0] == int(x[0] > 0.5) for x in seen]

@@ -157,7 +157,7 @@ def test_a_reset_that_is_refused_leaves_no_text(tiny: dict[str, Any], made: Call
         env.step(0)
         with pytest.raises((ValueError, gym.error.Error)):
             env.reset(**wrong)
-        with pytest.raises(ValueError, match=r"no text to go on with; call reset\(\) first"):
+        with pytest.raises(ValueError, match=r"no text to continue; call reset\(\) first"):
             env.step(0)
         with pytest.raises(ValueError, match=r"no text to show; call reset\(\) first"):
             env.render()

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -15,28 +14,16 @@ from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.agents.sb3.ddqn import DoubleDQN, double_target
 from spec_envs.controls.depth import DepthControl
+from tests.support.identity import Identity
 
 
-class Toy(gym.Env):
-    """Ten decisions; the right one is whether the first number is above one half."""
+class Toy(Identity):
+    """A problem that stands for a control, too."""
 
-    observation_space = spaces.Box(0, 1, (3,), np.float32)
-    action_space = spaces.Discrete(2)
     exit = None
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.left = 10
-        return self._draw(), {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        reward = float(int(action) == int(self.seen[0] > 0.5))
-        self.left -= 1
-        return self._draw(), reward, self.left == 0, False, {}
-
-    def _draw(self) -> np.ndarray:
-        self.seen = self.np_random.random(3).astype(np.float32)
-        return self.seen
+    def __init__(self) -> None:
+        super().__init__(spaces.Box(0, 1, (3,), np.float32), spaces.Discrete(2))
 
 
 def agent(**given: Any) -> SB3Agent:
