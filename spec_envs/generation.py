@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spec_envs.controls.base import Control
-from spec_envs.controls.policy import Agent, Policy
+from spec_envs.controls.policy import Policy, Predictor
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.engine import Engine
 from spec_envs.text import TextStream
@@ -101,7 +101,7 @@ class Generation:
 def generate(
     decoder: Engine,
     control: Control | None,
-    agent: Agent | None,
+    agent: Predictor | None,
     prompt: list[int],
     max_new_tokens: int = 256,
     seed: int | None = None,

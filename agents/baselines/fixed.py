@@ -39,4 +39,4 @@ class FixedAgent(Rule):
         super().__init__(control)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        return self.control.play(self.value, observation), state
+        return self.control.follow(self.value, observation), state

@@ -128,7 +128,7 @@ def most_played(histogram: Histogram) -> tuple[str, float]:
 def settings_played(control: Control, samples: Sequence[Sample]) -> Histogram:
     """Return how often each setting was followed, by task; of many settings, only those that were."""
     counts = {
-        task: Counter(str(setting) for sample in group for setting in control.played(sample.actions, sample.lengths))
+        task: Counter(str(setting) for sample in group for setting in control.followed(sample.actions, sample.lengths))
         for task, group in by_task(samples).items()
     }
     shown = [str(setting) for setting in control.settings()]

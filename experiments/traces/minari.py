@@ -23,7 +23,7 @@ from spec_envs import ENVIRONMENTS, __version__, agents
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import POSITIVE, SEED, Parser, nonempty
-from spec_envs.controls import CONTROLS, Agent, make_control
+from spec_envs.controls import CONTROLS, Predictor, make_control
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import apply, check_env
@@ -122,7 +122,7 @@ def moved(name: str, made: Path, place: Path) -> None:
 
 def prepared(
     trace: Trace, env_id: str, policy: str, seed: int = 0, overrides: Sequence[str] = ()
-) -> tuple[Keywords, Agent]:
+) -> tuple[Keywords, Predictor]:
     """Return keyword arguments of the environment, and the agent that decides in it.
 
     Args:
@@ -164,7 +164,7 @@ def prepared(
     return {"policy_seconds": agent.decision_seconds, **env}, agent
 
 
-def played(env: gym.Env, agent: Agent, episodes: int, seed: int) -> Iterator[Episode]:
+def played(env: gym.Env, agent: Predictor, episodes: int, seed: int) -> Iterator[Episode]:
     """Yield episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text continues
     (``episode="cycle"``)."""
     begins, state, decoder = True, None, env.get_wrapper_attr("decoder")

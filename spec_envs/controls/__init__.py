@@ -9,9 +9,9 @@ from typing import Any
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls.base import Control
-from spec_envs.controls.policy import Agent, Policy
+from spec_envs.controls.policy import Policy, Predictor
 
-__all__ = ["CONTROLS", "Agent", "Control", "Policy", "make_control"]
+__all__ = ["CONTROLS", "Control", "Policy", "Predictor", "make_control"]
 
 
 class Controls(Mapping[str, type[Control]]):

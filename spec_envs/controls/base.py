@@ -13,7 +13,7 @@ from spec_envs import recordings
 from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.observation.entries import Entry
 from spec_envs.controls.plans import Plans
-from spec_envs.controls.policy import Agent, Policy
+from spec_envs.controls.policy import Policy, Predictor
 from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.cycle import Cycle
@@ -102,7 +102,7 @@ class Control(ABC):
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
 
-    def compose(self, control: Control, agent: Agent) -> None:
+    def compose(self, control: Control, agent: Predictor) -> None:
         """Let a trained policy of the other problem make its decisions here.
 
         Raises:
@@ -269,8 +269,8 @@ class Control(ABC):
         """Return every static setting of this problem by name; none where no single one can be followed."""
         return ()
 
-    def play(self, setting: Setting, observation: np.ndarray) -> int:
-        """Return the action by which a fixed policy follows a setting; by default actions stand for settings in order.
+    def follow(self, setting: Setting, observation: np.ndarray) -> int:
+        """Return the action that follows a setting at this observation; by default actions stand for settings in order.
 
         Raises:
             ValueError: a setting that is not offered.
@@ -281,8 +281,8 @@ class Control(ABC):
         """Return the levels or tokens drafted so far in a cycle, read off the entry ``progress``."""
         return round(float(observation[self.slices[self.progress].start]) * self.longest)
 
-    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
-        """Return the settings that the decisions of a text amount to, one per cycle.
+    def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+        """Return the settings that the decisions of a text followed, one per cycle.
 
         Args:
             actions: every decision.

@@ -111,13 +111,13 @@ class DepthControl(Control):
     def settings(self) -> tuple[Setting, ...]:
         return tuple(range(1, self.max_depth + 1))
 
-    def play(self, setting: Setting, observation: np.ndarray) -> int:
+    def follow(self, setting: Setting, observation: np.ndarray) -> int:
         depth = int(setting)
         if not 1 <= depth <= self.max_depth:
             raise ValueError(f"depth is {depth}; expected 1 to {self.max_depth}")
         return EXPAND if self.drafted(observation) < depth else VERIFY
 
-    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+    def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
         found: list[Setting] = []
         depth = 1  # the first expansion is always made
         for action in actions:

@@ -231,7 +231,7 @@ class KControl(Control):
     def settings(self) -> tuple[Setting, ...]:
         return tuple(range(self.k_max + 1))
 
-    def play(self, setting: Setting, observation: np.ndarray) -> int:
+    def follow(self, setting: Setting, observation: np.ndarray) -> int:
         k = int(setting)
         if not 0 <= k <= self.k_max:
             raise ValueError(f"k is {k}; expected 0 to {self.k_max}")
@@ -239,8 +239,8 @@ class KControl(Control):
             return k
         return DRAFT if self.drafted(observation) < k else VERIFY
 
-    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
-        return list(lengths) if self.progress else super().played(actions, lengths)
+    def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+        return list(lengths) if self.progress else super().followed(actions, lengths)
 
     def candidates(self) -> dict[str, Sequence[Setting]]:
         return {"k": [k for k in candidates.KS if k <= self.k_max]}

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from spec_envs.controls.base import Control
 
 
-class Agent(Protocol):
-    """Anything with Stable-Baselines3's ``predict``; ``decision_seconds`` is charged per decision.
+class Predictor(Protocol):
+    """Whatever decides: it has Stable-Baselines3's ``predict`` and ``decision_seconds``, which are charged per decision.
 
-    An agent that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
+    One that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
     (``Policy``), the other entries are not computed, and are 0.
     """
 
@@ -32,7 +32,7 @@ class Agent(Protocol):
 
 
 @runtime_checkable
-class Learner(Agent, Protocol):
+class Learner(Predictor, Protocol):
     """An agent that continues to learn while it is deployed."""
 
     def record(self, observation: np.ndarray, action: int, reward: float, following: np.ndarray, done: bool) -> Any:
@@ -40,7 +40,7 @@ class Learner(Agent, Protocol):
 
 
 @runtime_checkable
-class Trained(Agent, Protocol):
+class Trained(Predictor, Protocol):
     """An agent that knows the problem it was made for."""
 
     control: Control
@@ -57,7 +57,7 @@ class Policy:
             ``decision_seconds`` that are no seconds.
     """
 
-    def __init__(self, control: Control, agent: Agent, learning: bool = False):
+    def __init__(self, control: Control, agent: Predictor, learning: bool = False):
         if learning and not isinstance(agent, Learner):
             raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter, dvi and reinforce do")
         if isinstance(agent, Trained):

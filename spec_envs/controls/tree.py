@@ -111,13 +111,13 @@ class TreeControl(Control):
     def settings(self) -> tuple[Setting, ...]:
         return tuple(f"{depth}x{budget}" for depth in range(self.max_depth + 1) for budget in self.budgets)
 
-    def play(self, setting: Setting, observation: np.ndarray) -> int:
+    def follow(self, setting: Setting, observation: np.ndarray) -> int:
         depth, budget = map(int, str(setting).split("x"))
         if not 0 <= depth <= self.max_depth or budget not in self.budgets:
             raise ValueError(f"there is no setting {setting}; expected one such as {self.settings()[0]}")
         return EXPAND if self.drafted(observation) < depth else 1 + self.budgets.index(budget)
 
-    def played(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
+    def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
         found: list[Setting] = []
         decisions = iter(actions)
         for drafted in lengths:

@@ -129,6 +129,6 @@ def test_a_toy_problem_is_trained_measured_and_used(
     assert "Best static setting on training prompts: " in table
     control, agent = load(tmp_path / ID / f"{stanza}-0")
     done = spec_envs.generate(decoder_for(keywords, control), control, agent, [3, 4, 5], 20).run()
-    followed = control.played(done.actions, [cycle.drafted for cycle in done.cycles])
+    followed = control.followed(done.actions, [cycle.drafted for cycle in done.cycles])
     assert set(followed) <= set(control.settings()) and len(followed) == len(done.cycles) > 1
     assert stanza != "fixed" or set(followed) == {"long"}

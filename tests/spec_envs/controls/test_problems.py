@@ -63,9 +63,9 @@ def test_every_static_setting_can_be_followed(name: str) -> None:
     blank = control.observation_space.low * 0
     offered = control.settings()
     assert len(set(offered)) == len(offered) > 1
-    assert all(0 <= control.play(setting, blank) < control.action_space.n for setting in offered)
+    assert all(0 <= control.follow(setting, blank) < control.action_space.n for setting in offered)
     with pytest.raises(ValueError):
-        control.play("no such setting", blank)
+        control.follow("no such setting", blank)
 
 
 @pytest.mark.parametrize("name", sorted(set(CONTROLS) - {"dvi"}))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogi
 
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.agents.baselines.uniform import RandomAgent
-from spec_envs.controls import CONTROLS, Agent, Policy, make_control
+from spec_envs.controls import CONTROLS, Policy, Predictor, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
 from spec_envs.decoding import accept
 from spec_envs.decoding.decoder import Decoder
@@ -65,7 +65,7 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
     exits = {**models, "exit_layer": 24, "block": 3}
     control = make_control(env_id, exits if env_id == "SpecDVI-v0" else keywords)
     decoder = control.open(**models, temperature=0.0)
-    agent: Agent = RandomAgent(control, seed=1)
+    agent: Predictor = RandomAgent(control, seed=1)
     if isinstance(control, DVIControl):  # of random tokens hardly one would ever be right
         agent = Drafting(decoder, share=0.8)
     accepted = 0
@@ -195,7 +195,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         control = make_control(name, own)
         models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}
         drafting = control.open(drafter=drafter, **models)
-        agent: Agent = Drafting(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
+        agent: Predictor = Drafting(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
         arms.append(decoded(drafting, Policy(control, agent)))
     accepted, samples = 0, []
     for i, prompt in enumerate(chosen):
