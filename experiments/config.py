@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.controls import CONTROLS
 from spec_envs.experiments.hyperparameters import check_name, check_value
-from spec_envs.settings import Settings, check_keywords, keyword_types
-from spec_envs.yaml_text import Loader, parse_yaml
-
-FOLDER = Path(__file__).parent
+from spec_envs.experiments.stanzas import ExperimentFile, nearest
+from spec_envs.settings import Keywords, Settings, check_keywords, keyword_types
+from spec_envs.yaml_text import parse_yaml
 
 
 class Stage(BaseModel):
@@ -30,7 +25,7 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: str
-    env: dict[str, Any] = {}
+    env: Keywords = {}
     total_timesteps: int | None = Field(default=None, ge=1)
     partner: bool = True
 
@@ -63,8 +58,8 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     agent: str
-    env: dict[str, Any] = {}
-    eval_env: dict[str, Any] = {}
+    env: Keywords = {}
+    eval_env: Keywords = {}
     total_timesteps: int = Field(default=1, ge=1)
     hyperparameters: dict[str, Any] = {}
     eval_freq: int = Field(default=0, ge=0)
@@ -80,21 +75,23 @@ class Experiment(BaseModel):
     stages: list[Stage] = []
 
 
-def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Return a stanza of ``experiments/{env_id}.yml`` with ``key=value`` overrides.
+def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = (), file: Path | None = None) -> Experiment:
+    """Return a stanza of an environment's YAML file, with ``key=value`` overrides.
 
     Args:
         overrides: ``"total_timesteps=1000"``, ``"env.max_new_tokens=64"``, …; values are YAML.
+        file: a YAML file of your own; by default the shipped ``experiments/{env_id}.yml``.
 
     Raises:
         ValueError: an unknown id, stanza or key, or a value of the wrong type; the sentence names file and line.
     """
-    path = file_of(env_id)
-    text, shared, stanzas = read(path)
-    if stanza not in stanzas:
-        raise ValueError(f"{path.name} has no stanza {stanza!r}{nearest(stanza, stanzas)}; it has {', '.join(stanzas)}")
-    chosen = dict(stanzas[stanza])
-    chosen["env"] = {**shared, **chosen.get("env", {})}
+    source = ExperimentFile.of(env_id, file)
+    if stanza not in source.stanzas:
+        raise ValueError(
+            f"{source.name} has no stanza {stanza!r}{nearest(stanza, source.stanzas)}; it has {', '.join(source.stanzas)}"
+        )
+    chosen = dict(source.stanzas[stanza])
+    chosen["env"] = {**source.env, **chosen.get("env", {})}
     overridden = [apply(override, chosen) for override in overrides]
     chosen.setdefault("agent", stanza)
 
@@ -102,7 +99,7 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
         """Return where a key was set: "SET", or a line of the file."""
         if any(where[: len(key)] == key for key in overridden):
             return "SET"
-        return f"{path.name}:{line_of(text, ('agents', stanza, *where), ('env', *where[1:]))}"
+        return source.place(("agents", stanza, *where), ("env", *where[1:]))
 
     try:
         experiment = Experiment.model_validate(chosen)
@@ -114,26 +111,9 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = ()) -> 
             reason = f"unknown key{nearest(where[-1], Experiment.model_fields)}"
         raise ValueError(f"{place(where)}: {'.'.join(where)}: {reason}") from None
     check(experiment, env_id, place)
+    if experiment.record:
+        experiment.eval_env.setdefault("trace", None)  # what was learned from a trace is evaluated live
     return experiment
-
-
-def file_of(env_id: str) -> Path:
-    """Return the path of an environment's YAML file."""
-    if env_id not in ENVIRONMENTS:
-        raise ValueError(
-            f"no environment {env_id!r}{nearest(env_id, ENVIRONMENTS)}; there are {', '.join(ENVIRONMENTS)}"
-        )
-    return FOLDER / f"{env_id}.yml"
-
-
-def first_stanza(env_id: str) -> str:
-    """Return the name of the stanza that an environment's file begins with, which is trained where none is named."""
-    return next(iter(read(file_of(env_id))[2]))
-
-
-def stanzas_of(env_id: str) -> list[str]:
-    """Return the names of the stanzas of an environment's file, in their order."""
-    return list(read(file_of(env_id))[2])
 
 
 def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]], str]) -> None:
@@ -151,7 +131,6 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
     if experiment.record:
-        experiment.eval_env.setdefault("trace", None)  # what was learned from a trace is evaluated live
         if not CONTROLS[env_id].trace_kind:
             raise ValueError(f"{place(('record',))}: {env_id} has no exact traces; leave record out")
         if len(experiment.record) != 3 or min(experiment.record) < 0 or not experiment.record[0]:
@@ -176,7 +155,7 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
 
 
 def check_env(
-    env: dict[str, Any], env_id: str, place: Callable[[str], str], beneath: Mapping[str, Any] = MappingProxyType({})
+    env: Keywords, env_id: str, place: Callable[[str], str], beneath: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Refuse keywords that an environment does not have, and values that it does not take.
 
@@ -245,69 +224,3 @@ def apply(override: str, config: dict[str, Any]) -> tuple[str, ...]:
             raise ValueError(f"override {override!r}: {parent} holds no keys")
     config[last] = float(value) if isinstance(value, str) and is_number(value) else value  # 3e-4 is text to YAML
     return tuple(keys)
-
-
-def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the text of a file of experiments, the keyword arguments that all its stanzas share, and the stanzas.
-
-    Raises:
-        ValueError: it is not of that form; the sentence names file and line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = parse_yaml(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); expected YAML in UTF-8") from None
-    except ValueError as error:
-        found = re.match(r"line (\d+): ", str(error))
-        place, reason = (f":{found[1]}", str(error)[found.end() :]) if found else ("", str(error))
-        raise ValueError(f"{path.name}{place} is not YAML as it is used here: {reason}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("agents"), dict) or not raw["agents"]:
-        raise ValueError(f"{path} has no agents; expected env: and agents: at its top")
-    if unknown := sorted(set(raw) - {"env", "agents"}, key=str):
-        line = f"{path.name}:{line_of(text, (str(unknown[0]),))}"
-        raise ValueError(f"{line}: unknown key {unknown[0]!r}; expected env and agents")
-    parts: dict[tuple[str, ...], Any] = {("env",): raw.get("env"), ("agents",): raw["agents"]}
-    for name, stanza in raw["agents"].items():
-        parts["agents", str(name)] = stanza
-        if isinstance(stanza, dict):
-            parts["agents", str(name), "env"] = stanza.get("env")
-    for keys, part in parts.items():
-        where = f"{path.name}:{line_of(text, keys)}: {'.'.join(keys)}"
-        if part is not None and not isinstance(part, dict):
-            raise ValueError(f"{where} is {part!r}; expected keys and values")
-        if strange := [key for key in part or {} if not isinstance(key, str)]:
-            raise ValueError(f"{where} has the key {strange[0]!r}, which is not text; put it in quotes")
-    stanzas = {name: {**(stanza or {})} for name, stanza in raw["agents"].items()}
-    for stanza in stanzas.values():
-        stanza["env"] = stanza.get("env") or {}
-    return text, raw.get("env") or {}, stanzas
-
-
-@functools.lru_cache(8)
-def composed(text: str) -> yaml.Node | None:
-    """Return the nodes of a YAML text, which know their lines."""
-    return yaml.compose(text, Loader)
-
-
-def line_of(text: str, *keys: tuple[str, ...]) -> int:
-    """Return the line of whichever of several nested keys a YAML text holds; otherwise that of the deepest parent it
-    holds."""
-    best = (False, 0, 1)
-    for path in keys:
-        node, line, depth = composed(text), 1, 0
-        for key in path:
-            if not isinstance(node, yaml.MappingNode):
-                break
-            pair = next(((k, v) for k, v in node.value if k.value == key), None)
-            if pair is None:
-                break
-            line, node, depth = pair[0].start_mark.line + 1, pair[1], depth + 1
-        best = max(best, (depth == len(path), depth, line))
-    return best[2]
-
-
-def nearest(word: str, known: Any) -> str:
-    """Return " (did you mean …?)" with the known word that is nearest; nothing where none is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -16,6 +16,7 @@ from spec_envs.experiments.hyperparameters import set_by_run
 from spec_envs.experiments.measure.machine import revision, versions
 from spec_envs.files import LOCK, TEMPORARY, whole
 from spec_envs.prompts.templates import DATE
+from spec_envs.settings import Keywords
 
 CONFIG = "config.yml"
 RESULTS = "results.json"
@@ -40,8 +41,8 @@ class RunConfig:
     stanza: str
     seed: int
     agent: str
-    env: dict[str, Any]
-    eval_env: dict[str, Any]
+    env: Keywords
+    eval_env: Keywords
     total_timesteps: int
     eval_freq: int
     eval_prompts: int
@@ -56,7 +57,7 @@ class RunConfig:
     hyperparameters: dict[str, Any]
 
     @property
-    def shown_env(self) -> dict[str, Any]:
+    def shown_env(self) -> Keywords:
         """Keyword arguments of the environment in the final table."""
         return {**self.env, **self.eval_env}
 

@@ -23,7 +23,7 @@ from spec_envs.controls import CONTROLS, make_control
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.config import Experiment, first_stanza, load_experiment
+from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.evaluate import evaluate_run, save
 from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
 from spec_envs.experiments.measure.costs import measured as measured_costs
@@ -35,6 +35,7 @@ from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import best_static
 from spec_envs.experiments.preflight import check_evaluation, check_partner
 from spec_envs.experiments.runs import CONFIG, RESULTS, RunConfig, clear, is_trained, open_run, resolved, run_folder
+from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.experiments.traces.record import Plan, recorded_by_default
 from spec_envs.experiments.validation import VALIDATIONS
 from spec_envs.files import held
@@ -268,7 +269,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command continues from the last checkpoint, if one was written yet"):
-        stanza = args.agent or first_stanza(args.env)
+        stanza = args.agent or ExperimentFile.of(args.env).first
         experiment = load_experiment(args.env, stanza, args.set)
         folder = run_folder(args.root, args.env, stanza, args.seed)
         if experiment.stages:

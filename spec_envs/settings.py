@@ -16,6 +16,8 @@ from spec_envs.controls.rewards import RATES
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.prompts.rows import SPLITS
 
+Keywords = dict[str, Any]
+"""Keyword arguments of an environment, by name."""
 EPISODES = ("prompt", "cycle")
 RENDER_MODES = ("ansi", "human", "rgb_array")
 

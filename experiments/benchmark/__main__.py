@@ -41,7 +41,7 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import from_json, to_json
-from spec_envs.experiments.measure.live import Keywords, decoder_for
+from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
@@ -49,6 +49,7 @@ from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.traces.record import Plan, calibrated, claim, default_folder, record_texts, recorded
 from spec_envs.files import held, read_json, whole, write_json
+from spec_envs.settings import Keywords
 
 
 def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from spec_envs.experiments.measure.live import Keywords
+from spec_envs.settings import Keywords
 
 PROBLEMS: dict[str, Keywords] = {  # keyword arguments of an environment, and of another pair of models
     "SpecDepth-v0": {},

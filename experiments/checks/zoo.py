@@ -29,9 +29,10 @@ from spec_envs.controls import Control
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.config import Experiment, load_experiment, stanzas_of
+from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.machine import revision
 from spec_envs.experiments.runs import run_folder
+from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.experiments.train import run, run_stages
 from spec_envs.experiments.work_folder import NOTE
 from spec_envs.files import held, read_json, write_json
@@ -85,7 +86,7 @@ class Row(NamedTuple):
 
 def cases() -> list[Case]:
     """Return everything that there is to check."""
-    trained = [Case(env_id, stanza) for env_id in ENVIRONMENTS for stanza in stanzas_of(env_id)]
+    trained = [Case(env_id, stanza) for env_id in ENVIRONMENTS for stanza in ExperimentFile.of(env_id).stanzas]
     return trained + [Case(path.name, SHIPPED) for path in sorted(agents.SHIPPED.iterdir())]
 
 

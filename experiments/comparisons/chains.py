@@ -31,7 +31,7 @@ from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
-from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
@@ -40,6 +40,7 @@ from spec_envs.experiments.measure.tables import side_by_side, tables
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
 from spec_envs.files import read_json, write_json
+from spec_envs.settings import Keywords
 
 ID = "SpecK-v0"
 FIXED = (4, 8, 16)

@@ -33,7 +33,7 @@ from spec_envs.experiments.measure.costs import (
 )
 from spec_envs.experiments.measure.encoding import Inline, to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
-from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts, target_and_drafter
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
 from spec_envs.experiments.measure.quality import Quality, quality
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
 from spec_envs.experiments.measure.report import markdown
@@ -42,6 +42,7 @@ from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.files import write_json
+from spec_envs.settings import Keywords
 
 RATIOS = {
     "plain_over_transformers": ("plain", "transformers generate"),

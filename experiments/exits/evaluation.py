@@ -21,12 +21,13 @@ from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
-from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.results import Drift, Exit, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import same_text, with_aa_check
 from spec_envs.experiments.measure.tables import tables
+from spec_envs.settings import Keywords
 
 K_MAX = 8  # longest chain that is tried
 STOP_K, STOP = 6, 0.6  # published for Kangaroo (arXiv 2404.18911)

@@ -10,8 +10,8 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.drafters.selftext import sampled_turns
 from spec_envs.experiments.drafters.turns import composed_turn, training_turns
-from spec_envs.experiments.measure.live import Keywords
 from spec_envs.prompts.conversations import write_log
+from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.experiments.measure.encoding import Inline
-from spec_envs.experiments.measure.live import Keywords, decoder_for
+from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import Machine, machine
+from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 

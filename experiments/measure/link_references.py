@@ -16,12 +16,13 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.engine import Engine
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms, simulated_channel
 from spec_envs.experiments.measure.costs import cost_curves
-from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
 from spec_envs.experiments.measure.results import Best, Histogram
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.edge.linked import is_address
 from spec_envs.network.link import LinkState, MarkovLink, load_link
+from spec_envs.settings import Keywords
 
 DRAFT = 4  # tokens of the drafts among which the best static k is looked for
 PROMPTS, TOKENS = 12, 64  # training prompts that choices are tried on, and tokens of each

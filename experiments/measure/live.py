@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 from spec_envs import recordings
 from spec_envs.controls import Control
@@ -17,11 +16,9 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts
-from spec_envs.settings import Settings
+from spec_envs.settings import Keywords, Settings
 
 DRAFTED = 32  # rows after a text that its drafts may take up
-Keywords = dict[str, Any]
-"""Keyword arguments of an environment, by name."""
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from spec_envs import agents
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
-from spec_envs.experiments.measure.live import Keywords
 from spec_envs.experiments.measure.static import static_policy
+from spec_envs.settings import Keywords
 
 
 def mixed(depth: str, budget: str, env: Keywords) -> Policy:

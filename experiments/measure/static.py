@@ -16,10 +16,11 @@ from spec_envs.decoding.decoder import in_process
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.link_references import best_choices
-from spec_envs.experiments.measure.live import Keywords, decoder_for, encoded_prompts
+from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.settings import Keywords
 
 PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
 

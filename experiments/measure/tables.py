@@ -11,13 +11,14 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves, describe
 from spec_envs.experiments.measure.link_references import played_by_state
-from spec_envs.experiments.measure.live import Keywords, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.statistics import by_task, divergence, same_text, summary, throughput
 from spec_envs.network.edge.linked import is_address
+from spec_envs.settings import Keywords
 
 
 def run_tables(

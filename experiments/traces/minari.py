@@ -27,8 +27,8 @@ from spec_envs.controls import CONTROLS, Predictor, make_control
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import apply, check_env
-from spec_envs.experiments.measure.live import Keywords
 from spec_envs.files import held, write_bytes
+from spec_envs.settings import Keywords
 
 PLACE = "MINARI_DATASETS_PATH"  # of the data sets, to Minari
 SUMMARY = ("task", "tokens", "speedup")  # of a text, in its last info

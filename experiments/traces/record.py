@@ -41,11 +41,12 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import Keywords, encoded_prompts
+from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
 from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.prompts.rows import SPLITS
 from spec_envs.prompts.templates import DATE
+from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 

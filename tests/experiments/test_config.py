@@ -3,20 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.controls import make_control
-from spec_envs.experiments import config
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.runs import resolved
+from spec_envs.experiments.stanzas import ExperimentFile
 
-STANZAS = [
-    (env_id, stanza)
-    for env_id in ENVIRONMENTS
-    for stanza in yaml.safe_load((config.FOLDER / f"{env_id}.yml").read_text())["agents"]
-]
+STANZAS = [(env_id, stanza) for env_id in ENVIRONMENTS for stanza in ExperimentFile.of(env_id).stanzas]
 
 
 @pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
@@ -74,8 +69,7 @@ def test_mistakes_in_overrides(override: str, message: str) -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(config, "FOLDER", tmp_path)
+def written(tmp_path: Path) -> Path:
     return tmp_path / "SpecDepth-v0.yml"
 
 
@@ -127,7 +121,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_mistakes_are_named_with_their_line(text: str, message: str, written: Path) -> None:
     written.write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_experiment("SpecDepth-v0", "ppo")
+        load_experiment("SpecDepth-v0", "ppo", file=written)
 
 
 def test_unknown_names() -> None:
@@ -191,14 +185,14 @@ def test_what_is_learned_from_a_trace_is_shown_live() -> None:
 def test_files_that_say_things_twice_or_make_no_sense(text: str, message: str, written: Path) -> None:
     written.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        load_experiment("SpecDepth-v0", "ppo")
+        load_experiment("SpecDepth-v0", "ppo", file=written)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_no_text(written: Path) -> None:
     written.write_bytes("agents: {ppo: {}} # Grüße".encode("latin-1"))
     with pytest.raises(ValueError, match=r"cannot read .*SpecDepth-v0.yml \(.*\); expected YAML in UTF-8"):
-        load_experiment("SpecDepth-v0", "ppo")
+        load_experiment("SpecDepth-v0", "ppo", file=written)
 
 
 @pytest.mark.parametrize(

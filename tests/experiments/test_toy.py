@@ -15,8 +15,9 @@ from gymnasium.utils.env_checker import check_env
 
 import spec_envs
 from spec_envs.agents import AGENTS, load
-from spec_envs.experiments import config, train
+from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.live import decoder_for
+from spec_envs.experiments.train import run
 
 ID = "SpecToy-v0"
 PROBLEM = '''
@@ -85,15 +86,14 @@ agents:
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Yield the two files, their two rows, and the YAML file."""
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Make the two files and their two rows, and yield the YAML file."""
     for name, text in (("toy_problem.py", PROBLEM), ("toy_agent.py", AGENT), (f"{ID}.yml", EXPERIMENT)):
         (tmp_path / name).write_text(textwrap.dedent(text).lstrip())
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(config, "FOLDER", tmp_path)
     monkeypatch.setitem(AGENTS, "turns", importlib.import_module("toy_agent").TurnsAgent)
     spec_envs.register(ID, "toy_problem:ToyControl")
-    yield
+    yield tmp_path / f"{ID}.yml"
     del spec_envs.ENVIRONMENTS[ID], gym.registry[ID], sys.modules["toy_agent"]
     sys.modules.pop("toy_problem", None)
 
@@ -110,24 +110,17 @@ def test_a_toy_problem_passes_gymnasiums_checks(keywords: dict[str, Any]) -> Non
     env.close()
 
 
-@pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize("stanza", ["random", "fixed", "turns", "ppo"])
 def test_a_toy_problem_is_trained_measured_and_used(
-    stanza: str,
-    keywords: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stanza: str, toy: Path, keywords: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [f"env.{key}={value}" for key, value in keywords.items()]
-    small = ["test_prompts=2", "eval_prompts=2"]
-    arguments = ["train", ID, "--agent", stanza, "--root", str(tmp_path), "--set", *overrides, *small]
-    monkeypatch.setattr(sys, "argv", arguments)
-    train.main()
+    experiment = load_experiment(ID, stanza, [*overrides, "test_prompts=2", "eval_prompts=2"], toy)
+    run(experiment, ID, stanza, 0, folder := tmp_path / "run")
     table = capsys.readouterr().out
     assert all(f"| {arm} |" in table for arm in ("plain", "random", "static", stanza))
     assert "Best static setting on training prompts: " in table
-    control, agent = load(tmp_path / ID / f"{stanza}-0")
+    control, agent = load(folder)
     done = spec_envs.generate(decoder_for(keywords, control), control, agent, [3, 4, 5], 20).run()
     followed = control.followed(done.actions, [cycle.drafted for cycle in done.cycles])
     assert set(followed) <= set(control.settings()) and len(followed) == len(done.cycles) > 1

@@ -15,8 +15,8 @@ from spec_envs.controls import candidates
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments import dvi, evaluate, stream, train
 from spec_envs.experiments.comparisons import exits as comparison
-from spec_envs.experiments.config import first_stanza
 from spec_envs.experiments.exits import runs as exit_runs
+from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.prompts.conversations import read_log
 
 KEYS = {"accept_rate_before", "accept_rate_after", "emitted_per_cycle_before", "emitted_per_cycle_after"}
@@ -47,7 +47,7 @@ def test_a_run_ends_with_a_table_and_a_drafter(
     own = ("own_text=12", "hyperparameters.texts=12", "eval_freq=60", "checkpoint_freq=60")
     arguments = ["SpecDVI-v0", "--root", str(tmp_path), "--set", *settings(tiny), *own]
     run(monkeypatch, train, *arguments)
-    assert first_stanza("SpecDVI-v0") == "dvi"
+    assert ExperimentFile.of("SpecDVI-v0").first == "dvi"
     folder, table = tmp_path / "SpecDVI-v0" / "dvi-0", capsys.readouterr().out
     for arm in (
         "plain",
