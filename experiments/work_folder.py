@@ -1,4 +1,4 @@
-"""Folders that belong to the settings that they were begun with."""
+"""Work folders: each belongs to the settings that it was begun with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ NOTE = "settings.json"
 
 
 def claim(folder: Path, settings: Mapping[str, object], option: str) -> None:
-    """Note what a folder that this process holds is for.
+    """Note in a folder the settings that its contents are made with. The folder is made if it does not exist.
 
     Args:
-        option: the option that names the folder, for the sentence.
+        option: command-line option that names the folder, for the error.
 
     Raises:
-        ValueError: it was begun with other settings, whose parts would not fit, or holds something else.
+        ValueError: the folder was begun with other settings, or holds something else.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     note, settings = folder / NOTE, json.loads(json.dumps(settings))
     if note.exists():
         found = read_json(note, f"delete {folder}, or choose another {option}")

@@ -47,7 +47,7 @@ from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
-from spec_envs.experiments.traces.record import Plan, calibrated, claim, default_folder, record_texts, recorded
+from spec_envs.experiments.traces.record import Plan, calibrated, default_folder, record_shard, recorded
 from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.settings import Keywords
 
@@ -56,9 +56,8 @@ def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:
     """Return the trace of a problem; on Ray its texts are recorded in shards."""
     plan = Plan(env_id, env, size.texts)
     folder = default_folder(plan, root)
-    claim(plan, folder)
     if os.environ.get("RAY") and not (folder / MANIFEST).exists():
-        mapped(record_texts, [(plan, folder, (i, 4)) for i in range(4)], "recording")
+        mapped(record_shard, [(plan, folder, (i, 4)) for i in range(4)], "recording")
     return recorded(plan, folder)
 
 

@@ -43,7 +43,8 @@ from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
-from spec_envs.files import held, read_json, whole, write_json
+from spec_envs.experiments.work_folder import NOTE, claim
+from spec_envs.files import held, read_json, whole
 from spec_envs.prompts.rows import SPLITS
 from spec_envs.prompts.templates import DATE
 from spec_envs.settings import Keywords
@@ -114,6 +115,10 @@ class Plan:
         ]
         return list({tuple(prompt.ids): (split, prompt) for split, prompt in found}.values())
 
+    def claim(self, folder: Path) -> None:
+        """Note in a folder that it belongs to this plan, or refuse a folder that belongs to another."""
+        claim(folder, self.settings, "--out")
+
     def decoder(self) -> Decoder:
         """Return the decoder that is recorded."""
         names = ("target", "drafter", "device", "dtype", "width", "max_depth")
@@ -128,7 +133,7 @@ def recorded(plan: Plan, folder: Path) -> Trace:
         ValueError: the folder holds a trace of another plan, or a damaged one.
     """
     with held(folder, DOING):
-        claim(plan, folder)
+        plan.claim(folder)
         if not (folder / MANIFEST).exists():
             for part in folder.glob(SHARDS):  # that other processes still record
                 with held(part, "recording a shard"):
@@ -145,7 +150,7 @@ def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
         folder = default_folder(plan, root)
         with held(folder, DOING):
             if ours := folder == default_folder(plan, root):  # nobody claimed it for another plan meanwhile
-                claim(plan, folder)
+                plan.claim(folder)
         if ours:
             return recorded(plan, folder)
 
@@ -154,27 +159,11 @@ def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
     """Record one of several shards, while other processes record the others."""
     with ExitStack() as stack:
         with held(folder, DOING):
-            claim(plan, folder)
+            plan.claim(folder)
             if (folder / MANIFEST).exists():
                 return
             stack.enter_context(held(folder / "texts" / f"shard-{shard[0]}-{shard[1]}", "recording this shard"))
         record_texts(plan, folder, shard)
-
-
-def claim(plan: Plan, folder: Path) -> None:
-    """Make a folder this plan's, or refuse one that is another's."""
-    note = folder / "settings.json"
-    if note.exists():
-        found = read_json(note, f"delete {folder} and record the trace anew")
-        if not isinstance(found, dict):
-            raise ValueError(f"{note} is damaged (it is no JSON object); delete {folder} and record the trace anew")
-        if differing := sorted(key for key in plan.settings | found if plan.settings.get(key) != found.get(key)):
-            raise ValueError(
-                f"{folder} holds a trace recorded with another {', '.join(differing)}; choose another --out, or delete it"
-            )
-        return
-    (folder / "texts").mkdir(parents=True, exist_ok=True)
-    write_json(note, plan.settings)
 
 
 def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
@@ -295,7 +284,7 @@ def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
     """Return where a plan's trace lies by default; beside one of other settings it has a name of its own."""
     kind, settings = CONTROLS[plan.env_id].trace_kind, plan.settings
     folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
-    note = folder / "settings.json"
+    note = folder / NOTE
     if note.exists() and read_json(note, f"delete {folder} and record the trace anew") != settings:
         return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")
     return folder

@@ -15,7 +15,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.full_trees import grown, level_slice
 from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.record import Plan, claim, default_folder, record_texts, recorded, shard_of
+from spec_envs.experiments.traces.record import Plan, default_folder, record_texts, recorded, shard_of
 from tests.support.models.tiny import REAL
 from tests.support.recordings import TEXTS
 
@@ -179,7 +179,7 @@ def test_a_killed_recording_goes_on(plans: dict[str, Plan], tmp_path: Path, monk
 
 
 def test_shards_together_are_the_trace(plans: dict[str, Plan], traces: dict[str, Trace], tmp_path: Path) -> None:
-    claim(plans["tree"], tmp_path)
+    plans["tree"].claim(tmp_path)
     for shard in ((0, 2), (1, 2)):
         record_texts(plans["tree"], tmp_path, shard)
     assert len(list((tmp_path / "texts").glob("*.npz"))) == sum(TEXTS)
@@ -206,8 +206,8 @@ def test_damaged_and_foreign_traces_are_refused(
         Trace.load(tmp_path / "cut")
     with pytest.raises(ValueError, match="version 0"):
         Trace.load(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"recorded with another drafter"):
-        claim(plans["copies"], source)
+    with pytest.raises(ValueError, match="was begun with another drafter"):
+        plans["copies"].claim(source)
     with pytest.raises(ValueError, match="one of chains"):
         gym.make("SpecDepth-v0", trace=str(source), max_new_tokens=8)
     with pytest.raises(ValueError, match="recorded with drafter"):
@@ -264,9 +264,9 @@ def test_shards_are_numbers_below_their_count(text: str) -> None:
 def test_a_plan_of_other_settings_lies_beside_the_first(plans: dict[str, Plan], tmp_path: Path) -> None:
     """Neither recording has to be deleted for the other, and the same plan finds its own again."""
     first = default_folder(plans["chain"], tmp_path)
-    claim(plans["chain"], first)
+    plans["chain"].claim(first)
     assert default_folder(plans["chain"], tmp_path) == first
     other = default_folder(plans["copies"], tmp_path)
     assert other != first and other.name.startswith(first.name)
-    claim(plans["copies"], other)
+    plans["copies"].claim(other)
     assert default_folder(plans["copies"], tmp_path) == other
