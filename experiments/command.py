@@ -1,4 +1,4 @@
-"""Commands end with their result, or with one sentence; the package's log is printed meanwhile."""
+"""Behaviour that all commands share: errors in one sentence, exit statuses, and the package's log on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which a cluster ends a process: it ends like one that was interrupted."""
+    """Raised on SIGTERM, with which a cluster ends a process, so that it ends as if it were interrupted."""
 
 
 class Lines(logging.Handler):
@@ -24,14 +24,14 @@ class Lines(logging.Handler):
 
 @contextmanager
 def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what a user can mend into a sentence and an exit status of 1, and Ctrl-C and SIGTERM into a sentence and the
-    status that shells have for them, 130 and 143. What the package logs goes to stderr."""
+    """Turn errors that a user can correct into one sentence and exit status 1, and Ctrl-C and SIGTERM into the sentence
+    ``interrupted`` and the statuses that shells use, 130 and 143. The package's log goes to stderr."""
     try:
         with terminable(), logged():
             yield
-    except OSError as error:  # of a library that writes a file, and does not name it, on a full disk
-        whose = "" if error.filename or error.errno is None else "; free some space, or choose another folder"
-        sys.exit(f"error: {error}{whose}")
+    except OSError as error:  # without a file name it comes from a library that could not write, on a full disk
+        remedy = "" if error.filename or error.errno is None else "; free some space, or choose another folder"
+        sys.exit(f"error: {error}{remedy}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:
@@ -41,7 +41,7 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """While the block runs, what the package logs is printed to stderr, a line each."""
+    """Print the package's log messages to stderr while the block runs, one line each."""
     package, handler = logging.getLogger("spec_envs"), Lines()
     level = package.level
     package.addHandler(handler)
@@ -55,7 +55,7 @@ def logged() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """While the block runs, SIGTERM raises ``Terminated``, unless something else listens to it."""
+    """Raise ``Terminated`` on SIGTERM while the block runs, unless SIGTERM is handled already."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated

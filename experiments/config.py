@@ -21,7 +21,8 @@ from spec_envs.yaml_text import parse_yaml
 
 
 class Stage(BaseModel):
-    """One of several trainings in turn. With ``partner: false`` the other decision is fixed."""
+    """One of the trainings of a stanza that trains several policies in turn. With ``partner: false`` the decision of the
+    other policy stays fixed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: str
@@ -34,26 +35,28 @@ class Experiment(BaseModel):
     """A stanza: an agent, its environment, and its training.
 
     Attributes:
-        agent: a name of ``agents.AGENTS``; by default the stanza's own.
-        env: keyword arguments of the environment, over those of the file.
-        eval_env: what is otherwise in the final table, over ``env``; ``{trace: null}`` evaluates on the models what was
-            trained on a trace.
+        agent: a name of ``agents.AGENTS``; by default the name of the stanza.
+        env: keyword arguments of the environment; they override those that the file gives all stanzas.
+        eval_env: keyword arguments that override ``env`` in the final table; ``{trace: null}`` evaluates on live models
+            what was trained on a trace.
         total_timesteps: environment steps of training.
-        hyperparameters: keyword arguments of the agent.
-        eval_freq: steps between validations (0: none), each at the end of a rollout; the best agent is kept.
-        eval_prompts: prompts of a validation.
+        hyperparameters: settings of the agent, by name.
+        eval_freq: environment steps between validations (0: none); each waits for the end of a rollout. The best agent
+            is kept.
+        eval_prompts: prompts per validation.
         test_prompts: prompts of the final table.
-        checkpoint_freq: steps between checkpoints, each at the end of a rollout.
-        own_text: user turns that the target writes when the run begins, and that are streamed in the place of
-            ``env.prompts`` (``SpecDVI-v0``); 0 takes the prompts.
-        record: how many texts of train, validation and test are recorded when the run begins, into ``traces/`` of the
-            root, to train on, unless ``env.trace`` names one that is there; the final table is live.
-        calibrate: measure this machine's cost table when the run begins and price training with it (evaluation is
-            always timed live): a busy moment then misleads nobody. Only where the environment's clock is the wall.
-        partner: run folder of a trained policy for the decisions this environment holds fixed.
-        init: run folder whose policy weights training starts from.
-        checkpoint: checkpoint.pt's folder to continue from.
-        stages: policies trained in turn, each with the one before as partner.
+        checkpoint_freq: environment steps between checkpoints; each waits for the end of a rollout.
+        own_text: user turns that the target writes when the run begins and that replace ``env.prompts``
+            (``SpecDVI-v0``); 0 uses ``env.prompts``.
+        record: numbers of training, validation and test texts that are recorded into ``traces/`` of the root when the
+            run begins, to train on, unless ``env.trace`` names an existing trace; the final table is measured live.
+        calibrate: measure this machine's cost table when the run begins and price training with it, so that other load
+            on the machine does not disturb training (evaluation is always timed live). It has an effect only if the
+            environment's clock is the wall clock.
+        partner: run folder of a trained policy for the decisions that this environment holds fixed.
+        init: run folder whose weights training starts from.
+        checkpoint: folder of a ``checkpoint.pt`` to continue from.
+        stages: policies trained in turn, each with the previous one as its partner.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -92,7 +95,7 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = (), fil
         )
     chosen = dict(source.stanzas[stanza])
     chosen["env"] = {**source.env, **chosen.get("env", {})}
-    overridden = [apply(override, chosen) for override in overrides]
+    overridden = [apply_override(override, chosen) for override in overrides]
     chosen.setdefault("agent", stanza)
 
     def place(where: tuple[str, ...]) -> str:
@@ -117,8 +120,14 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = (), fil
 
 
 def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]], str]) -> None:
-    """Refuse unknown agents, environments and hyper-parameters, keywords that an environment does not take, and numbers
-    that YAML reads as text."""
+    """Refuse unknown names and unfit values in an experiment.
+
+    Args:
+        place: returns where nested keys were set.
+
+    Raises:
+        ValueError: the message begins with the place.
+    """
     if experiment.agent not in AGENTS:
         raise ValueError(
             f"{place(('agent',))}: no agent {experiment.agent!r}{nearest(experiment.agent, AGENTS)}; "
@@ -131,19 +140,9 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
     if experiment.record:
-        if not CONTROLS[env_id].trace_kind:
-            raise ValueError(f"{place(('record',))}: {env_id} has no exact traces; leave record out")
-        if len(experiment.record) != 3 or min(experiment.record) < 0 or not experiment.record[0]:
-            raise ValueError(
-                f"{place(('record',))}: record is {experiment.record}; expected texts of train, validation and test, "
-                "such as [60, 12, 30]"
-            )
+        check_record(experiment.record, env_id, place(("record",)))
     for stage in experiment.stages:
-        if stage.id not in ENVIRONMENTS:
-            raise ValueError(f"{place(('stages',))}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
-        known = keyword_types(CONTROLS[stage.id])
-        shared = {name: value for name, value in experiment.env.items() if name in known}
-        check_env(stage.env, stage.id, lambda key: place(("stages",)), shared)
+        check_stage(stage, experiment.env, place(("stages",)))
     for key, value in experiment.hyperparameters.items():
         where = place(("hyperparameters", key))
         try:
@@ -154,17 +153,36 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
+def check_record(texts: Sequence[int], env_id: str, place: str) -> None:
+    """Refuse to record what has no trace, and anything but three numbers of texts."""
+    if not CONTROLS[env_id].trace_kind:
+        raise ValueError(f"{place}: {env_id} has no exact traces; leave record out")
+    if len(texts) != 3 or min(texts) < 0 or not texts[0]:
+        raise ValueError(
+            f"{place}: record is {texts}; expected texts of train, validation and test, such as [60, 12, 30]"
+        )
+
+
+def check_stage(stage: Stage, env: Keywords, place: str) -> None:
+    """Refuse a stage of an unknown environment, or with keywords that do not fit it; ``env`` is the stanza's."""
+    if stage.id not in ENVIRONMENTS:
+        raise ValueError(f"{place}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
+    known = keyword_types(CONTROLS[stage.id])
+    shared = {name: value for name, value in env.items() if name in known}
+    check_env(stage.env, stage.id, lambda key: place, shared)
+
+
 def check_env(
-    env: Keywords, env_id: str, place: Callable[[str], str], beneath: Mapping[str, Any] = MappingProxyType({})
+    env: Keywords, env_id: str, place: Callable[[str], str], defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Refuse keywords that an environment does not have, and values that it does not take.
+    """Refuse keywords that an environment does not have, and values that it does not accept.
 
     Args:
         place: returns where a keyword was set.
-        beneath: keywords that hold where ``env`` sets nothing else.
+        defaults: keywords that apply unless ``env`` overrides them.
 
     Raises:
-        ValueError: the message names the place.
+        ValueError: the message begins with the place.
     """
     for key, value in env.items():
         refuse_unfit_numbers(key, value, place(key))
@@ -173,17 +191,18 @@ def check_env(
         except TypeError as error:
             raise ValueError(f"{place(key)}: {error}") from None
     try:
-        Settings.read(CONTROLS[env_id], {**beneath, **env})
+        Settings.read(CONTROLS[env_id], {**defaults, **env})
     except ValueError as error:
-        key = str(error).replace("=", " ").split()[0]  # every sentence begins with the keyword
+        key = str(error).replace("=", " ").split()[0]  # every message begins with the keyword
         raise ValueError(f"{place(key)}: {error}") from None
 
 
 def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
-    """Refuse what YAML reads as text though a number was meant, and what is no finite number, also within lists.
+    """Refuse text that was meant as a number (YAML reads ``3e-4`` as text), and numbers that are not finite, also within
+    lists.
 
     Raises:
-        ValueError: the sentence begins with ``place``.
+        ValueError: the message begins with ``place``.
     """
     if isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
@@ -191,14 +210,14 @@ def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
     if isinstance(value, str) and is_number(value) and math.isfinite(float(value)):
         raise ValueError(
             f"{place}: {key} is the text {value!r}, not a number; "
-            f"YAML wants a point and a sign in exponents: write {float(value)!r}"
+            f"YAML needs a decimal point and a sign in exponents: write {float(value)!r}"
         )
     if isinstance(value, str | float) and is_number(value) and not math.isfinite(float(value)):
         raise ValueError(f"{place}: {key} is {value!r}; expected a finite number")
 
 
 def is_number(text: str | float) -> bool:
-    """Return whether a text reads as a number."""
+    """Return True for a number, and for text that Python reads as one."""
     try:
         float(text)
     except ValueError:
@@ -206,8 +225,12 @@ def is_number(text: str | float) -> bool:
     return True
 
 
-def apply(override: str, config: dict[str, Any]) -> tuple[str, ...]:
-    """Set ``a.b=value`` in nested dictionaries; return the keys."""
+def apply_override(override: str, config: dict[str, Any]) -> tuple[str, ...]:
+    """Set the key of an override ``"a.b=value"`` in nested dictionaries, and return the keys, such as ``("a", "b")``.
+
+    Raises:
+        ValueError: the override is malformed, or a value stands where keys are expected.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not key=value; for example env.max_new_tokens=64")

@@ -1,4 +1,4 @@
-"""Try before training whatever would otherwise fail only after it."""
+"""Checks before a training, so that a run does not fail only after it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from spec_envs.experiments.measure.live import encoded_prompts, target_and_draft
 from spec_envs.experiments.measure.static import PROMPTS
 from spec_envs.experiments.runs import RunConfig
 
-SHOWN = ("cost_features", "split", "render_mode", "policy_seconds")  # which an evaluation does not read
+UNUSED = ("cost_features", "split", "render_mode", "policy_seconds")  # keywords that have no effect in an evaluation
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Refuse a run whose validation or final table could not be made: no prompts in a split, a text too short, a model,
-    a cost table or a trace that is not there.
+    """Refuse a run whose validation or final table could not be made, because a split has no prompts, texts are too
+    short, or a model, a cost table or a trace does not exist.
 
     Raises:
-        ValueError: the message names what the evaluation lacks.
+        ValueError: the message names the reason.
     """
-    env = config.shown_env
+    env = config.table_env
     at_exit = make_control(config.id, config.env).exit is not None
-    played = {name: value for name, value in env.items() if name not in SHOWN}
+    used = {name: value for name, value in env.items() if name not in UNUSED}
     try:
-        SpecEnv(config.id, split="test", **played).close()
+        SpecEnv(config.id, split="test", **used).close()
         needed = {"test": (config.test_prompts, env), "train": (PROMPTS, env if at_exit else config.env)}
         if config.eval_freq:
-            shown = env if AGENTS[config.agent].validated_by == "acceptance" else config.env
-            needed["validation"] = (config.eval_prompts, shown)
+            validated = env if AGENTS[config.agent].validated_by == "acceptance" else config.env
+            needed["validation"] = (config.eval_prompts, validated)
         for split, (count, where) in needed.items():
             if not encoded_prompts(where, split, count):
                 raise ValueError(f"there are no prompts in the split {split!r}")
@@ -41,10 +41,10 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def check_partner(config: RunConfig) -> None:
-    """Refuse a partner that is not there, or that was trained with other models.
+    """Refuse a partner that cannot be loaded, or that was trained with other models.
 
     Raises:
-        ValueError: the message names which.
+        ValueError: the message names the partner.
     """
     if not config.partner:
         return

@@ -1,4 +1,4 @@
-"""Run folders: the parts of a run, and the folder that holds it."""
+"""Run folders, and the settings that are written into them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from spec_envs.settings import Keywords
 
 CONFIG = "config.yml"
 RESULTS = "results.json"
-TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # what a trained agent leaves in its folder
+TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # files that a trained agent leaves in its folder
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of a run as they are written beside its results.
+    """The settings of a run, as they are written into its folder.
 
     Attributes:
-        id: the environment's.
+        id: id of the environment.
         stanza: name of the stanza that the run comes from.
-        seed: of agent and environment.
+        seed: seed of agent and environment.
         partner: absolute path of the partner's run folder.
-        hyperparameters: of the agent, with the seed and the total where it takes them.
+        hyperparameters: settings of the agent, with the seed and the total of steps if it has settings of those names.
 
-    The others are those of ``Experiment``.
+    The other attributes are those of ``Experiment``.
     """
 
     id: str
@@ -57,14 +57,14 @@ class RunConfig:
     hyperparameters: dict[str, Any]
 
     @property
-    def shown_env(self) -> Keywords:
-        """Keyword arguments of the environment in the final table."""
+    def table_env(self) -> Keywords:
+        """Keyword arguments of the environment with which the final table is measured."""
         return {**self.env, **self.eval_env}
 
 
 def resolved(experiment: Experiment, env_id: str, stanza: str, seed: int) -> RunConfig:
     """Return the settings of a run of a stanza."""
-    env = experiment.env if experiment.env.get("trace") else {"date": DATE} | experiment.env  # a trace has its own
+    env = experiment.env if experiment.env.get("trace") else {"date": DATE} | experiment.env  # a trace has its own date
     given = set_by_run(experiment.agent, seed, experiment.total_timesteps)
     return RunConfig(
         **experiment.model_dump(exclude={"env", "partner", "hyperparameters", "stages"}),
@@ -83,18 +83,18 @@ def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
 
 
 def is_trained(folder: Path) -> bool:
-    """Return whether the agent of a run has been trained to its end."""
+    """Return True if the agent of a run has been trained to its end."""
     return any((folder / name).exists() for name in TRAINED)
 
 
 def open_run(folder: Path, config: RunConfig) -> None:
-    """Make the folder of a run, which this process holds, or check that it is this run's.
+    """Create the folder of a run, or check that it belongs to this run. This process must hold the folder.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings that has trained or was evaluated already.
+        ValueError: the folder belongs to a run with other settings that has a checkpoint or results.
     """
-    for left in folder.rglob(f"*{TEMPORARY}"):  # by a process that was killed while it wrote
-        left.unlink()
+    for unfinished in folder.rglob(f"*{TEMPORARY}"):  # left by a process that was killed while it wrote
+        unfinished.unlink()
     if (folder / CONFIG).exists():
         found = read_config(folder)
         settings = asdict(config)
@@ -106,7 +106,7 @@ def open_run(folder: Path, config: RunConfig) -> None:
                 f"{folder} holds a run with another {', '.join(differing)}; "
                 "choose another SEED or ROOT, or delete that folder to start over"
             )
-        clear(folder)  # nothing in it could be continued
+        clear(folder)  # it holds nothing to continue from
     for part in (folder, folder / "best", folder / "last"):
         part.mkdir(parents=True, exist_ok=True)
     made_with = {"versions": versions(), "revision": revision()}
@@ -115,7 +115,7 @@ def open_run(folder: Path, config: RunConfig) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove all that is in a folder but its lock."""
+    """Remove everything in a folder except its lock."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -26,7 +26,7 @@ class ExperimentFile:
     Attributes:
         name: file name, for messages.
         env: keyword arguments that all stanzas share.
-        stanzas: settings of an ``Experiment`` by the stanza's name, not checked yet.
+        stanzas: settings of every stanza by its name, not checked yet.
     """
 
     name: str

@@ -8,6 +8,7 @@ from pathlib import Path
 from spec_envs import Generation, agents, generate
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
+from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.decoding.loading import DEFAULT_TARGET
@@ -15,34 +16,44 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.prompts.sets import encode
+from spec_envs.settings import Keywords
 from spec_envs.text import printable
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("prompt", type=nonempty, help="a user turn")
+    parser.add_argument("prompt", type=nonempty, help="user turn to answer")
     parser.add_argument("--run", type=Path, help="run folder of the policy (default: a fixed depth)")
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=256)
-    parser.add_argument("--temperature", type=TEMPERATURE, help="0 is greedy (default: the run's)")
-    parser.add_argument("--top-p", type=TOP_P, help="mass kept when sampling (default: the run's)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of sampling")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=256, help="most tokens of the answer (default 256)")
+    parser.add_argument(
+        "--temperature", type=TEMPERATURE, help="sampling temperature, 0 is greedy (default: the run's)"
+    )
+    parser.add_argument("--top-p", type=TOP_P, help="probability mass kept when sampling (default: the run's)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the sampling (default 0)")
     return parser.parse_args()
+
+
+def policy_of(run: Path | None) -> tuple[Policy, Keywords]:
+    """Return the policy of a run and keyword arguments of its environment; without a run, a policy of fixed depth.
+
+    Raises:
+        ValueError: the run decodes no text, because it replays a trace.
+    """
+    if not run:
+        control = DepthControl()
+        return Policy(control, FixedAgent(control, 2)), {}
+    policy, config = Policy(*agents.load(run)), agents.read_config(run)
+    env = {**config["env"], **config.get("eval_env", {})}
+    if env.get("trace"):
+        raise ValueError(f"{run} was trained on a trace, which writes no text; give a run on live models")
+    return policy, env | ({"drafter": str(run)} if is_exit(run) else {})
 
 
 def main() -> None:
     args = arguments()
     with one_sentence():
-        if args.run:
-            control, agent = agents.load(args.run)
-            config = agents.read_config(args.run)
-            env = {**config["env"], **config.get("eval_env", {})}
-            if is_exit(args.run):
-                env["drafter"] = str(args.run)
-        else:
-            control = DepthControl()
-            agent, env = FixedAgent(control, 2), {}
-        if env.get("trace"):
-            raise ValueError(f"{args.run} was trained on a trace, which writes no text; name a run on models")
+        policy, env = policy_of(args.run)
+        control, agent = policy.control, policy.agent
         given = {"temperature": args.temperature, "top_p": args.top_p}
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)
@@ -59,7 +70,7 @@ def main() -> None:
 
 
 def last_line(generation: Generation, plain: Generation) -> str:
-    """Return the line of tokens per second against plain."""
+    """Return a line about the answer: its tokens per second, also over those of plain decoding, and its cycles."""
     fast, slow = generation.tokens_per_second, plain.tokens_per_second
     cycles = len(generation.cycles)
     emitted = (len(generation.tokens) - 1) / max(1, cycles)

@@ -1,7 +1,7 @@
-"""Train an agent of the zoo from YAML and show what it is worth (`make train`).
+"""Train an agent from a stanza of experiments/<EnvId>.yml and measure it (`make train`).
 
-The run folder is `runs/<EnvId>/<stanza>-<seed>/`, held by one process at a time. Killed at any moment, the same command
-continues from the last checkpoint; a finished run prints its table again.
+The run folder is `runs/<EnvId>/<stanza>-<seed>/`; one process at a time may use it. If the process is killed at any
+moment, the same command continues from the last checkpoint; for a finished run it prints the table again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spec_envs.agents.base import Agent
 from spec_envs.agents.loading import DECISION, cost_table
 from spec_envs.agents.run import Run
 from spec_envs.arguments import SEED, Parser, output_folder
-from spec_envs.controls import CONTROLS, make_control
+from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
@@ -41,23 +41,17 @@ from spec_envs.experiments.validation import VALIDATIONS
 from spec_envs.files import held
 from spec_envs.network.edge.linked import is_address
 from spec_envs.sealed import number_of, read_sealed, write_sealed
-from spec_envs.settings import Settings
+from spec_envs.settings import Keywords, Settings
 
 MEASURED = "delete it to measure again"
 
 
 def make_env(folder: Path, config: RunConfig) -> gym.Env:
-    """Return the training environment of a run, its partner composed in and its clock calibrated."""
+    """Return the training environment of a run, with its partner. Its cost table, trace and prompts are made first."""
     keywords = dict(config.env)
     control = make_control(config.id, keywords)
-    measured = keywords.get("clock", "wall") == "wall" and not keywords.get("trace") and control.engine == "torch"
-    if config.calibrate and not config.record and measured and not is_address(keywords.get("link", "")):
-        table = folder / "clock.json"
-        if not table.exists():
-            print("measuring this machine's cost table", file=sys.stderr)
-            write_sealed(table, to_json(measured_costs(local_decoder(keywords, control))))
-        read_sealed(table, MEASURED)
-        keywords["clock"] = str(table)
+    if config.calibrate and not config.record and is_timed_here(keywords, control):
+        keywords["clock"] = str(calibrated(folder / "clock.json", keywords, control))
     if config.record:
         trace = trace_of(folder, config)
         write_sealed(folder / "clock.json", trace.manifest.costs)
@@ -73,8 +67,23 @@ def make_env(folder: Path, config: RunConfig) -> gym.Env:
     return env
 
 
+def is_timed_here(env: Keywords, control: Control) -> bool:
+    """Return True if an environment measures forwards with the wall clock of this machine."""
+    by_wall = env.get("clock", "wall") == "wall" and not env.get("trace")
+    return by_wall and control.engine == "torch" and not is_address(env.get("link", ""))
+
+
+def calibrated(table: Path, env: Keywords, control: Control) -> Path:
+    """Return the file of this machine's cost table, which is measured if it does not exist yet."""
+    if not table.exists():
+        print("measuring this machine's cost table", file=sys.stderr)
+        write_sealed(table, to_json(measured_costs(local_decoder(env, control))))
+    read_sealed(table, MEASURED)
+    return table
+
+
 def trace_of(folder: Path, config: RunConfig) -> Trace:
-    """Return what a run learns from: the trace that it names, or one recorded for it."""
+    """Return the trace that a run learns from: the one that its settings name, or one recorded for it."""
     if config.env.get("trace"):
         return Trace.load(config.env["trace"])
     train, validation, test = config.record
@@ -85,7 +94,7 @@ def build(folder: Path, config: RunConfig) -> tuple[gym.Env, Agent]:
     """Return environment and agent of a run that is to be trained.
 
     Raises:
-        ValueError: settings that cannot be trained, or whose result could not be evaluated.
+        ValueError: the settings cannot be trained, or the result could not be evaluated.
     """
     control = make_control(config.id, config.env)
     agent = AGENTS[config.agent](control=control, **config.hyperparameters)
@@ -101,14 +110,14 @@ def build(folder: Path, config: RunConfig) -> tuple[gym.Env, Agent]:
             agent.load(Path(config.init))
     env = make_env(folder, config)
     if control.cost_features or agent.needs_costs:
-        cost_table(folder, config.env)  # refused now rather than after the training
+        cost_table(folder, config.env)  # refuse now what would fail after the training
     return env, agent
 
 
 def seconds_of_decision(folder: Path, config: RunConfig, agent: Agent) -> float:
-    """Return the seconds that the run charges for a decision, in training, validation and table alike: those that its
-    settings give; priced where forwards are, so that two runs of one seed are alike; else measured once and kept in the
-    folder."""
+    """Return the seconds that the run charges for a decision, the same in training, validation and table. They are given
+    by the settings, or priced where forwards are priced (two runs of one seed are then equal), or else measured once
+    and kept in the folder."""
     note, env = folder / DECISION, config.env
     if not note.exists():
         if "policy_seconds" in env:
@@ -122,8 +131,8 @@ def seconds_of_decision(folder: Path, config: RunConfig, agent: Agent) -> float:
 
 
 def settle_pace(folder: Path, config: RunConfig, env: SpecEnv) -> None:
-    """Keep the pace that rewards are measured by in the folder, so that a resumed run is paid by the same yardstick:
-    over a link that of the best static choice, on a measured clock this machine's."""
+    """Keep the pace of the reward in the folder, so that a resumed run computes the same rewards. Over a link it is the
+    throughput of the best static choice, on a measured clock the pace that this machine was measured at."""
     if env.control.link:
         if env.given_pace is not None:
             return
@@ -140,7 +149,7 @@ def settle_pace(folder: Path, config: RunConfig, env: SpecEnv) -> None:
 
 
 def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent) -> None:
-    """Train to the run's total, continuing from its checkpoint, and save the agent in the folder."""
+    """Train an agent to the run's total of steps, continuing from its checkpoint, and save it in the folder."""
     spec_env = spec_env_of(env)
     if agent.charges_training:
         spec_env.policy_seconds = agent.decision_seconds = seconds_of_decision(folder, config, agent)
@@ -157,7 +166,7 @@ def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent) -> 
 
 
 def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """Take one run from its settings to its table.
+    """Train and evaluate a run, as far as this is not done yet, and print its table.
 
     Raises:
         ValueError: another process holds the folder, or one of its files is damaged.
@@ -175,7 +184,7 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
 
 
 def read_results(path: Path) -> str:
-    """Return the table of a run that is finished.
+    """Return the table of a finished run, as Markdown.
 
     Raises:
         ValueError: the file is damaged.
@@ -188,7 +197,7 @@ def read_results(path: Path) -> str:
 
 
 def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """Train a run as far as it is not trained yet.
+    """Train a run to its end, unless it is trained already.
 
     Raises:
         ValueError: another process holds the folder, or one of its files is damaged.
@@ -198,7 +207,7 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
 
 
 def train_alone(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """Do the same in a folder that this process holds."""
+    """Train a run to its end, unless it is trained already, in a folder that this process holds."""
     config = resolved(experiment, env_id, stanza, seed)
     fresh = not (folder / CONFIG).exists()
     open_run(folder, config)
@@ -221,16 +230,17 @@ def spec_env_of(env: gym.Env) -> SpecEnv:
     """Return the environment inside Gymnasium's wrappers.
 
     Raises:
-        TypeError: it is none of this project's.
+        TypeError: it is not an environment of this project.
     """
     inner = env.unwrapped
     if not isinstance(inner, SpecEnv):
-        raise TypeError(f"{env} is no environment of this project")
+        raise TypeError(f"{env} is not an environment of this project")
     return inner
 
 
 def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:
-    """Train policies in turn: each stage trains one problem with the newest policy of the other as its partner."""
+    """Train policies in turn: each stage trains the policy of one problem, and its partner is the newest policy of the
+    other problem."""
     newest: dict[str, Path] = {}
     for number, stage in enumerate(experiment.stages, 1):
         kind = CONTROLS[stage.id]
@@ -256,7 +266,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--agent", default="", help="stanza of experiments/<env>.yml (default: its first)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of agent and environment (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of agent and environment (default 0)")
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the stanza"
     )

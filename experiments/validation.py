@@ -1,4 +1,4 @@
-"""Measure an agent on validation prompts while it is trained."""
+"""Validations: an agent is measured on validation prompts while it is trained."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.measure.statistics import ratio
 from spec_envs.experiments.runs import RunConfig
 
-VALIDATED_K = 4  # drafted tokens per cycle of an exit's validation
+VALIDATED_K = 4  # drafted tokens per cycle in the validation of an exit
 
 
 class Validation(Protocol):
-    """Figures of the current agent by name; its decoders are opened when it is first asked."""
+    """Returns figures of an agent by name. Models are loaded at the first call."""
 
     def __call__(self, agent: Any) -> dict[str, float]: ...
 
@@ -33,10 +33,10 @@ class Validation(Protocol):
 
 
 class Speedup:
-    """The speedup of a policy over plain decoding.
+    """Measures the speedup of a policy over plain decoding.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
 
     def __init__(self, folder: Path, config: RunConfig):
@@ -45,7 +45,7 @@ class Speedup:
 
     @cached_property
     def control(self) -> Control:
-        """A control of its own, since a validation must not disturb the episode under way."""
+        """A control apart from the environment's, because a validation must not disturb the current episode."""
         control = make_control(self.config.id, self.config.env)
         if self.config.partner:
             control.compose(*load(self.config.partner))
@@ -55,7 +55,7 @@ class Speedup:
 
     @cached_property
     def decoders(self) -> tuple[Engine, Engine]:
-        """One that follows the agent, and one that decodes plainly."""
+        """A decoder that follows the agent, and one that decodes plainly."""
         decoder = decoder_for(self.config.env, self.control)
         self.opened = [decoder, decoder.plain()]
         return decoder, self.opened[1]
@@ -76,10 +76,10 @@ class Speedup:
 
 
 class ExitAcceptance:
-    """Measures the acceptance of an early exit's drafts, and emitted tokens per cycle."""
+    """Measures the acceptance rate of an early exit's drafts, and its emitted tokens per cycle."""
 
     def __init__(self, folder: Path, config: RunConfig):
-        self.env, self.count = config.shown_env, config.eval_prompts
+        self.env, self.count = config.table_env, config.eval_prompts
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -18,7 +18,7 @@ def claim(folder: Path, settings: Mapping[str, object], option: str) -> None:
         option: command-line option that names the folder, for the error.
 
     Raises:
-        ValueError: the folder was begun with other settings, or holds something else.
+        ValueError: the folder was begun with other settings, or holds other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note, settings = folder / NOTE, json.loads(json.dumps(settings))

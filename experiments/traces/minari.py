@@ -26,7 +26,7 @@ from spec_envs.arguments import POSITIVE, SEED, Parser, nonempty
 from spec_envs.controls import CONTROLS, Predictor, make_control
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.config import apply, check_env
+from spec_envs.experiments.config import apply_override, check_env
 from spec_envs.files import held, write_bytes
 from spec_envs.settings import Keywords
 
@@ -150,7 +150,7 @@ def prepared(
             raise ValueError(f"{policy} decides with a partner, which the environment of a data set would lack")
         env = dict(config["env"])
     for override in overrides:
-        apply(override, env)
+        apply_override(override, env)
     check_env(env, env_id, lambda key: "--set")
     env["trace"] = str(trace.folder)
     control = make_control(env_id, env)
