@@ -1,6 +1,7 @@
 """Gymnasium environments that control speculative decoding of a live language model.
 
-Importing this package registers the environments and nothing else: models, agents and PyTorch are loaded when they are used.
+Importing this package registers the environments and nothing else: models, agents and PyTorch are loaded when they are
+used.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def register(env_id: str, control: str, replayed: bool = False) -> None:
 
 
 def class_name(env_id: str) -> str:
-    """Return the name of an environment's class in ``spec_envs.environments``: ``"SpecDepthEnv"`` for ``"SpecDepth-v0"``."""
+    """Return the name of an environment's class in ``spec_envs.environments``: ``"SpecDepthEnv"`` for
+    ``"SpecDepth-v0"``."""
     name = "".join(letter for letter in env_id.removesuffix("-v0") if letter.isalnum())
     return f"{name}Env"
 

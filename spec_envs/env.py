@@ -33,8 +33,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
-        control: which problem: the name of its control (``"depth"``, ``"budget"``, …), an environment's id, or where the
-            control is found, ``"module:Class"``.
+        control: which problem: the name of its control (``"depth"``, ``"budget"``, …), an environment's id, or where
+            the control is found, ``"module:Class"``.
         keywords: those of :class:`spec_envs.settings.Settings`, which describes each, and of the control.
 
     A copy (pickled, or by ``copy.deepcopy``) is another environment with the same keyword arguments, to be reset first.
@@ -46,7 +46,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         prompts: what texts are drawn from; one that is listed twice is drawn twice as often.
         encoded: token ids by prompt.
         prompt: of the text under way; None before the first reset.
-        texts, turn: how many texts were drawn since the last seed, and with ``switch_every`` the prompt set whose turn it is.
+        texts, turn: how many texts were drawn since the last seed, and with ``switch_every`` the prompt set whose turn
+            it is.
 
     Raises:
         TypeError: a keyword that neither ``Settings`` nor the control has; the nearest one is named.
@@ -99,7 +100,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return decoder
 
     def _read_prompts(self) -> tuple[list[Prompt], dict[Prompt, list[int]]]:
-        """Return the prompts that texts are drawn from, one that is listed twice included twice, and the ids of each."""
+        """Return the prompts that texts are drawn from, one that is listed twice included twice, and the ids of
+        each."""
         given = self.settings
         if self.recording:
             recorded = self.recording.prompts(given.split, given.prompts)
@@ -276,7 +278,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return ours[self.np_random.integers(len(ours))]
 
     def _info(self, cycle: Cycle | None, seconds: dict[str, float], spent: float) -> dict[str, Any]:
-        """Return the info of a step that took these seconds, by part and ``spent`` in all, and ended this cycle, if any."""
+        """Return the info of a step that took these seconds, by part and ``spent`` in all, and ended this cycle, if
+        any."""
         info = {
             "emitted": cycle.emitted if cycle else 0,
             "accepted": cycle.accepted if cycle else 0,

@@ -1,4 +1,5 @@
-"""The class of every registered environment, such as ``SpecDepthEnv``: a ``SpecEnv`` with the documentation of its problem.
+"""The class of every registered environment, such as ``SpecDepthEnv``: a ``SpecEnv`` with the documentation of its
+problem.
 
 A class is made when it is first asked for, from its row in ``spec_envs.ENVIRONMENTS``.
 """

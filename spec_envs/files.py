@@ -24,13 +24,13 @@ TEMPORARY = ".tmp"
 def held(folder: Path, doing: str = "") -> Iterator[None]:
     """Hold a folder: no other process holds it until the block ends or this process dies, in whatever way.
 
-    The folder is made if it does not exist, temporary files that a killed process left in it are removed, and at the end
-    it is removed if nothing was written in it. The lock is the operating system's on an open file, whose text only serves
-    error messages. It is not reentrant.
+    The folder is made if it does not exist, temporary files that a killed process left in it are removed, and at the
+    end it is removed if nothing was written in it. The lock is the operating system's on an open file, whose text only
+    serves error messages. It is not reentrant.
 
     Args:
-        doing: what processes that hold the folder do there, such as "recording a trace". With it, this process logs that
-            it waits, and waits for the other one; without it, an error is raised.
+        doing: what processes that hold the folder do there, such as "recording a trace". With it, this process logs
+            that it waits, and waits for the other one; without it, an error is raised.
 
     Raises:
         ValueError: another process holds the folder, and ``doing`` is empty.

@@ -17,14 +17,15 @@ from spec_envs.text import TextStream
 
 @dataclass
 class Generation:
-    """A text under way; iterate over it to get the token ids of each cycle as they come, or over ``pieces()`` for its text.
+    """A text under way; iterate over it to get the token ids of each cycle as they come, or over ``pieces()`` for its
+    text.
 
     Attributes:
         tokens: ids emitted so far, the prefill's first token included.
         cycles: finished cycles.
         seconds: whole seconds from the first cycle on: drafting, verifying, deciding and everything around them
-            (the prefill apart), and those of a simulated network. Under a priced clock, or on a server that times itself:
-            what the clock was charged.
+            (the prefill apart), and those of a simulated network. Under a priced clock, or on a server that times
+            itself: what the clock was charged.
         prefill_seconds: of the prompt and the first token.
         actions: decisions taken, in order.
     """
@@ -84,8 +85,8 @@ class Generation:
                 return cycle
 
     def pieces(self) -> Iterator[str]:
-        """Generate, and yield the text as it comes. Together the pieces are the text of all tokens; characters come out whole,
-        except for one that the text ends within."""
+        """Generate, and yield the text as it comes. Together the pieces are the text of all tokens; characters come out
+        whole, except for one that the text ends within."""
         stream = TextStream(self.decoder.detokenize)
         for ids in self:
             yield stream.push(ids)

@@ -21,8 +21,8 @@ PDEATHSIG = 1  # of prctl
 class Starter:
     """A thread that starts processes and lasts as long as this process.
 
-    Linux can end a process together with the *thread* that started it. A process started from here therefore outlives the
-    thread that asked for it.
+    Linux can end a process together with the *thread* that started it. A process started from here therefore outlives
+    the thread that asked for it.
     """
 
     def __init__(self) -> None:

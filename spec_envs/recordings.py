@@ -13,8 +13,8 @@ from spec_envs.network.expected_trace import ExpectedTrace
 
 
 def load(name: str) -> Recording:
-    """Return the recording of a name: the folder of a trace, an expected-acceptance trace (a shipped name or an ``.npz``
-    file) or a synthetic profile (a shipped name or a JSON file).
+    """Return the recording of a name: the folder of a trace, an expected-acceptance trace (a shipped name or an
+    ``.npz`` file) or a synthetic profile (a shipped name or a JSON file).
 
     Raises:
         ValueError: there is none, or it is damaged.

@@ -18,7 +18,8 @@ DRAWN = 60  # nodes shown of a tree
 
 
 def ansi(decoder: Engine) -> str:
-    """Return the text with drafted tokens green and the target's own bold, then the last cycle's tree, rejected nodes red."""
+    """Return the text with drafted tokens green and the target's own bold, then the last cycle's tree, rejected nodes
+    red."""
     stream = TextStream(decoder.detokenize)
     parts = [(BOLD, stream.push(decoder.tokens[:1]))]
     for cycle in decoder.cycles:

@@ -152,7 +152,8 @@ def check_keywords(kind: type[Control], given: Mapping[str, Any]) -> None:
     """Refuse keyword arguments by name and type.
 
     Raises:
-        TypeError: neither ``Settings`` nor the control knows a name (the nearest one is named), or a value is of another type.
+        TypeError: neither ``Settings`` nor the control knows a name (the nearest one is named), or a value is of
+            another type.
     """
     types = keyword_types(kind)
     for name, value in given.items():

@@ -1,9 +1,9 @@
 """From token ids to text, all at once or piece by piece as the ids come, and text that is safe to print on a terminal.
 
 The pieces of a ``TextStream`` joined together are the text of all ids decoded at once. Those of the libraries are not:
-``DecodeStream`` of tokenizers never returns half a character at the end of a text, and fails on single bytes that are not
-UTF-8 (``ByteFallback`` then takes back the whole run of them); ``TextStreamer`` of transformers decodes each line by itself,
-which loses the spaces of Llama 2's tokenizer.
+``DecodeStream`` of tokenizers never returns half a character at the end of a text, and fails on single bytes that are
+not UTF-8 (``ByteFallback`` then takes back the whole run of them); ``TextStreamer`` of transformers decodes each line
+by itself, which loses the spaces of Llama 2's tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 HALF = "\ufffd"  # stands for a character of which bytes are missing
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # name of the token of a single byte in tokenizers with byte fallback
 WINDOW, CONTEXT = 64, 16  # most ids that are decoded again for a piece, and how many of more are kept
-# Control characters other than tab and newline, halves of surrogate pairs, and marks that turn the direction of writing.
+# Control characters other than tab and newline, halves of surrogate pairs, and marks that turn the direction of
+# writing.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
@@ -35,7 +36,8 @@ class Detokenizer:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Detokenizer:
-        """Return the detokenizer of a tokenizer; it keeps spaces before punctuation, whatever the tokenizer's settings."""
+        """Return the detokenizer of a tokenizer; it keeps spaces before punctuation, whatever the tokenizer's
+        settings."""
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         falls_back = any(map(is_byte, names(tokenizer, byte_ids(tokenizer))))
 
@@ -123,7 +125,8 @@ class TextStream:
 
 
 def after(detokenize: Detokenizer, before: int, token: int) -> str:
-    """Return the text of ``token`` after ``before``, with the space that some tokenizers strip at the start of a text."""
+    """Return the text of ``token`` after ``before``, with the space that some tokenizers strip at the start of a
+    text."""
     text, start = detokenize([before, token]), detokenize([before])
     return text[len(start) :] if text.startswith(start) else detokenize([token])
 

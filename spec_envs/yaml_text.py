@@ -12,7 +12,8 @@ DEEPEST = 50
 
 
 class Loader(yaml.SafeLoader):
-    """Reads true, false, null and decimal or hexadecimal numbers; everything else (on, no, 1:30, 017, 2026-01-01) is text.
+    """Reads true, false, null and decimal or hexadecimal numbers; everything else (on, no, 1:30, 017, 2026-01-01) is
+    text.
 
     It refuses a mapping that has a key twice.
     """

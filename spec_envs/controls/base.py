@@ -52,8 +52,8 @@ class Control(ABC):
         cuts: True where only a part of what was drafted may be verified, which a chain that was sampled does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` if none does.
-        progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token is
-            a decision; ``""`` where a cycle is one decision.
+        progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token
+            is a decision; ``""`` where a cycle is one decision.
         longest: levels or tokens that ``progress`` shows as 1.
         adjustment_interval: tokens for which a decision is kept; 0 where every cycle is decided.
         link: name or address of the link between drafter and target, ``""`` if there is none.
@@ -118,8 +118,8 @@ class Control(ABC):
         self.partner = Policy(control, agent)
 
     def check_layout(self, other: Control, who: str) -> None:
-        """Refuse an agent, ``who``, that was made for another control: the layout of observations and the number of actions
-        have to be the same.
+        """Refuse an agent, ``who``, that was made for another control: the layout of observations and the number of
+        actions have to be the same.
 
         Raises:
             ValueError: one of them is another.
@@ -141,8 +141,8 @@ class Control(ABC):
             self.partner.reset(rng, task)
 
     def observe(self, decoder: Engine, looks_at: Collection[str] | None = None) -> np.ndarray:
-        """Return what the agent sees, float32 in the shape of ``observation_space``. The first call of a cycle drafts what the
-        first decision needs.
+        """Return what the agent sees, float32 in the shape of ``observation_space``. The first call of a cycle drafts
+        what the first decision needs.
 
         After the end of a text there is nothing to decide; the tree's entries are then empty.
 
@@ -195,7 +195,8 @@ class Control(ABC):
         Args:
             clock: charged for every forward. By default it measures, or prices by the recording's own cost table.
             trace: name of a recording; see ``spec_envs.recordings.load``.
-            target, drafter, device, dtype, top_p: as of ``load_decoder``; ``"auto"`` is the drafter of ``default_drafter``.
+            target, drafter, device, dtype, top_p: as of ``load_decoder``; ``"auto"`` is the drafter of
+                ``default_drafter``.
             temperature: of the target's sampling; by default the control's own.
 
         Raises:
@@ -321,8 +322,8 @@ class Control(ABC):
 
 
 def costs_shown(table: CostTable, width: int) -> list[float]:
-    """Return a cost table as it is observed: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1), where a
-    forward of the drafter has ``width`` rows."""
+    """Return a cost table as it is observed: T_verify(1)/T_verify(n) over ``COST_ROWS``, and T_draft/T_verify(1), where
+    a forward of the drafter has ``width`` rows."""
     plain = table.seconds("verify", 1)
     return [*(plain / table.seconds("verify", n) for n in COST_ROWS), table.seconds("draft", width) / plain]
 

@@ -34,10 +34,10 @@ class DVIControl(Control):
     """
     ## Description
 
-    The target drafts for itself: its first `exit_layer` layers read the text, and the agent sees their state of the last
-    token and picks the next token. When a block is drafted, the remaining layers continue from those very states and
-    verify it in one forward: tokens that the target agrees with are kept, and it adds a token of its own. An agent that
-    learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
+    The target drafts for itself: its first `exit_layer` layers read the text, and the agent sees their state of the
+    last token and picks the next token. When a block is drafted, the remaining layers continue from those very states
+    and verify it in one forward: tokens that the target agrees with are kept, and it adds a token of its own. An agent
+    that learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
 
     ## Action Space
 
@@ -66,11 +66,11 @@ class DVIControl(Control):
 
     ## Rewards
 
-    `"accepted"` (default): 1 for a drafted token that the target accepts, paid when its block is verified: at every step with
-    `block=1`, else at a block's last. Greedily the target accepts its own most probable token; when it samples, token x
-    with the probability p(x) that it gives it (the agent's choice is a fixed proposal, whatever distribution it came
-    from, which is exact). Tokens after the first rejected one are never verified. `"saved"`: emitted − pace · seconds, as
-    in SpecDepth-v0.
+    `"accepted"` (default): 1 for a drafted token that the target accepts, paid when its block is verified: at every
+    step with `block=1`, else at a block's last. Greedily the target accepts its own most probable token; when it
+    samples, token x with the probability p(x) that it gives it (the agent's choice is a fixed proposal, whatever
+    distribution it came from, which is exact). Tokens after the first rejected one are never verified. `"saved"`:
+    emitted − pace · seconds, as in SpecDepth-v0.
 
     ## Starting State
 
@@ -82,8 +82,8 @@ class DVIControl(Control):
 
     ## Information
 
-    As in SpecDepth-v0, and `positions`: of a verified block, for each verified token `token`, `accepted`, and `confidence`,
-    the probability that the target gave it.
+    As in SpecDepth-v0, and `positions`: of a verified block, for each verified token `token`, `accepted`, and
+    `confidence`, the probability that the target gave it.
 
     ## Arguments
 

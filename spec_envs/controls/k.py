@@ -51,17 +51,18 @@ class KControl(Control):
     ## Description
 
     A chain of K tokens is drafted, each by a forward of a draft model or copied from where the text read like this
-    before (`drafter="lookup+…"`, the default), and the target verifies all of them in one forward. Long chains pay where
-    the drafter is nearly always right; where it is not, K = 0, plain decoding, is the fastest. The agent decides K once
-    per cycle (`decision="cycle"`), or after each drafted token whether to continue (`decision="token"`). The chain is that
-    of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however it is chosen, since a token that was drawn
-    is verified whatever made the agent stop after it.
+    before (`drafter="lookup+…"`, the default), and the target verifies all of them in one forward. Long chains pay
+    where the drafter is nearly always right; where it is not, K = 0, plain decoding, is the fastest. The agent decides
+    K once per cycle (`decision="cycle"`), or after each drafted token whether to continue (`decision="token"`). The
+    chain is that of Leviathan et al. 2023 (arXiv 2211.17192); its length is lossless however it is chosen, since a
+    token that was drawn is verified whatever made the agent stop after it.
 
     ## Action Space
 
     `decision="cycle"`: `Discrete(k_max + 1)`: action K drafts K tokens and verifies them; 0 is plain decoding.
     `decision="token"`: `Discrete(2)`: 0 verifies, 1 drafts one more token; the first decision of a cycle is made before
-    anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more, verification follows within the step.
+    anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more, verification follows within the
+    step.
 
     ## Observation Space
 

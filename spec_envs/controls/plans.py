@@ -13,8 +13,8 @@ from spec_envs.decoding.traces.full_trees import level_slice
 
 @dataclass(frozen=True, eq=False)
 class Plans:
-    """The plans of a cycle, each a size to draft to and a budget to verify. They are ordered by size, and every size has
-    the same budgets.
+    """The plans of a cycle, each a size to draft to and a budget to verify. They are ordered by size, and every size
+    has the same budgets.
 
     Attributes:
         sizes: ``[plans]``, expansions of a tree, or tokens of a chain.
@@ -28,7 +28,8 @@ class Plans:
         runs_out: whether a cycle that reaches the largest size is verified within the same step.
         chain: whether chains are drafted, some of whose tokens may be copied for nothing.
         width: rows of the forward that drafts a further level or token.
-        shown: place in an observation of the size drafted so far, as a share of the largest; None where it is not shown.
+        shown: place in an observation of the size drafted so far, as a share of the largest; None where it is not
+            shown.
     """
 
     sizes: np.ndarray
@@ -149,7 +150,8 @@ def chain_plans(k_max: int, drafts: int | None = None, shown: int | None = None)
     """Return the plans of chains of up to ``k_max`` tokens, which are verified whole.
 
     Args:
-        drafts, shown: see ``Plans``. Where chains are drafted token by token, action 0 verifies; else action K drafts K tokens.
+        drafts, shown: see ``Plans``. Where chains are drafted token by token, action 0 verifies; else action K drafts K
+            tokens.
     """
     sizes = np.arange(k_max + 1)
     ends = sizes if drafts is None else np.zeros(k_max + 1, np.int64)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Predictor(Protocol):
-    """Whatever decides: it has Stable-Baselines3's ``predict`` and ``decision_seconds``, which are charged per decision.
+    """Whatever decides: it has Stable-Baselines3's ``predict`` and ``decision_seconds``, which are charged per
+    decision.
 
     One that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
     (``Policy``), the other entries are not computed, and are 0.
@@ -83,7 +84,8 @@ class Policy:
         return checked_action(self.control.action_space, action)
 
     def learn(self, decoder: Engine, action: int, cycle: Cycle) -> None:
-        """Report to a ``learning`` agent what its last decision brought: accepted tokens per second, without its own time."""
+        """Report to a ``learning`` agent what its last decision brought: accepted tokens per second, without its own
+        time."""
         if isinstance(self.agent, Learner):
             reward = cycle.accepted / max(sum(cycle.seconds.values()), 1e-9)
             self.agent.record(self.observed, action, reward, self.control.observe(decoder), decoder.finished)

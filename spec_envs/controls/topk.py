@@ -1,4 +1,5 @@
-"""Decide how much of a draft's distribution to send over a network, how long a draft to send, and whether to send one."""
+"""Decide how much of a draft's distribution to send over a network, how long a draft to send, and whether to send
+one."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ MBPS, MILLISECONDS = (0.1, 10_000.0), (0.1, 10_000.0)  # what the observation sh
 
 class Choice(NamedTuple):
     """An action: draft ``length`` tokens and send their distributions by ``mode`` (cut to ``top_k`` entries with
-    ``"topk"``); or, with ``"cloud"``, have the cloud decode that many alone, or with ``"edge"`` take them unverified."""
+    ``"topk"``); or, with ``"cloud"``, have the cloud decode that many alone, or with ``"edge"`` take them
+    unverified."""
 
     mode: str
     length: int
@@ -50,20 +52,20 @@ class TopKControl(Control):
     ## Description
 
     An edge with a small drafter and a cloud with the target speak over a link whose rate and round trip move. The edge
-    drafts a chain and sends it with as much of each token's distribution as the agent decides; the cloud verifies it in one
-    forward. Few entries are quickly sent, but a distribution that is cut far is further from the target's, and less of
-    the chain is accepted. The protocols are those of `spec_envs.network.wire`, every one of them exact: q is cut to k
-    entries, rounded to float16 and only then drawn from (k = 0: ids and q(x) alone, DSSD, arXiv 2507.12000). Under greedy
-    decoding ids are enough and k cannot matter; so temperature is 1 by default.
+    drafts a chain and sends it with as much of each token's distribution as the agent decides; the cloud verifies it in
+    one forward. Few entries are quickly sent, but a distribution that is cut far is further from the target's, and less
+    of the chain is accepted. The protocols are those of `spec_envs.network.wire`, every one of them exact: q is cut to
+    k entries, rounded to float16 and only then drawn from (k = 0: ids and q(x) alone, DSSD, arXiv 2507.12000). Under
+    greedy decoding ids are enough and k cannot matter; so temperature is 1 by default.
 
     ## Action Space
 
     `actions="k"`: `Discrete(11)`, which of `ks` (by default 0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000)
     entries are sent of each of `k` drafted tokens' distributions.
 
-    `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of `ks` and
-    the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with `edge_value`, `k`
-    tokens of the drafter's own, which nobody verifies.
+    `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of `ks`
+    and the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with
+    `edge_value`, `k` tokens of the drafter's own, which nobody verifies.
 
     ## Observation Space
 
@@ -82,13 +84,14 @@ class TopKControl(Control):
     | 9 | `context`: tokens of the text / 4096 | 0 | 1 |
     | 10–15 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
-    `observation="rl_adapter"` is the published state of ten numbers (`spec_envs.controls.observation.rl_adapter_state`), linear in Mbps
-    and blind below some ten of them. `cost_features=True` appends `costs`, as in SpecDepth-v0.
+    `observation="rl_adapter"` is the published state of ten numbers
+    (`spec_envs.controls.observation.rl_adapter_state`), linear in Mbps and blind below some ten of them.
+    `cost_features=True` appends `costs`, as in SpecDepth-v0.
 
     ## Rewards
 
-    `"saved"`: emitted − pace · seconds, as in SpecDepth-v0; the seconds are the round's own: drafting, verifying, and the
-    bytes both ways. With `episode="cycle"` also `"rl_adapter"`, the published one: accepted / seconds.
+    `"saved"`: emitted − pace · seconds, as in SpecDepth-v0; the seconds are the round's own: drafting, verifying, and
+    the bytes both ways. With `episode="cycle"` also `"rl_adapter"`, the published one: accepted / seconds.
 
     ## Starting State
 
@@ -112,8 +115,8 @@ class TopKControl(Control):
       `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
     - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` sends every distribution that way.
     - `actions="k"`, or `"joint"`.
-    - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves the
-      action out.
+    - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves
+      the action out.
 
     and the shared ones of `SpecEnv`; `temperature` is 1 by default.
 

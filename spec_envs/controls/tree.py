@@ -23,17 +23,17 @@ class TreeControl(Control):
     """
     ## Description
 
-    The drafter grows a token tree level by level. After each level the agent decides whether to grow another, or how many
-    of the best nodes the target verifies. What a further level is worth depends on how many nodes are verified, and the
-    other way round: here one policy decides both.
+    The drafter grows a token tree level by level. After each level the agent decides whether to grow another, or how
+    many of the best nodes the target verifies. What a further level is worth depends on how many nodes are verified,
+    and the other way round: here one policy decides both.
 
     This is the problem that Learning to Draft (ICLR 2026, arXiv 2603.01639) splits into SpecDepth-v0 and SpecBudget-v0.
 
     ## Action Space
 
-    `Discrete(1 + len(budgets))`: 0 expands by one more level; action i ≥ 1 verifies the `budgets[i − 1]` best nodes by path
-    log-probability. No expansion is forced. Where there is no further level, at `max_depth` or because the drafter has
-    nothing more to draft, action 0 verifies the largest budget.
+    `Discrete(1 + len(budgets))`: 0 expands by one more level; action i ≥ 1 verifies the `budgets[i − 1]` best nodes by
+    path log-probability. No expansion is forced. Where there is no further level, at `max_depth` or because the drafter
+    has nothing more to draft, action 0 verifies the largest budget.
 
     ## Observation Space
 
@@ -148,6 +148,6 @@ class TreeControl(Control):
 
 
 def read_entropy(decoder: Decoder) -> float:
-    """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats: the root's, or
-    that of the best node which the last expansion fed; 0 before anything is drafted."""
+    """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats: the
+    root's, or that of the best node which the last expansion fed; 0 before anything is drafted."""
     return float(decoder.tree.entropies[-1][0]) / ENTROPY_UNIT if decoder.tree.size else 0.0

@@ -14,7 +14,8 @@ Count = TypeVar("Count", int, np.ndarray)
 
 
 def rows(unread: Count, drafted: Count, read: Count | int = 0) -> Count:
-    """Return the rows of a forward: the tokens of the text that are unread, and the drafted ones that are not ``read``."""
+    """Return the rows of a forward: the tokens of the text that are unread, and the drafted ones that are not
+    ``read``."""
     return unread + drafted - read
 
 

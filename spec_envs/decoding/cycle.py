@@ -65,13 +65,14 @@ class Cycle:
 
     @property
     def scored(self) -> int:
-        """Number of drafted tokens that the target verified (chains only): the accepted ones and the first rejected one,
-        cut at the end of the text."""
+        """Number of drafted tokens that the target verified (chains only): the accepted ones and the first rejected
+        one, cut at the end of the text."""
         return min(self.verified, self.accepted + (self.emitted > self.accepted))
 
 
 def merged(cycles: Sequence[Cycle]) -> Cycle:
-    """Return several cycles as one: their tokens in a row, their counts and seconds added, and the nodes of the last."""
+    """Return several cycles as one: their tokens in a row, their counts and seconds added, and the nodes of the
+    last."""
     if len(cycles) == 1:
         return cycles[0]
     counts = ("accepted", "drafted", "verified", "bytes_up", "bytes_down", "unverified")

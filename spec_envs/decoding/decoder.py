@@ -133,7 +133,8 @@ class Decoder(Text):
         self.drafting = True
 
     def expand(self) -> bool:
-        """Draft a level more, by one forward. Return whether the tree grew: a drafter may have nothing more to propose."""
+        """Draft a level more, by one forward. Return whether the tree grew: a drafter may have nothing more to
+        propose."""
         self.begin()
         before = self.tree.size
         assert self.drafter is not None
@@ -142,7 +143,8 @@ class Decoder(Text):
         return self.tree.size > before
 
     def verify(self, budget: int | None = None) -> Cycle:
-        """Verify the ``budget`` best candidates (all by default) in one forward of the target; a token at least is emitted.
+        """Verify the ``budget`` best candidates (all by default) in one forward of the target; a token at least is
+        emitted.
 
         Without a first level, or with budget 0, this is one step of plain decoding.
 
@@ -193,8 +195,8 @@ class Decoder(Text):
         return self.cycles[-1]
 
     def _confidence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``[n]`` probabilities of a chain's tokens, and ``[n]`` entropies of the distributions they are from; both
-        are empty for a tree."""
+        """Return ``[n]`` probabilities of a chain's tokens, and ``[n]`` entropies of the distributions they are from;
+        both are empty for a tree."""
         if self.tree.width != 1 or not self.tree.size:
             return np.zeros(0), np.zeros(0)
         steps = self.tree.scores.copy()

@@ -1,4 +1,5 @@
-"""Channels carry an edge's requests to a cloud (`websocket.py`), or over a simulated link to a cloud in this process."""
+"""Channels carry an edge's requests to a cloud (`websocket.py`), or over a simulated link to a cloud in this
+process."""
 
 from __future__ import annotations
 

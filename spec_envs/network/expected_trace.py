@@ -45,9 +45,9 @@ LARGEST = 2**30  # bytes of a file's arrays
 class Text:
     """A recorded text and what a drafter would have done at each of its n tokens after the first.
 
-    ``acceptance`` ``[n, ks]``; ``probability`` that a drawn token is expected to have and ``entropy`` in nats ``[n]`` of the
-    drafter's distribution; ``entries`` ``[n]`` that it has; ``match`` ``[n]``, how many of the last tokens match the place that
-    would be copied from.
+    ``acceptance`` ``[n, ks]``; ``probability`` that a drawn token is expected to have and ``entropy`` in nats ``[n]``
+    of the drafter's distribution; ``entries`` ``[n]`` that it has; ``match`` ``[n]``, how many of the last tokens match
+    the place that would be copied from.
     """
 
     task: str

@@ -1,8 +1,9 @@
 """Simulated links between an edge device that drafts and a server that verifies.
 
-A link has a state (rate up, rate down, round trip) that holds for one round and then moves: it stays (constant), follows
-a Markov chain, or follows the log of a real link. What an exchange costs is computed from the state of its round; the states
-are drawn from a generator of their own, so that two policies that send different bytes meet the same link.
+A link has a state (rate up, rate down, round trip) that holds for one round and then moves: it stays (constant),
+follows a Markov chain, or follows the log of a real link. What an exchange costs is computed from the state of its
+round; the states are drawn from a generator of their own, so that two policies that send different bytes meet the same
+link.
 """
 
 from __future__ import annotations
@@ -83,16 +84,16 @@ class Link:
         """Move to the state of the next round, whatever was sent in this one."""
 
     def seconds(self, bytes_up: int, bytes_down: int) -> float:
-        """Return the seconds of one exchange: round trip, jitter, serialisation both ways, and what was lost sent again, which
-        costs a further round trip each time that anything of one way is still missing."""
+        """Return the seconds of one exchange: round trip, jitter, serialisation both ways, and what was lost sent
+        again, which costs a further round trip each time that anything of one way is still missing."""
         up, up_rounds = self._sent(bytes_up)
         down, down_rounds = self._sent(bytes_down)
         trips = 1 + up_rounds + down_rounds
         return trips * self.state.rtt + self.jitter() + up / self.state.up + down / self.state.down
 
     def push(self, bytes_down: int) -> float:
-        """Return the seconds that a frame adds which follows another one down a stream: its serialisation and that of its
-        packets that were lost. No round trip and no jitter: those overlap with the frames before it."""
+        """Return the seconds that a frame adds which follows another one down a stream: its serialisation and that of
+        its packets that were lost. No round trip and no jitter: those overlap with the frames before it."""
         return self._sent(bytes_down)[0] / self.state.down
 
     def jitter(self) -> float:
@@ -100,8 +101,8 @@ class Link:
         return float(self.noise.exponential(self.jitter_ms / 1e3)) if self.jitter_ms else 0.0
 
     def _sent(self, size: int) -> tuple[float, int]:
-        """Return the bytes that go over the line until ``size`` have arrived, in packets of equal size, and how many times
-        lost packets were sent again."""
+        """Return the bytes that go over the line until ``size`` have arrived, in packets of equal size, and how many
+        times lost packets were sent again."""
         if not self.loss or not size:
             return float(size), 0
         packets = math.ceil(size / PACKET)

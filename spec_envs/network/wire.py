@@ -1,15 +1,15 @@
 """The protocol between edge and cloud: msgpack messages, and the packing of their contents.
 
 A message is an array whose first element is its kind. The edge opens with ``Hello``, which the cloud answers with
-``Welcome``; then each ``Verify`` is answered by a ``Verdict`` and each ``Plain`` by ``Tokens``, one message per token; an
-``Error`` may take the place of any answer. Token ids are little-endian arrays of the narrowest width that holds the
+``Welcome``; then each ``Verify`` is answered by a ``Verdict`` and each ``Plain`` by ``Tokens``, one message per token;
+an ``Error`` may take the place of any answer. Token ids are little-endian arrays of the narrowest width that holds the
 vocabulary, probabilities are arrays of floats.
 
 Ways to send the distribution q of a drafted token (``mode``), all of them exact:
 
 - ``ids``: not at all; for greedy decoding.
-- ``scalar``: only q(x) of the drafted tokens. After a rejection the target's logits are sent once and the edge draws from
-  the residual (DSSD, arXiv 2507.12000).
+- ``scalar``: only q(x) of the drafted tokens. After a rejection the target's logits are sent once and the edge draws
+  from the residual (DSSD, arXiv 2507.12000).
 - ``topk``: q cut to its k most probable tokens and rounded to float16 *before* the token was drawn; the same q̂ is used
   in the acceptance ratio and in the residual.
 - ``full``: the same without the cut.
@@ -46,7 +46,8 @@ Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 class Sent(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A distribution: token ids and their float16 weights; without ids the weights are those of the whole vocabulary."""
+    """A distribution: token ids and their float16 weights; without ids the weights are those of the whole
+    vocabulary."""
 
     ids: bytes
     weights: bytes
@@ -55,8 +56,9 @@ class Sent(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
 class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """The edge's first message on a connection.
 
-    ``vocabulary`` is the ``vocabulary_hash`` of its tokenizer. ``session`` is its name for the session: 16 random bytes, with
-    which it resumes the session after the connection was lost. ``temperature``, ``top_p`` and ``seed`` set the sampling.
+    ``vocabulary`` is the ``vocabulary_hash`` of its tokenizer. ``session`` is its name for the session: 16 random
+    bytes, with which it resumes the session after the connection was lost. ``temperature``, ``top_p`` and ``seed`` set
+    the sampling.
     """
 
     version: int
@@ -70,7 +72,8 @@ class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, ta
 class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
     """The answer to ``Hello``: the session is open.
 
-    The cloud has ``have`` tokens of its text, accepts texts of up to ``context`` tokens, and its target has ``vocab`` ids.
+    The cloud has ``have`` tokens of its text, accepts texts of up to ``context`` tokens, and its target has ``vocab``
+    ids.
     """
 
     have: Count
@@ -81,8 +84,8 @@ class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 class Verify(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
     """A request to verify ``draft``, which follows the first ``at`` tokens of the text and then the tokens ``text``.
 
-    ``probabilities`` are q(x) of the drafted tokens (float64) in mode ``scalar``, ``proposals`` their distributions in modes
-    ``topk`` and ``full``. Without a draft it asks for the next token. ``number`` counts the edge's requests.
+    ``probabilities`` are q(x) of the drafted tokens (float64) in mode ``scalar``, ``proposals`` their distributions in
+    modes ``topk`` and ``full``. Without a draft it asks for the next token. ``number`` counts the edge's requests.
     """
 
     number: Count
@@ -98,7 +101,8 @@ class Verdict(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
     """The answer to ``Verify``: how many drafted tokens were accepted, and the token after them.
 
     The token is -1 if the edge has to draw it from the residual of ``logits`` (mode ``scalar``; of the float type
-    ``dtype``). ``seconds`` are those of the forwards that read this request, ``queued`` those that it waited for others.
+    ``dtype``). ``seconds`` are those of the forwards that read this request, ``queued`` those that it waited for
+    others.
     """
 
     number: Count
@@ -111,7 +115,8 @@ class Verdict(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 
 
 class Plain(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
-    """A request to decode ``count`` tokens, or up to one of ``stop``, after the first ``at`` tokens of the text and ``text``."""
+    """A request to decode ``count`` tokens, or up to one of ``stop``, after the first ``at`` tokens of the text and
+    ``text``."""
 
     number: Count
     at: Count
@@ -269,7 +274,8 @@ def unpack_proposal(sent: Sent, vocab: int) -> np.ndarray:
 
 
 def pack_logits(logits: Tensor) -> tuple[bytes, str]:
-    """Return a row of logits as bytes, and the name of its float type, so that both ends compute the same distribution."""
+    """Return a row of logits as bytes, and the name of its float type, so that both ends compute the same
+    distribution."""
     return logits.cpu().contiguous().view(torch.uint8).numpy().tobytes(), str(logits.dtype).removeprefix("torch.")
 
 

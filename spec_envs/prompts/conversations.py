@@ -1,8 +1,8 @@
 """Conversations between a person and a model. Each turn of the person is a prompt, with the turns before it.
 
 A turn is a chat message, ``{"role": "user", "content": "…"}``, or one of ShareGPT, ``{"from": "human", "value": "…"}``;
-``role`` or ``from`` is ``user`` or ``human``, ``assistant`` or ``gpt``, or ``system`` (first). A content may be a list of
-parts, ``{"type": "text", "text": "…"}``. A log is a JSON array of conversations, or has one on each line (JSONL), in
+``role`` or ``from`` is ``user`` or ``human``, ``assistant`` or ``gpt``, or ``system`` (first). A content may be a list
+of parts, ``{"type": "text", "text": "…"}``. A log is a JSON array of conversations, or has one on each line (JSONL), in
 ShareGPT's format: ``{"conversations": [turn, …]}``, or with ``messages`` in its place. A row may state its ``split``.
 """
 

@@ -47,8 +47,8 @@ def read_questions(path: Path) -> list[Turn]:
 
 
 def read_data_set(name: str) -> list[Turn]:
-    """Return the user turns of a data set on the hub, ``org/name@configuration:column`` (the last two optional), or of a
-    local folder, ``folder:column``.
+    """Return the user turns of a data set on the hub, ``org/name@configuration:column`` (the last two optional), or of
+    a local folder, ``folder:column``.
 
     Rows without a prompt are left out; a warning is logged with their number.
 

@@ -1,13 +1,14 @@
 """Prompts: one user turn through the model's chat template.
 
 The shipped set has five tasks, named after the benchmarks that they resemble (the texts were written for this project):
-``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and ``humaneval`` (code). A
-sixth, ``json`` (structured output), is used only where it is named. Each is split into train, validation and test.
+``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and ``humaneval`` (code).
+A sixth, ``json`` (structured output), is used only where it is named. Each is split into train, validation and test.
 
-Other sets are read from ``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations, of
-which the first turns are used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations (``conversations.py``).
-Another name with a slash is a local folder or a data set on the hub, ``org/name``, optionally with a configuration and a
-column, ``org/name@config:column`` (needs the ``datasets`` extra); the column holds texts, lists of texts or chat messages.
+Other sets are read from ``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations,
+of which the first turns are used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations
+(``conversations.py``). Another name with a slash is a local folder or a data set on the hub, ``org/name``, optionally
+with a configuration and a column, ``org/name@config:column`` (needs the ``datasets`` extra); the column holds texts,
+lists of texts or chat messages.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     """Return prompts by name, in the order of their files.
 
     Args:
-        names: names of sets, separated by commas; ``"all"`` stands for every local set (of the shipped ones, ``TASKS``).
-        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``. Rows of a foreign file that state no split are divided
-            by a hash of their text: six tenths train, one tenth validation, three tenths test.
+        names: names of sets, separated by commas; ``"all"`` stands for every local set (of the shipped ones,
+            ``TASKS``).
+        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``. Rows of a foreign file that state no split are
+            divided by a hash of their text: six tenths train, one tenth validation, three tenths test.
         data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
 
     Raises:

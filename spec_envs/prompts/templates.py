@@ -1,9 +1,9 @@
 """Chat templates. A template is a program that comes with a model, written by whoever made the model.
 
-It runs in Jinja's sandbox, as transformers compiles it: no attributes of Python, no files, no imports. Here its time, its
-memory and the length of its output are bounded, too (on Linux, and the time only in the main thread; one operation on a
-huge integer cannot be interrupted). It is given the date of the settings and always the same random numbers, so that a
-prompt depends on the settings only.
+It runs in Jinja's sandbox, as transformers compiles it: no attributes of Python, no files, no imports. Here its time,
+its memory and the length of its output are bounded, too (on Linux, and the time only in the main thread; one operation
+on a huge integer cannot be interrupted). It is given the date of the settings and always the same random numbers, so
+that a prompt depends on the settings only.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ class CycleTable:
         return found
 
     def read_entries(self, row: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Return what is observed of what cycles at rows ``[n]`` have drafted at sizes ``[n]``, ``[n, control.own]``."""
+        """Return what is observed of what cycles at rows ``[n]`` have drafted at sizes ``[n]``, ``[n,
+        control.own]``."""
         found = np.zeros((len(row), self.control.own), np.float32)
         for entry in self.control.entries:
             if entry.recorded:

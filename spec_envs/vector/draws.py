@@ -14,8 +14,8 @@ MASK = np.uint64(0xFFFFFFFF)
 class Draws:
     """The generators of ``count`` environments. They give the numbers that ``Generator.integers`` of each would.
 
-    NumPy makes a number below n of 32-bit words, the high half of word · n (Lemire 2019, arXiv 1805.10941). Fetching words
-    and multiplying them here draws for thousands of environments in the time of a few calls.
+    NumPy makes a number below n of 32-bit words, the high half of word · n (Lemire 2019, arXiv 1805.10941). Fetching
+    words and multiplying them here draws for thousands of environments in the time of a few calls.
     """
 
     def __init__(self, count: int):

@@ -31,22 +31,22 @@ UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that
 
 
 class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """``num_envs`` environments of one control, replayed from a trace: the observations, rewards, terminations and infos
-    of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own.
+    """``num_envs`` environments of one control, replayed from a trace: the observations, rewards, terminations and
+    infos of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own.
 
     Args:
         control: name of a control that traces replay, or where it is found, ``"module:Class"``.
         num_envs: number of environments.
-        autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there. With
-            ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
+        autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there.
+            With ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
             ``infos["final_obs"]`` and ``infos["final_info"]`` are what it ended with, at the places where
             ``infos["_final_obs"]`` is true.
         keywords: those of ``SpecEnv`` that have an effect here; ``trace`` is the folder of a trace
             (`make trace`).
 
     ``reset`` takes a seed for all (environment i then has ``seed + i``) or a list with one for each, and as options
-    ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy continues where
-    the original was.
+    ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy continues
+    where the original was.
 
     Attributes:
         forwards: forwards that the target would have made so far, one per cycle.
@@ -144,7 +144,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 ``"reset_mask"``, an array of booleans, to reset some environments only.
 
         Raises:
-            ValueError: an unknown option, indices outside the trace, or another number of seeds. No environment has a text then.
+            ValueError: an unknown option, indices outside the trace, or another number of seeds. No environment has a
+                text then.
         """
         self._check_open()
         begun, self.has_text = self.has_text, np.zeros(self.num_envs, bool)
@@ -194,7 +195,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Carry out a decision in every environment.
 
         Raises:
-            ValueError: an action that is not a whole number in range, another number of actions, or no text to continue.
+            ValueError: an action that is not a whole number in range, another number of actions, or no text to
+                continue.
         """
         self._check_open()
         actions = self._checked(actions)
@@ -303,7 +305,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         setattr(self, name, values[0])
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Call a method once; return what it returns for every environment. An attribute is returned as ``get_attr`` does."""
+        """Call a method once; return what it returns for every environment. An attribute is returned as ``get_attr``
+        does."""
         value = getattr(self, name)
         return (value(*args, **kwargs),) * self.num_envs if callable(value) else self.get_attr(name)
 
@@ -346,7 +349,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return texts
 
     def _observe(self, which: np.ndarray | slice, alive: np.ndarray | None = None) -> np.ndarray:
-        """Return what the agents of environments ``which`` see, ``[n, …]``; ``alive`` is false where a text has ended."""
+        """Return what the agents of environments ``which`` see, ``[n, …]``; ``alive`` is false where a text has
+        ended."""
         row, text, slices = self.under_way.row[which], self.text[which], self.control.slices
         out = np.zeros((len(row), self.single_observation_space.shape[0]), np.float32)  # type: ignore[index]
         self.under_way.observe(out, which, np.ones(len(row), bool) if alive is None else alive)

@@ -22,7 +22,8 @@ def gathered(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
 
 
 def cleared(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-    """Return the numbers of a step with those of a reset where ``mask`` is true: a text that begins has cost nothing yet."""
+    """Return the numbers of a step with those of a reset where ``mask`` is true: a text that begins has cost nothing
+    yet."""
     return {
         name: cleared(value, mask) if isinstance(value, dict) else within(value, ~mask)
         for name, value in values.items()

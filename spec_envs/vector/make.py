@@ -1,5 +1,5 @@
-"""The function that ``gym.make_vec`` calls: it makes environments in NumPy where a trace is replayed, and single ones side by
-side elsewhere."""
+"""The function that ``gym.make_vec`` calls: it makes environments in NumPy where a trace is replayed, and single ones
+side by side elsewhere."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def make_vector(
     """Return ``num_envs`` environments of a control.
 
     A recorded trace is replayed in NumPy (``ReplayVectorEnv``), unless a keyword is given that it does not know:
-    ``render_mode``, ``switch_every``, ``adjustment_interval``, or ``max_episode_steps`` of ``gym.make``. Then, and without
-    a recorded trace, it is Gymnasium's ``SyncVectorEnv`` of as many single environments.
+    ``render_mode``, ``switch_every``, ``adjustment_interval``, or ``max_episode_steps`` of ``gym.make``. Then, and
+    without a recorded trace, it is Gymnasium's ``SyncVectorEnv`` of as many single environments.
 
     Args:
         control: name of a control, or where it is found, ``"module:Class"``.

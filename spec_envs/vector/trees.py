@@ -64,7 +64,8 @@ class Trees:
         return self.draft(which, np.ones(len(which), np.int64))
 
     def draft(self, which: np.ndarray, unread: np.ndarray) -> np.ndarray:
-        """Draft what the first decision of a cycle needs, after ``unread`` tokens joined the text; return its seconds."""
+        """Draft what the first decision of a cycle needs, after ``unread`` tokens joined the text; return its
+        seconds."""
         clock, made = self.clock[which], self.plans.made
         if made is None:
             depth = self.shallowest + self.draws.integers(which, len(self.cycles.sizes))
@@ -102,7 +103,8 @@ class Trees:
     def verified(
         self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, finished: np.ndarray
     ) -> np.ndarray:
-        """Draft the next trees of texts that continue; return the seconds of drafting them, 0 for texts that have ended."""
+        """Draft the next trees of texts that continue; return the seconds of drafting them, 0 for texts that have
+        ended."""
         continues = ~finished[which]
         seconds = np.zeros(len(which))
         seconds[continues] = self.draft(which[continues], emitted[which[continues]])

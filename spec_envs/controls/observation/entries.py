@@ -31,8 +31,8 @@ WINDOWS = (4, 16)  # cycles over which acceptance is observed
 
 
 class Entry(NamedTuple):
-    """A named range of the observation vector. ``read`` returns a number, or ``size`` of them or fewer. ``recorded`` reads
-    the same of a trace, where it depends on nothing but what the cycle under way has drafted."""
+    """A named range of the observation vector. ``read`` returns a number, or ``size`` of them or fewer. ``recorded``
+    reads the same of a trace, where it depends on nothing but what the cycle under way has drafted."""
 
     name: str
     size: int
@@ -136,8 +136,8 @@ def read_depth(decoder: Decoder, repeats: int) -> np.ndarray:
 
 
 def read_match(decoder: Decoder) -> float:
-    """Return how many of the text's last tokens occurred in it before, as a share of the most that are counted; 0 without
-    prompt lookup."""
+    """Return how many of the text's last tokens occurred in it before, as a share of the most that are counted; 0
+    without prompt lookup."""
     drafter = copier(decoder)
     return min(1.0, drafter.matched() / LONGEST) if drafter else 0.0
 

@@ -16,8 +16,8 @@ ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
 DEPTH_UNIT = 10.0  # expansions that the published observation shows as 1
 
 Reader = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
-"""From recorded trees (or chains), rows of the trace ``[n]`` and sizes ``[n]`` to what an entry of the observation shows,
-``[n]`` or ``[n, size]``."""
+"""From recorded trees (or chains), rows of the trace ``[n]`` and sizes ``[n]`` to what an entry of the observation
+shows, ``[n]`` or ``[n, size]``."""
 
 
 class RecordedTrees:
@@ -96,8 +96,8 @@ def recorded_frontier(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) 
 
 
 def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndarray:
-    """Return the expected accepted tokens that each budget adds to the one before, by the drafter's own probabilities, in
-    units of the deepest path, ``[…, budgets]``.
+    """Return the expected accepted tokens that each budget adds to the one before, by the drafter's own probabilities,
+    in units of the deepest path, ``[…, budgets]``.
 
     Args:
         scores: path log-probabilities ``[…, nodes]``, −inf for missing nodes.

@@ -18,8 +18,8 @@ class ExitDecoder(Decoder):
     drafter: EarlyExitDrafter
 
     def look(self) -> Tensor:
-        """Return ``[hidden]``, what the exit's projection reads after the text and the chain under way. Its forward is made
-        once, however often it is asked for."""
+        """Return ``[hidden]``, what the exit's projection reads after the text and the chain under way. Its forward is
+        made once, however often it is asked for."""
         self._check_alive()
         with self.clock.time("draft") as forward:
             state, forward.rows = self.drafter.look(self.tree.tokens.tolist())

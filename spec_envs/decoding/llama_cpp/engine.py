@@ -28,23 +28,25 @@ from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer, regi
 from spec_envs.text import Detokenizer
 
 # Rows of a forward. llama.cpp's attention on the processor rounds differently from 64 rows on (GGML_FA_TILE_Q): a text
-# read again after a restart would continue differently at near-ties. Reading prompts this way takes about a fifth longer.
+# read again after a restart would continue differently at near-ties. Reading prompts this way takes about a fifth
+# longer.
 MICRO_BATCH = 48
 PROBE = [0] * 8  # ids of every vocabulary, for requests of which only the counts and the seconds matter
 PLAIN_TOKENS, PLAIN_RUNS = 24, 3  # of the measurement of plain decoding
 
 
 class LlamaEngine(Text):
-    """Drives a llama-server over one text at a time, greedily; an ``Engine`` whose cycle is a segment of tokens with one
-    draft length.
+    """Drives a llama-server over one text at a time, greedily; an ``Engine`` whose cycle is a segment of tokens with
+    one draft length.
 
     Seconds are the server's own (``prompt_ms`` and ``predicted_ms`` of its timings); what HTTP and JSON add, a few
     milliseconds per segment, is not charged. The server does not report drafting and verifying apart: all of a segment
     is charged to ``verify``.
 
-    Most builds fix the draft length when the server starts. A cycle with another ``k`` than the last one's restarts such a
-    server; the time of that is counted in ``restart_seconds`` and charged to nothing, but the new server has to read the
-    text again, which is charged to the cycle. Builds that honour a request's own ``speculative.n_max`` are never restarted.
+    Most builds fix the draft length when the server starts. A cycle with another ``k`` than the last one's restarts
+    such a server; the time of that is counted in ``restart_seconds`` and charged to nothing, but the new server has to
+    read the text again, which is charged to the cycle. Builds that honour a request's own ``speculative.n_max`` are
+    never restarted.
 
     On the processor the text is the server's own greedy one whatever ``k`` does, with one thread; with several,
     llama.cpp splits a single row's attention between them once a text has some 256 tokens, and near-ties may fall
@@ -113,7 +115,8 @@ class LlamaEngine(Text):
             raise
 
     def start(self, prompt: Sequence[int], max_new_tokens: int, rng: np.random.Generator) -> None:
-        """Read a prompt and emit the first token; charged to ``prefill``, not to a cycle. Nothing is drawn from ``rng``.
+        """Read a prompt and emit the first token; charged to ``prefill``, not to a cycle. Nothing is drawn from
+        ``rng``.
 
         Raises:
             ValueError: the prompt is empty or does not fit the context; or as in ``cycle``. There is no text then.
@@ -138,7 +141,8 @@ class LlamaEngine(Text):
         return "the GGUF file's weights"
 
     def separate(self) -> LlamaEngine:
-        """Return the same on a server of its own, so that the lengths of one arm do not restart the server of another."""
+        """Return the same on a server of its own, so that the lengths of one arm do not restart the server of
+        another."""
         return LlamaEngine(
             *self.names,
             self.k_max,
@@ -174,8 +178,8 @@ class LlamaEngine(Text):
         return self.cycles[-1]
 
     def plain_seconds(self) -> float:
-        """Measure the seconds of a token of plain decoding after a short prompt: the median of a few runs, made once on a
-        server of their own, so that a text under way keeps its cache."""
+        """Measure the seconds of a token of plain decoding after a short prompt: the median of a few runs, made once on
+        a server of their own, so that a text under way keeps its cache."""
         if not self._plain_seconds:
             with self._serve(0) as server:
                 answers = [

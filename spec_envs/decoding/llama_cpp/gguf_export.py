@@ -1,4 +1,5 @@
-"""A draft model that lives on its target's embedding, as a GGUF file of its own: what llama-server needs to draft with it.
+"""A draft model that lives on its target's embedding, as a GGUF file of its own: what llama-server needs to draft with
+it.
 
 llama.cpp has no shortlists: the file has the target's whole embedding, which serves as its output rows too, and its
 tokenizer.
@@ -22,7 +23,8 @@ KEPT = ("token_embd.weight", "output.weight", "rope_freqs.weight")  # of the tar
 
 
 def exported(folder: Path, target: Path) -> Path:
-    """Return the GGUF file of a draft model's folder for a target's GGUF file; written to the cache once per content."""
+    """Return the GGUF file of a draft model's folder for a target's GGUF file; written to the cache once per
+    content."""
     digest = f"{sha256(folder / 'model.safetensors')[:12]}-{sha256(target)[:12]}"
     path = CACHE / "gguf" / f"{folder.name}-{digest}.gguf"
     if not path.is_file():

@@ -48,7 +48,8 @@ class LlamaServer:
         threads: number of threads of the server.
         context: tokens of prompt and answer.
         binary: the program; by default the one on PATH, else the one of models.yml's wheel.
-        server_args: user's arguments, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no GPU.
+        server_args: user's arguments, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no
+            GPU.
 
     Raises:
         ValueError: no program, arguments that are set here, or it did not start; the sentence ends with the last lines
@@ -86,7 +87,8 @@ class LlamaServer:
     def complete(
         self, prompt: Sequence[int], max_new_tokens: int, timeout: float = 600, **settings: Any
     ) -> dict[str, Any]:
-        """Continue token ids, greedily unless ``settings`` ask for something else; return the server's answer with ``timings``.
+        """Continue token ids, greedily unless ``settings`` ask for something else; return the server's answer with
+        ``timings``.
 
         Raises:
             ValueError: the request was refused; or there was no answer within ``timeout`` seconds, or the server is
@@ -103,7 +105,8 @@ class LlamaServer:
         return json.loads(self._ask("/completion", timeout, json.dumps(body).encode()))
 
     def context(self) -> int:
-        """Return the most tokens of prompt and answer, as the server reports it: a model may allow fewer than were asked for."""
+        """Return the most tokens of prompt and answer, as the server reports it: a model may allow fewer than were
+        asked for."""
         return json.loads(self._ask("/props"))["default_generation_settings"]["n_ctx"]
 
     def metrics(self) -> dict[str, float]:
@@ -135,7 +138,8 @@ class LlamaServer:
         self.close()
 
     def _ready(self, last: bool) -> bool:
-        """Return True when the model is loaded; False where the port was taken meanwhile and this try is not the last."""
+        """Return True when the model is loaded; False where the port was taken meanwhile and this try is not the
+        last."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -174,8 +178,8 @@ class LlamaServer:
             raise self.failure(f"llama-server did not answer ({error})") from None
 
     def failure(self, what: str, about: str = "") -> ValueError:
-        """Return an error of ``what`` and the last lines of the log that hold ``about``; nothing is left running. The whole log is
-        kept in a file, which the sentence names."""
+        """Return an error of ``what`` and the last lines of the log that hold ``about``; nothing is left running. The
+        whole log is kept in a file, which the sentence names."""
         said = self._said()
         clean = "".join(c if c.isprintable() or c == "\n" else " " for c in said)
         tail = [line for line in clean.strip().split("\n") if about in line][-5:]
@@ -292,8 +296,8 @@ def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
 
 
 def gguf_of(model: str) -> tuple[Path, list[str]]:
-    """Return the GGUF file of a model and the arguments that llama-server needs for it. That of a shipped draft model is
-    written once.
+    """Return the GGUF file of a model and the arguments that llama-server needs for it. That of a shipped draft model
+    is written once.
 
     Raises:
         ValueError: a model in another format.

@@ -54,8 +54,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         kind: ``"tree"`` or ``"chain"``.
-        target, drafter, dtype, template, date, prompts, max_new_tokens: keyword arguments that it was recorded with; the
-            date is None if none was set.
+        target, drafter, dtype, template, date, prompts, max_new_tokens: keyword arguments that it was recorded with;
+            the date is None if none was set.
         fingerprints: of both models' weights.
         width, max_depth: of the trees; a chain of ``max_depth + 1`` tokens has width 1.
         vocab, context, eos: of the target.

@@ -75,7 +75,8 @@ class ReplayVerifier:
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """Walk along the text as far as it was drafted. The token after the end of the text is arbitrary, since it is cut off."""
+        """Walk along the text as far as it was drafted. The token after the end of the text is arbitrary, since it is
+        cut off."""
         path, parent = [], ROOT
         ahead = self.text[self.place.row + 1 : self.place.end]
         for token in ahead[: len(tokens)]:
@@ -151,8 +152,8 @@ class TreeReplay(Replay):
 
 
 class ChainReplay(Replay, ChainDrafter):
-    """Drafts the chains that were recorded. Forwards have the rows that they had: a copied token takes none, and the next
-    forward reads it."""
+    """Drafts the chains that were recorded. Forwards have the rows that they had: a copied token takes none, and the
+    next forward reads it."""
 
     temperature = 0.0
 
@@ -162,7 +163,8 @@ class ChainReplay(Replay, ChainDrafter):
         self.read = 0  # tokens of the chain that a forward has read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Move on by the tokens that joined the text; those that were read as part of the chain need not be read again."""
+        """Move on by the tokens that joined the text; those that were read as part of the chain need not be read
+        again."""
         right = int(self.columns["right"][self.place.row])
         unread = int(catch_up.left_unread(self.unread, self.read, len(tokens), right))
         super().commit(tokens, features)
@@ -195,7 +197,8 @@ class ChainReplay(Replay, ChainDrafter):
         return int(self.columns["matched"][self.place.row])
 
     def source(self, chain: list[int]) -> Occurrence | None:
-        """Return a match where the next token of a chain was copied, else None; its place in the text is not recorded."""
+        """Return a match where the next token of a chain was copied, else None; its place in the text is not
+        recorded."""
         copied = len(chain) < self._length and self.columns["copied"][self.place.row, len(chain)]
         return Occurrence(0, self.matched()) if copied else None
 

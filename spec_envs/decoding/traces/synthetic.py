@@ -1,8 +1,8 @@
 """Synthetic decoding: whether a drafted token is right is drawn, not computed.
 
 A profile states, per kind of text, how probable it is that the i-th token of a chain is accepted when those before it
-were. The ordinary decoder drives a drafter and a verifier that draw from it in microseconds; with a cost table that is a
-whole environment for fast training and for tests. A profile describes no model: it is made up, or fitted to published
+were. The ordinary decoder drives a drafter and a verifier that draw from it in microseconds; with a cost table that is
+a whole environment for fast training and for tests. A profile describes no model: it is made up, or fitted to published
 counts, and states which.
 """
 
@@ -60,7 +60,8 @@ class Kind:
     Attributes:
         weight: number of its prompts.
         snippet: text that looks like it.
-        acceptance: chance that the token at each place of a chain is accepted; the last one holds for all further places.
+        acceptance: chance that the token at each place of a chain is accepted; the last one holds for all further
+            places.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """The cloud: a WebSocket server with the target, which verifies the drafts of many edges (`make cloud`).
 
-It listens on loopback by default. On any other address edges have to send a bearer token, which is read from the environment
-variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and `/metrics` for Prometheus are on the same port. After SIGTERM
-no new texts are accepted and unfinished ones are completed; a second SIGTERM ends them, too.
+It listens on loopback by default. On any other address edges have to send a bearer token, which is read from the
+environment variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and `/metrics` for Prometheus are on the same
+port. After SIGTERM no new texts are accepted and unfinished ones are completed; a second SIGTERM ends them, too.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Allowance:
 
 
 def client_address(host: str) -> str:
-    """Return the address by which a client is counted: of IPv6 its /64 network, because every client has a whole one."""
+    """Return the address by which a client is counted: of IPv6 its /64 network, because every client has a whole
+    one."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -82,7 +82,8 @@ class Batcher:
     A round is one forward of the short requests that wait, which are answered at once, and then one chunk of one long
     request. So a short request waits for one chunk of a long one at most.
 
-    Turns go round-robin: whoever was served least recently is next, among owners and then among the sessions of an owner.
+    Turns go round-robin: whoever was served least recently is next, among owners and then among the sessions of an
+    owner.
 
     Args:
         engine: holds the sessions of the jobs.

@@ -1,8 +1,9 @@
-"""The target's side of a network: the texts of many sessions, and forwards over the requests of several of them at once.
+"""The target's side of a network: the texts of many sessions, and forwards over the requests of several of them at
+once.
 
-Nothing here knows how messages arrive. The answer to a request depends only on the text, the draft and the session's seed:
-the uniform numbers of a decision are drawn from (seed, length of the text). A request that is repeated, after the connection
-was lost or to a cloud that was restarted, therefore has the same answer.
+Nothing here knows how messages arrive. The answer to a request depends only on the text, the draft and the session's
+seed: the uniform numbers of a decision are drawn from (seed, length of the text). A request that is repeated, after the
+connection was lost or to a cloud that was restarted, therefore has the same answer.
 """
 
 from __future__ import annotations
@@ -264,7 +265,8 @@ class Engine:
         return int(other.argmax()) if other.any() else int(n)
 
     def _rows(self, job: Job) -> list[int]:
-        """Roll the cache back to the rows of the job's text, and return the tokens to read after them, draft included."""
+        """Roll the cache back to the rows of the job's text, and return the tokens to read after them, draft
+        included."""
         known = self.slots.lengths[job.session.slot] = self._known(job)
         return [*job.text[known:].tolist(), *job.draft.tolist()]
 

@@ -145,7 +145,8 @@ class Cloud:
             self.log.warn(type(error).__name__, str(context.get("message")), error)
 
     def answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer a plain HTTP request, or refuse a connection before it becomes a WebSocket; None to go ahead with it."""
+        """Answer a plain HTTP request, or refuse a connection before it becomes a WebSocket; None to go ahead with
+        it."""
         if request.path == "/healthz":
             return connection.respond(
                 HTTPStatus.SERVICE_UNAVAILABLE if self.draining else HTTPStatus.OK,

@@ -1,8 +1,8 @@
 """The edge: streams an answer to a prompt, drafted here and verified by a cloud (`make edge`).
 
-The target's weights are loaded here, too, because its shipped drafter uses its embedding and output rows; its layers are not
-run. A lost connection is reopened. With --offline-fallback the drafter continues alone while the cloud is unavailable;
-such text is not the target's, and is marked.
+The target's weights are loaded here, too, because its shipped drafter uses its embedding and output rows; its layers
+are not run. A lost connection is reopened. With --offline-fallback the drafter continues alone while the cloud is
+unavailable; such text is not the target's, and is marked.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ class Stream:
 
 
 class Screen:
-    """Prints a text as it grows, in whole characters; unverified text is coloured, or in brackets without a terminal."""
+    """Prints a text as it grows, in whole characters; unverified text is coloured, or in brackets without a
+    terminal."""
 
     def __init__(self, detokenize: Detokenizer, out: TextIO):
         self.stream, self.out = TextStream(detokenize), out

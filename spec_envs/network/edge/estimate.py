@@ -10,9 +10,9 @@ FASTEST = 10e9 / 8
 class Estimate:
     """Estimates rates and round trip of a link from messages of known sizes.
 
-    Round trips are measured with tiny messages (pings). The seconds of an exchange beyond one round trip are the transfer of
-    its bytes. The longer that transfer took, or was expected to take, compared with the noise of a round trip, the more its
-    rate counts; a short message over a fast link has no information and leaves the rate unchanged.
+    Round trips are measured with tiny messages (pings). The seconds of an exchange beyond one round trip are the
+    transfer of its bytes. The longer that transfer took, or was expected to take, compared with the noise of a round
+    trip, the more its rate counts; a short message over a fast link has no information and leaves the rate unchanged.
 
     Attributes:
         up, down: bytes per second.

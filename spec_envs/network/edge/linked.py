@@ -48,7 +48,8 @@ class LinkedDecoder(Decoder):
         """Send the distributions of drafts in a mode of ``wire.MODES`` from now on.
 
         Args:
-            top_k: in mode ``"topk"``, how many entries of a distribution a token is drawn from and are sent; None is all.
+            top_k: in mode ``"topk"``, how many entries of a distribution a token is drawn from and are sent; None is
+                all.
         """
         self.verifier.mode = mode
         if isinstance(self.drafter, ChainDrafter):  # prompt lookup is certain of its tokens
@@ -69,8 +70,8 @@ def linked(decoder: Decoder, link: str, target: str) -> LinkedDecoder:
     """Return a decoder like the given one, whose target is reached over a link.
 
     Args:
-        decoder: has its models in this process and a drafter of chains. The target's weights are loaded here in any case,
-            because a drafter may share its embedding and output rows, and a simulated link leads to them.
+        decoder: has its models in this process and a drafter of chains. The target's weights are loaded here in any
+            case, because a drafter may share its embedding and output rows, and a simulated link leads to them.
         link: address of a cloud, ``ws://…`` or ``wss://…``; or a simulated link, as for ``load_link``.
         target: name of the target; the cloud has to have the same tokenizer.
 

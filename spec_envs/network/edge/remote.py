@@ -33,7 +33,8 @@ class RemoteVerifier:
         temperature, top_p: of the target's sampling.
 
     Attributes:
-        mode: how the distributions of drafts are sent, one of ``wire.MODES``; greedy decoding always sends ``ids`` only.
+        mode: how the distributions of drafts are sent, one of ``wire.MODES``; greedy decoding always sends ``ids``
+            only.
         estimate: rates and round trip of the link.
         traffic: of the last call.
     """

@@ -132,8 +132,8 @@ int usable() {
 #endif
 }
 
-// Whether products use the processor's instructions for int8, so that several rows cost little more than one: 2 in tiles, 1 in
-// vectors, 0 neither.
+// Whether products use the processor's instructions for int8, so that several rows cost little more than one: 2 in
+// tiles, 1 in vectors, 0 neither.
 int accelerated() {
 #if defined(__AMX_INT8__)
     return 2;
@@ -385,9 +385,9 @@ struct Drafter {  // an EAGLE-3 head, or without input_norm a language model
     int64_t outputs;  // of the head that can be drafted, the first ones
 };
 
-// One forward of a drafter on rows [count][hidden], in place: of an EAGLE-3 head, each with the token behind it, or of a
-// language model, each made of its token. And the `width` most probable next tokens of the last `last` of them with their
-// entropies, over the head's outputs and `extras` further rows. Returns as forward.
+// One forward of a drafter on rows [count][hidden], in place: of an EAGLE-3 head, each with the token behind it, or of
+// a language model, each made of its token. And the `width` most probable next tokens of the last `last` of them with
+// their entropies, over the head's outputs and `extras` further rows. Returns as forward.
 int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
           const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
           int64_t width, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
