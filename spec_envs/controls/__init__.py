@@ -15,15 +15,16 @@ __all__ = ["CONTROLS", "Control", "Policy", "Predictor", "make_control"]
 
 
 class Controls(Mapping[str, type[Control]]):
-    """The control classes of all registered environments, by name. An environment's id finds its class too, and so does
-    the place of a class, ``"module:Class"``."""
+    """The control classes of all registered environments, by name. They are also found by an environment's id, and any
+    class by its place, ``"module:Class"``."""
 
     def __getitem__(self, name: str) -> type[Control]:
         place = ENVIRONMENTS.get(name, name)
         if ":" in place:
             found: type[Control] = resolve_name(place)
             return found
-        for kind in map(resolve_name, ENVIRONMENTS.values()):
+        kinds: list[type[Control]] = [resolve_name(row) for row in ENVIRONMENTS.values()]
+        for kind in kinds:
             if kind.name == name:
                 return kind
         raise KeyError(f"there is no control {name!r}; there are {', '.join(self)}")
@@ -42,7 +43,7 @@ def make_control(name: str, keywords: dict[str, Any]) -> Control:
     """Return a control, built from the environment's keyword arguments that belong to it.
 
     Args:
-        name: of the control, or an environment's id, or ``"module:Class"``.
+        name: name of the control, an environment's id, or ``"module:Class"``.
     """
     kind = CONTROLS[name]
     own = inspect.signature(kind).parameters

@@ -1,4 +1,4 @@
-"""A control problem: what an agent observes of the decoder, and what its actions do to it."""
+"""The base class of control problems: what an agent observes of a decoder, and what its actions do to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Setting = int | str
 
 
 class Control(ABC):
-    """One control problem. Environment and ``generate`` drive the same object.
+    """One control problem, driven by the environment and by ``generate`` alike.
 
     Attributes:
         action_space, observation_space: as in Gymnasium.
@@ -43,19 +43,19 @@ class Control(ABC):
             tokens has width 1 and k − 1 expansions.
         budgets: numbers of nodes that a cycle may verify, where a part of the tree is; empty for chains.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
-        own: how many of the observation's first numbers show what the cycle under way has drafted, at a control that
-            observes that; the others are the same all through a cycle.
-        costs: cost table that ``cost_features`` shows where the decoder's clock measures, or None.
+        own: how many of the observation's first numbers show what the cycle under way has drafted; the others stay the
+            same within a cycle.
+        costs: cost table that ``cost_features`` shows while the decoder's clock measures, or None.
         task: kind of prompt of the text under way, ``""`` where it is not known.
-        rewards: the rewards that a decision can be paid by, by name, the default first.
+        rewards: the rewards on offer, by name, the default first.
         temperature: default sampling temperature of the target.
-        cuts: True where only a part of what was drafted may be verified, which a chain that was sampled does not allow.
+        cuts: True if a cycle may verify only a part of what it drafted, which a chain that was sampled does not allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
-        trace_kind: kind of the traces that replay it, ``"tree"`` or ``"chain"``, or ``""`` if none does.
+        trace_kind: kind of the traces that replay this problem, ``"tree"`` or ``"chain"``, or ``""`` if none does.
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token
             is a decision; ``""`` where a cycle is one decision.
         longest: levels or tokens that ``progress`` shows as 1.
-        adjustment_interval: tokens for which a decision is kept; 0 where every cycle is decided.
+        adjustment_interval: tokens for which a decision is kept; 0 if every cycle has its own.
         link: name or address of the link between drafter and target, ``""`` if there is none.
         exit: the target's own early exit that drafts, or None where another model does.
         name: name of this problem.
@@ -106,23 +106,25 @@ class Control(ABC):
         """Let a trained policy of the other problem make its decisions here.
 
         Raises:
-            ValueError: a policy of the same problem, or for trees of another size.
+            ValueError: a policy of any other problem, or for trees of another size.
         """
         if control.name != self.partner_name:
-            raise ValueError(
-                f"a {self.name} policy wants a {self.partner_name} policy as its partner, not {control.name}"
-            )
+            expected = f"a {self.partner_name} policy" if self.partner_name else "no partner"
+            raise ValueError(f"the partner is a {control.name} policy, but a {self.name} policy takes {expected}")
         mine, theirs = (self.width, self.max_depth), (control.width, control.max_depth)
         if mine != theirs:
             raise ValueError(f"the partner was trained with width and max_depth {theirs}, this environment has {mine}")
         self.partner = Policy(control, agent)
 
     def check_layout(self, other: Control, who: str) -> None:
-        """Refuse an agent, ``who``, that was made for another control: the layout of observations and the number of
-        actions have to be the same.
+        """Refuse an agent that was made for a control with another layout of observations or other actions.
+
+        Args:
+            other: the control that the agent was made for.
+            who: name of the agent for the message.
 
         Raises:
-            ValueError: one of them is another.
+            ValueError: the layouts or the actions differ.
         """
         for what, mine, theirs in (
             ("an observation of", layout(self), layout(other)),
@@ -130,12 +132,12 @@ class Control(ABC):
         ):
             if mine != theirs:
                 raise ValueError(
-                    f"{who} was made for {other.name} with {what} {theirs}, but here {self.name} has {mine}; make both with "
-                    "the same settings"
+                    f"{who} was made for {other.name} with {what} {theirs}, but here {self.name} has {mine}; "
+                    "make both with the same settings"
                 )
 
     def reset(self, rng: np.random.Generator, task: str = "") -> None:
-        """Begin a new text of that task."""
+        """Begin a new text of a task."""
         self.rng, self.task = rng, task
         if self.partner:
             self.partner.reset(rng, task)
@@ -164,7 +166,7 @@ class Control(ABC):
         return np.minimum(np.maximum(vector, space.low, out=vector), space.high, out=vector)
 
     def _read_costs(self, decoder: Engine) -> list[float]:
-        """Return what ``costs_shown`` returns of the cost table in force."""
+        """Return the cost table in force as it is observed."""
         table = decoder.clock.table if isinstance(decoder.clock, PricedClock) else self.costs
         if table is None:
             raise ValueError("cost_features need a cost table: set the control's costs, or give the clock one")
@@ -195,12 +197,12 @@ class Control(ABC):
         Args:
             clock: charged for every forward. By default it measures, or prices by the recording's own cost table.
             trace: name of a recording; see ``spec_envs.recordings.load``.
-            target, drafter, device, dtype, top_p: as of ``load_decoder``; ``"auto"`` is the drafter of
-                ``default_drafter``.
-            temperature: of the target's sampling; by default the control's own.
+            target, drafter, device, dtype, top_p: as in ``load_decoder``; the drafter ``"auto"`` is the one that
+                ``default_drafter`` returns.
+            temperature: sampling temperature of the target; by default the control's own.
 
         Raises:
-            ValueError: names that lead nowhere, or settings that do not go together.
+            ValueError: a name that is not found, or settings that do not go together.
         """
         if trace is not None:
             recording = recordings.load(trace)
@@ -216,8 +218,8 @@ class Control(ABC):
         """Open models in this process; a control whose models are elsewhere overrides it."""
         if models.temperature > 0 and self.cuts and self.width == 1 and DrafterName.parse(models.drafter).chain:
             raise ValueError(
-                f"temperature is {models.temperature}, at which the draft model {models.drafter!r} draws its chain; a drawn "
-                "chain is verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
+                f"temperature is {models.temperature}, at which the draft model {models.drafter!r} draws its chain; a "
+                "drawn chain is verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
             )
         return load_decoder(**vars(models), clock=clock, width=self.width, max_depth=self.max_depth)
 
@@ -229,7 +231,7 @@ class Control(ABC):
         """Return every way in which a cycle can continue.
 
         Raises:
-            ValueError: a problem, or settings of it, whose cycles no trace replays.
+            ValueError: no trace replays this problem with these settings.
         """
         raise ValueError(f"plans are made of cycles that a trace replays, not of {self.name} with these settings")
 
@@ -251,12 +253,12 @@ class Control(ABC):
         return float(cycle.emitted)
 
     def reward(self, name: str, cycle: Cycle | None, seconds: float, pace: float) -> float:
-        """Return what a decision is paid.
+        """Return the reward of a decision.
 
         Args:
-            name: of the reward, one of ``rewards``.
-            cycle: the cycle that the decision ended, if it ended one.
-            seconds: of the decision.
+            name: name of the reward, one of ``rewards``.
+            cycle: the cycle that the decision ended, or None.
+            seconds: seconds of the decision.
             pace: tokens per second that a second costs.
         """
         if cycle is None:
@@ -267,7 +269,7 @@ class Control(ABC):
         return float(self.rewards[name](decided))
 
     def settings(self) -> tuple[Setting, ...]:
-        """Return every static setting of this problem by name; none where no single one can be followed."""
+        """Return every static setting of this problem by name; none if the problem has no static settings."""
         return ()
 
     def follow(self, setting: Setting, observation: np.ndarray) -> int:
@@ -279,15 +281,15 @@ class Control(ABC):
         return self.settings().index(setting)
 
     def drafted(self, observation: np.ndarray) -> int:
-        """Return the levels or tokens drafted so far in a cycle, read off the entry ``progress``."""
+        """Return the levels or tokens drafted so far in a cycle, as the entry ``progress`` shows them."""
         return round(float(observation[self.slices[self.progress].start]) * self.longest)
 
     def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
         """Return the settings that the decisions of a text followed, one per cycle.
 
         Args:
-            actions: every decision.
-            lengths: drafted candidates of every cycle.
+            actions: action of every decision.
+            lengths: number of candidates that every cycle drafted.
         """
         offered = self.settings()
         return [offered[action] for action in actions]
@@ -309,7 +311,8 @@ class Control(ABC):
         raise ValueError(f"{self.name} leaves no decision to a partner; expected SpecDepth-v0 or SpecBudget-v0")
 
     def settle(self, *values: Setting) -> None:
-        """Fix the values that training draws in every cycle at the best static ones, by axis."""
+        """Fix the settings that training draws for every cycle at these static values, one for each axis of
+        ``candidates``."""
         return None
 
     @abstractmethod
@@ -329,5 +332,5 @@ def costs_shown(table: CostTable, width: int) -> list[float]:
 
 
 def layout(control: Control) -> str:
-    """Return what stands in an observation, in its order."""
+    """Return the names and sizes of an observation's entries, in order."""
     return ", ".join(f"{entry.name}[{entry.size}]" for entry in control.entries)

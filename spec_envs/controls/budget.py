@@ -65,8 +65,8 @@ class BudgetControl(Control):
 
     ## Arguments
 
-    - `budgets=(3, 7, …, 95)`: what the actions stand for, by default such that with the root whole tiles of a
-      matrix unit are filled; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
+    - `budgets=(3, 7, …, 95)`: numbers of nodes that the actions stand for. With the root, the default ones fill whole
+      tiles of a matrix unit; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
     - `depth=1`: expansions after the first level, or `"random"`, drawn from 1…`max_depth` every cycle.
     - `max_depth=12`: most expansions.
     - `width=10`: children per node, and nodes expanded per level.

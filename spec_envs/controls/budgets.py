@@ -11,7 +11,7 @@ NAMED = {"ltd": LTD_CODE, "ltd-paper": LTD_PAPER}
 
 
 def offered(budgets: Sequence[int] | str, max_depth: int, width: int) -> tuple[int, ...]:
-    """Return the budgets of a control for a tree of that size.
+    """Return the budgets of a control, checked for a tree of that size.
 
     Args:
         budgets: ascending numbers of nodes, or one of the names in ``NAMED``.
@@ -32,7 +32,7 @@ def offered(budgets: Sequence[int] | str, max_depth: int, width: int) -> tuple[i
 
 
 def check_tree(max_depth: int, width: int) -> None:
-    """Refuse trees that no memory would hold.
+    """Refuse trees that memory would not hold.
 
     Raises:
         ValueError: more nodes than ``LARGEST_TREE``.

@@ -9,5 +9,5 @@ START = {"depth": 2, "budget": 7}  # from which a search over two axes begins
 
 
 def depths(max_depth: int) -> list[int]:
-    """Return the depths to try that a tree of ``max_depth`` has."""
+    """Return the depths to try in a tree of ``max_depth``."""
     return [depth for depth in DEPTHS if depth <= max_depth]

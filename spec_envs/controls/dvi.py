@@ -35,9 +35,9 @@ class DVIControl(Control):
     ## Description
 
     The target drafts for itself: its first `exit_layer` layers read the text, and the agent sees their state of the
-    last token and picks the next token. When a block is drafted, the remaining layers continue from those very states
-    and verify it in one forward: tokens that the target agrees with are kept, and it adds a token of its own. An agent
-    that learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
+    last token and picks the next token. When a block is drafted, the remaining layers continue from the same states and
+    verify it in one forward: tokens that the target agrees with are kept, and it adds a token of its own. An agent that
+    learns while it decodes makes the exit a better drafter (draft, verify, improve: DVI, arXiv 2510.05421).
 
     ## Action Space
 
@@ -51,7 +51,7 @@ class DVIControl(Control):
     |-----|-------------|-----|-----|
     | 0–575 | `hidden`: the exit state of the last token, drafted ones included, after Kangaroo's attention if there is one; 0 after the end of a text | −3.4e38 | 3.4e38 |
 
-    `observation="policy"` appends what the exit's own projection makes of it, at the price of computing it:
+    `observation="policy"` appends what the exit's own projection makes of it, which has to be computed:
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
@@ -82,8 +82,8 @@ class DVIControl(Control):
 
     ## Information
 
-    As in SpecDepth-v0, and `positions`: of a verified block, for each verified token `token`, `accepted`, and
-    `confidence`, the probability that the target gave it.
+    As in SpecDepth-v0, and `positions`: for each verified token of a block `token`, `accepted`, and `confidence`, the
+    probability that the target gave it.
 
     ## Arguments
 
@@ -93,10 +93,10 @@ class DVIControl(Control):
       after an adapter of norm, attention and norm (arXiv 2404.18911); with both the target stays as it is, and the text
       is its own. `"layers"` is low rank on its layers, `lora_S` before the exit and `lora_D` after it; the text is
       then that of the adapted target. An agent reaches it as `env.unwrapped.decoder.drafter.adapter`.
-    - `rank=None`: of the low-rank weights; 64 for projections, 8 for layers.
+    - `rank=None`: rank of the low-rank weights; by default 64 for projections, 8 for layers.
     - `stop=0`: a block is verified early after a token that the exit gives less than this probability (Kangaroo: 0.6).
-    - `draft_temperature=0`: at which `reinforce` and `dvi` draw what they draft while they learn; 0 takes the most
-      probable token.
+    - `draft_temperature=0`: temperature at which `reinforce` and `dvi` draw what they draft while they learn; 0 takes
+      the most probable token.
 
     and the shared ones of `SpecEnv`; `drafter` is `"auto"` for an untrained exit, or the folder of a trained one.
 
@@ -128,13 +128,14 @@ class DVIControl(Control):
     ):
         super().__init__(observation, cost_features)
         shape = Shape.from_config(load_config(model_folder(target)))
+        layers = shape.layers
         for name, value, fits, expected in (
-            ("exit_layer", exit_layer, 1 <= exit_layer < shape.layers, f"1 to {shape.layers - 1}, of {shape.layers} layers"),
+            ("exit_layer", exit_layer, 1 <= exit_layer < layers, f"1 to {layers - 1}, of {layers} layers"),
             ("block", block, 1 <= block <= LONGEST_CHAIN, f"1 to {LONGEST_CHAIN} drafted tokens"),
             ("adapter", adapter, adapter in KINDS, f"one of {', '.join(KINDS)}"),
             ("rank", rank, rank is None or 1 <= rank <= shape.hidden, f"1 to {shape.hidden}"),
             ("stop", stop, 0 <= stop <= 1, "a probability from 0 to 1"),
-                    ):  # fmt: skip
+        ):
             if not fits:
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
         check_number("draft_temperature", draft_temperature, warm, WARM)
@@ -164,7 +165,7 @@ class DVIControl(Control):
         """Open a decoder that drafts from the target's own exit.
 
         Raises:
-            ValueError: another drafter, or an exit of other settings than the control's.
+            ValueError: another drafter, or an exit whose settings are not the control's.
         """
         opened = load_decoder(
             **vars(models),
@@ -226,10 +227,10 @@ class DVIControl(Control):
 
 
 def exit_of(engine: Engine) -> ExitAdapter:
-    """Return the exit that an engine drafts from, with what was trained of it.
+    """Return the exit that an engine drafts from, with its trained weights.
 
     Raises:
-        ValueError: it has another drafter.
+        ValueError: the engine has another drafter.
     """
     return on_exit(engine).drafter.adapter
 
@@ -238,11 +239,12 @@ def on_exit(engine: Engine) -> ExitDecoder:
     """Return an engine that has to be a decoder on the target's own exit.
 
     Raises:
-        ValueError: it has another drafter.
+        ValueError: the engine has another drafter.
     """
     if not isinstance(engine, ExitDecoder):
         raise ValueError(
-            f"SpecDVI-v0 drafts from the target's own exit: drafter is 'auto', '{EXIT}N' or the folder of a trained one"
+            "SpecDVI-v0 drafts from the target's own exit: "
+            f"set drafter to 'auto', '{EXIT}N' or the folder of a trained one"
         )
     return engine
 
@@ -253,6 +255,6 @@ def entropy(p: np.ndarray) -> float:
 
 
 def accepted_share(cycles: list[Cycle]) -> float:
-    """Return accepted over verified tokens, 0 if none was verified."""
+    """Return the share of verified tokens that were accepted; 0 if none was verified."""
     scored = sum(cycle.scored for cycle in cycles)
     return sum(cycle.accepted for cycle in cycles) / scored if scored else 0.0

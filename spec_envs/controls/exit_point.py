@@ -12,11 +12,11 @@ class ExitPoint:
     """An exit that drafts for its own target.
 
     Attributes:
-        target, device, dtype: names of the target, of where it runs and of its numbers.
+        target, device, dtype: names of the target, of its device and of its dtype.
         exit_layer: layers before the exit.
         adapter: what may be trained, one of ``spec_envs.decoding.exits.adapter.KINDS``.
-        rank: of the low-rank weights; None is the kind's default.
-        draft_temperature: at which drafts are drawn during training; 0 takes the most probable token.
+        rank: rank of the low-rank weights; None is the kind's default.
+        draft_temperature: temperature at which drafts are drawn during training; 0 takes the most probable token.
     """
 
     target: str

@@ -41,7 +41,7 @@ from spec_envs.decoding.loading import Models
 from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
-SEGMENT = 64  # tokens between decisions where an engine is asked for whole segments
+SEGMENT = 64  # tokens between decisions where a server decodes whole segments
 ENGINES = ("torch", "llama-server")
 DECISIONS = ("cycle", "token")
 
@@ -61,8 +61,8 @@ class KControl(Control):
 
     `decision="cycle"`: `Discrete(k_max + 1)`: action K drafts K tokens and verifies them; 0 is plain decoding.
     `decision="token"`: `Discrete(2)`: 0 verifies, 1 drafts one more token; the first decision of a cycle is made before
-    anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more, verification follows within the
-    step.
+    anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more to copy, verification follows within
+    the step.
 
     ## Observation Space
 
@@ -83,10 +83,9 @@ class KControl(Control):
 
     With `decision="token"` the first two give way to five of the chain under way: `drafted` (its tokens / `k_max`),
     `probability` (that the drafter gave its last token; 1 before the first), `entropy` (of the distribution that
-    token is from, nats / 10; 0 before the first), `path` (product of the chain's probabilities) and `free` (1 where the
-    next token would be copied, for nothing; 0 where the draft model would be asked). With an
-    `adjustment_interval` the first three are left out, since a server reports counts only, and `last_k` is the length
-    asked for.
+    token is from, nats / 10; 0 before the first), `path` (product of the chain's probabilities) and `free` (1 if the
+    next token would be copied, at no cost; 0 if the draft model would compute it). With an `adjustment_interval` the
+    first three are left out, since a server reports counts only, and `last_k` is the length asked for.
 
     `observation="counters"` is `acceptance`, `last_k`, `last_acceptance`, `position` and `context` alone.
     `cost_features=True` appends `costs`, as in SpecDepth-v0.
@@ -113,7 +112,7 @@ class KControl(Control):
     - `decision="cycle"`, or `"token"`.
     - `engine="torch"`, or `"llama-server"`: a server of llama.cpp decodes whole segments.
     - `adjustment_interval=None`: tokens that a decision is kept for; by default one cycle, or 64 on a server.
-    - `server_args=None`: further arguments of llama-server, such as `["--device", "CUDA0", "--gpu-layers", "99"]`.
+    - `server_args=None`: further arguments of llama-server, for example `["--device", "CUDA0", "--gpu-layers", "99"]`.
 
     and the shared ones of `SpecEnv`.
 
@@ -148,7 +147,7 @@ class KControl(Control):
         if interval < 0 or (engine == "llama-server" and not interval):
             raise ValueError(f"adjustment_interval is {interval}; expected tokens (on torch, 0 decides every cycle)")
         if decision == "token" and interval:
-            raise ValueError('decision="token" is made while a chain is drafted; it has no segments and no server')
+            raise ValueError('decision="token" decides within a chain; leave out adjustment_interval and llama-server')
         if server_args and engine != "llama-server":
             raise ValueError(f"server_args is {server_args!r}, which is for engine='llama-server', not {engine!r}")
         check_server_args(server_args or ())
@@ -221,7 +220,8 @@ class KControl(Control):
         self.before: np.ndarray | None = None  # what was observed before the chain under way
 
     def observe(self, decoder: Any, looks_at: Collection[str] | None = None) -> np.ndarray:
-        """Return what ``Control.observe`` returns; within a chain only what belongs to it is read again."""
+        """Return the observation as ``Control.observe`` does; within a chain only the chain's own entries are read
+        again."""
         if self.decision == "token" and decoder.tree.size and self.before is not None and "free" in self.slices:
             vector = self.before.copy()
             vector[: self.slices["free"].stop] = *self._read_chain(decoder), copies(decoder)
@@ -267,7 +267,7 @@ class KControl(Control):
             if action == DRAFT:
                 before = decoder.tree.size
                 draft(decoder)
-                if before < decoder.tree.size < self.k_max:  # a drafter that has nothing more to draft does not grow it
+                if before < decoder.tree.size < self.k_max:  # it does not grow if the drafter has nothing more
                     return None
             self.last_k = decoder.tree.size
             self.decided.append(decoder.verify())
@@ -325,7 +325,7 @@ class KControl(Control):
 
 
 def read_free(decoder: Decoder) -> float:
-    """Return 1 where the next token of the chain under way would be copied, else 0."""
+    """Return 1 if the next token of the chain under way would be copied, else 0."""
     return float(copies(decoder))
 
 

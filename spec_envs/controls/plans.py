@@ -21,15 +21,15 @@ class Plans:
         budgets: ``[plans]``, the most drafted nodes that are then verified.
         candidates: ``[plans]``, nodes drafted.
         ends: ``[plans]``, the action that ends a cycle with each plan, once it is drafted.
-        drafts: the action that drafts a further level or token, of a control that decides after each; None of one that
-            decides once per cycle.
+        drafts: the action that drafts a further level or token, where a decision is made after each; None where a cycle
+            is one decision.
         made: expansions or tokens that are drafted before the first decision of every cycle; None if that is drawn from
             ``sizes`` for each cycle.
-        runs_out: whether a cycle that reaches the largest size is verified within the same step.
-        chain: whether chains are drafted, some of whose tokens may be copied for nothing.
+        runs_out: True if a cycle that reaches the largest size is verified within the same step.
+        chain: True if chains are drafted, some of whose tokens may be copied at no cost.
         width: rows of the forward that drafts a further level or token.
-        shown: place in an observation of the size drafted so far, as a share of the largest; None where it is not
-            shown.
+        shown: index of the observation's number that shows the size drafted so far, as a share of the largest; None
+            where it is not shown.
     """
 
     sizes: np.ndarray
@@ -45,7 +45,7 @@ class Plans:
 
     @property
     def stepwise(self) -> bool:
-        """Return whether a decision is made after every level or token."""
+        """True if a decision is made after every level or token."""
         return self.drafts is not None
 
     @property
@@ -55,18 +55,19 @@ class Plans:
 
     @property
     def offered(self) -> int:
-        """Budgets of every size."""
+        """Number of budgets of every size."""
         return int((self.sizes == self.sizes[0]).sum())
 
     @property
     def nodes(self) -> np.ndarray:
         """Nodes that are verified under each plan, ``[plans]``."""
-        return np.minimum(self.budgets, self.candidates)
+        nodes: np.ndarray = np.minimum(self.budgets, self.candidates)
+        return nodes
 
     @property
     def levels(self) -> int:
-        """Decisions that there can be in a cycle: at level i, i expansions are made or tokens drafted. A control that
-        decides once has one level."""
+        """Most decisions of a cycle: at level i, i expansions are made or tokens drafted. A control that decides once
+        has one level."""
         return self.deepest + 1 if self.stepwise else 1
 
     @property
@@ -81,32 +82,33 @@ class Plans:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def settled(self) -> Plans:
-        """Return these plans, as long as every cycle begins at the same size.
+        """Return these plans, in which every cycle has to begin at the same size.
 
         Raises:
-            ValueError: the size is drawn, so that no plan has a price of its own.
+            ValueError: the size is drawn, so that a plan has no price of its own.
         """
         if self.made is None:
             raise ValueError('depth is "random"; plans are priced at one depth, such as depth=2')
         return self
 
     def level(self, observations: np.ndarray) -> np.ndarray:
-        """Return the level ``[n]`` at which each of the observations ``[n, …]`` was made."""
+        """Return the level ``[n]`` at which each of the observations ``[n, numbers]`` was made."""
         if not self.stepwise:
             return np.zeros(len(observations), np.int64)
-        return np.rint(observations[:, self.shown] * self.deepest).astype(np.int64)
+        level: np.ndarray = np.rint(observations[:, self.shown] * self.deepest).astype(np.int64)
+        return level
 
     def open(self, level: np.ndarray) -> np.ndarray:
-        """Return which plans can still be followed at those levels, ``[…, plans]`` (bool)."""
+        """Return True for the plans that can still be followed at those levels, ``[…, plans]``."""
         if not self.stepwise:
             return np.ones((*np.shape(level), len(self.sizes)), bool)
-        return self.sizes >= np.asarray(level)[..., None]
+        reached: np.ndarray = self.sizes >= np.asarray(level)[..., None]
+        return reached
 
     def actions(self, level: np.ndarray, plan: np.ndarray) -> np.ndarray:
         """Return the actions ``[n]`` that follow plans ``[n]`` at levels ``[n]``."""
-        if self.drafts is None:
-            return self.ends[plan]
-        return np.where(self.sizes[plan] > level, self.drafts, self.ends[plan])
+        ends: np.ndarray = self.ends[plan]
+        return ends if self.drafts is None else np.where(self.sizes[plan] > level, self.drafts, ends)
 
     def ended_by(self, actions: int) -> np.ndarray:
         """Return which of a size's plans each action ends, ``[actions]``. Where nothing more can be drafted, the action

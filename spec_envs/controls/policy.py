@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 class Predictor(Protocol):
-    """Whatever decides: it has Stable-Baselines3's ``predict`` and ``decision_seconds``, which are charged per
-    decision.
+    """Anything that decides by Stable-Baselines3's ``predict``; ``decision_seconds`` are charged per decision.
 
     One that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
     (``Policy``), the other entries are not computed, and are 0.
@@ -55,12 +54,14 @@ class Policy:
 
     Raises:
         ValueError: ``learning`` with an agent that cannot learn; an agent that was made for another problem; or
-            ``decision_seconds`` that are no seconds.
+            ``decision_seconds`` that are negative or not a number.
     """
 
     def __init__(self, control: Control, agent: Predictor, learning: bool = False):
         if learning and not isinstance(agent, Learner):
-            raise ValueError(f"{type(agent).__name__} does not learn while it serves; rl-adapter, dvi and reinforce do")
+            raise ValueError(
+                f"{type(agent).__name__} does not learn while it decodes; rl-adapter, dvi and reinforce do"
+            )
         if isinstance(agent, Trained):
             control.check_layout(agent.control, type(agent).__name__)
         check_number("decision_seconds", agent.decision_seconds, lambda seconds: seconds >= 0, "seconds, 0 or more")
@@ -84,8 +85,8 @@ class Policy:
         return checked_action(self.control.action_space, action)
 
     def learn(self, decoder: Engine, action: int, cycle: Cycle) -> None:
-        """Report to a ``learning`` agent what its last decision brought: accepted tokens per second, without its own
-        time."""
+        """Report to a ``learning`` agent the reward of its last decision: accepted tokens per second, the agent's own
+        time not counted."""
         if isinstance(self.agent, Learner):
             reward = cycle.accepted / max(sum(cycle.seconds.values()), 1e-9)
             self.agent.record(self.observed, action, reward, self.control.observe(decoder), decoder.finished)
@@ -95,7 +96,7 @@ def checked_action(space: spaces.Discrete, action: Any) -> int:
     """Return an action as a number: a whole number of Python or NumPy, or an array of no dimensions that holds one.
 
     Raises:
-        ValueError: anything else, such as a fraction, a boolean, a text or an array of one number, or one out of range.
+        ValueError: anything else (a fraction, a boolean, a text, an array of one number), or a number out of range.
     """
     if isinstance(action, np.ndarray) and action.shape == ():
         action = action[()]

@@ -12,8 +12,8 @@ class Decision(NamedTuple):
     Attributes:
         worth: tokens that the cycle counts for; 0 where the decision ended none.
         emitted, accepted: tokens of the cycle; 0 where the decision ended none.
-        seconds: of the decision.
-        cycle_seconds: of the whole cycle; 1 where the decision ended none.
+        seconds: seconds of the decision.
+        cycle_seconds: seconds of the whole cycle; 1 where the decision ended none.
         pace: tokens per second that a second costs.
     """
 
@@ -48,4 +48,4 @@ def accepted(decision: Decision) -> Any:
     return decision.accepted
 
 
-RATES = {"ltd", "rl_adapter"}  # rewards that are tokens over seconds, which are paid for one cycle at a time
+RATES = {"ltd", "rl_adapter"}  # rewards that divide tokens by seconds; they only make sense for one cycle at a time

@@ -1,5 +1,4 @@
-"""Decide how much of a draft's distribution to send over a network, how long a draft to send, and whether to send
-one."""
+"""Decide over a network how much of a draft's distributions to send, how long a draft, and if any at all."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ MBPS, MILLISECONDS = (0.1, 10_000.0), (0.1, 10_000.0)  # what the observation sh
 
 class Choice(NamedTuple):
     """An action: draft ``length`` tokens and send their distributions by ``mode`` (cut to ``top_k`` entries with
-    ``"topk"``); or, with ``"cloud"``, have the cloud decode that many alone, or with ``"edge"`` take them
+    ``"topk"``). With ``"cloud"`` the cloud decodes that many tokens alone; with ``"edge"`` the drafter's are taken
     unverified."""
 
     mode: str
@@ -53,18 +52,18 @@ class TopKControl(Control):
 
     An edge with a small drafter and a cloud with the target speak over a link whose rate and round trip move. The edge
     drafts a chain and sends it with as much of each token's distribution as the agent decides; the cloud verifies it in
-    one forward. Few entries are quickly sent, but a distribution that is cut far is further from the target's, and less
-    of the chain is accepted. The protocols are those of `spec_envs.network.wire`, every one of them exact: q is cut to
-    k entries, rounded to float16 and only then drawn from (k = 0: ids and q(x) alone, DSSD, arXiv 2507.12000). Under
-    greedy decoding ids are enough and k cannot matter; so temperature is 1 by default.
+    one forward. Few entries are quickly sent, but the fewer there are, the further the distribution is from the
+    target's, and the less of the chain is accepted. The protocols are those of `spec_envs.network.wire`, every one of
+    them exact: q is cut to k entries, rounded to float16 and only then drawn from (k = 0: ids and q(x) alone, DSSD,
+    arXiv 2507.12000). Under greedy decoding ids are enough and k cannot matter; so temperature is 1 by default.
 
     ## Action Space
 
-    `actions="k"`: `Discrete(11)`, which of `ks` (by default 0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000)
-    entries are sent of each of `k` drafted tokens' distributions.
+    `actions="k"`: `Discrete(11)`: action i sends `ks[i]` entries of the distribution of each of `k` drafted tokens; by
+    default `ks` is 0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000.
 
-    `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of `ks`
-    and the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with
+    `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of
+    `ks` and the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with
     `edge_value`, `k` tokens of the drafter's own, which nobody verifies.
 
     ## Observation Space
@@ -85,7 +84,7 @@ class TopKControl(Control):
     | 10–15 | `task`: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
 
     `observation="rl_adapter"` is the published state of ten numbers
-    (`spec_envs.controls.observation.rl_adapter_state`), linear in Mbps and blind below some ten of them.
+    (`spec_envs.controls.observation.rl_adapter_state`), linear in Mbps: rates below some ten Mbps look alike.
     `cost_features=True` appends `costs`, as in SpecDepth-v0.
 
     ## Rewards
@@ -108,10 +107,10 @@ class TopKControl(Control):
 
     ## Arguments
 
-    - `ks`: candidates for k; more than the vocabulary, or than the drafter's distribution has, is all of it.
+    - `ks`: candidates for k; one that exceeds the entries of the drafter's distribution sends all of them.
     - `k=4`: tokens of a draft; with `actions="joint"` of the longest one.
     - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a log in CSV, or
-      `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not slept; or the address of a cloud,
+      `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not waited for; or the address of a cloud,
       `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
     - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` sends every distribution that way.
     - `actions="k"`, or `"joint"`.
@@ -212,7 +211,7 @@ class TopKControl(Control):
         if is_address(self.link):
             raise ValueError(f"trace is {trace!r}, which takes the place of the cloud; give a simulated link")
         if unknown := sorted(set(self.ks) - set(recorded.ks)):
-            raise ValueError(f"ks has {unknown}; the trace {trace!r} knows {', '.join(map(str, recorded.ks))}")
+            raise ValueError(f"ks has {unknown}; the trace {trace!r} has {', '.join(map(str, recorded.ks))}")
         return recorded.over(load_link(self.link), clock, self.max_depth)
 
     def _read_published(self, decoder: LinkedDecoder) -> np.ndarray:
@@ -247,12 +246,12 @@ class TopKControl(Control):
 
 
 def estimate(decoder: LinkedDecoder) -> Estimate:
-    """Return what the edge knows of its link."""
+    """Return the edge's estimate of its link."""
     return decoder.verifier.estimate
 
 
 def drafted(decoder: LinkedDecoder) -> list[Cycle]:
-    """Return the cycles in which a draft was verified, latest last, as many as an observation looks at."""
+    """Return the recent cycles in which a draft was verified, latest last; enough of them for an observation."""
     return [cycle for cycle in decoder.cycles[-4 * WINDOWS[-1] :] if cycle.verified]
 
 

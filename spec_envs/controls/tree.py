@@ -114,7 +114,7 @@ class TreeControl(Control):
     def follow(self, setting: Setting, observation: np.ndarray) -> int:
         depth, budget = map(int, str(setting).split("x"))
         if not 0 <= depth <= self.max_depth or budget not in self.budgets:
-            raise ValueError(f"there is no setting {setting}; expected one such as {self.settings()[0]}")
+            raise ValueError(f"there is no setting {setting}; expected DEPTHxBUDGET, for example {self.settings()[0]}")
         return EXPAND if self.drafted(observation) < depth else 1 + self.budgets.index(budget)
 
     def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
@@ -144,10 +144,10 @@ class TreeControl(Control):
         self.prepare(decoder)
         if action == EXPAND and decoder.tree.expansions < self.max_depth and decoder.expand():
             return None
-        return decoder.verify(self.budgets[action - 1])  # of EXPAND that is the last, the largest
+        return decoder.verify(self.budgets[action - 1])  # after EXPAND, budgets[-1], the largest
 
 
 def read_entropy(decoder: Decoder) -> float:
-    """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats: the
+    """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats. It is the
     root's, or that of the best node which the last expansion fed; 0 before anything is drafted."""
     return float(decoder.tree.entropies[-1][0]) / ENTROPY_UNIT if decoder.tree.size else 0.0

@@ -16,7 +16,8 @@ Count = TypeVar("Count", int, np.ndarray)
 def rows(unread: Count, drafted: Count, read: Count | int = 0) -> Count:
     """Return the rows of a forward: the tokens of the text that are unread, and the drafted ones that are not
     ``read``."""
-    return unread + drafted - read
+    needed: Count = unread + drafted - read
+    return needed
 
 
 def left_unread(unread: Count, read: Count, emitted: Count, right: Count) -> Count:
@@ -28,9 +29,11 @@ def left_unread(unread: Count, read: Count, emitted: Count, right: Count) -> Cou
         emitted: tokens that joined the text; the last one is the target's own, even where the drafter had it too.
         right: how many of the first drafted tokens are the text's.
     """
-    return unread + emitted - kept(read, emitted, right)
+    left: Count = unread + emitted - kept(read, emitted, right)
+    return left
 
 
 def kept(read: Count, emitted: Count, right: Count) -> Count:
     """Return how many drafted tokens that were read are now part of the text, and need not be read again."""
-    return np.minimum(np.minimum(read, emitted - 1), right)
+    known: Count = np.minimum(np.minimum(read, emitted - 1), right)
+    return known

@@ -15,7 +15,7 @@ class Drafted:
     Attributes:
         tokens, parents, levels: ``[n]``.
         path: indices of the accepted nodes.
-        probabilities, entropies: of a chain, ``[n]`` probabilities of its tokens and entropies in nats of the
+        probabilities, entropies: ``[n]`` for a chain, probabilities of its tokens and entropies in nats of the
             distributions they were drafted from; empty for a tree.
     """
 
@@ -43,7 +43,7 @@ class Cycle:
         depth: number of expansions after the first level.
         seconds: by part (draft, verify, network, policy).
         nodes: the verified nodes.
-        bytes_up, bytes_down: sent to the target and received from it, where a network lies between.
+        bytes_up, bytes_down: sent to the target and received from it over a network.
         unverified: number of emitted tokens that the target never saw.
     """
 

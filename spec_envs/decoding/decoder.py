@@ -19,12 +19,14 @@ from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import LocalVerifier, Traffic, Verifier
 from spec_envs.text import SILENT, Detokenizer
 
+NOT_HERE = "the target is not a model in this process; expected a decoder over models"
+
 
 def check_ids(prompt: Sequence[int], vocab: int) -> None:
-    """Refuse ids that the target has no embedding for.
+    """Refuse a prompt with ids that the target has no embedding for.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the prompt has such an id; the message names it.
     """
     if not 0 <= min(prompt) <= max(prompt) < vocab:
         wrong = next(i for i in prompt if not 0 <= i < vocab)
@@ -35,11 +37,12 @@ class Decoder(Text):
     """Drives a drafter and a verifier over one text at a time; an ``Engine`` whose cycles are made step by step.
 
     Args:
-        verifier, drafter: the two sides; the drafter may be None, for plain decoding.
+        verifier: the target's side.
+        drafter: the drafter's side; None decodes plainly.
         clock: charged for every forward.
         eos: ids that end a text.
         max_depth: most expansions of a cycle.
-        detokenize: gives the text of token ids.
+        detokenize: returns the text of token ids.
 
     Attributes: as in ``Engine``.
 
@@ -93,7 +96,7 @@ class Decoder(Text):
             ValueError: the target is elsewhere.
         """
         if not isinstance(self.verifier, LocalVerifier):
-            raise ValueError("there is no target in this process to look into; expected a decoder over a model")
+            raise ValueError(NOT_HERE)
         return self.verifier
 
     @property
@@ -127,29 +130,28 @@ class Decoder(Text):
         if self.drafting:
             return
         self._check_alive()
-        assert self.drafter is not None
+        drafter = self._need_drafter()
         with self.clock.time("draft") as forward:
-            forward.rows = self.drafter.root(self.tree)
+            forward.rows = drafter.root(self.tree)
         self.drafting = True
 
     def expand(self) -> bool:
-        """Draft a level more, by one forward. Return whether the tree grew: a drafter may have nothing more to
+        """Draft a further level, by one forward. Return True if the tree grew, False if the drafter has nothing more to
         propose."""
         self.begin()
-        before = self.tree.size
-        assert self.drafter is not None
+        drafter, before = self._need_drafter(), self.tree.size
         with self.clock.time("draft") as forward:
-            forward.rows = self.drafter.expand(self.tree)
+            forward.rows = drafter.expand(self.tree)
         return self.tree.size > before
 
     def verify(self, budget: int | None = None) -> Cycle:
-        """Verify the ``budget`` best candidates (all by default) in one forward of the target; a token at least is
+        """Verify the ``budget`` best candidates (all by default) in one forward of the target; at least one token is
         emitted.
 
         Without a first level, or with budget 0, this is one step of plain decoding.
 
         Raises:
-            ValueError: a budget below 0, or one that would cut a chain that was drawn: what is left of it would not be
+            ValueError: a budget below 0, or one that would cut a chain that was drawn: the rest of such a chain is not
                 distributed as the acceptance rule expects.
         """
         self._check_alive()
@@ -176,10 +178,10 @@ class Decoder(Text):
         return self.verify()
 
     def _emit(self, emitted: list[int], traffic: Traffic, nodes: Drafted = NOTHING, **counts: int) -> Cycle:
-        """End a cycle and return it: the text grows, its cost is charged, the tree is dropped.
+        """End a cycle and return it: append its tokens to the text, charge its cost, and drop the tree.
 
         Args:
-            counts: those of ``Cycle``.
+            counts: the counts of ``Cycle`` by name; those left out are 0.
         """
         self.tokens.extend(emitted)
         self.finished = emitted[-1] in self.eos or len(self.tokens) == self.max_new_tokens
@@ -195,13 +197,18 @@ class Decoder(Text):
         return self.cycles[-1]
 
     def _confidence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``[n]`` probabilities of a chain's tokens, and ``[n]`` entropies of the distributions they are from;
-        both are empty for a tree."""
+        """Return the probabilities ``[n]`` of a chain's tokens, and the entropies ``[n]`` of the distributions they are
+        from; both are empty for a tree."""
         if self.tree.width != 1 or not self.tree.size:
             return np.zeros(0), np.zeros(0)
         steps = self.tree.scores.copy()
         steps[1:] -= self.tree.scores[:-1]
         return np.exp(steps), np.concatenate(self.tree.entropies)
+
+    def _need_drafter(self) -> Drafter:
+        if self.drafter is None:
+            raise RuntimeError("this decoder has no drafter; open it with one, or call cycle(0) to decode plainly")
+        return self.drafter
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """Return the tokens up to the first EOS and to max_new_tokens."""
@@ -213,7 +220,7 @@ class Decoder(Text):
 
 
 def in_process(engine: Engine) -> TypeGuard[Decoder]:
-    """Return whether an engine is a decoder over models of this process."""
+    """Return True if an engine is a decoder over models of this process."""
     return isinstance(engine, Decoder) and isinstance(engine.verifier, LocalVerifier)
 
 
@@ -221,10 +228,10 @@ def over_models(engine: Engine) -> Decoder:
     """Return an engine that has to be a decoder over models of this process.
 
     Raises:
-        ValueError: it decodes elsewhere.
+        ValueError: the engine is something else.
     """
     if not in_process(engine):
-        raise ValueError("there is no target in this process to look into; expected a decoder over a model")
+        raise ValueError(NOT_HERE)
     return engine
 
 

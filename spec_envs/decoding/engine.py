@@ -21,14 +21,14 @@ class Engine(Protocol):
         prompt, tokens: ids of the prompt, and of what was emitted (the first token included).
         max_new_tokens: most tokens of this text.
         cycles: finished cycles of this text.
-        finished: whether there is no text to continue: none was begun, or EOS or max_new_tokens is reached.
+        finished: True if there is no text to continue: none was begun, or EOS or max_new_tokens is reached.
         clock: charged for everything that takes time.
         eos: ids that end a text.
         context: most tokens of a text and of what may be drafted after it.
         max_depth: most expansions of a cycle.
         tree: candidates of the cycle under way; always empty where cycles are made elsewhere.
-        detokenize: gives the text of token ids.
-        times_itself: whether seconds are those that another process reports.
+        detokenize: returns the text of token ids.
+        times_itself: True if seconds are those that another process reports.
     """
 
     prompt: list[int]
@@ -77,14 +77,14 @@ class Engine(Protocol):
         """Return an engine that another arm of a comparison may use without disturbing this one."""
 
     def close(self) -> None:
-        """Release what lies outside this process; may be called twice."""
+        """Release resources outside this process; may be called twice."""
 
     def plain_seconds(self) -> float:
         """Measure the seconds of one plain decoding step after a short prompt, without a network; measured once."""
 
 
 class Text:
-    """The text that an engine decodes, and the cycles of it: what every engine keeps.
+    """The text that an engine decodes and its cycles: the state that every engine keeps.
 
     Attributes:
         prompt, tokens, max_new_tokens, cycles, finished, clock: as in ``Engine``.
@@ -123,10 +123,10 @@ class Text:
 
 
 def check_room(prompt: Sequence[int], max_new_tokens: int, positions: int, context: int) -> None:
-    """Refuse a prompt that is empty, or that does not leave ``positions`` of the context.
+    """Refuse an empty prompt, and one that does not leave ``positions`` of the context free.
 
     Raises:
-        ValueError: the message names what does not fit.
+        ValueError: such a prompt, or ``max_new_tokens`` below 1.
     """
     if not len(prompt):
         raise ValueError("the prompt is empty; expected at least one token")

@@ -1,4 +1,4 @@
-"""From names to a live decoder: target, drafter, clock."""
+"""Load a decoder over models: target, drafter and clock, by name."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def load_decoder(
     Args:
         target: name of models.yml, hub id, folder or GGUF file.
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
-            prompt lookup, ``"lookup+NAME"`` tries it before the draft model or exit NAME, ``"exit:N"`` an
-            untrained exit of the target after N layers, the folder of a trained one that exit, ``"auto"`` the
-            target's own in models.yml, None decodes plainly.
-        device, dtype: ``"auto"``, or as in torch.
-        temperature, top_p: 0 is greedy.
-        clock: None measures on the wall.
+            prompt lookup, ``"lookup+NAME"`` tries it before the draft model or exit NAME, ``"exit:N"`` is an
+            untrained exit of the target after N layers, and the folder of a trained exit is that exit. ``"auto"`` is
+            the target's own drafter in models.yml; None decodes plainly.
+        device, dtype: ``"auto"``, or a name of torch.
+        temperature, top_p: sampling of the target; temperature 0 is greedy.
+        clock: charged for every forward; by default it measures wall time.
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
         adapter, rank: the trainable part of an untrained exit (see ``ExitAdapter``).
-        stop: threshold of an exit, see ``EarlyExitDrafter``.
+        stop: probability below which an exit stops drafting (see ``EarlyExitDrafter``).
 
     Raises:
-        ValueError: a name that leads nowhere, or models that do not fit together or the width.
+        ValueError: a name that is not found, or models that do not fit together or the width.
     """
     at = resolve_device(device)
     if drafter == "auto":
@@ -86,10 +86,10 @@ def load_decoder(
 
 
 def check_fits(name: DrafterName, width: int) -> None:
-    """Refuse a drafter of chains for trees, and a head after prompt lookup.
+    """Refuse a drafter of chains for trees, and an EAGLE-3 head together with prompt lookup.
 
     Raises:
-        ValueError: it is one of them.
+        ValueError: the drafter is one of them.
     """
     if name.chain and width != 1:
         raise ValueError(
@@ -100,7 +100,7 @@ def check_fits(name: DrafterName, width: int) -> None:
 
 
 def dtype_for(dtype: str, device: torch.device, target: str, drafter: DrafterName | None) -> torch.dtype:
-    """Return the dtype of a name, for a target with a drafter: ``"auto"`` is one in which both are computed."""
+    """Return the dtype that a name stands for; ``"auto"`` is one in which target and drafter are both computed."""
     models, heads = [target], []
     if drafter is not None and drafter.kind == "model":
         models.append(str(drafter.folder))

@@ -106,7 +106,7 @@ class ExpectedTrace(Recording):
             return cls._of(path.stem, read_npz(path, LARGEST))
         except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is not an expected-acceptance trace ({reason}); record it anew") from None
+            raise ValueError(f"{path} is not an expected-acceptance trace ({reason}); record it again") from None
 
     @classmethod
     def _of(cls, name: str, data: dict[str, np.ndarray]) -> ExpectedTrace:

@@ -45,10 +45,10 @@ class Draws:
     def _next(self, which: np.ndarray) -> np.ndarray:
         """Return the next word of each of these environments."""
         for i in which[self.at[which] == WORDS]:
-            raw = self.generators[i].bit_generator.random_raw(
-                WORDS // 2
-            )  # 64 bits each, of which NumPy takes the low half first
+            # 64 bits each, of which NumPy takes the low half first
+            raw = self.generators[i].bit_generator.random_raw(WORDS // 2)
             self.words[i], self.at[i] = raw.astype("<u8").view("<u4"), 0
         at = self.at[which]
         self.at[which] += 1
-        return self.words[which, at]
+        words: np.ndarray = self.words[which, at]
+        return words

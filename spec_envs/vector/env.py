@@ -340,7 +340,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _drawn(self, which: np.ndarray) -> np.ndarray:
         """Return drawn texts, none of which ends at its first token."""
-        texts = self.texts[self.draws.integers(which, len(self.texts))]
+        texts: np.ndarray = self.texts[self.draws.integers(which, len(self.texts))]
         for _ in range(99):
             again = np.flatnonzero(self.lasts[texts] == self.starts[texts])
             if not len(again):

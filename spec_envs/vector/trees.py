@@ -72,7 +72,8 @@ class Trees:
         else:
             depth = np.full(len(which), made)
         self.depth[which] = depth
-        return self.root[clock, unread] + depth * self.expansion[clock]
+        seconds: np.ndarray = self.root[clock, unread] + depth * self.expansion[clock]
+        return seconds
 
     def act(self, actions: np.ndarray, live: np.ndarray | bool = True) -> Outcome:
         """Carry out a decision of every environment that is ``live``."""

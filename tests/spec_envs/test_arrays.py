@@ -92,7 +92,7 @@ SHIPPED = dict(np.load(TRACES / "smollm2-135m-topk.npz"))
 )
 def test_expected_traces_of_other_numbers(name: str, change, tmp_path: Path) -> None:
     np.savez_compressed(path := tmp_path / "trace.npz", **(SHIPPED | {name: change(SHIPPED[name])}))
-    with pytest.raises(ValueError, match=r"trace.npz is not an expected-acceptance trace \(.*\); record it anew"):
+    with pytest.raises(ValueError, match=r"trace.npz is not an expected-acceptance trace \(.*\); record it again"):
         ExpectedTrace.load(str(path))
 
 

@@ -1,4 +1,4 @@
-"""Entries of observations that several problems show, and how each is read of a live decoder."""
+"""Entries of observations that several problems show, and how each is read from a live decoder."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.decoding.engine import Engine
 
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
-LENGTH_UNIT = 1000  # and that the published observation shows as 1
+LENGTH_UNIT = 1000  # tokens of text that the published observation shows as 1
 WINDOWS = (4, 16)  # cycles over which acceptance is observed
 
 
 class Entry(NamedTuple):
-    """A named range of the observation vector. ``read`` returns a number, or ``size`` of them or fewer. ``recorded``
-    reads the same of a trace, where it depends on nothing but what the cycle under way has drafted."""
+    """A named range of the observation vector.
+
+    Attributes:
+        size: numbers in it.
+        low, high: their bounds.
+        read: returns its value at a live decoder: a number, or up to ``size`` of them; the rest are 0.
+        recorded: returns the same from a trace; None where it depends on more than what the cycle under way has
+            drafted.
+    """
 
     name: str
     size: int
@@ -95,11 +102,12 @@ def read_survival(decoder: Decoder) -> np.ndarray:
 
 def read_frontier(decoder: Decoder) -> np.ndarray:
     """Return the path probabilities of the nodes that the next expansion would feed, best first."""
-    return np.exp(decoder.tree.scores[decoder.tree.frontier])
+    probabilities: np.ndarray = np.exp(decoder.tree.scores[decoder.tree.frontier])
+    return probabilities
 
 
 def read_gains(decoder: Decoder, budgets: Sequence[int]) -> np.ndarray:
-    """Return what ``gains`` returns of the tree under way."""
+    """Return ``gains`` of the tree under way, ``[budgets]``."""
     return gains(decoder.tree.scores, budgets, decoder.max_depth)
 
 
@@ -136,7 +144,7 @@ def read_depth(decoder: Decoder, repeats: int) -> np.ndarray:
 
 
 def read_match(decoder: Decoder) -> float:
-    """Return how many of the text's last tokens occurred in it before, as a share of the most that are counted; 0
+    """Return how many of the text's last tokens occurred in it before, as a share of the most that are counted. It is 0
     without prompt lookup."""
     drafter = copier(decoder)
     return min(1.0, drafter.matched() / LONGEST) if drafter else 0.0
@@ -156,7 +164,7 @@ def copier(decoder: Decoder) -> Copier | None:
 
 @cache
 def may_copy(drafter: type) -> bool:
-    """Return whether drafters of a type are copiers: slow to find out, and asked at every decision."""
+    """Return whether drafters of a type are copiers. Cached because the check is slow and made at every decision."""
     return issubclass(drafter, Copier)
 
 
@@ -173,5 +181,5 @@ def one_hot(name: str, names: tuple[str, ...]) -> list[float]:
 
 
 def mean(values: np.ndarray) -> float:
-    """Return the mean, 0 of no values."""
+    """Return the mean; 0 if there are no values."""
     return float(values.mean()) if len(values) else 0.0

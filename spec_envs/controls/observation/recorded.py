@@ -1,5 +1,8 @@
-"""Observations of recorded trees and chains. Every function reads many cycles of a trace at once, each of a row
-and of a size that is drafted there; beside them stand the formulas that they share with what is read of a live tree."""
+"""Observations of recorded trees and chains.
+
+Every function reads many cycles of a trace at once: the row of the trace of each, and the size that is drafted there.
+The formulas that they share with live trees are here, too.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
 DEPTH_UNIT = 10.0  # expansions that the published observation shows as 1
 
 Reader = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
-"""From recorded trees (or chains), rows of the trace ``[n]`` and sizes ``[n]`` to what an entry of the observation
-shows, ``[n]`` or ``[n, size]``."""
+"""Returns what an entry of the observation shows, ``[n]`` or ``[n, size]``, given recorded trees (or chains), rows of
+the trace ``[n]`` and the sizes ``[n]`` drafted there."""
 
 
 class RecordedTrees:
-    """The full trees of a trace, of which a cycle drafts the first levels.
+    """The full trees of a trace; a cycle drafts the first levels of one.
 
     Attributes:
         scores: ``[rows, C]``, path log-probability of every node.
@@ -42,12 +45,12 @@ class RecordedTrees:
 
 
 class RecordedChains:
-    """The longest chains of a trace, of which a cycle drafts the first tokens.
+    """The longest chains of a trace; a cycle drafts the first tokens of one.
 
     Attributes:
         steps, paths: ``[rows, K]``, log-probability of each token, and of the chain up to it.
-        entropies: ``[rows, K]``, of the distribution that each token is from, in nats.
-        copied: ``[rows, K + 1]``, whether each further token is copied.
+        entropies: ``[rows, K]``, entropy in nats of the distribution that each token is from.
+        copied: ``[rows, K + 1]``, True where the token after that many is copied.
     """
 
     def __init__(self, trace: RecordedTexts, k_max: int):
@@ -59,8 +62,8 @@ class RecordedChains:
         self.copied = np.pad(copied_tokens(trace, k_max), ((0, 0), (0, 1)))
 
     def means(self) -> np.ndarray:
-        """Return the mean probability and mean entropy of the tokens of every chain, ``[rows, K + 1, 2]``, as they are
-        observed after it."""
+        """Return the mean probability and mean entropy of the first k tokens of every chain, ``[rows, K + 1, 2]``, as
+        they are observed after a chain of k tokens."""
         totals = np.zeros((len(self.steps), self.k_max + 1, 2))
         totals[:, 1:, 0] = np.exp(self.steps).cumsum(1)
         totals[:, 1:, 1] = self.entropies.cumsum(1) / ENTROPY_UNIT
@@ -81,7 +84,8 @@ def survival(scores: np.ndarray, level_starts: Sequence[int]) -> np.ndarray:
         scores: path log-probabilities ``[…, nodes]``.
         level_starts: the first node of each level.
     """
-    return np.add.reduceat(np.exp(scores), level_starts, -1)
+    sums: np.ndarray = np.add.reduceat(np.exp(scores), level_starts, -1)
+    return sums
 
 
 def recorded_survival(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -92,7 +96,8 @@ def recorded_survival(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) 
 
 def recorded_frontier(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the path probabilities of the nodes that the next expansion would feed, best first, ``[n, W]``."""
-    return np.exp(trees.scores[row[:, None], trees.frontiers[row, depth]])
+    probabilities: np.ndarray = np.exp(trees.scores[row[:, None], trees.frontiers[row, depth]])
+    return probabilities
 
 
 def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndarray:
@@ -104,11 +109,12 @@ def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndar
     """
     best = np.exp(-np.sort(-scores, -1)).cumsum(-1)
     reached = np.concatenate([np.zeros((*best.shape[:-1], 1)), best], -1)
-    return np.diff(reached[..., np.minimum(budgets, scores.shape[-1])], prepend=0.0) / (max_depth + 1)
+    added: np.ndarray = np.diff(reached[..., np.minimum(budgets, scores.shape[-1])], prepend=0.0) / (max_depth + 1)
+    return added
 
 
 def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: Sequence[int]) -> np.ndarray:
-    """Return ``gains`` of trees that are grown so far, ``[n, budgets]``."""
+    """Return ``gains`` of the trees as far as they are grown, ``[n, budgets]``."""
     most = trees.stops[depth.max(initial=0)]
     there = np.arange(most) < trees.stops[depth][:, None]
     return gains(np.where(there, trees.scores[row, :most], -np.inf), budgets, trees.max_depth)
@@ -117,7 +123,8 @@ def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, bud
 def recorded_entropy(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats."""
     first = np.where(depth > 0, 1 + trees.width * (depth - 1), 0)  # the node that the last expansion fed first
-    return trees.entropies[row, first] / ENTROPY_UNIT
+    entropies: np.ndarray = trees.entropies[row, first] / ENTROPY_UNIT
+    return entropies
 
 
 def recorded_expansions(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -166,4 +173,5 @@ def recorded_path(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> 
 
 def recorded_free(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Return whether the next token is a copy."""
-    return chains.copied[row, size]
+    free: np.ndarray = chains.copied[row, size]
+    return free

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-SNIPPET, FRESH = 96, 16  # tokens that decide the kind of a text, and after how many new ones it is detected again
+SNIPPET, FRESH = 96, 16  # last tokens that decide the kind of a text, and new tokens after which it is detected again
 OPENING, JSON = 8, ("{", "```json", "```\n{")  # leading tokens of an answer that decide whether it is JSON as a whole
 KINDS = ("code", "prose", "math", "json", "list")
 CODE_CHARACTERS, CODE_SHARE = frozenset("{}()[];:"), 0.05
@@ -14,11 +14,11 @@ ITEM = re.compile(r"^\s*([-*•]|\d+[.)])\s", re.MULTILINE)
 
 
 def context_kind(snippet: str) -> str:
-    """Return one of ``KINDS``: the detector of dynamic speculation for llama.cpp, and lists.
+    """Return one of ``KINDS``, by the rules of dynamic speculation for llama.cpp and one for lists.
 
     JSON begins with ``{`` or has ``"type":``. Code has a code fence, or more than a twentieth of its characters are
     brackets, colons and semicolons. Mathematics has a sign of logic or analysis, or "therefore" or "proof". A list has
-    two items or more. JSON is tried first, because it consists of code's characters.
+    two items or more. JSON is tried first, because it has many of code's characters.
     """
     if snippet.lstrip().startswith("{") or '"type":' in snippet:
         return "json"

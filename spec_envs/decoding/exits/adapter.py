@@ -162,7 +162,8 @@ class ExitAdapter(nn.Module):
                 base = self.target.head(states.detach().to(self.target.precision.hidden)).float()
         else:
             base = F.linear(normed.to(self._output.dtype), self._output).float()
-        return base if self.kind == "layers" else base + self.exit_proj(normed)
+        logits: Tensor = base if self.kind == "layers" else base + self.exit_proj(normed)
+        return logits
 
     @functools.cached_property
     def _output(self) -> Tensor:

@@ -27,47 +27,46 @@ from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer, registry
 from spec_envs.text import Detokenizer
 
-# Rows of a forward. llama.cpp's attention on the processor rounds differently from 64 rows on (GGML_FA_TILE_Q): a text
-# read again after a restart would continue differently at near-ties. Reading prompts this way takes about a fifth
-# longer.
+# Rows of a forward. On the processor, llama.cpp's attention rounds differently for 64 rows or more (GGML_FA_TILE_Q), so
+# that a text which is read again after a restart would continue differently at near-ties. With fewer rows, reading a
+# prompt takes about a fifth longer.
 MICRO_BATCH = 48
-PROBE = [0] * 8  # ids of every vocabulary, for requests of which only the counts and the seconds matter
-PLAIN_TOKENS, PLAIN_RUNS = 24, 3  # of the measurement of plain decoding
+PROBE = [0] * 8  # ids that every vocabulary has, for requests of which only the counts and the seconds matter
+PLAIN_TOKENS, PLAIN_RUNS = 24, 3  # size of the measurement of plain decoding
 
 
 class LlamaEngine(Text):
     """Drives a llama-server over one text at a time, greedily; an ``Engine`` whose cycle is a segment of tokens with
     one draft length.
 
-    Seconds are the server's own (``prompt_ms`` and ``predicted_ms`` of its timings); what HTTP and JSON add, a few
-    milliseconds per segment, is not charged. The server does not report drafting and verifying apart: all of a segment
-    is charged to ``verify``.
+    Seconds are the server's own (``prompt_ms`` and ``predicted_ms`` of its timings); the few milliseconds per segment
+    of HTTP and JSON are not charged. The server does not report drafting and verification separately, so a whole
+    segment is charged to ``verify``.
 
-    Most builds fix the draft length when the server starts. A cycle with another ``k`` than the last one's restarts
-    such a server; the time of that is counted in ``restart_seconds`` and charged to nothing, but the new server has to
-    read the text again, which is charged to the cycle. Builds that honour a request's own ``speculative.n_max`` are
-    never restarted.
+    Most builds fix the draft length when the server starts. They are restarted for a cycle whose ``k`` differs from the
+    last one's. The restart is counted in ``restart_seconds`` and not charged; the new server then reads the text again,
+    which is charged to the cycle. Builds that honour a request's own ``speculative.n_max`` are never restarted.
 
-    On the processor the text is the server's own greedy one whatever ``k`` does, with one thread; with several,
-    llama.cpp splits a single row's attention between them once a text has some 256 tokens, and near-ties may fall
-    differently.
+    On the processor with one thread, the text is the server's own greedy one whatever ``k`` does. With several threads
+    llama.cpp splits a single row's attention between them once a text has some 256 tokens, and near-ties may be
+    decided differently.
 
     Args:
         target, drafter: names of models.yml or GGUF files; the two may be the same.
         k_max: longest chain.
         segment: most tokens of a cycle.
         threads: number of threads of the server; by default as many as torch has.
-        binary: the program; by default the one on PATH, else the one of models.yml's wheel.
-        clock: charged with the server's seconds; by default one of its own.
+        binary: the program; by default the one on PATH, else the one in the wheel that models.yml names.
+        clock: charged with the server's seconds; by default a new one.
         timeout: seconds that a request may take.
-        server_args: further ones of the server, as for ``LlamaServer``.
+        server_args: further arguments of the server, as for ``LlamaServer``.
 
     Attributes:
         eos: as in ``Engine``; the server also ends texts at every other token that its GGUF file lists as an end.
         tree: always empty: the server does not report what it drafted.
         max_depth: ``k_max - 1``, a chain's expansions.
-        per_request: whether the server honours a request's own draft length.
-        restart_seconds: wall seconds of this text's restarts because ``k`` changed.
+        per_request: True if the server honours a request's own draft length.
+        restart_seconds: wall seconds of the restarts during this text.
 
     The other attributes are those of ``Engine``.
 
@@ -110,7 +109,7 @@ class LlamaEngine(Text):
         try:
             self.per_request = self._honours_lengths()
             self.context = self.server.context()
-        except BaseException:  # nobody could close it
+        except BaseException:  # the caller has no engine to close
             self.close()
             raise
 
@@ -141,8 +140,8 @@ class LlamaEngine(Text):
         return "the GGUF file's weights"
 
     def separate(self) -> LlamaEngine:
-        """Return the same on a server of its own, so that the lengths of one arm do not restart the server of
-        another."""
+        """Return an engine with the same settings on a server of its own, so that the draft lengths of one arm do not
+        restart the server of another."""
         return LlamaEngine(
             *self.names,
             self.k_max,
@@ -154,15 +153,15 @@ class LlamaEngine(Text):
         )
 
     def plain(self) -> LlamaEngine:
-        """Return the same on a server of its own: plain decoding is a length of 0."""
+        """Return an engine with the same settings on a server of its own, which decodes plainly by ``cycle(0)``."""
         return self.separate()
 
     def cycle(self, k: int) -> Cycle:
         """Decode up to ``segment`` tokens, drafted ``k`` at a time and all verified; 0 decodes plainly.
 
         Raises:
-            ValueError: ``k`` is out of range; or the server died, hung or did not come back from a restart. It is gone
-                then, and the sentence closes with the last lines of its log.
+            ValueError: ``k`` is out of range; or the server ended, hung or did not restart. It is stopped then, and the
+                message ends with the last lines of its log.
         """
         self._check_alive()
         if not 0 <= k <= self.k_max:
@@ -178,8 +177,8 @@ class LlamaEngine(Text):
         return self.cycles[-1]
 
     def plain_seconds(self) -> float:
-        """Measure the seconds of a token of plain decoding after a short prompt: the median of a few runs, made once on
-        a server of their own, so that a text under way keeps its cache."""
+        """Measure the seconds of a token of plain decoding after a short prompt: the median of a few runs. They are
+        made once, on a server of their own, so that a text under way keeps its cache."""
         if not self._plain_seconds:
             with self._serve(0) as server:
                 answers = [
@@ -200,7 +199,7 @@ class LlamaEngine(Text):
         self.server.close()
 
     def _extend(self, count: int, part: str, **settings: Any) -> tuple[list[int], dict[str, Any]]:
-        """Have up to ``count`` tokens written, charged to ``part``; return those kept, and the server's timings."""
+        """Request up to ``count`` tokens, charged to ``part``; return those kept, and the server's timings."""
         answer = self.server.complete([*self.prompt, *self.tokens], count, self.timeout, **settings)
         timings = answer["timings"]
         self.clock.charge(part, (timings["prompt_ms"] + timings["predicted_ms"]) / 1000)
@@ -218,7 +217,7 @@ class LlamaEngine(Text):
         """Start a server that drafts ``k`` tokens at a time."""
         arguments = [*self.arguments, "--metrics", "--ubatch-size", str(MICRO_BATCH)]
         if "--cache-ram" in options(self.program):
-            arguments += ["--cache-ram", "0"]  # copies of earlier texts: gigabytes, and made outside the timings
+            arguments += ["--cache-ram", "0"]  # copying earlier texts takes gigabytes, and time outside the timings
         if k:
             arguments += chain_arguments(self.program, self.draft, k)
         return LlamaServer(self.model, arguments, self.threads, binary=str(self.program), server_args=self.server_args)
@@ -230,12 +229,12 @@ class LlamaEngine(Text):
         self.restart_seconds += time.perf_counter() - begin
 
     def _honours_lengths(self) -> bool:
-        """Return whether a request's own draft length has an effect, by drafting, since no build reports it.
+        """Return True if a request's own draft length has an effect. No build reports it, so this is found by drafting.
 
         Raises:
             ValueError: nothing is drafted. A server that cannot use a draft model decodes plainly, without a message.
         """
-        drafted = {}
+        drafted: dict[int, int] = {}
         for k in (0, 2):
             settings: dict[str, Any] = {"ignore_eos": True, "speculative.n_max": k}
             drafted[k] = self.server.complete(PROBE, 8, self.timeout, **settings)["timings"].get("draft_n", 0)
@@ -245,8 +244,8 @@ class LlamaEngine(Text):
 
 
 def drafter_for(target: str) -> str:
-    """Return the default drafter of a target: the one of models.yml, without lookup. A target that models.yml
-    does not have, such as a GGUF file, drafts for itself.
+    """Return the default drafter of a target: the one in models.yml, without prompt lookup. A target that is not in
+    models.yml, a GGUF file for example, drafts for itself.
 
     Raises:
         ValueError: models.yml has the target, and no drafter for it.
@@ -259,19 +258,22 @@ def drafter_for(target: str) -> str:
 def open_server(
     models: Models, k_max: int, segment: int, clock: WallClock | None, server_args: Sequence[str]
 ) -> LlamaEngine:
-    """Open a server that drafts up to ``k_max`` tokens, in cycles of ``segment`` tokens.
+    """Start a server that drafts up to ``k_max`` tokens at a time, and return its engine, with cycles of ``segment``
+    tokens.
 
     Raises:
-        ValueError: settings of models that a server does not follow, or as ``LlamaEngine``.
+        ValueError: settings that a server does not support, or those that ``LlamaEngine`` refuses.
     """
     if models.temperature:
         raise ValueError(f"temperature is {models.temperature}; a llama-server decodes greedily here, at temperature 0")
     for name, allowed in (("dtype", ("auto",)), ("top_p", (1.0,)), ("device", ("auto", "cpu"))):
         if (value := getattr(models, name)) not in allowed:
             raise ValueError(
-                f"{name} is {value!r}; a llama-server computes on the CPU, as its file is, and decodes greedily"
+                f"{name} is {value!r}; a llama-server computes its file's own weights on the CPU and decodes greedily"
             )
     drafter = DrafterName.parse(models.drafter)
     if drafter.lookup:
-        raise ValueError(f"drafter is {models.drafter!r}; a llama-server drafts by a model alone: {drafter.model!r}")
+        raise ValueError(
+            f"drafter is {models.drafter!r}; a llama-server does not support prompt lookup; give {drafter.model!r}"
+        )
     return LlamaEngine(models.target, drafter.model, k_max, segment, clock=clock, server_args=server_args)

@@ -1,8 +1,7 @@
-"""A draft model that lives on its target's embedding, as a GGUF file of its own: what llama-server needs to draft with
-it.
+"""Write a draft model that uses its target's embedding as a GGUF file of its own, with which llama-server can draft.
 
-llama.cpp has no shortlists: the file has the target's whole embedding, which serves as its output rows too, and its
-tokenizer.
+llama.cpp has no shortlists: the file holds the target's tokenizer and its whole embedding, which serves as output rows,
+too.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from spec_envs.decoding.weights.files import load_weights
 from spec_envs.decoding.weights.gguf_model import NAMES, interleaved
 from spec_envs.files import whole
 
-KEPT = ("token_embd.weight", "output.weight", "rope_freqs.weight")  # of the target's tensors
+KEPT = ("token_embd.weight", "output.weight", "rope_freqs.weight")  # tensors that are taken from the target
 
 
 def exported(folder: Path, target: Path) -> Path:
-    """Return the GGUF file of a draft model's folder for a target's GGUF file; written to the cache once per
-    content."""
+    """Return the GGUF file of a draft model's folder for a target's GGUF file. It is written to the cache at its first
+    use, under a name made of both files' hashes."""
     digest = f"{sha256(folder / 'model.safetensors')[:12]}-{sha256(target)[:12]}"
     path = CACHE / "gguf" / f"{folder.name}-{digest}.gguf"
     if not path.is_file():
         with alone(path):
-            if not path.is_file():  # another process may have been faster
+            if not path.is_file():  # another process may have written it meanwhile
                 with whole(path) as temporary:
                     write(folder, target, temporary)
     return path
 
 
 def write(folder: Path, target: Path, path: Path) -> None:
-    """Write the file: the target's metadata, tokenizer and embedding, the draft model's layers in 8 bits (Q8_0)."""
+    """Write the file: the target's metadata, tokenizer and embedding, and the draft model's layers in 8 bits (Q8_0)."""
     shape, weights, reader = Shape.from_config(load_config(folder)), load_weights(folder), GGUFReader(target)
     architecture = reader.fields["general.architecture"].contents()
     if architecture != "llama":

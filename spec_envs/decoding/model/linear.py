@@ -80,7 +80,7 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     """Return whether ``device`` multiplies bfloat16 matrices in hardware."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):  # oneDNN emulates it on other processors
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

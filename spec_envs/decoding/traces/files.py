@@ -56,12 +56,12 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
         kind: ``"tree"`` or ``"chain"``.
         target, drafter, dtype, template, date, prompts, max_new_tokens: keyword arguments that it was recorded with;
             the date is None if none was set.
-        fingerprints: of both models' weights.
-        width, max_depth: of the trees; a chain of ``max_depth + 1`` tokens has width 1.
-        vocab, context, eos: of the target.
+        fingerprints: hashes of both models' weights.
+        width, max_depth: size of the trees; a chain of ``max_depth + 1`` tokens has width 1.
+        vocab, context, eos: size of the target's vocabulary, its context, and the ids that end a text.
         costs: seconds of forwards by rows on the machine that recorded it (``CostTable``).
         made_with: versions, processor and revision.
-        texts: in the order of the arrays' rows.
+        texts: the texts, in the order of the arrays' rows.
         arrays: SHA-256 of every column's file.
     """
 
@@ -90,8 +90,8 @@ class RecordedTexts:
     """The texts of a trace, with what was recorded at each of their tokens.
 
     Attributes:
-        folder, manifest: where they lie, and what they are valid for.
-        texts: those of the manifest.
+        folder, manifest: place of the trace, and the conditions that it is valid for.
+        texts: the texts of the manifest.
         columns: arrays by name, a row per emitted token, mapped from disk (``trace.py`` lists them).
         starts: ``[texts + 1]``, the row at which each text begins.
         by_prompt: index of a text by the ids of its prompt.
@@ -124,10 +124,10 @@ def read_folder(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
                 raise ValueError(f"{file.name} is not the file that was recorded")
             columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
             if len(columns[name]) != rows or columns[name].dtype != dtype:
-                raise ValueError(f"{file.name} has another shape or type than the manifest says")
+                raise ValueError(f"{file.name} does not have the shape and type that the manifest states")
         check_columns(manifest, columns)
     except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"the trace in {folder} is damaged ({error}); delete it and record it anew") from None
+        raise ValueError(f"the trace in {folder} is damaged ({error}); delete it and record it again") from None
     return manifest, columns
 
 
@@ -135,7 +135,7 @@ def check_manifest(manifest: Manifest) -> None:
     """Refuse a manifest with numbers that no recording has.
 
     Raises:
-        ValueError: it has some; the message names which.
+        ValueError: the message names the first of them.
     """
     if manifest.width < 1 or manifest.max_depth < 0 or manifest.vocab < 1 or manifest.context < 1:
         raise ValueError("its width, max_depth, vocab and context are not all positive")
@@ -156,7 +156,7 @@ def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
     """Refuse columns that do not hold trees, or chains, of the manifest's size.
 
     Raises:
-        ValueError: one is not; the message names which.
+        ValueError: the message names the first of them.
     """
     width, levels = manifest.width, manifest.max_depth + 1
     nodes = level_slice(levels - 1, width).stop if manifest.kind == "tree" else levels
@@ -178,7 +178,7 @@ def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
 
 
 def joined(parts: Sequence[dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
-    """Return the columns of a trace, those of its texts in a row."""
+    """Return the columns of a trace, given the columns of each of its texts."""
     return {
         name: np.concatenate([part[name] for part in parts]).astype(dtype, copy=False)
         for name, dtype in COLUMNS[kind].items()

@@ -17,7 +17,7 @@ class Grown(NamedTuple):
 
 
 def grown(log_probs: np.ndarray, width: int) -> Grown:
-    """The trees that children of these log-probabilities ``[rows, C]`` make, as ``Tree`` grows them."""
+    """Return the full trees of nodes with these log-probabilities ``[rows, C]``, as ``Tree`` grows them."""
     rows, nodes = log_probs.shape
     levels = 1 + (nodes - width) // (width * width)
     scores, parents = np.empty((rows, nodes), np.float32), np.full((rows, nodes), -1, np.int16)
@@ -37,7 +37,7 @@ def grown(log_probs: np.ndarray, width: int) -> Grown:
 
 
 def level_slice(level: int, width: int) -> slice:
-    """Ids of the nodes of a level of a full tree."""
+    """Return the ids of the nodes of a level of a full tree."""
     start = width + width * width * (level - 1) if level else 0
     return slice(start, width + width * width * level)
 
@@ -46,11 +46,12 @@ def on_path(tree: Grown, drafted: np.ndarray, text: np.ndarray, width: int) -> t
     """Return which nodes of full trees lie on the path of the text, and their place among the candidates.
 
     Args:
-        tree, drafted: the trees of a whole text, ``[n, …]``; the one in row i is drafted after token i.
-        text: its tokens ``[n]``.
+        tree, drafted: the trees of a whole text and the tokens of their nodes, ``[n, C]``; row i is drafted after token
+            i.
+        text: tokens of the text, ``[n]``.
 
     Returns:
-        ``path`` ``[n, L]`` and ``ranks`` ``[n, L, L]``; see the module.
+        ``path`` ``[n, L]`` and ``ranks`` ``[n, L, L]``, as in the columns of a trace (``trace.py``).
     """
     n, levels = tree.frontiers.shape[:2]
     path = np.full((n, levels), -1, np.int16)

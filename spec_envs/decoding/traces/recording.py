@@ -11,9 +11,9 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.prompts.sets import FURTHER
 
-MAX_NEW_TOKENS = 128  # of a text where nothing else is asked for
-EVERY = "all"  # splits, or prompt sets
-DEFAULTS: dict[str, Any] = {  # keyword arguments about models and prompts, with the values that ask for nothing
+MAX_NEW_TOKENS = 128  # default length of a text
+EVERY = "all"  # name of all splits, or of all prompt sets
+DEFAULTS: dict[str, Any] = {  # keyword arguments about models and prompts, with their defaults
     "target": DEFAULT_TARGET,
     "drafter": "auto",
     "device": "auto",
@@ -54,9 +54,9 @@ class Recording(ABC):
     """Decoding that needs no models: an exact trace, a synthetic profile, or an expected-acceptance trace.
 
     Attributes:
-        name: of the recording, as error messages give it.
+        name: name of the recording for error messages.
         static_over_plain: speed of its best static setting in units of plain decoding; 1 where that was not measured.
-        max_new_tokens: most tokens of a text where nothing else is asked for.
+        max_new_tokens: most tokens of a text by default.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Recording(ABC):
 
     @abstractmethod
     def costs(self) -> CostTable:
-        """Return the cost table that prices its forwards where no other one is asked for."""
+        """Return the cost table that prices its forwards by default."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -92,18 +92,18 @@ class Recording(ABC):
         """Return a decoder that replays it under a control.
 
         Raises:
-            ValueError: the control does not fit (``check``).
+            ValueError: the recording does not fit the control (``check``).
         """
 
     def check_settings(self, given: Mapping[str, Any]) -> None:
-        """Refuse settings of models and prompts that the recording stands for: they would have no effect.
+        """Refuse settings of models and prompts that would have no effect, because the recording replaces both.
 
         Args:
-            given: keyword arguments of an environment or of ``load_decoder``. Defaults are allowed, and what the
-                recording was made with.
+            given: keyword arguments of an environment or of ``load_decoder``. Defaults are allowed, and the values that
+                the recording was made with.
 
         Raises:
-            ValueError: another value.
+            ValueError: any other value.
         """
         made = {"device": "cpu", "temperature": 0.0} | self.settings()
         for name, default in DEFAULTS.items():
@@ -113,7 +113,7 @@ class Recording(ABC):
             if name in made:
                 raise ValueError(f"the trace {self.name!r} was recorded with {name} {made[name]!r}, not {value!r}")
             raise ValueError(
-                f"{name} is {value!r}, which has no effect where the trace {self.name!r} is replayed; leave it out"
+                f"{name} is {value!r}, which has no effect while the trace {self.name!r} is replayed; leave it out"
             )
 
 
@@ -126,7 +126,7 @@ def chosen(recording: str, texts: Sequence[RecordedText], split: str, names: str
         names: prompt sets, or kinds of text of a profile, separated by commas; ``"all"`` is every one.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the recording has no such text.
     """
     tasks = tasks_named(names, {text.task for text in texts}, recording)
     splits = (split, EVERY)
@@ -137,11 +137,11 @@ def chosen(recording: str, texts: Sequence[RecordedText], split: str, names: str
 
 
 def tasks_named(names: str, tasks: Collection[str], recording: str) -> set[str]:
-    """Return the tasks of a recording that ``names``, separated by commas, selects. ``"all"`` is every one; a shipped
-    prompt set that the recording lacks may stand beside it.
+    """Return the tasks of a recording that ``names``, separated by commas, selects. ``"all"`` is every one; shipped
+    prompt sets may be named beside it even if the recording does not have them.
 
     Raises:
-        ValueError: a name is none of them.
+        ValueError: the recording does not have a task of that name.
     """
     asked = {name.strip() for name in names.split(",")}
     known = {EVERY, *tasks, *(FURTHER if EVERY in asked else ())}

@@ -1,4 +1,4 @@
-"""Both sides of a decoder, replayed from a trace: exactly what the models did, without them."""
+"""Replay a trace: a drafter and a verifier that do exactly what the recorded models did."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spec_envs.text import SILENT, Detokenizer
 
 
 def replayed(trace: RecordedTexts, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
-    """Return a decoder that replays a trace. Its texts are those of the trace; other prompts raise ValueError."""
+    """Return a decoder that replays a trace. It decodes the trace's own prompts; others raise ValueError."""
     drafter: Drafter = (TreeReplay if trace.manifest.kind == "tree" else ChainReplay)(trace)
     return Decoder(ReplayVerifier(trace), drafter, clock, trace.manifest.eos, max_depth, detokenize)
 
@@ -35,10 +35,10 @@ class Place:
         self.row, self.end = 0, 0
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """Go to the first token of a text.
+        """Go to the first token of the text of a prompt.
 
         Raises:
-            ValueError: the trace does not have it.
+            ValueError: the trace has no text of this prompt.
         """
         text = self.trace.by_prompt.get(tuple(prompt))
         if text is None:
@@ -75,8 +75,8 @@ class ReplayVerifier:
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        """Walk along the text as far as it was drafted. The token after the end of the text is arbitrary, since it is
-        cut off."""
+        """Follow the text through the tree as far as it was drafted. The token after the end of the text is arbitrary,
+        since it is cut off."""
         path, parent = [], ROOT
         ahead = self.text[self.place.row + 1 : self.place.end]
         for token in ahead[: len(tokens)]:
@@ -91,16 +91,16 @@ class ReplayVerifier:
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
         """Return the next tokens of the text."""
-        tokens = self.text[self.place.row + 1 : min(self.place.end, self.place.row + 1 + count)].tolist()
+        tokens: list[int] = self.text[self.place.row + 1 : min(self.place.end, self.place.row + 1 + count)].tolist()
         self.place.row += len(tokens)
         return tokens
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Refuse tokens that the target did not choose, which lead to texts that were not recorded."""
-        raise ValueError("a trace has the target's own texts only; tokens that were never verified cannot be replayed")
+        """Refuse tokens that the target did not choose: the text that follows them was not recorded."""
+        raise ValueError("a trace has the target's own texts only; tokens that were not verified cannot be replayed")
 
     def close(self) -> None:
-        """Release nothing: a replay holds nothing open."""
+        """Do nothing: there are no external resources to release."""
 
     def plain(self, eos: Collection[int] = ()) -> ReplayVerifier:
         """Return another verifier of the same texts."""
@@ -108,7 +108,7 @@ class ReplayVerifier:
 
 
 class Replay:
-    """The drafter's side, as far as it is the same for trees and chains."""
+    """The drafter's side: what trees and chains have in common."""
 
     capture: tuple[int, ...] = ()
 
@@ -124,7 +124,7 @@ class Replay:
         self.unread = 1  # committed tokens that no forward has read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Move on by the tokens that joined the text."""
+        """Move forward by the tokens that joined the text."""
         self.place.row += len(tokens)
         self.unread += len(tokens)
 
@@ -133,37 +133,37 @@ class TreeReplay(Replay):
     """Drafts the trees that were recorded."""
 
     def root(self, tree: Tree) -> int:
-        """Draft the first level; return the rows of the forward that did."""
+        """Draft the first level; return the rows of the recorded forward."""
         tree.start(self._children(0, 1))
         rows, self.unread = self.unread, 0
         return rows
 
     def expand(self, tree: Tree) -> int:
-        """Draft the next level; return the rows of the forward that did."""
+        """Draft the next level; return the rows of the recorded forward."""
         tree.grow(self._children(len(tree.level_starts), self.width))
         return self.width
 
     def _children(self, level: int, parents: int) -> Children:
         here, row = level_slice(level, self.width), self.place.row
-        behind = slice(1 + self.width * (level - 1), 1 + self.width * level) if level else slice(0, 1)
+        expanded = slice(1 + self.width * (level - 1), 1 + self.width * level) if level else slice(0, 1)
         tokens = self.columns["drafted"][row, here].reshape(parents, -1).astype(np.int64)
         log_probs = self.columns["log_probs"][row, here].reshape(parents, -1)
-        return Children(tokens, log_probs, self.columns["entropies"][row, behind])
+        return Children(tokens, log_probs, self.columns["entropies"][row, expanded])
 
 
 class ChainReplay(Replay, ChainDrafter):
-    """Drafts the chains that were recorded. Forwards have the rows that they had: a copied token takes none, and the
-    next forward reads it."""
+    """Drafts the chains that were recorded, by forwards of as many rows: a copied token takes no forward, and the next
+    forward reads it."""
 
     temperature = 0.0
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Go to the text of this prompt and first token; nothing of a chain is read."""
+        """Go to the text of this prompt and first token."""
         super().start(text, positions, features, rng)
         self.read = 0  # tokens of the chain that a forward has read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Move on by the tokens that joined the text; those that were read as part of the chain need not be read
+        """Move forward by the tokens that joined the text; those that were read as part of the chain are not read
         again."""
         right = int(self.columns["right"][self.place.row])
         unread = int(catch_up.left_unread(self.unread, self.read, len(tokens), right))
@@ -171,16 +171,16 @@ class ChainReplay(Replay, ChainDrafter):
         self.unread, self.read = unread, 0
 
     def root(self, tree: Tree) -> int:
-        """Draft the first token, where there is one; return the rows of the forward that did."""
+        """Draft the first token, if one was recorded; return the rows of the recorded forward."""
         tree.clear()
         return super().root(tree) if self._length else 0
 
     def continues(self, tree: Tree) -> bool:
-        """Return whether more was drafted after a chain."""
+        """Return True if more was drafted after a chain."""
         return 0 < tree.size < self._length
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
-        """Return the token that was drafted after a chain, and the rows of the forward that did; 0 for a copy."""
+        """Return the token that was drafted after a chain, and the rows of the recorded forward; 0 for a copy."""
         row, at = self.place.row, len(chain)
         token, log_prob = self.columns["drafted"][row, at], self.columns["log_probs"][row, at]
         children = Children(

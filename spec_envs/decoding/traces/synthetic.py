@@ -1,9 +1,9 @@
-"""Synthetic decoding: whether a drafted token is right is drawn, not computed.
+"""Synthetic decoding: drafted tokens are right or wrong at random, and no model is computed.
 
 A profile states, per kind of text, how probable it is that the i-th token of a chain is accepted when those before it
-were. The ordinary decoder drives a drafter and a verifier that draw from it in microseconds; with a cost table that is
-a whole environment for fast training and for tests. A profile describes no model: it is made up, or fitted to published
-counts, and states which.
+were. The ordinary decoder drives a drafter and a verifier that draw from the profile in microseconds; together with a
+cost table they make an environment for fast training and for tests. A profile is not a measured model: it is made up,
+or fitted to published counts, and its file states which.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spec_envs.text import Detokenizer
 
 PROFILES = DATA / "profiles"
 CONTEXT = 32768
-EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, one the target never emits, and from 2 on the one it does, per kind
+EOS, WRONG, FIRST = 0, 1, 2  # ids: the end, one that the target never emits, and the first of those it does, by kind
 
 
 class KindData(Checked):
@@ -60,7 +60,7 @@ class Kind:
     Attributes:
         weight: number of its prompts.
         snippet: text that looks like it.
-        acceptance: chance that the token at each place of a chain is accepted; the last one holds for all further
+        acceptance: probability that the token at each place of a chain is accepted; the last one holds for all further
             places.
     """
 
@@ -70,12 +70,12 @@ class Kind:
     acceptance: np.ndarray
 
     def survival(self, k: int) -> np.ndarray:
-        """Return ``[k]`` chances that the first 1…k tokens of a chain are all accepted."""
+        """Return the probabilities ``[k]`` that the first 1, 2, …, k tokens of a chain are all accepted."""
         return np.cumprod(self.acceptance[np.minimum(np.arange(k), len(self.acceptance) - 1)])
 
 
 class Snippet(NamedTuple):
-    """A text of a profile: its kind, and the ids of its prompt. It is in every split."""
+    """A text of a profile: its kind and the ids of its prompt. It is in every split."""
 
     task: str
     prompt: list[int]
@@ -89,8 +89,9 @@ class Profile(Recording):
     Attributes:
         clock: name of the cost table that belongs to it.
         static_over_plain: speed of the best fixed length under that table, in units of plain decoding.
-        concentration: how alike a kind's tokens are: the chance of one is drawn from a beta distribution with the mean
-            that its place has and this sum of parameters, and is what the drafter reports.
+        concentration: how alike a kind's tokens are. The acceptance probability of a token is drawn from a beta
+            distribution with the mean of its place and this sum of parameters; the drafter reports it.
+        prompt_tokens: length of every prompt.
     """
 
     name: str
@@ -105,7 +106,7 @@ class Profile(Recording):
         """Return a shipped profile by name, or one in a JSON file by path.
 
         Raises:
-            ValueError: no such profile, or one that is malformed.
+            ValueError: the profile is not found, or malformed.
         """
         path = find_json(source, PROFILES, "trace folder and no synthetic profile")
         data = read_checked(ProfileData, path, "a synthetic profile", f"see those in {PROFILES}")
@@ -121,7 +122,7 @@ class Profile(Recording):
         return {}
 
     def prompts(self, split: str = EVERY, names: str = EVERY) -> list[tuple[str, list[int]]]:
-        """Return kind and ids of the prompts, in proportion to the weights of the kinds; splits have all of them."""
+        """Return kind and ids of the prompts, in proportion to the weights of the kinds; all are in every split."""
         texts = [
             Snippet(kind.name, [FIRST + i] * self.prompt_tokens)
             for i, kind in enumerate(self.kinds)
@@ -130,14 +131,15 @@ class Profile(Recording):
         return [texts[i][:2] for i in chosen(self.name, texts, split, names)]
 
     def check(self, problem: Problem, max_new_tokens: int | None = None) -> None:
-        """Refuse a control of trees.
+        """Refuse a control of anything but chains.
 
         Raises:
-            ValueError: it is one.
+            ValueError: such a control.
         """
         if problem.trace_kind != "chain":
             raise ValueError(
-                f"{self.name!r} plays chains under greedy decoding only, not trees, which {problem.name} decides about"
+                f"the profile {self.name!r} has chains under greedy decoding only, which do not replay {problem.name}; "
+                "expected SpecK-v0"
             )
 
     def decoder(self, problem: Problem, clock: WallClock) -> Decoder:
@@ -153,7 +155,8 @@ class Profile(Recording):
 
 
 class SyntheticDrafter(ChainDrafter):
-    """Drafts the token that the target emits with the chance that the profile gives, and reports that chance."""
+    """Drafts the token that the target emits with a probability drawn from the profile, and reports that
+    probability."""
 
     context = CONTEXT
 

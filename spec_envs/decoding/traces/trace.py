@@ -1,10 +1,10 @@
-"""Traces: what a drafter drafts at every position of the target's own texts, recorded once.
+"""Traces: the drafts of a drafter at every position of the target's own texts, recorded once.
 
 Under greedy decoding neither the text nor the drafter's state depends on what was drafted before. So the whole tree (or
 chain) drafted at each position answers every depth, budget and length exactly, without a model (``replay.py``).
 
-A trace is a folder: ``manifest.json``, stating what it is valid for, and one memory-mapped array per column, with a
-row per emitted token: row i of a text is the state in which its tokens 0…i are emitted.
+A trace is a folder: ``manifest.json``, which states the conditions it is valid for, and one memory-mapped array per
+column, with a row per emitted token. Row i of a text is the state in which its tokens 0…i are emitted.
 
 | column | trees | chains |
 |---|---|---|
@@ -36,8 +36,8 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.files import at_home, is_file
 from spec_envs.text import Detokenizer
 
-TIE = {"float32": 1e-4, "int8": 1e-4}  # a gap of logits below which the target's choice is one of rounding;
-COARSE = 0.25  # in dtypes that round more than those
+TIE = {"float32": 1e-4, "int8": 1e-4}  # a gap of logits below which rounding decides the target's choice, by dtype
+COARSE = 0.25  # the same in dtypes with coarser rounding
 
 
 class Trace(RecordedTexts, Recording):
@@ -50,7 +50,7 @@ class Trace(RecordedTexts, Recording):
         self.max_new_tokens = min(MAX_NEW_TOKENS, manifest.max_new_tokens)
 
     def __reduce__(self) -> tuple[Callable[..., Trace], tuple[str]]:
-        """A copy is the same trace; a pickled one is read from its folder again."""
+        """Pickle a trace as the path of its folder; a copy is the same object."""
         return Trace.load, (str(self.folder),)
 
     @classmethod
@@ -58,13 +58,13 @@ class Trace(RecordedTexts, Recording):
         """Return the trace in a folder, read once per process.
 
         Raises:
-            ValueError: there is none, it is damaged, or it is of another version.
+            ValueError: the folder holds no trace, a damaged one, or one of another version.
         """
         return _loaded(at_home(source).resolve())
 
     @staticmethod
     def named(source: str) -> bool:
-        """Return whether a name leads to the folder of a trace."""
+        """Return True if a name is the folder of a trace."""
         return is_file(at_home(source) / MANIFEST)
 
     @property
@@ -77,7 +77,7 @@ class Trace(RecordedTexts, Recording):
         return int(self.starts[-1])
 
     def costs(self) -> CostTable:
-        """Return what forwards cost on the machine that recorded it."""
+        """Return the cost table of the machine that recorded it."""
         verify, draft = (
             {int(n): s for n, s in self.manifest.costs.get(part, {}).items()} for part in ("verify", "draft")
         )
@@ -87,7 +87,7 @@ class Trace(RecordedTexts, Recording):
         return {name: getattr(self.manifest, name) for name in ("target", "drafter", "dtype", "template", "date")}
 
     def ties(self) -> np.ndarray:
-        """Return ``[rows]`` booleans: at which rows rounding decides the target's next token."""
+        """Return True for the rows at which rounding decides the target's next token, ``[rows]``."""
         return self.columns["gaps"] < TIE.get(self.manifest.dtype, COARSE)
 
     def of_split(self, split: str, names: str = EVERY) -> list[int]:
@@ -105,22 +105,22 @@ class Trace(RecordedTexts, Recording):
         """Refuse trees, chains and texts other than those that were recorded.
 
         Raises:
-            ValueError: another kind or width, or more depth or tokens.
+            ValueError: another kind or width, more depth, or more tokens than were recorded.
         """
         made = self.manifest
         if made.kind != problem.trace_kind:
             raise ValueError(
-                f"the trace {self.name} is one of {made.kind}s, which {problem.name} does not decide about"
+                f"the trace {self.name} has {made.kind}s, which do not replay {problem.name}; give a trace of its own"
             )
         if problem.width != made.width:
             raise ValueError(f"the trace {self.name} was recorded with width {made.width}, not {problem.width}")
         if problem.max_depth > made.max_depth:
             raise ValueError(
-                f"the trace {self.name} is {made.max_depth} expansions deep; {problem.max_depth} are asked for"
+                f"the trace {self.name} is {made.max_depth} expansions deep, but max_depth is {problem.max_depth}"
             )
         if max_new_tokens is not None and max_new_tokens > made.max_new_tokens:
             raise ValueError(
-                f"max_new_tokens is {max_new_tokens}; the texts of {self.name} were recorded up to {made.max_new_tokens}"
+                f"max_new_tokens is {max_new_tokens}; the texts of {self.name} were recorded to {made.max_new_tokens}"
             )
 
     def decoder(self, problem: Problem, clock: WallClock) -> Decoder:

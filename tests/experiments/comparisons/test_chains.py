@@ -54,7 +54,8 @@ def test_unknown_stanza(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("stanza", "message"), [("ppo", "ppo is trained to decide every cycle"), ("ppo-token", "it has no segments")]
+    ("stanza", "message"),
+    [("ppo", "ppo is trained to decide every cycle"), ("ppo-token", "leave out adjustment_interval")],
 )
 def test_on_a_server_only_segments_are_decided(tmp_path: Path, stanza: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -146,7 +146,7 @@ def test_domains_take_turns(pair: dict[str, Any]) -> None:
         ({"k_max": 1}, "k_max is 1; expected 2 to 4096"),
         ({"decision": "word"}, "decision is 'word'; expected one of cycle, token"),
         ({"engine": "vllm"}, "engine is 'vllm'; expected one of torch, llama-server"),
-        ({"decision": "token", "adjustment_interval": 64}, "it has no segments and no server"),
+        ({"decision": "token", "adjustment_interval": 64}, "leave out adjustment_interval and llama-server"),
         ({"adjustment_interval": -1}, "adjustment_interval is -1; expected tokens"),
         ({"switch_every": -1}, "switch_every is -1; expected texts"),
     ],

@@ -174,5 +174,5 @@ def test_refusals(keywords: dict, error: type[Exception], message: str, tiny: di
 
 
 def test_a_tree_policy_has_no_partner() -> None:
-    with pytest.raises(ValueError, match="a tree policy wants a None policy"):
+    with pytest.raises(ValueError, match="but a tree policy takes no partner"):
         TreeControl().compose(TreeControl(), AGENTS["random"](control=TreeControl()))

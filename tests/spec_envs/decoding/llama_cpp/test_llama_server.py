@@ -131,7 +131,7 @@ def test_a_model_that_cannot_be_loaded_ends_with_the_log(tmp_path: Path) -> None
     broken.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ValueError, match=r"ended with status .* while it started; the last lines of its log: .*load"):
         LlamaServer(broken)
-    with pytest.raises(ValueError, match="'/nowhere/llama-server' is no program"):
+    with pytest.raises(ValueError, match="'/nowhere/llama-server' is not a program"):
         LlamaServer(broken, binary="/nowhere/llama-server")
 
 
@@ -165,7 +165,7 @@ def test_arms_count_the_servers_own_tokens(caplog: pytest.LogCaptureFixture) -> 
     assert samples["llama.cpp"].cycles == samples["llama.cpp"].tokens
     caplog.set_level(logging.INFO)
     assert llamacpp_arms("some/hub-id", 2, None) == {}
-    assert "llama.cpp is left out: 'some/hub-id' is no GGUF file" in caplog.text
+    assert "llama.cpp is left out: 'some/hub-id' is not a GGUF file" in caplog.text
     assert set(llamacpp_arms(REAL, 2, ("some/hub-id", 4))) == {"llama.cpp"}
 
 

@@ -25,7 +25,7 @@ def copied(request: pytest.FixtureRequest, traces: dict[str, Trace], tmp_path: P
 
 def refused(folder: Path) -> str:
     with pytest.raises(
-        ValueError, match=r"the trace in .*trace is damaged \(.*\); delete it and record it anew"
+        ValueError, match=r"the trace in .*trace is damaged \(.*\); delete it and record it again"
     ) as error:
         Trace.load(folder)
     assert "\n" not in str(error.value)

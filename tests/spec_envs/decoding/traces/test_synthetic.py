@@ -111,7 +111,7 @@ def test_mistakes_are_named(keywords: dict[str, Any], message: str) -> None:
 
 
 def test_trees_are_not_played() -> None:
-    with pytest.raises(ValueError, match="plays chains under greedy decoding only, not trees"):
+    with pytest.raises(ValueError, match="has chains under greedy decoding only, which do not replay"):
         gym.make("SpecDepth-v0", trace=NAME)
 
 
