@@ -4,15 +4,15 @@ description."""
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
 from spec_envs.agents.run import Run
+from spec_envs.agents.settings import AgentSettings
 from spec_envs.controls.base import Control
 
 
@@ -30,8 +30,14 @@ Source = Literal["nothing", "rewards", "cycles", "trace"]
 class Agent(ABC):
     """An agent that decides about one observation at a time.
 
+    Args:
+        control: the problem that the agent is made for.
+        hyperparameters: fields of the agent's own ``Settings``, by name.
+
     Attributes:
-        control: the problem that the agent was made for.
+        Settings: the agent's hyper-parameters with their types, ranges, defaults and meanings; a subclass declares its
+            own, derived from those of its base class.
+        settings: those that this agent was made with.
         decision_seconds: seconds of a decision, charged while it decodes; measured when the agent is made, then kept
             with its weights.
         looks_at: names of the observation's entries that it reads; None reads all. While it decodes, others are not
@@ -43,10 +49,15 @@ class Agent(ABC):
         charges_training: the seconds of its decisions are charged while it learns.
         validated_by: what a validation measures while the agent learns: its ``"speedup"`` over plain decoding, the
             ``"acceptance"`` of the early exit that it improves, or ``""`` for no validation.
-        reserved: keyword arguments of later ``constructors`` that the agent sets itself.
         starts_from: what it can start training from: ``"init"``, weights of another run, or a ``"checkpoint"``.
+
+    Raises:
+        ValueError: a hyper-parameter that the agent does not have or a value that it does not take, or a control that
+            it cannot decide for.
     """
 
+    Settings: ClassVar[type[AgentSettings]] = AgentSettings
+    settings: AgentSettings
     control: Control
     decision_seconds: float = 0.0
     looks_at: Sequence[str] | None = None
@@ -55,23 +66,11 @@ class Agent(ABC):
     needs_costs: ClassVar[bool] = False
     charges_training: ClassVar[bool] = True
     validated_by: ClassVar[Literal["", "speedup", "acceptance"]] = ""
-    reserved: ClassVar[frozenset[str]] = frozenset()
     starts_from: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, control: Control, **hyperparameters: Any):
         self.control = control
-
-    @classmethod
-    def constructors(cls) -> list[Callable[..., Any]]:
-        """Return the functions whose keyword arguments are the agent's hyper-parameters: its constructor, and those
-        that this one passes further arguments to."""
-        found = []
-        for kind in cls.__mro__:
-            if "__init__" in vars(kind):
-                found.append(vars(kind)["__init__"])
-                if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(found[-1]).parameters.values()):
-                    break
-        return found
+        self.settings = self.Settings.read(hyperparameters, type(self).__name__)
 
     @abstractmethod
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:

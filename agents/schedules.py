@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
-SCHEDULES = ("constant", "linear", "adawm")
+ScheduleName = Literal["constant", "linear", "adawm"]
 
 
 def schedule(
-    name: str, peak: float, total_timesteps: int, warmup_timesteps: int | None = None
+    name: ScheduleName, peak: float, total_timesteps: int, warmup_timesteps: int | None = None
 ) -> Callable[[float], float]:
     """Return a learning-rate schedule.
 
     ``adawm`` (arXiv 2603.01639): with T total and w warm-up steps (1 % of T by default), peak · t / w while t < w,
     then peak · (1 − (t − w) / (T − w)), never below 0.
+
+    Raises:
+        ValueError: the warm-up takes all steps.
     """
-    if not isinstance(peak, (int, float)):
-        raise ValueError(f"learning_rate is {peak!r}; expected a number")
-    if name not in SCHEDULES:
-        raise ValueError(f"lr_schedule is {name!r}; expected one of {', '.join(SCHEDULES)}")
     if name == "constant":
         return lambda remaining: peak
     if name == "linear":

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
 from spec_envs.controls import CONTROLS
-from spec_envs.experiments.hyperparameters import check_name, check_value
+from spec_envs.experiments.hyperparameters import check_hyperparameters
 from spec_envs.experiments.stanzas import ExperimentFile, nearest
 from spec_envs.settings import Keywords, Settings, check_keywords, keyword_types
 from spec_envs.yaml_text import parse_yaml
@@ -144,13 +144,8 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
     for stage in experiment.stages:
         check_stage(stage, experiment.env, place(("stages",)))
     for key, value in experiment.hyperparameters.items():
-        where = place(("hyperparameters", key))
-        try:
-            check_name(experiment.agent, key, nearest)
-            refuse_unfit_numbers(key, value, where)
-            check_value(experiment.agent, key, value)
-        except ValueError as error:
-            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        refuse_unfit_numbers(key, value, place(("hyperparameters", key)))
+    check_hyperparameters(experiment.agent, experiment.hyperparameters, place)
 
 
 def check_record(texts: Sequence[int], env_id: str, place: str) -> None:

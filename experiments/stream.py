@@ -41,7 +41,7 @@ def policy_of(run: Path | None) -> tuple[Policy, Keywords]:
     """
     if not run:
         control = DepthControl()
-        return Policy(control, FixedAgent(control, 2)), {}
+        return Policy(control, FixedAgent(control, value=2)), {}
     policy, config = Policy(*agents.load(run)), agents.read_config(run)
     env = {**config["env"], **config.get("eval_env", {})}
     if env.get("trace"):

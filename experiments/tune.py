@@ -9,7 +9,6 @@ and history.png.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -68,7 +67,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
         if not finished(study):
             train(agent, experiment.env, env_id, table, experiment.total_timesteps, folder)
             if not study.get_trials(states=(TrialState.WAITING,)):
-                study.enqueue_trial(published(agent, experiment.hyperparameters))
+                study.enqueue_trial(published(agent))
         decoder = decoder_for({**experiment.env, "clock": str(table)}, control)
 
         def speed(trial: optuna.Trial) -> float:
@@ -177,12 +176,10 @@ def train(agent: Agent, env: dict[str, Any], env_id: str, table: Path, total_tim
     spec_env.close()
 
 
-def published(agent: Agent, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that the study tries first: those of the stanza and the agent's defaults, as far as they are
-    tuned."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(type(agent)).parameters.items()}
+def published(agent: Agent) -> dict[str, Any]:
+    """Return the settings that the study tries first: the agent's own, as far as they are tuned."""
     tuned = agent.space(optuna.create_study().ask())
-    return {name: value for name, value in (defaults | hyperparameters).items() if name in tuned}
+    return {name: value for name, value in agent.settings.model_dump().items() if name in tuned}
 
 
 def arguments() -> argparse.Namespace:

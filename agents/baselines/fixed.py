@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.rules.base import Rule
+from spec_envs.agents.settings import AgentSettings
 from spec_envs.controls.base import Control, Setting
 
 NAMED = 24  # settings of which an error names every one
@@ -15,18 +17,23 @@ NAMED = 24  # settings of which an error names every one
 class FixedAgent(Rule):
     """Follows one static setting of a problem in every cycle.
 
-    Args:
-        control: the problem.
-        value: one of ``control.settings()``: a depth (``SpecDepth-v0``), a number of nodes (``SpecBudget-v0``), both
-            (``"2x7"`` in ``SpecTree-v0``; YAML wants quotes around ``"0x7"``, which is a number to it), a chain length
-            (``SpecK-v0``) or what is sent over a link (``"4x300"``, ``"cloud 64"`` in ``SpecTopK-v0``).
-
     Raises:
         ValueError: a value that the control does not offer, or an observation from which none can be followed.
     """
 
-    def __init__(self, control: Control, value: Setting, seed: int = 0):
-        offered = control.settings()
+    class Settings(AgentSettings):
+        value: Setting = Field(
+            description='one of `control.settings()`: a depth (SpecDepth-v0), a number of nodes (SpecBudget-v0), both ("2x7" '
+            'in SpecTree-v0; YAML wants quotes around "0x7", which is a number to it), a chain length (SpecK-v0) or what is '
+            'sent over a link ("4x300", "cloud 64" in SpecTopK-v0)'
+        )
+
+    settings: Settings
+
+    def __init__(self, control: Control, **hyperparameters: Any):
+        self.looks_at = (control.progress,) if control.progress else ()
+        super().__init__(control, **hyperparameters)
+        value, offered = self.settings.value, control.settings()
         if not offered:
             raise ValueError(f"{control.name} has no static settings that fixed could follow; take another agent")
         if value not in offered:
@@ -34,9 +41,6 @@ class FixedAgent(Rule):
             if len(named) > NAMED:
                 named[NAMED // 2 : -1] = ["…"]
             raise ValueError(f"value is {value}; expected one of {', '.join(named)}")
-        self.value = value
-        self.looks_at = (control.progress,) if control.progress else ()
-        super().__init__(control)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        return self.control.follow(self.value, observation), state
+        return self.control.follow(self.settings.value, observation), state

@@ -15,10 +15,10 @@ class RandomAgent(Rule):
 
     looks_at = ()
 
-    def __init__(self, control: Control, seed: int = 0):
-        super().__init__(control)
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
         self.actions = control.action_space
-        self.actions.seed(seed)
+        self.actions.seed(self.settings.seed)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         return self.actions.sample(), state

@@ -24,7 +24,6 @@ class ExitAgent(Agent):
 
     Args:
         control: of ``SpecDVI-v0``.
-        seed: of draws.
 
     Attributes:
         exit: the settings of the problem's exit.
@@ -37,14 +36,14 @@ class ExitAgent(Agent):
 
     remembers = ("block",)
 
-    def __init__(self, control: Control, seed: int = 0):
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
         if control.exit is None:
             raise ValueError(
                 f"{type(self).__name__} improves an early exit: {control.name} drafts with another model; take SpecDVI-v0"
             )
         self.exit = control.exit
-        self.control, self.seed, self.rng = control, seed, np.random.default_rng(seed)
-        self.decision_seconds = 0.0
+        self.rng = np.random.default_rng(self.settings.seed)
         self.block: list[float] | None = None
         self._adapter: ExitAdapter | None = None
         self._played: Projection | None = None

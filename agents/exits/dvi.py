@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from spec_envs.agents.exits.losses import distillation, expected_acceptance, masked_cross_entropy
 from spec_envs.agents.exits.online import OnlineAgent, adamw
 from spec_envs.agents.exits.replay import Segment, joined
-from spec_envs.controls.base import Control
+from spec_envs.agents.settings import Amount, Count, Natural
 
 
 class DVIAgent(OnlineAgent):
@@ -21,32 +21,19 @@ class DVIAgent(OnlineAgent):
     chance that it accepts the next draft replaces the samples of the published policy gradient. With s updates made,
     the loss is (1 − t) · KL + t · (−acceptance + kl_floor · KL) + ce_weight · CE, where t goes from 0 at ``kl_steps``
     to 1 in ``anneal_steps`` more; KL is that of the verifier to the exit, and CE is on accepted drafts.
-
-    Args:
-        kl_steps, anneal_steps: updates of distillation alone, and of the change.
-        kl_floor, ce_weight: final weight of distillation, and weight of cross-entropy.
-        learning_rate: of AdamW.
-        online: arguments of ``OnlineAgent``.
     """
 
-    def __init__(
-        self,
-        control: Control,
-        kl_steps: int = 40,
-        anneal_steps: int = 80,
-        kl_floor: float = 0.05,
-        ce_weight: float = 0.1,
-        learning_rate: float = 1e-3,
-        **online: Any,
-    ):
-        super().__init__(control, **online)
-        if kl_steps < 0 or anneal_steps < 1:
-            raise ValueError(f"kl_steps and anneal_steps are {kl_steps} and {anneal_steps}; expected at least 0 and 1")
-        self.kl_steps, self.anneal_steps = kl_steps, anneal_steps
-        self.kl_floor, self.ce_weight, self.learning_rate = kl_floor, ce_weight, learning_rate
+    class Settings(OnlineAgent.Settings):
+        kl_steps: Natural = Field(40, description="updates of distillation alone")
+        anneal_steps: Count = Field(80, description="updates in which the weights change")
+        kl_floor: Amount = Field(0.05, description="final weight of distillation")
+        ce_weight: Amount = Field(0.1, description="weight of cross-entropy on accepted drafts")
+        learning_rate: Amount = Field(1e-3, description="of AdamW")
+
+    settings: Settings
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"fast": adamw(self.passes.weights(), self.learning_rate)}
+        return {"fast": adamw(self.passes.weights(), self.settings.learning_rate)}
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float]:
         """Make an update, and return the losses of acceptance and of distillation with cross-entropy."""
@@ -61,7 +48,7 @@ class DVIAgent(OnlineAgent):
                 verifier_logits = self.adapter.target.head(finals[rows]).float()
             accepted = expected_acceptance(logits, verifier_logits, *drawing)
             taken = masked_cross_entropy(logits, drafted[rows], rewards[rows])
-            supervised = teacher * distillation(logits, verifier_logits) + self.ce_weight * taken
+            supervised = teacher * distillation(logits, verifier_logits) + self.settings.ce_weight * taken
             for i, part in enumerate((-accepted, supervised)):
                 sums[i] += part.detach().sum().item() / len(finals)
             return supervised - policy * accepted
@@ -71,5 +58,5 @@ class DVIAgent(OnlineAgent):
 
     def weights(self) -> tuple[float, float]:
         """Return the weights of acceptance and of distillation at this update."""
-        t = min(1.0, max(0.0, (self.updates - self.kl_steps) / self.anneal_steps))
-        return t, (1 - t) + self.kl_floor * t
+        t = min(1.0, max(0.0, (self.updates - self.settings.kl_steps) / self.settings.anneal_steps))
+        return t, (1 - t) + self.settings.kl_floor * t

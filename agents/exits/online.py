@@ -6,11 +6,12 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import gymnasium as gym
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,7 +20,8 @@ from spec_envs.agents.exits.passes import ExitPass
 from spec_envs.agents.exits.replay import Replay, Segment, judged, merged, packed, unpacked
 from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import CHECKPOINT, Run
-from spec_envs.agents.schedules import schedule
+from spec_envs.agents.schedules import ScheduleName, schedule
+from spec_envs.agents.settings import AgentSettings, Count, Natural
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import on_exit
 from spec_envs.decoding.engine import Engine
@@ -29,7 +31,6 @@ from spec_envs.prompts.sets import Prompt, in_turn
 from spec_envs.sealed import first_line, read_torch, write_torch
 
 ROWS = 32  # of logits at a time
-ORDERS = ("shuffled", "logged")
 COUNTERS = ("steps", "updates", "texts_read", "tokens", "validated")  # of a checkpoint
 
 
@@ -38,16 +39,7 @@ class OnlineAgent(ExitAgent):
 
     Args:
         control: of ``SpecDVI-v0``.
-        seed: of draws, replay and the order of prompts.
-        fast_batch: verified rows between updates.
-        replay_size, replay_batch: rows that are remembered, and that join those of an update.
-        updates_per_batch: updates whenever there are ``fast_batch`` new rows.
-        texts: after which learning ends, if the steps have not ended it; None reads every prompt of the stream once.
-        order: prompts ``"shuffled"``, or as they were ``"logged"``; with the environment's ``switch_every`` the prompt
-            sets take turns.
-        lr_schedule: of the learning rates over the texts, or over the steps if these end first; see
-            :func:`spec_envs.agents.schedules.schedule`.
-        shortlist: most frequent tokens that a drafter proposes later (besides those of its text).
+        hyperparameters: fields of ``Settings``, by name.
 
     Attributes:
         steps, updates, texts_read, tokens: environment steps, updates, texts and emitted tokens so far.
@@ -56,38 +48,37 @@ class OnlineAgent(ExitAgent):
         ValueError: another problem, or a value out of its range.
     """
 
+    class Settings(AgentSettings):
+        fast_batch: Count = Field(64, description="verified rows between updates")
+        replay_size: Count = Field(8192, description="rows that are remembered")
+        replay_batch: Natural = Field(192, description="remembered rows that join those of an update")
+        updates_per_batch: Count = Field(1, description="updates whenever there are `fast_batch` new rows")
+        texts: Count | None = Field(
+            None,
+            description="texts after which learning ends, if the steps have not ended it; None reads every prompt of the "
+            "stream once",
+        )
+        order: Literal["shuffled", "logged"] = Field(
+            "shuffled",
+            description='prompts "shuffled", or as they were "logged"; with the environment\'s `switch_every` the prompt '
+            "sets take turns",
+        )
+        lr_schedule: ScheduleName = Field(
+            "constant", description="of the learning rates over the texts, or over the steps if these end first"
+        )
+        shortlist: Count = Field(
+            4096, description="most frequent tokens that a drafter proposes later, besides those of its text"
+        )
+
+    settings: Settings
     learns_from = "cycles"
     charges_training = False  # a decision is the drafter's own work
     validated_by = "acceptance"
     starts_from = ("init",)
 
-    def __init__(
-        self,
-        control: Control,
-        seed: int = 0,
-        fast_batch: int = 64,
-        replay_size: int = 8192,
-        replay_batch: int = 192,
-        updates_per_batch: int = 1,
-        texts: int | None = None,
-        order: str = "shuffled",
-        lr_schedule: str = "constant",
-        shortlist: int = 4096,
-    ):
-        super().__init__(control, seed)
-        numbers = {"fast_batch": fast_batch, "replay_size": replay_size, "updates_per_batch": updates_per_batch}
-        for name, value in {**numbers, "shortlist": shortlist, "texts": 1 if texts is None else texts}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more")
-        if replay_batch < 0:
-            raise ValueError(f"replay_batch is {replay_batch}; expected 0 or more rows")
-        if order not in ORDERS:
-            raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
-        self.fast_batch, self.replay_batch = fast_batch, replay_batch
-        self.updates_per_batch, self.texts, self.order, self.shortlist = updates_per_batch, texts, order, shortlist
-        self.lr_schedule = lr_schedule
-        schedule(lr_schedule, 1.0, 100)  # a name that there is
-        self.replay = Replay(replay_size)
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        self.replay = Replay(self.settings.replay_size)
         self.steps = self.updates = self.texts_read = self.tokens = self.validated = 0
         self.pending: list[Segment] = []
         self.done = 0.0  # share of the learning
@@ -109,7 +100,7 @@ class OnlineAgent(ExitAgent):
         self._check(own.drafter.adapter, "the decoder")
         trained, self._adapter = self._adapter, own.drafter.adapter
         if self._adapter.version == 0:  # nobody has taught it yet
-            self._adapter.initialise(self.seed)
+            self._adapter.initialise(self.settings.seed)
         if trained is not None and trained is not self._adapter:
             self._adapter.load_state_dict(trained.state_dict())
             self._adapter.touched()
@@ -131,7 +122,7 @@ class OnlineAgent(ExitAgent):
             self.rows = []
         self.rows.append(self._judged(self.decoder))
         self.block = []
-        enough = sum(map(len, self.rows)) + sum(map(len, self.pending)) >= self.fast_batch
+        enough = sum(map(len, self.rows)) + sum(map(len, self.pending)) >= self.settings.fast_batch
         if enough or done:
             self.pending.append(merged(self.rows))
             self.rows = []
@@ -152,11 +143,11 @@ class OnlineAgent(ExitAgent):
         self.bind(spec_env.decoder)
         if run.folder is not None and run.begun:
             self.load_checkpoint((run.folder / CHECKPOINT).parent)
-        shown = {"agent": type(self).__name__, "seed": self.seed}
+        shown = {"agent": type(self).__name__, "seed": self.settings.seed}
         self.journal = Journal(run.folder, self.updates, self.texts_read, shown)
         order = self._order(spec_env)
-        last = self.texts if self.texts is not None else len(order)
-        self.rates = schedule(self.lr_schedule, 1.0, max(2, last))
+        last = self.settings.texts if self.settings.texts is not None else len(order)
+        self.rates = schedule(self.settings.lr_schedule, 1.0, max(2, last))
         if run.eval_freq and self.texts_read == 0:
             self._validate(run)
         saved = self.steps
@@ -187,15 +178,17 @@ class OnlineAgent(ExitAgent):
     def _order(self, env: SpecEnv) -> list[Prompt]:
         """Return the prompts of one pass over the stream, in the agent's order."""
         prompts = list(env.prompts)
-        if self.order == "shuffled":
-            np.random.default_rng(self.seed).shuffle(prompts)
+        if self.settings.order == "shuffled":
+            np.random.default_rng(self.settings.seed).shuffle(prompts)
         return in_turn(prompts, env.settings.switch_every) if env.settings.switch_every else prompts
 
     def _text(self, env: gym.Env, prompt: Prompt) -> None:
         """Decode one text and learn from it."""
         self.texts_read += 1
         try:
-            observation, _ = env.reset(seed=self.seed * 1_000_003 + self.texts_read, options={"prompt": prompt})
+            observation, _ = env.reset(
+                seed=self.settings.seed * 1_000_003 + self.texts_read, options={"prompt": prompt}
+            )
         except EndedText:
             return
         done = False
@@ -223,8 +216,8 @@ class OnlineAgent(ExitAgent):
         """Learn from the rows that wait and from remembered ones."""
         since = self.since
         line: dict[str, Any] = {"texts": self.texts_read, "tokens": self.tokens}
-        for _ in range(self.updates_per_batch):
-            remembered = self.replay.sample(self.replay_batch, self.rng)
+        for _ in range(self.settings.updates_per_batch):
+            remembered = self.replay.sample(self.settings.replay_batch, self.rng)
             line["loss_rl"], line["loss_slow"] = self.fast_update([*remembered, *self.pending])
             self.updates += 1
         line["accept_rate"] = since["accepted"] / since["scored"] if since["scored"] else None
@@ -284,7 +277,7 @@ class OnlineAgent(ExitAgent):
 
     def _finish(self) -> None:
         """End learning: from now on the agent drafts from a shortlist."""
-        frequent = self.counts.argsort(descending=True, stable=True)[: self.shortlist]
+        frequent = self.counts.argsort(descending=True, stable=True)[: self.settings.shortlist]
         frequent = frequent[self.counts[frequent] > 0]
         if len(frequent):
             self.adapter.shortlist = frequent.sort().values.numpy()

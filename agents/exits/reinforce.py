@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
+from pydantic import Field
 from torch import Tensor
 
 from spec_envs.agents.exits.losses import distillation, reinforce
 from spec_envs.agents.exits.online import OnlineAgent, adamw
 from spec_envs.agents.exits.replay import UNDRAFTED, Segment, joined
+from spec_envs.agents.settings import Amount, Count
 from spec_envs.controls.base import Control
 
 
@@ -24,56 +27,42 @@ class ReinforceAgent(OnlineAgent):
     ``adapter="layers"``. Every ``slow_every`` such updates, with that adapter: CE(verifier, text) +
     ``beta_kl`` · KL(verifier ‖ frozen verifier) for ``lora_D``.
 
-    Args:
-        slow_every: fast updates between slow ones.
-        beta_kl: weight of the divergence from the frozen verifier.
-        baseline_momentum: of the baseline.
-        learning_rate, slow_learning_rate: of AdamW for the drafting weights and for ``lora_D``.
-        online: arguments of ``OnlineAgent``.
-
     Raises:
         ValueError: a value out of its range, or an environment in which nothing is drawn.
     """
 
-    def __init__(
-        self,
-        control: Control,
-        slow_every: int = 8,
-        beta_kl: float = 0.1,
-        baseline_momentum: float = 0.9,
-        learning_rate: float = 2e-4,
-        slow_learning_rate: float = 5e-6,
-        **online: Any,
-    ):
-        super().__init__(control, **online)
+    class Settings(OnlineAgent.Settings):
+        slow_every: Count = Field(8, description="fast updates between slow ones")
+        beta_kl: Amount = Field(0.1, description="weight of the divergence from the frozen verifier")
+        baseline_momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="of the moving baseline")
+        learning_rate: Amount = Field(2e-4, description="of AdamW for the drafting weights")
+        slow_learning_rate: Amount = Field(5e-6, description="of AdamW for `lora_D`")
+
+    settings: Settings
+
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
         if self.exit.draft_temperature == 0:
             raise ValueError(
                 "draft_temperature is 0, at which nothing is drawn and nothing can be learned from draws; set it above 0, "
                 "such as 1"
             )
-        if slow_every < 1 or beta_kl < 0 or not 0 <= baseline_momentum < 1:
-            raise ValueError(
-                f"slow_every, beta_kl and baseline_momentum are {slow_every}, {beta_kl} and {baseline_momentum}; expected "
-                "1 or more, 0 or more, and a number from 0 to below 1"
-            )
-        self.slow_every, self.beta_kl, self.baseline_momentum = slow_every, beta_kl, baseline_momentum
-        self.learning_rate, self.slow_learning_rate = learning_rate, slow_learning_rate
         self.baseline = 0.0
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found: dict[str, torch.optim.Optimizer] = {"fast": adamw(self.passes.weights(), self.learning_rate)}
+        found: dict[str, torch.optim.Optimizer] = {"fast": adamw(self.passes.weights(), self.settings.learning_rate)}
         if not self.adapter.lossless:
-            found["slow"] = adamw(self.adapter.lora_D.parameters(), self.slow_learning_rate)
+            found["slow"] = adamw(self.adapter.lora_D.parameters(), self.settings.slow_learning_rate)
         return found
 
     def fast_update(self, segments: Sequence[Segment]) -> tuple[float, float | None]:
         """Make an update, and return the losses of the policy and, where there was a slow step, of the verifier."""
         fast = self.descend("fast", segments, self.policy_loss(segments))
         rewards = joined(segments, "rewards")[joined(segments, "drafted") != UNDRAFTED]
-        momentum = self.baseline_momentum
+        momentum = self.settings.baseline_momentum
         self.baseline = momentum * self.baseline + (1 - momentum) * rewards.mean().item()
         slow = None
-        if not self.adapter.lossless and (self.updates + 1) % self.slow_every == 0:
+        if not self.adapter.lossless and (self.updates + 1) % self.settings.slow_every == 0:
             slow = self.slow_update(segments[-1])
         return fast, slow
 
@@ -100,7 +89,7 @@ class ReinforceAgent(OnlineAgent):
         with torch.no_grad():
             frozen = head(self.passes.frozen(segment.ids)[places]).float()
         loss = F.cross_entropy(verifier, segment.ids[places + 1])
-        loss = loss + self.beta_kl * distillation(frozen, verifier).mean()
+        loss = loss + self.settings.beta_kl * distillation(frozen, verifier).mean()
         self.step("slow", loss)
         return loss.item()
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.rules.base import ChainRule
+from spec_envs.agents.settings import AgentSettings, Count, Natural, Share
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.text_kind import KINDS, context_kind
 
@@ -151,38 +153,38 @@ def step(rate: float, target: float) -> int:
 class AdaptiveKAgent(ChainRule):
     """The controller as an agent. While a text is of one kind, K is the context rule's K for it and is adjusted from
     there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the
-    length in use but not the one being learned).
-
-    Args:
-        k_min, …, acceptance_window: as of ``SpecConfig``; k_max is at most the environment's, k_current within the
-            bounds.
-        use_context: makes it follow the context rule.
-        audit_log, session: as of ``AdaptiveSpecController``.
+    length in use but not the one being learned). ``k_max`` is at most the environment's, ``k_current`` within the
+    bounds.
     """
 
+    class Settings(AgentSettings):
+        k_min: Natural = Field(4, description="least draft length")
+        k_max: Natural = Field(24, description="largest draft length")
+        k_current: Natural = Field(8, description="first draft length")
+        target_acceptance: Share = Field(0.55, description="acceptance rate above which K grows")
+        adjustment_interval: Count = Field(64, description="tokens between adjustments")
+        acceptance_window: Count = Field(
+            128, description="drafted tokens that the rolling acceptance rate looks back over"
+        )
+        use_context: bool = Field(True, description="follow the context rule, which knows code, mathematics and JSON")
+        audit_log: str | None = Field(None, description="JSONL file to which every change of K is appended")
+        session: str = Field("default", description="name of this session in the log")
+
+    settings: Settings
     decision = "cycle"
     remembers = ("controller", "kind", "added")
     looks_at: tuple[str, ...] = ("last_k", "last_acceptance")
 
-    def __init__(
-        self,
-        control: Control,
-        k_min: int = 4,
-        k_max: int = 24,
-        k_current: int = 8,
-        target_acceptance: float = 0.55,
-        adjustment_interval: int = 64,
-        acceptance_window: int = 128,
-        use_context: bool = True,
-        audit_log: str | None = None,
-        session: str = "default",
-    ):
-        super().__init__(control)
-        longest = max(k_min, min(k_max, self.k_max))
-        first = min(max(k_current, k_min), longest)
-        config = SpecConfig(k_min, longest, first, target_acceptance, adjustment_interval, acceptance_window)
-        self.controller = AdaptiveSpecController(config, audit_log, session)
-        self.use_context = use_context and "kind" in control.slices
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        own = self.settings
+        longest = max(own.k_min, min(own.k_max, self.k_max))
+        first = min(max(own.k_current, own.k_min), longest)
+        config = SpecConfig(
+            own.k_min, longest, first, own.target_acceptance, own.adjustment_interval, own.acceptance_window
+        )
+        self.controller = AdaptiveSpecController(config, own.audit_log, own.session)
+        self.use_context = own.use_context and "kind" in control.slices
         if self.use_context:
             self.looks_at = (*self.looks_at, "kind")
         self.kind, self.added = "", 0  # of the text, and what the context rule added to K for it

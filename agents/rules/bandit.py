@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from pydantic import Field
+
+from spec_envs.agents.settings import AgentSettings, Amount, Share
+
+
+class BanditSettings(AgentSettings):
+    """The hyper-parameters of a bandit."""
+
+    exploration: Amount = Field(0.05, description="weight of the bonus")
+    discount: Share = Field(0.999, description="weight of an observation one decision earlier")
+
+    @staticmethod
+    def space(trial: Any) -> dict[str, Any]:
+        """Return hyper-parameters to try, suggested by an Optuna trial."""
+        return {
+            "exploration": trial.suggest_float("exploration", 0.005, 0.5, log=True),
+            "discount": trial.suggest_categorical("discount", [0.97, 0.99, 0.995, 0.999, 1.0]),
+        }
 
 
 class Bandit:

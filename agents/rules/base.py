@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.base import Agent, Source
 from spec_envs.agents.run import Run
+from spec_envs.agents.settings import AgentSettings, Amount, Share
 from spec_envs.controls.base import Control
 
 
@@ -17,7 +19,7 @@ class Rule(Agent):
     """An agent without anything to train. Its memory lasts from text to text.
 
     Attributes:
-        plays: names of the problems that it controls; none are all.
+        problems: names of the problems that it controls; none are all.
 
     Raises:
         ValueError: a control of another problem, or one whose observation lacks what the rule looks at.
@@ -25,13 +27,13 @@ class Rule(Agent):
 
     learns_from: ClassVar[Source] = "nothing"
     looks_at: tuple[str, ...] | None = None
-    plays: ClassVar[tuple[str, ...]] = ()
+    problems: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, control: Control):
-        super().__init__(control)
-        if self.plays and control.name not in self.plays:
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        if self.problems and control.name not in self.problems:
             raise ValueError(
-                f"{type(self).__name__} controls the problem {' or '.join(self.plays)}, not {control.name}"
+                f"{type(self).__name__} controls the problem {' or '.join(self.problems)}, not {control.name}"
             )
         if missing := set(self.looks_at or ()) - set(control.slices):
             raise ValueError(
@@ -74,30 +76,34 @@ class ChainRule(Rule):
         ValueError: a control that decides at other times.
     """
 
-    plays = ("k",)
+    problems = ("k",)
     decision: ClassVar[str]
     looks_at: tuple[str, ...]
 
-    def __init__(self, control: Control):
+    def __init__(self, control: Control, **hyperparameters: Any):
         found = "token" if control.progress else "cycle"
-        if control.name not in self.plays or found != self.decision:
+        if control.name not in self.problems or found != self.decision:
             raise ValueError(
                 f'{type(self).__name__} needs SpecK-v0 with decision="{self.decision}"; this is {control.name}, which '
                 f"decides once a {found}"
             )
-        super().__init__(control)
+        super().__init__(control, **hyperparameters)
         self.k_max = control.max_depth + 1
 
 
 class LengthRule(ChainRule):
     """A rule that moves K after every decision by the acceptance of the last chain."""
 
+    class Settings(AgentSettings):
+        k: Amount
+
+    settings: Settings
     decision = "cycle"
     remembers: ClassVar[tuple[str, ...]] = ("k",)
 
-    def __init__(self, control: Control, k: float):
-        super().__init__(control)
-        self.k = k
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        self.k = self.settings.k
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         if not start and self.read(observation, "last_k"):  # there was a last chain
@@ -113,16 +119,15 @@ class StopRule(ChainRule):
     """A rule that drafts until it expects too little of the next token.
 
     The published rules weigh a forward of the draft model; a token that is copied for nothing is not theirs to weigh.
-
-    Args:
-        copy_threshold: least product of a chain's probabilities at which it continues by copying.
     """
 
-    decision = "token"
+    class Settings(AgentSettings):
+        copy_threshold: Share = Field(
+            0.1, description="least product of a chain's probabilities at which it continues by copying"
+        )
 
-    def __init__(self, control: Control, copy_threshold: float = 0.1):
-        super().__init__(control)
-        self.copy_threshold = copy_threshold
+    settings: Settings
+    decision = "token"
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         if self.read(observation, "drafted") == 0:
@@ -130,7 +135,7 @@ class StopRule(ChainRule):
             return 1, state
         stops = self.stops(observation)
         if self.read(observation, "free"):
-            stops = self.read(observation, "path") < self.copy_threshold
+            stops = self.read(observation, "path") < self.settings.copy_threshold
         return int(not stops), state
 
     def begin(self, observation: np.ndarray) -> None:

@@ -5,29 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.rules.tree_base import GrowthRule
-from spec_envs.controls.base import Control
+from spec_envs.agents.settings import Amount
 
 
 class DddAgent(GrowthRule):
     """Grows the tree while the summed path probability of its beam, the nodes that the next expansion would feed, is at
     least a threshold (Brown et al. 2024, arXiv 2409.00142).
-
-    Args:
-        threshold: least sum at which the tree grows.
-        budget: as of ``GrowthRule``.
     """
 
-    plays = ("depth", "tree")
+    class Settings(GrowthRule.Settings):
+        threshold: Amount = Field(0.4, description="least sum at which the tree grows")
+
+    settings: Settings
+    problems = ("depth", "tree")
     looks_at = ("frontier", "expansions")
 
-    def __init__(self, control: Control, threshold: float = 0.4, budget: int = 7):
-        super().__init__(control, budget)
-        self.threshold = threshold
-
     def stops(self, observation: np.ndarray) -> bool:
-        return bool(self.numbers(observation, "frontier").sum() < self.threshold)
+        return bool(self.numbers(observation, "frontier").sum() < self.settings.threshold)
 
     def space(self, trial: Any) -> dict[str, Any]:
         return {"threshold": trial.suggest_float("threshold", 0.02, 1.0), **super().space(trial)}

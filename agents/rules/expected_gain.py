@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.rules.tree_base import PricedRule
+from spec_envs.agents.settings import AgentSettings, Amount
 from spec_envs.controls.base import Control
 
 
@@ -21,17 +23,20 @@ class ExpectedGainAgent(PricedRule):
     In ``SpecTree-v0`` it expands while another level promises a better best ratio. With S(d) the ``survival`` of level
     d and S(−1) = 1, the level is taken to add S(d) · min(1, S(d) / S(d−1)) accepted tokens to every budget that has
     room for a path to it, and to cost one forward over the frontier.
-
-    Args:
-        scale: factor of the drafter's probabilities; below 1 for a drafter that is overconfident.
     """
 
-    plays = ("budget", "tree")
+    class Settings(AgentSettings):
+        scale: Amount = Field(
+            1.0, description="factor of the drafter's probabilities; below 1 for a drafter that is overconfident"
+        )
+
+    settings: Settings
+    problems = ("budget", "tree")
     looks_at = ("gains", "survival", "expansions")
 
-    def __init__(self, control: Control, scale: float = 1.0):
-        super().__init__(control)
-        self.scale, self.plans = scale, control.plans()
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        self.plans = control.plans()
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         depth, deepest = self.depth(observation), self.control.max_depth
@@ -49,7 +54,7 @@ class ExpectedGainAgent(PricedRule):
 
     def rates(self, accepted: np.ndarray, depth: int) -> np.ndarray:
         """Return the expected tokens per second of each budget, ``[budgets]``."""
-        return (1 + self.scale * accepted) / self.seconds[depth]
+        return (1 + self.settings.scale * accepted) / self.seconds[depth]
 
     def next_level(self, observation: np.ndarray) -> float:
         """Return how many accepted tokens another level is expected to add, at most."""

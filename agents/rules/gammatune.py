@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.rules.base import LengthRule
+from spec_envs.agents.settings import Amount, Share
 from spec_envs.controls.base import Control
 
 
@@ -14,29 +16,29 @@ class GammaTuneAgent(LengthRule):
     """A moving average of the accepted length sets the next chain's, with some tokens of slack; a chain that was
     accepted whole shows only that more would have been, so there the estimate grows by a constant (after Gautam et al.
     2025, arXiv 2504.00030; the constants are this project's, to be tuned).
-
-    Args:
-        k: first length.
-        memory: share of the old estimate in the average.
-        growth: tokens that a whole chain adds to the estimate.
-        slack: tokens drafted beyond the estimate.
     """
 
+    class Settings(LengthRule.Settings):
+        k: Amount = Field(4.0, description="first length")
+        memory: Share = Field(0.7, description="share of the old estimate in the average")
+        growth: Amount = Field(1.0, description="tokens that a whole chain adds to the estimate")
+        slack: Amount = Field(1.0, description="tokens drafted beyond the estimate")
+
+    settings: Settings
     remembers = ("k", "estimate")
     looks_at = ("last_k", "last_acceptance")
 
-    def __init__(self, control: Control, k: float = 4.0, memory: float = 0.7, growth: float = 1.0, slack: float = 1.0):
-        super().__init__(control, k)
-        self.memory, self.growth, self.slack = memory, growth, slack
-        self.estimate = k - slack
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        self.estimate = self.k - self.settings.slack
 
     def update(self, accepted: float, observation: np.ndarray) -> None:
-        length = accepted * self.read(observation, "last_k") * self.k_max
+        own, length = self.settings, accepted * self.read(observation, "last_k") * self.k_max
         if accepted == 1:
-            self.estimate = min(max(self.estimate, length) + self.growth, self.k_max)
+            self.estimate = min(max(self.estimate, length) + own.growth, self.k_max)
         else:
-            self.estimate = self.memory * self.estimate + (1 - self.memory) * length
-        self.k = max(1.0, self.estimate + self.slack)
+            self.estimate = own.memory * self.estimate + (1 - own.memory) * length
+        self.k = max(1.0, self.estimate + own.slack)
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from typing import Any, Self
 import gymnasium as gym
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 from tqdm import tqdm
 
 from spec_envs.agents.resuming import Progress
 from spec_envs.agents.rules.base import StopRule
 from spec_envs.agents.run import Run
+from spec_envs.agents.settings import Amount, Count, Natural
 from spec_envs.agents.timing import cold_seconds, priced_network
 from spec_envs.controls.base import Control
 from spec_envs.sealed import first_line, read_weights, write_weights
@@ -28,36 +30,29 @@ class SpecDecPlusAgent(StopRule):
     ``learn`` drafts chains of every length up to the longest, notes which tokens were accepted, and fits the head by
     cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the notes is
     kept.
-
-    Args:
-        threshold: largest chance of a rejection at which drafting continues; 0.7 is the published one.
-        rejection_weight: weight of a rejection in the loss; 6 is the published one.
-        hidden: units of the head's one layer.
-        epochs: most passes over the notes.
-        copy_threshold: as of ``StopRule``.
     """
 
+    class Settings(StopRule.Settings):
+        threshold: Amount = Field(
+            0.7, description="largest chance of a rejection at which drafting continues; 0.7 is the published one"
+        )
+        rejection_weight: Amount = Field(6.0, description="weight of a rejection in the loss; 6 is the published one")
+        hidden: Count = Field(32, description="units of the head's one layer")
+        epochs: Natural = Field(200, description="most passes over the notes")
+
+    settings: Settings
     learns_from = "cycles"
     remembers = ("alive",)
     looks_at: tuple[str, ...] = ("drafted", "probability", "entropy", "path", "free")
 
-    def __init__(
-        self,
-        control: Control,
-        threshold: float = 0.7,
-        rejection_weight: float = 6.0,
-        hidden: int = 32,
-        epochs: int = 200,
-        seed: int = 0,
-        copy_threshold: float = 0.1,
-    ):
-        super().__init__(control, copy_threshold)
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
         self.looks_at = tuple(control.slices)  # whatever else there is
-        self.threshold, self.rejection_weight, self.epochs, self.seed = threshold, rejection_weight, epochs, seed
-        torch.manual_seed(seed)
-        assert control.observation_space.shape is not None
-        width = control.observation_space.shape[0]
-        self.head = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        torch.manual_seed(self.settings.seed)
+        hidden = self.settings.hidden
+        self.head = nn.Sequential(
+            nn.Linear(len(control.observation_space.low), hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
         self.alive = 1.0
         self._unpack()
         self.decision_seconds = self.measure()
@@ -67,7 +62,7 @@ class SpecDecPlusAgent(StopRule):
 
     def stops(self, observation: np.ndarray) -> bool:
         self.alive *= self.acceptance(observation)
-        return 1 - self.alive > self.threshold
+        return 1 - self.alive > self.settings.threshold
 
     def acceptance(self, observation: np.ndarray) -> float:
         """Return the head's chance that the chain's last token is accepted, those before it being accepted."""
@@ -89,15 +84,15 @@ class SpecDecPlusAgent(StopRule):
         Raises:
             ValueError: no draft was verified in so many steps.
         """
-        progress = Progress(run or Run(), np.random.default_rng(self.seed), env)
-        progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.seed})
+        progress = Progress(run or Run(), np.random.default_rng(self.settings.seed), env)
+        progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.settings.seed})
         seen, accepted = self._note(total_timesteps, env, progress)
         if not len(seen):
             raise ValueError(
                 f"no draft was verified in {total_timesteps} steps; expected more steps, or another drafter"
             )
-        torch.manual_seed(self.seed)
-        weight = torch.where(accepted > 0, 1.0, self.rejection_weight)
+        torch.manual_seed(self.settings.seed)
+        weight = torch.where(accepted > 0, 1.0, self.settings.rejection_weight)
         fitted = slice(max(1, len(seen) * 4 // 5))
         held_out = slice(fitted.stop, None) if fitted.stop < len(seen) else fitted
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=1e-3)
@@ -107,7 +102,7 @@ class SpecDecPlusAgent(StopRule):
             return nn.functional.binary_cross_entropy_with_logits(logits, accepted[rows], weight[rows])
 
         best, least = self.head.state_dict(), float("inf")
-        for epoch in range(1, self.epochs + 1):
+        for epoch in range(1, self.settings.epochs + 1):
             optimizer.zero_grad()
             before = loss(fitted)
             before.backward()
@@ -131,7 +126,7 @@ class SpecDecPlusAgent(StopRule):
         labels: list[float] = noted["labels"].tolist()
         chain: list[np.ndarray] = []
         before, length = len(labels), self._length(progress)
-        observation = progress.begin(self.seed)
+        observation = progress.begin(self.settings.seed)
         bar = tqdm(
             total=total_timesteps,
             initial=progress.steps,
@@ -158,7 +153,7 @@ class SpecDecPlusAgent(StopRule):
                 progress.journal.write("log", {"step": progress.steps, "texts": progress.texts, "accept_rate": rate})
                 if progress.due():
                     progress.save({"seen": torch.from_numpy(np.array(seen)), "labels": torch.tensor(labels)})
-                observation, length = progress.begin(self.seed), self._length(progress)
+                observation, length = progress.begin(self.settings.seed), self._length(progress)
         bar.close()
         return torch.from_numpy(np.array(seen)), torch.tensor(labels)
 

@@ -7,8 +7,10 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from spec_envs.agents.rules.base import Rule
+from spec_envs.agents.settings import AgentSettings, Count
 from spec_envs.controls.base import Control
 
 
@@ -28,17 +30,18 @@ class GrowthRule(TreeRule):
     """A rule that grows a tree until it expects too little of the next level. How many nodes are verified then is
     fixed.
 
-    Args:
-        budget: nodes verified, where the control offers several budgets (``SpecTree-v0``).
-
     Raises:
         ValueError: a budget that the control does not offer.
     """
 
-    def __init__(self, control: Control, budget: int = 7):
-        super().__init__(control)
-        if len(control.budgets) == 1:
-            budget = control.budgets[0]
+    class Settings(AgentSettings):
+        budget: Count = Field(7, description="nodes verified, where the control offers several budgets (SpecTree-v0)")
+
+    settings: Settings
+
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        budget = control.budgets[0] if len(control.budgets) == 1 else self.settings.budget
         if budget not in control.budgets:
             raise ValueError(f"budget is {budget}; expected one of {', '.join(map(str, control.budgets))}")
         plans = control.plans()
@@ -64,8 +67,8 @@ class PricedRule(TreeRule):
 
     needs_costs = True
 
-    def __init__(self, control: Control):
-        super().__init__(control)
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
         self.budgets = np.array(control.budgets)
 
     @functools.cached_property

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from spec_envs.agents.rules.bandit import Bandit
+from spec_envs.agents.rules.bandit import Bandit, BanditSettings
 from spec_envs.agents.rules.base import ChainRule
+from spec_envs.agents.settings import Amount, Natural
 from spec_envs.controls.base import Control
 
 
@@ -15,29 +17,24 @@ class UcbAgent(ChainRule):
     """Applies discounted UCB to K: each arm is worth its tokens per unit of time, a chain of K costing as much as 1 +
     c·K plain steps, plus a bonus where it was tried little lately (Garivier and Moulines 2011, arXiv 0805.3415; bandits
     over draft lengths: Hou et al. 2025, BanditSpec, arXiv 2505.15141). It learns while it is deployed.
-
-    Args:
-        cost: the price c of a drafted token, in units of a plain step.
-        exploration: weight of the bonus.
-        discount: weight of an observation one decision earlier.
-        arms: lengths to choose from, as far as the environment has them.
     """
 
+    class Settings(BanditSettings):
+        cost: Amount = Field(0.1, description="price c of a drafted token, in units of a plain step")
+        arms: tuple[Natural, ...] = Field(
+            (0, 1, 2, 3, 4, 6, 8, 12, 16), description="lengths to choose from, as far as the environment has them"
+        )
+
+    settings: Settings
     decision = "cycle"
     remembers = ("bandit",)
     looks_at = ("last_k", "last_acceptance")
 
-    def __init__(
-        self,
-        control: Control,
-        cost: float = 0.1,
-        exploration: float = 0.05,
-        discount: float = 0.999,
-        arms: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
-    ):
-        super().__init__(control)
-        self.arms = np.array([k for k in arms if k <= self.k_max])
-        self.bandit = Bandit(1 + cost * self.arms, exploration, discount)
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        own = self.settings
+        self.arms = np.array([k for k in own.arms if k <= self.k_max])
+        self.bandit = Bandit(1 + own.cost * self.arms, own.exploration, own.discount)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         if not start:
@@ -49,6 +46,5 @@ class UcbAgent(ChainRule):
     def space(trial: Any) -> dict[str, Any]:
         return {
             "cost": trial.suggest_float("cost", 0.02, 0.5, log=True),
-            "exploration": trial.suggest_float("exploration", 0.005, 0.5, log=True),
-            "discount": trial.suggest_categorical("discount", [0.97, 0.99, 0.995, 0.999, 1.0]),
+            **BanditSettings.space(trial),
         }

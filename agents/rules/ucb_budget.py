@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from spec_envs.agents.rules.bandit import Bandit
+from spec_envs.agents.rules.bandit import Bandit, BanditSettings
 from spec_envs.agents.rules.tree_base import PricedRule
 from spec_envs.controls.base import Control
 
@@ -14,19 +14,17 @@ from spec_envs.controls.base import Control
 class UcbBudgetAgent(PricedRule):
     """Applies discounted UCB, as ``UcbAgent`` does, to the budgets: each is worth its tokens over the seconds of a
     cycle under the cost table. It learns while it is deployed.
-
-    Args:
-        exploration: weight of the bonus.
-        discount: weight of an observation one decision earlier.
     """
 
-    plays = ("budget",)
+    Settings = BanditSettings
+    settings: BanditSettings
+    problems = ("budget",)
     remembers = ("bandit", "accepted")
     looks_at = ("recent", "expansions")
 
-    def __init__(self, control: Control, exploration: float = 0.05, discount: float = 0.999):
-        super().__init__(control)
-        self.bandit = Bandit(np.ones(len(self.budgets)), exploration, discount)
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        self.bandit = Bandit(np.ones(len(self.budgets)), self.settings.exploration, self.settings.discount)
         self.accepted: list[int] = []  # of this text's last cycles, at most four
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
@@ -48,7 +46,4 @@ class UcbBudgetAgent(PricedRule):
 
     @staticmethod
     def space(trial: Any) -> dict[str, Any]:
-        return {
-            "exploration": trial.suggest_float("exploration", 0.005, 0.5, log=True),
-            "discount": trial.suggest_categorical("discount", [0.97, 0.99, 0.995, 0.999, 1.0]),
-        }
+        return BanditSettings.space(trial)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +25,7 @@ from spec_envs.agents.run import CHECKPOINT, Run
 from spec_envs.agents.sb3.callbacks import BEST, Keeper, Monitor
 from spec_envs.agents.sb3.ddqn import DoubleDQN
 from spec_envs.agents.sb3.deployed import bare
+from spec_envs.agents.sb3.settings import SB3Settings, settings_of
 from spec_envs.agents.sb3.vec_env import ReplayVecEnv
 from spec_envs.agents.schedules import schedule
 from spec_envs.agents.timing import cold_seconds
@@ -46,32 +45,20 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
 }
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
-RESERVED = frozenset(
-    {  # arguments of the algorithms that this class sets itself, or that are objects, not settings
-        *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
-        *("_init_setup_model", "base", "rollout_buffer_class", "rollout_buffer_kwargs"),
-        *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
-    }
-)
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 WEIGHTS = "policy.safetensors"
 
 
 class SB3Agent(Agent):
-    """A Stable-Baselines3 algorithm.
+    """An agent of one Stable-Baselines3 algorithm; ``agent_of`` makes the class of each.
 
     Args:
         control: the problem, for its spaces.
-        algorithm: a name of ``ALGORITHMS``.
-        total_timesteps: what the learning-rate schedule spans.
-        seed: of the policy's initial weights and of training.
-        learning_rate, lr_schedule, warmup_timesteps: see :func:`spec_envs.agents.schedules.schedule`.
-        pi_arch, vf_arch: hidden layers of policy and value network (value-based algorithms use ``pi_arch``).
-        activation: ``relu``, ``tanh``, ``elu`` or ``gelu``.
-        num_envs: environments that ``learn`` gets at once (``spec_envs.agents.sb3.vec_env.ReplayVecEnv``).
-        hyperparameters: the algorithm's own constructor arguments.
+        hyperparameters: fields of ``Settings``, by name: ``SB3Settings``, and the arguments of the algorithm's own
+            constructor.
 
     Attributes:
+        algorithm: name of the algorithm in ``ALGORITHMS``.
         model: the Stable-Baselines3 object; built over a stand-in environment until ``learn`` brings the real one.
         decision_seconds: time of one bare decision; measured when the agent is made, then kept with its weights.
 
@@ -79,70 +66,44 @@ class SB3Agent(Agent):
         ValueError: a hyper-parameter that the algorithm does not have, or a value that it does not take.
     """
 
+    Settings: ClassVar[type[SB3Settings]]
+    settings: SB3Settings
+    algorithm: ClassVar[str]
     learns_from = "rewards"
     validated_by = "speedup"
-    reserved = RESERVED
     starts_from = ("init", "checkpoint")
 
-    def __init__(
-        self,
-        control: Control,
-        algorithm: str,
-        total_timesteps: int = 1,
-        seed: int = 0,
-        learning_rate: float = 3e-4,
-        lr_schedule: str = "constant",
-        warmup_timesteps: int | None = None,
-        pi_arch: tuple[int, ...] = (64, 64),
-        vf_arch: tuple[int, ...] = (64, 64),
-        activation: str = "tanh",
-        num_envs: int = 1,
-        **hyperparameters: Any,
-    ):
-        kind = ALGORITHMS[algorithm]
-        known = set(inspect.signature(kind).parameters) - RESERVED
-        if unknown := set(hyperparameters) - known:
-            raise ValueError(f"{algorithm} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-        if not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs!r}; expected 1 or more")
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
+        own, name, kind = self.settings, self.algorithm, ALGORITHMS[self.algorithm]
         value_based = issubclass(kind, OffPolicyAlgorithm)
-        for name, layers in (("pi_arch", pi_arch), ("vf_arch", vf_arch)):
-            if not isinstance(layers, Sequence) or not all(isinstance(n, int) and n > 0 for n in layers):
-                raise ValueError(f"{name} is {layers!r}; expected the sizes of hidden layers, such as [64, 64]")
-        arch: Any = list(pi_arch) if value_based else {"pi": list(pi_arch), "vf": list(vf_arch)}
-        learning_rates = schedule(lr_schedule, learning_rate, total_timesteps, warmup_timesteps)
+        arch: Any = list(own.pi_arch) if value_based else {"pi": list(own.pi_arch), "vf": list(own.vf_arch)}
+        learning_rates = schedule(own.lr_schedule, own.learning_rate, own.total_timesteps, own.warmup_timesteps)
         device = torch.device("cpu")  # the networks are small; the accelerator belongs to the decoder
-        policy: Any = "MlpLstmPolicy" if algorithm == "recurrent-ppo" else "MlpPolicy"
-        policy_kwargs = {"net_arch": arch, "activation_fn": ACTIVATIONS[activation]}
+        policy: Any = "MlpLstmPolicy" if name == "recurrent-ppo" else "MlpPolicy"
+        policy_kwargs = {"net_arch": arch, "activation_fn": ACTIVATIONS[own.activation]}
         if (exit := control.exit) is not None:
-            if value_based or algorithm == "recurrent-ppo":
-                raise ValueError(
-                    f"{algorithm} has no policy that starts as an exit's projection; take ppo, a2c or trpo"
-                )
+            if value_based or name == "recurrent-ppo":
+                raise ValueError(f"{name} has no policy that starts as an exit's projection; take ppo, a2c or trpo")
             if exit.adapter != "head":
-                raise ValueError(
-                    f'{algorithm} trains the projection alone: adapter is {exit.adapter!r}, expected "head"'
-                )
+                raise ValueError(f'{name} trains the projection alone: adapter is {exit.adapter!r}, expected "head"')
             policy, policy_kwargs = ExitPolicy, policy_kwargs | ExitPolicy.keywords(exit)
             device = resolve_device(exit.device)  # where the exit's projection is
         try:
             self.model = kind(
                 policy,
-                DummyVecEnv([lambda: Spaces(control)] * num_envs),
+                DummyVecEnv([lambda: Spaces(control)] * own.num_envs),
                 learning_rate=learning_rates,
                 policy_kwargs=policy_kwargs,
-                seed=seed,
+                seed=own.seed,
                 device=device,
-                **hyperparameters,
+                **own.own(),
             )
         except (AssertionError, TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
-            given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
-            raise ValueError(f"{algorithm} refuses its hyper-parameters ({given}): {first_line(error)}") from None
-        self.control, self.seed = control, seed
-        self.shown = {"agent": algorithm, "seed": seed, "learning_rate": learning_rate, **hyperparameters}
-        self.rng = np.random.default_rng(seed)
+            given = ", ".join(f"{key}={value!r}" for key, value in own.own().items())
+            raise ValueError(f"{name} refuses its hyper-parameters ({given}): {first_line(error)}") from None
+        self.shown = {"agent": name, "seed": own.seed, "learning_rate": own.learning_rate, **own.own()}
+        self.rng = np.random.default_rng(own.seed)
         self.redeploy()
         self.decision_seconds = self.measure()
 
@@ -184,7 +145,7 @@ class SB3Agent(Agent):
                 f"num_envs={vectorized.num_envs}"
             )
         callbacks = self._callbacks(run, vectorized)
-        vectorized.seed(self.seed + self.model.num_timesteps)  # a resumed run continues with other prompts
+        vectorized.seed(self.settings.seed + self.model.num_timesteps)  # a resumed run continues with other prompts
         self.model.set_env(vectorized, force_reset=True)
         self.model.tensorboard_log = str(run.folder) if run.folder else None
         remaining = total_timesteps - self.model.num_timesteps
@@ -281,18 +242,10 @@ class SB3Agent(Agent):
 
 
 def agent_of(algorithm: str) -> type[SB3Agent]:
-    """Return the agent of one algorithm, which is made without naming it."""
-
-    class Named(SB3Agent):
-        def __init__(self, control: Control, **hyperparameters: Any):
-            super().__init__(control, algorithm, **hyperparameters)
-
-        @classmethod
-        def constructors(cls) -> list[Callable[..., Any]]:
-            return [SB3Agent.__init__, ALGORITHMS[algorithm].__init__]
-
-    Named.__name__ = Named.__qualname__ = f"{ALGORITHMS[algorithm].__name__}Agent"
-    return Named
+    """Return the class of the agent of an algorithm."""
+    kind = ALGORITHMS[algorithm]
+    own = {"algorithm": algorithm, "Settings": settings_of(kind), "__module__": __name__, "__doc__": SB3Agent.__doc__}
+    return type(f"{kind.__name__}Agent", (SB3Agent,), own)
 
 
 def vectorized_of(env: gym.Env | VecEnv | ReplayVectorEnv) -> VecEnv:

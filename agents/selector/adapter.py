@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import zipfile
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from spec_envs.agents.sb3.ddqn import double_target
 from spec_envs.agents.sb3.deployed import Bare
+from spec_envs.agents.settings import AgentSettings, Count, Share
 from spec_envs.controls.observation.rl_adapter_state import KS, TASKS_PUBLISHED, UNITS, published_state
 from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.files import whole
@@ -26,63 +26,37 @@ FILE = "rl_adapter.pth"
 LARGEST = 1 << 30  # bytes of a replay buffer's file, unpacked
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters, by default the published ones.
+class SelectorSettings(AgentSettings):
+    """Hyper-parameters, by default the published ones."""
 
-    Args:
-        learning_rate: of Adam.
-        gamma: discount of the next decision's value.
-        epsilon, epsilon_min, epsilon_decay: share of random actions at first and in the end, and its factor per update.
-        buffer_size: transitions that are remembered.
-        batch_size: of an update, and the transitions before the first one.
-        target_update: updates between copies into the target network.
-        seed: of the first weights, of exploration and of what an update draws.
-        path: of the checkpoint that is read at the beginning if it is there; None is none.
+    learning_rate: Share = Field(1e-3, description="of Adam")
+    gamma: Share = Field(0.99, description="discount of the next decision's value")
+    epsilon: Share = Field(1.0, description="share of random actions at first")
+    epsilon_min: Share = Field(0.01, description="share of random actions in the end")
+    epsilon_decay: Share = Field(0.995, description="factor of that share per update")
+    buffer_size: Count = Field(10_000, description="transitions that are remembered")
+    batch_size: Count = Field(64, description="transitions of an update, and those before the first one")
+    target_update: Count = Field(10, description="updates between copies into the target network")
+    path: str | Path | None = Field(
+        Path("checkpoints") / FILE, description="checkpoint that is read at the beginning if it is there; None is none"
+    )
 
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    learning_rate: float = 1e-3
-    gamma: float = 0.99
-    epsilon: float = 1.0
-    epsilon_min: float = 0.01
-    epsilon_decay: float = 0.995
-    buffer_size: int = 10_000
-    batch_size: int = 64
-    target_update: int = 10
-    seed: int = 0
-    path: str | Path | None = Path("checkpoints") / FILE
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "gamma", "epsilon", "epsilon_min", "epsilon_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
-        for name in ("buffer_size", "batch_size", "target_update"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.buffer_size < self.batch_size:
             raise ValueError(f"buffer_size is {self.buffer_size}; expected at least a batch ({self.batch_size})")
+        return self
 
 
-def settings(args: argparse.Namespace | dict[str, Any] | None) -> Settings:
+def settings(args: argparse.Namespace | dict[str, Any] | None) -> SelectorSettings:
     """Return the hyper-parameters, given those that a caller overrides.
 
     Raises:
         ValueError: an unknown name (the nearest one is named), or a value out of its range.
     """
-    known = [field.name for field in fields(Settings)]
-    given = dict(args or {}) if not isinstance(args, argparse.Namespace) else vars(args)
     if isinstance(args, argparse.Namespace):  # a host program's own, which has much else
-        given = {name: value for name, value in given.items() if name in known}
-    for name in given:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown hyper-parameter {name!r} of the adapter; did you mean {nearest!r}?")
-    return Settings(**given)
+        args = {name: value for name, value in vars(args).items() if name in SelectorSettings.model_fields}
+    return SelectorSettings.read(args or {}, "the adapter")
 
 
 class QNetwork(nn.Module):
@@ -184,7 +158,7 @@ class RLNetworkAdapter:
     Q-learning (arXiv 1509.06461) with the published selector's settings.
 
     Args:
-        args: overrides of :class:`Settings` by name.
+        args: overrides of :class:`SelectorSettings` by name.
         device: where it learns; it decides on the CPU.
 
     Attributes:

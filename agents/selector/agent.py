@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,12 +10,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from pydantic import Field
 from tqdm import tqdm
 
 from spec_envs.agents.base import Agent
 from spec_envs.agents.resuming import REMEDY, Progress
 from spec_envs.agents.run import Run
-from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter, Settings
+from spec_envs.agents.selector.adapter import FILE, STATE, Replay, RLNetworkAdapter, SelectorSettings
 from spec_envs.agents.timing import priced_network
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.rl_adapter_state import KS
@@ -42,9 +42,7 @@ class RLAdapterAgent(Agent):
 
     Args:
         control: SpecTopK-v0's with ``observation="rl_adapter"``.
-        path: of a checkpoint to begin with; None begins with new networks.
-        seed: of the networks, of exploration and of the training prompts.
-        hyperparameters: of :class:`spec_envs.agents.selector.adapter.Settings`, by name.
+        hyperparameters: fields of ``Settings``, by name; ``seed`` is also that of the training prompts.
 
     Attributes:
         adapter: the selector itself.
@@ -54,23 +52,23 @@ class RLAdapterAgent(Agent):
         ValueError: another control, an unknown hyper-parameter, or a checkpoint that cannot be read.
     """
 
+    class Settings(SelectorSettings):
+        path: str | None = Field(None, description="checkpoint to begin with; None begins with new networks")
+
+    settings: Settings
     learns_from = "rewards"
 
-    @classmethod
-    def constructors(cls) -> list[Callable[..., Any]]:
-        return [cls.__init__, Settings.__init__]
-
-    def __init__(self, control: Control, path: str | None = None, seed: int = 0, **hyperparameters: Any):
+    def __init__(self, control: Control, **hyperparameters: Any):
+        super().__init__(control, **hyperparameters)
         shape, actions = control.observation_space.shape, control.action_space
         if shape != (STATE,) or actions != spaces.Discrete(len(KS)):
             raise ValueError(
                 f"the observation has the shape {shape} and the actions are {actions}, but rl-adapter needs ({STATE},) and "
                 f'Discrete({len(KS)}), which are those of SpecTopK-v0 with observation="rl_adapter"'
             )
-        self.control, self.seed = control, seed
-        self.adapter = RLNetworkAdapter({"path": None, "seed": seed, **hyperparameters})
-        if path is not None:
-            self.adapter.load(path)
+        self.adapter = RLNetworkAdapter({**self.settings.model_dump(), "path": None})
+        if self.settings.path is not None:
+            self.adapter.load(self.settings.path)
         self.decision_seconds = self.measure()
 
     @property
@@ -105,8 +103,8 @@ class RLAdapterAgent(Agent):
         """
         progress = Progress(run or Run(), self.adapter.rng, env)
         begun = self._restore(progress.state) if progress.state else self.adapter.update_count
-        progress.open_journal("rl_adapter", "reward", {"agent": "rl-adapter", "seed": self.seed})
-        text, observation = Text(), progress.begin(self.seed, begun)  # continued learning sees other prompts
+        progress.open_journal("rl_adapter", "reward", {"agent": "rl-adapter", "seed": self.settings.seed})
+        text, observation = Text(), progress.begin(self.settings.seed, begun)  # continued learning sees other prompts
         bar = tqdm(
             total=total_timesteps, initial=progress.steps, desc="learning k", unit="step", disable=progress.quiet
         )
@@ -126,7 +124,7 @@ class RLAdapterAgent(Agent):
                 self._report(progress, text)
                 if progress.due():
                     progress.save(self._state(begun))
-                text, observation = Text(), progress.begin(self.seed, begun)
+                text, observation = Text(), progress.begin(self.settings.seed, begun)
             elif terminated or truncated:
                 observation = env.reset()[0]
         bar.close()

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import gymnasium as gym
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from spec_envs.agents.base import Agent
 from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import Run
+from spec_envs.agents.settings import AgentSettings, Amount, Count, Natural
 from spec_envs.agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.agents.traced.lessons import Lessons, replay_of, taught
 from spec_envs.controls.base import Control
@@ -23,7 +25,6 @@ from spec_envs.sealed import first_line, number_of, read_weights, write_weights
 from spec_envs.vector.env import ReplayVectorEnv
 
 FILE = "policy.safetensors"
-READS = ("cycle", "everything")
 LOGGED = 10  # steps between lines of the log
 KNOWN = 4096  # decisions that are remembered: before anything is drafted, cycles look alike
 
@@ -48,16 +49,6 @@ class TracedAgent(Agent):
         control: of trees or chains.
         outputs: numbers that the network returns.
         activation: between its layers, and the same in NumPy, which may write into its argument.
-        hidden: units of each of the two hidden layers; beyond 96, BLAS takes threads for a decision (see
-            ``bare.in_numpy``).
-        cycles: lessons of each round.
-        rounds, steps, batch_size: rounds, steps of the optimiser in each, and cycles of a step. Many steps overfit few
-            texts.
-        learning_rate: at the beginning of a round; it falls to 0 along half a cosine.
-        weight_decay: of AdamW.
-        seed: of everything that is drawn.
-        reads: ``"cycle"``: of an observation only what the cycle under way has drafted, where that is known when it is
-            decided; or ``"everything"``, also earlier cycles, task and position, which overfits few texts.
 
     Attributes:
         plans: of the control.
@@ -66,33 +57,40 @@ class TracedAgent(Agent):
         decision_seconds: seconds of one decision, measured when the agent is made and then saved with its weights.
     """
 
+    class Settings(AgentSettings):
+        hidden: Count = Field(
+            64, description="units of each of the two hidden layers; above 96, BLAS takes threads for a decision"
+        )
+        cycles: Count = Field(8192, description="lessons of each round")
+        rounds: Natural = Field(2, description="rounds of lessons")
+        steps: Count = Field(200, description="steps of the optimiser in a round; many overfit few texts")
+        batch_size: Count = Field(256, description="cycles of a step")
+        learning_rate: Amount = Field(
+            3e-3, description="at the beginning of a round; it falls to 0 along half a cosine"
+        )
+        weight_decay: Amount = Field(1e-2, description="of AdamW")
+        reads: Literal["cycle", "everything"] = Field(
+            "cycle",
+            description='"cycle": of an observation only what the cycle under way has drafted, where that is known when it '
+            'is decided; "everything": also earlier cycles, task and position, which overfits few texts',
+        )
+
+    settings: Settings
     learns_from = "trace"
-    reserved = frozenset({"outputs", "activation"})
 
     def __init__(
         self,
         control: Control,
         outputs: int,
         activation: tuple[type[nn.Module], Callable[[np.ndarray], np.ndarray]],
-        hidden: int = 64,
-        cycles: int = 8192,
-        rounds: int = 2,
-        steps: int = 200,
-        batch_size: int = 256,
-        learning_rate: float = 3e-3,
-        weight_decay: float = 1e-2,
-        seed: int = 0,
-        reads: str = "cycle",
+        **hyperparameters: Any,
     ):
-        self.control, self.plans = control, weighed(control)
-        self.cycles, self.rounds, self.steps, self.batch_size = cycles, rounds, steps, batch_size
-        self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
-        if reads not in READS:
-            raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
-        assert control.observation_space.shape is not None
-        self.width = (control.own if reads == "cycle" else 0) or control.observation_space.shape[0]
+        super().__init__(control, **hyperparameters)
+        self.plans = weighed(control)
+        hidden, reads = self.settings.hidden, self.settings.reads
+        self.width = (control.own if reads == "cycle" else 0) or len(control.observation_space.low)
         self.looks_at = [name for name, place in control.slices.items() if place.start < self.width]
-        torch.manual_seed(seed)
+        torch.manual_seed(self.settings.seed)
         between, self.activation = activation
         sizes = ((self.width, hidden), (hidden, hidden), (hidden, outputs))
         first, second, self.last = (nn.Linear(*ends) for ends in sizes)
@@ -130,16 +128,16 @@ class TracedAgent(Agent):
             ValueError: an environment without a trace.
         """
         vector = replay_of(env)
-        rng = np.random.default_rng(self.seed)
-        torch.manual_seed(self.seed)
+        rng = np.random.default_rng(self.settings.seed)
+        torch.manual_seed(self.settings.seed)
         lessons: Lessons | None = None
         name = type(self).__name__.removesuffix("Agent").lower()
-        journal = Journal((run or Run()).folder, 0, 0, {"agent": name, "seed": self.seed}, name, "loss")
-        for number in range(self.rounds):
+        journal = Journal((run or Run()).folder, 0, 0, {"agent": name, "seed": self.settings.seed}, name, "loss")
+        for number in range(self.settings.rounds):
             actor = self.actions if number else lambda seen: rng.integers(vector.choices, size=len(seen))
-            new = taught(vector, actor, self.plans, self.cycles, self.seed + number)
+            new = taught(vector, actor, self.plans, self.settings.cycles, self.settings.seed + number)
             lessons = new if lessons is None else Lessons(*map(np.concatenate, zip(lessons, new, strict=True)))
-            for step, loss in enumerate(self.fit(lessons, new, vector), number * self.steps + 1):
+            for step, loss in enumerate(self.fit(lessons, new, vector), number * self.settings.steps + 1):
                 if step % LOGGED == 0:
                     journal.write("log", {"step": step, "round": number + 1, "loss": loss})
         journal.close()
@@ -147,8 +145,10 @@ class TracedAgent(Agent):
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Return the optimiser of one round, and the schedule of its learning rate."""
-        adam = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+        adam = torch.optim.AdamW(
+            self.network.parameters(), self.settings.learning_rate, weight_decay=self.settings.weight_decay
+        )
+        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.settings.steps)
 
     def outputs(self, x: np.ndarray) -> np.ndarray:
         """Return what the network does, ``[…, outputs]``, computed in NumPy, which takes a tenth of PyTorch's time."""

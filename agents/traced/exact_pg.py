@@ -55,8 +55,8 @@ class ExactPGAgent(TracedAgent):
         if not self.seconds:
             self.tokens, self.seconds = 1.0, table.seconds("verify", 1)
         optimizer, schedule = self.optimizer()
-        for _ in range(self.steps):
-            batch = torch.randint(len(seen), (self.batch_size,))
+        for _ in range(self.settings.steps):
+            batch = torch.randint(len(seen), (self.settings.batch_size,))
             chances = self._chances(seen[batch])
             tokens, time = (chances * gained[batch]).sum(1).mean(), (chances * spent[batch]).sum(1).mean()
             self.tokens = MEMORY * self.tokens + (1 - MEMORY) * tokens.item()

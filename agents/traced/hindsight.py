@@ -106,8 +106,8 @@ class HindsightAgent(TracedAgent):
         seen = torch.from_numpy(lessons.seen[..., : self.width])
         accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
         optimizer, schedule = self.optimizer()
-        for _ in range(self.steps):
-            batch = torch.randint(len(seen), (self.batch_size,))
+        for _ in range(self.settings.steps):
+            batch = torch.randint(len(seen), (self.settings.batch_size,))
             loss = self.outcomes.loss(self.network(seen[batch]), accepted[batch], forwards[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -115,7 +115,7 @@ class HindsightAgent(TracedAgent):
             schedule.step()
             yield loss.item()
         self._unpack()
-        some = np.random.default_rng(self.seed).permutation(len(new.begun))[:KEPT]
+        some = np.random.default_rng(self.settings.seed).permutation(len(new.begun))[:KEPT]
         self.kept = Lessons(*(column[some] for column in new._replace(seen=new.seen[..., : self.width])))
         self.price(env.cost_tables[0])
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from spec_envs.agents import AGENTS, load
-from spec_envs.agents.traced.base import READS
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.replay import replayed
@@ -204,7 +203,7 @@ def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> l
     trace, found = Trace.load(problem.trace), []
     test = trace.of_split("test")
     others = [i for i in trace.of_split("all") if i not in set(test)]
-    for arm, reads in itertools.product(("hindsight", "exact-pg"), READS):
+    for arm, reads in itertools.product(("hindsight", "exact-pg"), ("cycle", "everything")):
         samples = []
         for fold in range(folds):
             held_out = test[fold::folds]

@@ -68,7 +68,7 @@ def best_choices(env: Keywords, control: Control) -> Best:
     most = env.get("max_new_tokens", 128)
     tokens = most if recorded else min(most, TOKENS)
     names = [name for name in control.settings() if not str(name).startswith("edge")]
-    arms = {str(name): decoded(decoder, Policy(control, FixedAgent(control, name))) for name in names}
+    arms = {str(name): decoded(decoder, Policy(control, FixedAgent(control, value=name))) for name in names}
     samples = run_arms(arms, prompts, tokens, f"best choice over the link, {len(arms)} to try")
     decoder.close()
     rates = {name: throughput(arm) for name, arm in samples.items()}
@@ -126,7 +126,7 @@ def link_policies(control: Control, decoder: Engine, static: Best) -> dict[str, 
     """Return further references: the best static k, and over a Markov link the best choice of each of its states."""
     policies = {}
     if static.best_k and static.best_k != static.best:
-        policies["static k"] = Policy(control, FixedAgent(control, static.best_k[0]))
+        policies["static k"] = Policy(control, FixedAgent(control, value=static.best_k[0]))
     channel = simulated_channel(decoder)
     if static.per_state and channel:
         policies["per state"] = Policy(control, PerState(control, channel, static.per_state))

@@ -28,7 +28,7 @@ PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and toke
 def static_policy(control: Control, values: Sequence[Setting]) -> Policy:
     """Return the policy that keeps one value of each axis of ``control.candidates()`` in every cycle."""
     pinned, setting = control.static(*values)
-    return Policy(pinned, FixedAgent(pinned, setting))
+    return Policy(pinned, FixedAgent(pinned, value=setting))
 
 
 def static_chain(k: int, k_max: int = 16) -> Policy:

@@ -155,10 +155,10 @@ def prepared(
     env["trace"] = str(trace.folder)
     control = make_control(env_id, env)
     if policy == "random":
-        return env, RandomAgent(control, seed)
+        return env, RandomAgent(control, seed=seed)
     if rule:
         value = policy.partition(":")[2]
-        return env, FixedAgent(control, int(value) if value.isdecimal() else value)
+        return env, FixedAgent(control, value=int(value) if value.isdecimal() else value)
     learned, agent = agents.load(policy)
     control.check_layout(learned, policy)
     return {"policy_seconds": agent.decision_seconds, **env}, agent

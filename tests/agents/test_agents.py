@@ -121,7 +121,7 @@ def test_adawm(total: int, warmup: int | None) -> None:
 
 def test_schedules_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="lr_schedule is 'cosine'; expected one of constant, linear, adawm"):
-        schedule("cosine", 1.0, 10)
+        AGENTS["ppo"](control=DepthControl(), lr_schedule="cosine")
     with pytest.raises(ValueError, match="warmup_timesteps is 10; expected less"):
         schedule("adawm", 1.0, 10, 10)
 
@@ -140,7 +140,7 @@ def test_refused_hyperparameters(given: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_hyperparameter() -> None:
-    with pytest.raises(ValueError, match=r"ppo has no n_step; it has .*n_steps"):
+    with pytest.raises(ValueError, match=r"unknown hyper-parameter 'n_step' of PPOAgent \(did you mean 'n_steps'\?\)"):
         AGENTS["ppo"](control=DepthControl(), n_step=4)
 
 
@@ -152,14 +152,14 @@ def test_fixed_depth_plays_its_depth(observation: str, tiny: dict) -> None:
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
     control = DepthControl(observation=observation)
     for value in (1, 2, 7, 12):
-        done = generate(decoder, control, FixedAgent(control, value), [3, 4, 5], 40).run()
+        done = generate(decoder, control, FixedAgent(control, value=value), [3, 4, 5], 40).run()
         assert {c.depth for c in done.cycles} == {value}
     budgets = BudgetControl(observation=observation)
     for value in budgets.settings():
-        done = generate(decoder, budgets, FixedAgent(budgets, value), [3, 4, 5], 20).run()
+        done = generate(decoder, budgets, FixedAgent(budgets, value=value), [3, 4, 5], 20).run()
         assert {c.verified for c in done.cycles} == {value}
     with pytest.raises(ValueError, match="value is 13; expected one of 1, 2"):
-        FixedAgent(control, 13)
+        FixedAgent(control, value=13)
 
 
 def write_run(folder: Path, trained: Any, **config: Any) -> Path:

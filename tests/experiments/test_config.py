@@ -98,7 +98,7 @@ def written(tmp_path: Path) -> Path:
         ),
         (
             "agents:\n  ppo:\n    agent: fixed\n    hyperparameters:\n      depth: 3\n",
-            r"SpecDepth-v0.yml:5: unknown hyper-parameter 'depth' of fixed; there are value",
+            r"SpecDepth-v0.yml:5: unknown hyper-parameter 'depth' of fixed; there are seed, value",
         ),
         (
             "agents:\n  ppo:\n    hyperparameters:\n      pi_arch: [3e2]\n",
@@ -170,14 +170,20 @@ def test_what_is_learned_from_a_trace_is_shown_live() -> None:
         ("agents:\n  ppo: {hyperparameters: {gamma: .nan}}\n", r":2: gamma is nan; expected a finite number"),
         ("agents:\n  ppo: {env: {pace: .inf}}\n", r":2: pace is inf; expected a finite number"),
         ("agents:\n  ppo: {calibrate: off}\n", r":2: calibrate: Input should be a valid boolean"),
-        ("agents:\n  ppo: {hyperparameters: {gamma: abc}}\n", r":2: gamma is 'abc'; expected float"),
-        ("agents:\n  ppo: {hyperparameters: {gamma: 1.5}}\n", r":2: gamma is 1.5; expected a share from 0 to 1"),
-        ("agents:\n  ppo: {hyperparameters: {n_steps: 2.5}}\n", r":2: n_steps is 2.5; expected int"),
+        ("agents:\n  ppo: {hyperparameters: {gamma: abc}}\n", r":2: gamma is 'abc'; expected a number from 0 to 1"),
+        ("agents:\n  ppo: {hyperparameters: {gamma: 1.5}}\n", r":2: gamma is 1.5; expected a number from 0 to 1"),
+        (
+            "agents:\n  ppo: {hyperparameters: {n_steps: 2.5}}\n",
+            r":2: n_steps is 2.5; expected a whole number of 0 or more",
+        ),
         (
             "agents:\n  ppo: {hyperparameters: {batch_size: -8}}\n",
-            r":2: batch_size is -8; expected a number of 0 or more",
+            r":2: batch_size is -8; expected a whole number of 0 or more",
         ),
-        ("agents:\n  ppo: {hyperparameters: {pi_arch: [8, x]}}\n", r":2: pi_arch is \[8, 'x'\]; expected tuple"),
+        (
+            "agents:\n  ppo: {hyperparameters: {pi_arch: [8, x]}}\n",
+            r":2: pi_arch is \[8, 'x'\]; expected the sizes of hidden layers",
+        ),
         ("agents: {}\n", r"has no agents"),
         ("", r"has no agents"),
     ],

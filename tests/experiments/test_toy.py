@@ -67,9 +67,9 @@ class TurnsAgent(Rule):
     looks_at = ()
     remembers = ("turn",)
 
-    def __init__(self, control, seed=0):
-        super().__init__(control)
-        self.turn = seed
+    def __init__(self, control, **hyperparameters):
+        super().__init__(control, **hyperparameters)
+        self.turn = self.settings.seed
 
     def decide(self, observation, state, start, deterministic):
         self.turn += 1

@@ -25,8 +25,7 @@ def seen(env: gym.Env, agent: OnlineAgent, count: int) -> list[Segment]:
     """Return verified rows of a few texts, with the agent bound to the environment."""
     rows: list[Segment] = []
     agent.fast_update = lambda segments: rows.extend(segments) or (0.0, None)  # type: ignore[method-assign]
-    agent.replay_batch = 0
-    agent.texts = count
+    agent.settings = agent.settings.model_copy(update={"replay_batch": 0, "texts": count})
     agent.learn(10**6, env)
     del agent.fast_update  # type: ignore[method-assign]
     return rows

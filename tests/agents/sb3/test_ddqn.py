@@ -141,7 +141,7 @@ def test_the_bare_network_decides_as_it_does() -> None:
         ({"epsilon_decay": 1.5}, "epsilon_decay is 1.5; expected a factor above 0 up to 1, or null"),
         ({"target_update_updates": 0}, "target_update_updates is 0; expected 1 or more, or null"),
         ({"loss": "mae"}, "loss is 'mae'; expected one of mse, huber"),
-        ({"base": 1}, "ddqn has no base; it has batch_size, buffer_size, epsilon_decay"),
+        ({"base": 1}, "unknown hyper-parameter 'base' of DoubleDQNAgent"),
     ],
 )
 def test_refused_settings(given: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
-from spec_envs.agents.sb3.agent import SB3Agent
+from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.vec_env import ReplayVecEnv
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.record import Plan
@@ -107,7 +107,7 @@ def test_algorithms_train_on_it(
     algorithm: str, num_envs: int, settings: dict[str, Any], keywords: dict[str, Any], tmp_path: Path
 ) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", num_envs, **keywords)
-    agent = SB3Agent(env.env.control, algorithm, num_envs=num_envs, **settings)
+    agent = AGENTS[algorithm](control=env.env.control, num_envs=num_envs, **settings)
     assert agent.model._wrap_env(env) is env
     before = {name: t.clone() for name, t in agent.model.policy.state_dict().items()}
     agent.model.set_logger(configure(str(tmp_path), ["csv"]))
@@ -118,7 +118,7 @@ def test_algorithms_train_on_it(
     assert "rollout/ep_rew_mean" in (tmp_path / "progress.csv").read_text().splitlines()[0]
     assert env.nothing == {}  # nobody wrote into what they share
     agent.save_checkpoint(tmp_path)
-    again = SB3Agent(env.env.control, algorithm, num_envs=num_envs, **settings)
+    again = AGENTS[algorithm](control=env.env.control, num_envs=num_envs, **settings)
     again.load_checkpoint(tmp_path)
     assert again.model.num_timesteps == agent.model.num_timesteps
 
@@ -126,15 +126,15 @@ def test_algorithms_train_on_it(
 def test_the_number_of_environments_is_the_agents(keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 3, **keywords)
     with pytest.raises(ValueError, match=r"made for 1; make it with num_envs=3"):
-        SB3Agent(env.env.control, "a2c").learn(10, env)
+        AGENTS["a2c"](control=env.env.control).learn(10, env)
     for wrong in (0, "two"):
         with pytest.raises(ValueError, match="num_envs is"):
-            SB3Agent(env.env.control, "a2c", num_envs=wrong)  # type: ignore[arg-type]
+            AGENTS["a2c"](control=env.env.control, num_envs=wrong)  # type: ignore[arg-type]
 
 
 def test_what_wraps_and_evaluates_a_vec_env_takes_it(keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 8, **keywords)
-    agent = SB3Agent(env.env.control, "a2c", num_envs=8)
+    agent = AGENTS["a2c"](control=env.env.control, num_envs=8)
     rewards, lengths = evaluate_policy(agent.model, env, n_eval_episodes=16, return_episode_rewards=True)
     assert len(rewards) == 16 and min(lengths) >= 1  # type: ignore[arg-type, type-var]
     wrapped = VecNormalize(env)

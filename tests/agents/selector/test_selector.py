@@ -16,10 +16,9 @@ from torch import nn
 
 from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.ddqn import double_target
-from spec_envs.agents.selector.adapter import RLNetworkAdapter, Settings, settings
+from spec_envs.agents.selector.adapter import RLNetworkAdapter, SelectorSettings, settings
 from spec_envs.agents.selector.agent import RLAdapterAgent
 from spec_envs.controls.observation.rl_adapter_state import KS, TASKS_PUBLISHED, published_state
-from spec_envs.experiments.hyperparameters import known_hyperparameters
 
 LINK = (100.0, 50.0, 0.7, 2.0, "gsm8k")
 
@@ -192,18 +191,20 @@ def test_what_cannot_be_recorded() -> None:
 
 
 def test_settings_by_name() -> None:
-    assert settings(None) == Settings() == settings(argparse.Namespace())
+    assert settings(None) == SelectorSettings() == settings(argparse.Namespace())
     assert settings(argparse.Namespace(gamma=0.5)).gamma == settings({"gamma": 0.5}).gamma == 0.5
-    assert Settings() == Settings(1e-3, 0.99, 1.0, 0.01, 0.995, 10_000, 64, 10, 0, Path("checkpoints/rl_adapter.pth"))
+    published = {"learning_rate": 1e-3, "gamma": 0.99, "epsilon": 1.0, "epsilon_min": 0.01, "epsilon_decay": 0.995}
+    published |= {"buffer_size": 10_000, "batch_size": 64, "target_update": 10}
+    assert SelectorSettings().model_dump() == published | {"seed": 0, "path": Path("checkpoints/rl_adapter.pth")}
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"gama": 0.5}, "unknown hyper-parameter 'gama' of the adapter; did you mean 'gamma'?"),
+        ({"gama": 0.5}, r"unknown hyper-parameter 'gama' of the adapter \(did you mean 'gamma'\?\)"),
         ({"epsilon_decay": 2}, "epsilon_decay is 2; expected a number from 0 to 1"),
         ({"gamma": "0.9"}, "gamma is '0.9'; expected a number from 0 to 1"),
-        ({"batch_size": 0}, "batch_size is 0; expected a whole number, 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number of 1 or more"),
         ({"buffer_size": 10}, r"buffer_size is 10; expected at least a batch \(64\)"),
     ],
 )
@@ -384,9 +385,9 @@ def test_the_agent_needs_its_own_spaces() -> None:
 
 
 def test_its_hyperparameters_may_stand_in_a_configuration() -> None:
-    known = known_hyperparameters("rl-adapter")
+    known = set(AGENTS["rl-adapter"].Settings.model_fields)
     assert known == {
-        *("path", "learning_rate", "gamma", "epsilon", "epsilon_min", "epsilon_decay"),
+        *("seed", "path", "learning_rate", "gamma", "epsilon", "epsilon_min", "epsilon_decay"),
         *("buffer_size", "batch_size", "target_update"),
     }
     agent = AGENTS["rl-adapter"](control=control(), **yaml.safe_load("{gamma: 0.5, target_update: 20}"))

@@ -58,7 +58,7 @@ class Player:
         observation, _ = self.env.reset(options={"prompt": self.env.prompts[text]})
         spent, cycles = 0.0, 0
         while not self.env.decoder.finished and (repeat or cycles < len(sequence)):
-            agent, emitted = FixedAgent(self.control, sequence[0 if repeat else cycles]), 0
+            agent, emitted = FixedAgent(self.control, value=sequence[0 if repeat else cycles]), 0
             while not emitted:
                 observation, _, _, _, info = self.env.step(agent.predict(observation)[0])
                 spent, emitted = spent + sum(info["seconds"].values()), info["emitted"]

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from spec_envs.agents.sb3.agent import SB3Agent
+from spec_envs.agents import AGENTS
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.config import Experiment
@@ -82,7 +82,7 @@ def test_a_run_plays_as_it_was_trained(traces: dict[str, Trace], tmp_path: Path)
     open_run(folder, resolved(experiment, "SpecDepth-v0", "a2c", 0))
     keywords["trace"] = str(traces["tree"].folder)
     env: Any = gym.make("SpecDepth-v0", **keywords).unwrapped
-    agent = SB3Agent(env.control, "a2c", n_steps=8).learn(32, env)
+    agent = AGENTS["a2c"](control=env.control, n_steps=8).learn(32, env)
     agent.save(folder)
     dataset = exported("run-v3", traces["tree"].folder, "SpecDepth-v0", str(folder), 3)
     assert replays(dataset) == dataset.total_steps

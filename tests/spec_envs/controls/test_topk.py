@@ -292,7 +292,7 @@ def test_generate_learns_while_it_serves(chain: dict) -> None:
     generate(decoder, control, agent, [3, 4, 5], 60, seed=0).run()
     assert agent.adapter.update_count == frozen
     with pytest.raises(ValueError, match="FixedAgent does not learn while it decodes"):
-        generate(decoder, control, FixedAgent(control, "4x50"), [3], 20, learn=True)
+        generate(decoder, control, FixedAgent(control, value="4x50"), [3], 20, learn=True)
 
 
 @pytest.mark.parametrize("name", ["ppo", "ddqn", "rl-adapter"])

@@ -119,10 +119,10 @@ def test_fixed_settings(tiny_decoder: Decoder) -> None:
     control = TreeControl()
     assert control.settings()[:2] == ("0x1", "0x3") and len(control.settings()) == 13 * 13
     for value in ("0x1", "0x7", "2x7", "12x95"):
-        done = generate(tiny_decoder, control, FixedAgent(control, value), PROMPT, 20).run()
+        done = generate(tiny_decoder, control, FixedAgent(control, value=value), PROMPT, 20).run()
         assert {f"{cycle.depth}x{cycle.verified}" for cycle in done.cycles} == {value}
     with pytest.raises(ValueError, match=r"value is 2x8; expected one of 0x1, 0x3, .*, …, 12x95"):
-        FixedAgent(control, "2x8")
+        FixedAgent(control, value="2x8")
 
 
 def test_static_settings_of_any_budget(tiny: dict, tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

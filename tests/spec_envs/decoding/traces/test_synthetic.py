@@ -32,7 +32,9 @@ def test_fixed_lengths_give_the_published_rows(k: int) -> None:
     seconds = 0.0
     for repeat in range(5):
         for number, (task, ids) in enumerate(profile.prompts()):
-            done = generate(decoder, control, FixedAgent(control, k), ids, 3000, 1000 * repeat + number, task).run()
+            done = generate(
+                decoder, control, FixedAgent(control, value=k), ids, 3000, 1000 * repeat + number, task
+            ).run()
             accepted += sum(c.accepted for c in done.cycles)
             drafted += sum(c.drafted for c in done.cycles)
             tokens, seconds = tokens + len(done.tokens) - 1, seconds + done.seconds

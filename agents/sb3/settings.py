@@ -1,0 +1,67 @@
+"""Hyper-parameters of the agents of Stable-Baselines3: this project's own, and those of an algorithm's constructor."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge
+from pydantic import Field, create_model
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from spec_envs.agents.schedules import ScheduleName
+from spec_envs.agents.settings import AgentSettings, Amount, Count, Natural, Share
+
+Layers = Annotated[tuple[Count, ...], Field(title="the sizes of hidden layers, such as [64, 64]")]
+
+SHARES = {"gamma", "gae_lambda", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"}
+RESERVED = {  # arguments of the algorithms that the agent sets itself, or that are objects, not settings
+    *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
+    *("_init_setup_model", "base", "rollout_buffer_class", "rollout_buffer_kwargs"),
+    *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
+}
+
+
+class SB3Settings(AgentSettings):
+    """The hyper-parameters that all algorithms share."""
+
+    total_timesteps: Count = Field(1, description="steps that the learning-rate schedule spans")
+    learning_rate: Amount = Field(3e-4, description="the largest one of the schedule")
+    lr_schedule: ScheduleName = Field("constant", description="schedule of the learning rate")
+    warmup_timesteps: Natural | None = Field(
+        None, description='steps until "adawm" reaches the largest rate; by default 1 % of all'
+    )
+    pi_arch: Layers = Field(
+        (64, 64), description="hidden layers of the policy, or of a value-based algorithm's network"
+    )
+    vf_arch: Layers = Field((64, 64), description="hidden layers of the value network")
+    activation: Literal["relu", "tanh", "elu", "gelu"] = Field("tanh", description="between the layers")
+    num_envs: Count = Field(1, description="environments that `learn` gets at once (`ReplayVecEnv`)")
+
+    def own(self) -> dict[str, Any]:
+        """Return the arguments that were given for the algorithm's own constructor."""
+        return {name: getattr(self, name) for name in self.model_fields_set - set(SB3Settings.model_fields)}
+
+
+@functools.cache
+def settings_of(algorithm: type[BaseAlgorithm]) -> type[SB3Settings]:
+    """Return the hyper-parameters of an algorithm, its own taken from its constructor."""
+    hints = get_type_hints(algorithm.__init__, localns={"VecEnv": Any})
+    own: dict[str, Any] = {
+        name: (Share if name in SHARES else positive(hints[name], parameter.default), parameter.default)
+        for name, parameter in inspect.signature(algorithm).parameters.items()
+        if name not in RESERVED
+    }
+    return create_model(f"{algorithm.__name__}Settings", __base__=SB3Settings, **own)
+
+
+def positive(hint: Any, default: Any) -> Any:
+    """Return a type whose numbers are 0 or more, unless the default is below."""
+    if isinstance(default, int | float) and default < 0:
+        return hint
+    if hint in (int, float):
+        return Annotated[hint, Ge(0)]
+    if get_origin(hint) is Union or isinstance(hint, type(int | str)):
+        return Union[tuple(positive(part, None) for part in get_args(hint))]  # noqa: UP007
+    return hint

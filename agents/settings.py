@@ -1,0 +1,105 @@
+"""Hyper-parameters of agents: each agent declares a frozen model of its own, which refuses a value in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spec_envs.settings import plain
+
+Natural = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1)]
+Amount = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+
+
+class UnfitSetting(ValueError):
+    """A hyper-parameter that an agent does not have, or a value that it does not take.
+
+    Attributes:
+        name: the hyper-parameter.
+    """
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+class AgentSettings(BaseModel):
+    """The hyper-parameters of an agent by name, with their types, ranges, defaults and meanings."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+    seed: Natural = Field(0, description="seed of everything that the agent draws")
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], agent: str) -> Self:
+        """Return the hyper-parameters, given those that differ from the defaults; lists become tuples.
+
+        Args:
+            agent: the agent's name, for the sentence of an error.
+
+        Raises:
+            UnfitSetting: a name that the agent does not have (the nearest one is named), or a value that it does not
+                take.
+        """
+        for name in given:
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
+                known = f"there are {', '.join(sorted(cls.model_fields))}" if cls.model_fields else "it has none"
+                hint = f" (did you mean {near[0]!r}?)" if near else f"; {known}"
+                raise UnfitSetting(name, f"unknown hyper-parameter {name!r} of {agent}{hint}")
+        try:
+            return cls(**{name: as_tuples(plain(value)) for name, value in given.items()})
+        except ValidationError as error:
+            first = error.errors()[0]
+        if not first["loc"]:  # what a validator of several values together refuses
+            raise UnfitSetting("", first["msg"].removeprefix("Value error, "))
+        name = str(first["loc"][0])
+        found = f"is {given[name]!r}" if name in given else "is missing"
+        raise UnfitSetting(name, f"{name} {found}; expected {cls.expected(name)}")
+
+    @classmethod
+    def expected(cls, name: str) -> str:
+        """Return in words what a hyper-parameter takes."""
+        field = cls.model_fields[name]
+        return field.title or in_words(field.rebuild_annotation())
+
+
+def in_words(hint: Any) -> str:
+    """Return a type and its range in words, such as "a number from 0 to 1"."""
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        return f"{in_words(kind)}{range_of(bounds)}"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(in_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list, each entry {in_words(get_args(hint)[0])}"
+    if get_origin(hint) is Callable:
+        return "a function"
+    return WORDS.get(hint, inspect.formatannotation(hint))
+
+
+def range_of(bounds: list[Any]) -> str:
+    """Return bounds of a number in words, beginning with a space; nothing where there are none."""
+    words = {"ge": " of {} or more", "gt": " above {}", "le": " up to {}", "lt": " below {}"}
+    found = {name: value for bound in bounds for name, value in asdict(bound).items()}
+    if {"ge", "le"} <= set(found):
+        return f" from {found['ge']} to {found['le']}"
+    return "".join(words[name].format(value) for name, value in found.items())
+
+
+def as_tuples(value: Any) -> Any:
+    """Return lists, which is all that YAML has, as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
