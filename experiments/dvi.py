@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from spec_envs.arguments import (
     POSITIVE,
@@ -31,7 +32,9 @@ from spec_envs.arguments import (
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.evaluate import evaluate_run, save
-from spec_envs.experiments.measure.encoding import to_json
+from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.machine import Machine
+from spec_envs.experiments.measure.results import Exit
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
 from spec_envs.files import read_json, write_json
@@ -113,8 +116,19 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [*found, *args.set]
 
 
-def improved(args: argparse.Namespace) -> dict[str, Any]:
-    """Train as far as it is not done, evaluate, and write the results."""
+@dataclass(frozen=True)
+class Improvement:
+    """The results of a run, as RESULTS/<stanza>-<seed>.json holds them."""
+
+    agent: str
+    seed: int
+    run: str
+    exit: Annotated[Exit | None, Inline()]
+    machine: Machine
+
+
+def improve(args: argparse.Namespace) -> None:
+    """Train a run unless it is trained already, evaluate it, and write the results."""
     stanza = args.agent or ("reinforce" if any(getattr(args, name) is not None for name in REINFORCE) else "dvi")
     experiment = load_experiment(ENV, stanza, overrides(args))
     folder = run_folder(args.root, ENV, stanza, args.seed)
@@ -124,16 +138,9 @@ def improved(args: argparse.Namespace) -> dict[str, Any]:
     trained(experiment, ENV, stanza, args.seed, folder)
     results = evaluate_run(folder, {}, experiment.test_prompts)
     save(results, folder)
-    found = {
-        "agent": stanza,
-        "seed": args.seed,
-        "run": str(folder),
-        **to_json(results.exit),
-        "machine": to_json(results.machine),
-    }
-    write_json(path, found)
+    found = Improvement(stanza, args.seed, str(folder), results.exit, results.machine)
+    write_json(path, to_json(found))
     print(f"results: {path}")
-    return found
 
 
 def refuse_other(path: Path, folder: Path) -> None:
@@ -149,7 +156,7 @@ def refuse_other(path: Path, folder: Path) -> None:
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command continues from the last checkpoint, if one was written yet"):
-        improved(args)
+        improve(args)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import argparse
 import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
@@ -128,7 +127,7 @@ def save(results: Results, folder: Path) -> None:
     print(f"picture: {folder / 'results.png'}")
 
 
-def folder_name(settings: dict[str, Any]) -> str:
+def folder_name(settings: Mapping[str, object]) -> str:
     """Return the settings of an evaluation as the name of its folder, of a length that every file system takes."""
     name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}").strip("_") for key, value in settings.items())
     return name if len(name) <= 150 else f"{name[:140]}-{zlib.crc32(name.encode()):08x}"

@@ -40,6 +40,7 @@ from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.experiments.work_folder import claim
 from spec_envs.files import held, whole, write_bytes, write_json
+from spec_envs.settings import Keywords
 
 
 def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: int, tokens: int, folder: Path) -> None:
@@ -112,7 +113,7 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(states=(TrialState.COMPLETE,))
 
 
-def priced(folder: Path, env: dict[str, Any], control: Control) -> Path:
+def priced(folder: Path, env: Keywords, control: Control) -> Path:
     """Return the cost table of a folder: that of the environment, or this machine's, measured if it is not there
     yet."""
     table = folder / "clock.json"
@@ -168,7 +169,7 @@ def opened(folder: Path) -> optuna.Study:
     return study
 
 
-def train(agent: Agent, env: dict[str, Any], env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
+def train(agent: Agent, env: Keywords, env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
     """Train, once for all trials, the part of an agent that learns."""
     spec_env = SpecEnv(env_id, **{**env, "clock": str(table)})
     agent.learn(total_timesteps, spec_env)

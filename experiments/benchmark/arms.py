@@ -1,16 +1,14 @@
-"""Arms of the benchmark: those trained on a trace, those tuned on it, and the replayed speed of each."""
+"""Arms of the benchmark: agents that are trained on a trace, rules that are tuned on it, and their replay."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 
@@ -22,16 +20,18 @@ from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.hyperparameters import set_by_run
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
-from spec_envs.experiments.measure.mixes import mixed
+from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.statistics import throughput
-from spec_envs.files import write_json
+from spec_envs.files import read_json, write_json
+from spec_envs.settings import Keywords
 from spec_envs.text import Detokenizer
+from spec_envs.vector.env import ReplayVectorEnv
 
-ENVS = 64  # environments that PPO learns from at once
+ENVS = 64  # environments that PPO learns from in parallel
 LTD = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
 PPO = {"n_steps": 32, "batch_size": 512, "n_epochs": 6, "gamma": 1.0, "gae_lambda": 0.95, "ent_coef": 0.002}
 LTD_PPO = {
-    "n_steps": 8,  # of each of 16 environments, 128 in all
+    "n_steps": 8,  # in each of 16 environments, 128 in all
     "batch_size": 64,
     "n_epochs": 1,
     "gamma": 0.99,
@@ -39,7 +39,9 @@ LTD_PPO = {
     "lr_schedule": "adawm",
 }
 LTD_NETS = {"pi_arch": [512, 256], "vf_arch": [1024, 512]}
-GRIDS: dict[str, dict[str, dict[str, Sequence[Any]]]] = {  # hyper-parameters that are tried of published rules
+Grid = dict[str, Sequence[float]]
+"""Values of hyper-parameters to try, by name."""
+GRIDS: dict[str, dict[str, Grid]] = {  # for each published rule, by environment
     "SpecDepth-v0": {"ddd": {"threshold": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}},
     "SpecBudget-v0": {
         "expected-gain": {"scale": (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)},
@@ -56,8 +58,8 @@ GRIDS: dict[str, dict[str, dict[str, Sequence[Any]]]] = {  # hyper-parameters th
         "ucb": {"cost": (0.1, 0.2, 0.4), "exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
     },
 }
-LTD_APART = {"SpecDepth-v0": {}, "SpecBudget-v0": {"depth": 2}}  # what its two policies decide, the other one fixed
-SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or decide something of their own
+LTD_PARTS = {"SpecDepth-v0": {}, "SpecBudget-v0": {"depth": 2}}  # problems of its two policies, trained separately
+OWN_ENV: dict[str, Keywords] = {  # keyword arguments of arms with an observation or a decision of their own
     "ltd": {"observation": "ltd"},
     "ucb": {"decision": "cycle"},
 }
@@ -65,18 +67,18 @@ SEEN: dict[str, dict[str, Any]] = {  # keyword arguments of arms that see or dec
 
 @dataclass(frozen=True)
 class TrainedArm:
-    """A kind of agent that is trained on a trace.
+    """An arm that is trained on a trace.
 
     Attributes:
         agent: a name of ``AGENTS``.
-        envs: environments that it learns from at once.
-        env: keyword arguments of these over the problem's.
-        hyperparameters: of the agent, but for those that the run sets.
+        envs: environments that it learns from in parallel.
+        env: keyword arguments of these environments that override the problem's.
+        hyperparameters: settings of the agent, except seed and total of steps.
     """
 
     agent: str
     envs: int = ENVS
-    env: dict[str, Any] = field(default_factory=dict)
+    env: Keywords = field(default_factory=dict)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,27 +91,49 @@ ARMS = {
 
 
 @dataclass(frozen=True)
+class Training:
+    """The cost of a training.
+
+    Attributes:
+        seconds: seconds that it took.
+        forwards: forwards of the target that the same training takes live: one for each cycle of PPO, and one for each
+            token of the training texts for agents that learn from the trace itself.
+    """
+
+    seconds: float
+    forwards: int
+
+
+@dataclass(frozen=True)
 class Problem:
-    """An environment of the benchmark: its keyword arguments and the trace that stands for it."""
+    """A problem of the benchmark.
+
+    Attributes:
+        env: keyword arguments of the environment.
+        trace: folder of the trace that is replayed.
+    """
 
     env_id: str
-    env: dict[str, Any]
+    env: Keywords
     trace: str
 
     def control(self, arm: str = "") -> Control:
-        """Return the control of an arm: its decisions and its observation."""
-        return make_control(self.env_id, self.env | SEEN.get(arm, {}))
+        """Return the control for an arm, with the decision and the observation of that arm."""
+        return make_control(self.env_id, self.env | OWN_ENV.get(arm, {}))
 
-    def environments(self, count: int, **changes: Any) -> Any:
-        """Return ``count`` environments in NumPy on the training texts."""
-        keywords = {**self.env, "trace": self.trace, **changes}
-        return gym.make_vec(self.env_id, num_envs=count, vectorization_mode="vector_entry_point", **keywords)
+    def environments(self, count: int, **changes: Any) -> ReplayVectorEnv:
+        """Return ``count`` environments in NumPy on the training texts; ``changes`` are further keyword arguments."""
+        return ReplayVectorEnv(self.env_id, count, **{**self.env, "trace": self.trace, **changes})
 
 
 def samples_of(
     problem: Problem, policy: Policy, split: str, table: CostTable, texts: Sequence[int] | None = None
 ) -> list[Sample]:
-    """Return the texts of a split under a policy, replayed under a cost table, the time of its decisions included."""
+    """Replay texts under a policy and a cost table, and return their samples; the time of decisions is included.
+
+    Args:
+        texts: indices of the trace; by default all texts of the split.
+    """
     trace = Trace.load(problem.trace)
     chosen = trace.of_split(split) if texts is None else texts
     prompts = [Encoded(trace.texts[i].task, trace.texts[i].prompt) for i in chosen]
@@ -120,28 +144,24 @@ def samples_of(
 
 
 def words(trace: Trace) -> Detokenizer:
-    """Return what gives the text of a trace's ids."""
+    """Return the detokenizer of a trace's target."""
     return Detokenizer.of(load_tokenizer(trace.manifest.target))
 
 
-def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> dict[str, Any]:
-    """Train an arm on the trace, or read it if it is there; its folder is one that ``spec_envs.agents.load`` reads.
+def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> Training:
+    """Train an arm on the trace, unless it is trained already, and save it in a folder that ``agents.load`` reads.
 
     Args:
         steps: environment steps of PPO.
-        texts: only the first so many training texts.
-
-    Returns:
-        ``seconds`` of training, and ``forwards`` of the target that the same training takes live: for PPO one per cycle
-        that it ran; for agents that learn from the trace itself one per token of the training texts.
+        texts: number of training texts to learn from; by default all.
     """
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
-        return json.loads(note.read_text())
+        return from_json(Training, read_json(note, f"delete {folder} to train again"))
     if arm == "ltd" and problem.env_id == "SpecTree-v0":
-        parts = [Problem(env_id, problem.env | own, problem.trace) for env_id, own in LTD_APART.items()]
+        parts = [Problem(env_id, problem.env | own, problem.trace) for env_id, own in LTD_PARTS.items()]
         both = [train(part, arm, seed, steps, str(place / part.env_id)) for part in parts]
-        return {key: sum(made[key] for made in both) for key in both[0]}
+        return Training(sum(made.seconds for made in both), sum(made.forwards for made in both))
     place.mkdir(parents=True, exist_ok=True)
     trace, chosen = Trace.load(problem.trace), ARMS[arm]
     control, kind = problem.control(arm), AGENTS[chosen.agent]
@@ -158,30 +178,30 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
     seconds = time.perf_counter() - begin
     agent.save(place)
     write_json(place / "clock.json", trace.manifest.costs)
-    config = {"id": problem.env_id, "env": problem.env | SEEN.get(arm, {}), "agent": chosen.agent}
+    config = {"id": problem.env_id, "env": problem.env | OWN_ENV.get(arm, {}), "agent": chosen.agent}
     write_json(place / "config.yml", config | {"hyperparameters": hyperparameters})
-    write_json(note, {"seconds": seconds, "forwards": forwards})
-    return {"seconds": seconds, "forwards": forwards}
+    write_json(note, to_json(training := Training(seconds, forwards)))
+    return training
 
 
 def trained_policy(folder: str, table: CostTable) -> Policy:
-    """Return a trained arm under a cost table."""
-    if not (Path(folder) / "config.yml").exists():  # both of LTD's
-        depth, budget = (f"{folder}/{env_id}" for env_id in LTD_APART)
-        policy = mixed(depth, budget, {})
-        assert policy.control.partner is not None
-        for part in (policy.agent, policy.control.partner.agent):
-            part.decision_seconds = part.measure()  # type: ignore[attr-defined]
-        return policy
-    control, agent = load(folder)
-    control.costs = table
-    agent.decision_seconds = agent.measure()  # here and now, as the table is
+    """Return the policy of a trained arm under a cost table; its decisions are timed now, as the table was."""
+    if (Path(folder) / "config.yml").exists():
+        control, agent = load(folder)
+        control.costs = table
+        agent.decision_seconds = agent.measure()
+        return Policy(control, agent)
+    depth, budget = (load(f"{folder}/{env_id}") for env_id in LTD_PARTS)
+    (control, agent), (partner, sizing) = depth, budget
+    control.compose(partner, sizing)
+    for part in (agent, sizing):
+        part.decision_seconds = part.measure()
     return Policy(control, agent)
 
 
 def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Policy, dict[str, Any]]:
-    """Return a published rule with the best hyper-parameters of its grid on the first training texts, in its initial
-    state."""
+    """Return a published rule in its initial state, with the hyper-parameters of its grid that are best on the first
+    ``texts`` training texts, and these hyper-parameters."""
     grid = GRIDS[problem.env_id][rule]
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     chosen = Trace.load(problem.trace).of_split("train")[:texts]
@@ -197,9 +217,11 @@ def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Po
 
 
 def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
-    """Return the test texts under the best policy of what an agent sees, as far as learning finds it: those that learn
-    from the trace, reading all or less, fitted to all texts of every split but a fold of the test texts, and replayed
-    on that fold; the fastest one."""
+    """Return the samples of the test texts under the best policy that could be learned from what an agent observes.
+
+    The agents that learn from a trace are cross-fitted: for each fold of the test texts they learn from all other texts
+    and are replayed on the fold. The samples of the fastest agent are returned.
+    """
     trace, found = Trace.load(problem.trace), []
     test = trace.of_split("test")
     others = [i for i in trace.of_split("all") if i not in set(test)]

@@ -103,8 +103,9 @@ class Bounds:
         return seconds, emitted, catch_up.left_unread(waiting, self.read[row, plan], emitted, self.right[row])
 
     def throughput(self, seconds: np.ndarray) -> np.ndarray:
-        """Return the tokens per second of seconds by text ``[texts, …]``."""
-        return self.tokens.sum() / seconds.sum(0)
+        """Return the tokens per second over all texts, of seconds by text ``[texts, …]``: ``[…]``."""
+        rates: np.ndarray = self.tokens.sum() / seconds.sum(0)
+        return rates
 
     def best(self, seconds: np.ndarray) -> int:
         """Return the plan that is fastest over all texts."""

@@ -81,8 +81,8 @@ def trained(
         rows[arm] = Learned(
             ratio=over_seeds(ratios),
             seeds=ratios.tolist(),
-            train_seconds=float(np.median([note["seconds"] for note in trainings])),
-            forwards=trainings[0]["forwards"],
+            train_seconds=float(np.median([training.seconds for training in trainings])),
+            forwards=trainings[0].forwards,
             chosen=Path(chosen).name,
         )
     return policies, rows
@@ -156,5 +156,5 @@ def few_texts(problem: Problem, table: CostTable, seconds_per_token: float, fold
         folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]
         made = [train(problem, "hindsight", seed, 0, f, count) for seed, f in enumerate(folders)]
         rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
-        found.append(FewTexts(count, made[0]["forwards"], float(np.mean(rates)) * seconds_per_token))
+        found.append(FewTexts(count, made[0].forwards, float(np.mean(rates)) * seconds_per_token))
     return found

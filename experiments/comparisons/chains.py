@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -209,11 +208,11 @@ def draw(results: Chains, path: Path) -> None:
         bottom.set_ylabel("accepted / drafted, by text")
 
 
-def kept_figures(path: Path, name: str) -> dict[str, Any]:
-    """Return the figures that stand in the file already, beside which those of ``name`` will.
+def kept_figures(path: Path, name: str) -> dict[str, object]:
+    """Return the figures that the file holds already and keeps when those of ``name`` are added.
 
     Raises:
-        ValueError: the file is damaged, or the name is another's.
+        ValueError: the file is damaged, or the name is used for something else.
     """
     if not re.fullmatch(r"[\w.-]*", name):
         raise ValueError(f"--name is {name!r}; expected letters, digits, points and dashes")
@@ -225,8 +224,8 @@ def kept_figures(path: Path, name: str) -> dict[str, Any]:
     return kept
 
 
-def is_bench(value: Any) -> bool:
-    """Return True for a value of the JSON file that is the figures of another target."""
+def is_bench(value: object) -> bool:
+    """Return True for a value of the JSON file that holds the figures of another target."""
     return isinstance(value, dict) and "best_agent" in value
 
 

@@ -3,7 +3,7 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -26,7 +26,7 @@ class Inline:
         """Return the key of an item."""
         return self.prefix + name + self.suffix
 
-    def items(self, content: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
+    def items(self, content: Mapping[str, object], others: Collection[str]) -> dict[str, object]:
         """Return the items of a JSON object that has keys of its own, ``others``."""
         return {
             key.removeprefix(self.prefix).removesuffix(self.suffix): item
@@ -44,7 +44,7 @@ def to_json(value: Any) -> Any:
         return [to_json(item) for item in value]
     if not is_dataclass(value):
         return value
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     hints = get_type_hints(type(value), include_extras=True)
     for field in fields(value):
         item, inline = to_json(vars(value)[field.name]), inlined(hints[field.name])
@@ -117,7 +117,7 @@ def read_union(kinds: tuple[Any, ...], content: Any) -> Any:
     raise ValueError(reasons[0])
 
 
-def read_fields(kind: type, content: dict[str, Any]) -> Any:
+def read_fields(kind: type, content: Mapping[str, object]) -> Any:
     """Return a JSON object as a dataclass."""
     hints, found = get_type_hints(kind, include_extras=True), {}
     alone = {field.name for field in fields(kind) if not inlined(hints[field.name])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,13 +87,12 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
     """Return an arm of ``generate`` with ``further`` arguments."""
     verifier = decoder.verifier
     synchronize = WallClock(verifier.device).synchronize
-    settings: dict[str, Any] = {
-        "do_sample": False,
-        "eos_token_id": model.generation_config.eos_token_id,
-        "pad_token_id": 0,  # never used: there is one text at a time
-    }
+    # Padding is never used, because there is one text at a time.
+    common = partial(GenerationConfig, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0)
     if verifier.temperature:
-        settings |= {"do_sample": True, "temperature": verifier.temperature, "top_p": verifier.top_p, "top_k": 0}
+        config = partial(common, do_sample=True, temperature=verifier.temperature, top_p=verifier.top_p, top_k=0)
+    else:
+        config = partial(common, do_sample=False)
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings),
+            generation_config=config(max_new_tokens=max_new_tokens),
             stopping_criteria=StoppingCriteriaList([first]),
             **further,
         )

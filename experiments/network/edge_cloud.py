@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from spec_envs.arguments import (
     POSITIVE,
@@ -153,18 +153,35 @@ def measure(
     )
 
 
-def headline(results: EdgeCloud) -> dict[str, Any]:
-    """Return what stands at the top of the JSON file: the speedup over the cloud alone, and the means of edge and
-    cloud."""
-    own, row = results.own, to_json(results.own)
-    keys = ("acceptance", "latency_s", "network_s", "edge_s", "cloud_s", "bytes_up", "bytes_down", "breakdown")
-    return {
-        "speedup": own.over["plain"].value,
-        "speedup_interval": row["over_plain"],
-        "speedup_without_prefill": row["over_plain_without_prefill"],
-        "assessment": assessment(own.over["plain"].value),
-        **{key: row[key] for key in keys},
-    }
+@dataclass(frozen=True)
+class Headline:
+    """The head of the JSON file: the speedup of edge and cloud over the cloud alone, and their means per text."""
+
+    speedup: float
+    speedup_interval: Interval
+    speedup_without_prefill: Interval
+    assessment: str
+    acceptance: float | None
+    latency_s: float
+    seconds: Annotated[dict[str, float], Inline(suffix="_s")]
+    bytes_up: float
+    bytes_down: float
+    breakdown: dict[str, float]
+
+    @classmethod
+    def of(cls, own: Row) -> Headline:
+        return cls(
+            speedup=own.over["plain"].value,
+            speedup_interval=own.over["plain"],
+            speedup_without_prefill=own.over["plain_without_prefill"],
+            assessment=assessment(own.over["plain"].value),
+            acceptance=own.acceptance,
+            latency_s=own.latency_s,
+            seconds={place: own.seconds[place] for place in ("network", "edge", "cloud")},
+            bytes_up=own.bytes_up,
+            bytes_down=own.bytes_down,
+            breakdown=own.breakdown,
+        )
 
 
 def whole_text(sample: Sample) -> Sample:
@@ -316,7 +333,7 @@ def main() -> None:
             load_link(args.link)
         results = edge_cloud(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "edge-cloud.json", headline(results) | to_json(results))
+        write_json(args.out / "edge-cloud.json", to_json(Headline.of(results.own)) | to_json(results))
         draw(results, args.out / "edge-cloud.png")
         print(report(results))
         print(f"written: {args.out}/edge-cloud.json, edge-cloud.png")

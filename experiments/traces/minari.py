@@ -34,12 +34,16 @@ PLACE = "MINARI_DATASETS_PATH"  # of the data sets, to Minari
 SUMMARY = ("task", "tokens", "speedup")  # of a text, in its last info
 
 
+Info = dict[str, Any]
+"""What Gymnasium returns beside an observation."""
+
+
 @dataclass
 class Episode:
-    """Observations and actions from a reset to its end.
+    """The observations and actions from a reset to the end of the episode.
 
     Attributes:
-        seed: of the reset; None where a text continued over it.
+        seed: seed of the reset; None if a text continued over the reset.
         observations: ``[steps + 1]``.
         actions, rewards: ``[steps]``.
         infos: ``[steps + 1]``, the reset's first.
@@ -47,7 +51,7 @@ class Episode:
 
     seed: int | None
     observations: list[np.ndarray]
-    infos: list[dict[str, Any]]
+    infos: list[Info]
     actions: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
@@ -184,9 +188,9 @@ def played(env: gym.Env, agent: Predictor, episodes: int, seed: int) -> Iterator
         yield episode
 
 
-def columns(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return infos as lists, of the keys that all of them have."""
-    found: dict[str, Any] = {}
+def columns(infos: Sequence[Info]) -> Info:
+    """Return infos as one info of lists, for the keys that all of them have."""
+    found: Info = {}
     for name, first in infos[0].items():
         values = [info[name] for info in infos]
         found[name] = columns(values) if isinstance(first, dict) else values

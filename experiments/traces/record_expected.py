@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,8 +84,8 @@ def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
     return json.dumps(found | {"settings": settings(args)})
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return all that a recording depends on."""
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return the options that a recording depends on: all but the name of its file."""
     return {name: value for name, value in vars(args).items() if name != "out"}
 
 
