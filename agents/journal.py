@@ -1,4 +1,4 @@
-"""The records of a learner that continues where it was killed: JSONL, and the same in TensorBoard."""
+"""The records of a learner that resumes after it was killed: JSONL, and the same in TensorBoard."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is damaged in line {number} ({error}); delete it, the run then goes on without its beginning"
+                f"{path} is damaged in line {number} ({error}); delete it; the run then continues, without the earlier lines"
             ) from None
     with whole(path) as temporary:
         temporary.write_bytes(b"".join(kept))

@@ -1,4 +1,4 @@
-"""Learning that continues where it was killed, text by text: the draws for a text depend on its number alone."""
+"""Learning that resumes after it was killed, text by text: the draws for a text depend on its number alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spec_envs.decoding.clock import PARTS
 from spec_envs.env import SpecEnv
 from spec_envs.sealed import first_line, read_torch, write_torch
 
-REMEDY = "delete it to begin anew"
+REMEDY = "delete it to start over"
 
 
 class Progress:

@@ -10,13 +10,12 @@ from torch import nn
 
 REPEATS = 20
 CACHE = 16 << 20  # bytes, more than a core has for itself
-# Seconds of a decision on one core of a server of 2023: what lies around, a layer in NumPy, one in torch, a weight.
-AROUND, LAYER, IN_TORCH, WEIGHT = 10e-6, 2e-6, 150e-6, 1e-10
+# Seconds of a decision on one core of a server of 2023: the Python around it, a layer in NumPy, one in torch, a weight.
+OVERHEAD, LAYER, IN_TORCH, WEIGHT = 10e-6, 2e-6, 150e-6, 1e-10
 
 
 def cold_seconds(decide: Callable[[], object]) -> float:
-    """Return the median seconds of a decision such as it is between forwards of a model, which leave little of it in
-    the caches: two to three times those of one that is repeated in a loop."""
+    """Return the median seconds of a decision with cold caches, as between forwards of a model: two to three times those of one that is repeated in a loop."""
     weights, timings = np.zeros(CACHE // 8), []
     for _ in range(REPEATS):
         weights += 1
@@ -29,11 +28,11 @@ def cold_seconds(decide: Callable[[], object]) -> float:
 def priced(weights: int, layers: int = 0, in_torch: int = 0) -> float:
     """Return the seconds of a decision that reads so many weights, in layers computed in NumPy or in torch. Under a
     cost table forwards are priced, and so are decisions: a measured time would make two runs of one seed differ."""
-    return AROUND + LAYER * layers + IN_TORCH * in_torch + WEIGHT * weights
+    return OVERHEAD + LAYER * layers + IN_TORCH * in_torch + WEIGHT * weights
 
 
 def priced_network(network: nn.Module) -> float:
-    """Return the same of a small network: linear layers in NumPy, recurrent ones in torch."""
+    """Return the priced seconds of a decision by a small network: linear layers in NumPy, recurrent ones in torch."""
     layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.LSTM)]
     recurrent = sum(isinstance(layer, nn.LSTM) for layer in layers)
     weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())

@@ -28,7 +28,7 @@ class DVIAgent(OnlineAgent):
         anneal_steps: Count = Field(80, description="updates in which the weights change")
         kl_floor: Amount = Field(0.05, description="final weight of distillation")
         ce_weight: Amount = Field(0.1, description="weight of cross-entropy on accepted drafts")
-        learning_rate: Amount = Field(1e-3, description="of AdamW")
+        learning_rate: Amount = Field(1e-3, description="learning rate of AdamW")
 
     settings: Settings
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from spec_envs.agents.exits.base import ExitAgent
 from spec_envs.agents.exits.passes import ExitPass
-from spec_envs.agents.exits.replay import Replay, Segment, judged, merged, packed, unpacked
+from spec_envs.agents.exits.replay import Replay, Segment, merged, packed, unpacked, verified_rows
 from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import CHECKPOINT, Run
 from spec_envs.agents.schedules import ScheduleName, schedule
@@ -64,7 +64,8 @@ class OnlineAgent(ExitAgent):
             "sets take turns",
         )
         lr_schedule: ScheduleName = Field(
-            "constant", description="of the learning rates over the texts, or over the steps if these end first"
+            "constant",
+            description="schedule of the learning rates over the texts, or over the steps if these end first",
         )
         shortlist: Count = Field(
             4096, description="most frequent tokens that a drafter proposes later, besides those of its text"
@@ -86,7 +87,7 @@ class OnlineAgent(ExitAgent):
         self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
         self.journal = Journal(None, 0, 0, {})
         self.decoder: ExitDecoder | None = None
-        self.rows: list[Segment] = []  # of the text under way, since the last update
+        self.rows: list[Segment] = []  # of the current text, since the last update
 
     def bind(self, decoder: Engine) -> None:
         """Improve the exit of this decoder from now on, starting from the weights that were loaded before.
@@ -99,7 +100,7 @@ class OnlineAgent(ExitAgent):
         own = on_exit(decoder)
         self._check(own.drafter.adapter, "the decoder")
         trained, self._adapter = self._adapter, own.drafter.adapter
-        if self._adapter.version == 0:  # nobody has taught it yet
+        if self._adapter.version == 0:  # it was never trained
             self._adapter.initialise(self.settings.seed)
         if trained is not None and trained is not self._adapter:
             self._adapter.load_state_dict(trained.state_dict())
@@ -120,7 +121,7 @@ class OnlineAgent(ExitAgent):
         if len(self.decoder.cycles) == 1 and self.rows:  # the text before was never ended
             self.pending.append(merged(self.rows))
             self.rows = []
-        self.rows.append(self._judged(self.decoder))
+        self.rows.append(self._rows(self.decoder))
         self.block = []
         enough = sum(map(len, self.rows)) + sum(map(len, self.pending)) >= self.settings.fast_batch
         if enough or done:
@@ -199,7 +200,7 @@ class OnlineAgent(ExitAgent):
             if info["emitted"]:
                 self.record(before, token, float(reward), observation, done)
 
-    def _judged(self, decoder: ExitDecoder) -> Segment:
+    def _rows(self, decoder: ExitDecoder) -> Segment:
         """Return the rows of the decoder's last cycle, one per emitted token."""
         verifier, cycle = decoder.verifier, decoder.cycles[-1]
         n, positions = cycle.emitted, self.control.details(decoder, cycle)["positions"]
@@ -207,10 +208,10 @@ class OnlineAgent(ExitAgent):
         nats = -verifier.logits[:n].float().log_softmax(-1).gather(1, emitted[:, None]).sum()
         self.counts += torch.bincount(emitted.cpu(), minlength=len(self.counts))
         self.tokens += n
-        told = {"accepted": cycle.accepted, "scored": len(positions), "emitted": n, "cycles": 1, "nats": float(nats)}
-        self.since = {name: value + told[name] for name, value in self.since.items()}
+        new = {"accepted": cycle.accepted, "scored": len(positions), "emitted": n, "cycles": 1, "nats": float(nats)}
+        self.since = {name: value + new[name] for name, value in self.since.items()}
         text, behaviour = [*decoder.prompt, *decoder.tokens[:-1]], (self.block or [])[: len(positions)]
-        return judged(verifier, text, positions, behaviour, n)
+        return verified_rows(verifier, text, positions, behaviour, n)
 
     def _update(self) -> None:
         """Learn from the rows that wait and from remembered ones."""
@@ -322,7 +323,7 @@ class OnlineAgent(ExitAgent):
         Raises:
             ValueError: a damaged one, or one of another exit.
         """
-        path, remedy = folder / CHECKPOINT.name, "delete it to begin anew"
+        path, remedy = folder / CHECKPOINT.name, "delete it to start over"
         state = read_torch(path, "the checkpoint", remedy)
         device = self.adapter.target.device
         try:

@@ -70,7 +70,7 @@ class ExitPass:
         target, positions = self.adapter.target, torch.arange(len(ids), device=ids.device)[None]
         return target.forward(target.embed(ids)[None], target.cache(len(ids)), positions, layers=layers)[0][0]
 
-    def behind(self, ids: Tensor) -> Tensor:
+    def adapted(self, ids: Tensor) -> Tensor:
         """Return the hidden states ``[m, hidden]`` of a text after the last layer of the adapted target, with gradients
         for ``lora_D`` only."""
         model, layers = self.model, range(self.adapter.exit_layer, self.model.shape.layers)
@@ -79,5 +79,6 @@ class ExitPass:
 
     @torch.no_grad()
     def frozen(self, ids: Tensor) -> Tensor:
-        """Return the same states of the unadapted target, computed likewise."""
+        """Return the hidden states ``[m, hidden]`` of a text after the last layer of the unadapted target, computed in the
+        same way."""
         return self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]

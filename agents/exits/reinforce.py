@@ -34,9 +34,9 @@ class ReinforceAgent(OnlineAgent):
     class Settings(OnlineAgent.Settings):
         slow_every: Count = Field(8, description="fast updates between slow ones")
         beta_kl: Amount = Field(0.1, description="weight of the divergence from the frozen verifier")
-        baseline_momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="of the moving baseline")
-        learning_rate: Amount = Field(2e-4, description="of AdamW for the drafting weights")
-        slow_learning_rate: Amount = Field(5e-6, description="of AdamW for `lora_D`")
+        baseline_momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="momentum of the moving baseline")
+        learning_rate: Amount = Field(2e-4, description="learning rate of AdamW for the drafting weights")
+        slow_learning_rate: Amount = Field(5e-6, description="learning rate of AdamW for `lora_D`")
 
     settings: Settings
 
@@ -45,7 +45,7 @@ class ReinforceAgent(OnlineAgent):
         if self.exit.draft_temperature == 0:
             raise ValueError(
                 "draft_temperature is 0, at which nothing is drawn and nothing can be learned from draws; set it above 0, "
-                "such as 1"
+                "for example to 1"
             )
         self.baseline = 0.0
 
@@ -85,7 +85,7 @@ class ReinforceAgent(OnlineAgent):
         if not len(places):
             return None
         head = self.passes.model.head
-        verifier = head(self.passes.behind(segment.ids)[places]).float()
+        verifier = head(self.passes.adapted(segment.ids)[places]).float()
         with torch.no_grad():
             frozen = head(self.passes.frozen(segment.ids)[places]).float()
         loss = F.cross_entropy(verifier, segment.ids[places + 1])

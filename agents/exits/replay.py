@@ -45,7 +45,7 @@ class Segment:
         return len(self.places)
 
 
-def judged(
+def verified_rows(
     verifier: SplitVerifier,
     text: Sequence[int],
     positions: Sequence[dict[str, Any]],

@@ -65,7 +65,7 @@ class AdaptiveSpecController:
     ``compute_new_k()`` as the next draft length.
 
     Args:
-        config: the settings; ``k_current`` in it is K as it stands.
+        config: the settings; its ``k_current`` is the current K.
         audit_log: JSONL file to which every change of K is appended.
         session: name of this session in the log.
     """
@@ -152,7 +152,7 @@ def step(rate: float, target: float) -> int:
 
 class AdaptiveKAgent(ChainRule):
     """The controller as an agent. While a text is of one kind, K is the context rule's K for it and is adjusted from
-    there; where the kind changes, what the rule had added is taken back first (as published, the rule changed the
+    there; where the kind changes, the rule's addition is removed first (as published, the rule changed the
     length in use but not the one being learned). ``k_max`` is at most the environment's, ``k_current`` within the
     bounds.
     """

@@ -22,7 +22,7 @@ class Rule(Agent):
         problems: names of the problems that it controls; none are all.
 
     Raises:
-        ValueError: a control of another problem, or one whose observation lacks what the rule looks at.
+        ValueError: a control of another problem, or one whose observation lacks what the rule reads.
     """
 
     learns_from: ClassVar[Source] = "nothing"

@@ -27,8 +27,8 @@ class SpecDecPlusAgent(StopRule):
     that a learned head predicts of each token (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head
     reads the draft model's hidden state; this one reads the observation.
 
-    ``learn`` drafts chains of every length up to the longest, notes which tokens were accepted, and fits the head by
-    cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the notes is
+    ``learn`` drafts chains of every length up to the longest, records which tokens were accepted, and fits the head by
+    cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the records is
     kept.
     """
 
@@ -38,7 +38,7 @@ class SpecDecPlusAgent(StopRule):
         )
         rejection_weight: Amount = Field(6.0, description="weight of a rejection in the loss; 6 is the published one")
         hidden: Count = Field(32, description="units of the head's one layer")
-        epochs: Natural = Field(200, description="most passes over the notes")
+        epochs: Natural = Field(200, description="largest number of passes over the records")
 
     settings: Settings
     learns_from = "cycles"
@@ -79,14 +79,14 @@ class SpecDecPlusAgent(StopRule):
         return cold_seconds(lambda: self.acceptance(blank))
 
     def learn(self, total_timesteps: int, env: gym.Env, run: Run | None = None) -> Self:
-        """Note ``total_timesteps`` decisions in ``env`` and fit the head, continuing from the run's checkpoint.
+        """Record ``total_timesteps`` decisions in ``env`` and fit the head, continuing from the run's checkpoint.
 
         Raises:
             ValueError: no draft was verified in so many steps.
         """
         progress = Progress(run or Run(), np.random.default_rng(self.settings.seed), env)
         progress.open_journal("specdec", "accept_rate", {"agent": "specdec++", "seed": self.settings.seed})
-        seen, accepted = self._note(total_timesteps, env, progress)
+        seen, accepted = self._recorded(total_timesteps, env, progress)
         if not len(seen):
             raise ValueError(
                 f"no draft was verified in {total_timesteps} steps; expected more steps, or another drafter"
@@ -118,19 +118,19 @@ class SpecDecPlusAgent(StopRule):
         self._unpack()
         return self
 
-    def _note(self, total_timesteps: int, env: gym.Env, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
+    def _recorded(self, total_timesteps: int, env: gym.Env, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
         """Return observations after drafted tokens up to the first rejected one, ``[n, size]``, and whether each was
         accepted, ``[n]``."""
-        noted = progress.state or {"seen": torch.zeros(0, self.weights[0].shape[1]), "labels": torch.zeros(0)}
-        seen: list[np.ndarray] = list(noted["seen"].numpy())
-        labels: list[float] = noted["labels"].tolist()
+        saved = progress.state or {"seen": torch.zeros(0, self.weights[0].shape[1]), "labels": torch.zeros(0)}
+        seen: list[np.ndarray] = list(saved["seen"].numpy())
+        labels: list[float] = saved["labels"].tolist()
         chain: list[np.ndarray] = []
         before, length = len(labels), self._length(progress)
         observation = progress.begin(self.settings.seed)
         bar = tqdm(
             total=total_timesteps,
             initial=progress.steps,
-            desc="noting what is accepted",
+            desc="recording acceptance",
             unit="step",
             disable=progress.quiet,
         )
@@ -158,7 +158,7 @@ class SpecDecPlusAgent(StopRule):
         return torch.from_numpy(np.array(seen)), torch.tensor(labels)
 
     def _length(self, progress: Progress) -> int:
-        """Draw the tokens of the next chain."""
+        """Return a random length for the next chain."""
         return int(progress.rng.integers(1, self.k_max + 1))
 
     def _unpack(self) -> None:
@@ -172,7 +172,7 @@ class SpecDecPlusAgent(StopRule):
         """Read the head.
 
         Raises:
-            ValueError: none there, a damaged one, or one of another shape.
+            ValueError: the file is missing, damaged, or of a head of another shape.
         """
         path, remedy = folder / "policy.safetensors", "delete it to train again"
         tensors, _ = read_weights(path, "the policy in", remedy)

@@ -59,7 +59,7 @@ class SB3Agent(Agent):
 
     Attributes:
         algorithm: name of the algorithm in ``ALGORITHMS``.
-        model: the Stable-Baselines3 object; built over a stand-in environment until ``learn`` brings the real one.
+        model: the Stable-Baselines3 object; built over a stand-in environment until ``learn`` receives the real one.
         decision_seconds: time of one bare decision; measured when the agent is made, then kept with its weights.
 
     Raises:
@@ -221,7 +221,7 @@ class SB3Agent(Agent):
         Raises:
             ValueError: no checkpoint, a damaged one, or one of another network or replay buffer.
         """
-        path, remedy = folder / CHECKPOINT.name, "delete it to begin anew"
+        path, remedy = folder / CHECKPOINT.name, "delete it to start over"
         state = read_torch(path, "the checkpoint", remedy)
         try:
             self.model.set_parameters(state["parameters"], exact_match=True, device="cpu")

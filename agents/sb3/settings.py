@@ -27,7 +27,7 @@ class SB3Settings(AgentSettings):
     """The hyper-parameters that all algorithms share."""
 
     total_timesteps: Count = Field(1, description="steps that the learning-rate schedule spans")
-    learning_rate: Amount = Field(3e-4, description="the largest one of the schedule")
+    learning_rate: Amount = Field(3e-4, description="largest learning rate of the schedule")
     lr_schedule: ScheduleName = Field("constant", description="schedule of the learning rate")
     warmup_timesteps: Natural | None = Field(
         None, description='steps until "adawm" reaches the largest rate; by default 1 % of all'
@@ -36,7 +36,9 @@ class SB3Settings(AgentSettings):
         (64, 64), description="hidden layers of the policy, or of a value-based algorithm's network"
     )
     vf_arch: Layers = Field((64, 64), description="hidden layers of the value network")
-    activation: Literal["relu", "tanh", "elu", "gelu"] = Field("tanh", description="between the layers")
+    activation: Literal["relu", "tanh", "elu", "gelu"] = Field(
+        "tanh", description="activation function between the layers"
+    )
     num_envs: Count = Field(1, description="environments that `learn` gets at once (`ReplayVecEnv`)")
 
     def own(self) -> dict[str, Any]:

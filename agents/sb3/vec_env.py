@@ -1,4 +1,4 @@
-"""Thousands of episodes of a trace at once, as Stable-Baselines3 wants them."""
+"""Thousands of episodes of a trace at once, as a ``VecEnv`` of Stable-Baselines3."""
 
 from __future__ import annotations
 

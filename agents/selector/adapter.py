@@ -29,7 +29,7 @@ LARGEST = 1 << 30  # bytes of a replay buffer's file, unpacked
 class SelectorSettings(AgentSettings):
     """Hyper-parameters, by default the published ones."""
 
-    learning_rate: Share = Field(1e-3, description="of Adam")
+    learning_rate: Share = Field(1e-3, description="learning rate of Adam")
     gamma: Share = Field(0.99, description="discount of the next decision's value")
     epsilon: Share = Field(1.0, description="share of random actions at first")
     epsilon_min: Share = Field(0.01, description="share of random actions in the end")
@@ -149,7 +149,7 @@ class Replay:
         except Exception as error:  # zip, zlib, NumPy and its tokenizer each have their own for a damaged file
             raise ValueError(
                 f"{path} is not a replay buffer written by this adapter (a pickled one is never opened, for it can run "
-                "any code); delete it, or go on without it by load(path, buffer=False): the networks load without it"
+                "any code); delete it, or continue without it by load(path, buffer=False): the networks load without it"
             ) from error
 
 
@@ -266,7 +266,7 @@ class RLNetworkAdapter:
         }
 
     def load(self, path: str | Path | None = None, buffer: bool = True) -> None:
-        """Continue from a checkpoint; what was learnt and remembered before is forgotten.
+        """Continue from a checkpoint; what was learned and remembered before is forgotten.
 
         Args:
             buffer: read what is remembered there, too, if there is such a file.
@@ -283,11 +283,11 @@ class RLNetworkAdapter:
         if buffer and beside(file).exists():
             replay.load(beside(file))
         try:
-            self.restore(read_torch(file, "the checkpoint", "train anew"), replay)
+            self.restore(read_torch(file, "the checkpoint", "train again"), replay)
         except Exception as error:  # torch has no one error for a foreign state
             raise ValueError(
                 f"{file} is damaged or no checkpoint of this adapter; expected a dict of policy_net, target_net (finite "
-                "layers fc1 to fc4, 10-256-256-256-11), optimizer (Adam), epsilon and update_count: train anew, or give "
+                "layers fc1 to fc4, 10-256-256-256-11), optimizer (Adam), epsilon and update_count: train again, or give "
                 "another path"
             ) from error
 

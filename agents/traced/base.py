@@ -18,7 +18,7 @@ from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import Run
 from spec_envs.agents.settings import AgentSettings, Amount, Count, Natural
 from spec_envs.agents.timing import REPEATS, cold_seconds, priced_network
-from spec_envs.agents.traced.lessons import Lessons, replay_of, taught
+from spec_envs.agents.traced.lessons import Lessons, collected, replay_of
 from spec_envs.controls.base import Control
 from spec_envs.controls.plans import Plans
 from spec_envs.sealed import first_line, number_of, read_weights, write_weights
@@ -66,12 +66,12 @@ class TracedAgent(Agent):
         steps: Count = Field(200, description="steps of the optimiser in a round; many overfit few texts")
         batch_size: Count = Field(256, description="cycles of a step")
         learning_rate: Amount = Field(
-            3e-3, description="at the beginning of a round; it falls to 0 along half a cosine"
+            3e-3, description="learning rate at the beginning of a round; it falls to 0 along half a cosine"
         )
-        weight_decay: Amount = Field(1e-2, description="of AdamW")
+        weight_decay: Amount = Field(1e-2, description="weight decay of AdamW")
         reads: Literal["cycle", "everything"] = Field(
             "cycle",
-            description='"cycle": of an observation only what the cycle under way has drafted, where that is known when it '
+            description='"cycle": read only what the current cycle has drafted, where that is known when it '
             'is decided; "everything": also earlier cycles, task and position, which overfits few texts',
         )
 
@@ -117,7 +117,7 @@ class TracedAgent(Agent):
         return self.known[key], state
 
     def learn(self, total_timesteps: int, env: gym.Env | ReplayVectorEnv, run: Run | None = None) -> Self:
-        """Learn from a trace. Learning takes seconds and begins anew if it was killed: it writes no checkpoints.
+        """Learn from a trace. Learning takes seconds and starts over if it was killed: it writes no checkpoints.
 
         Args:
             total_timesteps: ignored; ``cycles`` and ``rounds`` set how much is learned from.
@@ -135,7 +135,7 @@ class TracedAgent(Agent):
         journal = Journal((run or Run()).folder, 0, 0, {"agent": name, "seed": self.settings.seed}, name, "loss")
         for number in range(self.settings.rounds):
             actor = self.actions if number else lambda seen: rng.integers(vector.choices, size=len(seen))
-            new = taught(vector, actor, self.plans, self.settings.cycles, self.settings.seed + number)
+            new = collected(vector, actor, self.plans, self.settings.cycles, self.settings.seed + number)
             lessons = new if lessons is None else Lessons(*map(np.concatenate, zip(lessons, new, strict=True)))
             for step, loss in enumerate(self.fit(lessons, new, vector), number * self.settings.steps + 1):
                 if step % LOGGED == 0:

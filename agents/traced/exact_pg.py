@@ -19,12 +19,12 @@ MEMORY = 0.98  # of the running sums of tokens and seconds, per step
 
 
 class ExactPGAgent(TracedAgent):
-    """A softmax policy whose expected N − λT of a cycle is differentiated as it stands:
+    """A softmax policy whose expected N − λT of a cycle is differentiated exactly:
 
         ∇ Σ_plans P(plan) · (accepted + 1 − λ · seconds),
 
     P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
-    but that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy holds for the cost table that
+    but that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy is valid for the cost table that
     it was trained under.
 
     Args:

@@ -28,8 +28,8 @@ class HindsightAgent(TracedAgent):
     kept with the weights: another table needs another λ, not another training.
 
     A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of
-    every cycle at once, by the likelihood of what they brought (``outcomes``). While a cycle continues the agent
-    predicts anew, so that it stops where its first plan turns out too hopeful.
+    every cycle at once, by the likelihood of their outcomes (``outcomes``). While a cycle continues the agent
+    predicts again, so that it stops where its first plan turns out too hopeful.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.

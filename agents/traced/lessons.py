@@ -39,7 +39,7 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
     """Return the environments in NumPy of an environment that replays a trace.
 
     Raises:
-        ValueError: one that decodes live; what it would teach is not known.
+        ValueError: the environment decodes live, where only the outcome of the chosen action is known.
     """
     if isinstance(env, ReplayVectorEnv):
         return env
@@ -52,7 +52,7 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
     return ReplayVectorEnv(num_envs=num_envs, **(spec.kwargs | changes))
 
 
-def taught(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, seed: int) -> Lessons:
+def collected(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, seed: int) -> Lessons:
     """Return the lessons of the first ``cycles`` cycles, or of a few more, that begin while ``actor`` decides."""
     observations, _ = env.reset(seed=seed)
     begins, found, count = np.ones(env.num_envs, bool), [], 0

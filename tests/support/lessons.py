@@ -6,13 +6,13 @@ import copy
 
 import numpy as np
 
-from spec_envs.agents.traced.lessons import Lessons, taught
+from spec_envs.agents.traced.lessons import Lessons, collected
 from spec_envs.controls.base import Control
 from spec_envs.vector.env import ReplayVectorEnv
 
 
 def random_lessons(env: ReplayVectorEnv, control: Control, cycles: int = 60) -> Lessons:
     rng = np.random.default_rng(0)
-    return taught(
+    return collected(
         copy.deepcopy(env), lambda seen: rng.integers(env.choices, size=len(seen)), control.plans(), cycles, 0
     )

@@ -127,6 +127,6 @@ def test_additions_are_computed_in_the_targets_dtype(tiny: dict) -> None:
         torch.nn.init.normal_(part.low_ranks[f"{part.range[0]}-q_proj"].lora_B)
     agent.passes.model = load_target(tiny["target"], torch.device("cpu"), torch.float16)
     agent.passes.text(torch.arange(2, 12)).float().sum().backward()
-    agent.passes.behind(torch.arange(2, 12)).float().sum().backward()
+    agent.passes.adapted(torch.arange(2, 12)).float().sum().backward()
     assert agent.adapter.lora_S.low_ranks["0-q_proj"].lora_A.grad.abs().sum() > 0
     assert agent.adapter.lora_D.low_ranks["3-q_proj"].lora_A.grad.abs().sum() > 0

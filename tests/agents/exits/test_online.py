@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_a_sentence(tiny: dict, tmp_path: Path) -> None:
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     env, agent = built(tiny, "dvi", "head")
-    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*checkpoint.pt: .*; delete it to begin anew"):
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*checkpoint.pt: .*; delete it to start over"):
         agent.learn(100, env, Run(tmp_path))
 
 

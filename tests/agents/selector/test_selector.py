@@ -310,7 +310,9 @@ def test_a_pickled_buffer_is_never_opened(tmp_path: Path, monkeypatch: pytest.Mo
     np.savez(short, states=np.zeros((2, 3), np.float32))
     for data in (pickle.dumps([Trap()]), objects.read_bytes(), short.read_bytes(), objects.read_bytes()[:-30], b""):
         beside.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a.pth.buffer is not a replay buffer .*; delete it, or go on without it"):
+        with pytest.raises(
+            ValueError, match=r"a.pth.buffer is not a replay buffer .*; delete it, or continue without it"
+        ):
             RLNetworkAdapter({"path": path})
         made = adapter()
         made.load(path, buffer=False)
