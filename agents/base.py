@@ -140,8 +140,8 @@ class Agent(ABC):
             return self.decide(seen, state, episode_start is not None and bool(np.all(episode_start)), deterministic)
         if shape is None or seen.ndim != 1 + len(shape) or seen.shape[1:] != shape or not len(seen):
             raise ValueError(
-                f"the observation has the shape {seen.shape}; {type(self).__name__} was made for {shape}, or several of them "
-                f"(n, {', '.join(map(str, shape or ()))}), of {self.control.name} with the same settings"
+                f"the observation has the shape {seen.shape}; {type(self).__name__} was made for {shape}, or several "
+                f"of them (n, {', '.join(map(str, shape or ()))}), of {self.control.name} with the same settings"
             )
         return self._many(seen, state, episode_start, deterministic)
 

@@ -96,7 +96,8 @@ def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is damaged in line {number} ({error}); delete it; the run then continues, without the earlier lines"
+                f"{path} is damaged in line {number} ({error}); delete it; the run then continues, without the earlier "
+                "lines"
             ) from None
     with whole(path) as temporary:
         temporary.write_bytes(b"".join(kept))

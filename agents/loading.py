@@ -69,8 +69,8 @@ def cost_table(folder: Path, env: dict[str, Any]) -> CostTable:
     clock = recordings.clocks_for(env.get("clock", "wall"), "cpu", recording)[0]
     if not isinstance(clock, PricedClock):
         raise ValueError(
-            f"{folder} has a measured clock, and its policy weighs tokens against the seconds of a cost table; leave out "
-            "calibrate=false, or name a table in env.clock"
+            f"{folder} has a measured clock, and its policy weighs tokens against the seconds of a cost table; leave "
+            "out calibrate=false, or name a table in env.clock"
         )
     return clock.table
 

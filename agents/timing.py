@@ -15,7 +15,8 @@ OVERHEAD, LAYER, IN_TORCH, WEIGHT = 10e-6, 2e-6, 150e-6, 1e-10
 
 
 def cold_seconds(decide: Callable[[], object]) -> float:
-    """Return the median seconds of a decision with cold caches, as between forwards of a model: two to three times those of one that is repeated in a loop."""
+    """Return the median seconds of a decision with cold caches, as between forwards of a model: two to three times those
+    of a decision that is repeated in a loop."""
     weights, timings = np.zeros(CACHE // 8), []
     for _ in range(REPEATS):
         weights += 1

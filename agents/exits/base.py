@@ -40,7 +40,8 @@ class ExitAgent(Agent):
         super().__init__(control, **hyperparameters)
         if control.exit is None:
             raise ValueError(
-                f"{type(self).__name__} improves an early exit: {control.name} drafts with another model; take SpecDVI-v0"
+                f"{type(self).__name__} improves an early exit: {control.name} drafts with another model; take "
+                "SpecDVI-v0"
             )
         self.exit = control.exit
         self.rng = np.random.default_rng(self.settings.seed)

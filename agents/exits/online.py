@@ -55,13 +55,13 @@ class OnlineAgent(ExitAgent):
         updates_per_batch: Count = Field(1, description="updates whenever there are `fast_batch` new rows")
         texts: Count | None = Field(
             None,
-            description="texts after which learning ends, if the steps have not ended it; None reads every prompt of the "
-            "stream once",
+            description="texts after which learning ends, if the steps have not ended it; None reads every prompt of "
+            "the stream once",
         )
         order: Literal["shuffled", "logged"] = Field(
             "shuffled",
-            description='prompts "shuffled", or as they were "logged"; with the environment\'s `switch_every` the prompt '
-            "sets take turns",
+            description='prompts "shuffled", or as they were "logged"; with the environment\'s `switch_every` the '
+            "prompt sets take turns",
         )
         lr_schedule: ScheduleName = Field(
             "constant",

@@ -79,6 +79,5 @@ class ExitPass:
 
     @torch.no_grad()
     def frozen(self, ids: Tensor) -> Tensor:
-        """Return the hidden states ``[m, hidden]`` of a text after the last layer of the unadapted target, computed in the
-        same way."""
+        """Return the hidden states ``[m, hidden]`` of a text after the last layer of the unadapted target."""
         return self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]

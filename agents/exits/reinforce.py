@@ -44,8 +44,8 @@ class ReinforceAgent(OnlineAgent):
         super().__init__(control, **hyperparameters)
         if self.exit.draft_temperature == 0:
             raise ValueError(
-                "draft_temperature is 0, at which nothing is drawn and nothing can be learned from draws; set it above 0, "
-                "for example to 1"
+                "draft_temperature is 0, at which nothing is drawn and nothing can be learned from draws; set it above "
+                "0, for example to 1"
             )
         self.baseline = 0.0
 

@@ -141,8 +141,8 @@ class SB3Agent(Agent):
         vectorized = vectorized_of(env)
         if vectorized.num_envs != self.model.n_envs:
             raise ValueError(
-                f"there are {vectorized.num_envs} environments, the agent was made for {self.model.n_envs}; make it with "
-                f"num_envs={vectorized.num_envs}"
+                f"there are {vectorized.num_envs} environments, the agent was made for {self.model.n_envs}; make it "
+                f"with num_envs={vectorized.num_envs}"
             )
         callbacks = self._callbacks(run, vectorized)
         vectorized.seed(self.settings.seed + self.model.num_timesteps)  # a resumed run continues with other prompts

@@ -58,8 +58,8 @@ def in_numpy(module: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """Return a linear layer or an activation as a function of one vector."""
     if isinstance(module, nn.Linear):
         weight, bias = module.weight.detach().numpy().copy(), module.bias.detach().numpy().copy()
-        # not `weight @ x`: BLAS computes larger products on threads of its own, which stay awake for a while and get in the
-        # way of the decoder's (a verification took four times as long)
+        # not `weight @ x`: BLAS computes larger products on threads of its own, which stay awake for a while and get in
+        # the way of the decoder's (a verification took four times as long)
         return lambda x: np.einsum("ij,j->i", weight, x) + bias
     return FUNCTIONS[type(module)]
 

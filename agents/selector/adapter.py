@@ -286,9 +286,9 @@ class RLNetworkAdapter:
             self.restore(read_torch(file, "the checkpoint", "train again"), replay)
         except Exception as error:  # torch has no one error for a foreign state
             raise ValueError(
-                f"{file} is damaged or no checkpoint of this adapter; expected a dict of policy_net, target_net (finite "
-                "layers fc1 to fc4, 10-256-256-256-11), optimizer (Adam), epsilon and update_count: train again, or give "
-                "another path"
+                f"{file} is damaged or no checkpoint of this adapter; expected a dict of policy_net, target_net "
+                "(finite layers fc1 to fc4, 10-256-256-256-11), optimizer (Adam), epsilon and update_count: train "
+                "again, or give another path"
             ) from error
 
     def restore(self, state: dict[str, Any], replay: Replay) -> None:

@@ -63,7 +63,8 @@ class RLAdapterAgent(Agent):
         shape, actions = control.observation_space.shape, control.action_space
         if shape != (STATE,) or actions != spaces.Discrete(len(KS)):
             raise ValueError(
-                f"the observation has the shape {shape} and the actions are {actions}, but rl-adapter needs ({STATE},) and "
+                f"the observation has the shape {shape} and the actions are {actions}, but rl-adapter needs ({STATE},) "
+                "and "
                 f'Discrete({len(KS)}), which are those of SpecTopK-v0 with observation="rl_adapter"'
             )
         self.adapter = RLNetworkAdapter({**self.settings.model_dump(), "path": None})

@@ -24,8 +24,8 @@ class ExactPGAgent(TracedAgent):
         ∇ Σ_plans P(plan) · (accepted + 1 − λ · seconds),
 
     P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
-    but that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy is valid for the cost table that
-    it was trained under.
+    but that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy is valid for the cost table
+    that it was trained under.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.

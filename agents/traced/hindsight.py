@@ -77,7 +77,8 @@ class HindsightAgent(TracedAgent):
         if self.table is None:
             if self.control.costs is None:
                 raise ValueError(
-                    "hindsight weighs tokens against seconds: set the control's costs to a CostTable, or call price(table)"
+                    "hindsight weighs tokens against seconds: set the control's costs to a CostTable, or call "
+                    "price(table)"
                 )
             self.price(self.control.costs)
         return super().decide(observation, state, start, deterministic)
