@@ -1,6 +1,6 @@
-"""A random tiny pair for tests of logic, and how examples are generated.
+"""A random tiny target and drafter for tests of logic, and the settings of Hypothesis.
 
-The tiny target has 16 tokens, so that the ten best children of a random drafter nearly always hold the target's
+The tiny target has 16 tokens, so that the ten best children of a random drafter nearly always include the target's
 choice: trees are accepted deep, which exercises everything after acceptance.
 """
 
@@ -25,14 +25,15 @@ from tests.support.models.tiny import CPU, WORDS, save_draft
 
 pytest_plugins = ["tests.support.recordings"]
 
-# The same few examples at every run; `make fuzz` draws many new ones. A slow test takes a share of `settings.default.max_examples`.
+# The same few examples in every run; `make fuzz` draws many new ones. A slow test takes a share of
+# `settings.default.max_examples`.
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=30)
 settings.register_profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--prompts", type=int, default=20, help="prompts of the losslessness test in int8 (default 20)")
+    parser.addoption("--prompts", type=int, default=20, help="prompts of the int8 losslessness test (default 20)")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The layers of the packages: what imports what, and how large folders and files are."""
+"""The layers of the packages: the direction of imports, and the size of folders and files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from spec_envs import ENVIRONMENTS
 from tests.support import ROOT
 
 # Every layer may import itself and those before it.
@@ -20,7 +21,7 @@ LAYERS = (
     ("agents",),
     ("experiments",),
 )
-PROBLEMS = ("depth", "budget", "tree", "k", "topk", "dvi")
+PROBLEMS = {place.partition(":")[0] for place in ENVIRONMENTS.values()}
 SOURCES = sorted(path for name in ("spec_envs", "agents", "experiments") for path in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
@@ -36,7 +37,7 @@ MODULES = {name_of(path): path for path in SOURCES}
 
 @cache
 def imports(path: Path) -> frozenset[tuple[str, bool]]:
-    """Return the modules that a file imports, each with whether it does so when it is itself imported."""
+    """Return the modules that a file imports, each with True if the import runs when the file is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     later = {
         id(inner)
@@ -58,13 +59,13 @@ def imports(path: Path) -> frozenset[tuple[str, bool]]:
 
 
 def layer(module: str) -> int | None:
-    """Return the number of a module's layer; None for those that belong to none, such as ``files``."""
+    """Return the index of a module's layer, or None for modules without one, such as ``files``."""
     part = module.split(".")[1] if module.startswith("spec_envs.") else ""
     return next((i for i, row in enumerate(LAYERS) if part in row), None)
 
 
 def upward() -> Iterator[str]:
-    """Yield the imports of a higher layer, also those in functions and for types alone."""
+    """Yield all imports of a higher layer, including those inside functions and for types only."""
     for name, path in MODULES.items():
         own = layer(name)
         for other, _ in imports(path):
@@ -78,7 +79,7 @@ def test_no_layer_imports_one_above_it() -> None:
 
 
 def test_no_import_circle() -> None:
-    """No chain of imports that run when a module is imported leads back to it."""
+    """No chain of imports that run at import time leads back to its start."""
     needs = {
         name: {other for other, at_once in imports(path) if at_once and other in MODULES and other != name}
         for name, path in MODULES.items()
@@ -89,9 +90,8 @@ def test_no_import_circle() -> None:
 
 
 def test_problems_do_not_import_each_other() -> None:
-    problems = {f"spec_envs.controls.{name}" for name in PROBLEMS}
-    for name in problems:
-        assert not {other for other, _ in imports(MODULES[name])} & (problems - {name})
+    for name in PROBLEMS:
+        assert not {other for other, _ in imports(MODULES[name])} & (PROBLEMS - {name}), name
 
 
 def test_packages_have_one_import_name() -> None:

@@ -17,7 +17,7 @@ from spec_envs.decoding.traces.trace import Trace
 
 ROOT = Path(__file__).parents[1]
 PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check")
-LINKED = ("agents", "experiments")  # folders at the top that are installed within the package
+LINKED = ("agents", "experiments")  # folders at the top level that are installed inside the package
 SCRIPT = """
 import json, sys
 import gymnasium as gym
@@ -36,7 +36,7 @@ print(json.dumps([spec_envs.__file__, agents.__file__, loaded]))
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of what is packed, so that building leaves nothing in the repository."""
+    """Return a copy of the packaged files, so that building leaves nothing in the repository."""
     folder = tmp_path_factory.mktemp("sources")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *LINKED, "spec_envs"):
         place = ROOT / name
@@ -48,7 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel(source: Path, into: Path) -> Path:
-    """Build a wheel without the network."""
+    """Build a wheel without the network, and return its path."""
     subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", into, source], check=True)
     [made] = into.glob("*.whl")
     return made
@@ -67,17 +67,17 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, directory: Path, *arguments: str) -> str:
-    """Run Python in another directory, where only what was installed is found."""
+    """Run Python in another directory, where only the installed package is found; return its output."""
     environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     return subprocess.check_output([sys.executable, *arguments], cwd=directory, env=environment, text=True)
 
 
 def files_of(archive: Path) -> set[str]:
-    """Return the names of a wheel's files, its metadata apart."""
+    """Return the names of a wheel's files without its metadata."""
     return {name for name in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in name}
 
 
-def test_a_wheel_has_every_file_of_one_package(sources: Path, built: Path) -> None:
+def test_wheel_has_every_file_of_the_package(sources: Path, built: Path) -> None:
     wanted = {
         str(place.relative_to(sources))
         for folder in ("spec_envs", *(f"spec_envs/{name}" for name in LINKED))
@@ -87,8 +87,8 @@ def test_a_wheel_has_every_file_of_one_package(sources: Path, built: Path) -> No
     assert files_of(built) == wanted
 
 
-def test_a_source_distribution_makes_the_same_wheel(sources: Path, built: Path, tmp_path: Path) -> None:
-    """Folders that are links in the repository are folders in it."""
+def test_source_distribution_gives_the_same_wheel(sources: Path, built: Path, tmp_path: Path) -> None:
+    """Folders that are links in the repository are folders in the source distribution."""
     script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", script], cwd=sources, check=True, stdout=subprocess.DEVNULL)
     [made] = tmp_path.glob("*.tar.gz")
@@ -99,7 +99,7 @@ def test_only_one_name_is_installed(installed: Path) -> None:
     assert {place.name.partition("-")[0] for place in installed.iterdir()} == {"spec_envs"}
 
 
-def test_everything_works_from_an_unrelated_directory(
+def test_environments_and_agents_work_from_another_directory(
     installed: Path, tmp_path: Path, tiny: dict[str, Any], traces: dict[str, Trace]
 ) -> None:
     """Each environment is made and stepped, and each shipped agent loads."""
@@ -112,6 +112,6 @@ def test_everything_works_from_an_unrelated_directory(
     assert loaded == ["budget", "depth", "k", "tree"]
 
 
-def test_commands_are_run_from_an_unrelated_directory(installed: Path, tmp_path: Path) -> None:
+def test_commands_run_from_another_directory(installed: Path, tmp_path: Path) -> None:
     shown = run(installed, tmp_path, "-m", "spec_envs.experiments.train", "--help")
     assert "environment id: SpecDepth-v0, SpecBudget-v0" in " ".join(shown.split())

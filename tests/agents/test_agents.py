@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_algorithm_is_in_the_zoo() -> None:
+def test_registry_lists_every_agent() -> None:
     controllers = {"adaptive-k", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb", "specdec++"}
     controllers |= {
         "rl-adapter",
@@ -53,7 +53,7 @@ def test_every_algorithm_is_in_the_zoo() -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("control", [DepthControl(), BudgetControl(), KControl()], ids=["depth", "budget", "k"])
-def test_the_bare_network_decides_as_stable_baselines_does(name: str, control: Any) -> None:
+def test_predict_equals_stable_baselines(name: str, control: Any) -> None:
     agent = AGENTS[name](control=control, seed=3, pi_arch=[16, 8], vf_arch=[8], activation="relu", **SMALL[name])
     rng = np.random.default_rng(0)
     mine = theirs = None
@@ -68,7 +68,7 @@ def test_the_bare_network_decides_as_stable_baselines_does(name: str, control: A
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_learning_saving_loading_and_going_on(name: str, tmp_path: Path) -> None:
+def test_learn_save_load_and_resume(name: str, tmp_path: Path) -> None:
     control = DepthControl()
 
     def fresh() -> SB3Agent:
@@ -90,7 +90,7 @@ def test_learning_saving_loading_and_going_on(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "gelu"])
-def test_the_bare_network_computes_what_torch_does(activation: str) -> None:
+def test_numpy_network_equals_torch(activation: str) -> None:
     agent = AGENTS["ppo"](control=DepthControl(), seed=3, pi_arch=[16, 8], vf_arch=[8], activation=activation)
     seen = np.random.default_rng(0).normal(size=(20, *agent.model.observation_space.shape)).astype(np.float32)
     policy = agent.model.policy
@@ -99,7 +99,7 @@ def test_the_bare_network_computes_what_torch_does(activation: str) -> None:
     np.testing.assert_allclose([agent.network(x, None)[0] for x in seen], expected, atol=1e-5)
 
 
-def test_ppo_learns_the_identity() -> None:
+def test_ppo_learns_toy_problem() -> None:
     control = DepthControl()
     agent = AGENTS["ppo"](control=control, seed=0, learning_rate=3e-3, gamma=0.0, n_steps=256, n_epochs=10)
     agent.learn(6000, Identity(control.observation_space, control.action_space))
@@ -111,7 +111,7 @@ def test_ppo_learns_the_identity() -> None:
 
 @pytest.mark.parametrize("total", [1000, 100_000])
 @pytest.mark.parametrize("warmup", [None, 50])
-def test_adawm(total: int, warmup: int | None) -> None:
+def test_adawm_schedule(total: int, warmup: int | None) -> None:
     w = warmup or total // 100
     rate = schedule("adawm", 2.0, total, warmup)
     for done in (0, 1, w // 2, w, w + 1, total // 2, total, total + 128):
@@ -119,7 +119,7 @@ def test_adawm(total: int, warmup: int | None) -> None:
         assert rate(1 - done / total) == pytest.approx(expected, abs=1e-9)
 
 
-def test_schedules_that_do_not_exist() -> None:
+def test_invalid_schedules_are_refused() -> None:
     with pytest.raises(ValueError, match="lr_schedule is 'cosine'; expected one of constant, linear, adawm"):
         AGENTS["ppo"](control=DepthControl(), lr_schedule="cosine")
     with pytest.raises(ValueError, match="warmup_timesteps is 10; expected less"):
@@ -134,18 +134,18 @@ def test_schedules_that_do_not_exist() -> None:
         ({"learning_rate": "fast"}, r"learning_rate is 'fast'; expected a number"),
     ],
 )
-def test_refused_hyperparameters(given: dict[str, Any], message: str) -> None:
+def test_invalid_hyperparameters_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AGENTS["ppo"](control=DepthControl(), **given)
 
 
-def test_unknown_hyperparameter() -> None:
+def test_unknown_hyperparameter_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown hyper-parameter 'n_step' of PPOAgent \(did you mean 'n_steps'\?\)"):
         AGENTS["ppo"](control=DepthControl(), n_step=4)
 
 
 @pytest.mark.parametrize("observation", ["default", "ltd"])
-def test_fixed_depth_plays_its_depth(observation: str, tiny: dict) -> None:
+def test_fixed_agent_follows_its_setting(observation: str, tiny: dict) -> None:
     from spec_envs import generate
     from spec_envs.decoding.loading import load_decoder
 
@@ -170,7 +170,7 @@ def write_run(folder: Path, trained: Any, **config: Any) -> Path:
     return folder
 
 
-def test_runs_load_with_their_partner(tmp_path: Path) -> None:
+def test_run_loads_with_partner(tmp_path: Path) -> None:
     sizes = {"budgets": "ltd", "max_depth": 6}
     budget = AGENTS["dqn"](control=BudgetControl(**sizes), seed=1)
     depth = AGENTS["ppo"](control=DepthControl(max_depth=6), seed=2, pi_arch=[8])
@@ -191,7 +191,7 @@ def test_runs_load_with_their_partner(tmp_path: Path) -> None:
     assert agent.predict(seen, deterministic=True)[0] == depth.predict(seen, deterministic=True)[0]
 
 
-def test_unreadable_runs(tmp_path: Path) -> None:
+def test_unreadable_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a readable run folder .*expected one written by `make train`"):
         agents.load(tmp_path / "nowhere")
     (tmp_path / "config.yml").write_text("id: SpecDepth-v0\n")
@@ -199,7 +199,7 @@ def test_unreadable_runs(tmp_path: Path) -> None:
         agents.load(tmp_path)
     run = write_run(tmp_path / "run", AGENTS["ppo"](control=DepthControl(), pi_arch=[8]))
     with pytest.raises(ValueError, match=r"cannot read the policy .*policy.safetensors"):
-        agents.load(run)  # the config names another network
+        agents.load(run)  # the config describes another network
     (run / "policy.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="cannot read the policy"):
         agents.load(run)
@@ -207,9 +207,9 @@ def test_unreadable_runs(tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """Limit files to 2,000 bytes, so that writing really fails half way.
+    """Limit files to 2,000 bytes, so that writing fails half way.
 
-    Not a fixture: pytest writes its own dot, perhaps to a file, before it tears fixtures down.
+    This is not a fixture because pytest writes its progress, perhaps to a file, before it tears fixtures down.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
@@ -219,7 +219,7 @@ def small_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     agent = AGENTS["dqn"](control=DepthControl(), seed=0, buffer_size=500)
     seen = agent.model.replay_buffer.observations
     seen[:] = np.random.default_rng(0).random(seen.shape)

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's ``predict`` of every agent: for one observation, and for those of many environments."""
+"""``predict`` of every agent as Stable-Baselines3 calls it, for one observation and for a batch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from spec_envs.env import SpecEnv
 PROFILE = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
 TOKEN = PROFILE | {"decision": "token"}
 TREE = {"max_depth": 4, "width": 4, "max_new_tokens": 20}
-# The environment of each agent and its keyword arguments; the traces are those of the tests.
-PLAYED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+# The environment of each agent, its keyword arguments and the agent's hyper-parameters.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "random": ("SpecK-v0", PROFILE, {}),
     "fixed": ("SpecK-v0", PROFILE, {"value": 2}),
     **{name: ("SpecK-v0", PROFILE, {}) for name in ("adaptive-k", "hf-schedule", "gammatune", "ucb")},
@@ -44,11 +44,11 @@ PLAYED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture
-def made(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tuple[SpecEnv, Any]]:
-    """Return a new environment and the agent of a name."""
+def make_pair(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tuple[SpecEnv, Any]]:
+    """Return a function from an agent's name to a new environment and agent."""
 
     def make(name: str) -> tuple[SpecEnv, Any]:
-        env_id, keywords, hyperparameters = PLAYED[name]
+        env_id, keywords, hyperparameters = CASES[name]
         if keywords is TREE:
             keywords = keywords | {"trace": str(traces["tree"].folder)}
         elif env_id == "SpecDVI-v0":
@@ -65,7 +65,7 @@ def made(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str], tupl
 
 
 def by_hand(env: SpecEnv, agent: Any, seed: int, episodes: int) -> tuple[list[float], list[int]]:
-    """Return rewards and lengths of episodes, decided one observation at a time."""
+    """Return total rewards and lengths of episodes in which actions are predicted one observation at a time."""
     observation, _ = env.reset(seed=seed)
     state, start, rewards, lengths = None, np.array([True]), [0.0], [0]
     while True:
@@ -80,26 +80,27 @@ def by_hand(env: SpecEnv, agent: Any, seed: int, episodes: int) -> tuple[list[fl
             lengths.append(0)
 
 
-def test_every_agent_plays_here() -> None:
-    assert set(PLAYED) == set(AGENTS)
+def test_every_agent_has_a_case() -> None:
+    assert set(CASES) == set(AGENTS)
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_stable_baselines_evaluates_every_agent(name: str, made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
-    env, agent = made(name)
+def test_evaluate_policy_equals_own_loop(name: str, make_pair: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    env, agent = make_pair(name)
     vectorized = DummyVecEnv([lambda: env])
     vectorized.seed(5)
     found = evaluate_policy(agent, vectorized, n_eval_episodes=3, return_episode_rewards=True, warn=False)
-    rewards, lengths = by_hand(*made(name), 5, 3)
+    rewards, lengths = by_hand(*make_pair(name), 5, 3)
     assert found[1] == lengths
     np.testing.assert_allclose(found[0], rewards, rtol=1e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if name != "random"])
-def test_each_environment_has_its_own_state(name: str, made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
-    """Three environments at once are three by themselves; a recurrent state, and what an agent remembers, is of one."""
-    many = made(name)[1]
-    alone = [made(name) for _ in range(3)]
+def test_batch_keeps_state_per_environment(name: str, make_pair: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    """A batch of three environments gets the actions that three separate agents predict, recurrent states and
+    memories included."""
+    many = make_pair(name)[1]
+    alone = [make_pair(name) for _ in range(3)]
     singles, envs = [agent for _, agent in alone], [env for env, _ in alone]
     seen = np.array([env.reset(seed=i)[0] for i, env in enumerate(envs)])
     states: Any = None
@@ -116,15 +117,15 @@ def test_each_environment_has_its_own_state(name: str, made: Callable[[str], tup
                 seen[i], _ = env.reset()
 
 
-def test_random_actions_of_a_batch_differ(made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
-    env, agent = made("random")
+def test_random_actions_differ_within_batch(make_pair: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    env, agent = make_pair("random")
     actions, _ = agent.predict(np.zeros((50, *env.observation_space.shape), np.float32))  # type: ignore[misc]
     assert len(set(actions.tolist())) > 5
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_other_shapes_are_refused(name: str, made: Callable[[str], tuple[SpecEnv, Any]]) -> None:
-    env, agent = made(name)
+def test_wrong_shapes_are_refused(name: str, make_pair: Callable[[str], tuple[SpecEnv, Any]]) -> None:
+    env, agent = make_pair(name)
     [size] = env.observation_space.shape  # type: ignore[misc]
     for shape in ((size + 1,), (2, size - 1), (1, 2, size), (), (0, size), (0,)):
         with pytest.raises(ValueError, match=r"the observation has the shape .* was made for"):

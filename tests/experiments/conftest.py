@@ -1,4 +1,4 @@
-"""A run of each kind of agent."""
+"""One small run of each kind of agent."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.support.runs import Run, runs
 
 
 @pytest.fixture(scope="module")
-def every(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
+def small_runs(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
     return runs(tiny, traces)

@@ -29,7 +29,7 @@ NONSENSE = ("", "x", "nan", "inf", "1e999", "-1", "１", "0x10", "1,5", "[]")
 
 
 class Parsed(Exception):
-    """Carries a parser instead of what it parses."""
+    """Carry a parser out of ``parse_args``."""
 
 
 def command(name: str) -> ModuleType:
@@ -37,7 +37,7 @@ def command(name: str) -> ModuleType:
 
 
 def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
-    """Return the parser of a command, caught before it parses."""
+    """Return the parser of a command, taken when it is about to parse."""
 
     def caught(self: Parser, *_: Any) -> None:
         raise Parsed(self)
@@ -49,8 +49,8 @@ def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
     return found.value.args[0]
 
 
-def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the one line with which a command ends."""
+def error_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the one-line error with which a command exits."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     errors = io.StringIO()
     with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(errors):
@@ -61,8 +61,8 @@ def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     return line
 
 
-def takes_numbers(action: argparse.Action) -> bool:
-    """Return whether an option refuses a value that is not a number."""
+def expects_number(action: argparse.Action) -> bool:
+    """Return True if an option expects a number."""
     if action.type is None or not callable(action.type):
         return False
     try:
@@ -72,7 +72,7 @@ def takes_numbers(action: argparse.Action) -> bool:
     return False
 
 
-def test_there_are_commands() -> None:
+def test_known_commands_are_found() -> None:
     experiments = {"train", "evaluate", "tune", "traces.record", "drafters", "benchmark", "checks.zoo", "checks.chaos"}
     ours = {f"spec_envs.experiments.{name}" for name in experiments}
     ours |= {f"spec_envs.network.{name}" for name in ("cloud", "edge", "proxy")}
@@ -80,7 +80,9 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_usage_and_description(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
         command(name).main()
@@ -90,33 +92,33 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_nonsense_is_refused_in_one_line(
+def test_invalid_values_are_refused_in_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     parser = parser_of(name, monkeypatch)
-    assert "--no-such-option" in refused(name, ["--no-such-option"], monkeypatch) or "required" in refused(
+    assert "--no-such-option" in error_line(name, ["--no-such-option"], monkeypatch) or "required" in error_line(
         name, ["--no-such-option"], monkeypatch
     )
     for action in parser._actions:
-        if action.option_strings and takes_numbers(action):
+        if action.option_strings and expects_number(action):
             for value in NONSENSE:
-                line = refused(name, [f"{action.option_strings[0]}={value}"], monkeypatch)
+                line = error_line(name, [f"{action.option_strings[0]}={value}"], monkeypatch)
                 assert action.option_strings[0] in line
         if action.choices and action.option_strings:
-            assert action.option_strings[0] in refused(name, [action.option_strings[0], "nonsense"], monkeypatch)
+            assert action.option_strings[0] in error_line(name, [action.option_strings[0], "nonsense"], monkeypatch)
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_option_has_a_range(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare int or float takes NaN, or numbers that nothing can be done with."""
+    """A bare int or float would accept NaN, and numbers outside any sensible range."""
     for action in parser_of(name, monkeypatch)._actions:
         assert action.type not in (int, float), action.option_strings
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_what_cannot_be_written_is_refused_before_any_work(
+def test_unwritable_outputs_are_refused_before_any_work(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -124,23 +126,23 @@ def test_what_cannot_be_written_is_refused_before_any_work(
     for action in parser_of(name, monkeypatch)._actions:
         if action.type is output_folder:
             for path in (tmp_path / "file", tmp_path / "file" / "below"):
-                assert "is a file" in refused(name, [action.option_strings[0], str(path)], monkeypatch)
+                assert "is a file" in error_line(name, [action.option_strings[0], str(path)], monkeypatch)
         if action.type is output_file:
-            assert "is a folder" in refused(name, [action.option_strings[0], str(tmp_path / "folder")], monkeypatch)
+            assert "is a folder" in error_line(name, [action.option_strings[0], str(tmp_path / "folder")], monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_overrides_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second --set does not take the place of the first."""
+def test_set_options_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second ``--set`` is added to the first."""
     monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0", "--set", "a=1", "--set", "b=2", "c=3"])
     assert command("spec_envs.experiments.train").arguments().set == ["a=1", "b=2", "c=3"]
     monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0"])
     assert command("spec_envs.experiments.train").arguments().set == []
 
 
-def test_options_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--promp" in refused("spec_envs.experiments.evaluate", ["runs", "--promp", "gsm8k"], monkeypatch)
-    assert "unrecognized arguments: runs/b" in refused(
+def test_abbreviated_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--promp" in error_line("spec_envs.experiments.evaluate", ["runs", "--promp", "gsm8k"], monkeypatch)
+    assert "unrecognized arguments: runs/b" in error_line(
         "spec_envs.experiments.evaluate", ["runs/a", "runs/b"], monkeypatch
     )
 

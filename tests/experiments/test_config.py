@@ -15,20 +15,20 @@ STANZAS = [(env_id, stanza) for env_id in ENVIRONMENTS for stanza in ExperimentF
 
 
 @pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
-def test_every_stanza_is_valid_and_builds_its_agent(env_id: str, stanza: str) -> None:
+def test_every_stanza_builds_its_agent(env_id: str, stanza: str) -> None:
     experiment = load_experiment(env_id, stanza)
     control = make_control(env_id, experiment.env)
     settings = resolved(experiment, env_id, stanza, seed=0)
     AGENTS[experiment.agent](control=control, **settings.hyperparameters)
 
 
-def test_the_defaults_are_undiscounted() -> None:
-    for env_id in ENVIRONMENTS:  # at an exit every draft is paid when it is verified, and has no later effect
+def test_default_gamma() -> None:
+    for env_id in ENVIRONMENTS:  # at an exit a draft is rewarded when it is verified and has no later effect
         expected = 0.0 if env_id == "SpecDVI-v0" else 1.0
         assert load_experiment(env_id, "ppo").hyperparameters["gamma"] == expected
 
 
-def test_published_defaults() -> None:
+def test_ltd_stanzas_have_published_settings() -> None:
     ltd = load_experiment("SpecDepth-v0", "ltd")
     expected = {"learning_rate": 3e-4, "n_steps": 128, "batch_size": 64, "n_epochs": 1, "gamma": 0.99, "ent_coef": 0.0}
     assert ltd.total_timesteps == 100_000 and expected.items() <= ltd.hyperparameters.items()
@@ -44,7 +44,7 @@ def test_published_defaults() -> None:
     ]
 
 
-def test_overrides() -> None:
+def test_overrides_change_settings() -> None:
     changed = load_experiment(
         "SpecDepth-v0", "ppo", ["total_timesteps=64", "env.max_new_tokens=32", "hyperparameters.pi_arch=[8, 4]"]
     )
@@ -63,7 +63,7 @@ def test_overrides() -> None:
         ("hyperparameters.pi_arch=[64,", "is not YAML; write lists without spaces"),
     ],
 )
-def test_mistakes_in_overrides(override: str, message: str) -> None:
+def test_invalid_overrides_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_experiment("SpecDepth-v0", "ppo", [override])
 
@@ -118,13 +118,13 @@ def written(tmp_path: Path) -> Path:
         ("env: {}\n", r"has no agents"),
     ],
 )
-def test_mistakes_are_named_with_their_line(text: str, message: str, written: Path) -> None:
+def test_errors_name_file_and_line(text: str, message: str, written: Path) -> None:
     written.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_experiment("SpecDepth-v0", "ppo", file=written)
 
 
-def test_unknown_names() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no environment 'SpecDept-v0' \(did you mean 'SpecDepth-v0'"):
         load_experiment("SpecDept-v0", "ppo")
     with pytest.raises(ValueError, match=r"has no stanza 'ppoo' \(did you mean 'ppo'"):
@@ -141,12 +141,12 @@ def test_unknown_names() -> None:
         ("SpecDVI-v0", "random", "[4,1,1]", "has no exact traces"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(env_id: str, stanza: str, value: str, match: str) -> None:
+def test_invalid_record_setting_is_refused(env_id: str, stanza: str, value: str, match: str) -> None:
     with pytest.raises(ValueError, match=f"SET: .*{match}"):
         load_experiment(env_id, stanza, [f"record={value}"])
 
 
-def test_what_is_learned_from_a_trace_is_shown_live() -> None:
+def test_agents_trained_on_traces_are_evaluated_live() -> None:
     assert load_experiment("SpecK-v0", "hindsight", ["env.trace=some/trace"]).eval_env == {"trace": None}
     assert load_experiment("SpecK-v0", "ppo", ["env.trace=some/trace"]).eval_env == {}
 
@@ -188,14 +188,14 @@ def test_what_is_learned_from_a_trace_is_shown_live() -> None:
         ("", r"has no agents"),
     ],
 )
-def test_files_that_say_things_twice_or_make_no_sense(text: str, message: str, written: Path) -> None:
+def test_invalid_files_are_refused(text: str, message: str, written: Path) -> None:
     written.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         load_experiment("SpecDepth-v0", "ppo", file=written)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_text(written: Path) -> None:
+def test_file_not_in_utf_8_is_refused(written: Path) -> None:
     written.write_bytes("agents: {ppo: {}} # Grüße".encode("latin-1"))
     with pytest.raises(ValueError, match=r"cannot read .*SpecDepth-v0.yml \(.*\); expected YAML in UTF-8"):
         load_experiment("SpecDepth-v0", "ppo", file=written)
@@ -211,7 +211,7 @@ def test_a_file_that_is_no_text(written: Path) -> None:
         "env.max_depth=[[[[",
     ],
 )
-def test_overrides_that_make_no_sense(override: str) -> None:
+def test_malformed_overrides_are_refused(override: str) -> None:
     with pytest.raises(ValueError, match=r"SET: |override ") as error:
         load_experiment("SpecDepth-v0", "ppo", [override])
     assert "\n" not in str(error.value)

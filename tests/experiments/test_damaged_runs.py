@@ -1,4 +1,4 @@
-"""Run folders with a damaged file continue and load as before, or the error names the file."""
+"""Run folders with a damaged file continue and load as before, or are refused with an error that names the file."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from spec_envs.agents.exits.online import OnlineAgent
 from spec_envs.agents.sb3.agent import SB3Agent
 from spec_envs.experiments import train
 from spec_envs.sealed import digest, read_torch
-from tests.support.runs import Run, files_of, killed, weights
+from tests.support.runs import Run, files_of, train_until_killed, weights
 
 
 @pytest.fixture(scope="module")
-def halfway(
-    every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+def killed_runs(
+    small_runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, bytes]]]:
-    """Return folders of killed runs, and what they come to."""
+    """Return, by agent, the folder of a killed run and the weights that it ends with."""
     found = {}
     for name in ("ppo", "dqn", "dvi", "rl-adapter"):
         folder = tmp_path_factory.mktemp(name)
-        killed(every[name], folder / "killed", 1)
+        train_until_killed(small_runs[name], folder / "killed", 1)
         shutil.copytree(folder / "killed", folder / "done")
-        every[name].train(folder / "done")
+        small_runs[name].train(folder / "done")
         found[name] = folder / "killed", weights(folder / "done")
     return found
 
 
 @pytest.fixture(scope="module")
-def finished(every: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Return folders of trained runs, and what is loaded from them."""
+def finished_runs(small_runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Return, by agent, the folder of a finished_runs run and a hash of what is loaded from it."""
     found = {}
-    for name in every:
+    for name in small_runs:
         folder = tmp_path_factory.mktemp(name) / "run"
-        every[name].train(folder)
+        small_runs[name].train(folder)
         found[name] = folder, loaded(folder)
     return found
 
 
 def loaded(folder: Path) -> str:
-    """Return a hash of all numbers of the agent that ``spec_envs.agents.load`` loads from a run."""
+    """Return a hash of all numbers of the agent that ``agents.load`` loads from a run."""
     control, agent = agents.load(folder)
     state: dict[str, Any] = {"seconds": 0.0 if isinstance(agent, OnlineAgent) else agent.decision_seconds}
     if isinstance(agent, SB3Agent):
@@ -67,7 +67,7 @@ def loaded(folder: Path) -> str:
 
 
 class Damage(NamedTuple):
-    """Damage to a file."""
+    """Damage to one file."""
 
     kind: str
     place: float
@@ -97,8 +97,8 @@ DAMAGES = st.builds(
 )
 
 
-def named(error: ValueError, path: Path, folder: Path) -> bool:
-    """Return whether one sentence names the damaged file."""
+def names_damaged_file(error: ValueError, path: Path, folder: Path) -> bool:
+    """Return True if the error is one sentence that names the damaged file."""
     sentence = str(error)
     return "\n" not in sentence and (path.name in sentence or (path.name == "config.yml" and str(folder) in sentence))
 
@@ -110,23 +110,23 @@ def named(error: ValueError, path: Path, folder: Path) -> bool:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_a_damaged_folder_goes_on_as_before_or_says_what_is_damaged(
+def test_damaged_folder_resumes_exactly_or_is_refused(
     name: str,
-    every: dict[str, Run],
-    halfway: dict[str, tuple[Path, dict[str, bytes]]],
+    small_runs: dict[str, Run],
+    killed_runs: dict[str, tuple[Path, dict[str, bytes]]],
     tmp_path: Path,
     data: st.DataObject,
 ) -> None:
-    folder, expected = halfway[name]
+    folder, expected = killed_runs[name]
     copy = tmp_path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     path = data.draw(st.sampled_from(files_of(copy)))
     data.draw(DAMAGES).to(path)
     try:
-        every[name].train(copy)
+        small_runs[name].train(copy)
     except ValueError as error:
-        assert named(error, path, copy), (path, error)
+        assert names_damaged_file(error, path, copy), (path, error)
     else:
         assert weights(copy) == expected
 
@@ -135,10 +135,10 @@ def test_a_damaged_folder_goes_on_as_before_or_says_what_is_damaged(
 @pytest.mark.parametrize("name", ["ppo", "dqn", "hindsight", "dvi", "rl-adapter", "specdec++"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_damaged_run_loads_as_before_or_says_what_is_damaged(
-    name: str, finished: dict[str, tuple[Path, str]], tmp_path: Path, data: st.DataObject
+def test_damaged_run_loads_exactly_or_is_refused(
+    name: str, finished_runs: dict[str, tuple[Path, str]], tmp_path: Path, data: st.DataObject
 ) -> None:
-    folder, expected = finished[name]
+    folder, expected = finished_runs[name]
     copy = tmp_path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
@@ -148,7 +148,7 @@ def test_a_damaged_run_loads_as_before_or_says_what_is_damaged(
     try:
         found = loaded(copy)
     except ValueError as error:
-        assert named(error, path, copy) or path.parent.name in str(error), (path, error)
+        assert names_damaged_file(error, path, copy) or path.parent.name in str(error), (path, error)
     else:
         assert found == expected
 
@@ -156,7 +156,7 @@ def test_a_damaged_run_loads_as_before_or_says_what_is_damaged(
 @pytest.mark.parametrize(
     "content", ["", "{", "[" * 50_000, "a: b", "- 1", "id: [1]\nenv: {}\nagent: {}\nhyperparameters: {}"]
 )
-def test_a_config_that_is_none_is_a_sentence(content: str, tmp_path: Path) -> None:
+def test_invalid_config_is_refused_in_one_sentence(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yml").write_text(content)
     with pytest.raises(
         ValueError, match=r"^\S+ is not a readable run folder \([^\n]*\); expected one written by `make train`$"
@@ -175,7 +175,9 @@ def test_a_config_that_is_none_is_a_sentence(content: str, tmp_path: Path) -> No
         ({"env": {"k_maxx": 2}}, "config.yml has settings that cannot be built"),
     ],
 )
-def test_a_config_that_cannot_be_built_is_a_sentence(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_config_that_cannot_be_built_is_refused_in_one_sentence(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     config = {"id": "SpecK-v0", "env": {}, "agent": "ppo", "hyperparameters": {}} | change
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match=message) as error:
@@ -183,21 +185,21 @@ def test_a_config_that_cannot_be_built_is_a_sentence(change: dict[str, Any], mes
     assert "\n" not in str(error.value)
 
 
-def test_a_run_that_is_its_own_partner_is_refused(tmp_path: Path) -> None:
+def test_run_as_its_own_partner_is_refused(tmp_path: Path) -> None:
     config = {"id": "SpecDepth-v0", "env": {}, "agent": "random", "hyperparameters": {}, "partner": str(tmp_path)}
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="is its own partner"):
         agents.load(tmp_path)
 
 
-def test_a_file_that_would_take_more_memory_than_it_has_is_refused(tmp_path: Path) -> None:
+def test_tensors_larger_than_file_are_refused(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1).expand(10**9)}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match=r"checkpoint.pt: it is damaged \(its tensors are larger than the file\)"):
         read_torch(tmp_path / "checkpoint.pt", "the checkpoint", "delete it")
 
 
-def test_files_of_others_have_no_hash_and_are_read(every: dict[str, Run], tmp_path: Path) -> None:
-    every["ppo"].train(tmp_path)
+def test_weights_without_hash_are_read(small_runs: dict[str, Run], tmp_path: Path) -> None:
+    small_runs["ppo"].train(tmp_path)
     path = tmp_path / "policy.safetensors"
     with safe_open(path, "pt") as file:
         metadata = {"decision_seconds": file.metadata()["decision_seconds"]}
@@ -205,10 +207,10 @@ def test_files_of_others_have_no_hash_and_are_read(every: dict[str, Run], tmp_pa
     agents.load(tmp_path)
 
 
-def test_a_damaged_table_of_a_finished_run_is_a_sentence(
-    every: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_results_of_finished_run_are_refused(
+    small_runs: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = every["ppo"]
+    run = small_runs["ppo"]
     train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
     results = tmp_path / "run" / "results.json"
     capsys.readouterr()

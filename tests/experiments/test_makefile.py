@@ -1,4 +1,4 @@
-"""Variables of make reach the commands as they are written, or are refused."""
+"""Variables given to make reach the commands unchanged, or are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 @pytest.fixture
 def make(tmp_path: Path):
-    """Run a target with a stand-in for Python that prints its arguments."""
+    """Return a function that runs a target with a stand-in for Python, which prints its arguments."""
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\nfor a in "$@"; do printf \'%s\\n\' "$a"; done\n')
     stub.chmod(0o755)
@@ -59,7 +59,7 @@ def make(tmp_path: Path):
         ("help", "AGENT=ppo", "AGENT"),
     ],
 )
-def test_variables_that_a_target_does_not_read(make, target: str, given: str, named: str) -> None:
+def test_unread_variables_are_refused(make, target: str, given: str, named: str) -> None:
     code, output, errors = make(target, given)
     assert code and not output
     assert re.search(rf"make {target} does not read {named}; it reads ", errors) and errors.count("\n") == 1
@@ -114,7 +114,7 @@ def test_variables_that_a_target_does_not_read(make, target: str, given: str, na
         ("chaos", {}, ["spec_envs.experiments.checks.chaos"]),
     ],
 )
-def test_values_are_passed_as_they_are_written(make, target: str, given: dict[str, str], expected: list[str]) -> None:
+def test_values_are_passed_unchanged(make, target: str, given: dict[str, str], expected: list[str]) -> None:
     on_the_line = [f"{name}={value}" for name, value in given.items()]
     for code, output, errors in (make(target, *on_the_line), make(target, **given)):
         assert (code, errors, output) == (0, "", ["-m", *expected])
@@ -128,19 +128,19 @@ def test_values_are_passed_as_they_are_written(make, target: str, given: dict[st
         ("bench-dvi", "compare-exits", "exits"),
     ],
 )
-def test_former_names_of_targets(make, former: str, target: str, module: str) -> None:
+def test_former_names_still_work(make, former: str, target: str, module: str) -> None:
     expected = ["-m", f"spec_envs.experiments.comparisons.{module}", "--count", "3"]
     assert make(target, "ARGS=--count 3") == (0, expected, "")
     code, output, errors = make(former, "ARGS=--count 3")
     assert (code, output) == (0, expected) and f"make {former} is now called make {target}" in errors
 
 
-def test_the_environment_does_not_name_the_host(make) -> None:
+def test_host_is_not_read_from_environment(make) -> None:
     assert make("edge", HOST="x86_64-linux")[1][:3] == ["-m", "spec_envs.network.edge", "localhost"]
     assert make("edge", "HOST=cloud")[1][2] == "cloud"
 
 
-def test_every_target_is_described(make) -> None:
+def test_help_and_readme_list_every_target(make) -> None:
     listed = {line.split()[0] for line in make("help")[1]}
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony and set(phony[1].replace("\\\n", " ").split()) == listed
@@ -156,8 +156,8 @@ def test_every_target_is_described(make) -> None:
         *(("drafter", "KIND"), ("tensorboard", "ROOT"), ("eval", "RUN")),
     ],
 )
-def test_no_value_is_code_of_make(make, target: str, name: str, tmp_path: Path) -> None:
-    """No value runs as code, neither when make reads it nor when it passes its variables to a command."""
+def test_values_are_not_expanded_by_make(make, target: str, name: str, tmp_path: Path) -> None:
+    """No value runs as code, neither when make reads it nor when it is passed to a command."""
     mark = tmp_path / "ran"
     value = f"$(shell touch {mark})"
     code, output, _ = make(target, f"{name}={value}")

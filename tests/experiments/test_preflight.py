@@ -13,31 +13,31 @@ from spec_envs.files import held
 from tests.support.runs import Run, files_of, run_of
 
 
-# Two at once
-def test_a_second_run_is_refused_whatever_its_settings(every: dict[str, Run], tmp_path: Path) -> None:
+# Two runs in one folder
+def test_folder_in_use_is_refused(small_runs: dict[str, Run], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    other = Run("SpecK-v0", every["ppo"].experiment.model_copy(update={"total_timesteps": 128}))
+    other = Run("SpecK-v0", small_runs["ppo"].experiment.model_copy(update={"total_timesteps": 128}))
     with held(folder):
-        runs.open_run(folder, runs.resolved(every["ppo"].experiment, "SpecK-v0", "stanza", 0))
+        runs.open_run(folder, runs.resolved(small_runs["ppo"].experiment, "SpecK-v0", "stanza", 0))
         before = {path: path.read_bytes() for path in files_of(folder)}
-        for run in (every["ppo"], other):
+        for run in (small_runs["ppo"], other):
             with pytest.raises(
                 ValueError, match=r"run is in use by process \d+ on .*; wait until it has ended, or choose"
             ):
                 run.train(folder)
         assert {path: path.read_bytes() for path in files_of(folder)} == before
-    other.train(folder)  # nothing was trained there
+    other.train(folder)  # the folder has no training yet, so other settings may use it
     assert agents.read_config(folder)["total_timesteps"] == 128
 
 
-def test_settings_that_fail_leave_no_folder(every: dict[str, Run], tmp_path: Path) -> None:
-    bad = Run("SpecK-v0", every["ppo"].experiment.model_copy(update={"init": "nowhere"}))
+def test_failed_settings_leave_no_folder(small_runs: dict[str, Run], tmp_path: Path) -> None:
+    bad = Run("SpecK-v0", small_runs["ppo"].experiment.model_copy(update={"init": "nowhere"}))
     with pytest.raises(ValueError, match="cannot read the policy nowhere"):
         bad.train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# Before and after
+# Evaluation is checked before training
 @pytest.mark.parametrize(
     ("env_id", "stanza", "overrides", "message"),
     [
@@ -57,7 +57,7 @@ def test_settings_that_fail_leave_no_folder(every: dict[str, Run], tmp_path: Pat
         ("SpecDepth-v0", "ppo", ["checkpoint=nowhere"], "cannot read the checkpoint nowhere"),
     ],
 )
-def test_what_cannot_be_evaluated_is_not_trained(
+def test_settings_that_cannot_be_evaluated_are_not_trained(
     env_id: str,
     stanza: str,
     overrides: list[str],
@@ -74,9 +74,7 @@ def test_what_cannot_be_evaluated_is_not_trained(
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train", "validation")])
-def test_a_data_set_without_a_split_is_refused_before_training(
-    splits: tuple[str, str], tiny: dict, tmp_path: Path
-) -> None:
+def test_data_set_without_split_is_refused_before_training(splits: tuple[str, str], tiny: dict, tmp_path: Path) -> None:
     rows = [{"turns": [f"the {word}"], "split": split} for word in ("a", "of", "in", "is") for split in splits]
     (tmp_path / "data" / "mine").mkdir(parents=True)
     (tmp_path / "data" / "mine" / "question.jsonl").write_text("\n".join(map(json.dumps, rows)))

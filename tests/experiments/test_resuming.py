@@ -1,4 +1,4 @@
-"""Training that is killed, interrupted or runs out of disk continues to the same result."""
+"""Training that is killed, interrupted or runs out of disk space resumes with the same result."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from spec_envs.agents.loading import DECISION
 from spec_envs.experiments import runs
 from spec_envs.sealed import read_sealed, read_torch
 from tests.support import ROOT
-from tests.support.runs import PROFILE, Run, killed, run_of, weights
+from tests.support.runs import PROFILE, Run, run_of, train_until_killed, weights
 
 
 @pytest.mark.parametrize("name", ["ppo", "dqn", "hindsight", "rl-adapter", "specdec++", "dvi"])
-def test_two_runs_of_a_seed_have_the_same_bits(name: str, every: dict[str, Run], tmp_path: Path) -> None:
-    """The bits are equal also if a busy machine measured other times for a decision."""
+def test_training_is_reproducible(name: str, small_runs: dict[str, Run], tmp_path: Path) -> None:
+    """The weights are equal even if the measured times of a decision differ."""
     for folder in ("a", "b"):
-        every[name].train(tmp_path / folder)
+        small_runs[name].train(tmp_path / folder)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     if name != "dvi":
         logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("a", "b")]
@@ -37,13 +37,11 @@ def test_two_runs_of_a_seed_have_the_same_bits(name: str, every: dict[str, Run],
 
 
 @pytest.mark.parametrize("name", ["rl-adapter", "specdec++", "dvi"])
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(
-    name: str, every: dict[str, Run], tmp_path: Path
-) -> None:
-    every[name].train(tmp_path / "whole")
-    killed(every[name], tmp_path / "killed", 1)
+def test_killed_run_resumes_exactly(name: str, small_runs: dict[str, Run], tmp_path: Path) -> None:
+    small_runs[name].train(tmp_path / "whole")
+    train_until_killed(small_runs[name], tmp_path / "killed", 1)
     assert not [path for path in runs.TRAINED if (tmp_path / "killed" / path).exists()]
-    every[name].train(tmp_path / "killed")
+    small_runs[name].train(tmp_path / "killed")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "killed")]
     assert logs[0] == logs[1]
@@ -54,20 +52,20 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(
 
 
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
-def test_a_killed_run_goes_on_to_its_total(name: str, every: dict[str, Run], tmp_path: Path) -> None:
-    killed(every[name], tmp_path)
+def test_killed_run_resumes_to_its_total(name: str, small_runs: dict[str, Run], tmp_path: Path) -> None:
+    train_until_killed(small_runs[name], tmp_path)
     before = read_torch(tmp_path / "last" / "checkpoint.pt", "the checkpoint", "")
     assert before["num_timesteps"] < 192 and before["beside"]["history"]
     (tmp_path / "best" / "policy.safetensors.tmp").write_text("half of a file")
-    every[name].train(tmp_path)
+    small_runs[name].train(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     steps = [json.loads(line)["timesteps"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 192
 
 
-def test_a_replay_buffer_is_of_the_moment_of_its_checkpoint(every: dict[str, Run], tmp_path: Path) -> None:
-    """Killed between two checkpoints, or while the second is written, the first is whole."""
-    killed(every["dqn"], tmp_path, 1)
+def test_replay_buffer_belongs_to_checkpoint(small_runs: dict[str, Run], tmp_path: Path) -> None:
+    """A run killed between two checkpoints, or while the second is written, keeps the first complete."""
+    train_until_killed(small_runs["dqn"], tmp_path, 1)
     state = read_torch(tmp_path / "last" / "checkpoint.pt", "the checkpoint", "")
     assert state["pos"] == state["num_timesteps"] == len(state["replay"]["rewards"])
     assert [path.name for path in (tmp_path / "last").iterdir()] == ["checkpoint.pt"]
@@ -82,8 +80,9 @@ print(recorded_by_default(plan, Path(sys.argv[1])).rows)
 """
 
 
-def test_two_that_record_the_same_trace_wait_for_each_other(tiny: dict, tiny_draft: Path, tmp_path: Path) -> None:
-    """The first is killed while it records; the second continues, and both end with one trace."""
+def test_processes_recording_one_trace_wait_for_each_other(tiny: dict, tiny_draft: Path, tmp_path: Path) -> None:
+    """The first process is killed while it records; another continues, and both remaining ones return the same
+    trace."""
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")} | {"drafter": str(tiny_draft)}
     script = RECORDS.replace("{sys.argv[2]}", repr(env | {"k_max": 4}))
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -106,7 +105,7 @@ def test_two_that_record_the_same_trace_wait_for_each_other(tiny: dict, tiny_dra
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_in_one_line(number: int, status: int, tmp_path: Path) -> None:
+def test_signal_ends_run_with_one_line(number: int, status: int, tmp_path: Path) -> None:
     overrides = [f"env.trace={PROFILE}", "total_timesteps=1000000", "eval_freq=0", "checkpoint_freq=512"]
     command = [
         sys.executable,
@@ -136,26 +135,27 @@ def test_a_signal_ends_a_run_in_one_line(number: int, status: int, tmp_path: Pat
     assert "interrupted; the same command continues from the last checkpoint" in err.strip().splitlines()[-1]
 
 
-def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(every: dict[str, Run], tmp_path: Path) -> None:
+def test_run_resumes_after_full_disk(small_runs: dict[str, Run], tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
     try:
         with pytest.raises(OSError, match=r"could not write .*; free some space"):
-            every["ppo"].train(tmp_path / "run")
+            small_runs["ppo"].train(tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    every["ppo"].train(tmp_path / "run")
-    every["ppo"].train(tmp_path / "whole")
+    small_runs["ppo"].train(tmp_path / "run")
+    small_runs["ppo"].train(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
-def test_what_a_run_measured_is_kept(tiny: dict, tmp_path: Path) -> None:
-    """The table of a run names what it was measured on, and a resumed run keeps the time of a decision."""
+def test_resumed_run_keeps_its_measurements(tiny: dict, tmp_path: Path) -> None:
+    """The cost table of a run names the machine it was measured on, and a resumed run keeps it and the decision
+    time."""
     own = [f"env.{key}={value}" for key, value in tiny.items() if key != "clock"]
     small = ["total_timesteps=64", "checkpoint_freq=32", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
     run = run_of("SpecDepth-v0", "ppo", *own, *small, "eval_freq=0")
-    killed(run, tmp_path, 1)
+    train_until_killed(run, tmp_path, 1)
     table = read_sealed(tmp_path / "clock.json", "")
     assert set(table) == {"verify", "draft", "spread", "windows", "machine"} and table["spread"] >= 0
     assert {"processor", "threads", "dtype", "revision"} <= set(table["machine"])

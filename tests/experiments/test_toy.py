@@ -1,4 +1,4 @@
-"""A problem and an agent are added as the README describes, a file and a row each, and everything else takes them."""
+"""A toy problem and a toy agent, added as the README describes with a file and a row each, work everywhere."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ agents:
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make the two files and their two rows, and yield the YAML file."""
+    """Make the two files and their two rows, and yield the path of the YAML file."""
     for name, text in (("toy_problem.py", PROBLEM), ("toy_agent.py", AGENT), (f"{ID}.yml", EXPERIMENT)):
         (tmp_path / name).write_text(textwrap.dedent(text).lstrip())
     monkeypatch.syspath_prepend(tmp_path)
@@ -104,14 +104,14 @@ def keywords(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("toy")
-def test_a_toy_problem_passes_gymnasiums_checks(keywords: dict[str, Any]) -> None:
+def test_toy_problem_passes_check_env(keywords: dict[str, Any]) -> None:
     env = gym.make(ID, **keywords)
     check_env(env.unwrapped, skip_render_check=True)
     env.close()
 
 
 @pytest.mark.parametrize("stanza", ["random", "fixed", "turns", "ppo"])
-def test_a_toy_problem_is_trained_measured_and_used(
+def test_toy_problem_is_trained_evaluated_and_generates(
     stanza: str, toy: Path, keywords: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [f"env.{key}={value}" for key, value in keywords.items()]

@@ -1,4 +1,4 @@
-"""The experiment commands end to end, over the tiny pair."""
+"""The experiment commands from end to end, over the tiny models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def few_static_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "BUDGETS", (7, 15))
 
 
-def made_of(config: dict) -> runs.RunConfig:
+def run_config_of(config: dict) -> runs.RunConfig:
     return runs.RunConfig(**{field.name: config[field.name] for field in dataclasses.fields(runs.RunConfig)})
 
 
@@ -44,7 +44,7 @@ def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("env_id", ["SpecDepth-v0", "SpecBudget-v0"])
-def test_train_ends_with_a_table_and_a_picture(
+def test_train_writes_results_and_resumable_run(
     env_id: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("total_timesteps=128", "eval_freq=64", "checkpoint_freq=32", "env.clock=wall")
@@ -76,8 +76,8 @@ def test_train_ends_with_a_table_and_a_picture(
     (untrained := tmp_path / env_id / "ppo-1").mkdir()
     (untrained / "config.yml").write_text((folder / "config.yml").read_text())
     runs.open_run(
-        untrained, dataclasses.replace(made_of(config), seed=1)
-    )  # nothing was trained there yet: other settings may have it
+        untrained, dataclasses.replace(run_config_of(config), seed=1)
+    )  # the folder has no training yet, so other settings may use it
     assert agents.read_config(untrained)["seed"] == 1
     with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
         run_train(monkeypatch, [*arguments, "total_timesteps=256"])
@@ -86,7 +86,7 @@ def test_train_ends_with_a_table_and_a_picture(
     evaluate.main()
     assert "temperature 1.0" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "2"])
-    evaluate.main()  # fewer prompts than the run's: its own table stays
+    evaluate.main()  # with fewer prompts than the run's, its own table stays
     assert (folder / "eval" / "count_2" / "results.md").exists()
     assert json.loads((folder / "results.json").read_text()) == results
     monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
@@ -94,9 +94,7 @@ def test_train_ends_with_a_table_and_a_picture(
     assert "12 tokens" in capsys.readouterr().out
 
 
-def test_settings_that_cannot_be_built_claim_no_folder(
-    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_settings_leave_no_folder(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [f"env.{key}={value}" for key, value in tiny.items()]
     arguments = ["SpecDepth-v0", "--agent", "fixed", "--root", str(tmp_path), "--set", "test_prompts=3", *overrides]
     with pytest.raises(SystemExit, match="no prompt set gsm9k"):
@@ -110,10 +108,10 @@ def test_settings_that_cannot_be_built_claim_no_folder(
     assert (tmp_path / "SpecDepth-v0" / "fixed-0" / "results.json").exists()
 
 
-def test_cost_features_from_training_to_deployment(
+def test_cost_features_are_same_in_training_and_use(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A policy that sees a cost table is trained with the calibrated one and shown the same live."""
+    """A policy that observes a cost table is trained with the calibrated one and observes the same one in use."""
     arguments = command("SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=64", "eval_freq=32")
     run_train(monkeypatch, [*arguments, "env.cost_features=true", "env.clock=wall"])
     folder = tmp_path / "SpecDepth-v0" / "ppo-0"
@@ -124,7 +122,7 @@ def test_cost_features_from_training_to_deployment(
     assert "12 tokens" in capsys.readouterr().out
 
 
-def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
+def test_killed_run_resumes(tiny: dict, tmp_path: Path) -> None:
     arguments = command(
         "SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=1024", "checkpoint_freq=64", "eval_freq=0"
     )
@@ -148,7 +146,7 @@ def test_a_killed_run_goes_on(tiny: dict, tmp_path: Path) -> None:
     assert (folder / "results.json").exists()
 
 
-def test_mixes_of_learned_and_fixed(
+def test_mixes_of_learned_and_fixed_policies(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
@@ -169,7 +167,7 @@ def test_mixes_of_learned_and_fixed(
         evaluate.main()
 
 
-def test_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_train_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = command("SpecDepth-v0", "ltd-iterative", tmp_path, tiny, "total_timesteps=32", "eval_freq=32")
     arguments += ["env.prompts=all", "hyperparameters.pi_arch=[8]", "hyperparameters.vf_arch=[8]"]
     run_train(monkeypatch, arguments)
@@ -185,7 +183,7 @@ def test_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p and Path(p).name for p in partners] == [None, None, "2-SpecDepth-v0", "3-SpecBudget-v0", "4-SpecDepth-v0"]
 
 
-def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unknown_environment_and_run_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: no environment 'SpecDept-v0'"):
         run_train(monkeypatch, ["SpecDept-v0"])
     monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
@@ -193,7 +191,7 @@ def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
         evaluate.main()
 
 
-def test_settings_of_an_evaluation_that_nothing_would_read(
+def test_evaluation_settings_without_effect_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A setting that is misspelt or has no effect is refused, and nothing is written."""

@@ -1,4 +1,4 @@
-"""Tuning continues wherever it was interrupted, and ends with the same settings."""
+"""Tuning resumes wherever it was interrupted, and ends with the same settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spec_envs.experiments import tune
 from spec_envs.files import held
 
 SETTINGS = ["env.trace=qwen2.5-coder-32b-cpu", "env.decision=token"]
-TRIALS = 14  # the last four of which are drawn by what the others were worth
+TRIALS = 14  # the last four are drawn by the values of the others
 
 
 def tuned(root: Path, trials: int = TRIALS, **changes: int) -> Path:
@@ -25,14 +25,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tuned(tmp_path_factory.mktemp("whole") / "svip")
 
 
-def test_what_it_writes(whole: Path) -> None:
+def test_writes_settings_and_removes_temporary_files(whole: Path) -> None:
     assert {"best.yml", "clock.json", "history.png", "settings.json", "study.log"} < {p.name for p in whole.iterdir()}
     assert not list(whole.glob("*.tmp")) and not list(whole.glob("study.log.*"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.37, 0.99])
-def test_killed_at_any_moment(share: float, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal ends anywhere, Optuna's own lock was left by another version, and its target does not exist from here."""
+def test_tuning_resumes_from_truncated_journal(
+    share: float, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is cut off anywhere, and Optuna's own lock remains from another version with a target that does
+    not exist here."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/svip")
     folder.mkdir(parents=True)
@@ -49,18 +52,18 @@ def test_killed_at_any_moment(share: float, whole: Path, tmp_path: Path, monkeyp
     assert len(tune.finished(tune.opened(folder))) == TRIALS
 
 
-def test_more_trials_later(tmp_path: Path, whole: Path) -> None:
+def test_trials_in_several_calls_give_same_result(tmp_path: Path, whole: Path) -> None:
     for trials in (1, 3, TRIALS):
         tuned(tmp_path / "svip", trials)
     assert (tmp_path / "svip" / "best.yml").read_bytes() == (whole / "best.yml").read_bytes()
 
 
-def test_of_two_at_once_one_is_refused(tmp_path: Path) -> None:
+def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     with held(tmp_path / "svip"), pytest.raises(ValueError, match=rf"svip is in use by process {os.getpid()}"):
         tuned(tmp_path / "svip", 1)
 
 
-def test_a_folder_of_other_settings_and_one_that_is_damaged(whole: Path, tmp_path: Path) -> None:
+def test_folders_with_other_or_damaged_content_are_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was begun with another tokens; choose another --root, or delete it"):
         tuned(whole, tokens=25)
     folder = tuned(tmp_path / "svip", 1)
@@ -77,7 +80,7 @@ def test_a_folder_of_other_settings_and_one_that_is_damaged(whole: Path, tmp_pat
     assert [path.name for path in other.iterdir() if path.suffix != ".lock" and path.name != ".lock"] == ["thesis.tex"]
 
 
-def test_what_cannot_be_tuned_claims_no_folder(tmp_path: Path) -> None:
+def test_refused_stanza_leaves_no_folder(tmp_path: Path) -> None:
     for stanza, settings in (("ppo", SETTINGS), ("svip", [*SETTINGS, "env.prompts=gsm9k", "env.trace=null"])):
         with pytest.raises(ValueError, match=r"has nothing to tune here|no prompt set gsm9k"):
             tune.tune("SpecK-v0", stanza, settings, 1, 2, 24, tmp_path / stanza)

@@ -1,4 +1,4 @@
-"""Archives of arrays, as damaged or made by strangers."""
+"""Archives of arrays from other sources, and damaged ones, are read or refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def archive(**arrays: np.ndarray) -> bytes:
 WHOLE = archive(a=np.arange(50), b=np.array("text"), c=np.zeros((2, 3), np.float16))
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_archive_is_read_as_written(tmp_path: Path) -> None:
     (path := tmp_path / "a.npz").write_bytes(WHOLE)
     found = read_npz(path, 10_000)
     assert found["a"].tolist() == list(range(50)) and str(found["b"]) == "text" and found["c"].shape == (2, 3)
@@ -38,7 +38,7 @@ def test_size_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(10**15,), (2**40, 2**40), (-1,), (3, -5)])
-def test_a_header_that_claims_more_than_there_is(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_header_that_claims_too_much_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(path := tmp_path / "a.npz", "w") as file:
@@ -58,8 +58,10 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 @pytest.mark.fuzz
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255), st.booleans())
-def test_damage_is_one_sentence(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: bool) -> None:
-    """Cut or changed at any place, a file is read or refused."""
+def test_damaged_archives_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: bool
+) -> None:
+    """A file that was cut or changed at any place is read or refused."""
     path = tmp_path_factory.mktemp("damaged") / "a.npz"
     path.write_bytes(WHOLE[:at] if cut else WHOLE[:at] + bytes([byte]) + WHOLE[at + 1 :])
     try:
@@ -90,14 +92,14 @@ SHIPPED = dict(np.load(TRACES / "smollm2-135m-topk.npz"))
         ("vocab", lambda a: np.array([1, 2])),
     ],
 )
-def test_expected_traces_of_other_numbers(name: str, change, tmp_path: Path) -> None:
+def test_invalid_expected_traces_are_refused(name: str, change, tmp_path: Path) -> None:
     np.savez_compressed(path := tmp_path / "trace.npz", **(SHIPPED | {name: change(SHIPPED[name])}))
     with pytest.raises(ValueError, match=r"trace.npz is not an expected-acceptance trace \(.*\); record it again"):
         ExpectedTrace.load(str(path))
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
-def test_expected_traces_that_lack_something(name: str, tmp_path: Path) -> None:
+def test_incomplete_expected_traces_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     np.savez_compressed(path, **{key: value for key, value in SHIPPED.items() if key != name})
     with pytest.raises(ValueError, match=rf"is not an expected-acceptance trace \(it lacks '{name}"):

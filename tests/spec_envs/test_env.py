@@ -19,14 +19,14 @@ from spec_envs.controls import CONTROLS
 from spec_envs.decoding.drafters.names import static_over_plain
 from spec_envs.env import SpecEnv
 from tests.support.models.tiny import REAL
-from tests.support.playing import rollout
+from tests.support.rollouts import rollout
 
 IDS = list(ENVIRONMENTS)
 LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
 
 
 def variants(*keywords: dict) -> list[tuple[str, dict]]:
-    """Return every environment with each of the keyword arguments that it offers."""
+    """Return every environment id with each of the keyword arguments whose observation it offers."""
     offered = {env_id: CONTROLS[env_id].observations for env_id in IDS}
     return [(i, k) for i in IDS for k in keywords if k.get("observation", "default") in offered[i]]
 
@@ -36,7 +36,8 @@ def make(env_id: str, tiny: dict, **keywords: Any) -> gym.Env:
 
 
 def drafter_of(env_id: str) -> dict[str, str]:
-    """Return a drafter for problems that the tiny head is none for: over a link it reads what only the cloud knows."""
+    """Return a drafter for problems that cannot use the tiny head; over a link it would read states of the cloud's
+    target."""
     return {"SpecTopK-v0": {"drafter": "lookup"}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
 
 
@@ -49,7 +50,7 @@ def test_checkers_pass_without_warnings(env_id: str, keywords: dict, tiny: dict)
 
 
 @pytest.mark.parametrize(("env_id", "keywords"), variants({}, LTD, {"temperature": 1.0, "top_p": 0.9}))
-def test_a_priced_clock_makes_rollouts_identical(env_id: str, keywords: dict, tiny: dict) -> None:
+def test_rollouts_on_priced_clock_are_reproducible(env_id: str, keywords: dict, tiny: dict) -> None:
     first, second = (rollout(make(env_id, tiny, **keywords), 7, 60) for _ in range(2))
     assert first == second
     assert first != rollout(make(env_id, tiny, **keywords), 8, 60)
@@ -63,7 +64,7 @@ def test_random_depths_are_seeded(tiny: dict) -> None:
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_every_action_is_stepped(env_id: str, tiny: dict) -> None:
+def test_every_action_can_be_stepped(env_id: str, tiny: dict) -> None:
     env = make(env_id, tiny)
     for action in range(env.action_space.n):
         observation, _ = env.reset(seed=action)
@@ -77,7 +78,7 @@ def test_every_action_is_stepped(env_id: str, tiny: dict) -> None:
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_an_episode_is_a_prompt_and_its_rewards_are_tokens_minus_time(env_id: str, tiny: dict) -> None:
+def test_rewards_of_an_episode_are_tokens_minus_time(env_id: str, tiny: dict) -> None:
     env = make(env_id, tiny, pace=20.0, reward="saved")
     for seed in range(5):
         env.reset(seed=seed)
@@ -94,8 +95,8 @@ def test_an_episode_is_a_prompt_and_its_rewards_are_tokens_minus_time(env_id: st
         assert info["task"] == env.unwrapped.prompt.task and isinstance(info["text"], str)
 
 
-def test_the_next_root_is_charged_to_the_next_step(tiny: dict) -> None:
-    """A budget step costs the root, the expansions and the verification of its own cycle."""
+def test_root_forward_is_charged_to_its_own_cycle(tiny: dict) -> None:
+    """A step of a whole cycle costs the root, the expansions and the verification of that cycle."""
     env = make("SpecBudget-v0", tiny, depth=3, max_new_tokens=200)
     table = env.unwrapped.decoder.clock.table
     env.reset(seed=0)
@@ -106,17 +107,18 @@ def test_the_next_root_is_charged_to_the_next_step(tiny: dict) -> None:
         assert not done
 
 
-def test_depth_steps(tiny: dict) -> None:
+def test_actions_of_depth(tiny: dict) -> None:
     env = make("SpecDepth-v0", tiny, max_depth=4, budget=8, max_new_tokens=200)
     env.reset(seed=0)
     infos = [env.step(1)[4] for _ in range(3)]
-    assert [i["emitted"] > 0 for i in infos] == [False, False, True]  # the first expansion was made before
+    # the first level was drafted before the first action
+    assert [i["emitted"] > 0 for i in infos] == [False, False, True]
     assert infos[2]["drafted"] == 410 and infos[2]["verified"] == 8
     info = env.step(0)[4]
     assert info["drafted"] == 110
 
 
-def test_ltd_rewards_a_cycle_and_goes_on_over_resets(tiny: dict) -> None:
+def test_ltd_rewards_cycles_and_continues_text_over_resets(tiny: dict) -> None:
     env = make("SpecDepth-v0", tiny, **LTD, policy_seconds=0.001)
     env.reset(seed=0)
     text: list[int] = []
@@ -150,7 +152,7 @@ def test_published_observations(tiny: dict) -> None:
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_the_docstring_table_is_the_observation(env_id: str, tiny: dict) -> None:
+def test_documented_table_equals_observation(env_id: str, tiny: dict) -> None:
     kind = CONTROLS[env_id]
     number = r"(−?[\d.]+(?:e\d+)?)"
     rows = re.findall(rf"\| (\d+)(?:–(\d+))? \| `(\w+)`.*?\| {number} \| {number} \|", kind.__doc__ or "")
@@ -176,19 +178,20 @@ def test_the_docstring_table_is_the_observation(env_id: str, tiny: dict) -> None
 
 
 def rounded(number: str | float) -> float:
-    """Return a number as it is written in a table."""
+    """Return a number rounded as in a table."""
     return float(f"{float(str(number).replace('−', '-')):.2g}")
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_nothing_observed_was_timed(env_id: str, tiny: dict) -> None:
+def test_observations_do_not_depend_on_time(env_id: str, tiny: dict) -> None:
     cheap = rollout(make(env_id, tiny), 1, 20)
     dear = rollout(make(env_id, tiny, pace=1.0, policy_seconds=0.5), 1, 20)
     assert list(map(observed, cheap)) == list(map(observed, dear))
 
 
 def observed(step: Any) -> list:
-    """Return the observation in an entry of a rollout: the first one, none (info), or that of a step or reset."""
+    """Return the observation in an entry of a rollout, which is an observation, an info, or the result of a step or
+    reset."""
     if isinstance(step, list):
         return step
     return [] if isinstance(step, dict) else [step[0][0]]
@@ -226,12 +229,12 @@ def observed(step: Any) -> list:
         ({"drafter": "nowhere/at-all"}, ValueError, "no model 'nowhere/at-all'"),
     ],
 )
-def test_bad_keywords(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
+def test_invalid_keywords_are_refused(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
     with pytest.raises(error, match=re.escape(message)):
         make("SpecDepth-v0", tiny, **keywords)
 
 
-def test_a_draft_model_is_a_tree_of_width_one(tiny: dict, tiny_draft: Path) -> None:
+def test_draft_model_as_tree_of_width_one(tiny: dict, tiny_draft: Path) -> None:
     env = make("SpecDepth-v0", tiny | {"drafter": str(tiny_draft)}, width=1, max_depth=5)
     env.reset(seed=0)
     done, rng = False, np.random.default_rng(0)
@@ -246,19 +249,19 @@ def test_a_draft_model_is_a_tree_of_width_one(tiny: dict, tiny_draft: Path) -> N
         make("SpecBudget-v0", tiny | {"drafter": str(tiny_draft)}, width=1, temperature=1.0)
 
 
-def test_pace_is_of_the_pair() -> None:
+def test_static_over_plain_depends_on_the_pair() -> None:
     assert static_over_plain("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b") > 1
     assert static_over_plain("a/larger-one", "qwen2.5-coder-0.5b") == 1 == static_over_plain(REAL, "a/head")
 
 
-def test_bad_keywords_of_budget(tiny: dict) -> None:
+def test_invalid_keywords_of_budget_are_refused(tiny: dict) -> None:
     with pytest.raises(ValueError, match="expected ascending numbers of nodes"):
         make("SpecBudget-v0", tiny, budgets=[8, 4])
     with pytest.raises(ValueError, match="depth is 13; expected a number from 0 to max_depth"):
         make("SpecBudget-v0", tiny, depth=13)
 
 
-def test_several_clocks_are_drawn_per_episode(tiny: dict, tmp_path: Any) -> None:
+def test_one_of_several_clocks_is_drawn_per_episode(tiny: dict, tmp_path: Any) -> None:
     fast = tmp_path / "fast.json"
     fast.write_text('{"verify": {"1": 0.01, "64": 0.02}, "draft": {"10": 0.001}}')
     env = make("SpecDepth-v0", tiny, clock=["qwen3-14b-a6000", str(fast)], cost_features=True)
@@ -269,7 +272,7 @@ def test_several_clocks_are_drawn_per_episode(tiny: dict, tmp_path: Any) -> None
     assert costs == {0.05, 0.1}
 
 
-def test_a_given_prompt(tiny: dict) -> None:
+def test_prompt_option(tiny: dict) -> None:
     env = make("SpecDepth-v0", tiny)
     _, _ = env.reset(seed=0, options={"prompt": "the a of and"})
     assert env.unwrapped.decoder.prompt == env.unwrapped.tokenizer("the a of and .")["input_ids"]
@@ -277,12 +280,12 @@ def test_a_given_prompt(tiny: dict) -> None:
 
 
 @pytest.mark.parametrize("options", [{"promt": "the a"}, {"prompt": ["the a"]}])
-def test_bad_options(options: dict, tiny: dict) -> None:
+def test_invalid_options_are_refused(options: dict, tiny: dict) -> None:
     with pytest.raises(ValueError, match=r"expected \{'prompt': a text or a Prompt\}"):
         make("SpecDepth-v0", tiny).reset(seed=0, options=options)
 
 
-def test_there_is_no_step_behind_the_end(tiny: dict) -> None:
+def test_step_after_the_end_is_refused(tiny: dict) -> None:
     env = make("SpecBudget-v0", tiny)
     env.reset(seed=0)
     while not env.step(0)[2]:
@@ -312,14 +315,14 @@ def test_human_rendering_prints(tiny: dict, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_specs_survive_serialising(env_id: str, tiny: dict) -> None:
+def test_specs_survive_serialisation(env_id: str, tiny: dict) -> None:
     env = make(env_id, tiny)
     again = gym.make(EnvSpec.from_json(env.spec.to_json()))
     assert rollout(env, 0, 10) == rollout(again, 0, 10)
     assert gym.make(f"spec_envs:{env_id}", **env.spec.kwargs).spec.nondeterministic
 
 
-def test_a_measured_clock_is_refused_in_a_worker(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_clock_is_refused_in_a_worker(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
     with pytest.raises(ValueError, match="disturbed by its siblings"):
         make("SpecDepth-v0", tiny, clock="wall")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one process holds."""
+"""Files are written completely or not at all, and a folder is held by one process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
     process.wait()
 
 
-def test_a_held_folder_refuses_the_second_and_dies_with_its_holder(other: subprocess.Popen, tmp_path: Path) -> None:
+def test_held_folder_is_free_after_its_holder_ends(other: subprocess.Popen, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     refused = pytest.raises(
         ValueError, match=rf"folder is in use by process {other.pid} on .*; wait until it has ended"
@@ -56,7 +56,7 @@ def test_a_held_folder_refuses_the_second_and_dies_with_its_holder(other: subpro
     assert (folder / "mine").exists()
 
 
-def test_who_waits_says_for_what_and_goes_on_when_the_holder_is_killed(
+def test_waiting_process_reports_holder_and_continues_after_it(
     other: subprocess.Popen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waiting = subprocess.Popen(
@@ -79,7 +79,7 @@ def test_who_waits_says_for_what_and_goes_on_when_the_holder_is_killed(
     assert waiting.communicate(timeout=60)[0] == "mine\n"
 
 
-def test_a_folder_in_which_nothing_was_written_claims_no_name(tmp_path: Path) -> None:
+def test_empty_held_folder_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     with held(folder):
         assert (folder / LOCK).read_text().startswith(f"process {os.getpid()}")
@@ -93,10 +93,8 @@ def test_a_folder_in_which_nothing_was_written_claims_no_name(tmp_path: Path) ->
     assert sorted(path.name for path in folder.iterdir()) == [LOCK, "something"]
 
 
-def test_what_is_written_is_on_the_disk_before_it_takes_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A power loss after the rename must not leave an empty file."""
+def test_file_is_synced_before_and_after_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure after the rename must not leave an empty file."""
     calls: list[tuple[str, str]] = []
     sync = os.fsync
 
@@ -116,7 +114,7 @@ def test_what_is_written_is_on_the_disk_before_it_takes_the_name(
     assert calls == [("sync", "file.tmp"), ("rename", "file"), ("sync", tmp_path.name)]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_failed_write_leaves_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     with pytest.raises(KeyboardInterrupt), whole(path) as temporary:
@@ -129,7 +127,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_json_has_finite_numbers_alone(number: float, tmp_path: Path) -> None:
+def test_json_with_non_finite_numbers_is_refused(number: float, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     with pytest.raises(ValueError, match=r"could not write .*figures.json: .*expected finite numbers"):
         write_json(path, {"a": [number]})
@@ -140,7 +138,7 @@ def test_json_has_finite_numbers_alone(number: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"[" * 100_000, b'{"a": 1e999}', b"9" * 5000])
-def test_a_damaged_json_file_is_named(content: bytes, tmp_path: Path) -> None:
+def test_damaged_json_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "pace.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^\S*pace.json is damaged \([^\n]*\); delete it$"):

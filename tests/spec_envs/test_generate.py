@@ -1,4 +1,4 @@
-"""`generate` and the environment drive one control: same actions, same tokens."""
+"""``generate`` and the environment use one control: same actions, same tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spec_envs.prompts.sets import encode
 from tests.support.models.tiny import CPU
 
 
-def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
+def run_episode(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
     observation, _ = env.reset(seed=seed, options={"prompt": text})
     actions, state, done, start = [], None, False, True
     while not done:
@@ -38,10 +38,10 @@ def played(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], l
             for name in ("ppo", "qrdqn", "recurrent-ppo")
             if "DVI" not in env_id
         ),
-        ("SpecDVI-v0", "ppo"),  # others have no policy that starts as an exit's projection
+        ("SpecDVI-v0", "ppo"),  # the others have no policy that starts as an exit's projection
     ],
 )
-def test_generate_is_the_environment(env_id: str, name: str, tiny: dict, tiny_draft: Path) -> None:
+def test_generate_equals_environment(env_id: str, name: str, tiny: dict, tiny_draft: Path) -> None:
     chosen = tiny | {"SpecTopK-v0": {"drafter": str(tiny_draft)}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
     env = gym.make(env_id, **chosen)
     control = make_control(env_id, tiny if env_id == "SpecDVI-v0" else {})
@@ -52,21 +52,21 @@ def test_generate_is_the_environment(env_id: str, name: str, tiny: dict, tiny_dr
         agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])
         for text in ("the a of and in", "def we is you you it", "to to to"):
             done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, text), 24, seed).run()
-            assert (done.actions, done.tokens) == played(env, agent, text, seed)
+            assert (done.actions, done.tokens) == run_episode(env, agent, text, seed)
             different |= set(done.actions)
     assert len(different) > 1
 
 
-def test_generate_is_the_environment_when_sampling(tiny: dict) -> None:
+def test_generate_equals_environment_when_sampling(tiny: dict) -> None:
     env = gym.make("SpecBudget-v0", **tiny, temperature=1.0)
     control = make_control("budget", {})
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature=1.0)
     agent = AGENTS["ppo"](control=control, seed=0)
     done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, "the a"), 24, 5).run()
-    assert (done.actions, done.tokens) == played(env, agent, "the a", 5)
+    assert (done.actions, done.tokens) == run_episode(env, agent, "the a", 5)
 
 
-def test_streaming_gives_the_tokens_cycle_by_cycle(tiny: dict) -> None:
+def test_stream_yields_tokens_of_each_cycle(tiny: dict) -> None:
     control = make_control("depth", {})
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
     agent = AGENTS["fixed"](control=control, value=3)
@@ -77,7 +77,7 @@ def test_streaming_gives_the_tokens_cycle_by_cycle(tiny: dict) -> None:
     assert generation.seconds > 0 and generation.tokens_per_second > 0 and generation.prefill_seconds > 0
 
 
-def test_a_partner_decides_the_rest_and_is_charged(tiny: dict) -> None:
+def test_partner_decides_the_rest_and_is_charged(tiny: dict) -> None:
     depth, budget = make_control("depth", {}), make_control("budget", {})
     fixed_budget = AGENTS["fixed"](control=budget, value=15)
     fixed_depth = AGENTS["fixed"](control=depth, value=3)
@@ -102,7 +102,7 @@ def test_plain_generation(tiny: dict) -> None:
     assert len(done.tokens) == 12 and {c.verified for c in done.cycles} == {0}
 
 
-def test_an_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
+def test_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
     """The layout of an observation counts, not only its size, and so does the number of actions."""
     token, cycle = make_control("k", {"decision": "token"}), make_control("k", {})
     decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
@@ -123,7 +123,7 @@ def test_an_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("action", [1.5, "1", True, np.array([1]), None])
-def test_an_agent_that_predicts_no_action_is_refused(action: Any, tiny: dict[str, Any]) -> None:
+def test_invalid_predictions_and_decision_seconds_are_refused(action: Any, tiny: dict[str, Any]) -> None:
     class Wrong:
         decision_seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""Environments as users of Gymnasium, and of libraries over it, call them."""
+"""Environments as users of Gymnasium, and of libraries based on it, call them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ PROFILE: dict[str, Any] = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 4
 
 
 @pytest.fixture
-def made(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any]) -> Callable[..., gym.Env]:
-    """Return an environment of an id on a priced clock: on a trace if it replays one, else over the tiny models."""
+def make_env(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any]) -> Callable[..., gym.Env]:
+    """Return a function that makes an environment on a priced clock: on a trace if it replays one, else over tiny
+    models."""
 
     def make(env_id: str, **more: Any) -> gym.Env:
         keywords: dict[str, Any] = {"max_new_tokens": 20}
@@ -43,20 +44,20 @@ def made(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any])
 
 
 def rollout(env: Any, seed: int | None, steps: int = 40) -> list[Any]:
-    """Return everything that an environment returns."""
+    """Return everything that an environment returns under random actions."""
     rng = np.random.default_rng(0)
-    said: list[Any] = [env.reset(seed=seed)]
+    returned: list[Any] = [env.reset(seed=seed)]
     for _ in range(steps):
-        said.append(env.step(int(rng.integers(env.action_space.n))))
-        if said[-1][2] or said[-1][3]:
-            said.append(env.reset())
-    return said
+        returned.append(env.step(int(rng.integers(env.action_space.n))))
+        if returned[-1][2] or returned[-1][3]:
+            returned.append(env.reset())
+    return returned
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_gymnasiums_checker_passes(env_id: str, made: Callable[..., gym.Env]) -> None:
-    """The spec is marked deterministic, since the checker verifies step determinism only then."""
-    env = made(env_id).unwrapped
+def test_check_env_passes(env_id: str, make_env: Callable[..., gym.Env]) -> None:
+    """The spec is marked deterministic because the checker tests step determinism only then."""
+    env = make_env(env_id).unwrapped
     assert env.spec is not None
     env.spec = copy.deepcopy(env.spec)
     env.spec.nondeterministic = False
@@ -64,21 +65,21 @@ def test_gymnasiums_checker_passes(env_id: str, made: Callable[..., gym.Env]) ->
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_two_environments_side_by_side_are_alike(env_id: str, made: Callable[..., gym.Env]) -> None:
-    first, second = rollout(made(env_id), 3), rollout(made(env_id), 3)
+def test_environments_are_deterministic(env_id: str, make_env: Callable[..., gym.Env]) -> None:
+    first, second = rollout(make_env(env_id), 3), rollout(make_env(env_id), 3)
     assert all(data_equivalence(a, b, exact=True) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_a_reset_leaves_nothing_of_what_was_played_before(env_id: str, made: Callable[..., gym.Env]) -> None:
-    """The same environment under the same seed returns the same to the last bit."""
-    env = made(env_id)
+def test_reset_clears_all_state(env_id: str, make_env: Callable[..., gym.Env]) -> None:
+    """The same environment returns exactly the same under the same seed, whatever ran before."""
+    env = make_env(env_id)
     first = rollout(env, 3)
     rollout(env, 4, 60)
     assert data_equivalence(first, rollout(env, 3), exact=True)
 
 
-def test_a_profile_repeats_to_the_last_bit() -> None:
+def test_rollouts_on_profile_are_reproducible() -> None:
     for keywords in ({}, {"decision": "token"}, {"adjustment_interval": 8}):
         env = gym.make("SpecK-v0", **PROFILE, **keywords)
         first = rollout(env, 3)
@@ -87,17 +88,17 @@ def test_a_profile_repeats_to_the_last_bit() -> None:
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_copies_are_other_environments_of_the_same_keywords(env_id: str, made: Callable[..., gym.Env]) -> None:
-    env = made(env_id)
+def test_copies_are_independent_and_equal(env_id: str, make_env: Callable[..., gym.Env]) -> None:
+    env = make_env(env_id)
     first = rollout(env, 3)
     for other in (pickle.loads(pickle.dumps(env)), copy.deepcopy(env), pickle.loads(pickle.dumps(env.unwrapped))):
         assert other.unwrapped.decoder is not env.unwrapped.decoder  # type: ignore[attr-defined]
         assert data_equivalence(first, rollout(other, 3), exact=True)
 
 
-def test_wrappers_count_and_cut_episodes(made: Callable[..., gym.Env]) -> None:
+def test_time_limit_and_statistics_wrappers(make_env: Callable[..., gym.Env]) -> None:
     cut: Any
-    for cut in (made("SpecDepth-v0", max_episode_steps=3), TimeLimit(made("SpecDepth-v0"), 3)):
+    for cut in (make_env("SpecDepth-v0", max_episode_steps=3), TimeLimit(make_env("SpecDepth-v0"), 3)):
         env = RecordEpisodeStatistics(cut)
         env.reset(seed=0)
         steps = [env.step(1) for _ in range(3)]
@@ -108,7 +109,7 @@ def test_wrappers_count_and_cut_episodes(made: Callable[..., gym.Env]) -> None:
         env.step(0)
 
 
-def test_actions_are_whole_numbers() -> None:
+def test_actions_must_be_whole_numbers() -> None:
     env = gym.make("SpecK-v0", **PROFILE).unwrapped
     env.reset(seed=0)
     wrong = (
@@ -135,10 +136,10 @@ def test_actions_are_whole_numbers() -> None:
         assert env.step(right)[4]["drafted"] == 2  # type: ignore[arg-type]
 
 
-def test_a_reset_that_is_refused_leaves_no_text(tiny: dict[str, Any], made: Callable[..., gym.Env]) -> None:
+def test_refused_reset_leaves_no_text(tiny: dict[str, Any], make_env: Callable[..., gym.Env]) -> None:
     live = gym.make("SpecDepth-v0", **tiny).unwrapped
     long = {"prompt": "the a of and " * 600}
-    replayed = made("SpecDepth-v0", episode="cycle").unwrapped
+    replayed = make_env("SpecDepth-v0", episode="cycle").unwrapped
     env: Any
     for env, wrong in (
         (live, {"options": {"promt": "the a"}}),
@@ -165,7 +166,7 @@ def test_a_reset_that_is_refused_leaves_no_text(tiny: dict[str, Any], made: Call
     live.step(0)
 
 
-def test_a_start_that_is_refused_leaves_no_text(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+def test_refused_start_leaves_no_text(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
     tiny_decoder.start([2, 3, 4], 20, rng)
     assert not tiny_decoder.finished
     for prompt, tokens in (([], 20), ([2] * 5000, 20), ([2, 3], 0)):
@@ -175,8 +176,8 @@ def test_a_start_that_is_refused_leaves_no_text(tiny_decoder: Decoder, rng: np.r
             tiny_decoder.verify()
 
 
-def test_a_closed_environment_says_so(made: Callable[..., gym.Env]) -> None:
-    env = made("SpecDepth-v0").unwrapped
+def test_closed_environment_refuses_calls(make_env: Callable[..., gym.Env]) -> None:
+    env = make_env("SpecDepth-v0").unwrapped
     with pytest.raises(ValueError, match=r"no text to show; call reset\(\) first"):
         env.render()
     env.reset(seed=0)
@@ -187,7 +188,7 @@ def test_a_closed_environment_says_so(made: Callable[..., gym.Env]) -> None:
             call()  # type: ignore[no-untyped-call]
 
 
-def test_a_measured_clock_is_refused_in_a_worker_of_ray(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_clock_is_refused_in_a_ray_worker(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for mode, running, refused in ((1, True, True), (0, True, False), (1, False, False)):
         context = SimpleNamespace(worker=SimpleNamespace(mode=mode))
         ray = SimpleNamespace(
@@ -202,14 +203,14 @@ def test_a_measured_clock_is_refused_in_a_worker_of_ray(tiny: dict[str, Any], mo
         gym.make("SpecDepth-v0", **tiny)
 
 
-def test_torchrl_makes_it() -> None:
-    """TorchRL passes a keyword of its own to see whether an environment takes it, and parses Python's error."""
+def test_torchrl_wraps_environment() -> None:
+    """TorchRL passes its own keyword to find out whether an environment accepts it, and parses Python's error."""
     from torchrl.envs import GymEnv
     from torchrl.envs.utils import check_env_specs
 
     env = GymEnv("SpecK-v0", **PROFILE, categorical_action_encoding=True)
     env.set_seed(0)
     check_env_specs(env)
-    played = env.rollout(10)
-    assert played["next", "reward"].isfinite().all() and len(played) > 2
+    result = env.rollout(10)
+    assert result["next", "reward"].isfinite().all() and len(result) > 2
     env.close()

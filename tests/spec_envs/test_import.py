@@ -1,4 +1,4 @@
-"""The front door: importing the package is light, and what it offers is found from its top."""
+"""Importing the package loads no models, and its public names are found at the top."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spec_envs.settings import Settings
 HEAVY = {"torch", "transformers", "scipy", "matplotlib", "pydantic", "stable_baselines3"}
 
 
-def test_importing_loads_no_models() -> None:
+def test_import_loads_no_heavy_modules() -> None:
     """Neither does listing the registered environments or the package's names."""
     script = (
         "import json, sys, spec_envs, gymnasium; dir(spec_envs); "
@@ -35,8 +35,8 @@ def test_importing_loads_no_models() -> None:
 
 
 @pytest.mark.parametrize("name", ["generate", "Generation", "load_decoder", "load_tokenizer", "agents"])
-def test_what_is_offered_is_found_in_a_fresh_process(name: str) -> None:
-    """Names are found whatever was imported before: no module has the name of a function."""
+def test_public_names_are_found_in_a_new_process(name: str) -> None:
+    """Names are found whatever was imported before, because no module has the name of a function."""
     script = (
         f"import spec_envs; first = spec_envs.{name}; import spec_envs.generation, spec_envs.environments; "
         f"from spec_envs import {name}; assert first is {name}; assert '{name}' in dir(spec_envs)"
@@ -44,7 +44,7 @@ def test_what_is_offered_is_found_in_a_fresh_process(name: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_what_is_not_offered_is_an_attribute_error() -> None:
+def test_unknown_names_raise_errors() -> None:
     with pytest.raises(AttributeError, match="module 'spec_envs' has no attribute 'genrate'"):
         _ = spec_envs.genrate
     with pytest.raises(AttributeError, match="has no class 'SpecNoneEnv'; register its environment first"):
@@ -54,7 +54,7 @@ def test_what_is_not_offered_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_the_class_of_an_environment_shows_its_documentation(env_id: str) -> None:
+def test_environment_class_shows_documentation(env_id: str) -> None:
     kind = getattr(environments, spec_envs.class_name(env_id))
     assert issubclass(kind, SpecEnv) and pickle.loads(pickle.dumps(kind)) is kind
     text = pydoc.plain(pydoc.render_doc(kind))
@@ -68,12 +68,12 @@ def test_the_class_of_an_environment_shows_its_documentation(env_id: str) -> Non
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_a_spec_says_whether_traces_replay_the_problem(env_id: str) -> None:
+def test_spec_has_vector_entry_point_if_traces_replay_it(env_id: str) -> None:
     assert bool(gym.spec(env_id).vector_entry_point) == bool(CONTROLS[env_id].trace_kind)
     assert CONTROLS[env_id] is CONTROLS[CONTROLS[env_id].name] is CONTROLS[ENVIRONMENTS[env_id]]
 
 
-def test_a_problem_from_elsewhere_has_a_class_of_its_own() -> None:
+def test_registered_problem_gets_its_own_class() -> None:
     try:
         spec_envs.register("elsewhere/Other-v1", "spec_envs.controls.k:KControl")
         env = gym.make("elsewhere/Other-v1", trace="qwen2.5-coder-32b-cpu", max_new_tokens=20)

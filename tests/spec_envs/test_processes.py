@@ -1,4 +1,4 @@
-"""Processes that were started end with this one, and not before."""
+"""Started processes end with this process, and not before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def alive(process: int) -> bool:
 
 
 def ended(process: int) -> bool:
-    """Return whether it ends within seconds."""
+    """Return True if the process ends within seconds."""
     for _ in range(200):
         if not alive(process):
             return True
@@ -32,7 +32,7 @@ def ended(process: int) -> bool:
     return False
 
 
-def test_a_process_outlives_the_thread_that_wanted_it() -> None:
+def test_process_outlives_starting_thread() -> None:
     found: list[subprocess.Popen[str]] = []
 
     def start() -> None:
@@ -51,7 +51,7 @@ def test_a_process_outlives_the_thread_that_wanted_it() -> None:
 
 
 @pytest.mark.parametrize("started_by", ["the process", "a fork of it"])
-def test_a_process_does_not_outlive_the_one_that_started_it(started_by: str) -> None:
+def test_process_ends_with_its_parent(started_by: str) -> None:
     code = (
         "import os, sys, time\n"
         "from spec_envs.processes import started\n"
@@ -70,6 +70,6 @@ def test_a_process_does_not_outlive_the_one_that_started_it(started_by: str) -> 
     assert ended(server)
 
 
-def test_a_program_that_cannot_be_run_is_said_where_it_was_wanted() -> None:
+def test_missing_program_raises_in_the_caller() -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         started(["/nowhere/program"])

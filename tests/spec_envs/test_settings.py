@@ -1,4 +1,4 @@
-"""Keyword arguments: each has an effect or is refused, and whatever is given leads to an environment or to one sentence."""
+"""Every keyword argument has an effect or is refused, and any value gives an environment or one sentence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared(traces: dict[str, Trace], plans: dict[str, Plan]) -> dict[str, Any]:
     return {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **sizes(plans["tree"])}
 
 
-def test_settings_without_effect_are_those_of_their_defaults() -> None:
+def test_listed_defaults_are_those_of_settings() -> None:
     assert {name: Settings.model_fields[name].default for name in DEFAULTS} == DEFAULTS
 
 
@@ -67,8 +67,8 @@ WITHOUT_EFFECT: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("keywords", WITHOUT_EFFECT, ids=str)
-def test_what_has_no_effect_is_refused(keywords: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Over a profile, over a recorded trace, and in NumPy, by the same rule."""
+def test_keywords_without_effect_are_refused(keywords: dict[str, Any], shared: dict[str, Any]) -> None:
+    """The same rule holds on a profile, on a recorded trace and in NumPy."""
     makers: tuple[Callable[[], Any], ...] = (
         lambda: gym.make("SpecK-v0", trace=NAME, max_new_tokens=20, **keywords),
         lambda: gym.make("SpecDepth-v0", **shared | keywords),
@@ -83,7 +83,7 @@ def test_what_has_no_effect_is_refused(keywords: dict[str, Any], shared: dict[st
             make()
 
 
-def test_defaults_and_what_was_recorded_are_taken(shared: dict[str, Any], traces: dict[str, Trace]) -> None:
+def test_defaults_and_recorded_values_are_accepted(shared: dict[str, Any], traces: dict[str, Trace]) -> None:
     manifest = traces["tree"].manifest
     same = {name: getattr(manifest, name) for name in ("target", "drafter", "dtype", "template")}
     same |= {"device": "cpu", "temperature": 0.0, "top_p": 1.0, "data_dir": None}
@@ -95,10 +95,10 @@ def test_defaults_and_what_was_recorded_are_taken(shared: dict[str, Any], traces
         gym.make("SpecK-v0", trace=NAME, split=split)
 
 
-def test_prompts_of_a_profile_are_its_kinds() -> None:
+def test_prompts_of_profile_are_its_kinds() -> None:
     env: Any = gym.make("SpecK-v0", trace=NAME, prompts="code,math").unwrapped
     assert {prompt.task for prompt in env.prompts} == {"code", "math"}
-    env = gym.make("SpecK-v0", trace=NAME, prompts="all,json").unwrapped  # a shipped set that it has none of
+    env = gym.make("SpecK-v0", trace=NAME, prompts="all,json").unwrapped  # the profile has none of this shipped set
     assert {prompt.task for prompt in env.prompts} == {"code", "math", "prose"}
 
 
@@ -121,26 +121,26 @@ def test_prompts_of_a_profile_are_its_kinds() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_values_out_of_range(keywords: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gym.make("SpecK-v0", **{"trace": NAME, "max_new_tokens": 20, **keywords})
 
 
 @pytest.mark.parametrize("name", ["policy_seconds", "pace", "top_p", "temperature", "max_new_tokens", "k_max"])
 @pytest.mark.parametrize("value", ["1", True, [1], 1 + 0j])
-def test_values_of_another_type(name: str, value: Any) -> None:
+def test_values_of_another_type_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} is"):
         gym.make("SpecK-v0", **{"trace": NAME, name: value})
 
 
-def test_a_table_of_one_entry_prices(shared: dict[str, Any]) -> None:
+def test_clock_list_with_one_entry(shared: dict[str, Any]) -> None:
     env = ReplayVectorEnv("depth", 2, **shared, clock=["qwen3-14b-a6000"])
     assert [table.name for table in env.cost_tables] == ["qwen3-14b-a6000"]
     assert ReplayVectorEnv("depth", 2, **shared, clock=["wall"]).cost_tables[0].name == shared["trace"]
 
 
 @pytest.mark.parametrize("temperature", [NAN, INF, -INF, -0.1, 1e-320, 1e-9, "1", True, None])
-def test_temperatures_that_nothing_is_drawn_at(temperature: Any, tiny: dict[str, Any]) -> None:
+def test_invalid_temperatures_are_refused(temperature: Any, tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"temperature is .*; expected 0 \(greedy\) or 1e-06 or more"):
         load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature)
     if isinstance(temperature, float):
@@ -151,12 +151,12 @@ def test_temperatures_that_nothing_is_drawn_at(temperature: Any, tiny: dict[str,
 
 
 @pytest.mark.parametrize("top_p", [NAN, INF, 0.0, -0.5, 1.0001, "1", True])
-def test_masses_that_nothing_is_drawn_from(top_p: Any, tiny: dict[str, Any]) -> None:
+def test_invalid_top_p_is_refused(top_p: Any, tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"top_p is .*; expected a number in \(0, 1\]"):
         load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", 1.0, top_p)
 
 
-def test_the_smallest_temperature_draws(tiny: dict[str, Any]) -> None:
+def test_smallest_temperature_is_greedy(tiny: dict[str, Any]) -> None:
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", 1e-6)
     greedy = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
     for made in (decoder, greedy):
@@ -167,7 +167,7 @@ def test_the_smallest_temperature_draws(tiny: dict[str, Any]) -> None:
 
 
 def table(rows: str = '"1"', verify: str = "0.1", draft: str = '{"1": 0.1}') -> str:
-    """Return the text of a cost table, by default a valid one."""
+    """Return the text of a cost table, valid by default."""
     return f'{{"verify": {{{rows}: {verify}}}, "draft": {draft}}}'
 
 
@@ -181,7 +181,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize("text", TABLES, ids=range(len(TABLES)))
-def test_cost_tables_that_price_nothing(text: str, tmp_path: Path) -> None:
+def test_invalid_cost_table_files_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mine.json is not a cost table \(.*\); expected") as error:
@@ -191,7 +191,7 @@ def test_cost_tables_that_price_nothing(text: str, tmp_path: Path) -> None:
         gym.make("SpecK-v0", trace=NAME, clock=str(path))
 
 
-def test_cost_tables_made_by_hand(tmp_path: Path) -> None:
+def test_cost_tables_from_dictionaries(tmp_path: Path) -> None:
     good = tmp_path / "good.json"
     good.write_text(table())
     assert CostTable.load(str(good)).seconds("verify", 1) == 0.1
@@ -222,7 +222,7 @@ def test_cost_tables_made_by_hand(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_profiles_that_play_nothing(path: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+def test_invalid_profiles_are_refused(path: tuple[str, ...], value: Any, tmp_path: Path) -> None:
     raw = json.loads((PROFILES / f"{NAME}.json").read_text())
     place = raw
     for key in path[:-1]:
@@ -237,7 +237,7 @@ def test_profiles_that_play_nothing(path: tuple[str, ...], value: Any, tmp_path:
 @pytest.mark.parametrize(
     "bad", ["up=nan", "up=inf", "up=-1", "up=0", "up=1e-320", "rtt=nan", "rtt=1e300", "loss=1", "loss=0.999999"]
 )
-def test_links_that_carry_nothing(bad: str) -> None:
+def test_invalid_links_are_refused(bad: str) -> None:
     name = bad.partition("=")[0]
     parts = [part for part in ("up=46", "down=563", "rtt=50") if not part.startswith(name)]
     with pytest.raises(ValueError, match="is not a link"):
@@ -269,7 +269,7 @@ def some_of(control: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def works_or_is_refused(make: Callable[[], Any]) -> None:
-    """Check that the arguments give an environment that can be stepped, or one sentence."""
+    """Assert that the arguments give an environment that can be stepped, or one sentence."""
     try:
         env = make()
     except (TypeError, ValueError) as error:
@@ -287,13 +287,13 @@ def works_or_is_refused(make: Callable[[], Any]) -> None:
 @pytest.mark.fuzz
 @settings(max_examples=settings.default.max_examples * 2)
 @given(keywords=some_of("k"))
-def test_a_profile_works_or_says_why_not(keywords: dict[str, Any]) -> None:
+def test_any_keywords_on_profile_work_or_are_refused(keywords: dict[str, Any]) -> None:
     works_or_is_refused(lambda: gym.make("SpecK-v0", **{"trace": NAME, "max_new_tokens": 16, **keywords}))
 
 
 @pytest.mark.fuzz
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # which only reads
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture only reads
 @given(keywords=some_of("depth"))
-def test_a_trace_works_or_says_why_not(keywords: dict[str, Any], shared: dict[str, Any]) -> None:
+def test_any_keywords_on_trace_work_or_are_refused(keywords: dict[str, Any], shared: dict[str, Any]) -> None:
     works_or_is_refused(lambda: gym.make("SpecDepth-v0", **shared | keywords))
     works_or_is_refused(lambda: ReplayVectorEnv("depth", 2, **shared | keywords))

@@ -1,4 +1,4 @@
-"""Text in pieces is the text, under every kind of tokenizer; and nothing that a model writes moves a terminal's cursor."""
+"""Pieces of a text add up to it with every kind of tokenizer, and no text moves a terminal's cursor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def metaspace() -> PreTrainedTokenizerBase:
 
 
 def byte_fallback() -> PreTrainedTokenizerBase:
-    """Return a tokenizer like Llama 2's and Mistral's: a space in front, and bytes for unknown characters."""
+    """Return a tokenizer as in Llama 2 and Mistral: a space before the text, and bytes for unknown characters."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
     pieces = Tokenizer(models.BPE({w: i for i, w in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>"))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -97,8 +97,8 @@ def streamed(detokenize: Detokenizer, groups: list[list[int]]) -> list[str]:
     return [*(text.push(ids) for ids in groups), text.finish()]
 
 
-def holds(tokenizer: PreTrainedTokenizerBase, groups: list[list[int]]) -> None:
-    """Check that the pieces add up to the text."""
+def assert_pieces_add_up(tokenizer: PreTrainedTokenizerBase, groups: list[list[int]]) -> None:
+    """Assert that the pieces add up to the text."""
     ids = [token for group in groups for token in group]
     pieces = streamed(Detokenizer.of(tokenizer), groups)
     assert "".join(pieces) == decode(tokenizer, ids)
@@ -110,17 +110,17 @@ groups_of = st.lists(st.lists(st.integers(0, 1000), max_size=5), max_size=60)
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(groups=groups_of)
-def test_pieces_are_the_text(kind: str, groups: list[list[int]]) -> None:
+def test_pieces_add_up_to_the_text(kind: str, groups: list[list[int]]) -> None:
     tokenizer = TOKENIZERS[kind]()
-    size = len(tokenizer) + 1  # one id that the tokenizer does not have, as padded models do
-    holds(tokenizer, [[token % size for token in group] for group in groups])
+    size = len(tokenizer) + 1  # one id that the tokenizer does not have, as in padded models
+    assert_pieces_add_up(tokenizer, [[token % size for token in group] for group in groups])
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", ["byte fallback", "byte level"])
 @given(text=st.text(), sizes=st.lists(st.integers(0, 9)))
-def test_texts_of_single_bytes(kind: str, text: str, sizes: list[int]) -> None:
-    """Hypothesis finds any text; the ids of its bytes come in groups of any sizes."""
+def test_pieces_of_single_bytes_add_up(kind: str, text: str, sizes: list[int]) -> None:
+    """Hypothesis draws any text; the ids of its bytes come in groups of any sizes."""
     tokenizer = TOKENIZERS[kind]()
     if kind == "byte level":
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
@@ -131,7 +131,7 @@ def test_texts_of_single_bytes(kind: str, text: str, sizes: list[int]) -> None:
     for size in sizes:
         groups.append(ids[:size])
         ids = ids[size:]
-    holds(tokenizer, [*groups, ids])
+    assert_pieces_add_up(tokenizer, [*groups, ids])
     whole = text.removeprefix(" ") if kind == "byte fallback" else text
     assert decode(tokenizer, [token for group in [*groups, ids] for token in group]) == whole
 
@@ -139,13 +139,13 @@ def test_texts_of_single_bytes(kind: str, text: str, sizes: list[int]) -> None:
 @pytest.mark.model
 @pytest.mark.fuzz
 @given(groups=st.lists(st.lists(st.integers(0, 49151), max_size=5), max_size=60), text=st.text())
-def test_pieces_of_the_default_model_are_the_text(groups: list[list[int]], text: str) -> None:
+def test_pieces_of_the_default_model_add_up(groups: list[list[int]], text: str) -> None:
     tokenizer = load_tokenizer(REAL)
-    holds(tokenizer, groups)
-    holds(tokenizer, [[token] for token in tokenizer(text)["input_ids"]])
+    assert_pieces_add_up(tokenizer, groups)
+    assert_pieces_add_up(tokenizer, [[token] for token in tokenizer(text)["input_ids"]])
 
 
-def test_a_piece_comes_as_soon_as_it_is_certain() -> None:
+def test_piece_is_yielded_as_soon_as_it_is_certain() -> None:
     tokenizer = byte_fallback()
     ids = tokenizer.convert_tokens_to_ids(
         ["▁the", "▁a", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "▁a", "<0xF0>", "</s>"]
@@ -159,7 +159,7 @@ def test_a_piece_comes_as_soon_as_it_is_certain() -> None:
     ]
 
 
-def test_long_texts_are_not_decoded_anew_for_every_piece() -> None:
+def test_pieces_decode_only_recent_tokens() -> None:
     tokenizer, asked = byte_fallback(), []
     of = Detokenizer.of(tokenizer)
     counted = Detokenizer(lambda ids: asked.append(len(ids)) or of(ids), of.joined)  # type: ignore[func-returns-value]
@@ -168,12 +168,12 @@ def test_long_texts_are_not_decoded_anew_for_every_piece() -> None:
     assert max(asked) < 200
 
 
-def test_spaces_before_punctuation_stay() -> None:
+def test_spaces_before_punctuation_are_kept() -> None:
     made = word_pieces()
     assert decode(made, made.convert_tokens_to_ids(["it", "'", "s"])) == "it ' s"
 
 
-def test_generations_and_render_modes_give_the_whole_text(tiny: dict) -> None:
+def test_pieces_of_a_generation_add_up(tiny: dict) -> None:
     decoder = load_decoder(tiny["target"], None, "cpu", "float32")
     whole = generate(decoder, None, None, [3, 4, 5], 12).run()
     halves = Detokenizer(
@@ -185,7 +185,7 @@ def test_generations_and_render_modes_give_the_whole_text(tiny: dict) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ansi", "human"])
-def test_a_rendered_text_is_the_text_without_control_characters(mode: str, tiny: dict) -> None:
+def test_rendered_text_has_no_control_characters(mode: str, tiny: dict) -> None:
     env = gym.make("SpecK-v0", **(tiny | {"drafter": "lookup"}), render_mode=mode).unwrapped
     alphabet = [
         bytes([b])
@@ -205,7 +205,7 @@ def test_a_rendered_text_is_the_text_without_control_characters(mode: str, tiny:
     assert printable(info["text"]) in plain and "\x1b" not in plain and "\x07" not in plain
 
 
-def test_tokens_of_a_rendered_tree_have_their_spaces(tiny: dict) -> None:
+def test_rendered_tree_shows_tokens_with_spaces(tiny: dict) -> None:
     env = gym.make("SpecDepth-v0", **tiny, render_mode="ansi").unwrapped
     tokenizer = metaspace()
     names = tokenizer.convert_tokens_to_ids(["▁the", "▁a", "b", "▁the"])
@@ -222,7 +222,7 @@ def test_tokens_of_a_rendered_tree_have_their_spaces(tiny: dict) -> None:
     assert env.render().startswith("\x1b[1m") and np.asarray(nodes).size
 
 
-def test_what_a_terminal_may_be_shown() -> None:
+def test_printable_replaces_control_characters() -> None:
     assert printable("a\tb\ncé😀\u200d") == "a\tb\ncé😀\u200d"
     for nasty in ("\x1b]0;title\x07", "\x9b31m", "\r", "\x00", "\x7f", "\u202e", "\ud83d"):
         shown = printable(f"a{nasty}b")
@@ -230,12 +230,12 @@ def test_what_a_terminal_may_be_shown() -> None:
         assert not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in shown) and "\u202e" not in shown
 
 
-def test_half_surrogates() -> None:
+def test_encodable_replaces_lone_surrogates() -> None:
     assert encodable("a\ud83d") == "a\ufffd" and encodable("\ud83d\ude00") == "😀" and encodable("\ufeffa") == "\ufeffa"
     assert encodable("\ude00\ud83d") == "\ufffd\ufffd"
 
 
-def test_the_command_prints_the_whole_text(
+def test_command_prints_the_whole_text(
     tiny: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     halves = [bytes([byte]) for byte in b"\xf0\x9f\x98\x80\x1b\xc3\xa9 abcdefgh"]

@@ -1,4 +1,4 @@
-"""YAML as it is used here: what it reads, and what it refuses."""
+"""The subset of YAML that is read, and refusal of everything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(
         ("{a: &x {b: 1}, c: {<<: *x, d: 2}}", {"a": {"b": 1}, "c": {"b": 1, "d": 2}}),
     ],
 )
-def test_values(text: str, value: object) -> None:
+def test_values_are_parsed(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 
 
@@ -50,7 +50,7 @@ def test_values(text: str, value: object) -> None:
         ("{[1]: 2}", "unhashable key"),
     ],
 )
-def test_what_is_refused(text: str, message: str) -> None:
+def test_unsupported_yaml_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         parse_yaml(text)
     assert "\n" not in str(error.value)
@@ -62,7 +62,7 @@ trees = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.
 
 @pytest.mark.fuzz
 @given(trees)
-def test_what_is_written_is_read(value: object) -> None:
+def test_dumped_values_are_read_back(value: object) -> None:
     """Text, numbers, lists and dictionaries that PyYAML writes are read back unchanged."""
     assert parse_yaml(yaml.safe_dump(value)) == value
 

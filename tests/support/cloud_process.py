@@ -1,4 +1,4 @@
-"""A cloud in a process of its own, and a proxy between it and its edges."""
+"""A cloud in a separate process, and a proxy that can inject faults between it and its edges."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from websockets.frames import CloseCode
 
 from spec_envs.network.cloud import __main__ as cloud
 
-FORKS = multiprocessing.get_context("forkserver")  # has finished its imports, which take most of a start
+FORKS = multiprocessing.get_context("forkserver")  # has finished its imports, which take most of the start-up time
 FORKS.set_forkserver_preload(["spec_envs.network.cloud", "tests.support.cloud_process", "spec_envs.agents"])
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -55,34 +55,34 @@ class CloudProcess:
         self.launch()
 
     def launch(self) -> None:
-        """Start it, without waiting until it listens."""
+        """Start the process without waiting until it listens."""
         arguments = ["--port", str(self.port), *self.arguments]
         self.process = FORKS.Process(target=run, args=(arguments, self.environment, str(self.output)), daemon=True)
         self.output.unlink(missing_ok=True)
         self.process.start()
 
     def listening(self) -> Self:
-        """Wait until it listens."""
+        """Wait until the cloud listens, and return it."""
         begin = time.monotonic()
-        while "listening on " not in self.said:
-            assert self.process.is_alive() and time.monotonic() - begin < 60, self.said
+        while "listening on " not in self.printed:
+            assert self.process.is_alive() and time.monotonic() - begin < 60, self.printed
             time.sleep(0.01)
-        self.url = self.said.split("listening on ")[1].split()[0]
+        self.url = self.printed.split("listening on ")[1].split()[0]
         self.port = int(self.url.rpartition(":")[2])
         return self
 
     @property
-    def said(self) -> str:
-        """Return its output."""
+    def printed(self) -> str:
+        """Return the output of the cloud so far."""
         return self.output.read_text() if self.output.exists() else ""
 
     def end(self, timeout: float = 30) -> int | None:
-        """Wait for it to end; return its exit status, or None if it does not end."""
+        """Wait for the process to end; return its exit status, or None if it does not end in time."""
         self.process.join(timeout)
         return self.process.exitcode
 
     def restart(self) -> None:
-        """Kill it, and start it on the same port."""
+        """Kill the process, and start a new one on the same port."""
         self.process.kill()
         self.end()
         self.launch()
@@ -90,12 +90,12 @@ class CloudProcess:
 
     @property
     def resident(self) -> int:
-        """Return KiB of memory."""
+        """Return the resident memory of the process in KiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
     def page(self, path: str, **headers: str) -> tuple[int, str]:
-        """Return status and text of the answer to plain HTTP."""
+        """Return the status and text of a plain HTTP GET."""
         request = urllib.request.Request(f"http{self.url.removeprefix('ws')}{path}", headers=headers)
         try:
             with DIRECT.open(request, timeout=10) as answer:
@@ -116,24 +116,24 @@ class CloudProcess:
         self.end()
 
 
-class Meddler:
-    """A WebSocket proxy on a thread of its own; every message goes through ``fault``.
+class FaultProxy:
+    """Proxy WebSocket connections on a separate thread; every message goes through ``fault``.
 
     Args:
         to: the cloud's address.
 
     Attributes:
-        fault: of the message's number, counted over all connections, where it comes from (``edge`` or ``cloud``), and what
-            it is; returns the messages to hand on, or None to cut the connection.
-        passed: messages so far.
+        fault: called with the message's number over all connections, its source (``edge`` or ``cloud``) and the
+            message; returns the messages to pass on, or None to cut the connection.
+        passed: number of messages so far.
     """
 
     def __init__(self, to: str):
         self.to = to
-        self.reset(clean)
+        self.reset(pass_unchanged)
 
     def reset(self, fault: Fault) -> None:
-        """Start counting from zero."""
+        """Set the fault, and count messages from zero."""
         self.fault, self.passed = fault, 0
 
     async def _connected(self, edge: ServerConnection) -> None:
@@ -186,6 +186,6 @@ class Meddler:
         self.thread.join(10)
 
 
-async def clean(number: int, source: str, frame: Any) -> list[Any] | None:
+async def pass_unchanged(number: int, source: str, frame: Any) -> list[Any] | None:
     """Return the message unchanged."""
     return [frame]

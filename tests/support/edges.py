@@ -1,4 +1,4 @@
-"""Edges that write texts with a cloud, and other clients."""
+"""Edges that generate texts with a cloud, and a client that sends arbitrary frames."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Edges = Callable[..., "Edge"]
 
 
 class Edge:
-    """Writes texts with a cloud.
+    """Generate texts with a cloud.
 
     Args:
-        kind: how the distributions of drafts are sent; ``ids`` is greedy decoding, ``plain`` the cloud's own text as it
-            streams it, ``mixed`` drafts and such streams by turns.
-        others: of the channel.
+        kind: how the distributions of drafts are sent. ``ids`` is greedy decoding, ``plain`` the cloud's own text as it
+            streams it, ``mixed`` alternates drafts and such streams.
+        others: further arguments of the channel.
     """
 
     def __init__(self, url: str, target: str, draft: str, kind: str = "topk", **others: Any):
@@ -59,11 +59,11 @@ class Edge:
         return self.decoder.verifier.channel  # type: ignore[attr-defined]
 
     def start(self, count: int, seed: int = 1) -> None:
-        """Begin a text of ``count`` tokens."""
+        """Start a text of ``count`` tokens."""
         self.decoder.start(PROMPT, count, np.random.default_rng(seed))
 
-    def go_on(self, tokens: int = 2**31) -> list[int]:
-        """Continue until the text has so many tokens, and return it."""
+    def advance(self, tokens: int = 2**31) -> list[int]:
+        """Continue until the text has at least this many tokens, and return the text."""
         while not self.decoder.finished and len(self.decoder.tokens) < tokens:
             if self.kind == "mixed" and len(self.decoder.cycles) % 2:
                 self.decoder.decode(5)
@@ -72,15 +72,15 @@ class Edge:
         return self.decoder.tokens
 
     def text(self, count: int, seed: int = 1) -> list[int]:
-        """Write a whole text, close the channel, and return the text."""
+        """Generate a whole text, close the channel, and return the text."""
         self.start(count, seed)
-        tokens = self.go_on()
+        tokens = self.advance()
         self.channel.close()
         return tokens
 
 
-def say(url: str, *frames: Any, **others: Any) -> list[Any]:
-    """Return the answers to frames, and the code with which the connection was closed."""
+def send_frames(url: str, *frames: Any, **others: Any) -> list[Any]:
+    """Send frames; return the decoded answers, followed by the code with which the connection was closed."""
     answers: list[Any] = []
     with connect(url, compression=None, proxy=None, **others) as connection:
         with contextlib.suppress(ConnectionClosed):
@@ -94,7 +94,7 @@ def say(url: str, *frames: Any, **others: Any) -> list[Any]:
 
 
 def replaced(message: Any, **fields: Any) -> Any:
-    """Return a message with other fields."""
+    """Return a copy of a message with some fields replaced."""
     return type(message)(**{name: getattr(message, name) for name in message.__struct_fields__} | fields)
 
 
@@ -108,7 +108,7 @@ def wait_for(true: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def in_process(cloud: Cloud) -> Iterator[str]:
-    """Yield a cloud on a thread of this process; its address."""
+    """Run a cloud on a thread of this process, and yield its address."""
     loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     address = ""
 

@@ -12,7 +12,7 @@ VOCAB = 5
 
 
 class Branch:
-    """Stands for a uniform number: every comparison is a fork whose probability is noted."""
+    """Stand for a uniform number: every comparison is a fork whose probability is recorded."""
 
     def __init__(self, oracle: Oracle):
         self.oracle, self.scale = oracle, 1.0
@@ -27,7 +27,8 @@ class Branch:
 
 
 class Oracle:
-    """Walks the tree of all forks, depth first; each walk has the product of its branches' probabilities."""
+    """Walk the tree of all forks, depth first; the probability of a walk is the product of its branches'
+    probabilities."""
 
     def __init__(self) -> None:
         self.script: list[int] = []
@@ -82,7 +83,7 @@ def random_texts(length: int, seed: int) -> tuple[dict, dict]:
     for n in range(length + 1):
         for text in itertools.product(range(VOCAB), repeat=n):
             p[text], q[text] = rng.dirichlet(np.ones(VOCAB)), rng.dirichlet(np.ones(VOCAB))
-            if seed == 3:  # as top-p leaves them: zeros
+            if seed == 3:  # zeros, as top-p produces them
                 for distribution in (p[text], q[text]):
                     distribution[distribution < 0.15] = 0.0
                     distribution /= distribution.sum()

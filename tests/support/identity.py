@@ -10,11 +10,11 @@ from gymnasium import spaces
 
 
 class Identity(gym.Env):
-    """Ten decisions; the right one is whether the first number is above one half.
+    """Ten decisions per episode; the right action is 1 if the first number is above one half, else 0.
 
     Args:
         observation_space: numbers from 0 to 1.
-        action_space: of two actions or more.
+        action_space: two actions or more.
     """
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Discrete):

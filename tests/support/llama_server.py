@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-needs_a_server = pytest.mark.skipif(
+needs_llama_server = pytest.mark.skipif(
     shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="no llama-server on PATH, and the wheel is for Linux on x86-64",
 )

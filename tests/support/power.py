@@ -1,4 +1,4 @@
-"""The number of draws that a test of a distribution needs."""
+"""The sample size that a test of a distribution needs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from scipy.stats import chi2, ncx2
 
 
 def draws_for_power(expected: np.ndarray, bias: float, power: float) -> int:
-    """Return draws at which a χ² test at level 0.001 finds a total variation of ``bias`` with this power.
-
-    The hardest bias to see moves mass between the two largest bins.
-    """
+    """Return the number of draws at which a χ² test at level 0.001 detects a total variation of ``bias`` with this
+    power. The hardest bias to detect moves mass between the two largest bins."""
     largest = np.sort(expected)[-2:]
     per_draw = bias**2 * (1 / largest).sum()
     critical = chi2.isf(0.001, len(expected) - 1)

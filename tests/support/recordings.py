@@ -15,13 +15,14 @@ from tests.support.traced import CASES, costs_in
 if TYPE_CHECKING:
     from spec_envs.experiments.traces.record import Plan
 
-TEXTS = (4, 1, 2)  # of train, validation and test in the traces
+TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
 
 
 @pytest.fixture(scope="session")
 def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
     """Return recordings of the tiny models: trees, chains of a draft model, and chains with prompt lookup before it."""
-    from spec_envs.experiments.traces.record import Plan  # here, since most tests need nothing of the experiments
+    # imported here, since most tests need nothing of the experiments
+    from spec_envs.experiments.traces.record import Plan
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
     return {
@@ -41,7 +42,7 @@ def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayVectorEnv]:
-    """Return environments of each case on the training texts; copy one before stepping it."""
+    """Return a vector environment of each case on the training texts; copy one before stepping it."""
     clock, made = costs_in(tmp_path_factory.mktemp("costs")), {}
     for case, (env_id, name, keywords) in CASES.items():
         shared = {"trace": str(traces[name].folder), "clock": clock, "max_new_tokens": 20, **keywords}

@@ -1,4 +1,4 @@
-"""Small training runs, and runs that are killed."""
+"""Small training runs, and interrupted ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = {"cycles": 256, "rounds": 2, "steps": 20, "hidden": 8}
 
 
 class Run(NamedTuple):
-    """A small run."""
+    """An environment id and a small experiment for it."""
 
     env_id: str
     experiment: Experiment
@@ -48,7 +48,7 @@ def on_profile(agent: str, *overrides: str) -> Run:
 
 
 def runs(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
-    """Return a run of each kind of agent, whose clock is priced."""
+    """Return one run of each kind of agent, all with priced clocks."""
     trace = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **CASES["tree"][2], "budgets": [0, 2, 30]}
     dvi = [f"env.{key}={value}" for key, value in tiny.items() if key != "drafter"]
     dvi += ["own_text=0", "env.exit_layer=3", "env.adapter=head", "eval_freq=0", "checkpoint_freq=20"]
@@ -65,36 +65,36 @@ def runs(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
+    """Stand for SIGKILL: no code catches it."""
 
 
-def killed(run: Run, folder: Path, after: int = 2) -> None:
-    """Train until so many checkpoints are written."""
+def train_until_killed(run: Run, folder: Path, after: int = 2) -> None:
+    """Train until ``after`` checkpoints are written, then raise ``Killed``, which is caught here."""
     with pytest.MonkeyPatch.context() as patch:
         for kind, name in (
             (SB3Agent, "save_checkpoint"),
             (OnlineAgent, "save_checkpoint"),
             (resuming.Progress, "save"),
         ):
-            patch.setattr(kind, name, dying(getattr(kind, name), after))
+            patch.setattr(kind, name, raise_after(getattr(kind, name), after))
         with pytest.raises(Killed):
             run.train(folder)
 
 
-def dying(save: Callable[..., Any], after: int) -> Callable[..., Any]:
-    left = iter(range(after - 1))
+def raise_after(save: Callable[..., Any], after: int) -> Callable[..., Any]:
+    remaining = iter(range(after - 1))
 
     @functools.wraps(save)
     def saved(*args: Any, **keywords: Any) -> None:
         save(*args, **keywords)
-        if next(left, None) is None:
+        if next(remaining, None) is None:
             raise Killed
 
     return saved
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """Return the weights that a run has learned."""
+    """Return the learned weights of a run: file contents by relative path."""
     kinds = ("*.safetensors", "*.pth", "exit.json")
     files = [path for kind in kinds for path in sorted(folder.glob(kind)) + sorted(folder.glob(f"*_*/{kind}"))]
     assert files
@@ -102,5 +102,5 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return all that a run wrote and that is read again."""
+    """Return the files of a run that are read again, sorted, without the lock and TensorBoard events."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != LOCK and "events" not in str(p))

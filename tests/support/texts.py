@@ -1,4 +1,4 @@
-"""Texts of the tiny target: plain ones, and whether sampled ones have its distribution."""
+"""Texts of the tiny target, and a test that sampled texts have its distribution."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
 
 
 def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
-    """Return a p-value that sampled texts are the target's: a token's place in its cumulative distribution, with
-    the tokens that the draft prefers first, is uniform (Kolmogorov–Smirnov test)."""
+    """Return the p-value of a Kolmogorov–Smirnov test that sampled texts have the target's distribution.
+
+    The place of a token in its cumulative distribution, with the tokens that the draft model prefers first, is uniform
+    under the target.
+    """
     decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
     decoder.eos = frozenset()
     draft_model = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter

@@ -1,4 +1,4 @@
-"""Control problems on traces of the tiny pair, and a table of prices for them."""
+"""Control problems on traces of the tiny models, and a cost table for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "token": ("SpecK-v0", "copies", {"k_max": 6, "decision": "token"}),
     "drafted": ("SpecK-v0", "chain", {"k_max": 6, "decision": "token"}),
 }
-# Drafter forwards of one price, so that counting them is to know their seconds.
+# All drafter forwards cost the same, so their number gives their seconds.
 TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
 
 

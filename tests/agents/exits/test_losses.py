@@ -1,4 +1,4 @@
-"""The losses that train an exit, and their gradients, are right."""
+"""The losses that train an exit, and their gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spec_envs.decoding.exits.adapter import KINDS
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.sampling import probabilities
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.exits import built, seen
+from tests.support.exits import collect_segments, make_exit_agent
 
 
 def gradient(agent: OnlineAgent) -> Tensor:
@@ -28,23 +28,23 @@ def weights(agent: OnlineAgent) -> list[torch.nn.Parameter]:
 
 
 def without_step(agent: OnlineAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute gradients without changing weights."""
+    """Replace the optimizer's step, so that gradients accumulate and weights stay."""
     monkeypatch.setattr(agent, "_stepped", lambda optimizer: None)
     for optimizer in agent.optimizer.values():
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reinforce_is_the_gradient_of_acceptance(kind: str, tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Averaged over draws it is the exact one; without the rejected draws it is not, and with none of ``lora_S`` it
-    would not reach there."""
-    env, agent = built(tiny, "reinforce", kind)
-    with torch.no_grad():  # away from the start, where half of the weights are 0
+def test_reinforce_estimates_gradient_of_acceptance(kind: str, tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average over draws is the exact gradient; without the rejected draws it is not, and without training any
+    of ``lora_S`` the estimate would be too small."""
+    env, agent = make_exit_agent(tiny, "reinforce", kind)
+    with torch.no_grad():  # away from the initial values, of which half are 0
         torch.manual_seed(0)
         adapter = env.unwrapped.decoder.drafter.adapter
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    [segment, *_] = seen(env, agent, 2)
+    [segment, *_] = collect_segments(env, agent, 2)
     without_step(agent, monkeypatch)
     rows = 10
     segment = Segment(segment.ids, *(getattr(segment, n)[:rows] for n in list(Segment.__dataclass_fields__)[1:]))
@@ -62,7 +62,7 @@ def test_reinforce_is_the_gradient_of_acceptance(kind: str, tiny: dict, monkeypa
     assert exact.norm() > 1e-4
 
     def estimate(draws: int, baseline: float, kept_only: bool) -> Tensor:
-        """Return the gradient of the agent's own update, on draws of its own policy."""
+        """Return the gradient of the agent's own update, averaged over draws of its own policy."""
         for weight in weights(agent):
             weight.grad = None
         generator = torch.Generator().manual_seed(1)
@@ -84,25 +84,26 @@ def test_reinforce_is_the_gradient_of_acceptance(kind: str, tiny: dict, monkeypa
     assert (estimate(draws, 0.6, kept_only=True) - exact).norm() > 0.4 * exact.norm()
 
 
-def test_draws_of_an_earlier_policy_are_weighed() -> None:
-    """With importance weights the average over another policy's draws is the exact gradient, too."""
+def test_importance_weights_correct_for_earlier_policy() -> None:
+    """With importance weights the average over another policy's draws is still the exact gradient."""
     torch.manual_seed(0)
     logits, old = torch.randn(1, 6, requires_grad=True), torch.randn(1, 6).log_softmax(-1)
     reward = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     tokens = torch.arange(6)
     losses = reinforce(logits.expand(6, 6), tokens, reward, 0.2, old[0])
-    (losses * old[0].exp()).sum().backward()  # the expectation over the old policy, enumerated
+    (losses * old[0].exp()).sum().backward()  # the expectation over the old policy, by enumeration
     expected = torch.autograd.grad(-(logits.softmax(-1)[0] * reward).sum(), logits)[0]
     torch.testing.assert_close(logits.grad, expected)
 
 
-def test_losses() -> None:
+def test_losses_match_their_definitions() -> None:
     torch.manual_seed(0)
     logits, verifier = torch.randn(5, 7), torch.randn(5, 7)
     p, q = verifier.softmax(-1), logits.softmax(-1)
     torch.testing.assert_close(expected_acceptance(logits, verifier), q[torch.arange(5), verifier.argmax(-1)])
     torch.testing.assert_close(expected_acceptance(logits, verifier, 1.0), torch.minimum(p, q).sum(-1))
-    for temperature, top_p in ((0.5, 1.0), (1.0, 0.6), (0.7, 0.8)):  # both draw as a drafter and a verifier do
+    # temperature and top-p apply to both distributions, as in decoding
+    for temperature, top_p in ((0.5, 1.0), (1.0, 0.6), (0.7, 0.8)):
         drawn = [[probabilities(row, temperature, top_p) for row in rows] for rows in (logits, verifier)]
         overlap = torch.from_numpy(np.minimum(*map(np.array, drawn)).sum(-1)).float()
         torch.testing.assert_close(expected_acceptance(logits, verifier, temperature, top_p), overlap)
@@ -116,9 +117,9 @@ def test_losses() -> None:
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(reverse, [logits, verifier]))
 
 
-def test_additions_are_computed_in_the_targets_dtype(tiny: dict) -> None:
-    """Gradients flow through the target's own dtype, as on CUDA."""
-    agent = built(tiny, "reinforce", "layers", texts=1)[1]
+def test_gradients_reach_adapter_in_targets_dtype(tiny: dict) -> None:
+    """Gradients flow through a float16 target, as on CUDA; a decoder with other exit settings is refused."""
+    agent = make_exit_agent(tiny, "reinforce", "layers", texts=1)[1]
     shallower = load_decoder(tiny["target"], "exit:2", "cpu", "float32", width=1, adapter="layers", rank=4)
     with pytest.raises(ValueError, match=r"the decoder has exit_layer, adapter and rank \(2, 'layers', 4\)"):
         agent.bind(shallower)

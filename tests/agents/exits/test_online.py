@@ -1,4 +1,4 @@
-"""Agents that improve an exit: they learn, and a killed run continues as if it had not been killed."""
+"""Agents that improve an exit: what they learn from, that they learn, and that a killed run resumes exactly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from spec_envs.decoding.exits.adapter import KINDS
 from spec_envs.decoding.exits.files import load_exit
 from spec_envs.decoding.loading import load_decoder
 from tests.support.cloud_process import FORKS
-from tests.support.exits import EXIT, built, seen
+from tests.support.exits import EXIT, collect_segments, make_exit_agent
 
 
 @pytest.mark.parametrize("block", [1, 4])
-def test_rows_are_those_that_were_judged(block: int, tiny: dict) -> None:
-    """Every emitted token is one row, with the states from which exit and target predicted the next token."""
-    env, agent = built(tiny, "dvi", "head", {"block": block})
-    segments = [*seen(env, agent, 3), *agent.pending]
+def test_segments_hold_every_verified_row(block: int, tiny: dict) -> None:
+    """Every emitted token is one row, with the states from which the exit and the target predicted the next token."""
+    env, agent = make_exit_agent(tiny, "dvi", "head", {"block": block})
+    segments = [*collect_segments(env, agent, 3), *agent.pending]
     target, rows = agent.adapter.target, 0
     for segment in segments:
         x = target.embed(segment.ids)[None]
@@ -40,7 +40,7 @@ def test_rows_are_those_that_were_judged(block: int, tiny: dict) -> None:
         torch.testing.assert_close(segment.finals, finals[0, segment.places], rtol=1e-3, atol=1e-3)
         choices = target.head(segment.finals).argmax(-1)
         following = segment.ids[segment.places[:-1] + 1]
-        assert torch.equal(choices[:-1], following)  # greedy: the text is the target's own
+        assert torch.equal(choices[:-1], following)  # greedy: the emitted text is the target's own
         drafted = segment.drafted != UNDRAFTED
         assert torch.equal(segment.rewards, ((segment.drafted == choices) & drafted).float())
         rows += len(segment)
@@ -51,8 +51,8 @@ def test_rows_are_those_that_were_judged(block: int, tiny: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("dvi", "head"), ("dvi", "kangaroo"), ("dvi", "layers"), ("reinforce", "head")]
 )
-def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
-    """Training repeatedly on a few texts makes far more of their drafts right."""
+def test_training_raises_acceptance(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
+    """Training repeatedly on a few texts raises the acceptance rate of their drafts far above its start."""
     log = tmp_path / "log.jsonl"
     rows = [{"conversations": [{"from": "human", "value": w}], "split": "train"} for w in ("the a", "we is", "in to")]
     log.write_text("\n".join(map(json.dumps, rows)))
@@ -61,7 +61,7 @@ def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
     def acceptance(folder: str, texts: int, learning_rate: float) -> list[float]:
         schedule = {"kl_steps": 60, "anneal_steps": 60} if name == "dvi" else {}
         own = {"texts": texts, "learning_rate": learning_rate, "updates_per_batch": 4, "order": "logged"}
-        env, agent = built(tiny, name, kind, shared, **own, **schedule)
+        env, agent = make_exit_agent(tiny, name, kind, shared, **own, **schedule)
         (tmp_path / folder).mkdir()
         agent.learn(10**6, env, Run(tmp_path / folder))
         lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
@@ -74,9 +74,9 @@ def test_exits_learn(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exits_learn_in_bfloat16(kind: str, tiny: dict, tmp_path: Path) -> None:
-    """Gradients that do not flow through the target's own dtype flow through a copy in float32."""
-    env, agent = built(tiny, "dvi", kind, {"dtype": "bfloat16", "max_new_tokens": 30}, texts=4)
+def test_exits_train_in_bfloat16(kind: str, tiny: dict, tmp_path: Path) -> None:
+    """Where gradients do not flow through the target's dtype they flow through a float32 copy."""
+    env, agent = make_exit_agent(tiny, "dvi", kind, {"dtype": "bfloat16", "max_new_tokens": 30}, texts=4)
     agent.learn(10**6, env)
     assert agent.updates > 2 and all(torch.isfinite(w).all() for w in agent.adapter.parameters())
     assert any(w.abs().sum() > 0 for name, w in agent.adapter.named_parameters() if name.endswith("lora_B"))
@@ -87,8 +87,8 @@ def test_exits_learn_in_bfloat16(kind: str, tiny: dict, tmp_path: Path) -> None:
         decoder.cycle(3)
 
 
-def test_the_verifier_moves_slowly_and_only_behind_the_exit(tiny: dict) -> None:
-    env, agent = built(tiny, "reinforce", "layers", texts=4, slow_every=2, slow_learning_rate=1e-3)
+def test_slow_updates_change_only_layers_after_the_exit(tiny: dict) -> None:
+    env, agent = make_exit_agent(tiny, "reinforce", "layers", texts=4, slow_every=2, slow_learning_rate=1e-3)
     agent.learn(10**6, env)
     moved = {
         name: max(low_rank.lora_B.abs().max().item() for _, _, low_rank in part.parts())
@@ -98,20 +98,20 @@ def test_the_verifier_moves_slowly_and_only_behind_the_exit(tiny: dict) -> None:
     assert agent.adapter.lora_D.range == range(3, 8)
 
 
-def test_greedy_text_stays_the_targets_own_while_it_learns(tiny: dict) -> None:
-    """The text stays the same for ``head`` and ``kangaroo``, before, during and after learning."""
+def test_greedy_text_is_unchanged_by_learning(tiny: dict) -> None:
+    """The text equals plain decoding before, during and after learning, for ``head`` and ``kangaroo``."""
     for kind in ("head", "kangaroo"):
-        env, agent = built(tiny, "dvi", kind, {"max_new_tokens": 30}, learning_rate=2e-2, texts=6)
+        env, agent = make_exit_agent(tiny, "dvi", kind, {"max_new_tokens": 30}, learning_rate=2e-2, texts=6)
         texts: list[tuple[list[int], list[int]]] = []
         step = env.unwrapped.step
 
-        def noted(action: int, step: Any = step, env: gym.Env = env, texts: list = texts) -> Any:
+        def recorded(action: int, step: Any = step, env: gym.Env = env, texts: list = texts) -> Any:
             result = step(action)
             if result[2]:
                 texts.append((env.unwrapped.decoder.prompt, list(env.unwrapped.decoder.tokens)))
             return result
 
-        env.unwrapped.step = noted
+        env.unwrapped.step = recorded
         agent.learn(10**6, env)
         assert len(texts) == 6 and agent.updates > 4
         plain = env.unwrapped.decoder.plain()
@@ -122,12 +122,12 @@ def test_greedy_text_stays_the_targets_own_while_it_learns(tiny: dict) -> None:
             assert plain.tokens == tokens
 
 
-def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
-    """A saved run gives the tokens that its environment's drafter would draft, from its shortlist."""
-    env, agent = built(tiny, "dvi", "head", learning_rate=2e-2, texts=8, shortlist=9)
+def test_saved_exit_predicts_as_the_trained_one(tiny: dict, tmp_path: Path) -> None:
+    """A loaded run predicts the tokens that its environment's drafter drafts, restricted to its shortlist."""
+    env, agent = make_exit_agent(tiny, "dvi", "head", learning_rate=2e-2, texts=8, shortlist=9)
     agent.learn(10**6, env)
     agent.save(tmp_path)
-    again = built(tiny, "dvi", "head")[1]
+    again = make_exit_agent(tiny, "dvi", "head")[1]
     with pytest.raises(ValueError, match="DVIAgent has no exit yet"):
         again.predict(np.zeros(32, np.float32), deterministic=True)
     again.load(tmp_path)
@@ -139,7 +139,7 @@ def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
     assert again.predict(observation, deterministic=True)[0] == best
     drafter = decoder.drafter
     drafter.use(load_exit(tmp_path, decoder.local.target, tiny["target"]))
-    decoder.start([2], 20, np.random.default_rng(0))  # a text with few tokens beyond the shortlist
+    decoder.start([2], 20, np.random.default_rng(0))  # a text with few tokens outside the shortlist
     decoder.begin()
     logits = again.adapter.logits(decoder.look()[None])[0]
     allowed = sorted({*again.adapter.shortlist.tolist(), *decoder.prompt, *decoder.tokens})
@@ -154,9 +154,9 @@ def test_what_was_learned_is_played(tiny: dict, tmp_path: Path) -> None:
         other.load(tmp_path)
 
 
-def test_it_learns_while_it_serves(tiny: dict, tmp_path: Path) -> None:
-    """``generate(learn=True)`` trains a saved run, which can be saved again."""
-    env, first = built(tiny, "dvi", "kangaroo", texts=3)
+def test_generate_with_learn_trains_agent(tiny: dict, tmp_path: Path) -> None:
+    """``generate(learn=True)`` trains a loaded run, which can be saved again."""
+    env, first = make_exit_agent(tiny, "dvi", "kangaroo", texts=3)
     first.learn(10**6, env)
     first.save(tmp_path)
     keywords = {**tiny, **EXIT, "adapter": "kangaroo", "rank": 4, "block": 2}
@@ -174,14 +174,14 @@ def test_it_learns_while_it_serves(tiny: dict, tmp_path: Path) -> None:
     assert agent.updates >= 2 and not torch.equal(agent.adapter.exit_proj.lora_B, before)
     assert agent.adapter is decoder.drafter.adapter
     updates = agent.updates
-    generate(decoder, control, agent, [2, 3, 4], 30).run()  # without learn= nothing is learned
+    generate(decoder, control, agent, [2, 3, 4], 30).run()  # without learn=True nothing is learned
     assert agent.updates == updates
     agent.save(tmp_path / "again")
     load_exit(tmp_path / "again", decoder.local.target, tiny["target"])
 
 
 @pytest.mark.parametrize("block", [1, 3])
-def test_a_text_that_nobody_reads_to_its_end_is_a_lesson_of_its_own(block: int, tiny: dict) -> None:
+def test_abandoned_text_gives_segments_of_its_own(block: int, tiny: dict) -> None:
     keywords = {**tiny, **EXIT, "adapter": "kangaroo", "rank": 4, "block": block}
     control = make_control("dvi", keywords)
     agent = AGENTS["dvi"](control=control, fast_batch=40, replay_batch=0)
@@ -191,36 +191,38 @@ def test_a_text_that_nobody_reads_to_its_end_is_a_lesson_of_its_own(block: int, 
     agent.fast_update = lambda found: segments.extend(found) or (0.0, None)  # type: ignore[method-assign]
     for prompt in ([2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 6], [9, 8, 7]):
         for count, _ in enumerate(generate(decoder, control, agent, prompt, 60, learn=True)):
-            if count == 9:  # whoever read it went away
+            if count == 9:  # the consumer stops reading
                 break
     generate(decoder, control, agent, [4, 4], 60, learn=True).run()
     assert len({tuple(segment.ids[:2].tolist()) for segment in segments}) == 4
     for segment in segments:
         assert int(segment.places.max()) == len(segment.ids) - 1
         drawn = agent.adapter.logits(agent.passes.rows([segment])).log_softmax(-1)
-        told = segment.drafted != UNDRAFTED
-        expected = drawn[told].gather(1, segment.drafted[told, None])[:, 0]
-        torch.testing.assert_close(segment.behaviour[told], expected, rtol=1e-2, atol=1e-2)
+        known = segment.drafted != UNDRAFTED
+        expected = drawn[known].gather(1, segment.drafted[known, None])[:, 0]
+        torch.testing.assert_close(segment.behaviour[known], expected, rtol=1e-2, atol=1e-2)
 
 
-def test_a_stream_ends(tiny: dict, tmp_path: Path) -> None:
-    """Each prompt is read once, duplicates included; further texts start from the first prompt."""
+def test_texts_setting_limits_stream(tiny: dict, tmp_path: Path) -> None:
+    """Each prompt is read once by default, duplicates included; further texts start from the first prompt again."""
     log = tmp_path / "log.jsonl"
     rows = [{"conversations": [{"from": "human", "value": w}], "split": "train"} for w in ("the a", "the a", "in to")]
     log.write_text("\n".join(map(json.dumps, rows)))
     for texts, expected in ((None, 3), (2, 2), (5, 5)):
-        env, agent = built(tiny, "dvi", "head", {"prompts": str(log), "max_new_tokens": 20}, texts=texts)
+        env, agent = make_exit_agent(tiny, "dvi", "head", {"prompts": str(log), "max_new_tokens": 20}, texts=texts)
         assert agent.learn(10**6, env).texts_read == expected
 
 
-def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
+def test_prompt_order_follows_settings(tiny: dict, tmp_path: Path) -> None:
     for name, words in (("a", ("the", "of", "in")), ("b", ("is", "it", "on"))):
         rows = [{"conversations": [{"from": "human", "value": f"{w} {w}"}], "split": "train"} for w in words]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     logs = ",".join(str(tmp_path / f"{name}.jsonl") for name in "ab")
 
     def order(**own: Any) -> list[str]:
-        env, agent = built(tiny, "dvi", "head", {"prompts": logs, "switch_every": own.pop("switch_every", 0)}, **own)
+        env, agent = make_exit_agent(
+            tiny, "dvi", "head", {"prompts": logs, "switch_every": own.pop("switch_every", 0)}, **own
+        )
         return [prompt.text.split()[0] for prompt in agent._order(env.unwrapped)]
 
     assert order(order="logged") == ["the", "of", "in", "is", "it", "on"]
@@ -229,7 +231,7 @@ def test_a_stream_in_order_and_by_domains(tiny: dict, tmp_path: Path) -> None:
 
 
 def learning(name: str, folder: str, keywords: dict, own: dict) -> None:
-    """Train in a separate process."""
+    """Train in a separate process, with validation every 40 texts and checkpoints every 60."""
     torch.set_num_threads(1)
     agent = AGENTS[name](control=make_control("dvi", keywords), **own)
 
@@ -241,8 +243,8 @@ def learning(name: str, folder: str, keywords: dict, own: dict) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dvi", "kangaroo"), ("reinforce", "layers")])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
-    """Killed at random moments until it is done: log, validations and weights are those of a run that was left alone."""
+def test_killed_run_resumes_exactly(name: str, kind: str, tiny: dict, tmp_path: Path) -> None:
+    """Log, validations and weights of a run killed at random moments are those of an uninterrupted run."""
     drawn = {"draft_temperature": 1.0} if name == "reinforce" else {}
     keywords = {**tiny, **EXIT, "adapter": kind, "rank": 4, "max_new_tokens": 30, **drawn}
     own = {"fast_batch": 16, "replay_batch": 32, "replay_size": 100, "texts": 24, "learning_rate": 5e-3}
@@ -256,7 +258,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny:
         return process
 
     def ended(process: Any) -> bool:
-        """Return whether it came to its own end."""
+        """Wait, and return whether the process exited with status 0."""
         process.join(120)
         return process.exitcode == 0
 
@@ -265,7 +267,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny:
     while kills < 3:
         process, log = start(killed), killed / "log.jsonl"
         size = log.stat().st_size if log.exists() else 0
-        while process.is_alive():  # until it has written something new, and a moment more
+        while process.is_alive():  # kill it shortly after it has written new lines
             if log.exists() and log.stat().st_size > size + 300:
                 time.sleep(moments.random() * 0.3)
                 process.kill()
@@ -283,21 +285,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, kind: str, tiny:
     assert str(next(last)) == str(next(last))
 
 
-def test_a_damaged_checkpoint_is_a_sentence(tiny: dict, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_refused(tiny: dict, tmp_path: Path) -> None:
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    env, agent = built(tiny, "dvi", "head")
+    env, agent = make_exit_agent(tiny, "dvi", "head")
     with pytest.raises(ValueError, match=r"cannot read the checkpoint .*checkpoint.pt: .*; delete it to start over"):
         agent.learn(100, env, Run(tmp_path))
 
 
-def test_a_journal_drops_what_is_done_again(tmp_path: Path) -> None:
+def test_journal_drops_lines_after_checkpoint(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0, 0, {"seed": 0})
     for step in range(1, 6):
         journal.write("log", {"step": step, "texts": step // 2, "loss_rl": 0.5, "loss_slow": None})
     journal.close()
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while it wrote
+        file.write('{"step": 6, "lo')  # an incomplete line, as of a process killed while writing
     Journal(tmp_path, 3, 1, {}).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
     Journal(tmp_path, 0, 0, {}).close()
@@ -305,7 +307,7 @@ def test_a_journal_drops_what_is_done_again(tmp_path: Path) -> None:
     assert list((tmp_path / "events").glob("events*"))
 
 
-def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
+def test_journal_writes_non_finite_numbers_as_null(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0, 0, {})
     journal.write("log", {"step": 1, "texts": 1, "loss_rl": float("nan"), "ppl_sample": float("inf")})
     journal.close()
@@ -313,10 +315,10 @@ def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
     assert line == {"step": 1, "texts": 1, "loss_rl": None, "ppl_sample": None}
 
 
-def test_a_slow_step_that_did_not_happen_has_no_loss(tiny: dict, tmp_path: Path) -> None:
-    """Every second update is one of the verifier; a text of one row has no next token to learn from."""
+def test_skipped_slow_update_logs_no_loss(tiny: dict, tmp_path: Path) -> None:
+    """Every second update trains the verifier; a text of one row has no next token to learn from and is skipped."""
     own = {"fast_batch": 1, "replay_batch": 0, "slow_every": 2, "texts": 6}
-    env, agent = built({**tiny, "draft_temperature": 1.0}, "reinforce", "layers", **own)
+    env, agent = make_exit_agent({**tiny, "draft_temperature": 1.0}, "reinforce", "layers", **own)
     agent.learn(10**6, env, Run(tmp_path))
     lines = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) > 4
@@ -326,15 +328,15 @@ def test_a_slow_step_that_did_not_happen_has_no_loss(tiny: dict, tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", [b'{"step": NaN, "texts": 1}\n', b'{"step": 1}\n', b"{\n", b"\xff\n", b"[1]\n"])
-def test_a_damaged_line_is_named(damage: bytes, tmp_path: Path) -> None:
+def test_damaged_journal_line_is_reported(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "texts": 1}\n' + damage)
     with pytest.raises(ValueError, match=r"log.jsonl is damaged in line 2 \(.*\); delete it"):
         Journal(tmp_path, 3, 2, {})
 
 
-def test_a_replay_forgets_the_oldest(tiny: dict) -> None:
-    env, agent = built(tiny, "dvi", "head")
-    segments = seen(env, agent, 4)
+def test_replay_drops_oldest_segments(tiny: dict) -> None:
+    env, agent = make_exit_agent(tiny, "dvi", "head")
+    segments = collect_segments(env, agent, 4)
     replay = Replay(40)
     replay.add(segments)
     assert sum(map(len, replay.segments)) <= 40 and replay.segments[-1] is segments[-1]
@@ -354,12 +356,12 @@ def test_a_replay_forgets_the_oldest(tiny: dict) -> None:
         ("reinforce", {"baseline_momentum": 1.0}, "baseline_momentum is 1.0; expected a number of 0 or more below 1"),
     ],
 )
-def test_bad_hyperparameters(name: str, own: dict, message: str, tiny: dict) -> None:
+def test_invalid_hyperparameters_are_refused(name: str, own: dict, message: str, tiny: dict) -> None:
     with pytest.raises(ValueError, match=message):
-        built(tiny, name, "head", **own)
+        make_exit_agent(tiny, name, "head", **own)
 
 
-def test_bad_problems(tiny: dict) -> None:
+def test_agents_refuse_controls_without_trainable_exit(tiny: dict) -> None:
     with pytest.raises(
         ValueError, match="DVIAgent improves an early exit: k drafts with another model; take SpecDVI-v0"
     ):

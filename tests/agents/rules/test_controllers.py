@@ -1,4 +1,4 @@
-"""The published controllers follow their papers, and are tuned on training prompts."""
+"""The published chain controllers follow their papers, decode, and can be tuned."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from spec_envs.decoding.traces.synthetic import PROFILES
 from spec_envs.experiments import tune
 from spec_envs.experiments.config import load_experiment
 from spec_envs.generation import Generation
-from tests.support.playing import played
+from tests.support.rollouts import generation_under
 
 NAME = "qwen2.5-coder-32b-cpu"
 RULES = sorted(name for name, kind in AGENTS.items() if isinstance(kind, type) and issubclass(kind, ChainRule))
 
 
 def controller(rate: float, k: int = 12, **settings: Any) -> AdaptiveSpecController:
-    """Return a controller that saw 1,000 drafted tokens, that share of them accepted."""
+    """Return a controller that has seen 1,000 drafted tokens with this rate of acceptance."""
     found = AdaptiveSpecController(SpecConfig(k_current=k, acceptance_window=1000, **settings))
     found.record_acceptance(round(1000 * rate), 1000)
     return found
@@ -49,7 +49,7 @@ def test_published_defaults() -> None:
         (0.349, -4), (0.0, -4),
     ],
 )  # fmt: skip
-def test_rule_table(rate: float, change: int) -> None:
+def test_rate_decides_change_of_k(rate: float, change: int) -> None:
     assert controller(rate).compute_new_k() == 12 + change
 
 
@@ -57,7 +57,7 @@ def test_rule_table(rate: float, change: int) -> None:
     ("rate", "k", "expected"),
     [(0.9, 22, 24), (0.9, 24, 24), (0.6, 23, 24), (0.1, 6, 4), (0.1, 4, 4), (0.4, 5, 4), (0.5, 4, 4), (0.5, 24, 24)],
 )
-def test_rule_table_at_its_bounds(rate: float, k: int, expected: int) -> None:
+def test_k_stays_within_bounds(rate: float, k: int, expected: int) -> None:
     found = controller(rate, k)
     assert found.compute_new_k() == expected == found.config.k_current
 
@@ -76,30 +76,30 @@ def test_rule_table_at_its_bounds(rate: float, k: int, expected: int) -> None:
         ("- one\n- two", 9, 9),
     ],
 )
-def test_context_rule(snippet: str, k: int, expected: int) -> None:
+def test_k_for_context(snippet: str, k: int, expected: int) -> None:
     found = AdaptiveSpecController(SpecConfig(k_current=k))
     assert found.get_k_for_context(snippet) == expected
     assert found.config.k_current == k
 
 
-def test_json_is_at_least_k_min() -> None:
+def test_k_for_json_is_at_least_k_min() -> None:
     assert AdaptiveSpecController(SpecConfig(k_min=7)).get_k_for_context('{"a"') == 7
 
 
-def test_rolling_acceptance_is_a_ratio_of_sums_over_the_window() -> None:
+def test_rolling_acceptance_is_ratio_of_sums_over_window() -> None:
     found = AdaptiveSpecController(SpecConfig(acceptance_window=16))
     found.record_acceptance(0, 1)
     found.record_acceptance(8, 8)
     assert found.get_rolling_acceptance() == 8 / 9  # the mean of rates would be 1/2
     for _ in range(2):
         found.record_acceptance(2, 8)
-    assert found.get_rolling_acceptance() == 4 / 16  # the first two have left
+    assert found.get_rolling_acceptance() == 4 / 16  # the first two have left the window
 
 
-def test_adjustment_interval() -> None:
+def test_adjusts_once_per_interval() -> None:
     found = AdaptiveSpecController(SpecConfig(adjustment_interval=10))
     found.record_acceptance(8, 8)
-    assert not found.should_adjust()  # nine tokens: eight accepted, one of the target's own
+    assert not found.should_adjust()  # nine tokens: eight accepted and one from the target
     found.record_acceptance(0, 8)
     assert found.should_adjust()
     found.compute_new_k()
@@ -114,14 +114,14 @@ def test_adjustment_interval() -> None:
         ({"acceptance_window": 0}, "expected 1 or more tokens"),
     ],
 )
-def test_mistaken_settings(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpecConfig(**settings)
     with pytest.raises(ValueError, match="accepted is 3 of 2 drafted; expected 0 to 2"):
         AdaptiveSpecController().record_acceptance(3, 2)
 
 
-def test_audit_log(tmp_path: Path) -> None:
+def test_audit_log_records_each_change_of_k(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "audit.jsonl"
     found = AdaptiveSpecController(SpecConfig(k_current=22), log, session="s1")
     for accepted in (8, 8, 0, 0, 0, 0, 0, 0):
@@ -131,29 +131,29 @@ def test_audit_log(tmp_path: Path) -> None:
     assert all(set(line) == {"ts", "session", "level", "cat", "msg", "details"} for line in lines)
     assert {line["cat"] for line in lines} == {"SPEC_ADJUST"} and {line["session"] for line in lines} == {"s1"}
     moves = [tuple(map(int, line["msg"].removeprefix("K: ").split(" -> "))) for line in lines]
-    assert moves[0] == (22, 24)  # clipped, and no line where K stays
+    assert moves[0] == (22, 24)  # limited to k_max, and no line where K stays the same
     assert all(a != b for a, b in moves) and all(b == c for (_, b), (c, _) in itertools.pairwise(moves))
 
 
 def see(control: KControl, **entries: float) -> np.ndarray:
-    """Return an observation with these entries."""
+    """Return an observation with these entries; all others are 0."""
     vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
     for name, value in entries.items():
         vector[control.slices[name].start] = value
     return vector
 
 
-def test_schedule_grows_by_two_and_shrinks_by_one() -> None:
+def test_schedule_adds_two_and_subtracts_one() -> None:
     control = KControl(8)
     agent = AGENTS["hf-schedule"](control=control)
-    played = [agent.predict(see(control), episode_start=np.array([True]))[0]]
+    chosen = [agent.predict(see(control), episode_start=np.array([True]))[0]]
     for accepted in (1.0, 1.0, 0.9, 0.0, 0.0):
-        played.append(agent.predict(see(control, last_k=0.5, last_acceptance=accepted))[0])
-    assert played == [5, 7, 8, 7, 6, 5]
+        chosen.append(agent.predict(see(control, last_k=0.5, last_acceptance=accepted))[0])
+    assert chosen == [5, 7, 8, 7, 6, 5]
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "goes_on", "stops"),
+    ("name", "settings", "continuing", "stopping"),
     [
         ("confidence", {}, {"probability": 0.41}, {"probability": 0.39}),
         ("confidence", {"cumulative": True}, {"path": 0.41, "probability": 0.1}, {"path": 0.39, "probability": 1.0}),
@@ -161,28 +161,28 @@ def test_schedule_grows_by_two_and_shrinks_by_one() -> None:
         ("adaedl", {"threshold": 0.4}, {"entropy": 0.17}, {"entropy": 0.19}),  # 1 − √(0.2 H) = 0.4 at H = 1.8
     ],
 )
-def test_stopping_rules(name: str, settings: dict[str, Any], goes_on: dict, stops: dict) -> None:
+def test_rules_stop_at_threshold(name: str, settings: dict[str, Any], continuing: dict, stopping: dict) -> None:
     control = KControl(8, decision="token")
     agent = AGENTS[name](control=control, **settings)
     assert agent.predict(see(control))[0] == 1  # the first token is always drafted
-    assert agent.predict(see(control, drafted=0.125, **goes_on))[0] == 1
-    assert agent.predict(see(control, drafted=0.25, **stops))[0] == 0
+    assert agent.predict(see(control, drafted=0.125, **continuing))[0] == 1
+    assert agent.predict(see(control, drafted=0.25, **stopping))[0] == 0
 
 
-def test_adaedl_follows_the_acceptance_rate() -> None:
+def test_adaedl_threshold_follows_acceptance_rate() -> None:
     control = KControl(8, decision="token")
     agent = AGENTS["adaedl"](control=control)
     before = agent.threshold
     for _ in range(5):
         agent.predict(see(control, last_k=0.5, last_acceptance=0.2))
-    assert agent.threshold == pytest.approx(before + 5 * 0.1 * 0.01)  # less is accepted than wanted: stricter
+    assert agent.threshold == pytest.approx(before + 5 * 0.1 * 0.01)  # acceptance is below the desired rate: stricter
     raised = agent.threshold
     for _ in range(20):
         agent.predict(see(control, last_k=0.5, last_acceptance=1.0))
     assert agent.threshold < raised
 
 
-def test_gammatune_follows_the_accepted_length() -> None:
+def test_gammatune_follows_accepted_length() -> None:
     control = KControl(16)
     agent = AGENTS["gammatune"](control=control, k=8, memory=0.5, growth=2.0, slack=1.0)
     assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
@@ -190,25 +190,25 @@ def test_gammatune_follows_the_accepted_length() -> None:
     assert agent.predict(see(control, last_k=0.375, last_acceptance=1.0))[0] == 9  # 6 + 2 + 1
 
 
-def test_a_bandit_finds_the_best_arm() -> None:
-    """Tokens are right with a chance of 0.5; enumeration gives the best length at this cost."""
+def test_ucb_finds_best_k() -> None:
+    """Each token is accepted with probability 0.5; enumeration gives the best length at this cost."""
     control, rng, cost = KControl(8), np.random.default_rng(0), 0.1
     agent = AGENTS["ucb"](control=control, cost=cost, exploration=0.05, discount=1.0)
     worth = {k: sum(0.5**i for i in range(k + 1)) / (1 + cost * k) for k in agent.arms.tolist()}
-    played: list[int] = []
+    chosen: list[int] = []
     observation, start = see(control), np.array([True])
     for _ in range(3000):
         k, _ = agent.predict(observation, episode_start=start)
         accepted = int(np.argmin(np.append(rng.random(k) < 0.5, False)))
         observation, start = see(control, last_k=k / 8, last_acceptance=accepted / k if k else 0.0), np.array([False])
-        played.append(k)
-    common = max(set(played[-1000:]), key=played[-1000:].count)
+        chosen.append(k)
+    common = max(set(chosen[-1000:]), key=chosen[-1000:].count)
     assert worth[common] > 0.98 * max(worth.values())
 
 
-def test_specdec_learns_acceptance_and_is_saved(tmp_path: Path) -> None:
-    """On the profile a token's reported probability is its chance of acceptance, so a head fitted without extra weight
-    has to find it."""
+def test_specdec_learns_acceptance_and_saves_it(tmp_path: Path) -> None:
+    """On the profile a token's reported probability is its chance of acceptance, which a head fitted without extra
+    weight has to find."""
     keywords = {"trace": NAME, "decision": "token", "max_new_tokens": 256}
     env = gym.make("SpecK-v0", **keywords).unwrapped
     agent = AGENTS["specdec++"](control=env.control, rejection_weight=1.0).learn(4000, env)
@@ -230,8 +230,9 @@ def test_specdec_learns_acceptance_and_is_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ucb", "ppo"])
-def test_a_useless_drafter_is_left_alone(name: str, tmp_path: Path) -> None:
-    """If almost nothing is accepted, learning controllers end at K = 0: on held-out texts never below 0.97 of plain."""
+def test_useless_drafter_is_not_used(name: str, tmp_path: Path) -> None:
+    """If almost nothing is accepted, learning controllers end at K = 0: on held-out texts at least 0.97 of plain
+    speed."""
     profile = json.loads((PROFILES / f"{NAME}.json").read_text())
     for kind in profile["kinds"].values():
         kind["acceptance"] = [0.01]
@@ -243,35 +244,35 @@ def test_a_useless_drafter_is_left_alone(name: str, tmp_path: Path) -> None:
     agent = AGENTS[name](control=env.control, **experiment.hyperparameters)
     if name == "ppo":
         agent.learn(8192, env)
-    played = env.control
     rates = [
-        Generation(env.decoder, Policy(played, agent), [2] * 64, 1024, np.random.default_rng(seed)).run()
+        Generation(env.decoder, Policy(env.control, agent), [2] * 64, 1024, np.random.default_rng(seed)).run()
         for seed in range(4)
     ]
     assert np.mean([done.tokens_per_second for done in rates[1:]]) > 0.97 * env.plain_rate
 
 
-def test_adaptive_agent_moves_k_with_the_kind_of_text(tmp_path: Path) -> None:
+def test_adaptive_agent_changes_k_with_kind_of_text(tmp_path: Path) -> None:
     control = KControl(24)
     agent = AdaptiveKAgent(control, audit_log=str(tmp_path / "log.jsonl"))
     code, prose = np.zeros((2, *control.observation_space.shape), np.float32)  # type: ignore[misc]
     code[control.slices["kind"].start] = prose[control.slices["kind"].start + 1] = 1
     start = np.array([True])
     assert agent.predict(prose, episode_start=start)[0] == 8
-    for _ in range(3):  # what the rule adds for code it takes back for prose
+    for _ in range(3):  # the rule's addition for code is undone for prose
         assert agent.predict(code, episode_start=start)[0] == 16
         assert agent.predict(prose, episode_start=start)[0] == 8
-    assert agent.predict(code, episode_start=start)[0] == 16  # and K is adjusted from there
+    assert agent.predict(code, episode_start=start)[0] == 16  # K is adjusted from here on
     code[control.slices["last_k"]], code[control.slices["last_acceptance"]] = 16 / 24, 1.0
-    played = [agent.predict(code)[0] for _ in range(4)]
-    assert played == [16, 16, 16, 20]  # 17 tokens a cycle: the interval of 64 is over at the fourth
+    chosen = [agent.predict(code)[0] for _ in range(4)]
+    assert chosen == [16, 16, 16, 20]  # 17 tokens a cycle: the interval of 64 ends in the fourth
     details = [json.loads(x)["details"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert details == [*[{"context": "code"}, {"context": "prose"}] * 3, {"context": "code"}, {"acceptance": 1.0}]
     assert agent.predict(prose, episode_start=start)[0] == 12
 
 
-def test_adaptive_agent_in_segments_adjusts_after_each() -> None:
-    """A segment shows only its rate: 64 tokens are an interval whatever was accepted; plain ones do not count."""
+def test_adaptive_agent_adjusts_after_each_segment() -> None:
+    """A segment shows only its acceptance rate: its 64 tokens are an interval whatever was accepted, and segments
+    of plain decoding do not count."""
     control = KControl(24, adjustment_interval=64)
     agent = AdaptiveKAgent(control, use_context=False)
     assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
@@ -282,8 +283,8 @@ def test_adaptive_agent_in_segments_adjusts_after_each() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_controller_decodes(name: str) -> None:
-    """Each stanza of the YAML, run by ``generate`` on the profile, is faster than plain decoding and adapts."""
+def test_controllers_are_faster_than_plain(name: str) -> None:
+    """Each stanza of the YAML, run by ``generate`` on the profile, is faster than plain decoding and varies K."""
     stricter = ["hyperparameters.threshold=0.7"] if name == "adaedl" else []  # the profile's entropies are low
     experiment = load_experiment("SpecK-v0", name, [f"env.trace={NAME}", *stricter])
     control = make_control("SpecK-v0", experiment.env)
@@ -291,7 +292,7 @@ def test_every_controller_decodes(name: str) -> None:
     agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters).learn(2000, env)
     rates, lengths = [], set()
     for seed in range(3):
-        done = played(env, control, agent, 96, seed)
+        done = generation_under(env, control, agent, 96, seed)
         rates.append(done.tokens_per_second)
         lengths |= {cycle.drafted for cycle in done.cycles}
     assert np.mean(rates) > env.plain_rate
@@ -310,14 +311,17 @@ def test_every_controller_decodes(name: str) -> None:
         ),
     ],
 )
-def test_controllers_refuse_what_they_cannot_see(name: str, own: dict[str, Any], message: str) -> None:
+def test_controllers_refuse_unsuitable_problems(name: str, own: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AGENTS[name](control=KControl(**own))
 
 
 @pytest.mark.parametrize("name", [*RULES, "ppo"])
-def test_tuning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tuning ends with hyper-parameters that the stanza takes; an interrupted study continues."""
+def test_tuning_writes_valid_hyperparameters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best hyper-parameters are valid for the stanza; an interrupted study continues; other settings are
+    refused."""
     arguments = ["tune", "SpecK-v0", "--agent", name, "--root", str(tmp_path), "--prompts", "3", "--tokens", "48"]
     arguments += ["--set", f"env.trace={NAME}", "total_timesteps=600"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "2"])

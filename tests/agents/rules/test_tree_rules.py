@@ -1,4 +1,4 @@
-"""The published rules for trees follow their papers, and decode faster than plain under the table they read."""
+"""The published tree rules follow their papers, decode faster than plain, and can be tuned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spec_envs.controls.tree import EXPAND, TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments import tune
 from spec_envs.experiments.config import load_experiment
-from tests.support.playing import played
+from tests.support.rollouts import generation_under
 
 STANZAS = [
     ("SpecDepth-v0", "ddd"),
@@ -34,7 +34,7 @@ STANZAS = [
 
 
 def see(control: Control, **entries: Any) -> np.ndarray:
-    """Return an observation with these entries."""
+    """Return an observation with these entries; all others are 0."""
     vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
     for name, values in entries.items():
         start = control.slices[name].start
@@ -43,20 +43,20 @@ def see(control: Control, **entries: Any) -> np.ndarray:
 
 
 def table(verify: float = 0.0, draft: float = 0.1) -> CostTable:
-    """Return a plain step of one second, so much more for every further row, and drafter forwards of one price."""
+    """Return a cost table: a plain step takes 1 s, each further row ``verify`` s, each drafter forward ``draft`` s."""
     return CostTable("made up", {1: 1.0, 101: 1.0 + 100 * verify}, {1: draft})
 
 
-def test_ddd_goes_on_while_the_beam_is_probable() -> None:
+def test_ddd_expands_while_beam_is_probable() -> None:
     depth, tree = DepthControl(), TreeControl()
-    for control, goes_on, stops in ((depth, 1, 0), (tree, EXPAND, 1 + tree.budgets.index(11))):
+    for control, expands, stops in ((depth, 1, 0), (tree, EXPAND, 1 + tree.budgets.index(11))):
         agent = AGENTS["ddd"](control=control, threshold=0.5, budget=11)
-        assert agent.predict(see(control, frontier=[0.3, 0.21]))[0] == goes_on
+        assert agent.predict(see(control, frontier=[0.3, 0.21]))[0] == expands
         assert agent.predict(see(control, frontier=[0.3, 0.19]))[0] == stops
-        assert agent.predict(see(control, frontier=[0.9], expansions=1.0))[0] == stops  # there is no further level
+        assert agent.predict(see(control, frontier=[0.9], expansions=1.0))[0] == stops  # the maximum depth is reached
 
 
-def test_svip_stops_where_the_entropy_is_high() -> None:
+def test_svip_stops_at_high_entropy() -> None:
     control = TreeControl()
     agent = AGENTS["svip-tree"](control=control, threshold=0.6)
     assert agent.predict(see(control, entropy=0.035))[0] == EXPAND  # √0.35 < 0.6 nats^½
@@ -64,7 +64,7 @@ def test_svip_stops_where_the_entropy_is_high() -> None:
 
 
 @pytest.mark.parametrize(("per_row", "budget"), [(0.0, 8), (0.05, 2), (0.2, 1), (1.0, 0)])
-def test_expected_gain_weighs_tokens_against_rows(per_row: float, budget: int) -> None:
+def test_expected_gain_chooses_best_budget_at_cost_per_row(per_row: float, budget: int) -> None:
     control = BudgetControl(budgets=(0, 1, 2, 4, 8))
     control.costs = table(per_row, draft=0.1)
     gains = np.array([0.0, 0.6, 0.2, 0.1, 0.05])
@@ -74,7 +74,7 @@ def test_expected_gain_weighs_tokens_against_rows(per_row: float, budget: int) -
     assert action == np.argmax(worth) and control.budgets[action] == budget
 
 
-def test_expected_gain_distrusts_a_drafter_by_its_scale() -> None:
+def test_expected_gain_scale_reduces_budget() -> None:
     control = BudgetControl(budgets=(1, 8))
     control.costs = table(0.05)
     seen = see(control, gains=np.array([0.5, 0.8]) / 13)
@@ -82,37 +82,37 @@ def test_expected_gain_distrusts_a_drafter_by_its_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draft", "survival", "goes_on"),
+    ("draft", "survival", "expands"),
     [
-        (0.1, [0.9, 0.8], True),  # 0.8 · 0.8/0.9 tokens more for a tenth of a second
-        (0.1, [0.9, 0.1], False),  # 0.1 · 0.1/0.9 is not worth it
-        (0.8, [0.9, 0.8], False),  # nor is the first at eight times the price
-        (0.1, [0.5], True),  # S(−1) is 1: 0.25
+        (0.1, [0.9, 0.8], True),  # 0.8 · 0.8/0.9 more tokens for 0.1 s
+        (0.1, [0.9, 0.1], False),  # 0.1 · 0.1/0.9 is too little
+        (0.8, [0.9, 0.8], False),  # nor is the first enough at eight times the price
+        (0.1, [0.5], True),  # S(−1) is 1, so the ratio is 0.5: 0.25 more tokens
         (0.1, [0.2], False),
-        (0.1, [0.5, 0.6], True),  # a ratio above 1 counts as 1
+        (0.1, [0.5, 0.6], True),  # a ratio above 1 is limited to 1
     ],
 )
-def test_expected_gain_expands_while_another_level_pays(draft: float, survival: list[float], goes_on: bool) -> None:
+def test_expected_gain_expands_while_next_level_pays(draft: float, survival: list[float], expands: bool) -> None:
     control = TreeControl(budgets=(1, 7))
     control.costs = table(draft=draft)
     depth, reached = len(survival) - 1, sum(survival)
     seen = see(control, survival=survival, expansions=depth / 12, gains=np.array([0.1, reached - 0.1]) / 13)
     agent = AGENTS["expected-gain"](control=control)
-    assert agent.predict(seen)[0] == (EXPAND if goes_on else 2)
+    assert agent.predict(seen)[0] == (EXPAND if expands else 2)
     ratio = min(1.0, survival[-1] / (survival[-2] if depth else 1.0))
     assert agent.next_level(seen) == pytest.approx(survival[-1] * ratio, rel=1e-5)
     now, next_one = 1 + (1 + depth) * draft, 1 + (2 + depth) * draft
-    assert goes_on == ((1 + reached + survival[-1] * ratio) / next_one > (1 + reached) / now)
+    assert expands == ((1 + reached + survival[-1] * ratio) / next_one > (1 + reached) / now)
 
 
-def test_expected_gain_does_not_expand_for_a_budget_without_room() -> None:
+def test_expected_gain_does_not_expand_beyond_largest_budget() -> None:
     control = TreeControl(budgets=(1,))
     control.costs = table()
     seen = see(control, survival=[0.95], gains=[0.9 / 13])
     assert AGENTS["expected-gain"](control=control).predict(seen)[0] == 1
 
 
-def test_what_is_verified_is_what_there_is() -> None:
+def test_expected_gain_charges_only_nodes_in_tree() -> None:
     control = TreeControl(width=2, budgets=(1, 5, 95))
     control.costs = table(verify=0.1, draft=0.1)
     seconds = AGENTS["expected-gain"](control=control).seconds
@@ -122,20 +122,20 @@ def test_what_is_verified_is_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("expected-gain", TreeControl), ("ucb-budget", BudgetControl)])
-def test_a_rule_without_prices_says_what_to_do(name: str, kind: Any) -> None:
+def test_rule_without_costs_is_refused(name: str, kind: Any) -> None:
     control = kind()
     agent = AGENTS[name](control=control)
     with pytest.raises(ValueError, match="needs the seconds of forwards: set the control's costs to a CostTable"):
         agent.predict(see(control), episode_start=np.array([True]))
 
 
-def test_a_bandit_finds_the_best_budget() -> None:
-    """The bandit recovers the last cycle from the mean of four, also across the beginnings of texts."""
+def test_ucb_finds_best_budget() -> None:
+    """The bandit recovers the tokens of the last cycle from the mean of four, also across the starts of texts."""
     control, rng = BudgetControl(budgets=(1, 3, 7, 31)), np.random.default_rng(0)
     control.costs = table(0.02)
     means = {1: 0.5, 3: 0.8, 7: 1.5, 31: 1.6}
     agent = AGENTS["ucb-budget"](control=control, discount=1.0)
-    played: list[int] = []
+    chosen: list[int] = []
     for _ in range(60):
         taken: list[int] = []
         for _ in range(25):
@@ -144,8 +144,8 @@ def test_a_bandit_finds_the_best_budget() -> None:
             budget = control.budgets[agent.predict(seen, episode_start=np.array([not taken]))[0]]
             assert agent.accepted == taken[-4:]
             taken.append(int(rng.binomial(2, means[budget] / 2)))
-            played.append(budget)
-    assert played[-500:].count(7) > 400
+            chosen.append(budget)
+    assert chosen[-500:].count(7) > 400
 
 
 @pytest.mark.parametrize(
@@ -158,19 +158,19 @@ def test_a_bandit_finds_the_best_budget() -> None:
         ("ddd", TreeControl(budgets=(3, 9)), "budget is 7; expected one of 3, 9"),
     ],
 )
-def test_rules_refuse_what_they_cannot_play(name: str, control: Control, message: str) -> None:
+def test_rules_refuse_unsuitable_problems(name: str, control: Control, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AGENTS[name](control=control)
 
 
-def test_the_stanzas_are_all_rules() -> None:
+def test_stanzas_cover_every_tree_rule() -> None:
     rules = {name for name, kind in AGENTS.items() if isinstance(kind, type) and issubclass(kind, TreeRule)}
     assert {load_experiment(*stanza).agent for stanza in STANZAS} == rules
 
 
 @pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
-def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
-    """Every rule is faster than plain decoding on the tiny pair, whose drafts are mostly right and cheap."""
+def test_rules_are_faster_than_plain(env_id: str, stanza: str, tiny: dict) -> None:
+    """Each rule is faster than plain decoding on the tiny models, whose drafts are mostly accepted and cheap."""
     experiment = load_experiment(env_id, stanza)
     env = gym.make(env_id, **tiny).unwrapped
     control = make_control(env_id, {})
@@ -178,14 +178,14 @@ def test_every_rule_decodes(env_id: str, stanza: str, tiny: dict) -> None:
     agent = AGENTS[experiment.agent](control=control, **experiment.hyperparameters)
     rates, shapes = [], set()
     for seed in range(4):
-        done = played(env, control, agent, 60, seed)
+        done = generation_under(env, control, agent, 60, seed)
         rates.append(done.tokens_per_second)
         shapes |= {(cycle.depth, cycle.verified) for cycle in done.cycles}
     assert np.mean(rates) > env.plain_rate
     assert len(shapes) > 1
 
 
-def test_a_run_of_a_priced_rule_brings_its_table(tiny: dict, tmp_path: Path) -> None:
+def test_loaded_run_has_costs_of_its_clock(tiny: dict, tmp_path: Path) -> None:
     config = {"id": "SpecTree-v0", "env": tiny, "agent": "expected-gain", "hyperparameters": {}}
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
     control, agent = agents.load(tmp_path)
@@ -193,7 +193,9 @@ def test_a_run_of_a_priced_rule_brings_its_table(tiny: dict, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("env_id", "stanza"), STANZAS)
-def test_tuning(env_id: str, stanza: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_writes_valid_hyperparameters(
+    env_id: str, stanza: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["tune", env_id, "--agent", stanza, "--root", str(tmp_path), "--prompts", "2", "--tokens", "24"]
     arguments += ["--trials", "3", "--set", *(f"env.{key}={value}" for key, value in tiny.items())]
     monkeypatch.setattr(sys, "argv", arguments)

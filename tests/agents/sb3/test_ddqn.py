@@ -18,7 +18,7 @@ from tests.support.identity import Identity
 
 
 class Toy(Identity):
-    """A problem that stands for a control, too."""
+    """The toy environment, with the attribute of a control that an agent reads."""
 
     exit = None
 
@@ -33,7 +33,7 @@ def agent(**given: Any) -> SB3Agent:
     return made
 
 
-def test_one_network_selects_and_the_other_evaluates() -> None:
+def test_double_target_selects_online_and_evaluates_target() -> None:
     online = {0: [1.0, 3.0, 2.0], 1: [0.0, 0.0, 5.0]}
     target = {0: [10.0, 4.0, 7.0], 1: [9.0, 8.0, -2.0]}
 
@@ -43,12 +43,12 @@ def test_one_network_selects_and_the_other_evaluates() -> None:
     rewards, states = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0])
     dones = torch.tensor([[0.0], [0.0], [1.0]])
     found = double_target(table(online), table(target), rewards, dones, states, 0.5)
-    assert found.tolist() == [[1 + 0.5 * 4], [2 + 0.5 * -2], [3]]  # the maximum would give 6 and 6.5
+    assert found.tolist() == [[1 + 0.5 * 4], [2 + 0.5 * -2], [3]]  # the plain maximum would give 6 and 6.5
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("mse", 4.0), ("huber", 1.5)])
-def test_training_takes_the_double_target(loss: str, expected: float) -> None:
-    """The networks are constants: online predicts (0, 1), target (5, 1) where the maximum would be 5."""
+def test_training_uses_double_target(loss: str, expected: float) -> None:
+    """The networks are constant: online predicts (0, 1), target (5, 1), whose maximum is 5."""
     model = agent(loss=loss, gamma=1.0, batch_size=4, target_update_updates=None).model
     for network, values in ((model.q_net, [0.0, 1.0]), (model.q_net_target, [5.0, 1.0])):
         for parameter in network.parameters():
@@ -64,13 +64,13 @@ def test_training_takes_the_double_target(loss: str, expected: float) -> None:
     assert logged["train/loss"] == pytest.approx(expected)  # of 0 against 1 + 1
 
 
-def test_it_learns_a_known_optimum() -> None:
+def test_learns_known_optimum() -> None:
     learnt = agent(gamma=0.5, exploration_final_eps=0.05, learning_rate=3e-3).learn(2000, Toy())
     seen = np.random.default_rng(1).random((200, 3)).astype(np.float32)
     assert np.mean([learnt.predict(x, deterministic=True)[0] == int(x[0] > 0.5) for x in seen]) > 0.95
 
 
-def test_exploration_and_copies_follow_the_updates() -> None:
+def test_exploration_and_target_copies_depend_on_updates() -> None:
     made = agent(learning_starts=20)
     model = made.model
     assert model.exploration_rate == 1.0
@@ -85,7 +85,7 @@ def test_exploration_and_copies_follow_the_updates() -> None:
     assert model.exploration_rate == 0.01
 
 
-def test_a_checkpoint_goes_on_with_exploration_and_copies(tmp_path: Path) -> None:
+def test_checkpoint_restores_exploration_and_target(tmp_path: Path) -> None:
     made = agent(learning_starts=20).learn(45, Toy())
     made.save_checkpoint(tmp_path)
     resumed = agent(learning_starts=20)
@@ -99,8 +99,8 @@ def test_a_checkpoint_goes_on_with_exploration_and_copies(tmp_path: Path) -> Non
     assert all(map(torch.equal, model.q_net.parameters(), model.q_net_target.parameters()))
 
 
-def test_the_schedules_of_stable_baselines_remain() -> None:
-    """Without the new settings ε falls linearly, and the target is copied by steps of the environment."""
+def test_schedules_of_stable_baselines_without_own_settings() -> None:
+    """Without the new settings ε falls linearly, and the target is copied after a number of environment steps."""
     own = {"epsilon_decay": None, "target_update_updates": None, "learning_starts": 20}
     both = {"exploration_fraction": 0.5, "exploration_final_eps": 0.1, "target_update_interval": 30}
     model = agent(**own, **both).learn(40, Toy()).model
@@ -111,7 +111,7 @@ def test_the_schedules_of_stable_baselines_remain() -> None:
     assert halfway.num_timesteps == 30 and halfway._n_updates == 10
 
 
-def test_it_is_saved_by_stable_baselines_too(tmp_path: Path) -> None:
+def test_model_saves_and_loads_with_stable_baselines(tmp_path: Path) -> None:
     model = agent(learning_starts=20).learn(45, Toy()).model
     model.save(tmp_path / "model.zip")
     again = DoubleDQN.load(tmp_path / "model.zip")
@@ -119,7 +119,7 @@ def test_it_is_saved_by_stable_baselines_too(tmp_path: Path) -> None:
     assert torch.equal(again.q_net.q_net[0].weight, model.q_net.q_net[0].weight)
 
 
-def test_the_defaults_are_the_published_ones() -> None:
+def test_defaults_are_published_ones() -> None:
     model = DoubleDQN("MlpPolicy", Toy())
     assert (model.learning_rate, model.gamma, model.buffer_size, model.batch_size) == (1e-3, 0.99, 10_000, 64)
     assert (model.learning_starts, model.train_freq.frequency, model.loss) == (64, 1, "mse")
@@ -127,7 +127,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert math.isinf(model.max_grad_norm)
 
 
-def test_the_bare_network_decides_as_it_does() -> None:
+def test_predict_equals_stable_baselines() -> None:
     control = DepthControl()
     made = AGENTS["ddqn"](control=control, seed=3, pi_arch=[256, 256, 256], activation="relu")
     rng = np.random.default_rng(0)
@@ -144,6 +144,6 @@ def test_the_bare_network_decides_as_it_does() -> None:
         ({"base": 1}, "unknown hyper-parameter 'base' of DoubleDQNAgent"),
     ],
 )
-def test_refused_settings(given: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         agent(**given)

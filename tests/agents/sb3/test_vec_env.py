@@ -1,4 +1,4 @@
-"""Environments in NumPy, trained on by Stable-Baselines3."""
+"""The NumPy vector environment as a ``VecEnv`` of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_actions(env: VecEnv, steps: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("episode", ["prompt", "cycle"])
-def test_it_says_what_the_environments_say(episode: str, keywords: dict[str, Any]) -> None:
+def test_steps_equal_those_of_vector_environment(episode: str, keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 9, episode=episode, **keywords)
     same = ReplayVecEnv.make("SpecDepth-v0", 9, episode=episode, **keywords).env
     env.seed(3)
@@ -65,7 +65,7 @@ def test_it_says_what_the_environments_say(episode: str, keywords: dict[str, Any
     assert texts > 9 and (episodes > texts if episode == "cycle" else episodes == texts)
 
 
-def test_resets_repeat_under_a_seed_and_begin_the_texts_they_are_told(keywords: dict[str, Any]) -> None:
+def test_reset_obeys_seed_and_texts(keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 6, **keywords)
     runs = []
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_resets_repeat_under_a_seed_and_begin_the_texts_they_are_told(keywords: 
     assert not env.returns.any() and not env.lengths.any()
 
 
-def test_one_object_is_all_the_environments(keywords: dict[str, Any]) -> None:
+def test_attributes_are_shared_by_all_environments(keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 5, **keywords)
     env.set_attr("policy_seconds", 0.25)
     assert env.get_attr("policy_seconds") == [0.25] * 5 and env.get_attr("policy_seconds", [1, 2]) == [0.25] * 2
@@ -103,7 +103,7 @@ def test_one_object_is_all_the_environments(keywords: dict[str, Any]) -> None:
         ("dqn", 16, {"learning_starts": 64, "buffer_size": 4000, "batch_size": 32}),
     ],
 )
-def test_algorithms_train_on_it(
+def test_algorithms_train(
     algorithm: str, num_envs: int, settings: dict[str, Any], keywords: dict[str, Any], tmp_path: Path
 ) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", num_envs, **keywords)
@@ -116,14 +116,14 @@ def test_algorithms_train_on_it(
     assert agent.model.num_timesteps >= steps
     assert any((t != before[name]).any() for name, t in agent.model.policy.state_dict().items())
     assert "rollout/ep_rew_mean" in (tmp_path / "progress.csv").read_text().splitlines()[0]
-    assert env.nothing == {}  # nobody wrote into what they share
+    assert env.nothing == {}  # the shared info is still empty
     agent.save_checkpoint(tmp_path)
     again = AGENTS[algorithm](control=env.env.control, num_envs=num_envs, **settings)
     again.load_checkpoint(tmp_path)
     assert again.model.num_timesteps == agent.model.num_timesteps
 
 
-def test_the_number_of_environments_is_the_agents(keywords: dict[str, Any]) -> None:
+def test_other_number_of_environments_is_refused(keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 3, **keywords)
     with pytest.raises(ValueError, match=r"made for 1; make it with num_envs=3"):
         AGENTS["a2c"](control=env.env.control).learn(10, env)
@@ -132,7 +132,7 @@ def test_the_number_of_environments_is_the_agents(keywords: dict[str, Any]) -> N
             AGENTS["a2c"](control=env.env.control, num_envs=wrong)  # type: ignore[arg-type]
 
 
-def test_what_wraps_and_evaluates_a_vec_env_takes_it(keywords: dict[str, Any]) -> None:
+def test_works_with_evaluate_policy_and_vec_normalize(keywords: dict[str, Any]) -> None:
     env = ReplayVecEnv.make("SpecDepth-v0", 8, **keywords)
     agent = AGENTS["a2c"](control=env.env.control, num_envs=8)
     rewards, lengths = evaluate_policy(agent.model, env, n_eval_episodes=16, return_episode_rewards=True)

@@ -24,7 +24,7 @@ LINK = (100.0, 50.0, 0.7, 2.0, "gsm8k")
 
 
 class Link(gym.Env):
-    """A toy: on a narrow link the best k is the first of the candidates, on a wide one the last."""
+    """A toy link: the best k is the first candidate on a narrow link and the last on a wide one."""
 
     observation_space = spaces.Box(0, 1, (10,), np.float32)
     action_space = spaces.Discrete(len(KS))
@@ -47,7 +47,7 @@ class Link(gym.Env):
 
 
 def control(width: int = 10, actions: int = 11) -> Any:
-    """Return the attributes of SpecTopK-v0's control that the agent reads."""
+    """Return an object with the attributes of SpecTopK-v0's control that the agent reads."""
     box = spaces.Box(0, 1, (width,), np.float32)
     return SimpleNamespace(observation_space=box, action_space=spaces.Discrete(actions), slices={})
 
@@ -64,7 +64,7 @@ def fill(made: RLNetworkAdapter, count: int) -> None:
 
 
 class Published(nn.Module):
-    """The published network, as others write it."""
+    """The published network, written independently of the adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Published(nn.Module):
 
 
 def published(path: Path, trained: bool = True, **changes: Any) -> Published:
-    """Return a checkpoint that owes nothing to the adapter."""
+    """Write a checkpoint without the adapter, and return its network."""
     torch.manual_seed(5)
     net, target = Published(), Published()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -96,7 +96,7 @@ def published(path: Path, trained: bool = True, **changes: Any) -> Published:
     return net
 
 
-def test_the_published_state() -> None:
+def test_published_state() -> None:
     assert len(KS) == 11 and TASKS_PUBLISHED[-1] == "unknown"
     np.testing.assert_allclose(
         published_state(250, 100, 0.8, 2.5, "cnndm"), [0.25, 0.2, 0.8, 0.25, 0, 0, 1, 0, 0, 0], rtol=1e-6
@@ -108,19 +108,19 @@ def test_the_published_state() -> None:
         published_state(100, 50, 0.7, float("nan"), "xsum")
 
 
-def test_it_selects_a_k_and_explores_only_in_training() -> None:
+def test_explores_only_in_training() -> None:
     made = adapter(seed=3)
     assert {made.select_k(*LINK) for _ in range(50)} < set(KS)
     assert len({made.select_k(*LINK) for _ in range(50)}) == 1
     tried = {made.select_k(*LINK, training=True) for _ in range(300)}
-    assert tried == set(KS)  # ε is 1
+    assert tried == set(KS)  # ε is 1, so every k is tried
     again = adapter(seed=3)
     assert again.select_k(*LINK) == made.select_k(*LINK)
     explored = [a.select_k(*LINK, training=True) for a in (adapter(seed=4), adapter(seed=4)) for _ in range(20)]
     assert explored[:20] == explored[20:]
 
 
-def test_making_one_leaves_the_global_generator_alone() -> None:
+def test_constructor_keeps_global_random_state() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_making_one_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_its_decision_is_that_of_its_network() -> None:
+def test_act_is_argmax_of_network() -> None:
     made = adapter(seed=1)
     fill(made, 70)
     states = np.random.default_rng(2).random((50, 10)).astype(np.float32)
@@ -137,7 +137,7 @@ def test_its_decision_is_that_of_its_network() -> None:
     assert [made.act(state) for state in states] == expected
 
 
-def test_updates_explore_less_and_copy_the_network() -> None:
+def test_updates_decay_epsilon_and_copy_network() -> None:
     made = adapter(batch_size=16)
     fill(made, 15)
     assert made.update() is None and made.update_count == 0 and made.epsilon == 1.0
@@ -151,9 +151,9 @@ def test_updates_explore_less_and_copy_the_network() -> None:
     assert made.epsilon == 0.01
 
 
-def test_an_update_minimises_the_error_to_the_double_target() -> None:
+def test_update_minimises_error_to_double_target() -> None:
     made = adapter(batch_size=8, gamma=0.9)
-    made.target_net.fc4.bias.data += torch.linspace(3, -3, 11)  # the best of one is not the best of the other
+    made.target_net.fc4.bias.data += torch.linspace(3, -3, 11)  # so that the two networks have different best actions
     fill(made, 7)
     rng = np.random.default_rng(8)
     state, following = rng.random((2, 10)).astype(np.float32)
@@ -168,7 +168,7 @@ def test_an_update_minimises_the_error_to_the_double_target() -> None:
     assert made.update() == pytest.approx(error.item(), rel=1e-5)
 
 
-def test_the_replay_is_a_ring(tmp_path: Path) -> None:
+def test_replay_keeps_newest_transitions(tmp_path: Path) -> None:
     made = adapter(buffer_size=10, batch_size=10, path=tmp_path / "a.pth")
     for i in range(25):
         made.replay.add(np.full(10, i), i % 11, i, np.full(10, i), False)
@@ -179,7 +179,7 @@ def test_the_replay_is_a_ring(tmp_path: Path) -> None:
     assert smaller.replay.columns["rewards"][:, 0].tolist() == [21, 22, 23, 24]
 
 
-def test_what_cannot_be_recorded() -> None:
+def test_invalid_transitions_are_refused() -> None:
     state = published_state(*LINK)
     with pytest.raises(ValueError, match=r"action is 500; expected a place in KS, 0 to 10: of a k, KS.index\(k\)"):
         adapter().record(state, 500, 1.0, state, False)
@@ -190,7 +190,7 @@ def test_what_cannot_be_recorded() -> None:
             adapter().record(state, 5, 1.0, other, False)
 
 
-def test_settings_by_name() -> None:
+def test_settings_from_namespace_or_dict() -> None:
     assert settings(None) == SelectorSettings() == settings(argparse.Namespace())
     assert settings(argparse.Namespace(gamma=0.5)).gamma == settings({"gamma": 0.5}).gamma == 0.5
     published = {"learning_rate": 1e-3, "gamma": 0.99, "epsilon": 1.0, "epsilon_min": 0.01, "epsilon_decay": 0.995}
@@ -208,12 +208,12 @@ def test_settings_by_name() -> None:
         ({"buffer_size": 10}, r"buffer_size is 10; expected at least a batch \(64\)"),
     ],
 )
-def test_refused_settings(given: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RLNetworkAdapter(given)
 
 
-def test_the_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_to_default_path_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = RLNetworkAdapter(device="cpu")
     assert not list(tmp_path.iterdir())
@@ -232,13 +232,13 @@ def test_the_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert set(state["policy_net"]) == {f"fc{i}.{part}" for i in (1, 2, 3, 4) for part in ("weight", "bias")}
 
 
-def test_without_a_path() -> None:
+def test_save_without_path_is_refused() -> None:
     with pytest.raises(ValueError, match="the adapter has no path; pass one here"):
         adapter().save()
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_published_checkpoint_loads(tmp_path: Path, trained: bool) -> None:
+def test_loads_published_checkpoint(tmp_path: Path, trained: bool) -> None:
     net = published(tmp_path / "published.pth", trained)
     made = RLNetworkAdapter({"path": tmp_path / "published.pth", "learning_rate": 2e-4})
     assert made.epsilon == 0.37 and made.update_count == 198
@@ -247,7 +247,7 @@ def test_a_published_checkpoint_loads(tmp_path: Path, trained: bool) -> None:
     assert made.select_k(*LINK) == expected
     fill(made, 64)
     assert made.update_count == 199
-    assert made.optimizer.param_groups[0]["lr"] == 2e-4  # what was asked for holds, not what was saved
+    assert made.optimizer.param_groups[0]["lr"] == 2e-4  # the given setting takes precedence over the saved one
 
 
 def sgd() -> dict[str, Any]:
@@ -271,7 +271,7 @@ def sgd() -> dict[str, Any]:
         {"update_count": -1},
     ],
 )
-def test_foreign_checkpoints_change_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_refused_checkpoint_changes_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "foreign.pth"
     published(path, **changes)
     made = adapter()
@@ -283,7 +283,7 @@ def test_foreign_checkpoints_change_nothing(tmp_path: Path, changes: dict[str, A
     assert (made.select_k(*LINK), made.epsilon, made.policy_net) == before
 
 
-def test_damaged_checkpoints(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     published(tmp_path / "a.pth")
     whole = (tmp_path / "a.pth").read_bytes()
     pickled = pickle.dumps({"policy_net": SimpleNamespace()}, protocol=2)
@@ -300,7 +300,7 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-def test_a_pickled_buffer_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_buffer_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.pth"
     published(path)
@@ -322,7 +322,7 @@ def test_a_pickled_buffer_is_never_opened(tmp_path: Path, monkeypatch: pytest.Mo
     assert RLNetworkAdapter({"path": path}).update_count == 198
 
 
-def test_buffers_that_do_not_fit(tmp_path: Path) -> None:
+def test_invalid_buffers_are_refused(tmp_path: Path) -> None:
     made = adapter(path=tmp_path / "a.pth")
     fill(made, 3)
     made.save()
@@ -339,7 +339,7 @@ def test_buffers_that_do_not_fit(tmp_path: Path) -> None:
             made.load()
 
 
-def test_the_agent_learns_saves_and_loads(tmp_path: Path) -> None:
+def test_agent_learns_saves_and_loads(tmp_path: Path) -> None:
     agent = AGENTS["rl-adapter"](control=control(), seed=0, gamma=0.0, epsilon_decay=0.99)
     assert isinstance(agent, RLAdapterAgent) and 0 < agent.decision_seconds < 0.1
     agent.learn(900, Link())
@@ -357,7 +357,7 @@ def test_the_agent_learns_saves_and_loads(tmp_path: Path) -> None:
         AGENTS["rl-adapter"](control=control(), path=str(tmp_path / "elsewhere"))
 
 
-def test_the_agent_goes_on_learning_while_it_serves() -> None:
+def test_agent_learns_from_recorded_transitions() -> None:
     agent = AGENTS["rl-adapter"](control=control(), batch_size=2)
     seen = published_state(*LINK)
     for k in (3, 3):
@@ -371,12 +371,12 @@ def test_the_agent_goes_on_learning_while_it_serves() -> None:
     assert len({agent.predict(seen)[0] for _ in range(50)}) > 3
 
 
-def test_a_seed_repeats_training() -> None:
+def test_training_is_reproducible() -> None:
     first, second = (AGENTS["rl-adapter"](control=control(), seed=5).learn(100, Link()) for _ in range(2))
     assert torch.equal(first.adapter.policy_net.fc4.weight, second.adapter.policy_net.fc4.weight)
 
 
-def test_the_agent_needs_its_own_spaces() -> None:
+def test_agent_refuses_other_spaces() -> None:
     for other in (control(width=12), control(actions=4)):
         with pytest.raises(
             ValueError, match=r'rl-adapter needs \(10,\) and Discrete\(11\), .*observation="rl_adapter"'
@@ -386,7 +386,7 @@ def test_the_agent_needs_its_own_spaces() -> None:
         AGENTS["rl-adapter"](control=control(), learning_rates=1)
 
 
-def test_its_hyperparameters_may_stand_in_a_configuration() -> None:
+def test_hyperparameters_are_known_to_configuration() -> None:
     known = set(AGENTS["rl-adapter"].Settings.model_fields)
     assert known == {
         *("seed", "path", "learning_rate", "gamma", "epsilon", "epsilon_min", "epsilon_decay"),

@@ -1,4 +1,4 @@
-"""Lessons of a trace: plans are the cycles that they name, lessons their rewards when run, outcomes their odds."""
+"""Lessons of a trace: plans name cycles, lessons hold the outcome of every plan, outcomes predict them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.traced import CASES, TABLE, control_of, costs_in
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_following_a_plan_leads_to_the_cycle_that_it_names(
+def test_following_a_plan_gives_its_cycle(
     case: str,
     traces: dict[str, Trace],
     tmp_path: Path,
@@ -58,7 +58,7 @@ def test_following_a_plan_leads_to_the_cycle_that_it_names(
     assert len(set(zip(found.sizes.tolist(), found.budgets.tolist(), strict=True))) == len(found.sizes)
 
 
-def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
+def test_controls_without_plans_are_refused() -> None:
     for match, control in (
         ("not of k with these settings", KControl(k_max=6, adjustment_interval=8)),
         ('depth is "random"', make_control("budget", {"depth": "random"})),
@@ -73,7 +73,7 @@ def test_plans_are_refused_where_a_decision_is_no_plan() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+def test_lessons_equal_outcomes_in_environment(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
     env, found = copy.deepcopy(vectors[case]), control_of(case).plans()
     forward, verification = found.forward(TABLE), found.verification(TABLE)
     observations, _ = env.reset(seed=0)
@@ -82,12 +82,12 @@ def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str,
         if begins.all():
             lessons = lessons_of(env, found, observations, everywhere)
             for plan in np.flatnonzero(found.sizes >= found.first):
-                played, seen, alive, level = copy.deepcopy(env), observations, np.ones(8, bool), found.first
+                branch, seen, alive, level = copy.deepcopy(env), observations, np.ones(8, bool), found.first
                 spent, brought, worth = np.zeros(8), np.zeros(8), np.zeros(8)
                 while alive.any():
                     at = np.full(8, level if found.stepwise else 0)
                     np.testing.assert_allclose(seen[alive], lessons.seen[alive, at[0]], atol=1e-6)
-                    seen, infos = played.step(found.actions(at, np.full(8, plan)))[0], played.brought
+                    seen, infos = branch.step(found.actions(at, np.full(8, plan)))[0], branch.brought
                     spent += alive * infos["seconds"]["draft"]
                     ended = alive & (infos["emitted"] > 0)
                     brought[ended], worth[ended] = infos["emitted"][ended], infos["seconds"]["verify"][ended]
@@ -99,7 +99,8 @@ def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str,
                 np.testing.assert_array_equal(tokens, brought)
                 np.testing.assert_allclose(seconds, spent + worth, atol=1e-6)
             cycles += 1
-        plan = rng.choice(np.flatnonzero(found.sizes >= found.first))  # all follow one, so that cycles end together
+        # all environments follow one plan, so that their cycles end together
+        plan = rng.choice(np.flatnonzero(found.sizes >= found.first))
         ended, level = False, found.first
         while not ended:
             at = np.full(8, level if found.stepwise else 0)
@@ -111,10 +112,11 @@ def test_lessons_are_what_playing_each_plan_brings(case: str, vectors: dict[str,
     assert cycles > 3
 
 
-def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
+def test_chain_outcomes_follow_from_hazards() -> None:
     found = ChainOutcomes(KControl(k_max=3, decision="token").plans())
     odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
-    predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)  # alive; right 1, 2, 3; copied 1, 2, 3
+    # alive; accepted 1, 2, 3; copied 1, 2, 3
+    predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)
     for forward, verification in ((0.0, np.zeros(4)), (0.25, np.array([1.0, 1.5, 1.75, 3.0]))):
         found.price(0.5, forward, verification)
         paid = [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8]
@@ -129,8 +131,8 @@ def test_outcomes_of_chains_are_those_of_their_hazards() -> None:
 
 
 @pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
-def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
-    """One set of log-odds for all observations converges to the plans' mean outcomes."""
+def test_maximum_likelihood_gives_mean_outcomes(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+    """One set of log-odds fitted to all observations predicts the plans' mean outcomes."""
     plans = control_of(case).plans()
     outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
     lessons = random_lessons(vectors[case], control_of(case))
@@ -154,7 +156,7 @@ def test_what_is_most_likely_is_what_happened(case: str, vectors: dict[str, Repl
             np.testing.assert_allclose((worth - worth.max())[opened], (means - means[opened].max())[opened], atol=0.02)
 
 
-def test_a_run_learns_from_the_trace_that_is_named(traces: dict[str, Trace], tmp_path: Path) -> None:
+def test_run_uses_the_named_trace(traces: dict[str, Trace], tmp_path: Path) -> None:
     experiment = load_experiment("SpecK-v0", "hindsight", [f"env.trace={traces['copies'].folder}", "record=[4,1,2]"])
     config = resolved(experiment, "SpecK-v0", "hindsight", 0)
     found = trace_of(tmp_path / "SpecK-v0" / "hindsight-0", config)
@@ -162,7 +164,7 @@ def test_a_run_learns_from_the_trace_that_is_named(traces: dict[str, Trace], tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_the_environments_in_numpy_of_a_single_one(traces: dict[str, Trace], tmp_path: Path) -> None:
+def test_replay_of_has_settings_of_the_environment(traces: dict[str, Trace], tmp_path: Path) -> None:
     env_id, name, keywords = CASES["tree"]
     shared = {"trace": str(traces[name].folder), "clock": costs_in(tmp_path), "max_new_tokens": 20, **keywords}
     many = replay_of(gym.make(env_id, **shared), num_envs=5)

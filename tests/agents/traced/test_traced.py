@@ -1,4 +1,4 @@
-"""Agents that learn from a trace improve on it, and can be saved."""
+"""Agents that learn from a trace: they improve on static settings, and save and load."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = {"hidden": 32, "cycles": 512, "steps": 400, "batch_size": 64, "learning_
 
 @pytest.fixture(scope="session")
 def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
-    """Return both agents, trained in each case."""
+    """Return both agents trained on each case, by name and case."""
     return {
         (name, case): AGENTS[name](control=control_of(case), seed=4, **SMALL).learn(0, copy.deepcopy(vectors[case]))
         for case in LEARNED
@@ -47,7 +47,7 @@ def learned(vectors: dict[str, ReplayVectorEnv]) -> dict[tuple[str, str], Any]:
     }
 
 
-def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
+def seconds_under(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
     """Return seconds ``[texts]`` of the training texts under an agent."""
     env = copy.deepcopy(env)
     texts = np.resize(env.texts, env.num_envs)
@@ -62,20 +62,20 @@ def played_seconds(env: ReplayVectorEnv, agent: TracedAgent) -> np.ndarray:
 
 @pytest.mark.parametrize("case", LEARNED)
 @pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
-def test_an_agent_is_faster_than_the_worst_static_setting(
+def test_agents_beat_mean_of_best_and_worst_static_setting(
     name: str, case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
 ) -> None:
     env = vectors[case]
     bounds = Bounds(env.trace, control_of(case), TABLE, env.texts.tolist(), 20)
     static = bounds.static().sum(0)
     worst, best = static[np.isfinite(static)].max(), static.min()
-    seconds = played_seconds(env, learned[name, case])
+    seconds = seconds_under(env, learned[name, case])
     assert (seconds >= bounds.clairvoyant() - 1e-9).all()
     assert seconds.sum() < (worst + best) / 2
 
 
 @pytest.mark.parametrize("case", LEARNED)
-def test_hindsight_plays_no_plan_that_is_closed(
+def test_hindsight_chooses_only_open_plans(
     case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
 ) -> None:
     for agent in (learned["hindsight", case], HindsightAgent(control_of(case), seed=1, hidden=16)):
@@ -95,7 +95,7 @@ def test_hindsight_plays_no_plan_that_is_closed(
 
 @pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
 @pytest.mark.parametrize("case", LEARNED)
-def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
+def test_agents_read_past_cycles_only_if_asked(
     name: str, case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
 ) -> None:
     agent = learned[name, case]
@@ -112,7 +112,7 @@ def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
     same = decided(agent, lessons) == decided(agent, lessons._replace(seen=other))
     everything = AGENTS[name](control=control_of(case), seed=3, **SMALL, reads="everything")
     assert everything.network[0].in_features == agent.control.observation_space.shape[0]
-    if case == "k":  # decided before anything is drafted: all there is
+    if case == "k":  # decided before anything is drafted, so it reads everything
         assert agent.network[0].in_features == everything.network[0].in_features
         assert not same.all()
     else:
@@ -120,7 +120,7 @@ def test_what_happened_before_a_cycle_is_read_only_if_it_is_asked_for(
         assert same.all()
 
 
-def test_only_so_many_decisions_are_remembered(
+def test_decision_cache_is_bounded(
     learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = copy.deepcopy(learned["exact-pg", "tree"])
@@ -132,7 +132,7 @@ def test_only_so_many_decisions_are_remembered(
         assert len(agent.known) <= 3
 
 
-def test_what_an_agent_reads_is_one_of_two() -> None:
+def test_unknown_reads_is_refused() -> None:
     with pytest.raises(ValueError, match="reads is 'task'; expected one of cycle, everything"):
         HindsightAgent(control_of("depth"), reads="task")
 
@@ -143,7 +143,7 @@ def decided(agent: TracedAgent, lessons: Lessons) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", LEARNED)
-def test_hindsight_is_saved_with_what_it_needs_for_another_table(
+def test_loaded_hindsight_adapts_to_another_cost_table(
     case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], tmp_path: Path
 ) -> None:
     agent = copy.deepcopy(learned["hindsight", case])
@@ -157,14 +157,14 @@ def test_hindsight_is_saved_with_what_it_needs_for_another_table(
     for table in (TABLE, DEAR):
         agent.price(table)
         loaded.price(table)
-        assert loaded.pace == pytest.approx(agent.pace, rel=1e-3)  # what is observed is kept in float16
+        assert loaded.pace == pytest.approx(agent.pace, rel=1e-3)  # observations are stored in float16
         assert (decided(loaded, lessons) == decided(agent, lessons)).mean() > 0.99
         paces.append(loaded.pace)
         actions.append(decided(loaded, lessons))
     assert paces[1] != paces[0]
-    if case != "token":  # where copies are left, which cost nothing
+    if case != "token":  # that case can still use copies, which are free
         assert paces[1] < paces[0]
-    if case not in ("budget", "k"):  # whose drafting is not decided, or which copies only, under either table
+    if case not in ("budget", "k"):  # budget decides nothing about drafting, and k uses only copies under both tables
         assert (actions[0] != actions[1]).any()
     assert all(torch.equal(weights[name], kept) for name, kept in loaded.network.state_dict().items())
     loaded.save(tmp_path)
@@ -174,17 +174,17 @@ def test_hindsight_is_saved_with_what_it_needs_for_another_table(
     np.testing.assert_array_equal(decided(again, lessons), actions[0])
 
 
-def test_the_pace_of_hindsight_is_the_throughput_that_it_reaches(
+def test_pace_of_hindsight_is_its_throughput(
     learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv]
 ) -> None:
     for case in LEARNED:
         agent = copy.deepcopy(learned["hindsight", case])
-        seconds = played_seconds(vectors[case], agent.price(TABLE)).sum()
+        seconds = seconds_under(vectors[case], agent.price(TABLE)).sum()
         tokens = sum(min(vectors[case].trace.texts[i].tokens, 20) - 1 for i in vectors[case].texts)
         assert agent.pace == pytest.approx(tokens / seconds, rel=0.2), case
 
 
-def test_hindsight_says_what_it_lacks(
+def test_hindsight_reports_what_is_missing(
     tiny: dict[str, Any], learned: dict[tuple[str, str], Any], tmp_path: Path
 ) -> None:
     control = control_of("depth")
@@ -205,14 +205,12 @@ def test_hindsight_says_what_it_lacks(
 
 
 @pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
-def test_a_policy_that_cannot_be_read_is_refused(
-    name: str, learned: dict[tuple[str, str], Any], tmp_path: Path
-) -> None:
+def test_unreadable_policy_is_refused(name: str, learned: dict[tuple[str, str], Any], tmp_path: Path) -> None:
     agent = AGENTS[name](control=control_of("depth"), **SMALL)
     with pytest.raises(ValueError, match="cannot read the policy in"):
         agent.load(tmp_path)
     learned[name, "tree"].save(tmp_path)
-    with pytest.raises(ValueError, match="cannot read the policy in"):  # another control's
+    with pytest.raises(ValueError, match="cannot read the policy in"):  # of another control
         agent.load(tmp_path)
     learned[name, "depth"].save(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
@@ -224,7 +222,8 @@ def test_a_policy_that_cannot_be_read_is_refused(
 
 
 def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarray:
-    """Return the probability of each plan ``[plans]``, over every choice at every level ``[levels, actions]``."""
+    """Return the probability of each plan ``[plans]``, summed over all sequences of actions with these
+    probabilities ``[levels, actions]``."""
     found = np.zeros(len(plans.sizes))
 
     def end(size: int, budget: int, chance: float) -> None:
@@ -256,11 +255,11 @@ def enumerated(control: Control, plans: Plans, chances: np.ndarray) -> np.ndarra
 
 
 @pytest.mark.parametrize("case", ["depth", "budget", "tree", "one budget", "k", "token"])
-def test_chances_of_plans_are_those_of_the_policy(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
+def test_plan_probabilities_follow_from_policy(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
     agent = ExactPGAgent(control_of(case), seed=4, hidden=16)
     seen = torch.from_numpy(random_lessons(vectors[case], agent.control, 20).seen)
     with torch.no_grad():
-        agent.network[-1].weight *= 4  # far from uniform
+        agent.network[-1].weight *= 4  # makes the policy far from uniform
         chances, policy = agent._chances(seen).numpy(), agent.network(seen[..., : agent.width]).softmax(-1).numpy()
     np.testing.assert_allclose(chances.sum(1), 1.0, atol=1e-5)
     assert chances.std(0).max() > 1e-3 and chances[:, agent.plans.sizes == agent.plans.sizes.max()].max() > 0.01
@@ -269,7 +268,7 @@ def test_chances_of_plans_are_those_of_the_policy(case: str, vectors: dict[str, 
 
 
 @pytest.mark.parametrize("case", LEARNED)
-def test_exact_pg_climbs_and_is_saved(
+def test_exact_pg_improves_and_saves(
     case: str, learned: dict[tuple[str, str], Any], vectors: dict[str, ReplayVectorEnv], tmp_path: Path
 ) -> None:
     agent, before = learned["exact-pg", case], ExactPGAgent(control_of(case), seed=3, **SMALL)
@@ -290,7 +289,7 @@ def test_exact_pg_climbs_and_is_saved(
     np.testing.assert_allclose(expected(before), expected(agent))
 
 
-def test_a_run_of_hindsight_plays_losslessly(
+def test_hindsight_run_is_lossless(
     learned: dict[tuple[str, str], Any],
     traces: dict[str, Trace],
     tiny: dict[str, Any],
@@ -307,8 +306,8 @@ def test_a_run_of_hindsight_plays_losslessly(
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", **TREE)
     verified = set()
     for prompt in ([5, 6, 7, 8], [3, 4, 3, 4], [9, 2, 11]):
-        played = generate(decoder, control, agent, prompt, 24).run()
-        verified |= {cycle.verified for cycle in played.cycles}
-        assert played.tokens == generate(decoder.plain(), None, None, prompt, 24).run().tokens
+        done = generate(decoder, control, agent, prompt, 24).run()
+        verified |= {cycle.verified for cycle in done.cycles}
+        assert done.tokens == generate(decoder.plain(), None, None, prompt, 24).run().tokens
     assert max(verified) > 0
     assert agent.pace == pytest.approx(learned["hindsight", "tree"].pace, rel=1e-2)

@@ -1,4 +1,5 @@
-"""Bounds on the texts of a trace: what the environment charges, and no more than any policy there is."""
+"""Bounds on the texts of a trace: static settings cost what the environment charges, and no sequence of settings is
+faster than the clairvoyant optimum."""
 
 from __future__ import annotations
 
@@ -37,13 +38,13 @@ SHORT: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
 
 
 def settings(bounds: Bounds) -> list[int | str]:
-    """Return the setting of each plan, as ``FixedAgent`` takes it."""
+    """Return the setting of each plan in the form that ``FixedAgent`` expects."""
     by_name = {"depth": lambda d, b: d, "budget": lambda d, b: b, "tree": lambda d, b: f"{d}x{b}", "k": lambda k: k}
     return [by_name[bounds.control.name](*name) for name in bounds.plans.names]
 
 
-class Player:
-    """Replays texts of a trace in a single environment, each cycle under a setting of its own."""
+class TextReplay:
+    """Replay texts of a trace in one environment, with a separate setting for each cycle."""
 
     def __init__(self, env_id: str, trace: Trace, folder: Path, max_new_tokens: int, keywords: dict[str, Any]):
         costs = folder / "costs.json"
@@ -54,7 +55,8 @@ class Player:
         self.bounds = Bounds(trace, self.control, TABLE, range(len(trace.texts)), max_new_tokens)
 
     def seconds(self, text: int, sequence: list[int | str], repeat: bool = False) -> tuple[float, bool]:
-        """Return seconds of a cycle per setting in turn (``repeat``: the first for all), and whether the text ended."""
+        """Follow one setting per cycle (``repeat``: the first in every cycle); return the seconds, and True if the
+        text has ended."""
         observation, _ = self.env.reset(options={"prompt": self.env.prompts[text]})
         spent, cycles = 0.0, 0
         while not self.env.decoder.finished and (repeat or cycles < len(sequence)):
@@ -66,13 +68,13 @@ class Player:
         return spent, self.env.decoder.finished
 
     def least(self, text: int, offered: list[int | str], sequence: list[int | str]) -> float:
-        """Return the least seconds of all ways to continue a sequence."""
+        """Return the least seconds over all continuations of a sequence of settings."""
         spent, ended = self.seconds(text, sequence)
         return spent if ended else min(self.least(text, offered, [*sequence, value]) for value in offered)
 
 
 @pytest.mark.parametrize(("env_id", "name", "keywords", "chosen"), WHOLE)
-def test_a_static_setting_costs_what_the_environment_charges(
+def test_static_seconds_equal_those_of_environment(
     env_id: str,
     name: str,
     keywords: dict[str, Any],
@@ -80,19 +82,19 @@ def test_a_static_setting_costs_what_the_environment_charges(
     traces: dict[str, Trace],
     tmp_path: Path,
 ) -> None:
-    player = Player(env_id, traces[name], tmp_path, 20, keywords)
-    bounds, texts = player.bounds, range(len(traces[name].texts))
+    replay = TextReplay(env_id, traces[name], tmp_path, 20, keywords)
+    bounds, texts = replay.bounds, range(len(traces[name].texts))
     static, offered = bounds.static(), settings(bounds)
     for value in chosen:
-        played = [player.seconds(text, [value], repeat=True)[0] for text in texts]
-        np.testing.assert_allclose(static[:, offered.index(value)], played, rtol=1e-9)
+        replayed = [replay.seconds(text, [value], repeat=True)[0] for text in texts]
+        np.testing.assert_allclose(static[:, offered.index(value)], replayed, rtol=1e-9)
     assert (bounds.tokens == [min(text.tokens, 20) - 1 for text in traces[name].texts]).all()
     finite = np.isfinite(static).all(0)
     assert finite.tolist() == [env_id != "SpecDepth-v0" or value != 0 for value in offered]
 
 
 @pytest.mark.parametrize(("env_id", "name", "keywords", "offered"), SHORT)
-def test_the_clairvoyant_optimum_is_that_of_all_sequences(
+def test_clairvoyant_seconds_are_least_of_all_sequences(
     env_id: str,
     name: str,
     keywords: dict[str, Any],
@@ -100,32 +102,32 @@ def test_the_clairvoyant_optimum_is_that_of_all_sequences(
     traces: dict[str, Trace],
     tmp_path: Path,
 ) -> None:
-    player = Player(env_id, traces[name], tmp_path, 6, keywords)
-    bounds = player.bounds
+    replay = TextReplay(env_id, traces[name], tmp_path, 6, keywords)
+    bounds = replay.bounds
     static, best = bounds.static(), bounds.clairvoyant()
     assert [value for value, finite in zip(settings(bounds), np.isfinite(static[0]), strict=True) if finite] == offered
     for text in (1, 5):
-        assert best[text] == pytest.approx(player.least(text, offered, []))
+        assert best[text] == pytest.approx(replay.least(text, offered, []))
     assert (best <= static.min(1) + 1e-9).all()
 
 
-def test_over_whole_texts_no_setting_is_faster_than_the_clairvoyant(traces: dict[str, Trace]) -> None:
+def test_no_static_setting_beats_clairvoyant(traces: dict[str, Trace]) -> None:
     for env_id, name, keywords, _ in WHOLE:
         control = make_control(env_id, keywords)
         bounds = Bounds(traces[name], control, TABLE, range(7), 24)
         static, best = bounds.static(), bounds.clairvoyant()
         assert (best <= static.min(1) + 1e-9).all(), env_id
-        assert best.sum() < static.sum(0).min() or name == "lookup", env_id  # texts differ from cycle to cycle
+        assert best.sum() < static.sum(0).min() or name == "lookup", env_id  # the best setting differs between cycles
         assert bounds.throughput(best) >= bounds.throughput(static).max()
 
 
-def test_a_setting_is_best_over_all_texts_or_over_those_of_a_task(traces: dict[str, Trace]) -> None:
+def test_best_setting_overall_and_by_task(traces: dict[str, Trace]) -> None:
     trace = traces["tree"]
     control = make_control("depth", {"max_depth": 4, "width": 4, "budget": 5})
     bounds = Bounds(trace, control, TABLE, [0, 1, 5], 20)
     assert bounds.tasks == [trace.texts[i].task for i in (0, 1, 5)] and bounds.tasks[0] == bounds.tasks[2]
     seconds = np.array([[np.inf, 5.0, 1.0, 3.0, 9.0], [np.inf, 1.0, 9.0, 2.0, 9.0], [np.inf, 1.0, 6.0, 2.0, 9.0]])
-    assert bounds.best(seconds) == 1  # 7 against 16 and 7: the first of equals
+    assert bounds.best(seconds) == 1  # sums 7, 16 and 7: the first of equal ones
     seconds[1, 1] = 1.5
     assert bounds.best(seconds) == 3
     assert bounds.best_by_task(seconds) == {bounds.tasks[0]: 3, bounds.tasks[1]: 1}

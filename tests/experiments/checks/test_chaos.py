@@ -1,4 +1,4 @@
-"""Commands that are killed: a short version of `make chaos`, and that it finds what does not continue."""
+"""A short version of `make chaos`, and that it detects commands that do not continue."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ for _ in range(10):
 
 
 def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str) -> Case:
-    """Return a command that takes a second and appends to what it finds."""
+    """Return a case whose command takes a second and appends to the file that it finds."""
     (tmp_path / "writer_case.py").write_text(WRITER.format(begin=begin))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return Case("writer", "writer_case {}", lambda folder: digests(folder, "count"))
 
 
 @pytest.mark.parametrize(("name", "kills"), [("tune", 2), ("train-ppo", 1)])
-def test_killed_and_continued(name: str, kills: int, tmp_path: Path) -> None:
+def test_killed_commands_continue(name: str, kills: int, tmp_path: Path) -> None:
     result = tried(CASES[name], tmp_path / name, kills, seed=0)
     assert (result.failed, result.kills) == ("", kills) and result.ends
 
 
-def test_a_command_that_does_not_continue_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = tried(writer(tmp_path, monkeypatch, "count.unlink(missing_ok=True)"), tmp_path / "anew", 2, seed=0)
+def test_commands_that_do_not_continue_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tried(writer(tmp_path, monkeypatch, "count.unlink(missing_ok=True)"), tmp_path / "starts-over", 2, seed=0)
     assert result.failed == "" and result.kills == 2
     result = tried(writer(tmp_path, monkeypatch, ""), tmp_path / "twice", 2, seed=0)
     assert "another count than undisturbed" in result.failed

@@ -1,4 +1,4 @@
-"""Checking the zoo: every stanza in small is a valid one, and what is checked is what is reported."""
+"""The check of all stanzas and shipped agents: its cases, and its report and resumption."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spec_envs.experiments.checks.zoo import RECORDED, SHIPPED, Case, Options, R
 ALL = cases()
 
 
-def test_everything_is_checked() -> None:
+def test_cases_cover_every_environment_and_shipped_agents() -> None:
     assert {case.env_id for case in ALL} == set(ENVIRONMENTS)
     assert len(ALL) == len(set(ALL)) > 80
     assert [case.env_id for case in ALL if case.stanza == SHIPPED]
 
 
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_every_stanza_is_valid_in_small(env_id: str) -> None:
+def test_shrunk_stanzas_are_valid(env_id: str) -> None:
     for case in ALL:
         if case.env_id == env_id and case.stanza != SHIPPED:
             small = shrunk(*case, Options(priced=True))
@@ -29,7 +29,7 @@ def test_every_stanza_is_valid_in_small(env_id: str) -> None:
             assert small.env.get("target", "smollm2-135m") == "smollm2-135m"
 
 
-def test_a_sample_is_of_many_environments_and_the_same_for_a_seed() -> None:
+def test_sample_covers_environments_and_obeys_seed() -> None:
     found = sampled(ALL, len(ENVIRONMENTS), seed=1)
     assert {case.env_id for case in found if case.stanza != SHIPPED} == set(ENVIRONMENTS)
     assert [case for case in found if case.stanza == SHIPPED] == [case for case in ALL if case.stanza == SHIPPED]
@@ -37,7 +37,7 @@ def test_a_sample_is_of_many_environments_and_the_same_for_a_seed() -> None:
     assert set(sampled(ALL, 10_000, seed=0)) == set(ALL)
 
 
-def test_it_continues_and_says_what_failed(
+def test_continues_after_interrupt_and_reports_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tried: list[Case] = []
@@ -66,16 +66,16 @@ def test_it_continues_and_says_what_failed(
         "svip",
         "ucb",
         "fixed",
-    ]  # what passed is not repeated
+    ]  # cases that passed are not repeated
     assert "| SpecK-v0 | svip | 1 | ValueError: it is broken |" in (shown := capsys.readouterr().out)
     assert "3 of 4 passed" in shown
     monkeypatch.setattr(zoo_check, "cases", lambda: [Case("SpecK-v0", "ppo")])
-    zoo_check.main()  # a check that ended is made again
+    zoo_check.main()  # after a completed check the next one starts from the beginning
     assert len(tried) == 7 and "1 of 1 passed" in capsys.readouterr().out
 
 
 @pytest.mark.model
-def test_a_stanza_and_a_shipped_agent(tmp_path: Path) -> None:
+def test_check_of_stanza_and_shipped_agent(tmp_path: Path) -> None:
     for case in (Case("SpecK-v0", "svip"), Case("SpecK-v0", SHIPPED)):
         assert check(case, tmp_path, Options(priced=True)).failed == ""
     assert (tmp_path / "SpecK-v0" / "svip-0" / "results.md").exists()

@@ -1,4 +1,4 @@
-"""The comparison of draft lengths on the synthetic profile: every figure follows from what was run."""
+"""The comparison of draft lengths on the synthetic profile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dic
     return json.loads((tmp_path / "bench-k.json").read_text())
 
 
-def test_figures_by_context(
+def test_results_are_consistent_with_arms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = run(monkeypatch, tmp_path, "--agents", "hf-schedule,confidence,random")
@@ -47,7 +47,7 @@ def test_figures_by_context(
     assert again["best_agent"] == "ucb" and again["qwen"] == both["qwen"]
 
 
-def test_unknown_stanza(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_stanza_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"has no stanza 'svib' \(did you mean 'svip'\?\)"):
         run(monkeypatch, tmp_path, "--agents", "svib")
     assert not (tmp_path / "bench-k.json").exists()
@@ -57,7 +57,7 @@ def test_unknown_stanza(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("stanza", "message"),
     [("ppo", "ppo is trained to decide every cycle"), ("ppo-token", "leave out adjustment_interval")],
 )
-def test_on_a_server_only_segments_are_decided(tmp_path: Path, stanza: str, message: str) -> None:
+def test_policies_per_cycle_or_token_are_refused_on_server(tmp_path: Path, stanza: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         chains.policy_of(stanza, chains.experiment_for(stanza, {"engine": "llama-server"}), tmp_path)
     assert not list(tmp_path.iterdir())

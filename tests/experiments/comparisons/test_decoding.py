@@ -1,4 +1,4 @@
-"""Decoding speed against other software, on the tiny pair."""
+"""The comparison of decoding speed with other software, on the tiny models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import save_draft
 
 
-def test_it_writes_its_figures_and_a_usable_clock(
+def test_writes_figures_and_cost_table(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(candidates, "DEPTHS", (1, 4))
@@ -49,7 +49,7 @@ def test_it_writes_its_figures_and_a_usable_clock(
     assert (tmp_path / "bench.png").exists() and "static_over_plain" in capsys.readouterr().out
 
 
-def test_a_draft_model(
+def test_comparison_with_draft_model(
     tiny: dict, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(candidates, "KS", (1, 4))
@@ -67,7 +67,7 @@ def test_a_draft_model(
     assert "bf16 is unknown; expected some of int8, bfloat16" in capsys.readouterr().err
 
 
-def test_an_assistant_of_another_size_is_left_out(
+def test_assistant_of_other_vocabulary_is_left_out(
     tiny: dict, tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     padded = save_draft(tmp_path / "padded", tiny_target, vocab_size=99)
@@ -76,8 +76,8 @@ def test_an_assistant_of_another_size_is_left_out(
     assert "wants models of one vocabulary size" in caplog.text
 
 
-def test_other_software_ends_texts_where_its_own_model_does(tiny_target: Path, tmp_path: Path) -> None:
-    """The other software does not get our end tokens: where the two disagree, the texts differ, as the table shows."""
+def test_transformers_uses_its_own_end_tokens(tiny_target: Path, tmp_path: Path) -> None:
+    """Other software does not get our end tokens: where they differ, the texts differ, and the table shows it."""
     folder = shutil.copytree(tiny_target, tmp_path / "target")
     decoder = load_decoder(str(folder), None, "cpu", "float32")
     prompt = Encoded("t", [5, 6, 7, 8])

@@ -33,7 +33,7 @@ def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     drafter.main()
 
 
-def test_a_drafter_from_given_conversations(
+def test_head_from_given_conversations(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = conversations(tmp_path / "given.jsonl")
@@ -45,14 +45,15 @@ def test_a_drafter_from_given_conversations(
     head = EagleHead.load(str(tmp_path / "work" / "head"))
     assert len(head.draft_ids) == report["draft_vocab"]
     recorded = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
-    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")  # continues; nothing is recorded again
+    # continues training; nothing is recorded again
+    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")
     assert recorded == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
     assert json.loads((tmp_path / "longer" / "report.json").read_text())["epochs"] == 3
     with pytest.raises(SystemExit, match="was begun with another seed; choose another --work"):
         make(monkeypatch, *common, "--seed", 1)
 
 
-def test_a_head_is_trained_on(
+def test_init_continues_from_given_head(
     tiny_target: Path, tiny_drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = conversations(tmp_path / "given.jsonl")
@@ -63,7 +64,7 @@ def test_a_head_is_trained_on(
     assert torch.equal(before.draft_ids, after.draft_ids)
     assert torch.allclose(before.lm_head.weight, after.lm_head.weight, atol=1e-3)
     moved = (before.fc.weight - after.fc.weight).abs().max()
-    assert 1e-4 < moved < 0.05  # from where it was, not from the target's last layer
+    assert 1e-4 < moved < 0.05  # moved a little from its start, so it did not begin at the target's last layer
     before.lm_head.weight.data += 1
     before.save(tmp_path / "other")
     with pytest.raises(SystemExit, match=r"has output rows of its own; expected one that `make drafter` made"):
@@ -80,7 +81,7 @@ def test_a_head_is_trained_on(
         (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
     ],
 )
-def test_mistakes_claim_no_folder(
+def test_refused_options_leave_no_folder(
     arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -90,17 +91,19 @@ def test_mistakes_claim_no_folder(
 
 
 @pytest.mark.parametrize("line", ["3", '{"prompt": "x"}', '{"user": "x"}', "{"])
-def test_malformed_conversations(line: str, tmp_path: Path) -> None:
+def test_malformed_conversations_are_refused(line: str, tmp_path: Path) -> None:
     good = '{"user": "a\u2028b", "assistant": "c"}\n'
     path = tmp_path / "given.jsonl"
     path.write_text(line + "\n" + good, encoding="utf-8")
     with pytest.raises(ValueError, match=r"given.jsonl:1 is not a conversation"):
         selftext.read_conversations(path)
-    path.write_text(good + line, encoding="utf-8")  # cut short by a kill
+    path.write_text(good + line, encoding="utf-8")  # an incomplete last line, as after a kill, is ignored
     assert len(selftext.read_conversations(path)) == 1
 
 
-def test_a_target_that_ends_no_turn(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_that_never_ends_a_turn_is_refused(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(selftext, "sampled_turns", lambda *_: [])
     monkeypatch.setattr(selftext, "training_turns", lambda: [])
     target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
@@ -108,7 +111,7 @@ def test_a_target_that_ends_no_turn(tiny_target: Path, tmp_path: Path, monkeypat
         selftext.write_conversations(target, tokenizer, tmp_path / "text.jsonl", 100)
 
 
-def test_composed_turns_are_of_every_kind() -> None:
+def test_composed_turns_include_text_and_code() -> None:
     rng = random.Random(0)
     turns = [composed_turn(rng, ["An article about bees."]) for _ in range(40)]
     assert any("An article about bees." in turn for turn in turns) and any("def " in turn for turn in turns)
@@ -116,11 +119,10 @@ def test_composed_turns_are_of_every_kind() -> None:
     assert len(training_turns()) > 100
 
 
-def test_a_draft_model_from_given_conversations(
+def test_draft_model_from_given_conversations(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The draft model starts as some of the target's layers, learns from the target's text, and drafts once saved for
-    that target."""
+    """A draft model made of the target's layers improves with training, and drafts for that target once saved."""
     target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
     users = [" ".join(random.Random(i).choices(WORDS[2:14], k=6)) for i in range(60)]
     answers = generate_batch(target, [encode(tokenizer, user) for user in users], 40, set())
@@ -135,7 +137,7 @@ def test_a_draft_model_from_given_conversations(
     before, after = (json.loads((folder / "report.json").read_text()) for folder in folders)
     assert after["chain_acceptance"][0] > before["chain_acceptance"][0]
     kept = {name for name in load_weights(folders[1]) if "embed" in name or "lm_head" in name}
-    assert not kept  # these are the target's
+    assert not kept  # these tensors are read from the target
     accepted = []
     for folder in folders:
         decoder = load_decoder(str(tiny_target), str(folder), "cpu", "float32", width=1, max_depth=5)

@@ -1,4 +1,4 @@
-"""Other software refuses the draft model as it is stored, without embedding, and reads it when it is written out."""
+"""Other software refuses the shipped draft model, which has no embedding, and reads the complete copy."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ IDS = [5, 6, 7, 8]
 
 @pytest.fixture
 def draft(tiny_target: Path, tmp_path: Path) -> Path:
-    """Return seven of the eight layers of the target, over 14 of its 16 tokens."""
+    """Return a draft model of seven of the target's eight layers, over 14 of its 16 tokens."""
     target = load_target(str(tiny_target), CPU, torch.float32)
     Student.from_target(str(tiny_target), target, 7, torch.arange(14)).save(tmp_path / "draft", torch.float32)
     return tmp_path / "draft"
 
 
 def whole(draft: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the command's folder."""
+    """Return the folder that the command writes."""
     out = draft.with_name("whole")
     monkeypatch.setattr(sys, "argv", ["standalone", str(draft), "--out", str(out), "--target", str(target)])
     standalone.main()
@@ -40,20 +40,20 @@ def whole(draft: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def counted(model: Any) -> list[int]:
-    """Return a list that collects the rows of every later forward of a model."""
+    """Return a list to which every later forward of a model appends its number of rows."""
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     return rows
 
 
 @pytest.mark.parametrize("folder", ["shipped", "made"])
-def test_transformers_refuses_a_model_without_its_embedding(folder: str, draft: Path) -> None:
+def test_transformers_refuses_model_without_embedding(folder: str, draft: Path) -> None:
     path = DATA / "drafters" / f"{REAL}-draft" if folder == "shipped" else draft
     with pytest.raises(ValueError, match="model type `spec-envs-draft-llama` but Transformers does not recognize"):
         AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_it_drafts_here(draft: Path, tiny_target: Path) -> None:
+def test_draft_model_works_in_own_decoder(draft: Path, tiny_target: Path) -> None:
     decoder = load_decoder(str(tiny_target), str(draft), "cpu", "float32", width=1, max_depth=6)
     decoder.start(IDS, 20, np.random.default_rng(0))
     while not decoder.finished:
@@ -65,7 +65,7 @@ def test_it_drafts_here(draft: Path, tiny_target: Path) -> None:
     assert decoder.tokens == plain.tokens and any(cycle.accepted for cycle in decoder.cycles)
 
 
-def test_written_out_it_assists_in_transformers(
+def test_complete_copy_assists_in_transformers(
     draft: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = whole(draft, tiny_target, monkeypatch)
@@ -77,7 +77,7 @@ def test_written_out_it_assists_in_transformers(
     text = target.generate(torch.tensor([IDS]), **settings)
     rows = counted(target)
     assert torch.equal(target.generate(torch.tensor([IDS]), assistant_model=assistant, **settings), text)
-    assert len(rows) < 18  # 24 with an embedding that was drawn at random
+    assert len(rows) < 18  # with a random embedding there would be 24
     with pytest.raises(SystemExit, match="is there already; choose another folder"):
         whole(draft, tiny_target, monkeypatch)
     shutil.rmtree(out)

@@ -1,4 +1,4 @@
-"""The commands around an exit end to end, over the tiny target."""
+"""The commands around an exit from end to end, over the tiny target."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ["eval_prompts=2", "test_prompts=3", "hyperparameters.fast_batch=16", "h
 
 @pytest.fixture(autouse=True)
 def tiny_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reduce the lengths to try, and fix the user turns, since a random target ends none that makes sense."""
+    """Reduce the candidate lengths, and fix the user turns, because a random target writes no sensible ones."""
     monkeypatch.setattr(candidates, "KS", (0, 1, 3))
     monkeypatch.setattr(exit_runs, "sampled_turns", lambda *arguments: ["the a of", "in to is"])
 
@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, module: object, *arguments: str) -> Non
     module.main()  # type: ignore[attr-defined]
 
 
-def test_a_run_ends_with_a_table_and_a_drafter(
+def test_run_writes_table_and_usable_drafter(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ("own_text=12", "hyperparameters.texts=12", "eval_freq=60", "checkpoint_freq=60")
@@ -103,7 +103,7 @@ def test_a_run_ends_with_a_table_and_a_drafter(
         )
 
 
-def test_flags_are_keys_of_the_stanza(
+def test_flags_set_keys_of_the_stanza(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"conversations": [{"from": "human", "value": f"the {w}"}]} for w in ("a", "of", "in", "is", "it", "on")]
@@ -132,7 +132,7 @@ def test_flags_are_keys_of_the_stanza(
     assert not (tmp_path / "other").exists() or not any((tmp_path / "other").rglob("config.yml"))
 
 
-def test_results_of_another_root_are_not_written_over(
+def test_results_of_another_run_are_not_overwritten(
     tmp_path: Path, tiny: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "results"
@@ -143,7 +143,7 @@ def test_results_of_another_root_are_not_written_over(
         run(monkeypatch, dvi, "--root", str(tmp_path / "b"), "--results", str(results))
 
 
-def test_learning_curves(
+def test_comparison_writes_learning_curves(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--root", str(tmp_path), "--stanzas", "dvi", "reinforce", "--seeds", "0", "1", "--texts", "6"]

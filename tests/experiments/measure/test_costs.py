@@ -1,4 +1,4 @@
-"""Cost tables on a machine that does something else."""
+"""Cost tables measured on a machine that is quiet, busy for a while, or always busy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ TRUE = {"verify": {1: 0.060, 2: 0.061, 4: 0.063, 8: 0.064, 12: 0.066, 16: 0.068}
 
 
 def busy(monkeypatch: pytest.MonkeyPatch, *loads: dict[int, float]) -> list[int]:
-    """Slow down forwards of some rows by each window's factors; later windows are quiet. Return a window counter."""
+    """Multiply forward seconds by each window's factors, by rows; later windows are quiet.
+
+    Return a counter of windows.
+    """
     count = [0]
 
     def window(decoder: Any, rows: Any, repeats: int) -> costs.Curves:
@@ -25,7 +28,7 @@ def busy(monkeypatch: pytest.MonkeyPatch, *loads: dict[int, float]) -> list[int]
     return count
 
 
-def test_a_quiet_machine_is_measured_three_times(
+def test_quiet_machine_needs_three_windows(
     tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     count = busy(monkeypatch)
@@ -33,7 +36,7 @@ def test_a_quiet_machine_is_measured_three_times(
     assert count == [3] and not caplog.messages
 
 
-def test_windows_that_disagree_are_measured_again(
+def test_disagreeing_windows_are_measured_again(
     tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """These windows were once accepted as a table: 60, 58, 125, 82, 214, 100 ms."""
@@ -44,7 +47,7 @@ def test_windows_that_disagree_are_measured_again(
     assert found.spread == 0.0 and found.windows == 6 and not caplog.messages
 
 
-def test_a_machine_that_is_always_busy_says_so(
+def test_always_busy_machine_is_reported(
     tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loads = [{4: 1.0 + i % 4, 12: 1.0 + (i + 2) % 4} for i in range(20)]
@@ -56,5 +59,5 @@ def test_a_machine_that_is_always_busy_says_so(
     assert seconds == sorted(seconds)
 
 
-def test_more_rows_never_cost_less() -> None:
+def test_curves_are_made_monotone() -> None:
     assert costs.monotone({1: 3.0, 2: 1.0, 4: 5.0}) == {1: 2.0, 2: 2.0, 4: 5.0}

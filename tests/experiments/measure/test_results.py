@@ -1,4 +1,4 @@
-"""Results: ratios with their intervals, tables as JSON and back, and sentences about them."""
+"""Result tables: intervals of ratios, dataclasses as JSON and back, folder names and notes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WRITTEN = {
 }
 
 
-def test_dataclasses_as_json_and_back() -> None:
+def test_dataclasses_survive_json() -> None:
     written = json.loads(json.dumps(to_json(ARM)))
     assert written == WRITTEN and from_json(Arm, written) == ARM
     both = Arm(**{**vars(ARM), "note": "x", "again": ARM})
@@ -58,17 +58,17 @@ def test_dataclasses_as_json_and_back() -> None:
         ({"setting": [1.5]}, "stands where int is expected"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, reason: str) -> None:
+def test_json_of_wrong_type_is_refused(change: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         from_json(Arm, WRITTEN | change)
 
 
-def test_intervals_in_words() -> None:
+def test_interval_format_and_membership() -> None:
     interval = Interval(1.2345, 1.0, 2.0)
     assert f"{interval:.2f}" == "1.23 [1.00, 2.00]" and 1 in interval and 2.5 not in interval
 
 
-def test_ratios_are_of_sums_and_paired() -> None:
+def test_ratio_is_of_sums_with_paired_interval() -> None:
     def sample(tokens: int, seconds: float) -> Sample:
         return Sample(Encoded("t", []), tokens, seconds, 0.0, [])
 
@@ -81,7 +81,7 @@ def test_ratios_are_of_sums_and_paired() -> None:
     assert found.low < found.value < found.high
 
 
-def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
+def test_failed_aa_check_repeats_with_more_prompts() -> None:
     asked = []
 
     def measure(prompts: int) -> Comparison:
@@ -94,17 +94,17 @@ def test_a_run_that_disagrees_with_itself_is_repeated() -> None:
     assert asked == [8, 5, 10] and not repeated.first_try.agrees and repeated.agrees
 
 
-def test_evaluations_have_folders_of_their_own() -> None:
+def test_evaluation_folders_have_distinct_names() -> None:
     assert folder_name({"temperature": 1.0, "count": 3}) == "temperature_1.0-count_3"
     long = [folder_name({"depth": ["runs/" + "x" * 200, end]}) for end in "12"]
     assert max(map(len, long)) < 160 and long[0] != long[1]
 
 
-def test_a_collapsed_policy_is_found() -> None:
-    played = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
-    assert most_played(played) == ("7", 0.98)
+def test_most_played_finds_collapsed_policy() -> None:
+    histogram = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
+    assert most_played(histogram) == ("7", 0.98)
 
 
-def test_bars_of_a_value_that_rounding_puts_outside_its_interval() -> None:
+def test_error_bars_are_never_negative() -> None:
     assert error_bars([Interval(1.0, 1.0 + 1e-16 * 4, 1.0)]) == [[0.0], [0.0]]
     assert error_bars([Interval(1.0, 0.5, 1.25)]) == [[0.5], [0.25]]

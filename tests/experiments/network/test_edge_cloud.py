@@ -1,4 +1,4 @@
-"""Edge and cloud against the cloud alone, and a cloud under load, over the tiny pair and real sockets."""
+"""Edge and cloud against the cloud alone, and a cloud under load, over the tiny models and real sockets."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ KEYS = {"speedup", "acceptance", "network_s", "edge_s", "cloud_s", "bytes_up", "
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
-    """Return every process that is started."""
+    """Return a list to which every started process is added."""
     processes: list[subprocess.Popen[str]] = []
 
-    class Noted(subprocess.Popen):
+    class RecordedProcess(subprocess.Popen):
         def __init__(self, command: Any, *arguments: Any, **settings: Any):
             super().__init__(command, *arguments, **settings)
             if "-m" in command:
                 processes.append(self)
 
-    monkeypatch.setattr("spec_envs.experiments.network.cloud_process.subprocess.Popen", Noted)
+    monkeypatch.setattr("spec_envs.experiments.network.cloud_process.subprocess.Popen", RecordedProcess)
     return processes
 
 
@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: object) -> Non
     module.main()
 
 
-def test_edge_against_cloud(
+def test_edge_cloud_comparison(
     tiny_target: Path,
     tiny_draft: Path,
     tmp_path: Path,
@@ -70,11 +70,11 @@ def test_edge_against_cloud(
 @pytest.mark.parametrize(
     ("speedup", "word"), [(1.51, "EXCELLENT"), (1.5, "GOOD"), (1.2, "MODERATE"), (1.1, "POOR"), (0.5, "POOR")]
 )
-def test_assessment(speedup: float, word: str) -> None:
+def test_assessment_by_speedup(speedup: float, word: str) -> None:
     assert edge_cloud.assessment(speedup) == word
 
 
-def test_iterations_of_a_prompt_are_one_draw() -> None:
+def test_iterations_of_a_prompt_are_pooled() -> None:
     def sample(ids: list[int], tokens: int, seconds: float) -> Sample:
         return Sample(Encoded("", ids), tokens, seconds, 1.0, [])
 
@@ -83,7 +83,7 @@ def test_iterations_of_a_prompt_are_one_draw() -> None:
     assert (whole := edge_cloud.whole_text(pooled[0])).tokens == 16 and whole.seconds == 7.0
 
 
-def test_load(
+def test_load_of_several_edges(
     tiny_target: Path,
     tmp_path: Path,
     started: list[subprocess.Popen[str]],
@@ -97,14 +97,14 @@ def test_load(
     assert set(results["points"]) == {"1", "3"}
     for servers in results["points"].values():
         for found in servers.values():
-            assert found["requests"] > 0 and found["acceptance"] == 1  # nothing was made wrong
+            assert found["requests"] > 0 and found["acceptance"] == 1  # no draft was made wrong on purpose
             assert found["tokens_per_second"] == pytest.approx(5 * found["requests"] / 0.5)
             assert 0 < found["p50_ms"] <= found["p99_ms"]
     assert (tmp_path / "cloud-load.png").stat().st_size > 10_000
     assert "| 3 | unbatched |" in capsys.readouterr().out
 
 
-def test_a_process_that_does_not_start() -> None:
+def test_failed_start_is_reported() -> None:
     proxy = running("spec_envs.network.proxy", "--listen", "0", "--to", "1", "--link", "nowhere")
     with pytest.raises(ValueError, match=r"network\.proxy ended while it started: no link 'nowhere'") as error, proxy:
         pass

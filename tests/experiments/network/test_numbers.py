@@ -1,4 +1,4 @@
-"""Numbers that make no sense are refused by every command, in one sentence, before a model is loaded."""
+"""Every network command refuses numbers out of range in one sentence, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EDGE = {
     "--max-new-tokens": ["0", "-1"],
     "--seed": ["-1"],
 }
-EDGE_CLOUD = {"--link": ["constant:up=nan,down=1,rtt=1", "nowhere"]}  # test_commands.py has the numbers
+EDGE_CLOUD = {"--link": ["constant:up=nan,down=1,rtt=1", "nowhere"]}  # test_commands.py tests its numbers
 PROXY = {"--seed": ["-1"], "--to": ["0"], "--link": ["constant:up=-1,down=1,rtt=1", "constant:up=1,down=1,rtt=nan"]}
 COMMANDS: list[tuple[Any, list[str], dict[str, list[str]]]] = [
     (cloud, [], CLOUD),
@@ -48,7 +48,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("module", "arguments", "option"), CASES)
-def test_it_is_refused(
+def test_number_out_of_range_is_refused(
     module: Any,
     arguments: list[str],
     option: str,
@@ -66,7 +66,9 @@ def test_it_is_refused(
 
 
 @pytest.mark.parametrize("value", ["0", "nan", "inf", "-1", "1e-300", "x"])
-def test_a_time_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_time_is_refused(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--listen", "0", "--to", "1", "--link", "lte", f"--interval-ms={value}"]
     monkeypatch.setattr(sys, "argv", ["proxy", *arguments])
     with pytest.raises(SystemExit):
@@ -75,7 +77,7 @@ def test_a_time_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize("value", ["-1", "65536", "x", "host:", "²", "9" * 5000])
-def test_an_address_that_is_none(
+def test_invalid_address_is_refused(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["proxy", f"--listen={value}", "--to", "1", "--link", "lte"])

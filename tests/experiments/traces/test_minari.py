@@ -1,4 +1,4 @@
-"""Data sets for Minari hold the recorded episodes, which their seeds and actions reproduce."""
+"""Exported Minari data sets hold the recorded episodes, which their seeds and actions reproduce."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ minari = pytest.importorskip("minari", reason="the extra `minari` is not install
 
 @pytest.fixture(autouse=True)
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of the data sets."""
+    """Return the folder of the data sets, which Minari is set to use."""
     folder = tmp_path / "datasets"
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     return folder
 
 
 def replays(dataset: Any) -> int:
-    """Replay every episode and compare; return the number of steps."""
+    """Replay every episode and compare it with the recording; return the number of steps."""
     env, steps = dataset.recover_environment(), 0
     metadata = list(dataset.storage.get_episode_metadata(range(dataset.total_episodes)))
-    for episode, noted in zip(dataset.iterate_episodes(), metadata, strict=True):
-        observation, info = env.reset(seed=noted.get("seed"))
+    for episode, stored in zip(dataset.iterate_episodes(), metadata, strict=True):
+        observation, info = env.reset(seed=stored.get("seed"))
         for t, action in enumerate(episode.actions):
             np.testing.assert_array_equal(observation, episode.observations[t])
             observation, reward, terminated, truncated, info = env.step(action)
@@ -46,7 +46,7 @@ def replays(dataset: Any) -> int:
         assert terminated and not episode.truncations.any() and episode.terminations.sum() == 1
         np.testing.assert_array_equal(observation, episode.observations[-1])
         for name in ("task", "tokens", "speedup"):
-            assert noted.get(name) == info.get(name)
+            assert stored.get(name) == info.get(name)
     return steps
 
 
@@ -60,7 +60,7 @@ def replays(dataset: Any) -> int:
         ("SpecK-v0", "chain", "static:3", []),
     ],
 )
-def test_an_episode_is_played_again(
+def test_episodes_replay_exactly(
     env_id: str,
     kind: str,
     policy: str,
@@ -75,7 +75,7 @@ def test_an_episode_is_played_again(
     assert replays(dataset) == dataset.total_steps > 6
 
 
-def test_a_run_plays_as_it_was_trained(traces: dict[str, Trace], tmp_path: Path) -> None:
+def test_run_acts_in_data_set_as_trained(traces: dict[str, Trace], tmp_path: Path) -> None:
     folder = tmp_path / "a2c-0"
     keywords = {"max_new_tokens": 20, "width": 4, "max_depth": 3, "budget": 5}
     experiment = Experiment(agent="a2c", env=keywords, hyperparameters={"n_steps": 8})
@@ -97,7 +97,7 @@ def test_a_run_plays_as_it_was_trained(traces: dict[str, Trace], tmp_path: Path)
         exported("run-v4", traces["tree"].folder, "SpecDepth-v0", str(folder), 3, overrides=["max_depth=4"])
 
 
-def test_the_command_says_what_it_made_and_what_is_wrong(
+def test_command_reports_data_set_and_errors(
     traces: dict[str, Trace],
     datasets: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,10 +125,10 @@ def test_the_command_says_what_it_made_and_what_is_wrong(
         minari_export.main([*given, "a-v0"])
 
 
-def test_a_killed_export_leaves_no_data_set(
+def test_killed_export_leaves_no_data_set(
     traces: dict[str, Trace], datasets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A partly written data set is hidden, and the next export of that name removes it."""
+    """An incomplete data set is hidden, and the next export of the same name removes it."""
 
     def killed(*_: Any, **__: Any) -> None:
         raise SystemExit
@@ -136,7 +136,7 @@ def test_a_killed_export_leaves_no_data_set(
     arguments = ("spec-envs/tiny-v0", traces["tree"].folder, "SpecDepth-v0", "random", 2)
     with monkeypatch.context() as patch:
         patch.setattr(minari_export, "moved", killed)
-        patch.setattr(minari_export.shutil, "rmtree", lambda *_, **__: None)  # which SIGKILL does not let run
+        patch.setattr(minari_export.shutil, "rmtree", lambda *_, **__: None)  # SIGKILL leaves no time to clean up
         with pytest.raises(SystemExit):
             exported(*arguments)
     assert not minari.list_local_datasets() and list((datasets / ".spec-envs").rglob("*.hdf5"))

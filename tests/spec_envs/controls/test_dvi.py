@@ -1,4 +1,4 @@
-"""SpecDVI-v0: its observations, its rewards, and that only verified tokens are reported."""
+"""SpecDVI-v0: observations, rewards, verification of drafted tokens, and exits in other environments."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def plain_text(env: gym.Env, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("block", [1, 3])
-def test_a_draft_is_paid_if_it_is_what_the_target_says(block: int, tiny: dict) -> None:
-    """Right and wrong tokens by turns: 1 for the right ones up to the first wrong one, whose correction is emitted."""
+def test_reward_counts_accepted_tokens(block: int, tiny: dict) -> None:
+    """The agent drafts a random mix of the target's tokens and others; each token before the first wrong one is
+    rewarded, and the target's correction is emitted."""
     env = make(tiny, block=block, max_new_tokens=40)
     rng, paid = np.random.default_rng(0), 0
     for seed in range(6):
@@ -56,17 +57,18 @@ def test_a_draft_is_paid_if_it_is_what_the_target_says(block: int, tiny: dict) -
                 _, reward, done, _, info = env.step(drafted[-1])
             assert len(drafted) == block
             accepted = right.index(False) if False in right else block
-            inside = min(accepted, len(text) - start)  # tokens after the text's end are neither paid nor reported
+            # tokens after the end of the text are neither rewarded nor reported
+            inside = min(accepted, len(text) - start)
             assert reward == inside == info["accepted"]
-            told = min(accepted + 1, block) if len(text) - start > accepted else inside
-            assert [p["token"] for p in info["positions"]] == drafted[:told]
-            assert [p["accepted"] for p in info["positions"]] == right[:told]
+            verified = min(accepted + 1, block) if len(text) - start > accepted else inside
+            assert [p["token"] for p in info["positions"]] == drafted[:verified]
+            assert [p["accepted"] for p in info["positions"]] == right[:verified]
             paid += inside
         assert decoder.tokens == text == decoder.tokens
     assert paid > 30
 
 
-def test_confidence_is_the_targets(tiny: dict) -> None:
+def test_confidence_is_target_probability(tiny: dict) -> None:
     env = make(tiny, block=3, max_new_tokens=30)
     env.reset(seed=0)
     decoder = env.unwrapped.decoder
@@ -81,8 +83,9 @@ def test_confidence_is_the_targets(tiny: dict) -> None:
         assert position["confidence"] == pytest.approx(float(expected[i, position["token"]]), abs=1e-5)
 
 
-def test_when_sampling_a_draft_is_taken_as_often_as_the_target_says_it(tiny: dict) -> None:
-    """A fixed draft is accepted with the target's own probability of it, and what is emitted is distributed as p."""
+def test_sampling_accepts_with_target_probability(tiny: dict) -> None:
+    """A fixed draft is accepted with the target's own probability of it, and the emitted tokens are distributed as
+    p."""
     env = make(tiny, temperature=1.0, max_new_tokens=3)
     prompt = "the a of and in"
     counts, expected = np.zeros(16), np.zeros(16)
@@ -100,7 +103,7 @@ def test_when_sampling_a_draft_is_taken_as_often_as_the_target_says_it(tiny: dic
             hidden, _ = target.forward(target.embed(ids), target.cache(64), torch.arange(ids.shape[1])[None])
             known[decoder.tokens[0]] = target.head(hidden)[0, -1].softmax(-1).numpy()
         p = known[decoder.tokens[0]]
-        draft = int(p.argsort()[-2])  # the second most probable token, always
+        draft = int(p.argsort()[-2])  # always the second most probable token
         accepted += env.step(draft)[4]["accepted"] > 0
         chance += p[draft]
         counts[decoder.tokens[1]] += 1
@@ -111,7 +114,7 @@ def test_when_sampling_a_draft_is_taken_as_often_as_the_target_says_it(tiny: dic
     assert (abs(counts - expected) < 4 * deviation + 1).all()
 
 
-def test_a_block_ends_early_where_the_exit_is_unsure(tiny: dict) -> None:
+def test_block_ends_early_below_stop_probability(tiny: dict) -> None:
     env = make(tiny, block=6, stop=0.4, max_new_tokens=60)
     observation, _ = env.reset(seed=0)
     adapter = env.unwrapped.decoder.drafter.adapter
@@ -127,7 +130,7 @@ def test_a_block_ends_early_where_the_exit_is_unsure(tiny: dict) -> None:
     assert len(lengths) > 1
 
 
-def test_the_exits_own_view(tiny: dict) -> None:
+def test_policy_observation_is_the_exits_own(tiny: dict) -> None:
     env = make(tiny, observation="policy", block=4, max_new_tokens=40)
     observation, _ = env.reset(seed=0)
     control, adapter = env.unwrapped.control, env.unwrapped.decoder.drafter.adapter
@@ -141,10 +144,10 @@ def test_the_exits_own_view(tiny: dict) -> None:
     assert observation[control.slices["drafted"]] == 0.25
 
 
-def test_a_trained_exit_serves_in_other_environments(tiny: dict, tmp_path: Path) -> None:
+def test_saved_exit_drafts_in_other_environments(tiny: dict, tmp_path: Path) -> None:
     env = make(tiny)
     adapter = env.unwrapped.decoder.drafter.adapter
-    assert adapter is not make(tiny).unwrapped.decoder.drafter.adapter  # each decoder has its own
+    assert adapter is not make(tiny).unwrapped.decoder.drafter.adapter  # each decoder has its own adapter
     save_exit(adapter, tmp_path)
     chosen = {**tiny, "drafter": str(tmp_path)}
     for env_id, drafter, own in (
@@ -168,7 +171,7 @@ def test_a_trained_exit_serves_in_other_environments(tiny: dict, tmp_path: Path)
         gym.make("SpecTopK-v0", **chosen)
 
 
-def test_a_stable_baselines_policy_starts_as_the_exits_projection(tiny: dict, tmp_path: Path) -> None:
+def test_stable_baselines_policy_starts_as_exit_projection(tiny: dict, tmp_path: Path) -> None:
     env = make(tiny, max_new_tokens=30)
     shared = {"target": tiny["target"], "exit_device": "cpu", "dtype": "float32", **EXIT}
     model = PPO(ExitPolicy, env, n_steps=32, batch_size=16, n_epochs=2, policy_kwargs=shared, device="cpu")
@@ -207,12 +210,12 @@ def test_a_stable_baselines_policy_starts_as_the_exits_projection(tiny: dict, tm
         ({"trace": "qwen2.5-coder-32b-cpu"}, "no trace replays SpecDVI-v0"),
     ],
 )
-def test_bad_keywords(keywords: dict, message: str, tiny: dict) -> None:
+def test_invalid_keywords_are_refused(keywords: dict, message: str, tiny: dict) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make(tiny, **keywords)
 
 
-def test_a_misspelt_keyword_names_the_nearest(tiny: dict) -> None:
+def test_misspelt_keyword_names_the_nearest(tiny: dict) -> None:
     with pytest.raises(
         TypeError, match="DVIControl got an unexpected keyword argument 'exit_layers'; did you mean 'exit_layer'"
     ):

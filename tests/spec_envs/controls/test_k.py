@@ -1,4 +1,4 @@
-"""SpecK-v0: its observations, its actions, and that the text is the target's own under any actions."""
+"""SpecK-v0: observations, actions, kinds of text, and that the text is the target's own under any actions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_gymnasium_accepts_every_variant(pair: dict[str, Any], own: dict[str, An
     env = gym.make("SpecK-v0", **{**pair, **own})
     spec = env.spec
     assert spec is not None
-    spec.nondeterministic = False  # the clock is priced: everything follows from the seed
+    spec.nondeterministic = False  # the clock is priced, so everything follows from the seed
     check_env(env.unwrapped, skip_render_check=True)
 
 
@@ -62,21 +62,21 @@ def test_greedy_text_is_plain_text_under_random_actions(pair: dict[str, Any], ow
     assert info["tokens"] == len(env.decoder.tokens)
 
 
-def test_observation_of_cycles(pair: dict[str, Any]) -> None:
-    """Every entry, recomputed from what the decoder recorded."""
+def test_observation_per_cycle(pair: dict[str, Any]) -> None:
+    """Every entry equals the value computed again from what the decoder recorded."""
     env = make(pair, k_max=8)
     rng = np.random.default_rng(3)
     control = env.control
-    see, _ = env.reset(seed=3)
-    read = lambda name: see[control.slices[name]]  # noqa: E731
+    seen, _ = env.reset(seed=3)
+    read = lambda name: seen[control.slices[name]]  # noqa: E731
     assert not np.any(
         [read(n).any() for n in ("confidence", "entropy", "match", "acceptance", "last_k", "last_acceptance")]
     )
-    done, asked = False, []
+    done, chosen = False, []
     while not done:
         action = int(rng.integers(9))
-        asked.append(action)
-        see, _, done, _, info = env.step(action)
+        chosen.append(action)
+        seen, _, done, _, info = env.step(action)
         cycles, last = env.decoder.cycles, env.decoder.cycles[-1]
         assert info["drafted"] == action == last.drafted
         for n, value in zip((4, 16), read("acceptance"), strict=True):
@@ -92,29 +92,29 @@ def test_observation_of_cycles(pair: dict[str, Any]) -> None:
                 last.nodes.probabilities >= 1 / 16 - 1e-6
             ).all()
         assert read("kind").sum() == read("task").sum() == 1
-    assert len(asked) > 3
+    assert len(chosen) > 3
 
 
-def test_observation_of_tokens(pair: dict[str, Any]) -> None:
-    """The chain under way; the rest stays as it was when the cycle began."""
+def test_observation_per_token(pair: dict[str, Any]) -> None:
+    """The first entries describe the current chain; the others stay as they were at the start of the cycle."""
     env = make(pair, decision="token", k_max=4)
-    begun, _ = env.reset(seed=1)
-    assert begun[:5].tolist() == [0, 1, 0, 1, 0]
+    at_start, _ = env.reset(seed=1)
+    assert at_start[:5].tolist() == [0, 1, 0, 1, 0]
     path = 1.0
     for drafted in (1, 2, 3):
-        see, reward, _, _, info = env.step(DRAFT)
-        assert info["emitted"] == 0 and reward < 0  # it costs, and has brought nothing yet
-        path *= float(see[1])
-        assert see[0] == pytest.approx(drafted / 4) and see[3] == pytest.approx(path, rel=1e-5)
-        assert see[4] == 0 and np.array_equal(see[5:], begun[5:]) and 0 < see[2] < 0.3
-    see, _, _, _, info = env.step(DRAFT)  # the fourth is verified at once
+        seen, reward, _, _, info = env.step(DRAFT)
+        assert info["emitted"] == 0 and reward < 0  # it costs time, and no token has been emitted yet
+        path *= float(seen[1])
+        assert seen[0] == pytest.approx(drafted / 4) and seen[3] == pytest.approx(path, rel=1e-5)
+        assert seen[4] == 0 and np.array_equal(seen[5:], at_start[5:]) and 0 < seen[2] < 0.3
+    seen, _, _, _, info = env.step(DRAFT)  # the fourth token reaches k_max, so the chain is verified in this step
     assert info["drafted"] == 4 and info["emitted"] >= 1
-    assert see[:4].tolist() == [0, 1, 0, 1] or env.decoder.finished
+    assert seen[:4].tolist() == [0, 1, 0, 1] or env.decoder.finished
     if not env.decoder.finished:
-        assert env.step(VERIFY)[-1]["drafted"] == 0  # plain decoding
+        assert env.step(VERIFY)[-1]["drafted"] == 0  # nothing was drafted: plain decoding
 
 
-def test_a_decision_is_kept_for_a_segment(pair: dict[str, Any]) -> None:
+def test_decision_holds_for_a_segment(pair: dict[str, Any]) -> None:
     env = make({**pair, "max_new_tokens": 40}, adjustment_interval=8)
     env.reset(seed=0)
     env.decoder.eos = frozenset()
@@ -128,7 +128,7 @@ def test_a_decision_is_kept_for_a_segment(pair: dict[str, Any]) -> None:
         assert sum(info["seconds"].values()) == pytest.approx(sum(sum(c.seconds.values()) for c in made))
 
 
-def test_domains_take_turns(pair: dict[str, Any]) -> None:
+def test_tasks_switch_after_switch_every_texts(pair: dict[str, Any]) -> None:
     env = make(pair, switch_every=3, prompts="all,json")
     tasks = []
     for i in range(12):
@@ -151,13 +151,13 @@ def test_domains_take_turns(pair: dict[str, Any]) -> None:
         ({"switch_every": -1}, "switch_every is -1; expected texts"),
     ],
 )
-def test_mistakes_are_named(pair: dict[str, Any], own: dict[str, Any], message: str) -> None:
+def test_invalid_keywords_are_refused(pair: dict[str, Any], own: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(pair, **own)
 
 
-def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None:
-    """An agent that always continues still ends every cycle."""
+def test_chain_is_verified_when_drafter_has_no_more_tokens(tiny: dict[str, Any]) -> None:
+    """An agent that always drafts another token still ends every cycle."""
     env = make({**tiny, "drafter": "lookup"}, decision="token")
     env.reset(seed=0)
     for _ in range(24 * 17):
@@ -171,7 +171,7 @@ def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None
     [
         ("def f(x): return {x[0]: (x[1], [2])}", "code"),
         ("Here it is:\n```python\nprint", "code"),
-        ("x" * 95 + "(" * 5, "prose"),  # a twentieth, not more
+        ("x" * 95 + "(" * 5, "prose"),  # a twentieth, which is not above the limit
         ("x" * 94 + "(" * 6, "code"),
         ('{"name": "a"}', "json"),
         ('  {\n "name"', "json"),
@@ -188,31 +188,31 @@ def test_a_drafter_without_more_to_say_is_verified(tiny: dict[str, Any]) -> None
         ("", "prose"),
     ],
 )
-def test_kinds_of_text(snippet: str, kind: str) -> None:
+def test_kind_of_snippet(snippet: str, kind: str) -> None:
     assert context_kind(snippet) == kind and kind in KINDS
 
 
-def test_an_answer_that_opens_as_json_is_json(pair: dict[str, Any]) -> None:
-    """It is JSON although its last tokens look like code and the prompt stands before them."""
+def test_answer_that_starts_as_json_is_json(pair: dict[str, Any]) -> None:
+    """It is JSON although its last tokens look like code and the prompt comes before them."""
     env = make(pair)
     env.decoder.detokenize = lambda ids: '{"a": [1, 2]}' if len(ids) <= 8 else 'write {"a": [1, 2]}; now'
-    see, _ = env.reset(seed=0, options={"prompt": "the a of and in to the a of and in"})
-    assert see[env.control.slices["kind"]].tolist() == [0, 0, 0, 1, 0]
+    seen, _ = env.reset(seed=0, options={"prompt": "the a of and in to the a of and in"})
+    assert seen[env.control.slices["kind"]].tolist() == [0, 0, 0, 1, 0]
 
 
-def test_kind_is_told_anew_as_the_text_grows(pair: dict[str, Any]) -> None:
+def test_kind_is_recomputed_as_the_text_grows(pair: dict[str, Any]) -> None:
     env = make(pair, max_new_tokens=24)
     env.reset(seed=0, options={"prompt": "the a of and in to"})
-    asked: list[list[int]] = []
-    env.decoder.detokenize = lambda ids: asked.append(ids) or "- a\n- b"  # type: ignore[func-returns-value]
+    chosen: list[list[int]] = []
+    env.decoder.detokenize = lambda ids: chosen.append(ids) or "- a\n- b"  # type: ignore[func-returns-value]
     env.decoder.eos = frozenset()
     while not env.decoder.finished:
-        see = env.step(1)[0]
-    assert 2 <= len(asked) <= 4 and all(len(ids) <= 96 for ids in asked)
-    assert see[env.control.slices["kind"]].tolist() == [0, 0, 0, 0, 1]
+        seen = env.step(1)[0]
+    assert 2 <= len(chosen) <= 4 and all(len(ids) <= 96 for ids in chosen)
+    assert seen[env.control.slices["kind"]].tolist() == [0, 0, 0, 0, 1]
 
 
-def test_counters_are_what_a_server_reports() -> None:
+def test_counters_observation_has_what_a_server_reports() -> None:
     control = KControl(adjustment_interval=64, observation="counters")
     assert list(control.slices) == ["acceptance", "last_k", "last_acceptance", "position", "context"]
     assert "confidence" not in KControl(adjustment_interval=64).slices

@@ -1,4 +1,4 @@
-"""SpecTopK-v0: what actions do, what is seen and paid, links that move by themselves, traces."""
+"""SpecTopK-v0: actions, observations, rewards, costs of messages, links and expected-acceptance traces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spec_envs.network import expected_trace as expected
 from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.network.link import load_link
 from tests.support.cloud_process import CloudProcess
-from tests.support.playing import rollout
+from tests.support.rollouts import rollout
 
 JOINT: dict[str, Any] = {"actions": "joint", "k": 4, "ks": [0, 3, 8]}
 TRACE = "smollm2-135m-topk"
@@ -37,7 +37,7 @@ AS_RECORDED = {"trace": TRACE, "target": "smollm2-135m", "drafter": "auto", "dty
 
 @pytest.fixture
 def chain(tiny: dict, tiny_draft: Path) -> dict[str, Any]:
-    """Return keyword arguments of an environment over the tiny pair with a draft model."""
+    """Return keyword arguments of an environment over the tiny target with a draft model."""
     return tiny | {"drafter": str(tiny_draft)}
 
 
@@ -45,7 +45,7 @@ def make(chain: dict, **keywords: Any) -> Any:
     return gym.make("SpecTopK-v0", **{**chain, **keywords})
 
 
-def test_the_published_candidates_are_the_actions() -> None:
+def test_actions_are_published_candidates() -> None:
     assert TopKControl().action_space.n == 11
     assert [str(choice) for choice in TopKControl(k=4).choices[:3]] == ["4xscalar", "4x50", "4x100"]
     joint = TopKControl(**JOINT, edge_value=0.5)
@@ -56,14 +56,14 @@ def test_the_published_candidates_are_the_actions() -> None:
     assert {choice.mode for choice in TopKControl(protocol="scalar", **JOINT).choices} == {"scalar", "cloud"}
 
 
-def test_temperature_is_1_unless_given(chain: dict) -> None:
+def test_default_temperature_is_1(chain: dict) -> None:
     assert make(chain).unwrapped.decoder.temperature == 1.0
     assert make(chain, temperature=0.0).unwrapped.decoder.temperature == 0.0
     assert gym.make("SpecK-v0", **chain).unwrapped.decoder.temperature == 0.0
 
 
-def test_rounds_cost_what_was_sent(chain: dict) -> None:
-    """Seconds are those of the table and of the link's arithmetic, bytes those of the encoded messages."""
+def test_round_costs_follow_from_table_and_link(chain: dict) -> None:
+    """Seconds are those of the cost table and of the link for the bytes of the encoded messages."""
     env = make(chain, ks=[0, 2, 5], k=3, link="constant:up=0.1,down=1,rtt=20", max_new_tokens=200)
     spec_env = env.unwrapped
     table, link = spec_env.decoder.clock.table, load_link("constant:up=0.1,down=1,rtt=20")
@@ -75,10 +75,11 @@ def test_rounds_cost_what_was_sent(chain: dict) -> None:
         assert info["seconds"]["network"] == pytest.approx(link.seconds(info["bytes_up"], info["bytes_down"]))
         assert info["seconds"]["verify"] == pytest.approx(table.seconds("verify", 4))
         sizes.append(info["bytes_up"])
-    assert sizes[2] - sizes[1] == 3 * 3 * 4  # three more entries of three tokens: two bytes of id, two of weight
+    # three more entries for each of three tokens: two bytes of id, two of weight
+    assert sizes[2] - sizes[1] == 3 * 3 * 4
 
 
-def test_the_link_moves_whatever_is_sent(chain: dict) -> None:
+def test_link_states_do_not_depend_on_actions(chain: dict) -> None:
     def states(action: int) -> list:
         env = make(chain, **JOINT, max_new_tokens=60).unwrapped
         env.reset(seed=5)
@@ -94,7 +95,7 @@ def test_the_link_moves_whatever_is_sent(chain: dict) -> None:
     assert len({state.up_mbps for seed in range(20) for state in states(seed % 3)}) > 1
 
 
-def test_the_cloud_alone_says_the_same_for_a_seed_and_moves_the_link_per_token(chain: dict) -> None:
+def test_cloud_action_emits_a_stream_of_plain_tokens(chain: dict) -> None:
     env = make(chain, **JOINT, max_new_tokens=40).unwrapped
     cloud = [str(choice) for choice in env.control.choices].index("cloud 16")
     env.reset(seed=3)
@@ -103,11 +104,11 @@ def test_the_cloud_alone_says_the_same_for_a_seed_and_moves_the_link_per_token(c
     assert info["seconds"]["verify"] == pytest.approx(info["emitted"] * 0.0496)
 
 
-def test_nothing_of_a_text_outlives_it(chain: dict) -> None:
-    """The same seed is the same episode, whatever ran before: bytes, seconds, and the edge's estimate of its link."""
+def test_episode_depends_on_its_seed_only(chain: dict) -> None:
+    """The same seed gives the same episode whatever ran before: bytes, seconds, and the edge's estimate of its link."""
     env = make(chain, **JOINT, max_new_tokens=50).unwrapped
 
-    def played(seed: int) -> list:
+    def run_episode(seed: int) -> list:
         rng, found = np.random.default_rng(0), [env.reset(seed=seed)[0].tolist()]
         while not env.decoder.finished:
             seen, *_, info = env.step(int(rng.integers(env.action_space.n)))
@@ -115,15 +116,16 @@ def test_nothing_of_a_text_outlives_it(chain: dict) -> None:
             found.append((seen.tolist(), info["bytes_up"], info["bytes_down"], info["emitted"], seconds))
         return found
 
-    first = played(4)
-    played(5)
-    assert played(4) == first
+    first = run_episode(4)
+    run_episode(5)
+    assert run_episode(4) == first
 
 
-def test_a_real_cloud_gives_the_same_episode(chain: dict, tmp_path: Path) -> None:
-    """Same seed, same actions: the same tokens and bytes over a simulated link and through a socket to another process."""
+def test_real_cloud_gives_the_simulated_episode(chain: dict, tmp_path: Path) -> None:
+    """Same seed and actions give the same tokens and bytes over a simulated link and through a socket to another
+    process."""
 
-    def played(link: str) -> list:
+    def run_episode(link: str) -> list:
         env = make(chain, **JOINT, link=link, max_new_tokens=60).unwrapped
         found = []
         for seed in range(3):
@@ -136,10 +138,10 @@ def test_a_real_cloud_gives_the_same_episode(chain: dict, tmp_path: Path) -> Non
         return found
 
     with CloudProcess(tmp_path, "--target", chain["target"], "--dtype", "float32", "--device", "cpu") as cloud:
-        assert played(cloud.url) == played("markov-1-500") == played("constant-5g")
+        assert run_episode(cloud.url) == run_episode("markov-1-500") == run_episode("constant-5g")
 
 
-def test_greedy_text_is_the_targets_whatever_is_chosen(chain: dict) -> None:
+def test_greedy_text_is_plain_text_under_random_actions(chain: dict) -> None:
     env = make(chain, **JOINT, temperature=0.0, max_new_tokens=60).unwrapped
     rng = np.random.default_rng(0)
     for seed in range(4):
@@ -153,18 +155,18 @@ def test_greedy_text_is_the_targets_whatever_is_chosen(chain: dict) -> None:
         assert env.decoder.tokens == plain.tokens
 
 
-def test_unverified_tokens_are_counted_and_paid_as_told(chain: dict) -> None:
+def test_unverified_tokens_are_rewarded_by_edge_value(chain: dict) -> None:
     env = make(chain, **JOINT, edge_value=0.25, pace=0.0, max_new_tokens=60).unwrapped
     env.decoder.eos = frozenset()
     env.reset(seed=0)
     _, reward, _, _, info = env.step(env.action_space.n - 1)
     assert info["unverified"] == info["emitted"] > 0 and info["bytes_up"] == 0
     assert reward == pytest.approx(0.25 * info["emitted"])
-    _, reward, _, _, info = env.step(1)  # the cloud is sent what it has not seen
+    _, reward, _, _, info = env.step(1)  # the cloud is sent the tokens that it has not seen
     assert info["unverified"] == 0 and reward == info["emitted"]
 
 
-def test_published_state_and_reward(chain: dict) -> None:
+def test_published_observation_and_reward(chain: dict) -> None:
     env = make(chain, observation="rl_adapter", reward="rl_adapter", episode="cycle").unwrapped
     seen, _ = env.reset(seed=0)
     assert seen.shape == (10,) and seen[0] == pytest.approx(env.decoder.verifier.estimate.up_mbps / 1000, rel=1e-5)
@@ -176,7 +178,7 @@ def test_published_state_and_reward(chain: dict) -> None:
         make(chain, reward="ltd")
 
 
-def test_rates_are_shown_on_a_log_scale() -> None:
+def test_log_scaled() -> None:
     assert log_scaled(0.1, (0.1, 1e4)) == 0 and log_scaled(1e4, (0.1, 1e4)) == pytest.approx(1)
     assert log_scaled(10, (0.1, 1e4)) - log_scaled(1, (0.1, 1e4)) == pytest.approx(0.2)
     assert log_scaled(0, (0.1, 1e4)) == 0 and log_scaled(1e9, (0.1, 1e4)) == 1
@@ -201,28 +203,28 @@ def test_rates_are_shown_on_a_log_scale() -> None:
         ({"trace": "nothing.npz"}, "no expected-acceptance trace 'nothing.npz'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(keywords: dict, message: str, chain: dict) -> None:
+def test_invalid_keywords_are_refused(keywords: dict, message: str, chain: dict) -> None:
     with pytest.raises(ValueError, match=message):
         make(chain, **keywords)
 
 
-def test_a_head_that_reads_the_target_is_refused(tiny: dict) -> None:
+def test_head_that_reads_target_states_is_refused(tiny: dict) -> None:
     with pytest.raises(ValueError, match="take a draft model"):
         make(tiny)
 
 
-def test_expected_acceptance_is_the_chance_to_be_kept(rng: np.random.Generator) -> None:
+def test_expected_acceptance_is_probability_of_acceptance(rng: np.random.Generator) -> None:
     p, q = rng.dirichlet(np.ones(12)), Proposal(np.arange(12), rng.dirichlet(np.ones(12)))
     for k in (0, 1, 4, 12):
         cut = q.truncated(k) if k else q
-        kept = 0
+        hits = 0
         for _ in range(4000):
             token = cut.draw(rng.random())
-            kept += rng.random() * cut.probability(token) < p[token]
-        assert kept / 4000 == pytest.approx(expected_acceptance(p, q, k), abs=0.035)
+            hits += rng.random() * cut.probability(token) < p[token]
+        assert hits / 4000 == pytest.approx(expected_acceptance(p, q, k), abs=0.035)
 
 
-def test_a_trace_is_played(tmp_path: Path) -> None:
+def test_trace_replays_saves_and_loads(tmp_path: Path) -> None:
     keywords = {"trace": TRACE, **JOINT, "ks": [0, 50, 300], "max_new_tokens": 64}
     env = gym.make("SpecTopK-v0", **keywords)
     assert rollout(env, 1, 40) == rollout(gym.make("SpecTopK-v0", **keywords), 1, 40)
@@ -240,7 +242,7 @@ def test_a_trace_is_played(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("k", [50, 300])
-def test_a_trace_accepts_as_often_as_it_says(k: int) -> None:
+def test_replay_accepts_at_recorded_rate(k: int) -> None:
     env = gym.make("SpecTopK-v0", trace=TRACE, k=1, ks=[k], max_new_tokens=96).unwrapped
     accepted = drafted = 0
     for seed in range(60):
@@ -250,12 +252,13 @@ def test_a_trace_accepts_as_often_as_it_says(k: int) -> None:
             accepted, drafted = accepted + info["accepted"], drafted + info["drafted"]
     texts = [text for text in env.decoder.verifier.channel.trace.texts if text.split == "train"]
     column = env.decoder.drafter.columns[k]
-    said = np.concatenate([text.acceptance[:-1, column] for text in texts]).astype(float).mean()
-    assert accepted / drafted == pytest.approx(said, abs=0.04)
+    expected_rate = np.concatenate([text.acceptance[:-1, column] for text in texts]).astype(float).mean()
+    assert accepted / drafted == pytest.approx(expected_rate, abs=0.04)
 
 
-def test_per_state_is_the_best_policy_of_all(tmp_path: Path) -> None:
-    """Against every policy of a small problem, its long-run throughput computed from the chain of its decisions."""
+def test_per_state_is_the_best_policy(tmp_path: Path) -> None:
+    """Its throughput is the largest over all policies of a small problem, computed from the Markov chain of
+    decisions."""
     link = load_link("markov-1-500")
     outcomes = {
         "1x50": Outcome(1.6, 0.06, 800, 30),
@@ -279,7 +282,7 @@ def test_per_state_is_the_best_policy_of_all(tmp_path: Path) -> None:
     assert rate == pytest.approx(best, rel=1e-6) and len(set(chosen.values())) > 1
 
 
-def test_generate_learns_while_it_serves(chain: dict) -> None:
+def test_generate_with_learn_trains_agent(chain: dict) -> None:
     control = make_control("topk", {"observation": "rl_adapter"})
     models = {name: chain[name] for name in ("target", "drafter", "device", "dtype")}
     decoder = control.open(PricedClock(CostTable.load(chain["clock"])), **models)
@@ -296,7 +299,7 @@ def test_generate_learns_while_it_serves(chain: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["ppo", "ddqn", "rl-adapter"])
-def test_agents_play_it(name: str, chain: dict) -> None:
+def test_agents_control_it(name: str, chain: dict) -> None:
     keywords = (
         {"observation": "rl_adapter", "reward": "rl_adapter", "episode": "cycle"} if name == "rl-adapter" else JOINT
     )
@@ -311,7 +314,7 @@ def test_agents_play_it(name: str, chain: dict) -> None:
 
 
 @pytest.mark.model
-def test_recording_leaves_the_shipped_trace_alone(
+def test_recording_does_not_touch_shipped_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shipped = {path: path.read_bytes() for path in expected.TRACES.iterdir()}

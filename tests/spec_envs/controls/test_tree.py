@@ -1,4 +1,4 @@
-"""Depth and budget decided together: what the actions mean, what is seen, and static settings of both."""
+"""SpecTree-v0, where depth and budget are decided together: actions, observation and static settings."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def make(tiny: dict, **keywords: Any) -> Any:
 def test_actions(tiny: dict) -> None:
     env = make(tiny, budgets=[0, 3, 9])
     assert env.action_space.n == 4
-    played = [env.step(action)[4] for action in (EXPAND, EXPAND, 2, 3, 1)]
-    assert [info["emitted"] > 0 for info in played] == [False, False, True, True, True]
-    assert [(info["drafted"], info["verified"]) for info in played[2:]] == [(210, 3), (10, 9), (10, 0)]
-    assert played[4]["emitted"] == 1  # budget 0 is plain decoding
+    steps = [env.step(action)[4] for action in (EXPAND, EXPAND, 2, 3, 1)]
+    assert [info["emitted"] > 0 for info in steps] == [False, False, True, True, True]
+    assert [(info["drafted"], info["verified"]) for info in steps[2:]] == [(210, 3), (10, 9), (10, 0)]
+    assert steps[4]["emitted"] == 1  # budget 0 is plain decoding
 
 
-def test_nothing_is_forced_and_depth_0_costs_the_root_alone(tiny: dict) -> None:
+def test_depth_0_costs_only_the_root_forward(tiny: dict) -> None:
     env = make(tiny)
     table = env.decoder.clock.table
     for _ in range(3):
@@ -49,20 +49,20 @@ def test_nothing_is_forced_and_depth_0_costs_the_root_alone(tiny: dict) -> None:
         assert info["seconds"]["verify"] == pytest.approx(table.seconds("verify", 8))
 
 
-def test_behind_the_last_level_expanding_verifies_the_largest_budget(tiny: dict) -> None:
+def test_expanding_at_maximum_depth_verifies_largest_budget(tiny: dict) -> None:
     env = make(tiny, max_depth=2, budgets=[1, 5])
     infos = [env.step(EXPAND)[4] for _ in range(6)]
     assert [info["verified"] for info in infos] == [0, 0, 5, 0, 0, 5]
     assert infos[2]["drafted"] == 210
 
 
-def test_a_drafter_with_nothing_more_to_say_is_verified(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_is_verified_when_drafter_adds_nothing(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     env = make(tiny, budgets=[1, 5])
     monkeypatch.setattr(env.decoder.drafter, "expand", lambda tree: 0)
     assert env.step(EXPAND)[4]["verified"] == 5
 
 
-def test_the_observation(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+def test_observation(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
     control = TreeControl()
     assert list(control.slices) == [
         *("frontier", "survival", "gains", "entropy"),
@@ -84,8 +84,8 @@ def test_the_observation(tiny_decoder: Decoder, rng: np.random.Generator) -> Non
     assert TreeControl(cost_features=True).slices["costs"] == slice(42, 42 + len(COST_ROWS) + 1)
 
 
-def test_an_agent_is_shown_what_it_looks_at(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
-    class Watcher(RandomAgent):
+def test_agent_is_given_only_entries_it_looks_at(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+    class RecordingAgent(RandomAgent):
         looks_at = ("frontier", "position")
         seen: list[np.ndarray] = []  # noqa: RUF012
 
@@ -94,7 +94,7 @@ def test_an_agent_is_shown_what_it_looks_at(tiny_decoder: Decoder, rng: np.rando
             return super().predict(observation)
 
     control = TreeControl()
-    agent = Watcher(control)
+    agent = RecordingAgent(control)
     generate(tiny_decoder, control, agent, PROMPT, 40).run()
     shown = {name for name, place in control.slices.items() if np.any([seen[place] for seen in agent.seen])}
     assert shown == {"frontier", "position"}
@@ -115,7 +115,7 @@ def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, tiny_decoder
     assert len(shapes) > 4
 
 
-def test_fixed_settings(tiny_decoder: Decoder) -> None:
+def test_fixed_agent_follows_its_setting(tiny_decoder: Decoder) -> None:
     control = TreeControl()
     assert control.settings()[:2] == ("0x1", "0x3") and len(control.settings()) == 13 * 13
     for value in ("0x1", "0x7", "2x7", "12x95"):
@@ -137,9 +137,9 @@ def test_static_settings_of_any_budget(tiny: dict, tiny_decoder: Decoder, monkey
     assert {"depth 0, budget 7", "depth 2, budget 1"} <= set(found.tokens_per_second)
 
 
-def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_histogram_counts_settings_followed(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     control = TreeControl(max_depth=2, budgets=(1, 7))
-    tiny_decoder = load_same(tiny_decoder, control)
+    tiny_decoder = sized_for(tiny_decoder, control)
     sample = decoded(tiny_decoder, Policy(control, RandomAgent(control, seed=0)))(Encoded("a task", PROMPT), 80, 0)
     cycles = [f"{cycle.depth}x{cycle.verified}" for cycle in tiny_decoder.cycles]
     histogram = settings_played(control, [sample])["a task"]
@@ -152,8 +152,8 @@ def test_settings_played(tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch)
     assert sum(settings_played(control, [sample])["a task"].values()) == len(sample.actions) == sample.cycles
 
 
-def load_same(decoder: Decoder, control: TreeControl) -> Decoder:
-    """Return the same pair, for trees of the control's size."""
+def sized_for(decoder: Decoder, control: TreeControl) -> Decoder:
+    """Return a decoder of the same models whose trees have the size of the control's."""
     return Decoder(decoder.verifier, decoder.drafter, decoder.clock, decoder.eos, control.max_depth)
 
 
@@ -168,11 +168,11 @@ def load_same(decoder: Decoder, control: TreeControl) -> Decoder:
         ({"depth": 3}, TypeError, "TreeControl got an unexpected keyword argument 'depth'"),
     ],
 )
-def test_refusals(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
+def test_invalid_keywords_are_refused(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
     with pytest.raises(error, match=message):
         gym.make("SpecTree-v0", **tiny, **keywords)
 
 
-def test_a_tree_policy_has_no_partner() -> None:
+def test_tree_policy_takes_no_partner() -> None:
     with pytest.raises(ValueError, match="but a tree policy takes no partner"):
         TreeControl().compose(TreeControl(), AGENTS["random"](control=TreeControl()))

@@ -1,4 +1,4 @@
-"""Acceptance rules: exact by enumeration of every branch."""
+"""Acceptance rules keep the target's distribution, by enumeration of every branch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.enumeration import VOCAB, Branch, Oracle, chained_exactly, ra
 
 
 def random_tree(rng: np.random.Generator, nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a connected tree whose siblings have distinct tokens."""
+    """Return tokens and parents of a random connected tree whose siblings have distinct tokens."""
     tokens, parents = [], []
     while len(tokens) < nodes:
         parent = int(rng.integers(-1, len(tokens)))
@@ -32,12 +32,13 @@ def emitted(tokens: np.ndarray, result: tuple[list[int], int]) -> tuple[int, ...
 
 
 def distribution(rule: Callable, tokens: np.ndarray, parents: Any, p: np.ndarray) -> dict[tuple, float]:
-    """Return what a rule emits, with its probability; ``parents`` of a tree, or the proposals of a chain."""
+    """Return the distribution of the tokens that a rule emits; ``parents`` are those of a tree, or the proposals of
+    a chain."""
     oracle = Oracle()
     found: dict[tuple, float] = {}
 
     def draw(weights: np.ndarray, u: Any) -> int:
-        if weights.sum() == 0:  # after a branch that has probability 0
+        if weights.sum() == 0:  # in a branch of probability 0
             return 0
         return oracle.fork(list(weights / weights.sum()))
 
@@ -52,7 +53,7 @@ def distribution(rule: Callable, tokens: np.ndarray, parents: Any, p: np.ndarray
 
 
 def target_distribution(tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) -> dict[tuple, float]:
-    """Return ancestral sampling of the target, which stops at the first token that is not a node."""
+    """Return the distribution of sampling from the target until the first token that is not a node."""
     exact: dict[tuple, float] = {}
 
     def walk(node: int, prefix: tuple[int, ...], probability: float) -> None:
@@ -70,11 +71,11 @@ def target_distribution(tokens: np.ndarray, parents: np.ndarray, p: np.ndarray) 
 
 @pytest.mark.parametrize("nodes", [0, 1, 2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(4))
-def test_sampled_keeps_the_targets_distribution(nodes: int, seed: int) -> None:
+def test_tree_sampling_keeps_targets_distribution(nodes: int, seed: int) -> None:
     rng = np.random.default_rng(100 * nodes + seed)
     tokens, parents = random_tree(rng, nodes)
     p = rng.dirichlet(np.ones(VOCAB), size=nodes + 1)
-    if seed == 3:  # as top-p leaves it: zeros
+    if seed == 3:  # zeros, as top-p produces them
         p[p < 0.15] = 0.0
         p /= p.sum(1, keepdims=True)
     found = distribution(accept.sampled, tokens, parents, p)
@@ -82,7 +83,7 @@ def test_sampled_keeps_the_targets_distribution(nodes: int, seed: int) -> None:
 
 
 def chain_distribution(rule: Callable, length: int, p: dict, q: dict) -> dict[tuple, float]:
-    """Return the distribution of what a cycle emits when its chain is drawn token by token from the draft."""
+    """Return the distribution of the tokens that a cycle emits when its chain is sampled from the draft."""
     found: dict[tuple, float] = {}
     for tokens in itertools.product(range(VOCAB), repeat=length):
         proposals = [q[tokens[:i]] for i in range(length)]
@@ -97,13 +98,13 @@ def chain_distribution(rule: Callable, length: int, p: dict, q: dict) -> dict[tu
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_drawn_chains_keep_the_targets_distribution(length: int, seed: int) -> None:
+def test_sampled_chains_keep_targets_distribution(length: int, seed: int) -> None:
     p, q = random_texts(length, seed)
     assert chained_exactly(chain_distribution(accept.chained, length, p, q), length, p) < 1e-12
 
 
-def test_the_enumeration_catches_a_wrong_residual() -> None:
-    """Zeroing only the rejected token gives (.425, .275, .30) where the target has (.4, .4, .2)."""
+def test_enumeration_detects_wrong_residual() -> None:
+    """Zeroing only the rejected token gives (.425, .275, .30), while the target has (.4, .4, .2)."""
 
     def wrong(tokens: Any, proposals: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
         p = probabilities(0).copy()
@@ -121,8 +122,8 @@ def test_the_enumeration_catches_a_wrong_residual() -> None:
     assert chained_exactly(chain_distribution(wrong, 1, p, q), 1, p) > 0.1
 
 
-def test_the_enumeration_catches_a_wrong_rule() -> None:
-    """Testing the second child with its unrenormalised probability is biased, and is found out."""
+def test_enumeration_detects_wrong_tree_rule() -> None:
+    """Testing the second child with its unrenormalised probability is biased, which the enumeration shows."""
 
     def wrong(tokens: Any, parents: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
         path, node = [], ROOT
@@ -143,7 +144,7 @@ def test_the_enumeration_catches_a_wrong_rule() -> None:
     assert total_variation(distribution(wrong, tokens, parents, p), target_distribution(tokens, parents, p)) > 0.01
 
 
-def test_greedy_walks_the_targets_choices() -> None:
+def test_greedy_follows_targets_choices() -> None:
     tokens, parents = np.array([3, 4, 1, 2, 0]), np.array([ROOT, ROOT, 0, 0, 3])
     assert accept.greedy(tokens, parents, np.array([3, 2, 9, 9, 0, 7])) == ([0, 3, 4], 7)
     assert accept.greedy(tokens, parents, np.array([8, 2, 9, 9, 0, 7])) == ([], 8)

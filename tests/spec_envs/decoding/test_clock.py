@@ -9,8 +9,8 @@ from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from tests.support.models.tiny import CPU
 
 
-def test_the_published_calibration() -> None:
-    """Cycle times at draft depth 8 (nine drafter forwards) come out as published."""
+def test_published_calibration() -> None:
+    """Cycle times at draft depth 8 (nine drafter forwards) are as published."""
     table = CostTable.load("qwen3-14b-a6000")
     assert table.seconds("verify", 1) == 0.0496
     for nodes, cycle in ((10, 0.0719), (30, 0.0741), (60, 0.0773), (100, 0.0838), (160, 0.108), (220, 0.124)):
@@ -28,14 +28,14 @@ def test_tables_interpolate_and_extrapolate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["{}", "[]", "{", '{"verify": {"1": -1}, "draft": {"1": 1}}', '{"verify": {}, "draft": {}}']
 )
-def test_malformed_tables(text: str, tmp_path: Path) -> None:
+def test_malformed_tables_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="is not a cost table"):
         CostTable.load(str(path))
 
 
-def test_clocks_charge_parts() -> None:
+def test_clocks_charge_seconds_by_part() -> None:
     wall, priced = WallClock(CPU), PricedClock(CostTable("t", {1: 2.0}, {1: 0.5}))
     for clock in (wall, priced):
         before = dict(clock.totals)
@@ -47,6 +47,6 @@ def test_clocks_charge_parts() -> None:
         assert spent["verify"] == 2.0 if clock.priced else 0.01 <= spent["verify"] < 1.0
 
 
-def test_a_curve_that_falls_is_not_followed_below_its_end() -> None:
+def test_falling_curve_is_not_extrapolated_below_its_end() -> None:
     table = CostTable("made up", {1: 1.0}, {1: 2.0, 10: 1.0})
     assert table.seconds("draft", 500) == 1.0 and table.seconds("draft", 0) == 0.0

@@ -14,8 +14,8 @@ from tests.support.models.tiny import CPU
 from tests.support.texts import plain
 
 
-def wander(decoder: Decoder, rng: np.random.Generator) -> None:
-    """Run one cycle of random depth and budget, now and then a plain step."""
+def random_cycle(decoder: Decoder, rng: np.random.Generator) -> None:
+    """Run one cycle of random depth and budget, sometimes a plain step."""
     if rng.random() < 0.1:
         decoder.verify(0)
         return
@@ -31,13 +31,13 @@ def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, tiny_decoder
     prompt = rng.integers(2, 16, int(rng.integers(1, 40))).tolist()
     tiny_decoder.start(prompt, 80, rng)
     while not tiny_decoder.finished:
-        wander(tiny_decoder, rng)
+        random_cycle(tiny_decoder, rng)
     assert tiny_decoder.tokens == plain(tiny, prompt, 80)
     if len(tiny_decoder.tokens) > 40:
-        assert max(c.accepted for c in tiny_decoder.cycles) >= 2  # trees really are accepted here
+        assert max(c.accepted for c in tiny_decoder.cycles) >= 2  # trees are accepted in this test
 
 
-def test_a_cycle_adds_up(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+def test_counts_of_a_cycle_are_consistent(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
     tiny_decoder.start([3, 4, 5], 200, rng)
     tiny_decoder.eos = frozenset()
     tokens = list(tiny_decoder.tokens)
@@ -57,7 +57,7 @@ def test_a_cycle_adds_up(tiny_decoder: Decoder, rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 30])
-def test_cut_at_max_new_tokens(tiny_decoder: Decoder, limit: int, rng: np.random.Generator) -> None:
+def test_text_is_cut_at_max_new_tokens(tiny_decoder: Decoder, limit: int, rng: np.random.Generator) -> None:
     tiny_decoder.eos = frozenset()
     tiny_decoder.start([5, 6], limit, rng)
     while not tiny_decoder.finished:
@@ -65,7 +65,7 @@ def test_cut_at_max_new_tokens(tiny_decoder: Decoder, limit: int, rng: np.random
     assert len(tiny_decoder.tokens) == limit
 
 
-def test_cut_at_eos(tiny: dict, tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+def test_text_is_cut_at_eos(tiny: dict, tiny_decoder: Decoder, rng: np.random.Generator) -> None:
     tiny_decoder.eos = frozenset()
     tiny_decoder.start([5, 6, 9], 60, rng)
     while not tiny_decoder.finished:
@@ -81,7 +81,7 @@ def test_cut_at_eos(tiny: dict, tiny_decoder: Decoder, rng: np.random.Generator)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.3), (0.2, 0.99), (1.0, 1e-6)])
-def test_temperature_and_top_p_are_those_of_transformers(tiny: dict, temperature: float, top_p: float) -> None:
+def test_temperature_and_top_p_equal_transformers(tiny: dict, temperature: float, top_p: float) -> None:
     target = load_target(tiny["target"], CPU, torch.float32)
     verifier = LocalVerifier(target, (), temperature, top_p)
     for seed in range(20):
@@ -105,21 +105,21 @@ def test_sampling_is_seeded(tiny: dict) -> None:
     assert len({tuple(text(seed)) for seed in range(5)}) > 1
 
 
-def test_prompts_that_do_not_fit(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+def test_prompts_that_do_not_fit_are_refused(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match=r"prompt has 2040 tokens .* context is 2048: shorten"):
         tiny_decoder.start([3] * 2040, 64, rng)
     with pytest.raises(ValueError, match="prompt is empty"):
         tiny_decoder.start([], 64, rng)
 
 
-def test_nothing_more_after_the_end(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
+def test_verify_after_the_end_is_refused(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
     tiny_decoder.start([3], 1, rng)
     with pytest.raises(RuntimeError, match="the text has ended"):
         tiny_decoder.verify()
 
 
 @pytest.mark.parametrize("width", [1, 3, 10])
-def test_widths(tiny: dict, width: int, rng: np.random.Generator) -> None:
+def test_greedy_text_is_plain_text_at_every_width(tiny: dict, width: int, rng: np.random.Generator) -> None:
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", width=width)
     decoder.start([3, 9, 4], 60, rng)
     while not decoder.finished:

@@ -46,7 +46,7 @@ def plain_texts(prompts: dict[str, list[int]]) -> dict[str, list[int]]:
     return {task: generate(decoder, None, None, ids, TOKENS).run().tokens for task, ids in prompts.items()}
 
 
-def test_plain_decoding_is_transformers_generate(prompts: dict, plain_texts: dict) -> None:
+def test_plain_decoding_equals_transformers(prompts: dict, plain_texts: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
     for task, ids in prompts.items():
         out = model.generate(
@@ -66,18 +66,18 @@ def test_greedy_text_is_plain_text_under_random_actions(env_id: str, prompts: di
     control = make_control(env_id, exits if env_id == "SpecDVI-v0" else keywords)
     decoder = control.open(**models, temperature=0.0)
     agent: Predictor = RandomAgent(control, seed=1)
-    if isinstance(control, DVIControl):  # of random tokens hardly one would ever be right
-        agent = Drafting(decoder, share=0.8)
+    if isinstance(control, DVIControl):  # random tokens would hardly ever be accepted
+        agent = NoisyExitAgent(decoder, share=0.8)
     accepted = 0
     for task, ids in prompts.items():
         done = generate(decoder, control, agent, ids, TOKENS, seed=1).run()
         assert done.tokens == plain_texts[task], task
         accepted += sum(c.accepted for c in done.cycles)
-    assert accepted > 40  # speculation took place
+    assert accepted > 40  # drafts were accepted
 
 
-class Drafting:
-    """Drafts what an untrained exit predicts, and now and then a random token."""
+class NoisyExitAgent:
+    """Draft the exit's own predictions with probability ``share``, else random tokens."""
 
     decision_seconds = 0.0
 
@@ -91,14 +91,13 @@ class Drafting:
 
 
 @pytest.mark.parametrize("drafts", ["tree", "chain"])
-def test_sampling_keeps_the_distribution_of_the_real_model(
-    drafts: str, prompts: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """χ² of the first emitted token against transformers' distribution, with enough draws to see a bias of 0.03.
+def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A χ² test compares the first emitted token with transformers' distribution, with enough draws to detect a bias of
+    0.03.
 
-    The draws go through the verifier's own decision, on a drafted tree, or a token drawn from a draft model (the target
-    itself, hotter), after a real text; only the forward, and the distribution at each row, are made once for all of
-    them. A rule that emits the most probable token a little too often is shown to be caught with the same number of
+    The draws go through the verifier's own acceptance, on a drafted tree or on a token sampled from a draft model (the
+    target at a higher temperature), after a real text; only the forward and the distribution of each row are computed
+    once for all draws. A rule that emits the most probable token slightly too often is detected with the same number of
     draws.
     """
     temperature, top_p = 0.7, 0.95
@@ -110,7 +109,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
         decoder = Decoder(verifier, drafter, decoder.clock, decoder.eos)
     decoder.start(prompts["mt_bench"], 40, rng)
     with torch.inference_mode():
-        while True:  # until the model is in doubt
+        while True:  # until the model is uncertain
             if drafts == "chain":
                 decoder.begin()
             else:
@@ -157,7 +156,7 @@ def test_sampling_keeps_the_distribution_of_the_real_model(
 
     rule = "chained" if proposals else "sampled"
     unbiased, best = getattr(accept, rule), int(order[0])
-    share = 0.03 / (1 - p[best])  # of the draws that would be another token: a total variation of 0.03
+    share = 0.03 / (1 - p[best])  # the share of draws of another token that is changed, for a total variation of 0.03
 
     def biased(tokens: np.ndarray, *arguments: Any) -> tuple[list[int], int]:
         path, token = unbiased(tokens, *arguments)
@@ -195,7 +194,7 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         control = make_control(name, own)
         models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}
         drafting = control.open(drafter=drafter, **models)
-        agent: Predictor = Drafting(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
+        agent: Predictor = NoisyExitAgent(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
         arms.append(decoded(drafting, Policy(control, agent)))
     accepted, samples = 0, []
     for i, prompt in enumerate(chosen):
@@ -207,12 +206,12 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
     assert divergence(decoder, samples, samples) == Divergence(per_1000=0.0, largest_gap=0.0, same_text=1.0)
 
 
-def test_near_ties_are_all_that_flips_in_bfloat16(prompts: dict) -> None:
+def test_bfloat16_differs_at_near_ties_only(prompts: dict) -> None:
     """Every emitted token is the argmax of a forward over its text, or within a small logit gap of it."""
     control = make_control("depth", {"budget": 32})
     decoder = load_decoder(REAL, "auto", "cpu", "bfloat16")
     arm = decoded(decoder, Policy(control, RandomAgent(control, seed=0)))
     samples = [arm(Encoded(task, ids), TOKENS, 0) for task, ids in prompts.items()]
     found = divergence(decoder, samples, samples)
-    # Logits from 16 to 32 are 0.125 apart in bfloat16; without instructions for it, processors round more often.
+    # Logits from 16 to 32 are 0.125 apart in bfloat16; processors without bfloat16 instructions round more often.
     assert found.largest_gap <= 8 * 0.125 and found.per_1000 < 60, found

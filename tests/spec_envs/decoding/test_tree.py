@@ -4,7 +4,7 @@ import pytest
 from spec_envs.decoding.tree import ROOT, Children, Tree, ancestors
 
 
-def grown(width: int, depth: int, seed: int) -> Tree:
+def random_tree(width: int, depth: int, seed: int) -> Tree:
     rng = np.random.default_rng(seed)
     tree = Tree(width, depth)
 
@@ -20,22 +20,22 @@ def grown(width: int, depth: int, seed: int) -> Tree:
 
 
 def certain(tokens: list[list[int]]) -> Children:
-    """Return children of probability 1."""
+    """Return children of probability 1 with these tokens, a list per parent."""
     array = np.array(tokens)
     return Children(array, np.zeros(array.shape, np.float32), np.zeros(len(array), np.float32))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 12])
-def test_ten_and_a_hundred_per_expansion(depth: int) -> None:
-    tree = grown(10, depth, seed=depth)
+def test_sizes_of_levels(depth: int) -> None:
+    tree = random_tree(10, depth, seed=depth)
     assert tree.size == 10 + 100 * depth
     assert tree.expansions == depth
     assert len(tree.last_level) == (100 if depth else 10)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_add_up_and_the_frontier_is_the_best_of_the_last_level(seed: int) -> None:
-    tree = grown(4, 5, seed)
+def test_scores_accumulate_and_frontier_is_best_of_last_level(seed: int) -> None:
+    tree = random_tree(4, 5, seed)
     for node in range(tree.size):
         parent = tree.parents[node]
         assert tree.levels[node] == (0 if parent == ROOT else tree.levels[parent] + 1)
@@ -45,8 +45,8 @@ def test_scores_add_up_and_the_frontier_is_the_best_of_the_last_level(seed: int)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5, 20, 84, 1000])
-def test_selection_is_the_best_and_connected(budget: int) -> None:
-    tree = grown(4, 5, seed=3)
+def test_selection_is_best_and_connected(budget: int) -> None:
+    tree = random_tree(4, 5, seed=3)
     chosen = tree.select(budget)
     assert len(chosen) == min(budget, tree.size)
     assert set(tree.parents[chosen]) - {ROOT} <= set(chosen)
@@ -55,7 +55,7 @@ def test_selection_is_the_best_and_connected(budget: int) -> None:
         assert tree.scores[chosen].min() >= tree.scores[rest].max()
 
 
-def test_ties_take_the_parent_first() -> None:
+def test_ties_select_parents_first() -> None:
     tree = Tree(2, 2)
     tree.start(certain([[1, 2]]))
     tree.grow(certain([[3, 4], [5, 6]]))
@@ -65,12 +65,12 @@ def test_ties_take_the_parent_first() -> None:
     assert levels.tolist() == [0, 0, 1]
 
 
-def test_ancestors() -> None:
+def test_rows_see_their_ancestors() -> None:
     visible = ancestors(np.array([ROOT, ROOT, 0, 2]))
     assert [set(np.flatnonzero(row)) for row in visible] == [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 1, 3, 4}]
 
 
-def test_a_full_tree_says_so() -> None:
-    tree = grown(2, 1, seed=0)
+def test_full_tree_cannot_grow() -> None:
+    tree = random_tree(2, 1, seed=0)
     with pytest.raises(ValueError, match="full at 1 expansions"):
         tree.grow(certain([[0, 0], [0, 0]]))

@@ -1,4 +1,4 @@
-"""Who a cloud lets in, and where an edge sends its token."""
+"""Which requests a cloud admits, and where an edge sends its token."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def cloud(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield process
 
 
-def asked(cloud: CloudProcess, path: str, headers: list[str]) -> tuple[int, str]:
-    """Return status and head of the answer to a request with those Authorization headers."""
+def get(cloud: CloudProcess, path: str, headers: list[str]) -> tuple[int, str]:
+    """Return the status and head of the answer to a request with these Authorization headers."""
     lines = "".join(f"Authorization: {header}\r\n" for header in headers)
     with socket.create_connection(("127.0.0.1", cloud.port), timeout=30) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\n{UPGRADE}{lines}\r\n".encode("latin-1"))
@@ -57,25 +57,25 @@ def asked(cloud: CloudProcess, path: str, headers: list[str]) -> tuple[int, str]
 
 
 @pytest.mark.parametrize(("headers", "status", "challenge"), CASES)
-def test_requests_are_answered_as_rfc_6750_has_it(
+def test_requests_are_answered_as_in_rfc_6750(
     cloud: CloudProcess, headers: list[str], status: int, challenge: str
 ) -> None:
     for path, allowed in (("/", 101), ("/metrics", 200)):
-        found, head = asked(cloud, path, headers)
+        found, head = get(cloud, path, headers)
         assert found == (allowed if status == 101 else status)
         assert ("WWW-Authenticate: Bearer" in head) == (found >= 400) and challenge in head
         assert TOKEN not in head
-    assert asked(cloud, "/healthz", headers)[0] == 200
-    assert cloud.said.count("\n") == 1 and TOKEN not in cloud.said
+    assert get(cloud, "/healthz", headers)[0] == 200
+    assert cloud.printed.count("\n") == 1 and TOKEN not in cloud.printed
 
 
 @given(st.lists(st.text(st.characters(max_codepoint=0xDFFF), max_size=30), max_size=2))
-def test_nobody_is_let_in_without_the_token(headers: list[str]) -> None:
+def test_requests_without_the_token_are_denied(headers: list[str]) -> None:
     found = denied(headers, TOKEN)
     assert found is not None and found[0] in (400, 401)
 
 
-def test_without_a_token_none_is_asked_for() -> None:
+def test_cloud_without_a_token_needs_none() -> None:
     assert denied([], "") is None and denied(["Basic x"], "") is None
     assert denied(["Bearer x"] * 2, "") is not None
 
@@ -92,13 +92,13 @@ def test_without_a_token_none_is_asked_for() -> None:
         ("two words and more", "::1", "has characters that no bearer token has"),
     ],
 )
-def test_tokens_that_keep_nobody_out_are_refused(token: str, host: str, sentence: str) -> None:
+def test_weak_or_invalid_tokens_are_refused(token: str, host: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
         check_served(token, host)
     assert "\n" not in str(error.value) and (len(token) < 2 or token not in str(error.value))
 
 
-def test_tokens_that_do() -> None:
+def test_valid_tokens_are_accepted() -> None:
     for token, host in (("", "127.0.0.1"), ("", "localhost"), ("x", "::1"), ("x" * 16, "0.0.0.0"), (TOKEN, "::")):
         check_served(token, host)
     assert [is_loopback(host) for host in ("127.8.9.1", "LOCALHOST", "0.0.0.0", "localhost.example")] == [
@@ -109,7 +109,7 @@ def test_tokens_that_do() -> None:
     ]
 
 
-def test_a_token_does_not_leave_this_machine_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_not_sent_unencrypted_to_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPEC_ENVS_TOKEN", TOKEN)
     for url in ("ws://there:1", "ws://192.0.2.1", "ws://[2001:db8::1]:8765", "ws://localhost.example:1"):
         with pytest.raises(ValueError, match=r"would go to .* in clear; take wss://") as error:
@@ -128,7 +128,7 @@ def test_a_token_does_not_leave_this_machine_in_clear(monkeypatch: pytest.Monkey
     ["http://there", "ws://", "ws://:80", "ws://there:70000", "ws://there:x", "ws://there/#x", "ws://th\nere", "ws:there",
      "ws://there \033[31m", "ws://" + "x" * 70 + ".org", "there:8765", "ws://[::1", "ws://me:secret-word@there"],
 )  # fmt: skip
-def test_what_is_no_address_is_said(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="the cloud's address") as error:
         SocketChannel(url)
     assert str(error.value).isprintable() and "secret-word" not in str(error.value)

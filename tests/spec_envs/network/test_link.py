@@ -20,8 +20,8 @@ from spec_envs.network.proxy import ShapedProxy, main
 SHIPPED = sorted(path.stem for path in LINKS.glob("*.json"))
 
 
-def played(link: Link, seed: int, sizes: tuple[int, int], rounds: int = 50) -> tuple[list[LinkState], list[float]]:
-    """Return states and seconds of a text that exchanges the same sizes in every round."""
+def run_text(link: Link, seed: int, sizes: tuple[int, int], rounds: int = 50) -> tuple[list[LinkState], list[float]]:
+    """Return the states and seconds of a text that exchanges the same numbers of bytes in every round."""
     link.reset(np.random.default_rng(seed))
     states, seconds = [], []
     for _ in range(rounds):
@@ -31,7 +31,7 @@ def played(link: Link, seed: int, sizes: tuple[int, int], rounds: int = 50) -> t
     return states, seconds
 
 
-def test_the_shipped_links() -> None:
+def test_shipped_links() -> None:
     assert SHIPPED == ["5g-mmwave", "constant-5g", "lte", "markov-1-500", "wifi"]
     assert load_link("constant-5g").states == (LinkState(46, 563, 50),)
     up = [state.up_mbps for state in load_link("markov-1-500").states]
@@ -42,17 +42,17 @@ def test_the_shipped_links() -> None:
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, "constant:up=4,down=8,rtt=20,jitter=3,loss=0.1"])
-def test_a_seed_decides_all_and_the_states_do_not_depend_on_what_is_sent(name: str) -> None:
+def test_states_depend_on_seed_and_not_on_bytes(name: str) -> None:
     link, again = load_link(name), load_link(name)
-    states, seconds = played(link, 3, (3000, 500))
-    assert (states, seconds) == played(again, 3, (3000, 500))
-    assert states == played(again, 3, (200_000, 0))[0]
+    states, seconds = run_text(link, 3, (3000, 500))
+    assert (states, seconds) == run_text(again, 3, (3000, 500))
+    assert states == run_text(again, 3, (200_000, 0))[0]
     assert link.name == name and set(states) <= set(link.states)
     if len(link.states) > 1:
-        assert states != played(link, 4, (3000, 500))[0]
+        assert states != run_text(link, 4, (3000, 500))[0]
 
 
-def test_every_text_differs_and_the_generator_is_not_drawn_from() -> None:
+def test_texts_differ_and_the_generator_is_not_advanced() -> None:
     link, rng = load_link("5g-mmwave"), np.random.default_rng(0)
     starts = set()
     for _ in range(20):
@@ -62,8 +62,8 @@ def test_every_text_differs_and_the_generator_is_not_drawn_from() -> None:
     assert rng.random() == np.random.default_rng(0).random()
 
 
-def test_serialisation_by_hand() -> None:
-    """8 Mbps are 1,000,000 bytes in a second, 80 Mbps ten times that."""
+def test_seconds_equal_calculation() -> None:
+    """8 Mbps are 1,000,000 bytes per second, 80 Mbps ten times that."""
     link = load_link("constant:up=8,down=80,rtt=50")
     assert link.seconds(0, 0) == 0.05
     assert link.seconds(10_000, 10_000) == pytest.approx(0.05 + 0.010 + 0.001)
@@ -72,13 +72,13 @@ def test_serialisation_by_hand() -> None:
     assert (state.up, state.down, state.rtt) == (1e6, 1e7, 0.05)
 
 
-def test_jitter_and_retransmissions_in_the_mean(rng: np.random.Generator) -> None:
-    """One packet costs p/(1 − p) further round trips and serialisations; many cost that share of their bytes."""
+def test_mean_of_jitter_and_retransmissions(rng: np.random.Generator) -> None:
+    """One packet costs p/(1 − p) more round trips and transmissions; many packets cost that share of their bytes."""
     link = load_link("constant:up=8,down=8,rtt=50,loss=0.2")
     link.reset(rng)
     assert np.mean([link.seconds(1000, 0) for _ in range(4000)]) == pytest.approx(0.05 + 0.001 + 0.25 * 0.051, rel=0.02)
     assert np.mean([link.push(150_000) for _ in range(1000)]) == pytest.approx(0.15 * 1.25, rel=0.02)
-    assert max(link.seconds(0, 0) for _ in range(50)) == 0.05  # nothing is lost of nothing
+    assert max(link.seconds(0, 0) for _ in range(50)) == 0.05  # zero bytes are never lost
     link = load_link("constant:up=8,down=8,rtt=50,jitter=10")
     link.reset(rng)
     assert np.mean([link.seconds(0, 0) for _ in range(4000)]) == pytest.approx(0.06, rel=0.02)
@@ -93,13 +93,11 @@ def write(folder: Path, **data: object) -> str:
 STATES = [{"up_mbps": 10.0**i, "down_mbps": 5, "rtt_ms": 7} for i in range(3)]
 
 
-def test_a_markov_chain_starts_and_stays_in_its_stationary_distribution(
-    rng: np.random.Generator, tmp_path: Path
-) -> None:
+def test_markov_link_keeps_its_stationary_distribution(rng: np.random.Generator, tmp_path: Path) -> None:
     transitions = [[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 1.0, 0.0]]
     link = load_link(write(tmp_path, kind="markov", states=STATES, transitions=transitions))
     assert isinstance(link, MarkovLink) and link.name == "mine"
-    balanced = np.array([2, 4, 1]) / 7  # what goes from state 0 to 1 comes back: 2 · 0.5 = 4 · 0.25; 4 · 0.25 = 1 · 1
+    balanced = np.array([2, 4, 1]) / 7  # flows between states balance: 2 · 0.5 = 4 · 0.25; 4 · 0.25 = 1 · 1
     assert link.stationary == pytest.approx(balanced)
     first, tenth = np.zeros(3), np.zeros(3)
     for _ in range(3000):
@@ -113,23 +111,23 @@ def test_a_markov_chain_starts_and_stays_in_its_stationary_distribution(
     assert tenth / 3000 == pytest.approx(balanced, abs=0.03)
 
 
-def test_a_chain_stays_as_often_as_it_says(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_markov_link_stays_with_given_probability(rng: np.random.Generator, tmp_path: Path) -> None:
     link = load_link(write(tmp_path, kind="markov", states=STATES, stay=0.8))
     assert isinstance(link, MarkovLink)
     assert link.transitions == pytest.approx(np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]))
-    states, _ = played(link, 0, (0, 0), 4000)
+    states, _ = run_text(link, 0, (0, 0), 4000)
     assert np.mean([a is b for a, b in itertools.pairwise(states)]) == pytest.approx(0.8, abs=0.03)
 
 
-def test_a_recorded_trace_goes_round(tmp_path: Path) -> None:
+def test_recorded_log_repeats_cyclically(tmp_path: Path) -> None:
     path = tmp_path / "recorded.csv"
-    path.write_text("ms,mbps,rtt_ms\n1000,10,1\n1200,20,2\n1500,30,3\n")  # the last row lasts 300 ms, too
+    path.write_text("ms,mbps,rtt_ms\n1000,10,1\n1200,20,2\n1500,30,3\n")  # the last row lasts 300 ms as well
     link = load_link(str(path))
     assert isinstance(link, LogLink) and link.name == "recorded" and link.period == 800
     rows = [LinkState(10, 10, 1), LinkState(20, 20, 2), LinkState(30, 30, 3)]
     assert link.states == tuple(rows)
     link.reset(np.random.default_rng(0))
-    link.at = 150.0  # moves on by 200 ms: 350, 550, 750, 150, …
+    link.at = 150.0  # advances by 200 ms: 350, 550, 750, 150, …
     seen = []
     for _ in range(5):
         link.move()
@@ -149,7 +147,7 @@ def test_a_recorded_trace_goes_round(tmp_path: Path) -> None:
         ("constant:up=nan,down=563,rtt=1", "up_mbps: Input should be a finite number"),
     ],
 )
-def test_unknown_links(source: str, message: str) -> None:
+def test_unknown_links_are_refused(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_link(source)
 
@@ -173,7 +171,7 @@ def test_unknown_links(source: str, message: str) -> None:
         ({"kind": "trace", "csv": "mine.csv"}, "mine.csv is not a link.s log"),
     ],
 )
-def test_malformed_links(data: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_malformed_links_are_refused(data: dict[str, object], message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("time,rate\n0,1\n1,1\n")
     with pytest.raises(ValueError, match=message) as error:
         load_link(write(tmp_path, **data))
@@ -192,7 +190,7 @@ def test_malformed_links(data: dict[str, object], message: str, tmp_path: Path) 
         ("ms,mbps\n0,1\n1,0\n", "1.mbps: Input should be greater than or equal to 0.000001"),
     ],
 )
-def test_malformed_traces(text: str, message: str, tmp_path: Path) -> None:
+def test_malformed_logs_are_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -200,7 +198,7 @@ def test_malformed_traces(text: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_json(tmp_path: Path) -> None:
+def test_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="is not a link"):
@@ -208,20 +206,21 @@ def test_a_file_that_is_not_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_shipped_traces_are_what_their_script_writes(name: str) -> None:
+def test_shipped_logs_are_those_of_their_script(name: str) -> None:
     assert (LINKS / f"{name}.csv").read_text() == log(name)
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send everything back, then the end."""
+    """Send everything back, then close."""
     while data := await reader.read(65536):
         writer.write(data)
         await writer.drain()
     writer.close()
 
 
-async def through(source: str, *messages: bytes) -> tuple[list[bytes], float]:
-    """Return what an echo server sends back over a link to as many connections at once, and the seconds it took."""
+async def echoed_through(source: str, *messages: bytes) -> tuple[list[bytes], float]:
+    """Return the bytes that an echo server sends back over a link to several connections at once, and the seconds
+    taken."""
 
     async def exchange(port: int, message: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -232,38 +231,38 @@ async def through(source: str, *messages: bytes) -> tuple[list[bytes], float]:
         return answer
 
     async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
-        behind = server.sockets[0].getsockname()
-        async with ShapedProxy(load_link(source), behind) as proxy:
+        server_address = server.sockets[0].getsockname()
+        async with ShapedProxy(load_link(source), server_address) as proxy:
             begin = time.perf_counter()
             answers = await asyncio.gather(*(exchange(proxy.port, message) for message in messages))
             return answers, time.perf_counter() - begin
 
 
-def test_the_proxy_passes_bytes_unchanged(rng: np.random.Generator) -> None:
+def test_proxy_passes_bytes_unchanged(rng: np.random.Generator) -> None:
     messages = [rng.bytes(3_000_000), rng.bytes(100_001), b"", b"x"]
-    answers, _ = asyncio.run(through("constant:up=2000,down=2000,rtt=4,jitter=2", *messages))
+    answers, _ = asyncio.run(echoed_through("constant:up=2000,down=2000,rtt=4,jitter=2", *messages))
     assert answers == messages
 
 
-def test_the_proxy_is_no_faster_than_its_link() -> None:
-    """Two connections share 4 Mbps up, which are 0.5 MB/s; a byte takes a round trip."""
-    _, seconds = asyncio.run(through("constant:up=4,down=400,rtt=40", bytes(100_000), bytes(100_000)))
+def test_proxy_is_no_faster_than_its_link() -> None:
+    """Two connections share 4 Mbps up, which are 0.5 MB/s; one byte takes a round trip."""
+    _, seconds = asyncio.run(echoed_through("constant:up=4,down=400,rtt=40", bytes(100_000), bytes(100_000)))
     assert seconds > 0.9 * (0.4 + 0.04)
-    _, seconds = asyncio.run(through("constant:up=400,down=4,rtt=40", bytes(200_000)))
+    _, seconds = asyncio.run(echoed_through("constant:up=400,down=4,rtt=40", bytes(200_000)))
     assert seconds > 0.9 * (0.4 + 0.04)
-    _, seconds = asyncio.run(through("constant:up=400,down=400,rtt=100", b"x"))
+    _, seconds = asyncio.run(echoed_through("constant:up=400,down=400,rtt=100", b"x"))
     assert seconds > 0.09
 
 
 def ended(side: socket.socket) -> bool:
-    """Return whether the other side is gone."""
+    """Return True if the other side has closed."""
     try:
         return side.recv(1) == b""
     except ConnectionError:
         return True
 
 
-def test_the_proxy_on_a_thread_moves_its_link_and_closes() -> None:
+def test_proxy_changes_link_state_and_closes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
         with ShapedProxy(load_link("wifi"), server.getsockname(), interval=0.01) as proxy:
@@ -284,7 +283,7 @@ def test_the_proxy_on_a_thread_moves_its_link_and_closes() -> None:
         assert not proxy.thread.is_alive()
 
 
-def test_nobody_behind_the_proxy() -> None:
+def test_proxy_without_a_server_closes_connections() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         nowhere = probe.getsockname()
     with (
@@ -302,7 +301,7 @@ def test_nobody_behind_the_proxy() -> None:
         (["--listen", "0", "--to", "1", "--link", "lte", "--interval-ms", "0"], "'0' is no time"),
     ],
 )
-def test_the_command_refuses_in_one_sentence(
+def test_command_refuses_invalid_arguments_in_one_sentence(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["proxy", *arguments])
@@ -311,7 +310,7 @@ def test_the_command_refuses_in_one_sentence(
     assert message in f"{end.value}{capsys.readouterr().err}"
 
 
-def test_the_command_forwards() -> None:
+def test_command_forwards_bytes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
         to = f"127.0.0.1:{server.getsockname()[1]}"
@@ -335,11 +334,11 @@ def test_the_command_forwards() -> None:
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1e-320", "1e300", "null", '"5"', "[" * 100_000])
-def test_numbers_that_no_link_has(value: str, tmp_path: Path) -> None:
+def test_numbers_out_of_range_are_refused(value: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     for key in ("up_mbps", "down_mbps", "rtt_ms", "jitter_ms", "loss"):
         if value == "1e-320" and not key.endswith("mbps"):
-            continue  # a delay of next to nothing is one
+            continue  # such a small delay is allowed
         fields = {"up_mbps": "1", "down_mbps": "1", "rtt_ms": "1"} | {key: value}
         path.write_text('{"kind": "constant", ' + ", ".join(f'"{k}": {v}' for k, v in fields.items()) + "}")
         with pytest.raises(ValueError, match=r"mine\.json is not a link") as error:
@@ -347,7 +346,7 @@ def test_numbers_that_no_link_has(value: str, tmp_path: Path) -> None:
         assert len(str(error.value)) < 500
 
 
-def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+def test_files_with_byte_order_mark_are_read(tmp_path: Path) -> None:
     data, rows = tmp_path / "mine.json", tmp_path / "mine.csv"
     data.write_text('{"kind": "constant", "up_mbps": 4, "down_mbps": 8, "rtt_ms": 2}', encoding="utf-8-sig")
     rows.write_text("ms,mbps\n0,3\n100,5\n", encoding="utf-8-sig")

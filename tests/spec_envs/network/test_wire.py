@@ -1,4 +1,4 @@
-"""Messages: their content, their length, and that nothing else gets in."""
+"""Messages: their content and length, and that nothing else is accepted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MESSAGES: list[Message] = [
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
-def test_every_message_comes_back_as_it_was_sent(message: Message) -> None:
+def test_messages_decode_as_encoded(message: Message) -> None:
     frame = encode(message)
     assert decode(frame) == message
     assert encode(decode(frame)) == frame
@@ -69,7 +69,7 @@ def test_every_message_comes_back_as_it_was_sent(message: Message) -> None:
 
 
 @given(st.binary(max_size=80))
-def test_bytes_are_a_message_or_refused(frame: bytes) -> None:
+def test_any_bytes_are_decoded_or_refused(frame: bytes) -> None:
     try:
         decode(frame)
     except Refused as refused:
@@ -77,7 +77,7 @@ def test_bytes_are_a_message_or_refused(frame: bytes) -> None:
 
 
 @given(st.sampled_from(MESSAGES), st.data())
-def test_a_message_that_was_damaged_is_a_message_or_refused(message: Message, data: st.DataObject) -> None:
+def test_damaged_messages_are_decoded_or_refused(message: Message, data: st.DataObject) -> None:
     frame = bytearray(encode(message))
     frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(frame)))
@@ -95,7 +95,7 @@ def test_a_message_that_was_damaged_is_a_message_or_refused(message: Message, da
         3,
         {"version": 1},
         [9, 1],  # no such kind
-        [3, 1],  # cut off
+        [3, 1],  # incomplete
         [1, VERSION, KEY[1:], SESSION, 1.0, 1.0, 0],
         [1, VERSION, KEY, SESSION, -0.1, 1.0, 0],
         [1, VERSION, KEY, SESSION, math.nan, 1.0, 0],
@@ -111,15 +111,15 @@ def test_a_message_that_was_damaged_is_a_message_or_refused(message: Message, da
         [5, 1, 0, b"ab", 2**21, b""],
     ],
 )
-def test_what_is_no_message_is_refused(raw: Any) -> None:
+def test_invalid_messages_are_refused(raw: Any) -> None:
     with pytest.raises(Refused) as refused:
         decode(msgspec.msgpack.encode(raw))
     assert refused.value.code == "message" and "version 1" in str(refused.value)
 
 
-def test_what_is_no_text_is_refused() -> None:
+def test_text_not_in_utf_8_is_refused() -> None:
     with pytest.raises(Refused, match="utf-8"):
-        decode(b"\x93\x07\xa1\x80\xa0")  # an error whose code is no UTF-8
+        decode(b"\x93\x07\xa1\x80\xa0")  # an error whose code is not UTF-8
 
 
 def test_text_frames_and_other_kinds_are_refused() -> None:
@@ -133,25 +133,26 @@ def test_text_frames_and_other_kinds_are_refused() -> None:
 
 
 def number(n: int) -> int:
-    """Return bytes of a non-negative integer in msgpack."""
+    """Return the number of bytes of a non-negative integer in msgpack."""
     return 1 if n < 128 else 2 if n < 256 else 3 if n < 2**16 else 5
 
 
 def array(n: int) -> int:
-    """Return bytes that begin with the number of elements that follow."""
+    """Return the number of bytes of the prefix of an array of ``n`` elements."""
     return 1 if n < 16 else 3
 
 
 def data(n: int) -> int:
-    """Return bytes of ``n`` bytes."""
+    """Return the number of bytes of ``n`` bytes with their prefix."""
     return n + (2 if n < 2**8 else 3 if n < 2**16 else 5)
 
 
 @pytest.mark.parametrize("vocab", [16, 49_152, 2**16, 2**16 + 1, 151_936])
 @pytest.mark.parametrize("drafted", [0, 1, 4, 20])
 @pytest.mark.parametrize("k", [1, 8, 50, 5000])
-def test_a_draft_is_as_long_as_computed_by_hand(vocab: int, drafted: int, k: int) -> None:
-    """The header, ``drafted`` ids, and k times an id and a weight for each of them, or the whole vocabulary's weights."""
+def test_length_of_drafts_equals_calculation(vocab: int, drafted: int, k: int) -> None:
+    """A message has a header, ``drafted`` ids, and for each of them k ids with weights, or the weights of the whole
+    vocabulary."""
     width = 2 if vocab <= 65_536 else 4
     k = min(k, vocab)
     text, draft = pack_ids([1] * 3, vocab), pack_ids([0] * drafted, vocab)
@@ -171,8 +172,9 @@ def test_a_draft_is_as_long_as_computed_by_hand(vocab: int, drafted: int, k: int
 
 
 @pytest.mark.parametrize(("vocab", "longest"), [(16, 8), (17, 8), (65_536, 32_768), (65_537, 21_845)])
-def test_the_whole_vocabulary_is_sent_where_that_is_shorter(vocab: int, longest: int) -> None:
-    """k ids and weights against ``vocab`` weights: the turn is at half of it, or a third where ids have 4 bytes."""
+def test_whole_vocabulary_is_sent_if_shorter(vocab: int, longest: int) -> None:
+    """k ids with weights are compared with ``vocab`` weights: they are equal at half of it, or a third with 4-byte
+    ids."""
     for k, whole in ((longest, False), (longest + 1, True)):
         sent = pack_proposal(Proposal(np.arange(k), np.ones(k, np.float16)), vocab)
         assert (not sent.ids) == whole
@@ -191,14 +193,14 @@ def test_ids_have_the_narrowest_width(vocab: int) -> None:
     assert refused.value.code == "message"
 
 
-def test_ids_beyond_the_vocabulary_are_refused() -> None:
+def test_ids_outside_the_vocabulary_are_refused() -> None:
     with pytest.raises(Refused, match="token 16 came in; the vocabulary has 16") as refused:
         unpack_ids(pack_ids([3, 16], 16), 16)
     assert refused.value.code == "request"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_logits_come_back_bit_for_bit(dtype: str) -> None:
+def test_logits_are_packed_without_loss(dtype: str) -> None:
     logits = torch.randn(16, dtype=torch.float64).to(getattr(torch, dtype))
     logits[3] = -torch.inf
     packed, name = pack_logits(logits)
@@ -211,7 +213,7 @@ def test_logits_come_back_bit_for_bit(dtype: str) -> None:
         assert refused.value.code == "message"
 
 
-def test_floats_come_back_bit_for_bit() -> None:
+def test_floats_are_packed_without_loss() -> None:
     values = np.array([1.0, 1 / 3, 5e-324])
     assert unpack_floats(pack_floats(values)).tobytes() == values.tobytes()
     with pytest.raises(Refused, match="multiple of 8"):
@@ -220,7 +222,8 @@ def test_floats_come_back_bit_for_bit() -> None:
 
 @st.composite
 def proposals(draw: st.DrawFn) -> tuple[Proposal, int]:
-    """Return a distribution over some of a vocabulary, as spread out as floats are, and the vocabulary."""
+    """Draw a distribution over part of a vocabulary, with weights over many orders of magnitude; and the
+    vocabulary's size."""
     vocab = draw(st.sampled_from([5, 16, 300, 65_536, 70_000]))
     n = draw(st.integers(1, min(vocab, 40)))
     ids = draw(st.lists(st.integers(0, vocab - 1), min_size=n, max_size=n, unique=True))
@@ -230,8 +233,8 @@ def proposals(draw: st.DrawFn) -> tuple[Proposal, int]:
 
 
 @given(proposals(), st.integers(1, 50), st.randoms())
-def test_both_ends_have_the_same_distribution_bit_for_bit(given: tuple[Proposal, int], k: int, random: Any) -> None:
-    """Weights in float16 have exact sums in float64: order and layout do not matter."""
+def test_both_sides_compute_the_same_distribution(given: tuple[Proposal, int], k: int, random: Any) -> None:
+    """Weights in float16 have exact sums in float64, so order and layout do not matter."""
     whole, vocab = given
     cut = whole.truncated(k)
     assert cut.weights.dtype == np.float16
@@ -271,7 +274,7 @@ def sent(ids: list[int], weights: list[float]) -> Sent:
         (sent([1, 2], [1.0, math.inf]), "request"),
     ],
 )
-def test_what_is_no_distribution_is_refused(distribution: Sent, code: str) -> None:
+def test_invalid_distributions_are_refused(distribution: Sent, code: str) -> None:
     with pytest.raises(Refused) as refused:
         unpack_proposal(distribution, 16)
     assert refused.value.code == code
@@ -292,12 +295,13 @@ ONE = [sent([1], [1.0])]
     ("request_", "code"),
     [
         (Verify(1, 1, b"", b"", "ids"), "request"),  # after a text that the session does not have
-        (Verify(1, 0, b"", b"", "ids"), "request"),  # after nothing
+        (Verify(1, 0, b"", b"", "ids"), "request"),  # without any text
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "trees"), "request"),
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "ids"), "request"),  # while sampling
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "topk"), "request"),  # without a distribution
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "topk", b"", 2 * ONE), "request"),
-        (Verify(1, 0, pack_ids([3], 16), pack_ids([2], 16), "topk", b"", ONE), "request"),  # which has it not
+        # which does not contain the token
+        (Verify(1, 0, pack_ids([3], 16), pack_ids([2], 16), "topk", b"", ONE), "request"),
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "scalar"), "request"),
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "scalar", pack_floats([0.0])), "request"),
         (Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "scalar", pack_floats([math.nan])), "request"),
@@ -314,14 +318,14 @@ ONE = [sent([1], [1.0])]
         (Plain(1, 0, pack_ids([3], 16), 4, pack_ids([16], 16)), "request"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(request_: Verify | Plain, code: str) -> None:
+def test_invalid_requests_are_refused(request_: Verify | Plain, code: str) -> None:
     cloud = engine()
     with pytest.raises(Refused) as refused:
         cloud.job(cloud.open(SAMPLED), request_)
     assert refused.value.code == code
 
 
-def test_requests_that_make_sense_are_not() -> None:
+def test_valid_requests_are_accepted() -> None:
     cloud = engine()
     session = cloud.open(SAMPLED)
     job = cloud.job(session, Verify(1, 0, pack_ids([3], 16), pack_ids([1], 16), "topk", b"", ONE))
@@ -329,7 +333,7 @@ def test_requests_that_make_sense_are_not() -> None:
     cloud.job(session, Plain(1, 0, pack_ids([3], 16), 127, b""))
 
 
-def test_greetings_of_others_are_refused() -> None:
+def test_incompatible_greetings_are_refused() -> None:
     cloud = engine()
     for changes, code in (
         ({"version": VERSION + 1}, "version"),
@@ -348,7 +352,7 @@ def test_greetings_of_others_are_refused() -> None:
 
 
 @given(proposals(), st.integers(1, 50), st.lists(st.floats(0, 1, exclude_max=True), max_size=5))
-def test_a_cut_proposal_is_its_head(given: tuple[Proposal, int], k: int, uniforms: list[float]) -> None:
+def test_truncated_proposal_keeps_largest_weights(given: tuple[Proposal, int], k: int, uniforms: list[float]) -> None:
     whole, vocab = given
     cut = whole.truncated(k)
     order = np.argsort(-whole.weights, kind="stable")[: len(cut.ids)]
@@ -363,11 +367,11 @@ def test_a_cut_proposal_is_its_head(given: tuple[Proposal, int], k: int, uniform
         assert proposal.draw(u) in proposal.ids
 
 
-def test_proposals_are_drawn_from() -> None:
+def test_draws_follow_the_proposal() -> None:
     proposal = Proposal(np.array([7, 2, 9]), np.array([1.0, 2.0, 1.0]))
     drawn = [proposal.draw(u) for u in (np.arange(400) + 0.5) / 400]
     assert [drawn.count(token) for token in (7, 2, 9)] == [100, 200, 100]
     assert [proposal.probability(token) for token in (7, 2, 9, 3)] == [0.25, 0.5, 0.25, 0]
     assert Proposal.certain(3).draw(0.99) == 3 and Proposal.certain(3).probability(3) == 1
-    assert proposal.truncated(2).ids.tolist() == [2, 7]  # of equal ones those that stand first
+    assert proposal.truncated(2).ids.tolist() == [2, 7]  # of equal weights, the first ones
     assert Proposal(np.arange(2), np.array([1.0, 1e-9])).truncated(2).ids.tolist() == [0]

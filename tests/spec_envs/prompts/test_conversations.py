@@ -1,4 +1,4 @@
-"""Logs of conversations: turns stay in order, and lines without a conversation are counted and left out."""
+"""Logs of conversations: turns stay in order, and rows without a conversation are counted and left out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BAD = (
 )
 
 
-def test_turns_in_order_with_what_was_said_before(tmp_path: Path) -> None:
+def test_turns_have_their_history(tmp_path: Path) -> None:
     log = tmp_path / "log.json"
     log.write_text(json.dumps([GOOD]))
     turns = read_log(log)
@@ -46,7 +46,7 @@ def test_turns_in_order_with_what_was_said_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lines", "array"])
-def test_what_is_no_conversation_is_counted(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_rows_are_left_out_and_counted(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = tmp_path / "log.jsonl"
     if kind == "lines":
         log.write_text("\n".join([json.dumps(GOOD), *BAD, "", json.dumps(GOOD)]))
@@ -55,11 +55,11 @@ def test_what_is_no_conversation_is_counted(kind: str, tmp_path: Path, caplog: p
         log.write_text(json.dumps([GOOD, *(json.loads(bad) for bad in BAD[1:])]))
         count, total, place = len(BAD) - 1, len(BAD), "row 2"
     assert len(read_log(log)) == (4 if kind == "lines" else 2)
-    said = caplog.text
-    assert f"left out {count} of {total} rows that are no conversation ({place}, " in said
+    reason = caplog.text
+    assert f"left out {count} of {total} rows that are no conversation ({place}, " in reason
 
 
-def test_a_log_without_conversations_is_an_error(tmp_path: Path) -> None:
+def test_log_without_conversations_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("\n".join(BAD))
     with pytest.raises(ValueError, match="holds no conversation; expected"):
         read_log(tmp_path / "log.jsonl")
@@ -77,7 +77,7 @@ MESSAGES = {
 }
 
 
-def test_chat_messages_are_a_conversation(tmp_path: Path) -> None:
+def test_chat_messages_are_read(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(map(json.dumps, [GOOD, MESSAGES])))
     first, second, third, fourth = read_log(log)
@@ -86,7 +86,7 @@ def test_chat_messages_are_a_conversation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("array", [False, True])
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "reason"),
     [
         (
             '{"conversations": [{"from": "human", "value": "x"}], "split": "dev"}',
@@ -108,22 +108,22 @@ def test_chat_messages_are_a_conversation(tmp_path: Path) -> None:
         ('{"conversations": null}', "no list of turns"),
     ],
 )
-def test_why_a_row_is_left_out(
-    row: str, said: str, array: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_reason_for_leaving_out_a_row_is_logged(
+    row: str, reason: str, array: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log, good = tmp_path / "log.json", json.dumps(GOOD)
     log.write_text(f"[{good}, {row}, {good}]" if array else f"{good}\n{row}\n{good}")
     assert len(read_log(log)) == 4
     shown = caplog.text
     assert (
-        f"left out 1 of 3 rows that are no conversation ({'row' if array else 'line'} 2): " in shown and said in shown
+        f"left out 1 of 3 rows that are no conversation ({'row' if array else 'line'} 2): " in shown and reason in shown
     )
     log.write_text(row)
     with pytest.raises(ValueError, match=r"log\.json holds no conversation; expected"):
         read_log(log)
 
 
-def test_a_row_nested_too_deeply(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_deeply_nested_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log, good, deep = tmp_path / "log.json", json.dumps(GOOD), "[" * 100_000 + "]" * 100_000
     log.write_text(f"{good}\n{deep}\n")
     assert len(read_log(log)) == 2 and "(line 2): it is nested too deeply" in caplog.text
@@ -132,7 +132,7 @@ def test_a_row_nested_too_deeply(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         read_log(log)
 
 
-def test_half_surrogates_and_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lone_surrogates_and_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = tmp_path / "log.json"
     rows = [GOOD, {"conversations": [{"from": "human", "value": "cut \ud83d"}]}]
     log.write_text(json.dumps(rows))
@@ -157,7 +157,7 @@ def test_splits_keep_conversations_whole(tmp_path: Path) -> None:
     assert sum(map(len, openings)) == len(set.union(*openings)) == 60 and all(openings)
     write_log(log, ["the\u2028a\x85", "of"], "train")
     assert [p.text for p in load_prompts(str(log), "train")] == ["the\u2028a\x85", "of"]
-    log.write_text("\ufeff" + log.read_text())  # as some editors begin a file
+    log.write_text("\ufeff" + log.read_text())  # some editors begin a file with it
     assert len(load_prompts(str(log), "train")) == 2
     (tmp_path / "other").mkdir()
     write_log(tmp_path / "other" / "log.jsonl", ["in"], "train")
@@ -165,12 +165,12 @@ def test_splits_keep_conversations_whole(tmp_path: Path) -> None:
     assert len({p.task for p in both}) == 2
 
 
-def test_domains_take_turns() -> None:
+def test_in_turn_alternates_domains() -> None:
     a, b = ([Prompt(name, str(i)) for i in range(n)] for name, n in (("a", 5), ("b", 3)))
     assert [p.task + p.text for p in in_turn([*a, *b], 2)] == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "a4"]
 
 
-def test_an_environment_reads_logs(tiny: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_environment_reads_logs(tiny: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = {"conversations": [{"from": "human", "value": "the " * 3000}]}
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [GOOD, long])))
     env = gym.make("SpecDepth-v0", **tiny, prompts=str(tmp_path / "log.jsonl"), split="all")

@@ -19,7 +19,7 @@ def test_shipped_prompts_are_disjoint_and_cover_every_task() -> None:
         texts |= new
 
 
-def test_foreign_files(tmp_path: Path) -> None:
+def test_question_files_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     rows = [{"question_id": i, "turns": [f"question {i}", "and then?"]} for i in range(200)]
     (tmp_path / "mine" / "question.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -33,7 +33,7 @@ def test_foreign_files(tmp_path: Path) -> None:
         load_prompts("all", "train", str(tmp_path / "empty"))
 
 
-def test_data_sets_in_the_layout_of_the_hub(tmp_path: Path) -> None:
+def test_data_sets_in_hub_layout(tmp_path: Path) -> None:
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"question": f"q {i}", "other": "x"}) for i in range(50)))
@@ -47,12 +47,12 @@ def test_data_sets_in_the_layout_of_the_hub(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("../shared/data").is_dir(), reason="development prompt sets are not beside the checkout")
-def test_development_sets() -> None:
+def test_development_prompt_sets() -> None:
     prompts = load_prompts("humaneval,gsm8k", "all", "../shared/data")
     assert len(prompts) == 160 and {p.task for p in prompts} == {"humaneval", "gsm8k"}
 
 
-def test_templates(tiny: dict) -> None:
+def test_encode_applies_templates(tiny: dict) -> None:
     tokenizer = load_tokenizer(tiny["target"])
     assert encode(tokenizer, "the a") == tokenizer("the a .")["input_ids"]
     assert encode(tokenizer, "the a", "none") == tokenizer("the a")["input_ids"]

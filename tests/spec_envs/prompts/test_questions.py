@@ -1,4 +1,4 @@
-"""Files of prompts from strangers give prompts that can be encoded, or one sentence that names the file."""
+"""Files of prompts from other sources give prompts that can be encoded, or one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spec_envs.prompts.sets import Prompt, encode_all, load_prompts
 
 
 def question_file(folder: Path, *lines: str | bytes) -> str:
-    """Return a folder for ``data_dir=`` with the set ``q`` of these lines."""
+    """Write a prompt set ``q`` of these lines, and return the folder for ``data_dir=``."""
     (folder / "q").mkdir(parents=True, exist_ok=True)
     (folder / "q" / "question.jsonl").write_bytes(
         b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
@@ -43,7 +43,7 @@ def texts(*lines: str | bytes, folder: Path) -> list[str]:
         (["\ud83d\ude00"], ["😀"]),
     ],
 )
-def test_turns(turns: Any, found: list[str], tmp_path: Path) -> None:
+def test_first_turn_is_the_prompt(turns: Any, found: list[str], tmp_path: Path) -> None:
     assert texts(json.dumps({"turns": turns, "category": "writing"}), folder=tmp_path) == found
 
 
@@ -63,7 +63,7 @@ def test_turns(turns: Any, found: list[str], tmp_path: Path) -> None:
         {},
     ],
 )
-def test_what_is_no_question_is_refused_by_file_and_line(row: Any, tmp_path: Path) -> None:
+def test_invalid_rows_are_refused_with_file_and_line(row: Any, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"q/question\.jsonl:2 is not a question; expected .* in UTF-8, but .+"
     ) as raised:
@@ -89,12 +89,12 @@ def test_what_is_no_question_is_refused_by_file_and_line(row: Any, tmp_path: Pat
         b"\xff\xfe\x00",
     ],
 )
-def test_lines_that_are_not_json_in_utf_8(line: str | bytes, tmp_path: Path) -> None:
+def test_lines_that_are_not_json_in_utf_8_are_refused(line: str | bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"q/question\.jsonl:\d+ is not a question"):
         texts(line, folder=tmp_path)
 
 
-def test_byte_order_marks_line_ends_and_long_lines(tmp_path: Path) -> None:
+def test_byte_order_marks_line_ends_and_long_lines_are_read(tmp_path: Path) -> None:
     row = json.dumps({"turns": ["café\u2028x"]}, ensure_ascii=False)
     assert texts(row.encode("utf-8-sig") + b"\r\n\r\n" + row.encode() + b"\r", folder=tmp_path) == ["café\u2028x"] * 2
     assert texts(json.dumps({"turns": ["a" * 3_000_000]}), folder=tmp_path) == ["a" * 3_000_000]
@@ -102,7 +102,7 @@ def test_byte_order_marks_line_ends_and_long_lines(tmp_path: Path) -> None:
     assert texts('{"turns": ["a"], "split": null}', folder=tmp_path) == ["a"]
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"q/question\.jsonl holds no question; expected"):
         texts("", "  ", folder=tmp_path / "empty")
     (tmp_path / "folder" / "q" / "question.jsonl").mkdir(parents=True)
@@ -116,18 +116,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_without_permission(tmp_path: Path) -> None:
+def test_files_without_permission_are_refused(tmp_path: Path) -> None:
     folder = question_file(tmp_path, '{"turns": ["a"]}')
     (tmp_path / "q" / "question.jsonl").chmod(0)
     with pytest.raises(ValueError, match=r"cannot read the questions .*: Permission denied"):
         load_prompts("q", "all", folder)
 
 
-def test_later_turns_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_turns_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"turns": ["a", "b", "c"]}, {"turns": ["d"]}, {"turns": ["e", "f"]}]
     assert texts(*map(json.dumps, rows), folder=tmp_path) == ["a", "d", "e"]
-    said = caplog.text
-    assert "q/question.jsonl: left out 3 later turns of 2 questions" in said and said.count("\n") == 1
+    message = caplog.text
+    assert "q/question.jsonl: left out 3 later turns of 2 questions" in message and message.count("\n") == 1
     caplog.clear()
     assert texts(*map(json.dumps, rows[1:2]), folder=tmp_path) == ["d"] and not caplog.text
 
@@ -143,7 +143,7 @@ def user(text: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "found", "said"),
+    ("rows", "found", "message"),
     [
         ([{"prompt": [user("a")]}, {"prompt": [user("b")]}], ["a", "b"], ""),
         ([{"messages": [user("a"), {"role": "assistant", "content": "b"}, user("c")]}], ["a", "c"], ""),
@@ -157,25 +157,25 @@ def user(text: Any) -> dict[str, Any]:
         ([{"turns": ["a", "b"]}, {"turns": []}], ["a"], "set@1:turns: left out 1 later turns of 1 questions"),
     ],
 )
-def test_data_sets(
-    rows: list[Any], found: list[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_prompts_of_data_sets(
+    rows: list[Any], found: list[str], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = load_prompts(data_set(tmp_path / "set@1", *rows), "all")
     assert [prompt.text for prompt in prompts] == found and all(prompt.logged for prompt in prompts)
     if "messages" in rows[0]:
         assert prompts[1].history == (("user", "a"), ("assistant", "b"))
     shown = caplog.text
-    assert said in shown and ("left out" in shown) == bool(said)
+    assert message in shown and ("left out" in shown) == bool(message)
 
 
 @pytest.mark.parametrize("values", [[3, 4], [None], [[3]], [[]], [[["a"]]], [{"a": "b"}], [""]])
-def test_data_sets_without_a_prompt(values: list[Any], tmp_path: Path) -> None:
+def test_data_sets_without_a_prompt_are_refused(values: list[Any], tmp_path: Path) -> None:
     rows = [{"prompt": value, "other": 1} for value in values]
     with pytest.raises(ValueError, match=r"set:prompt holds no prompt; expected .*; row 1: "):
         load_prompts(data_set(tmp_path / "set", *rows), "all")
 
 
-def test_data_sets_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_unloadable_data_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"cannot load the data set '.*empty' from the hub: "):
         load_prompts(str(tmp_path / "empty"), "all")
@@ -185,7 +185,7 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "bad"), "all")
 
 
-def test_no_code_of_a_data_set_is_run(tmp_path: Path) -> None:
+def test_no_code_of_a_data_set_is_executed(tmp_path: Path) -> None:
     folder, mark = tmp_path / "set", tmp_path / "ran"
     folder.mkdir()
     (folder / "set.py").write_text(
@@ -196,36 +196,38 @@ def test_no_code_of_a_data_set_is_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-# What JSON may hold, with what a prompt is made of more often than by chance.
+# Any JSON value, with the keys and texts of prompts drawn more often than by chance.
 WORDS = st.sampled_from(
     ["turns", "conversations", "messages", "from", "value", "role", "content", "text", "type", "split"]
 )
-SAID = st.sampled_from(
+TEXTS = st.sampled_from(
     ["human", "gpt", "user", "assistant", "system", "train", "dev", "", " ", "the a", "\ud83d", "\ud83d\ude00", "\x00"]
 )
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | SAID,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | st.text(), inner, max_size=4),
     max_leaves=12,
 )
 CHAT = st.lists(
-    st.fixed_dictionaries({}, optional={"from": SAID, "value": SAID | VALUES, "role": SAID, "content": SAID | VALUES}),
+    st.fixed_dictionaries(
+        {}, optional={"from": TEXTS, "value": TEXTS | VALUES, "role": TEXTS, "content": TEXTS | VALUES}
+    ),
     max_size=4,
 )
 ROWS = VALUES | st.fixed_dictionaries(
     {},
     optional={
-        "turns": st.lists(SAID) | CHAT | VALUES,
+        "turns": st.lists(TEXTS) | CHAT | VALUES,
         "conversations": CHAT,
         "messages": CHAT | VALUES,
-        "split": SAID | VALUES,
+        "split": TEXTS | VALUES,
     },
 )
 LINES = st.lists(ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=40), max_size=5)
 
 
-def holds(read: Callable[[], list[Prompt]], tiny: dict, named: str) -> None:
-    """Check that prompts are encoded, or that one sentence names where they are not."""
+def assert_encoded_or_refused(read: Callable[[], list[Prompt]], tiny: dict, named: str) -> None:
+    """Assert that all prompts are encoded, or that one sentence names the place of the error."""
     try:
         prompts = read()
     except ValueError as error:
@@ -241,24 +243,24 @@ def holds(read: Callable[[], list[Prompt]], tiny: dict, named: str) -> None:
 
 @pytest.mark.fuzz
 @given(lines=LINES)
-def test_any_question_file(tiny: dict, lines: list[bytes]) -> None:
+def test_any_question_file_is_read_or_refused(tiny: dict, lines: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         question_file(Path(folder), *lines)
-        holds(lambda: load_prompts("q", "all", folder), tiny, r"q/question\.jsonl")
+        assert_encoded_or_refused(lambda: load_prompts("q", "all", folder), tiny, r"q/question\.jsonl")
 
 
 @pytest.mark.fuzz
 @given(lines=LINES, array=st.booleans(), rows=st.lists(ROWS, max_size=5))
-def test_any_log(tiny: dict, lines: list[bytes], array: bool, rows: list[Any]) -> None:
+def test_any_log_is_read_or_refused(tiny: dict, lines: list[bytes], array: bool, rows: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.json"
         log.write_bytes(json.dumps(rows).encode() if array else b"\n".join(lines))
-        holds(lambda: load_prompts(str(log), "all"), tiny, r"log\.json")
+        assert_encoded_or_refused(lambda: load_prompts(str(log), "all"), tiny, r"log\.json")
 
 
 @pytest.mark.fuzz
-@given(values=st.lists(VALUES | CHAT | st.lists(SAID), max_size=5))
-def test_any_column(tiny: dict, values: list[Any]) -> None:
-    holds(
+@given(values=st.lists(VALUES | CHAT | st.lists(TEXTS), max_size=5))
+def test_any_column_is_read_or_refused(tiny: dict, values: list[Any]) -> None:
+    assert_encoded_or_refused(
         lambda: [Prompt("set", turn.text, turn.history, True) for turn in column_turns(values, "set:c")], tiny, "set:c"
     )

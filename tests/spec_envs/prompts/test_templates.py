@@ -1,4 +1,4 @@
-"""Chat templates of strangers: deterministic, bounded, and every failure is one sentence."""
+"""Chat templates from other sources are deterministic and bounded, and every failure is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokenizer(tiny_target: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.model
-def test_a_template_renders_as_in_transformers() -> None:
+def test_template_renders_as_in_transformers() -> None:
     real = load_tokenizer(REAL)
     messages = [{"role": role, "content": text} for role, text in TURNS]
     assert rendered(real, TURNS) == real.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -45,7 +45,7 @@ def test_a_template_renders_as_in_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{% if", r"malformed \(line 1: unexpected"),
         ("{{ 1 | nofilter }}", "malformed .*nofilter"),
@@ -63,10 +63,10 @@ def test_a_template_renders_as_in_transformers() -> None:
         ("{{ 'x' * 9000000 }}", "9,000,000 characters"),
     ],
 )
-def test_what_a_template_may_raise_is_one_sentence(
-    template: str, said: str, tokenizer: PreTrainedTokenizerBase
+def test_template_errors_are_reported_in_one_sentence(
+    template: str, message: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(ValueError, match=rf"template in template= .*{said}") as raised:
+    with pytest.raises(ValueError, match=rf"template in template= .*{message}") as raised:
         encode(tokenizer, "the", template)
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
 
@@ -80,25 +80,27 @@ def test_what_a_template_may_raise_is_one_sentence(
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     ],
 )
-def test_time_and_memory_are_bounded(
+def test_time_and_memory_of_templates_are_bounded(
     template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     with pytest.raises(ValueError, match="takes too much") as raised:
         encode(tokenizer, "the", template)
-    assert not isinstance(raised.value, Refused)  # it is not tried on a whole log
+    assert not isinstance(raised.value, Refused)  # so the rest of a log is not tried
     assert encode(tokenizer, "the")
 
 
 @pytest.mark.parametrize("template", ["", "{{ '' }}", "{# nothing #}"])
-def test_a_prompt_without_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompt_without_tokens_is_refused(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="has no tokens"):
         encode(tokenizer, "the", template)
 
 
 @pytest.mark.parametrize("template", [None, "none"])
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
-def test_an_empty_prompt(template: str | None, text: str, tokenizer: PreTrainedTokenizerBase, tiny: dict) -> None:
+def test_empty_prompt_is_refused(
+    template: str | None, text: str, tokenizer: PreTrainedTokenizerBase, tiny: dict
+) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         encode(tokenizer, text, template)
     env = gym.make("SpecK-v0", **(tiny | {"drafter": "lookup"}))
@@ -108,7 +110,7 @@ def test_an_empty_prompt(template: str | None, text: str, tokenizer: PreTrainedT
         env.reset(seed=0, options={"prompt": Prompt("mine", text)})
 
 
-def test_prompts_that_are_given(tiny: dict) -> None:
+def test_prompts_given_to_reset(tiny: dict) -> None:
     env = gym.make("SpecK-v0", **(tiny | {"drafter": "lookup", "template": NO_SYSTEM}))
     with pytest.raises(ValueError, match="the prompt has 3001 tokens"):
         env.reset(seed=0, options={"prompt": "the " * 3000})
@@ -120,7 +122,7 @@ def test_prompts_that_are_given(tiny: dict) -> None:
     assert env.unwrapped.decoder.prompt == encode(env.unwrapped.tokenizer, "the \ufffd", NO_SYSTEM)
 
 
-def test_half_surrogates_anywhere(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_lone_surrogates_are_replaced_everywhere(tokenizer: PreTrainedTokenizerBase) -> None:
     whole, half = "the \ufffd", "the \ud83d"
     assert encode(tokenizer, half) == encode(tokenizer, whole)
     assert encode(tokenizer, half, "none") == encode(tokenizer, whole, "none")
@@ -128,31 +130,35 @@ def test_half_surrogates_anywhere(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encode(tokenizer, "a", "the \ud83d {{ messages }}") == encode(tokenizer, "a", "the \ufffd {{ messages }}")
 
 
-def test_far_too_long_a_prompt_is_not_encoded(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_far_too_long_prompt_is_refused_unencoded(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(Refused, match=r"has 10,000,000 characters; expected at most"):
         encode(tokenizer, "the a of a" * 1_000_000)
 
 
-def test_one_begin_of_text(tiny_target: Path) -> None:
+def test_begin_of_text_is_not_doubled(tiny_target: Path) -> None:
     twice = AutoTokenizer.from_pretrained(tiny_target)
     twice.bos_token = "is"
     is_, the = twice.convert_tokens_to_ids(["is", "the"])
     assert encode(twice, "is is the", "none") == [is_, the] and encode(twice, "the is is", "none")[-2:] == [is_, is_]
 
 
-def test_prompts_of_a_log_that_the_template_refuses(
+def test_prompts_that_the_template_refuses_are_left_out(
     tiny: dict, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [[("human", "the a")], [("system", "is"), ("human", "to on")], [("human", "in the")]]
     log = tmp_path / "log.jsonl"
-    turns = [{"conversations": [{"from": who, "value": said} for who, said in row]} for row in rows]
+    turns = [{"conversations": [{"from": who, "value": message} for who, message in row]} for row in rows]
     log.write_text("\n".join(map(json.dumps, turns)))
     settings: dict[str, Any] = tiny | {"drafter": "lookup", "template": NO_SYSTEM, "prompts": str(log)}
     env = gym.make("SpecK-v0", **settings, split="all")
-    said = caplog.text
+    message = caplog.text
     caplog.clear()
     assert [prompt.text for prompt in env.unwrapped.prompts] == ["the a", "in the"]
-    assert "left out 1 of 3 prompts: " in said and "(roles must alternate)" in said and said.count("left out") == 1
+    assert (
+        "left out 1 of 3 prompts: " in message
+        and "(roles must alternate)" in message
+        and message.count("left out") == 1
+    )
     assert len(encoded_prompts(settings, "all", 9)) == 2
     assert "left out 1 of 3 prompts: " in caplog.text
     log.write_text(json.dumps(turns[1]))
@@ -164,7 +170,7 @@ def test_prompts_of_a_log_that_the_template_refuses(
         list(encode_all(tokenizer, strict, NO_SYSTEM))
 
 
-def test_the_day_is_pinned(tokenizer: PreTrainedTokenizerBase, tiny: dict) -> None:
+def test_date_of_templates_is_fixed(tokenizer: PreTrainedTokenizerBase, tiny: dict) -> None:
     on, the = tokenizer.convert_tokens_to_ids(["on", "the"])
     assert DATE.endswith("-01") and encode(tokenizer, "the", DATED) == [on, the]
     assert encode(tokenizer, "the", DATED, date="2024-02-29") == [on] * 29 + [the]
@@ -178,7 +184,7 @@ def test_the_day_is_pinned(tokenizer: PreTrainedTokenizerBase, tiny: dict) -> No
     assert encoded_prompts(settings, "test", 1)[0].ids[:6].count(on) == 5
 
 
-def test_random_numbers_of_a_template_are_always_the_same(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_random_numbers_of_templates_are_reproducible(tokenizer: PreTrainedTokenizerBase) -> None:
     template = "{{ range(100000) | random }} {{ lipsum(n=1) }}"
     state = random.getstate()
     first = rendered(tokenizer, TURNS, template)
@@ -187,13 +193,13 @@ def test_random_numbers_of_a_template_are_always_the_same(tokenizer: PreTrainedT
     assert rendered(tokenizer, TURNS, template) == first
 
 
-def test_runs_and_traces_record_the_day(tiny: dict, tmp_path: Path, tiny_draft: Path) -> None:
+def test_runs_and_traces_record_the_date(tiny: dict, tmp_path: Path, tiny_draft: Path) -> None:
     stanza = load_experiment("SpecK-v0", "ppo")
     config = yaml.safe_load(yaml.safe_dump(resolved(stanza, "SpecK-v0", "ppo", 0).env))
     assert config["date"] == DATE
     stanza = load_experiment("SpecK-v0", "ppo", ["env.date='2026-03-05'"])
     assert resolved(stanza, "SpecK-v0", "ppo", 0).env["date"] == "2026-03-05"
-    stanza = load_experiment("SpecK-v0", "ppo", ["env.trace=somewhere"])  # which knows its own
+    stanza = load_experiment("SpecK-v0", "ppo", ["env.trace=somewhere"])  # the trace records its own date
     assert "date" not in resolved(stanza, "SpecK-v0", "ppo", 0).env
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}

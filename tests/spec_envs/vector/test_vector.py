@@ -1,4 +1,4 @@
-"""Environments in NumPy behave like as many single ones."""
+"""A NumPy vector environment behaves like as many single environments."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def make_vector(env_id: str, count: int, **keywords: Any) -> Any:
     return gym.make_vec(env_id, num_envs=count, vectorization_mode="vector_entry_point", **keywords)
 
 
-def same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Check that infos are alike: names, masks, and values where a mask is true; elsewhere neither has any."""
+def assert_same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Assert that infos are alike: the same names and masks, and equal values where a mask is true."""
     assert set(mine) == set(theirs)
     for name, value in theirs.items():
         if isinstance(value, dict):
-            same_infos(mine[name], value)
+            assert_same_infos(mine[name], value)
         elif name == "final_obs":
             for i in np.flatnonzero(theirs["_final_obs"]):
                 np.testing.assert_allclose(mine[name][i], value[i], atol=2e-6)
@@ -59,7 +59,7 @@ def same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize(("env_id", "name", "keywords"), CASES)
-def test_it_is_as_many_single_environments(
+def test_equals_vector_of_single_environments(
     env_id: str,
     name: str,
     keywords: dict[str, Any],
@@ -80,7 +80,7 @@ def test_it_is_as_many_single_environments(
     for seeds in ([3 * i for i in range(COUNT)], 11, None):
         (seen, infos), (theirs, their_infos) = many.reset(seed=seeds), single.reset(seed=seeds)
         np.testing.assert_allclose(seen, theirs, atol=2e-6)
-        same_infos(infos, their_infos)
+        assert_same_infos(infos, their_infos)
         last[:] = False
         for _ in range(80):
             if mode == AutoresetMode.DISABLED and last.any():
@@ -88,19 +88,19 @@ def test_it_is_as_many_single_environments(
                     env.reset(options={"reset_mask": last.copy()}) for env in (many, single)
                 )
                 np.testing.assert_allclose(seen[last], theirs[last], atol=2e-6)
-                same_infos(infos, their_infos)
+                assert_same_infos(infos, their_infos)
             actions = rng.integers(many.single_action_space.n, size=COUNT)
             seen, rewards, last, truncated, infos = many.step(actions)
             theirs, their_rewards, their_last, _, their_infos = single.step(actions)
             np.testing.assert_allclose(seen, theirs, atol=2e-6)
             np.testing.assert_allclose(rewards, their_rewards, atol=1e-9)
             assert last.tolist() == their_last.tolist() and not truncated.any()
-            same_infos(infos, their_infos)
+            assert_same_infos(infos, their_infos)
             ended += last.sum()
     assert ended >= COUNT
 
 
-def test_given_texts_begin(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+def test_texts_option_sets_the_texts(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     shared = {"trace": str(traces["tree"].folder), "split": "all", "max_new_tokens": 20, **sizes(plans["tree"])}
     many, single = make_vector("SpecDepth-v0", COUNT, **shared), gym.make("SpecDepth-v0", **shared).unwrapped
     seen, _ = many.reset(seed=0, options={"texts": np.arange(COUNT)})
@@ -108,7 +108,7 @@ def test_given_texts_begin(traces: dict[str, Trace], plans: dict[str, Plan]) -> 
         np.testing.assert_allclose(seen[i], single.reset(seed=1, options={"prompt": single.prompts[i]})[0], atol=2e-6)
 
 
-def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+def test_rollouts_are_reproducible_and_draw_new_texts(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     keywords = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, "depth": "random", **sizes(plans["tree"])}
     runs = []
     for _ in range(2):
@@ -123,8 +123,8 @@ def test_seeds_repeat_and_texts_are_drawn_anew(traces: dict[str, Trace], plans: 
     assert len(set(env.text)) > 1 and set(env.text) <= set(traces["tree"].of_split("train"))
 
 
-def test_every_environment_has_its_own_seed(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
-    """A list of seeds is one per environment; a number is counted up; the actions of one change nothing in another."""
+def test_each_environment_has_its_own_seed(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+    """A list has one seed per environment, a number is counted up, and one environment does not affect another."""
     shared = {"trace": str(traces["tree"].folder), "split": "all", "max_new_tokens": 20, **sizes(plans["tree"])}
     env = make_vector("SpecDepth-v0", 6, **shared)
 
@@ -150,7 +150,7 @@ def test_every_environment_has_its_own_seed(traces: dict[str, Trace], plans: dic
     env.reset(seed=2**70)
 
 
-def test_draws_are_those_of_numpy() -> None:
+def test_draws_equal_numpy() -> None:
     many, single = Draws(5), [seeding.np_random(i)[0] for i in range(5)]
     many.seed(range(5), np.arange(5))
     rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def test_draws_are_those_of_numpy() -> None:
 
 
 @pytest.mark.parametrize("case", [("SpecBudget-v0", "tree", {"depth": "random"}), ("SpecK-v0", "copies", {})])
-def test_copies_go_on_where_the_original_was(
+def test_copies_continue_from_the_same_state(
     case: tuple[str, str, dict[str, Any]], traces: dict[str, Trace], plans: dict[str, Plan]
 ) -> None:
     env_id, name, keywords = case
@@ -170,7 +170,7 @@ def test_copies_go_on_where_the_original_was(
     for _ in range(7):
         env.step(rng.integers(env.choices, size=5))
     copies = [pickle.loads(pickle.dumps(env)), copy.deepcopy(env)]
-    assert copies[0].trace is env.trace  # it is read from its folder once, not carried along
+    assert copies[0].trace is env.trace  # the trace is shared within a process, not copied
     for _ in range(60):
         actions = rng.integers(env.choices, size=5)
         seen, rewards, *_ = env.step(actions)
@@ -199,8 +199,8 @@ def test_attributes_are_read_and_set(traces: dict[str, Trace], plans: dict[str, 
             call()  # type: ignore[operator]
 
 
-def test_make_vec_makes_what_is_meant(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
-    """The environment is in NumPy if it replays a recorded trace, else single environments run side by side."""
+def test_make_vec_chooses_kind_of_vector_environment(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+    """The environment is in NumPy if it replays a recorded trace, else it consists of single environments."""
     shared = {"trace": str(traces["tree"].folder), "max_new_tokens": 20, **sizes(plans["tree"])}
     assert isinstance(gym.make_vec("SpecDepth-v0", 2, **shared), ReplayVectorEnv)
     copies = {"trace": str(traces["copies"].folder), "max_new_tokens": 20, "k_max": 6, "adjustment_interval": 4}
@@ -226,8 +226,8 @@ def test_make_vec_makes_what_is_meant(traces: dict[str, Trace], plans: dict[str,
         gym.make_vec("SpecDepth-v0", 2, **shared, autoreset_mode="never")
 
 
-def test_statistics_are_recorded(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
-    """Gymnasium's wrapper counts the same episodes of both kinds."""
+def test_record_episode_statistics(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+    """Gymnasium's wrapper counts the same episodes for both kinds."""
     shared = {"trace": str(traces["tree"].folder), "split": "all", "max_new_tokens": 20, **sizes(plans["tree"])}
     for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
         mine: Any = RecordEpisodeStatistics(make_vector("SpecDepth-v0", 4, **shared, autoreset_mode=mode))
@@ -246,7 +246,7 @@ def test_statistics_are_recorded(traces: dict[str, Trace], plans: dict[str, Plan
         np.testing.assert_allclose(list(mine.return_queue), list(theirs.return_queue))
 
 
-def test_one_of_several_tables_prices_a_text(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+def test_one_of_several_tables_is_drawn_per_text(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     tables = ["qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2"]
     env = make_vector(
         "SpecDepth-v0", 32, trace=str(traces["tree"].folder), clock=tables, max_new_tokens=20, **sizes(plans["tree"])
@@ -254,15 +254,15 @@ def test_one_of_several_tables_prices_a_text(traces: dict[str, Trace], plans: di
     env.reset(seed=0)
     assert set(env.under_way.clock) == {0, 1}
     *_, infos = env.step(np.zeros(32, int))
-    slow = env.under_way.clock == 0  # may have changed where a text ended, which none has after one cycle
+    slow = env.under_way.clock == 0  # the table may change where a text ends, which none does after one cycle
     assert infos["seconds"]["verify"][slow].min() > infos["seconds"]["verify"][~slow].max()
 
 
-def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+def test_unsupported_keywords_are_refused(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     tree, chain = str(traces["tree"].folder), str(traces["chain"].folder)
     for match, env_id, keywords in (
         ("give trace=FOLDER", "SpecDepth-v0", {}),
-        ("one of chains", "SpecDepth-v0", {"trace": chain}),
+        ("has chains, which do not replay depth", "SpecDepth-v0", {"trace": chain}),
         ("adjustment_interval", "SpecK-v0", {"trace": chain, "adjustment_interval": 8, "k_max": 6}),
         ("render_mode means nothing", "SpecDepth-v0", {"trace": tree, "render_mode": "ansi", **sizes(plans["tree"])}),
         ('needs episode="cycle"', "SpecDepth-v0", {"trace": tree, "reward": "ltd"}),
@@ -280,7 +280,7 @@ def test_what_means_nothing_here_is_refused(traces: dict[str, Trace], plans: dic
         env.reset(options={"texts": [0, 99]})
 
 
-def test_only_whole_numbers_are_actions(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
+def test_actions_must_be_whole_numbers(traces: dict[str, Trace], plans: dict[str, Plan]) -> None:
     env = make_vector("SpecDepth-v0", 2, trace=str(traces["tree"].folder), max_new_tokens=20, **sizes(plans["tree"]))
     with pytest.raises(ValueError, match=r"call reset\(\) first"):
         env.step(np.array([0, 1]))
@@ -307,7 +307,7 @@ def test_only_whole_numbers_are_actions(traces: dict[str, Trace], plans: dict[st
     env.step([0, 1])
 
 
-def test_replaying_trees_needs_no_models(
+def test_replaying_trees_loads_no_model(
     traces: dict[str, Trace],
     plans: dict[str, Plan],
     monkeypatch: pytest.MonkeyPatch,
@@ -323,6 +323,6 @@ def test_replaying_trees_needs_no_models(
     env = make_vector("SpecDepth-v0", 4, trace=str(traces["tree"].folder), max_new_tokens=20, **sizes(plans["tree"]))
     env.reset(seed=0)
     env.step(np.ones(4, int))
-    assert env.forwards == 0  # all have expanded, nothing is verified
+    assert env.forwards == 0  # all have expanded, and nothing is verified
     env.step(np.zeros(4, int))
     assert env.forwards == 4

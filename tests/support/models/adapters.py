@@ -1,4 +1,4 @@
-"""Early exits that have learned something, and decoders that draft with them."""
+"""Early exits with random learned weights, and decoders that draft with them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support.models.tiny import CPU
 PROMPTS = ([2, 3, 4, 5, 6], [9, 8, 7], [12, 2, 12, 2, 12])
 
 
-def trained(target: Transformer, name: str, kind: str, exit_layer: int = 3, seed: int = 0) -> ExitAdapter:
-    """Return an adapter with weights as if it had learned something."""
+def random_adapter(target: Transformer, name: str, kind: str, exit_layer: int = 3, seed: int = 0) -> ExitAdapter:
+    """Return an adapter whose weights differ from their initial values, as after training."""
     torch.manual_seed(seed)
     adapter = ExitAdapter.fresh(target, name, exit_layer, kind, rank=4)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def decoder_of(adapter: ExitAdapter, k: int = 6, temperature: float = 0.0, stop:
     return ExitDecoder(verifier, EarlyExitDrafter(verifier, stop), WallClock(CPU), (), max_depth=k - 1)
 
 
-def decoded(decoder: Decoder, prompt: list[int], lengths: list[int], tokens: int = 40) -> list[int]:
+def decode_text(decoder: Decoder, prompt: list[int], lengths: list[int], tokens: int = 40) -> list[int]:
     decoder.start(prompt, tokens, np.random.default_rng(0))
     for i in range(tokens):
         if decoder.finished:

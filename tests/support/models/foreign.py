@@ -1,4 +1,4 @@
-"""Model folders as strangers bring them, and their texts here and in transformers."""
+"""Model folders from other sources, and their greedy texts here and in transformers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from spec_envs.decoding.loading import load_decoder
 IDS = [5, 6, 7, 8]
 
 
-def configure(folder: Path, **settings: Any) -> None:
-    """Change config.json."""
+def edit_config(folder: Path, **settings: Any) -> None:
+    """Change settings in config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-def restore(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the weights."""
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Apply a change to the tensors of model.safetensors."""
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
-    """Return the text that this package writes greedily."""
+    """Return the greedy text of this package."""
     decoder = load_decoder(str(folder), None, "cpu", "float32")
     decoder.start(ids, count, np.random.default_rng(0))
     while not decoder.finished:
@@ -40,7 +40,7 @@ def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
 
 
 def theirs(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
-    """Return the text that transformers writes greedily."""
+    """Return the greedy text of transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)

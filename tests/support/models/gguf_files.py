@@ -40,7 +40,7 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwe
 
 
 def tiny_model(family: str = "llama", seed: int = 1, **settings: Any) -> Any:
-    """Return a random model of a family over the tokens above."""
+    """Return a random model of a family over the tokens of ``TOKENS``."""
     torch.manual_seed(seed)
     width = {} if family == "qwen2" else {"head_dim": 8}
     ids = {"vocab_size": len(TOKENS), "eos_token_id": END, "pad_token_id": PAD}
@@ -98,13 +98,13 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
 
 
 def value_kind(value: Any) -> GGUFValueType:
-    """Return the type that a value is written as."""
+    """Return the GGUF type that a value is written as."""
     kinds = {bool: "BOOL", int: "INT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
     return GGUFValueType[kinds[type(value)]]
 
 
 def write_fields(path: Path, family: str, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
-    """Write a file."""
+    """Write a GGUF file of these fields and tensors, and return its path."""
     writer = GGUFWriter(str(path), family)
     for key, value in fields.items():
         writer.add_key_value(key, value, value_kind(value), value_kind(value[0]) if isinstance(value, list) else None)
@@ -124,8 +124,11 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     without: Sequence[str] = (),
 ) -> Path:
-    """Write a model with further or other fields and tensors, and without some; the architecture's name is put before
-    fields that begin with a point."""
+    """Write a model as a GGUF file and return its path.
+
+    ``fields`` and ``tensors`` are added or replaced, names in ``without`` are left out; the architecture's name is
+    prepended to fields that begin with a point.
+    """
     family = model.config.model_type
     changed = {f"{family}{key}" if key.startswith(".") else key: value for key, value in (fields or {}).items()}
     kept = {key: value for key, value in (fields_of(model) | changed).items() if key not in without}
@@ -134,7 +137,7 @@ def write_gguf(
 
 
 def split(model: Any, folder: Path, count: int = 2) -> list[Path]:
-    """Write a model in parts."""
+    """Write a model in ``count`` GGUF files and return their paths."""
     fields, arrays = fields_of(model), tensors_of(model)
     names, paths = list(arrays), []
     for i in range(count):
@@ -146,7 +149,7 @@ def split(model: Any, folder: Path, count: int = 2) -> list[Path]:
 
 
 def reference(model: Any, ids: Sequence[int], count: int = 24, **settings: Any) -> list[int]:
-    """Return the text that transformers writes greedily."""
+    """Return the greedy text of transformers."""
     prompt = torch.tensor([list(ids)])
     with torch.no_grad():
         out = model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=PAD, **settings)

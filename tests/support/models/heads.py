@@ -1,4 +1,4 @@
-"""Random EAGLE-3 heads in every layout, and what they compute, in float64 and as plainly as possible."""
+"""Random EAGLE-3 heads in every published layout, and a plain float64 reference of their computation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PROMPT = [3, 7, 5, 9, 4, 11, 2]
 
 @dataclass
 class Recipe:
-    """A head for a target of these sizes; ``boundaries`` are those that it reads of the target's layers."""
+    """Sizes and options of a random head for a target; ``boundaries`` are the layer boundaries of the target that
+    it reads."""
 
     target_hidden: int = 32
     vocab: int = 16
@@ -54,10 +55,10 @@ class Recipe:
 
 
 def tensors(r: Recipe) -> dict[str, Tensor]:
-    """Return tensors by the names of the first published heads."""
+    """Return the tensors of a head, named as in the first published heads."""
     generator = torch.Generator().manual_seed(r.seed)
 
-    def drawn(*shape: int) -> Tensor:  # biases are not as small as weights may have to be
+    def drawn(*shape: int) -> Tensor:  # biases are drawn at 0.3 even where weights have to be smaller
         return (r.scale if len(shape) > 1 else 0.3) * torch.randn(*shape, generator=generator)
 
     def gains(n: int) -> Tensor:
@@ -104,7 +105,7 @@ def tensors(r: Recipe) -> dict[str, Tensor]:
 
 
 def config(r: Recipe, layout: str) -> dict[str, Any]:
-    """Return the config.json of a layout."""
+    """Return the contents of config.json in a layout."""
     numbers: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": r.hidden,
@@ -131,7 +132,8 @@ def config(r: Recipe, layout: str) -> dict[str, Any]:
         written |= {"norm_before_residual": False, **r.flags, "speculators_config": {"algorithm": "eagle3"}}
         return written | ({ids: list(r.boundaries)} if r.named else {})
     named = list(r.boundaries)
-    named = [i - 1 for i in named] if named[0] == 2 and layout != "eagle" else named  # outputs, as their trainers count
+    # layers' outputs, as their trainers count
+    named = [i - 1 for i in named] if named[0] == 2 and layout != "eagle" else named
     nested: dict[str, Any] = {ids: named, "use_aux_hidden_state": True} if r.named else {}
     written = numbers | sizes | {"architectures": ["LlamaForCausalLMEagle3"]}
     if layout == "modelopt":
@@ -142,7 +144,7 @@ def config(r: Recipe, layout: str) -> dict[str, Any]:
 
 
 def save_head(folder: Path, r: Recipe, layout: str = "eagle", **changes: Any) -> dict[str, Tensor]:
-    """Write a head; its tensors by the first names."""
+    """Write a head in a layout; return its tensors, named as in the first published heads."""
     folder.mkdir(parents=True, exist_ok=True)
     made, renamed = tensors(r), {}
     for name, tensor in made.items():
@@ -157,10 +159,11 @@ def save_head(folder: Path, r: Recipe, layout: str = "eagle", **changes: Any) ->
 
 
 def states(target: Path, text: list[int], boundaries: tuple[int, ...]) -> Tensor:
-    """Return the target's states at some layer boundaries, ``[n, len(boundaries) * hidden]``, without norm."""
+    """Return the target's hidden states at layer boundaries, ``[n, len(boundaries) * hidden]``, before the final
+    norm."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
     found: dict[int, Tensor] = {}
-    for i, layer in enumerate(model.model.layers):  # transformers' own list ends with a normed state
+    for i, layer in enumerate(model.model.layers):  # the last state in transformers' own list is normalised
         layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0]))
         layer.register_forward_hook(lambda _, __, out, i=i: found.__setitem__(i + 1, out))
     with torch.no_grad():
@@ -169,7 +172,7 @@ def states(target: Path, text: list[int], boundaries: tuple[int, ...]) -> Tensor
 
 
 class Reference:
-    """A head, row after row, with lists of keys and values."""
+    """Compute a head row by row, with lists of keys and values."""
 
     def __init__(self, r: Recipe, made: dict[str, Tensor], target: Path):
         model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
@@ -212,7 +215,7 @@ class Reference:
         return self.product(torch.cat(mixed), f"{at}self_attn.o_proj")
 
     def row(self, hidden: Tensor, token: int, position: int) -> tuple[Tensor, Tensor]:
-        """Return the input of the next step, and log-probabilities of the draft vocabulary."""
+        """Return the hidden state that the next step reads, and log-probabilities of the draft vocabulary."""
         x = hidden
         for layer in range(self.r.layers):
             at = f"layers.{layer}." if layer else "midlayer."
@@ -232,7 +235,7 @@ class Reference:
         return normed if self.r.flags.get("norm_output") else x, (self.rows @ normed).log_softmax(-1)
 
     def chain(self, features: Tensor, text: list[int], chain: list[int]) -> list[Tensor]:
-        """Return log-probabilities after a text and after each token of a chain."""
+        """Return log-probabilities after a text and after each token of a chain, one tensor per position."""
         for i in range(len(text) - 1):
             hidden, log_probs = self.row(self.fuse(features[i]), text[i + 1], i)
         found = [log_probs]
@@ -243,7 +246,7 @@ class Reference:
 
 
 def random_target(folder: Path, like: Path, **changes: Any) -> Path:
-    """Return a random Llama with the tokenizer of another folder, and other sizes."""
+    """Save a random Llama with the tokenizer of another folder and some sizes changed; return its folder."""
     shutil.copytree(like, folder)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(like, **changes))
     model.save_pretrained(folder)
@@ -251,7 +254,7 @@ def random_target(folder: Path, like: Path, **changes: Any) -> Path:
 
 
 def drafted(target: Path, head: Path, dtype: str = "float32", width: int = 1, levels: int = 3) -> Decoder:
-    """Return a decoder after a prompt, with levels drafted."""
+    """Return a decoder that has started the prompt and drafted this many levels."""
     decoder = load_decoder(str(target), str(head), "cpu", dtype, width=width, max_depth=levels)
     decoder.start(PROMPT, 40, np.random.default_rng(0))
     decoder.begin()
@@ -261,18 +264,18 @@ def drafted(target: Path, head: Path, dtype: str = "float32", width: int = 1, le
 
 
 def assert_drafts_as_computed(target: Path, head: Path, r: Recipe, made: dict[str, Tensor], atol: float = 2e-4) -> None:
-    """Check that chains and the whole first distribution are those of the reference."""
+    """Assert that the drafted chain and the whole first distribution are those of the reference."""
     decoder = drafted(target, head)
     chain, text = decoder.tree.tokens.tolist(), [*PROMPT, *decoder.tokens]
     reference = Reference(r, made, target)
     expected = reference.chain(states(target, text[:-1], r.boundaries), text, chain[:-1])
     index = {int(token): i for i, token in enumerate(reference.ids)}
     steps = np.diff(decoder.tree.scores, prepend=0.0)
-    if not r.output_rows:  # the target's own rows: what the text has can be drafted as well
+    if not r.output_rows:  # the head uses the target's output rows, so it can also draft tokens that are in the text
         wide = drafted(target, head, width=r.drafted, levels=1)
         found = zip(wide.tree.tokens.tolist(), wide.tree.scores.tolist(), strict=True)
         gaps = [score - float(expected[0][index[token]]) for token, score in found if token in index]
-        assert not gaps or np.ptp(gaps) < 2 * atol  # none where tokens of the text crowd out a small vocabulary
+        assert not gaps or np.ptp(gaps) < 2 * atol  # no gaps where tokens of the text crowd out a small vocabulary
         return
     for step, token, log_probs in zip(steps, chain, expected, strict=True):
         assert abs(step - float(log_probs[index[token]])) < atol

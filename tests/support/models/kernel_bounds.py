@@ -1,5 +1,7 @@
-"""Drives a library of kernels that was built with address sanitizer through random models and calls, and compares it with
-torch. A program of its own, since the sanitizer must be loaded before Python: ``kernel_bounds LIBRARY SEED COUNT``."""
+"""Run a library of kernels built with address sanitizer on random models and calls, and compare it with torch.
+
+This is a separate program because the sanitizer must be loaded before Python: ``kernel_bounds LIBRARY SEED COUNT``.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 class Choice:
-    """Draws from lists."""
+    """Draw random options, ids and numbers from one seed."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -54,12 +56,12 @@ class Choice:
         return torch.randn(size, generator=self.generator)
 
 
-# What a model has that is not computed, if anything.
+# The part of a model that the kernels do not compute; empty for a model they do.
 ODD = ("", "hidden", "", "inner", "", "heads", "head", "rope")
 
 
 def config(choice: Choice, odd: str) -> PretrainedConfig:
-    """Return a config, often with one number of a model that is not computed."""
+    """Return a random config; ``odd`` names a part for which a size is drawn that the kernels do not compute."""
     family = choice.of(list(FAMILIES))
     heads = choice.of([1, 2, 3, 4, 6, 8])
     kv_heads = choice.of([n for n in range(1, heads + 1) if heads % n == 0])
@@ -84,13 +86,13 @@ def config(choice: Choice, odd: str) -> PretrainedConfig:
 
 
 def near(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Check that results differ only by bfloat16 keys and values and by the rounding of sums."""
+    """Assert that results differ only by bfloat16 keys and values and by the rounding of sums."""
     error = float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-6))
     assert ours.shape == theirs.shape and error < 0.08, f"{what}: {list(ours.shape)} is off by {error:.2f}"
 
 
 class Pair:
-    """A model in the kernels and in torch, given the same calls."""
+    """A model in the kernels and in torch that are given the same calls."""
 
     def __init__(self, made: PretrainedConfig, choice: Choice):
         weights = random_weights(made, choice.generator)
@@ -98,7 +100,7 @@ class Pair:
         self.reference, self.shape = reference(made, weights), self.model.shape
 
     def both(self, hidden: Tensor, caches: tuple[Any, Any], at: Tensor, what: str, **given: Any) -> Tensor:
-        """Return hidden states of both, which are compared through the head; the captured states, too."""
+        """Return the kernels' hidden states, after comparing them, the captured states and the logits with torch's."""
         (ours, kept), (theirs, wanted) = (
             model.forward(hidden, cache, at, **given)
             for model, cache in zip((self.model, self.reference), caches, strict=True)
@@ -115,7 +117,7 @@ class Pair:
         return self.reference.embed(self.choice.ids(self.shape.vocab, *size))
 
     def prompt_and_tree(self) -> None:
-        """Run a prompt, and rows after it of which each sees some, up to the end of the context and of the cache."""
+        """Run a prompt and then rows of which each attends to some, up to the end of the context and of the cache."""
         context, of = self.shape.context, self.choice.of
         n = of([1, 2, 16, 17, 40, context - 1, context])
         room = of([0, 1, 7, 30, 70])
@@ -133,10 +135,10 @@ class Pair:
         named = of([room, min(n, 3) + room])
         seen = torch.from_numpy(self.choice.rng.random((room, named)) < 0.4)
         seen[range(room), range(named - room, named)] = True
-        self.both(self.embed(1, room), caches, at, f"tree of {room} behind {n}", seen=seen)
+        self.both(self.embed(1, room), caches, at, f"tree of {room} after {n}", seen=seen)
 
     def batch(self) -> None:
-        """Run sequences padded on the left."""
+        """Run a batch of sequences padded on the left."""
         batch, n = self.choice.of([1, 2, 5]), min(self.choice.of([1, 15, 33]), self.shape.context)
         padding = torch.from_numpy(self.choice.rng.integers(0, n, batch))
         at = (torch.arange(n)[None] - padding[:, None]).clamp(min=0)
@@ -146,11 +148,11 @@ class Pair:
             model.forward(hidden, cache, at, padding=padding)
             for model, cache in zip((self.model, self.reference), caches, strict=True)
         )
-        shown = torch.arange(n)[None] >= padding[:, None]  # a row of the padding sees nothing
+        shown = torch.arange(n)[None] >= padding[:, None]  # padded rows attend to nothing
         near(ours[shown], theirs[shown], f"batch of {batch} times {n}")
 
     def slots(self) -> None:
-        """Run sequences of different lengths."""
+        """Run slots whose sequences have different lengths."""
         capacity = self.choice.of([33, 64])
         both = tuple(model.slots(4, capacity) for model in (self.model, self.reference))
         for n in (self.choice.of([1, 9, 20]), self.choice.of([1, 5, capacity - 20])):
@@ -177,7 +179,7 @@ class Pair:
         self.both(self.embed(1, n), caches, torch.arange(n)[None], "adapters", added=Additions(made))
 
     def best(self) -> None:
-        """Compare the most probable outputs of two heads."""
+        """Compare the most probable outputs over two sets of logits."""
         rows, extras = self.choice.of([1, 7, 20]), self.choice.of([0, 1, 15, 17])
         logits = self.choice.normal(rows, self.shape.vocab + 3)[:, : self.shape.vocab]
         extra = self.choice.normal(rows, extras) if extras else None
@@ -186,11 +188,11 @@ class Pair:
         theirs = layers.most_probable(logits, extra, width)[1:]
         torch.testing.assert_close(ours, list(theirs), rtol=1e-4, atol=1e-5)
         chosen = torch.cat([logits] if extra is None else [logits, extra], -1).log_softmax(-1).gather(1, index)
-        torch.testing.assert_close(chosen, theirs[0], rtol=1e-4, atol=1e-5)  # the order of equals is open
+        torch.testing.assert_close(chosen, theirs[0], rtol=1e-4, atol=1e-5)  # the order of equal ones is free
         assert all(len(set(row)) == width for row in index.tolist())
 
     def draft(self) -> None:
-        """Run a step of a draft model as one call."""
+        """Compare a step of a draft model in one call with the model's forward."""
         model, vocab = self.model, self.shape.vocab
         step = Int8Step(model.layers, model.norm, model.head.linear, model.embedding, model.rope, vocab)
         n, extras = self.choice.of([1, 2, 33]), self.choice.of([0, 1, 9])
@@ -203,8 +205,8 @@ class Pair:
         assert not index.size or (index.min() >= 0 and index.max() < vocab + extras)
 
     def eagle(self) -> None:
-        """Run an EAGLE-3 head's layer, which reads twice the hidden size, by itself and in a step as one call; and the
-        attention of an exit, which has no feed-forward part."""
+        """Compare an EAGLE-3 head's layer, which reads twice the hidden size, layer by layer and as a step in one
+        call; then the attention of an exit, which has no feed-forward part."""
         shape, n = dataclasses.replace(self.shape, layers=1), self.choice.of([1, 2, 19])
         weights, hidden = eagle_layer(shape, self.choice.generator), self.choice.normal(n, shape.hidden)
         ours, theirs = int8.Layers([weights], shape), reference_layers([weights], shape)
@@ -231,7 +233,7 @@ class Pair:
 
 @torch.inference_mode()
 def drive(seed: int) -> bool:
-    """Drive one random model through some calls; return whether the kernels compute it at all."""
+    """Run one random model through all calls; return False if the kernels do not compute it."""
     choice = Choice(seed)
     torch.set_num_threads(choice.of([1, 1, 2, 3]))
     try:

@@ -1,4 +1,4 @@
-"""Random models of every family, in the kernels' int8 and in torch's."""
+"""Random models of every family, in int8 with the kernels and with torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def pair(config: PretrainedConfig) -> tuple[Transformer, Transformer]:
-    """Return a random model in the kernels' int8 and in torch's."""
+    """Return the same random model in int8 with the kernels and with torch."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Models in int8 as torch's own operators compute them, to compare the kernels with."""
+"""Int8 models computed with torch's operators, as references for the kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Quantised(linear.Linear):
-    """The reference of a product in int8."""
+    """The reference of an int8 matrix product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.inputs = weight.shape[1]
@@ -30,7 +30,8 @@ class Quantised(linear.Linear):
 
 
 def reference(config: PretrainedConfig, weights: dict[str, Tensor]) -> Transformer:
-    """Return the model in torch's operators, all but products and their inputs in float32."""
+    """Return the model in torch's operators; only matrix products and their inputs are quantised, the rest is
+    float32."""
     plain, layers.Linear = layers.Linear, Quantised  # type: ignore[misc]
     try:
         return Transformer(config, weights, torch.float32, CPU)
@@ -39,17 +40,17 @@ def reference(config: PretrainedConfig, weights: dict[str, Tensor]) -> Transform
 
 
 def random_weights(config: PretrainedConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return weights of a model of this config that keep hidden states at about their size.
+    """Return random weights for this config that keep hidden states at about their size.
 
     Raises:
-        ValueError: a config that no dtype computes.
+        ValueError: if no dtype computes the config.
     """
     shape, weights = Shape.from_config(config), {}
     for name, size in tensors(config, shape, shape.vocab):
         numbers = torch.randn(size, generator=generator)
         if name.endswith("bias"):
             numbers *= 0.3
-        elif len(size) == 1:  # a gain of a norm
+        elif len(size) == 1:  # gain of a norm
             numbers = 1 + 0.3 * numbers
         elif "layers" in name:
             numbers /= size[1] ** 0.5
@@ -60,7 +61,7 @@ def random_weights(config: PretrainedConfig, generator: torch.Generator) -> dict
 
 
 def eagle_layer(shape: Shape, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Return weights of a layer whose attention reads twice the hidden size, as that of an EAGLE-3 head."""
+    """Return weights of a layer whose attention reads twice the hidden size, as in an EAGLE-3 head."""
     hidden, attended, kept = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {
         "self_attn.q_proj": (attended, 2 * hidden),
@@ -79,7 +80,7 @@ def eagle_layer(shape: Shape, generator: torch.Generator | None = None) -> dict[
 
 
 def reference_layers(weights: list[dict[str, Tensor]], shape: Shape) -> layers.Layers:
-    """Return layers in torch's operators, all but products and their inputs in float32."""
+    """Return layers in torch's operators; only matrix products and their inputs are quantised, the rest is float32."""
     plain, layers.Linear = layers.Linear, Quantised  # type: ignore[misc]
     try:
         return layers.Layers(weights, shape)

@@ -14,7 +14,7 @@ REAL = "smollm2-135m"
 
 
 def save_draft(folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    """Return a random Llama of one layer with the tokenizer of another folder."""
+    """Save a random Llama of one layer with the tokenizer of another folder, and return its folder."""
     torch.manual_seed(7)
     config: dict[str, Any] = {
         "hidden_size": 16,

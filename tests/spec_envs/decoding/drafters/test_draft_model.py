@@ -1,4 +1,4 @@
-"""Draft models: chains are exact under greedy decoding and in distribution, and their cache is rolled back right."""
+"""Draft models: greedy text is exact, sampled text has the target's distribution, and the cache is rolled back."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict, tiny_draft: 
     assert max(accepted) > 0 and any(c.accepted < c.drafted for c in decoder.cycles)
 
 
-def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.random.Generator) -> None:
-    """After every kind of cycle the draft reads the committed text and nothing else."""
+def test_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.random.Generator) -> None:
+    """After every kind of cycle the draft model has read the text so far and nothing else."""
     decoder = chain_decoder(tiny, tiny["target"])
     decoder.eos = frozenset()
     decoder.start([3, 4, 5], 300, rng)
@@ -51,8 +51,9 @@ def test_the_target_as_its_own_draft_is_always_accepted(tiny: dict, rng: np.rand
         assert cycle.accepted == min(k, cycle.emitted) and cycle.drafted == k
 
 
-def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> None:
-    """After a cycle whose chain was rejected at any place, the draft's next proposal is that of a fresh reading."""
+def test_rejected_chain_leaves_no_trace_in_cache(tiny: dict, rng: np.random.Generator) -> None:
+    """After a rejection at any place the draft model proposes the same as one that reads the text for the first
+    time."""
     decoder = chain_decoder(tiny, tiny["target"])
     drafter = decoder.drafter
     assert isinstance(drafter, DraftModelDrafter)
@@ -62,7 +63,7 @@ def test_a_refused_chain_is_forgotten(tiny: dict, rng: np.random.Generator) -> N
         decoder.start([3, 4, 5], 40, rng)
         for level in range(5):
             decoder.expand() if level else decoder.begin()
-            if level == wrong:  # as if the draft had been mistaken here
+            if level == wrong:  # as if the draft model were wrong here
                 decoder.tree._tokens[level] = (decoder.tree._tokens[level] + 1) % VOCAB
         accepted = decoder.verify().accepted
         assert accepted == wrong
@@ -90,7 +91,7 @@ def test_sampled_text_has_the_targets_distribution(
     assert deviation(tiny, tiny_draft, temperature, top_p) < 0.001
 
 
-def test_a_drawn_chain_is_not_cut(tiny: dict, tiny_draft: Path, rng: np.random.Generator) -> None:
+def test_sampled_chain_cannot_be_verified_in_part(tiny: dict, tiny_draft: Path, rng: np.random.Generator) -> None:
     decoder = chain_decoder(tiny, tiny_draft, temperature=1.0)
     decoder.start([3, 4], 40, rng)
     decoder.expand()
@@ -99,7 +100,9 @@ def test_a_drawn_chain_is_not_cut(tiny: dict, tiny_draft: Path, rng: np.random.G
     decoder.verify(2)
 
 
-def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_unsuitable_draft_models_are_refused(
+    tiny: dict, tiny_draft: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
     assert DrafterName.parse(str(tiny_draft)).chain and not DrafterName.parse(tiny["drafter"]).chain
     with pytest.raises(ValueError, match=r"drafts a chain, not a tree of width 10; pass width=1"):
         load_decoder(tiny["target"], str(tiny_draft), "cpu", "float32")
@@ -118,7 +121,7 @@ def test_what_does_not_fit_is_refused(tiny: dict, tiny_draft: Path, tmp_path: Pa
         decoder.cycle(8)
 
 
-def test_a_draft_model_on_the_target_with_more_or_other_tensors_is_refused(tiny: dict, tmp_path: Path) -> None:
+def test_unread_or_invalid_tensors_are_refused(tiny: dict, tmp_path: Path) -> None:
     target = Path(tiny["target"])
     weights = {k: v for k, v in load_weights(target).items() if k.startswith(("model.layers.7.", "model.norm"))}
     kept = {name.replace("layers.7", "layers.0"): tensor for name, tensor in weights.items()}
@@ -153,10 +156,11 @@ def test_a_draft_model_on_the_target_with_more_or_other_tensors_is_refused(tiny:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("padded", ["draft", "target"])
-def test_embeddings_padded_to_another_size(
+def test_embeddings_padded_to_different_sizes(
     tiny: dict, tiny_draft: Path, tmp_path: Path, padded: str, temperature: float, rng: np.random.Generator
 ) -> None:
-    """Models of one family differ in how many unused rows their embedding ends with; a target may even emit those."""
+    """Models of one family differ in the number of unused rows of their embedding; a target may even emit such a
+    token."""
     target, draft = Path(tiny["target"]), tiny_draft
     if padded == "draft":
         draft = save_draft(tmp_path / "padded", target, vocab_size=VOCAB + 9)
@@ -179,8 +183,8 @@ def test_embeddings_padded_to_another_size(
 
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
-def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator) -> None:
-    """A token read alone by the drafter and in a chain by the verifier has the same bits."""
+def test_real_model_in_int8_accepts_its_own_drafts(rng: np.random.Generator) -> None:
+    """A token has the same bits alone in the drafter and in a chain in the verifier."""
     decoder = load_decoder(REAL, REAL, "cpu", "int8", width=1, max_depth=7)
     decoder.start(list(range(50, 80)), 60, rng)
     while not decoder.finished:
@@ -189,8 +193,9 @@ def test_in_int8_the_real_model_accepts_its_own_drafts(rng: np.random.Generator)
 
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
-def test_the_shipped_draft_model_in_one_call_is_that_of_many(rng: np.random.Generator) -> None:
-    """The whole step in the kernels drafts what the model's parts one by one draft, also tokens that only the text has."""
+def test_single_call_drafts_as_separate_calls(rng: np.random.Generator) -> None:
+    """The whole step in the kernels drafts what the model's parts draft one by one, including tokens only the text
+    has."""
     one, many = (load_decoder(REAL, "smollm2-135m-draft", "cpu", "int8", width=1, max_depth=7) for _ in range(2))
     assert isinstance(many.drafter, DraftModelDrafter) and many.drafter.call is not None
     many.drafter.call = None

@@ -30,17 +30,17 @@ TABLE = CostTable("made up", {1: 1.0, 9: 2.0}, {1: 0.1, 8: 0.2})
 
 
 def copying(tiny: dict[str, Any], draft: Path | str, **settings: Any) -> Decoder:
-    """Return prompt lookup before a draft model."""
+    """Return a decoder that tries prompt lookup before a draft model."""
     return load_decoder(tiny["target"], f"lookup+{draft}", "cpu", "float32", width=1, max_depth=7, **settings)
 
 
-def test_lookup_drafts_what_followed_before(tiny: dict[str, Any], rng: np.random.Generator) -> None:
+def test_lookup_copies_what_followed_before(tiny: dict[str, Any], rng: np.random.Generator) -> None:
     decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=7)
     drafter = decoder.drafter
     assert drafter is not None
     for text, expected in [
-        ([3, 4, 5, 6, 7, 3, 4, 5], [6, 7, 3, 4, 5]),  # three tokens match; the draft ends with the text
-        ([5, 9, 4, 5, 8, 6, 5], [8, 6, 5]),  # one matches: its latest occurrence
+        ([3, 4, 5, 6, 7, 3, 4, 5], [6, 7, 3, 4, 5]),  # three tokens match; the copy ends with the text
+        ([5, 9, 4, 5, 8, 6, 5], [8, 6, 5]),  # one token matches; its latest occurrence is copied
         ([3, 4, 5, 6], []),
     ]:
         drafter.start(text, 20, np.zeros(0), rng)  # type: ignore[arg-type]
@@ -55,13 +55,13 @@ def test_lookup_drafts_what_followed_before(tiny: dict[str, Any], rng: np.random
     assert decoder.tree.tokens.tolist() == [5]
 
 
-def test_the_longest_match_is_found_behind_a_chain_too() -> None:
+def test_longest_match_includes_the_chain() -> None:
     seen = Occurrences([3, 4, 5, 6, 9, 9, 4, 5, 7, 3, 4], 2, longest=4)
-    assert seen.find() == (2, 2)  # (3, 4) stood before, 5 followed
-    assert seen.find([5]) == (8, 2)  # two tokens are looked up, and the latest 4, 5 is taken, which 7 followed
+    assert seen.find() == (2, 2)  # (3, 4) occurred before, followed by 5
+    assert seen.find([5]) == (8, 2)  # two tokens are looked up; the latest (4, 5) is followed by 7
     seen.append([5])
     assert seen.find() == (8, 2)
-    assert seen.find([6]) == (4, 4)  # 5, 6 stood once, after 3, 4
+    assert seen.find([6]) == (4, 4)  # (5, 6) occurred once, after (3, 4)
     assert Occurrences([3, 4, 5], 2).find() is None
 
 
@@ -78,21 +78,23 @@ def test_greedy_text_is_plain_text_under_random_lengths(tiny: dict[str, Any], ti
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_only_copies_are_refused_where_the_target_drafts_for_itself(tiny: dict[str, Any], seed: int) -> None:
-    """The draft model has read the committed text and the chain, copied tokens included, whenever it is asked. What it
-    drafts costs by the rows it reads, what is copied costs nothing."""
+def test_with_target_as_draft_model_only_copies_are_rejected(tiny: dict[str, Any], seed: int) -> None:
+    """Whenever it is asked, the draft model has read the text so far and the chain with its copied tokens.
+
+    Its drafts cost by the rows it reads; copies cost nothing.
+    """
     decoder = copying(tiny, tiny["target"], clock=PricedClock(TABLE))
     drafter, drafts = decoder.drafter, []
     assert isinstance(drafter, CopyingDrafter)
     draft = drafter.model.draft
 
-    def noted(chain: list[int]) -> Any:
+    def recorded(chain: list[int]) -> Any:
         children, rows = draft(chain)
         drafts.append((len(chain), rows))
         return children, rows
 
-    drafter.model.draft = noted  # type: ignore[method-assign]
-    rng, copied, refused = np.random.default_rng(seed), 0, 0
+    drafter.model.draft = recorded  # type: ignore[method-assign]
+    rng, copied, rejected = np.random.default_rng(seed), 0, 0
     decoder.eos = frozenset()
     decoder.start(rng.integers(2, 16, 12).tolist(), 200, rng)
     while not decoder.finished:
@@ -100,15 +102,15 @@ def test_only_copies_are_refused_where_the_target_drafts_for_itself(tiny: dict[s
         cycle = decoder.cycle(int(rng.integers(0, 9)))
         if cycle.accepted < min(cycle.drafted, cycle.emitted):
             assert cycle.accepted not in [at for at, _ in drafts]
-            refused += 1
+            rejected += 1
         assert cycle.seconds["draft"] == pytest.approx(sum(TABLE.seconds("draft", rows) for _, rows in drafts))
         copied += cycle.drafted - len(drafts)
         assert len(cycle.nodes.probabilities) == len(cycle.nodes.entropies) == cycle.drafted
-    assert copied > 10 and refused > 3 and len(decoder.cycles) > 20
+    assert copied > 10 and rejected > 3 and len(decoder.cycles) > 20
 
 
-def test_when_sampling_a_copy_is_proposed_for_certain(tiny: dict[str, Any], tiny_draft: Path) -> None:
-    """The proposal is certain, so the acceptance rule, exact for any proposal, stays exact."""
+def test_sampling_proposes_copies_with_probability_1(tiny: dict[str, Any], tiny_draft: Path) -> None:
+    """The acceptance rule is exact for any proposal, so sampled text keeps the target's distribution."""
     decoder, copied = copying(tiny, tiny_draft, temperature=0.8), 0
     decoder.eos = frozenset()
     decoder.start([3, 4, 5, 6, 7, 3, 4, 5], 100, np.random.default_rng(0))
@@ -119,8 +121,8 @@ def test_when_sampling_a_copy_is_proposed_for_certain(tiny: dict[str, Any], tiny
             free.append(decoder.drafter.source(decoder.tree.tokens.tolist()) is not None)
             decoder.expand() if decoder.drafting else decoder.begin()
         assert len(decoder.tree.proposals) == 5
-        for token, proposal, was_free in zip(decoder.tree.tokens, decoder.tree.proposals, free, strict=True):
-            assert proposal.probability(token) == 1.0 if was_free else proposal.probability(token) > 0
+        for token, proposal, is_copy in zip(decoder.tree.tokens, decoder.tree.proposals, free, strict=True):
+            assert proposal.probability(token) == 1.0 if is_copy else proposal.probability(token) > 0
         copied += sum(free)
         decoder.verify()
     assert copied > 5
@@ -128,28 +130,28 @@ def test_when_sampling_a_copy_is_proposed_for_certain(tiny: dict[str, Any], tiny
 
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
-def test_copies_are_as_often_right_as_they_say() -> None:
-    """On answers of the default model to held-out prompts, a token at a time."""
+def test_reported_probability_of_copies_is_calibrated() -> None:
+    """The default model answers held-out prompts, with one copied token per cycle."""
     decoder, tokenizer = load_decoder(REAL, "lookup", "cpu", "int8", width=1), load_tokenizer(REAL)
-    said, right = [], []
+    reported, right = [], []
     for prompt in load_prompts("all", "test")[::9]:
         decoder.start(encode(tokenizer, prompt.text), 64, np.random.default_rng(0))
         while not decoder.finished:
             cycle = decoder.cycle(1)
-            said += cycle.nodes.probabilities.tolist()
+            reported += cycle.nodes.probabilities.tolist()
             right += [cycle.accepted] * cycle.drafted
-    said_array, right_array = np.array(said), np.array(right)
+    reported_array, right_array = np.array(reported), np.array(right)
     for low, high in ((0.45, 0.7), (0.7, 0.9), (0.9, 1.0)):
-        picked = (said_array >= low) & (said_array < high)
-        assert picked.sum() > 20 and abs(said_array[picked].mean() - right_array[picked].mean()) < 0.15
+        picked = (reported_array >= low) & (reported_array < high)
+        assert picked.sum() > 20 and abs(reported_array[picked].mean() - right_array[picked].mean()) < 0.15
 
 
-def test_copies_are_the_surer_the_longer_they_match() -> None:
+def test_copy_probability_grows_with_match() -> None:
     chances = [copy_probability(n) for n in range(2, 20)]
     assert chances[0] == 0.5 and chances == sorted(chances) and chances[-1] < 1
 
 
-def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
+def test_observation_of_matches_and_free_tokens(tiny: dict[str, Any], tiny_draft: Path) -> None:
     keywords = {**tiny, "drafter": f"lookup+{tiny_draft}", "decision": "token"}
     env = gym.make("SpecK-v0", **keywords)
     assert env.spec is not None
@@ -166,7 +168,7 @@ def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
             matches.add(float(see[at["match"]][0]))
         free.append(bool(see[at["free"]][0]))
         see, _, done, _, info = spec_env.step(int(spec_env.np_random.random() < 0.8))
-        if not info["emitted"]:  # a token was drafted, at no cost if it was observed as free
+        if not info["emitted"]:  # the drafted token cost nothing if it was observed as free
             assert (info["seconds"]["draft"] == 0) == free[-1]
         if done:
             see, _ = spec_env.reset()
@@ -178,28 +180,29 @@ def test_in_the_environment(tiny: dict[str, Any], tiny_draft: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["confidence", "svip", "adaedl"])
-def test_rules_go_on_copying_while_the_chain_is_likely(name: str) -> None:
-    """The rules stop by themselves where the next token costs a forward."""
+def test_rules_continue_copying_while_path_is_probable(name: str) -> None:
+    """The rules stop where the next token costs a forward."""
     control = make_control("k", {"decision": "token"})
     rule, at = AGENTS[name](control=control, copy_threshold=0.2), control.slices
     see = np.zeros(control.observation_space.shape, np.float32)
-    see[at["drafted"]], see[at["probability"]], see[at["entropy"]] = 0.5, 0.01, 0.5  # what all of them stop at
+    # values at which each of them stops
+    see[at["drafted"]], see[at["probability"]], see[at["entropy"]] = 0.5, 0.01, 0.5
 
-    def played(path: float, free: int) -> int:
+    def decide(path: float, free: int) -> int:
         see[at["path"]], see[at["free"]] = path, free
         return rule.predict(see)[0]
 
-    assert played(0.21, 1) == 1
-    assert played(0.19, 1) == played(0.21, 0) == played(0.19, 0) == 0
+    assert decide(0.21, 1) == 1
+    assert decide(0.19, 1) == decide(0.21, 0) == decide(0.19, 0) == 0
 
 
-def test_lookup_goes_first_by_default() -> None:
+def test_default_drafter_tries_lookup_first() -> None:
     drafter = default_drafter("smollm2-135m", chain=True)
     assert drafter == "lookup+smollm2-135m-draft" and static_over_plain("smollm2-135m", drafter) > 1
     assert drafter_for("smollm2-135m") == "smollm2-135m-draft"
 
 
-def test_lookup_goes_in_front_of_draft_models_only(tiny: dict[str, Any]) -> None:
+def test_lookup_before_other_drafters_is_refused(tiny: dict[str, Any]) -> None:
     for name in ("", tiny["drafter"]):
         with pytest.raises(ValueError, match="expected the name of a draft model or an exit after the plus sign"):
             copying(tiny, name)

@@ -1,4 +1,4 @@
-"""A target with exits."""
+"""The tiny target, loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters beside the weights: gradients, int8, and a target that is never written to."""
+"""Exit adapters: gradients, int8, and a target whose weights never change."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from spec_envs.decoding.exits.adapter import KINDS, ExitAdapter, inject_lora
 from spec_envs.decoding.model.lora import LayersLoRA, additions
 from spec_envs.decoding.model.transformer import Transformer
-from tests.support.models.adapters import PROMPTS, decoded, decoder_of, logits_of, trained
+from tests.support.models.adapters import PROMPTS, decode_text, decoder_of, logits_of, random_adapter
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.pairs import CONFIGS, pair
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_targets_weights_are_never_written_to(kind: str, target: Transformer, tiny_target: Path) -> None:
+def test_target_weights_never_change(kind: str, target: Transformer, tiny_target: Path) -> None:
     before = logits_of(target, list(range(2, 14)))
-    adapter = trained(target, str(tiny_target), kind)
+    adapter = random_adapter(target, str(tiny_target), kind)
     other = ExitAdapter.fresh(target, str(tiny_target), 3, kind)
     decoder = decoder_of(adapter)
-    decoded(decoder, PROMPTS[0], [3])
+    decode_text(decoder, PROMPTS[0], [3])
     assert torch.equal(logits_of(target, list(range(2, 14))), before)
     mine, theirs = (dict(a.named_parameters()) for a in (adapter, other))
     assert all(mine[name].data_ptr() != theirs[name].data_ptr() for name in mine)
@@ -36,7 +36,7 @@ def test_the_targets_weights_are_never_written_to(kind: str, target: Transformer
     assert all(torch.equal(p, kept[name]) for name, p in snapshot.named_parameters())
 
 
-def test_inject_lora_has_a_configuration_on_each_side(target: Transformer) -> None:
+def test_inject_lora_splits_layers_at_the_exit(target: Transformer) -> None:
     parts = inject_lora(target, 3, rank=2, alpha=4, products=("k_proj", "o_proj"))
     assert [part.range for part in parts.values()] == [range(3), range(3, 8)] and list(parts) == ["lora_S", "lora_D"]
     ids = list(range(2, 12))
@@ -48,8 +48,8 @@ def test_inject_lora_has_a_configuration_on_each_side(target: Transformer) -> No
 
 
 @pytest.mark.parametrize("products", [("q_proj", "v_proj"), ("k_proj",), ("o_proj",), ("q_proj", "k_proj", "o_proj")])
-def test_gradients_flow_through_what_is_added(products: tuple, target: Transformer) -> None:
-    """The pass without a cache is that of decoding, and its gradients are those of finite differences."""
+def test_gradients_equal_finite_differences(products: tuple, target: Transformer) -> None:
+    """The pass without a cache gives the logits of decoding, and its gradients are those of finite differences."""
     torch.manual_seed(0)
     lora = LayersLoRA(target.shape, range(1, 5), 2, 4.0, products)
     with torch.no_grad():
@@ -81,8 +81,8 @@ def test_gradients_flow_through_what_is_added(products: tuple, target: Transform
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "qwen3"])
-def test_adapters_in_int8(name: str) -> None:
-    """A row has the same bits alone and among others, and they are near those of the same layers in float32."""
+def test_int8_adapter_rows_do_not_depend_on_batch(name: str) -> None:
+    """A row has the same bits alone and among others, and they are close to those of the layers in float32."""
     int8, reference = pair(CONFIGS[name])
     torch.manual_seed(0)
     lora = LayersLoRA(int8.shape, range(1, 3), 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj"))

@@ -1,4 +1,4 @@
-"""Files of an exit are peft's, fit one target, and are replaced whole or not at all; others are refused."""
+"""Files of an exit: peft reads them, they fit one target, they are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from spec_envs.decoding.exits.files import load_exit, save_exit
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.models.adapters import logits_of, trained
+from tests.support.models.adapters import logits_of, random_adapter
 from tests.support.models.tiny import CPU
 
 
-def test_an_exit_is_of_one_target_whatever_it_is_called(tiny_target: Path, tmp_path: Path) -> None:
-    """The fingerprint sees every tensor, and no dtype; the file's name of a target leads nowhere."""
+def test_exit_loads_for_targets_with_equal_weights_only(tiny_target: Path, tmp_path: Path) -> None:
+    """The fingerprint depends on every tensor and on no dtype; the target's name in the file is not used."""
     targets = [load_target(str(tiny_target), CPU, dtype) for dtype in (torch.float32, torch.float16)]
     assert targets[0].fingerprint == targets[1].fingerprint
     save_exit(ExitAdapter.fresh(targets[0], str(tiny_target), 3, "kangaroo"), tmp_path / "exit")
@@ -43,9 +43,9 @@ def test_an_exit_is_of_one_target_whatever_it_is_called(tiny_target: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Path, tmp_path: Path) -> None:
-    """Loaded by peft onto transformers' own model, the adapters predict the same."""
-    adapter = trained(target, str(tiny_target), kind)
+def test_peft_loads_the_files(kind: str, target: Transformer, tiny_target: Path, tmp_path: Path) -> None:
+    """Loaded by peft into transformers' own model, the adapters give the same logits."""
+    adapter = random_adapter(target, str(tiny_target), kind)
     save_exit(adapter, tmp_path)
     again = load_exit(tmp_path, target, str(tiny_target))
     assert again.settings == adapter.settings and np.array_equal(again.shortlist, adapter.shortlist)
@@ -62,7 +62,7 @@ def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Pa
         cut_off = AutoModelForCausalLM.from_pretrained(tiny_target, num_hidden_layers=3, dtype=torch.float32)
         model = PeftModel.from_pretrained(cut_off, tmp_path / "exit_proj")
         if kind == "kangaroo":
-            return  # its attention is no part of peft's formats
+            return  # peft has no format for its attention
         x = target.embed(torch.tensor([ids]))
         states, _ = target.forward(x, target.cache(20), torch.arange(len(ids))[None], layers=range(3))
         ours = adapter.logits(states[0])
@@ -72,7 +72,7 @@ def test_files_are_those_of_peft(kind: str, target: Transformer, tiny_target: Pa
     assert (theirs - logits_of(target, ids)).abs().max() > 0.01
 
 
-def test_bad_exits(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
+def test_invalid_exits_are_refused(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
     name = str(tiny_target)
     for keywords, message in (
         ({"exit_layer": 8}, "exit_layer is 8; expected 1 to 7"),
@@ -87,7 +87,7 @@ def test_bad_exits(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp
     with pytest.raises(ValueError, match="drafts a chain, not a tree of width 10"):
         load_decoder(name, "exit:2", "cpu", "float32")
 
-    save_exit(trained(target, name, "kangaroo"), tmp_path / "exit")
+    save_exit(random_adapter(target, name, "kangaroo"), tmp_path / "exit")
     with pytest.raises(ValueError, match="whose weights are others than those of this target"):
         load_exit(tmp_path / "exit", load_target(str(tiny_draft), CPU, torch.float32), name)
     for file, damage, message in (
@@ -132,24 +132,24 @@ def test_bad_exits(target: Transformer, tiny_target: Path, tiny_draft: Path, tmp
         ("layers", "lora_S", {"peft_type": "VERA"}, "peft_type = 'VERA'"),
     ],
 )
-def test_flags_of_peft_that_are_not_computed_are_refused(
+def test_unsupported_peft_settings_are_refused(
     kind: str, part: str, changes: dict, message: str, target: Transformer, tiny_target: Path, tmp_path: Path
 ) -> None:
-    save_exit(trained(target, str(tiny_target), kind), tmp_path)
+    save_exit(random_adapter(target, str(tiny_target), kind), tmp_path)
     path = tmp_path / part / "adapter_config.json"
-    said = json.loads(path.read_text())
-    again = {"lora_dropout": 0.1, "peft_version": "9", "target_modules": [*reversed(said["target_modules"])]}
-    path.write_text(json.dumps(said | again | {"init_lora_weights": "gaussian"}))
+    config = json.loads(path.read_text())
+    again = {"lora_dropout": 0.1, "peft_version": "9", "target_modules": [*reversed(config["target_modules"])]}
+    path.write_text(json.dumps(config | again | {"init_lora_weights": "gaussian"}))
     load_exit(tmp_path, target, str(tiny_target))
-    path.write_text(json.dumps(said | changes))
+    path.write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=f"cannot read the exit in .*adapter_config.json says {re.escape(message)}"):
         load_exit(tmp_path, target, str(tiny_target))
 
 
-def test_files_of_an_exit_that_say_more_are_refused(target: Transformer, tiny_target: Path, tmp_path: Path) -> None:
-    save_exit(trained(target, str(tiny_target), "head"), tmp_path)
-    said = json.loads((tmp_path / "exit.json").read_text())
-    stored = {key: said[key] for key in ("base_model", "fingerprint", "exit_layer", "kind", "rank", "shortlist")}
+def test_unknown_keys_and_damaged_configs_are_refused(target: Transformer, tiny_target: Path, tmp_path: Path) -> None:
+    save_exit(random_adapter(target, str(tiny_target), "head"), tmp_path)
+    config = json.loads((tmp_path / "exit.json").read_text())
+    stored = {key: config[key] for key in ("base_model", "fingerprint", "exit_layer", "kind", "rank", "shortlist")}
     (tmp_path / "exit.json").write_text(json.dumps(stored | {"scale": 3}))
     with pytest.raises(ValueError, match="nothing reads its scale"):
         load_exit(tmp_path, target, str(tiny_target))
@@ -163,10 +163,10 @@ def test_files_of_an_exit_that_say_more_are_refused(target: Transformer, tiny_ta
         load_exit(tmp_path, target, str(tiny_target))
 
 
-def test_a_full_disk_leaves_no_half_of_a_file(
+def test_full_disk_leaves_previous_files(
     target: Transformer, tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = trained(target, str(tiny_target), "layers")
+    adapter = random_adapter(target, str(tiny_target), "layers")
     save_exit(adapter, tmp_path)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
 
@@ -178,9 +178,11 @@ def test_a_full_disk_leaves_no_half_of_a_file(
     with torch.no_grad():
         adapter.lora_S.low_ranks["0-q_proj"].lora_A.add_(1.0)
     write = Path.write_bytes
-    for written in range(5):  # files until it is full
-        left = iter([True] * written)
-        monkeypatch.setattr(Path, "write_bytes", lambda p, data, left=left: (write if next(left, 0) else full)(p, data))
+    for written in range(5):  # number of files written before the disk is full
+        remaining = iter([True] * written)
+        monkeypatch.setattr(
+            Path, "write_bytes", lambda p, data, remaining=remaining: (write if next(remaining, 0) else full)(p, data)
+        )
         with pytest.raises(OSError, match=r"^could not write [^:]*: No space left on device; free some [^:]*$"):
             save_exit(adapter, tmp_path)
         assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before

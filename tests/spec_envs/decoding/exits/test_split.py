@@ -20,47 +20,51 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import load_target
-from tests.support.models.adapters import PROMPTS, decoded, decoder_of, logits_of, trained
+from tests.support.models.adapters import PROMPTS, decode_text, decoder_of, logits_of, random_adapter
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import CPU, REAL
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_is_plain_text_of_the_verifier(kind: str, target: Transformer, tiny_target: Path) -> None:
-    adapter = trained(target, str(tiny_target), kind)
+def test_greedy_text_is_plain_text(kind: str, target: Transformer, tiny_target: Path) -> None:
+    adapter = random_adapter(target, str(tiny_target), kind)
     decoder, accepted = decoder_of(adapter), 0
     for prompt in PROMPTS:
-        tokens = decoded(decoder, prompt, [3, 0, 6, 1])
-        assert tokens == decoded(decoder.plain(), prompt, [0])
+        tokens = decode_text(decoder, prompt, [3, 0, 6, 1])
+        assert tokens == decode_text(decoder.plain(), prompt, [0])
         accepted += sum(cycle.accepted for cycle in decoder.cycles)
-        base = decoded(Decoder(LocalVerifier(target), None, WallClock(CPU), ()), prompt, [0])
+        base = decode_text(Decoder(LocalVerifier(target), None, WallClock(CPU), ()), prompt, [0])
         assert (tokens == base) or kind == "layers"
     assert accepted > 3
 
 
-def test_no_layer_reads_a_row_twice(target: Transformer, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = decoder_of(trained(target, str(tiny_target), "head"))
-    read: list[tuple[int, int]] = []  # layer and place in the text
+def test_no_layer_reads_a_row_twice_in_a_cycle(
+    target: Transformer, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_of(random_adapter(target, str(tiny_target), "head"))
+    read: list[tuple[int, int]] = []  # layer, and place in the text
     forward = target.forward
 
-    def noted(x: Tensor, cache: Any, positions: Tensor, *rest: Any, layers: range | None = None, **named: Any) -> Any:
+    def recorded(
+        x: Tensor, cache: Any, positions: Tensor, *rest: Any, layers: range | None = None, **named: Any
+    ) -> Any:
         read.extend((layer, int(at)) for layer in layers or range(8) for at in positions[0])
         return forward(x, cache, positions, *rest, layers=layers, **named)
 
-    monkeypatch.setattr(target, "forward", noted)
+    monkeypatch.setattr(target, "forward", recorded)
     decoder.start(PROMPTS[0], 30, np.random.default_rng(0))
     while not decoder.finished:
         read.clear()
-        before = decoder.length - 1  # the root's place
+        before = decoder.length - 1  # the place of the root
         cycle = decoder.cycle(4)
         rows = range(before, before + cycle.verified + 1)
         assert sorted(read) == [(layer, row) for layer in range(8) for row in rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_drafted_is_what_one_pass_over_the_text_says(kind: str, target: Transformer, tiny_target: Path) -> None:
-    """The states that an agent sees in every cycle are those of the differentiable pass over the whole text."""
-    adapter = trained(target, str(tiny_target), kind)
+def test_drafting_states_equal_single_pass(kind: str, target: Transformer, tiny_target: Path) -> None:
+    """The states that an agent observes in every cycle are those of the differentiable pass over the whole text."""
+    adapter = random_adapter(target, str(tiny_target), kind)
     decoder = decoder_of(adapter)
     decoder.start(PROMPTS[0], 30, np.random.default_rng(0))
     seen: dict[int, Tensor] = {}
@@ -74,7 +78,7 @@ def test_what_is_drafted_is_what_one_pass_over_the_text_says(kind: str, target: 
             states.append(decoder.look())
         place = decoder.length - 1
         cycle = decoder.verify()
-        for i, state in enumerate(states[: len(cycle.tokens)]):  # of rows that are text now
+        for i, state in enumerate(states[: len(cycle.tokens)]):  # rows that are part of the text now
             seen[place + i] = state.clone()
         step += 1
     ids = torch.tensor(decoder.prompt + decoder.tokens)
@@ -85,13 +89,13 @@ def test_what_is_drafted_is_what_one_pass_over_the_text_says(kind: str, target: 
         torch.testing.assert_close(state, expected[place], rtol=1e-3, atol=1e-3)
 
 
-def test_confidence_stops_a_chain(target: Transformer, tiny_target: Path) -> None:
-    """Kangaroo drafts nothing after a token to which the exit gave less than the threshold."""
-    adapter = trained(target, str(tiny_target), "head")
+def test_low_confidence_stops_the_chain(target: Transformer, tiny_target: Path) -> None:
+    """Nothing is drafted after a token to which the exit gave less than the threshold, as in Kangaroo."""
+    adapter = random_adapter(target, str(tiny_target), "head")
     free, stopped = decoder_of(adapter), decoder_of(adapter, stop=0.5)
     lengths = set()
     for prompt in PROMPTS:
-        assert decoded(free, prompt, [6]) == decoded(stopped, prompt, [6])
+        assert decode_text(free, prompt, [6]) == decode_text(stopped, prompt, [6])
         for cycle in stopped.cycles:
             assert (cycle.nodes.probabilities[:-1] >= 0.5).all()
             assert cycle.verified == 6 or cycle.nodes.probabilities[-1] < 0.5
@@ -101,9 +105,9 @@ def test_confidence_stops_a_chain(target: Transformer, tiny_target: Path) -> Non
         decoder_of(adapter, stop=2)
 
 
-def test_sampling_judges_by_the_target(target: Transformer, tiny_target: Path) -> None:
-    """The target's own distribution decides at every row of a drawn chain, whatever drafted it."""
-    decoder = decoder_of(trained(target, str(tiny_target), "kangaroo"), temperature=0.8)
+def test_sampling_verifies_with_target_distribution(target: Transformer, tiny_target: Path) -> None:
+    """At every row of a sampled chain the target's own distribution decides, whatever drafted it."""
+    decoder = decoder_of(random_adapter(target, str(tiny_target), "kangaroo"), temperature=0.8)
     verifier = decoder.local
     assert isinstance(verifier, SplitVerifier)
     decoder.start(PROMPTS[0], 40, np.random.default_rng(3))
@@ -117,10 +121,10 @@ def test_sampling_judges_by_the_target(target: Transformer, tiny_target: Path) -
     assert drawn > 20 and any(cycle.accepted for cycle in decoder.cycles)
 
 
-def test_drawn_chains_leave_the_targets_distribution_as_it_is(target: Transformer, tiny_target: Path) -> None:
-    """The token after the first, over many draws, is distributed as the target's, and the exit's draws there are
-    accepted with probability Σ min(p, q)."""
-    adapter = trained(target, str(tiny_target), "head")
+def test_sampled_chains_keep_targets_distribution(target: Transformer, tiny_target: Path) -> None:
+    """Over many draws the second token is distributed as the target's, and the exit's draws for it are accepted
+    with probability Σ min(p, q)."""
+    adapter = random_adapter(target, str(tiny_target), "head")
     adapter.shortlist = None
     decoder = decoder_of(adapter, temperature=0.8)
     counts, expected, accepted, chance, draws = np.zeros(16), np.zeros(16), 0, 0.0, 1500
@@ -143,11 +147,11 @@ def test_drawn_chains_leave_the_targets_distribution_as_it_is(target: Transforme
     assert abs(accepted - chance) < 4 * (draws * 0.25) ** 0.5
 
 
-def test_a_change_keeps_its_place_in_memory(target: Transformer, tiny_target: Path) -> None:
-    """Graphs and kernels know what is added by its address."""
-    adapter = trained(target, str(tiny_target), "layers")
+def test_changed_adapter_keeps_its_memory_addresses(target: Transformer, tiny_target: Path) -> None:
+    """Graphs and kernels refer to the additions by address."""
+    adapter = random_adapter(target, str(tiny_target), "layers")
     decoder = decoder_of(adapter)
-    decoded(decoder, PROMPTS[0], [2])
+    decode_text(decoder, PROMPTS[0], [2])
     verifier = decoder.local
     assert verifier.added is not None
     added, kept = verifier.added, [t.data_ptr() for t in verifier.added.tensors()]
@@ -155,29 +159,29 @@ def test_a_change_keeps_its_place_in_memory(target: Transformer, tiny_target: Pa
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     adapter.touched()
-    tokens = decoded(decoder, PROMPTS[0], [2])
+    tokens = decode_text(decoder, PROMPTS[0], [2])
     assert verifier.added is added and [t.data_ptr() for t in added.tensors()] == kept
-    assert tokens == decoded(decoder.plain(), PROMPTS[0], [0]) == decoded(decoder_of(adapter), PROMPTS[0], [2])
+    assert tokens == decode_text(decoder.plain(), PROMPTS[0], [0]) == decode_text(decoder_of(adapter), PROMPTS[0], [2])
 
 
-def test_a_decoder_takes_up_a_change_when_a_text_begins(target: Transformer, tiny_target: Path) -> None:
+def test_reported_change_takes_effect_at_next_text(target: Transformer, tiny_target: Path) -> None:
     adapter = ExitAdapter.fresh(target, str(tiny_target), 3, "layers", 4)
     decoder = decoder_of(adapter)
-    first = decoded(decoder, PROMPTS[1], [2])
+    first = decode_text(decoder, PROMPTS[1], [2])
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    assert decoded(decoder, PROMPTS[1], [2]) == first  # nothing reported the change
+    assert decode_text(decoder, PROMPTS[1], [2]) == first  # the change was not reported
     adapter.touched()
-    assert decoded(decoder, PROMPTS[1], [2]) != first
+    assert decode_text(decoder, PROMPTS[1], [2]) != first
     drafter = decoder.drafter
     assert isinstance(drafter, EarlyExitDrafter)
     drafter.use(ExitAdapter.fresh(target, str(tiny_target), 3, "layers", 4))
-    assert decoded(decoder, PROMPTS[1], [2]) == first
+    assert decode_text(decoder, PROMPTS[1], [2]) == first
 
 
-def test_an_untrained_exit_is_the_target_cut_off(target: Transformer, tiny_target: Path) -> None:
+def test_untrained_exit_is_the_truncated_target(target: Transformer, tiny_target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_target, num_hidden_layers=3, dtype=torch.float32)
     decoder = load_decoder(str(tiny_target), "exit:3", "cpu", "float32", width=1)
     decoder.start(PROMPTS[0], 20, np.random.default_rng(0))
@@ -192,10 +196,11 @@ def test_an_untrained_exit_is_the_target_cut_off(target: Transformer, tiny_targe
 @pytest.mark.model
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_real_model_in_int8_keeps_its_text(kind: str) -> None:
-    """The text is equal token for token, with some drafts accepted; with adapted layers it is the adapted target's."""
+def test_greedy_text_of_real_model_in_int8(kind: str) -> None:
+    """The text equals plain decoding token for token, with some drafts accepted; adapted layers give the text of
+    the adapted target."""
     target = load_target(REAL, CPU, torch.int8)
-    adapter = trained(target, REAL, kind, exit_layer=24)  # deep enough that some drafts are right
+    adapter = random_adapter(target, REAL, kind, exit_layer=24)  # deep enough that some drafts are accepted
     if kind != "layers":
         torch.nn.init.zeros_(adapter.exit_proj.lora_B)
     adapter.shortlist = None
@@ -204,8 +209,8 @@ def test_the_real_model_in_int8_keeps_its_text(kind: str) -> None:
     base, accepted = Decoder(LocalVerifier(target), None, WallClock(CPU), ()), 0
     for seed in range(3):
         prompt = np.random.default_rng(seed).integers(100, 40_000, 12).tolist()
-        tokens = decoded(decoder, prompt, [3, 1, 6], 48)
-        assert tokens == decoded(decoder.plain(), prompt, [0], 48)
-        assert tokens == decoded(base, prompt, [0], 48) or kind == "layers"
+        tokens = decode_text(decoder, prompt, [3, 1, 6], 48)
+        assert tokens == decode_text(decoder.plain(), prompt, [0], 48)
+        assert tokens == decode_text(base, prompt, [0], 48) or kind == "layers"
         accepted += sum(cycle.accepted for cycle in decoder.cycles)
     assert accepted > 3

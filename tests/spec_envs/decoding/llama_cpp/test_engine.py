@@ -1,4 +1,4 @@
-"""Segments on a real llama-server: lengths take effect, the text is the same under all, nothing is left behind."""
+"""Segments on a real llama-server: lengths take effect, all give the same text, and no process remains."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from spec_envs.decoding.llama_cpp.server import LlamaServer, gguf_of
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
 from spec_envs.prompts.sets import encode
-from tests.support.llama_server import alive, needs_a_server
+from tests.support.llama_server import alive, needs_llama_server
 from tests.support.models.tiny import REAL
 
-pytestmark = [pytest.mark.server, pytest.mark.model, needs_a_server]
+pytestmark = [pytest.mark.server, pytest.mark.model, needs_llama_server]
 
 STORY = "Write a short story about a fox."
 
@@ -34,7 +34,7 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def worse_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the target with a few weights from the middle of its file zeroed: much of what it drafts is wrong."""
+    """Return the target with a few weights from the middle of its file zeroed, so that many of its drafts are wrong."""
     data = bytearray(gguf_of(REAL)[0].read_bytes())
     middle = slice(len(data) * 6 // 10, len(data) * 6 // 10 + 2_000_000)
     data[middle] = bytes(2_000_000)
@@ -50,9 +50,12 @@ def decoder(worse_draft: Path) -> Iterator[LlamaEngine]:
     decoder.close()
 
 
-def test_the_text_is_the_servers_own_whatever_the_lengths(decoder: LlamaEngine, rng: np.random.Generator) -> None:
-    """Wrong drafts are rejected, and restarts, where the server needs them, read the text again: the last one 78 tokens
-    before a near-tie, which larger forwards than the decoder's settle the other way on some processors."""
+def test_text_is_the_servers_own_at_any_length(decoder: LlamaEngine, rng: np.random.Generator) -> None:
+    """Wrong drafts are rejected, and after a restart the server reads the text again.
+
+    The last restart is 78 tokens before a near-tie, which forwards larger than the decoder's decide differently on some
+    processors.
+    """
     prompt, file = ids(STORY), gguf_of(REAL)
     with LlamaServer(*file, threads=1) as plain:
         own = plain.complete(prompt, 44)["tokens"]
@@ -69,8 +72,9 @@ def test_the_text_is_the_servers_own_whatever_the_lengths(decoder: LlamaEngine, 
     assert decoder.clock.totals["prefill"] > 0
 
 
-def test_lengths_take_effect_and_restarts_are_counted_apart(rng: np.random.Generator) -> None:
-    """The target as its own draft: of 12 tokens the first is the prompt's, and every cycle makes k + 1 of the rest."""
+def test_lengths_take_effect_and_restarts_are_timed_separately(rng: np.random.Generator) -> None:
+    """The target is its own draft: the first of 12 tokens comes from the prompt, and every cycle emits k + 1 of the
+    others."""
     decoder = LlamaEngine(REAL, REAL, 4, segment=12, threads=1)
     decoder.start(ids(STORY), 40, rng)
     assert decoder.cycle(4).drafted == 8 and decoder.restart_seconds == 0
@@ -93,7 +97,7 @@ def test_lengths_take_effect_and_restarts_are_counted_apart(rng: np.random.Gener
     assert not alive(last)
 
 
-def test_a_text_ends_at_eos_and_arguments_are_checked(decoder: LlamaEngine, rng: np.random.Generator) -> None:
+def test_text_ends_at_eos_and_invalid_arguments_are_refused(decoder: LlamaEngine, rng: np.random.Generator) -> None:
     decoder.start(ids("Repeat ten times: one two three."), 24, rng)
     cycle = decoder.cycle(4)
     assert decoder.finished and decoder.tokens[-1] in decoder.eos and len(decoder.tokens) < 24
@@ -103,26 +107,26 @@ def test_a_text_ends_at_eos_and_arguments_are_checked(decoder: LlamaEngine, rng:
     decoder.start(ids(STORY), 2, rng)
     with pytest.raises(ValueError, match="k is 5; expected 0 to 4"):
         decoder.cycle(5)
-    for prompt, count, said in (
+    for prompt, count, message in (
         ([], 4, "empty"),
         ([5], 0, "max_new_tokens is 0"),
         ([5] * decoder.context, 4, "the context is"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             decoder.start(prompt, count, rng)
-    for arguments, said in (
+    for arguments, message in (
         ({"k_max": 0}, "k_max is 0"),
         ({"segment": 0}, "segment 0"),
         ({"drafter": "lookup"}, "GGUF"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             LlamaEngine(**({"target": REAL, "drafter": REAL, "k_max": 4} | arguments))
     with pytest.raises(ValueError, match="no cost table can price"):
         LlamaEngine(REAL, REAL, 4, clock=PricedClock(CostTable.load("qwen3-14b-a6000")))
 
 
-def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
-    """The shipped draft model drafts for the target in llama.cpp too; one step is a segment, and nothing is left."""
+def test_environment_on_server(rng: np.random.Generator) -> None:
+    """The shipped draft model also drafts in llama.cpp; one step is a segment, and no process remains."""
     env = gym.make("SpecK-v0", engine="llama-server", adjustment_interval=16, k_max=4, max_new_tokens=40).unwrapped
     assert isinstance(env, SpecEnv) and isinstance(env.decoder, LlamaEngine)
     env.reset(seed=0, options={"prompt": STORY})
@@ -134,7 +138,7 @@ def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
         assert (info["drafted"] > 0) == (k > 0)
         accepted += info["accepted"]
         k = 0
-    assert accepted > 0  # so the file that was written for llama.cpp predicts what the draft model predicts
+    assert accepted > 0  # the GGUF file of the draft model predicts what the draft model predicts
     assert info["tokens"] == 40 and info["restart_seconds"] > 0 and info["speedup"] > 0
     process = env.decoder.server.process.pid
     env.close()
@@ -143,25 +147,25 @@ def test_an_environment_on_a_server(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("ending", ["killed", "hanging"])
-def test_a_server_that_fails_in_the_middle_is_one_sentence(ending: str, rng: np.random.Generator) -> None:
+def test_failure_during_request_is_reported_in_one_sentence(ending: str, rng: np.random.Generator) -> None:
     decoder = LlamaEngine(REAL, REAL, 2, segment=12, threads=1)
     decoder.start(ids(STORY), 24, rng)
     process = decoder.server.process.pid
-    os.kill(process, signal.SIGSTOP)  # so that the request is under way, whatever follows
+    os.kill(process, signal.SIGSTOP)  # so that the request is still running when the server fails
     if ending == "killed":
         threading.Timer(0.5, os.kill, (process, signal.SIGKILL)).start()
     else:
         decoder.timeout = 1.0
-    said = r"did not answer \(" if ending == "killed" else "did not answer within 1 s"
-    with pytest.raises(ValueError, match=f"llama-server {said}.*; the last lines of its log: .*slot"):
+    message = r"did not answer \(" if ending == "killed" else "did not answer within 1 s"
+    with pytest.raises(ValueError, match=f"llama-server {message}.*; the last lines of its log: .*slot"):
         decoder.cycle(2)
     assert not alive(process)
     decoder.close()
     decoder.close()
 
 
-def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    """The server itself would only log it, and decode plainly."""
+def test_draft_model_of_other_vocabulary_is_refused(tmp_path: Path) -> None:
+    """The server itself would only log a warning and decode plainly."""
     data = gguf_of(REAL)[0].read_bytes()
     token, another = (len(text.encode()).to_bytes(8, "little") + text.encode() for text in ("Ġelephant", "Ġelephanz"))
     assert data.count(token) == 1
@@ -171,8 +175,9 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         LlamaEngine(REAL, str(other), 2, threads=1)
 
 
-def test_a_build_that_honours_a_requests_length_is_never_restarted(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Builds of 2025 honour it and have other options; a program that answers like one stands in for them."""
+def test_server_with_length_per_request_is_not_restarted(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Builds of 2025 accept a length per request and have other options; a program that answers like one replaces
+    them."""
     program = tmp_path / "llama-server"
     program.write_text(f"#!{sys.executable}\n" + textwrap.dedent(OLDER_BUILD))
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""A real llama-server: asked, refused, killed, and never left behind."""
+"""A real llama-server: its answers, refusals and failures, and that no process or log remains."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.references import llamacpp_arms
 from spec_envs.prompts.sets import encode
-from tests.support.llama_server import alive, needs_a_server
+from tests.support.llama_server import alive, needs_llama_server
 from tests.support.models.tiny import REAL
 
-pytestmark = [pytest.mark.server, pytest.mark.model, needs_a_server]
+pytestmark = [pytest.mark.server, pytest.mark.model, needs_llama_server]
 
 
-def test_a_server_continues_ids_and_is_gone_afterwards() -> None:
+def test_server_continues_ids_and_exits() -> None:
     file, arguments = gguf_of(REAL)
     prompt = encode(load_tokenizer(REAL), "What is the capital of France?")
     with LlamaServer(file, arguments) as server:
@@ -62,12 +62,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logs() -> set[Path]:
-    """Return the logs that are left in the temporary folder."""
+    """Return the logs that remain in the temporary folder."""
     return set(Path(tempfile.gettempdir()).glob("llama-server-*"))
 
 
-def test_a_server_outlives_the_thread_that_started_it() -> None:
-    """Two are started at once; nothing is left of them."""
+def test_server_outlives_starting_thread() -> None:
+    """Two servers are started at the same time; no process or log remains."""
     servers: list[LlamaServer] = []
     threads = [threading.Thread(target=lambda: servers.append(LlamaServer(*gguf_of(REAL)))) for _ in range(2)]
     for thread in threads:
@@ -82,7 +82,7 @@ def test_a_server_outlives_the_thread_that_started_it() -> None:
     assert not any(alive(server.process.pid) for server in servers) and not logs()
 
 
-def test_a_port_that_is_taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taken_port_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         ports = iter([taken, llama_server.free_port()])
@@ -94,7 +94,7 @@ def test_a_port_that_is_taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None
             LlamaServer(*gguf_of(REAL))
 
 
-def test_a_program_that_never_gets_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_that_never_gets_ready_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "slow"
     program.write_text("#!/bin/sh\nprintf '\\033[31mloading\\n'\nexec sleep 60\n")
     program.chmod(0o755)
@@ -107,8 +107,9 @@ def test_a_program_that_never_gets_ready(tmp_path: Path, monkeypatch: pytest.Mon
         LlamaServer(tmp_path / "any.gguf", binary=str(program))
 
 
-def test_arguments_of_a_user(capfd: pytest.CaptureFixture[str]) -> None:
-    """A user's arguments go to the program and replace ``--device none``; arguments that are set here are refused."""
+def test_server_args(capfd: pytest.CaptureFixture[str]) -> None:
+    """A user's arguments are passed to the program and replace ``--device none``; arguments that are set here are
+    refused."""
     given = ["--device", "none", "--verbosity", "1", "--alias", "mine"]
     with LlamaServer(*gguf_of(REAL), server_args=given) as server:
         assert Path(f"/proc/{server.process.pid}/cmdline").read_text().count("none") == 1
@@ -126,7 +127,7 @@ def test_arguments_of_a_user(capfd: pytest.CaptureFixture[str]) -> None:
     assert KControl(engine="llama-server", server_args=["--device", "none"]).server_args == ["--device", "none"]
 
 
-def test_a_model_that_cannot_be_loaded_ends_with_the_log(tmp_path: Path) -> None:
+def test_unloadable_model_is_reported_with_the_log(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ValueError, match=r"ended with status .* while it started; the last lines of its log: .*load"):
@@ -135,7 +136,7 @@ def test_a_model_that_cannot_be_loaded_ends_with_the_log(tmp_path: Path) -> None
         LlamaServer(broken, binary="/nowhere/llama-server")
 
 
-def test_a_server_does_not_outlive_its_process() -> None:
+def test_server_ends_with_its_parent() -> None:
     code = (
         "from spec_envs.decoding.llama_cpp.server import *\n"
         f"server = LlamaServer(*gguf_of({REAL!r}))\n"
@@ -155,7 +156,7 @@ def test_a_server_does_not_outlive_its_process() -> None:
     assert not alive(server)
 
 
-def test_arms_count_the_servers_own_tokens(caplog: pytest.LogCaptureFixture) -> None:
+def test_arms_count_tokens_and_cycles(caplog: pytest.LogCaptureFixture) -> None:
     arms = llamacpp_arms(REAL, 2, None)
     prompt = Encoded("chat", encode(load_tokenizer(REAL), "Repeat ten times: one two three."))
     samples = {name: arm(prompt, 24, 0) for name, arm in arms.items()}
@@ -169,14 +170,14 @@ def test_arms_count_the_servers_own_tokens(caplog: pytest.LogCaptureFixture) -> 
     assert set(llamacpp_arms(REAL, 2, ("some/hub-id", 4))) == {"llama.cpp"}
 
 
-def test_a_draft_model_is_played_at_the_given_length() -> None:
-    """The target as its own draft: every draft is accepted, so each cycle makes one token more than it drafts."""
+def test_arm_drafts_at_given_length() -> None:
+    """The target is its own draft: every draft is accepted, so each cycle emits one token more than it drafts."""
     drafting = llamacpp_arms(REAL, 2, (REAL, 8))["llama.cpp drafting"]
     sample = drafting(Encoded("chat", encode(load_tokenizer(REAL), "Write a short story about a fox.")), 41, 0)
-    assert sample.tokens == 40 and sample.cycles <= 8  # the server's own default of 3 would need 10
+    assert sample.tokens == 40 and sample.cycles <= 8  # the server's default of 3 would need 10
 
 
-def test_a_wheel_with_another_hash_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_with_other_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "a.whl"
     wheel.write_bytes(b"something else")
     monkeypatch.setattr(llama_server, "CACHE", tmp_path / "cache")

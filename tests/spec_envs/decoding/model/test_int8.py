@@ -1,4 +1,4 @@
-"""int8: what the kernels compute, and that a row has the same bits whatever it is computed with."""
+"""The int8 kernels: what they compute, and that the bits of a row do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if WITHOUT_KERNELS:
 
 @pytest.fixture(params=["as built", *BUILDS])
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build the kernels as used here, and as for processors without tile registers."""
+    """Use the kernels as built for this machine, or a build for processors with fewer instructions."""
     if request.param in BUILDS:
         flags, expected = BUILDS[request.param]
         library = building.built(COMPILER, flags)
@@ -44,7 +44,7 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(kernels, "library", lambda: library)
 
 
-def test_a_product_is_that_of_quantised_rows_and_weights(build: None) -> None:
+def test_product_equals_quantised_reference(build: None) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(150, 80), torch.randn(150), torch.randn(37, 80) * torch.rand(37, 1) * 9
     product = int8.Linear(weight, bias)
@@ -56,7 +56,7 @@ def test_a_product_is_that_of_quantised_rows_and_weights(build: None) -> None:
     assert not product(torch.zeros(2, 80)).sub(bias).any()
 
 
-def test_norms_and_best_children_are_those_of_torch(build: None) -> None:
+def test_norms_and_most_probable_equal_torch(build: None) -> None:
     torch.manual_seed(0)
     x, gain = torch.randn(5, 80), torch.rand(80)
     torch.testing.assert_close(int8.RMSNorm(gain, 1e-5)(x), layers.RMSNorm(gain, 1e-5)(x), rtol=1e-5, atol=1e-6)
@@ -79,7 +79,7 @@ def whole(model: Transformer, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_computes_what_torch_does(name: str, build: None) -> None:
+def test_model_is_close_to_torch_reference(name: str, build: None) -> None:
     model, reference = pair(CONFIGS[name])
     ids = torch.randint(0, 150, (1, 90), generator=torch.Generator().manual_seed(0))
     ours, theirs = whole(model, ids), whole(reference, ids)
@@ -95,7 +95,7 @@ def test_a_model_computes_what_torch_does(name: str, build: None) -> None:
 
 
 def rows_alone(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> list[Tensor]:
-    """Return logits of every node of a tree, its path decoded one token at a time."""
+    """Return logits of the root and of every node of a tree, whose path is decoded one token at a time."""
     rows = []
     for node in range(-1, len(parents)):
         path: list[int] = []
@@ -128,7 +128,7 @@ def tree_logits(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_row_has_the_same_bits_alone_and_in_a_tree(name: str, build: None) -> None:
+def test_tree_rows_do_not_depend_on_batch(name: str, build: None) -> None:
     model, _ = pair(CONFIGS[name])
     rng = np.random.default_rng(0)
     prefix = torch.from_numpy(rng.integers(0, 150, (1, 45)))
@@ -148,7 +148,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_tree(name: str, build: None) -> 
 
 
 def path_to(parents: np.ndarray, node: int) -> list[int]:
-    """Return nodes from the first level to ``node``."""
+    """Return the nodes from the first level to ``node``."""
     path = [node]
     while parents[path[0]] != ROOT:
         path.insert(0, int(parents[path[0]]))
@@ -156,7 +156,7 @@ def path_to(parents: np.ndarray, node: int) -> list[int]:
 
 
 @torch.inference_mode()
-def test_batches_padded_on_the_left_change_nothing(build: None) -> None:
+def test_rows_do_not_depend_on_left_padding(build: None) -> None:
     model, _ = pair(CONFIGS["llama"])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 150, n).tolist() for n in (3, 17, 9, 70, 5, 12)]
@@ -170,7 +170,7 @@ def test_batches_padded_on_the_left_change_nothing(build: None) -> None:
 
 @torch.inference_mode()
 @pytest.mark.model
-def test_the_default_model_has_the_same_bits_in_batches_of_every_size() -> None:
+def test_default_model_rows_do_not_depend_on_batch_size() -> None:
     model = load_target(REAL, CPU, torch.int8)
     generator = torch.Generator().manual_seed(0)
     prefix, rest = (torch.randint(3, 49152, (1, n), generator=generator) for n in (100, 96))
@@ -191,7 +191,7 @@ def test_the_default_model_has_the_same_bits_in_batches_of_every_size() -> None:
 
 
 @torch.inference_mode()
-def test_rows_that_do_not_fit_are_refused(build: None) -> None:
+def test_rows_outside_cache_or_context_are_refused(build: None) -> None:
     model, _ = pair(CONFIGS["llama"])
     x = model.embed(torch.zeros(1, 3, dtype=torch.long))
     for positions in ([[0, 1, 512]], [[0, -1, 2]]):
@@ -213,8 +213,8 @@ def test_rows_that_do_not_fit_are_refused(build: None) -> None:
         ({"intermediate_size": 133_152}, "intermediate size of at most 133144, not 133152"),
     ],
 )
-def test_widths_that_the_kernels_do_not_compute(changes: dict[str, int], sentence: str) -> None:
-    """One function refuses them, for a model that is built and for the dtype that is chosen."""
+def test_unsupported_sizes_are_refused(changes: dict[str, int], sentence: str) -> None:
+    """The same check refuses them when a model is built, and excludes int8 when the dtype is chosen."""
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "hidden_size": 96, **changes})
     with pytest.raises(ValueError, match=f"dtype 'int8' needs a {sentence}; pass another dtype"):
         pair(config)
@@ -222,7 +222,7 @@ def test_widths_that_the_kernels_do_not_compute(changes: dict[str, int], sentenc
     assert int8.computes(LlamaConfig(**SHAPE))
 
 
-def test_weights_that_are_no_numbers_are_refused() -> None:
+def test_non_finite_weights_are_refused() -> None:
     for number in (float("nan"), float("inf")):
         weight = torch.randn(8, 64)
         weight[3, 5] = number
@@ -231,44 +231,44 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
 
 
 @torch.inference_mode()
-def test_tensors_of_other_sizes_are_refused() -> None:
-    """The kernels get addresses: what does not fit would be read beyond its end."""
+def test_tensors_of_wrong_shape_are_refused() -> None:
+    """The kernels get addresses, so a tensor of another size would be read beyond its end."""
     model, _ = pair(CONFIGS["llama"])
     other, _ = pair(CONFIGS["qwen3"])
     x, at = model.embed(torch.zeros(1, 3, dtype=torch.long)), torch.arange(3)[None]
 
-    def refused(match: str, x: Tensor = x, at: Tensor = at, **given: Any) -> None:
+    def assert_refused(match: str, x: Tensor = x, at: Tensor = at, **given: Any) -> None:
         with pytest.raises(IndexError, match=match):
             model.layers(Rows(x, **({"cache": model.cache(8), "rope": model.rope, "positions": at} | given)))
 
-    refused("rows", x[..., :80])
-    refused("rows", x.expand(2, 3, 96))
-    refused("positions", at=at[:, :2])
-    refused("positions", at=at.int())
-    refused("cache", cache=other.cache(8))
-    refused("cache", cache=KVCache(model.shape, 8, torch.float32, CPU))
-    refused("rotary tables", rope=other.rope)
-    refused("seen", seen=torch.ones(2, 3, dtype=torch.bool))
-    refused("seen", seen=torch.ones(3, 3))
-    refused("rows do not fit", seen=torch.ones(3, 9, dtype=torch.bool))
-    refused("padding", padding=torch.zeros(2, dtype=torch.long))
-    refused("rows do not fit", padding=torch.tensor([-1]))
-    refused("rows do not fit", padding=torch.tensor([4]))
-    refused("entering", entering=x[..., :80])
+    assert_refused("rows", x[..., :80])
+    assert_refused("rows", x.expand(2, 3, 96))
+    assert_refused("positions", at=at[:, :2])
+    assert_refused("positions", at=at.int())
+    assert_refused("cache", cache=other.cache(8))
+    assert_refused("cache", cache=KVCache(model.shape, 8, torch.float32, CPU))
+    assert_refused("rotary tables", rope=other.rope)
+    assert_refused("seen", seen=torch.ones(2, 3, dtype=torch.bool))
+    assert_refused("seen", seen=torch.ones(3, 3))
+    assert_refused("rows do not fit", seen=torch.ones(3, 9, dtype=torch.bool))
+    assert_refused("padding", padding=torch.zeros(2, dtype=torch.long))
+    assert_refused("rows do not fit", padding=torch.tensor([-1]))
+    assert_refused("rows do not fit", padding=torch.tensor([4]))
+    assert_refused("entering", entering=x[..., :80])
     wide = int8.Layers([eagle_layer(model.shape)], dataclasses.replace(model.shape, layers=1))
     with pytest.raises(IndexError, match=r"entering .* does not fit"):  # it reads twice the hidden size
         wide(Rows(x, model.cache(8), model.rope, at))
     with pytest.raises(ValueError, match="a layer after the first one reads another width"):
         int8.Layers([eagle_layer(model.shape)] * 2, model.shape)
     for some in (range(4), range(-1, 2), range(0, 3, 2)):
-        refused("layers", layers=some)
+        assert_refused("layers", layers=some)
     nothing = Additions([None] * 2)
-    refused("additions to 2 layers", added=nothing)
+    assert_refused("additions to 2 layers", added=nothing)
     for low_rank in (
         (torch.zeros(4, 80), torch.zeros(4, 320)),
         (torch.zeros(4, 96).half(), torch.zeros(4, 320).half()),
     ):
-        refused("additions .* do not fit", added=Additions([Added(low_rank, None), None, None]))
+        assert_refused("additions .* do not fit", added=Additions([Added(low_rank, None), None, None]))
     for product in (model.head, model.norm, model.head.argmax):
         with pytest.raises(IndexError, match="do not fit a width of 96"):
             product(torch.zeros(2, 192))
@@ -278,7 +278,7 @@ def test_tensors_of_other_sizes_are_refused() -> None:
 
 
 @torch.inference_mode()
-def test_no_rows_and_no_layers_change_nothing(build: None) -> None:
+def test_no_rows_and_no_layers(build: None) -> None:
     model, _ = pair(CONFIGS["llama"])
     x, cache = model.embed(torch.arange(5)[None]), model.cache(8)
     hidden, captured = model.forward(x, cache, torch.arange(5)[None], layers=range(3, 3))
@@ -290,8 +290,8 @@ def test_no_rows_and_no_layers_change_nothing(build: None) -> None:
 
 
 @torch.inference_mode()
-def test_the_whole_context_is_read(build: None) -> None:
-    """A prompt as long as the context, row for row; and its last row alone, where the cache has no room for another."""
+def test_prompt_fills_the_context(build: None) -> None:
+    """A prompt as long as the context is close to the reference, and its last row alone has the same bits."""
     model, reference = pair(CONFIGS["llama"])
     ids = torch.randint(0, 150, (1, 512), generator=torch.Generator().manual_seed(0))
     ours, theirs = whole(model, ids), whole(reference, ids)
@@ -304,7 +304,7 @@ def test_the_whole_context_is_read(build: None) -> None:
 
 
 @torch.inference_mode()
-def test_the_same_bits_on_any_number_of_threads() -> None:
+def test_bits_do_not_depend_on_number_of_threads() -> None:
     model, _ = pair(CONFIGS["qwen3"])
     ids = torch.randint(0, 150, (1, 70), generator=torch.Generator().manual_seed(0))
     expected, before = whole(model, ids), torch.get_num_threads()
@@ -317,7 +317,7 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_the_same_bits_from_several_threads_at_once() -> None:
+def test_concurrent_threads_compute_the_same_bits() -> None:
     model, _ = pair(CONFIGS["llama"])
 
     @torch.inference_mode()
@@ -338,7 +338,7 @@ torch.manual_seed(0)
 product, dense, x = int8.Linear(torch.randn(64, 64)), torch.nn.Linear(512, 512), torch.randn(8, 64)
 many = torch.randn(512, 512)
 expected = product(x)
-dense(many)  # torch's threads are at work
+dense(many)  # starts torch's threads
 def child(threads):
     if threads:
         torch.set_num_threads(threads)
@@ -355,8 +355,8 @@ assert torch.get_num_threads() == 2 and torch.equal(product(x), expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_computes() -> None:
-    """OpenMP's threads do not live on in it, so it would wait for them for ever."""
+def test_forked_process_computes() -> None:
+    """OpenMP's threads do not survive a fork, so the child would wait for them for ever."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, "-c", FORKED], env=environment, cwd=REPOSITORY, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The kernels under address sanitizer: whatever the shapes, nothing outside of the tensors is read or written."""
+"""The kernels under address sanitizer: whatever the shapes, they access no memory outside the tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if X86:
 
 
 def runtimes(compiler: building.Command) -> list[Path]:
-    """Return the sanitizers' libraries, which must be loaded first; skips where there are none."""
+    """Return the sanitizers' libraries, which must be loaded first; skip the test if there are none."""
     paths = [Path(building.run(compiler, f"-print-file-name={name}.so").strip()) for name in ("libasan", "libubsan")]
     if not all(path.is_absolute() for path in paths):
         pytest.skip("the compiler has no address sanitizer as a shared library")
@@ -39,7 +39,7 @@ def runtimes(compiler: building.Command) -> list[Path]:
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", BUILDS)
-def test_random_models_stay_within_their_tensors(name: str, tmp_path: Path) -> None:
+def test_random_models_access_only_their_tensors(name: str, tmp_path: Path) -> None:
     compiler, library = next(building.compilers()), tmp_path / "kernels.so"
     preload = " ".join(map(str, runtimes(compiler)))
     flags = (*building.FLAGS, *SANITIZERS, *BUILDS[name])

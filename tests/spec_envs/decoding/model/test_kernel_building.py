@@ -1,4 +1,4 @@
-"""The compiled kernels: when they are built, which cached files are trusted, and the warning without them."""
+"""Building the kernels: when they are compiled, which cached libraries are trusted, and warnings without a compiler."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = """
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty cache, and sources that are compiled in a moment; the folder that the libraries are kept in."""
+    """Set an empty cache and sources that compile quickly; return the folder of the libraries."""
     sources = tmp_path / "sources"
     sources.mkdir()
     write_source(sources, 1)
@@ -51,7 +51,7 @@ def libraries(place: Path) -> list[Path]:
 
 
 def compilations(caplog: pytest.LogCaptureFixture) -> int:
-    """Return how many compilations were logged since the last call."""
+    """Return the number of compilations that were logged since the last call."""
     count = caplog.text.count("compiling the int8 kernels")
     caplog.clear()
     return count
@@ -67,18 +67,18 @@ def test_kernels_are_compiled_once_for_the_same_sources(place: Path, caplog: pyt
 
 
 @pytest.mark.parametrize("kept", [0, 1000, -1])
-def test_a_damaged_library_is_built_anew(place: Path, kept: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_library_is_rebuilt(place: Path, kept: int, caplog: pytest.LogCaptureFixture) -> None:
     FRESH()
     found = libraries(place)[0]
     whole = found.read_bytes()
-    found.unlink()  # for it is loaded
+    found.unlink()  # it is loaded, so it must not be overwritten in place
     found.write_bytes(whole[:kept] if kept >= 0 else whole[:-9] + b"damaged!!")
     assert FRESH().accelerated() == 1
     assert compilations(caplog) == 2
     assert [path.read_bytes() for path in libraries(place)] == [whole]
 
 
-def test_a_whole_library_that_does_not_load_is_built_anew(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_intact_library_that_does_not_load_is_rebuilt(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     FRESH()
     found = libraries(place)[0]
     contents = b"a library of another system"
@@ -91,7 +91,7 @@ def test_a_whole_library_that_does_not_load_is_built_anew(place: Path, caplog: p
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
-def test_a_library_or_folder_that_others_may_write_to_is_not_loaded(
+def test_library_or_folder_writable_by_others_is_not_loaded(
     place: Path, mode: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     FRESH()
@@ -100,13 +100,13 @@ def test_a_library_or_folder_that_others_may_write_to_is_not_loaded(
     assert compilations(caplog) == 2 and libraries(place)[0].stat().st_mode & 0o777 == 0o700
     place.chmod(mode)
     before = libraries(place)[0].stat().st_mtime_ns
-    assert FRESH() is not None  # made in a temporary folder
+    assert FRESH() is not None  # built in a temporary folder
     assert f"{place} belongs to another user or may be written to by others" in caplog.text
     assert libraries(place)[0].stat().st_mtime_ns == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_library_or_folder_of_another_user_is_not_loaded(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_library_or_folder_of_other_user_is_not_loaded(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     FRESH()
     os.chown(libraries(place)[0], 12345, 12345)
     assert FRESH() is not None
@@ -116,7 +116,7 @@ def test_a_library_or_folder_of_another_user_is_not_loaded(place: Path, caplog: 
     assert "belongs to another user" in caplog.text
 
 
-def test_an_open_umask_leaves_nothing_open(place: Path) -> None:
+def test_files_are_private_under_open_umask(place: Path) -> None:
     before = os.umask(0)
     try:
         assert FRESH() is not None
@@ -125,7 +125,7 @@ def test_an_open_umask_leaves_nothing_open(place: Path) -> None:
     assert [path.stat().st_mode & 0o022 for path in (place, *place.iterdir())] == [0, 0, 0]
 
 
-def test_a_cache_that_cannot_be_made_is_done_without(
+def test_builds_without_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -136,7 +136,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(
 
 
 @pytest.mark.parametrize("home", ["gone", "unset"])
-def test_without_a_cache_folder_to_speak_of(
+def test_builds_without_home_directory(
     home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def nowhere(name: str) -> Path:
@@ -166,7 +166,7 @@ SLOW = """\
 
 
 def slow_compiler(folder: Path, seconds: float) -> tuple[Path, Path]:
-    """Return a compiler that takes its time, and where it notes its builds."""
+    """Return a compiler that takes this long, and the file to which it appends a line per build."""
     script, log = folder / "slow c++", folder / "builds"
     script.write_text(textwrap.dedent(SLOW).format(log=log, seconds=seconds))
     script.chmod(0o700)
@@ -190,7 +190,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path: Path, monkeypatch: pyt
     assert log.read_text().split() == ["built"]
 
 
-def test_a_killed_build_holds_nobody_up(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_build_does_not_block_others(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, log = slow_compiler(tmp_path, 2)
     monkeypatch.setenv("CXX", f"'{script}'")
     first = multiprocessing.get_context("fork").Process(target=build_in_child)
@@ -205,7 +205,7 @@ def test_a_killed_build_holds_nobody_up(place: Path, tmp_path: Path, monkeypatch
     assert {path.suffix for path in place.iterdir()} == {".so", ""} and not (place / "building").exists()
 
 
-def test_a_compiler_is_a_command_with_arguments(
+def test_cxx_may_contain_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrapper = tmp_path / "a wrapper"
@@ -217,7 +217,7 @@ def test_a_compiler_is_a_command_with_arguments(
 
 
 @pytest.mark.parametrize("named", ["nowhere -O2", "false", "'unbalanced", "/"])
-def test_a_compiler_that_does_not_compile_is_told_and_another_is_used(
+def test_failing_compiler_is_reported_and_replaced(
     named: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", named)
@@ -227,12 +227,12 @@ def test_a_compiler_that_does_not_compile_is_told_and_another_is_used(
 
 
 @pytest.mark.parametrize("named", ["", "   "])
-def test_an_empty_name_of_a_compiler_is_none(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_cxx_is_ignored(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", named)
     assert FRESH().accelerated() == 1
 
 
-def test_an_error_of_the_compiler_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_compiler_error_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     (building.SOURCES / "kernels.cpp").write_text('#include "other.h"\n')
     (building.SOURCES / "other.h").write_text("int number = nonsense;\n")
     assert FRESH() is None
@@ -243,7 +243,7 @@ def test_an_error_of_the_compiler_is_one_line(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     ("compiler", "reason"), [(None, "no C++ compiler"), ("false", "false could not build"), ("nowhere", "nowhere")]
 )
-def test_without_a_compiler_the_default_is_another_dtype(
+def test_default_dtype_without_compiler(
     compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "library", FRESH)
@@ -256,7 +256,7 @@ def test_without_a_compiler_the_default_is_another_dtype(
     assert caplog.messages[0].startswith("int8 decoding is not available here") and reason in caplog.messages[0]
 
 
-def test_a_relative_cache_folder_is_as_if_there_were_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_cache_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Products in bfloat16 through oneDNN's layout: as torch's, for every size, or torch's own."""
+"""Matrix products in bfloat16 in oneDNN's layout equal torch's for every size, and fall back to torch's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spec_envs.decoding.model import linear
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> None:
+def clear_cache() -> None:
     linear.operators_work.cache_clear()
 
 
@@ -37,13 +37,15 @@ def check(packed: bool | None = None) -> None:
 
 
 @torch.inference_mode()
-def test_a_product_is_that_of_torch() -> None:
+def test_product_equals_torch() -> None:
     check()
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("operator", "other"), [("reordered", missing), ("product", missing), ("product", wrong)])
-def test_without_the_operators_it_is_torch_s_own(operator: str, other: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_wrong_operators_are_replaced_by_torch(
+    operator: str, other: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(linear, operator, other)
     check(packed=False)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The forward against Hugging Face transformers'."""
+"""The forward equals that of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def token_by_token(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_tree(model: Transformer, reference: torch.nn.Module, vocab: int, prefix: int) -> None:
-    """Check that every row of a tree forward equals the last row of the reference on that node's path."""
+    """Assert that every row of a tree forward equals the last row of the reference on that node's path."""
     rng = np.random.default_rng(0)
     text = torch.tensor(rng.integers(0, vocab, (1, prefix)))
     parents = np.array([ROOT, ROOT, 0, 0, 1, 2, 5])
@@ -99,7 +99,7 @@ def check_tree(model: Transformer, reference: torch.nn.Module, vocab: int, prefi
             walk = int(parents[walk])
         full = torch.cat([text, torch.tensor([path], dtype=torch.long)], 1)
         assert (reference(full).logits[0, -1] - logits[node + 1]).abs().max() <= TOLERANCE
-    cache.keep([0, 1, 3, 6])  # root and the path 0, 2, 5
+    cache.keep([0, 1, 3, 6])  # root, and the path 0, 2, 5
     after = torch.cat([text, torch.tensor([[*tokens[[0, 2, 5]], 7]])], 1)
     x, _ = model.forward(model.embed(after[:, -1:]), cache, torch.tensor([[cache.length]]))
     assert (reference(after).logits[0, -1] - model.head(x)[0, -1]).abs().max() <= TOLERANCE
@@ -107,7 +107,7 @@ def check_tree(model: Transformer, reference: torch.nn.Module, vocab: int, prefi
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tiny_models(name: str) -> None:
+def test_tiny_models_equal_transformers(name: str) -> None:
     model, reference = pair(CONFIGS[name])
     ids = torch.randint(0, 120, (1, 80), generator=torch.Generator().manual_seed(0))
     expected = reference(ids).logits
@@ -117,7 +117,7 @@ def test_tiny_models(name: str) -> None:
 
 
 @torch.inference_mode()
-def test_layers_can_be_run_in_ranges_and_captured() -> None:
+def test_ranges_of_layers_and_captured_states() -> None:
     model, reference = pair(CONFIGS["qwen3"])
     ids = torch.randint(0, 120, (1, 12))
     positions = torch.arange(12)[None]
@@ -132,7 +132,7 @@ def test_layers_can_be_run_in_ranges_and_captured() -> None:
 
 @torch.inference_mode()
 @pytest.mark.model
-def test_the_default_model() -> None:
+def test_default_model_equals_transformers() -> None:
     model = load_target(REAL, CPU, torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
     ids = torch.randint(3, 49152, (1, 256), generator=torch.Generator().manual_seed(0))
@@ -165,12 +165,12 @@ def test_batched_generation_equals_one_by_one() -> None:
         assert (final[row, -len(prompt) :] - states.last_hidden_state[0]).abs().max() < 1e-3
 
 
-def test_another_architecture_names_the_supported_ones() -> None:
+def test_unsupported_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'gpt2' is not supported.*llama, mistral, qwen2, qwen3"):
         Transformer(GPT2Config(), {}, torch.float32, CPU)
 
 
-def test_weights_of_another_config() -> None:
+def test_weights_of_another_config_are_refused() -> None:
     _, reference = pair(CONFIGS["llama"])
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 5})
     with pytest.raises(ValueError, match=r"do not fit their config.json"):
@@ -179,8 +179,9 @@ def test_weights_of_another_config() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_form_that_graphs_capture_computes_the_same(name: str) -> None:
-    """Fixed shapes, indices in tensors and buckets of columns, without a GPU: what a graph would replay is run again."""
+def test_graphed_layers_equal_transformers(name: str) -> None:
+    """Fixed shapes, indices in tensors and buckets of columns are used without a GPU: a stand-in replays the
+    function that a graph would capture."""
     recorded = []
 
     def record(run: Callable) -> tuple[Callable[[], None], Any]:
@@ -203,7 +204,7 @@ def test_the_form_that_graphs_capture_computes_the_same(name: str) -> None:
     assert (token_by_token(model, ids) - reference(ids).logits).abs().max() <= TOLERANCE
     assert len(recorded) == 1  # one graph for eighty steps
     check_tree(model, reference, 120, 30)
-    check_tree(model, reference, 120, 254)  # the tree lies in the next bucket
+    check_tree(model, reference, 120, 254)  # the tree is in the next bucket
     states = reference(ids, output_hidden_states=True).hidden_states
     cache = model.cache(80)
     model.forward(model.embed(ids[:, :70]), cache, torch.arange(70)[None])

@@ -1,4 +1,4 @@
-"""Trace folders as killed processes, full disks and strangers leave them: each is refused in one sentence."""
+"""Damaged, incomplete and foreign trace folders are refusal_of in one sentence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def copied(request: pytest.FixtureRequest, traces: dict[str, Trace], tmp_path: P
     return Path(shutil.copytree(traces[request.param].folder, tmp_path / "trace"))
 
 
-def refused(folder: Path) -> str:
+def refusal_of(folder: Path) -> str:
     with pytest.raises(
         ValueError, match=r"the trace in .*trace is damaged \(.*\); delete it and record it again"
     ) as error:
@@ -33,7 +33,7 @@ def refused(folder: Path) -> str:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest."""
+    """Apply a change to the manifest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -66,26 +66,26 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         lambda m: m.update(extra=1),
     ],
 )
-def test_manifests_of_other_numbers(change: Callable[[dict[str, Any]], Any], copied: Path) -> None:
+def test_invalid_manifest_values_are_refused(change: Callable[[dict[str, Any]], Any], copied: Path) -> None:
     rewrite(copied, change)
-    refused(copied)
+    refusal_of(copied)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"made_with": ' * 50_000, "\x00", "nul", "1e999"])
-def test_manifests_that_are_none(text: str, copied: Path) -> None:
+def test_unreadable_manifests_are_refused(text: str, copied: Path) -> None:
     (copied / "manifest.json").write_text(text)
-    refused(copied)
+    refusal_of(copied)
 
 
 @pytest.mark.parametrize("name", ["tokens", "drafted", "log_probs"])
-def test_columns_that_are_cut_missing_or_changed(name: str, copied: Path) -> None:
+def test_damaged_or_missing_columns_are_refused(name: str, copied: Path) -> None:
     path = copied / f"{name}.npy"
     whole = path.read_bytes()
     for left in (whole[:-1], whole[:20], b"", whole + b"\0"):
         path.write_bytes(left)
-        assert f"{name}.npy is not the file that was recorded" in refused(copied)
+        assert f"{name}.npy is not the file that was recorded" in refusal_of(copied)
     path.unlink()
-    refused(copied)
+    refusal_of(copied)
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,16 @@ def test_columns_that_are_cut_missing_or_changed(name: str, copied: Path) -> Non
         ("gaps", lambda a: a[:-1]),
     ],
 )
-def test_columns_of_other_numbers_under_a_hash_that_fits(
+def test_invalid_columns_with_fitting_hash_are_refused(
     name: str, change: Callable[[np.ndarray], np.ndarray], copied: Path
 ) -> None:
     path = copied / f"{name}.npy"
     np.save(path, change(np.load(path)))
     rewrite(copied, lambda manifest: manifest["arrays"].update({name: digest(path)}))
-    assert f"{name}.npy" in refused(copied)
+    assert f"{name}.npy" in refusal_of(copied)
 
 
-def test_texts_that_are_cut_or_of_another_kind(tmp_path: Path) -> None:
+def test_damaged_texts_and_texts_of_other_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "00000.npz"
     rows: dict[str, Any] = {name: np.zeros(3) for name in ("tokens", "gaps", "drafted", "log_probs")}
     np.savez(path, **rows)
@@ -129,8 +129,10 @@ values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dic
 @pytest.mark.fuzz
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_value_in_a_manifest(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    """With any of its values changed, a trace is read or refused, and one that is read can be replayed."""
+def test_any_manifest_value_is_replayed_or_refused(
+    traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    """A trace with any value of its manifest changed is refusal_of, or read and replayed."""
     source = traces["tree"].folder
     folder = tmp_path_factory.mktemp("fuzz") / "trace"
     folder.mkdir()

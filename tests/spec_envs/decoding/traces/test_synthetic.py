@@ -1,4 +1,4 @@
-"""The synthetic profile gives the published counts, and is a whole environment."""
+"""The synthetic profile gives the published counts, and works as a whole environment."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PUBLISHED = {4: (0.8125, 10.40), 8: (0.50, 11.01), 16: (0.35, 10.25)}  # accepte
 
 
 @pytest.mark.parametrize("k", PUBLISHED)
-def test_fixed_lengths_give_the_published_rows(k: int) -> None:
-    """Simulated over long texts, each as long as the others, the counts are within 3 % of those published."""
+def test_fixed_lengths_give_published_counts(k: int) -> None:
+    """Counts over long simulated texts of equal length are within 3 % of those published."""
     profile, control = Profile.load(NAME), KControl(16)
     decoder = profile.decoder(control, PricedClock(profile.costs()))
     accepted = drafted = tokens = 0
@@ -43,12 +43,13 @@ def test_fixed_lengths_give_the_published_rows(k: int) -> None:
     assert tokens / seconds == pytest.approx(speed, rel=0.03)
 
 
-def test_what_is_reported_is_the_chance_of_acceptance() -> None:
-    """Drafted tokens after right ones are accepted as often as the drafter predicts, and as the profile states."""
+def test_reported_probability_is_rate_of_acceptance() -> None:
+    """Tokens whose predecessors were accepted are accepted as often as the drafter predicts, and as the profile
+    states."""
     profile = Profile.load(NAME)
     env = gym.make("SpecK-v0", trace=NAME, max_new_tokens=2000).unwrapped
-    said: list[float] = []
-    was: list[bool] = []
+    reported: list[float] = []
+    outcomes: list[bool] = []
     for seed in range(6):
         env.reset(seed=seed)
         done = False
@@ -56,18 +57,20 @@ def test_what_is_reported_is_the_chance_of_acceptance() -> None:
             done = env.step(6)[2]
         for cycle in env.decoder.cycles[:-1]:
             reached = min(cycle.accepted + 1, cycle.drafted)
-            said += cycle.nodes.probabilities[:reached].tolist()
-            was += [i < cycle.accepted for i in range(reached)]
-    said_, was_ = np.array(said), np.array(was)
+            reported += cycle.nodes.probabilities[:reached].tolist()
+            outcomes += [i < cycle.accepted for i in range(reached)]
+    reported_array, accepted_array = np.array(reported), np.array(outcomes)
     for low in (0.2, 0.5, 0.8, 0.95):
-        near = np.abs(said_ - low) < 0.05
-        assert was_[near].mean() == pytest.approx(said_[near].mean(), abs=4 * 0.5 / np.sqrt(near.sum()))
+        near = np.abs(reported_array - low) < 0.05
+        assert accepted_array[near].mean() == pytest.approx(
+            reported_array[near].mean(), abs=4 * 0.5 / np.sqrt(near.sum())
+        )
     assert profile.kinds[0].survival(6)[4] == pytest.approx(0.924**4 * 0.375)
 
 
 @pytest.mark.parametrize("own", [{}, {"decision": "token"}, {"adjustment_interval": 64}])
-def test_it_is_an_environment(own: dict[str, Any]) -> None:
-    """Deterministic by seed, thousands of steps without a model; the prompt's name gives the kind of text."""
+def test_environment_on_profile(own: dict[str, Any]) -> None:
+    """Episodes are deterministic by seed and need no model; the prompt's task is the kind of text."""
     rewards = []
     for _ in range(2):
         env = gym.make("SpecK-v0", trace=NAME, max_new_tokens=128, render_mode="ansi", **own).unwrapped
@@ -84,8 +87,8 @@ def test_it_is_an_environment(own: dict[str, Any]) -> None:
     assert rewards[0] == rewards[1]
 
 
-def test_training_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole command runs without a model: train, validate, table."""
+def test_training_on_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command runs without a model: training, validation, result table."""
     overrides = [f"env.trace={NAME}", "total_timesteps=2048", "eval_freq=1024", "test_prompts=10"]
     experiment = load_experiment("SpecK-v0", "ppo", overrides)
     train.run(experiment, "SpecK-v0", "ppo", 0, tmp_path / "run")
@@ -107,18 +110,18 @@ def test_training_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ({"trace": NAME, "temperature": 1.0}, "was recorded with temperature 0.0, not 1.0"),
     ],
 )
-def test_mistakes_are_named(keywords: dict[str, Any], message: str) -> None:
+def test_invalid_keywords_are_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gym.make("SpecK-v0", **keywords)
 
 
-def test_trees_are_not_played() -> None:
+def test_trees_are_refused() -> None:
     with pytest.raises(ValueError, match="has chains under greedy decoding only, which do not replay"):
         gym.make("SpecDepth-v0", trace=NAME)
 
 
 @pytest.mark.parametrize("change", [{"kinds": {}}, {"clock": None, "kinds": 3}, {"concentration": "much"}])
-def test_malformed_profiles(change: dict[str, Any], tmp_path: Path) -> None:
+def test_malformed_profiles_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     raw = json.loads((DATA / "profiles" / f"{NAME}.json").read_text())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(raw | change))

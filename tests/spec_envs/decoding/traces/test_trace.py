@@ -1,4 +1,4 @@
-"""Traces: recorded whole, replayed exactly, refused when damaged or foreign."""
+"""Traces are recorded completely, replayed exactly, and refused if damaged or foreign."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from tests.support.recordings import TEXTS
 DEPTH = 4
 
 
-def replay_and_live(env_id: str, trace: Trace, plan: Plan, folder: Path, **keywords: Any) -> int:
-    """Run both under random actions on the same texts and compare everything; return the number of cycles."""
+def assert_replay_equals_live(env_id: str, trace: Trace, plan: Plan, folder: Path, **keywords: Any) -> int:
+    """Run both environments under random actions on the same texts and compare all results; return the number of
+    cycles."""
     costs = folder / "costs.json"
     costs.write_text(json.dumps(trace.manifest.costs))
     sizes = {key: plan.env[key] for key in ("max_depth", "width", "k_max", "max_new_tokens") if key in plan.env}
@@ -34,19 +35,19 @@ def replay_and_live(env_id: str, trace: Trace, plan: Plan, folder: Path, **keywo
     prompts = {tuple(ids): prompt for prompt, ids in live.encoded.items()}  # type: ignore[attr-defined]
     rng, cycles = np.random.default_rng(0), 0
     for prompt, ids in replay.encoded.items():  # type: ignore[attr-defined]
-        told, _ = replay.reset(seed=3, options={"prompt": prompt})
+        from_trace, _ = replay.reset(seed=3, options={"prompt": prompt})
         seen, _ = live.reset(seed=3, options={"prompt": prompts[tuple(ids)]})
         while not live.decoder.finished:  # type: ignore[attr-defined]
-            np.testing.assert_allclose(told, seen, atol=1e-4)  # float32, in forwards of other shapes
+            np.testing.assert_allclose(from_trace, seen, atol=1e-4)  # float32, in forwards of other shapes
             action = rng.integers(live.action_space.n)  # type: ignore[attr-defined]
-            told, mine, done, _, info = replay.step(action)
+            from_trace, mine, done, _, info = replay.step(action)
             seen, theirs, ended, _, actual = live.step(action)
             assert done == ended and mine == pytest.approx(theirs, abs=1e-9)
             for name in ("emitted", "accepted", "drafted", "verified", "text", "tokens", "seconds", "saved"):
                 assert info.get(name) == pytest.approx(actual.get(name)), name
             cycles += info["emitted"] > 0
             if done and not live.decoder.finished:  # type: ignore[attr-defined]
-                told, seen = replay.reset()[0], live.reset()[0]
+                from_trace, seen = replay.reset()[0], live.reset()[0]
     return cycles
 
 
@@ -63,25 +64,25 @@ def replay_and_live(env_id: str, trace: Trace, plan: Plan, folder: Path, **keywo
         ("SpecK-v0", "lookup", {"decision": "token"}),
     ],
 )
-def test_replay_is_the_live_environment(
+def test_replay_equals_live_environment(
     env_id: str, name: str, keywords: dict, traces: dict[str, Trace], plans: dict[str, Plan], tmp_path: Path
 ) -> None:
-    assert replay_and_live(env_id, traces[name], plans[name], tmp_path, **keywords) > 10
+    assert assert_replay_equals_live(env_id, traces[name], plans[name], tmp_path, **keywords) > 10
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("env_id", ["SpecTree-v0", "SpecK-v0"])
-def test_replay_of_the_real_models(env_id: str, tmp_path: Path) -> None:
+def test_replay_of_real_models_equals_live_environment(env_id: str, tmp_path: Path) -> None:
     plan = Plan(
         env_id,
         {"target": REAL, "max_new_tokens": 24} | ({"k_max": 6} if env_id == "SpecK-v0" else {"max_depth": 3}),
         (1, 0, 1),
     )
-    assert replay_and_live(env_id, recorded(plan, tmp_path / "trace"), plan, tmp_path) > 3
+    assert assert_replay_equals_live(env_id, recorded(plan, tmp_path / "trace"), plan, tmp_path) > 3
 
 
-def test_drafting_together_is_drafting_alone(tiny: dict[str, Any]) -> None:
-    """One forward over many positions gives each the tree that a decoder there would have grown."""
+def test_recorded_trees_equal_those_of_decoder(tiny: dict[str, Any]) -> None:
+    """One forward over many positions gives each the tree that a decoder would have grown there."""
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", width=4, max_depth=3)
     columns = Recorder(decoder).record([5, 6, 7, 8], 24)
     decoder.start([5, 6, 7, 8], 24, np.random.default_rng(0))
@@ -97,7 +98,7 @@ def test_drafting_together_is_drafting_alone(tiny: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["chain", "copies", "lookup"])
-def test_chains_drafted_together_are_those_drafted_alone(name: str, plans: dict[str, Plan]) -> None:
+def test_recorded_chains_equal_those_of_decoder(name: str, plans: dict[str, Plan]) -> None:
     decoder = plans[name].decoder()
     prompt = [5, 6, 7, 8, 5, 6, 9, 7]
     columns = Recorder(decoder).record(prompt, 24)
@@ -122,7 +123,7 @@ def test_chains_drafted_together_are_those_drafted_alone(name: str, plans: dict[
     assert (copied > 0) == (name != "chain")
 
 
-def test_positions_of_one_forward_know_the_same_tokens() -> None:
+def test_positions_of_one_forward_have_the_same_vocabulary() -> None:
     class Words:
         known = np.zeros(9, bool)
         output_rows = True
@@ -141,7 +142,7 @@ def test_positions_of_one_forward_know_the_same_tokens() -> None:
     assert list(same_vocabulary(None, [])) == []
 
 
-def test_ranks_count_the_candidates_above_a_node(traces: dict[str, Trace]) -> None:
+def test_ranks_count_candidates_above_a_node(traces: dict[str, Trace]) -> None:
     trace = traces["tree"]
     scores = grown(np.asarray(trace.columns["log_probs"]), 4).scores
     path, ranks = trace.columns["path"], trace.columns["ranks"]
@@ -156,7 +157,7 @@ def test_ranks_count_the_candidates_above_a_node(traces: dict[str, Trace]) -> No
     assert found > 20
 
 
-def test_a_killed_recording_goes_on(plans: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_recording_resumes(plans: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, folder = plans["chain"], tmp_path / "trace"
     original, made = Recorder.record, []
 
@@ -174,11 +175,11 @@ def test_a_killed_recording_goes_on(plans: dict[str, Plan], tmp_path: Path, monk
     assert len(list((folder / "texts").glob("*.npz"))) == 3
     monkeypatch.setattr(Recorder, "record", lambda *args: (made.append(1), original(*args))[1])
     whole = recorded(plan, folder)
-    assert len(made) == sum(TEXTS)  # none was recorded twice
+    assert len(made) == sum(TEXTS)  # no text was recorded twice
     assert [text.split for text in whole.texts] == ["train"] * 4 + ["validation"] + ["test"] * 2
 
 
-def test_shards_together_are_the_trace(plans: dict[str, Plan], traces: dict[str, Trace], tmp_path: Path) -> None:
+def test_shards_make_the_same_trace(plans: dict[str, Plan], traces: dict[str, Trace], tmp_path: Path) -> None:
     plans["tree"].claim(tmp_path)
     for shard in ((0, 2), (1, 2)):
         record_texts(plans["tree"], tmp_path, shard)
@@ -225,7 +226,7 @@ def test_damaged_and_foreign_traces_are_refused(
         env.reset(options={"prompt": "Why?"})
 
 
-def test_a_replay_is_as_long_as_its_trace_where_nothing_else_is_said(traces: dict[str, Trace]) -> None:
+def test_default_max_new_tokens_is_that_of_the_trace(traces: dict[str, Trace]) -> None:
     recorded = {"trace": str(traces["chain"].folder), "k_max": 6}
     env, longest = gym.make("SpecK-v0", **recorded), traces["chain"].manifest.max_new_tokens
     assert env.unwrapped.max_new_tokens == longest < 128
@@ -242,12 +243,12 @@ def test_a_replay_is_as_long_as_its_trace_where_nothing_else_is_said(traces: dic
         ((1, 0, 0), 1, "expected 2"),
     ],
 )
-def test_nothing_is_not_recorded(texts: tuple[int, int, int], tokens: int, match: str) -> None:
+def test_invalid_numbers_of_texts_are_refused(texts: tuple[int, int, int], tokens: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Plan("SpecK-v0", {"max_new_tokens": tokens}, texts)
 
 
-def test_prompts_of_a_trace_are_chosen_by_task(traces: dict[str, Trace]) -> None:
+def test_prompts_select_texts_by_task(traces: dict[str, Trace]) -> None:
     trace = traces["tree"]
     task = trace.texts[0].task
     assert {trace.texts[i].task for i in trace.of_split("train", task)} == {task}
@@ -256,13 +257,13 @@ def test_prompts_of_a_trace_are_chosen_by_task(traces: dict[str, Trace]) -> None
 
 
 @pytest.mark.parametrize("text", ["4/4", "x", "1", "-1/2"])
-def test_shards_are_numbers_below_their_count(text: str) -> None:
+def test_invalid_shards_are_refused(text: str) -> None:
     with pytest.raises(Exception, match="expected i/n"):
         shard_of(text)
 
 
-def test_a_plan_of_other_settings_lies_beside_the_first(plans: dict[str, Plan], tmp_path: Path) -> None:
-    """Neither recording has to be deleted for the other, and the same plan finds its own again."""
+def test_plans_of_other_settings_have_separate_folders(plans: dict[str, Plan], tmp_path: Path) -> None:
+    """Neither recording has to be deleted for the other, and the same plan finds its own folder again."""
     first = default_folder(plans["chain"], tmp_path)
     plans["chain"].claim(first)
     assert default_folder(plans["chain"], tmp_path) == first

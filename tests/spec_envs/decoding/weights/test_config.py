@@ -1,4 +1,4 @@
-"""Configs of the four architectures against transformers' own models: the same text, or one sentence."""
+"""Configs of the four architectures give the logits and text of transformers' own models, or are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ STORED = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @st.composite
 def configs(draw: st.DrawFn) -> PretrainedConfig:
-    """Return any config that transformers takes, most of them of models that are computed."""
+    """Draw any config that transformers accepts; most of them can be computed here."""
     family = draw(st.sampled_from(list(FAMILIES)))
     heads = draw(st.sampled_from([1, 2, 3, 4, 6]))
     head_dim = draw(st.sampled_from([2, 6, 16, 32, 32, 64]))
@@ -104,7 +104,7 @@ def configs(draw: st.DrawFn) -> PretrainedConfig:
 
 
 def random_model(config: PretrainedConfig, seed: int, stored: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Return transformers' model in float32, and its weights as a file of that dtype has them."""
+    """Return transformers' model in float32, and its weights rounded as a file of that dtype stores them."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
@@ -130,7 +130,7 @@ def reference_text(reference: PreTrainedModel, prompt: list[int], eos: list[int]
 
 
 def same_text(ours: list[int], theirs: list[int], reference: PreTrainedModel, prompt: list[int]) -> bool:
-    """Return whether the texts are equal up to a choice between two equal logits."""
+    """Return True if the texts are equal, or first differ between two tokens of equal logits."""
     for at, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b:
             row = reference(torch.tensor([prompt + theirs[:at]])).logits[0, -1]
@@ -152,7 +152,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     eos=st.lists(st.integers(0, VOCAB - 1), max_size=4),
     length=st.integers(1, CONTEXT),
 )
-def test_a_config_gives_the_text_of_transformers_or_one_sentence(
+def test_any_config_equals_transformers_or_is_refused(
     config: PretrainedConfig, seed: int, stored: torch.dtype, eos: list[int], length: int
 ) -> None:
     try:
@@ -182,7 +182,7 @@ def test_a_config_gives_the_text_of_transformers_or_one_sentence(
 
 
 def check_int8(model: Transformer, ids: Tensor, expected: Tensor) -> None:
-    """Check that logits are near those of float32, each row with the same bits alone and beside others."""
+    """Assert that logits are close to those of float32, and that each row has the same bits alone and among others."""
     ours = logits(model, ids)
     assert distance(ours, expected) < 0.25
     cache = model.cache(ids.shape[1])
@@ -241,12 +241,12 @@ WHOLE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
         ),
     ],
 )
-def test_what_no_dtype_computes_is_refused_in_one_sentence(
+def test_unsupported_configs_are_refused_in_one_sentence(
     family: type[PretrainedConfig], changes: dict[str, Any], sentence: str
 ) -> None:
     try:
         config = family(**{**SMALL, **changes})
-    except (StrictDataclassError, KeyError):  # transformers has refused it already
+    except (StrictDataclassError, KeyError):  # transformers itself refuses the config
         return
     with pytest.raises(ValueError, match=sentence) as caught:
         Transformer(config, random_weights(LlamaConfig(**SMALL), torch.Generator()), torch.float32, CPU)
@@ -263,14 +263,12 @@ def test_what_no_dtype_computes_is_refused_in_one_sentence(
         (Qwen2Config, {"use_sliding_window": False, "sliding_window": 20}, CONTEXT),
     ],
 )
-def test_the_context_ends_where_a_window_would_slide(
-    family: type[PretrainedConfig], changes: dict[str, Any], context: int
-) -> None:
+def test_context_ends_at_sliding_window(family: type[PretrainedConfig], changes: dict[str, Any], context: int) -> None:
     assert Shape.from_config(family(**{**SMALL, **changes})).context == context
 
 
 def from_folder(config: PretrainedConfig, weights: dict[str, Tensor], folder: Path) -> Tensor:
-    """Return logits that transformers gives for these files."""
+    """Save a model, and return the logits that transformers gives for the files."""
     config.architectures = [AutoModelForCausalLM.from_config(config).__class__.__name__]
     config.save_pretrained(folder)
     save_file(
@@ -285,10 +283,11 @@ IDS = torch.arange(7)[None]
 @torch.inference_mode()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("files", ["others", "tied", "tied by the output rows", "tied but different"])
-def test_the_tensors_that_count_are_those_of_transformers(
+def test_ignored_and_tied_tensors_are_those_of_transformers(
     family: type[PretrainedConfig], files: str, tmp_path: Path
 ) -> None:
-    """Biases and norms that the config does not know are ignored; of tied weights either may be there, or two."""
+    """Biases and norms that the config does not have are ignored; of tied weights either may be present, or two
+    tensors."""
     config = family(**SMALL, tie_word_embeddings=files.startswith("tied"))
     generator = torch.Generator().manual_seed(0)
     weights = random_weights(config, generator)
@@ -311,7 +310,7 @@ def test_the_tensors_that_count_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8] if not WITHOUT_KERNELS else [torch.float32])
-def test_weights_that_lack_something_are_refused(dtype: torch.dtype) -> None:
+def test_missing_or_misshapen_weights_are_refused(dtype: torch.dtype) -> None:
     config = Qwen2Config(**{**SMALL, "head_dim": 32}, tie_word_embeddings=False)
     whole = random_weights(config, torch.Generator().manual_seed(0))
     for name in ("lm_head.weight", "model.layers.1.self_attn.k_proj.bias", "model.layers.0.mlp.down_proj.weight"):
@@ -325,7 +324,7 @@ def test_weights_that_lack_something_are_refused(dtype: torch.dtype) -> None:
         Transformer(config, {**whole, name: whole[name].to(torch.int8)}, dtype, CPU)
 
 
-def test_weights_beyond_float16_are_refused_in_it_alone() -> None:
+def test_weights_beyond_float16_are_refused_in_float16_only() -> None:
     config = LlamaConfig(**SMALL)
     weights = random_weights(config, torch.Generator().manual_seed(0))
     weights["model.embed_tokens.weight"][3, 3] = -1e5

@@ -1,4 +1,4 @@
-"""Weights in blocks of FP8, multiplied out when they are loaded."""
+"""Weights in blocks of FP8 are multiplied by their scales when they are loaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from tests.support.models.foreign import configure, ours, restore, theirs
+from tests.support.models.foreign import edit_config, edit_weights, ours, theirs
 
 
 @pytest.fixture(scope="module")
-def in_fp8(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> dict[str, Path]:
-    """Return a model whose projections are stored in FP8 with a scale for each block, and what it means, in float32."""
+def fp8_models(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> dict[str, Path]:
+    """Return the folders of a model with projections in FP8 with a scale per block, and of the same weights in
+    float32."""
     torch.manual_seed(3)
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 16, "head_dim": 64}
     config = Qwen3Config(
@@ -38,29 +39,29 @@ def in_fp8(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> dict[
             {k: v.clone() for k, v in state.items() if k != "lm_head.weight"}, folders[name] / "model.safetensors"
         )
     method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
-    configure(folders["stored"], quantization_config=method)
+    edit_config(folders["stored"], quantization_config=method)
     return folders
 
 
-def test_blocks_in_fp8_are_multiplied_out(in_fp8: dict[str, Path], tmp_path: Path) -> None:
-    assert ours(in_fp8["stored"]) == ours(in_fp8["meant"]) == theirs(in_fp8["meant"])
+def test_fp8_blocks_are_scaled(fp8_models: dict[str, Path], tmp_path: Path) -> None:
+    assert ours(fp8_models["stored"]) == ours(fp8_models["meant"]) == theirs(fp8_models["meant"])
     scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
-    damaged = Path(shutil.copytree(in_fp8["stored"], tmp_path / "damaged"))
-    restore(damaged, lambda state: state.update({scale.removesuffix("_inv"): state.pop(scale)}))
+    damaged = Path(shutil.copytree(fp8_models["stored"], tmp_path / "damaged"))
+    edit_weights(damaged, lambda state: state.update({scale.removesuffix("_inv"): state.pop(scale)}))
     with pytest.raises(ValueError, match=rf"does not read the FP8 weights .*{scale.removesuffix('_inv')}"):
         ours(damaged)
 
 
 @pytest.mark.parametrize("columns", [192, 320])
-def test_blocks_in_fp8_that_are_not_whole_are_refused(in_fp8: dict[str, Path], tmp_path: Path, columns: int) -> None:
-    """If the last block is cut, transformers would multiply other blocks."""
-    folder = Path(shutil.copytree(in_fp8["stored"], tmp_path / "cut"))
+def test_incomplete_fp8_blocks_are_refused(fp8_models: dict[str, Path], tmp_path: Path, columns: int) -> None:
+    """transformers would divide the weight into other blocks if the last one is incomplete."""
+    folder = Path(shutil.copytree(fp8_models["stored"], tmp_path / "cut"))
     name = "model.layers.0.mlp.up_proj.weight"
 
     def cut(state: dict[str, torch.Tensor]) -> None:
         state[name] = torch.zeros(384, columns).to(torch.float8_e4m3fn)
         state[f"{name}_scale_inv"] = torch.ones(3, -(-columns // 128))
 
-    restore(folder, cut)
+    edit_weights(folder, cut)
     with pytest.raises(ValueError, match=rf"the FP8 weight {name} is \[384, {columns}\] with .* which are not whole"):
         ours(folder)

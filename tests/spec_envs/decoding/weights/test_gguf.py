@@ -1,4 +1,4 @@
-"""GGUF files: the model in them is computed as transformers computes it, or refused in one sentence."""
+"""GGUF files: the model in them gives the text of transformers, or is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ IDS = np.random.default_rng(0).integers(0, 250, 20).tolist()
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-    "wide heads": {"family": "llama", "head_dim": 24},  # as Mistral Nemo's: not hidden size over heads
+    # as in Mistral Nemo, where the head size is not hidden size / heads
+    "wide heads": {"family": "llama", "head_dim": 24},
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3", "head_dim": 16},
     "qwen3 biases": {"family": "qwen3", "attention_bias": True, "tie_word_embeddings": False},
 }
-ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and of its file
+ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the model, and of its file
     "linear": (
         {"rope_type": "linear", "factor": 4.0},
         {".rope.scaling.type": "linear", ".rope.scaling.factor": 4.0},
@@ -55,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def ours(path: Path, ids: Sequence[int] = IDS, count: int = 24) -> list[int]:
-    """Return the text that this package writes greedily."""
+    """Return the greedy text of this package."""
     decoder = load_decoder(str(path), None, "cpu", "float32")
     decoder.start(ids, count, np.random.default_rng(0))
     while not decoder.finished:
@@ -64,22 +65,22 @@ def ours(path: Path, ids: Sequence[int] = IDS, count: int = 24) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str, tmp_path: Path) -> None:
+def test_model_families_equal_transformers(name: str, tmp_path: Path) -> None:
     model = tiny_model(**FAMILIES[name])
     assert ours(write_gguf(model, tmp_path / "model.gguf")) == reference(model, IDS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", ROPES)
-def test_positions_by_keys(name: str, family: str, tmp_path: Path) -> None:
+def test_rope_scaling_by_keys(name: str, family: str, tmp_path: Path) -> None:
     here, there = ROPES[name]
     model = tiny_model(family, rope_parameters={"rope_theta": 10_000.0} | here)
     ids = np.random.default_rng(1).integers(0, 250, 150).tolist()
     assert ours(write_gguf(model, tmp_path / "model.gguf", there), ids) == reference(model, ids)
 
 
-def test_positions_by_a_tensor(tmp_path: Path) -> None:
-    """Llama 3.1 and later: what llama.cpp divides the frequencies by, for which there is no key."""
+def test_rope_scaling_by_tensor(tmp_path: Path) -> None:
+    """Llama 3.1 and later have a tensor of divisors of the frequencies, for which there is no key."""
     scaled = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0}
     scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     model = tiny_model(rope_parameters=scaled)
@@ -96,7 +97,7 @@ def test_positions_by_a_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factors", [[1.0, 1.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, -2.0], [1.0, 1.0, 1.0, np.nan]])
-def test_positions_by_a_tensor_that_scales_nothing(factors: list[float], tmp_path: Path) -> None:
+def test_invalid_rope_tensors_are_refused(factors: list[float], tmp_path: Path) -> None:
     path = write_gguf(
         tiny_model(), tmp_path / "model.gguf", tensors={"rope_freqs.weight": np.array(factors, np.float32)}
     )
@@ -107,12 +108,12 @@ def test_positions_by_a_tensor_that_scales_nothing(factors: list[float], tmp_pat
 
 
 @pytest.mark.parametrize("name", ["模" * 80 + ".gguf", "x" * 240 + ".gguf", "MODEL.GGUF"])
-def test_names_of_files(name: str, tmp_path: Path) -> None:
+def test_unusual_file_names(name: str, tmp_path: Path) -> None:
     model = tiny_model()
     assert ours(write_gguf(model, tmp_path / name)) == reference(model, IDS)
 
 
-def test_texts_end_at_every_id_that_the_file_names(tmp_path: Path) -> None:
+def test_text_ends_at_every_end_token_of_the_file(tmp_path: Path) -> None:
     model = tiny_model()
     free = reference(model, IDS)
     turn = next(token for token in free[4:] if free.index(token) >= 4)
@@ -126,8 +127,8 @@ def test_texts_end_at_every_id_that_the_file_names(tmp_path: Path) -> None:
     assert eos_ids(str(path)) == {7, END, TURN}
 
 
-def test_tokens_have_the_ids_of_the_file(tmp_path: Path) -> None:
-    """Ids are the file's, for single bytes and for special tokens; no token outside the vocabulary appears."""
+def test_tokenizer_has_the_ids_of_the_file(tmp_path: Path) -> None:
+    """Ids are the file's for single bytes and special tokens, and no token outside the vocabulary is added."""
     special = ["<｜end▁of▁sentence｜>", *SPECIAL[1:]]
     path = write_gguf(tiny_model(), tmp_path / "model.gguf", {"tokenizer.ggml.tokens": TOKENS[:END] + special})
     tokenizer = load_tokenizer(str(path))
@@ -137,7 +138,7 @@ def test_tokens_have_the_ids_of_the_file(tmp_path: Path) -> None:
     assert "<|endoftext|>" not in tokenizer.get_vocab()
 
 
-def test_tokens_of_sentencepiece(tmp_path: Path) -> None:
+def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
     words = ["▁", "t", "h", "e", "▁t", "he", "▁the", "th"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
     fields = {"model": "llama", "tokens": tokens, "token_type": [2, 3, 3] + [6] * 256 + [1] * 8}
@@ -152,7 +153,7 @@ def test_tokens_of_sentencepiece(tmp_path: Path) -> None:
     assert eos_ids(str(path)) == {2} and ours(path) == reference(model, IDS, eos_token_id=2)
 
 
-def test_a_neighbour_has_no_say(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_are_ignored(tmp_path: Path) -> None:
     model = tiny_model()
     path = write_gguf(model, tmp_path / "model.gguf")
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Evil"}, "eos_token": "a"}')
@@ -195,7 +196,7 @@ def test_a_neighbour_has_no_say(tmp_path: Path) -> None:
         ({"fields": {"general.type": "adapter"}}, "it holds 'adapter'; expected a model"),
     ],
 )
-def test_what_is_refused(change: dict[str, Any], message: str, tmp_path: Path, cache: Path) -> None:
+def test_unsupported_files_are_refused(change: dict[str, Any], message: str, tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tiny_model(), tmp_path / "model.gguf", **change)
     with pytest.raises(ValueError, match=rf"cannot convert the GGUF file .*{message}") as caught:
         model_folder(str(path))
@@ -217,7 +218,7 @@ def test_parts_are_joined(tmp_path: Path) -> None:
         model_folder(str(alone))
 
 
-def test_a_damaged_conversion_is_made_again(tmp_path: Path, cache: Path) -> None:
+def test_damaged_conversion_is_repeated(tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tiny_model(), tmp_path / "model.gguf")
     folder = model_folder(str(path))
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -231,18 +232,18 @@ def test_a_damaged_conversion_is_made_again(tmp_path: Path, cache: Path) -> None
     assert list((cache / "models").iterdir()) == [folder]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, cache: Path) -> None:
-    """Its own folder is removed, and one of another model; that of a running process stays."""
+def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path, cache: Path) -> None:
+    """The scratch folders of this and another model are removed; that of a running process stays."""
     path = write_gguf(tiny_model(), tmp_path / "model.gguf")
     folder = model_folder(str(path))
     shutil.rmtree(folder)
-    left = [folder.with_name(f"{name}{checkpoints.SCRATCH}") for name in (folder.name, "other", "busy")]
-    for scratch in left:
+    scratches = [folder.with_name(f"{name}{checkpoints.SCRATCH}") for name in (folder.name, "other", "busy")]
+    for scratch in scratches:
         scratch.mkdir()
         (scratch / "model.safetensors").write_bytes(b"half")
     with checkpoints.alone(folder.with_name("busy")):
         model_folder(str(path))
-    assert {file.name for file in (cache / "models").iterdir()} == {folder.name, left[2].name}
+    assert {file.name for file in (cache / "models").iterdir()} == {folder.name, scratches[2].name}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def outcome(data: bytes, folder: Path) -> list[int] | None:
-    """Return the text of a file; None if it is refused in one sentence, with nothing left in the cache."""
+    """Return the text of a file, or None if it is refused in one sentence with no scratch folder in the cache."""
     path = folder / "model.gguf"
     path.write_bytes(data)
     try:
@@ -265,17 +266,19 @@ def outcome(data: bytes, folder: Path) -> list[int] | None:
 @pytest.mark.fuzz
 @settings(max_examples=settings.default.max_examples)
 @given(share=st.floats(0, 1, exclude_max=True), even=st.booleans())
-def test_cut_files(share: float, even: bool, whole_file: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
-    end = int(share * (len(whole_file) if even else 12_000))  # the metadata is at the beginning
+def test_truncated_files_are_refused(
+    share: float, even: bool, whole_file: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    end = int(share * (len(whole_file) if even else 12_000))  # the metadata is at the start of the file
     assert outcome(whole_file[:end], tmp_path_factory.mktemp("cut")) is None
 
 
 @pytest.mark.fuzz
 @given(data=st.data())
-def test_flipped_bytes_of_the_metadata(
+def test_damaged_metadata_is_read_or_refused(
     data: st.DataObject, whole_file: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Counts and lengths of any size and missing keys or tensors give a text or a sentence, at once."""
+    """Counts and lengths of any size, and missing keys or tensors, give a text or one sentence."""
     damaged = bytearray(whole_file)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, 11_000))
@@ -303,7 +306,9 @@ KEYS += ("general.alignment", "general.architecture", "split.count", "general.na
 
 @pytest.mark.fuzz
 @given(fields=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
-def test_values_of_any_kind(fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_metadata_value_is_read_or_refused(
+    fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("values")
     try:
         data = write_gguf(tiny_model(), folder / "written.gguf", fields).read_bytes()
@@ -317,7 +322,9 @@ def test_values_of_any_kind(fields: dict[str, Any], tmp_path_factory: pytest.Tem
     named=st.dictionaries(st.sampled_from(["eos", "eot", "eom"]), st.integers(0, len(TOKENS) - 1)),
     spelled=st.sets(st.sampled_from([0, 5, 77, TURN])),
 )
-def test_ends_of_texts(named: dict[str, int], spelled: set[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_end_tokens_by_id_and_spelling(
+    named: dict[str, int], spelled: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The text is that of transformers with all end tokens given."""
     ends = iter(["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"])
     tokens = [next(ends) if i in spelled else token for i, token in enumerate(TOKENS)]

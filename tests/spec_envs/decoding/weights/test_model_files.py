@@ -1,4 +1,4 @@
-"""Folders in the Hugging Face layout that strangers bring: the text of transformers, or one sentence."""
+"""Folders in the Hugging Face layout from other sources give the text of transformers, or are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer
 from spec_envs.prompts.sets import load_prompts
-from tests.support.models.foreign import configure, ours, restore, theirs
+from tests.support.models.foreign import edit_config, edit_weights, ours, theirs
 
 
 @pytest.fixture
@@ -49,32 +49,32 @@ SAME: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_text_of_transformers(name: str, folder: Path) -> None:
-    configure(folder, **SAME[name])
+def test_text_equals_transformers(name: str, folder: Path) -> None:
+    edit_config(folder, **SAME[name])
     ids = np.random.default_rng(0).integers(1, 16, 120).tolist()
     assert ours(folder, ids) == theirs(folder, ids)
 
 
-def test_weights_that_are_tied_or_not(folder: Path) -> None:
-    """One tensor stands for both; two that differ are not tied, whatever the config states; none is made up."""
+def test_tied_and_untied_weights(folder: Path) -> None:
+    """One tensor is used for both; two different ones are not tied, whatever the config states; none is invented."""
     text = ours(folder)
-    restore(folder, lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))
+    edit_weights(folder, lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))
     assert ours(copy(folder, "head alone")) == text == theirs(folder)
-    restore(folder, lambda state: state.update({"model.embed_tokens.weight": state["lm_head.weight"].flip(0)}))
+    edit_weights(folder, lambda state: state.update({"model.embed_tokens.weight": state["lm_head.weight"].flip(0)}))
     assert (other := ours(copy(folder, "both"))) == theirs(folder) and other != text
-    restore(folder, lambda state: state.pop("lm_head.weight"))
-    configure(folder, tie_word_embeddings=False)
+    edit_weights(folder, lambda state: state.pop("lm_head.weight"))
+    edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"lm_head.weight is missing"):
         ours(copy(folder, "not tied"))
 
 
 def copy(folder: Path, name: str) -> Path:
-    """Return a copy of a folder under another name, since models are loaded once."""
+    """Return a copy of a folder under another name, because models are loaded once per path."""
     return Path(shutil.copytree(folder, folder.with_name(name)))
 
 
 def add(**tensors: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Return a function that adds further weights."""
+    """Return a function that adds tensors."""
     return lambda state: state.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
 
 
@@ -102,18 +102,18 @@ QUERIES = "model.layers.0.self_attn.q_proj"
         (lambda state: state.update({"model.embed_tokens.weight": torch.ones(8, 32)}), r"is \[8, 32\], not \[16, 32\]"),
     ],
 )
-def test_tensors_are_read_or_refused(
+def test_missing_or_unread_tensors_are_refused(
     change: Callable[[dict[str, torch.Tensor]], None], message: str, folder: Path
 ) -> None:
-    restore(folder, change)
+    edit_weights(folder, change)
     with pytest.raises(ValueError, match=message):
         ours(folder)
 
 
-def test_tables_of_older_versions_are_harmless(folder: Path) -> None:
+def test_rotary_tables_of_older_versions_are_ignored(folder: Path) -> None:
     text = ours(folder)
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(8)}
-    restore(folder, lambda state: state.update(old))
+    edit_weights(folder, lambda state: state.update(old))
     assert ours(copy(folder, "older")) == text
 
 
@@ -166,8 +166,8 @@ def test_tables_of_older_versions_are_harmless(folder: Path) -> None:
         ({"tie_word_embeddings": "yes"}, "config.json"),
     ],
 )
-def test_configs_that_are_refused(settings: dict[str, Any], message: str, folder: Path) -> None:
-    configure(folder, **settings)
+def test_unsupported_configs_are_refused(settings: dict[str, Any], message: str, folder: Path) -> None:
+    edit_config(folder, **settings)
     with pytest.raises(ValueError, match=message) as caught:
         ours(folder)
     assert "\n" not in str(caught.value)
@@ -190,14 +190,14 @@ def test_configs_that_are_refused(settings: dict[str, Any], message: str, folder
     ids=["empty", "cut", "list", "null", "deep", "nan", "infinity", "overflow", "large", "latin-1"],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_json_that_is_damaged(content: bytes, name: str, folder: Path) -> None:
+def test_damaged_json_is_refused(content: bytes, name: str, folder: Path) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"cannot read .*{name}") as caught:
         ours(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_ends_of_texts(folder: Path) -> None:
+def test_text_ends_at_every_end_token(folder: Path) -> None:
     """Texts end at all end tokens of the config, the generation config and the tokenizer."""
     text = ours(folder)
     stop = text[6]
@@ -209,14 +209,14 @@ def test_ends_of_texts(folder: Path) -> None:
         ours(copy(folder, "damaged"))
 
 
-def test_no_code_of_a_model_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No prompt asks whether the code may run."""
+def test_no_code_of_a_model_is_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a question ask whether the code may be executed."""
     text = ours(folder)
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
     (folder / "evil.py").write_text("raise SystemExit('this must not run')")
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": auto_map}))
-    configure(folder, auto_map=auto_map)
+    edit_config(folder, auto_map=auto_map)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
     try:
         assert ours(copy(folder, "mapped")) == text
@@ -224,9 +224,9 @@ def test_no_code_of_a_model_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch
         assert "\n" not in str(error)
 
 
-def test_ids_that_the_embedding_does_not_reach(folder: Path) -> None:
+def test_ids_outside_the_embedding_are_refused(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # never in a prompt
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # a token that no prompt contains
     tokenizer.save_pretrained(folder)
     assert len(tokenizer) == 17 and ours(folder)
     with pytest.raises(ValueError, match="the prompt has the id 16; expected ids of the target, 0 to 15"):
@@ -240,18 +240,20 @@ def test_ids_that_the_embedding_does_not_reach(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"])
 @pytest.mark.fuzz
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_cut_files(name: str, share: float, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_truncated_files_are_refused(
+    name: str, share: float, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = Path(shutil.copytree(tiny_target, tmp_path_factory.mktemp("cut") / "model"))
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(share * len(content))])
     try:
-        assert ours(folder) == ours(tiny_target)  # cut after its last bracket
+        assert ours(folder) == ours(tiny_target)  # only trailing white space was cut off
     except ValueError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_tokenizers_that_are_damaged_or_missing(name: str, folder: Path) -> None:
+def test_damaged_or_missing_tokenizers_are_refused(name: str, folder: Path) -> None:
     for content in (b"[1]", b"{}", b'{"a": ' * 10_000, b'{"model": {"type": "BPE", "vocab": 3}}', b"\xff"):
         (folder / name).write_bytes(content)
         damaged = copy(folder, f"{name}-{len(content)}")
@@ -265,7 +267,7 @@ def test_tokenizers_that_are_damaged_or_missing(name: str, folder: Path) -> None
         load_tokenizer(str(folder))
 
 
-def test_torch_files_that_are_cut_or_hold_something_else(folder: Path) -> None:
+def test_invalid_torch_files_are_refused(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
@@ -281,27 +283,29 @@ def test_torch_files_that_are_cut_or_hold_something_else(folder: Path) -> None:
             ours(folder)
 
 
-def test_an_adapter_beside_the_weights_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+def test_adapter_beside_the_weights_is_refused(tiny_target: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds an adapter .*; merge it into them"):
         ours(folder)
 
 
-def test_settings_that_alter_greedy_text_are_named(
+def test_ignored_generation_settings_are_logged(
     tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """transformers applies them by default; a text here is the model's own."""
+    """transformers applies these settings by default; a text here is the model's own."""
     folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": 0, "repetition_penalty": 1.3, "num_beams": 1, "no_repeat_ngram_size": 2})
     )
     assert ours(folder) == ours(tiny_target)
-    [said] = caplog.messages
-    assert "texts are the model's own, without no_repeat_ngram_size = 2, repetition_penalty = 1.3 of its files" in said
+    [logged] = caplog.messages
+    assert (
+        "texts are the model's own, without no_repeat_ngram_size = 2, repetition_penalty = 1.3 of its files" in logged
+    )
 
 
-def test_a_tokenizer_that_fails_when_it_is_used(tiny_target: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_fails_in_use_is_refused(tiny_target: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "a"}))
@@ -310,7 +314,7 @@ def test_a_tokenizer_that_fails_when_it_is_used(tiny_target: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "a" * 5000])
-def test_names_that_no_file_system_takes(name: str) -> None:
+def test_names_invalid_in_any_file_system_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^no model '.{10,220}: expected a name of models.yml"):
         ours(Path(name))
     with pytest.raises(ValueError):

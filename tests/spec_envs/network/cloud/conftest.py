@@ -1,4 +1,4 @@
-"""A cloud in a process of its own, edges that write texts with it, and its engine in this process."""
+"""A cloud in a separate process, edges that generate texts with it, and its engine in this process."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from tests.support.models.tiny import CPU
 
 @pytest.fixture(scope="module")
 def options(tiny_target: Path) -> list[str]:
-    """Return options of a cloud with the tiny target."""
+    """Return the options of a cloud with the tiny target."""
     return ["--target", str(tiny_target), "--dtype", "float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def cloud(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
-    """Yield a cloud for all tests that do not end it; it soon forgets sessions."""
+    """Yield a cloud for all tests that do not end it; it closes idle sessions after two seconds."""
     with CloudProcess(tmp_path_factory.mktemp("cloud"), *options, "--idle", "2", "--max-message", "4096") as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def edges(tiny_target: Path, tiny_draft: Path) -> Edges:
-    """Return a function that makes edges from an address and the arguments of ``Edge``."""
+    """Return a function that makes an edge from an address and the arguments of ``Edge``."""
 
     def make(url: str, kind: str = "topk", **others: Any) -> Edge:
-        """Return an edge whose drafts are partly rejected: the target drafts for itself, but sends few entries."""
+        """Return an edge some of whose drafts are rejected: the target drafts for itself, but sends few entries."""
         return Edge(url, str(tiny_target), str(tiny_draft if kind == "ids" else tiny_target), kind, **others)
 
     return make
@@ -52,7 +52,7 @@ def hello(tiny_target: Path) -> Hello:
 
 @pytest.fixture(scope="module")
 def texts(cloud: CloudProcess, edges: Edges) -> dict[str, list[int]]:
-    """Return undisturbed texts of 40 tokens, by kind."""
+    """Return texts of 40 tokens without any fault, by kind."""
     return {kind: edges(cloud.url, kind).text(40) for kind in KINDS}
 
 

@@ -1,4 +1,4 @@
-"""Whose turn it is in a cloud, and that answers do not depend on it."""
+"""The order in which a cloud serves requests, and that answers do not depend on it."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ KEY = bytes(16)
 
 
 class Ledger:
-    """An engine that writes down whose rows it reads, and computes nothing.
+    """An engine that records whose rows it reads, and computes nothing.
 
     Args:
         chunk: rows of a forward.
-        poison: slots at whose jobs it fails.
+        bad_slots: slots whose jobs make it fail.
     """
 
-    def __init__(self, chunk: int = 64, poison: Sequence[int] = ()):
-        self.chunk, self.poison = chunk, poison
-        self.left: dict[int, int] = {}
+    def __init__(self, chunk: int = 64, bad_slots: Sequence[int] = ()):
+        self.chunk, self.bad_slots = chunk, bad_slots
+        self.remaining: dict[int, int] = {}
         self.forwards: list[list[int]] = []
-        self.chunks: list[int] = []  # slots of those of long requests
+        self.chunks: list[int] = []  # slots of the chunks of long requests
 
     def job(self, slot: int, rows: int) -> Job:
-        self.left[slot] = rows
+        self.remaining[slot] = rows
         return Job(SimpleNamespace(slot=slot), np.zeros(1, np.int64), np.zeros(0, np.int64), "ids")  # type: ignore[arg-type]
 
     def rows(self, job: Job) -> int:
-        return self.left[job.session.slot]
+        return self.remaining[job.session.slot]
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         slots = [job.session.slot for job in jobs]
         self.forwards.append(slots)
         assert max(map(self.rows, jobs)) * len(jobs) <= max(self.chunk, SHORT) or len(jobs) == 1
-        self.chunks += [slot for slot in slots if self.left[slot] > SHORT]
-        if set(slots) & set(self.poison):
+        self.chunks += [slot for slot in slots if self.remaining[slot] > SHORT]
+        if set(slots) & set(self.bad_slots):
             raise RuntimeError("out of memory")
         return [Answer(0, slot) for slot in slots]
 
     def read(self, job: Job) -> None:
         self.forwards.append([job.session.slot])
         self.chunks.append(job.session.slot)
-        if job.session.slot in self.poison:
+        if job.session.slot in self.bad_slots:
             raise RuntimeError("out of memory")
-        self.left[job.session.slot] -= self.chunk
+        self.remaining[job.session.slot] -= self.chunk
 
 
 def answered(engine: Any, asked: Sequence[tuple[int, int, str]], batching: bool = True) -> list[Any]:
-    """Return the answers to jobs (slot, rows, owner) that all wait at the same time; refusals as their codes."""
+    """Return the answers to jobs (slot, rows, owner) that all wait at the same time; of refusals, their codes."""
 
     async def ask() -> list[Any]:
         batcher = Batcher(engine, Metrics(), batching)
@@ -79,17 +79,17 @@ def answered(engine: Any, asked: Sequence[tuple[int, int, str]], batching: bool 
     return asyncio.run(ask())
 
 
-def test_short_requests_come_first_and_long_ones_go_round() -> None:
-    """Every owner has as many chunks as any other, however many prompts it sends."""
+def test_short_requests_come_first_and_owners_alternate() -> None:
+    """Every owner gets as many chunks as any other, however many prompts it sends."""
     engine = Ledger()
     crowd = [(slot, 640, "crowd") for slot in range(5)]
     answered(engine, [*crowd, (5, 320, "one"), (6, 5, "short"), (7, 3, "other")])
     assert engine.forwards[0] == [6, 7]
-    assert engine.chunks[:8] == [0, 5, 1, 5, 2, 5, 3, 5]  # the rest of the fifth is short
+    assert engine.chunks[:8] == [0, 5, 1, 5, 2, 5, 3, 5]  # the rest of the fifth chunk is a short request
     assert engine.chunks[8:] == [4, *[0, 1, 2, 3, 4] * 8]
 
 
-def test_between_two_chunks_others_are_answered() -> None:
+def test_short_requests_are_answered_between_chunks() -> None:
     engine, order = Ledger(), []
 
     async def ask() -> None:
@@ -114,8 +114,8 @@ def test_between_two_chunks_others_are_answered() -> None:
     assert max(np.diff(at)) <= 2
 
 
-def test_short_requests_of_many_sessions_do_not_fill_a_forward() -> None:
-    """An owner with many sessions does not keep another waiting: padded rows are bounded, and owners take turns."""
+def test_owner_with_many_sessions_does_not_delay_another() -> None:
+    """The padded rows of a forward are bounded, and owners alternate."""
     engine = Ledger(chunk=128)
     found = answered(engine, [*((slot, 60, "crowd") for slot in range(20)), (20, 5, "one")])
     assert all(isinstance(done, Answered) for done in found)
@@ -123,22 +123,22 @@ def test_short_requests_of_many_sessions_do_not_fill_a_forward() -> None:
     assert max(map(len, engine.forwards)) == 2
 
 
-def test_without_batching_every_request_has_its_own_forward() -> None:
+def test_without_batching_each_request_has_its_own_forward() -> None:
     engine = Ledger()
     answered(engine, [(0, 5, "a"), (1, 5, "b"), (2, 200, "c")], batching=False)
     assert engine.forwards == [[0], [1], [2], [2], [2], [2]]
 
 
 @pytest.mark.parametrize("rows", [5, 640])
-def test_nobody_pays_for_the_request_of_another(rows: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Only the request at which the engine fails is refused, and the log has a line about it alone."""
-    engine = Ledger(chunk=640, poison=[1, 3])
+def test_failing_request_does_not_affect_others(rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Only the request that makes the engine fail is refused, and the log has one line about it."""
+    engine = Ledger(chunk=640, bad_slots=[1, 3])
     found = answered(engine, [(slot, rows, "all") for slot in range(5)])
     assert [each if isinstance(each, str) else each.answer.token for each in found] == [0, "internal", 2, "internal", 4]
     assert caplog.text.count("a forward failed") == 1
 
 
-def test_seconds_are_those_of_own_forwards() -> None:
+def test_seconds_count_own_forwards_only() -> None:
     class Slow(Ledger):
         def read(self, job: Job) -> None:
             super().read(job)
@@ -147,7 +147,7 @@ def test_seconds_are_those_of_own_forwards() -> None:
     engine = Slow()
     short, *long = answered(engine, [(9, 5, "short"), *((slot, 640, "crowd") for slot in range(3))])
     assert short.seconds < min(done.seconds for done in long)
-    assert all(done.queued > done.seconds for done in long)  # in which the two others were read
+    assert all(done.queued > done.seconds for done in long)  # the time in which the two others were read
 
 
 @pytest.mark.fuzz
@@ -155,7 +155,7 @@ def test_seconds_are_those_of_own_forwards() -> None:
     asked=st.lists(st.tuples(st.integers(0, 7), st.integers(1, 700), st.sampled_from("abc")), min_size=1, max_size=12),
     chunk=st.integers(64, 200),
 )
-def test_everybody_is_answered_and_owners_are_even(asked: list[tuple[int, int, str]], chunk: int) -> None:
+def test_all_requests_are_answered_and_owners_get_equal_turns(asked: list[tuple[int, int, str]], chunk: int) -> None:
     jobs = [(slot, rows, owner) for slot, (_, rows, owner) in enumerate(asked)]
     engine = Ledger(chunk)
     found = answered(engine, jobs)
@@ -164,12 +164,12 @@ def test_everybody_is_answered_and_owners_are_even(asked: list[tuple[int, int, s
     turns = [jobs[slot][2] for slot in engine.chunks]
     for one, other in itertools.permutations(set(turns), 2):
         both = turns[: min(len(turns) - turns[::-1].index(owner) for owner in (one, other))]
-        assert abs(both.count(one) - both.count(other)) <= 2  # the end of a long request is a short one, and a turn
+        assert abs(both.count(one) - both.count(other)) <= 2  # the end of a long request is a short one; and one turn
 
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    """Return a random model in int8, whose rows do not depend on those beside them."""
+    """Return a random int8 model, in which a row's result does not depend on its batch."""
     if WITHOUT_KERNELS:
         pytest.skip("the kernels cannot be built here")
     return pair(CONFIGS["llama"])[0]
@@ -182,10 +182,10 @@ def hello(seed: int, temperature: float) -> Hello:
 @pytest.mark.fuzz
 @settings(max_examples=max(1, settings.default.max_examples // 3))
 @given(data=st.data(), chunk=st.integers(1, 200), temperature=st.sampled_from([0.0, 1.0]))
-def test_chunks_and_turns_leave_the_bits_as_they_are(
+def test_answers_do_not_depend_on_chunks_and_order(
     target: Any, data: st.DataObject, chunk: int, temperature: float
 ) -> None:
-    """Texts of any lengths, read in any chunks and in any order, have the answers and caches of each alone."""
+    """Texts of any lengths, read in any chunks and order, get the answers and caches of each text alone."""
     vocab = target.shape.vocab
     lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=4))
     texts = [np.random.default_rng(i).integers(0, vocab, n).tolist() for i, n in enumerate(lengths)]
@@ -211,8 +211,8 @@ def test_chunks_and_turns_leave_the_bits_as_they_are(
         assert torch.equal(crowd.slots.data[:, :, session.slot, :, rows], alone.slots.data[:, :, own.slot, :, rows])
 
 
-def test_a_text_that_is_sent_again_is_not_read_again(target: Any) -> None:
-    """Two simultaneous requests of a session do not take each other's rows for their own."""
+def test_repeated_request_reuses_rows_of_the_text(target: Any) -> None:
+    """Two simultaneous requests of a session do not use each other's rows."""
     engine, vocab = Engine(target, KEY, 1, 300, 64), target.shape.vocab
     text = np.random.default_rng(0).integers(0, vocab, 200).tolist()
     session = engine.open(hello(0, 0.0))

@@ -1,4 +1,4 @@
-"""A cloud among clients that ask for too much: real sockets to a cloud in a process of its own."""
+"""A cloud among clients that ask for too much, over real sockets to a separate process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REQUEST = (
     b"GET / HTTP/1.1\r\nHost: cloud\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n"
 )
-SILENT = 1.5  # seconds for a greeting, to the clouds of these tests
+SILENT = 1.5  # seconds until the clouds of these tests expect a greeting
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def vocabulary(tiny_target: Path) -> bytes:
 
 
 class Client:
-    """A connection that sends given messages, greedily.
+    """A connection that sends given messages, and decodes greedily.
 
     Args:
         seed: seed of the session's key.
@@ -78,16 +78,16 @@ class Client:
         self.number = 0
 
     def greet(self) -> Any:
-        return self.say(self.hello)
+        return self.exchange(self.hello)
 
-    def say(self, message: Any) -> Any:
-        """Return the answer to a message."""
+    def exchange(self, message: Any) -> Any:
+        """Send a message and return the answer."""
         self.connection.send(encode(message))
         return decode(self.connection.recv(timeout=60))
 
     def verify(self, text: Sequence[int], draft: Sequence[int] = (), at: int = 0) -> Verdict:
         self.number += 1
-        found = self.say(Verify(self.number, at, pack_ids(text, VOCAB), pack_ids(draft, VOCAB), "ids"))
+        found = self.exchange(Verify(self.number, at, pack_ids(text, VOCAB), pack_ids(draft, VOCAB), "ids"))
         assert isinstance(found, Verdict), found
         return found
 
@@ -99,8 +99,10 @@ class Client:
         self.connection.close()
 
 
-def admitted(cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[str, Any] | None = None) -> Client:
-    """Return a connection to a cloud that may still be about to close another one, and has no room until it has."""
+def connect_when_free(
+    cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[str, Any] | None = None
+) -> Client:
+    """Return a connection to a cloud that may first have to close another one to have room."""
     begin = time.monotonic()
     while True:
         with contextlib.suppress(InvalidStatus):
@@ -110,7 +112,7 @@ def admitted(cloud: CloudProcess, vocabulary: bytes, seed: int, changes: dict[st
 
 
 def served(cloud: CloudProcess, vocabulary: bytes) -> int:
-    """Return the token that an honest client gets, who tries for a while."""
+    """Return the token that an honest client gets, which tries for up to 30 s."""
     begin = time.monotonic()
     while True:
         errors = contextlib.suppress(OSError, EOFError, WebSocketException, AssertionError)
@@ -120,7 +122,7 @@ def served(cloud: CloudProcess, vocabulary: bytes) -> int:
         time.sleep(0.1)
 
 
-def turned_away(cloud: CloudProcess, reason: str) -> float:
+def rejections(cloud: CloudProcess, reason: str) -> float:
     lines = cloud.page("/metrics")[1].splitlines()
     return next(float(line.split()[1]) for line in lines if f'turned_away_total{{reason="{reason}"}}' in line)
 
@@ -136,15 +138,15 @@ def prompt(seed: int, length: int = CONTEXT - 1) -> list[int]:
     return np.random.default_rng(seed).integers(1, VOCAB, length).tolist()
 
 
-def came(client: Client) -> Any:
-    """Return the answer to the last request, if it is there."""
+def answer_of(client: Client) -> Any:
+    """Return the answer to the last request, or None if it has not arrived."""
     with contextlib.suppress(TimeoutError):
         return decode(client.connection.recv(timeout=0))
     return None
 
 
 def raw(cloud: CloudProcess) -> socket.socket:
-    """Return a connection that became a WebSocket, of which nothing is read."""
+    """Return a connection that became a WebSocket, and from which nothing is read."""
     found = socket.create_connection(("127.0.0.1", cloud.port), timeout=30)
     found.sendall(REQUEST + b"\r\n")
     assert found.recv(12) == b"HTTP/1.1 101"
@@ -152,7 +154,7 @@ def raw(cloud: CloudProcess) -> socket.socket:
 
 
 def closed(connection: socket.socket) -> bool:
-    """Return whether it is closed within half a minute; messages before that are discarded."""
+    """Return True if the connection is closed within 30 s; messages before that are discarded."""
     try:
         while connection.recv(2**16):
             pass
@@ -164,16 +166,17 @@ def closed(connection: socket.socket) -> bool:
 
 
 def flood(connection: socket.socket, frame: bytes, count: int) -> None:
-    """Send a frame again and again, until that is done or the connection is closed."""
+    """Send a frame repeatedly, until all are sent or the connection is closed."""
     block = frame * 1000
     with contextlib.suppress(OSError):
         for _ in range(count // 1000):
             connection.sendall(block)
 
 
-def test_short_requests_are_answered_before_long_ones(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
-    """While 8 prompts are read, another edge's drafts are verified between their chunks, long before the first of them is
-    answered. Its seconds are those of its own forwards; whatever else it waits is queueing, and not the network's."""
+def test_drafts_are_verified_between_chunks_of_prompts(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    """While 8 prompts are read, another edge's drafts are verified between their chunks, long before the first
+    prompt is answered. Its seconds count only its own forwards; the rest of its waiting time is reported as
+    queueing, not as network."""
     chunk = 64
     with CloudProcess(tmp_path, *options, "--chunk", str(chunk)) as cloud, contextlib.ExitStack() as stack:
         honest = stack.enter_context(Client(cloud, vocabulary, 0))
@@ -183,7 +186,7 @@ def test_short_requests_are_answered_before_long_ones(options: list[str], vocabu
             other.connection.send(encode(Verify(1, 0, pack_ids(prompt(i), VOCAB), b"", "ids")))
         found: list[Verdict] = []
         first: list[Any] = []
-        while not (first := [answer for answer in map(came, others) if answer]):
+        while not (first := [answer for answer in map(answer_of, others) if answer]):
             begin = time.perf_counter()
             found.append(honest.verify([], [1, 2, 3], at=20))
             assert found[-1].seconds + found[-1].queued <= time.perf_counter() - begin
@@ -193,10 +196,10 @@ def test_short_requests_are_answered_before_long_ones(options: list[str], vocabu
     assert all((verdict.accepted, verdict.token) == (alone.accepted, alone.token) for verdict in found)
     own, theirs = (float(np.median([verdict.seconds for verdict in verdicts])) for verdicts in (found, long))
     assert own < theirs / 4
-    assert float(np.median([verdict.queued for verdict in long])) > theirs  # for their turns come round
+    assert float(np.median([verdict.queued for verdict in long])) > theirs  # because they wait for their turns
 
 
-def test_a_prompt_that_nobody_waits_for_is_not_read(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+def test_prompt_of_closed_connection_is_not_read(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
     with CloudProcess(tmp_path, *options, "--chunk", "64", "--sessions", "2") as cloud:
         for seed in range(6):
             with Client(cloud, vocabulary, seed) as gone:
@@ -206,9 +209,9 @@ def test_a_prompt_that_nobody_waits_for_is_not_read(options: list[str], vocabula
         assert cloud.metric("emitted_tokens_total") < 6
 
 
-def test_who_does_not_greet_shuts_nobody_out(cloud: CloudProcess, vocabulary: bytes) -> None:
-    """More connections than the cloud takes send nothing, half a request, or half a message."""
-    before = turned_away(cloud, "greeting")
+def test_silent_connections_do_not_exclude_others(cloud: CloudProcess, vocabulary: bytes) -> None:
+    """More connections than the cloud accepts send nothing, half a request, or half a message."""
+    before = rejections(cloud, "greeting")
     begin = time.monotonic()
     silent = [socket.create_connection(("127.0.0.1", cloud.port), timeout=30) for _ in range(100)]
     for i, connection in enumerate(silent):
@@ -216,16 +219,16 @@ def test_who_does_not_greet_shuts_nobody_out(cloud: CloudProcess, vocabulary: by
             connection.sendall([b"", REQUEST, REQUEST + b"\r\n", REQUEST + b"\r\n\x82\xfe\x00"][i % 4])
     assert served(cloud, vocabulary) < VOCAB
     assert all(closed(connection) for connection in silent)
-    assert time.monotonic() - begin < 30  # not the 300 s of --idle
-    assert turned_away(cloud, "greeting") > before
+    assert time.monotonic() - begin < 30  # well before the 300 s of --idle
+    assert rejections(cloud, "greeting") > before
     for connection in silent:
         connection.close()
 
 
 @pytest.mark.parametrize("opcode", [Opcode.PING, Opcode.PONG, Opcode.CONT])
-def test_frames_that_ask_for_nothing_close_a_connection(cloud: CloudProcess, vocabulary: bytes, opcode: Opcode) -> None:
+def test_flood_of_empty_frames_closes_connection(cloud: CloudProcess, vocabulary: bytes, opcode: Opcode) -> None:
     greeting = Frame(Opcode.BINARY, encode(Client(cloud, vocabulary, 77).hello)).serialize(mask=True)
-    connection, before = raw(cloud), turned_away(cloud, "frames")
+    connection, before = raw(cloud), rejections(cloud, "frames")
     connection.sendall(greeting)
     if opcode is Opcode.CONT:
         connection.sendall(Frame(Opcode.BINARY, b"", fin=False).serialize(mask=True))
@@ -233,12 +236,12 @@ def test_frames_that_ask_for_nothing_close_a_connection(cloud: CloudProcess, voc
     frame = Frame(opcode, data, fin=opcode is not Opcode.CONT).serialize(mask=True)
     flood(connection, frame, 200_000)
     assert closed(connection)
-    wait_for(lambda: turned_away(cloud, "frames") == before + 1)
+    wait_for(lambda: rejections(cloud, "frames") == before + 1)
     connection.close()
     assert served(cloud, vocabulary) < VOCAB
 
 
-def test_pings_of_an_edge_at_work_do_not(cloud: CloudProcess, vocabulary: bytes) -> None:
+def test_pings_of_working_edge_are_allowed(cloud: CloudProcess, vocabulary: bytes) -> None:
     """An edge measures the round trip after every answer."""
     with Client(cloud, vocabulary, 5) as client:
         client.verify([3, 4, 5])
@@ -248,8 +251,8 @@ def test_pings_of_an_edge_at_work_do_not(cloud: CloudProcess, vocabulary: bytes)
         assert client.connection.ping().wait(30)
 
 
-def test_what_is_not_read_is_bounded(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
-    """Repeated greetings, requests and long messages do not pile up for a client that reads nothing."""
+def test_memory_for_clients_that_do_not_read_is_bounded(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    """Repeated greetings, requests and long messages do not accumulate for a client that reads nothing."""
     with CloudProcess(tmp_path, *options, "--idle", "2", "--sessions", "8") as cloud:
         served(cloud, vocabulary)
         before = cloud.resident
@@ -269,14 +272,14 @@ def test_what_is_not_read_is_bounded(options: list[str], vocabulary: bytes, tmp_
             thread.start()
         for thread in threads:
             thread.join()
-        assert cloud.resident - before < 32 * 1024, "KiB"
+        assert cloud.resident - before < 32 * 1024, "memory in KiB"
         assert served(cloud, vocabulary) < VOCAB
         assert all(closed(connection) for connection in connections)
         for connection in connections:
             connection.close()
 
 
-def test_before_the_greeting_messages_are_short(cloud: CloudProcess, vocabulary: bytes) -> None:
+def test_long_messages_before_the_greeting_are_refused(cloud: CloudProcess, vocabulary: bytes) -> None:
     """Memory for long requests is granted only after the greeting."""
     with connect(cloud.url, compression=None, proxy=None) as connection:
         connection.send(bytes(5000))
@@ -293,23 +296,23 @@ def test_compression_is_off(cloud: CloudProcess) -> None:
         assert "Sec-WebSocket-Extensions" not in connection.response.headers
 
 
-def test_out_of_file_descriptors(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
-    """One line reports it, others are left out, and the cloud serves again afterwards."""
+def test_recovers_from_lack_of_file_descriptors(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+    """One line reports it, some connections are refused, and the cloud serves again afterwards."""
     with CloudProcess(tmp_path, *options, "--sessions", "200") as cloud:
         assert cloud.process.pid is not None
         open_now = len(list(Path(f"/proc/{cloud.process.pid}/fd").iterdir()))
         resource.prlimit(cloud.process.pid, resource.RLIMIT_NOFILE, (open_now + 10, open_now + 10))
         held = [socket.create_connection(("127.0.0.1", cloud.port), timeout=30) for _ in range(60)]
-        time.sleep(2.5)  # so that it is tried again
+        time.sleep(2.5)  # long enough for another attempt
         for connection in held:
             connection.close()
         assert served(cloud, vocabulary) < VOCAB
-        assert turned_away(cloud, "files") > 0
-        assert "no file descriptor is left" in cloud.said and "Traceback" not in cloud.said
-        assert len(cloud.said.splitlines()) <= 4 and len(cloud.said) < 1000, cloud.said
+        assert rejections(cloud, "files") > 0
+        assert "no file descriptor is left" in cloud.printed and "Traceback" not in cloud.printed
+        assert len(cloud.printed.splitlines()) <= 4 and len(cloud.printed) < 1000, cloud.printed
 
 
-def test_an_address_has_a_share_of_the_sessions(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
+def test_sessions_per_address_are_limited(options: list[str], vocabulary: bytes, tmp_path: Path) -> None:
     with (
         CloudProcess(tmp_path, *options, "--sessions", "4", "--per-address", "2") as cloud,
         contextlib.ExitStack() as stack,
@@ -320,7 +323,7 @@ def test_an_address_has_a_share_of_the_sessions(options: list[str], vocabulary: 
         refused = third.greet()
         assert isinstance(refused, Error) and refused.code == "busy"
         assert refused.sentence == "all 2 sessions of your address are taken; try again later"
-        two.connection.close_socket()  # its session is kept for a while, but not from another of its address
+        two.connection.close_socket()  # its session is kept for a while, but may be taken over from the same address
         with Client(cloud, vocabulary, 4) as client:
             assert client.verify([3, 4, 5]).token == token
         assert one.verify([], at=3).token == token
@@ -329,28 +332,28 @@ def test_an_address_has_a_share_of_the_sessions(options: list[str], vocabulary: 
         assert one.verify([], at=3).token == token
         for connection in many:
             connection.close()
-        assert cloud.said.count("\n") <= 2, cloud.said
+        assert cloud.printed.count("\n") <= 2, cloud.printed
 
 
 @pytest.mark.parametrize("change", [{"vocabulary": b"x" * 16}, {"version": VERSION + 1}])
-def test_a_greeting_that_is_refused_throws_nobody_out(
+def test_refused_greeting_ends_no_session(
     options: list[str], vocabulary: bytes, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Other edges that are away, and the edge whose session it names, keep their sessions."""
+    """Disconnected edges, and the edge whose session the greeting names, keep their sessions."""
     with CloudProcess(tmp_path, *options, "--sessions", "1") as cloud:
-        away = Client(cloud, vocabulary, 1)
-        away.greet()
-        away.verify([3, 4, 5])
-        for there in (True, False):
-            if not there:
-                away.connection.close_socket()
+        owner = Client(cloud, vocabulary, 1)
+        owner.greet()
+        owner.verify([3, 4, 5])
+        for is_connected in (True, False):
+            if not is_connected:
+                owner.connection.close_socket()
             for seed in (2, 1):
-                stranger = admitted(cloud, vocabulary, seed, change)
+                stranger = connect_when_free(cloud, vocabulary, seed, change)
                 refused = stranger.greet()
                 assert isinstance(refused, Error) and refused.code in change, refused
-            if there:
-                away.verify([], at=3)
-        back = admitted(cloud, vocabulary, 1)
+            if is_connected:
+                owner.verify([], at=3)
+        back = connect_when_free(cloud, vocabulary, 1)
         welcome = back.greet()
         assert isinstance(welcome, Welcome) and welcome.have == 4, welcome
         back.connection.close()
@@ -360,7 +363,7 @@ def test_a_greeting_that_is_refused_throws_nobody_out(
 def test_signals_end_a_cloud_cleanly(
     options: list[str], vocabulary: bytes, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """The second one does not wait for texts; connections hear that the cloud goes."""
+    """A second signal does not wait for texts; connections are told that the cloud is ending."""
     with CloudProcess(tmp_path, *options, "--grace", "600") as cloud:
         with Client(cloud, vocabulary, 1) as client:
             client.verify([3, 4, 5])
@@ -373,4 +376,4 @@ def test_signals_end_a_cloud_cleanly(
                 client.connection.recv(timeout=30)
             assert error.value.rcvd is not None and error.value.rcvd.code == 1001
         assert cloud.end(30) == 0
-        assert cloud.said.count("\n") == 1, cloud.said
+        assert cloud.printed.count("\n") == 1, cloud.printed

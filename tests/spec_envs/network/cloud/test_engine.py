@@ -23,10 +23,10 @@ from spec_envs.network.wire import (
 from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, in_process, replaced, wait_for
 
 
-def test_an_engine_that_fails_is_asked_again(
+def test_failed_forward_is_repeated(
     engine: Engine, edges: Edges, texts: dict[str, list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The engine may fail before or after it has answered others."""
+    """The engine may fail before or after it has answered other requests."""
     run, calls = engine.run, 0
 
     def failing(jobs: Any) -> Any:
@@ -53,43 +53,41 @@ def test_an_engine_that_fails_is_asked_again(
     assert "never retrieved" not in caplog.text
 
 
-def test_an_edge_that_gives_a_connection_up_leaves_nothing_behind(
+def test_dropped_connections_leave_no_thread_or_session(
     engine: Engine, edges: Edges, texts: dict[str, list[int]]
 ) -> None:
-    """No thread is left, and no session once the edge has said goodbye."""
+    """No thread remains, and no session once the edge has closed its channel."""
     with in_process(Cloud(engine, Limits(4))) as url:
         before = threading.active_count()
         edge = edges(url)
         edge.start(20)
         for at in range(2, 20, 3):
-            edge.go_on(at)
+            edge.advance(at)
             edge.channel._drop()
-        assert edge.go_on() == texts["topk"][:20]
+        assert edge.advance() == texts["topk"][:20]
         edge.channel.close()
-        wait_for(lambda: threading.active_count() <= before + 1)  # that of the target
+        wait_for(lambda: threading.active_count() <= before + 1)  # the thread of the target
         wait_for(lambda: not engine.sessions)
         assert sorted(engine.free) == list(range(4))
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": float("nan")}, {"temperature": 1e-320}, {"top_p": float("nan")}])
-def test_sampling_that_makes_no_sense_opens_no_session(
-    engine: Engine, hello: Hello, sampling: dict[str, float]
-) -> None:
+def test_invalid_sampling_opens_no_session(engine: Engine, hello: Hello, sampling: dict[str, float]) -> None:
     with pytest.raises(Refused, match=r"(temperature|top_p) is .*; expected"):
         engine.open(msgspec.structs.replace(hello, **sampling))
     assert not engine.sessions
 
 
-def test_two_jobs_of_a_session_do_not_share_a_forward(engine: Engine, hello: Hello) -> None:
-    """An edge that came back asks again while its first request still waits."""
+def test_jobs_of_one_session_do_not_share_a_forward(engine: Engine, hello: Hello) -> None:
+    """An edge that reconnected asks again while its first request still waits."""
     batches: list[list[int]] = []
     run = engine.run
 
-    def watched(jobs: Any) -> Any:
+    def recorded(jobs: Any) -> Any:
         batches.append([job.session.slot for job in jobs])
         return run(jobs)
 
-    engine.run = watched  # type: ignore[method-assign]
+    engine.run = recorded  # type: ignore[method-assign]
     sessions = [engine.open(replaced(hello, session=bytes([i] * 16))) for i in range(3)]
     jobs = [engine.job(session, Verify(1, 0, pack_ids(PROMPT, VOCAB), b"", "ids")) for session in sessions]
 

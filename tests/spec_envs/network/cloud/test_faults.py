@@ -1,4 +1,4 @@
-"""Texts are right whatever happens to connections, messages and the cloud."""
+"""Texts are correct whatever happens to connections, messages and the cloud."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cloud_process import CloudProcess, Fault, Meddler
+from tests.support.cloud_process import CloudProcess, Fault, FaultProxy
 from tests.support.edges import KINDS, PROMPT, Edges
 
 
-def test_texts_differ_by_seed_and_are_repeated(cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]) -> None:
+def test_texts_are_reproducible_and_depend_on_seed(
+    cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]
+) -> None:
     for kind in KINDS:
         assert edges(cloud.url, kind).text(40) == texts[kind]
         assert (edges(cloud.url, kind).text(40, 2) == texts[kind]) == (kind == "ids")
 
 
-def test_a_cloud_killed_in_the_middle_of_texts(
+def test_texts_survive_killed_cloud(
     options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path
 ) -> None:
     with CloudProcess(tmp_path, *options) as cloud:
-        under_way = {kind: edges(cloud.url, kind) for kind in KINDS}
-        for edge in under_way.values():
+        started = {kind: edges(cloud.url, kind) for kind in KINDS}
+        for edge in started.values():
             edge.start(40)
         for at in (10, 25):
-            for edge in under_way.values():
-                edge.go_on(at)
+            for edge in started.values():
+                edge.advance(at)
             cloud.restart()
-        assert {kind: edge.go_on() for kind, edge in under_way.items()} == texts
+        assert {kind: edge.advance() for kind, edge in started.items()} == texts
 
 
-def test_a_cloud_killed_in_the_middle_of_a_stream(
+def test_stream_survives_killed_cloud(
     options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path
 ) -> None:
-    with CloudProcess(tmp_path, *options) as cloud, Meddler(cloud.url) as between:
+    with CloudProcess(tmp_path, *options) as cloud, FaultProxy(cloud.url) as proxy:
 
         async def kill(number: int, source: str, frame: Any) -> list[Any] | None:
             if number != 12:
@@ -46,15 +48,15 @@ def test_a_cloud_killed_in_the_middle_of_a_stream(
             await asyncio.to_thread(cloud.restart)
             return None
 
-        between.reset(kill)
-        edge = edges(between.url)
+        proxy.reset(kill)
+        edge = edges(proxy.url)
         edge.start(40)
         assert edge.decoder.tokens + edge.decoder.verifier.decode(39, ()) == texts["plain"]
-        assert between.passed > 40
+        assert proxy.passed > 40
 
 
 def cut(at: int, delivered: bool) -> Fault:
-    """Return a fault that loses the connection at a message, which may still come through."""
+    """Return a fault that loses the connection at a message, which is delivered or not."""
 
     async def fault(number: int, source: str, frame: Any) -> list[Any] | None:
         return [frame] if number < at or (delivered and number == at) or number > at + delivered else None
@@ -82,36 +84,36 @@ def stalled(at: int) -> Fault:
     return fault
 
 
-def everywhere(
-    between: Meddler, edges: Edges, kind: str, expected: list[int], faults: Callable[[int], Fault], **others: Any
+def assert_correct_with_fault_at_every_message(
+    proxy: FaultProxy, edges: Edges, kind: str, expected: list[int], faults: Callable[[int], Fault], **others: Any
 ) -> None:
-    """Check that a text is right with a fault at its first message, at its second one, and so on."""
+    """Assert that a text is correct with a fault at its first message, at its second one, and so on."""
     at, passed = 0, 1
     while at < passed:
         at += 1
-        between.reset(faults(at))
-        assert edges(between.url, kind, **others).text(len(expected)) == expected, at
-        passed = between.passed
+        proxy.reset(faults(at))
+        assert edges(proxy.url, kind, **others).text(len(expected)) == expected, at
+        passed = proxy.passed
     assert at > 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_connections_lost_at_every_message(
+def test_texts_survive_connection_lost_at_any_message(
     cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]], kind: str
 ) -> None:
     expected = edges(cloud.url, kind).text(8)
-    with Meddler(cloud.url) as between:
-        everywhere(between, edges, kind, expected, lambda at: cut(at, False))
+    with FaultProxy(cloud.url) as proxy:
+        assert_correct_with_fault_at_every_message(proxy, edges, kind, expected, lambda at: cut(at, False))
         if kind == "mixed":
-            everywhere(between, edges, kind, expected, lambda at: cut(at, True))
+            assert_correct_with_fault_at_every_message(proxy, edges, kind, expected, lambda at: cut(at, True))
 
 
-def test_a_stalled_connection_is_opened_anew_though_patience_is_at_its_end(
+def test_stalled_connection_is_reopened_after_patience(
     cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]
 ) -> None:
-    with Meddler(cloud.url) as between:
-        between.reset(stalled(7))
-        assert edges(between.url, timeout=2.5, patience=2.0).text(40) == texts["topk"]
+    with FaultProxy(cloud.url) as proxy:
+        proxy.reset(stalled(7))
+        assert edges(proxy.url, timeout=2.5, patience=2.0).text(40) == texts["topk"]
 
 
 DAMAGES: dict[str, Callable[[bytes], Any]] = {
@@ -123,17 +125,21 @@ DAMAGES: dict[str, Callable[[bytes], Any]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "stalled"])
-def test_messages_damaged_or_stalled(cloud: CloudProcess, edges: Edges, damage: str) -> None:
+def test_texts_survive_damaged_or_stalled_messages(cloud: CloudProcess, edges: Edges, damage: str) -> None:
     expected = edges(cloud.url, "mixed").text(6)
-    with Meddler(cloud.url) as between:
+    with FaultProxy(cloud.url) as proxy:
         if damage == "stalled":
-            everywhere(between, edges, "mixed", expected, stalled, timeout=0.2)
+            assert_correct_with_fault_at_every_message(proxy, edges, "mixed", expected, stalled, timeout=0.2)
         else:
-            everywhere(between, edges, "mixed", expected, lambda at: damaged(at, DAMAGES[damage]))
+            assert_correct_with_fault_at_every_message(
+                proxy, edges, "mixed", expected, lambda at: damaged(at, DAMAGES[damage])
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_messages_delayed_or_doubled(cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]], kind: str) -> None:
+def test_texts_survive_delayed_or_repeated_messages(
+    cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]], kind: str
+) -> None:
     before: dict[str, Any] = {}
 
     async def delayed(number: int, source: str, frame: Any) -> list[Any]:
@@ -148,21 +154,21 @@ def test_messages_delayed_or_doubled(cloud: CloudProcess, edges: Edges, texts: d
         before[source] = frame
         return frames
 
-    with Meddler(cloud.url) as between:
+    with FaultProxy(cloud.url) as proxy:
         for fault in (delayed, twice, late):
             before.clear()
-            between.reset(fault)
-            edge = edges(between.url, kind, timeout=30.0)
+            proxy.reset(fault)
+            edge = edges(proxy.url, kind, timeout=30.0)
             begin = time.monotonic()
             for count in (15, 40):  # two texts on one connection
                 edge.start(count)
-                assert edge.go_on() == texts[kind][:count]
+                assert edge.advance() == texts[kind][:count]
             edge.channel.close()
             assert time.monotonic() - begin < 30.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_broken_off_streams_disturb_nobody(
+def test_abandoned_streams_do_not_affect_later_texts(
     cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]], kind: str
 ) -> None:
     edge = edges(cloud.url, kind)
@@ -173,4 +179,4 @@ def test_broken_off_streams_disturb_nobody(
         for _ in range(3):
             next(stream)
         edge.start(40)
-        assert edge.go_on() == texts[kind]
+        assert edge.advance() == texts[kind]

@@ -31,10 +31,10 @@ from spec_envs.network.wire import (
     pack_ids,
 )
 from tests.support.cloud_process import CloudProcess
-from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, replaced, say, wait_for
+from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, replaced, send_frames, wait_for
 
 
-def test_what_is_no_message_of_the_protocol_is_refused(
+def test_invalid_messages_are_refused(
     cloud: CloudProcess, edges: Edges, hello: Hello, texts: dict[str, list[int]]
 ) -> None:
     first, ids = encode(hello), pack_ids(PROMPT, VOCAB)
@@ -66,19 +66,19 @@ def test_what_is_no_message_of_the_protocol_is_refused(
         ("limit", [first, encode(replaced(ask, draft=bytes(2 * 65), mode="topk"))]),
     ]
     for code, frames in cases:
-        *answers, error, closed = say(cloud.url, *frames)
+        *answers, error, closed = send_frames(cloud.url, *frames)
         assert (error.code, closed) == (code, 1008), (frames, error)
         assert error.sentence and "\n" not in error.sentence
         assert all(isinstance(answer, Welcome) for answer in answers)
-    assert say(cloud.url, bytes(5000)) == [1009]
-    assert say(cloud.url, first, bytes(5000))[-1] == 1009
+    assert send_frames(cloud.url, bytes(5000)) == [1009]
+    assert send_frames(cloud.url, first, bytes(5000))[-1] == 1009
     assert edges(cloud.url).text(40) == texts["topk"]
 
 
-def test_bytes_that_are_no_websocket_and_edges_that_do_not_read(
+def test_invalid_http_and_edges_that_do_not_read(
     cloud: CloudProcess, edges: Edges, hello: Hello, texts: dict[str, list[int]]
 ) -> None:
-    """Edges that do not read are dropped, or their connection would last for ever."""
+    """Edges that do not read are disconnected, otherwise their connection would last for ever."""
     address = ("127.0.0.1", cloud.port)
     rng = np.random.default_rng(0)
     for data in (
@@ -91,7 +91,7 @@ def test_bytes_that_are_no_websocket_and_edges_that_do_not_read(
         with socket.create_connection(address) as raw:
             raw.sendall(data)
     with connect(cloud.url, compression=None, proxy=None) as half:
-        half.socket.sendall(b"\x82\xfe\x00")  # a frame that does not continue
+        half.socket.sendall(b"\x82\xfe\x00")  # the start of a frame that is never completed
         half.socket.shutdown(socket.SHUT_WR)
     raw = socket.create_connection(address)
     raw.settimeout(1.0)
@@ -143,7 +143,7 @@ def messages(hello: Hello) -> st.SearchStrategy[Any]:
 
 
 def drafts(n: int) -> st.SearchStrategy[Verify]:
-    """Return requests to verify ``n`` tokens whose only error is in their distributions."""
+    """Return requests to verify ``n`` tokens whose only errors are in their distributions."""
     return st.builds(
         Verify,
         COUNTS,
@@ -162,7 +162,7 @@ ANY = settings(deadline=None, suppress_health_check=list(HealthCheck), database=
 @pytest.mark.fuzz
 @given(data=st.data())
 @settings(ANY)
-def test_no_message_brings_the_engine_down(engine: Engine, hello: Hello, data: st.DataObject) -> None:
+def test_engine_survives_any_message(engine: Engine, hello: Hello, data: st.DataObject) -> None:
     session = None
     try:
         for message in data.draw(st.lists(messages(hello), min_size=1, max_size=5)):
@@ -187,18 +187,20 @@ def test_no_message_brings_the_engine_down(engine: Engine, hello: Hello, data: s
 @pytest.mark.fuzz
 @given(data=st.data())
 @settings(ANY)
-def test_no_message_brings_the_cloud_down(cloud: CloudProcess, hello: Hello, data: st.DataObject) -> None:
+def test_cloud_survives_any_message(cloud: CloudProcess, hello: Hello, data: st.DataObject) -> None:
     frames = data.draw(
         st.lists(st.one_of(messages(hello).map(encode), st.binary(max_size=60), st.text(max_size=9)), max_size=2)
     )
-    answers = say(cloud.url, encode(replaced(hello, session=b"h" * 16)), *frames, b"")
+    answers = send_frames(cloud.url, encode(replaced(hello, session=b"h" * 16)), *frames, b"")
     *_, error, code = answers
     assert isinstance(error, Error) and error.code in CODES and error.code != "internal" and code == 1008
 
 
-def test_the_cloud_is_still_right(cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]) -> None:
-    """The cloud answers correctly after all tests above, and has logged nothing further."""
+def test_texts_are_correct_after_invalid_messages(
+    cloud: CloudProcess, edges: Edges, texts: dict[str, list[int]]
+) -> None:
+    """The cloud answers correctly after all tests above, and has logged nothing more."""
     for kind in KINDS:
         assert edges(cloud.url, kind).text(40) == texts[kind]
-    assert cloud.said.count("\n") == 1 and cloud.process.is_alive()
+    assert cloud.printed.count("\n") == 1 and cloud.process.is_alive()
     wait_for(lambda: cloud.metric("sessions") == 0)

@@ -1,4 +1,4 @@
-"""The cloud as a server: who is let in, how many, for how long, and what is reported of it."""
+"""The cloud as a server: admission, sessions, shutdown, TLS and metrics."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from spec_envs.network.wire import (
     pack_ids,
 )
 from tests.support.cloud_process import CloudProcess
-from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, replaced, say, wait_for
+from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, replaced, send_frames, wait_for
 
 
-def test_edges_that_do_not_fit_get_one_sentence(
+def test_incompatible_edges_are_refused_in_one_sentence(
     options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with CloudProcess(tmp_path, *options, SPEC_ENVS_TOKEN="secret") as cloud:
@@ -59,9 +59,7 @@ def test_edges_that_do_not_fit_get_one_sentence(
         edges(cloud.url, patience=0.3).start(40)
 
 
-def test_a_cloud_that_cannot_start_says_why_in_one_sentence(
-    cloud: CloudProcess, options: list[str], tmp_path: Path
-) -> None:
+def test_failed_start_is_reported_in_one_sentence(cloud: CloudProcess, options: list[str], tmp_path: Path) -> None:
     (tmp_path / "pem").write_text("no certificate")
     cases = {
         "host is 0.0.0.0, which others can reach; set the environment variable SPEC_ENVS_TOKEN to a secret that edges have "
@@ -83,12 +81,16 @@ def test_a_cloud_that_cannot_start_says_why_in_one_sentence(
         processes = [CloudProcess(tmp_path, *options, *arguments) for arguments in cases.values()]
         for sentence, process in zip(cases, processes, strict=True):
             assert process.end() == (2 if sentence.startswith("--") else 1)
-            assert process.said.startswith(f"error: {sentence}") and process.said.count("\n") == 1, process.said
+            assert process.printed.startswith(f"error: {sentence}") and process.printed.count("\n") == 1, (
+                process.printed
+            )
         assert real.communicate(timeout=60)[1].startswith(f"error: {sentence}; --help") and real.returncode == 2
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_tls(options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path, monkeypatch: Any) -> None:
+def test_edges_connect_over_tls(
+    options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path, monkeypatch: Any
+) -> None:
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=cloud", "-addext",
          "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "certificate.pem"],
@@ -107,12 +109,12 @@ def test_tls(options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_
         for kind in ("topk", "mixed"):
             edge = edges(cloud.url, kind)
             edge.start(40)
-            edge.go_on(10)
+            edge.advance(10)
             edge.channel._drop()
-            assert edge.go_on() == texts[kind]
+            assert edge.advance() == texts[kind]
 
 
-def test_many_edges_and_one_that_misbehaves(cloud: CloudProcess, edges: Edges, hello: Hello) -> None:
+def test_many_edges_beside_a_misbehaving_client(cloud: CloudProcess, edges: Edges, hello: Hello) -> None:
     count, expected = 6, {kind: edges(cloud.url, kind).text(6) for kind in KINDS}
     first, ids = encode(hello), pack_ids(PROMPT, VOCAB)
     over = threading.Event()
@@ -123,19 +125,19 @@ def test_many_edges_and_one_that_misbehaves(cloud: CloudProcess, edges: Edges, h
             turn += 1
             key = rng.bytes(16)
             own = encode(replaced(hello, session=key))
-            say(cloud.url, [b"", rng.bytes(100), own[:20], bytes(5000)][turn % 4])
-            say(cloud.url, own, encode(Plain(1, 0, ids, 2**20, b"")))
+            send_frames(cloud.url, [b"", rng.bytes(100), own[:20], bytes(5000)][turn % 4])
+            send_frames(cloud.url, own, encode(Plain(1, 0, ids, 2**20, b"")))
             with connect(cloud.url, compression=None, proxy=None) as lost:
                 for frame in (own, encode(Plain(1, 0, ids, 1000, b"")), own, encode(Verify(2, 0, ids, b"", "ids"))):
                     lost.send(frame)
                 lost.socket.sendall(b"\x82\xfe\x00")
                 lost.close_socket()
             with connect(cloud.url, compression=None, proxy=None) as taken, ThreadPoolExecutor(1) as pool:
-                taken.send(own)  # the session of a connection that may still have it
+                taken.send(own)  # the session of a connection that may still hold it
                 taken.send(encode(Plain(1, 0, ids, 500, b"")))
                 other = encode(replaced(hello, session=key, temperature=0.0))
-                pool.submit(say, cloud.url, other, encode(Verify(1, 0, ids, ids, "ids")), b"").result()
-            say(cloud.url, first[:-1])
+                pool.submit(send_frames, cloud.url, other, encode(Verify(1, 0, ids, ids, "ids")), b"").result()
+            send_frames(cloud.url, first[:-1])
 
     sizes = []
     for _ in range(4):
@@ -156,16 +158,16 @@ def test_many_edges_and_one_that_misbehaves(cloud: CloudProcess, edges: Edges, h
     assert 'refused_total{code="message"}' in cloud.page("/metrics")[1]
 
 
-def test_more_edges_than_sessions(
+def test_edges_wait_for_free_sessions(
     options: list[str], edges: Edges, texts: dict[str, list[int]], hello: Hello, tmp_path: Path
 ) -> None:
     with CloudProcess(tmp_path, *options, "--sessions", "2", "--idle", "4") as cloud, ThreadPoolExecutor(1) as pool:
         one, two = edges(cloud.url), edges(cloud.url)
         for edge in (one, two):
             edge.start(15, 2)
-            edge.go_on()
-            edge.start(40)  # another text takes the place of the last one
-            edge.go_on(10)
+            edge.advance()
+            edge.start(40)  # another text replaces the last one
+            edge.advance(10)
         assert cloud.metric("sessions") == 2
         with pytest.raises(CloudUnavailable, match=r"all 2 sessions are taken; try again later\); start one with"):
             edges(cloud.url, patience=0.3).start(40)
@@ -173,17 +175,17 @@ def test_more_edges_than_sessions(
         time.sleep(0.3)
         assert not third.done()
         one.channel._drop()
-        assert third.result() == texts["topk"]  # in the place of one that is lost
-        assert one.go_on() == two.go_on() == texts["topk"]
+        assert third.result() == texts["topk"]  # in the slot of a lost connection
+        assert one.advance() == two.advance() == texts["topk"]
         assert cloud.metric("sessions") == 2
 
         two.start(40)
-        two.go_on(10)
-        wait_for(lambda: cloud.metric("sessions") == 0)  # silent, closed, and in the end forgotten
+        two.advance(10)
+        wait_for(lambda: cloud.metric("sessions") == 0)  # idle, closed, and finally forgotten
         assert two.channel.connection is not None
         with pytest.raises(ConnectionClosed):
             two.channel.connection.recv(timeout=5)
-        assert two.go_on() == texts["topk"]
+        assert two.advance() == texts["topk"]
         two.channel.close()
 
         held = [connect(cloud.url, proxy=None).__enter__() for _ in range(4)]
@@ -194,7 +196,7 @@ def test_more_edges_than_sessions(
         assert edges(cloud.url).text(40) == texts["topk"]
 
 
-def test_a_stream_that_lasts_longer_than_silence_may(options: list[str], edges: Edges, tmp_path: Path) -> None:
+def test_stream_may_last_longer_than_idle_limit(options: list[str], edges: Edges, tmp_path: Path) -> None:
     with CloudProcess(tmp_path, *options, "--idle", "0.4") as cloud:
         edge = edges(cloud.url)
         edge.start(1500)
@@ -203,41 +205,41 @@ def test_a_stream_that_lasts_longer_than_silence_may(options: list[str], edges: 
         assert time.monotonic() - begin > 0.8 and edge.channel.connection is connection
 
 
-def test_a_cloud_that_is_ended_lets_texts_come_to_their_end(
+def test_terminated_cloud_finishes_texts_within_grace(
     options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path
 ) -> None:
     with CloudProcess(tmp_path, *options) as cloud:
         edge = edges(cloud.url, "mixed")
         edge.start(40)
-        edge.go_on(10)
+        edge.advance(10)
         cloud.process.terminate()
         wait_for(lambda: cloud.page("/healthz") == (503, "draining\n"))
         with pytest.raises(CloudUnavailable, match="the cloud is shutting down and takes no new texts"):
             edges(cloud.url, patience=0.3).start(40)
-        edge.go_on(20)
-        edge.channel._drop()  # its text is still there when it comes back
-        assert edge.go_on() == texts["mixed"] and cloud.process.is_alive()
+        edge.advance(20)
+        edge.channel._drop()  # its text is still there when it reconnects
+        assert edge.advance() == texts["mixed"] and cloud.process.is_alive()
         edge.channel.close()
         assert cloud.end(5) == 0
     with CloudProcess(tmp_path, *options, "--grace", "0.1") as cloud, ThreadPoolExecutor(len(KINDS)) as pool:
-        under_way = {kind: pool.submit(edges(cloud.url, kind).text, 40) for kind in KINDS}
+        running = {kind: pool.submit(edges(cloud.url, kind).text, 40) for kind in KINDS}
         wait_for(lambda: cloud.metric("sessions") == len(KINDS))
         cloud.process.terminate()
-        assert cloud.end(10) == 0 and "Traceback" not in cloud.said
+        assert cloud.end(10) == 0 and "Traceback" not in cloud.printed
         cloud.launch()
-        assert {kind: text.result() for kind, text in under_way.items()} == texts
+        assert {kind: text.result() for kind, text in running.items()} == texts
 
 
-def test_metrics_count(options: list[str], edges: Edges, tmp_path: Path) -> None:
+def test_metrics_count_sessions_tokens_and_bytes(options: list[str], edges: Edges, tmp_path: Path) -> None:
     with CloudProcess(tmp_path, *options) as cloud:
         edge = edges(cloud.url)
         edge.start(40)
-        edge.go_on()
+        edge.advance()
         assert cloud.page("/healthz") == (200, "ok\n") and cloud.page("/nothing")[0] == 404
         assert cloud.metric("sessions") == 1
         cycles = edge.decoder.cycles
         assert cloud.metric("drafted_tokens_total") == sum(cycle.drafted for cycle in cycles)
-        assert cloud.metric("forward_seconds_count") == len(cycles) + 1  # the first token's
+        assert cloud.metric("forward_seconds_count") == len(cycles) + 1  # one more for the first token
         assert cloud.metric("sent_bytes_total") > sum(cycle.bytes_down for cycle in cycles)
         edge.channel.close()
         wait_for(lambda: cloud.metric("sessions") == 0)

@@ -1,4 +1,4 @@
-"""Slots: sequences of different lengths in one forward, each as if it were alone."""
+"""Slots: sequences of different lengths in one forward get the results of each alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ MODELS = ["llama", "llama-bias", "qwen2", "qwen3", "portable", "float32"]
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_target: Path) -> Transformer:
-    """Return a random model in float32, or in int8 with the kernels as built or (portable) without tile registers."""
+    """Return a random model in float32, or in int8 with the kernels as built or (portable) without special
+    instructions."""
     if request.param == "float32":
         return load_target(str(tiny_target), CPU, torch.float32)
     if WITHOUT_KERNELS:
@@ -39,7 +40,8 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
 
 
 def same(model: Transformer, ours: Tensor, alone: Tensor) -> bool:
-    """Return whether bits are equal in int8, or numbers in float32, where sums depend on neighbouring rows."""
+    """Return True if bits are equal in int8, or numbers are close in float32, where sums depend on neighbouring
+    rows."""
     if model.dtype == torch.int8:
         return torch.equal(ours, alone)
     return bool((ours - alone).abs().max() <= 1e-5 * alone.abs().max())
@@ -57,16 +59,17 @@ def alone(model: Transformer, text: Tensor) -> tuple[Tensor, KVCache]:
 
 
 def together(model: Transformer, batch: SlotBatch, rows: list[Tensor]) -> Tensor:
-    """Return hidden states ``[batch, n, hidden]`` of rows ``[<= n]`` after the slots, padded with junk on the right."""
+    """Return hidden states ``[batch, n, hidden]`` of rows ``[<= n]`` after the slots, padded on the right with a
+    fixed token."""
     n = max(map(len, rows))
-    junk = torch.full((n,), model.config.vocab_size - 1)
-    ids = torch.stack([torch.cat([row, junk[len(row) :]]) for row in rows])
+    padding_ids = torch.full((n,), model.config.vocab_size - 1)
+    ids = torch.stack([torch.cat([row, padding_ids[len(row) :]]) for row in rows])
     positions = torch.from_numpy(batch.lengths[:, None] + np.arange(n))
     return model.forward(model.embed(ids), batch, positions)[0]
 
 
 def filled(model: Transformer, texts: list[Tensor], capacity: int = 200) -> Slots:
-    """Return slots with one committed text each, read slot by slot."""
+    """Return slots with one text each, read slot by slot."""
     slots = model.slots(len(texts), capacity)
     for slot, text in enumerate(texts):
         if len(text):
@@ -76,7 +79,7 @@ def filled(model: Transformer, texts: list[Tensor], capacity: int = 200) -> Slot
 
 
 @torch.inference_mode()
-def test_a_batch_gives_every_slot_what_it_gets_alone(model: Transformer) -> None:
+def test_batched_slots_equal_single_sequences(model: Transformer) -> None:
     lengths, new = [0, 150, 1, 63, 64, 65, 7, 100], 5
     texts = [ids_of(model, length + new, seed=i) for i, length in enumerate(lengths)]
     slots = filled(model, [text[:length] for text, length in zip(texts, lengths, strict=True)])
@@ -92,7 +95,7 @@ def test_a_batch_gives_every_slot_what_it_gets_alone(model: Transformer) -> None
 
 
 @torch.inference_mode()
-def test_rows_are_those_of_one_sequence_decoded_token_by_token(model: Transformer) -> None:
+def test_rows_equal_decoding_token_by_token(model: Transformer) -> None:
     text = ids_of(model, 40)
     cache, rows = model.cache(40), []
     for i in range(40):
@@ -104,7 +107,7 @@ def test_rows_are_those_of_one_sequence_decoded_token_by_token(model: Transforme
 
 
 @torch.inference_mode()
-def test_layers_can_be_captured_and_run_in_ranges(model: Transformer) -> None:
+def test_ranges_of_layers_and_captured_states(model: Transformer) -> None:
     slots = filled(model, [ids_of(model, 9), ids_of(model, 70)])
     x, batch = model.embed(ids_of(model, 2, 3)), slots.batch([1, 0])
     positions = torch.from_numpy(batch.lengths[:, None] + np.arange(3))
@@ -117,7 +120,7 @@ def test_layers_can_be_captured_and_run_in_ranges(model: Transformer) -> None:
 
 
 @torch.inference_mode()
-def test_rolling_back_is_setting_a_length(model: Transformer) -> None:
+def test_setting_a_length_rolls_back(model: Transformer) -> None:
     text, other = ids_of(model, 50), ids_of(model, 50, seed=1)
     slots = filled(model, [text, ids_of(model, 80, seed=2)])
     slots.lengths[0] = 20
@@ -128,7 +131,7 @@ def test_rolling_back_is_setting_a_length(model: Transformer) -> None:
 
 
 @torch.inference_mode()
-def test_padding_on_the_right_disturbs_nobody(model: Transformer) -> None:
+def test_right_padding_does_not_affect_other_slots(model: Transformer) -> None:
     texts = [ids_of(model, 30), ids_of(model, 45, seed=1), ids_of(model, 12, seed=2)]
     slots = filled(model, [texts[0][:20], texts[1][:40], texts[2][:11]])
     idle = slots.data[:, :, 1].clone()
@@ -144,7 +147,7 @@ def test_padding_on_the_right_disturbs_nobody(model: Transformer) -> None:
 
 
 @torch.inference_mode()
-def test_slots_that_advance_at_different_rates_end_as_each_alone(model: Transformer) -> None:
+def test_slots_advancing_at_different_rates_equal_single_sequences(model: Transformer) -> None:
     rng = np.random.default_rng(0)
     texts = [ids_of(model, 90, seed=i) for i in range(5)]
     slots = model.slots(5, 120)
@@ -157,7 +160,7 @@ def test_slots_that_advance_at_different_rates_end_as_each_alone(model: Transfor
         rows = [texts[slot][slots.lengths[slot] :][: rng.integers(1, 20)] for slot in chosen]
         x = together(model, slots.batch(chosen), rows)
         for slot, row, hidden in zip(chosen, rows, x, strict=True):
-            kept = int(rng.integers(0, len(row) + 1))  # the rest is rejected and comes again
+            kept = int(rng.integers(0, len(row) + 1))  # the rest is rejected and sent again
             states[slot].append(hidden[:kept])
             slots.lengths[slot] += kept
     for slot, text in enumerate(texts):
@@ -167,7 +170,7 @@ def test_slots_that_advance_at_different_rates_end_as_each_alone(model: Transfor
 
 
 @torch.inference_mode()
-def test_mistakes_are_said(model: Transformer) -> None:
+def test_invalid_batches_are_refused(model: Transformer) -> None:
     slots = model.slots(4, 64)
     slots.lengths[:] = 3, 60, 0, 64
     for wrong in ([], [1, 1], [4], [-1]):
@@ -189,7 +192,7 @@ def test_mistakes_are_said(model: Transformer) -> None:
 
 
 @torch.inference_mode()
-def test_graphs_are_left_out(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slot_batches_are_not_captured_as_graphs(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_target(str(tiny_target), CPU, torch.float32)
     slots = filled(model, [ids_of(model, 9)])
     expected = together(model, slots.batch([0]), [ids_of(model, 3)])
@@ -203,7 +206,7 @@ def test_graphs_are_left_out(tiny_target: Path, monkeypatch: pytest.MonkeyPatch)
 
 @torch.inference_mode()
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read in /proc")
-def test_memory_is_taken_as_rows_are_written(tiny_target: Path) -> None:
+def test_memory_is_allocated_as_rows_are_written(tiny_target: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -218,7 +221,7 @@ def test_memory_is_taken_as_rows_are_written(tiny_target: Path) -> None:
 @torch.inference_mode()
 @pytest.mark.model
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="the kernels cannot be built here")
-def test_the_default_model_has_the_same_bits_in_slots() -> None:
+def test_default_model_rows_do_not_depend_on_slots() -> None:
     model = load_target(REAL, CPU, torch.int8)
     lengths = [120, 33, 64, 1]
     texts = [ids_of(model, length + 5, seed=i) for i, length in enumerate(lengths)]

@@ -1,4 +1,4 @@
-"""The edge's command against a real cloud in a process of its own, also when the cloud goes away."""
+"""The edge's command and streams against a real cloud in a separate process, also while the cloud is away."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def url(tiny_target: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def nobody() -> str:
-    """Return an address at which nobody listens."""
+def unused_url() -> str:
+    """Return an address at which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"ws://127.0.0.1:{probe.getsockname()[1]}"
 
@@ -54,7 +54,7 @@ def command(monkeypatch: pytest.MonkeyPatch, models: dict[str, Any], *arguments:
 
 
 @pytest.mark.parametrize("mode", ["topk", "scalar", "ids"])
-def test_it_prints_what_the_decoder_says(
+def test_command_prints_text_of_the_decoder(
     mode: str,
     url: str,
     models: dict[str, Any],
@@ -78,7 +78,7 @@ def test_it_prints_what_the_decoder_says(
     assert f"in {len(decoder.cycles) + 1} rounds" in last
 
 
-def test_the_cloud_goes_and_comes_back(url: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_while_the_cloud_is_away(url: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge, "RETRY", 0.0)
     monkeypatch.setattr(edge, "ATTEMPT", 0.1)
     host, _, port = url.removeprefix("ws://").partition(":")
@@ -95,7 +95,7 @@ def test_the_cloud_goes_and_comes_back(url: str, models: dict[str, Any], monkeyp
             if len(marks) == 3:
                 links.close()
                 monkeypatch.setattr(edge, "RETRY", 60.0)
-            if len(marks) == 6:  # one draft passed when the cloud was lost, two while nobody asks
+            if len(marks) == 6:  # one draft was sent when the cloud was lost, two while no attempt is made to reconnect
                 links.enter_context(ShapedProxy(load_link(FAST), (host, int(port)), ("127.0.0.1", first.port)))
                 monkeypatch.setattr(edge, "RETRY", 0.0)
     screen.close()
@@ -111,13 +111,13 @@ def test_the_cloud_goes_and_comes_back(url: str, models: dict[str, Any], monkeyp
     decoder.verifier.channel.close()
 
 
-def test_no_cloud(
-    nobody: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_without_a_cloud(
+    unused_url: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=rf"^error: the cloud at {nobody} does not answer .*`make cloud`") as end:
-        command(monkeypatch, models, nobody)
+    with pytest.raises(SystemExit, match=rf"^error: the cloud at {unused_url} does not answer .*`make cloud`") as end:
+        command(monkeypatch, models, unused_url)
     assert "\n" not in str(end.value.code) and not capsys.readouterr().out
-    command(monkeypatch, models, nobody, "--offline-fallback")
+    command(monkeypatch, models, unused_url, "--offline-fallback")
     text, last = capsys.readouterr().out.split("\n\n")
     assert text.startswith("[unverified: ") and text.endswith("]") and text.count("[") == 1
     tokens = last.split()[0]
@@ -134,18 +134,20 @@ def test_no_cloud(
         ({"top_k": 0}, "top_k is 0"),
     ],
 )
-def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, nobody: str, models: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(
+    changes: dict[str, Any], message: str, unused_url: str, models: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match=message):
-        connected(nobody, **models | changes)
+        connected(unused_url, **models | changes)
 
 
-def test_a_head_cannot_draft_over_a_network(tiny: dict[str, Any]) -> None:
+def test_head_that_reads_target_states_is_refused(tiny: dict[str, Any]) -> None:
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
     with pytest.raises(ValueError, match="a head on the target's states"):
         linked(decoder, FAST, tiny["target"])
 
 
-def test_characters_come_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_screen_prints_complete_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     out, tokens = io.StringIO(), list("aé€\x1b".encode())
     monkeypatch.setattr(out, "isatty", lambda: True)
     screen, seen = Screen(Detokenizer(lambda ids: bytes(ids).decode(errors="replace")), out), []
@@ -162,5 +164,5 @@ def test_characters_come_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ("host", "url"),
     [("there", "ws://there:1"), ("::1", "ws://[::1]:1"), ("wss://there/", "wss://there/")],
 )
-def test_addresses(host: str, url: str) -> None:
+def test_address_of_host_and_port(host: str, url: str) -> None:
     assert address(host, 1) == url

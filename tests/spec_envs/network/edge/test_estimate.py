@@ -13,13 +13,13 @@ LONG, SHORT, ANSWER = 1_000_000, 200, 60  # bytes
 
 
 def exchanged(estimate: Estimate, link: Link, up: int, down: int, noise: float = 0.0) -> None:
-    """Report a ping and an exchange, which differ by ``noise`` (seconds)."""
+    """Report a ping and an exchange; the exchange takes ``noise`` seconds more than the link's time."""
     estimate.ping(link.state.rtt)
     estimate.exchange(up, down, link.seconds(up, down) + noise)
 
 
 def learned(state: LinkState, jitter_ms: float = 0.0) -> tuple[Estimate, Link]:
-    """Return an estimate after long messages both ways, several because of the jitter."""
+    """Return an estimate after five long messages each way, and its link."""
     link, estimate = Link("one state", (state,), jitter_ms), Estimate()
     for _ in range(5):
         exchanged(estimate, link, LONG, ANSWER)
@@ -29,7 +29,7 @@ def learned(state: LinkState, jitter_ms: float = 0.0) -> tuple[Estimate, Link]:
 
 @pytest.mark.parametrize("state", STATES, ids=str)
 @pytest.mark.parametrize("jitter_ms", [0.0, 0.2])
-def test_long_messages_tell_rates_and_round_trip(state: LinkState, jitter_ms: float) -> None:
+def test_long_messages_give_rates_and_round_trip(state: LinkState, jitter_ms: float) -> None:
     estimate, _ = learned(state, jitter_ms)
     tolerance = 0.1 if jitter_ms else 0.01
     assert estimate.up_mbps == pytest.approx(state.up_mbps, rel=tolerance)
@@ -38,8 +38,8 @@ def test_long_messages_tell_rates_and_round_trip(state: LinkState, jitter_ms: fl
 
 
 @pytest.mark.parametrize("state", STATES[-2:], ids=str)
-def test_short_messages_over_a_fast_link_tell_nothing(state: LinkState, rng: np.random.Generator) -> None:
-    """Round trips that differ by half a millisecond either way hardly move a rate estimated from long messages."""
+def test_short_messages_over_a_fast_link_hardly_change_rates(state: LinkState, rng: np.random.Generator) -> None:
+    """Round trips that vary by half a millisecond hardly change a rate estimated from long messages."""
     estimate, link = learned(state)
     for _ in range(300):
         exchanged(estimate, link, SHORT, ANSWER, rng.uniform(-5e-4, 5e-4))
@@ -48,7 +48,7 @@ def test_short_messages_over_a_fast_link_tell_nothing(state: LinkState, rng: np.
     assert estimate.down_mbps == pytest.approx(state.down_mbps, rel=0.2)
 
 
-def test_short_messages_over_a_slow_link_tell_its_rate() -> None:
+def test_short_messages_over_a_slow_link_give_its_rate() -> None:
     estimate, link = Estimate(), Link("slow", (STATES[0],))
     for _ in range(5):
         exchanged(estimate, link, 1500, ANSWER)
@@ -57,7 +57,7 @@ def test_short_messages_over_a_slow_link_tell_its_rate() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(STATES[-1], STATES[0]), (STATES[0], STATES[-1])], ids=str)
-def test_a_link_that_changes_is_found_out(before: LinkState, after: LinkState) -> None:
+def test_estimate_follows_a_changed_link(before: LinkState, after: LinkState) -> None:
     estimate, link = learned(before)
     link.state = after
     for _ in range(3):
@@ -65,7 +65,7 @@ def test_a_link_that_changes_is_found_out(before: LinkState, after: LinkState) -
     assert estimate.up_mbps == pytest.approx(after.up_mbps, rel=0.1)
 
 
-def test_answers_sooner_than_a_round_trip_do_no_harm() -> None:
+def test_answers_sooner_than_a_round_trip_keep_estimate_in_range() -> None:
     estimate, link = learned(STATES[0])
     for _ in range(50):
         exchanged(estimate, link, LONG, ANSWER, noise=-60.0)

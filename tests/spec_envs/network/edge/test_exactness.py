@@ -1,4 +1,4 @@
-"""A cycle over the network emits the target's distribution exactly: by enumeration of all drafts and draws."""
+"""A cycle over the network emits exactly the target's distribution, by enumeration of all drafts and draws."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ Texts = dict[tuple[int, ...], Any]
 
 
 class EnumeratedChannel:
-    """A cloud whose every draw is a fork: messages as they are sent, requests as the engine reads them, and its rules, on
-    logits that are known after every text. Texts begin with one token that is not counted."""
+    """A cloud in which every draw is a fork.
+
+    Messages are encoded as they are sent, requests are read and verified by the engine's own rules, and the logits
+    after every text are given. Texts begin with one token that is not counted.
+    """
 
     rtt = 0.0
 
@@ -57,18 +60,18 @@ class EnumeratedChannel:
 
 
 def proposal_of(q: np.ndarray) -> Proposal:
-    """Return a whole distribution, zeros left out."""
+    """Return a whole distribution as a proposal, without its zeros."""
     ids = np.flatnonzero(q)
     return Proposal(ids, q[ids])
 
 
 def cut_to(k: int | None) -> Callable[[Proposal], Proposal]:
-    """Return the function that cuts a distribution to what a mode draws from."""
+    """Return a function that cuts a distribution to the part from which a mode draws."""
     return (lambda whole: whole) if k is None else (lambda whole: whole.truncated(k))
 
 
 def as_drawn(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
-    """Return the distribution that an edge sends and draws residuals with: the one that it drew the draft from."""
+    """Return the distribution from which the edge drew the draft, which it sends and uses for residuals."""
     return drawn_from
 
 
@@ -78,17 +81,17 @@ def emitted(
     q: Texts,
     length: int,
     cut: Callable[[Proposal], Proposal],
-    tell: Callable[[int, Proposal, Proposal], Proposal] = as_drawn,
+    sent_proposal: Callable[[int, Proposal, Proposal], Proposal] = as_drawn,
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> dict[tuple, float]:
-    """Return the distribution of a cycle's tokens over the network, over all drafts and all draws of both ends."""
+    """Return the distribution of a cycle's tokens over the network, over all drafts and all draws of both sides."""
     oracle = Oracle()
     found: dict[tuple, float] = {}
     rng: Any = SimpleNamespace(integers=lambda high: 0, random=lambda: 0.5)
 
     def draw(weights: np.ndarray, u: Any) -> int:
-        if weights.sum() == 0:  # after a branch that has probability 0
+        if weights.sum() == 0:  # in a branch of probability 0
             return 0
         return oracle.fork(list(weights / weights.sum()))
 
@@ -101,15 +104,15 @@ def emitted(
             drawn = np.prod([p.probability(token) for p, token in zip(drawn_from, tokens, strict=True)])
             if drawn == 0:
                 continue
-            told = [tell(*each) for each in zip(tokens, drawn_from, whole, strict=True)]
+            proposals_sent = [sent_proposal(*each) for each in zip(tokens, drawn_from, whole, strict=True)]
             draft = np.array(tokens, dtype=np.int64)
 
-            def cycle(draft: np.ndarray = draft, told: list[Proposal] = told) -> tuple[int, ...]:
+            def cycle(draft: np.ndarray = draft, proposals_sent: list[Proposal] = proposals_sent) -> tuple[int, ...]:
                 channel: Any = EnumeratedChannel(oracle, logits)
                 verifier = RemoteVerifier(channel, KEY, VOCAB, 99, temperature, top_p)
                 verifier.mode = mode
                 verifier._begin([0], 1, rng)
-                verdict = verifier.verify(draft, np.arange(length) - 1, np.arange(length), told)
+                verdict = verifier.verify(draft, np.arange(length) - 1, np.arange(length), proposals_sent)
                 text = (*draft[verdict.path].tolist(), verdict.token)
                 assert verifier.text == [0, *text]
                 return text
@@ -120,7 +123,7 @@ def emitted(
 
 
 def targets(p: Texts, dtype: torch.dtype, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Texts, Texts]:
-    """Return logits of a float type with distributions ``p`` or near them, and the distributions they sample."""
+    """Return logits of a float type whose distributions are near ``p``, and the distributions that they sample."""
     with np.errstate(divide="ignore"):
         logits = {text: torch.from_numpy(np.log(row)).to(dtype) for text, row in p.items()}
     exact = {}
@@ -140,7 +143,7 @@ def targets(p: Texts, dtype: torch.dtype, temperature: float = 1.0, top_p: float
 @pytest.mark.parametrize(("mode", "k"), MODES)
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 3])  # with 3, target and draft have zeros
-def test_every_mode_keeps_the_targets_distribution(mode: str, k: int | None, length: int, seed: int) -> None:
+def test_every_mode_keeps_targets_distribution(mode: str, k: int | None, length: int, seed: int) -> None:
     p, q = random_texts(length, seed)
     logits, exact = targets(p, torch.float64)
     assert all(np.allclose(exact[text], p[text], atol=1e-15) for text in p)
@@ -148,7 +151,7 @@ def test_every_mode_keeps_the_targets_distribution(mode: str, k: int | None, len
 
 
 @pytest.mark.parametrize(("mode", "k"), [("topk", 2), ("full", VOCAB), ("scalar", None)])
-def test_long_drafts_do(mode: str, k: int | None) -> None:
+def test_long_drafts_keep_targets_distribution(mode: str, k: int | None) -> None:
     p, q = random_texts(3, 1)
     logits, exact = targets(p, torch.float64)
     assert chained_exactly(emitted(mode, logits, q, 3, cut_to(k)), 3, exact) < 1e-12
@@ -157,7 +160,9 @@ def test_long_drafts_do(mode: str, k: int | None) -> None:
 @pytest.mark.parametrize(("mode", "k"), [("topk", 1), ("topk", 3), ("full", VOCAB), ("scalar", None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_p", [0.7, 1.0])
-def test_every_float_type_and_nucleus_does(mode: str, k: int | None, dtype: torch.dtype, top_p: float) -> None:
+def test_every_dtype_and_top_p_keeps_targets_distribution(
+    mode: str, k: int | None, dtype: torch.dtype, top_p: float
+) -> None:
     p, q = random_texts(2, 2)
     p[(0,)] = np.array([0.5, 0.3, 0.0, 0.2, 0.0])
     logits, exact = targets(p, dtype, 0.8, top_p)
@@ -177,7 +182,7 @@ def test_greedy_drafts_emit_the_argmax(length: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["topk", "full", "scalar"])
-def test_a_request_without_a_draft_draws_from_the_target(mode: str) -> None:
+def test_request_without_draft_samples_from_target(mode: str) -> None:
     p, q = random_texts(0, 0)
     logits, exact = targets(p, torch.float64, 0.8, 0.7)
     found = emitted(mode, logits, q, 0, cut_to(None), temperature=0.8, top_p=0.7)
@@ -186,7 +191,7 @@ def test_a_request_without_a_draft_draws_from_the_target(mode: str) -> None:
 
 @dataclass(frozen=True)
 class Mismatched(Proposal):
-    """Chances of one distribution and the residual of another."""
+    """Probabilities of one distribution with the residual of another."""
 
     residual: Proposal
 
@@ -202,37 +207,37 @@ def residual_of_cut(token: int, drawn_from: Proposal, whole: Proposal) -> Propos
     return Mismatched(whole.ids, whole.weights, whole.truncated(2))
 
 
-def refused_token_zeroed(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+def rejected_token_zeroed(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
     return Mismatched(drawn_from.ids, drawn_from.weights, Proposal.certain(token))
 
 
-def whole_told(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+def whole_sent(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
     return whole.truncated(VOCAB)
 
 
-def rounded_late(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
+def rounded_after_drawing(token: int, drawn_from: Proposal, whole: Proposal) -> Proposal:
     return drawn_from.truncated(VOCAB)
 
 
 @pytest.mark.parametrize(
-    ("mode", "k", "tell", "least"),
+    ("mode", "k", "sent_proposal", "least"),
     [
-        ("scalar", 2, residual_of_whole, 1e-2),  # drawn from the cut one
-        ("scalar", None, residual_of_cut, 1e-2),  # drawn from the whole one
-        ("scalar", None, refused_token_zeroed, 1e-2),
-        ("full", None, rounded_late, 1e-6),  # drawn before it was rounded to float16
-        ("topk", 3, whole_told, 1e-2),  # sent whole, drawn from the cut one
+        ("scalar", 2, residual_of_whole, 1e-2),  # drawn from the cut distribution
+        ("scalar", None, residual_of_cut, 1e-2),  # drawn from the whole distribution
+        ("scalar", None, rejected_token_zeroed, 1e-2),
+        ("full", None, rounded_after_drawing, 1e-6),  # drawn before it was rounded to float16
+        ("topk", 3, whole_sent, 1e-2),  # sent whole, drawn from the cut distribution
     ],
 )
-def test_the_enumeration_catches_mismatched_distributions(
-    mode: str, k: int | None, tell: Callable[..., Proposal], least: float
+def test_enumeration_detects_mismatched_distributions(
+    mode: str, k: int | None, sent_proposal: Callable[..., Proposal], least: float
 ) -> None:
     p, q = random_texts(2, 0)
     logits, exact = targets(p, torch.float64)
-    assert chained_exactly(emitted(mode, logits, q, 2, cut_to(k), tell), 2, exact) > least
+    assert chained_exactly(emitted(mode, logits, q, 2, cut_to(k), sent_proposal), 2, exact) > least
 
 
-def test_what_was_not_rounded_before_it_was_drawn_from_is_not_sent() -> None:
+def test_unrounded_distribution_is_not_sent() -> None:
     p, q = random_texts(1, 0)
     with pytest.raises(
         ValueError, match="drawn from a distribution that cannot be sent; set the drafter's top_k first"
@@ -240,11 +245,11 @@ def test_what_was_not_rounded_before_it_was_drawn_from_is_not_sent() -> None:
         emitted("full", targets(p, torch.float64)[0], q, 1, cut_to(None))
 
 
-def test_zeroing_only_the_refused_token_gives_the_known_wrong_distribution() -> None:
+def test_zeroing_only_the_rejected_token_gives_known_wrong_distribution() -> None:
     p = {(): np.array([0.4, 0.4, 0.2, 0, 0]), **{(x,): np.full(VOCAB, 0.2) for x in range(VOCAB)}}
     logits, _ = targets(p, torch.float64)
     first = np.zeros(VOCAB)
     q = {(): np.array([0.7, 0.05, 0.25, 0, 0])}
-    for text, probability in emitted("scalar", logits, q, 1, cut_to(None), refused_token_zeroed).items():
+    for text, probability in emitted("scalar", logits, q, 1, cut_to(None), rejected_token_zeroed).items():
         first[text[0]] += probability
     assert first[:3] == pytest.approx([0.425, 0.275, 0.30])

@@ -1,4 +1,4 @@
-"""A cloud that lies: the edge answers every lie with one sentence, and prints nothing that a terminal obeys."""
+"""The edge reports every invalid answer of a cloud in one sentence, and prints no control characters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Answers = Callable[[Any], list[Any] | None]
 
 @contextmanager
 def cloud(answers: Answers, close: tuple[int, str] | None = None) -> Iterator[str]:
-    """Yield the address of a cloud that answers every message with those frames and closes the connection at None."""
+    """Yield the address of a cloud that answers every message with these frames, and closes the connection at None."""
 
     def talk(connection: ServerConnection) -> None:
         try:
@@ -57,8 +57,8 @@ def edge(url: str, mode: str = "topk", temperature: float = 1.0, patience: float
     return verifier
 
 
-def verified(verifier: RemoteVerifier, draft: list[int]) -> list[int]:
-    """Return the tokens emitted of a draft after a prompt."""
+def emitted_tokens(verifier: RemoteVerifier, draft: list[int]) -> list[int]:
+    """Return the tokens that are emitted for a draft after a prompt."""
     try:
         first = verifier.start([1, 2, 3], 20, np.random.default_rng(0))
         chain = np.array(draft)
@@ -81,18 +81,18 @@ def honest(request: Any) -> list[Any]:
 
 
 def lying(lie: Callable[[Verify], list[Any] | None]) -> Answers:
-    """Return the answers of a cloud that is honest until a draft comes."""
+    """Return the answers of a cloud that is honest until it gets a draft."""
     return lambda request: lie(request) if isinstance(request, Verify) and request.draft else honest(request)
 
 
 def raw(*fields: Any) -> bytes:
-    """Return a message whose fields are not checked."""
+    """Return an encoded message whose fields are not checked."""
     return msgspec.msgpack.encode(fields)
 
 
-def test_an_honest_cloud_is_believed() -> None:
+def test_answers_of_honest_cloud_are_used() -> None:
     with cloud(honest) as url:
-        assert verified(edge(url), [1, 2, 3]) == [5, 1, 2, 3, 5]
+        assert emitted_tokens(edge(url), [1, 2, 3]) == [5, 1, 2, 3, 5]
         verifier = edge(url)
         verifier.start([1], 20, np.random.default_rng(0))
         assert verifier.decode(4, ()) == [7] * 4
@@ -130,11 +130,11 @@ LIES: dict[str, Callable[[Verify], list[Any] | None]] = {
 
 
 @pytest.mark.parametrize("sentence", LIES)
-def test_a_lie_is_one_sentence(sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_answer_is_reported_in_one_sentence(sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
     with cloud(lying(LIES[sentence])) as url, pytest.raises((ValueError, CloudUnavailable), match=sentence) as error:
-        verified(edge(url), [1, 2, 3])
-    said = str(error.value)
-    assert said.isprintable() and len(said) < 1000 and "the cloud" in said
+        emitted_tokens(edge(url), [1, 2, 3])
+    reported = str(error.value)
+    assert reported.isprintable() and len(reported) < 1000 and "the cloud" in reported
     assert capfd.readouterr() == ("", "")
 
 
@@ -149,10 +149,10 @@ def test_a_lie_is_one_sentence(sentence: str, capfd: pytest.CaptureFixture[str])
         ({}, "0 bytes of '' logits"),
     ],
 )
-def test_logits_that_are_none(verdict: dict[str, Any], sentence: str) -> None:
+def test_invalid_logits_are_refused(verdict: dict[str, Any], sentence: str) -> None:
     lie = lying(lambda r: [of(r.number, **{"token": -1} | verdict)])
     with cloud(lie) as url, pytest.raises(ValueError, match=sentence):
-        verified(edge(url, "scalar"), [1, 2, 3])
+        emitted_tokens(edge(url, "scalar"), [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,16 @@ def test_logits_that_are_none(verdict: dict[str, Any], sentence: str) -> None:
         (Error("\033[31m", "odd"), "refused: odd"),
     ],
 )
-def test_a_welcome_is_checked(welcome: Any, sentence: str) -> None:
+def test_invalid_welcome_is_refused(welcome: Any, sentence: str) -> None:
     with (
         cloud(lambda request: [welcome]) as url,
         pytest.raises((ValueError, CloudUnavailable), match=sentence) as error,
     ):
-        verified(edge(url), [1, 2, 3])
+        emitted_tokens(edge(url), [1, 2, 3])
     assert str(error.value).isprintable()
 
 
-def test_a_cloud_that_has_another_target_after_a_while() -> None:
+def test_changed_target_after_reconnecting_is_refused() -> None:
     welcomes = iter([WELCOME, Welcome(0, 64, VOCAB + 1)])
 
     def answers(request: Any) -> list[Any] | None:
@@ -189,7 +189,7 @@ def test_a_cloud_that_has_another_target_after_a_while() -> None:
         return None if request.draft else honest(request)
 
     with cloud(answers) as url, pytest.raises(ValueError, match="has 17 token ids and the edge's 16"):
-        verified(edge(url, patience=5.0), [1, 2, 3])
+        emitted_tokens(edge(url, patience=5.0), [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_cloud_that_has_another_target_after_a_while() -> None:
         (lambda r: [Tokens(r.number, 7, False, 0.0, 0.0, 3)], "token 3 of a stream came in; expected 0"),
     ],
 )
-def test_streams_that_make_no_sense(tokens: Callable[[Plain], list[Any]], sentence: str) -> None:
+def test_invalid_streams_are_refused(tokens: Callable[[Plain], list[Any]], sentence: str) -> None:
     with cloud(lambda request: tokens(request) if isinstance(request, Plain) else honest(request)) as url:
         verifier = edge(url)
         verifier.start([1], 20, np.random.default_rng(0))
@@ -214,23 +214,23 @@ def test_streams_that_make_no_sense(tokens: Callable[[Plain], list[Any]], senten
         verifier.close()
 
 
-def test_a_cloud_that_says_other_things_for_ever_is_given_up() -> None:
+def test_endless_unrelated_answers_end_with_cloud_unavailable() -> None:
     """Answers to requests that were not made do not keep an edge waiting."""
     lie = lying(lambda r: [of(r.number + 1)] * 20_000)
     with cloud(lie) as url, pytest.raises(CloudUnavailable, match="does not answer"):
-        verified(edge(url), [1, 2, 3])
+        emitted_tokens(edge(url), [1, 2, 3])
 
 
-def test_reasons_of_closing_are_cleaned() -> None:
+def test_reason_of_closing_is_printable() -> None:
     sentence, close = r"policy violation\) \[31m no", (1008, "\033[31m no")
     with cloud(lambda request: None, close) as url, pytest.raises(CloudUnavailable, match=sentence) as error:
-        verified(edge(url), [1, 2, 3])
+        emitted_tokens(edge(url), [1, 2, 3])
     assert str(error.value).isprintable()
 
 
 @contextmanager
 def web(status: int, reason: str = "", **headers: str) -> Iterator[tuple[int, list[dict[str, str]]]]:
-    """Yield the port of a web server that answers everything in one way, and the headers of its requests."""
+    """Yield the port of a web server that gives every request the same answer, and the headers of its requests."""
     asked: list[dict[str, str]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -259,20 +259,20 @@ def test_redirects_are_not_followed() -> None:
         channel = SocketChannel(f"ws://127.0.0.1:{port}", patience=0.3, token="a-secret-token-of-mine")
         verifier = RemoteVerifier(channel, KEY, VOCAB, 64)
         with pytest.raises(CloudUnavailable, match="HTTP 302") as error:
-            verified(verifier, [1])
+            emitted_tokens(verifier, [1])
         assert first and not asked and str(error.value).isprintable()
         assert "a-secret-token" not in str(error.value)
 
 
 @pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 418, 500, 503])
-def test_what_is_no_cloud_is_one_sentence(status: int) -> None:
+def test_server_that_is_no_cloud_is_reported(status: int) -> None:
     with web(status, "\033[31mowned") as (port, _), pytest.raises(CloudUnavailable, match="does not answer") as error:
-        verified(edge(f"ws://127.0.0.1:{port}"), [1])
+        emitted_tokens(edge(f"ws://127.0.0.1:{port}"), [1])
     assert str(error.value).isprintable()
 
 
 @given(st.text(max_size=2 * SHOWN))
-def test_printable_text_is_a_line_that_no_terminal_obeys(text: str) -> None:
+def test_one_line_has_printable_characters_only(text: str) -> None:
     clean = one_line(text)
     assert clean.isprintable() and len(clean) <= SHOWN + 1
     assert one_line(clean) == clean
@@ -310,17 +310,17 @@ FRAMES = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def told() -> Iterator[tuple[str, list[list[Any]]]]:
-    """Yield a cloud with scripted answers to a greeting and to a draft."""
-    saying: list[list[Any]] = [[], []]
+def scripted_cloud() -> Iterator[tuple[str, list[list[Any]]]]:
+    """Yield the address of a cloud, and the lists of frames that answer a greeting and a draft."""
+    script: list[list[Any]] = [[], []]
 
     def answers(request: Any) -> list[Any] | None:
         if isinstance(request, Hello):
-            return saying[0] or [WELCOME]
-        return saying[1] or None if isinstance(request, Verify) and request.draft else honest(request)
+            return script[0] or [WELCOME]
+        return script[1] or None if isinstance(request, Verify) and request.draft else honest(request)
 
     with cloud(answers) as url:
-        yield url, saying
+        yield url, script
 
 
 @pytest.mark.fuzz
@@ -328,20 +328,20 @@ def told() -> Iterator[tuple[str, list[list[Any]]]]:
 @given(
     greeting=st.lists(FRAMES, max_size=1), answer=st.lists(FRAMES, max_size=3), mode=st.sampled_from(["topk", "scalar"])
 )
-def test_no_frame_brings_an_edge_down(
-    told: tuple[str, list[list[Any]]], greeting: list[Any], answer: list[Any], mode: str
+def test_edge_survives_any_frame(
+    scripted_cloud: tuple[str, list[list[Any]]], greeting: list[Any], answer: list[Any], mode: str
 ) -> None:
-    """The edge writes a text, or ends in one sentence."""
-    url, saying = told
-    saying[:] = greeting, answer
+    """The edge generates a text, or ends with one sentence."""
+    url, script = scripted_cloud
+    script[:] = greeting, answer
     try:
-        tokens = verified(edge(url, mode, patience=0.05), [1, 2, 3])
+        tokens = emitted_tokens(edge(url, mode, patience=0.05), [1, 2, 3])
     except (ValueError, CloudUnavailable) as error:
         assert str(error).isprintable() and len(str(error)) < 1000
     else:
         assert all(0 <= token < VOCAB for token in tokens)
-    saying[:] = [], [of(2**16 + 2, 3)]
-    assert verified(edge(url, patience=5.0), [1, 2, 3]) == [5, 1, 2, 3, 5]
+    script[:] = [], [of(2**16 + 2, 3)]
+    assert emitted_tokens(edge(url, patience=5.0), [1, 2, 3]) == [5, 1, 2, 3, 5]
 
 
 def kinds() -> list[type[Message]]:
@@ -349,7 +349,7 @@ def kinds() -> list[type[Message]]:
     return [Hello, Welcome, Verify, Verdict, Plain, Tokens, Error]
 
 
-def test_messages_with_more_fields_than_they_have_are_none() -> None:
+def test_messages_with_extra_fields_are_refused() -> None:
     for number, kind in enumerate(kinds(), 1):
         fields = [0] * len(kind.__struct_fields__)
         with pytest.raises(ValueError, match="no message of version 1"):

@@ -1,4 +1,4 @@
-"""The verifier over a network: the same over every channel, and true to the real model."""
+"""The verifier over a network gives the same results over every channel, and keeps the real model's distribution."""
 
 from __future__ import annotations
 
@@ -53,30 +53,30 @@ def test_greedy_text_is_plain_text_under_random_drafts(target: Transformer, seed
     text += plain.decode(79, ())
     verifier = verifier_of(target, simulated(target), temperature=0.0)
     verifier.start(prompt, 80, rng)
-    accepted = refused = 0
+    accepted = rejected = 0
     while len(verifier.text) < 70:
         n, at = int(rng.integers(0, 9)), len(verifier.text)
         right = rng.random(n) < 0.8
         tokens = np.where(right, text[at : at + n], rng.integers(0, len(WORDS), n))
         verdict = verifier.verify(tokens, np.arange(n) - 1, np.arange(n))
-        accepted, refused = accepted + len(verdict.path), refused + n - len(verdict.path)
+        accepted, rejected = accepted + len(verdict.path), rejected + n - len(verdict.path)
         assert verifier.text[at:] == [*tokens[verdict.path].tolist(), verdict.token]
         if rng.random() < 0.2:
             verifier.decode(2, ())
     assert verifier.text == text[: len(verifier.text)]
-    assert accepted > 10 and refused > 10
+    assert accepted > 10 and rejected > 10
 
 
 @pytest.fixture(scope="module")
 def cloud(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the address of a cloud with the tiny target, in a process of its own."""
+    """Yield the address of a cloud with the tiny target, in a separate process."""
     arguments = ("--device", "cpu", "--target", str(tiny_target), "--dtype", "float32")
     with CloudProcess(tmp_path_factory.mktemp("cloud"), *arguments) as process:
         yield process.url
 
 
-def played(verifier: RemoteVerifier, seed: int) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Return the text, bytes both ways and accepted drafted tokens of a session with random drafts."""
+def run_session(verifier: RemoteVerifier, seed: int) -> tuple[list[int], list[tuple[int, int]], int]:
+    """Return the text, the bytes both ways and the number of accepted tokens of a session with random drafts."""
     sampling, drafts = np.random.default_rng(seed).spawn(2)
     verifier.start([3, 5, 7, 2], 100, sampling)
     sizes, accepted = [], 0
@@ -103,7 +103,7 @@ def played(verifier: RemoteVerifier, seed: int) -> tuple[list[int], list[tuple[i
 
 
 @pytest.mark.parametrize("mode", wire.MODES)
-def test_a_seed_decides_tokens_and_bytes_over_every_channel(
+def test_same_seed_gives_same_tokens_and_bytes_over_every_channel(
     mode: str, cloud: str, target: Transformer, tiny_target: Path
 ) -> None:
     vocabulary = wire.vocabulary_hash(load_tokenizer(str(tiny_target)))
@@ -114,7 +114,7 @@ def test_a_seed_decides_tokens_and_bytes_over_every_channel(
         for channel in (simulated(target, vocabulary), SocketChannel(cloud)):
             verifier = verifier_of(target, channel, vocabulary, **sampling)
             verifier.mode = mode
-            outcomes.append(played(verifier, seed))
+            outcomes.append(run_session(verifier, seed))
         assert outcomes[0] == outcomes[1]
         assert outcomes[0][2] > 0
         texts.append(outcomes[0][0])
@@ -130,7 +130,7 @@ def test_trees_are_refused(target: Transformer, rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("mode", ["ids", "tree", ""])
-def test_modes_that_do_not_tell_enough_are_refused(target: Transformer, rng: np.random.Generator, mode: str) -> None:
+def test_unsuitable_modes_are_refused(target: Transformer, rng: np.random.Generator, mode: str) -> None:
     verifier = verifier_of(target, simulated(target))
     verifier.mode = mode
     verifier.start([3], 10, rng)
@@ -149,7 +149,7 @@ def test_drafts_without_their_distributions_are_refused(
         verifier.verify(np.array([1, 2]), np.array([-1, 0]), np.arange(2), [Proposal.certain(1)])
 
 
-def test_a_prompt_longer_than_the_clouds_context_is_refused(target: Transformer, rng: np.random.Generator) -> None:
+def test_prompt_longer_than_the_clouds_context_is_refused(target: Transformer, rng: np.random.Generator) -> None:
     verifier = verifier_of(target, SimulatedChannel(Engine(target, KEY, context=8), load_link("constant-5g")))
     with pytest.raises(
         ValueError, match="the prompt has 9 tokens and up to 10 may follow; the cloud takes texts of up to 8"
@@ -165,12 +165,13 @@ def real_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.model
 @pytest.mark.parametrize("mode", ["topk", "scalar"])
-def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: str, real_cloud: str) -> None:
-    """χ² of the first token that a cycle emits after a few words, with enough draws to see a bias of 0.03.
+def test_sampling_over_a_socket_keeps_distribution_of_real_model(mode: str, real_cloud: str) -> None:
+    """A χ² test examines the first token that a cycle emits after a few words, with enough draws to detect a bias of
+    0.03.
 
-    Every draw is a session with a seed of its own whose only request comes with the prompt: one token drafted from
-    the target itself, hotter. Eight edges ask at once, so that they share forwards. An edge that replaces the likeliest
-    tokens by others a little too often is shown to be caught with the same number of draws.
+    Each draw is a session with its own seed whose only request comes with the prompt: one token sampled from the target
+    itself at a higher temperature. Eight edges ask at the same time, so that they share forwards. An edge that replaces
+    the most probable tokens slightly too often is detected with the same number of draws.
     """
     temperature, top_p = 1.0, 0.95
     target, tokenizer = load_target(REAL, CPU, resolve_dtype("auto", CPU, [REAL])), load_tokenizer(REAL)
@@ -185,7 +186,7 @@ def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: s
     if mode == "topk":
         proposal = proposal.truncated(50)
 
-    order = np.argsort(-p)  # tokens in bins of about a twenty-fifth
+    order = np.argsort(-p)  # tokens in bins of about 1/25 of the mass
     middle = np.cumsum(p[order]) - p[order] / 2
     bins = np.empty(len(p), np.int64)
     bins[order] = np.unique(np.minimum(25 * middle, 24).astype(int), return_inverse=True)[1]
@@ -194,7 +195,7 @@ def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: s
     critical = chi2.isf(0.001, len(expected) - 1)
 
     def edge(first: int) -> list[tuple[int, bool]]:
-        """Return every eighth draw."""
+        """Return every eighth draw, each an emitted token and True if it was the accepted draft."""
         channel, drawn = SocketChannel(real_cloud), []
         verifier = verifier_of(target, channel, vocabulary, temperature=temperature, top_p=top_p)
         verifier.mode = mode
@@ -212,19 +213,20 @@ def test_sampling_over_a_socket_keeps_the_distribution_of_the_real_model(mode: s
         return float(((counts - draws * expected) ** 2 / (draws * expected)).sum())
 
     with ThreadPoolExecutor(8) as pool:
-        emitted, kept = np.array([pair for drawn in pool.map(edge, range(8)) for pair in drawn]).T
-    assert len(emitted) == draws and 0.1 < kept.mean() < 0.9
+        emitted, accepted_drafts = np.array([pair for drawn in pool.map(edge, range(8)) for pair in drawn]).T
+    assert len(emitted) == draws and 0.1 < accepted_drafts.mean() < 0.9
     assert (p[emitted] > 0).mean() > 0.999
     assert statistic(emitted) < critical
 
-    most, second = np.argsort(-expected)[:2]  # the bias that the draws are computed for: from one to the other
+    # the bias for which the draws are computed: from the largest bin to the second
+    most, second = np.argsort(-expected)[:2]
     replaced = (bins[emitted] == most) & (np.random.default_rng(0).random(draws) < 0.03 / expected[most])
     biased = np.where(replaced, np.flatnonzero(bins == second)[0], emitted)
     assert expected[most] > 0.03 and statistic(biased) > critical
 
 
-def test_the_estimate_learns_a_real_link(cloud: str, target: Transformer, tiny_target: Path) -> None:
-    """Long messages over a slow connection: their upload is not taken for round trip."""
+def test_estimate_follows_a_real_link(cloud: str, target: Transformer, tiny_target: Path) -> None:
+    """The upload time of long messages over a slow connection is not taken for round trip."""
     vocabulary = wire.vocabulary_hash(load_tokenizer(str(tiny_target)))
     port = int(cloud.rpartition(":")[2])
     with ShapedProxy(load_link("constant:up=0.2,down=4,rtt=20"), ("127.0.0.1", port)) as proxy:

@@ -1,4 +1,4 @@
-"""Heads whose configuration, tensors or format is not computed are refused in one sentence that names it."""
+"""Configurations of EAGLE-3 heads: the layers they read, and refusal of all that is not computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.models.heads import (
 
 
 def read_layers(target: Path, folder: Path, **changes: Any) -> tuple[int, ...]:
-    """Return the boundaries that are read of a head whose config.json names layers."""
+    """Return the layer boundaries that are read for a head with these changes to its config.json."""
     save_head(folder, Recipe(named=False), **changes)
     return drafted(target, folder).local.capture
 
@@ -45,7 +45,9 @@ def read_layers(target: Path, folder: Path, **changes: Any) -> tuple[int, ...]:
         ({IDS: [1, 3, 4], "eagle_config": {IDS: [1, 3, 4]}}, (2, 4, 5)),
     ],
 )
-def test_layers_are_counted_as_their_tools_do(changes: dict, read: tuple, tiny_target: Path, tmp_path: Path) -> None:
+def test_layer_ids_are_read_as_their_tools_write_them(
+    changes: dict, read: tuple, tiny_target: Path, tmp_path: Path
+) -> None:
     assert read_layers(tiny_target, tmp_path, **changes) == read
 
 
@@ -108,7 +110,7 @@ def test_layers_are_counted_as_their_tools_do(changes: dict, read: tuple, tiny_t
         ({"logit_scale": 0.25}, "logit_scale is 0.25"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(
+def test_unsupported_settings_are_refused_by_name(
     changes: dict, message: str, tiny_target: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
@@ -119,7 +121,7 @@ def test_what_is_not_computed_is_refused_by_name(
 @pytest.mark.parametrize(
     "key", ["use_cache", "pruned_heads", "_commit_hash", "unsloth_version", "temperature", "new_switch"]
 )
-def test_keys_that_change_nothing(key: str, tiny_target: Path, tmp_path: Path) -> None:
+def test_harmless_keys_are_accepted(key: str, tiny_target: Path, tmp_path: Path) -> None:
     values = {"pruned_heads": {}, "new_switch": False, "temperature": 0.6}
     read_layers(tiny_target, tmp_path, **{key: values.get(key, "1")})
 
@@ -159,7 +161,7 @@ def test_keys_that_change_nothing(key: str, tiny_target: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_other_formats_are_called_by_their_names(
+def test_other_formats_are_refused_by_name(
     changes: dict, tensors: dict, what: str, tiny_target: Path, tmp_path: Path
 ) -> None:
     written = {key: value for key, value in config(Recipe(named=False), "eagle").items() if key != "draft_vocab_size"}
@@ -173,44 +175,46 @@ def test_other_formats_are_called_by_their_names(
         load_decoder(str(tiny_target), str(tmp_path), "cpu", "float32", width=1)
 
 
-def test_folders_that_are_damaged_or_belong_to_another_target(
+def test_damaged_heads_and_heads_of_other_targets_are_refused(
     tiny_target: Path, tiny_draft: Path, tmp_path: Path
 ) -> None:
-    def refused(head: Path, message: str) -> None:
+    def assert_refused(head: Path, message: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             load_decoder(str(tiny_target), str(head), "cpu", "float32", width=1)
         assert str(head) in str(caught.value)
 
     save_head(tmp_path / "wide", Recipe(target_hidden=48, hidden=48, head_dim=12))
-    refused(tmp_path / "wide", "hidden size is 48, the target's is 32; use a head trained for this target")
+    assert_refused(tmp_path / "wide", "hidden size is 48, the target's is 32; use a head trained for this target")
     save_head(tmp_path / "vocab", Recipe(vocab=20))
-    refused(tmp_path / "vocab", "vocabulary is 20, the target's is 16")
+    assert_refused(tmp_path / "vocab", "vocabulary is 20, the target's is 16")
     save_head(tmp_path / "narrow", Recipe(hidden=16))
-    refused(tmp_path / "narrow", "hidden size is 16, the target's is 32, so it needs its own embed_tokens.weight")
+    assert_refused(
+        tmp_path / "narrow", "hidden size is 16, the target's is 32, so it needs its own embed_tokens.weight"
+    )
     verifier = {"algorithm": "eagle3", "verifier": {"name_or_path": "org/its-target"}}
     save_head(tmp_path / "named", Recipe(vocab=20), "speculators", speculators_config=verifier)
-    refused(tmp_path / "named", r"the target's is 16; .*\(it names org/its-target\)")
+    assert_refused(tmp_path / "named", r"the target's is 16; .*\(it names org/its-target\)")
     save_head(tmp_path / "unsaid", Recipe(), "speculators", norm_before_residual=None)
-    refused(tmp_path / "unsaid", "norm_before_residual is missing, and tools disagree")
+    assert_refused(tmp_path / "unsaid", "norm_before_residual is missing, and tools disagree")
     save_head(tmp_path / "other", Recipe(), "speculators", speculators_config={"algorithm": "dflash"})
-    refused(tmp_path / "other", "algorithm is 'dflash'")
+    assert_refused(tmp_path / "other", "algorithm is 'dflash'")
     save_head(tmp_path / "inner", Recipe(), "speculators", transformer_layer_config={"model_type": "gemma3"})
-    refused(tmp_path / "inner", "model_type 'gemma3', expected one of llama, qwen3")
+    assert_refused(tmp_path / "inner", "model_type 'gemma3', expected one of llama, qwen3")
     save_head(tmp_path / "adapted", Recipe())
     (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
-    refused(tmp_path / "adapted", "adapter beside it, which is not read")
+    assert_refused(tmp_path / "adapted", "adapter beside it, which is not read")
     save_head(tmp_path / "cut", Recipe())
     data = (tmp_path / "cut" / "model.safetensors").read_bytes()
     for size in (0, 5, 100, len(data) - 1):
         (tmp_path / "cut" / "model.safetensors").write_bytes(data[:size])
-        refused(tmp_path / "cut", "cannot read the weights .*model.safetensors")
+        assert_refused(tmp_path / "cut", "cannot read the weights .*model.safetensors")
     (tmp_path / "cut" / "model.safetensors").unlink()
-    refused(tmp_path / "cut", "holds no weights")
+    assert_refused(tmp_path / "cut", "holds no weights")
     for text in ("", "[]", "{", '{"a": ' * 100_000, "\xff"):
         (tmp_path / "cut" / "config.json").write_bytes(text.encode("latin-1"))
-        refused(tmp_path / "cut", "config.json of the drafter")
+        assert_refused(tmp_path / "cut", "config.json of the drafter")
     (tmp_path / "cut" / "config.json").unlink()
-    refused(tmp_path / "cut", "has no config.json")
+    assert_refused(tmp_path / "cut", "has no config.json")
     assert not DrafterName.parse(str(tmp_path / "wide")).chain and DrafterName.parse(str(tiny_draft)).chain
 
 
@@ -224,7 +228,7 @@ JUNK = st.recursive(
 @pytest.mark.fuzz
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_head_with_any_config_is_loaded_or_refused_in_a_sentence(
+def test_any_config_is_loaded_or_refused_in_one_sentence(
     data: st.DataObject, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder, layout = tmp_path_factory.mktemp("head"), data.draw(st.sampled_from(LAYOUTS))

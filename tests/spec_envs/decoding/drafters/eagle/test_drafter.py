@@ -21,8 +21,8 @@ from spec_envs.experiments.drafters.training import report, train
 from tests.support.models.tiny import CPU
 
 
-def test_training_unrolls_what_inference_drafts(tiny_target: Path, tiny_drafter: Path) -> None:
-    """Row t of the unrolled head gives the same probabilities as the drafter at the same place of the same chain."""
+def test_unrolled_training_equals_drafting(tiny_target: Path, tiny_drafter: Path) -> None:
+    """Row t of the unrolled head gives the same probabilities as the drafter at the same place in the same chain."""
     target, head = load_target(str(tiny_target), CPU, torch.float32), EagleHead.load(str(tiny_drafter))
     decoder = load_decoder(str(tiny_target), str(tiny_drafter), "cpu", "float32", width=1)
     prompt = [3, 7, 5, 9, 4, 11, 2]
@@ -43,13 +43,13 @@ def test_training_unrolls_what_inference_drafts(tiny_target: Path, tiny_drafter:
             assert abs(float(log_probs.max()) - expected) < 1e-4
 
 
-def test_rows_inside_the_answer() -> None:
+def test_drafted_rows_lie_inside_the_answer() -> None:
     batch = Batch(torch.zeros(1, 8, dtype=torch.long), *[torch.zeros(1)] * 2, torch.tensor([7]), torch.tensor([3]))
     assert drafted_rows(batch, 0)[0].nonzero()[:, 0].tolist() == [2, 3, 4]
     assert drafted_rows(batch, 2)[0].nonzero()[:, 0].tolist() == [2]
 
 
-def test_training_improves_and_goes_on_where_it_stopped(
+def test_training_improves_and_resumes_exactly(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, weights = load_target(str(tiny_target), CPU, torch.float32), load_weights(tiny_target)
@@ -101,7 +101,7 @@ def test_training_improves_and_goes_on_where_it_stopped(
         train(objective(), paths, tmp_path / "b.pt", epochs=40, **settings)
 
 
-def test_saving_and_loading_is_exact(tiny_drafter: Path, tmp_path: Path) -> None:
+def test_saved_head_loads_exactly(tiny_drafter: Path, tmp_path: Path) -> None:
     head = EagleHead.load(str(tiny_drafter))
     head.save(tmp_path, torch.float32)
     for (name, a), b in zip(
@@ -110,8 +110,8 @@ def test_saving_and_loading_is_exact(tiny_drafter: Path, tmp_path: Path) -> None
         assert torch.equal(a, b), name
 
 
-def test_tokens_of_the_text_can_be_drafted(tiny_target: Path, tmp_path: Path) -> None:
-    """A head whose output rows are the target's drafts from its shortlist and from what the text has had so far."""
+def test_vocabulary_includes_tokens_of_the_text(tiny_target: Path, tmp_path: Path) -> None:
+    """A head that uses the target's output rows drafts from its shortlist and the tokens of the text so far."""
     target, weights = load_target(str(tiny_target), CPU, torch.float32), load_weights(tiny_target)
     EagleHead.from_target(target, weights, torch.arange(8)).save(tmp_path)
     decoder = load_decoder(str(tiny_target), str(tmp_path), "cpu", "float32", width=8)

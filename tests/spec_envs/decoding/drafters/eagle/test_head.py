@@ -1,4 +1,4 @@
-"""Published EAGLE-3 heads: whatever their layout, flags and layers, they draft what they were trained to."""
+"""Published EAGLE-3 heads draft what they were trained to, whatever their layout, flags and layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RECIPES)
-def test_heads_of_every_layout(name: str, layout: str, tiny_target: Path, tmp_path: Path) -> None:
+def test_drafts_equal_reference_in_every_layout(name: str, layout: str, tiny_target: Path, tmp_path: Path) -> None:
     r = RECIPES[name]
     assert_drafts_as_computed(tiny_target, tmp_path, r, save_head(tmp_path, r, layout))
 
@@ -77,15 +77,15 @@ def recipes(draw: st.DrawFn) -> Recipe:
 @pytest.mark.fuzz
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(r=recipes(), layout=st.sampled_from(LAYOUTS))
-def test_any_head_drafts_what_it_computes(
+def test_drafts_of_any_head_equal_reference(
     r: Recipe, layout: str, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    assume(layout == "speculators" or r.boundaries[0] != 1)  # there is no way to write these
+    assume(layout == "speculators" or r.boundaries[0] != 1)  # the other layouts cannot express these boundaries
     folder = tmp_path_factory.mktemp("head")
     assert_drafts_as_computed(tiny_target, folder, r, save_head(folder, r, layout))
 
 
-def test_a_head_is_as_it_was_when_it_is_saved_again(tiny_target: Path, tmp_path: Path) -> None:
+def test_head_saved_again_drafts_the_same(tiny_target: Path, tmp_path: Path) -> None:
     for i, (r, layout) in enumerate((r, layout) for r in RECIPES.values() for layout in ("modelopt", "speculators")):
         made = save_head(tmp_path / f"{i}", r, layout)
         EagleHead.load(str(tmp_path / f"{i}")).save(tmp_path / f"{i}-again", torch.float32)
@@ -97,7 +97,7 @@ def test_a_head_is_as_it_was_when_it_is_saved_again(tiny_target: Path, tmp_path:
 
 @pytest.fixture(scope="module")
 def wide_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a target whose widths the kernels compute."""
+    """Return a target of a size that the kernels compute."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
     return random_target(tmp_path_factory.mktemp("wide") / "target", tiny_target, **sizes)
@@ -105,8 +105,8 @@ def wide_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 @pytest.mark.parametrize("name", RECIPES)
-def test_int8_drafts_nearly_the_same(name: str, wide_target: Path, tmp_path: Path) -> None:
-    """Under every flag, drafts differ only by rounding."""
+def test_int8_drafts_are_close_to_float32(name: str, wide_target: Path, tmp_path: Path) -> None:
+    """With every flag, drafts differ only by rounding."""
     r = dataclasses.replace(RECIPES[name], target_hidden=128, hidden=128, head_dim=32, mlp=128, scale=0.08)
     r = dataclasses.replace(r, hidden=64) if name == "narrow" else r
     save_head(tmp_path / "head", r)
@@ -121,6 +121,6 @@ def test_int8_drafts_nearly_the_same(name: str, wide_target: Path, tmp_path: Pat
     assert np.abs(entropies[0] - entropies[1])[0] < 0.15
 
 
-def test_by_itself_no_dtype_is_taken_that_does_not_compute_the_head(wide_target: Path, tmp_path: Path) -> None:
+def test_auto_dtype_computes_the_head(wide_target: Path, tmp_path: Path) -> None:
     save_head(tmp_path, Recipe(target_hidden=128, hidden=24, head_dim=6, embedding=True))
     assert drafted(wide_target, tmp_path, "auto").dtype != "int8"

@@ -1,4 +1,4 @@
-"""Heads that the library speculators makes and saves draft here what the library computes."""
+"""Heads made and saved by the speculators library draft here what the library computes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def layer_config(kind: type = LlamaConfig, **changes: Any) -> Any:
 
 
 def library_head(folder: Path, target: Path, layers: Any, drafted: int = VOCAB - 3, **flags: Any) -> Eagle3DraftModel:
-    """Return a random head of the library, saved."""
+    """Save a random head of the library, and return it."""
     torch.manual_seed(3)
     about = SpeculatorsConfig(
         algorithm="eagle3",
@@ -72,8 +72,11 @@ def library_head(folder: Path, target: Path, layers: Any, drafted: int = VOCAB -
 
 
 def from_files(folder: Path, target: Path) -> Eagle3DraftModel:
-    """Return a head as the library reads it, with the target's embedding if it has none (as the library documents; this
-    version of transformers draws one at random)."""
+    """Return a head as the library reads it.
+
+    A head without an embedding gets the target's, as the library documents; this version of transformers would draw one
+    at random.
+    """
     config = Eagle3SpeculatorConfig.from_pretrained(str(folder))
     config.transformer_layer_config._attn_implementation = "eager"
     model = Eagle3DraftModel.from_pretrained(str(folder), config=config).float().eval()
@@ -83,10 +86,10 @@ def from_files(folder: Path, target: Path) -> Eagle3DraftModel:
 
 
 def states(target: Path, text: list[int], boundaries: list[int]) -> Tensor:
-    """Return the target's hidden states at some boundaries of its layers, ``[1, n, len(boundaries) * hidden]``."""
+    """Return the target's hidden states at layer boundaries, ``[1, n, len(boundaries) * hidden]``."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     found: dict[int, Tensor] = {}
-    for i, layer in enumerate(model.model.layers):  # transformers' own list ends with a state that is normed
+    for i, layer in enumerate(model.model.layers):  # the last state in transformers' own list is normalised
         layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0]))
         layer.register_forward_hook(lambda _, __, out, i=i: found.__setitem__(i + 1, out))
     with torch.no_grad():
@@ -97,7 +100,8 @@ def states(target: Path, text: list[int], boundaries: list[int]) -> Tensor:
 def library_log_probs(
     model: Eagle3DraftModel, target: Path, text: list[int], chain: list[int], at: list[int]
 ) -> Tensor:
-    """Return the library's predictions after a text and after each token of a chain, ``[levels, draft vocabulary]``."""
+    """Return the library's log-probabilities after a text and after each token of a chain, ``[levels, draft
+    vocabulary]``."""
     seen: list[Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out))
     features = states(target, [*text, *chain], at)[:, :-1]
@@ -105,7 +109,7 @@ def library_log_probs(
     with torch.no_grad():
         model(features, ids, torch.zeros_like(ids), ttt_steps=len(chain) + 1)
     hook.remove()
-    row = len(text) - 2  # reads the states of the last token but one, and the last token
+    row = len(text) - 2  # this row reads the states of the second-last token, and the last token
     return torch.stack([logits[0, row] for logits in seen]).double().log_softmax(-1)
 
 
@@ -127,7 +131,7 @@ def assert_same_drafts(head: Path, model: Eagle3DraftModel, target: Path, at: li
 
     wide = load_decoder(str(target), str(head), "cpu", "float32", width=drafted)
     wide.start(PROMPT, 40, np.random.default_rng(0))
-    wide.begin()  # everything that can be drafted after the text
+    wide.begin()  # all tokens that can be drafted after the text
     found = dict(zip(wide.tree.tokens.tolist(), wide.tree.scores, strict=True))
     np.testing.assert_allclose([found[i] for i in ids.tolist()], expected[0], atol=1e-5)
 
@@ -163,21 +167,21 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_head_of_speculators_drafts_what_the_library_computes(case: str, tiny_target: Path, tmp_path: Path) -> None:
+def test_drafts_equal_those_of_the_library(case: str, tiny_target: Path, tmp_path: Path) -> None:
     layers, flags, at = CASES[case]
     model = library_head(tmp_path, tiny_target, layers, **flags)
     assert_same_drafts(tmp_path, model, tiny_target, at)
 
 
-def test_an_embedding_that_is_not_stored_is_the_targets(tiny_target: Path, tmp_path: Path) -> None:
+def test_missing_embedding_is_the_targets(tiny_target: Path, tmp_path: Path) -> None:
     library_head(tmp_path, tiny_target, layer_config())
     weights = {name: tensor for name, tensor in load_weights(tmp_path).items() if name != "embed_tokens.weight"}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     assert_same_drafts(tmp_path, from_files(tmp_path, tiny_target), tiny_target, [2, 4, 5])
 
 
-def test_what_is_saved_here_is_converted_by_the_library(tiny_target: Path, tmp_path: Path) -> None:
-    """Every key that the library reads is there under its own name."""
+def test_library_converts_saved_head(tiny_target: Path, tmp_path: Path) -> None:
+    """The library finds every key that it reads under its own name."""
     place = shutil.copytree(tiny_target, tmp_path / "target")
     config = json.loads((place / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 300.0

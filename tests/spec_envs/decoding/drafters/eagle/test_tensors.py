@@ -1,4 +1,4 @@
-"""Tensors of a head that nothing reads, or that contradict each other or its configuration."""
+"""Tensors of a head that nothing reads, or that contradict each other or the configuration, are refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.models.heads import Recipe, drafted, save_head
 
 
-def changed(folder: Path, change: Any, layout: str = "eagle") -> Path:
-    """Return a head with another set of tensors."""
+def save_changed(folder: Path, change: Any, layout: str = "eagle") -> Path:
+    """Save a head, apply a change to its tensors, and return its folder."""
     save_head(folder, Recipe(), layout)
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -75,19 +75,19 @@ EYE = torch.eye(32)
         (add(**{"embed_tokens.weight": torch.ones(15, 32)}), r"embed_tokens.weight is \(15, 32\)"),
     ],
 )
-def test_tensors_that_nobody_reads_or_that_contradict_are_refused(
+def test_unread_or_contradicting_tensors_are_refused(
     change: Any, message: str, tiny_target: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        drafted(tiny_target, changed(tmp_path, change))
+        drafted(tiny_target, save_changed(tmp_path, change))
     assert str(tmp_path) in str(caught.value)
 
 
-def test_tensors_that_change_nothing(tiny_target: Path, tmp_path: Path) -> None:
+def test_harmless_tensors_change_nothing(tiny_target: Path, tmp_path: Path) -> None:
     ones = {"verifier_norm.weight": torch.ones(32), "verifier_lm_head.weight": torch.ones(13, 32)}
     tables = {"midlayer.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    plain = drafted(tiny_target, changed(tmp_path / "a", lambda weights: None)).tree.scores
-    more = changed(tmp_path / "b", add(**ones, **tables))
+    plain = drafted(tiny_target, save_changed(tmp_path / "a", lambda weights: None)).tree.scores
+    more = save_changed(tmp_path / "b", add(**ones, **tables))
     np.testing.assert_array_equal(drafted(tiny_target, more).tree.scores, plain)
-    without = changed(tmp_path / "c", drop("t2d"))  # it follows from d2t
+    without = save_changed(tmp_path / "c", drop("t2d"))  # t2d follows from d2t
     np.testing.assert_array_equal(drafted(tiny_target, without).tree.scores, plain)

@@ -1,4 +1,4 @@
-"""Texts under an agent, and rollouts of an environment."""
+"""Generations under an agent, and rollouts of an environment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from spec_envs.env import SpecEnv
 from spec_envs.generation import Generation
 
 
-def played(env: SpecEnv, control: Control, agent: Any, tokens: int, seed: int) -> Generation:
-    """Run a text of an environment; an agent that sees only what it looks at acts as if it saw everything."""
+def generation_under(env: SpecEnv, control: Control, agent: Any, tokens: int, seed: int) -> Generation:
+    """Return a generation of the environment's first prompt under an agent.
+
+    Asserts that the agent acts the same when it is given the whole observation instead of the entries in ``looks_at``.
+    """
     env.reset(seed=seed)
     seeing_all = Policy(control, copy.deepcopy(agent))
     seeing_all.looks_at = None
