@@ -28,11 +28,10 @@ from spec_envs.experiments.measure.costs import (
     Curves,
     curves_by_dtype,
     dtypes_at_speed,
-    read_seconds,
-    weight_bytes,
 )
 from spec_envs.experiments.measure.encoding import Inline, to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
+from spec_envs.experiments.measure.floor import Floor, weight_bytes
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
 from spec_envs.experiments.measure.quality import Quality, quality
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
@@ -54,22 +53,6 @@ RATIOS = {
     "static_over_llamacpp_drafting": ("static", "llama.cpp drafting"),
     "llamacpp_drafting_over_llamacpp": ("llama.cpp drafting", "llama.cpp"),
 }
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The time that reading the target's weights takes, and its share of a plain step."""
-
-    weight_bytes: int
-    read_bytes_per_second: float
-    floor_seconds: float
-    share_of_floor: float
-
-    @classmethod
-    def of(cls, size: int, seconds: float) -> Floor:
-        """Measure the floor of a plain step of ``seconds`` that reads ``size`` bytes of weights."""
-        floor = read_seconds(size)
-        return cls(size, size / floor, floor, floor / seconds)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,4 @@
-"""Cost curves of this machine, seconds of a target forward and of a drafter forward by rows, and how near a forward is
-to the time that reading its weights takes."""
+"""Cost curves of this machine: seconds of a forward of the target and of the drafter, by rows."""
 
 from __future__ import annotations
 
@@ -7,7 +6,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +20,7 @@ from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
-from spec_envs.decoding.model import int8, kernels
+from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.live import decoder_for
@@ -29,14 +29,15 @@ from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 
-VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # a row more than a tile of 16 costs a jump
-DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, or more that it has to catch up with
-CONTEXT = 256  # rows in the cache when a curve is measured
-WINDOWS, MOST = 3, 9  # windows of time that have to agree, and that are tried until they do
-LONGEST = 60.0  # seconds after which no further window is tried
-AGREE = 0.1  # largest difference between windows, as a share of the seconds
+VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # 17, because the cost jumps after a tile of 16 rows
+DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, and several that it catches up with
+CONTEXT = 256  # rows in the cache while curves are measured
+WINDOWS, MOST = 3, 9  # windows of time that have to agree, and the most that are measured
+LONGEST = 60.0  # seconds after which no further window is measured
+AGREE = 0.1  # largest difference between windows that agree, as a share of the seconds
 
 Curves = dict[str, dict[int, float]]
+"""Seconds by rows of ``"verify"``, the target's forwards, and ``"draft"``, the drafter's."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ class Measured:
     """A cost table of this machine.
 
     Attributes:
-        curves: seconds by rows of ``verify`` and ``draft``.
-        spread: the largest difference between the windows of time that they are from, as a share of the seconds.
-        windows: how many were tried.
+        spread: largest difference between the windows of time that the curves come from, as a share of the seconds.
+        windows: number of windows that were measured.
     """
 
     curves: Annotated[Curves, Inline()]
@@ -56,15 +56,15 @@ class Measured:
 
 
 def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Curves:
-    """Return seconds by rows of ``verify`` and of ``draft``, after a text of ``CONTEXT`` tokens; see ``measured``."""
+    """Return the cost curves of a decoder after a text of ``CONTEXT`` tokens; see ``measured``."""
     return measured(decoder, rows, repeats).curves
 
 
 def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Measured:
-    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up: whatever
-    else runs on a machine makes forwards slower, never faster. Windows that do not agree are logged.
+    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up.
 
-    Of each number of rows the median counts; more rows never cost less.
+    The fastest ones count, because other load on the machine makes forwards slower, never faster. Each number of rows
+    costs the median of these windows, and never less than fewer rows. Windows that do not agree are logged.
     """
     found: list[Curves] = []
     spread, began = math.inf, time.perf_counter()
@@ -74,8 +74,8 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
         spread = difference(fastest)
     if spread > AGREE:
         LOG.warning(
-            f"the machine is busy: of {len(found)} windows of time in which forwards were measured, the fastest "
-            f"{WINDOWS} differ by {100 * spread:.0f} %; the cost table is uncertain by as much"
+            f"the machine is busy: forwards were measured in {len(found)} windows of time, and the fastest {WINDOWS} of "
+            f"them differ by {100 * spread:.0f} %; the cost table is as uncertain as that"
         )
     curves = {
         part: monotone({n: statistics.median(one[part][n] for one in fastest) for n in fastest[0][part]})
@@ -85,13 +85,15 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
 
 
 def total(curves: Curves) -> float:
-    """Return the seconds of all forwards together."""
+    """Return the sum of the seconds of all points."""
     return sum(seconds for curve in curves.values() for seconds in curve.values())
 
 
 def difference(found: Sequence[Curves]) -> float:
-    """Return the largest difference between several measurements of the same forward, as a share of their median; that
-    of the cheapest ones counts against a plain step, for a microsecond more or less bends no decision."""
+    """Return the largest difference between measurements of the same forward, as a share of their median.
+
+    Forwards cheaper than a plain step are compared with a plain step, because a microsecond changes no decision.
+    """
     plain = min(min(one["verify"].values()) for one in found)
     shares = []
     for part in found[0]:
@@ -102,116 +104,112 @@ def difference(found: Sequence[Curves]) -> float:
 
 
 def monotone(curve: dict[int, float]) -> dict[int, float]:
-    """Return the nearest curve that never falls."""
+    """Return the nearest curve (least squares) that never falls."""
     rows = sorted(curve)
     fitted = isotonic_regression([curve[n] for n in rows]).x
     return dict(zip(rows, map(float, fitted), strict=True))
 
 
+class Stopwatch:
+    """Collects the seconds of forwards, by part and rows.
+
+    Args:
+        synchronize: waits until the device has finished its work.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.synchronize = synchronize
+        self.seconds: dict[str, dict[int, list[float]]] = {"verify": {}, "draft": {}}
+
+    @contextmanager
+    def time(self, part: str, rows: int) -> Iterator[None]:
+        """Time a forward of ``"verify"`` or ``"draft"``."""
+        self.synchronize()
+        begin = time.perf_counter()
+        yield
+        self.synchronize()
+        self.seconds[part].setdefault(rows, []).append(time.perf_counter() - begin)
+
+    def curves(self) -> Curves:
+        """Return the median of each number of rows; the first forward of each is a warm-up and does not count."""
+        return {
+            part: {rows: statistics.median(seconds[1:]) for rows, seconds in found.items()}
+            for part, found in self.seconds.items()
+        }
+
+
 def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
     """Return seconds by rows in one window of time.
 
-    The row counts are visited in turn, ``repeats`` times over, so that a machine that drifts bends all of them alike.
+    The row counts take turns, ``repeats`` times over, so that a drift of the machine's speed affects all of them alike.
     """
-    rng = np.random.default_rng(0)
+    rng, watch = np.random.default_rng(0), Stopwatch(decoder.clock.synchronize)
     prompt = rng.integers(3, decoder.verifier.vocab, CONTEXT).tolist()
-    sync = decoder.clock.synchronize
-    verify: dict[int, list[float]] = {n: [] for n in rows}
-    model = draft_model(decoder)
-    draft: dict[int, list[float]] = {n: [] for n in (DRAFT_ROWS if model else (1, decoder.tree.width))}
     eos, decoder.eos = decoder.eos, frozenset()
     try:
         decoder.start(prompt, 4 * (repeats + 1) + 16, rng)
         decoder.cycle(2)
-        for _ in range(repeats + 1):  # the first one warms up
+        for _ in range(repeats + 1):
             for n in rows:
-                chain, tokens = np.arange(n - 1), rng.integers(3, decoder.verifier.vocab, n - 1)
-                if isinstance(decoder.verifier, SplitVerifier) and n > 1:
-                    decoder.verifier.look(tokens[:-1].tolist())  # the last one's row alone is left to the verification
-                begin = timed(sync)
-                state = decoder.local.cache.length, decoder.local.last
-                decoder.verifier.verify(tokens, chain - 1, chain)
-                verify[n].append(timed(sync) - begin)
-                decoder.local.cache.length, decoder.local.last = state
-            if model is not None:
-                for n in DRAFT_ROWS:
-                    begin = timed(sync)
-                    model.preview(prompt[:n])
-                    draft[n].append(timed(sync) - begin)
-            else:
-                begin = timed(sync)
-                decoder.begin()
-                if decoder.tree.width > 1 or isinstance(
-                    decoder.verifier, SplitVerifier
-                ):  # of lookup, the expansions are enough
-                    draft[1].append(timed(sync) - begin)
-                begin = timed(sync)
-                decoder.expand()
-                draft[decoder.tree.width].append(timed(sync) - begin)
-            decoder.verify(decoder.tree.width + 1)  # the whole of a chain, which may not be cut
+                time_verification(decoder, rng.integers(3, decoder.verifier.vocab, n - 1), watch)
+            time_drafting(decoder, prompt, watch)
+            decoder.verify(decoder.tree.width + 1)  # all of a chain, which must not be cut
     finally:
         decoder.eos = eos
-    return {
-        part: {n: statistics.median(seconds[1:]) for n, seconds in curve.items()}
-        for part, curve in (("verify", verify), ("draft", draft))
-    }
+    return watch.curves()
+
+
+def time_verification(decoder: Decoder, tokens: np.ndarray, watch: Stopwatch) -> None:
+    """Time the verification of a chain of tokens, and take it back."""
+    chain, cache = np.arange(len(tokens)), decoder.local.cache
+    if isinstance(decoder.verifier, SplitVerifier) and len(tokens):
+        decoder.verifier.look(tokens[:-1].tolist())  # drafting has computed all rows but that of the last token
+    last, length = decoder.local.last, cache.length
+    with watch.time("verify", len(tokens) + 1):
+        decoder.verifier.verify(tokens, chain - 1, chain)
+    cache.length, decoder.local.last = length, last
+
+
+def time_drafting(decoder: Decoder, prompt: list[int], watch: Stopwatch) -> None:
+    """Time the drafter: a draft model over several tokens, other drafters over the first two levels of a cycle."""
+    if model := draft_model(decoder):
+        for n in DRAFT_ROWS:
+            with watch.time("draft", n):
+                model.preview(prompt[:n])
+        return
+    with watch.time("draft", 1):
+        decoder.begin()
+    with watch.time("draft", decoder.tree.width):
+        decoder.expand()
 
 
 def draft_model(decoder: Decoder) -> DraftModelDrafter | None:
-    """Return the draft model of a decoder that has one, be it after prompt lookup."""
+    """Return the draft model of a decoder, also where prompt lookup comes first; None if it has none."""
     drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
     return drafter if isinstance(drafter, DraftModelDrafter) else None
 
 
 def dtypes_at_speed(device: torch.device) -> list[str]:
-    """Return the dtypes that compute at speed here, and float32."""
+    """Return the dtypes that a device computes fast, and float32."""
     dtypes = ["int8"] if device.type == "cpu" and kernels.fast() else []
     return [*dtypes, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
 
 
 def curves_by_dtype(env: Keywords, control: Control, dtypes: Sequence[str]) -> dict[str, Curves]:
-    """Return cost curves in each of ``dtypes`` that the model can be computed in."""
+    """Return the cost curves in each of ``dtypes`` that the models can be computed in."""
     curves = {}
     for dtype in dtypes:
         try:
             decoder = over_models(decoder_for({**env, "dtype": dtype}, control))
-        except ValueError as error:  # widths that the int8 kernels do not compute
+        except ValueError as error:  # the int8 kernels do not compute all widths
             LOG.warning(f"no cost curve in {dtype}: {error}")
             continue
         curves[dtype] = cost_curves(decoder, repeats=3)
     return curves
 
 
-def weight_bytes(decoder: Decoder) -> int:
-    """Return the bytes of weights that one forward of the target reads: every layer and the head."""
-    shape, target = decoder.local.target.shape, decoder.local.target
-    heads = shape.heads + 2 * shape.kv_heads
-    attention = shape.hidden * shape.head_dim * (heads + shape.heads)
-    feed = 3 * shape.hidden * target.config.intermediate_size
-    count = shape.layers * (attention + feed) + shape.vocab * shape.hidden
-    return int(count * target.dtype.itemsize)
-
-
-def read_seconds(size: int, repeats: int = 15) -> float:
-    """Return the seconds of reading ``size`` bytes of memory once, on all threads: the floor of a forward of that many
-    bytes."""
-    data = torch.zeros(size // 4)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        int8.read_all(data)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
-def timed(synchronize: Callable[[], None]) -> float:
-    """Return the time once the device has nothing left to do."""
-    synchronize()
-    return time.perf_counter()
-
-
 def describe(curves: Curves) -> str:
-    """Return the curves in units of one plain step, in one line."""
+    """Return one line with the curves in units of a plain step."""
     plain = curves["verify"][1]
     verify = ", ".join(f"{n}: {s / plain:.2f}" for n, s in curves["verify"].items())
     draft = ", ".join(f"{n}: {s / plain:.3f}" for n, s in curves["draft"].items())
