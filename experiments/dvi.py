@@ -1,10 +1,10 @@
-"""Improve an early exit and report its speed: a stanza of experiments/SpecDVI-v0.yml by flags.
+"""Train an early exit and measure it: a stanza of experiments/SpecDVI-v0.yml, set by flags.
 
     python -m spec_envs.experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8
         --beta_kl 0.1 --baseline_momentum 0.9
 
-trains where the run was not trained yet, evaluates on held-out prompts and writes RESULTS/<stanza>-<seed>.json. A flag
-that is left out is as in the stanza; the key that it stands for is given with it below.
+trains the run unless it is trained already, evaluates it on held-out prompts and writes RESULTS/<stanza>-<seed>.json. A
+flag that is left out has the stanza's value; its help below names the key that it sets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from spec_envs.experiments.train import trained
 from spec_envs.files import read_json, write_json
 
 ENV = "SpecDVI-v0"
-REINFORCE = ("slow_every", "beta_kl", "baseline_momentum")  # which dvi does not have
+REINFORCE = ("slow_every", "beta_kl", "baseline_momentum")  # flags that the agent dvi does not have
 
 
 class Flag(NamedTuple):
@@ -52,28 +52,32 @@ class Flag(NamedTuple):
 
 
 FLAGS = {
-    "model_name": Flag(nonempty, "env.target", "name of models.yml, hub id, folder or GGUF file"),
-    "exit_layer": Flag(POSITIVE, "env.exit_layer", "layers in front of the exit"),
-    "adapter": Flag(nonempty, "env.adapter", "head, kangaroo or layers"),
-    "rank": Flag(POSITIVE, "env.rank", "of the low-rank weights"),
-    "block": Flag(POSITIVE, "env.block", "drafted tokens that are verified together while learning"),
-    "draft_temperature": Flag(TEMPERATURE, "env.draft_temperature", "at which drafts are drawn while learning"),
-    "max_new_tokens": Flag(TOKENS, "env.max_new_tokens", "per prompt"),
-    "switch_every": Flag(whole_number(0), "env.switch_every", "prompts after which another set has its turn"),
+    "model_name": Flag(nonempty, "env.target", "target: a name of models.yml, a hub id, a folder or a GGUF file"),
+    "exit_layer": Flag(POSITIVE, "env.exit_layer", "number of layers before the exit"),
+    "adapter": Flag(nonempty, "env.adapter", "trained part: head, kangaroo or layers"),
+    "rank": Flag(POSITIVE, "env.rank", "rank of the low-rank weights"),
+    "block": Flag(POSITIVE, "env.block", "drafted tokens that are verified together during training"),
+    "draft_temperature": Flag(TEMPERATURE, "env.draft_temperature", "sampling temperature of drafts during training"),
+    "max_new_tokens": Flag(TOKENS, "env.max_new_tokens", "most new tokens per prompt"),
+    "switch_every": Flag(whole_number(0), "env.switch_every", "prompts after which the prompt set changes"),
     "dtype": Flag(nonempty, "env.dtype", "auto, int8, bfloat16 or float32"),
-    "fast_batch": Flag(POSITIVE, "hyperparameters.fast_batch", "judged rows between updates"),
+    "fast_batch": Flag(POSITIVE, "hyperparameters.fast_batch", "verified rows between updates"),
     "replay_batch": Flag(
-        whole_number(0), "hyperparameters.replay_batch", "remembered rows that join those of an update"
+        whole_number(0), "hyperparameters.replay_batch", "replayed rows that are added to those of an update"
     ),
     "slow_every": Flag(
-        whole_number(0), "hyperparameters.slow_every", "updates between steps of the verifier (reinforce)"
+        whole_number(0), "hyperparameters.slow_every", "updates between training steps of the verifier (reinforce)"
     ),
     "beta_kl": Flag(number(0), "hyperparameters.beta_kl", "weight of the KL to the frozen verifier (reinforce)"),
-    "baseline_momentum": Flag(number(0, 1), "hyperparameters.baseline_momentum", "of the moving baseline (reinforce)"),
-    "learning_rate": Flag(number(0, 1, above=True), "hyperparameters.learning_rate", "of what drafts"),
-    "texts": Flag(POSITIVE, "hyperparameters.texts", "prompts to read (without it each one once)"),
-    "own_text": Flag(whole_number(0), "own_text", "user turns that the target writes to learn from"),
-    "test_prompts": Flag(PROMPTS, "test_prompts", "held-out prompts of the evaluation"),
+    "baseline_momentum": Flag(
+        number(0, 1), "hyperparameters.baseline_momentum", "momentum of the moving baseline (reinforce)"
+    ),
+    "learning_rate": Flag(
+        number(0, 1, above=True), "hyperparameters.learning_rate", "learning rate of the drafting part"
+    ),
+    "texts": Flag(POSITIVE, "hyperparameters.texts", "number of prompts to read (by default each one once)"),
+    "own_text": Flag(whole_number(0), "own_text", "number of user turns that the target writes for training"),
+    "test_prompts": Flag(PROMPTS, "test_prompts", "number of held-out prompts of the evaluation"),
 }
 
 
@@ -90,12 +94,12 @@ def arguments() -> argparse.Namespace:
         type=input_file,
         nargs="+",
         metavar="PATH",
-        help="logs in ShareGPT's format to learn from, one after another",
+        help="logs in ShareGPT's format, read one after another for training",
     )
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="further keys of the stanza"
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of agent and environment (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of agent and environment (default 0)")
     parser.add_argument(
         "--root", type=output_folder, default=Path("runs"), help="where runs are written (default runs)"
     )
@@ -144,7 +148,7 @@ def improve(args: argparse.Namespace) -> None:
 
 
 def refuse_other(path: Path, folder: Path) -> None:
-    """Refuse to write over the results of another run, such as one of the same seed under another root."""
+    """Refuse to overwrite the results of another run, for example one with the same seed under another root."""
     if not path.exists():
         return
     found = read_json(path, "delete it, or choose another --results")

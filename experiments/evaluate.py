@@ -1,7 +1,7 @@
-"""Compare policies: live against plain decoding, a random one, the best static setting and transformers.
+"""Measure a trained policy beside plain decoding, a random policy, the best static setting and transformers (`make eval`).
 
-`make eval RUN=runs/…` makes a run's table again; `make eval DEPTH="6 runs/…" BUDGET="32 runs/…"` runs every mix of
-fixed and learned depth and budget.
+`make eval RUN=runs/…` makes a run's table again; `make eval DEPTH="6 runs/…" BUDGET="32 runs/…"` measures every
+combination of fixed and learned depths and budgets.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from spec_envs.settings import Keywords
 
 
 def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None) -> Results:
-    """Return the table of one run: plain, random, best static setting, trained policy, transformers.
+    """Return the table of a run: plain decoding, a random policy, the best static setting, the trained policy, and
+    transformers.
 
     Args:
-        overrides: environment keywords other than the run's; the static setting is then chosen again.
-        test_prompts: how many; the run's own number by default.
+        overrides: keyword arguments of the environment that replace the run's; the static setting is then chosen again.
+        test_prompts: number of held-out prompts; by default that of the run.
 
     Raises:
-        ValueError: not a run, or overrides that nothing in it would read.
+        ValueError: the folder is not a run, or an override would have no effect on it.
     """
     config = agents.read_config(run)
     env = {**config["env"], **config.get("eval_env", {}), **overrides}
@@ -81,10 +82,13 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
 
 
 def check_overrides(overrides: Keywords, env: Keywords) -> None:
-    """Refuse settings that an evaluation would take and not read, and unknown names of prompts.
+    """Refuse overrides without effect, and unknown prompt sets.
+
+    Args:
+        env: all keyword arguments of the evaluation.
 
     Raises:
-        ValueError: one of them.
+        ValueError: there is such an override.
     """
     trace = env.get("trace")
     if not trace:
@@ -93,17 +97,18 @@ def check_overrides(overrides: Keywords, env: Keywords) -> None:
         return
     if ignored := sorted(set(overrides) - {"clock", "max_new_tokens", "prompts"}):
         raise ValueError(
-            f"{', '.join(ignored)} cannot be set: the run is replayed from the trace {trace!r}, which was made with its own"
+            f"{', '.join(ignored)} cannot be set, because the run is replayed from the trace {trace!r}, which was recorded "
+            "with other values"
         )
     if "prompts" in overrides:
         recordings.load(trace).prompts("test", overrides["prompts"])
 
 
 def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: Keywords, test_prompts: int) -> Results:
-    """Return the table of every mix of depths and budgets, each a number or a run folder."""
+    """Return the table of every combination of depths and budgets, each a number or a run folder."""
     trained = [agents.read_config(Path(value))["env"] for value in (*depths, *budgets) if not value.isdecimal()]
     if len({target_and_drafter(env) for env in trained}) > 1:
-        raise ValueError("the runs were trained with different targets or drafters; they cannot be mixed")
+        raise ValueError("the runs were trained with different targets or drafters; give runs of the same models")
     env = (trained[0] if trained else {}) | given
     check_overrides(given, env)
     policies, learned = {}, []
@@ -117,7 +122,7 @@ def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: Keyword
 
 
 def save(results: Results, folder: Path) -> None:
-    """Write results.png, results.md and, last, results.json in a folder, and print the table."""
+    """Write results.png, results.md and finally results.json into a folder, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(results, folder / "results.png")
     with whole(folder / "results.md") as path:
@@ -128,14 +133,14 @@ def save(results: Results, folder: Path) -> None:
 
 
 def folder_name(settings: Mapping[str, object]) -> str:
-    """Return the settings of an evaluation as the name of its folder, of a length that every file system takes."""
+    """Return the name of an evaluation's folder: its settings, cut to a length that every file system accepts."""
     name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}={value}").strip("_") for key, value in settings.items())
     return name if len(name) <= 150 else f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
+    parser.add_argument("run", nargs="?", type=Path, help="run folder")
     parser.add_argument(
         "--depth", default="", help="depths, each a number or a run folder, separated by spaces (default 1)"
     )
@@ -146,15 +151,17 @@ def arguments() -> argparse.Namespace:
         "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
     )
     parser.add_argument("--prompts", type=nonempty, help="prompt sets, separated by commas")
-    parser.add_argument("--count", type=PROMPTS, help="held-out prompts (default: as many as the run had, or 15)")
+    parser.add_argument("--count", type=PROMPTS, help="number of held-out prompts (default: the run's, or 15)")
     parser.add_argument("--dtype", type=nonempty, help="auto, int8, bfloat16, float32 (default: the run's)")
     parser.add_argument("--clock", type=nonempty, help="wall, or a cost table (default: the run's)")
-    parser.add_argument("--temperature", type=TEMPERATURE, help="of the target (default: the run's)")
-    parser.add_argument("--max-new-tokens", type=TOKENS, help="per prompt (default: the run's)")
+    parser.add_argument(
+        "--temperature", type=TEMPERATURE, help="sampling temperature of the target (default: the run's)"
+    )
+    parser.add_argument("--max-new-tokens", type=TOKENS, help="most new tokens per prompt (default: the run's)")
     parser.add_argument(
         "--out",
         type=output_folder,
-        help="folder of the results (default: the run's, or one below its eval/ or runs/mixes/ named by the settings)",
+        help="folder of the results (default: the run's; with other settings one in its eval/, for mixes one in runs/mixes/)",
     )
     return parser.parse_args()
 

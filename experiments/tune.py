@@ -1,9 +1,9 @@
-"""Tune a published controller on training prompts (`make tune AGENT=…`), with Optuna.
+"""Tune the hyper-parameters of a published controller on training prompts with Optuna (`make tune AGENT=…`).
 
-Every trial decodes the same training prompts under other hyper-parameters; a cost table of this machine, measured when
-the study begins, prices the forwards, so that a busy moment chooses nothing. Killed at any moment, the same command
-continues to the same total and the same settings. Writes runs/tune/<EnvId>/<stanza>/: study.log, clock.json, best.yml
-and history.png.
+Every trial decodes the same training prompts with other hyper-parameters. Forwards are priced by a cost table of this
+machine, which is measured when the study begins, so that other load on the machine does not influence the choice. If
+the process is killed at any moment, the same command continues and ends with the same settings. Writes study.log,
+clock.json, best.yml and history.png into runs/tune/<EnvId>/<stanza>/.
 """
 
 from __future__ import annotations
@@ -44,11 +44,15 @@ from spec_envs.settings import Keywords
 
 
 def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: int, tokens: int, folder: Path) -> None:
-    """Run the study up to ``trials`` trials in all and write what was best.
+    """Continue the study of a folder to ``trials`` trials in all, and write the best settings.
+
+    Args:
+        prompts: number of training prompts.
+        tokens: most new tokens of each.
 
     Raises:
-        ValueError: an agent or an engine that cannot be tuned, or a folder that another process holds or that was begun
-            with other settings.
+        ValueError: the agent or the engine cannot be tuned, or the folder is held by another process or was begun with
+            other settings.
     """
     experiment = load_experiment(env_id, stanza, overrides)
     control = make_control(env_id, experiment.env)
@@ -76,7 +80,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
             trial.set_user_attr("hyperparameters", settings)
             candidate = kind(control=control, **settings)
             candidate.load(folder)
-            decoder.clock = PricedClock(costs)  # whose sums would otherwise round differently from trial to trial
+            decoder.clock = PricedClock(costs)  # a new clock, because sums over all trials would round differently
             arms = {"candidate": decoded(decoder, Policy(control, candidate))}
             return throughput(run_arms(arms, chosen, tokens, "", quiet=True)["candidate"])
 
@@ -85,8 +89,8 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
 
 
 def search(study: optuna.Study, speed: Callable[[optuna.Trial], float], trials: int) -> None:
-    """Run what is missing of ``trials``. Each has a generator of its own, so that the search is the same however often
-    it is interrupted."""
+    """Run the trials that are missing of ``trials``. Each has its own seed, so that interruptions do not change the
+    search."""
     done = len(finished(study))
     for number in trange(done, trials, initial=min(done, trials), total=trials, desc="tuning", unit="trial"):
         study.sampler = optuna.samplers.TPESampler(seed=number)
@@ -94,11 +98,11 @@ def search(study: optuna.Study, speed: Callable[[optuna.Trial], float], trials: 
 
 
 def report(study: optuna.Study, folder: Path) -> None:
-    """Write the best settings and the picture of a study, and print them."""
+    """Write the best settings and the picture of a study, and print the settings."""
     best, done = study.best_trial, finished(study)
     with whole(folder / "best.yml") as path:
         path.write_text(yaml.safe_dump({"hyperparameters": best.user_attrs["hyperparameters"]}, sort_keys=False))
-    warnings.simplefilter("ignore", ExperimentalWarning)  # that the picture may look otherwise one day
+    warnings.simplefilter("ignore", ExperimentalWarning)  # the picture's look may change
     figure = plot_optimization_history(study).get_figure(root=True)
     assert figure is not None
     with whole(folder / "history.png") as path:
@@ -109,13 +113,13 @@ def report(study: optuna.Study, folder: Path) -> None:
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Return the trials that came to a figure; one that was interrupted does not count."""
+    """Return the trials that were completed, not those that were interrupted."""
     return study.get_trials(states=(TrialState.COMPLETE,))
 
 
 def priced(folder: Path, env: Keywords, control: Control) -> Path:
-    """Return the cost table of a folder: that of the environment, or this machine's, measured if it is not there
-    yet."""
+    """Return the file of a study's cost table: a copy of the environment's, or this machine's, which is measured if the
+    file does not exist yet."""
     table = folder / "clock.json"
     recording = recordings.load(env["trace"]) if env.get("trace") is not None else None
     clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
@@ -128,8 +132,8 @@ def priced(folder: Path, env: Keywords, control: Control) -> Path:
 
 
 class Unlocked(JournalFileOpenLock):
-    """No lock: who writes the journal holds the whole folder, and Optuna's own lock outlives a process that is
-    killed."""
+    """Replaces Optuna's lock of the journal, which outlives a killed process, by none: the process that writes the
+    journal holds the whole folder."""
 
     def acquire(self) -> bool:
         return True
@@ -139,17 +143,17 @@ class Unlocked(JournalFileOpenLock):
 
 
 def opened(folder: Path) -> optuna.Study:
-    """Return the study of a folder that this process holds, new or as far as it has come.
+    """Return the study of a folder that this process holds; it is created if it does not exist yet.
 
-    What a killed process leaves is cleared: Optuna's lock of the journal, a last line that was cut short, and a trial
-    that was running, which counts as failed.
+    The remains of a killed process are removed: Optuna's lock of the journal, a truncated last line, and the trial that
+    was running, which counts as failed.
 
     Raises:
         ValueError: the journal is damaged.
     """
     journal = folder / "study.log"
-    for left in folder.glob(f"{journal.name}.lock*"):
-        left.unlink()
+    for lock in folder.glob(f"{journal.name}.lock*"):
+        lock.unlink()
     if journal.exists():
         lines = journal.read_bytes()
         write_bytes(journal, lines[: lines.rfind(b"\n") + 1])
@@ -165,12 +169,12 @@ def opened(folder: Path) -> optuna.Study:
             study.tell(trial.number, state=TrialState.FAIL)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{journal} is damaged ({reason[0]}); delete {folder} to tune anew") from None
+        raise ValueError(f"{journal} is damaged ({reason[0]}); delete {folder} to tune again") from None
     return study
 
 
 def train(agent: Agent, env: Keywords, env_id: str, table: Path, total_timesteps: int, folder: Path) -> None:
-    """Train, once for all trials, the part of an agent that learns."""
+    """Train an agent once for all trials, if it learns at all."""
     spec_env = SpecEnv(env_id, **{**env, "clock": str(table)})
     agent.learn(total_timesteps, spec_env)
     agent.save(folder)
@@ -178,7 +182,7 @@ def train(agent: Agent, env: Keywords, env_id: str, table: Path, total_timesteps
 
 
 def published(agent: Agent) -> dict[str, Any]:
-    """Return the settings that the study tries first: the agent's own, as far as they are tuned."""
+    """Return the settings that the study tries first: the agent's values of those that are tuned."""
     tuned = agent.space(optuna.create_study().ask())
     return {name: value for name, value in agent.settings.model_dump().items() if name in tuned}
 
@@ -190,9 +194,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the stanza"
     )
-    parser.add_argument("--trials", type=POSITIVE, default=30, help="in all (default 30)")
-    parser.add_argument("--prompts", type=POSITIVE, default=12, help="training prompts (default 12)")
-    parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens of each (default 64)")
+    parser.add_argument("--trials", type=POSITIVE, default=30, help="number of trials in all (default 30)")
+    parser.add_argument("--prompts", type=POSITIVE, default=12, help="number of training prompts (default 12)")
+    parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens per prompt (default 64)")
     parser.add_argument("--root", type=output_folder, default=Path("runs/tune"), help="where studies are written")
     return parser.parse_args()
 

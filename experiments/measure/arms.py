@@ -1,4 +1,4 @@
-"""Arms of a comparison, which run side by side: prompt by prompt, interleaved in one process."""
+"""Arms of a comparison, which are interleaved prompt by prompt in one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spec_envs.network.link import LinkState
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt ready to decode."""
+    """A prompt as token ids, and its task."""
 
     task: str
     ids: list[int]
@@ -26,14 +26,18 @@ class Encoded:
 
 @dataclass
 class Sample:
-    """One prompt under one arm.
+    """The measurements of one prompt under one arm.
 
     Attributes:
-        tokens: emitted ones, without the first token, which is the prefill's, and those that no target verified.
-        seconds: of the tokens, the prefill left out.
-        ids: the whole answer.
-        lengths: candidates drafted by cycle.
-        states: of a simulated link, by cycle.
+        tokens: number of emitted tokens, except the first one (it belongs to the prefill) and those that no target
+            verified.
+        seconds: seconds of decoding, without the prefill.
+        ids: token ids of the whole answer.
+        scored: drafted tokens that the target verified: the accepted ones plus the first rejected one of each chain.
+        parts: seconds by part of a cycle.
+        actions: the agent's decisions.
+        lengths: drafted candidates of each cycle.
+        states: state of a simulated link in each cycle.
     """
 
     prompt: Encoded
@@ -54,17 +58,17 @@ class Sample:
 
 
 Arm = Callable[[Encoded, int, int], Sample]
-"""Returns the sample of a prompt, with at most so many new tokens and a seed."""
+"""Returns the sample of a prompt, given the most new tokens and a seed."""
 
 
 def decoded(decoder: Engine, policy: Policy | None) -> Arm:
-    """Return the arm of this project's decoder under a policy; None decodes plainly."""
+    """Return the arm of one of this project's decoders under a policy; None decodes plainly."""
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         rng = np.random.default_rng(seed)
         done = Generation(decoder, policy, prompt.ids, max_new_tokens, rng, prompt.task)
         channel = simulated_channel(decoder)
-        states = [channel.used if channel else None for _ in done][1:]  # the state in the cycle that has just ended
+        states = [channel.used if channel else None for _ in done][1:]  # after each cycle, the state during it
         cycles = done.cycles
         parts = {part: sum(c.seconds[part] for c in cycles) for part in ("draft", "verify", "network", "policy")}
         return Sample(
@@ -89,7 +93,7 @@ def decoded(decoder: Engine, policy: Policy | None) -> Arm:
 
 
 def simulated_channel(decoder: Engine) -> SimulatedChannel | None:
-    """Return the simulated link that a decoder verifies over, if there is one."""
+    """Return the channel of the simulated link that a decoder verifies over; None if it verifies over no such link."""
     if isinstance(decoder, LinkedDecoder) and isinstance(decoder.verifier.channel, SimulatedChannel):
         return decoder.verifier.channel
     return None
@@ -103,10 +107,17 @@ def run_arms(
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, list[Sample]]:
-    """Run every arm on every prompt, prompt by prompt in rotating order, after one warm-up each.
+    """Run every arm on every prompt after one warm-up each, prompt by prompt, and return the samples of each arm.
 
-    A prompt on which an arm has nothing to do (the first token ends the text) is left out for all. ``quiet`` shows no
-    progress bar.
+    The order of the arms rotates. A prompt whose answer ends with its first token under any arm is left out for all.
+
+    Args:
+        desc: label of the progress bar.
+        seed: seed of the first prompt; each further prompt adds 1.
+        quiet: shows no progress bar.
+
+    Raises:
+        ValueError: there are no prompts, or all are left out.
     """
     if not prompts:
         raise ValueError("there are no prompts to run; expected at least one")
@@ -117,12 +128,12 @@ def run_arms(
             arms[name](prompts[0], min(16, max_new_tokens), seed)
             bar.update()
         for i, prompt in enumerate(prompts):
-            turn = {}
+            found = {}
             for name in names[i % len(names) :] + names[: i % len(names)]:
-                turn[name] = arms[name](prompt, max_new_tokens, seed + i)
+                found[name] = arms[name](prompt, max_new_tokens, seed + i)
                 bar.update()
-            if all(sample.tokens > 0 for sample in turn.values()):
-                for name, sample in turn.items():
+            if all(sample.tokens > 0 for sample in found.values()):
+                for name, sample in found.items():
                     samples[name].append(sample)
     if not samples[names[0]]:
         raise ValueError(f"no prompt is answered with more than one token within max_new_tokens={max_new_tokens}")

@@ -1,5 +1,4 @@
-"""Results are dataclasses in the code and JSON in files: `to_json` where a file is written, `from_json` where one is
-read."""
+"""Conversion between results, which are dataclasses in the code, and JSON, which they are in files."""
 
 from __future__ import annotations
 
@@ -16,18 +15,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inline:
-    """Annotates a field, a dictionary or a dataclass, whose items stand in JSON beside those of its owner, under keys
-    with a prefix and a suffix: ``over: Annotated[dict[str, Interval], Inline("over_")]``."""
+    """Marks a field (a dictionary or a dataclass) whose items are written beside the other fields of its owner.
+
+    Their keys have a prefix and a suffix: ``over: Annotated[dict[str, Interval], Inline("over_")]``.
+    """
 
     prefix: str = ""
     suffix: str = ""
 
     def key(self, name: str) -> str:
-        """Return the key of an item."""
+        """Return the key under which an item is written."""
         return self.prefix + name + self.suffix
 
     def items(self, content: Mapping[str, object], others: Collection[str]) -> dict[str, object]:
-        """Return the items of a JSON object that has keys of its own, ``others``."""
+        """Return the items of this field in a JSON object that also has the keys ``others``."""
         return {
             key.removeprefix(self.prefix).removesuffix(self.suffix): item
             for key, item in content.items()
@@ -36,8 +37,8 @@ class Inline:
 
 
 def to_json(value: Any) -> Any:
-    """Return dataclasses as dictionaries, as deep as they lie; a field whose default is None is left out where it is
-    None."""
+    """Return a value as JSON: dataclasses become dictionaries, at any depth. A field whose default is None is left out
+    if it is None."""
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -56,25 +57,25 @@ def to_json(value: Any) -> Any:
 
 
 def inlined(hint: Any) -> Inline | None:
-    """Return how a field's type marks it as inlined."""
+    """Return the ``Inline`` mark of a field's type, or None."""
     marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Inline)), None)
 
 
 def from_json(kind: type[T], content: Any) -> T:
-    """Return what ``to_json`` made JSON of; keys that the dataclass does not have are passed over.
+    """Return the dataclass that ``to_json`` wrote; unknown keys are ignored.
 
     Raises:
-        ValueError: a field is missing or of another type.
+        ValueError: a field is missing or has another type.
     """
     return cast(T, read(kind, content))
 
 
 def load(kind: type[T], path: Path, remedy: str) -> T:
-    """Return what a sealed JSON file holds.
+    """Return the dataclass that a sealed JSON file holds.
 
     Raises:
-        ValueError: the file is missing or damaged; the sentence names it and ends with ``remedy``.
+        ValueError: the file is missing or damaged; the message names it and ends with ``remedy``.
     """
     content = read_sealed(path, remedy)
     try:
@@ -84,7 +85,7 @@ def load(kind: type[T], path: Path, remedy: str) -> T:
 
 
 def read(kind: Any, content: Any) -> Any:
-    """Return JSON as a value of a type, which may be a union or have arguments."""
+    """Return JSON as a value of a type, which may be a union or a generic type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return read(arguments[0], content)
@@ -107,7 +108,7 @@ def read(kind: Any, content: Any) -> Any:
 
 
 def read_union(kinds: tuple[Any, ...], content: Any) -> Any:
-    """Return JSON as a value of the first of several types that it fits."""
+    """Return JSON as a value of the first type of a union that it fits."""
     reasons = []
     for kind in kinds:
         try:

@@ -1,4 +1,4 @@
-"""Pictures of results: opening and writing a figure, and the drawings that several of them share."""
+"""Pictures of results: opening and writing a figure, and drawings that several pictures share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from spec_envs.experiments.measure.results import Compared, Histogram, Interval
 from spec_envs.files import whole
 
-CROWDED = 24  # settings from which on their names are written upwards
+CROWDED = 24  # number of settings above which their names are written vertically
 
 
 @contextmanager
 def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """Open a figure of that many inches to draw in; it is written as a PNG file when the block ends."""
+    """Yield a figure to draw in, with its size in inches, and write it as a PNG file when the block ends."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
@@ -27,13 +27,13 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure whole or not at all."""
+    """Write a figure as a PNG file, whole or not at all."""
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def draw_arms(axis: Axes, arms: Mapping[str, Compared], reference: str) -> None:
-    """Draw horizontal bars of throughput over the reference arm."""
+    """Draw horizontal bars of the arms' throughput over that of a reference arm."""
     ratios = {name: arms[name].over[reference] for name in list(arms)[::-1]}
     draw_ratios(axis, ratios)
     axis.axvline(1.0, color="black", linewidth=0.8)
@@ -43,21 +43,22 @@ def draw_arms(axis: Axes, arms: Mapping[str, Compared], reference: str) -> None:
 
 
 def draw_ratios(axis: Axes, ratios: Mapping[str, Interval]) -> None:
-    """Draw horizontal bars with their intervals, the first one at the bottom."""
+    """Draw horizontal bars with their intervals, the first bar at the bottom."""
     errors = error_bars(list(ratios.values()))
     values = [ratio.value for ratio in ratios.values()]
     axis.barh(list(ratios), values, xerr=errors, color="tab:blue", alpha=0.75, capsize=3)
 
 
 def error_bars(ratios: Sequence[Interval]) -> list[list[float]]:
-    """Return the lengths of error bars below and above ratios. The bounds come from the bootstrap, the ratio does not:
-    where an interval is as narrow as rounding, the ratio may lie a hair outside it."""
+    """Return the lengths of error bars below and above ratios.
+
+    A length is at least 0: if rounding decides, a ratio may lie just outside its interval, which comes from a bootstrap.
+    """
     return [[max(0.0, r.value - r.low) for r in ratios], [max(0.0, r.high - r.value) for r in ratios]]
 
 
 def draw_shares(axis: Axes, histogram: Histogram) -> None:
-    """Draw the share of each choice in each state of a link, one bar per state from narrow to wide; rare choices
-    together."""
+    """Draw the share of each choice in each state of a link: one bar per state, rare choices together."""
     total = sum((Counter(counts) for counts in histogram.values()), Counter[str]())
     common = [choice for choice, n in total.most_common(9) if n >= 0.01 * total.total()]
     bottom = [0.0] * len(histogram)
@@ -76,7 +77,7 @@ def draw_shares(axis: Axes, histogram: Histogram) -> None:
 
 
 def draw_histogram(axis: Axes, histogram: Histogram) -> None:
-    """Draw the share of cycles per setting, one bar per task."""
+    """Draw the share of cycles of each setting, one bar per task."""
     width = 0.8 / len(histogram)
     for i, (task, counts) in enumerate(histogram.items()):
         total = max(1, sum(counts.values()))

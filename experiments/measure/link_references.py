@@ -1,4 +1,4 @@
-"""References over a link: always the same choice, or for each state of the link its own."""
+"""Reference policies over a link: the best single choice, and the best choice for each state of the link."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from spec_envs.network.edge.linked import is_address
 from spec_envs.network.link import LinkState, MarkovLink, load_link
 from spec_envs.settings import Keywords
 
-DRAFT = 4  # tokens of the drafts among which the best static k is looked for
-PROMPTS, TOKENS = 12, 64  # training prompts that choices are tried on, and tokens of each
-RECORDED = 40  # prompts where a trace is replayed, which costs little
+DRAFT = 4  # length of the drafts among which the best static k is searched
+PROMPTS, TOKENS = 12, 64  # training prompts on which choices are tried, and tokens of each
+RECORDED = 40  # prompts if a trace is replayed, which is cheap
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means of a choice over its cycles: tokens, seconds of computing, bytes both ways."""
+    """Means per cycle of a choice: tokens, seconds of computing, and bytes sent up and down."""
 
     tokens: float
     seconds: float
@@ -51,12 +51,12 @@ class Outcome:
         return cls(*(total / cycles for total in sums))
 
     def over(self, state: LinkState, jitter: float) -> float:
-        """Return the seconds of a cycle over a link in this state."""
+        """Return the seconds of a cycle over a link in a state; ``jitter`` is the mean one in seconds."""
         return self.seconds + state.rtt + jitter + self.up / state.up + self.down / state.down
 
 
 def best_choices(env: Keywords, control: Control) -> Best:
-    """Try every choice on training prompts, and find the best one; ``best_k`` is the best that drafts ``DRAFT``
+    """Try every choice on training prompts, and return the best one. ``best_k`` is the best one that drafts ``DRAFT``
     tokens."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
@@ -88,19 +88,21 @@ def best_choices(env: Keywords, control: Control) -> Best:
 
 
 def draft_length(setting: str) -> int:
-    """Return the tokens that a choice such as ``"4x300"`` drafts; 0 for one that leaves decoding to the cloud."""
+    """Return how many tokens a choice such as ``"4x300"`` drafts; 0 for a choice that lets the cloud decode alone."""
     length, draws, _ = setting.partition("x")
     return int(length) if draws else 0
 
 
 def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str, str], float]:
-    """Find the policy that knows the link's state and has the highest throughput ΣN/ΣT: return the choice
-    of each state, and the rate.
+    """Find the policy that knows the link's state and has the highest throughput ΣN/ΣT.
 
-    The state moves with every forward of the target, of which a draft takes one and n tokens of the cloud alone take n.
-    So this is an average-reward semi-Markov problem: at the optimum λ, max over choices of N − λT + Σ P^forwards h − h
-    = 0 in every state, for some h (Puterman 1994, section 11.4). Policy iteration, from the best choice of each state
-    alone.
+    The state moves with every forward of the target; a draft takes one forward, n tokens of the cloud alone take n. So
+    this is an average-reward semi-Markov decision problem: at the optimal rate λ, the maximum over choices of
+    N − λT + Σ P^forwards h − h is 0 in every state, for some h (Puterman 1994, section 11.4). It is solved by policy
+    iteration that starts from the choice with the highest N/T in each state.
+
+    Returns:
+        The choice for each state, and the rate λ in tokens per second.
     """
     names, n, jitter = list(outcomes), len(link.states), link.jitter_ms / 1e3
     tokens = np.array([outcomes[name].tokens for name in names])
@@ -110,7 +112,7 @@ def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str,
     chosen = (tokens[:, None] / seconds).argmax(0)
     while True:
         own = (chosen, np.arange(n))
-        # Unknown are h, with h = 0 in the first state, and in its place λ: N = h − P h + λT.
+        # Solve N = h − P h + λT for h and λ. As h is 0 in the first state, λ takes the place of its unknown.
         system = np.eye(n) - moves[own]
         system[:, 0] = seconds[own]
         rate, *rest = np.linalg.solve(system, tokens[chosen])
@@ -123,7 +125,7 @@ def per_state(outcomes: dict[str, Outcome], link: MarkovLink) -> tuple[dict[str,
 
 
 def link_policies(control: Control, decoder: Engine, static: Best) -> dict[str, Policy]:
-    """Return further references: the best static k, and over a Markov link the best choice of each of its states."""
+    """Return further reference policies: the best static k and, over a Markov link, the best choice for each state."""
     policies = {}
     if static.best_k and static.best_k != static.best:
         policies["static k"] = Policy(control, FixedAgent(control, value=static.best_k[0]))
@@ -133,8 +135,8 @@ def link_policies(control: Control, decoder: Engine, static: Best) -> dict[str, 
     return policies
 
 
-def played_by_state(control: Control, samples: Sequence[Sample]) -> Histogram:
-    """Return how often each choice was made in each state of a simulated link, by its rate."""
+def choices_by_state(control: Control, samples: Sequence[Sample]) -> Histogram:
+    """Return how often each choice was made in each state of a simulated link; the states ascend by rate."""
     offered, seen = control.settings(), {state for sample in samples for state in sample.states}
     counts: dict[str, Counter[str]] = {label(s): Counter() for s in sorted(seen, key=lambda s: (s.up_mbps, s.rtt_ms))}
     for sample in samples:
@@ -144,12 +146,12 @@ def played_by_state(control: Control, samples: Sequence[Sample]) -> Histogram:
 
 
 def label(state: LinkState) -> str:
-    """Return a state in words."""
+    """Return a state of a link in words, such as ``"5 Mbps, 50 ms"``."""
     return f"{state.up_mbps:g} Mbps, {state.rtt_ms:g} ms"
 
 
 class PerState(Rule):
-    """Makes the best choice for the true state of the simulated link."""
+    """Makes the choice that is best in the current state of the simulated link, which it reads from the link itself."""
 
     def __init__(self, control: Control, channel: SimulatedChannel, choices: dict[str, str]):
         super().__init__(control)

@@ -1,4 +1,4 @@
-"""The decoder and the prompts of an environment's keyword arguments, outside of Gymnasium."""
+"""The decoder and the prompts that an environment of given keyword arguments has, without Gymnasium."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.prompts.sets import encode_all, in_turn, load_prompts
 from spec_envs.settings import Keywords, Settings
 
-DRAFTED = 32  # rows after a text that its drafts may take up
+DRAFTED = 32  # rows of the context that are kept free for drafts after a text
 MODELS = ("target", "drafter", "device", "dtype", "temperature", "top_p")
 
 
 def decoder_for(env: Keywords, control: Control) -> Engine:
-    """Return the decoder that an environment with these keyword arguments has."""
+    """Return the decoder of an environment with these keyword arguments."""
     trace = env.get("trace")
     recording = recordings.load(trace) if trace is not None else None
     clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
@@ -31,24 +31,26 @@ def decoder_for(env: Keywords, control: Control) -> Engine:
 
 
 def models_of(env: Keywords, control: Control) -> Keywords:
-    """Return those keyword arguments that name what decodes, and how it samples."""
+    """Return the keyword arguments that name the models and how they sample."""
     given = {name: env[name] for name in MODELS if name in env}
     return {"temperature": control.temperature} | given
 
 
 def local_decoder(env: Keywords, control: Control) -> Decoder:
-    """Return the same pair without a link between, on a measured clock: cost curves are measured on it."""
+    """Return a decoder of the same models without a link and with a measured clock, to measure cost curves with."""
     if control.link:
         return load_decoder(**models_of(env, control), width=control.width, max_depth=control.max_depth)
     return over_models(decoder_for({**env, "clock": "wall"}, control))
 
 
 def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
-    """Return ``count`` prompts of a split, taken from the tasks in turn: one each, or ``switch_every`` of them. Those
-    of a log of conversations or a data set that are too long, or that the template does not take, are left out.
+    """Return up to ``count`` prompts of a split.
+
+    Tasks take turns, each with one prompt or with ``switch_every`` of them. Prompts of a log of conversations or a data
+    set are left out if they are too long or if the chat template does not accept them.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no prompt is left.
     """
     if count < 1:
         raise ValueError(f"the number of prompts is {count}; expected 1 or more")
@@ -64,14 +66,14 @@ def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
     fitting = (Encoded(p.task, ids) for p, ids in encoded if not p.logged or len(ids) <= room)
     if not (found := list(itertools.islice(fitting, count))):
         raise ValueError(
-            f"every conversation in the split {split!r} is longer than {room} tokens, what the model has room for; give "
-            "other prompts or lower max_new_tokens"
+            f"every conversation in the split {split!r} is longer than {room} tokens, the room that the model has; give other "
+            "prompts or lower max_new_tokens"
         )
     return found
 
 
 def target_and_drafter(env: Keywords) -> tuple[str, str]:
-    """Return target and drafter of an environment with these keyword arguments."""
+    """Return the names of target and drafter of an environment with these keyword arguments."""
     settings = Settings.shared(env)
     drafter = default_drafter(settings.target) if settings.drafter == "auto" else settings.drafter
     return settings.target, drafter

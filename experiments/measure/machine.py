@@ -1,4 +1,4 @@
-"""The machine and the software that a figure was made on."""
+"""The machine and the software with which figures were measured."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-cont
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a figure was made on; ``clock`` is "wall" or a cost table's name, None where the clock is always
-    the wall."""
+    """The machine and the software with which figures were measured.
+
+    Attributes:
+        clock: "wall" or the name of a cost table; None if only the wall clock is possible.
+    """
 
     processor: str
     threads: int
@@ -38,18 +41,18 @@ class Machine:
 
 
 def machine(decoder: Engine) -> Machine:
-    """Return what a decoder's figures are made on."""
+    """Return the machine that a decoder runs on."""
     clock = decoder.clock.table.name if isinstance(decoder.clock, PricedClock) else "wall"
     return this_machine(decoder.device, decoder.dtype, clock)
 
 
 def this_machine(device: torch.device, dtype: str, clock: str | None = None) -> Machine:
-    """Return what figures of a device and a dtype are made on."""
+    """Return this machine as it computes on a device in a dtype."""
     return Machine(processor(device), torch.get_num_threads(), dtype, versions(), revision(), clock)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
+    """Return the versions of the packages that results depend on."""
     return {name: version(name) for name in PACKAGES}
 
 

@@ -1,4 +1,4 @@
-"""Policies that mix a fixed or learned depth of a tree with a fixed or learned budget."""
+"""Policies that combine a fixed or learned depth of a tree with a fixed or learned budget."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from spec_envs.settings import Keywords
 
 
 def mixed(depth: str, budget: str, env: Keywords) -> Policy:
-    """Return the policy for one depth and one budget, each a number or a run folder.
+    """Return the policy of one depth and one budget, each a number or a run folder.
 
     Raises:
-        ValueError: a run of another problem, or a number that its problem does not take.
+        ValueError: a run of another problem, or a number that the problem does not accept.
     """
     sizes = {key: env[key] for key in ("width", "max_depth") if key in env}
     if depth.isdecimal() and budget.isdecimal():
@@ -36,7 +36,7 @@ def learned_policy(run: str, problem: str) -> Policy:
     control, agent = agents.load(run)
     if control.name != problem:
         raise ValueError(
-            f"{run} is a run of {control.name}, not of {problem}; give it as the other of DEPTH and BUDGET"
+            f"{run} is a run of {control.name}, not of {problem}; give runs of depth as DEPTH and runs of budget as BUDGET"
         )
     control.partner = None
     return Policy(control, agent)

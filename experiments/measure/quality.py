@@ -1,4 +1,4 @@
-"""The quality that a dtype costs: perplexity, and agreement with float32, on the same texts."""
+"""The quality of each dtype: perplexity, and agreement with float32, on the same texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from spec_envs.decoding.weights.checkpoints import load_target
 
 @dataclass(frozen=True)
 class Quality:
-    """A dtype's quality on texts.
+    """The quality of a dtype on texts.
 
     Attributes:
-        perplexity: of the texts.
-        agreement: share of positions at which the most probable token is float32's.
-        kl: mean Kullback–Leibler divergence of the distribution from float32's, in nats.
+        perplexity: perplexity of the texts.
+        agreement: share of positions at which the most probable token is the same as in float32.
+        kl: mean Kullback–Leibler divergence KL(float32 ‖ dtype), in nats per token.
     """
 
     perplexity: float
@@ -28,7 +28,7 @@ class Quality:
 
 @torch.inference_mode()
 def quality(target: str, device: torch.device, dtypes: Sequence[str], texts: Sequence[list[int]]) -> dict[str, Quality]:
-    """Return the quality of each dtype, float32 among them, on texts of token ids."""
+    """Return the quality of each dtype, and of float32, on texts of token ids."""
     names = ["float32", *(name for name in dtypes if name != "float32")]
     models = {name: load_target(target, device, getattr(torch, name)) for name in names}
     sums = {name: [0.0, 0.0, 0.0] for name in names}  # negative log-likelihood, agreement, divergence

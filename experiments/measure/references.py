@@ -21,12 +21,18 @@ from spec_envs.experiments.measure.arms import Arm, Encoded, Sample
 
 LOG = logging.getLogger(__name__)
 
-LOOKED_UP = 10  # tokens that prompt lookup drafts, transformers' usual number
-NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ever does in short answers
+LOOKED_UP = 10  # tokens that prompt lookup drafts, the usual number in transformers
+NGRAM = 3  # tokens that llama.cpp's lookup matches; its default of 12 hardly ever matches in short answers
 
 
 class FirstToken(StoppingCriteria):
-    """Never stops; notes when the first tokens were there: one, or what the first step of an assisted run accepted."""
+    """Notes when the first tokens were emitted (by an assisted run, all that its first step accepted); never stops.
+
+    Attributes:
+        at: time of the first tokens.
+        calls: steps of the run.
+        length: tokens of prompt and first tokens.
+    """
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self.synchronize, self.at, self.calls, self.length = synchronize, 0.0, 0, 0
@@ -40,17 +46,17 @@ class FirstToken(StoppingCriteria):
 
 
 def transformers_arms(target: str, decoder: Decoder) -> dict[str, Arm]:
-    """Return arms of Hugging Face's ``generate`` on the same weights and device, in the same dtype (in bfloat16 for
+    """Return an arm of transformers' ``generate`` on the same weights and device, in the same dtype (bfloat16 for
     int8)."""
     return {"transformers generate": transformers_arm(language_model(target, decoder), decoder)}
 
 
 def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """Return arms of ``generate``, plain and assisted: by a draft model, a fixed number of tokens at a time, or by
-    prompt lookup.
+    """Return arms of ``generate``, plain and assisted. An assisted arm that transformers cannot run is left out, and the
+    reason is logged.
 
     Args:
-        draft: the model and the number; None is prompt lookup.
+        draft: name of the draft model, and number of tokens that it always drafts; None assists by prompt lookup.
     """
     model = language_model(target, decoder)
     arms = {"transformers generate": transformers_arm(model, decoder)}
@@ -60,11 +66,11 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
     if name == LOOKUP:
         return arms | {"transformers assisted": transformers_arm(model, decoder, prompt_lookup_num_tokens=k)}
     if not (drafter_folder(name) / "tokenizer_config.json").is_file():
-        LOG.warning("transformers assisted is left out: the draft model is no model of its own")
+        LOG.warning("transformers assisted is left out: the draft model is not a complete model")
         return arms
     assistant = language_model(name, decoder)
     if assistant.config.vocab_size != model.config.vocab_size:
-        LOG.warning("transformers assisted is left out: it wants models of one vocabulary size")
+        LOG.warning("transformers assisted is left out: it needs models of the same vocabulary size")
         return arms
     fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
     assistant.generation_config.update(num_assistant_tokens=k, **fixed)
@@ -72,10 +78,12 @@ def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) 
 
 
 def language_model(name: str, decoder: Decoder) -> Any:
-    """Return a model of transformers on the decoder's device, without the penalties and filters of its own; the ids
-    that end its texts are its own, because the compared model must stop on its own."""
+    """Return a model of transformers on the decoder's device.
+
+    It has none of the penalties and filters of its own generation settings, but its own ids that end texts.
+    """
     target = decoder.local.target
-    transformers_logging.disable_progress_bar()  # of reading the weights
+    transformers_logging.disable_progress_bar()  # shown while weights are read
     folder, dtype = model_folder(name), target.precision.cache
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.to(target.device).eval()
@@ -84,7 +92,7 @@ def language_model(name: str, decoder: Decoder) -> Any:
 
 
 def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
-    """Return an arm of ``generate`` with ``further`` arguments."""
+    """Return an arm of ``generate``, which gets the arguments ``further``."""
     verifier = decoder.verifier
     synchronize = WallClock(verifier.device).synchronize
     # Padding is never used, because there is one text at a time.
@@ -115,11 +123,11 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
 
 
 def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm that cannot be had,
-    for a model in another format or a server that does not start, is left out, and a line says why.
+    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm is left out if a model
+    has another format or the server does not start, and the reason is logged.
 
     Args:
-        draft: draft model and number of tokens; None is prompt lookup.
+        draft: name of the draft model, and number of tokens that it drafts; None drafts by prompt lookup.
     """
     lookup = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(NGRAM)]
     lookup += ["--spec-ngram-simple-size-m", str(LOOKED_UP)]
@@ -142,7 +150,7 @@ def chain(drafter: str, k: int) -> list[str]:
 
 
 def llamacpp_arm(server: LlamaServer) -> Arm:
-    """Return an arm of a server; seconds are its own, of generation after the prompt."""
+    """Return an arm of a server. Its seconds are those that the server reports for generation after the prompt."""
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
         answer = server.complete(prompt.ids, max_new_tokens)

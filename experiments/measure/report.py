@@ -13,11 +13,11 @@ from spec_envs.experiments.measure.figures import CROWDED, draw_arms, draw_histo
 from spec_envs.experiments.measure.results import Divergence, Exit, Histogram, Results
 from spec_envs.experiments.measure.statistics import by_task
 
-COLLAPSED = 0.95  # share of one setting from which a policy is reported as a static setting
+COLLAPSED = 0.95  # share of one setting above which a policy is reported as a static setting
 
 
 def markdown(results: Results) -> str:
-    """Return a table, with what is needed to read it, as Markdown."""
+    """Return a table and notes about it, as Markdown."""
     references = results.references
     head = ["arm", "tokens/s", *(f"over {r} [95 %]" for r in references), "emitted/cycle", "verified/cycle"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -27,12 +27,12 @@ def markdown(results: Results) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *tasks_table(results), "", *(f"- {note}" for note in notes(results))]
     if results.first_try:
-        lines += ["", "The first try, whose A/A interval excludes 1:", "", markdown(results.first_try)]
+        lines += ["", "The first try, with an A/A interval that excludes 1:", "", markdown(results.first_try)]
     return "\n".join(lines).strip() + "\n"
 
 
 def tasks_table(results: Results) -> list[str]:
-    """Return the lines of a table of throughput over plain decoding by task."""
+    """Return the lines of a table: throughput over plain decoding by task."""
     tasks, plain = results.tasks, results.by_task["plain"]
     lines = [f"| over plain, by task | {' | '.join(tasks)} |", f"|---{'|---' * len(tasks)}|"]
     for name, rates in results.by_task.items():
@@ -43,10 +43,10 @@ def tasks_table(results: Results) -> list[str]:
 
 
 def notes(results: Results) -> list[str]:
-    """Return the lines below the table."""
+    """Return the notes below the table."""
     lines = [
         f"{results.prompts} held-out prompts ({', '.join(results.tasks)}), at most {results.max_new_tokens} new "
-        f"tokens, temperature {results.temperature}; prefill apart; 95 % intervals by paired bootstrap over prompts.",
+        f"tokens, temperature {results.temperature}; without prefill; 95 % intervals by paired bootstrap over prompts.",
         f"{results.machine}.",
     ]
     if results.curves:
@@ -57,7 +57,7 @@ def notes(results: Results) -> list[str]:
     lines.append(f"A/A check (plain twice): the interval {'contains' if results.agrees else 'EXCLUDES'} 1.")
     if results.link:
         lines.append(
-            f"Link {results.link}; simulated delays are computed and added. plain is the cloud alone, streamed."
+            f"Link {results.link}; simulated delays are computed and added. plain: the cloud alone, streaming its text."
         )
     if results.bytes_per_token:
         sent = ", ".join(f"{name} {up:.0f} and {down:.0f}" for name, (up, down) in results.bytes_per_token.items())
@@ -67,10 +67,10 @@ def notes(results: Results) -> list[str]:
     lines += text_notes(results.divergences or {})
     for name, share in (results.others_text or {}).items():
         lines.append(
-            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts (each side ends its texts by its own rule)."
+            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts (each software ends texts by its own rule)."
         )
     for name, histogram in results.actions.items():
-        setting, share = most_played(histogram)
+        setting, share = most_used(histogram)
         if share >= COLLAPSED:
             lines.append(
                 f"{name} chooses {results.decisions[name]} {setting} in {100 * share:.1f} % of its cycles: "
@@ -80,11 +80,11 @@ def notes(results: Results) -> list[str]:
 
 
 def text_notes(divergences: dict[str, Divergence]) -> list[str]:
-    """Return how near each arm's text is to the target's own; arms with the same figures share a line."""
+    """Return how close each arm's text is to the target's own text; arms with the same figures share a line."""
     names_by_line: dict[str, list[str]] = {}
     for name, found in divergences.items():
         line = (
-            f"{found.per_1000:.1f} of 1,000 emitted tokens are not the argmax of one forward over their text "
+            f"{found.per_1000:.1f} of 1,000 emitted tokens are not the argmax of a single forward over their text "
             f"(largest logit gap {found.largest_gap:.2f})"
         )
         if name != "plain":
@@ -94,16 +94,16 @@ def text_notes(divergences: dict[str, Divergence]) -> list[str]:
 
 
 def exit_notes(found: Exit) -> list[str]:
-    """Return what learning changed at an exit, and what a cycle costs there."""
+    """Return what learning changed at an early exit, and what a cycle costs there."""
     cost, moved = found.cost_of_a_cycle, found.drift
     lines = [
-        f"Exit after {found.exit_layer} layers, adapter {found.adapter}, {found.k} drafted per cycle: "
-        f"accepted of verified drafts {found.accept_rate_before:.3f} before and {found.accept_rate_after:.3f} after learning; "
-        f"emitted per cycle {found.emitted_per_cycle_before:.3f} before and {found.emitted_per_cycle_after:.3f} after learning.",
+        f"Exit after {found.exit_layer} layers, adapter {found.adapter}, {found.k} drafted tokens per cycle: accepted share "
+        f"of verified drafts {found.accept_rate_before:.3f} before and {found.accept_rate_after:.3f} after learning; emitted "
+        f"per cycle {found.emitted_per_cycle_before:.3f} before and {found.emitted_per_cycle_after:.3f} after learning.",
         f"A cycle of the trained exit costs {cost['draft']:.2f} plain steps to draft and {cost['verify']:.2f} to verify, "
-        f"{cost['whole']:.2f} with what is around that: what it must emit to be as fast as plain decoding.",
-        f"Verifier on the target's own texts: perplexity {moved.perplexity:.2f}, {moved.drift:.4f} nats per token "
-        f"from the target, {moved.drift_argmax_per_1000:.1f} of 1,000 most probable tokens are others.",
+        f"{cost['whole']:.2f} with overhead; so many tokens must it emit to be as fast as plain decoding.",
+        f"Verifier on the target's own texts: perplexity {moved.perplexity:.2f}, {moved.drift:.4f} nats per token from the "
+        f"target; {moved.drift_argmax_per_1000:.1f} of 1,000 most probable tokens differ.",
     ]
     if found.same_text:
         same = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.same_text.items())
@@ -112,21 +112,21 @@ def exit_notes(found: Exit) -> list[str]:
 
 
 def setting_name(values: Sequence[Setting], axes: Sequence[str]) -> str:
-    """Return a static setting in words, such as "depth 2, budget 7"; a value that is a name stands for itself."""
+    """Return a static setting in words, such as "depth 2, budget 7". A value that is a name is shown without its axis."""
     return ", ".join(
         value if isinstance(value, str) else f"{axis} {value}" for axis, value in zip(axes, values, strict=True)
     )
 
 
-def most_played(histogram: Histogram) -> tuple[str, float]:
-    """Return the setting chosen most over all tasks, and its share of the cycles."""
+def most_used(histogram: Histogram) -> tuple[str, float]:
+    """Return the setting that is chosen most often over all tasks, and its share of the cycles."""
     counts = sum((Counter(by_setting) for by_setting in histogram.values()), Counter[str]())
     setting, count = counts.most_common(1)[0]
     return setting, count / counts.total()
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> Histogram:
-    """Return how often each setting was followed, by task; of many settings, only those that were."""
+    """Return how often each setting was followed, by task. If there are many settings, only those that were followed."""
     counts = {
         task: Counter(str(setting) for sample in group for setting in control.followed(sample.actions, sample.lengths))
         for task, group in by_task(samples).items()
@@ -138,7 +138,7 @@ def settings_played(control: Control, samples: Sequence[Sample]) -> Histogram:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the speed of every arm with its interval, and what the learned arms chose, by task."""
+    """Draw the speed of every arm with its interval, and the choices of the learned arms by task or state of the link."""
     histograms = results.by_state or results.actions
     heights = [1 + 0.35 * len(results.arms), *[2.8] * len(histograms)]
     with drawn(path, 11, sum(heights)) as figure:

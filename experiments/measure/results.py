@@ -1,4 +1,4 @@
-"""Results of arms side by side, as tables show them and results.json holds them."""
+"""Results of arms that were measured side by side, as tables show them and results.json holds them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
 Histogram = dict[str, dict[str, int]]
-"""Counts of each chosen setting, by task or by state of a link."""
+"""Counts of each setting that was chosen, by task or by state of a link."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A ratio and the bounds of its 95 % interval; written with a format, as in ``f"{interval:.3f}"``, all three."""
+    """A ratio and the bounds of its 95 % interval. ``f"{interval:.3f}"`` formats all three numbers."""
 
     value: float
     low: float
@@ -34,11 +34,11 @@ class Best:
     """The best static setting, chosen on training prompts.
 
     Attributes:
-        best: one value of each axis that the problem offers, or the choice over a link.
-        tokens_per_second: of every setting that was tried, by its name.
-        best_k: over a link, the best choice that sets only how much of each distribution is sent.
-        per_state: over a Markov link without loss, the choice that is best in each of its states.
-        pace: over a link, the throughput of the best of these policies, as it was estimated.
+        best: one value for each axis of the problem, or the choice over a link.
+        tokens_per_second: throughput of every setting that was tried, by its name.
+        best_k: over a link, the best choice that varies only how much of each distribution is sent.
+        per_state: over a Markov link without loss, the best choice for each of its states.
+        pace: over a link, the estimated throughput of the best of these policies.
     """
 
     best: list[Setting]
@@ -50,7 +50,7 @@ class Best:
 
 @dataclass(kw_only=True)
 class Compared:
-    """An arm: its throughput, alone and over that of other arms by name."""
+    """The throughput of an arm, and its ratios to that of other arms by name."""
 
     tokens_per_second: float
     over: Annotated[dict[str, Interval], Inline("over_")]
@@ -58,7 +58,7 @@ class Compared:
 
 @dataclass(kw_only=True)
 class Row(Compared):
-    """An arm of a table: sums over all prompts, and means over cycles and verified tokens."""
+    """A row of a table about one arm: sums over all prompts, and means over cycles and verified tokens."""
 
     emitted_per_cycle: float
     accepted_per_verified: float
@@ -71,12 +71,12 @@ class Row(Compared):
 
 @dataclass
 class Divergence:
-    """The distance of the emitted text from the target's own.
+    """The difference of emitted texts from the target's own.
 
     Attributes:
-        per_1000: emitted tokens that are not the argmax of one forward over their text, in a thousand.
-        largest_gap: the most that the logit of such a token lies below the best one.
-        same_text: share of the prompts on which the tokens are those of plain decoding.
+        per_1000: emitted tokens, of 1,000, that are not the argmax of a single forward over their text.
+        largest_gap: largest distance of the logit of such a token from the highest logit.
+        same_text: share of the prompts with the same tokens as plain decoding.
     """
 
     per_1000: float
@@ -86,12 +86,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Drift:
-    """The distance of a verifier from the original target, on texts of the target.
+    """The difference of a verifier from the original target, on texts of the target.
 
     Attributes:
-        perplexity: of the texts under the verifier.
+        perplexity: perplexity of the texts under the verifier.
         drift: mean KL(target ‖ verifier) in nats per token.
-        drift_argmax_per_1000: most probable tokens that are others, in a thousand.
+        drift_argmax_per_1000: positions, of 1,000, at which the most probable token differs.
     """
 
     perplexity: float
@@ -104,10 +104,11 @@ class Exit:
     """The changes that learning made at an early exit, and the cost of a cycle there.
 
     Attributes:
-        accept_rate_before: share of accepted among verified drafts, of the untrained exit.
-        drift: of the verifier from the target.
-        cost_of_a_cycle: plain steps that a cycle of the trained exit takes, by part and as a whole.
-        same_text: share of the prompts on which an arm emits what its verifier emits by plain decoding.
+        k: drafted tokens per cycle.
+        accept_rate_before: accepted share of the verified drafts of the untrained exit.
+        drift: difference of the verifier from the target.
+        cost_of_a_cycle: duration of a cycle of the trained exit in plain steps, by part and as a whole.
+        same_text: share of the prompts on which an arm emits what its verifier emits by plain decoding, by arm.
     """
 
     exit_layer: int
@@ -126,10 +127,12 @@ class Exit:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """Arms side by side on the same prompts; plain decoding is among them twice, to show what the machine's noise is.
+    """Arms that were measured side by side on the same prompts.
+
+    Plain decoding is measured twice, so that its ratio to itself (the A/A check) shows the noise of the machine.
 
     Attributes:
-        first_try: the results of fewer prompts, on which plain decoding differed from itself.
+        first_try: earlier results on fewer prompts, in which the A/A check failed.
     """
 
     arms: Mapping[str, Compared]
@@ -137,28 +140,29 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """True where the interval of plain decoding over itself (A/A) contains 1."""
+        """True if the interval of plain decoding over itself contains 1."""
         return 1 in self.arms["plain again"].over["plain"]
 
 
 @dataclass(kw_only=True)
 class Results(Comparison):
-    """A table with everything that is needed to read it.
+    """A table, and all figures that its notes and its picture need.
 
     Attributes:
         arms: rows by name.
         references: arms that the others are compared with.
-        seconds: cost curves of this machine, seconds by rows of ``verify`` and ``draft``; None where nothing is timed.
-        curves: the same in words.
-        actions: histograms of the learned arms.
-        decisions: the decisions of each learned arm.
+        seconds: cost curves of this machine; None if nothing is timed.
+        curves: the cost curves in words.
+        actions: histograms of the learned arms' settings by task.
+        decisions: name of the problem of each learned arm.
         by_task: tokens per second by arm and task.
-        link: of an edge and a cloud.
-        by_state: histograms of the learned arms by state of the link.
-        bytes_per_token: bytes up and down by arm.
+        link: name of the link between edge and cloud.
+        by_state: histograms of the learned arms' choices by state of the link.
+        bytes_per_token: bytes sent up and down for each token, by arm.
+        divergences: difference of each arm's texts from the target's own.
         others_text: share of the prompts on which other software emits the tokens of plain decoding.
-        static: the best static setting, and the tokens per second of each that was tried.
-        exit: of a run that trains an early exit.
+        static: the best static setting.
+        exit: figures of a run that trains an early exit.
     """
 
     arms: dict[str, Row]

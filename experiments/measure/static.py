@@ -1,10 +1,8 @@
-"""The best static setting, chosen on training prompts: one value of each axis that the problem offers, for every
-cycle."""
+"""The best static setting, chosen on training prompts: one value for each axis of the problem, used in every cycle."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls import Control, Policy
@@ -22,11 +20,11 @@ from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.settings import Keywords
 
-PROMPTS, TOKENS = 5, 48  # training prompts that settings are tried on, and tokens of each
+PROMPTS, TOKENS = 5, 48  # training prompts on which settings are tried, and tokens of each
 
 
 def static_policy(control: Control, values: Sequence[Setting]) -> Policy:
-    """Return the policy that keeps one value of each axis of ``control.candidates()`` in every cycle."""
+    """Return the policy that uses one value for each axis of ``control.candidates()`` in every cycle."""
     pinned, setting = control.static(*values)
     return Policy(pinned, FixedAgent(pinned, value=setting))
 
@@ -37,7 +35,8 @@ def static_chain(k: int, k_max: int = 16) -> Policy:
 
 
 def best_static(env: Keywords, control: Control) -> Best:
-    """Find the fastest static setting of a problem: each axis in turn from a middling start, until none moves.
+    """Find the fastest static setting of a problem by coordinate search: all values of every axis are tried while the
+    other axes keep their best values so far, until no axis moves.
 
     Args:
         env: keyword arguments of the environment.
@@ -64,8 +63,8 @@ def best_static(env: Keywords, control: Control) -> Best:
 class Search:
     """Tries settings on training prompts.
 
-    Under a measured clock the cost curves are measured first and price the search, so that a busy moment of the
-    machine does not choose (a server is timed live). What the chosen setting is worth is then measured live.
+    With a measured clock, cost curves are measured first and price the search, so that other load on the machine does
+    not influence the choice (a server is timed live). The chosen setting is later measured live.
     """
 
     def __init__(self, env: Keywords, control: Control):
@@ -75,7 +74,7 @@ class Search:
         self.prompts = encoded_prompts(env, "train", PROMPTS)
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
 
-    def rates(self, policies: dict[Any, Policy]) -> dict[Any, float]:
+    def rates(self, policies: dict[tuple[Setting, ...], Policy]) -> dict[tuple[Setting, ...], float]:
         """Return the tokens per second of each policy."""
         decoders = {setting: self.decoder.separate() for setting in policies}
         arms = {str(setting): decoded(decoders[setting], policy) for setting, policy in policies.items()}

@@ -1,5 +1,4 @@
-"""Statistics of the samples of arms: throughput of whole runs, ratios with paired bootstrap intervals, and agreement of
-texts."""
+"""Statistics of samples: throughput, ratios with paired bootstrap intervals, and agreement of texts."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ C = TypeVar("C", bound=Comparison)
 
 
 def throughput(samples: Sequence[Sample]) -> float:
-    """Return the tokens per second of a whole run."""
+    """Return the tokens per second over all samples."""
     return sum(s.tokens for s in samples) / sum(s.seconds for s in samples)
 
 
 def ratio(a: Sequence[Sample], b: Sequence[Sample]) -> Interval:
-    """Return the throughput of ``a`` over that of ``b`` with a 95 % interval by paired bootstrap over prompts."""
+    """Return the ratio of the throughputs of ``a`` and ``b``, with a 95 % interval by paired bootstrap over prompts."""
 
     def statistic(an: np.ndarray, at: np.ndarray, bn: np.ndarray, bt: np.ndarray, axis: int = -1) -> np.ndarray:
         over: np.ndarray = (an.sum(axis) / at.sum(axis)) / (bn.sum(axis) / bt.sum(axis))
@@ -45,7 +44,7 @@ def ratio(a: Sequence[Sample], b: Sequence[Sample]) -> Interval:
 
 
 def summary(samples: dict[str, list[Sample]], references: Sequence[str]) -> dict[str, Row]:
-    """Return a row of each arm, compared with the reference arms."""
+    """Return a row for each arm, compared with the reference arms."""
     rows = {}
     for name, arm in samples.items():
         cycles, verified = sum(s.cycles for s in arm), sum(s.verified for s in arm)
@@ -64,12 +63,12 @@ def summary(samples: dict[str, list[Sample]], references: Sequence[str]) -> dict
 
 
 def with_aa_check(measure: Callable[[int], C], prompts: int) -> C:
-    """Return ``measure(prompts)``; where plain decoding run twice differs from itself, measure once more with twice the
-    prompts and keep the first results as ``first_try``."""
+    """Return ``measure(prompts)``. If plain decoding differs from itself there, measure again with twice as many prompts
+    and keep the first results as ``first_try``."""
     results = measure(prompts)
     if results.agrees:
         return results
-    LOG.warning("plain decoding differs from itself (A/A): measuring once more with twice the prompts")
+    LOG.warning("plain decoding differs from itself (A/A): measuring again with twice as many prompts")
     again = measure(2 * prompts)
     again.first_try = results
     return again
@@ -90,8 +89,8 @@ def by_task(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 @torch.inference_mode()
 def divergence(decoder: Decoder, samples: Sequence[Sample], plain: Sequence[Sample]) -> Divergence:
-    """Compare emitted tokens with the target's argmax when their text is read in one forward, and with those of plain
-    decoding. Near-ties flip in bfloat16; in int8 and float32 no token diverges."""
+    """Compare emitted tokens with the argmax of a single forward of the target over their text, and with those of plain
+    decoding. In int8 and float32 they are equal; in bfloat16 near-ties may flip."""
     target, wrong, total, gap = decoder.local.target, 0, 0, 0.0
     for sample in samples:
         prompt = sample.prompt.ids

@@ -1,4 +1,4 @@
-"""Tables: every arm on the held-out prompts, side by side, and all that is needed to read the result."""
+"""Tables: all arms are measured side by side on held-out prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves, describe
-from spec_envs.experiments.measure.link_references import played_by_state
+from spec_envs.experiments.measure.link_references import choices_by_state
 from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.references import transformers_arms
@@ -30,12 +30,12 @@ def run_tables(
     learned: Sequence[str],
     others: dict[str, Arm] | None = None,
 ) -> Results:
-    """Run plain decoding (twice), other software and the policies side by side, and return the table.
+    """Measure plain decoding (twice), other software and the policies side by side, and return the table.
 
     Args:
-        references: arms that all are compared with.
-        learned: policies whose actions are shown.
-        others: arms of other software; transformers' ``generate`` by default.
+        references: names of the arms that all arms are compared with.
+        learned: names of the policies whose choices are shown.
+        others: arms of other software; by default transformers' ``generate``.
     """
     samples = side_by_side(policies, env, decoder, test_prompts, others)
     return tables(samples, policies, env, decoder, references, learned)
@@ -71,7 +71,7 @@ def tables(
     references: Sequence[str],
     learned: Sequence[str],
 ) -> Results:
-    """Return the table of arms that were run."""
+    """Return the table of arms that were measured."""
     control = next(iter(policies.values())).control
     curves = None
     if not decoder.clock.priced and control.link and not is_address(control.link):
@@ -101,7 +101,7 @@ def tables(
     if control.link:
         results.link = control.link
         if not is_address(control.link):
-            results.by_state = {name: played_by_state(control, samples[name]) for name in learned}
+            results.by_state = {name: choices_by_state(control, samples[name]) for name in learned}
         results.bytes_per_token = {name: bytes_per_token(arm) for name, arm in samples.items()}
     if not decoder.temperature:
         ours = {"plain", "plain again", *policies}
@@ -116,6 +116,6 @@ def tables(
 
 
 def bytes_per_token(samples: Sequence[Sample]) -> list[float]:
-    """Return the bytes sent up and down a link for each token."""
+    """Return the bytes sent up and down a link per token, ``[up, down]``."""
     tokens = sum(s.tokens for s in samples)
     return [sum(s.bytes_up for s in samples) / tokens, sum(s.bytes_down for s in samples) / tokens]

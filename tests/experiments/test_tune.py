@@ -68,7 +68,7 @@ def test_folders_with_other_or_damaged_content_are_refused(whole: Path, tmp_path
         tuned(whole, tokens=25)
     folder = tuned(tmp_path / "svip", 1)
     (folder / "study.log").write_bytes(b"nonsense\n" + (folder / "study.log").read_bytes())
-    with pytest.raises(ValueError, match=r"study.log is damaged \(.*\); delete .*svip to tune anew"):
+    with pytest.raises(ValueError, match=r"study.log is damaged \(.*\); delete .*svip to tune again"):
         tuned(folder, 2)
     (folder / "settings.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"settings.json is damaged \(it is nested too deeply\); delete "):

@@ -73,7 +73,7 @@ def test_assistant_of_other_vocabulary_is_left_out(
     padded = save_draft(tmp_path / "padded", tiny_target, vocab_size=99)
     decoder = load_decoder(tiny["target"], str(padded), "cpu", "float32", width=1)
     assert set(assisted_arms(tiny["target"], decoder, (str(padded), 4))) == {"transformers generate"}
-    assert "wants models of one vocabulary size" in caplog.text
+    assert "needs models of the same vocabulary size" in caplog.text
 
 
 def test_transformers_uses_its_own_end_tokens(tiny_target: Path, tmp_path: Path) -> None:

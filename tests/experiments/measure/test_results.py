@@ -12,7 +12,7 @@ from spec_envs.experiments.evaluate import folder_name
 from spec_envs.experiments.measure.arms import Encoded, Sample
 from spec_envs.experiments.measure.encoding import Inline, from_json, to_json
 from spec_envs.experiments.measure.figures import error_bars
-from spec_envs.experiments.measure.report import most_played
+from spec_envs.experiments.measure.report import most_used
 from spec_envs.experiments.measure.results import Compared, Comparison, Interval
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 
@@ -100,9 +100,9 @@ def test_evaluation_folders_have_distinct_names() -> None:
     assert max(map(len, long)) < 160 and long[0] != long[1]
 
 
-def test_most_played_finds_collapsed_policy() -> None:
+def test_most_used_finds_collapsed_policy() -> None:
     histogram = {"math": {"3": 0, "7": 96}, "code": {"3": 4, "7": 100}}
-    assert most_played(histogram) == ("7", 0.98)
+    assert most_used(histogram) == ("7", 0.98)
 
 
 def test_error_bars_are_never_negative() -> None:
