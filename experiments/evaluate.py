@@ -1,4 +1,4 @@
-"""Measure a trained policy beside plain decoding, a random policy, the best static setting and transformers (`make eval`).
+"""Measure a trained policy beside plain decoding, a random policy, the best static setting and transformers.
 
 `make eval RUN=runs/…` makes a run's table again; `make eval DEPTH="6 runs/…" BUDGET="32 runs/…"` measures every
 combination of fixed and learned depths and budgets.
