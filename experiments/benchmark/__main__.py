@@ -1,10 +1,10 @@
 """Measure where adaptive control of speculative decoding pays, and where it does not (`make benchmark`).
 
 Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and
-then decodes held-out prompts live, all arms side by side. Beside them stand the best static setting S*, that of each
-task, the informed optimum I* (the best policy of what an agent sees, cross-fitted) and the clairvoyant one C*. Writes
-runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` is a small version of the same; `RAY=1` records and trains on
-Ray.
+then decodes held-out prompts live, all arms side by side. They are compared with the best static setting S*, the best
+static setting of each task, the informed optimum I* (the best policy of what an agent observes, cross-fitted) and the
+clairvoyant optimum C*. Writes runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` runs a small version; `RAY=1`
+records and trains on Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.traces.files import MANIFEST
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, samples_of
-from spec_envs.experiments.benchmark.checks import equality, played_at_random, recording_cost, speeds
+from spec_envs.experiments.benchmark.checks import decoded_at_random, equality, recording_cost, speeds
 from spec_envs.experiments.benchmark.findings import Checks, Findings, OverStatic
 from spec_envs.experiments.benchmark.problems import FAST, FULL, LARGER, PROBLEMS, Size
 from spec_envs.experiments.benchmark.replay import (
@@ -53,7 +53,7 @@ from spec_envs.settings import Keywords
 
 
 def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:
-    """Return the trace of a problem; on Ray its texts are recorded in shards."""
+    """Return the trace of a problem, recorded if it does not exist yet; on Ray its texts are recorded in shards."""
     plan = Plan(env_id, env, size.texts)
     folder = default_folder(plan, root)
     if os.environ.get("RAY") and not (folder / MANIFEST).exists():
@@ -62,7 +62,7 @@ def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:
 
 
 def measure(name: str, size: Size, root: Path) -> Findings:
-    """Measure everything about one of ``PROBLEMS``."""
+    """Return the findings on one of ``PROBLEMS``."""
     env_id = name.partition("/")[0]
     env = {**load_experiment(env_id, "random").env, **PROBLEMS[name], "max_new_tokens": size.tokens}
     trace = trace_of(env_id, env, size, root)
@@ -107,25 +107,25 @@ def measure(name: str, size: Size, root: Path) -> Findings:
 
 
 def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tuple[CostTable, Checks]:
-    """Return what forwards cost here and now, and what was found of the replay under these costs."""
+    """Return what forwards cost now, and the checks of the replay under these costs."""
 
-    def measured() -> CostTable:  # the machine as it is now; the trace may have been recorded at another time
+    def measured() -> CostTable:  # of the machine as it is now, because the trace may have been recorded earlier
         raw = CostTable("raw", **cost_curves(decoder))
         return CostTable("this machine, now", **calibrated(trace, decoder, raw))
 
-    played, table = played_at_random(trace, problem, size.cycles, measured)
+    live, table = decoded_at_random(trace, problem, size.cycles, measured)
     return table, Checks(
         costs={"verify": table.verify, "draft": table.draft},
         machine=machine(decoder),
-        replay_equals_live=equality(trace, problem, table, played),
-        speeds=speeds(problem, played),
+        replay_equals_live=equality(trace, problem, table, live),
+        speeds=speeds(problem, live),
         recording=recording_cost(trace, decoder),
     )
 
 
 def decoded_live(policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int) -> Results:
-    """Return the table of all arms on held-out prompts, decoded live; agents that learn while they serve start from
-    scratch."""
+    """Return the table of all arms on held-out prompts that are decoded live. Agents that learn while they serve start
+    from their initial state."""
 
     def measure(count: int) -> Results:
         fresh = {name: renewed(policy) for name, policy in policies.items()}
@@ -135,7 +135,7 @@ def decoded_live(policies: dict[str, Policy], env: Keywords, decoder: Decoder, p
 
 
 def over_static(live: Results) -> dict[str, OverStatic]:
-    """Return each arm's throughput over the best static setting's."""
+    """Return the ratio of each arm's throughput to that of the best static setting."""
     ratios = {name: row.over["static"] for name, row in live.arms.items()}
     return {name: OverStatic(ratio.value, ratio.low, ratio.high) for name, ratio in ratios.items()}
 
@@ -144,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
         "--envs", nargs="*", choices=list(PROBLEMS), metavar="ENV",
-        help=f"of {', '.join(PROBLEMS)} (default all; fast, those of the default pair)",
+        help=f"problems, of {', '.join(PROBLEMS)} (default: all; fast: those of the default models)",
     )  # fmt: skip
     parser.add_argument(
         "--root", type=output_folder, default=Path("runs"), help="where traces, runs and figures are written"
@@ -153,20 +153,20 @@ def arguments() -> argparse.Namespace:
         "--report", type=output_folder, default=Path(), help="folder of RESULTS.md and RESULTS.png (default .)"
     )
     parser.add_argument(
-        "--seeds", type=POSITIVE, help=f"of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
+        "--seeds", type=POSITIVE, help=f"seeds of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
     )
     parser.add_argument(
-        "--count", type=PROMPTS, help=f"held-out prompts, live (default {FULL.prompts}, fast {FAST.prompts})"
+        "--count", type=PROMPTS, help=f"held-out prompts decoded live (default {FULL.prompts}, fast {FAST.prompts})"
     )
-    parser.add_argument("--fast", action="store_true", default=switched("FAST"), help="the small version")
+    parser.add_argument("--fast", action="store_true", default=switched("FAST"), help="run the small version")
     return parser.parse_args()
 
 
 def switched(name: str) -> bool:
-    """Return True where an environment variable is 1.
+    """Return True if an environment variable is 1, and False if it is 0 or not set.
 
     Raises:
-        ValueError: it is neither that nor 0.
+        ValueError: it has another value.
     """
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
@@ -175,7 +175,7 @@ def switched(name: str) -> bool:
 
 
 def main() -> None:
-    with one_sentence("interrupted; the same command goes on with what is not trained yet"):
+    with one_sentence("interrupted; the same command continues with what is not trained yet"):
         args = arguments()
         root = args.root / "fast" if args.fast else args.root
         with held(root / "benchmark"):
@@ -190,10 +190,10 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace, root: Path) -> dict[str, Findings]:
-    """Return the findings of every problem, measured as far as they are not there yet.
+    """Return the findings on every problem; those that do not exist yet are measured.
 
     Raises:
-        ValueError: they were measured with other settings, or their file is damaged.
+        ValueError: a file of findings was made with other settings, or is damaged.
     """
     size, results = FAST if args.fast else FULL, {}
     for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
@@ -209,10 +209,10 @@ def measured(args: argparse.Namespace, root: Path) -> dict[str, Findings]:
 
 
 def found(path: Path, size: Size) -> Findings:
-    """Return the findings that a file holds.
+    """Return the findings in a file.
 
     Raises:
-        ValueError: they were measured with other settings, or the file is damaged.
+        ValueError: the file was made with other settings, or is damaged.
     """
     content = read_json(path, remedy := f"delete {path.parent} to measure again")
     if not isinstance(content, dict) or content.get("settings") != to_json(size):

@@ -1,10 +1,9 @@
-"""Upper bounds on the texts of a trace: the best static setting, that of each task, and the clairvoyant optimum.
+"""Upper bounds on the texts of a trace: the best static setting, the best one of each task, and the clairvoyant optimum.
 
-The text is the same under every policy, so the most tokens per second are the least seconds. A policy that knew
-everything would choose at every position the setting that leads to the least seconds to the text's end, found by
-dynamic programming backwards over the positions; with all tokens fixed that is the optimum of ΣN/ΣT itself, and
-Dinkelbach's iteration is not needed. No policy can reach it: what is accepted is not known before the target has
-verified it.
+The text is the same under every policy, so the highest throughput is the fewest seconds. A policy that knew everything
+would choose at every position the setting with the fewest seconds to the end of the text. Dynamic programming finds it,
+backwards over the positions. As the number of tokens is fixed, this is the optimum of ΣN/ΣT, and Dinkelbach's iteration
+is not needed. No policy can reach it, because acceptance is not known before the target has verified.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.cycles import CycleTable
 from spec_envs.vector.prices import prices
 
-UNREAD = 48  # most tokens that a draft model may have to catch up with; more are priced as these
+UNREAD = 48  # most tokens that a draft model catches up with; more tokens are priced as this many
 
 
 @dataclass
 class Bounds:
-    """Settings of a control on the texts of a trace, under a cost table.
+    """The bounds for the static settings of a control, on texts of a trace and under a cost table.
 
     Args:
-        control: of trees or chains; one that decides by token has the settings of one that decides by cycle.
+        control: a control of trees or chains; if it decides by token, it has the settings of one that decides by cycle.
         texts: indices of the trace.
         max_new_tokens: most tokens of a text, the first one included.
     """
@@ -60,8 +59,8 @@ class Bounds:
         self.copied, self.right = np.broadcast_to(cycles.first, rows), np.broadcast_to(cycles.right, rows)
 
     def static(self) -> np.ndarray:
-        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite where the control does not
-        offer it."""
+        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite for plans that the control does
+        not offer."""
         texts, count = len(self.texts), len(self.plans.sizes)
         row = np.repeat(self.first[:, None], count, 1)
         last = np.repeat(self.last[:, None], count, 1)
@@ -75,14 +74,16 @@ class Bounds:
         return np.where(self.offered, seconds, np.inf)
 
     def clairvoyant(self) -> np.ndarray:
-        """Return the least seconds of every text, ``[texts]``."""
+        """Return the fewest seconds of every text, ``[texts]``."""
         found = []
         count = len(self.plans.sizes)
         states = self.most + 1
         unread = np.repeat(np.arange(states)[:, None], count, 1)
         plan = np.broadcast_to(np.arange(count), unread.shape)
         for first, last in zip(self.first.tolist(), self.last.tolist(), strict=True):
-            least = np.zeros((last - first + 1, states))  # of the rest of the text, by position and tokens unread
+            least = np.zeros(
+                (last - first + 1, states)
+            )  # seconds to the end of the text, by position and unread tokens
             for row in range(last - 1, first - 1, -1):
                 at = np.full_like(plan, row)
                 spent, emitted, after = self._cycles(at, plan, unread, last - at)
@@ -94,7 +95,14 @@ class Bounds:
     def _cycles(
         self, row: np.ndarray, plan: np.ndarray, unread: np.ndarray, left: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the seconds, emitted tokens, and tokens that are then unread, of cycles at those rows."""
+        """Return the seconds of cycles at rows of the trace, the tokens that they emit, and the tokens that the draft model
+        has not read after them.
+
+        Args:
+            row, plan: where and how each cycle drafts.
+            unread: tokens that the draft model has not read before it.
+            left: tokens to the end of the text.
+        """
         asked, waiting = self.asked[row, plan], np.minimum(unread, self.most)
         rows = np.where(asked, catch_up.rows(waiting, self.copied[row]), 0)
         seconds = self.draft[rows] + self.further[row, plan] + self.verify[row, plan]
@@ -108,10 +116,10 @@ class Bounds:
         return rates
 
     def best(self, seconds: np.ndarray) -> int:
-        """Return the plan that is fastest over all texts."""
+        """Return the index of the plan that is fastest over all texts."""
         return int(seconds.sum(0).argmin())
 
     def best_by_task(self, seconds: np.ndarray) -> dict[str, int]:
-        """Return the plan that is fastest for each task."""
+        """Return the index of the plan that is fastest for each task."""
         tasks = np.array(self.tasks)
         return {task: int(seconds[tasks == task].sum(0).argmin()) for task in dict.fromkeys(self.tasks)}

@@ -1,4 +1,4 @@
-"""Checks of traces: that a replay is the live decoder, how fast it is, and what recording costs."""
+"""Checks of traces: whether a replay equals the live decoder, how fast it is, and what recording costs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.generation import Generation
 
 RANDOM_SEED = 11
-PARTS = 6  # of random actions, between which costs are measured anew
+PARTS = 6  # number of parts of the live decoding, between which costs are measured again
 
 
-class Played(NamedTuple):
-    """A text of a trace, by index, under random actions."""
+class Decoded(NamedTuple):
+    """A text of a trace that was decoded with random actions; ``text`` is its index."""
 
     text: int
     cycles: list[Cycle]
@@ -34,40 +34,40 @@ class Played(NamedTuple):
     decisions: int
 
 
-def played_at_random(
+def decoded_at_random(
     trace: Trace, problem: Problem, cycles: int, measured: Callable[[], CostTable]
-) -> tuple[list[Played], CostTable]:
-    """Decode held-out texts live until there are so many cycles.
+) -> tuple[list[Decoded], CostTable]:
+    """Decode held-out texts live until they have ``cycles`` cycles.
 
     Returns:
-        The texts, and the cost of forwards meanwhile: the mean of measurements before, between and after them.
+        The texts, and the cost of forwards in that time: the mean of measurements before, between and after them.
     """
     control, tables = problem.control(), [measured()]
     decoder = over_models(decoder_for({**problem.env, "trace": None}, control))
     policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
-    found: list[Played] = []
-    while (made := sum(len(played.cycles) for played in found)) < cycles:
+    found: list[Decoded] = []
+    while (made := sum(len(text.cycles) for text in found)) < cycles:
         if made * PARTS >= len(tables) * cycles:
             tables.append(measured())
-        found.append(play(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
+        found.append(decode(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
     return found, averaged([*tables, measured()])
 
 
-def play(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Played:
-    """Decode a text of a trace under a policy."""
+def decode(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Decoded:
+    """Decode the text of a trace at an index under a policy."""
     text, rng = trace.texts[i], np.random.default_rng(i)
     run = Generation(decoder, policy, text.prompt, problem.env["max_new_tokens"], rng, text.task).run()
-    return Played(i, run.cycles, run.seconds, len(run.actions))
+    return Decoded(i, run.cycles, run.seconds, len(run.actions))
 
 
-def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Played]) -> Equality:
-    """Replay what was decoded live with the same actions, and compare accepted tokens of every cycle and seconds."""
+def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Decoded]) -> Equality:
+    """Replay with the same actions what was decoded live, and compare the tokens of every cycle and the seconds."""
     control = problem.control()
     decoder = replayed(trace, PricedClock(table), control.max_depth, words(trace))
     policy = Policy(control, RandomAgent(control, seed=RANDOM_SEED))
     near, compared, wrong, tied, priced = trace.ties(), 0, 0, 0, 0.0
     for timed in live:
-        replay = play(decoder, policy, trace, problem, timed.text)
+        replay = decode(decoder, policy, trace, problem, timed.text)
         priced += replay.seconds
         at = int(trace.starts[timed.text])
         for mine, theirs in zip(timed.cycles, replay.cycles, strict=False):
@@ -79,11 +79,11 @@ def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[Pl
                     wrong += 1
                 break
             at += mine.emitted
-    return Equality(compared, wrong, tied, priced / sum(played.seconds for played in live))
+    return Equality(compared, wrong, tied, priced / sum(text.seconds for text in live))
 
 
 def averaged(tables: Sequence[CostTable]) -> CostTable:
-    """Return the mean of cost tables of the same numbers of rows, for a machine whose speed drifts."""
+    """Return the mean of cost tables with the same numbers of rows, because the speed of the machine drifts."""
     curves = {
         part: {n: float(np.mean([getattr(table, part)[n] for table in tables])) for n in getattr(tables[0], part)}
         for part in ("verify", "draft")
@@ -91,8 +91,8 @@ def averaged(tables: Sequence[CostTable]) -> CostTable:
     return CostTable(tables[0].name, **curves)
 
 
-def speeds(problem: Problem, played: Sequence[Played], count: int = 4096, steps: int = 50) -> Speeds:
-    """Return environment steps per second, of ``played`` live and of ``count`` environments in NumPy."""
+def speeds(problem: Problem, live: Sequence[Decoded], count: int = 4096, steps: int = 50) -> Speeds:
+    """Return environment steps per second: of texts that were decoded live, and of ``count`` environments in NumPy."""
     env = problem.environments(count)
     env.reset(seed=0)
     env.action_space.seed(0)
@@ -103,13 +103,12 @@ def speeds(problem: Problem, played: Sequence[Played], count: int = 4096, steps:
     for i in range(steps):
         env.step(actions[i % 8])
     rate = count * steps / (time.perf_counter() - begin)
-    live = sum(text.decisions for text in played) / sum(text.seconds for text in played)
-    return Speeds(live, rate, rate / live)
+    live_rate = sum(text.decisions for text in live) / sum(text.seconds for text in live)
+    return Speeds(live_rate, rate, rate / live_rate)
 
 
 def recording_cost(trace: Trace, decoder: Decoder) -> RecordingCost:
-    """Return the seconds of recording a position, and of a live cycle that drafts and verifies as much as is
-    offered."""
+    """Return the seconds of recording a position, and of a live cycle that drafts and verifies as much as possible."""
     text = next(text for text in trace.texts if text.split == "train")
     begin = time.perf_counter()
     columns = Recorder(decoder).record(text.prompt, trace.manifest.max_new_tokens)

@@ -13,7 +13,7 @@ from spec_envs.experiments.measure.results import Interval, Results
 
 @dataclass(frozen=True)
 class OverStatic:
-    """Live throughput over the best static setting's, with the bounds of its 95 % interval."""
+    """The ratio of a live throughput to that of the best static setting, and the bounds of its 95 % interval."""
 
     over_static: float
     low: float
@@ -26,14 +26,14 @@ class OverStatic:
 
 @dataclass(kw_only=True)
 class Learned:
-    """An arm that is trained: its throughput over the best static setting's when replayed.
+    """A trained arm, replayed on held-out texts: the ratio of its throughput to that of the best static setting.
 
     Attributes:
         ratio: interquartile mean over the seeds, with its interval.
         seeds: the ratio of each seed.
-        train_seconds: median over the seeds.
-        forwards: of the target that the same training takes live.
-        chosen: folder of the seed that is fastest on validation texts.
+        train_seconds: median duration of the training over the seeds.
+        forwards: forwards of the target that the same training takes live.
+        chosen: name of the folder of the seed that is fastest on validation texts.
     """
 
     ratio: Annotated[Interval, Inline()]
@@ -49,8 +49,13 @@ class Learned:
 
 @dataclass(kw_only=True)
 class Tuned:
-    """A published rule: its best settings, and its throughput over the best static setting's when replayed, on texts
-    that come from the tasks in turn (``value``) and task by task (``by_domain``)."""
+    """A tuned rule, replayed on held-out texts: the ratio of its throughput to that of the best static setting.
+
+    Attributes:
+        settings: best hyper-parameters of the rule.
+        value: the ratio if the tasks take turns.
+        by_domain: the ratio if all texts of a task come one after another.
+    """
 
     settings: dict[str, Any]
     value: float
@@ -59,7 +64,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class FewTexts:
-    """Hindsight after so many training texts, whose recording took so many forwards of the target."""
+    """Hindsight after training on ``texts`` texts, whose recording took ``forwards`` forwards of the target."""
 
     texts: int
     forwards: int
@@ -68,8 +73,8 @@ class FewTexts:
 
 @dataclass(frozen=True)
 class OtherCosts:
-    """Hindsight and the clairvoyant optimum under a cost table not seen in training, over that table's best static
-    setting."""
+    """Hindsight and the clairvoyant optimum under a cost table that training has not seen, over the best static setting
+    under that table."""
 
     static: list[Any]
     over_static: float
@@ -78,8 +83,14 @@ class OtherCosts:
 
 @dataclass(frozen=True)
 class Equality:
-    """Replayed against live cycles: how many, with another accepted length, the same at marked ties; and priced over
-    timed seconds."""
+    """The comparison of replayed with live cycles.
+
+    Attributes:
+        cycles: number of cycles that were compared.
+        mismatches: cycles with other tokens, except those at near-ties of the target.
+        ties: cycles with other tokens at near-ties of the target.
+        priced_over_timed: priced seconds of the replay over timed seconds of the live decoding.
+    """
 
     cycles: int
     mismatches: int
@@ -98,7 +109,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class RecordingCost:
-    """Seconds of recording a position, and of a live cycle that drafts and verifies as much as is offered."""
+    """Seconds of recording a position, and of a live cycle that drafts and verifies as much as possible."""
 
     position_seconds: float
     full_cycle_seconds: float
@@ -106,7 +117,7 @@ class RecordingCost:
 
 @dataclass(frozen=True)
 class Checks:
-    """The costs of a machine, and the agreement of replay and live decoder."""
+    """The costs of forwards on a machine, and the checks of a trace."""
 
     costs: dict[str, dict[int, float]]
     machine: Machine
@@ -117,8 +128,14 @@ class Checks:
 
 @dataclass(frozen=True)
 class References:
-    """The best static setting S*, and what is to be had beyond it: throughput over S* of the best static setting of
-    each task, of the clairvoyant optimum, and of the best policy of what an agent sees that was found."""
+    """The best static setting S*, and the throughputs over S* that bound what agents can reach.
+
+    Attributes:
+        static: values of S*.
+        per_task_over_static: the best static setting of each task.
+        clairvoyant: the clairvoyant optimum.
+        informed: the best policy that could be learned from what an agent observes.
+    """
 
     static: list[Any]
     static_over_plain: float
@@ -129,14 +146,16 @@ class References:
 
 @dataclass(kw_only=True)
 class Findings:
-    """Everything about one problem.
+    """All findings on one problem.
 
     Attributes:
-        replay: arms on held-out texts that are replayed.
+        settings: sizes that they were measured with.
+        replay: arms that were replayed on held-out texts.
         gap_share: share of the gap from S* to the clairvoyant optimum that hindsight closes.
         of_informed: hindsight's throughput over the informed optimum's.
         tasks: hindsight over S*, by task.
-        live: the table of held-out prompts decoded live; ``arms`` has its ratios to S*.
+        live: the table of held-out prompts that were decoded live.
+        arms: ratios of the live table to S*.
         sampled: the same ratios at temperature 1.
     """
 

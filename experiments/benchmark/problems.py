@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from spec_envs.settings import Keywords
 
-PROBLEMS: dict[str, Keywords] = {  # keyword arguments of an environment, and of another pair of models
+PROBLEMS: dict[str, Keywords] = {  # keyword arguments; a name after the slash stands for other models
     "SpecDepth-v0": {},
     "SpecBudget-v0": {"depth": 2},
     "SpecTree-v0": {},
@@ -14,26 +14,26 @@ PROBLEMS: dict[str, Keywords] = {  # keyword arguments of an environment, and of
     "SpecK-v0/qwen2.5-coder-1.5b": {"decision": "token", "target": "qwen2.5-coder-1.5b", "k_max": 10},
 }
 LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
-FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that nobody was trained under
+FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that no training has seen
 
 
 @dataclass(frozen=True)
 class Size:
     """The sizes of a benchmark."""
 
-    texts: tuple[int, int, int]  # recorded, of train, validation and test
-    tokens: int
+    texts: tuple[int, int, int]  # recorded for training, validation and test
+    tokens: int  # most new tokens of a text
     seeds: int
-    steps: int  # of PPO on the trace
+    steps: int  # environment steps of PPO on the trace
     ltd_steps: int
     tuning: int  # training texts that rules are tuned on
-    folds: int
-    prompts: int  # live
-    cycles: int  # of random actions, live against replayed
-    sampled: int  # prompts at temperature 1
+    folds: int  # of the test texts, for the informed optimum
+    prompts: int  # decoded live
+    cycles: int  # with random actions, to compare live and replayed decoding
+    sampled: int  # prompts decoded live at temperature 1
 
 
 FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 40, 300, 10)
 FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
-LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # of a pair that takes longer
-FEW = (1, 3, 10, 30)  # training texts that hindsight is tried with
+LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # for larger models, which take longer
+FEW = (1, 3, 10, 30)  # numbers of training texts that hindsight is tried with

@@ -1,4 +1,4 @@
-"""The benchmark on held-out texts that are replayed: references, trained arms and tuned arms."""
+"""The part of the benchmark that is replayed from traces: references, trained arms and tuned arms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spec_envs.experiments.measure.statistics import throughput
 
 
 class Static(NamedTuple):
-    """The static setting that is best on training texts, on the held-out ones: seconds of each text, and tokens of
+    """The static setting that is best on training texts, with its seconds of each held-out text and the tokens of
     all."""
 
     setting: Sequence[Any]
@@ -37,7 +37,7 @@ class Static(NamedTuple):
 
 
 def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tuple[Static, References]:
-    """Return S* and what is to be had beyond it."""
+    """Return the best static setting S*, and the references that bound what agents can reach."""
     control = problem.control()
     bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
     train_seconds, seconds = bounds.static(), test.static()
@@ -57,8 +57,8 @@ def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tup
 def trained(
     problem: Problem, name: str, table: CostTable, static: Static, size: Size, folder: Path
 ) -> tuple[dict[str, Policy], dict[str, Learned]]:
-    """Train the arms that learn, and return of each the policy of the seed that is fastest on validation texts, and a
-    row over all seeds."""
+    """Train the arms that learn. Return for each the policy of the seed that is fastest on validation texts, and a row
+    over all seeds."""
     steps = {"ppo": size.steps, "ltd": size.ltd_steps}
     arms = [arm for arm in LEARNED if arm != "ltd" or problem.env_id != "SpecK-v0"]
     jobs = [
@@ -91,7 +91,7 @@ def trained(
 def ruled(
     problem: Problem, trace: Trace, table: CostTable, static: Static, size: Size
 ) -> tuple[dict[str, Policy], dict[str, Tuned]]:
-    """Return the published rules, tuned, and a row of each."""
+    """Return the policies of the tuned rules, and a row for each."""
     policies: dict[str, Policy] = {}
     rows, test = {}, trace.of_split("test")
 
@@ -106,17 +106,17 @@ def ruled(
 
 
 def renewed(policy: Policy) -> Policy:
-    """Return the policy with an agent as it was before its first decision, for one that learns while it serves."""
+    """Return a policy with a copy of the agent in its initial state, because some agents learn while they serve."""
     return Policy(policy.control, copy.deepcopy(policy.agent))
 
 
 def one_domain_after_another(trace: Trace, texts: Sequence[int]) -> list[int]:
-    """Return texts that come from the tasks in turn task by task instead."""
+    """Return indices of texts, sorted by task."""
     return sorted(texts, key=lambda i: trace.texts[i].task)
 
 
 def total_seconds(samples: Sequence[Sample]) -> float:
-    """Return the seconds of all texts."""
+    """Return the seconds of all samples."""
     return sum(sample.seconds for sample in samples)
 
 
@@ -133,8 +133,7 @@ def over_seeds(ratios: np.ndarray) -> Interval:
 
 
 def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, OtherCosts]:
-    """Try hindsight with the same weights under cost tables that it has not seen, over the best static setting of
-    each."""
+    """Measure hindsight, with the same weights, under cost tables that its training has not seen."""
     found = {}
     for name in FOREIGN:
         table, control = CostTable.load(name), problem.control()
@@ -150,7 +149,7 @@ def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict
 
 
 def few_texts(problem: Problem, table: CostTable, seconds_per_token: float, folder: Path, size: Size) -> list[FewTexts]:
-    """Try hindsight after the first few training texts."""
+    """Measure hindsight after training on the first few texts."""
     found = []
     for count in sorted({min(n, size.texts[0]) for n in FEW}):
         folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]

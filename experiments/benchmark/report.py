@@ -17,7 +17,10 @@ def results_md(results: dict[str, Findings], fast: bool) -> str:
     """Return the report."""
     lines = ["# Results", ""]
     if fast:
-        lines += ["Of the small version (`FAST=1 make benchmark`): too few texts and seeds to tell arms apart.", ""]
+        lines += [
+            "Results of the small version (`FAST=1 make benchmark`), with too few texts and seeds to tell arms apart.",
+            "",
+        ]
     lines += [
         "Written by `make benchmark`; every figure is in its benchmark.json.",
         "",
@@ -31,12 +34,13 @@ def results_md(results: dict[str, Findings], fast: bool) -> str:
 
 
 def headroom(results: dict[str, Findings]) -> list[str]:
-    """Return how much there is to gain, and which agent gains how much of it."""
+    """Return the lines about how much there is to gain, and how much of it is reached."""
     lines = [
-        "Throughput on held-out texts, replayed under this machine's costs; S* is the best static setting (chosen on "
-        "training texts), I* the informed optimum as far as it could be found (the best of cross-fitted learners and tuned rules), C* the clairvoyant one, "
-        "which nobody can reach. Each environment is priced under what forwards cost while it was measured. *Per task* has the "
-        "best static setting of each task, over S*; the last column is below 0 where `hindsight` is slower than S*.",
+        "Throughput on held-out texts, replayed under this machine's costs. S* is the best static setting, chosen on "
+        "training texts. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and tuned "
+        "rules. C* is the clairvoyant optimum, which no policy can reach. Each environment is priced by what forwards cost "
+        "while it was measured. *Per task* is the best static setting of each task. The last column is below "
+        "0 if `hindsight` is slower than S*.",
         "",
         "| environment | S* | S* over plain | S* per task | I* over S* | C* over S* | `hindsight` over S* | of I* | of the "
         "gap S* to C* |",
@@ -58,7 +62,7 @@ def headroom(results: dict[str, Findings]) -> list[str]:
 
 
 def verdicts(results: dict[str, Findings]) -> list[str]:
-    """Return where adaptive control pays, in words, from the figures."""
+    """Return the lines that say for each environment whether adaptive control pays."""
     lines = ["## Where adaptive control pays"]
     for env_id, found in results.items():
         live = found.arms["hindsight"]
@@ -76,17 +80,17 @@ def verdicts(results: dict[str, Findings]) -> list[str]:
         adaptive = {name: arm for name, arm in found.arms.items() if name not in NOT_ADAPTIVE}
         fastest = max(adaptive, key=lambda name: adaptive[name].over_static)
         lines.append(
-            f"`{env_id}`: live, `hindsight` {pays} ({live.interval:.3f} of S*); fastest was `{fastest}` "
-            f"({adaptive[fastest].interval:.3f}). Knowing everything would gain "
-            f"{100 * room:.0f} %; of that, {100 * max(0.0, known):.0f} % could be learned from what an agent sees: the rest is "
-            f"acceptance that nothing seen predicts. In decoding, a draft step costs {drafts:.2f} of a plain one, verifying 8 "
-            f"rows {verify[8] / verify[1]:.2f} (below: forwards timed alone, before the live table)."
+            f"`{env_id}`: live, `hindsight` {pays} ({live.interval:.3f} of S*); the fastest arm was `{fastest}` "
+            f"({adaptive[fastest].interval:.3f}). Knowing everything would gain {100 * room:.0f} %; "
+            f"{100 * max(0.0, known):.0f} % of that could be learned from what an agent observes, and the rest is acceptance "
+            f"that no observation predicts. While decoding, a draft step costs {drafts:.2f} of a plain step, and verifying 8 "
+            f"rows costs {verify[8] / verify[1]:.2f} (the curves below are of forwards that were timed alone)."
         )
     return ["\n\n".join(lines)]
 
 
 def named(setting: Sequence[Setting]) -> str:
-    """Return a static setting of a chain or of a tree in words."""
+    """Return a static setting of chains (one value) or of trees (two values) in words."""
     return setting_name(setting, ("k",) if len(setting) == 1 else ("depth", "budget"))
 
 
@@ -95,10 +99,10 @@ def of_environment(found: Findings) -> list[str]:
     equal, speeds, recording = found.checks.replay_equals_live, found.checks.speeds, found.checks.recording
     seeds, texts = found.settings.seeds, found.settings.texts
     lines = [
-        f"Replayed on {texts[2]} held-out texts, over S*: interquartile mean over {seeds} seeds with its 95 % interval, "
-        "training seconds, and forwards of the target that the same training takes live (of `hindsight` and `exact-pg`: that "
-        f"recording {texts[0]} training texts took). The texts come from the tasks in turn; *task by task* is a stationary "
-        "stream of each, which matters to what learns while it serves.",
+        f"Replayed on {texts[2]} held-out texts, over S*: the interquartile mean over {seeds} seeds with its 95 % interval, "
+        "the seconds of training, and the forwards of the target that the same training takes live (for `hindsight` and "
+        f"`exact-pg`: that recording {texts[0]} training texts took). The tasks take turns; *task by task* means all texts of "
+        "a task one after another, which matters for arms that learn while they serve.",
         "",
         "| arm | over S* | training s | target forwards |",
         "|---|---|---|---|",
@@ -113,28 +117,29 @@ def of_environment(found: Findings) -> list[str]:
     ]
     for name, other in found.other_costs.items():
         lines.append(
-            f"- Under the cost table `{name}`, which it has not seen: {other.over_static:.3f} of that table's best static "
-            f"setting ({named(other.static)}); clairvoyant {other.clairvoyant:.3f}."
+            f"- Under the cost table `{name}`, which its training has not seen: {other.over_static:.3f} of the best static "
+            f"setting under that table ({named(other.static)}); clairvoyant {other.clairvoyant:.3f}."
         )
     lines += [
-        f"- Replay against live under random play: {equal.cycles} cycles, {equal.mismatches} of them with another accepted "
-        f"length, {equal.ties} at marked ties; priced over timed seconds {equal.priced_over_timed:.3f}.",
+        f"- Replay against live decoding with random actions: {equal.cycles} cycles; {equal.mismatches} have other tokens, "
+        f"and {equal.ties} more at near-ties; priced over timed seconds {equal.priced_over_timed:.3f}.",
         f"- {speeds.replay_steps_per_s / 1e6:.2f} million steps per second on one core, {speeds.live_steps_per_s:.1f} live "
-        f"({speeds.replay_over_live:.0f} times). Recording a position takes {1000 * recording.position_seconds:.0f} ms, a "
-        f"live cycle at full depth {1000 * recording.full_cycle_seconds:.0f} ms.",
+        f"({speeds.replay_over_live:.0f} times as many). Recording a position takes "
+        f"{1000 * recording.position_seconds:.0f} ms, a live cycle at full depth "
+        f"{1000 * recording.full_cycle_seconds:.0f} ms.",
         "",
         "Live:",
         "",
         markdown(found.live),
         f"At temperature 1, {found.settings.sampled} prompts, over the same static setting: "
         + ", ".join(f"`{name}` {arm.interval:.3f}" for name, arm in found.sampled.items())
-        + ". What was learned or tuned, was so at temperature 0.",
+        + ". Arms were trained and tuned at temperature 0.",
     ]
     return lines
 
 
 def cells(row: Learned | Tuned) -> list[str]:
-    """Return the cells of an arm that is replayed: ratio, training seconds and forwards."""
+    """Return the cells of a replayed arm: ratio, training seconds and forwards."""
     if isinstance(row, Learned):
         return [f"{row.ratio:.3f}", f"{row.train_seconds:.0f}", f"{row.forwards}"]
     settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())
@@ -142,20 +147,20 @@ def cells(row: Learned | Tuned) -> list[str]:
 
 
 def cheaper(ppo: Learned, few_texts: Sequence[FewTexts]) -> str:
-    """Return with how few forwards of the target `hindsight` is as good as PPO, in words."""
+    """Return a sentence about how few forwards of the target `hindsight` needs to be as good as PPO."""
     enough = [few for few in few_texts if few.value >= ppo.value]
     if not enough:
-        return f"Of these none reaches `ppo` ({ppo.value:.3f} with {ppo.forwards})."
+        return f"None of these reaches `ppo` ({ppo.value:.3f} with {ppo.forwards})."
     least = enough[0]
     texts = "1 text" if least.texts == 1 else f"{least.texts} texts"
     return (
-        f"As good as `ppo` ({ppo.value:.3f} with {ppo.forwards} forwards) is `hindsight` after {texts}, "
+        f"`hindsight` is as good as `ppo` ({ppo.value:.3f} with {ppo.forwards} forwards) after {texts}, "
         f"with 1/{ppo.forwards / least.forwards:.0f} of its forwards."
     )
 
 
 def draw(results: dict[str, Findings], path: Path) -> None:
-    """Draw live throughput of every arm over the best static setting, and how far I* and C* are."""
+    """Draw the live throughput of every arm over the best static setting, and lines at I* and C*."""
     with drawn(path, 10, 3.2 * len(results)) as figure:
         axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
         for axis, (env_id, found) in zip(axes, results.items(), strict=True):

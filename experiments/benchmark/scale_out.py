@@ -1,20 +1,22 @@
-"""Jobs run one after another, or on a Ray cluster (`RAY=1`, or the address of one); the results are the same."""
+"""Jobs that run one after another, or on a Ray cluster (`RAY=1`, or its address); the results are the same."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
 
-def mapped(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], desc: str) -> list[Any]:
-    """Return ``work(*job)`` of every job, in their order.
 
-    With the environment variable ``RAY`` set to 1 on a local cluster of Ray, with an address on that one, which has to
-    see the same files. Each job computes on one thread there, and for itself alone, so that nothing depends on who runs
-    it.
+def mapped(work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], desc: str) -> list[T]:
+    """Return ``work(*job)`` of every job, in order.
+
+    The environment variable ``RAY`` chooses where: 1 is a local Ray cluster, and an address is that cluster, which has to
+    see the same files. There each job computes on one thread and depends on no other job, so that results do not depend
+    on where it runs.
 
     Raises:
         ValueError: ``RAY`` is set and Ray is not installed.

@@ -30,7 +30,9 @@ def test_text_notes_group_arms_with_equal_figures() -> None:
     assert "prompts" not in lines[0]
 
 
-@pytest.mark.parametrize(("least", "sentence"), [(1.05, "after 3 texts, with 1/50"), (1.2, "none reaches `ppo`")])
+@pytest.mark.parametrize(
+    ("least", "sentence"), [(1.05, "after 3 texts, with 1/50"), (1.2, "None of these reaches `ppo`")]
+)
 def test_cheaper_names_fewest_texts_as_good_as_ppo(least: float, sentence: str) -> None:
     ppo = Learned(
         ratio=Interval(least, least, least), seeds=[least], train_seconds=1.0, forwards=10_000, chosen="ppo-0"
