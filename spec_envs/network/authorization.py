@@ -8,14 +8,14 @@ import re
 from collections.abc import Sequence
 from http import HTTPStatus
 
-TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the token, so that no list of processes shows it
+TOKEN = "SPEC_ENVS_TOKEN"  # environment variable with the token; an argument would be seen in lists of processes
 SHORTEST = 16  # characters of a token that cannot be guessed
 FORM = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 CHALLENGE = 'Bearer realm="spec-envs"'
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address can be reached only from this machine."""
+    """Return True if an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -30,7 +30,7 @@ def check_token(token: str) -> None:
     """
     if token and not FORM.fullmatch(token):
         raise ValueError(
-            f"the token in {TOKEN} has characters that no bearer token has; expected letters, digits and -._~+/ alone"
+            f"the token in {TOKEN} has characters that no bearer token may have; expected letters, digits and -._~+/"
         )
 
 
@@ -46,12 +46,12 @@ def check_served(token: str, host: str) -> None:
     if not token:
         raise ValueError(
             f"host is {host}, which others can reach; set the environment variable {TOKEN} to a secret that edges "
-            "have to bear, or listen on 127.0.0.1"
+            "have to send, or listen on 127.0.0.1"
         )
     if len(token) < SHORTEST:
         raise ValueError(
-            f"the token in {TOKEN} has {len(token)} characters, and others can reach {host}; expected {SHORTEST} or more, "
-            "as from `openssl rand -hex 16`"
+            f"the token in {TOKEN} has {len(token)} characters, and others can reach {host}; "
+            f"expected {SHORTEST} or more, for example from `openssl rand -hex 16`"
         )
 
 

@@ -1,5 +1,5 @@
-"""Channels carry an edge's requests to a cloud (`websocket.py`), or over a simulated link to a cloud in this
-process."""
+"""Channels carry an edge's requests to a cloud: over a WebSocket (`websocket.py`), or over a simulated link to a cloud
+in this process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Channel(Protocol):
 
         Args:
             shared: tokens of the text that the cloud is known to have.
-            request: makes the request for a cloud that has so many tokens: ``shared``, or fewer after a reconnection.
+            request: returns the request for a cloud that has a number of tokens: ``shared``, or fewer after a
+                reconnection.
         """
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
@@ -63,7 +64,7 @@ class Channel(Protocol):
 class SimulatedChannel:
     """A cloud in this process, reached over a simulated link.
 
-    Messages are encoded and decoded as on a real link. Their time on the link is computed; nobody waits for it.
+    Messages are encoded and decoded as on a real link. Their time on the link is computed and not waited for.
 
     Args:
         engine: the cloud's engine, with a free session.
@@ -111,7 +112,7 @@ class SimulatedChannel:
             if first:
                 traffic = self._traffic(len(frame), len(reply))
             else:
-                # A token travels while the next one is computed; only the last one is waited for.
+                # A token travels while the next one is computed; only the last one adds its seconds.
                 traffic = Traffic(0, len(reply), self.link.push(len(reply)) if tokens.last else 0.0, True)
             first = False
             self.link.move()

@@ -1,10 +1,10 @@
-"""Expected-acceptance traces: speculation over a link without models, approximately.
+"""Expected-acceptance traces: an approximate replay of speculation over a link, without models.
 
-For texts that the target sampled, a trace has at every position with what probability a token drafted there would be
-accepted, Σ min(p, q̂_k), for each k. In a replay every drafted token is right with its probability, and the text
-continues as it was recorded. That is approximate, and only that: the text does not depend on what was drafted, and a
-rejection leaves the token after it unknown. Messages are encoded with as many entries as they would have, so that
-bytes are real.
+For texts that the target sampled, a trace holds for every position and each k the probability Σ min(p, q̂_k) that a
+token drafted there is accepted. In a replay every drafted token is right with its probability, and the text continues
+as it was recorded. This is an approximation, because the text does not depend on what was drafted, although after a
+rejection another text would follow. Messages are encoded with as many entries as they would have, so that their bytes
+are real.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ LARGEST = 2**30  # bytes of a file's arrays
 
 @dataclass(frozen=True)
 class Text:
-    """A recorded text and what a drafter would have done at each of its n tokens after the first.
+    """A recorded text and the drafter's distribution at each of its n tokens after the first.
 
-    ``acceptance`` ``[n, ks]``; ``probability`` that a drawn token is expected to have and ``entropy`` in nats ``[n]``
-    of the drafter's distribution; ``entries`` ``[n]`` that it has; ``match`` ``[n]``, how many of the last tokens match
-    the place that would be copied from.
+    Attributes:
+        task, split, prompt, tokens: kind of prompt, split, ids of the prompt and of the text.
+        acceptance: ``[n, ks]``, probability that a drafted token is accepted, for each k.
+        probability: ``[n]``, expected probability of a token that is drawn.
+        entropy: ``[n]``, in nats.
+        entries: ``[n]``, number of tokens that the distribution has.
+        match: ``[n]``, how many of the last tokens match the place that would be copied from.
     """
 
     task: str
@@ -66,17 +70,17 @@ class ExpectedTrace(Recording):
     """Texts that were recorded (`make trace`), to be replayed over a link.
 
     Attributes:
-        name: of its file.
-        target, drafter: what it was recorded with.
-        clock: default cost table that prices it.
-        vocab, eos: ids of the target, and the one that ends a text.
-        temperature: that the texts were sampled at.
-        ks: the numbers of entries that acceptance is known for; 0 stands for the whole distribution.
-        texts: all of them.
-        source: JSON of what it is valid for: hashes of both weights, dtype, prompts.
+        name: name of its file.
+        target, drafter: the models that it was recorded with.
+        clock: name of the cost table that prices it by default.
+        vocab, eos: size of the target's vocabulary, and the id that ends a text.
+        temperature: temperature at which the texts were sampled.
+        ks: numbers of entries for which acceptance was recorded; 0 stands for the whole distribution.
+        texts: the recorded texts.
+        source: JSON of the conditions it is valid for: hashes of both weights, dtype, prompts.
     """
 
-    static_over_plain = 1.0  # was not measured
+    static_over_plain = 1.0  # not measured
     name: str
     target: str
     drafter: str
@@ -94,7 +98,7 @@ class ExpectedTrace(Recording):
         """Return a shipped trace by name, or any by its path, read once per process.
 
         Raises:
-            ValueError: no such trace, or one that is damaged.
+            ValueError: the trace is not found, or damaged.
         """
         path = next((p for p in (TRACES / f"{source}.npz", Path(source)) if is_file(p)), None)
         if path is None:
@@ -105,12 +109,12 @@ class ExpectedTrace(Recording):
         try:
             return cls._of(path.stem, read_npz(path, LARGEST))
         except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is not an expected-acceptance trace ({reason}); record it again") from None
 
     @classmethod
     def _of(cls, name: str, data: dict[str, np.ndarray]) -> ExpectedTrace:
-        """Return the trace that the arrays of a file make."""
+        """Return the trace of the arrays of a file."""
         if int(data["version"]) != VERSION:
             raise ValueError(f"version {data['version']}; this is version {VERSION}")
         vocab, eos, temperature = int(data["vocab"]), int(data["eos"]), float(data["temperature"])
@@ -150,7 +154,7 @@ class ExpectedTrace(Recording):
 
     @staticmethod
     def named(source: str) -> bool:
-        """Return whether a name is that of an expected-acceptance trace."""
+        """Return True if a name is that of an expected-acceptance trace."""
         return source.endswith(".npz") or is_file(TRACES / f"{source}.npz")
 
     def save(self, path: Path) -> None:
@@ -182,16 +186,16 @@ class ExpectedTrace(Recording):
         return [(self.texts[i].task, self.texts[i].prompt) for i in chosen(self.name, self.texts, split, names)]
 
     def check(self, problem: Problem, max_new_tokens: int | None = None) -> None:
-        """Do nothing: a text that was recorded shorter ends there, and ``decoder`` refuses controls."""
+        """Do nothing: a shorter text ends where its record ends, and ``decoder`` refuses every control."""
 
     def decoder(self, problem: Problem, clock: WallClock) -> Decoder:
-        """Refuse a control that has no link; one that has opens the trace with ``over``.
+        """Refuse a control without a link; a control with a link opens the trace by ``over``.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            f"the trace {self.name!r} is one of drafts over a link, which {problem.name} does not decide about"
+            f"the trace {self.name!r} has drafts over a link, which do not replay {problem.name}; expected SpecTopK-v0"
         )
 
     def over(self, link: Link, clock: WallClock, max_depth: int) -> LinkedDecoder:
@@ -210,7 +214,7 @@ class ExpectedTrace(Recording):
 
 
 class ExpectedDrafter(ChainDrafter):
-    """Drafts the recorded token with the probability that it would be accepted, and another token otherwise.
+    """Drafts the recorded token with its recorded probability of acceptance, and another token otherwise.
 
     Attributes:
         top_k: see ``ChainDrafter``; one of the trace's ``ks``, or more entries than the distribution has.
@@ -228,7 +232,7 @@ class ExpectedDrafter(ChainDrafter):
         self.text, self.rng, self.at = self.trace.find(text[:-1]), rng, 0
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Continue after them."""
+        """Move forward by the tokens that joined the text."""
         self.at += len(tokens)
 
     def matched(self) -> int:
@@ -257,7 +261,7 @@ class ExpectedDrafter(ChainDrafter):
             return self.columns[0]
         if self.top_k not in self.columns:
             raise ValueError(
-                f"k is {self.top_k}; the trace {self.trace.name!r} knows {', '.join(map(str, self.columns))}"
+                f"k is {self.top_k}; the trace {self.trace.name!r} has {', '.join(map(str, self.columns))}"
             )
         return self.columns[self.top_k]
 
@@ -278,8 +282,8 @@ class ExpectedChannel(SimulatedChannel):
         return welcome, self._traffic(len(encode(hello)), len(encode(welcome)))
 
     def verify(self, request: Verify) -> Verdict:
-        """Accept the tokens up to the first one that is not the recorded one."""
-        tokens, at = self._behind(request)
+        """Accept the drafted tokens up to the first one that differs from the recorded text."""
+        tokens, at = self._next(request)
         draft = unpack_ids(request.draft, self.trace.vocab)
         kept = 0
         while kept < len(draft) and at + kept < len(tokens) and draft[kept] == tokens[at + kept]:
@@ -292,7 +296,7 @@ class ExpectedChannel(SimulatedChannel):
         return Verdict(request.number, kept, -1, 0.0, 0.0, logits.tobytes(), "float32")
 
     def tokens(self, request: Plain) -> Iterator[Tokens]:
-        tokens, at = self._behind(request)
+        tokens, at = self._next(request)
         for index in range(request.count):
             token = tokens[at + index] if at + index < len(tokens) else self.trace.eos
             last = index == request.count - 1 or token == self.trace.eos
@@ -306,10 +310,10 @@ class ExpectedChannel(SimulatedChannel):
     def close(self) -> None:
         """Do nothing: there is no session."""
 
-    def _behind(self, request: Verify | Plain) -> tuple[list[int], int]:
+    def _next(self, request: Verify | Plain) -> tuple[list[int], int]:
         """Return the recorded tokens, and the index of the one that comes next."""
-        if self.text is None:
-            self.text = self.trace.find(unpack_ids(request.text, self.trace.vocab).tolist())
-        assert self.text is not None
-        at = request.at + len(request.text) // self.wide.itemsize - len(self.text.prompt)
-        return self.text.tokens, at
+        text = self.text
+        if text is None:  # the first request of a text has its whole prompt
+            text = self.text = self.trace.find(unpack_ids(request.text, self.trace.vocab).tolist())
+        at = request.at + len(request.text) // self.wide.itemsize - len(text.prompt)
+        return text.tokens, at

@@ -26,15 +26,15 @@ from spec_envs.files import DATA, find_json
 LINKS = DATA / "links"
 LITERAL = "constant:up=46,down=563,rtt=50"
 LITERAL_KEYS = {"up": "up_mbps", "down": "down_mbps", "rtt": "rtt_ms", "jitter": "jitter_ms", "loss": "loss"}
-PACKET = 1500  # bytes, at most
-Rate = Annotated[float, Field(ge=1e-6, le=1e9)]  # Mbps: from a bit per second on, so that a message ends some day
+PACKET = 1500  # most bytes of a packet
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]  # Mbps; at least a bit per second, so that every message ends
 Delay = Annotated[float, Field(ge=0, le=1e9)]  # ms
 NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class LinkState:
-    """A link during one round: Mbps and milliseconds as people write them, bytes and seconds as the rest computes."""
+    """A link during one round, in Mbps and milliseconds as files state them, and in bytes and seconds."""
 
     up_mbps: float
     down_mbps: float
@@ -52,7 +52,7 @@ class LinkState:
 
     @property
     def rtt(self) -> float:
-        """Seconds of a round trip of nothing."""
+        """Seconds of a round trip of an empty message."""
         return self.rtt_ms / 1e3
 
 
@@ -60,8 +60,8 @@ class Link:
     """A link of one state, and the base of those whose state moves.
 
     Args:
-        name: as asked for: a shipped name, the stem of a file, or a literal.
-        states: every state that it can be in.
+        name: a shipped name, the stem of a file, or a literal.
+        states: every state that the link can be in.
         jitter_ms: mean of an exponential addition to every exchange.
         loss: probability that a packet is lost, each time it is sent.
 
@@ -75,8 +75,8 @@ class Link:
         self.moves, self.noise = np.random.default_rng(0).spawn(2)
 
     def reset(self, rng: np.random.Generator) -> None:
-        """Begin a text: draw where the link starts. Two generators are spawned from ``rng``, one for the states and one
-        for jitter and loss; ``rng`` itself is not drawn from."""
+        """Begin a text and draw the link's first state. Two generators are spawned from ``rng``, one for the states and
+        one for jitter and loss; ``rng`` itself is not drawn from."""
         self.moves, self.noise = rng.spawn(2)
         self.state = self._first()
 
@@ -84,25 +84,25 @@ class Link:
         """Move to the state of the next round, whatever was sent in this one."""
 
     def seconds(self, bytes_up: int, bytes_down: int) -> float:
-        """Return the seconds of one exchange: round trip, jitter, serialisation both ways, and what was lost sent
-        again, which costs a further round trip each time that anything of one way is still missing."""
+        """Return the seconds of one exchange: round trip, jitter, serialisation both ways, and retransmission. Each
+        time that packets of one way are sent again costs a further round trip."""
         up, up_rounds = self._sent(bytes_up)
         down, down_rounds = self._sent(bytes_down)
         trips = 1 + up_rounds + down_rounds
         return trips * self.state.rtt + self.jitter() + up / self.state.up + down / self.state.down
 
     def push(self, bytes_down: int) -> float:
-        """Return the seconds that a frame adds which follows another one down a stream: its serialisation and that of
-        its packets that were lost. No round trip and no jitter: those overlap with the frames before it."""
+        """Return the seconds that a further frame of a stream adds: its serialisation, lost packets included. Its round
+        trip and jitter overlap with those of the frames before it."""
         return self._sent(bytes_down)[0] / self.state.down
 
     def jitter(self) -> float:
-        """Draw the seconds that an exchange takes longer than its round trip."""
+        """Draw the seconds of jitter that are added to an exchange."""
         return float(self.noise.exponential(self.jitter_ms / 1e3)) if self.jitter_ms else 0.0
 
     def _sent(self, size: int) -> tuple[float, int]:
-        """Return the bytes that go over the line until ``size`` have arrived, in packets of equal size, and how many
-        times lost packets were sent again."""
+        """Return how many bytes are sent until ``size`` have arrived, in packets of equal size, and how many times lost
+        packets were sent again."""
         if not self.loss or not size:
             return float(size), 0
         packets = math.ceil(size / PACKET)
@@ -141,10 +141,10 @@ class MarkovLink(Link):
 
 
 class LogLink(Link):
-    """A recorded log, followed in a circle from a moment drawn for every text.
+    """A recorded log, followed in a circle from a time that is drawn for every text.
 
     Args:
-        ms: when every row begins, ascending; the last one lasts as long as the one before it.
+        ms: time at which every row begins, ascending; the last one lasts as long as the one before it.
         rows: the state of every row.
         interval_ms: milliseconds of the log that a round lasts.
     """
@@ -189,7 +189,7 @@ class Common(Checked):
 
 
 class ConstantData(StateData, Common):
-    """A link that is always the same."""
+    """A link whose state never changes."""
 
     kind: Literal["constant"]
 
@@ -198,7 +198,8 @@ class ConstantData(StateData, Common):
 
 
 class MarkovData(Common):
-    """A Markov chain: the probability to stay (all other states are then equally probable), or all transitions."""
+    """A Markov chain, given by all transitions or by the probability to stay; the other states are then equally
+    probable."""
 
     kind: Literal["markov"]
     states: list[StateData] = Field(min_length=2)
@@ -212,26 +213,29 @@ class MarkovData(Common):
             raise ValueError("expected either stay or transitions")
         if self.transitions is not None:
             if len(self.transitions) != n or any(len(row) != n for row in self.transitions):
-                raise ValueError(f"transitions of {n} states are {n} rows of {n} probabilities")
+                raise ValueError(f"transitions of {n} states need {n} rows of {n} probabilities")
             if any(abs(sum(row) - 1) > 1e-6 for row in self.transitions):
-                raise ValueError("every row of transitions sums to 1")
+                raise ValueError("every row of transitions has to sum to 1")
             if connected_components(np.array(self.transitions) > 0, connection="strong")[0] > 1:
-                raise ValueError("every state must be within reach of every other")
+                raise ValueError("every state has to be within reach of every other")
         return self
 
     def link(self, name: str, folder: Path) -> Link:
+        states = tuple(data.state() for data in self.states)
+        return MarkovLink(name, states, self._matrix(), **self.common())
+
+    def _matrix(self) -> np.ndarray:
+        """Return the probabilities of the next state by row, ``[n, n]``."""
+        if self.stay is None:
+            return np.array(self.transitions, float)
         n = len(self.states)
-        if self.transitions is not None:
-            transitions = np.array(self.transitions, float)
-        else:
-            assert self.stay is not None
-            transitions = np.full((n, n), (1 - self.stay) / (n - 1))
-            np.fill_diagonal(transitions, self.stay)
-        return MarkovLink(name, tuple(data.state() for data in self.states), transitions, **self.common())
+        matrix = np.full((n, n), (1 - self.stay) / (n - 1))
+        np.fill_diagonal(matrix, self.stay)
+        return matrix
 
 
 class LogData(Common):
-    """A log: a CSV beside the JSON. ``rtt_ms`` holds where the CSV has no such column."""
+    """A log: a CSV in the same folder as the JSON. ``rtt_ms`` is used if the CSV has no such column."""
 
     kind: Literal["trace"]
     csv: str
@@ -248,7 +252,8 @@ class LogData(Common):
 
 
 class LogRow(BaseModel):
-    """A row of a log: when it begins, rate down, rate up (by default as down) and round trip."""
+    """A row of a log: the time at which it begins, the rate down, the rate up (by default the same) and the round
+    trip."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     ms: float = Field(ge=-1e12, le=1e12)
@@ -268,7 +273,7 @@ def load_link(source: str) -> Link:
     ``"constant:up=46,down=563,rtt=50"`` (Mbps, Mbps, ms; ``jitter`` in ms and ``loss`` may follow).
 
     Raises:
-        ValueError: no such link, or one that is malformed.
+        ValueError: the link is not found, or malformed.
     """
     if source.startswith("constant:"):
         return _check(_literal(source), repr(source), f"expected {LITERAL!r}").link(source, LINKS)
@@ -290,7 +295,7 @@ def read_log(path: Path) -> list[LogRow]:
     """
     expected = "expected a header ms,mbps (up_mbps and rtt_ms may follow) and at least two rows of numbers"
     if not path.is_file():
-        raise ValueError(f"{path} is not there: expected the CSV of a link's log")
+        raise ValueError(f"{path} does not exist; expected the CSV of a link's log")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = ROWS.validate_python(list(csv.DictReader(file, restval="")))
@@ -322,7 +327,7 @@ def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | LogDat
     """Return the data of a link.
 
     Raises:
-        ValueError: one sentence about what is wrong with it.
+        ValueError: the data are malformed; the message names the first mistake.
     """
     try:
         return ADAPTER.validate_python(raw)

@@ -23,7 +23,7 @@ from spec_envs.arguments import SEED, Parser
 from spec_envs.network.link import LINKS, LITERAL, PACKET, Link, load_link
 
 LOG = logging.getLogger(__name__)
-BURST = 0.002  # seconds of its rate that an idle direction saves, because timers are imprecise
+BURST = 0.002  # seconds whose bytes an idle direction may send at once, because timers are imprecise
 CHUNK_SECONDS, CHUNK = 0.01, 65536  # most seconds and most bytes of a chunk
 CHUNKS = 1024  # chunks on their way in one direction before it stops reading
 Chunks = asyncio.Queue[tuple[float, bytes]]  # time of delivery and bytes; empty bytes are the end
@@ -42,7 +42,7 @@ class Direction:
 
     @property
     def chunk(self) -> int:
-        """Bytes to take at a time, so few that a change of the rate soon takes effect."""
+        """Number of bytes to read at a time, so small that a change of the rate soon takes effect."""
         return int(np.clip(self.rate() * CHUNK_SECONDS, PACKET, CHUNK))
 
     async def send(self, size: int) -> None:
@@ -62,7 +62,7 @@ class ShapedProxy:
         link: gives rate and delay; it is reset at the start.
         to: host and port of the server.
         listen: host and port to listen on; port 0 takes a free one.
-        seed: of the link's states and jitter.
+        seed: seed of the link's states and jitter.
         interval: seconds after which the link's state moves.
 
     Attributes:
@@ -136,7 +136,7 @@ class ShapedProxy:
         self._keep(asyncio.create_task(self._forward(reader, writer)))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Forward until both sides have ended, or one is gone."""
+        """Forward until both sides have ended, or one has failed."""
         up: Chunks = asyncio.Queue(CHUNKS)
         down: Chunks = asyncio.Queue(CHUNKS)
         try:
@@ -164,8 +164,8 @@ class ShapedProxy:
     async def _take(self, reader: asyncio.StreamReader, direction: Direction, chunks: Chunks) -> None:
         """Read bytes at the rate of their direction and queue them with their time of arrival, in order.
 
-        They arrive after half a round trip and half the jitter, which is drawn for every message: bytes that come while
-        none before them are on their way.
+        They arrive after half a round trip and half the jitter. The jitter is drawn for every message, which is assumed
+        to begin when no earlier bytes are on their way.
         """
         loop, arrival, jitter = asyncio.get_running_loop(), 0.0, 0.0
         while data := await reader.read(direction.chunk):
@@ -178,7 +178,7 @@ class ShapedProxy:
 
 
 async def deliver(chunks: Chunks, writer: asyncio.StreamWriter) -> None:
-    """Write chunks at their time of arrival, up to the one that is the end."""
+    """Write chunks at their time of arrival, up to the empty one that ends the direction."""
     loop = asyncio.get_running_loop()
     while True:
         arrival, data = await chunks.get()
@@ -195,7 +195,7 @@ def address(text: str) -> tuple[str, int]:
     """Return host and port of ``HOST:PORT``, or of ``PORT`` on loopback."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdecimal() and len(port) <= 5) or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address; expected PORT or HOST:PORT")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address; expected PORT or HOST:PORT")
     return host or "127.0.0.1", int(port)
 
 
@@ -214,7 +214,7 @@ def milliseconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 1 <= value <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected 1 to 1e9 milliseconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; expected 1 to 1e9 milliseconds")
     return value / 1e3
 
 
@@ -222,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser(
         "A TCP proxy that gives connections the rate and the delay of a simulated link.",
         epilog="Example: --listen 8766 --to 127.0.0.1:8765 --link markov-1-500. The side that connects to --listen is "
-        "the edge: its bytes go up. The rate of a direction is shared by all connections; lost packets are not imitated.",
+        "the edge: its bytes go up. All connections share the rate of a direction; packet loss is not simulated.",
     )
     parser.add_argument(
         "--listen", type=address, required=True, metavar="[HOST:]PORT", help="where to listen (host: loopback)"
@@ -232,7 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--link", required=True, help=f"{shipped}; a JSON file; a .csv of ms,mbps; or a literal {LITERAL}"
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of states and jitter (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of states and jitter (default: 0)")
     parser.add_argument(
         "--interval-ms",
         type=milliseconds,

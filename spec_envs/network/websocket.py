@@ -44,7 +44,7 @@ from spec_envs.network.wire import (
 
 PING_EVERY = 8  # tokens of a stream
 LONGEST_ANSWER = 4 * 2**20  # bytes: logits of a vocabulary of half a million in float64
-ANY = 2**31  # tokens, more than any text has
+ANY = 2**31  # more tokens than any text has
 T = TypeVar("T")
 M = TypeVar("M", Verdict, Tokens)
 
@@ -54,7 +54,7 @@ class CloudUnavailable(ConnectionError):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether another attempt may succeed, because the connection failed or the cloud is busy."""
+    """Return True if another attempt may succeed, because the connection failed or the cloud is busy."""
     if isinstance(error, InvalidStatus):
         return error.response.status_code >= 500
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -75,7 +75,7 @@ def check_address(url: str) -> str:
     """Return the host of a cloud's address.
 
     Raises:
-        ValueError: it is not a valid address.
+        ValueError: the address is not valid.
     """
     expected = f"the cloud's address is {one_line(url)!r}; expected ws://host:port, or wss:// with TLS"
     if not url.startswith(("ws://", "wss://")) or "#" in url or not url.isprintable() or " " in url:
@@ -98,10 +98,10 @@ class SocketChannel:
 
     Args:
         url: ``ws://host:port`` or ``wss://…``.
-        patience: seconds after which a cloud that does not answer is given up, though not before a second attempt.
-        timeout: most seconds of an answer, if the patience lasts that long.
+        patience: seconds after which a cloud that does not answer is given up, at the earliest after a second attempt.
+        timeout: most seconds of an answer, if ``patience`` is not shorter.
         token: token for a cloud that needs one; by default the environment variable ``SPEC_ENVS_TOKEN``.
-        in_clear: whether the token may be sent to another machine without TLS.
+        in_clear: True to allow sending the token to another machine without TLS.
 
     Raises:
         ValueError: the address is not valid, or the token would be sent in clear.
@@ -126,7 +126,7 @@ class SocketChannel:
             )
         self.connection: ClientConnection | None = None
         self.hello: Hello | None = None
-        self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened; its vocabulary
+        self.have = self.vocab = 0  # tokens that the cloud had when the connection was opened; size of its vocabulary
         self.rtt = 0.0
 
     def begin(self, hello: Hello, rng: np.random.Generator) -> tuple[Welcome, Traffic]:
@@ -153,7 +153,7 @@ class SocketChannel:
 
     def stream(self, shared: int, request: Callable[[int], Plain]) -> Iterator[tuple[Tokens, Traffic]]:
         got: list[int] = []
-        asked = 0  # how many of them there were when the request was made
+        asked = 0  # number of them when the request was made
 
         def attempt() -> tuple[Tokens, Traffic]:
             nonlocal asked
@@ -168,7 +168,7 @@ class SocketChannel:
                 if tokens.index >= len(got) - asked:  # otherwise it is a repeated message
                     break
             if tokens.index > len(got) - asked:
-                raise Refused("message", f"token {tokens.index} of a stream came in; expected {len(got) - asked}")
+                raise Refused("message", f"received token {tokens.index} of a stream; expected {len(got) - asked}")
             elapsed = time.perf_counter() - began
             if tokens.index % PING_EVERY == 0:
                 self._ping()
@@ -213,12 +213,13 @@ class SocketChannel:
             self._drop()
             reason = one_line(str(error)) or type(error).__name__
             if isinstance(error, InvalidStatus) and error.response.status_code == 401:
-                raise ValueError(f"the cloud at {self.url} wants a bearer token; set {TOKEN} to its own") from None
+                raise ValueError(f"the cloud at {self.url} needs a bearer token; set {TOKEN} to its own") from None
             if isinstance(error, Refused) and not is_transient(error):
                 raise ValueError(f"the cloud at {self.url} refused: {reason}") from None
             if isinstance(error, (Refused, WebSocketException, OSError, EOFError)):
                 raise CloudUnavailable(
-                    f"the cloud at {self.url} does not answer ({reason}); start one with `make cloud`, or check the address"
+                    f"the cloud at {self.url} does not answer ({reason}); start one with `make cloud`, or check the "
+                    "address"
                 ) from None
             raise
 
@@ -227,9 +228,17 @@ class SocketChannel:
         context = ssl.create_default_context() if self.url.startswith("wss://") else None
         try:
             self.connection = DirectConnection(
-                self.url, additional_headers=headers, ssl=context, max_size=LONGEST_ANSWER, compression=None, proxy=None,
-                open_timeout=min(10.0, self.patience), close_timeout=1.0, ping_interval=None, max_queue=4,
-            ).__enter__()  # fmt: skip
+                self.url,
+                additional_headers=headers,
+                ssl=context,
+                max_size=LONGEST_ANSWER,
+                compression=None,
+                proxy=None,
+                open_timeout=min(10.0, self.patience),
+                close_timeout=1.0,
+                ping_interval=None,
+                max_queue=4,
+            ).__enter__()
         except InvalidHandshake:
             raise
         except EOFError as error:  # closed in the middle of the handshake
@@ -242,7 +251,7 @@ class SocketChannel:
         began, deadline = time.perf_counter(), self._deadline()
         up = self._send(self.hello)
         while isinstance(message := decode(reply := self._receive(deadline)), (Verdict, Tokens)):
-            pass  # an answer for a text that was given up
+            pass  # an answer of a text that was given up
         self.rtt = time.perf_counter() - began
         welcome = expect(message, Welcome)
         self.have, self.vocab = welcome.have, welcome.vocab
@@ -264,7 +273,7 @@ class SocketChannel:
         return len(frame)
 
     def _deadline(self) -> float:
-        """Return the time by which an answer has to arrive, whatever else arrives before it."""
+        """Return the time by which an answer has to arrive; other messages do not extend it."""
         return time.monotonic() + min(self.timeout, self.patience)
 
     def _receive(self, deadline: float) -> Any:
@@ -276,7 +285,7 @@ class SocketChannel:
         return self.connection
 
     def _ping(self) -> None:
-        """Note the last round trip and start measuring the next one."""
+        """Store the last measured round trip and start measuring the next one."""
         connection = self._open()
         self.rtt = connection.latency or self.rtt
         connection.ping()

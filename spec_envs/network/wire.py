@@ -5,11 +5,11 @@ A message is an array whose first element is its kind. The edge opens with ``Hel
 an ``Error`` may take the place of any answer. Token ids are little-endian arrays of the narrowest width that holds the
 vocabulary, probabilities are arrays of floats.
 
-Ways to send the distribution q of a drafted token (``mode``), all of them exact:
+There are four ways (``mode``) to send the distribution q of a drafted token x, all of them exact:
 
-- ``ids``: not at all; for greedy decoding.
-- ``scalar``: only q(x) of the drafted tokens. After a rejection the target's logits are sent once and the edge draws
-  from the residual (DSSD, arXiv 2507.12000).
+- ``ids``: q is not sent; for greedy decoding.
+- ``scalar``: only q(x) is sent. After a rejection the cloud sends the target's logits once, and the edge draws from the
+  residual (DSSD, arXiv 2507.12000).
 - ``topk``: q cut to its k most probable tokens and rounded to float16 *before* the token was drawn; the same q̂ is used
   in the acceptance ratio and in the residual.
 - ``full``: the same without the cut.
@@ -33,7 +33,7 @@ from spec_envs.decoding.sampling import Proposal
 PORT, PORTS = 8765, 2**16 - 1  # default port of a cloud, and the highest port number
 VERSION = 1
 MODES = ("ids", "scalar", "topk", "full")
-MAX_BYTES = 16 * 2**20  # of a message: 64 whole distributions of a vocabulary of 50,000 and more
+MAX_BYTES = 16 * 2**20  # most bytes of a message: 64 whole distributions over a vocabulary of more than 50,000
 
 LOGITS = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
@@ -46,8 +46,7 @@ Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 class Sent(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A distribution: token ids and their float16 weights; without ids the weights are those of the whole
-    vocabulary."""
+    """A distribution: token ids and their float16 weights; without ids, the weights of the whole vocabulary."""
 
     ids: bytes
     weights: bytes
@@ -85,7 +84,8 @@ class Verify(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, t
     """A request to verify ``draft``, which follows the first ``at`` tokens of the text and then the tokens ``text``.
 
     ``probabilities`` are q(x) of the drafted tokens (float64) in mode ``scalar``, ``proposals`` their distributions in
-    modes ``topk`` and ``full``. Without a draft it asks for the next token. ``number`` counts the edge's requests.
+    modes ``topk`` and ``full``. Without a draft the request is for the next token. ``number`` counts the edge's
+    requests.
     """
 
     number: Count
@@ -115,8 +115,8 @@ class Verdict(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 
 
 class Plain(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
-    """A request to decode ``count`` tokens, or up to one of ``stop``, after the first ``at`` tokens of the text and
-    ``text``."""
+    """A request to decode ``count`` tokens, or up to one of ``stop``, after the first ``at`` tokens of the text and the
+    tokens ``text``."""
 
     number: Count
     at: Count
@@ -126,7 +126,7 @@ class Plain(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, ta
 
 
 class Tokens(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
-    """One answer to ``Plain``: the next token, whether it is the last one, and how many came before it (``index``)."""
+    """One answer to ``Plain``: the next token, True if it is the last one, and the number before it (``index``)."""
 
     number: Count
     token: Count
@@ -185,24 +185,24 @@ def decode(frame: Any) -> Message:
         Refused: the frame is not a message of this protocol.
     """
     if not isinstance(frame, bytes):
-        raise Refused("message", "a text frame came in; expected a binary one")
+        raise Refused("message", "received a text frame; expected a binary one")
     try:
         message: Message = _decoder.decode(frame)
         return message
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused("message", f"{len(frame)} bytes that are no message of version {VERSION}: {error}") from None
+        raise Refused("message", f"{len(frame)} bytes are not a message of version {VERSION}: {error}") from None
 
 
 def expect(message: Message, kind: type[M]) -> M:
     """Return a message if it is of one kind.
 
     Raises:
-        Refused: it is an error, or of another kind.
+        Refused: the message reports an error, or is of another kind.
     """
     if isinstance(message, Error):
         raise Refused(message.code, message.sentence)
     if not isinstance(message, kind):
-        raise Refused("message", f"a {type(message).__name__} came in; expected {kind.__name__}")
+        raise Refused("message", f"received {type(message).__name__}; expected {kind.__name__}")
     return message
 
 
@@ -230,10 +230,10 @@ def unpack_ids(data: bytes, vocab: int) -> np.ndarray:
     """
     dtype = ids_dtype(vocab)
     if len(data) % dtype.itemsize:
-        raise Refused("message", f"{len(data)} bytes of token ids; expected a multiple of {dtype.itemsize}")
+        raise Refused("message", f"received {len(data)} bytes of token ids; expected a multiple of {dtype.itemsize}")
     ids = np.frombuffer(data, dtype).astype(np.int64)
     if len(ids) and ids.max() >= vocab:
-        raise Refused("request", f"token {ids.max()} came in; the vocabulary has {vocab}")
+        raise Refused("request", f"received token {ids.max()}; expected ids below {vocab}")
     return ids
 
 
@@ -245,7 +245,7 @@ def pack_proposal(proposal: Proposal, vocab: int) -> Sent:
     """
     ids, weights = pack_ids(proposal.ids, vocab), proposal.weights.astype(np.float16)
     if (weights != proposal.weights).any():
-        raise ValueError("a draft was drawn from a distribution that cannot be sent; set the drafter's top_k first")
+        raise ValueError("a draft was drawn from a distribution that is not float16; set the drafter's top_k first")
     if len(ids) + weights.nbytes <= 2 * vocab:
         return Sent(ids, weights.astype("<f2").tobytes())
     dense = np.zeros(vocab, "<f2")
@@ -257,10 +257,10 @@ def unpack_proposal(sent: Sent, vocab: int) -> np.ndarray:
     """Return the probabilities ``[vocab]`` (float64) of a distribution that was sent.
 
     Raises:
-        Refused: it is not a distribution.
+        Refused: the message is not a distribution.
     """
     if len(sent.weights) % 2:
-        raise Refused("message", f"{len(sent.weights)} bytes of float16 weights; expected an even number")
+        raise Refused("message", f"received {len(sent.weights)} bytes of float16 weights; expected an even number")
     weights = np.frombuffer(sent.weights, "<f2")
     ids = unpack_ids(sent.ids, vocab) if sent.ids else np.arange(vocab)
     if len(ids) != len(weights) or not len(ids):
@@ -268,14 +268,13 @@ def unpack_proposal(sent: Sent, vocab: int) -> np.ndarray:
     if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
         raise Refused("request", "the weights of a distribution are not all finite and positive")
     if sent.ids and len(np.unique(ids)) < len(ids):
-        raise Refused("request", "a token stands twice in a distribution")
+        raise Refused("request", "a distribution has a token twice; expected different ones")
     kept = weights > 0
     return Proposal(ids[kept], weights[kept]).dense(vocab)
 
 
 def pack_logits(logits: Tensor) -> tuple[bytes, str]:
-    """Return a row of logits as bytes, and the name of its float type, so that both ends compute the same
-    distribution."""
+    """Return a row of logits as bytes, and the name of its float type, so that both ends have the same numbers."""
     return logits.cpu().contiguous().view(torch.uint8).numpy().tobytes(), str(logits.dtype).removeprefix("torch.")
 
 
@@ -286,7 +285,7 @@ def unpack_logits(data: bytes, dtype: str, vocab: int) -> Tensor:
         Refused: the type is unknown, or the size is not that of the vocabulary.
     """
     if dtype not in LOGITS or len(data) != vocab * LOGITS[dtype].itemsize:
-        raise Refused("message", f"{len(data)} bytes of {dtype!r} logits came in for a vocabulary of {vocab}")
+        raise Refused("message", f"received {len(data)} bytes of {dtype!r} logits for a vocabulary of {vocab}")
     return torch.frombuffer(bytearray(data), dtype=LOGITS[dtype])
 
 
@@ -302,5 +301,5 @@ def unpack_floats(data: bytes) -> np.ndarray:
         Refused: the bytes end within a number.
     """
     if len(data) % 8:
-        raise Refused("message", f"{len(data)} bytes of float64 numbers; expected a multiple of 8")
+        raise Refused("message", f"received {len(data)} bytes of float64 numbers; expected a multiple of 8")
     return np.frombuffer(data, "<f8")

@@ -102,5 +102,5 @@ def test_invalid_expected_traces_are_refused(name: str, change, tmp_path: Path) 
 def test_incomplete_expected_traces_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     np.savez_compressed(path, **{key: value for key, value in SHIPPED.items() if key != name})
-    with pytest.raises(ValueError, match=rf"is not an expected-acceptance trace \(it lacks '{name}"):
+    with pytest.raises(ValueError, match=rf"is not an expected-acceptance trace \(it has no '{name}"):
         ExpectedTrace.load(str(path))

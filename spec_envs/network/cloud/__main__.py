@@ -36,7 +36,7 @@ from spec_envs.network.wire import (
     vocabulary_hash,
 )
 
-SHORTEST_MESSAGE = 4096  # bytes, of --max-message
+SHORTEST_MESSAGE = 4096  # smallest --max-message in bytes
 OWN_FILES = 64  # files that a cloud has open in addition to its connections
 
 
@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
         "--max-message",
         type=whole_number(SHORTEST_MESSAGE, 2**30),
         default=MAX_BYTES,
-        help="longest message in bytes, where the target's own longest is not shorter (default 16 MiB)",
+        help="longest message in bytes, unless the target's longest request is shorter (default 16 MiB)",
     )
     parser.add_argument(
         "--idle", type=number(0.1, 1e9), default=300.0, help="seconds until a silent edge is forgotten (default 300)"
@@ -91,18 +91,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--per-address",
         type=whole_number(1, 2**16),
-        help="texts at once of one address, and half as many as its connections (default: half of --sessions; all of "
-        "them where only this machine can connect)",
+        help="texts at once of one address, which may have twice as many connections (default: half of --sessions, or "
+        "all of them if only this machine can connect)",
     )
     parser.add_argument(
         "--chunk",
         type=whole_number(SHORT, 2**20),
         default=CHUNK,
-        help="rows of a prompt that are read between two rounds of shorter requests, and that one forward of those has at "
-        f"most: smaller ones disturb others less and read prompts more slowly ({SHORT} or more; default {CHUNK})",
+        help="rows of a prompt that are read between two rounds of shorter requests, and most rows of one forward of "
+        f"those; fewer rows delay others less and read prompts more slowly ({SHORT} or more; default {CHUNK})",
     )
-    parser.add_argument("--no-batching", action="store_true", help="a forward of its own for every request")
-    parser.add_argument("--threads", type=whole_number(1, 2**12), help="of torch (default: all processors)")
+    parser.add_argument("--no-batching", action="store_true", help="make a forward for every request alone")
+    parser.add_argument("--threads", type=whole_number(1, 2**12), help="threads of torch (default: all processors)")
     return parser.parse_args()
 
 

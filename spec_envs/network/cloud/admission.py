@@ -1,4 +1,4 @@
-"""Admission control: how many connections there may be, and how many frames that ask for no work."""
+"""Admission control: limits of connections, and of frames that ask for no work."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spec_envs.network.cloud.log import RateLimitedLog
 from spec_envs.network.cloud.metrics import Metrics
 
 PIECE = 4096  # bytes that are parsed at a time
-HELLO = 4096  # bytes of a message before the greeting, which itself has less than a hundred
-UNREAD = 4 * 2**20  # bytes of answers that a client has not read; the longest answer has half of that
+HELLO = 4096  # most bytes of a first message; a greeting has less than a hundred
+UNREAD = 4 * 2**20  # most bytes of answers that a client has not read, twice the longest answer
 SPARE = 16  # connections beyond those of edges, for health checks and metrics
 PATIENCE = 1.0  # seconds for which even a full cloud waits for a greeting
-CREDIT, REFILL, EARNED = 400.0, 50.0, 2.0  # frames without work: at once, more per second, and more per answer
+CREDIT, REFILL, EARNED = 400.0, 50.0, 2.0  # frames without work: most at once, more per second, more per answer
 LOG = logging.getLogger(__name__)
 
 
@@ -42,7 +42,7 @@ class Allowance:
 
 
 def client_address(host: str) -> str:
-    """Return the address by which a client is counted: of IPv6 its /64 network, because every client has a whole
+    """Return the address by which a client is counted: its /64 network for IPv6, because every client has a whole
     one."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -56,12 +56,12 @@ def client_address(host: str) -> str:
 
 
 class Admission:
-    """Limits how many connections there are, in all and per address, from the moment that they are made.
+    """Limits the number of connections, in all and per address, from the moment that they are made.
 
     Args:
         most, per_address: most connections at once, in all and of one address.
         message: most bytes of a message after the greeting.
-        metrics: count the connections that are closed, by reason.
+        metrics: counts the connections that are closed, by reason.
     """
 
     def __init__(self, most: int, per_address: int, message: int, metrics: Metrics):
@@ -90,9 +90,8 @@ class Admission:
             self.addresses += Counter()  # which drops the addresses without a connection
 
     def make_room(self, address: str | None = None) -> bool:
-        """Close the oldest connection, of ``address`` or of all, that should have greeted by now.
-
-        Return whether there was one.
+        """Close the oldest connection, of ``address`` or of all, that should have greeted by now; return True if there
+        was one.
         """
         then = time.monotonic() - PATIENCE
         for connection, since in self.connections.items():
@@ -127,9 +126,9 @@ class Connection(ServerConnection):
     """A connection that is read in pieces, so that a client that sends a lot is stopped early and delays nobody.
 
     Attributes:
-        address: by which the client is counted.
-        greeted: whether the client has greeted and so has a session.
-        allowance: for frames that ask for no work.
+        address: address by which the client is counted.
+        greeted: True if the client has greeted, and so has a session.
+        allowance: token bucket for frames that ask for no work.
     """
 
     def __init__(self, admission: Admission, *arguments: Any, **settings: Any):
@@ -139,7 +138,7 @@ class Connection(ServerConnection):
         self.unread = bytearray()
 
     def greet(self) -> None:
-        """Accept messages of the size of requests from now on."""
+        """Accept messages as long as requests from now on."""
         self.greeted, self.protocol.max_message_size = True, self.admission.message
 
     def connection_made(self, transport: Any) -> None:

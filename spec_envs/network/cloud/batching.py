@@ -1,4 +1,4 @@
-"""The scheduler of a cloud: which requests are served next, and which of them share a forward."""
+"""The scheduler of a cloud: it decides which requests are served next, and which of them share a forward."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Queued:
     """A job that waits for its answer.
 
     Attributes:
-        owner: who asked; the jobs of one owner share its turns.
-        since: when it arrived.
+        owner: sender of the request; the jobs of one owner share its turns.
+        since: time of arrival.
         seconds: duration of the forwards that its rows were in so far.
     """
 
@@ -87,8 +87,8 @@ class Batcher:
 
     Args:
         engine: holds the sessions of the jobs.
-        metrics: count forwards and answers.
-        batching: whether short requests share a forward; otherwise each has its own.
+        metrics: counts forwards and answers.
+        batching: True if short requests share a forward; otherwise each has its own.
         executor: runs the forwards; by default a thread of its own.
     """
 
@@ -105,7 +105,7 @@ class Batcher:
         """Wait for a job's turn and return its answer.
 
         Raises:
-            Refused: the engine failed at it.
+            Refused: the engine failed at the job.
         """
         waiting = Queued(job, owner, asyncio.get_running_loop().create_future())
         self.waiting.append(waiting)
@@ -205,5 +205,5 @@ class Batcher:
         return chosen
 
     def _fits(self, waiting: Queued) -> bool:
-        """Return whether one forward answers a request."""
+        """Return True if one forward answers a request."""
         return self.engine.rows(waiting.job) <= max(SHORT, self.engine.chunk)

@@ -1,8 +1,7 @@
-"""The target's side of a network: the texts of many sessions, and forwards over the requests of several of them at
-once.
+"""The target's side of a network: it keeps the texts of many sessions, and serves several requests in one forward.
 
-Nothing here knows how messages arrive. The answer to a request depends only on the text, the draft and the session's
-seed: the uniform numbers of a decision are drawn from (seed, length of the text). A request that is repeated, after the
+Nothing here depends on how messages arrive. The answer to a request depends only on the text, the draft and the
+session's seed: the uniform numbers of a decision are drawn from (seed, length of the text). A request that is repeated, after the
 connection was lost or to a cloud that was restarted, therefore has the same answer.
 """
 
@@ -36,7 +35,7 @@ from spec_envs.network.wire import (
 )
 
 LONGEST_DRAFT = 64  # tokens
-SHORT = 64  # rows of a request up to which it shares a forward with others
+SHORT = 64  # most rows of a request that shares a forward with others
 CHUNK = 128  # rows of a longer request, mostly a prompt, that one forward reads
 
 
@@ -84,10 +83,10 @@ class Answer:
         """Return the token.
 
         Raises:
-            ValueError: the edge has to draw it.
+            ValueError: the edge has to draw the token.
         """
         if self.token is None:
-            raise ValueError("the edge draws this token from the residual; only answers to drafts are like that")
+            raise ValueError("the edge draws the token after this draft; expected an answer to a request without one")
         return self.token
 
     def verdict(self, number: int, seconds: float, queued: float) -> Verdict:
@@ -197,9 +196,9 @@ class Engine:
         draft = unpack_ids(request.draft, self.vocab)
         self._check_room(len(text) + len(draft) + 1)
         if len(draft) > LONGEST_DRAFT:
-            raise Refused("limit", f"a draft of {len(draft)} tokens came in; expected at most {LONGEST_DRAFT}")
+            raise Refused("limit", f"received a draft of {len(draft)} tokens; expected at most {LONGEST_DRAFT}")
         if request.mode not in MODES or (len(draft) and (request.mode == "ids") != (session.hello.temperature == 0)):
-            raise Refused("request", f"mode {request.mode!r} came in at temperature {session.hello.temperature}")
+            raise Refused("request", f"received mode {request.mode!r} at temperature {session.hello.temperature}")
         proposals: list[Sent] = []
         q: list[float] = []
         if request.mode == "scalar":
@@ -210,7 +209,7 @@ class Engine:
             q = [float(unpack_proposal(distribution, self.vocab)[token]) for distribution, token in pairs]
         sent = len(proposals or q)
         if request.mode != "ids" and (sent != len(draft) or not all(probability > 0 for probability in q)):
-            raise Refused("request", "a drafted token has no distribution, or no chance in it")
+            raise Refused("request", "a drafted token has no distribution, or probability 0 in it")
         return Job(session, text, draft, request.mode, proposals, q)
 
     def following(self, job: Job, token: int) -> Job:
@@ -219,10 +218,10 @@ class Engine:
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.context:
-            raise Refused("limit", f"the text may come to {tokens} tokens; expected at most {self.context}")
+            raise Refused("limit", f"the text may have {tokens} tokens in the end; expected at most {self.context}")
 
     def rows(self, job: Job) -> int:
-        """Return how many rows a job has to read: the tokens of its text that the cache lacks, and its draft."""
+        """Return how many rows a job has to read: the tokens of its text that are not in the cache, and its draft."""
         return len(job.text) - self._known(job) + len(job.draft)
 
     @torch.inference_mode()
@@ -271,8 +270,8 @@ class Engine:
         return [*job.text[known:].tolist(), *job.draft.tolist()]
 
     def _forward(self, slots: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return last hidden states ``[sessions, n, hidden]``; shorter requests are padded on the right, where the
-        states mean nothing."""
+        """Return last hidden states ``[sessions, n, hidden]``. Shorter requests are padded on the right; ignore the
+        states of the padding."""
         device, n = self.target.device, max(map(len, rows))
         ids = torch.tensor([[*r, *[0] * (n - len(r))] for r in rows], device=device)
         begin = torch.from_numpy(self.slots.lengths[list(slots)]).to(device)

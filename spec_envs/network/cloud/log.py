@@ -12,7 +12,7 @@ class RateLimitedLog:
     """Logs at most one line of a kind every ten seconds, with the number of lines left out since the last one.
 
     Args:
-        logger: that the lines are sent to.
+        logger: receives the lines.
         every: seconds between two lines of a kind.
     """
 

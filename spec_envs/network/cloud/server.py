@@ -56,7 +56,7 @@ class Limits:
         idle: seconds after which a silent connection is closed, and a session without a connection forgotten.
         grace: seconds that unfinished texts have when the cloud shuts down.
         greeting: seconds that a connection has for its first message.
-        per_address: sessions of one address; twice as many connections. By default as many as there are.
+        per_address: most sessions of one address, which may have twice as many connections; by default ``sessions``.
     """
 
     sessions: int = 64
@@ -119,8 +119,9 @@ class Cloud:
             server = await serve(
                 self.handle,  # type: ignore[arg-type]
                 host, port, ssl=tls, process_request=self.answer_http, max_size=self.admission.message,
-                origins=[None], compression=None, ping_interval=None, close_timeout=2.0, server_header=None, max_queue=0,
-                open_timeout=self.limits.greeting, create_connection=self.admission.connection,  # type: ignore[arg-type]
+                origins=[None], compression=None, ping_interval=None, max_queue=0, server_header=None,
+                open_timeout=self.limits.greeting, close_timeout=2.0,
+                create_connection=self.admission.connection,  # type: ignore[arg-type]
             )  # fmt: skip
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
@@ -145,8 +146,7 @@ class Cloud:
             self.log.warn(type(error).__name__, str(context.get("message")), error)
 
     def answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer a plain HTTP request, or refuse a connection before it becomes a WebSocket; None to go ahead with
-        it."""
+        """Return the answer to a plain HTTP request, or the refusal of a WebSocket; None accepts the WebSocket."""
         if request.path == "/healthz":
             return connection.respond(
                 HTTPStatus.SERVICE_UNAVAILABLE if self.draining else HTTPStatus.OK,
@@ -215,8 +215,8 @@ class Cloud:
     def _make_room(self, address: str) -> None:
         """If a new session would be one too many, forget one whose edge is away.
 
-        It is of the same address if that has all its sessions, or else of the address that has most sessions; of these,
-        the one whose edge left first.
+        It is one of the same address if that has all its sessions, or else of the address that has most sessions; of
+        these, the one whose edge left first.
 
         Raises:
             Refused: the address has all the sessions that it may have, and their edges are connected.
@@ -248,7 +248,7 @@ class Cloud:
         self.metrics.sessions.set(len(self.engine.sessions))
 
     async def _forget_silent(self) -> None:
-        """Close silent connections, those whose answers are not read, and forget sessions whose edges do not return."""
+        """Close connections that are silent or do not read their answers; forget sessions whose edges do not return."""
         while True:
             await asyncio.sleep(min(1.0, self.limits.idle / 4, self.limits.greeting / 4))
             now = time.monotonic()
@@ -273,15 +273,15 @@ class Handler:
     """Handles the messages of one connection.
 
     Attributes:
-        since: when a message was last sent or received.
-        worked: when the answer to a request was last sent.
+        since: time at which a message was last sent or received.
+        worked: time at which the answer to a request was last sent.
     """
 
     def __init__(self, cloud: Cloud, connection: Connection):
         self.cloud, self.connection = cloud, connection
         self.session: Session | None = None
         self.since = self.worked = time.monotonic()
-        self.number = -1  # of the last request; a repeated one is not served twice
+        self.number = -1  # number of the last request; a repeated one is not served twice
         self.streaming: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
@@ -292,7 +292,7 @@ class Handler:
         except Refused as refused:
             await self.refuse(refused)
         except TooManyFragments:
-            await self.refuse(Refused("message", "a message came in too many fragments; expected one"))
+            await self.refuse(Refused("message", "received a message in too many fragments; expected one"))
         except ConnectionClosed:
             pass
         except Exception as error:
@@ -302,7 +302,7 @@ class Handler:
         """Answer a message.
 
         Raises:
-            Refused: it is not valid or not allowed.
+            Refused: the message is not valid or not allowed.
         """
         self.since = time.monotonic()
         self.cloud.metrics.received.inc(len(frame))
@@ -311,9 +311,9 @@ class Handler:
         if isinstance(message, Hello):
             await self._greet(message)
         elif not isinstance(message, (Verify, Plain)):
-            raise Refused("message", f"a {type(message).__name__} came in; expected a request")
+            raise Refused("message", f"received {type(message).__name__}; expected a request")
         elif self.session is None:
-            raise Refused("message", f"a {type(message).__name__} came in; expected Hello first")
+            raise Refused("message", f"received {type(message).__name__}; expected Hello first")
         elif message.number > self.number:
             self.number = message.number
             await self._stop_streaming()

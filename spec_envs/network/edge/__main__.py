@@ -41,7 +41,7 @@ from spec_envs.prompts.sets import encode
 from spec_envs.text import Detokenizer, TextStream, printable
 
 PROMPT = "Explain in three sentences why the sky is blue."
-RETRY, ATTEMPT = 2.0, 1.0  # seconds until an unavailable cloud is tried again, and patience of that attempt
+RETRY, ATTEMPT = 2.0, 1.0  # seconds until an unavailable cloud is tried again, and the patience of that attempt
 
 
 class FallbackVerifier(RemoteVerifier):
@@ -49,9 +49,9 @@ class FallbackVerifier(RemoteVerifier):
 
     Attributes:
         drafter: drafts the first token if the cloud is unavailable from the start.
-        away: whether the last call was answered without the cloud.
-        tried: when the cloud was last found unavailable.
-        patience: the channel's patience while the cloud answers.
+        away: True if the last call was answered without the cloud.
+        tried: time at which the cloud was last found unavailable.
+        patience: patience of the channel while the cloud answers.
     """
 
     channel: SocketChannel
@@ -60,7 +60,7 @@ class FallbackVerifier(RemoteVerifier):
 
     @property
     def waiting(self) -> bool:
-        """Return whether the cloud is unavailable and not to be tried again yet."""
+        """True if the cloud is unavailable and not to be tried again yet."""
         return self.away and time.monotonic() - self.tried < RETRY
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
@@ -115,11 +115,11 @@ def connected(
 
     Args:
         target, drafter, device, dtype: as for ``load_decoder``; the target's layers are not run.
-        temperature, top_p: of the target's sampling.
+        temperature, top_p: sampling of the target.
         mode, top_k: how the distributions of drafts are sent, as for ``choose_mode``.
         patience: seconds after which a cloud that does not answer is given up.
-        fallback: whether drafts are then accepted as they are.
-        token_in_clear: whether the token may be sent to another machine without TLS.
+        fallback: True to accept drafts as they are after that.
+        token_in_clear: True to allow sending the token to another machine without TLS.
 
     Raises:
         ValueError: models or settings do not fit together.
@@ -127,8 +127,8 @@ def connected(
     if not 1 <= k <= LONGEST_DRAFT:
         raise ValueError(f"k is {k}; expected a draft of 1 to {LONGEST_DRAFT} tokens")
     if not 0 < patience < math.inf:
-        raise ValueError(f"patience is {patience:g} s; expected more than 0, and an end")
-    channel = SocketChannel(url, patience, in_clear=token_in_clear)  # refuses a wrong address before models are loaded
+        raise ValueError(f"patience is {patience:g} s; expected more than 0 and a finite number")
+    channel = SocketChannel(url, patience, in_clear=token_in_clear)  # checks the address before models are loaded
     local = load_decoder(target, drafter, device, dtype, temperature, top_p, width=1, max_depth=k - 1)
     vocabulary = vocabulary_hash(load_tokenizer(target))
     decoder = over(channel, local, vocabulary, FallbackVerifier if fallback else RemoteVerifier)
@@ -142,14 +142,14 @@ def connected(
 
 
 class Stream:
-    """An answer that is being decoded. Iterating decodes it; every item carries whether the newest tokens are verified.
+    """An answer that is being decoded. Iterating decodes it; every item is True if the newest tokens are verified.
 
     Attributes:
         rounds: number of cycles that the cloud verified.
         drafted, accepted: tokens of those cycles.
         unverified: emitted tokens that the cloud did not verify.
         seconds, prefill_seconds: after the first token, and up to it.
-        bytes_up, bytes_down, network_seconds: in total; the seconds exclude those of the cloud's forwards.
+        bytes_up, bytes_down, network_seconds: totals of the network; the cloud's forwards are not in the seconds.
     """
 
     def __init__(self, decoder: LinkedDecoder, prompt: list[int], max_new_tokens: int, k: int, seed: int = 0):
@@ -199,7 +199,7 @@ class Stream:
 
 
 class Screen:
-    """Prints a text as it grows, in whole characters; unverified text is coloured, or in brackets without a
+    """Prints a text as it grows, in whole characters. Unverified text is coloured, or in brackets without a
     terminal."""
 
     def __init__(self, detokenize: Detokenizer, out: TextIO):
@@ -214,7 +214,7 @@ class Screen:
         self.read = len(tokens)
 
     def close(self) -> None:
-        """Print the rest, and end the mark and the line."""
+        """Print the rest of the text, and end the colour or bracket and the line."""
         self._print(self.stream.finish())
         self.out.write(f"{self.closing if self.open else ''}\n")
         self.out.flush()
@@ -258,7 +258,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
     )
-    parser.add_argument("--offline-fallback", action="store_true", help="then continue unverified instead of ending")
+    parser.add_argument(
+        "--offline-fallback", action="store_true", help="continue unverified while the cloud is unavailable"
+    )
     return parser.parse_args()
 
 

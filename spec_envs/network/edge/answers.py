@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from spec_envs.network.wire import Refused, Tokens, Verdict, Welcome, unpack_logits
 
-SHOWN = 300  # characters of a foreign text that an error repeats
+SHOWN = 300  # most characters of a received text that an error repeats
 
 
 class InvalidAnswer(ValueError):
@@ -61,9 +61,9 @@ def check_verdict(verdict: Verdict, drafted: int, mode: str, vocab: int) -> None
     try:
         logits = unpack_logits(verdict.logits, verdict.dtype, vocab)
     except Refused as refused:
-        raise InvalidAnswer(f"the cloud's verdict makes no sense: {refused}") from None
+        raise InvalidAnswer(f"the cloud's verdict is malformed: {refused}") from None
     if logits.isnan().any() or logits.max().isinf():
-        raise InvalidAnswer("the cloud's verdict has logits that are no numbers; it cannot be trusted")
+        raise InvalidAnswer("the cloud's verdict has logits that are not finite; it cannot be trusted")
 
 
 def check_tokens(tokens: Tokens, had: int, count: int, stop: Collection[int], vocab: int) -> None:

@@ -23,7 +23,7 @@ class LinkedDecoder(Decoder):
     verifier: RemoteVerifier
 
     def decode(self, count: int) -> Cycle:
-        """Have the target alone add up to ``count`` tokens in one exchange, and return them as one cycle."""
+        """Let the target alone decode up to ``count`` tokens in one exchange, and return them as one cycle."""
         self._check_undrafted()
         with self.clock.time("verify", 1) as forward:
             tokens = self.verifier.decode(min(count, self.max_new_tokens - len(self.tokens)), self.eos)
@@ -31,7 +31,8 @@ class LinkedDecoder(Decoder):
         return self._emit(tokens, self.verifier.traffic)
 
     def unverified(self, k: int) -> Cycle:
-        """Emit ``k`` drafted tokens as they are, without the target, which might have chosen others."""
+        """Emit ``k`` drafted tokens without verification and return them as one cycle; the target might have chosen
+        others."""
         self._check_undrafted()
         self.begin()
         for _ in range(k - 1):
@@ -41,15 +42,15 @@ class LinkedDecoder(Decoder):
         return self._emit(emitted, Traffic(), drafted=self.tree.size, unverified=len(emitted))
 
     def plain_seconds(self) -> float:
-        """Ask the cloud for its own seconds of a plain step."""
+        """Return the seconds of a plain decoding step that the cloud reports."""
         return self.verifier.plain().plain_seconds()
 
     def send(self, mode: str, top_k: int | None) -> None:
         """Send the distributions of drafts in a mode of ``wire.MODES`` from now on.
 
         Args:
-            top_k: in mode ``"topk"``, how many entries of a distribution a token is drawn from and are sent; None is
-                all.
+            top_k: in mode ``"topk"``, number of entries that a distribution is cut to before a token is drawn; None
+                keeps all.
         """
         self.verifier.mode = mode
         if isinstance(self.drafter, ChainDrafter):  # prompt lookup is certain of its tokens
@@ -62,7 +63,7 @@ class LinkedDecoder(Decoder):
 
 
 def is_address(link: str) -> bool:
-    """Return whether a link is the address of a cloud, and not the name of a simulated one."""
+    """Return True if a link is the address of a cloud, and not the name of a simulated one."""
     return link.startswith(SCHEMES)
 
 
@@ -70,8 +71,8 @@ def linked(decoder: Decoder, link: str, target: str) -> LinkedDecoder:
     """Return a decoder like the given one, whose target is reached over a link.
 
     Args:
-        decoder: has its models in this process and a drafter of chains. The target's weights are loaded here in any
-            case, because a drafter may share its embedding and output rows, and a simulated link leads to them.
+        decoder: a decoder over models in this process, with a drafter of chains. The target's weights are loaded here
+            in any case, because a drafter may share its embedding and output rows, and a simulated cloud uses them.
         link: address of a cloud, ``ws://…`` or ``wss://…``; or a simulated link, as for ``load_link``.
         target: name of the target; the cloud has to have the same tokenizer.
 
@@ -102,7 +103,7 @@ def over(
     local, drafter = decoder.local, decoder.drafter
     if drafter is not None and (drafter.capture or drafter.width != 1):
         raise ValueError(
-            "the drafter is a head on the target's states, which do not come over a network; take a draft model, or "
+            "the drafter reads the target's states, which are not sent over a network; take a draft model, or "
             "'lookup+' and a draft model"
         )
     verifier = kind(channel, vocabulary, local.vocab, local.context, local.temperature, local.top_p)

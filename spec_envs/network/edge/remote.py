@@ -19,29 +19,29 @@ from spec_envs.network.edge.answers import check_tokens, check_verdict, check_we
 from spec_envs.network.edge.estimate import Estimate
 from spec_envs.network.wire import MODES, VERSION, Hello, Plain, Tokens, Verify, pack_floats, pack_ids, pack_proposal
 
-PLAIN_TOKENS = 24  # decoded to measure plain decoding
-FIRST = 2**16  # number of the first request, so large that all numbers are encoded in equally many bytes
+PLAIN_TOKENS = 24  # tokens of the measurement of plain decoding
+FIRST = 2**16  # number of the first request, so large that all numbers have the same encoded length
 
 
 class RemoteVerifier:
     """Sends chains to a cloud that verifies them.
 
     Args:
-        channel: leads to the cloud.
+        channel: channel to the cloud.
         vocabulary: hash of the edge's tokenizer.
         vocab, context: number of token ids and context length of the target.
-        temperature, top_p: of the target's sampling.
+        temperature, top_p: sampling of the target.
 
     Attributes:
         mode: how the distributions of drafts are sent, one of ``wire.MODES``; greedy decoding always sends ``ids``
             only.
         estimate: rates and round trip of the link.
-        traffic: of the last call.
+        traffic: traffic of the last call.
     """
 
     features = torch.empty(0)
     device = torch.device("cpu")
-    dtype = "behind a network"  # as tables report it
+    dtype = "over a network"  # as tables report it
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class RemoteVerifier:
             CloudUnavailable: the cloud does not answer.
         """
         if not np.array_equal(parents, np.arange(len(tokens)) - 1):
-            raise ValueError("a tree was drafted; behind a network chains are verified: take a drafter of chains")
+            raise ValueError("a tree was drafted, but over a network chains are verified; take a drafter of chains")
         if self.temperature and not proposals:  # the drafter is certain of its tokens
             proposals = [Proposal.certain(token) for token in tokens.tolist()]
         mode = self.mode if len(tokens) and self.temperature else "ids"
@@ -182,7 +182,7 @@ class RemoteVerifier:
 
 
 class StreamingVerifier(RemoteVerifier):
-    """Streams plain decoding by the cloud: after the prompt it sends every token unasked, in a message of its own."""
+    """Streams plain decoding by the cloud: after one request, the cloud sends every token in a message of its own."""
 
     eos: Collection[int] = ()
 

@@ -73,7 +73,7 @@ def test_invalid_time_is_refused(
     monkeypatch.setattr(sys, "argv", ["proxy", *arguments])
     with pytest.raises(SystemExit):
         proxy.main()
-    assert "is no time; expected" in capsys.readouterr().err
+    assert "is not a time; expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["-1", "65536", "x", "host:", "²", "9" * 5000])
@@ -83,4 +83,4 @@ def test_invalid_address_is_refused(
     monkeypatch.setattr(sys, "argv", ["proxy", f"--listen={value}", "--to", "1", "--link", "lte"])
     with pytest.raises(SystemExit):
         proxy.main()
-    assert "is no address; expected" in capsys.readouterr().err
+    assert "is not an address; expected" in capsys.readouterr().err

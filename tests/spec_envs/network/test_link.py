@@ -165,9 +165,9 @@ def test_unknown_links_are_refused(source: str, message: str) -> None:
         ({"kind": "markov", "states": STATES[:1], "stay": 0.5}, "states: List should have at least 2"),
         ({"kind": "markov", "states": STATES}, "expected either stay or transitions"),
         ({"kind": "markov", "states": STATES[:2], "transitions": [[1]]}, "2 rows of 2"),
-        ({"kind": "markov", "states": STATES[:2], "transitions": [[0.5, 0.4], [1, 0]]}, "sums to 1"),
+        ({"kind": "markov", "states": STATES[:2], "transitions": [[0.5, 0.4], [1, 0]]}, "has to sum to 1"),
         ({"kind": "markov", "states": STATES[:2], "transitions": [[1, 0], [0.5, 0.5]]}, "within reach"),
-        ({"kind": "trace", "csv": "none.csv"}, "none.csv is not there"),
+        ({"kind": "trace", "csv": "none.csv"}, "none.csv does not exist"),
         ({"kind": "trace", "csv": "mine.csv"}, "mine.csv is not a link.s log"),
     ],
 )
@@ -297,8 +297,8 @@ def test_proxy_without_a_server_closes_connections() -> None:
     ("arguments", "message"),
     [
         (["--listen", "0", "--to", "1", "--link", "nope"], "error: no link 'nope'"),
-        (["--listen", "x", "--to", "1", "--link", "lte"], "'x' is no address; expected PORT or HOST:PORT"),
-        (["--listen", "0", "--to", "1", "--link", "lte", "--interval-ms", "0"], "'0' is no time"),
+        (["--listen", "x", "--to", "1", "--link", "lte"], "'x' is not an address; expected PORT or HOST:PORT"),
+        (["--listen", "0", "--to", "1", "--link", "lte", "--interval-ms", "0"], "'0' is not a time"),
     ],
 )
 def test_command_refuses_invalid_arguments_in_one_sentence(

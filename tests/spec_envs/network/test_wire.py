@@ -125,7 +125,7 @@ def test_text_not_in_utf_8_is_refused() -> None:
 def test_text_frames_and_other_kinds_are_refused() -> None:
     with pytest.raises(Refused, match="text frame"):
         decode("hello")
-    with pytest.raises(Refused, match="a Tokens came in; expected Verdict"):
+    with pytest.raises(Refused, match="received Tokens; expected Verdict"):
         expect(Tokens(1, 2, True, 0.0, 0.0, 0), Verdict)
     with pytest.raises(Refused, match="come later") as refused:
         expect(Error("busy", "come later"), Verdict)
@@ -194,7 +194,7 @@ def test_ids_have_the_narrowest_width(vocab: int) -> None:
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
-    with pytest.raises(Refused, match="token 16 came in; the vocabulary has 16") as refused:
+    with pytest.raises(Refused, match="received token 16; expected ids below 16") as refused:
         unpack_ids(pack_ids([3, 16], 16), 16)
     assert refused.value.code == "request"
 

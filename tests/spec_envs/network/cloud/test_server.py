@@ -33,7 +33,7 @@ def test_incompatible_edges_are_refused_in_one_sentence(
     options: list[str], edges: Edges, texts: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with CloudProcess(tmp_path, *options, SPEC_ENVS_TOKEN="secret") as cloud:
-        wants = "wants a bearer token; set SPEC_ENVS_TOKEN to its own"
+        wants = "needs a bearer token; set SPEC_ENVS_TOKEN to its own"
         for token in ("", "wrong"):
             with pytest.raises(ValueError, match=wants):
                 edges(cloud.url, token=token).start(40)

@@ -240,7 +240,7 @@ def test_enumeration_detects_mismatched_distributions(
 def test_unrounded_distribution_is_not_sent() -> None:
     p, q = random_texts(1, 0)
     with pytest.raises(
-        ValueError, match="drawn from a distribution that cannot be sent; set the drafter's top_k first"
+        ValueError, match="drawn from a distribution that is not float16; set the drafter's top_k first"
     ):
         emitted("full", targets(p, torch.float64)[0], q, 1, cut_to(None))
 

@@ -117,9 +117,9 @@ LIES: dict[str, Callable[[Verify], list[Any] | None]] = {
     r"no message of version 1: Expected .*4\]": lambda r: [raw(4, r.number, 0, 3, math.nan, 0.0)],
     r"no message of version 1: Expected `array`": lambda r: [raw(4, r.number, 0, 3, 0.0, 0.0, b"", "", "more", 1)],
     "no message of version 1: Expected `int`": lambda r: [raw(4, r.number, 0, [1] * 1000, 0.0, 0.0)],
-    "a text frame came in": lambda r: ["text"],
-    "a Hello came in": lambda r: [Hello(1, KEY, KEY, 0.0, 1.0, 0)],
-    "a Tokens came in": lambda r: [Tokens(r.number, 3, True, 0.0, 0.0, 0)],
+    "received a text frame": lambda r: ["text"],
+    "received Hello": lambda r: [Hello(1, KEY, KEY, 0.0, 1.0, 0)],
+    "received Tokens": lambda r: [Tokens(r.number, 3, True, 0.0, 0.0, 0)],
     "timed out|does not answer": lambda r: [],
     "does not answer": lambda r: [of(r.number + 1), of(r.number - 1)],
     "no close frame|does not answer ": lambda r: None,
@@ -141,10 +141,10 @@ def test_invalid_answer_is_reported_in_one_sentence(sentence: str, capfd: pytest
 @pytest.mark.parametrize(
     ("verdict", "sentence"),
     [
-        ({"logits": LOGITS.tobytes()[1:], "dtype": "float32"}, "63 bytes of 'float32' logits came in"),
+        ({"logits": LOGITS.tobytes()[1:], "dtype": "float32"}, "received 63 bytes of 'float32' logits"),
         ({"logits": LOGITS.tobytes(), "dtype": "int32"}, "64 bytes of 'int32' logits"),
-        ({"logits": (LOGITS + np.nan).tobytes(), "dtype": "float32"}, "logits that are no numbers"),
-        ({"logits": (LOGITS - np.inf).tobytes(), "dtype": "float32"}, "logits that are no numbers"),
+        ({"logits": (LOGITS + np.nan).tobytes(), "dtype": "float32"}, "logits that are not finite"),
+        ({"logits": (LOGITS - np.inf).tobytes(), "dtype": "float32"}, "logits that are not finite"),
         ({"accepted": 3, "logits": LOGITS.tobytes(), "dtype": "float32"}, "verdict has no token"),
         ({}, "0 bytes of '' logits"),
     ],
@@ -202,7 +202,7 @@ def test_changed_target_after_reconnecting_is_refused() -> None:
         ),
         (lambda r: [Tokens(r.number, 3, False, 0.0, 0.0, 0)], r"did not end a stream \(token 1 of 4\)"),
         (lambda r: [Tokens(r.number, VOCAB, False, 0.0, 0.0, 0)], "token 16; the vocabulary has 16"),
-        (lambda r: [Tokens(r.number, 7, False, 0.0, 0.0, 3)], "token 3 of a stream came in; expected 0"),
+        (lambda r: [Tokens(r.number, 7, False, 0.0, 0.0, 3)], "received token 3 of a stream; expected 0"),
     ],
 )
 def test_invalid_streams_are_refused(tokens: Callable[[Plain], list[Any]], sentence: str) -> None:
