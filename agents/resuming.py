@@ -51,7 +51,8 @@ class Progress:
             self.texts, self.state = int(state["texts"]), dict(state["learner"])
             self.rng.bit_generator.state = json.loads(state["rng"])
             if isinstance(self.env.unwrapped, SpecEnv):
-                self.env.unwrapped.texts, self.env.unwrapped.turn = int(state["env_texts"]), str(state["env_turn"])
+                prompts = self.env.unwrapped.prompts
+                prompts.texts, prompts.turn = int(state["env_texts"]), str(state["env_turn"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}; {REMEDY}") from None
 
@@ -78,7 +79,7 @@ class Progress:
             return
         (self.folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
         env = self.env.unwrapped
-        turn = {"env_texts": env.texts, "env_turn": env.turn} if isinstance(env, SpecEnv) else {}
+        turn = {"env_texts": env.prompts.texts, "env_turn": env.prompts.turn} if isinstance(env, SpecEnv) else {}
         state = {"steps": self.steps, "texts": self.texts, "learner": learner, **turn}
         write_torch(self.folder / CHECKPOINT, state | {"rng": json.dumps(self.rng.bit_generator.state)})
         self.saved = self.steps

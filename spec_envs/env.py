@@ -1,9 +1,8 @@
-"""The one Gymnasium environment: a control problem over a live decoder."""
+"""The Gymnasium environment of every problem: a control drives a decoder, one decision per step."""
 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import gymnasium as gym
@@ -17,12 +16,10 @@ from spec_envs.decoding.clock import PricedClock, WallClock
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
-from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.processes import in_worker
-from spec_envs.prompts.sets import Prompt, encode_all, encode_prompt, load_prompts
+from spec_envs.prompts.sets import Prompt
+from spec_envs.prompts.stream import PromptStream, given_prompt
 from spec_envs.settings import RENDER_MODES, Settings
-
-LOG = logging.getLogger(__name__)
 
 
 class EndedText(ValueError):
@@ -33,25 +30,23 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
     """Control of speculative decoding, one decision per step. The problem itself is a :class:`Control`.
 
     Args:
-        control: which problem: the name of its control (``"depth"``, ``"budget"``, …), an environment's id, or where
-            the control is found, ``"module:Class"``.
-        keywords: those of :class:`spec_envs.settings.Settings`, which describes each, and of the control.
+        control: the problem: the name of its control (``"depth"``, ``"budget"``, …), an environment's id, or
+            ``"module:Class"``.
+        keywords: those of :class:`spec_envs.settings.Settings`, which describes each, and those of the control.
 
     A copy (pickled, or by ``copy.deepcopy``) is another environment with the same keyword arguments, to be reset first.
 
     Attributes:
         settings: the shared keyword arguments.
         control: the problem.
-        decoder: what decodes under it.
-        prompts: what texts are drawn from; one that is listed twice is drawn twice as often.
-        encoded: token ids by prompt.
-        prompt: of the text under way; None before the first reset.
-        texts, turn: how many texts were drawn since the last seed, and with ``switch_every`` the prompt set whose turn
-            it is.
+        decoder: the engine that the control drives.
+        recording: the recording that replaces models, or None.
+        prompts: the prompts that texts are drawn from.
+        prompt: prompt of the text under way; None before the first reset.
 
     Raises:
         TypeError: a keyword that neither ``Settings`` nor the control has; the nearest one is named.
-        ValueError: a value that makes no sense; the message names what was expected.
+        ValueError: a value that is not allowed; the message names what was expected.
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
@@ -67,17 +62,18 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.given_pace, self.policy_seconds = settings.pace, settings.policy_seconds
         self.render_mode = settings.render_mode
         self.recording = None if settings.trace is None else recordings.load(settings.trace)
-        self.max_new_tokens = self._longest()
+        longest = self.recording.max_new_tokens if self.recording else MAX_NEW_TOKENS
+        self.max_new_tokens = longest if settings.max_new_tokens is None else settings.max_new_tokens
         self.clocks = self._open_clocks()
         self.decoder = self._open_decoder()
-        self.prompts, self.encoded = self._read_prompts()
-        self.texts, self.turn = 0, ""
+        self.prompts = PromptStream(settings, self.recording)
+        self.prompts.fit(self.decoder.context, self.max_new_tokens, self.control.max_depth)
         self.prompt: Prompt | None = None
         self.closed = False
         self._mark: dict[str, float] = {}
 
     def _open_clocks(self) -> list[WallClock]:
-        """Return the clocks, of which one is in force at a time; refuse to measure where that would mislead."""
+        """Return the clocks, one of which is in force for each text; refuse to measure where that would mislead."""
         clocks = recordings.clocks_for(self.settings.clock, self.settings.device, self.recording)
         if not clocks[0].priced:
             if self.settings.cost_features:
@@ -90,7 +86,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return clocks
 
     def _open_decoder(self) -> Engine:
-        """Return what decodes, after a check that the recording, if there is one, fits all settings."""
+        """Return the engine that the control drives; refuse a recording that does not fit the settings."""
         given = self.settings
         models = given.model_dump(include={"target", "drafter", "device", "dtype", "temperature", "top_p"})
         decoder = self.control.open(self.clocks[0], given.trace, **models)
@@ -98,21 +94,6 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             self.recording.check_settings(dict(given))
             self.recording.check(self.control, self.max_new_tokens)
         return decoder
-
-    def _read_prompts(self) -> tuple[list[Prompt], dict[Prompt, list[int]]]:
-        """Return the prompts that texts are drawn from, one that is listed twice included twice, and the ids of
-        each."""
-        given = self.settings
-        if self.recording:
-            recorded = self.recording.prompts(given.split, given.prompts)
-            encoded = {Prompt(task, str(i)): ids for i, (task, ids) in enumerate(recorded)}
-            chosen = list(encoded)
-        else:
-            self.tokenizer = load_tokenizer(given.target)
-            chosen = load_prompts(given.prompts, given.split, given.data_dir)
-            encoded = dict(encode_all(self.tokenizer, chosen, given.template, given.date))
-        encoded = self._fitting(encoded)
-        return [prompt for prompt in chosen if prompt in encoded], encoded
 
     @functools.cached_property
     def best_static(self) -> float:
@@ -139,13 +120,10 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         before, self.prompt = self.prompt, None  # a reset that is refused leaves no text to continue
         super().reset(seed=seed)
         if seed is not None:
-            self.texts, self.turn = 0, ""
-        known = options is None or (isinstance(options, dict) and not set(options) - {"prompt"})
-        given = options.get("prompt") if known and options else None
-        if not known or not isinstance(given, (str, Prompt, type(None))):
-            raise ValueError(f"options is {options!r}; expected {{'prompt': a text or a Prompt}}")
-        goes_on = before is not None and self.settings.episode == "cycle" and not self.decoder.finished
-        if seed is None and given is None and goes_on:
+            self.prompts.restart()
+        given = given_prompt(options)
+        continues = before is not None and self.settings.episode == "cycle" and not self.decoder.finished
+        if seed is None and given is None and continues:
             self.prompt = before
         else:
             self._begin_text(given)
@@ -155,10 +133,11 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return observation, self._info(None, dict.fromkeys(self._mark, 0.0), 0.0)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Carry out a decision. What the next decision needs is drafted here too, and charged to the next step."""
+        """Carry out a decision. What the next decision needs is drafted here, too, and charged to the next step."""
         self._check_open()
         chosen = checked_action(self.control.action_space, action)
-        if self.prompt is None or self.decoder.finished:
+        prompt = self.prompt
+        if prompt is None or self.decoder.finished:
             raise ValueError("there is no text to continue; call reset() first")
         clock = self.decoder.clock
         clock.charge("policy", self.policy_seconds)
@@ -167,6 +146,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self._mark = dict(clock.totals)
         spent = sum(seconds.values())
         info = self._info(cycle, seconds, spent)
+        if cycle and self.decoder.finished:
+            info |= self._summary(prompt)
         reward = self.control.reward(self.reward_name, cycle, spent, self.pace)
         terminated = self.decoder.finished or (self.settings.episode == "cycle" and cycle is not None)
         observation = self.control.observe(self.decoder)
@@ -192,7 +173,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return None
 
     def close(self) -> None:
-        """End what the decoder runs outside this process; may be called twice."""
+        """Release resources outside this process; may be called twice."""
         self.closed = True
         self.decoder.close()
 
@@ -203,83 +184,45 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
 
     @property
     def plain_rate(self) -> float:
-        """Tokens per second of plain decoding without a network: measured once per process, or priced."""
+        """Tokens per second of plain decoding without a network, measured once per process or priced."""
         clock = self.decoder.clock
         return 1 / (clock.table.seconds("verify", 1) if isinstance(clock, PricedClock) else self._plain_seconds)
 
     @functools.cached_property
     def _plain_seconds(self) -> float:
-        """Seconds per step of plain decoding by the target, without the network."""
+        """Seconds of a plain decoding step of the target, without a network."""
         return self.decoder.plain_seconds()
 
     @property
     def pace(self) -> float:
-        """Tokens per second that a second costs: given, or the speed of the pair's best static setting."""
+        """Tokens per second that a second costs: the given number, or the speed of the pair's best static setting."""
         return self.given_pace if self.given_pace is not None else self.plain_rate * self.best_static
 
-    def _longest(self) -> int:
-        """Return the most tokens of a text."""
-        if self.settings.max_new_tokens is not None:
-            return self.settings.max_new_tokens
-        return self.recording.max_new_tokens if self.recording else MAX_NEW_TOKENS
-
-    def _fitting(self, encoded: dict[Prompt, list[int]]) -> dict[Prompt, list[int]]:
-        """Refuse prompts that would not fit when their turn comes; return the others, without logged conversations that
-        are too long."""
-        context = self.decoder.context
-        room = context - self.max_new_tokens - self.control.max_depth - 1
-        if room < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; the context is {context} tokens in all")
-        long = {prompt for prompt, ids in encoded.items() if prompt.logged and len(ids) > room}
-        if long and len(long) < len(encoded):
-            LOG.warning("left out %d of %d prompts, longer than %d tokens", len(long), len(encoded), room)
-            encoded = {prompt: ids for prompt, ids in encoded.items() if prompt not in long}
-        longest = max(encoded, key=lambda prompt: len(encoded[prompt]))
-        if (length := len(encoded[longest])) > room:
-            raise ValueError(
-                f"a prompt of {longest.task} has {length} tokens; with max_new_tokens {self.max_new_tokens} the "
-                f"context of {context} has room for {room}: choose other prompts or lower max_new_tokens"
-            )
-        return encoded
-
-    def _begin_text(self, given: str | Prompt | None) -> None:
+    def _begin_text(self, given: Prompt | None) -> None:
         """Begin the text of a given prompt, or of one that is drawn."""
-        if isinstance(given, str):
-            given = Prompt("given", given)
-        if given is not None and self.recording and given not in self.encoded:
-            raise ValueError(f"{self.settings.trace!r} has prompts of its own; another text cannot be given")
         if len(self.clocks) > 1:
             self.decoder.clock = self.clocks[self.np_random.integers(len(self.clocks))]
-        for _ in range(100):  # a prompt whose first token is EOS is not used
-            prompt = given or self._draw_prompt()
-            ids = self.encoded.get(prompt) or encode_prompt(
-                self.tokenizer, prompt, self.settings.template, self.settings.date
-            )
-            self.decoder.start(ids, self.max_new_tokens, self.np_random)
+        for _ in range(100):  # a prompt whose first token is EOS is skipped
+            prompt = given or self.prompts.draw(self.np_random)
+            self.decoder.start(self.prompts.ids(prompt), self.max_new_tokens, self.np_random)
             if given or not self.decoder.finished:
                 break
         if self.decoder.finished:
             raise EndedText("the target's first token already ends the text; give another prompt")
         self.prompt = prompt
         self.control.reset(self.np_random, prompt.task)
-        self.texts += given is None
+        self.prompts.texts += given is None
         self._mark = dict(self.decoder.clock.totals)
         self._text_began = dict(self.decoder.clock.totals)
 
-    def _draw_prompt(self) -> Prompt:
-        """Return any prompt, or with ``switch_every`` one of the set whose turn it is."""
-        if not self.settings.switch_every:
-            return self.prompts[self.np_random.integers(len(self.prompts))]
-        tasks = list(dict.fromkeys(prompt.task for prompt in self.prompts))
-        if self.texts % self.settings.switch_every == 0 and len(tasks) > 1:
-            others = [task for task in tasks if task != self.turn]
-            self.turn = others[self.np_random.integers(len(others))]
-        ours = [prompt for prompt in self.prompts if prompt.task == (self.turn or tasks[0])]
-        return ours[self.np_random.integers(len(ours))]
-
     def _info(self, cycle: Cycle | None, seconds: dict[str, float], spent: float) -> dict[str, Any]:
-        """Return the info of a step that took these seconds, by part and ``spent`` in all, and ended this cycle, if
-        any."""
+        """Return the info of a step.
+
+        Args:
+            cycle: the cycle that the step ended, or None.
+            seconds: seconds of the step by part.
+            spent: their sum.
+        """
         info = {
             "emitted": cycle.emitted if cycle else 0,
             "accepted": cycle.accepted if cycle else 0,
@@ -291,14 +234,16 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             "saved": (self.control.worth(cycle) if cycle else 0.0) - self.plain_rate * spent,
         }
         info |= self.control.details(self.decoder, cycle)
-        if cycle and self.decoder.finished:
-            total = sum(self.decoder.clock.since(self._text_began).values())
-            tokens = len(self.decoder.tokens)
-            assert self.prompt is not None
-            info["text"] = self.decoder.detokenize(self.decoder.tokens)
-            info["task"] = self.prompt.task
-            info["tokens"] = tokens
-            # The first token is the prefill's and of no cycle.
-            worth = sum(self.control.worth(done) for done in self.decoder.cycles)
-            info["speedup"] = worth / total / self.plain_rate
         return info
+
+    def _summary(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the further entries that the info of a text's last step has."""
+        total = sum(self.decoder.clock.since(self._text_began).values())
+        # The first token belongs to the prefill and to no cycle.
+        worth = sum(self.control.worth(done) for done in self.decoder.cycles)
+        return {
+            "text": self.decoder.detokenize(self.decoder.tokens),
+            "task": prompt.task,
+            "tokens": len(self.decoder.tokens),
+            "speedup": worth / total / self.plain_rate,
+        }

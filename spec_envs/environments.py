@@ -1,7 +1,6 @@
-"""The class of every registered environment, such as ``SpecDepthEnv``: a ``SpecEnv`` with the documentation of its
-problem.
+"""The class of every registered environment (``SpecDepthEnv``, …): a ``SpecEnv`` with the documentation of its problem.
 
-A class is made when it is first asked for, from its row in ``spec_envs.ENVIRONMENTS``.
+A class is made at its first use, from its row in ``spec_envs.ENVIRONMENTS``.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def environment(env_id: str) -> type[SpecEnv]:
 def __getattr__(name: str) -> type[SpecEnv]:
     for env_id in ENVIRONMENTS:
         if class_name(env_id) == name:
-            globals()[name] = made = environment(env_id)  # always the same one, as pickles of its objects need
+            globals()[name] = made = environment(env_id)  # made once, because pickled objects refer to it
             return made
     raise AttributeError(f"module {__name__!r} has no class {name!r}; register its environment first")
 

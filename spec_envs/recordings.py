@@ -1,4 +1,4 @@
-"""From the name of a recording to what it stands for."""
+"""Load recordings and clocks by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(name: str) -> Recording:
     ``.npz`` file) or a synthetic profile (a shipped name or a JSON file).
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: the recording is not found, or damaged.
     """
     if not name.strip():
         raise ValueError(f"trace is {name!r}; expected a folder, a file or a name, or None for models")
@@ -31,11 +31,11 @@ def clocks_for(clock: str | Sequence[str], device: str, recording: Recording | N
     """Return the clocks of those names.
 
     Args:
-        clock: ``"wall"``, or the names of one or several cost tables. A recording's own table stands in for the wall.
-        device: where a measured clock waits for forwards.
+        clock: ``"wall"``, or the names of one or several cost tables. A recording's own table replaces the wall.
+        device: device whose forwards a measured clock waits for.
 
     Raises:
-        ValueError: there is no such table, or one of several clocks measures.
+        ValueError: a table is not found, or one of several clocks measures.
     """
     names = [clock] if isinstance(clock, str) else list(clock)
     if not names:

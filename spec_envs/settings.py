@@ -1,4 +1,4 @@
-"""Keyword arguments that environments of every problem share: meanings, defaults, and checks."""
+"""The keyword arguments that environments of every problem share: their meanings, defaults and checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RENDER_MODES = ("ansi", "human", "rgb_array")
 
 
 class Settings(BaseModel):
-    """The shared keyword arguments of an environment; ``Settings.read`` makes them of what was given."""
+    """The shared keyword arguments of an environment, made and checked by ``Settings.read``."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -32,9 +32,10 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         "auto",
-        description='EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file; "lookup" '
-        'is prompt lookup, "lookup+NAME" that in front of a draft model, "exit:N" an untrained early exit of the target '
-        'after N layers, and the run folder of a trained exit that exit; "auto" is the target\'s own drafter in models.yml',
+        description="EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file; "
+        '"lookup" is prompt lookup, "lookup+NAME" tries it before a draft model, "exit:N" is an untrained early exit '
+        "of the target after N layers, and the run folder of a trained exit is that exit; "
+        '"auto" is the target\'s own drafter in models.yml',
     )
     device: str = Field("auto", description='"auto", or as in torch: "cpu", "cuda"')
     dtype: str = Field("auto", description='"auto", "int8", or as in torch: "bfloat16", "float32"')
@@ -43,7 +44,7 @@ class Settings(BaseModel):
         None, description="folder with {name}/question.jsonl files instead of the shipped prompts"
     )
     switch_every: int = Field(
-        0, description="texts after which another prompt set has its turn; 0 draws every text from all sets"
+        0, description="number of texts after which another prompt set has its turn; 0 draws every text from all sets"
     )
     split: str = Field("train", description='"train", "validation", "test" or "all"')
     template: str | None = Field(
@@ -51,32 +52,34 @@ class Settings(BaseModel):
     )
     date: str | None = Field(
         None,
-        description="the day that templates write, YYYY-MM-DD; by default always the same one "
+        description="day that templates write, YYYY-MM-DD; by default a fixed one "
         "(spec_envs.prompts.templates.DATE), or the one that a trace was recorded with",
     )
     max_new_tokens: int | None = Field(
         None,
-        description="most tokens of a text, the first one included; by default 128, or as many as a trace was recorded with",
+        description="most tokens of a text, the first one included; by default 128, or fewer if a trace was recorded "
+        "with fewer",
     )
     temperature: float | None = Field(
-        None, description="sampling of the target; 0 is greedy, None the problem's own default"
+        None, description="sampling temperature of the target; 0 is greedy, None is the problem's own default"
     )
     top_p: float = Field(
-        1.0, description="share of the target's distribution that is sampled from, most probable first"
+        1.0, description="probability mass of the target's distribution that is sampled from, most probable first"
     )
     trace: str | None = Field(
         None,
-        description="what is replayed instead of running models: the folder of a trace that `make trace` recorded, for trees "
-        "and chains, exactly; a synthetic profile (a name of data/profiles, or a JSON file), for chains; over a link an "
-        "expected-acceptance trace (a name of data/traces, or an npz file), approximately",
+        description="recording that is replayed instead of running models: the folder of a trace that `make trace` "
+        "recorded (trees and chains, exact); a synthetic profile (chains; a name of data/profiles, or a JSON file); or "
+        "an expected-acceptance trace (over a link, approximate; a name of data/traces, or an npz file)",
     )
     clock: str | Sequence[str] = Field(
         "wall",
-        description='"wall" measures; the name or path of a cost table prices forwards instead, which makes the environment '
-        "deterministic; of several tables one is drawn per episode; a trace brings its own",
+        description='"wall" measures; the name or path of a cost table prices forwards instead, which makes the '
+        "environment deterministic; of several tables one is drawn per text; a trace has its own table",
     )
     episode: str = Field(
-        "prompt", description='what an episode is: "prompt", a whole text, or "cycle" (the text continues over resets)'
+        "prompt",
+        description='length of an episode: "prompt" is a whole text, "cycle" a cycle (resets continue the text)',
     )
     reward: str | None = Field(
         None,
@@ -85,8 +88,8 @@ class Settings(BaseModel):
     )
     pace: float | None = Field(
         None,
-        description='tokens per second that a second costs under "saved"; by default that of the pair\'s best static '
-        "setting: plain speed under this clock, times static_over_plain of models.yml (1 where the pair is not listed)",
+        description='tokens per second that a second costs under "saved"; by default the speed of the pair\'s best '
+        "static setting: plain speed under this clock, times static_over_plain of models.yml (1 if it has no such pair)",
     )
     observation: str = Field(
         "default",
@@ -103,10 +106,10 @@ class Settings(BaseModel):
         """Return the shared settings among the keyword arguments of an environment of a control.
 
         Args:
-            given: shared keyword arguments and those of the control; names and types of all are checked.
+            given: shared keyword arguments and those of the control; all names and types are checked.
 
         Raises:
-            TypeError: an unknown name (the nearest one is named), or a value of another type.
+            TypeError: an unknown name (the nearest one is named), or a value of the wrong type.
             ValueError: a value out of its range, or two that do not go together.
         """
         check_keywords(kind, given)
@@ -116,11 +119,12 @@ class Settings(BaseModel):
 
     @classmethod
     def shared(cls, given: Mapping[str, Any]) -> Settings:
-        """Return the shared settings among keyword arguments that ``read`` has taken before; the others are ignored."""
+        """Return the shared settings among keyword arguments that ``read`` has accepted before; the others are
+        ignored."""
         return cls(**{name: plain(value) for name, value in given.items() if name in cls.model_fields})
 
     def _check(self, rewards: Sequence[str]) -> None:
-        """Refuse what no environment takes, and rewards that the problem does not offer."""
+        """Refuse values that no environment allows, and rewards that the problem does not offer."""
         choice("render_mode", self.render_mode, (None, *RENDER_MODES))
         choice("episode", self.episode, EPISODES)
         choice("split", self.split, (*SPLITS, "all"))
@@ -128,8 +132,8 @@ class Settings(BaseModel):
             choice("reward", self.reward, rewards)
         if self.reward in RATES and self.episode == "prompt":
             raise ValueError(
-                f'reward="{self.reward}" needs episode="cycle": summed over a prompt, tokens / seconds would pay for many '
-                "cheap cycles instead of fast text"
+                f'reward="{self.reward}" needs episode="cycle": summed over a prompt, tokens / seconds would pay for '
+                "many cheap cycles instead of fast text"
             )
         for name, fits, expected in (
             ("max_new_tokens", lambda tokens: tokens >= 2, "2 or more (the first one is the prefill's)"),
@@ -152,8 +156,8 @@ def check_keywords(kind: type[Control], given: Mapping[str, Any]) -> None:
     """Refuse keyword arguments by name and type.
 
     Raises:
-        TypeError: neither ``Settings`` nor the control knows a name (the nearest one is named), or a value is of
-            another type.
+        TypeError: neither ``Settings`` nor the control has a name (the nearest one is named), or a value is of the
+            wrong type.
     """
     types = keyword_types(kind)
     for name, value in given.items():

@@ -275,7 +275,7 @@ def test_one_of_several_clocks_is_drawn_per_episode(tiny: dict, tmp_path: Any) -
 def test_prompt_option(tiny: dict) -> None:
     env = make("SpecDepth-v0", tiny)
     _, _ = env.reset(seed=0, options={"prompt": "the a of and"})
-    assert env.unwrapped.decoder.prompt == env.unwrapped.tokenizer("the a of and .")["input_ids"]
+    assert env.unwrapped.decoder.prompt == env.unwrapped.prompts.tokenizer("the a of and .")["input_ids"]
     assert env.unwrapped.prompt.task == "given"
 
 

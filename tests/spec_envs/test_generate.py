@@ -51,7 +51,7 @@ def test_generate_equals_environment(env_id: str, name: str, tiny: dict, tiny_dr
     for seed in range(4):
         agent = AGENTS[name](control=control, seed=seed, pi_arch=[32], vf_arch=[8])
         for text in ("the a of and in", "def we is you you it", "to to to"):
-            done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, text), 24, seed).run()
+            done = generate(decoder, control, agent, encode(env.unwrapped.prompts.tokenizer, text), 24, seed).run()
             assert (done.actions, done.tokens) == run_episode(env, agent, text, seed)
             different |= set(done.actions)
     assert len(different) > 1
@@ -62,7 +62,7 @@ def test_generate_equals_environment_when_sampling(tiny: dict) -> None:
     control = make_control("budget", {})
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature=1.0)
     agent = AGENTS["ppo"](control=control, seed=0)
-    done = generate(decoder, control, agent, encode(env.unwrapped.tokenizer, "the a"), 24, 5).run()
+    done = generate(decoder, control, agent, encode(env.unwrapped.prompts.tokenizer, "the a"), 24, 5).run()
     assert (done.actions, done.tokens) == run_episode(env, agent, "the a", 5)
 
 

@@ -1,8 +1,8 @@
 """The target's side of a network: it keeps the texts of many sessions, and serves several requests in one forward.
 
 Nothing here depends on how messages arrive. The answer to a request depends only on the text, the draft and the
-session's seed: the uniform numbers of a decision are drawn from (seed, length of the text). A request that is repeated, after the
-connection was lost or to a cloud that was restarted, therefore has the same answer.
+session's seed: the uniform numbers of a decision are drawn from (seed, length of the text). A request that is
+repeated, after the connection was lost or to a cloud that was restarted, therefore has the same answer.
 """
 
 from __future__ import annotations

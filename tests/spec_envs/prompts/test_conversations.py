@@ -181,5 +181,5 @@ def test_environment_reads_logs(tiny: dict, tmp_path: Path, caplog: pytest.LogCa
     with pytest.raises(ValueError, match="every conversation in the split 'all' is longer than"):
         encoded_prompts(shown, "all", 9)
     env.reset(seed=0, options={"prompt": env.unwrapped.prompts[1]})
-    expected = env.unwrapped.tokenizer("the a . of and . in to . is it .")["input_ids"]
+    expected = env.unwrapped.prompts.tokenizer("the a . of and . in to . is it .")["input_ids"]
     assert env.unwrapped.decoder.prompt == expected

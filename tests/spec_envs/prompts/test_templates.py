@@ -119,7 +119,7 @@ def test_prompts_given_to_reset(tiny: dict) -> None:
     with pytest.raises(ValueError, match="the prompt is 3; expected a text"):
         env.reset(seed=0, options={"prompt": Prompt("mine", 3)})  # type: ignore[arg-type]
     env.reset(seed=0, options={"prompt": "the \ud83d"})
-    assert env.unwrapped.decoder.prompt == encode(env.unwrapped.tokenizer, "the \ufffd", NO_SYSTEM)
+    assert env.unwrapped.decoder.prompt == encode(env.unwrapped.prompts.tokenizer, "the \ufffd", NO_SYSTEM)
 
 
 def test_lone_surrogates_are_replaced_everywhere(tokenizer: PreTrainedTokenizerBase) -> None:

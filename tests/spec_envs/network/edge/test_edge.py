@@ -143,7 +143,7 @@ def test_invalid_settings_are_refused(
 
 def test_head_that_reads_target_states_is_refused(tiny: dict[str, Any]) -> None:
     decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
-    with pytest.raises(ValueError, match="a head on the target's states"):
+    with pytest.raises(ValueError, match="reads the target's states, which are not sent over a network"):
         linked(decoder, FAST, tiny["target"])
 
 

@@ -110,13 +110,13 @@ LIES: dict[str, Callable[[Verify], list[Any] | None]] = {
     "accepted 2147483647 tokens of a draft of 3": lambda r: [of(r.number, 2**31 - 1)],
     "token 16; the vocabulary has 16": lambda r: [of(r.number, 0, VOCAB)],
     "verdict has no token": lambda r: [of(r.number, 0, -1)],
-    "that are no message of version 1": lambda r: [raw(4, r.number, 0, 2**62, 0.0, 0.0)],
-    r"no message of version 1: .*>= 0": lambda r: [raw(4, r.number, -1, 3, 0.0, 0.0)],
-    r"no message of version 1: .*>= -1": lambda r: [raw(4, r.number, 0, -2, 0.0, 0.0)],
-    r"no message of version 1: Expected .*0.0": lambda r: [raw(4, r.number, 0, 3, -1.0, 0.0)],
-    r"no message of version 1: Expected .*4\]": lambda r: [raw(4, r.number, 0, 3, math.nan, 0.0)],
-    r"no message of version 1: Expected `array`": lambda r: [raw(4, r.number, 0, 3, 0.0, 0.0, b"", "", "more", 1)],
-    "no message of version 1: Expected `int`": lambda r: [raw(4, r.number, 0, [1] * 1000, 0.0, 0.0)],
+    "bytes are not a message of version 1": lambda r: [raw(4, r.number, 0, 2**62, 0.0, 0.0)],
+    r"not a message of version 1: .*>= 0": lambda r: [raw(4, r.number, -1, 3, 0.0, 0.0)],
+    r"not a message of version 1: .*>= -1": lambda r: [raw(4, r.number, 0, -2, 0.0, 0.0)],
+    r"not a message of version 1: Expected .*0.0": lambda r: [raw(4, r.number, 0, 3, -1.0, 0.0)],
+    r"not a message of version 1: Expected .*4\]": lambda r: [raw(4, r.number, 0, 3, math.nan, 0.0)],
+    r"not a message of version 1: Expected `array`": lambda r: [raw(4, r.number, 0, 3, 0.0, 0.0, b"", "", "more", 1)],
+    "not a message of version 1: Expected `int`": lambda r: [raw(4, r.number, 0, [1] * 1000, 0.0, 0.0)],
     "received a text frame": lambda r: ["text"],
     "received Hello": lambda r: [Hello(1, KEY, KEY, 0.0, 1.0, 0)],
     "received Tokens": lambda r: [Tokens(r.number, 3, True, 0.0, 0.0, 0)],
@@ -163,10 +163,10 @@ def test_invalid_logits_are_refused(verdict: dict[str, Any], sentence: str) -> N
         (Welcome(0, 0, VOCAB), "the cloud takes texts of 0 tokens"),
         (Welcome(0, 8, VOCAB), "the cloud takes texts of up to 8"),
         (Welcome(5, 64, VOCAB), "the cloud has 5 tokens of a text of 0"),
-        (raw(2, -1, 64, VOCAB), "no message of version 1"),
-        (raw(2, 0, 2**40, VOCAB), "no message of version 1"),
-        (raw(2, 0, 64), "no message of version 1"),
-        (raw(2, 0, 64, VOCAB, "version 2"), "no message of version 1"),
+        (raw(2, -1, 64, VOCAB), "not a message of version 1"),
+        (raw(2, 0, 2**40, VOCAB), "not a message of version 1"),
+        (raw(2, 0, 64), "not a message of version 1"),
+        (raw(2, 0, 64, VOCAB, "version 2"), "not a message of version 1"),
         (Error("version", f"the edge speaks {ESCAPES} another"), "refused: the edge speaks .*another"),
         (Error("\033[31m", "odd"), "refused: odd"),
     ],
@@ -352,5 +352,5 @@ def kinds() -> list[type[Message]]:
 def test_messages_with_extra_fields_are_refused() -> None:
     for number, kind in enumerate(kinds(), 1):
         fields = [0] * len(kind.__struct_fields__)
-        with pytest.raises(ValueError, match="no message of version 1"):
+        with pytest.raises(ValueError, match="not a message of version 1"):
             decode(raw(number, *fields, *[0] * 5))
