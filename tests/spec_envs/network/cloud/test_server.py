@@ -63,7 +63,7 @@ def test_failed_start_is_reported_in_one_sentence(cloud: CloudProcess, options: 
     (tmp_path / "pem").write_text("no certificate")
     cases = {
         "host is 0.0.0.0, which others can reach; set the environment variable SPEC_ENVS_TOKEN to a secret that edges have "
-        "to bear, or listen on 127.0.0.1": ["--host", "0.0.0.0"],
+        "to send, or listen on 127.0.0.1": ["--host", "0.0.0.0"],
         "TLS needs both --tls-certificate and --tls-key": ["--tls-key", str(tmp_path / "pem")],
         f"could not load the TLS certificate {tmp_path}/pem with the key {tmp_path}/pem (": [
             *("--tls-certificate", str(tmp_path / "pem")),
