@@ -89,7 +89,7 @@ class Settings(BaseModel):
     pace: float | None = Field(
         None,
         description='tokens per second that a second costs under "saved"; by default the speed of the pair\'s best '
-        "static setting: plain speed under this clock, times static_over_plain of models.yml (1 if it has no such pair)",
+        "static setting: plain speed under this clock, times static_over_plain of models.yml (1 for other pairs)",
     )
     observation: str = Field(
         "default",

@@ -57,8 +57,8 @@ def read_log(path: Path) -> list[Turn]:
             refused.append(place)
     if not turns:
         raise ValueError(
-            f'{path} holds no conversation; expected {{"conversations": [{{"from": "human", "value": "…"}}, …]}} on each '
-            f"line, or an array of these{f' ({refused[0]}: {first})' if refused else ''}"
+            f'{path} holds no conversation; expected {{"conversations": [{{"from": "human", "value": "…"}}, …]}} on '
+            f"each line, or an array of these{f' ({refused[0]}: {first})' if refused else ''}"
         )
     if refused:
         shown = ", ".join(refused[:3]) + (", …" if len(refused) > 3 else "")

@@ -38,20 +38,20 @@ def kinds(trace: Trace) -> np.ndarray:
 
 
 class Chains:
-    """Chains under way in many environments.
+    """The chains under way in many environments.
 
     Args:
-        cycles: of the control on the trace.
+        cycles: the cycles of the control on the trace.
         tables: cost tables.
-        count: environments.
-        draws: their generators, from which nothing is drawn: every chain begins empty.
+        count: number of environments.
+        draws: generators of the environments; nothing is drawn from them, because every chain begins empty.
 
     Attributes:
-        row: of the trace, where each environment's text is.
-        size: tokens of each chain.
-        clock: of each environment, which cost table prices its forwards.
+        row: row of the trace at which each environment is.
+        size: number of tokens of each chain.
+        clock: index of the cost table that prices each environment's forwards.
         unread: tokens of each text that no forward of the drafter has read.
-        read: tokens of each chain that one has read.
+        read: tokens of each chain that a forward has read.
     """
 
     def __init__(self, cycles: CycleTable, tables: Sequence[CostTable], count: int, draws: Draws):
@@ -59,26 +59,26 @@ class Chains:
         trace, k_max, slices = cycles.trace, cycles.plans.deepest, cycles.control.slices
         self.length, self.copied = cycles.drafted[:, -1].copy(), np.pad(cycles.copied, ((0, 0), (0, 1)))
         self.matched = np.minimum(1.0, np.asarray(trace.columns["matched"]) / LONGEST).astype(np.float32)
-        longest = trace.manifest.max_new_tokens + k_max + 1  # copied tokens that nothing has read
+        longest = trace.manifest.max_new_tokens + k_max + 1  # all of them copied, and read by no forward so far
         self.forward = prices(tables, "draft", longest)
         self.verification = prices(tables, "verify", k_max + 1)
         self.further = cycles.further(self.forward)
         lengths = np.array([len(text.prompt) for text in trace.texts])
         self.text_of = np.repeat(np.arange(len(lengths)), np.diff(trace.starts))
-        self.told = kinds(trace) if "kind" in slices else None
+        self.kinds = kinds(trace) if "kind" in slices else None
         known = (*TASKS, "")
         self.task = np.array([known.index(t.task) if t.task in known else len(TASKS) for t in trace.texts])
         self.row, self.size, self.clock = (np.zeros(count, np.int64) for _ in range(3))
         self.unread, self.read, self.before = (np.zeros(count, np.int64) for _ in range(3))
         self.kind_row = np.zeros(count, np.int64)
         self.recent = Recent(WINDOWS, count, 2)  # accepted and drafted tokens
-        self.decided = np.zeros((count, 2))  # those of the last decision
+        self.decided = np.zeros((count, 2))  # accepted and drafted tokens of the last decision
         self.means = chain_means(cycles) if "confidence" in slices else None
         self.last = np.zeros((count, 2), np.float32)  # means over the last chain
         self.costs = costs_observed(tables, self.control)
 
     def start(self, which: np.ndarray) -> np.ndarray:
-        """Begin texts; nothing is drafted before it is decided, which takes 0 seconds."""
+        """Begin texts; return 0 seconds, since nothing is drafted before the first decision."""
         self.size[which] = self.read[which] = 0
         self.unread[which] = 1
         self.recent.clear(which)
@@ -122,8 +122,8 @@ class Chains:
     def verified(
         self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, finished: np.ndarray
     ) -> np.ndarray:
-        """Record the verified chains and the tokens that are left to read; return 0 seconds, since nothing is
-        drafted before it is decided."""
+        """Record the verified chains and the tokens that are left to read; return 0 seconds, since nothing is drafted
+        before the next decision."""
         size, row = self.size[which], self.before[which]
         self.unread[which] = catch_up.left_unread(
             self.unread[which], self.read[which], emitted[which], self.cycles.right[row]
@@ -138,7 +138,7 @@ class Chains:
         return np.zeros(len(which))
 
     def observe(self, out: np.ndarray, which: np.ndarray | slice, alive: np.ndarray) -> None:
-        """Fill in what is observed of the chains of ``which``; no copy is offered to texts that have ended."""
+        """Write the observations of the chains of ``which`` into ``out``; texts that have ended show no copy."""
         slices, row = self.control.slices, self.row[which]
         if self.control.own:
             observed = self.cycles.observed
@@ -155,8 +155,8 @@ class Chains:
             out[:, at + i] = sums[which, 0] / np.maximum(1, sums[which, 1])
         out[:, slices["last_k"].start] = decided[:, 1] / self.plans.deepest
         out[:, slices["last_acceptance"].start] = decided[:, 0] / np.maximum(1, decided[:, 1])
-        if self.told is not None:
-            out[:, slices["kind"]] = np.eye(len(KINDS), dtype=np.float32).take(self.told[self.kind_row[which]], 0)
+        if self.kinds is not None:
+            out[:, slices["kind"]] = np.eye(len(KINDS), dtype=np.float32).take(self.kinds[self.kind_row[which]], 0)
         if "task" in slices:
             out[:, slices["task"]] = np.eye(len(TASKS) + 1, dtype=np.float32).take(self.task[self.text_of[row]], 0)
         if self.costs is not None:

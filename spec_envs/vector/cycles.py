@@ -1,5 +1,5 @@
-"""Every cycle that can begin at a position of a trace: what each plan accepts, which forwards it takes, and what is
-observed meanwhile."""
+"""The table of every cycle that can begin at a position of a trace: tokens that each plan accepts, forwards that it
+takes, and observations."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ CHUNK = 2048  # rows whose observed entries are computed together
 class CycleTable:
     """The cycles of a control on a trace, by row of the trace and plan of the control.
 
-    Arrays ``[rows, …]`` have a single row where all rows are alike: trees are drafted alike at every position.
+    Arrays ``[rows, …]`` have a single row where all rows are equal: trees of the same size are drafted at every
+    position.
 
     Args:
-        trace: of the kind that replays the control.
-        control: which has plans.
+        trace: a trace of the kind that replays the control.
+        control: the control, which has plans.
 
     Attributes:
-        plans: of the control.
-        sizes: ``[sizes]``, each size of a plan once.
+        plans: the plans of the control.
+        sizes: ``[sizes]``, the different sizes of the plans.
         accepted: ``[rows, plans]``, tokens of the text among the verified nodes.
         drafted, nodes: ``[rows, plans]``, nodes drafted, and how many of them are verified.
-        asked: ``[rows, plans]``, whether the drafter makes any forward.
+        asked: ``[rows, plans]``, True if the drafter makes a forward.
         forwards: ``[rows, plans]``, forwards after the first decision.
         first: ``[rows]``, tokens that are copied before the one that the first forward drafts.
-        gaps: ``[rows, largest size]``, rows of the forward that drafts each further level or token; 0 if none does, and
-            of the first forward, whose rows depend on what is unread of the text (``spec_envs.decoding.catch_up``).
+        gaps: ``[rows, largest size]``, rows of the forward that drafts each further level or token. They are 0 if there
+            is no forward, and for the first one, whose rows depend on the unread tokens of the text
+            (``spec_envs.decoding.catch_up``).
         read: ``[rows, plans]``, tokens of a chain that forwards have read once it is drafted.
-        right: ``[rows]``, how many of its first tokens are the text's.
+        right: ``[rows]``, how many first tokens of a chain are the text's.
     """
 
     def __init__(self, trace: Trace, control: Control):
@@ -56,7 +58,7 @@ class CycleTable:
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
         self.forwards, self.gaps = further[None], np.full((1, plans.deepest), plans.width)
         self.first = self.right = np.zeros(1, np.int64)
-        # the next tree has another root, and reads everything again
+        # the next tree has another root, so all its nodes are read again
         self.read = np.zeros((1, len(plans.sizes)), np.int64)
 
     def _read_chains(self) -> None:
@@ -89,14 +91,14 @@ class CycleTable:
 
     @cached_property
     def recorded(self) -> RecordedTrees | RecordedChains:
-        """Return what was drafted at every position of the trace."""
+        """The trees or chains that were drafted at every position of the trace."""
         if self.plans.chain:
             return RecordedChains(self.trace, self.plans.deepest)
         return RecordedTrees(self.trace, self.control.max_depth, self.control.width)
 
     @cached_property
     def observed(self) -> np.ndarray:
-        """Return the observation of a cycle's drafted tokens, ``[rows, sizes, control.own]``, float32."""
+        """Observation of what a cycle has drafted, ``[rows, sizes, control.own]``, float32."""
         own, space = self.control.own, self.control.observation_space
         found = np.zeros((self.trace.rows, len(self.sizes), own), np.float32)
         for begin in range(0, len(found), CHUNK):
@@ -107,8 +109,12 @@ class CycleTable:
         return found
 
     def read_entries(self, row: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Return what is observed of what cycles at rows ``[n]`` have drafted at sizes ``[n]``, ``[n,
-        control.own]``."""
+        """Return the observation ``[n, control.own]`` of what cycles have drafted.
+
+        Args:
+            row: ``[n]``, rows of the trace at which the cycles begin.
+            size: ``[n]``, sizes that they have drafted.
+        """
         found = np.zeros((len(row), self.control.own), np.float32)
         for entry in self.control.entries:
             if entry.recorded:

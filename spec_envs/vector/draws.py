@@ -1,4 +1,4 @@
-"""A generator for each of many environments, all drawn from at once."""
+"""Random numbers for many environments at once, from a generator of each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MASK = np.uint64(0xFFFFFFFF)
 
 
 class Draws:
-    """The generators of ``count`` environments. They give the numbers that ``Generator.integers`` of each would.
+    """The generators of ``count`` environments. The numbers are those that ``Generator.integers`` of each would return.
 
-    NumPy makes a number below n of 32-bit words, the high half of word · n (Lemire 2019, arXiv 1805.10941). Fetching
-    words and multiplying them here draws for thousands of environments in the time of a few calls.
+    NumPy makes a number below n from a 32-bit word: it is the high half of word · n (Lemire 2019, arXiv 1805.10941).
+    Fetching words and multiplying them here draws for thousands of environments in the time of a few calls.
     """
 
     def __init__(self, count: int):
@@ -23,7 +23,7 @@ class Draws:
         self.words, self.at = np.zeros((count, WORDS), np.uint32), np.full(count, WORDS)
 
     def seed(self, seeds: Sequence[int | None], which: np.ndarray) -> None:
-        """Seed the generators of some environments; those whose seed is None are kept, if they have begun.
+        """Seed the generators of some environments. A generator whose seed is None is kept, or made if there is none.
 
         Raises:
             gymnasium.error.Error: a seed that is negative or not a whole number. No generator has changed then.
@@ -33,7 +33,7 @@ class Draws:
             self.generators[i], self.at[i] = generator, WORDS
 
     def integers(self, which: np.ndarray, below: int) -> np.ndarray:
-        """Return a number from 0 to ``below`` - 1 for each of these environments, which are all different."""
+        """Return a number from 0 to ``below`` - 1 for each of these environments, none of which is listed twice."""
         out = np.zeros(len(which), np.int64)
         left = np.arange(len(which) if below > 1 else 0)  # nothing is drawn where there is one number
         while len(left):

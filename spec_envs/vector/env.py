@@ -1,4 +1,4 @@
-"""Thousands of episodes of a trace at once, in NumPy and without a loop over environments."""
+"""Replay thousands of episodes of a trace at once, in NumPy and without a loop over environments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from spec_envs.vector.recent import Recent
 from spec_envs.vector.trees import Trees
 
 KINDS: dict[str, type[Trees] | type[Chains]] = {"tree": Trees, "chain": Chains}  # by the kind of a trace
-UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that nothing here follows
+UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that are not supported here
 
 
 class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -35,28 +35,27 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     infos of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own.
 
     Args:
-        control: name of a control that traces replay, or where it is found, ``"module:Class"``.
+        control: name of a control that traces replay, or ``"module:Class"``.
         num_envs: number of environments.
-        autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``; see there.
-            With ``"SameStep"`` an environment whose episode has ended begins another one in the same step:
-            ``infos["final_obs"]`` and ``infos["final_info"]`` are what it ended with, at the places where
+        autoreset_mode: Gymnasium's ``AutoresetMode``, or its name ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``.
+            With ``"SameStep"`` an environment whose episode has ended begins another one in the same step; the last
+            observation and info of the old one are in ``infos["final_obs"]`` and ``infos["final_info"]`` where
             ``infos["_final_obs"]`` is true.
-        keywords: those of ``SpecEnv`` that have an effect here; ``trace`` is the folder of a trace
-            (`make trace`).
+        keywords: those of ``SpecEnv`` that have an effect here; ``trace`` is the folder of a trace (`make trace`).
 
-    ``reset`` takes a seed for all (environment i then has ``seed + i``) or a list with one for each, and as options
-    ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy continues
-    where the original was.
+    ``reset`` takes one seed (environment i then has ``seed + i``) or a list with one for each environment. Its options
+    are ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy
+    continues where the original was.
 
     Attributes:
-        forwards: forwards that the target would have made so far, one per cycle.
-        brought: the numbers of the last step by their names in an info, also of episodes that it ended.
+        forwards: number of forwards that the target would have made so far, one per cycle.
+        brought: the numbers of the last step by their names in an info, also for episodes that it ended.
         cycles: table of every cycle of the trace.
-        under_way: the trees or chains that are drafted.
+        under_way: the trees or chains under way.
 
     Raises:
         TypeError: an unknown keyword; the nearest one is named.
-        ValueError: no trace, one of other settings, or a keyword that has no meaning here.
+        ValueError: no trace, a trace of other settings, or a keyword that is not supported here.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012 - Gymnasium's declaration
@@ -74,8 +73,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         check_count(num_envs)
         if settings.trace is None:
             raise ValueError(
-                "vectorised in NumPy are environments that replay a trace: give trace=FOLDER (`make trace`), or make "
-                'live ones with vectorization_mode="sync"'
+                "environments in NumPy replay a trace: give trace=FOLDER (`make trace`), or make live ones with "
+                'vectorization_mode="sync"'
             )
         self.trace = Trace.load(settings.trace)
         self.trace.check_settings(dict(settings))
@@ -100,7 +99,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.lasts = np.minimum(self.trace.starts[1:], self.starts + self.max_new_tokens) - 1
         self.prompt_lengths = np.array([len(text.prompt) for text in self.trace.texts])
         self.tasks = np.array([text.task for text in self.trace.texts], object)
-        self.words = np.full(len(self.tasks), None, object)  # texts in words, once they have been asked for
+        self.words = np.full(len(self.tasks), None, object)  # decoded texts, each once it is needed
         self.text, self.last, self.begun = (np.zeros(num_envs, np.int64) for _ in range(3))
         self.pending, self.spent, self.cycle_spent = (np.zeros(num_envs) for _ in range(3))
         self.recent = Recent(WINDOWS, num_envs, 1)  # accepted tokens
@@ -109,7 +108,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.price([priced.table for priced in self.clocks])
 
     def price(self, tables: Sequence[CostTable]) -> None:
-        """Price forwards by these tables from the next reset on; of several, one is drawn per text."""
+        """Price forwards by these tables from the next reset on; if there are several, one is drawn per text."""
         self.cost_tables = list(tables)
         self.under_way = KINDS[self.control.trace_kind](self.cycles, tables, self.num_envs, self.draws)
         self.plain = np.array([1 / table.seconds("verify", 1) for table in tables])
@@ -122,13 +121,13 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.ended = np.zeros(self.num_envs, bool)  # environments whose episode the last step ended
 
     def _check(self, keywords: dict[str, Any]) -> None:
-        """Refuse what a trace does not have, and keywords that would have no effect."""
+        """Refuse settings that the trace does not have, and keywords that would have no effect."""
         control = self.control
         if not control.trace_kind or control.engine != "torch":
             raise ValueError(f"{control.name} is not replayed in NumPy; make it with vectorization_mode='sync'")
         if unused := [name for name in UNUSED if keywords.get(name)]:
             raise ValueError(
-                f"{', '.join(unused)} means nothing for environments of a trace in NumPy; leave it out, or make them with "
+                f"{', '.join(unused)} has no effect in environments in NumPy; leave it out, or make them with "
                 "vectorization_mode='sync'"
             )
         self.trace.check(control, self.max_new_tokens)
@@ -140,11 +139,11 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Args:
             seed: environment i has ``seed + i``, or the i-th of a list; None keeps the generators as they are.
-            options: ``{"texts": indices}`` of the trace, one per environment, instead of drawing them; and
-                ``"reset_mask"``, an array of booleans, to reset some environments only.
+            options: ``{"texts": indices}``, texts of the trace to begin, one per environment, instead of drawn ones;
+                and ``"reset_mask"``, an array of booleans, to reset only some environments.
 
         Raises:
-            ValueError: an unknown option, indices outside the trace, or another number of seeds. No environment has a
+            ValueError: an unknown option, indices outside the trace, or the wrong number of seeds. No environment has a
                 text then.
         """
         self._check_open()
@@ -160,7 +159,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._observe(slice(None)), gathered(blank(self.num_envs), mask)
 
     def _options(self, options: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return which environments to reset, and the texts to begin in all of them, if any are given."""
+        """Return a mask of the environments to reset, and the texts to begin in all of them, or None to draw them."""
         expected = "expected {'texts': indices of the trace, 'reset_mask': booleans}, or one of the two"
         if options is not None and (not isinstance(options, dict) or set(options) - {"texts", "reset_mask"}):
             raise ValueError(f"options is {options!r}; {expected}")
@@ -195,7 +194,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Carry out a decision in every environment.
 
         Raises:
-            ValueError: an action that is not a whole number in range, another number of actions, or no text to
+            ValueError: an action that is not a whole number in range, the wrong number of actions, or no text to
                 continue.
         """
         self._check_open()
@@ -234,8 +233,8 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _reset_ended(
         self, observations: np.ndarray, values: dict[str, Any], terminated: np.ndarray, finished: np.ndarray
     ) -> dict[str, Any]:
-        """Begin texts in environments whose episode has ended, if their mode asks for it, and write what they show over
-        ``observations``; return the infos of the step."""
+        """Begin texts in environments whose episode has ended, as ``autoreset_mode`` says, and write their observations
+        into ``observations``; return the infos of the step."""
         before, self.ended = self.ended, terminated.copy()
         everywhere, begins = np.ones(self.num_envs, bool), np.zeros(0, np.int64)
         summary = gathered(self._summary(finished), finished) if finished.any() else {}
@@ -254,7 +253,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return infos
 
     def _summary(self, finished: np.ndarray) -> dict[str, np.ndarray]:
-        """Return what the last info of a text has besides numbers of the step, of every environment."""
+        """Return the further entries that the info of a text's last step has, for every environment."""
         tokens = self.last - self.begun + 1
         speedup = (tokens - 1) / np.maximum(self.spent, 1e-12) / self.plain[self.under_way.clock]
         for text in set(self.text[finished].tolist()):
@@ -265,7 +264,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return {"text": self.words[self.text], "task": self.tasks[self.text], "tokens": tokens, "speedup": speedup}
 
     def _checked(self, actions: Any) -> np.ndarray:
-        """Return the actions of all environments, or refuse them."""
+        """Return the actions of all environments after checking them."""
         given = np.asarray(actions)
         fits = given.shape == (self.num_envs,) and given.dtype.kind in "iu"
         if not fits or given.min() < 0 or given.max() >= self.choices:
@@ -283,19 +282,19 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ValueError("the environments are closed; make others")
+            raise ValueError("the environments are closed; make new ones")
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """Return an attribute for every environment; all have the same one unless it is kept per environment."""
+        """Return an attribute for every environment; all share one unless it is kept per environment."""
         value = getattr(self, name)
-        apart = name in ("text", "last", "begun", "pending", "spent", "has_text", "ended")
-        return tuple(value) if apart else (value,) * self.num_envs
+        own = name in ("text", "last", "begun", "pending", "spent", "has_text", "ended")
+        return tuple(value) if own else (value,) * self.num_envs
 
     def set_attr(self, name: str, values: Any) -> None:
         """Set an attribute: a value for all environments, or a list of equal ones.
 
         Raises:
-            ValueError: no such attribute, or a list of another length or of different values.
+            ValueError: an unknown attribute, or a list of the wrong length or of different values.
         """
         if name not in vars(self):
             raise ValueError(f"there is no attribute {name!r} to set")
@@ -305,8 +304,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         setattr(self, name, values[0])
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Call a method once; return what it returns for every environment. An attribute is returned as ``get_attr``
-        does."""
+        """Call a method once and return its result for every environment; return an attribute as ``get_attr`` does."""
         value = getattr(self, name)
         return (value(*args, **kwargs),) * self.num_envs if callable(value) else self.get_attr(name)
 
@@ -326,12 +324,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.pending[which] = self.under_way.verified(which, accepted, emitted, finished)
 
     def _begin(self, which: np.ndarray, texts: np.ndarray | None = None) -> None:
-        """Begin texts in environments ``which``: the given ones, or drawn ones."""
+        """Begin texts in environments ``which``: those given, or drawn ones."""
         if len(self.cost_tables) > 1:
             self.under_way.clock[which] = self.draws.integers(which, len(self.cost_tables))
         texts = self._drawn(which) if texts is None else texts
         if (self.lasts[texts] == self.starts[texts]).any():
-            raise EndedText("the target's first token already ends a text; give other ones")
+            raise EndedText("the target's first token already ends a text; give other texts")
         self.text[which], self.last[which], self.begun[which] = texts, self.lasts[texts], self.starts[texts]
         self.under_way.row[which] = self.starts[texts]
         self.recent.clear(which)
@@ -339,7 +337,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.pending[which] = self.under_way.start(which)
 
     def _drawn(self, which: np.ndarray) -> np.ndarray:
-        """Return drawn texts, none of which ends at its first token."""
+        """Draw texts and return them; those that end at their first token are drawn again."""
         texts: np.ndarray = self.texts[self.draws.integers(which, len(self.texts))]
         for _ in range(99):
             again = np.flatnonzero(self.lasts[texts] == self.starts[texts])
@@ -349,7 +347,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return texts
 
     def _observe(self, which: np.ndarray | slice, alive: np.ndarray | None = None) -> np.ndarray:
-        """Return what the agents of environments ``which`` see, ``[n, …]``; ``alive`` is false where a text has
+        """Return the observations ``[n, numbers]`` of environments ``which``; ``alive`` is false where a text has
         ended."""
         row, text, slices = self.under_way.row[which], self.text[which], self.control.slices
         out = np.zeros((len(row), self.single_observation_space.shape[0]), np.float32)  # type: ignore[index]
@@ -369,10 +367,10 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 
 def check_count(num_envs: Any) -> None:
-    """Refuse a number of environments that there cannot be.
+    """Refuse a wrong number of environments.
 
     Raises:
-        ValueError: it is not a whole number of 1 or more.
+        ValueError: the number is not a whole number of 1 or more.
     """
     if not isinstance(num_envs, int) or isinstance(num_envs, bool) or num_envs < 1:
         raise ValueError(f"num_envs is {num_envs!r}; expected 1 or more")

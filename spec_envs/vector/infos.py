@@ -13,7 +13,7 @@ COUNTS = ("emitted", "accepted", "drafted", "verified", "bytes_up", "bytes_down"
 
 
 def gathered(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-    """Return ``values`` with a mask ``_name`` beside every name; where it is false they are 0, or None for objects."""
+    """Return ``values`` with a mask ``_name`` for every name; where it is false, values are 0, or None for objects."""
     out: dict[str, Any] = {}
     for name, value in values.items():
         out[name] = gathered(value, mask) if isinstance(value, dict) else within(value, mask)
@@ -22,8 +22,7 @@ def gathered(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
 
 
 def cleared(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-    """Return the numbers of a step with those of a reset where ``mask`` is true: a text that begins has cost nothing
-    yet."""
+    """Return the numbers of a step, with 0 where ``mask`` is true, as after a reset."""
     return {
         name: cleared(value, mask) if isinstance(value, dict) else within(value, ~mask)
         for name, value in values.items()

@@ -1,5 +1,5 @@
-"""The function that ``gym.make_vec`` calls: it makes environments in NumPy where a trace is replayed, and single ones
-side by side elsewhere."""
+"""The function that ``gym.make_vec`` calls. It makes environments in NumPy if a trace is replayed, else single ones
+side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spec_envs.controls import CONTROLS
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
 
-# Arguments of gym.make, whose wrappers are for single environments
+# Arguments of gym.make whose wrappers are for single environments
 OF_MAKE = ("max_episode_steps", "disable_env_checker")
 
 
@@ -26,17 +26,17 @@ def make_vector(
 ) -> VectorEnv:
     """Return ``num_envs`` environments of a control.
 
-    A recorded trace is replayed in NumPy (``ReplayVectorEnv``), unless a keyword is given that it does not know:
+    A recorded trace is replayed in NumPy (``ReplayVectorEnv``), unless a keyword is given that is not supported there:
     ``render_mode``, ``switch_every``, ``adjustment_interval``, or ``max_episode_steps`` of ``gym.make``. Then, and
-    without a recorded trace, it is Gymnasium's ``SyncVectorEnv`` of as many single environments.
+    without a recorded trace, the result is Gymnasium's ``SyncVectorEnv`` of single environments.
 
     Args:
-        control: name of a control, or where it is found, ``"module:Class"``.
+        control: name of a control, or ``"module:Class"``.
         autoreset_mode: ``"SameStep"``, ``"NextStep"`` or ``"Disabled"``, or Gymnasium's ``AutoresetMode``.
         keywords: those of ``SpecEnv``.
 
     Raises:
-        TypeError, ValueError: see ``SpecEnv``.
+        TypeError, ValueError: as for ``SpecEnv``.
     """
     mode = autoreset(autoreset_mode)
     trace = keywords.get("trace")

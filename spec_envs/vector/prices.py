@@ -16,7 +16,7 @@ def prices(tables: Sequence[CostTable], part: str, rows: int) -> np.ndarray:
 
 
 def costs_observed(tables: Sequence[CostTable], control: Control) -> np.ndarray | None:
-    """Return what a control's ``cost_features`` show of each table, ``[tables, size]``; None where it has none."""
+    """Return each table as a control's ``cost_features`` show it, ``[tables, size]``; None without cost features."""
     if not control.cost_features:
         return None
     shown = [costs_shown(table, control.width) for table in tables]

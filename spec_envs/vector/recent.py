@@ -12,8 +12,8 @@ class Recent:
 
     Args:
         windows: numbers of cycles to sum over, ascending.
-        count: environments.
-        numbers: how many numbers of a cycle are summed.
+        count: number of environments.
+        numbers: number of values that a cycle has.
 
     Attributes:
         sums: ``[windows, count, numbers]``.
@@ -22,9 +22,8 @@ class Recent:
 
     def __init__(self, windows: Sequence[int], count: int, numbers: int):
         self.windows = windows
-        self.ring = np.zeros(
-            (count * windows[-1], numbers), np.int32
-        )  # all places of an environment, then the next one's
+        # all places of an environment, then those of the next one
+        self.ring = np.zeros((count * windows[-1], numbers), np.int32)
         self.sums = np.zeros((len(windows), count, numbers), np.int32)
         self.cycles = np.zeros(count, np.int64)
 

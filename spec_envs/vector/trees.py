@@ -1,4 +1,4 @@
-"""Trees under way in many environments: acceptance, costs and observations are looked up."""
+"""The trees under way in many environments: acceptance, costs and observations are looked up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Outcome(NamedTuple):
     """The outcome of a decision: arrays with one value per environment.
 
     Attributes:
-        verified: whether the cycle ended (bool); ``accepted``, ``drafted`` and ``sent`` have a meaning only there.
+        verified: True where the cycle ended; ``accepted``, ``drafted`` and ``sent`` have a meaning only there.
         accepted: tokens of the text among the verified nodes.
         drafted, sent: nodes drafted, and how many of them were verified.
         draft, verify: seconds of the drafter and of the target.
@@ -32,18 +32,18 @@ class Outcome(NamedTuple):
 
 
 class Trees:
-    """Trees under way in many environments.
+    """The trees under way in many environments.
 
     Args:
-        cycles: of the control on the trace.
+        cycles: the cycles of the control on the trace.
         tables: cost tables.
-        count: environments.
-        draws: their generators.
+        count: number of environments.
+        draws: generators of the environments.
 
     Attributes:
-        row: of the trace, where each environment's text is.
+        row: row of the trace at which each environment is.
         depth: expansions of each tree.
-        clock: of each environment, which cost table prices its forwards.
+        clock: index of the cost table that prices each environment's forwards.
     """
 
     def __init__(self, cycles: CycleTable, tables: Sequence[CostTable], count: int, draws: Draws):
@@ -112,9 +112,9 @@ class Trees:
         return seconds
 
     def observe(self, out: np.ndarray, which: np.ndarray | slice, alive: np.ndarray) -> None:
-        """Fill in the observations of the trees of ``which``; texts that have ended show none."""
+        """Write the observations of the trees of ``which`` into ``out``; texts that have ended show no tree."""
         row, depth = self.row[which], self.depth[which]
-        if self.control.observation == "ltd":  # as wide as a tree, too much to be kept of every position
+        if self.control.observation == "ltd":  # as wide as a tree, too large to keep for every position
             found = self.cycles.read_entries(row, depth)
         else:
             observed = self.cycles.observed

@@ -114,7 +114,7 @@ def load_draft_model(name: str, target: str, model: Transformer, temperature: fl
     """Return a draft model for the target of that name and these weights.
 
     Raises:
-        ValueError: it has another tokenizer, lacks some of its tokens, or was made for another target.
+        ValueError: it has another tokenizer, does not have some of its tokens, or was made for another target.
     """
     folder = drafter_folder(name)
     if not (folder / "tokenizer_config.json").is_file():  # it shares the target's

@@ -94,8 +94,8 @@ def default_drafter(target: str, chain: bool = False) -> str:
         raise ValueError(
             f"no drafter is known for {target!r}, only for "
             f"{', '.join(dict.fromkeys(entry['target'] for entry in entries.values()))}; "
-            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and a "
-            "draft model), or train one with `make drafter`"
+            "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and "
+            "a draft model), or train one with `make drafter`"
         )
     return found
 

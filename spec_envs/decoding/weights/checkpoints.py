@@ -383,6 +383,6 @@ def fit_together(name: str, rows: int) -> None:
     if beyond:
         shown = ", ".join(map(str, beyond[:3])) + (", …" if len(beyond) > 3 else "")
         raise ValueError(
-            f"the tokenizer of {name!r} has ids ({shown}) that the model's {rows} rows do not reach; take the tokenizer "
-            "of these weights, or resize the model's embedding"
+            f"the tokenizer of {name!r} has ids ({shown}) that the model's {rows} rows do not reach; take the "
+            "tokenizer of these weights, or resize the model's embedding"
         )

@@ -104,8 +104,8 @@ def refuse_others(path: Path, raw: dict[str, Any]) -> None:
         if (found := raw.get(key)) and not in_fp8(raw):
             method = found.get("quant_method", found.get("format")) if isinstance(found, dict) else found
             raise ValueError(
-                f"the model of {path} is quantised ({key}: {method!r:.60}), which is not read here; take its weights in "
-                "bfloat16, float16, float32 or blockwise fp8, or a GGUF file"
+                f"the model of {path} is quantised ({key}: {method!r:.60}), which is not read here; take its weights "
+                "in bfloat16, float16, float32 or blockwise fp8, or a GGUF file"
             )
     for key, neutral in NEUTRAL.items():
         if (value := raw.get(key)) is not None and value not in neutral:

@@ -42,7 +42,9 @@ def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
             named = weight_map(index_of(file))
             parts = [folder / part for part in sorted(set(named.values()))]
             if missing := [part.name for part in parts if not part.is_file()]:
-                raise ValueError(f"{folder} lacks {', '.join(missing[:3])} of {len(parts)} files that its index names")
+                raise ValueError(
+                    f"{folder} has no {', '.join(missing[:3])}, of {len(parts)} files that its index names"
+                )
             return parts, set(named)
     raise ValueError(f"{folder} holds no weights; expected {' or '.join(FILES)}, or an index and the files it names")
 
@@ -72,8 +74,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     files, named = weight_files(folder)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json) beside its weights, which is not applied here; merge it into "
-            "them, as with peft's merge_and_unload, or remove it"
+            f"{folder} holds an adapter (adapter_config.json) beside its weights, which is not applied here; merge it "
+            "into them, as with peft's merge_and_unload, or remove it"
         )
     config = read_json(folder / "config.json")
     if in_fp8(config):
@@ -132,8 +134,8 @@ def multiplied_out(folder: Path) -> dict[str, Tensor]:
     model, report = loaded
     if wrong := [str(key) for found in report.values() for key in found]:
         raise ValueError(
-            f"transformers does not read the FP8 weights of {folder} in all their parts: {', '.join(sorted(wrong)[:3])}; "
-            "take its weights in bfloat16"
+            f"transformers does not read the FP8 weights of {folder} in all their parts: "
+            f"{', '.join(sorted(wrong)[:3])}; take its weights in bfloat16"
         )
     weights: dict[str, Tensor] = model.state_dict()
     return weights
@@ -172,6 +174,6 @@ def refuse_unread(config: PretrainedConfig, names: Iterable[str]) -> None:
     if unread:
         shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} others" if len(unread) > 3 else "")
         raise ValueError(
-            f"the weights hold tensors that a {config.model_type!r} with this config.json does not read: {shown}; it may "
-            "be quantised, of another architecture, or have an adapter that was not merged"
+            f"the weights hold tensors that a {config.model_type!r} with this config.json does not read: {shown}; it "
+            "may be quantised, of another architecture, or have an adapter that was not merged"
         )

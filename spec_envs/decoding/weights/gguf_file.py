@@ -144,9 +144,9 @@ def part_files(path: Path) -> list[Path]:
     names = (f"{match['stem']}-{i:05}-of-{match['count']}.gguf" for i in range(1, int(match["count"]) + 1))
     files = [path.with_name(name) for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
+        shown = f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} {'is' if len(missing) == 1 else 'are'}"
         raise ValueError(
-            f"{path} is one of {len(files)} parts of a model, and {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
-            f"{'is' if len(missing) == 1 else 'are'} not beside it; put all parts into one folder"
+            f"{path} is one of {len(files)} parts of a model, and {shown} not beside it; put all parts into one folder"
         )
     return files
 

@@ -184,7 +184,7 @@ def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
     if raw.get("model_type", "llama") not in MODEL_TYPES:
         raise ValueError(f"model_type is {raw['model_type']!r}, expected one of {', '.join(MODEL_TYPES)}")
     if lacking := {"hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"} - raw.keys():
-        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        raise ValueError(f"it has no {', '.join(sorted(lacking))}")
     return config_of(raw, LlamaConfig), variant_of(joined(raw, nested), boundaries_of(raw, nested), False)
 
 

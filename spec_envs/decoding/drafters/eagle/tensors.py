@@ -73,7 +73,7 @@ def refuse_others(found: Mapping[str, Tensor], head: nn.Module) -> None:
     if extra := sorted(found.keys() - expected.keys()):
         raise ValueError(f"nothing reads the tensors {some(extra)}; they may change what the head computes")
     if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"it lacks the tensors {some(missing)}")
+        raise ValueError(f"it does not have the tensors {some(missing)}")
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
@@ -114,7 +114,7 @@ def draft_vocabulary(found: dict[str, Tensor], drafted: int | None, vocab: int) 
     if "d2t" not in found:
         if size != vocab:
             raise ValueError(
-                f"it lacks d2t, without which {size} draft tokens cannot be mapped to the {vocab} of the target"
+                f"it has no d2t, without which {size} draft tokens cannot be mapped to the {vocab} of the target"
             )
         found["d2t"] = torch.zeros(vocab, dtype=torch.long)
     offsets = found["d2t"]

@@ -1,21 +1,21 @@
-// Attention over the cache, whose result for a row is the same bits alone, in a tree or in a batch.
+// Attention over the cache. A row's result is the same to the last bit alone, in a tree or in a batch.
 //
-// Sixteen queries at a time lie in the lanes. Scores are dot products of their own; everything that is summed over
-// the keys is summed one key after another, so hidden keys in between (which add an exact zero) change nothing.
+// Sixteen queries at a time are in the lanes of a vector. Every score is a separate dot product. Sums over the keys are
+// made one key after another, so masked keys in between (which add an exact zero) change nothing.
 #pragma once
 #include <algorithm>
 #include <vector>
 
 #include "matrix.h"
 
-constexpr int KEYS = 64;  // scored at a time; a cache has rows in multiples of it
+constexpr int KEYS = 64;  // keys scored at a time; the capacity of a cache is a multiple
 
-// Which keys the new rows see: all earlier ones behind the padding, and some of the last `last` columns.
+// The keys that new rows see: all earlier ones after the padding, and some of the last `last` columns.
 struct Visibility {
     int64_t count, last;  // new rows of a sequence; columns that not all of them see
     int64_t heads_per_key;
-    int blocks;                   // of 16 queries
-    std::vector<uint16_t> lanes;  // [blocks][last]: which queries of the block see the key; empty where rows are causal
+    int blocks;                   // number of blocks of 16 queries
+    std::vector<uint16_t> lanes;  // [blocks][last]: bits of the block's queries that see the key; empty if causal
 
     // `seen` [count][named], or null: every row sees the new rows up to itself.
     Visibility(const uint8_t* seen, int64_t count, int64_t named, int64_t heads_per_key)
@@ -34,10 +34,10 @@ struct Visibility {
 
     int queries(int block) const { return std::min<int64_t>(LANES, count * heads_per_key - int64_t(block) * LANES); }
 
-    // The queries of a block that see column `j` of the last ones, a bit each.
+    // Bits of the queries of a block that see column `j` of the last ones.
     int at(int block, int64_t j) const {
         if (!lanes.empty()) return lanes[block * last + j];
-        const int64_t before = j * heads_per_key - int64_t(block) * LANES;  // queries of earlier rows than the key's
+        const int64_t before = j * heads_per_key - int64_t(block) * LANES;  // queries of rows before the key's
         return before >= LANES ? 0 : ((1 << queries(block)) - 1) & ~((1 << std::max<int64_t>(before, 0)) - 1);
     }
 };
@@ -93,7 +93,7 @@ inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_di
     }
     settle();
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    // Four keys at a time in vectors of this processor's size, each with sums of its own.
+    // Four keys at a time in vectors of this processor's size, each with separate sums.
     const __m256i high = _mm256_set1_epi32(int(0xffff0000));
     for (int64_t j = begin; j < end; j += 4) {
         const uint16_t* key[4];
@@ -127,8 +127,8 @@ inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_di
 #endif
 }
 
-// Sums over the keys of weights[key][query] * values[key] for some queries and PAIRS * 32 dimensions: the even ones of
-// 32 in one vector, the odd ones in the next, as they come out of pairs of bfloat16.
+// Sums over the keys of weights[key][query] * values[key] for some queries and PAIRS * 32 dimensions. The even ones of
+// 32 are in one vector, the odd ones in the next, as they are in pairs of bfloat16.
 template <int QUERIES, int PAIRS>
 inline void weigh(const float* weights, const uint16_t* values, int64_t begin, int64_t end, int head_dim,
                   Floats* out) {
@@ -179,7 +179,7 @@ inline void weigh(const float* weights, const uint16_t* values, int64_t begin, i
 // Attention of block `block` of the queries of one head of keys; call within the scope of a Tiles.
 //
 // queries and out: rows of `stride` and `out_stride` floats; query i belongs to row i / heads_per_key.
-// keys and values: `written` rows, the new ones last, of which nobody sees the first `padding`.
+// keys and values: `written` rows, the new ones last; no query sees the first `padding`.
 inline void attend(const float* queries, int64_t stride, const uint16_t* keys, const uint16_t* values,
                    int64_t padding, int64_t written, const Visibility& visible, int block, int heads_per_key,
                    int head_dim, float* out, int64_t out_stride, Scratch& s) {
@@ -199,7 +199,7 @@ inline void attend(const float* queries, int64_t stride, const uint16_t* keys, c
     for (int q = 0; q < here; q++) pack(queries + at(q, stride), scale, head_dim, q, s.queries.data());
     scores(keys, begin, end, head_dim, s);
 
-    // Softmax over the keys: those before `base` are seen by all, the later ones by some.
+    // Softmax over the keys: all queries see those before `base`, some see the later ones.
     const Ints bits = lane_bits();
     const auto sees = [&](int64_t j) { return (bits & visible.at(block, j - base)) != 0; };
     float* row = s.scores.data();

@@ -1,6 +1,6 @@
 // The decoder's forward in int8 on a CPU, compiled by __init__.py and called through bindings.py.
 //
-// Every function runs on `threads` threads, and gives a row the same bits whatever other rows it is called with.
+// Every function runs on `threads` threads. A row's result is the same to the last bit whatever rows it is called with.
 #include <omp.h>
 
 #include <new>
@@ -14,9 +14,9 @@
 
 namespace {
 
-constexpr int DONE = 0, NO_ROOM = 1, NO_MEMORY = 2;  // what a function returns that may refuse
+constexpr int DONE = 0, NO_ROOM = 1, NO_MEMORY = 2;  // status of a call
 
-// What `work` returns, or NO_MEMORY: no exception may leave for the caller, which is not C++.
+// Return the result of `work`, or NO_MEMORY: no exception may reach the caller, which is not C++.
 template <class Work>
 int guarded(Work work) {
     try {
@@ -26,7 +26,7 @@ int guarded(Work work) {
     }
 }
 
-// This thread's part of `count` things.
+// This thread's share of `count` items.
 struct Share {
     int64_t begin, end;
     explicit Share(int64_t count) {
@@ -46,7 +46,7 @@ void normalise(const float* x, const float* gain, int64_t width, float eps, floa
         store(out + i, gain ? load(x + i) * inverse * load(gain + i) : load(x + i) * inverse);
 }
 
-// Quantise this thread's rows of x, through a norm where there is a gain.
+// Quantise this thread's rows of x, after a norm if there is a gain.
 void prepare(const float* x, int rows, const float* gain, float eps, const Matrix& m, Quantised& out) {
     std::vector<float> row(m.stride());
     const Share share(rows);
@@ -81,18 +81,18 @@ struct Cache {  // bfloat16 [2][layers][sequences][kv_heads][capacity][head_dim]
     uint16_t* data;
     int64_t layers, sequences, capacity;
     int64_t batch, length;  // sequences that have new rows; the committed rows of each
-    // [batch], which sequences have them, and [sequences], committed rows; or null: all of them, `length` rows.
+    // [batch], the sequences that have new rows, and [sequences], their committed rows; null: all have `length` rows.
     const int64_t *slots, *lengths;
 
     int64_t sequence(int64_t entry) const { return slots ? slots[entry] : entry; }
     int64_t committed(int64_t entry) const { return slots ? lengths[slots[entry]] : length; }
 };
 
-struct LowRank {  // down [rank][inputs] and up [rank][outputs]; rank 0 is nothing
+struct LowRank {  // down [rank][inputs] and up [rank][outputs]; rank 0 adds nothing
     const float *down, *up;
     int64_t rank;
 
-    // out += up (down x) for this thread's rows, of normed rows where there is a gain.
+    // out += up (down x) for this thread's rows; x is normed if there is a gain.
     void add(const float* x, int64_t rows, const Matrix& m, const float* gain, float eps, float* out,
              int64_t stride) const {
         std::vector<float> normed(m.inputs), inner(rank);
@@ -118,12 +118,12 @@ struct Added {  // what an adapter adds to the products of a layer
     LowRank qkv, out;
 };
 
-struct Tables {  // of rotary positions: [rows][head_dim], the sine with the sign of the half it multiplies
+struct Tables {  // rotary positions [rows][head_dim]; the sine has the sign of the half that it multiplies
     const float *cos, *sin;
     int64_t rows;
 };
 
-// Ask the system for the tile registers; 0 if the code was built for a processor that has more than this one grants.
+// Request the tile registers from the system; 0 if it does not grant them.
 int usable() {
 #if defined(__AMX_INT8__) && defined(__linux__)
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
@@ -132,8 +132,8 @@ int usable() {
 #endif
 }
 
-// Whether products use the processor's instructions for int8, so that several rows cost little more than one: 2 in
-// tiles, 1 in vectors, 0 neither.
+// Return how products use the processor's instructions for int8, with which several rows cost little more than one: 2
+// for tiles, 1 for vectors, 0 for none.
 int accelerated() {
 #if defined(__AMX_INT8__)
     return 2;
@@ -148,7 +148,7 @@ void rms_norm(const float* x, const float* gain, int64_t rows, int64_t width, fl
     for (int64_t r = 0; r < rows; r++) normalise(x + r * width, gain, width, eps, out + r * width);
 }
 
-// out [rows][stride] = x Wᵀ + b, of normed rows where there is a gain.
+// out [rows][stride] = x Wᵀ + b; x is normed if there is a gain.
 int linear(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, float* out, int64_t stride,
            int64_t threads) {
     static thread_local Quantised quantised;
@@ -164,7 +164,7 @@ int linear(const Matrix* m, const float* x, int64_t rows, const float* gain, flo
     return DONE;
 }
 
-// The index of the largest output of every row, of normed rows where there is a gain.
+// The index of the largest output of every row; rows are normed if there is a gain.
 int linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, int64_t* out,
                   int64_t threads) {
     static thread_local Quantised quantised;
@@ -193,15 +193,15 @@ int linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* ga
     return DONE;
 }
 
-// Layers [first, last) on new rows x [batch][count][hidden], in place.
+// Run layers [first, last) on new rows x [batch][count][hidden], in place.
 //
-// entering: what the first layer's attention reads, [rows][qkv inputs], already normed; null for its norm of x.
-// positions: [rows], which of the tables' rows they have.
-// seen: [count][named], which of the last `named` columns each row sees; null for causal.
-// padding: [batch] columns on the left that nobody sees, or null.
-// captured: per layer, where to copy what enters it, or null.
-// added: per layer, what an adapter adds, or null.
-// Returns DONE; or, and then nothing was done, NO_ROOM if the rows do not fit the cache or the tables, or NO_MEMORY.
+// entering: normed inputs of the first layer's attention, [rows][qkv inputs]; null takes its norm of x.
+// positions: [rows], row of the tables for each row.
+// seen: [count][named], 1 if a row sees one of the last `named` columns; null for causal.
+// padding: [batch] columns on the left that no row sees, or null.
+// captured: per layer, where to copy its input, or null.
+// added: per layer, the products of an adapter, or null.
+// Return DONE; or NO_ROOM if the rows do not fit the cache or the tables, or NO_MEMORY, and then nothing was done.
 int forward(const Layer* layers, int64_t first, int64_t last, float* x, const float* entering, const Cache* cache,
             int64_t count, const int64_t* positions, const Tables* tables, const uint8_t* seen, int64_t named,
             const int64_t* padding, float* const* captured, const Added* added, int64_t threads) {
@@ -297,7 +297,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                 more.out.add(attended.data(), rows, layer.out, nullptr, 0, x, hidden);
 #pragma omp barrier
             }
-            if (!layer.down.weight) continue;  // attention alone
+            if (!layer.down.weight) continue;  // the layer has attention only
             prepare(x, rows, layer.post_norm, layer.eps, layer.gate_up, q);
 #pragma omp barrier
             multiply_share(layer.gate_up, q, rows, SwiGLU{fed.data(), inner});
@@ -311,7 +311,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
     return DONE;
 }
 
-// The sum of all bytes, read in order by every thread in its own part: how fast memory can be read.
+// Sum all bytes, read in order by every thread in its own part, to measure how fast memory can be read.
 int64_t read_all(const float* data, int64_t bytes, int64_t threads) {
     float total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
@@ -356,7 +356,7 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
                 }
             }
         Floats mass = {}, weighted = {};
-        const Floats lowest = all(-100.0f);  // far below any share of the sum, and finite
+        const Floats lowest = all(-100.0f);  // contributes nothing to the sum, and is finite
         for (int side = 0; side < 2; side++)
             for (int64_t i = 0; i < width[side]; i += LANES) {
                 Floats below = lanes_of(side, i) - top[0].first;
@@ -374,7 +374,7 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
     }
 }
 
-struct Drafter {  // an EAGLE-3 head, or without input_norm a language model
+struct Drafter {  // an EAGLE-3 head, or a language model if input_norm is null
     const Layer* layers;
     int64_t count;
     const uint16_t* embedding;  // bfloat16 [vocabulary][hidden]
@@ -382,12 +382,12 @@ struct Drafter {  // an EAGLE-3 head, or without input_norm a language model
     const float *input_norm, *hidden_norm, *norm;
     Tables tables;
     Matrix head;
-    int64_t outputs;  // of the head that can be drafted, the first ones
+    int64_t outputs;  // number of the head's first outputs that can be drafted
 };
 
-// One forward of a drafter on rows [count][hidden], in place: of an EAGLE-3 head, each with the token behind it, or of
-// a language model, each made of its token. And the `width` most probable next tokens of the last `last` of them with
-// their entropies, over the head's outputs and `extras` further rows. Returns as forward.
+// Run one forward of a drafter on rows [count][hidden], in place. A row of an EAGLE-3 head is a state and the token
+// after it; a row of a language model is made from its token alone. Then find the `width` most probable next tokens and
+// the entropy of each of the last `last` rows, over the head's outputs and `extras` further rows. Return as `forward`.
 int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
           const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
           int64_t width, int64_t* index, float* log_probability, float* entropy, int64_t threads) {

@@ -1,8 +1,8 @@
 // int8 matrix products: weights quantised per output, activations per row.
 //
-// Rows are turned by a Hadamard matrix in blocks of 64 inputs before they are quantised, and the weights by the same
-// one when they are packed: the product is what it was, and outliers are spread over the block (QuaRot, arXiv
-// 2404.00456). Sums of int8 products are exact in int32, so a row's result does not depend on the rows beside it.
+// Rows are multiplied by a Hadamard matrix in blocks of 64 inputs before they are quantised, and weights by the same
+// one when they are packed. This leaves the product unchanged and spreads outliers over the block (QuaRot, arXiv
+// 2404.00456). Sums of int8 products are exact in int32, so a row's result does not depend on the other rows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@
 
 constexpr int BLOCK = 64;    // inputs of one step of a product, and of one Hadamard block
 constexpr int COLUMNS = 32;  // outputs packed together: two tiles of 16
-constexpr int GROUP = 4;     // such columns taken for one block of rows after another, while they are in the cache
+constexpr int GROUP = 4;     // packs of columns that all blocks of rows use in turn, while they are in the CPU's cache
 constexpr int STEP = BLOCK * COLUMNS;
 constexpr int AHEAD = 4 * STEP;  // bytes of weight fetched ahead
 
@@ -100,7 +100,7 @@ inline void quantise(float* row, int64_t inputs, int8_t* out, float* scale) {
     }
 }
 
-// What becomes of the finished sums of 16 outputs of one row.
+// Use of the finished sums of 16 outputs of one row.
 struct Store {
     float* out;
     int64_t stride;
@@ -116,7 +116,7 @@ struct Add {
     }
 };
 
-struct Best {  // the largest output of every row, the first of equals
+struct Best {  // the largest output of every row; the first one of equal outputs
     std::vector<float> value;
     std::vector<int64_t> index;
     int64_t outputs;
@@ -153,10 +153,10 @@ struct alignas(64) TileShape {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Some compilers do not know that tile instructions read memory: what was stored before must have been stored.
+// Some compilers do not know that tile instructions read memory, so earlier stores have to be completed first.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-struct Tiles {  // the tile registers of this thread, while it is in scope
+struct Tiles {  // configures the tile registers of this thread while it is in scope
     Tiles() {
         static constexpr TileShape shape;
         settle();
@@ -204,7 +204,7 @@ struct Tiles {
 
 #ifdef __AVX512VNNI__
 // COUNT rows, whose sums stay in registers. The instruction takes the rows as unsigned: 128 is added to each of their
-// numbers, which is to flip its highest bit, and 128 times the weights is taken away from the sums.
+// numbers by flipping its highest bit, and 128 times the weights is subtracted from the sums.
 template <int COUNT>
 inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool first, Sums& sums, int at) {
     const int stride = m.stride();
@@ -235,12 +235,12 @@ inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool
         }
 }
 
-constexpr int HELD = 8;  // rows whose sums registers have room for
+constexpr int HELD = 8;  // rows whose sums fit the registers
 using Dots = void (*)(const Matrix&, const int8_t*, const int8_t*, bool, Sums&, int);
 constexpr Dots DOTS[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
 #elif defined(__AVX2__)
-// COUNT rows, whose sums stay in registers. The instruction takes one side as unsigned: the weights give theirs their
-// sign. No number is below -127, so two products fit 16 bits.
+// COUNT rows, whose sums stay in registers. The instruction takes one side as unsigned, so the sign of the weights is
+// moved to the rows. No number is below -127, so two products fit 16 bits.
 template <int COUNT>
 inline void dots(const Matrix& m, const int8_t* rows, const int8_t* weight, bool first, Sums& sums, int at) {
     const int stride = m.stride();

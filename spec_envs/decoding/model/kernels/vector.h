@@ -1,4 +1,4 @@
-// Sixteen floats at a time, in the compiler's own vector extension: any processor, the same order of operations.
+// Sixteen floats at a time in the compiler's vector extension: the order of operations is the same on every processor.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -104,7 +104,7 @@ def test_shards_and_torch_files_are_read(copied: Path) -> None:
     with pytest.raises(ValueError, match=rf"lack {names[7]}, which their index names"):
         load_weights(copied)
     (copied / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks model-00002-of-00002.safetensors of 2 files that its index names"):
+    with pytest.raises(ValueError, match=r"has no model-00002-of-00002.safetensors, of 2 files that its index names"):
         load_weights(copied)
     index["weight_map"][names[0]] = "../model.safetensors"
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -222,7 +222,7 @@ def test_heads_of_other_targets_are_refused(copied_head: Path, tiny_target: Path
 
 
 def test_target_as_head_is_refused(tiny_target: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot use the EAGLE-3 head in .*: it lacks the tensors fc.weight"):
+    with pytest.raises(ValueError, match=r"cannot use the EAGLE-3 head in .*: it does not have the tensors fc.weight"):
         EagleHead.load(str(tiny_target))
 
 
