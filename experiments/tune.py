@@ -36,6 +36,7 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.figures import write_png
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.experiments.work_folder import claim
@@ -103,10 +104,9 @@ def report(study: optuna.Study, folder: Path) -> None:
     with whole(folder / "best.yml") as path:
         path.write_text(yaml.safe_dump({"hyperparameters": best.user_attrs["hyperparameters"]}, sort_keys=False))
     warnings.simplefilter("ignore", ExperimentalWarning)  # the picture's look may change
-    figure = plot_optimization_history(study).get_figure(root=True)
-    assert figure is not None
-    with whole(folder / "history.png") as path:
-        figure.savefig(path, format="png", dpi=110)
+    if (figure := plot_optimization_history(study).get_figure(root=True)) is None:
+        raise RuntimeError("Optuna has drawn its picture in no figure")
+    write_png(figure, folder / "history.png")
     print(f"{len(done)} trials; first {done[0].value:.1f}, best {best.value:.1f} priced tokens/s with")
     print(yaml.safe_dump(best.user_attrs["hyperparameters"], sort_keys=False).strip())
     print(f"written: {folder}/best.yml, history.png; study.log holds every trial")

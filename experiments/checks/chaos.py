@@ -1,10 +1,9 @@
-"""Verify that commands that are killed at any moment continue (`make chaos`): each is killed again and again (SIGKILL,
-with all its children) and started anew as it was, until it ends; then its files are compared with those of an
-undisturbed run.
+"""Check that commands continue after they were killed at any moment (`make chaos`).
 
-Moments are drawn from the time that an undisturbed run takes, from its first file on. Where a command ends before it is
-killed, it is begun again in another folder. Prints a table and exits with 1 if a command did not end, or ended with
-something else. With ten kills each, all cases take about an hour.
+Each command is killed repeatedly (SIGKILL, with all its children) and started again until it ends. Then its files are
+compared with those of an undisturbed run. The moments are drawn from the time that the undisturbed run takes after its
+first file. If a command ends before it is killed, it starts again in another folder. Prints a table and exits with 1 if a
+command did not end, or made other files. With ten kills each, all cases take about an hour.
 """
 
 from __future__ import annotations
@@ -29,14 +28,19 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.files import TEMPORARY, held
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE = 20  # times the undisturbed time, after which a command hangs
-LEAST = 300.0  # seconds that it is given at any rate
-POLL = 0.01
+PATIENCE = 20  # multiple of the undisturbed time after which a command is taken to hang
+LEAST = 300.0  # seconds that every command is given at least
+POLL = 0.01  # seconds
 
 
 class Result(NamedTuple):
-    """The outcome of one case: seconds undisturbed, times that it was killed, times that it ended, and what went
-    wrong."""
+    """The outcome of one case.
+
+    Attributes:
+        seconds: duration of the undisturbed run.
+        kills, ends: number of times that the command was killed, and that it ended.
+        failed: the reason why the case failed; empty if it passed.
+    """
 
     name: str
     seconds: float
@@ -46,7 +50,7 @@ class Result(NamedTuple):
 
 
 class Undisturbed(NamedTuple):
-    """Seconds up to the first file and up to the end, and the summary of its files."""
+    """An undisturbed run: seconds until its first file and until its end, and the summary of its files."""
 
     begin: float
     seconds: float
@@ -54,7 +58,7 @@ class Undisturbed(NamedTuple):
 
 
 def started(case: Case, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the command of a case in a process group of its own; its output is beside its folder."""
+    """Start the command of a case in its own process group; its output is written to a file beside its folder."""
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", *case.command(folder)],
@@ -66,13 +70,13 @@ def started(case: Case, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command and all that it started."""
+    """Kill a command and all processes that it started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait for a command, and return True if it ended within that time."""
+    """Wait for a command, and return True if it ended within so many seconds."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -81,10 +85,10 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def undisturbed(case: Case, folder: Path) -> Undisturbed:
-    """Run a command once.
+    """Run a command once without killing it.
 
     Raises:
-        ValueError: it fails without being killed.
+        ValueError: the command fails.
     """
     at, process, begin = time.monotonic(), started(case, folder), None
     try:
@@ -102,22 +106,22 @@ def undisturbed(case: Case, folder: Path) -> Undisturbed:
 
 
 def last_line(folder: Path) -> str:
-    """Return the last line that a command printed."""
+    """Return the last line that a command printed, at most 300 characters of it."""
     lines = folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
     return lines[-1][-300:] if lines else "it printed nothing"
 
 
 def compared(folder: Path, case: Case, expected: Mapping[str, object]) -> str:
-    """Return how a command's files differ from the expected ones; empty where they do not."""
+    """Return how the files of a command differ from the expected ones; an empty text if they do not."""
     if left := sorted(path.name for path in folder.rglob(f"*{TEMPORARY}")):
         return f"temporary files are left: {', '.join(left)}"
     made = case.made(folder)
     differing = [name for name in dict.fromkeys([*expected, *made]) if made.get(name) != expected.get(name)]
-    return f"another {', '.join(differing)} than undisturbed" if differing else ""
+    return f"{', '.join(differing)} differ from the undisturbed run" if differing else ""
 
 
 def disturbed(case: Case, root: Path, usual: Undisturbed, kills: int, rng: random.Random, bar: tqdm) -> Result:
-    """Kill a command that many times, and let it end after the last one."""
+    """Kill a command ``kills`` times, and let it end after that."""
     killed, ends, folder = 0, 0, root / "0"
     while True:
         process = started(case, folder)
@@ -144,7 +148,7 @@ def disturbed(case: Case, root: Path, usual: Undisturbed, kills: int, rng: rando
 
 
 def tried(case: Case, root: Path, kills: int, seed: int) -> Result:
-    """Try one case in a folder of its own, which is kept where it fails."""
+    """Return the outcome of one case. Its folder is kept if it fails."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     with tqdm(total=kills, desc=case.name, unit="kill") as bar:
@@ -159,20 +163,27 @@ def tried(case: Case, root: Path, kills: int, seed: int) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """Return the table of every case's outcome."""
+    """Return the table of all outcomes."""
     lines = ["| case | undisturbed | kills | ends | |", "|---|---|---|---|---|"]
-    lines += [f"| {r.name} | {r.seconds:.0f} s | {r.kills} | {r.ends} | {r.failed or 'the same'} |" for r in results]
+    lines += [f"| {r.name} | {r.seconds:.0f} s | {r.kills} | {r.ends} | {r.failed or 'same files'} |" for r in results]
     return "\n".join(lines)
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--cases", nargs="+", choices=list(CASES), metavar="CASE", default=list(CASES), help=f"of {', '.join(CASES)}"
+        "--cases",
+        nargs="+",
+        choices=list(CASES),
+        metavar="CASE",
+        default=list(CASES),
+        help=f"cases, of {', '.join(CASES)} (default all)",
     )
-    parser.add_argument("--kills", type=POSITIVE, default=10, help="of each case (default 10)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the moments (default 0)")
-    parser.add_argument("--root", type=output_folder, default=Path("runs/chaos"), help="(default runs/chaos)")
+    parser.add_argument("--kills", type=POSITIVE, default=10, help="number of kills of each case (default 10)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the moments (default 0)")
+    parser.add_argument(
+        "--root", type=output_folder, default=Path("runs/chaos"), help="folder of the cases (default runs/chaos)"
+    )
     return parser.parse_args()
 
 
@@ -184,7 +195,7 @@ def main() -> None:
             results = [tried(CASES[name], root / name, args.kills, args.seed) for name in args.cases]
         print(table(results))
     if any(result.failed for result in results):
-        sys.exit(f"error: what failed, and what it printed, is in {args.root}")
+        sys.exit(f"error: cases failed; their files and what they printed are in {args.root}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that are killed (``chaos.py``), in small, and the files that they have to make each time."""
+"""Small commands that ``chaos.py`` kills, and summaries of the files that each has to make."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case(NamedTuple):
 
     Attributes:
         arguments: module and arguments; ``{}`` stands for the folder.
-        made: returns the summary of a folder that is the same however often the command was killed.
+        made: returns a summary of the files in a folder, which is the same however often the command was killed.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Case(NamedTuple):
 
 
 def digests(folder: Path, *patterns: str) -> dict[str, str]:
-    """Return the SHA-256 of files by name."""
+    """Return the SHA-256 of the files that match patterns, by name."""
     found = {path for pattern in patterns for path in folder.rglob(pattern)}
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
 
 
 def weights(folder: Path, pattern: str) -> dict[str, str]:
-    """Return the SHA-256 of the tensors of safetensors files; what is written beside them may have been timed."""
+    """Return the SHA-256 of the tensors in safetensors files, by name; their metadata may have been timed."""
     found = {}
     for path in sorted(folder.rglob(pattern)):
         digest = hashlib.sha256()
@@ -65,14 +65,14 @@ def learned_at_an_exit(folder: Path) -> Mapping[str, object]:
 
 
 def reported(folder: Path) -> Mapping[str, object]:
-    """Return the epochs and vocabulary of a drafter's report, and the names of its weights."""
+    """Return epochs and vocabulary of a drafter's report, and the names of its weights."""
     report = json.loads((folder / "head" / "report.json").read_text())
     names = sorted(load_file(folder / "head" / "model.safetensors"))
     return {"epochs": report["epochs"], "draft_vocab": report["draft_vocab"], "names": names}
 
 
 def benchmarked(folder: Path) -> Mapping[str, object]:
-    """Return the digests of the recordings, and the arms that the figures have."""
+    """Return the digests of the recordings, and the names of the arms that have figures."""
     results = json.loads(next(folder.rglob("benchmark.json")).read_text())
     arms = {name: sorted(found["replay"]) for name, found in results.items()}
     return digests(folder, "traces/**/*.npy") | {"arms": arms}
@@ -83,17 +83,19 @@ EXPECTED = "env.trace=smollm2-135m-topk eval_env.trace=smollm2-135m-topk"
 ROLLOUTS = "hyperparameters.n_steps=64 hyperparameters.batch_size=32 checkpoint_freq=64"
 REPLAY = "hyperparameters.learning_starts=64 hyperparameters.batch_size=32 hyperparameters.buffer_size=2000"
 
-CASES = {  # the quickest first
+CASES = {  # the fastest first
     case.name: case
     for case in (
         Case(
             "tune",
-            f"spec_envs.experiments.tune SpecK-v0 --agent svip --root {{}} --trials 30 --set {PROFILE} env.decision=token",
+            f"spec_envs.experiments.tune SpecK-v0 --agent svip --root {{}} --trials 30 --set {PROFILE} "
+            "env.decision=token",
             lambda folder: digests(folder, "best.yml"),
         ),
         Case(
             "train-ppo",
-            f"{TRAIN} SpecK-v0 --agent ppo --set {PROFILE} {ROLLOUTS} total_timesteps=1024 eval_freq=512 test_prompts=3",
+            f"{TRAIN} SpecK-v0 --agent ppo --set {PROFILE} {ROLLOUTS} total_timesteps=1024 eval_freq=512 "
+            "test_prompts=3",
             last_step,
         ),
         Case(
@@ -109,7 +111,8 @@ CASES = {  # the quickest first
         ),
         Case(
             "trace",
-            "spec_envs.experiments.traces.record SpecDepth-v0 --texts 3 1 1 --max-new-tokens 16 --depth 3 --prompts gsm8k --out {}",
+            "spec_envs.experiments.traces.record SpecDepth-v0 --texts 3 1 1 --max-new-tokens 16 --depth 3 "
+            "--prompts gsm8k --out {}",
             lambda folder: digests(folder, "*.npy"),
         ),
         Case(
@@ -119,8 +122,8 @@ CASES = {  # the quickest first
         ),
         Case(
             "dvi",
-            "spec_envs.experiments.dvi --agent dvi --own_text 8 --fast_batch 8 --replay_batch 8 --root {} --results {}/results "
-            f"--set {SHORT} eval_freq=0 checkpoint_freq=16",
+            "spec_envs.experiments.dvi --agent dvi --own_text 8 --fast_batch 8 --replay_batch 8 --root {} "
+            f"--results {{}}/results --set {SHORT} eval_freq=0 checkpoint_freq=16",
             learned_at_an_exit,
         ),
         Case(

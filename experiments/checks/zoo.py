@@ -1,10 +1,10 @@
-"""Verify that the whole zoo works (`make zoo-check`): every stanza of every YAML is trained in small on the real model
-to its final table, and every agent that is shipped is loaded and run.
+"""Check that the whole zoo works (`make zoo-check`): every stanza of every YAML file is trained for a few steps on the real
+model and measured, and every shipped agent is loaded and run.
 
-What is learned in so few steps is worth nothing; what is checked is that it is learned, saved, loaded and shown. Killed
-at any moment, the same command continues with what has not passed yet, as long as the code is the same. Prints a table
-and exits with 1 if anything failed; what a stanza printed is in STANZA.log beside its run folder. With --priced, all 87
-stanzas take 15 minutes of processor time, a sample of four about one.
+Agents learn nothing useful in so few steps; what is checked is that they are trained, saved, loaded and measured. If the
+process is killed, the same command continues with the cases that have not passed yet, as long as the code is the same.
+Prints a table and exits with 1 if anything failed; what a stanza printed is in STANZA.log beside its run folder. With
+--priced, all 87 stanzas take 15 minutes of processor time, and a sample of four about one minute.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOG = logging.getLogger(__name__)
 
 SHIPPED = "shipped"
 PASSED = "passed.json"
-SMALL: dict[str, int] = {  # of a stanza; none is made larger
+SMALL: dict[str, int] = {  # largest values in a stanza
     "total_timesteps": 64,
     "eval_freq": 32,
     "eval_prompts": 1,
@@ -50,7 +50,7 @@ SMALL: dict[str, int] = {  # of a stanza; none is made larger
     "checkpoint_freq": 32,
     "own_text": 8,
 }
-SMALLER: dict[str, int] = {  # among its hyper-parameters
+SMALLER: dict[str, int] = {  # largest values among its hyper-parameters
     "n_steps": 32,
     "batch_size": 16,
     "n_epochs": 1,
@@ -64,8 +64,8 @@ SMALLER: dict[str, int] = {  # among its hyper-parameters
     "warmup_timesteps": 8,
 }
 RECORDED = [2, 1, 1]
-TOKENS = 8  # of a text
-PROMPTS = "gsm8k"  # short ones
+TOKENS = 8  # most new tokens per text
+PROMPTS = "gsm8k"  # short prompts
 CLOCK = "smollm2-135m-int8-xeon-amx-2"
 
 
@@ -77,7 +77,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The outcome of a case: seconds, and why it failed; nothing where it passed."""
+    """The outcome of a case: its seconds, and why it failed (empty if it passed)."""
 
     case: Case
     seconds: float
@@ -85,13 +85,13 @@ class Row(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Return everything that there is to check."""
+    """Return all cases."""
     trained = [Case(env_id, stanza) for env_id in ENVIRONMENTS for stanza in ExperimentFile.of(env_id).stanzas]
     return trained + [Case(path.name, SHIPPED) for path in sorted(agents.SHIPPED.iterdir())]
 
 
 def sampled(found: list[Case], count: int, seed: int) -> list[Case]:
-    """Return that many stanzas, of as many environments as possible, and every shipped agent."""
+    """Return ``count`` stanzas, of as many environments as possible, and every shipped agent."""
     rng, by_env = random.Random(seed), dict[str, list[Case]]()
     for case in found:
         if case.stanza != SHIPPED:
@@ -102,14 +102,19 @@ def sampled(found: list[Case], count: int, seed: int) -> list[Case]:
 
 
 class Options(NamedTuple):
-    """``larger``: stanzas for larger models on these, instead of on the default one; ``priced``: see ``--priced``."""
+    """The options of the command.
+
+    Attributes:
+        larger: run stanzas for larger models on these models instead of the default one.
+        priced: price forwards instead of timing them, and leave other software out.
+    """
 
     larger: bool = False
     priced: bool = False
 
 
 def shrunk(env_id: str, stanza: str, options: Options) -> Experiment:
-    """Return a stanza as it is, but small."""
+    """Return a stanza with small numbers of steps, prompts and tokens."""
     full = load_experiment(env_id, stanza)
     overrides = [f"{key}={min(value, getattr(full, key))}" for key, value in SMALL.items()]
     hyperparameters = {
@@ -129,7 +134,7 @@ def shrunk(env_id: str, stanza: str, options: Options) -> Experiment:
 
 
 def train_in_small(case: Case, root: Path, options: Options) -> None:
-    """Train a stanza to its table; what it prints goes into a file."""
+    """Train and evaluate a small stanza. What it prints is written into a file."""
     experiment, folder = shrunk(*case, options), run_folder(root, *case, seed=0)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{case.stanza}.log"
@@ -143,16 +148,16 @@ def train_in_small(case: Case, root: Path, options: Options) -> None:
         raise ValueError(f"{folder} has {len(found)} tables; expected {max(1, len(experiment.stages))}")
 
 
-def play_shipped(env_id: str) -> None:
-    """Decode a text under a shipped agent, which is the target's own."""
+def run_shipped(env_id: str) -> None:
+    """Decode a text under a shipped agent, and check that it is the target's own text."""
     control, agent = agents.load(env_id)
-    played, plain = (answer(control, policy) for policy in (agent, None))
-    if played != plain:
-        raise ValueError(f"under the agent of {env_id} the text is another than the target's own")
+    decoded, plain = (answer(control, chosen) for chosen in (agent, None))
+    if decoded != plain:
+        raise ValueError(f"the text under the agent of {env_id} differs from the target's own text")
 
 
 def answer(control: Control, agent: Any) -> list[int]:
-    """Return the answer to one prompt, under an agent or without one."""
+    """Return the token ids of the answer to one prompt, under an agent or by plain decoding."""
     decoder = load_decoder(width=control.width, max_depth=control.max_depth)
     prompt = encode(load_tokenizer(DEFAULT_TARGET), "Write a Python function that reverses a list.")
     if agent is None:
@@ -161,25 +166,25 @@ def answer(control: Control, agent: Any) -> list[int]:
 
 
 def check(case: Case, root: Path, options: Options) -> Row:
-    """Try one case; whatever it raises is why it failed."""
+    """Return the outcome of one case; any error is the reason of its failure."""
     begin, failed = time.monotonic(), ""
     try:
         if case.stanza == SHIPPED:
-            play_shipped(case.env_id)
+            run_shipped(case.env_id)
         else:
             train_in_small(case, root, options)
-    except Exception as error:  # all kinds: that is what is looked for
+    except Exception as error:  # any error, because errors are what the check looks for
         failed = f"{type(error).__name__}: {error}".splitlines()[0]
         (root / f"{case.env_id}-{case.stanza}-failed.txt").write_text(traceback.format_exc())
     return Row(case, time.monotonic() - begin, failed)
 
 
 def check_all(chosen: list[Case], root: Path, options: Options, checked: Callable[[Case], Row]) -> list[Row]:
-    """Return the rows of all cases; those that passed in this folder, with the same code, are not tried again."""
+    """Return the outcomes of all cases. Cases that passed in this folder with the same code are not run again."""
     settings = {"revision": revision(), **options._asdict()}
     note = root / NOTE
     if note.exists() and read_json(note, f"delete {root}") != settings:
-        LOG.info(f"{root} is of another revision: beginning anew")
+        LOG.info(f"{root} was made by another revision: starting again")
         for env_id in ENVIRONMENTS:
             shutil.rmtree(root / env_id, ignore_errors=True)
         (root / PASSED).unlink(missing_ok=True)
@@ -202,7 +207,7 @@ def check_all(chosen: list[Case], root: Path, options: Options, checked: Callabl
 
 
 def table(rows: list[Row]) -> str:
-    """Return the table of every case's outcome, and the sum."""
+    """Return the table of all outcomes, and their sum."""
     lines = ["| environment | stanza | seconds | |", "|---|---|---|---|"]
     lines += [f"| {row.case.env_id} | {row.case.stanza} | {row.seconds:.0f} | {row.failed or 'ok'} |" for row in rows]
     passed = sum(not row.failed for row in rows)
@@ -211,15 +216,18 @@ def table(rows: list[Row]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--sample", type=POSITIVE, help="of so many stanzas, of as many environments as possible")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the sample (default 0)")
-    parser.add_argument("--larger", action="store_true", help="stanzas for larger models on these, 1.6 GB")
+    parser.add_argument("--sample", type=POSITIVE, help="run only so many stanzas, of as many environments as possible")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the sample (default 0)")
+    parser.add_argument("--larger", action="store_true", help="run stanzas for larger models on these models (1.6 GB)")
     parser.add_argument(
         "--priced",
         action="store_true",
-        help=f"price forwards with the table {CLOCK} instead of timing them, and leave other software out: half the time",
+        help=f"price forwards with the table {CLOCK} instead of timing them, and leave other software out (takes half the "
+        "time)",
     )
-    parser.add_argument("--root", type=output_folder, default=Path("runs/zoo-check"), help="(default runs/zoo-check)")
+    parser.add_argument(
+        "--root", type=output_folder, default=Path("runs/zoo-check"), help="folder of the runs (default runs/zoo-check)"
+    )
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
-"""Compare fixed and adaptive draft lengths side by side (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the
-controllers of the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
+"""Compare fixed and adaptive draft lengths (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers of
+the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
-The best fixed K is chosen on training prompts, the best agent on validation prompts; both are then measured on held-out
-ones. Agents that are not trained yet are trained first, with one seed and always on this project's own decoder;
-controllers follow the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of another
-target, or of a server of llama.cpp, stand in the same file under a name.
+The best fixed K is chosen on training prompts and the best agent on validation prompts; all arms are then measured side
+by side on held-out prompts. Agents that are not trained yet are trained first, with one seed and on this project's own
+decoder; controllers have the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of
+another target, or of llama.cpp's server, are added to the same file under a name.
 """
 
 from __future__ import annotations
@@ -43,25 +43,38 @@ from spec_envs.settings import Keywords
 
 ID = "SpecK-v0"
 FIXED = (4, 8, 16)
-LONGEST = 24  # tokens that any of the arms drafts
+LONGEST = 24  # most tokens that any arm drafts
 CONTROLLERS = (
     *("adaptive-k", "adaptive-k-tuned", "hf-schedule-tuned", "gammatune-tuned", "ucb-tuned", "confidence-tuned"),
     *("svip-tuned", "adaedl-tuned", "specdec++-tuned", "ppo", "ppo-token"),
 )
-ON_SERVER = ("adaptive-k", "adaptive-k-tuned", "hf-schedule", "gammatune", "ucb", "ppo-segment")  # decide by segment
+ON_SERVER = (
+    "adaptive-k",
+    "adaptive-k-tuned",
+    "hf-schedule",
+    "gammatune",
+    "ucb",
+    "ppo-segment",
+)  # they decide by segment
 SERVED_TOKENS = 320  # five segments
-CONTEXTS = {"humaneval": "code", "code": "code", "gsm8k": "math", "math": "math", "json": "json"}  # all else is prose
+CONTEXTS = {
+    "humaneval": "code",
+    "code": "code",
+    "gsm8k": "math",
+    "math": "math",
+    "json": "json",
+}  # other tasks are prose
 BEST = "best fixed"
 
 
 @dataclass(kw_only=True)
 class Chains(Results):
-    """The table, and the same arms by context.
+    """The table, and the figures of its arms by context.
 
     Attributes:
         by_context: tokens per second by arm and context.
-        variation: of an arm's tokens per second over contexts, the standard deviation as a share of the mean.
-        acceptance: share of accepted among verified tokens in each text, by arm that drafts.
+        variation: standard deviation of each arm's tokens per second over contexts, as a share of their mean.
+        acceptance: accepted share of the verified tokens in each text, for each arm that drafts.
     """
 
     by_context: dict[str, dict[str, float]]
@@ -78,13 +91,13 @@ class Chains(Results):
 
 
 def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path) -> Chains:
-    """Measure everything in one run.
+    """Measure all arms.
 
     Args:
         env: keyword arguments of all arms (target, drafter, dtype, …).
-        stanzas: of experiments/SpecK-v0.yml.
-        count: held-out prompts.
-        root: where trained agents lie, or will.
+        stanzas: names of stanzas of experiments/SpecK-v0.yml.
+        count: number of held-out prompts.
+        root: folder of the run folders of trained agents.
     """
     experiments = {name: experiment_for(name, env) for name in stanzas}
     shared = load_experiment(ID, "fixed").env | env
@@ -94,7 +107,7 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
         """Return every controller in its initial state."""
         return {name: policy_of(name, experiment, root) for name, experiment in experiments.items()}
 
-    policies()  # what has to be trained is trained before anything is measured
+    policies()  # agents are trained before anything is measured
     decoder = decoder_for(shared, KControl(LONGEST, **own))
     static = best_static(shared, KControl(**own))
     best_k = int(static.best[0])
@@ -121,12 +134,17 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
 
 
 def experiment_for(stanza: str, env: Keywords) -> Experiment:
-    """Return a stanza with other keyword arguments of the environment."""
+    """Return a stanza with keyword arguments of the environment that override its own."""
     return load_experiment(ID, stanza, [f"env.{key}={json.dumps(value)}" for key, value in env.items()])
 
 
 def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
-    """Return a controller as its stanza has it, or a trained agent, which is trained first if need be."""
+    """Return the policy of a controller with its stanza's settings, or of an agent, which is trained unless it is trained
+    already.
+
+    Raises:
+        ValueError: the agent decides in every cycle, which a server does not offer.
+    """
     kind = AGENTS[experiment.agent]
     if kind.learns_from == "nothing":
         control = make_control("k", experiment.env)
@@ -149,7 +167,7 @@ def contexts(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def with_contexts(table: Results, samples: dict[str, list[Sample]], best: str) -> Chains:
-    """Return a table with the figures by context, and the ratios that the comparison is about; ``best`` is an agent."""
+    """Return a table with the figures by context and the ratios of the comparison; ``best`` names the best agent."""
     rates = {name: {c: throughput(group) for c, group in contexts(arm).items()} for name, arm in samples.items()}
     return Chains(
         **vars(table),
@@ -190,7 +208,7 @@ def report(results: Chains) -> str:
 
 
 def draw(results: Chains, path: Path) -> None:
-    """Draw arms over plain, tokens per second by context, and acceptance over texts."""
+    """Draw the arms' throughput over plain decoding, tokens per second by context, and acceptance over texts."""
     with drawn(path, 11, 4 + 0.8 * len(results.arms)) as figure:
         top, middle, bottom = figure.subplots(3, 1, height_ratios=[2, 1.2, 1.2])
         draw_arms(top, results.arms, "plain")
@@ -220,7 +238,7 @@ def kept_figures(path: Path, name: str) -> dict[str, object]:
     if not isinstance(kept, dict):
         raise ValueError(f"{path} does not hold the figures of this command; delete it, or choose another --out")
     if name in kept and not is_bench(kept[name]):
-        raise ValueError(f"--name is {name!r}, by which something else stands in {path}; choose another")
+        raise ValueError(f"--name is {name!r}, which is a key of something else in {path}; choose another name")
     return kept
 
 
@@ -231,28 +249,33 @@ def is_bench(value: object) -> bool:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--target", help=f"model (default {DEFAULT_TARGET})")
+    parser.add_argument("--target", help=f"model to decode (default {DEFAULT_TARGET})")
     parser.add_argument(
         "--drafter",
         help="draft model, EAGLE-3 head, 'lookup', or 'lookup+NAME' (default: the target's own of models.yml)",
     )
     parser.add_argument("--dtype", help="auto, int8, bfloat16, float32 (default auto)")
-    parser.add_argument("--temperature", type=TEMPERATURE, help="of the target (default 0, greedy)")
     parser.add_argument(
-        "--engine", choices=ENGINES, help="torch (default), or llama-server, of which the figures stand under its name"
-    )
-    parser.add_argument("--trace", help="a synthetic profile instead of models")
-    parser.add_argument(
-        "--switch-every", type=POSITIVE, help="texts after which the prompt set changes (default: at each)"
+        "--temperature", type=TEMPERATURE, help="sampling temperature of the target (default 0, greedy)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=TOKENS, help=f"per prompt (default 96; {SERVED_TOKENS} on llama-server)"
+        "--engine", choices=ENGINES, help="torch (default), or llama-server, whose figures are written under its name"
     )
-    parser.add_argument("--count", type=PROMPTS, default=24, help="held-out prompts (default 24)")
+    parser.add_argument("--trace", help="synthetic profile to replay instead of models")
+    parser.add_argument(
+        "--switch-every", type=POSITIVE, help="texts after which the prompt set changes (default: after each)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=TOKENS,
+        help=f"most new tokens per prompt (default 96; {SERVED_TOKENS} on llama-server)",
+    )
+    parser.add_argument("--count", type=PROMPTS, default=24, help="number of held-out prompts (default 24)")
     parser.add_argument("--agents", help=f"stanzas of experiments/SpecK-v0.yml (default {','.join(CONTROLLERS)})")
-    parser.add_argument("--root", type=output_folder, help="where trained agents lie (default: runs, or runs/NAME)")
+    parser.add_argument("--root", type=output_folder, help="folder of trained agents (default: runs, or runs/NAME)")
     parser.add_argument(
-        "--name", help="key of these figures in the JSON file, and of their picture (default: at the top)"
+        "--name",
+        help="key of these figures in the JSON file, and part of the picture's name (default: the top of the file)",
     )
     parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()

@@ -1,9 +1,9 @@
-"""Measure the decoding speed of this machine in one run (`make compare-decoding`): plain decoding and the best static
-speculation against transformers and llama.cpp on the same weights, cost curves by dtype, how near a forward is to the
-time that reading its weights takes, what each dtype costs in quality, and the share of a step spent outside drafter and
-target.
+"""Measure the decoding speed of this machine in one run (`make compare-decoding`).
 
-Writes runs/bench.json, runs/bench.png, and runs/clock.json, a cost table for `clock=runs/clock.json`.
+Plain decoding and the best static speculation are compared with transformers and llama.cpp on the same weights. The
+report also has cost curves by dtype, the share of a forward that reading its weights takes, the quality of each dtype,
+and the share of a step that is spent outside drafter and target. Writes runs/bench.json, runs/bench.png, and
+runs/clock.json, a cost table for `clock=runs/clock.json`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class Speeds:
     """The decoding speed of a machine.
 
     Attributes:
-        ratios: throughput over that of another arm, by the names of ``RATIOS``.
-        floor: None where nothing computes in int8 kernels on a CPU.
-        overhead_share: share of a step that is spent outside of drafter and target.
-        verify_curve: target forwards by rows, in units of a plain step.
-        expand_ratio: an expansion of the tree, or of the chain by a token, in units of a plain step.
+        ratios: ratios of throughput, by the names of ``RATIOS``.
+        floor: None unless the CPU kernels of this project compute.
+        overhead_share: share of a step that is spent outside drafter and target.
+        verify_curve: duration of the target's forwards by rows, in units of a plain step.
+        expand_ratio: duration of an expansion (a level of a tree, or a token of a chain), in units of a plain step.
+        quality: quality by dtype; empty if float32 is not among the dtypes.
+        dtype: dtype of the target.
     """
 
     table: Annotated[Results, Inline()]
@@ -80,17 +82,19 @@ class Speeds:
 
 
 def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) -> Speeds:
-    """Measure everything in one run.
+    """Measure the decoding speed of this machine.
 
     Args:
         env: keyword arguments of all arms (target, drafter, dtype, …).
-        count: held-out prompts.
-        compared: dtypes whose cost curves are measured; by default those that compute at speed here.
+        count: number of held-out prompts.
+        compared: dtypes whose cost curves are measured; by default those that this machine computes fast.
     """
     target_name, drafter = target_and_drafter(env)
     name = DrafterName.parse(drafter)
     if name.model:
-        name = DrafterName(lookup=False, model=name.model)  # none of the others looks up first
+        name = DrafterName(
+            lookup=False, model=name.model
+        )  # without lookup, which other software does not combine with a model
     drafter = str(name)
     env = {**env, "drafter": drafter}
     control = KControl() if name.chain else DepthControl()
@@ -110,7 +114,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     table = with_aa_check(measure, count)
     curves = table.seconds
     if curves is None:
-        raise ValueError("a cost table prices the forwards; expected clock=wall, on which speed is measured")
+        raise ValueError("a cost table prices the forwards; expected clock=wall, because speed is measured")
     arms, verify, speculative = table.arms, curves["verify"], table.arms["static"]
     inside = speculative.parts["draft"] + speculative.parts["verify"]
     by_dtype = curves_by_dtype(env, control, compared or dtypes_at_speed(device))
@@ -131,7 +135,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
 
 
 def draw(speeds: Speeds, path: Path) -> None:
-    """Draw arms over plain, and the cost curves of every dtype."""
+    """Draw the arms' throughput over plain decoding, and the cost curves of every dtype."""
     with drawn(path, 9, 9) as figure:
         top, bottom = figure.subplots(2, 1)
         draw_arms(top, speeds.table.arms, "plain")
@@ -150,7 +154,7 @@ def draw(speeds: Speeds, path: Path) -> None:
 
 
 def lines(speeds: Speeds) -> list[str]:
-    """Return the figures below the table."""
+    """Return the lines below the table."""
     found = [f"{name}: {ratio:.2f}" for name, ratio in speeds.ratios.items()]
     if speeds.floor:
         found.append(f"share_of_floor: {speeds.floor.share_of_floor:.3f}")
@@ -175,7 +179,7 @@ def lines(speeds: Speeds) -> list[str]:
 
 
 def dtypes(names: str) -> list[str]:
-    """Return dtypes that are separated by commas."""
+    """Return the dtypes that a text lists, separated by commas."""
     found = [name.strip() for name in names.split(",")]
     if unknown := set(found) - set(DTYPES):
         raise argparse.ArgumentTypeError(
@@ -190,12 +194,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtypes",
         type=dtypes,
-        help="whose cost curves are compared, separated by commas, and with float32 among them their quality (default: "
-        "all that compute at speed here, and float32)",
+        help="dtypes whose cost curves are compared, separated by commas; with float32 among them their quality, too "
+        "(default: those that this machine computes fast, and float32)",
     )
-    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0)
-    parser.add_argument("--count", type=PROMPTS, default=15, help="held-out prompts (default 15)")
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=96)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy (default 0)")
+    parser.add_argument("--count", type=PROMPTS, default=15, help="number of held-out prompts (default 15)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="most new tokens per prompt (default 96)")
     parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 

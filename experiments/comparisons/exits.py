@@ -1,8 +1,8 @@
-"""Draw learning curves of agents that improve an early exit (`make compare-exits`): every stanza and seed reads the
-same stream of prompts once, and its exit is then measured on held-out prompts, side by side.
+"""Compare agents that train an early exit (`make compare-exits`): every stanza and seed reads the same stream of prompts
+once, and the trained exits are then measured side by side on held-out prompts.
 
-Runs lie in `ROOT/SpecDVI-v0/<stanza>-<seed>/`; killed, the same command continues. Results: bench-dvi.json, .md and
-.png.
+The run folders are `ROOT/SpecDVI-v0/<stanza>-<seed>/`. If the process is killed, the same command continues. Writes
+bench-dvi.json, bench-dvi.md and bench-dvi.png, with the learning curves, into ROOT.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNTRAINED = "untrained"
 
 @dataclass(kw_only=True)
 class Learned:
-    """An exit that a run has trained: its acceptance on held-out prompts, and its validations while it learned."""
+    """A trained exit: its acceptance on held-out prompts, and the validations during its training (``curve``)."""
 
     acceptance: Annotated[Acceptance, Inline()]
     drift: Annotated[Drift, Inline()]
@@ -58,7 +58,7 @@ class Learned:
 
 @dataclass(kw_only=True)
 class Exits:
-    """The untrained exit and those that the runs of each stanza trained, measured side by side."""
+    """The untrained exit and the trained exits of each stanza, measured side by side with ``k`` drafted tokens per cycle."""
 
     machine: Machine
     prompts: int
@@ -68,9 +68,9 @@ class Exits:
 
 
 def train_all(args: argparse.Namespace, stream: Path) -> dict[str, list[Path]]:
-    """Train what is not trained yet, and return the run folders by stanza."""
+    """Train the runs that are not trained yet, and return the run folders by stanza."""
     runs: dict[str, list[Path]] = {}
-    for seed in args.seeds:  # a round of all stanzas before the next seed
+    for seed in args.seeds:  # all stanzas take turns before the next seed
         for stanza in args.stanzas:
             settings = [f"env.prompts={stream}", "env.split=all", "eval_env.prompts=all", "own_text=0"]
             settings += [f"hyperparameters.texts={args.texts}", f"eval_freq={args.eval_freq}", *args.set]
@@ -82,7 +82,7 @@ def train_all(args: argparse.Namespace, stream: Path) -> dict[str, list[Path]]:
 
 
 def compare(runs: dict[str, list[Path]], count: int, k: int) -> Exits:
-    """Measure every run's exit and the untrained one on held-out prompts, side by side."""
+    """Measure the exit of every run and the untrained exit side by side on held-out prompts."""
     first = next(iter(runs.values()))[0]
     env = agents.read_config(first)["env"] | {"prompts": "all"}
     decoders = {UNTRAINED: exit_decoder(env, k)}
@@ -113,7 +113,7 @@ def compare(runs: dict[str, list[Path]], count: int, k: int) -> Exits:
 
 
 def markdown(found: Exits) -> str:
-    """Return the table: before and after, by stanza, as the mean and the range over seeds."""
+    """Return the table: the untrained exit, and each stanza's trained exit as mean and range over seeds."""
     before, length = found.untrained, found.untrained.emitted_per_cycle - 1
     head = ["exit", "accepted of verified", "accepted per cycle", "over untrained", "tokens read", "drift (nats)"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -130,24 +130,24 @@ def markdown(found: Exits) -> str:
         lines.append(f"| {stanza} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"{found.prompts} held-out prompts, {found.k} drafted tokens per cycle, greedy; mean [least, most] over "
+        f"{found.prompts} held-out prompts, {found.k} drafted tokens per cycle, greedy; mean [smallest, largest] over "
         f"{len(next(iter(found.stanzas.values())))} seeds. {found.machine}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the mean of values, the least and the most, as text."""
+    """Return the mean of values, with the smallest and the largest in brackets."""
     return f"{statistics.fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def draw(found: Exits, path: Path) -> None:
-    """Draw acceptance on validation prompts over the tokens that were read, a line per seed and one for their mean."""
+    """Draw acceptance on validation prompts over the tokens that were read: a line per seed, and one for their mean."""
     with drawn(path, 11, 4.2) as figure:
         left, right = figure.subplots(1, 2)
         for i, (stanza, rows) in enumerate(found.stanzas.items()):
             curves, moved = [row.curve for row in rows], statistics.fmean(row.drift.drift for row in rows)
-            points = list(zip(*curves, strict=False))  # validated after about as many tokens
+            points = list(zip(*curves, strict=False))  # validations of all seeds after about the same number of tokens
             label = stanza + (f", text drifts by {moved:.1f} nats" if moved else "")
             for axis, key in ((left, "accept_rate"), (right, "emitted_per_cycle")):
                 for one in curves:
@@ -165,15 +165,17 @@ def draw(found: Exits, path: Path) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stanzas", nargs="+", default=list(STANZAS), help=f"of experiments/{ENV}.yml")
-    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="one run each")
-    parser.add_argument("--texts", type=POSITIVE, default=300, help="prompts of the one pass")
-    parser.add_argument("--conversations", type=input_file, help="log to read (default: the target writes user turns)")
+    parser.add_argument("--stanzas", nargs="+", default=list(STANZAS), help=f"stanzas of experiments/{ENV}.yml")
+    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="seeds, one run each")
+    parser.add_argument("--texts", type=POSITIVE, default=300, help="number of prompts that each run reads")
     parser.add_argument(
-        "--eval-freq", type=POSITIVE, default=3000, help="drafted tokens between the validations that are the curves"
+        "--conversations", type=input_file, help="log of conversations to read (default: the target writes user turns)"
     )
-    parser.add_argument("--count", type=PROMPTS, default=30, help="held-out prompts of the table")
-    parser.add_argument("--k", type=POSITIVE, default=VALIDATED_K, help="drafted tokens per cycle of the table")
+    parser.add_argument(
+        "--eval-freq", type=POSITIVE, default=3000, help="drafted tokens between the validations that make up a curve"
+    )
+    parser.add_argument("--count", type=PROMPTS, default=30, help="number of held-out prompts")
+    parser.add_argument("--k", type=POSITIVE, default=VALIDATED_K, help="drafted tokens per cycle in the table")
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of every stanza"
     )

@@ -1,9 +1,9 @@
 """Measure a cloud that serves many edges at once, with and without batching (`make cloud-load`).
 
-Two clouds, one of which gives every request a forward of its own, are measured in turn with 1, 4 and 16 edges. The
-edges send recorded drafts of greedy decoding, the target's own text with some tokens made wrong, so that they compute
-next to nothing; prompts are read before the measurement begins, and recordings are repeated. Latency is that of a
-verification as an edge has it. Writes runs/cloud-load.json and runs/cloud-load.png.
+Two clouds, one that batches requests and one that gives every request a forward of its own, are measured in turn with 1,
+4 and 16 edges. The edges compute almost nothing: their drafts are recorded texts of the target with some wrong tokens,
+and recordings are repeated. Decoding is greedy, and prompts are read before the measurement begins. Latency is the time
+that a verification takes as an edge sees it. Writes runs/cloud-load.json and runs/cloud-load.png.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from spec_envs.network.websocket import SocketChannel
 from spec_envs.network.wire import VERSION, Hello, vocabulary_hash
 
 SERVERS = {"batched": [], "unbatched": ["--no-batching"]}
-TOKENS = 48  # of a recording
-WARM_UP = 3  # requests of every edge before a measurement
+TOKENS = 48  # tokens of a recording
+WARM_UP = 3  # requests of every edge before its measurement
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Recording:
 
 @dataclass
 class Load:
-    """Measurements of a cloud: latencies of the requests that were answered in time, and tokens by kind."""
+    """The measurements of a cloud: seconds, latencies of the requests that were answered in time, and counts of tokens."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -70,8 +70,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Point:
-    """Summary of a cloud under a number of edges, all rounds together; a percentile is NaN where nothing was
-    answered."""
+    """The summary of one cloud with one number of edges, over all rounds. Percentiles are NaN if nothing was answered."""
 
     tokens_per_second: float
     p50_ms: float
@@ -94,12 +93,15 @@ class Point:
 
 @dataclass(kw_only=True)
 class CloudLoad:
-    """Both clouds under every number of edges.
+    """Both clouds with every number of edges.
 
     Attributes:
-        points: by number of edges and by server.
-        batched_over_unbatched: tokens per second over all rounds, and the least and the most of a single one, by number
-            of edges.
+        points: summaries by number of edges and by server.
+        batched_over_unbatched: ratio of tokens per second over all rounds, with the smallest and the largest ratio of a
+            round, by number of edges.
+        k: tokens of a draft.
+        wrong: share of wrong tokens in drafts.
+        seconds: duration of every measurement.
     """
 
     points: dict[int, dict[str, Point]]
@@ -113,13 +115,13 @@ class CloudLoad:
 
 
 class Edge:
-    """Replays a recording.
+    """An edge that drafts from a recording.
 
     Args:
-        verifier: greedy, to the cloud.
+        verifier: greedy verifier that is connected to the cloud.
         k: tokens of a draft.
         wrong: probability that a drafted token is not the target's.
-        seed: of which are.
+        seed: seed of the choice of wrong tokens.
     """
 
     def __init__(self, verifier: RemoteVerifier, recording: Recording, k: int, wrong: float, seed: int):
@@ -127,22 +129,23 @@ class Edge:
         self.rng = np.random.default_rng(seed)
         self.verifier.start(recording.prompt, 0, self.rng)
         self.parents, self.levels = np.arange(k) - 1, np.arange(k)
-        self.at = 1  # tokens of the answer that stand
+        self.at = 1  # tokens of the answer so far
 
     def verify(self) -> int:
-        """Send one request, and return the tokens that it emitted."""
+        """Send one request, and return the number of tokens that it emitted."""
         text = self.recording.text
         if self.at + self.k >= len(text):
             self.at = 1
-        self._stand()
+        self._align()
         draft = np.array(text[self.at : self.at + self.k])
         draft = (draft + (self.rng.random(self.k) < self.wrong)) % self.verifier.vocab
         emitted = len(self.verifier.verify(draft, self.parents, self.levels).path) + 1
         self.at += emitted
         return emitted
 
-    def _stand(self) -> None:
-        """Set the verifier's text to the recorded one, at its beginning and where a near-tie fell the other way."""
+    def _align(self) -> None:
+        """Set the verifier's text to the recorded one. They differ when the recording starts again, and if the target
+        decided a near-tie differently."""
         verifier, text = self.verifier, [*self.recording.prompt, *self.recording.text[: self.at]]
         if verifier.text != text:
             pairs = zip(verifier.text[: verifier.shared], text, strict=False)
@@ -150,14 +153,14 @@ class Edge:
             verifier.text, verifier.shared = text, min(verifier.shared, same)
 
     def until(self, barrier: Barrier, seconds: float) -> Load:
-        """Send request after request, from the moment at which all edges are ready."""
+        """Send request after request for so many seconds, beginning when all edges are ready."""
         load = Load()
         try:
             for _ in range(WARM_UP):
                 self.verify()
             barrier.wait()
         except BaseException:
-            barrier.abort()  # the others need not wait for this one
+            barrier.abort()  # the others must not wait for this one
             raise
         now = begin = time.perf_counter()
         while True:
@@ -170,11 +173,11 @@ class Edge:
             load.drafted += self.k
 
 
-class Players:
-    """Makes edges of one target, and recordings for them.
+class Edges:
+    """Makes recordings of one target, and edges that draft from them.
 
     Args:
-        url: of any cloud that serves it.
+        url: address of any cloud that serves the target.
     """
 
     def __init__(self, url: str, target: str):
@@ -199,15 +202,15 @@ class Players:
             verifier.channel.close()
 
     def load(self, url: str, recordings: Sequence[Recording], k: int, wrong: float, seconds: float) -> Load:
-        """Make one measurement: an edge on a thread of its own for every recording."""
+        """Make one measurement, with an edge on its own thread for every recording."""
         barrier, verifiers = Barrier(len(recordings)), [self.verifier(url) for _ in recordings]
 
-        def play(i: int) -> Load:
+        def measure(i: int) -> Load:
             return Edge(verifiers[i], recordings[i], k, wrong, seed=i).until(barrier, seconds)
 
         try:
             with ThreadPoolExecutor(len(recordings)) as pool:
-                loads = list(pool.map(play, range(len(recordings))))
+                loads = list(pool.map(measure, range(len(recordings))))
         finally:
             for verifier in verifiers:
                 verifier.channel.close()
@@ -215,7 +218,7 @@ class Players:
 
 
 def cloud_load(args: argparse.Namespace) -> CloudLoad:
-    """Measure both clouds under every number of edges, in turn."""
+    """Measure both clouds in turn with every number of edges."""
     served = [
         "--target",
         args.target,
@@ -229,14 +232,14 @@ def cloud_load(args: argparse.Namespace) -> CloudLoad:
     loads: dict[tuple[int, str], list[Load]] = {(edges, name): [] for edges in args.edges for name in SERVERS}
     with ExitStack() as stack:
         urls = {name: stack.enter_context(cloud(*served, *more)) for name, more in SERVERS.items()}
-        players, url = Players(urls["batched"], args.target), urls["batched"]
+        edge_maker, url = Edges(urls["batched"], args.target), urls["batched"]
         prompts = encoded_prompts({"target": args.target}, "test", max(args.edges))
-        recordings = [players.record(url, prompt.ids) for prompt in tqdm(prompts, desc="recording", unit="text")]
+        recordings = [edge_maker.record(url, prompt.ids) for prompt in tqdm(prompts, desc="recording", unit="text")]
         with tqdm(total=args.rounds * len(loads), desc="load", unit="point") as bar:
             for turn in range(args.rounds):
                 for edges in args.edges:
                     for name in sorted(SERVERS, reverse=turn % 2 == 1):
-                        load = players.load(urls[name], recordings[:edges], args.k, args.wrong, args.seconds)
+                        load = edge_maker.load(urls[name], recordings[:edges], args.k, args.wrong, args.seconds)
                         loads[edges, name].append(load)
                         bar.update()
     device = resolve_device(args.device)
@@ -256,7 +259,7 @@ def cloud_load(args: argparse.Namespace) -> CloudLoad:
 
 
 def gain(batched: Sequence[Load], unbatched: Sequence[Load]) -> Interval:
-    """Return the ratio of tokens per second, over all rounds, and the least and the most of one."""
+    """Return the ratio of tokens per second over all rounds, with the smallest and the largest ratio of a round."""
     if not all(load.emitted for load in unbatched):
         return Interval(math.nan, math.nan, math.nan)
     rounds = [a.emitted / b.emitted for a, b in zip(batched, unbatched, strict=True)]
@@ -280,7 +283,7 @@ def report(results: CloudLoad) -> str:
     lines += [
         "",
         f"{results.rounds} rounds of {results.seconds:g} s, greedy drafts of {results.k} tokens, over loopback; "
-        "prompts are read before. In brackets: the least and the most of a round.",
+        "prompts are read before. In brackets: the smallest and the largest ratio of a round.",
         f"{results.machine}.",
     ]
     return "\n".join(lines)
@@ -301,7 +304,7 @@ def draw(results: CloudLoad, path: Path) -> None:
         right.set_ylabel("milliseconds of a verification")
         right.set_yscale("log")
         for axis in (left, right):
-            axis.set_xlabel("edges at once")
+            axis.set_xlabel("number of edges")
             axis.set_xticks(edges)
             axis.legend(fontsize=8)
 
@@ -310,19 +313,25 @@ def numbers(text: str) -> list[int]:
     """Return the positive whole numbers that a text lists, separated by commas."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of edges; expected 1 to 1024, as in 1,4,16")
+        raise argparse.ArgumentTypeError(f"{text!r} does not list numbers of edges; expected 1 to 1024, as in 1,4,16")
     return sorted({int(part) for part in parts})
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--edges", type=numbers, default="1,4,16", help="at once (default 1,4,16)")
-    parser.add_argument("--seconds", type=number(0, above=True), default=10.0, help="of every measurement (default 10)")
-    parser.add_argument("--rounds", type=POSITIVE, default=3, help="of measurements (default 3)")
+    parser.add_argument(
+        "--edges", type=numbers, default="1,4,16", help="numbers of edges, separated by commas (default 1,4,16)"
+    )
+    parser.add_argument(
+        "--seconds", type=number(0, above=True), default=10.0, help="seconds of every measurement (default 10)"
+    )
+    parser.add_argument("--rounds", type=POSITIVE, default=3, help="rounds of measurements (default 3)")
     parser.add_argument(
         "--k", type=whole_number(1, min(LONGEST_DRAFT, TOKENS // 2)), default=4, help="tokens of a draft (default 4)"
     )
-    parser.add_argument("--wrong", type=number(0, 1), default=0.15, help="share of wrong tokens (default 0.15)")
+    parser.add_argument(
+        "--wrong", type=number(0, 1), default=0.15, help="share of wrong tokens in drafts (default 0.15)"
+    )
     add_model_arguments(parser, "model to serve")
     parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()

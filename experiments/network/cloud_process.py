@@ -1,4 +1,4 @@
-"""Programs of the network as processes of their own, for as long as a block lasts."""
+"""Commands of the network that run as processes while a block runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from spec_envs.processes import started
 
@@ -16,11 +17,11 @@ STOP_SECONDS = 5
 
 @contextmanager
 def running(module: str, *arguments: str) -> Iterator[str]:
-    """Run a module's command, and yield the first line that it prints. The command ends with the block, and with this
-    process, however that ends.
+    """Run a module's command, and yield the first line that it prints. The command is ended with the block, and with this
+    process in any case.
 
     Raises:
-        ValueError: it ended before it printed anything; the message ends with the last line of its log.
+        ValueError: the command ended before it printed anything; the message ends with the last line of its log.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = started(
@@ -32,8 +33,7 @@ def running(module: str, *arguments: str) -> Iterator[str]:
             env={**os.environ, "PYTHONUTF8": "1"},
         )
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline().strip()
+            line = output(process).readline().strip()
             if not line:
                 process.wait()
                 log.seek(0)
@@ -52,11 +52,11 @@ def cloud(*arguments: str) -> Iterator[str]:
 
 
 @contextmanager
-def behind(link: str, url: str) -> Iterator[str]:
-    """Run a proxy on a free port that imitates a simulated link to the same cloud, and yield its address.
+def over_link(link: str, url: str) -> Iterator[str]:
+    """Run a proxy that imitates a simulated link to a cloud, and yield its address.
 
     Raises:
-        ValueError: a cloud with TLS, whose certificate is not that of a proxy.
+        ValueError: the cloud uses TLS, whose certificate does not fit a proxy.
     """
     scheme, _, address = url.partition("://")
     if scheme != "ws":
@@ -66,13 +66,19 @@ def behind(link: str, url: str) -> Iterator[str]:
         yield f"ws://{line.split()[0]}"
 
 
+def output(process: subprocess.Popen[str]) -> IO[str]:
+    """Return the pipe from the standard output of a process."""
+    if process.stdout is None:
+        raise RuntimeError("the process was started without a pipe for its output")
+    return process.stdout
+
+
 def end(process: subprocess.Popen[str]) -> None:
-    """End a process, gently at first."""
+    """End a process with SIGTERM, or with SIGKILL if it does not end in time."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+    output(process).close()

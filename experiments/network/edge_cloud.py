@@ -1,13 +1,12 @@
-"""Speculation between edge and cloud against the cloud alone, through a real socket (`make edge-cloud`).
+"""Compare speculation between edge and cloud with the cloud alone, through a real socket (`make edge-cloud`).
 
-Prompt by prompt, interleaved: edge-cloud drafts here and has a cloud verify; cloud-only streams the cloud's own text,
-and does so twice, to show what the machine's moods amount to (A/A). Without --host and --port a cloud is started for
-the measurement, on this machine, which then has the work of both sides. Writes runs/edge-cloud.json and
-runs/edge-cloud.png.
+The arms are interleaved prompt by prompt: edge-cloud drafts here and lets a cloud verify; cloud-only streams the cloud's
+own text, twice, to show the noise of the machine (A/A check). Without --host and --port a cloud is started on this
+machine, which then does the work of both sides. Writes runs/edge-cloud.json and runs/edge-cloud.png.
 
-Seconds, bytes and tokens are means per text. Latency is that of the whole text; its parts are the prefill (the prompt's
-network included), and after it the edge (drafting), the network (the cloud's computing and queueing subtracted), the
-cloud, and whatever is left. The speedup is that of tokens per second of the whole text, prefill included.
+Seconds, bytes and tokens are means per text. Latency is the time of the whole text. Its parts are the prefill (with the
+network time of the prompt) and, after the prefill, the edge (drafting), the network (without the cloud's computing and
+queueing), the cloud, and the rest. The speedup compares tokens per second of the whole text, prefill included.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from spec_envs.experiments.measure.machine import Machine, machine
 from spec_envs.experiments.measure.results import Compared, Comparison, Interval
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
-from spec_envs.experiments.network.cloud_process import behind, cloud
+from spec_envs.experiments.network.cloud_process import cloud, over_link
 from spec_envs.files import write_json
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.__main__ import address, connected
@@ -47,10 +46,10 @@ from spec_envs.network.link import load_link
 from spec_envs.network.wire import MODES, PORT
 
 LABELS = {"edge-cloud": "edge-cloud", "plain": "cloud-only", "plain again": "cloud-only again"}
-PLACES = {"edge": "draft", "network": "network", "cloud": "verify"}  # in a sample
+PLACES = {"edge": "draft", "network": "network", "cloud": "verify"}  # to the parts of a sample
 PARTS = ("prefill", *PLACES, "other")
 ASSESSMENTS = ((1.5, "EXCELLENT"), (1.3, "GOOD"), (1.1, "MODERATE"))
-PATIENCE = 10.0  # seconds
+PATIENCE = 10.0  # seconds to wait for the cloud
 
 
 @dataclass(kw_only=True)
@@ -59,10 +58,10 @@ class Row(Compared):
 
     Attributes:
         over: ratios of tokens per second to those of plain decoding, ``plain`` and ``plain_without_prefill``.
-        seconds: by part of the latency.
-        breakdown: the same in per cent.
-        acceptance: share of accepted among verified tokens; None where nothing was drafted.
-        rounds: cycles.
+        seconds: seconds by part of the latency.
+        breakdown: shares of the latency by part, in per cent.
+        acceptance: accepted share of the verified tokens; None if nothing was drafted.
+        rounds: number of cycles.
     """
 
     latency_s: float
@@ -99,7 +98,7 @@ class Row(Compared):
 
 @dataclass(kw_only=True)
 class Settings:
-    """The models, how drafts are sent, and where the cloud is."""
+    """The models, how drafts are sent, and where the cloud runs (``own_cloud``: it was started for the measurement)."""
 
     target: str
     drafter: str
@@ -114,7 +113,7 @@ class Settings:
 
 @dataclass(kw_only=True)
 class EdgeCloud(Comparison):
-    """Edge and cloud, and the cloud alone twice, on the same prompts, each ``iterations`` times."""
+    """Edge and cloud together, and the cloud alone twice, each ``iterations`` times on the same prompts."""
 
     arms: dict[str, Row]
     prompts: int
@@ -125,7 +124,7 @@ class EdgeCloud(Comparison):
 
     @property
     def own(self) -> Row:
-        """The arm that drafts on the edge."""
+        """The arm in which the edge drafts."""
         return self.arms["edge-cloud"]
 
 
@@ -185,12 +184,13 @@ class Headline:
 
 
 def whole_text(sample: Sample) -> Sample:
-    """Return a sample whose seconds and tokens include the prefill's."""
+    """Return a sample with the seconds and the token of the prefill added."""
     return replace(sample, tokens=sample.tokens + 1, seconds=sample.seconds + sample.prefill_seconds)
 
 
 def by_prompt(samples: Sequence[Sample]) -> list[Sample]:
-    """Return one sample per prompt, with the tokens and seconds of all its iterations: intervals are over prompts."""
+    """Return one sample per prompt, with the tokens and seconds of all its iterations, because intervals are over
+    prompts."""
     pooled: dict[tuple[int, ...], Sample] = {}
     for sample in samples:
         key = tuple(sample.prompt.ids)
@@ -202,7 +202,7 @@ def by_prompt(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def assessment(speedup: float) -> str:
-    """Return a word: EXCELLENT above 50 % faster, GOOD above 30 %, MODERATE above 10 %, else POOR."""
+    """Return a word for a speedup: EXCELLENT above 1.5, GOOD above 1.3, MODERATE above 1.1, else POOR."""
     return next((word for bound, word in ASSESSMENTS if speedup > bound), "POOR")
 
 
@@ -238,17 +238,17 @@ def report(results: EdgeCloud) -> str:
         f"Speedup over cloud-only: {interval(over['plain'])}: {assessment(over['plain'].value)}.",
     ]
     if results.first_try:
-        lines += ["", "The first try, whose A/A interval excludes 1:", "", report(results.first_try)]
+        lines += ["", "The first try, with an A/A interval that excludes 1:", "", report(results.first_try)]
     return "\n".join(lines)
 
 
 def interval(ratio: Interval) -> str:
-    """Return a ratio as text, with its interval where there is one."""
+    """Return a ratio as text, with its interval if it has one."""
     return f"{ratio:.2f}" if ratio.low < ratio.high else f"{ratio.value:.2f}"
 
 
 def draw(results: EdgeCloud, path: Path) -> None:
-    """Draw where the seconds of a text go in every arm, and the speed over cloud-only."""
+    """Draw the seconds per text by part for every arm, and the speed over cloud-only."""
     with drawn(path, 9, 6) as figure:
         top, bottom = figure.subplots(2, 1)
         rows = {LABELS[name]: row for name, row in results.arms.items()}
@@ -267,7 +267,7 @@ def draw(results: EdgeCloud, path: Path) -> None:
 
 
 def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
-    """Start the cloud, if none is given, and the link, and measure."""
+    """Start the cloud unless one is given, start the link if there is one, and measure."""
     own = args.host is None and args.port is None
     with ExitStack() as stack:
         if own:
@@ -277,7 +277,7 @@ def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
             url = address(args.host or "localhost", args.port or PORT)
         where = f"over {args.link}" if args.link else "over loopback" if own else f"to {url}"
         if args.link:
-            url = stack.enter_context(behind(args.link, url))
+            url = stack.enter_context(over_link(args.link, url))
         names = ("target", "drafter", "device", "dtype", "temperature", "mode", "top_k", "k")
         given = {name: getattr(args, name) for name in names}
         decoder = connected(url, **given, patience=PATIENCE, token_in_clear=args.token_in_clear)
@@ -307,21 +307,25 @@ def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--num-prompts", type=whole_number(1, 10), default=5, help="held-out prompts, 1 to 10 (default 5)"
+        "--num-prompts", type=whole_number(1, 10), default=5, help="number of held-out prompts, 1 to 10 (default 5)"
     )
-    parser.add_argument("--iterations", type=POSITIVE, default=2, help="times that each is answered (default 2)")
-    parser.add_argument("--host", help="of the cloud, or its ws:// or wss:// URL (default: a cloud of its own)")
-    parser.add_argument("--port", type=whole_number(1, 65535), help=f"of the cloud (default, with --host: {PORT})")
+    parser.add_argument("--iterations", type=POSITIVE, default=2, help="times that each prompt is answered (default 2)")
     parser.add_argument(
-        "--token-in-clear", action="store_true", help="send the token to another machine without TLS, too"
+        "--host", help="host of the cloud, or its ws:// or wss:// URL (default: a cloud is started here)"
     )
-    parser.add_argument("--link", help="simulated link that a proxy in between imitates (markov-1-500, lte, …)")
+    parser.add_argument("--port", type=whole_number(1, 65535), help=f"port of the cloud (default with --host: {PORT})")
+    parser.add_argument(
+        "--token-in-clear", action="store_true", help="send the token to another machine even without TLS"
+    )
+    parser.add_argument("--link", help="simulated link that a proxy imitates (markov-1-500, lte, …)")
     add_model_arguments(parser, "model that the cloud serves", "drafter of chains")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--mode", choices=MODES, default="topk", help="how drafts are sent (default topk)")
-    parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
+    parser.add_argument(
+        "--top-k", type=POSITIVE, default=300, help="probabilities that are sent for each drafted token (default 300)"
+    )
     parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=64, help="per text (default 64)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=64, help="most new tokens per text (default 64)")
     parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
     return parser.parse_args()
 

@@ -1,6 +1,8 @@
-"""Write episodes of a trace as a Minari data set, to learn from offline: `python -m spec_envs.experiments.traces.minari
-runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0`, after which `minari.load_dataset` reads it. An
-episode's seed and actions reproduce it in `recover_environment()`, as long as the trace is where it was.
+"""Write episodes that are replayed from a trace as a Minari data set, for offline learning.
+
+`python -m spec_envs.experiments.traces.minari runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0` writes
+a data set that `minari.load_dataset` reads. In `recover_environment()`, the seed and the actions of an episode reproduce
+it, as long as the trace is not moved.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from spec_envs.experiments.config import apply_override, check_env
 from spec_envs.files import held, write_bytes
 from spec_envs.settings import Keywords
 
-PLACE = "MINARI_DATASETS_PATH"  # of the data sets, to Minari
-SUMMARY = ("task", "tokens", "speedup")  # of a text, in its last info
+PLACE = "MINARI_DATASETS_PATH"  # environment variable with the folder of the data sets
+SUMMARY = ("task", "tokens", "speedup")  # entries of the last info of a text
 
 
 Info = dict[str, Any]
@@ -63,7 +65,7 @@ def library() -> Any:
         ValueError: it is not installed.
     """
     try:
-        import h5py  # noqa: F401 - Minari misses it only when it writes
+        import h5py  # noqa: F401 - Minari would miss it only when it writes
         import minari
     except ImportError:
         raise ValueError(
@@ -73,14 +75,18 @@ def library() -> Any:
 
 
 def free(name: str) -> Path:
-    """Return the folder of a new data set of that name, and refuse a name that Minari cannot give it."""
+    """Return the folder of a new data set of that name.
+
+    Raises:
+        ValueError: Minari does not accept the name, or there is a data set of that name.
+    """
     library()
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage import get_dataset_path
 
     try:
         parse_dataset_id(name)
-    except (ValueError, TypeError):  # the latter where there is no version
+    except (ValueError, TypeError):  # the latter if there is no version
         raise ValueError(f"name is {name!r}; expected one such as spec-envs/depth-random-v0") from None
     if (path := get_dataset_path(name)).exists():
         raise ValueError(f"there is a data set {name} in {path}; choose another --name, or delete that folder")
@@ -89,8 +95,8 @@ def free(name: str) -> Path:
 
 @contextmanager
 def hidden(name: str) -> Iterator[Path]:
-    """While the block runs, Minari's data sets are below a hidden folder beside the others, which is given: a process
-    that is killed leaves no data set of which a part is missing.
+    """Let Minari write its data sets into a hidden folder while the block runs, and yield that folder. So a process that
+    is killed leaves no incomplete data set.
 
     Raises:
         ValueError: the name is not free, or another process writes a data set of that name.
@@ -108,13 +114,13 @@ def hidden(name: str) -> Iterator[Path]:
             if before is not None:
                 os.environ[PLACE] = before
             shutil.rmtree(folder / "datasets", ignore_errors=True)
-    with suppress(OSError):  # another data set is being written
+    with suppress(OSError):  # it is not empty while another data set is written
         folder.parent.rmdir()
 
 
 def moved(name: str, made: Path, place: Path) -> None:
-    """Move a data set that was written in ``made`` to its place; the folders of its namespace, which Minari marks,
-    first."""
+    """Move a data set from the folder ``made`` to its place, after the folders of its namespace and the files with which
+    Minari marks them."""
     for parent in list(Path(name).parents)[-2::-1]:
         there = place.parents[len(Path(name).parts) - 1] / parent
         there.mkdir(parents=True, exist_ok=True)
@@ -130,15 +136,15 @@ def prepared(
     """Return keyword arguments of the environment, and the agent that decides in it.
 
     Args:
-        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder, which brings the keyword
-            arguments that it was trained with and is charged its decisions. The first two replay all that the trace
-            has.
-        seed: of a random policy.
-        overrides: ``key=value`` of the environment.
+        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder. The first two use the whole size of
+            the trace's trees or chains. A run uses the keyword arguments that it was trained with, and its decisions are
+            charged.
+        seed: seed of a random policy.
+        overrides: ``key=value`` for keyword arguments of the environment.
 
     Raises:
-        ValueError: a run of another environment, one with a partner, whom no keyword names, or overrides that change
-            the problem that a run has learned.
+        ValueError: the run is of another environment or has a partner, or overrides change the problem that it has
+            learned.
     """
     manifest = trace.manifest
     rule = policy == "random" or policy.startswith("static:")
@@ -168,7 +174,7 @@ def prepared(
     return {"policy_seconds": agent.decision_seconds, **env}, agent
 
 
-def played(env: gym.Env, agent: Predictor, episodes: int, seed: int) -> Iterator[Episode]:
+def episodes_of(env: gym.Env, agent: Predictor, episodes: int, seed: int) -> Iterator[Episode]:
     """Yield episodes of a ``SpecEnv``. The i-th is reset with ``seed + i``, unless its text continues
     (``episode="cycle"``)."""
     begins, state, decoder = True, None, env.get_wrapper_attr("decoder")
@@ -200,15 +206,15 @@ def columns(infos: Sequence[Info]) -> Info:
 def exported(
     name: str, folder: Path, env_id: str, policy: str, episodes: int, seed: int = 0, overrides: Sequence[str] = ()
 ) -> Any:
-    """Replay episodes of the trace in a folder and write them as the data set ``name``; see ``prepared``.
+    """Replay episodes of the trace in a folder, and write them as the data set ``name``; see ``prepared``.
 
-    Every step has its info; every episode that ended a text has ``task``, ``tokens`` and ``speedup`` in its metadata.
+    Every step has its info. The metadata of an episode that ends a text have ``task``, ``tokens`` and ``speedup``.
 
     Returns:
         The ``minari.MinariDataset``.
 
     Raises:
-        ValueError: Minari is not installed, the name is not free, or settings that do not go together.
+        ValueError: Minari is not installed, the name is not free, or settings do not go together.
     """
     minari = library()
     place = free(name)
@@ -217,7 +223,7 @@ def exported(
     trace = Trace.load(folder)
     keywords, agent = prepared(trace, env_id, policy, seed, overrides)
     env = gym.make(env_id, **keywords)
-    done = list(tqdm(played(env, agent, episodes, seed), total=episodes, desc="playing", unit="episode"))
+    done = list(tqdm(episodes_of(env, agent, episodes, seed), total=episodes, desc="replaying", unit="episode"))
     buffers = [
         minari.data_collector.EpisodeBuffer(
             seed=episode.seed,
@@ -254,13 +260,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("trace", type=Path, help="folder of a trace (`make trace`)")
     parser.add_argument("--env", default="SpecDepth-v0", choices=replayed, help="environment id (default SpecDepth-v0)")
     parser.add_argument("--policy", default="random", help="random, static:VALUE or a run folder (default random)")
-    parser.add_argument("--episodes", type=POSITIVE, default=1000, help="(default 1000)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the first episode, the next ones count up (default 0)")
+    parser.add_argument("--episodes", type=POSITIVE, default=1000, help="number of episodes (default 1000)")
     parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="keywords of the environment"
+        "--seed", type=SEED, default=0, help="seed of the first episode; each further one adds 1 (default 0)"
     )
     parser.add_argument(
-        "--name", type=nonempty, required=True, help="of the data set, such as spec-envs/depth-random-v0"
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keyword arguments of the environment",
+    )
+    parser.add_argument(
+        "--name", type=nonempty, required=True, help="name of the data set, such as spec-envs/depth-random-v0"
     )
     return parser.parse_args(argv)
 

@@ -1,10 +1,10 @@
-"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at every position of them the whole tree
-or chain that the drafter drafts there. One trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, one of
+"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at each of their positions the whole tree or
+chain that the drafter drafts there. A trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, a trace of
 chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`).
 
-Each text is kept as soon as it is recorded: killed at any moment, the same command continues. `--shard 0/4` records a
-quarter of the texts, for several machines that share a disk; without it the rest is recorded and the trace is
-assembled.
+Each text is written as soon as it is recorded, so that the same command continues after it was killed. `--shard 0/4`
+records a quarter of the texts, for several machines that share a disk. Without it the remaining texts are recorded and
+the trace is assembled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 
-DEFAULTS: Keywords = {  # of the keyword arguments that a recording depends on
+DEFAULTS: Keywords = {  # values of the keyword arguments that a recording depends on
     "target": DEFAULT_TARGET,
     "drafter": "auto",
     "device": "auto",
@@ -63,18 +63,22 @@ DEFAULTS: Keywords = {  # of the keyword arguments that a recording depends on
     "date": DATE,
     "max_new_tokens": MAX_NEW_TOKENS,
 }
-TEXTS = (60, 12, 30)  # of train, validation and test
-CALIBRATION = 6  # training texts on which the cost curves are compared with the clock
+TEXTS = (60, 12, 30)  # numbers of training, validation and test texts
+CALIBRATION = 6  # training texts on which cost curves are compared with the wall clock
 DOING, SHARDS = "recording a trace", "texts/shard-*"
-LARGEST_TEXT = 2**30  # bytes of a text's columns
+LARGEST_TEXT = 2**30  # most bytes of a text's columns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recording to make: an environment's keyword arguments and how many texts of each split.
+    """The plan of a recording.
+
+    Attributes:
+        env: keyword arguments of the environment.
+        texts: numbers of training, validation and test texts.
 
     Raises:
-        ValueError: nothing to record.
+        ValueError: there is nothing to record.
     """
 
     env_id: str
@@ -89,7 +93,7 @@ class Plan:
 
     @property
     def settings(self) -> Keywords:
-        """All that the recording depends on."""
+        """Everything that the recording depends on."""
         control = make_control(self.env_id, self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
         given["date"] = given["date"] or DATE
@@ -106,7 +110,7 @@ class Plan:
         return int(self.env.get("max_new_tokens", MAX_NEW_TOKENS))
 
     def chosen(self) -> list[tuple[str, Encoded]]:
-        """Return split and prompt of every text, each once."""
+        """Return split and prompt of every text; no prompt occurs twice."""
         found = [
             (split, prompt)
             for split, count in zip(SPLITS, self.texts, strict=True)
@@ -120,22 +124,22 @@ class Plan:
         claim(folder, self.settings, "--out")
 
     def decoder(self) -> Decoder:
-        """Return the decoder that is recorded."""
+        """Return the decoder that the texts are recorded with."""
         names = ("target", "drafter", "device", "dtype", "width", "max_depth")
         settings = {**self.env, **self.settings}
         return load_decoder(**{name: settings[name] for name in names if name in settings})
 
 
 def recorded(plan: Plan, folder: Path) -> Trace:
-    """Return the trace of a plan in a folder, recorded as far as it is not there yet.
+    """Return the trace of a plan in a folder; what is missing there is recorded first.
 
     Raises:
-        ValueError: the folder holds a trace of another plan, or a damaged one.
+        ValueError: the folder belongs to another plan, or its trace is damaged.
     """
     with held(folder, DOING):
         plan.claim(folder)
         if not (folder / MANIFEST).exists():
-            for part in folder.glob(SHARDS):  # that other processes still record
+            for part in folder.glob(SHARDS):  # wait for other processes that still record
                 with held(part, "recording a shard"):
                     pass
             record_texts(plan, folder)
@@ -145,11 +149,11 @@ def recorded(plan: Plan, folder: Path) -> Trace:
 
 
 def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
-    """Do the same in the folder that the plan has by default; several processes may ask for it at once."""
+    """Return the trace of a plan in its default folder; several processes may ask for it at the same time."""
     while True:
         folder = default_folder(plan, root)
         with held(folder, DOING):
-            if ours := folder == default_folder(plan, root):  # nobody claimed it for another plan meanwhile
+            if ours := folder == default_folder(plan, root):  # no process has claimed it for another plan in between
                 plan.claim(folder)
         if ours:
             return recorded(plan, folder)
@@ -167,7 +171,7 @@ def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
 
 
 def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
-    """Record the texts ``shard[0]``, ``shard[0] + shard[1]``, … that are not there yet."""
+    """Record the texts ``shard[0]``, ``shard[0] + shard[1]``, … that are not recorded yet."""
     todo = [(i, prompt) for i, (_, prompt) in enumerate(plan.chosen()) if not text_file(folder, i).exists()]
     todo = [(i, prompt) for i, prompt in todo if i % shard[1] == shard[0]]
     if not todo:
@@ -182,13 +186,13 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> N
 
 
 def text_file(folder: Path, i: int) -> Path:
-    """Return where a text is kept until the trace is assembled."""
+    """Return the file that keeps a text until the trace is assembled."""
     return folder / "texts" / f"{i:05d}.npz"
 
 
 def assemble(plan: Plan, folder: Path) -> None:
-    """Assemble the trace of all texts, with what forwards cost here; texts that end with their first token are left
-    out."""
+    """Assemble the trace of all recorded texts, with the costs of forwards on this machine. Texts that end with their
+    first token are left out."""
     decoder, kept, parts = plan.decoder(), [], []
     for i, (split, prompt) in enumerate(plan.chosen()):
         columns = read_text(text_file(folder, i), kind_of(decoder))
@@ -225,7 +229,10 @@ def assemble(plan: Plan, folder: Path) -> None:
 
 
 def read_text(path: Path, kind: str) -> Columns:
-    """Return the columns of a text of that kind of trace.
+    """Return the columns of a recorded text.
+
+    Args:
+        kind: kind of the trace, ``"tree"`` or ``"chain"``.
 
     Raises:
         ValueError: the file is damaged, or another shard has not written it yet.
@@ -240,11 +247,10 @@ def read_text(path: Path, kind: str) -> Columns:
 
 
 def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, dict[int, float]]:
-    """Return the curves of a table, scaled such that training texts under random settings cost what they take on the
-    wall.
+    """Return the curves of a table, scaled so that training texts with random settings cost the seconds that they take.
 
-    A forward timed alone is a little faster than one of a text that is being decoded, with everything around it. What
-    lies around is charged to verifications.
+    A forward that is timed alone is a little faster than a forward while a text is decoded, with everything around it.
+    The overhead is charged to verifications.
     """
     texts = [text for text in trace.texts if text.split == "train"][:CALIBRATION] or trace.texts[:CALIBRATION]
     prompts = [Encoded(text.task, text.prompt) for text in texts]
@@ -267,7 +273,7 @@ def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, di
 
 
 def random_settings(trace: Trace) -> Control:
-    """Return a control whose random actions draw cycles of all usual sizes."""
+    """Return a control whose random actions lead to cycles of all usual sizes."""
     manifest = trace.manifest
     if manifest.kind == "chain":
         return KControl(k_max=min(8, manifest.max_depth + 1), observation="counters")
@@ -276,22 +282,22 @@ def random_settings(trace: Trace) -> Control:
 
 
 def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
-    """Return cost curves with keys that JSON has."""
+    """Return cost curves with keys of text, as JSON has them."""
     return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
 
 
 def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
-    """Return where a plan's trace lies by default; beside one of other settings it has a name of its own."""
+    """Return the default folder of a plan's trace. If another plan has claimed it, the name gets a suffix."""
     kind, settings = CONTROLS[plan.env_id].trace_kind, plan.settings
     folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
     note = folder / NOTE
-    if note.exists() and read_json(note, f"delete {folder} and record the trace anew") != settings:
+    if note.exists() and read_json(note, f"delete {folder} and record the trace again") != settings:
         return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")
     return folder
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Return the numbers of ``i/n``."""
+    """Return the numbers of a shard ``"i/n"``."""
     part, _, count = text.partition("/")
     if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shard; expected i/n with i from 0 to n-1, such as 0/4")
@@ -302,15 +308,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     traced = [env_id for env_id in ENVIRONMENTS if CONTROLS[env_id].trace_kind]
     parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
-    add_model_arguments(parser, drafter="EAGLE-3 head of trees, or what drafts chains")
+    add_model_arguments(parser, drafter="EAGLE-3 head for trees, or drafter of chains")
     parser.add_argument("--prompts", type=nonempty, default="all", help="prompt sets, separated by commas")
     parser.add_argument(
         "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
     )
-    parser.add_argument("--date", default=DATE, help=f"for templates that write the day (default {DATE})")
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="per text (default 96)")
+    parser.add_argument("--date", default=DATE, help=f"date for chat templates that write it (default {DATE})")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="most new tokens per text (default 96)")
     parser.add_argument(
-        "--depth", type=whole_number(0), help="expansions of the trees (12), or one less than the chains' tokens (15)"
+        "--depth",
+        type=whole_number(0),
+        help="expansions of a tree (default 12), or tokens of a chain less one (default 15)",
     )
     parser.add_argument(
         "--texts",
@@ -318,9 +326,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs=3,
         default=TEXTS,
         metavar=("TRAIN", "VALIDATION", "TEST"),
-        help=f"(default {TEXTS})",
+        help=f"numbers of texts (default {TEXTS})",
     )
-    parser.add_argument("--shard", type=shard_of, help="i/n: record only these texts, and assemble nothing")
+    parser.add_argument(
+        "--shard", type=shard_of, help="i/n: record only every n-th text from i on, and do not assemble the trace"
+    )
     parser.add_argument("--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND)")
     return parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
-"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and how probable
-it is at each of their tokens that a drafted one would be accepted, for every k. Its replay is approximate, see
-`spec_envs/network/expected.py`.
+"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and for each of their
+tokens and every k the probability that a drafted token is accepted there. Its replay is approximate
+(`spec_envs/network/expected_trace.py`).
 
-The file is written when the last text is recorded; killed before, the same command begins again.
+The file is written when the last text is recorded; if the process is killed before, the same command starts again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from spec_envs.prompts.templates import DATE
 
 LOG = logging.getLogger(__name__)
 
-COUNTS = {"train": 90, "validation": 18, "test": 45}  # texts
+COUNTS = {"train": 90, "validation": 18, "test": 45}  # numbers of texts
 
 
 class Watched(LocalVerifier):
-    """Keeps the distribution that it drew from last."""
+    """A verifier that keeps the distribution from which it drew last, as ``p``."""
 
     def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
         self.p = super()._probabilities(logits)
@@ -49,7 +49,7 @@ class Watched(LocalVerifier):
 def record(
     verifier: Watched, drafter: ChainDrafter, eos: Collection[int], split: str, prompt: Encoded, tokens: int, seed: int
 ) -> Text:
-    """Record one text; its drafter is asked at every token for the next one alone."""
+    """Record one text; at each token the drafter drafts one token."""
     rng = np.random.default_rng(seed)
     nothing = np.zeros(0, np.int64)
     text = [verifier.start(prompt.ids, tokens + 1, rng)]
@@ -58,10 +58,10 @@ def record(
     while len(text) < tokens and text[-1] not in eos:
         matched = drafter.matched() if isinstance(drafter, Copier) else 0
         children, _ = drafter.draft([])
-        assert children.proposal is not None
+        if (q := children.proposal) is None:
+            raise RuntimeError("the drafter drew from no distribution; expected one that samples")
         token = verifier.verify(nothing, nothing, nothing).token
         drafter.commit([token], verifier.features)
-        q = children.proposal
         accepted = [expected_acceptance(verifier.p, q, k) for k in KS]
         weights = q.weights / q.weights.sum()
         rows.append((accepted, (weights**2).sum(), children.entropies[0], len(q.truncated(len(q.ids)).ids), matched))
@@ -77,8 +77,8 @@ def record(
 
 
 def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
-    """Return what a trace is valid for, as JSON: hashes of both weights, dtype, prompts, the day for templates that
-    write it, and the options of the command."""
+    """Return a description of what a trace was made with, as JSON: hashes of both models' weights, dtype, prompts, the
+    date for chat templates, versions, and the options of the command."""
     hashes = weights_sha256(args.target, drafter)
     found = {"sha256": hashes, "dtype": dtype, "prompts": args.prompts, "date": DATE, "versions": versions()}
     return json.dumps(found | {"settings": settings(args)})
@@ -90,12 +90,13 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
 
 
 def last(rows: np.ndarray) -> np.ndarray:
-    """Return rows ``[n]`` and one more, like the last, for the token after which nothing was recorded."""
+    """Return rows with the last one repeated, ``[n + 1]``, because nothing is recorded after the last token."""
     return np.concatenate([rows, rows[-1:]])
 
 
 def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
-    """Return Σ min(p, q̂) of the target's distribution ``[vocab]`` and the draft's cut to ``k`` entries; 0 is uncut."""
+    """Return Σ min(p, q̂) of the target's distribution ``p`` ``[vocab]`` and the drafter's, cut to ``k`` entries (0: not
+    cut)."""
     cut = q.truncated(k) if k else q
     weights = cut.weights.astype(float)
     return float(np.minimum(p[cut.ids], weights / weights.sum()).sum())
@@ -103,25 +104,34 @@ def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET)
+    parser.add_argument("--target", type=nonempty, default=DEFAULT_TARGET, help=f"model (default {DEFAULT_TARGET})")
     parser.add_argument(
         "--drafter", type=nonempty, default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model"
     )
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices it")
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=97, help="of a text (default 97)")
-    parser.add_argument("--temperature", type=number(0, 100, above=True), default=1.0)
-    parser.add_argument("--prompts", type=nonempty, default="all")
-    parser.add_argument("--scale", type=number(0, 1000, above=True), default=1.0, help=f"times {COUNTS} texts")
-    parser.add_argument("--out", type=output_file, help="file, .npz (default runs/traces/TARGET-topk.npz)")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16 or float32 (default auto)")
+    parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices its replay")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=97, help="most new tokens per text (default 97)")
+    parser.add_argument(
+        "--temperature", type=number(0, 100, above=True), default=1.0, help="of the target and the drafter (default 1)"
+    )
+    parser.add_argument(
+        "--prompts", type=nonempty, default="all", help="prompt sets, separated by commas (default all)"
+    )
+    parser.add_argument(
+        "--scale",
+        type=number(0, 1000, above=True),
+        default=1.0,
+        help=f"factor of the numbers of texts, {COUNTS} (default 1)",
+    )
+    parser.add_argument("--out", type=output_file, help="name of the .npz file (default runs/traces/TARGET-topk.npz)")
     return parser.parse_args()
 
 
 def chosen_file(args: argparse.Namespace) -> Path:
-    """Return where the trace is written, or lies.
+    """Return the file of the trace.
 
     Raises:
-        ValueError: another trace lies there, or a name by which it would not be found again.
+        ValueError: the file holds another trace, or its name does not end in .npz.
     """
     path = args.out or Path("runs/traces") / f"{Path(args.target).name}-topk.npz"
     if path.suffix != ".npz":
