@@ -117,7 +117,7 @@ def compared(folder: Path, case: Case, expected: Mapping[str, object]) -> str:
         return f"temporary files are left: {', '.join(left)}"
     made = case.made(folder)
     differing = [name for name in dict.fromkeys([*expected, *made]) if made.get(name) != expected.get(name)]
-    return f"{', '.join(differing)} differ from the undisturbed run" if differing else ""
+    return f"it differs from the undisturbed run in {', '.join(differing)}" if differing else ""
 
 
 def disturbed(case: Case, root: Path, usual: Undisturbed, kills: int, rng: random.Random, bar: tqdm) -> Result:

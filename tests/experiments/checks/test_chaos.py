@@ -37,7 +37,7 @@ def test_commands_that_do_not_continue_are_reported(tmp_path: Path, monkeypatch:
     result = tried(writer(tmp_path, monkeypatch, "count.unlink(missing_ok=True)"), tmp_path / "starts-over", 2, seed=0)
     assert result.failed == "" and result.kills == 2
     result = tried(writer(tmp_path, monkeypatch, ""), tmp_path / "twice", 2, seed=0)
-    assert "count differ from the undisturbed run" in result.failed
+    assert "differs from the undisturbed run in count" in result.failed
     result = tried(
         writer(tmp_path, monkeypatch, "assert not count.exists(), 'left over'"), tmp_path / "fails", 2, seed=0
     )
