@@ -1,9 +1,9 @@
-"""Train a drafter for a target on text the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft
-model of a few of the target's own layers (`make drafter KIND=draft-model`).
+"""Train a drafter for a target on text that the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft
+model made of a few of the target's own layers (`make drafter KIND=draft-model`).
 
-Four parts, each of which continues where it was interrupted: write text, record hidden states, train, report on
-held-out text. A head is saved in the published checkpoint layout, a draft model in Hugging Face's without what it
-shares with the target; both are ready for `drafter=`.
+There are four steps, and each continues where it was interrupted: write text, record hidden states, train, report on
+held-out text. A head is saved in the published checkpoint layout; a draft model is saved in Hugging Face's layout
+without the weights that it shares with the target. Both can be given as `drafter=`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ KINDS = ("eagle3", "draft-model")
 LEARNING_RATES = {"eagle3": 1.6e-3, "draft-model": 2e-3}
 BATCH_TOKENS = {"eagle3": 2048, "draft-model": 1024}
 LAYERS, DEEP_SHARE, DRAFT_VOCAB = 3, 0.25, 3328
-HELD_OUT = 0.02  # share of the conversations that only the report sees
-REPORTED = 12  # levels
+HELD_OUT = 0.02  # share of the conversations that only the report reads
+REPORTED = 12  # levels in the report
 
 
 def arguments() -> argparse.Namespace:
@@ -62,50 +62,65 @@ def arguments() -> argparse.Namespace:
     add_model_arguments(parser, "model to draft for")
     parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what to train (default eagle3)")
     parser.add_argument(
-        "--layers", type=POSITIVE, help=f"of a draft model: the target's first ones and its last (default {LAYERS})"
+        "--layers",
+        type=POSITIVE,
+        help=f"number of layers of a draft model: the target's first ones and its last (default {LAYERS})",
     )
-    parser.add_argument("--init", help="head of this project to train on (default: the target's own last layer)")
+    parser.add_argument("--init", help="head of this project to start from (default: the target's own last layer)")
     parser.add_argument(
         "--out", type=output_folder, help="folder of the finished drafter (default: head in the work folder)"
     )
     parser.add_argument(
         "--work",
         type=output_folder,
-        help="folder of text, recordings, checkpoint (default: runs/drafter, or runs/draft-model)",
+        help="folder of text, recordings and checkpoint (default: runs/drafter, or runs/draft-model)",
     )
     parser.add_argument(
-        "--tokens", type=whole_number(0), default=1_000_000, help="answer tokens the target writes (default 1,000,000)"
+        "--tokens",
+        type=whole_number(0),
+        default=1_000_000,
+        help="answer tokens that the target writes (default 1,000,000)",
     )
     parser.add_argument(
-        "--conversations", type=input_file, nargs="*", default=[], help="further JSONL files with user and assistant"
+        "--conversations",
+        type=input_file,
+        nargs="*",
+        default=[],
+        help="further JSONL files of conversations, with user and assistant",
     )
     parser.add_argument(
         "--draft-vocab",
         type=whole_number(16),
-        help=f"most frequent tokens, drafted in any text (default {DRAFT_VOCAB}; with --init that head's)",
+        help=f"number of frequent tokens that are drafted in any text (default {DRAFT_VOCAB}; with --init that head's)",
     )
     parser.add_argument("--epochs", type=number(0, 1e6, above=True), default=4, help="passes over the text (default 4)")
     parser.add_argument(
-        "--steps", type=POSITIVE, default=7, help="levels a head is unrolled over, or lengths shown (default 7)"
+        "--steps",
+        type=POSITIVE,
+        default=7,
+        help="levels over which a head is unrolled, or chain lengths that are shown (default 7)",
     )
     parser.add_argument("--batch-tokens", type=POSITIVE, help="tokens of a batch (default: 2048, or 1024)")
     parser.add_argument(
-        "--learning-rate", type=number(0, 1, above=True), help="peak of AdamW's schedule (default: 1.6e-3, or 2e-3)"
+        "--learning-rate", type=number(0, 1, above=True), help="highest learning rate (default: 1.6e-3, or 2e-3)"
     )
     parser.add_argument(
         "--deep-share",
         type=number(0, 1, above=True),
-        help=f"share of the rows that a head's deep levels see (default {DEEP_SHARE})",
+        help=f"share of the rows on which a head's deep levels are trained (default {DEEP_SHARE})",
     )
     parser.add_argument(
-        "--longest", type=POSITIVE, default=1024, help="longer conversations are left out (tokens) (default 1024)"
+        "--longest",
+        type=POSITIVE,
+        default=1024,
+        help="most tokens of a conversation; longer ones are left out (default 1024)",
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of text, batches and split (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of text, batches and split (default 0)")
     return parser.parse_args()
 
 
 def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos: int, vocab: int) -> torch.Tensor:
-    """Return the ``size`` most frequent ids of the answers, ascending; EOS is among them."""
+    """Return the ``size`` most frequent ids of the answers, EOS included, in ascending order."""
     counts = collections.Counter(token for ids, answer in conversations for token in ids[answer:])
     counts[eos] = max(counts.values()) + 1
     frequent = [token for token, _ in counts.most_common(min(size, vocab))]
@@ -113,39 +128,39 @@ def draft_vocabulary(conversations: list[tuple[list[int], int]], size: int, eos:
 
 
 def trained_head(name: str, target: Transformer) -> EagleHead:
-    """Return a head to train on.
+    """Return a head to continue training from.
 
     Raises:
-        ValueError: it computes something else than the heads that are trained here, or its output rows are not the
-            target's, which is what this training holds fixed.
+        ValueError: the head has parts that this training does not know, or its output rows, which this training holds
+            fixed, are not the target's.
     """
     head = EagleHead.load(name)
     plain = EagleHead(head.config).state_dict()
     if head.variant != PLAIN or plain.keys() != head.state_dict().keys():
         raise ValueError(
-            f"the head {name!r} has parts that are not trained here; expected one that `make drafter` made"
+            f"the head {name!r} has parts that `make drafter` does not train; expected a head that it made"
         )
     if EagleModel(head, target).output_weight is None:
-        raise ValueError(f"the head {name!r} has output rows of its own; expected one that `make drafter` made")
+        raise ValueError(f"the head {name!r} has output rows of its own; expected a head that `make drafter` made")
     head.get_submodule("lm_head").requires_grad_(False)
     return head
 
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments with what depends on others filled in.
+    """Return the arguments with all defaults that depend on other arguments.
 
     Raises:
-        ValueError: one that nothing would read.
+        ValueError: an argument would have no effect.
     """
     eagle = args.kind == "eagle3"
     for name, given, needs in (
         ("layers", args.layers is not None and eagle, "--kind draft-model"),
         ("deep-share", args.deep_share is not None and not eagle, "--kind eagle3"),
         ("init", args.init is not None and not eagle, "--kind eagle3"),
-        ("draft-vocab", args.draft_vocab is not None and args.init is not None, "no --init, whose own it would be"),
+        ("draft-vocab", args.draft_vocab is not None and args.init is not None, "no --init, whose vocabulary is kept"),
     ):
         if given:
-            raise ValueError(f"--{name} is read with {needs} alone; leave one of the two out")
+            raise ValueError(f"--{name} has an effect only with {needs}; leave one of the two out")
     defaults = {
         "work": Path("runs") / ("drafter" if eagle else args.kind),
         "batch_tokens": BATCH_TOKENS[args.kind],
@@ -170,7 +185,7 @@ def main() -> None:
 
 
 def make_drafter(args: argparse.Namespace) -> None:
-    """Write the text, record it, train the drafter, and report on it."""
+    """Write text, record it, train the drafter, and report on it."""
     given = [conversation for file in args.conversations for conversation in read_conversations(file)]
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device, [args.target])

@@ -1,4 +1,4 @@
-"""Recorded conversations as batches that a drafter is trained on."""
+"""Batches of recorded conversations, on which a drafter is trained."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from spec_envs.experiments.drafters.recording import Example
 
 @dataclass
 class Batch:
-    """Conversations padded on the right.
+    """Conversations, padded on the right.
 
-    ids ``[B, T]``, features ``[B, T, 3·hidden]``, final ``[B, T, hidden]``, lengths and answers ``[B]``.
+    Attributes:
+        ids: token ids ``[B, T]``.
+        features: hidden states of the captured layers ``[B, T, 3·hidden]``.
+        final: normed hidden states after the last layer ``[B, T, hidden]``.
+        lengths: numbers of tokens ``[B]``.
+        answers: positions where the answers begin ``[B]``.
     """
 
     ids: Tensor
@@ -36,13 +41,17 @@ class Batch:
 
 
 def drafted_rows(batch: Batch, step: int, within_answer: bool = True) -> Tensor:
-    """Return the rows ``[B, T]`` (bool) at which a chain of this length is drafted inside the answer, or inside the
-    whole text."""
+    """Return the rows ``[B, T]`` (bool) from which step ``step`` of a chain still drafts a token of the text.
+
+    Args:
+        within_answer: only rows that draft tokens of the answer.
+    """
     row = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
     first = batch.answers[:, None] - 1 if within_answer else 0
     return (row >= first) & (row + 2 + step < batch.lengths[:, None])
 
 
 def first_occurrence(ids: Tensor) -> Tensor:
-    """Return where in its text each token ``[B, T]`` occurs first: from there on the drafter's vocabulary has it."""
+    """Return the position of the first occurrence of each token ``[B, T]`` in its text. From there on the drafter's
+    vocabulary has the token."""
     return (ids[:, :, None] == ids[:, None, :]).byte().argmax(-1)

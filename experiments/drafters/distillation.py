@@ -1,4 +1,4 @@
-"""The objective that a small draft model is trained on: a few of the target's layers learn to predict what all of them
+"""A small draft model and the objective of its training: a few of the target's layers learn to predict what all layers
 predict."""
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from spec_envs.files import write_bytes, write_json
 
 
 def kept_layers(layers: int, count: int) -> list[int]:
-    """Return the ``count`` layers of a target that its draft model starts from: the first ones, which read the text,
-    and the last.
+    """Return the indices of the ``count`` layers of a target from which its draft model starts: the first ones, which read
+    the text, and the last.
 
     Raises:
-        ValueError: the target has fewer.
+        ValueError: the target does not have more layers than that.
     """
     if not 1 <= count < layers:
         raise ValueError(f"the draft model's layers are {count}; expected 1 to {layers - 1}, fewer than the target's")
@@ -34,12 +34,12 @@ def kept_layers(layers: int, count: int) -> list[int]:
 
 
 class Student(nn.Module):
-    """A model of a few layers between the target's embedding and its output rows, both of which stay as they are.
+    """A draft model: a few layers between the target's embedding and its output rows, which are not trained.
 
     Args:
-        config: the target's, with the number of layers changed.
-        target: whose embedding it reads.
-        draft_ids: ascending target ids of the shortlist.
+        config: the target's configuration with another number of layers.
+        target: the model whose embedding is read.
+        draft_ids: ids of the shortlist, ascending.
     """
 
     def __init__(self, config: PretrainedConfig, target: Transformer, draft_ids: Tensor):
@@ -51,7 +51,7 @@ class Student(nn.Module):
 
     @classmethod
     def from_target(cls, name: str, target: Transformer, count: int, draft_ids: Tensor) -> Student:
-        """Return a student of ``count`` layers that are the target's own."""
+        """Return a student that starts as ``count`` of the target's layers."""
         folder = model_folder(name)
         config, weights = load_config(folder), load_weights(folder)
         kept = kept_layers(config.num_hidden_layers, count)
@@ -67,15 +67,15 @@ class Student(nn.Module):
         return student
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return normed hidden states ``[B, T, hidden]`` of texts padded on the right, which causal attention need not
-        mask."""
+        """Return normed hidden states ``[B, T, hidden]``. The padding needs no mask, because it is on the right and
+        attention is causal."""
         embedded = F.embedding(batch.ids, self.embedding).float()
         hidden: Tensor = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return hidden
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors with Hugging Face's names, without the embedding, and so with a type
-        of its own; ``shortlist`` holds the ids that it drafts."""
+        """Write config.json and model.safetensors with Hugging Face's names. The embedding is left out, so the model has its
+        own type; the tensor ``shortlist`` holds the ids of the shortlist."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"model.{name}": tensor.to(dtype).contiguous() for name, tensor in self.model.state_dict().items()}
         state["shortlist"] = self.draft_ids.to(torch.int32)
@@ -88,12 +88,13 @@ class Student(nn.Module):
 
 
 class Distillation:
-    """Cross-entropy to the target's distribution over the shortlist and the tokens of the batch (the output rows are
-    the target's and stay fixed, so that any token of a text can join in use).
+    """Cross-entropy to the target's distribution over the shortlist and the tokens of the batch.
+
+    The output rows are the target's and stay fixed. So in use the tokens of the text can join the shortlist.
 
     Args:
         output_head: the target's output rows ``[vocab, hidden]``.
-        dtype: of autocast.
+        dtype: dtype of autocast.
     """
 
     def __init__(self, model: Student, output_head: Tensor, dtype: torch.dtype):
@@ -105,11 +106,11 @@ class Distillation:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar), and per length up to ``steps`` the number of the answers' positions from which
-        that many tokens in a row are right, and of all positions.
+        """Return the loss (a scalar) and, for each chain length up to ``steps``, the number of positions of the answers from
+        which that many tokens in a row are right, and the number of all positions: ``[steps]`` each.
 
-        Under greedy decoding a chain reads its own tokens, which are the text's as long as they are right: one pass
-        over the text shows how far each would be accepted. ``share`` and ``generator`` have no use here.
+        Under greedy decoding a chain reads its own tokens, which are those of the text as long as they are right. So one
+        pass over the text shows how far each chain would be accepted. ``share`` and ``generator`` are not used.
         """
         vocabulary = self.shortlist.clone()
         vocabulary[batch.ids] = True

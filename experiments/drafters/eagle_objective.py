@@ -1,5 +1,5 @@
-"""The objective that an EAGLE-3 head is trained on: training-time test (arXiv 2503.01840, section 3), the head unrolled
-over its own outputs, so that deep levels see in training what they see in use."""
+"""The objective of training an EAGLE-3 head: training-time test (arXiv 2503.01840, section 3). The head is unrolled over
+its own outputs, so that deep levels read in training what they read in use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.model.rope import Rope, rotate
 from spec_envs.experiments.drafters.batches import Batch, drafted_rows, first_occurrence
 
-STEP_DECAY = 0.8  # weight of one unrolled step relative to the one before
+STEP_DECAY = 0.8  # weight of an unrolled step relative to the step before
 
 
 def sample_rows(batch: Batch, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return the same number of the answers' rows of every conversation, at random, ascending: ``[B, n]``."""
+    """Return random rows of the answers, ``[B, n]``: the same number for every conversation, in ascending order."""
     inside = drafted_rows(batch, 0)
     count = max(1, round(share * int(inside.sum(1).max())))
     keys = torch.rand(inside.shape, device=inside.device, generator=generator).masked_fill_(~inside, 2.0)
@@ -26,22 +26,23 @@ def sample_rows(batch: Batch, share: float, generator: torch.Generator | None = 
 
 
 class Unrolled(nn.Module):
-    """The head, unrolled: row t starts from the target's hidden state at position t; at step i it has been fed the
-    text's tokens t+1 … t+1+i and predicts token t+2+i, reading its own output of step i−1.
+    """A head that is unrolled over its own outputs.
 
-    After step 0 a row reads step 0's keys up to its own and its own later ones, but no other row's: so the deeper
-    steps can be run for a random share of the rows, which are nearly as good a sample and much cheaper.
+    Row t starts from the target's hidden state at position t. At step i it has read tokens t+1 … t+1+i of the text and
+    its own output of step i−1, and predicts token t+2+i. After step 0 a row attends to the keys of step 0 up to its own
+    and to its own later keys, but to no later keys of other rows. So deeper steps can be computed for a random share of
+    the rows, which is a much cheaper sample and nearly as good.
     """
 
     def __init__(self, head: EagleHead, embedding: Tensor, positions: int):
-        """``positions``: of the longest text and the levels unrolled after it."""
+        """``positions``: tokens of the longest text plus the levels that are unrolled after it."""
         super().__init__()
         self.head = head
         self.embedding = embedding
         self.rope = Rope(head.config, head.config.head_dim, positions, torch.float32, embedding.device)
 
     def forward(self, batch: Batch, steps: int, rows: Tensor) -> Iterator[Tensor]:
-        """Yield each step's normed output: ``[B, T, hidden]`` at step 0, ``[B, n, hidden]`` for ``rows`` after it."""
+        """Yield the normed output of each step: ``[B, T, hidden]`` at step 0, then ``[B, n, hidden]`` for ``rows``."""
         width = batch.ids.shape[1]
         all_rows = torch.arange(width, device=batch.ids.device).expand(len(batch.ids), -1)
         hidden, keys, values = self.head.fc(batch.features), [], []
@@ -58,8 +59,8 @@ class Unrolled(nn.Module):
             yield self.head.norm(hidden)
 
     def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values ``[B, heads, n, d]`` of rows that are fed their text's token ``row + 1 +
-        step``."""
+        """Return queries, keys and values ``[B, heads, n, d]`` of rows, each of which reads token ``row + 1 + step`` of its
+        text."""
         config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
         tokens = batch.ids.gather(1, (rows + 1 + step).clamp(max=batch.ids.shape[1] - 1))
         embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
@@ -72,7 +73,7 @@ class Unrolled(nn.Module):
         return q / math.sqrt(config.head_dim), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
     def _attend(self, q: Tensor, keys: list[Tensor], values: list[Tensor], rows: Tensor) -> Tensor:
-        """Return the attention to step 0's keys up to the own row, and to the own keys of the later steps."""
+        """Return the attention of each row to the keys of step 0 up to its own, and to its own keys of later steps."""
         width = keys[0].shape[2]
         future = torch.arange(width, device=rows.device) > rows[:, None, :, None]
         scores = [(q @ keys[0].transpose(-1, -2)).float().masked_fill(future, float("-inf"))]
@@ -86,15 +87,15 @@ class Unrolled(nn.Module):
 
 
 class Objective:
-    """Cross-entropy to the target's distribution over the draft vocabulary: of the whole text at the first step, of
-    the answers after it.
+    """Cross-entropy to the target's distribution over the draft vocabulary: over whole texts at the first step, and over
+    the answers at later steps.
 
-    In training that vocabulary is the shortlist and every token of the batch: the output rows are the target's and
-    stay fixed, so a head that learns to point at a token need not have it on the shortlist.
+    In training the draft vocabulary is the shortlist and every token of the batch. The output rows are the target's and
+    stay fixed, so a head that learns to predict a token does not need it in the shortlist.
 
     Args:
         output_head: the target's output rows ``[vocab, hidden]``.
-        dtype: of autocast.
+        dtype: dtype of autocast.
     """
 
     def __init__(self, model: Unrolled, output_head: Tensor, dtype: torch.dtype):
@@ -105,11 +106,11 @@ class Objective:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar), and per step the number of rows whose whole chain so far is accepted, and of all
-        rows.
+        """Return the loss (a scalar) and, for each step, the number of rows whose whole chain so far is accepted, and the
+        number of all rows: ``[steps]`` each.
 
         Args:
-            share: of the rows that the steps after the first are run for.
+            share: share of the rows for which steps after the first are computed.
             generator: draws those rows.
         """
         device = batch.ids.device
@@ -130,7 +131,7 @@ class Objective:
                 trained = inside if step else drafted_rows(batch, 0, within_answer=False)
                 picked = trained.nonzero(as_tuple=True)
                 at = rows[picked] if step else picked[1]
-                ahead = (picked[0], at + 1 + step)  # what has been read when the prediction is made
+                ahead = (picked[0], at + 1 + step)  # last token that is read before the prediction
                 wanted = F.linear(batch.final[ahead].to(self.dtype), output_rows).float().softmax(-1)
                 logits = F.linear(hidden[picked], output_rows).float()
                 loss = loss + STEP_DECAY**step * F.cross_entropy(logits, wanted, reduction="sum") / max(1, len(at))

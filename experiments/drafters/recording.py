@@ -1,7 +1,7 @@
 """Recordings that a drafter learns from: the target's hidden states over its own text, computed once.
 
-The target's distribution is recorded as its final normed hidden state: one product with the output head gives the
-probabilities of any draft vocabulary.
+The target's distribution is recorded as the final normed hidden state, from which the output head computes the
+probabilities over any draft vocabulary.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from spec_envs.experiments.drafters.selftext import Conversation
 from spec_envs.files import held, whole
 from spec_envs.prompts.sets import encode
 
-SHARD = 256  # conversations
+SHARD = 256  # conversations in a file
 
 
 @dataclass
 class Example:
-    """One conversation: ids ``[n]``, where the answer begins, features ``[n, 3·hidden]``, final states ``[n,
-    hidden]``."""
+    """A recorded conversation.
+
+    Attributes:
+        ids: token ids ``[n]``.
+        answer: position where the answer begins.
+        features: hidden states of the captured layers ``[n, 3·hidden]``.
+        final: normed hidden states after the last layer ``[n, hidden]``.
+    """
 
     ids: Tensor
     answer: int
@@ -55,7 +61,13 @@ def record(
     capture: tuple[int, ...],
     batch: int = 8,
 ) -> list[Path]:
-    """Write one safetensors file per ``SHARD`` conversations; finished files are kept."""
+    """Write a safetensors file for every ``SHARD`` conversations, unless it exists, and return the files.
+
+    Args:
+        conversations: token ids of each, and the position where its answer begins.
+        capture: layers whose hidden states are recorded.
+        batch: conversations in a forward.
+    """
     with held(folder, "recording hidden states"):
         return record_alone(target, conversations, folder, capture, batch)
 
@@ -63,7 +75,7 @@ def record(
 def record_alone(
     target: Transformer, conversations: list[tuple[list[int], int]], folder: Path, capture: tuple[int, ...], batch: int
 ) -> list[Path]:
-    """Do the same in a folder that this process holds."""
+    """Write the files of ``record`` in a folder that this process holds."""
     shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):
@@ -96,17 +108,17 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def shard_lengths(path: Path) -> list[int]:
-    """Return the number of tokens of each conversation of one file, shortest first."""
+    """Return the numbers of tokens of the conversations in a file, in ascending order."""
     with readable(path), safe_open(path, "pt") as file:
         return list(map(int, file.get_tensor("lengths")))
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Refuse a damaged file of recordings in one sentence.
+    """Turn errors about a damaged file of recordings into one sentence.
 
     Raises:
-        ValueError: it names the file.
+        ValueError: the file is damaged; the message names it.
     """
     try:
         yield
@@ -115,7 +127,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def load_shard(path: Path) -> list[Example]:
-    """Return the conversations of one file, shortest first."""
+    """Return the conversations in a file, the shortest first."""
     with readable(path):
         tensors = load_file(path)
         lengths, answers = (tensors[name].tolist() for name in ("lengths", "answers"))

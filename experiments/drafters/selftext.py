@@ -1,7 +1,7 @@
-"""Text that the target writes itself, for its drafter to learn from, so that no data set is needed.
+"""Text that the target writes itself and that its drafter learns from, so that no data set is needed.
 
-User turns are composed (``turns.py``) or sampled at temperature 1 from the bare chat template (the model then
-writes the kind of request it was tuned on); the target answers them greedily. One conversation is one JSON line.
+User turns are composed (``turns.py``), or sampled at temperature 1 from the bare chat template, after which the model
+writes the kind of request that it was tuned on. The target answers them greedily. Each conversation is a line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spec_envs.prompts.sets import decode, encode
 from spec_envs.prompts.templates import rendered
 from spec_envs.text import Detokenizer, TextStream
 
-SMALLEST, SHARE = 8, 100  # texts of a batch; of how many tokens in all there is one more
+SMALLEST, SHARE = 8, 100  # least texts of a batch, and tokens in all for each text of it
 MARK = "\x00turn\x00"
 
 
@@ -33,8 +33,8 @@ class Conversation:
     """A user turn and its answer.
 
     Attributes:
-        answer_ids: of the answer; empty where it is given as a text.
-        assistant: the answer as a text, which ends with EOS where it is ``complete``.
+        answer_ids: token ids of the answer; empty if the answer is given as text.
+        assistant: text of the answer; EOS follows it if it is ``complete``.
     """
 
     user: str
@@ -44,10 +44,10 @@ class Conversation:
 
     @classmethod
     def of(cls, line: Any) -> Conversation:
-        """Return the conversation of a line of JSON.
+        """Return the conversation that a line of JSON holds.
 
         Raises:
-            TypeError, KeyError, AttributeError: it is none.
+            TypeError, KeyError, AttributeError: the line holds no conversation.
         """
         ids, text = line.get("answer_ids"), line.get("assistant")
         if not isinstance(line["user"], str) or not isinstance(text if ids is None else ids, list | str):
@@ -56,7 +56,7 @@ class Conversation:
 
 
 def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template up to the place where the first user turn begins."""
+    """Return the text of the chat template before the first user turn."""
     return rendered(tokenizer, [("user", MARK)], answer=False).split(MARK)[0]
 
 
@@ -76,28 +76,31 @@ def write_conversations(
     """Append conversations to ``path`` until it holds ``tokens`` answer tokens.
 
     Args:
-        batch: most answers written at once; twice as many user turns, which are shorter, are sampled at once.
-        max_turn, max_answer: limits in tokens; a longer turn is dropped, a longer answer is cut.
-        longest: of turn and answer together, in tokens; longer turns are dropped.
+        batch: most answers in a batch; user turns, which are shorter, are sampled twice as many at a time.
+        max_turn, max_answer: most tokens; a longer turn is dropped, a longer answer is cut.
+        longest: most tokens of turn and answer together; longer turns are dropped.
         opened: share of the sampled user turns that start with one of ``OPENINGS``.
         composed: share of the user turns that are composed.
+
+    Raises:
+        ValueError: ``longest`` is too small, or the target completes no user turn.
     """
     if longest <= max_answer:
         raise ValueError(f"longest is {longest}; expected more than an answer's {max_answer} tokens")
     conversations = read_conversations(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:  # without a line cut short
+    with whole(path) as temporary:  # without a truncated last line
         temporary.write_text("".join(map(as_line, conversations)))
     written = sum(len(c.answer_ids) for c in conversations)
     eos = {tokenizer.eos_token_id}
-    batch = min(batch, max(SMALLEST, tokens // SHARE))  # a little text is not written in one large batch
+    batch = min(batch, max(SMALLEST, tokens // SHARE))  # several batches even for little text
     answered = {c.user for c in conversations}
     shipped = [turn for turn in training_turns() if turn not in answered]
     with (
         tqdm(total=tokens, initial=min(written, tokens), unit="tok", desc="writing text") as bar,
         path.open("a") as file,
     ):
-        barren = 0  # rounds in a row that had nothing to answer
+        barren = 0  # consecutive rounds without a user turn to answer
         while written < tokens:
             rng = random.Random(f"{seed}-{written}-{barren}")
             users = sampled_turns(target, tokenizer, 2 * batch, max_turn, opened, rng) + shipped
@@ -108,9 +111,9 @@ def write_conversations(
             prompts = [(ids, user) for ids, user in prompts if len(ids) + max_answer <= longest]
             barren = 0 if prompts else barren + 1
             if barren == 3:
-                raise ValueError("the target ends no user turn of its own; give --conversations and --tokens 0")
+                raise ValueError("the target completes no user turn; give --conversations and --tokens 0")
             groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
-            rng.shuffle(groups)  # an interrupted round lacks texts of every length, not the longest
+            rng.shuffle(groups)  # so that an interrupted round lacks texts of every length, not only the longest
             for group in groups:
                 if written >= tokens:
                     break
@@ -136,7 +139,7 @@ def sampled_turns(
     opened: float,
     rng: random.Random,
 ) -> list[str]:
-    """Let the target write user turns, and return those of ``count`` that it ends within ``max_turn`` tokens."""
+    """Let the target write ``count`` user turns, and return those that it completes within ``max_turn`` tokens."""
     generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
     prefix, eos = user_prefix(tokenizer), {tokenizer.eos_token_id}
     openings = [rng.choice(OPENINGS) if rng.random() < opened else "" for _ in range(count)]
@@ -147,7 +150,7 @@ def sampled_turns(
     detokenize, users = Detokenizer.of(tokenizer), []
     for opening, start, turn in zip(openings, starts, turns, strict=True):
         if turn[-1] in eos:
-            stream = TextStream(detokenize)  # what was written is text after its start, where it has its first space
+            stream = TextStream(detokenize)  # after its start, the turn's first token keeps its leading space
             stream.push(start)
             users.append(opening + stream.push(turn[:-1]) + stream.finish())
     return [user for user in users if user.strip()]
@@ -157,7 +160,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     """Return the conversations of a JSONL file, each with ``user`` and ``answer_ids``, or ``assistant`` (text).
 
     Raises:
-        ValueError: a malformed line; the last one may be cut short by a killed run and is left out.
+        ValueError: a line is malformed. Only the last line may be, because a killed run truncates it; it is left out.
     """
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     conversations = []

@@ -1,6 +1,6 @@
-"""Write a draft model that lives on its target's embedding as a model of its own, which transformers loads (`make
-standalone`): as `assistant_model` of its target, say. It has no shortlist then: its output rows are all of the
-target's.
+"""Write a draft model that shares its target's embedding as a complete model that transformers loads, for example as
+`assistant_model` of its target (`make standalone`). The complete model has no shortlist, but all of the target's output
+rows.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from spec_envs.experiments.command import one_sentence
 
 
 def write_standalone(drafter: str, target: str, out: Path) -> None:
-    """Write the whole model.
+    """Write the complete model into a new folder.
 
     Args:
         drafter: name or folder of a draft model that was made by `make drafter KIND=draft-model`.
         target: name of the model that it was made for.
 
     Raises:
-        ValueError: another kind of drafter, another target's, or a folder that is there already.
+        ValueError: the drafter is of another kind or was made for another target, or the folder exists already.
     """
     source, base = drafter_folder(drafter), model_folder(target)
     config, weights = load_config(source), load_weights(source)
     if SHORTLIST not in weights:
         raise ValueError(
-            f"{drafter!r} is a model of its own already, or no draft model; expected one without embedding"
+            f"{drafter!r} is a complete model already, or not a draft model; expected one without embedding"
         )
     theirs, whole = load_config(base), load_weights(base)
     mine = (config.hidden_size, config.vocab_size)
     if mine != (theirs.hidden_size, theirs.vocab_size):
         raise ValueError(
-            f"{drafter!r} was made for a target of hidden size and vocabulary {mine}; {target!r} is another"
+            f"{drafter!r} was made for a target of hidden size and vocabulary {mine}, which {target!r} does not have"
         )
     if out.exists():
-        raise ValueError(f"{out} is there already; choose another folder")
+        raise ValueError(f"{out} exists already; choose another folder")
     del weights[SHORTLIST]
     dtype = weights["model.norm.weight"].dtype
     weights |= {name: whole[name].to(dtype) for name in (EMBEDDING, OUTPUT) if name in whole}
@@ -66,10 +66,10 @@ def write_standalone(drafter: str, target: str, out: Path) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("drafter", type=nonempty, help="draft model: name of models.yml, or folder")
-    parser.add_argument("--out", type=output_folder, required=True, help="folder to write, which is not there yet")
+    parser.add_argument("drafter", type=nonempty, help="name or folder of the draft model")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder to write, which must not exist yet")
     parser.add_argument(
-        "--target", type=nonempty, help=f"what it was made for (default: by models.yml, else {DEFAULT_TARGET})"
+        "--target", type=nonempty, help=f"model that it was made for (default: as in models.yml, else {DEFAULT_TARGET})"
     )
     return parser.parse_args()
 

@@ -25,17 +25,17 @@ CHECKPOINT_EVERY = 200  # batches
 
 @dataclass(frozen=True)
 class Report:
-    """Share of held-out positions at which a chain of 1, 2, … tokens would be accepted, and how many positions there
-    are."""
+    """The number of held-out positions, and the share of them at which a chain of 1, 2, … tokens would be accepted."""
 
     positions: int
     chain_acceptance: list[float]
 
 
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
-    """Yield examples of similar length, about ``tokens`` tokens at a time, in random order within shuffled files."""
+    """Yield batches of examples of similar length with about ``tokens`` tokens each. The files and the batches of each file
+    are shuffled."""
     for path in rng.sample(paths, len(paths)):
-        examples = load_shard(path)  # shortest first
+        examples = load_shard(path)  # the shortest first
         groups = grouped([len(example.ids) for example in examples], tokens)
         rng.shuffle(groups)
         for group in groups:
@@ -43,7 +43,7 @@ def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list
 
 
 def grouped(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Return the indices of ascending ``lengths`` in runs that, padded, hold about ``tokens`` tokens."""
+    """Return the indices of ascending ``lengths`` in groups that hold about ``tokens`` tokens each, padding included."""
     groups: list[list[int]] = [[]]
     for i, length in enumerate(lengths):
         if groups[-1] and (len(groups[-1]) + 1) * length > tokens:
@@ -53,7 +53,7 @@ def grouped(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> float:
-    """Return the learning rate: a linear warm-up, then a cosine to a twentieth of the peak."""
+    """Return the learning rate of a step: a linear warm-up, then a cosine that falls to a twentieth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -71,7 +71,19 @@ def train(
     share: float,
     seed: int,
 ) -> None:
-    """Train a drafter in place; an interrupted run continues from ``checkpoint`` at the epoch's next batch."""
+    """Train a drafter in place. An interrupted run continues from ``checkpoint`` with the next batch of its epoch.
+
+    Args:
+        paths: files of recordings.
+        epochs: passes over the recordings.
+        steps, share: see the objective.
+        batch_tokens: tokens of a batch.
+        peak: highest learning rate.
+        seed: seed of the order of batches and of the objective.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
     model, device = objective.trained, objective.output_head.device
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
@@ -86,7 +98,7 @@ def train(
             raise ValueError(f"cannot continue from {checkpoint}: {str(error).splitlines()[0]}; delete it") from None
         done = state["done"]
     total = round(epochs * per_epoch)
-    # Products of this size do not split well over cores: each core takes a part of the batch instead.
+    # Matrix products of this size do not split well over cores, so each core computes a part of the batch instead.
     workers = torch.get_num_threads() if device.type == "cpu" else 1
 
     def gradient(examples: list[Example], part_seed: str) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
@@ -125,13 +137,13 @@ def train(
 
 @torch.no_grad()
 def report(objective: Objective | Distillation, paths: list[Path], depth: int) -> Report:
-    """Return cumulative chain acceptance by depth 1…``depth`` on held-out text.
+    """Return the acceptance of chains of 1 to ``depth`` tokens on held-out text.
 
-    A lower bound of what is drafted in use: here tokens that the text only brings later compete as well.
+    It is a lower bound of the acceptance in use, because here the tokens of the rest of the text compete as well.
     """
     survived, rows = torch.zeros(depth), torch.zeros(depth)
     texts = sum(len(shard_lengths(path)) for path in paths)
-    one = batches(paths, 1, random.Random(0))  # text at a time, each with its own vocabulary
+    one = batches(paths, 1, random.Random(0))  # one text at a time, because each has its own vocabulary
     for examples in tqdm(one, total=texts, unit="text", desc="held-out text"):
         _, s, r = objective(Batch.of(examples, objective.output_head.device), depth)
         survived += s.cpu()

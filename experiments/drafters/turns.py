@@ -1,7 +1,7 @@
-"""User turns for a drafter to learn from: the kinds of request a deployed model gets, without a data set.
+"""User turns that a drafter learns from: the kinds of request that a deployed model gets, without a data set.
 
-Some the target writes itself (``selftext.py``); those here are put together: texts of its own to summarise, functions
-of Python's standard library to complete, and the shipped training prompts.
+Besides the turns that the target writes itself (``selftext.py``), there are the shipped training prompts and composed
+turns: to summarise texts that the target wrote, or to complete functions of Python's standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from spec_envs.prompts.sets import load_prompts
 
-# How some of the turns begin that the target writes: so every kind of task occurs.
+# Beginnings of some of the turns that the target writes, so that every kind of task occurs.
 OPENINGS = (
     "Complete the following Python function.\n\ndef ",
     "Write a Python function that ",
@@ -46,7 +46,7 @@ COMPLETE = (
 
 
 def composed_turn(rng: random.Random, texts: Sequence[str]) -> str:
-    """Return a summary of one to three of ``texts``, or a function to complete, half of the time each."""
+    """Return a request to summarise one to three of ``texts``, or to complete a function; each is half of the turns."""
     if texts and rng.random() < 0.5:
         article = "\n\n".join(rng.choices(texts, k=rng.choice((1, 1, 2, 3))))
         return rng.choice(SUMMARISE).format(article)
@@ -54,13 +54,13 @@ def composed_turn(rng: random.Random, texts: Sequence[str]) -> str:
 
 
 def training_turns() -> list[str]:
-    """Return the shipped training prompts."""
+    """Return the texts of the shipped training prompts."""
     return [prompt.text for prompt in load_prompts("all", "train")]
 
 
 @functools.cache
 def library_functions() -> tuple[str, ...]:
-    """Return the heads of the standard library's functions: signature and docstring."""
+    """Return the heads (signature and docstring) of functions of the standard library."""
     heads = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")

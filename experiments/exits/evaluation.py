@@ -1,4 +1,4 @@
-"""The table of an early exit, before and after it has learned."""
+"""The table of an early exit before and after training."""
 
 from __future__ import annotations
 
@@ -29,49 +29,53 @@ from spec_envs.experiments.measure.statistics import same_text, with_aa_check
 from spec_envs.experiments.measure.tables import tables
 from spec_envs.settings import Keywords
 
-K_MAX = 8  # longest chain that is tried
-STOP_K, STOP = 6, 0.6  # published for Kangaroo (arXiv 2404.18911)
+K_MAX = 8  # tokens of the longest chain that is tried
+STOP_K, STOP = 6, 0.6  # longest chain and threshold published for Kangaroo (arXiv 2404.18911)
 KANGAROO = f"trained exit, up to {STOP_K}, stop below {STOP}"
 
 
 def exit_decoder(env: Keywords, k: int, drafter: str | None = None) -> Decoder:
-    """Return a decoder that drafts chains of up to ``k`` tokens from an exit of ``SpecDVI-v0`` with these keyword
-    arguments, the untrained one where no ``drafter`` is named."""
+    """Return a decoder that drafts chains of up to ``k`` tokens from an early exit.
+
+    Args:
+        env: keyword arguments of ``SpecDVI-v0``.
+        drafter: name or run folder of the exit; by default the untrained exit of ``env``.
+    """
     return over_models(decoder_for(chain_env(env, drafter), KControl(k_max=max(2, k), observation="counters")))
 
 
 def exit_drafter(decoder: Decoder) -> EarlyExitDrafter:
-    """Return the exit that a decoder drafts from.
+    """Return the early exit that a decoder drafts with.
 
     Raises:
-        ValueError: it has another drafter.
+        ValueError: the decoder has another drafter.
     """
     if not isinstance(decoder.drafter, EarlyExitDrafter):
-        raise ValueError("the drafter is no early exit; expected exit:N, or the folder of a trained one")
+        raise ValueError("the drafter is not an early exit; expected exit:N, or the folder of a trained exit")
     return decoder.drafter
 
 
 def chain_env(env: Keywords, drafter: str | None = None) -> Keywords:
-    """Return keyword arguments of ``SpecK-v0`` with an exit of ``SpecDVI-v0`` for the drafter."""
+    """Return keyword arguments of ``SpecK-v0`` whose drafter is the exit of ``SpecDVI-v0`` with the arguments ``env``."""
     own = set(inspect.signature(DVIControl).parameters) - {"target", "device", "dtype"}
     shared = {key: value for key, value in env.items() if key not in own and key != "reward"}
     return shared | {"drafter": drafter or exit_of_problem(make_control("dvi", env)).drafter}
 
 
 def exit_of_problem(control: Control) -> ExitPoint:
-    """Return the exit that a problem drafts from.
+    """Return the early exit that a problem drafts with.
 
     Raises:
-        ValueError: it drafts with another model.
+        ValueError: the problem drafts with a model.
     """
     if control.exit is None:
-        raise ValueError(f"{control.name} drafts with another model than the target's own exit; expected SpecDVI-v0")
+        raise ValueError(f"{control.name} does not draft with an early exit of the target; expected SpecDVI-v0")
     return control.exit
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """The share of accepted among verified drafts, and emitted tokens per cycle."""
+    """The accepted share of verified drafts, and the emitted tokens per cycle."""
 
     accept_rate: float
     emitted_per_cycle: float
@@ -85,17 +89,16 @@ class Acceptance:
 
 
 def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -> Results:
-    """Return the table of a policy of SpecDVI-v0: plain decoding, the untrained exit, what became of it, with and
-    without prompt lookup in front and by Kangaroo's rule, and the agent in its own environment. ``exit`` has what
-    learning changed.
+    """Return the table of a run of SpecDVI-v0: plain decoding, the untrained exit, the trained exit (alone, after prompt
+    lookup, and with Kangaroo's rule), and the agent in its own environment. ``exit`` has what training changed.
 
     Args:
-        policy: of the run.
-        run: its folder.
+        policy: policy of the run.
+        run: folder of the run.
         env: keyword arguments of the environment.
 
     Raises:
-        ValueError: the run was to train an exit and holds none.
+        ValueError: the run holds no exit, though its agent trains one.
     """
     config, control = agents.read_config(run), policy.control
     point = exit_of_problem(control)
@@ -156,8 +159,8 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
 
 
 def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, float]:
-    """Return seconds of a cycle by part in units of a plain step, and what a cycle must emit to be as fast as plain
-    decoding."""
+    """Return the duration of a cycle in plain steps, by part and as a ``"whole"``. As many tokens as the whole must a cycle
+    emit to be as fast as plain decoding."""
     step = sum(s.seconds for s in plain) / sum(s.tokens for s in plain)
     cycles = sum(s.cycles for s in samples)
     parts = {part: sum(s.parts[part] for s in samples) / cycles / step for part in ("draft", "verify")}
@@ -166,7 +169,7 @@ def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[
 
 @torch.inference_mode()
 def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> Drift:
-    """Return the distance of the verifier from the original target, on the target's texts."""
+    """Return the difference between a verifier with a trained adapter and the original target, on texts of the target."""
     target, added = adapter.target, adapter.deployed_additions()
     nats = divergence = other = 0.0
     total = 0

@@ -1,4 +1,4 @@
-"""The stream of user turns that an early exit learns from where none is given."""
+"""The stream of user turns that an early exit learns from if none is given."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def write_own_text(path: Path, env: Keywords, count: int, seed: int) -> None:
     composed from its words and from Python standard-library sources.
 
     Raises:
-        ValueError: the target ends no user turn.
+        ValueError: the target completes no user turn.
     """
     name, device = env.get("target", DEFAULT_TARGET), resolve_device(env.get("device", "auto"))
     target = load_target(name, device, resolve_dtype(env.get("dtype", "auto"), device, [name]))
     tokenizer, rng = load_tokenizer(name), random.Random(seed)
     turns = list(dict.fromkeys(training_turns()))[: count // 2]
-    LOG.info(f"{name} writes user turns to learn from")
+    LOG.info(f"{name} writes user turns for training")
     barren = 0
     while len(turns) < count and barren < 3:
         written = sampled_turns(target, tokenizer, min(128, 2 * (count - len(turns))), 160, 0.4, rng)
         barren = 0 if written else barren + 1
         turns += [*written, *(composed_turn(rng, written) for _ in written)]
     if len(turns) < count:
-        raise ValueError(f"{name} ends no user turn of its own; give own_text=0 and conversations in env.prompts")
+        raise ValueError(f"{name} completes no user turn; give own_text=0 and conversations in env.prompts")
     rng.shuffle(turns)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_log(path, turns[:count], "train")

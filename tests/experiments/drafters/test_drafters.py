@@ -67,7 +67,7 @@ def test_init_continues_from_given_head(
     assert 1e-4 < moved < 0.05  # moved a little from its start, so it did not begin at the target's last layer
     before.lm_head.weight.data += 1
     before.save(tmp_path / "other")
-    with pytest.raises(SystemExit, match=r"has output rows of its own; expected one that `make drafter` made"):
+    with pytest.raises(SystemExit, match=r"has output rows of its own; expected a head that `make drafter` made"):
         make(monkeypatch, *common, "--work", tmp_path / "again", "--init", tmp_path / "other")
 
 
@@ -76,8 +76,8 @@ def test_init_continues_from_given_head(
     [
         (["--steps", 0], "--steps is 0; expected 1 or more"),
         (["--deep-share", 5], "--deep-share is 5; expected above 0 and at most 1"),
-        (["--deep-share", 0.5, "--kind", "draft-model"], "--deep-share is read with --kind eagle3 alone"),
-        (["--layers", 2], "--layers is read with --kind draft-model alone"),
+        (["--deep-share", 0.5, "--kind", "draft-model"], "--deep-share has an effect only with --kind eagle3"),
+        (["--layers", 2], "--layers has an effect only with --kind draft-model"),
         (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
     ],
 )
@@ -107,7 +107,7 @@ def test_target_that_never_ends_a_turn_is_refused(
     monkeypatch.setattr(selftext, "sampled_turns", lambda *_: [])
     monkeypatch.setattr(selftext, "training_turns", lambda: [])
     target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
-    with pytest.raises(ValueError, match="ends no user turn of its own"):
+    with pytest.raises(ValueError, match="completes no user turn"):
         selftext.write_conversations(target, tokenizer, tmp_path / "text.jsonl", 100)
 
 

@@ -78,10 +78,10 @@ def test_complete_copy_assists_in_transformers(
     rows = counted(target)
     assert torch.equal(target.generate(torch.tensor([IDS]), assistant_model=assistant, **settings), text)
     assert len(rows) < 18  # with a random embedding there would be 24
-    with pytest.raises(SystemExit, match="is there already; choose another folder"):
+    with pytest.raises(SystemExit, match="exists already; choose another folder"):
         whole(draft, tiny_target, monkeypatch)
     shutil.rmtree(out)
-    with pytest.raises(SystemExit, match="is a model of its own already, or no draft model"):
+    with pytest.raises(SystemExit, match="is a complete model already, or not a draft model"):
         whole(tiny_target, tiny_target, monkeypatch)
     other = Path(shutil.copytree(tiny_target, draft.with_name("other")))
     config = json.loads((other / "config.json").read_text())
