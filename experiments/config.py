@@ -21,8 +21,8 @@ from spec_envs.yaml_text import parse_yaml
 
 
 class Stage(BaseModel):
-    """One of the trainings of a stanza that trains several policies in turn. With ``partner: false`` the decision of the
-    other policy stays fixed."""
+    """One of the trainings of a stanza that trains several policies in turn. With ``partner: false`` the decision of
+    the other policy stays fixed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: str
@@ -91,7 +91,8 @@ def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = (), fil
     source = ExperimentFile.of(env_id, file)
     if stanza not in source.stanzas:
         raise ValueError(
-            f"{source.name} has no stanza {stanza!r}{nearest(stanza, source.stanzas)}; it has {', '.join(source.stanzas)}"
+            f"{source.name} has no stanza {stanza!r}{nearest(stanza, source.stanzas)}; "
+            f"it has {', '.join(source.stanzas)}"
         )
     chosen = dict(source.stanzas[stanza])
     chosen["env"] = {**source.env, **chosen.get("env", {})}
@@ -193,8 +194,8 @@ def check_env(
 
 
 def refuse_unfit_numbers(key: str, value: Any, place: str) -> None:
-    """Refuse text that was meant as a number (YAML reads ``3e-4`` as text), and numbers that are not finite, also within
-    lists.
+    """Refuse text that was meant as a number (YAML reads ``3e-4`` as text), and numbers that are not finite, also
+    within lists.
 
     Raises:
         ValueError: the message begins with ``place``.

@@ -97,8 +97,8 @@ def check_overrides(overrides: Keywords, env: Keywords) -> None:
         return
     if ignored := sorted(set(overrides) - {"clock", "max_new_tokens", "prompts"}):
         raise ValueError(
-            f"{', '.join(ignored)} cannot be set, because the run is replayed from the trace {trace!r}, which was recorded "
-            "with other values"
+            f"{', '.join(ignored)} cannot be set, because the run is replayed from the trace {trace!r}, which was "
+            "recorded with other values"
         )
     if "prompts" in overrides:
         recordings.load(trace).prompts("test", overrides["prompts"])
@@ -161,7 +161,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=output_folder,
-        help="folder of the results (default: the run's; with other settings one in its eval/, for mixes one in runs/mixes/)",
+        help="folder of the results (default: the run's; with other settings one in its eval/, for mixes one in "
+        "runs/mixes/)",
     )
     return parser.parse_args()
 

@@ -115,9 +115,9 @@ def build(folder: Path, config: RunConfig) -> tuple[gym.Env, Agent]:
 
 
 def seconds_of_decision(folder: Path, config: RunConfig, agent: Agent) -> float:
-    """Return the seconds that the run charges for a decision, the same in training, validation and table. They are given
-    by the settings, or priced where forwards are priced (two runs of one seed are then equal), or else measured once
-    and kept in the folder."""
+    """Return the seconds that the run charges for a decision, the same in training, validation and table. They are
+    given by the settings, or priced where forwards are priced (two runs of one seed are then equal), or else measured
+    once and kept in the folder."""
     note, env = folder / DECISION, config.env
     if not note.exists():
         if "policy_seconds" in env:

@@ -1,4 +1,5 @@
-"""Upper bounds on the texts of a trace: the best static setting, the best one of each task, and the clairvoyant optimum.
+"""Upper bounds on the texts of a trace: the best static setting, the best one of each task, and the clairvoyant
+optimum.
 
 The text is the same under every policy, so the highest throughput is the fewest seconds. A policy that knew everything
 would choose at every position the setting with the fewest seconds to the end of the text. Dynamic programming finds it,
@@ -59,8 +60,8 @@ class Bounds:
         self.copied, self.right = np.broadcast_to(cycles.first, rows), np.broadcast_to(cycles.right, rows)
 
     def static(self) -> np.ndarray:
-        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite for plans that the control does
-        not offer."""
+        """Return the seconds of every text under every plan, ``[texts, plans]``; infinite for plans that the control
+        does not offer."""
         texts, count = len(self.texts), len(self.plans.sizes)
         row = np.repeat(self.first[:, None], count, 1)
         last = np.repeat(self.last[:, None], count, 1)
@@ -95,8 +96,8 @@ class Bounds:
     def _cycles(
         self, row: np.ndarray, plan: np.ndarray, unread: np.ndarray, left: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the seconds of cycles at rows of the trace, the tokens that they emit, and the tokens that the draft model
-        has not read after them.
+        """Return the seconds of cycles at rows of the trace, the tokens that they emit, and the tokens that the draft
+        model has not read after them.
 
         Args:
             row, plan: where and how each cycle drafts.

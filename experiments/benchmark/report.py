@@ -37,13 +37,13 @@ def headroom(results: dict[str, Findings]) -> list[str]:
     """Return the lines about how much there is to gain, and how much of it is reached."""
     lines = [
         "Throughput on held-out texts, replayed under this machine's costs. S* is the best static setting, chosen on "
-        "training texts. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and tuned "
-        "rules. C* is the clairvoyant optimum, which no policy can reach. Each environment is priced by what forwards cost "
-        "while it was measured. *Per task* is the best static setting of each task. The last column is below "
-        "0 if `hindsight` is slower than S*.",
+        "training texts. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and "
+        "tuned rules. C* is the clairvoyant optimum, which no policy can reach. Each environment is priced by what "
+        "forwards cost while it was measured. *Per task* is the best static setting of each task. The last column is "
+        "below 0 if `hindsight` is slower than S*.",
         "",
-        "| environment | S* | S* over plain | S* per task | I* over S* | C* over S* | `hindsight` over S* | of I* | of the "
-        "gap S* to C* |",
+        "| environment | S* | S* over plain | S* per task | I* over S* | C* over S* | `hindsight` over S* | of I* | of "
+        "the gap S* to C* |",
         f"|{'---|' * 9}",
     ]
     for env_id, found in results.items():
@@ -82,9 +82,10 @@ def verdicts(results: dict[str, Findings]) -> list[str]:
         lines.append(
             f"`{env_id}`: live, `hindsight` {pays} ({live.interval:.3f} of S*); the fastest arm was `{fastest}` "
             f"({adaptive[fastest].interval:.3f}). Knowing everything would gain {100 * room:.0f} %; "
-            f"{100 * max(0.0, known):.0f} % of that could be learned from what an agent observes, and the rest is acceptance "
-            f"that no observation predicts. While decoding, a draft step costs {drafts:.2f} of a plain step, and verifying 8 "
-            f"rows costs {verify[8] / verify[1]:.2f} (the curves below are of forwards that were timed alone)."
+            f"{100 * max(0.0, known):.0f} % of that could be learned from what an agent observes, and the rest is "
+            f"acceptance that no observation predicts. While decoding, a draft step costs {drafts:.2f} of a plain step, "
+            f"and verifying 8 rows costs {verify[8] / verify[1]:.2f} (the curves below are of forwards that were timed "
+            "alone)."
         )
     return ["\n\n".join(lines)]
 
@@ -99,10 +100,10 @@ def of_environment(found: Findings) -> list[str]:
     equal, speeds, recording = found.checks.replay_equals_live, found.checks.speeds, found.checks.recording
     seeds, texts = found.settings.seeds, found.settings.texts
     lines = [
-        f"Replayed on {texts[2]} held-out texts, over S*: the interquartile mean over {seeds} seeds with its 95 % interval, "
-        "the seconds of training, and the forwards of the target that the same training takes live (for `hindsight` and "
-        f"`exact-pg`: that recording {texts[0]} training texts took). The tasks take turns; *task by task* means all texts of "
-        "a task one after another, which matters for arms that learn while they serve.",
+        f"Replayed on {texts[2]} held-out texts, over S*: the interquartile mean over {seeds} seeds with its 95 % "
+        "interval, the seconds of training, and the forwards of the target that the same training takes live (for "
+        f"`hindsight` and `exact-pg`: that recording {texts[0]} training texts took). The tasks take turns; *task by "
+        "task* means all texts of a task one after another, which matters for arms that learn while they serve.",
         "",
         "| arm | over S* | training s | target forwards |",
         "|---|---|---|---|",
@@ -117,14 +118,14 @@ def of_environment(found: Findings) -> list[str]:
     ]
     for name, other in found.other_costs.items():
         lines.append(
-            f"- Under the cost table `{name}`, which its training has not seen: {other.over_static:.3f} of the best static "
-            f"setting under that table ({named(other.static)}); clairvoyant {other.clairvoyant:.3f}."
+            f"- Under the cost table `{name}`, which its training has not seen: {other.over_static:.3f} of the best "
+            f"static setting under that table ({named(other.static)}); clairvoyant {other.clairvoyant:.3f}."
         )
     lines += [
-        f"- Replay against live decoding with random actions: {equal.cycles} cycles; {equal.mismatches} have other tokens, "
-        f"and {equal.ties} more at near-ties; priced over timed seconds {equal.priced_over_timed:.3f}.",
-        f"- {speeds.replay_steps_per_s / 1e6:.2f} million steps per second on one core, {speeds.live_steps_per_s:.1f} live "
-        f"({speeds.replay_over_live:.0f} times as many). Recording a position takes "
+        f"- Replay against live decoding with random actions: {equal.cycles} cycles; {equal.mismatches} have other "
+        f"tokens, and {equal.ties} more at near-ties; priced over timed seconds {equal.priced_over_timed:.3f}.",
+        f"- {speeds.replay_steps_per_s / 1e6:.2f} million steps per second on one core, "
+        f"{speeds.live_steps_per_s:.1f} live ({speeds.replay_over_live:.0f} times as many). Recording a position takes "
         f"{1000 * recording.position_seconds:.0f} ms, a live cycle at full depth "
         f"{1000 * recording.full_cycle_seconds:.0f} ms.",
         "",

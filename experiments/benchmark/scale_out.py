@@ -14,9 +14,9 @@ T = TypeVar("T")
 def mapped(work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], desc: str) -> list[T]:
     """Return ``work(*job)`` of every job, in order.
 
-    The environment variable ``RAY`` chooses where: 1 is a local Ray cluster, and an address is that cluster, which has to
-    see the same files. There each job computes on one thread and depends on no other job, so that results do not depend
-    on where it runs.
+    The environment variable ``RAY`` chooses where: 1 is a local Ray cluster, and an address is that cluster, which has
+    to see the same files. There each job computes on one thread and depends on no other job, so that results do not
+    depend on where it runs.
 
     Raises:
         ValueError: ``RAY`` is set and Ray is not installed.

@@ -2,8 +2,8 @@
 
 Each command is killed repeatedly (SIGKILL, with all its children) and started again until it ends. Then its files are
 compared with those of an undisturbed run. The moments are drawn from the time that the undisturbed run takes after its
-first file. If a command ends before it is killed, it starts again in another folder. Prints a table and exits with 1 if a
-command did not end, or made other files. With ten kills each, all cases take about an hour.
+first file. If a command ends before it is killed, it starts again in another folder. Prints a table and exits with 1 if
+a command did not end, or made other files. With ten kills each, all cases take about an hour.
 """
 
 from __future__ import annotations

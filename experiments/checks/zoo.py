@@ -1,10 +1,10 @@
-"""Check that the whole zoo works (`make zoo-check`): every stanza of every YAML file is trained for a few steps on the real
-model and measured, and every shipped agent is loaded and run.
+"""Check that the whole zoo works (`make zoo-check`): every stanza of every YAML file is trained for a few steps on the
+real model and measured, and every shipped agent is loaded and run.
 
-Agents learn nothing useful in so few steps; what is checked is that they are trained, saved, loaded and measured. If the
-process is killed, the same command continues with the cases that have not passed yet, as long as the code is the same.
-Prints a table and exits with 1 if anything failed; what a stanza printed is in STANZA.log beside its run folder. With
---priced, all 87 stanzas take 15 minutes of processor time, and a sample of four about one minute.
+Agents learn nothing useful in so few steps; what is checked is that they are trained, saved, loaded and measured. If
+the process is killed, the same command continues with the cases that have not passed yet, as long as the code is the
+same. Prints a table and exits with 1 if anything failed; what a stanza printed is in STANZA.log beside its run folder.
+With --priced, all 87 stanzas take 15 minutes of processor time, and a sample of four about one minute.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--priced",
         action="store_true",
-        help=f"price forwards with the table {CLOCK} instead of timing them, and leave other software out (takes half the "
-        "time)",
+        help=f"price forwards with the table {CLOCK} instead of timing them, and leave other software out (takes half "
+        "the time)",
     )
     parser.add_argument(
         "--root", type=output_folder, default=Path("runs/zoo-check"), help="folder of the runs (default runs/zoo-check)"

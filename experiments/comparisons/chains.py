@@ -1,5 +1,5 @@
-"""Compare fixed and adaptive draft lengths (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers of
-the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
+"""Compare fixed and adaptive draft lengths (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers
+of the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts and the best agent on validation prompts; all arms are then measured side
 by side on held-out prompts. Agents that are not trained yet are trained first, with one seed and on this project's own
@@ -139,8 +139,8 @@ def experiment_for(stanza: str, env: Keywords) -> Experiment:
 
 
 def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
-    """Return the policy of a controller with its stanza's settings, or of an agent, which is trained unless it is trained
-    already.
+    """Return the policy of a controller with its stanza's settings, or of an agent, which is trained unless it is
+    trained already.
 
     Raises:
         ValueError: the agent decides in every cycle, which a server does not offer.

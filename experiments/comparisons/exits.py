@@ -1,5 +1,5 @@
-"""Compare agents that train an early exit (`make compare-exits`): every stanza and seed reads the same stream of prompts
-once, and the trained exits are then measured side by side on held-out prompts.
+"""Compare agents that train an early exit (`make compare-exits`): every stanza and seed reads the same stream of
+prompts once, and the trained exits are then measured side by side on held-out prompts.
 
 The run folders are `ROOT/SpecDVI-v0/<stanza>-<seed>/`. If the process is killed, the same command continues. Writes
 bench-dvi.json, bench-dvi.md and bench-dvi.png, with the learning curves, into ROOT.
@@ -58,7 +58,8 @@ class Learned:
 
 @dataclass(kw_only=True)
 class Exits:
-    """The untrained exit and the trained exits of each stanza, measured side by side with ``k`` drafted tokens per cycle."""
+    """The untrained exit and the trained exits of each stanza, measured side by side with ``k`` drafted tokens per
+    cycle."""
 
     machine: Machine
     prompts: int

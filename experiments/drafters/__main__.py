@@ -1,5 +1,5 @@
-"""Train a drafter for a target on text that the target writes itself (`make drafter`): an EAGLE-3 head, or a small draft
-model made of a few of the target's own layers (`make drafter KIND=draft-model`).
+"""Train a drafter for a target on text that the target writes itself (`make drafter`): an EAGLE-3 head, or a small
+draft model made of a few of the target's own layers (`make drafter KIND=draft-model`).
 
 There are four steps, and each continues where it was interrupted: write text, record hidden states, train, report on
 held-out text. A head is saved in the published checkpoint layout; a draft model is saved in Hugging Face's layout

@@ -22,8 +22,8 @@ from spec_envs.files import write_bytes, write_json
 
 
 def kept_layers(layers: int, count: int) -> list[int]:
-    """Return the indices of the ``count`` layers of a target from which its draft model starts: the first ones, which read
-    the text, and the last.
+    """Return the indices of the ``count`` layers of a target from which its draft model starts: the first ones, which
+    read the text, and the last.
 
     Raises:
         ValueError: the target does not have more layers than that.
@@ -74,8 +74,8 @@ class Student(nn.Module):
         return hidden
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors with Hugging Face's names. The embedding is left out, so the model has its
-        own type; the tensor ``shortlist`` holds the ids of the shortlist."""
+        """Write config.json and model.safetensors with Hugging Face's names. The embedding is left out, so the model
+        has its own type; the tensor ``shortlist`` holds the ids of the shortlist."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"model.{name}": tensor.to(dtype).contiguous() for name, tensor in self.model.state_dict().items()}
         state["shortlist"] = self.draft_ids.to(torch.int32)
@@ -106,11 +106,11 @@ class Distillation:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar) and, for each chain length up to ``steps``, the number of positions of the answers from
-        which that many tokens in a row are right, and the number of all positions: ``[steps]`` each.
+        """Return the loss (a scalar) and, for each chain length up to ``steps``, the number of positions of the answers
+        from which that many tokens in a row are right, and the number of all positions: ``[steps]`` each.
 
-        Under greedy decoding a chain reads its own tokens, which are those of the text as long as they are right. So one
-        pass over the text shows how far each chain would be accepted. ``share`` and ``generator`` are not used.
+        Under greedy decoding a chain reads its own tokens, which are those of the text as long as they are right. So
+        one pass over the text shows how far each chain would be accepted. ``share`` and ``generator`` are not used.
         """
         vocabulary = self.shortlist.clone()
         vocabulary[batch.ids] = True

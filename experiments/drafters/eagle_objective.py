@@ -1,5 +1,5 @@
-"""The objective of training an EAGLE-3 head: training-time test (arXiv 2503.01840, section 3). The head is unrolled over
-its own outputs, so that deep levels read in training what they read in use."""
+"""The objective of training an EAGLE-3 head: training-time test (arXiv 2503.01840, section 3). The head is unrolled
+over its own outputs, so that deep levels read in training what they read in use."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Unrolled(nn.Module):
             yield self.head.norm(hidden)
 
     def _project(self, batch: Batch, hidden: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values ``[B, heads, n, d]`` of rows, each of which reads token ``row + 1 + step`` of its
-        text."""
+        """Return queries, keys and values ``[B, heads, n, d]`` of rows, each of which reads token ``row + 1 + step`` of
+        its text."""
         config, layer, attention = self.head.config, self.head.midlayer, self.head.midlayer.self_attn
         tokens = batch.ids.gather(1, (rows + 1 + step).clamp(max=batch.ids.shape[1] - 1))
         embedded = F.embedding(tokens, self.embedding).to(hidden.dtype)
@@ -87,8 +87,8 @@ class Unrolled(nn.Module):
 
 
 class Objective:
-    """Cross-entropy to the target's distribution over the draft vocabulary: over whole texts at the first step, and over
-    the answers at later steps.
+    """Cross-entropy to the target's distribution over the draft vocabulary: over whole texts at the first step, and
+    over the answers at later steps.
 
     In training the draft vocabulary is the shortlist and every token of the batch. The output rows are the target's and
     stay fixed, so a head that learns to predict a token does not need it in the shortlist.
@@ -106,8 +106,8 @@ class Objective:
     def __call__(
         self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar) and, for each step, the number of rows whose whole chain so far is accepted, and the
-        number of all rows: ``[steps]`` each.
+        """Return the loss (a scalar) and, for each step, the number of rows whose whole chain so far is accepted, and
+        the number of all rows: ``[steps]`` each.
 
         Args:
             share: share of the rows for which steps after the first are computed.

@@ -32,8 +32,8 @@ class Report:
 
 
 def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list[Example]]:
-    """Yield batches of examples of similar length with about ``tokens`` tokens each. The files and the batches of each file
-    are shuffled."""
+    """Yield batches of examples of similar length with about ``tokens`` tokens each. The files and the batches of each
+    file are shuffled."""
     for path in rng.sample(paths, len(paths)):
         examples = load_shard(path)  # the shortest first
         groups = grouped([len(example.ids) for example in examples], tokens)
@@ -43,7 +43,8 @@ def batches(paths: list[Path], tokens: int, rng: random.Random) -> Iterator[list
 
 
 def grouped(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Return the indices of ascending ``lengths`` in groups that hold about ``tokens`` tokens each, padding included."""
+    """Return the indices of ascending ``lengths`` in groups that hold about ``tokens`` tokens each, padding
+    included."""
     groups: list[list[int]] = [[]]
     for i, length in enumerate(lengths):
         if groups[-1] and (len(groups[-1]) + 1) * length > tokens:

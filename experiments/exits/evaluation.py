@@ -56,7 +56,8 @@ def exit_drafter(decoder: Decoder) -> EarlyExitDrafter:
 
 
 def chain_env(env: Keywords, drafter: str | None = None) -> Keywords:
-    """Return keyword arguments of ``SpecK-v0`` whose drafter is the exit of ``SpecDVI-v0`` with the arguments ``env``."""
+    """Return keyword arguments of ``SpecK-v0`` whose drafter is the exit of ``SpecDVI-v0`` with the arguments
+    ``env``."""
     own = set(inspect.signature(DVIControl).parameters) - {"target", "device", "dtype"}
     shared = {key: value for key, value in env.items() if key not in own and key != "reward"}
     return shared | {"drafter": drafter or exit_of_problem(make_control("dvi", env)).drafter}
@@ -89,8 +90,8 @@ class Acceptance:
 
 
 def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -> Results:
-    """Return the table of a run of SpecDVI-v0: plain decoding, the untrained exit, the trained exit (alone, after prompt
-    lookup, and with Kangaroo's rule), and the agent in its own environment. ``exit`` has what training changed.
+    """Return the table of a run of SpecDVI-v0: plain decoding, the untrained exit, the trained exit (alone, after
+    prompt lookup, and with Kangaroo's rule), and the agent in its own environment. ``exit`` has what training changed.
 
     Args:
         policy: policy of the run.
@@ -159,8 +160,8 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
 
 
 def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, float]:
-    """Return the duration of a cycle in plain steps, by part and as a ``"whole"``. As many tokens as the whole must a cycle
-    emit to be as fast as plain decoding."""
+    """Return the duration of a cycle in plain steps, by part and as a ``"whole"``. As many tokens as the whole must a
+    cycle emit to be as fast as plain decoding."""
     step = sum(s.seconds for s in plain) / sum(s.tokens for s in plain)
     cycles = sum(s.cycles for s in samples)
     parts = {part: sum(s.parts[part] for s in samples) / cycles / step for part in ("draft", "verify")}
@@ -169,7 +170,8 @@ def cost_of_a_cycle(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[
 
 @torch.inference_mode()
 def drift(adapter: ExitAdapter, samples: Sequence[Sample]) -> Drift:
-    """Return the difference between a verifier with a trained adapter and the original target, on texts of the target."""
+    """Return the difference between a verifier with a trained adapter and the original target, on texts of the
+    target."""
     target, added = adapter.target, adapter.deployed_additions()
     nats = divergence = other = 0.0
     total = 0

@@ -74,8 +74,8 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
         spread = difference(fastest)
     if spread > AGREE:
         LOG.warning(
-            f"the machine is busy: forwards were measured in {len(found)} windows of time, and the fastest {WINDOWS} of "
-            f"them differ by {100 * spread:.0f} %; the cost table is as uncertain as that"
+            f"the machine is busy: forwards were measured in {len(found)} windows of time, and the fastest {WINDOWS} "
+            f"of them differ by {100 * spread:.0f} %; the cost table is as uncertain as that"
         )
     curves = {
         part: monotone({n: statistics.median(one[part][n] for one in fastest) for n in fastest[0][part]})

@@ -52,7 +52,8 @@ def draw_ratios(axis: Axes, ratios: Mapping[str, Interval]) -> None:
 def error_bars(ratios: Sequence[Interval]) -> list[list[float]]:
     """Return the lengths of error bars below and above ratios.
 
-    A length is at least 0: if rounding decides, a ratio may lie just outside its interval, which comes from a bootstrap.
+    A length is at least 0: if rounding decides, a ratio may lie just outside its interval, which comes from a
+    bootstrap.
     """
     return [[max(0.0, r.value - r.low) for r in ratios], [max(0.0, r.high - r.value) for r in ratios]]
 

@@ -66,8 +66,8 @@ def encoded_prompts(env: Keywords, split: str, count: int) -> list[Encoded]:
     fitting = (Encoded(p.task, ids) for p, ids in encoded if not p.logged or len(ids) <= room)
     if not (found := list(itertools.islice(fitting, count))):
         raise ValueError(
-            f"every conversation in the split {split!r} is longer than {room} tokens, the room that the model has; give other "
-            "prompts or lower max_new_tokens"
+            f"every conversation in the split {split!r} is longer than {room} tokens, the room that the model has; "
+            "give other prompts or lower max_new_tokens"
         )
     return found
 

@@ -52,8 +52,8 @@ def transformers_arms(target: str, decoder: Decoder) -> dict[str, Arm]:
 
 
 def assisted_arms(target: str, decoder: Decoder, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """Return arms of ``generate``, plain and assisted. An assisted arm that transformers cannot run is left out, and the
-    reason is logged.
+    """Return arms of ``generate``, plain and assisted. An assisted arm that transformers cannot run is left out, and
+    the reason is logged.
 
     Args:
         draft: name of the draft model, and number of tokens that it always drafts; None assists by prompt lookup.
@@ -123,8 +123,8 @@ def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:
 
 
 def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> dict[str, Arm]:
-    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm is left out if a model
-    has another format or the server does not start, and the reason is logged.
+    """Return arms of llama.cpp's server on the models' own GGUF files, plain and drafting. An arm is left out if a
+    model has another format or the server does not start, and the reason is logged.
 
     Args:
         draft: name of the draft model, and number of tokens that it drafts; None drafts by prompt lookup.

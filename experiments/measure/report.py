@@ -67,7 +67,8 @@ def notes(results: Results) -> list[str]:
     lines += text_notes(results.divergences or {})
     for name, share in (results.others_text or {}).items():
         lines.append(
-            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts (each software ends texts by its own rule)."
+            f"{name}: same tokens as plain on {100 * share:.0f} % of prompts (each software ends texts by its own "
+            "rule)."
         )
     for name, histogram in results.actions.items():
         setting, share = most_used(histogram)
@@ -97,13 +98,14 @@ def exit_notes(found: Exit) -> list[str]:
     """Return what learning changed at an early exit, and what a cycle costs there."""
     cost, moved = found.cost_of_a_cycle, found.drift
     lines = [
-        f"Exit after {found.exit_layer} layers, adapter {found.adapter}, {found.k} drafted tokens per cycle: accepted share "
-        f"of verified drafts {found.accept_rate_before:.3f} before and {found.accept_rate_after:.3f} after learning; emitted "
-        f"per cycle {found.emitted_per_cycle_before:.3f} before and {found.emitted_per_cycle_after:.3f} after learning.",
-        f"A cycle of the trained exit costs {cost['draft']:.2f} plain steps to draft and {cost['verify']:.2f} to verify, "
-        f"{cost['whole']:.2f} with overhead; so many tokens must it emit to be as fast as plain decoding.",
-        f"Verifier on the target's own texts: perplexity {moved.perplexity:.2f}, {moved.drift:.4f} nats per token from the "
-        f"target; {moved.drift_argmax_per_1000:.1f} of 1,000 most probable tokens differ.",
+        f"Exit after {found.exit_layer} layers, adapter {found.adapter}, {found.k} drafted tokens per cycle: accepted "
+        f"share of verified drafts {found.accept_rate_before:.3f} before and {found.accept_rate_after:.3f} after "
+        f"learning; emitted per cycle {found.emitted_per_cycle_before:.3f} before and "
+        f"{found.emitted_per_cycle_after:.3f} after learning.",
+        f"A cycle of the trained exit costs {cost['draft']:.2f} plain steps to draft, {cost['verify']:.2f} to verify, "
+        f"and {cost['whole']:.2f} with overhead; it must emit as many tokens to be as fast as plain decoding.",
+        f"Verifier on the target's own texts: perplexity {moved.perplexity:.2f}, {moved.drift:.4f} nats per token from "
+        f"the target; {moved.drift_argmax_per_1000:.1f} of 1,000 most probable tokens differ.",
     ]
     if found.same_text:
         same = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.same_text.items())
@@ -112,7 +114,8 @@ def exit_notes(found: Exit) -> list[str]:
 
 
 def setting_name(values: Sequence[Setting], axes: Sequence[str]) -> str:
-    """Return a static setting in words, such as "depth 2, budget 7". A value that is a name is shown without its axis."""
+    """Return a static setting in words, such as "depth 2, budget 7". A value that is a name is shown without its
+    axis."""
     return ", ".join(
         value if isinstance(value, str) else f"{axis} {value}" for axis, value in zip(axes, values, strict=True)
     )
@@ -126,7 +129,8 @@ def most_used(histogram: Histogram) -> tuple[str, float]:
 
 
 def settings_played(control: Control, samples: Sequence[Sample]) -> Histogram:
-    """Return how often each setting was followed, by task. If there are many settings, only those that were followed."""
+    """Return how often each setting was followed, by task. If there are many settings, only those that were
+    followed."""
     counts = {
         task: Counter(str(setting) for sample in group for setting in control.followed(sample.actions, sample.lengths))
         for task, group in by_task(samples).items()
@@ -138,7 +142,8 @@ def settings_played(control: Control, samples: Sequence[Sample]) -> Histogram:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the speed of every arm with its interval, and the choices of the learned arms by task or state of the link."""
+    """Draw the speed of every arm with its interval, and the choices of the learned arms by task or state of the
+    link."""
     histograms = results.by_state or results.actions
     heights = [1 + 0.35 * len(results.arms), *[2.8] * len(histograms)]
     with drawn(path, 11, sum(heights)) as figure:

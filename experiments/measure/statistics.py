@@ -63,8 +63,8 @@ def summary(samples: dict[str, list[Sample]], references: Sequence[str]) -> dict
 
 
 def with_aa_check(measure: Callable[[int], C], prompts: int) -> C:
-    """Return ``measure(prompts)``. If plain decoding differs from itself there, measure again with twice as many prompts
-    and keep the first results as ``first_try``."""
+    """Return ``measure(prompts)``. If plain decoding differs from itself there, measure again with twice as many
+    prompts and keep the first results as ``first_try``."""
     results = measure(prompts)
     if results.agrees:
         return results

@@ -1,9 +1,9 @@
 """Measure a cloud that serves many edges at once, with and without batching (`make cloud-load`).
 
-Two clouds, one that batches requests and one that gives every request a forward of its own, are measured in turn with 1,
-4 and 16 edges. The edges compute almost nothing: their drafts are recorded texts of the target with some wrong tokens,
-and recordings are repeated. Decoding is greedy, and prompts are read before the measurement begins. Latency is the time
-that a verification takes as an edge sees it. Writes runs/cloud-load.json and runs/cloud-load.png.
+Two clouds, one that batches requests and one that gives every request a forward of its own, are measured in turn with
+1, 4 and 16 edges. The edges compute almost nothing: their drafts are recorded texts of the target with some wrong
+tokens, and recordings are repeated. Decoding is greedy, and prompts are read before the measurement begins. Latency is
+the time that a verification takes as an edge sees it. Writes runs/cloud-load.json and runs/cloud-load.png.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Recording:
 
 @dataclass
 class Load:
-    """The measurements of a cloud: seconds, latencies of the requests that were answered in time, and counts of tokens."""
+    """The measurements of a cloud: seconds, latencies of the requests that were answered in time, and counts of
+    tokens."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -70,7 +71,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Point:
-    """The summary of one cloud with one number of edges, over all rounds. Percentiles are NaN if nothing was answered."""
+    """The summary of one cloud with one number of edges, over all rounds. Percentiles are NaN if nothing was
+    answered."""
 
     tokens_per_second: float
     p50_ms: float

@@ -17,8 +17,8 @@ STOP_SECONDS = 5
 
 @contextmanager
 def running(module: str, *arguments: str) -> Iterator[str]:
-    """Run a module's command, and yield the first line that it prints. The command is ended with the block, and with this
-    process in any case.
+    """Run a module's command, and yield the first line that it prints. The command is ended with the block, and with
+    this process in any case.
 
     Raises:
         ValueError: the command ended before it printed anything; the message ends with the last line of its log.

@@ -1,8 +1,8 @@
 """Compare speculation between edge and cloud with the cloud alone, through a real socket (`make edge-cloud`).
 
-The arms are interleaved prompt by prompt: edge-cloud drafts here and lets a cloud verify; cloud-only streams the cloud's
-own text, twice, to show the noise of the machine (A/A check). Without --host and --port a cloud is started on this
-machine, which then does the work of both sides. Writes runs/edge-cloud.json and runs/edge-cloud.png.
+The arms are interleaved prompt by prompt: edge-cloud drafts here and lets a cloud verify; cloud-only streams the
+cloud's own text, twice, to show the noise of the machine (A/A check). Without --host and --port a cloud is started on
+this machine, which then does the work of both sides. Writes runs/edge-cloud.json and runs/edge-cloud.png.
 
 Seconds, bytes and tokens are means per text. Latency is the time of the whole text. Its parts are the prefill (with the
 network time of the prompt) and, after the prefill, the edge (drafting), the network (without the cloud's computing and

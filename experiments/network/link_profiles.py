@@ -1,5 +1,5 @@
-"""Write the logs of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates every 100 ms that
-behave like mmWave 5G, LTE and Wi-Fi. The logs are synthetic, not recorded."""
+"""Write the logs of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates every 100 ms
+that behave like mmWave 5G, LTE and Wi-Fi. The logs are synthetic, not recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Columns = dict[str, np.ndarray]
 
 
 def fading(rng: np.random.Generator, rows: float) -> np.ndarray:
-    """Return a stationary Gaussian process ``[ROWS]`` of variance 1 whose correlation falls to 1/e within ``rows`` rows."""
+    """Return a stationary Gaussian process ``[ROWS]`` of variance 1 whose correlation falls to 1/e within ``rows``
+    rows."""
     keep = np.exp(-1 / rows)
     noise = rng.standard_normal(ROWS) * np.sqrt(1 - keep**2)
     noise[0] /= np.sqrt(1 - keep**2)
@@ -27,8 +28,8 @@ def fading(rng: np.random.Generator, rows: float) -> np.ndarray:
 
 
 def spells(rng: np.random.Generator, *mean_rows: float) -> np.ndarray:
-    """Return the kind of spell of each row, ``[ROWS]``. The kinds take turns; a spell of kind i lasts at least one row, and
-    ``mean_rows[i]`` on average."""
+    """Return the kind of spell of each row, ``[ROWS]``. The kinds take turns; a spell of kind i lasts at least one row,
+    and ``mean_rows[i]`` on average."""
     kinds = np.tile(np.arange(len(mean_rows)), ROWS)
     lengths = rng.geometric(1 / np.array(mean_rows)[kinds[:ROWS]])
     return np.repeat(kinds[:ROWS], lengths)[:ROWS]

@@ -1,8 +1,8 @@
 """Write episodes that are replayed from a trace as a Minari data set, for offline learning.
 
-`python -m spec_envs.experiments.traces.minari runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0` writes
-a data set that `minari.load_dataset` reads. In `recover_environment()`, the seed and the actions of an episode reproduce
-it, as long as the trace is not moved.
+`python -m spec_envs.experiments.traces.minari runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0`
+writes a data set that `minari.load_dataset` reads. In `recover_environment()`, the seed and the actions of an episode
+reproduce it, as long as the trace is not moved.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def free(name: str) -> Path:
 
 @contextmanager
 def hidden(name: str) -> Iterator[Path]:
-    """Let Minari write its data sets into a hidden folder while the block runs, and yield that folder. So a process that
-    is killed leaves no incomplete data set.
+    """Let Minari write its data sets into a hidden folder while the block runs, and yield that folder. So a process
+    that is killed leaves no incomplete data set.
 
     Raises:
         ValueError: the name is not free, or another process writes a data set of that name.
@@ -119,8 +119,8 @@ def hidden(name: str) -> Iterator[Path]:
 
 
 def moved(name: str, made: Path, place: Path) -> None:
-    """Move a data set from the folder ``made`` to its place, after the folders of its namespace and the files with which
-    Minari marks them."""
+    """Move a data set from the folder ``made`` to its place, after the folders of its namespace and the files with
+    which Minari marks them."""
     for parent in list(Path(name).parents)[-2::-1]:
         there = place.parents[len(Path(name).parts) - 1] / parent
         there.mkdir(parents=True, exist_ok=True)
@@ -136,9 +136,9 @@ def prepared(
     """Return keyword arguments of the environment, and the agent that decides in it.
 
     Args:
-        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder. The first two use the whole size of
-            the trace's trees or chains. A run uses the keyword arguments that it was trained with, and its decisions are
-            charged.
+        policy: ``"random"``, ``"static:VALUE"`` (see ``FixedAgent``), or a run folder. The first two use the whole size
+            of the trace's trees or chains. A run uses the keyword arguments that it was trained with, and its decisions
+            are charged.
         seed: seed of a random policy.
         overrides: ``key=value`` for keyword arguments of the environment.
 
@@ -245,7 +245,8 @@ def exported(
                 buffers,
                 env=env,
                 algorithm_name=policy,
-                description=f"{policy} in {env_id} on texts of {trace.manifest.target}, drafted by {trace.manifest.drafter}",
+                description=f"{policy} in {env_id} on texts of {trace.manifest.target}, "
+                f"drafted by {trace.manifest.drafter}",
                 requirements=[f"spec-envs=={__version__}"],
             )
         dataset.storage.update_episode_metadata(summaries)

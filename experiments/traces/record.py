@@ -1,5 +1,5 @@
-"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at each of their positions the whole tree or
-chain that the drafter drafts there. A trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, a trace of
+"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at each of their positions the whole tree
+or chain that the drafter drafts there. A trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, a trace of
 chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`).
 
 Each text is written as soon as it is recorded, so that the same command continues after it was killed. `--shard 0/4`
@@ -45,7 +45,7 @@ from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
 from spec_envs.experiments.work_folder import NOTE, claim
 from spec_envs.files import held, read_json, whole
-from spec_envs.prompts.rows import SPLITS
+from spec_envs.prompts.rows import SPLITS, Split
 from spec_envs.prompts.templates import DATE
 from spec_envs.settings import Keywords
 
@@ -109,7 +109,7 @@ class Plan:
     def max_new_tokens(self) -> int:
         return int(self.env.get("max_new_tokens", MAX_NEW_TOKENS))
 
-    def chosen(self) -> list[tuple[str, Encoded]]:
+    def chosen(self) -> list[tuple[Split, Encoded]]:
         """Return split and prompt of every text; no prompt occurs twice."""
         found = [
             (split, prompt)
@@ -197,7 +197,7 @@ def assemble(plan: Plan, folder: Path) -> None:
     for i, (split, prompt) in enumerate(plan.chosen()):
         columns = read_text(text_file(folder, i), kind_of(decoder))
         if len(columns["tokens"]) > 1:
-            kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))  # type: ignore[arg-type]
+            kept.append(Recorded(prompt.task, split, list(prompt.ids), len(columns["tokens"])))
             parts.append(columns)
     if not parts:
         raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")

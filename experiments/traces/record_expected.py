@@ -1,5 +1,5 @@
-"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and for each of their
-tokens and every k the probability that a drafted token is accepted there. Its replay is approximate
+"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and for each of
+their tokens and every k the probability that a drafted token is accepted there. Its replay is approximate
 (`spec_envs/network/expected_trace.py`).
 
 The file is written when the last text is recorded; if the process is killed before, the same command starts again.
@@ -95,8 +95,8 @@ def last(rows: np.ndarray) -> np.ndarray:
 
 
 def expected_acceptance(p: np.ndarray, q: Proposal, k: int) -> float:
-    """Return Σ min(p, q̂) of the target's distribution ``p`` ``[vocab]`` and the drafter's, cut to ``k`` entries (0: not
-    cut)."""
+    """Return Σ min(p, q̂) of the target's distribution ``p`` ``[vocab]`` and the drafter's, cut to ``k`` entries (0:
+    not cut)."""
     cut = q.truncated(k) if k else q
     weights = cut.weights.astype(float)
     return float(np.minimum(p[cut.ids], weights / weights.sum()).sum())
