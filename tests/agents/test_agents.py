@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from spec_envs.experiments.drafters import recording
 from spec_envs.files import write_json
 from spec_envs.sealed import write_torch
 from tests.support.identity import Identity
+from tests.support.processes import file_size_limit
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
@@ -205,20 +203,6 @@ def test_unreadable_runs_are_refused(tmp_path: Path) -> None:
         agents.load(run)
 
 
-@contextmanager
-def small_disk() -> Iterator[None]:
-    """Limit files to 2,000 bytes, so that writing fails half way.
-
-    This is not a fixture because pytest writes its progress, perhaps to a file, before it tears fixtures down.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     agent = AGENTS["dqn"](control=DepthControl(), seed=0, buffer_size=500)
     seen = agent.model.replay_buffer.observations
@@ -231,7 +215,7 @@ def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
         (lambda folder: write_json(folder / "results.json", list(range(2000))), "results.json"),
         (lambda folder: recording.save_shard(folder / "0.safetensors", {"x": torch.zeros(2000)}), "0.safetensors"),
     ):
-        with pytest.raises(OSError, match=rf"could not write .*{name}: .*; free some space"), small_disk():
+        with pytest.raises(OSError, match=rf"could not write .*{name}: .*; free some space"), file_size_limit(2000):
             write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
     assert (tmp_path / "policy.safetensors").read_bytes() == b"the one before"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from spec_envs.agents.loading import DECISION
 from spec_envs.experiments import runs
 from spec_envs.sealed import read_sealed, read_torch
 from tests.support import ROOT
+from tests.support.processes import file_size_limit
 from tests.support.runs import PROFILE, Run, run_of, train_until_killed, weights
 
 
@@ -136,13 +136,8 @@ def test_signal_ends_run_with_one_line(number: int, status: int, tmp_path: Path)
 
 
 def test_run_resumes_after_full_disk(small_runs: dict[str, Run], tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
-    try:
-        with pytest.raises(OSError, match=r"could not write .*; free some space"):
-            small_runs["ppo"].train(tmp_path / "run")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(OSError, match=r"could not write .*; free some space"), file_size_limit(6000):
+        small_runs["ppo"].train(tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.tmp"))
     small_runs["ppo"].train(tmp_path / "run")
     small_runs["ppo"].train(tmp_path / "whole")

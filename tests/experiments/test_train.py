@@ -20,6 +20,7 @@ from spec_envs.controls import candidates
 from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments import evaluate, runs, stream, train
 from tests.support import ROOT
+from tests.support.commands import run_command
 
 
 def command(env_id: str, agent: str, root: Path, tiny: dict, *settings: str) -> list[str]:
@@ -39,8 +40,7 @@ def run_config_of(config: dict) -> runs.RunConfig:
 
 
 def run_train(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    train.main()
+    run_command(monkeypatch, train, *arguments)
 
 
 @pytest.mark.parametrize("env_id", ["SpecDepth-v0", "SpecBudget-v0"])
@@ -82,15 +82,12 @@ def test_train_writes_results_and_resumable_run(
     with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
         run_train(monkeypatch, [*arguments, "total_timesteps=256"])
 
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "3", "--temperature", "1.0"])
-    evaluate.main()
+    run_command(monkeypatch, evaluate, folder, "--count", "3", "--temperature", "1.0")
     assert "temperature 1.0" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--count", "2"])
-    evaluate.main()  # with fewer prompts than the run's, its own table stays
+    run_command(monkeypatch, evaluate, folder, "--count", "2")  # with fewer prompts than the run's, its own table stays
     assert (folder / "eval" / "count_2" / "results.md").exists()
     assert json.loads((folder / "results.json").read_text()) == results
-    monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
-    stream.main()
+    run_command(monkeypatch, stream, "the a of", "--run", folder, "--max-new-tokens", "12")
     assert "12 tokens" in capsys.readouterr().out
 
 
@@ -117,8 +114,7 @@ def test_cost_features_are_same_in_training_and_use(
     folder = tmp_path / "SpecDepth-v0" / "ppo-0"
     control, _ = agents.load(folder)
     assert control.costs == CostTable.load(str(folder / "clock.json"))
-    monkeypatch.setattr(sys, "argv", ["stream", "the a of", "--run", str(folder), "--max-new-tokens", "12"])
-    stream.main()
+    run_command(monkeypatch, stream, "the a of", "--run", folder, "--max-new-tokens", "12")
     assert "12 tokens" in capsys.readouterr().out
 
 
@@ -155,16 +151,13 @@ def test_mixes_of_learned_and_fixed_policies(
         runs.append(str(tmp_path / env_id / "ppo-0"))
     out = tmp_path / "mixes"
     mixes = ["--depth", f"3 {runs[0]}", "--budget", f"16 {runs[1]}", "--count", "3", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *mixes, "--clock", tiny["clock"], "--dtype", "float32"])
-    evaluate.main()
+    run_command(monkeypatch, evaluate, *mixes, "--clock", tiny["clock"], "--dtype", "float32")
     arms = json.loads((out / "results.json").read_text())["arms"]
     assert len([name for name in arms if name.startswith("depth")]) == 4
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", runs[1], "--budget", "16"])
     with pytest.raises(SystemExit, match="is a run of budget, not of depth"):
-        evaluate.main()
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--depth", "20", "--budget", runs[1]])
+        run_command(monkeypatch, evaluate, "--depth", runs[1], "--budget", "16")
     with pytest.raises(SystemExit, match="depth is 20; expected 0 to 12"):
-        evaluate.main()
+        run_command(monkeypatch, evaluate, "--depth", "20", "--budget", runs[1])
 
 
 def test_stages_train_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +179,8 @@ def test_stages_train_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: 
 def test_unknown_environment_and_run_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: no environment 'SpecDept-v0'"):
         run_train(monkeypatch, ["SpecDept-v0"])
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match="is not a readable run folder"):
-        evaluate.main()
+        run_command(monkeypatch, evaluate, tmp_path)
 
 
 def test_evaluation_settings_without_effect_are_refused(
@@ -213,8 +205,7 @@ def test_evaluation_settings_without_effect_are_refused(
         ([run, run], "unrecognized arguments"),
         ([tmp_path / "nowhere"], "nowhere is not a readable run folder"),
     ):
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            evaluate.main()
+            run_command(monkeypatch, evaluate, *arguments)
         assert sentence in str(ended.value), (arguments, str(ended.value))
     assert sorted(run.rglob("*")) == before and not capsys.readouterr().err.count("Traceback")

@@ -6,21 +6,14 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from spec_envs.processes import started
+from tests.support.processes import alive
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the children of a process that is gone")
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def ended(process: int) -> bool:

@@ -176,7 +176,19 @@ TABLES = [
     *(table(draft=f'{{"1": {bad}}}') for bad in ("NaN", '"0.1"', "true", "null", "[1]", "{}")),
     *(table(rows=f'"{bad}"') for bad in ("x", "1.5", "0", "-1", "true", "", "1e3")),
     *(table(draft=bad) for bad in ("{}", "[]", "1", "null", '"a"')),
-    *('{"verify": {"1": 0.1}}', "[]", "null", "1", "", "{", "nonsense", "\x00", "[" * 10000),
+    *(
+        '{"verify": {"1": 0.1}}',
+        '{"verify": {}, "draft": {}}',
+        "{}",
+        "[]",
+        "null",
+        "1",
+        "",
+        "{",
+        "nonsense",
+        "\x00",
+        "[" * 10000,
+    ),
 ]
 
 

@@ -29,6 +29,10 @@ VOCAB = len(WORDS)
 PROMPT = [3, 4, 5]
 KINDS = ["ids", "scalar", "topk", "full", "plain", "mixed"]
 Edges = Callable[..., "Edge"]
+UPGRADE = (  # headers of a request for a WebSocket, without the line break that ends them
+    b"Host: cloud\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n"
+)
 
 
 class Edge:
@@ -99,10 +103,10 @@ def replaced(message: Any, **fields: Any) -> Any:
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
+    """Wait until a condition holds, for up to 30 s."""
     begin = time.monotonic()
     while not true():
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 30
         time.sleep(0.05)
 
 

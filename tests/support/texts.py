@@ -17,13 +17,19 @@ from spec_envs.decoding.sampling import probabilities
 from tests.support.models.tiny import WORDS
 
 
-def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = None) -> list[int]:
-    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
-    decoder.eos = decoder.eos if eos is None else eos
+def plain_text(decoder: Decoder, prompt: list[int], n: int) -> list[int]:
+    """Return the text of up to ``n`` tokens that a decoder emits without drafts."""
     decoder.start(prompt, n, np.random.default_rng(0))
     while not decoder.finished:
         decoder.verify(0)
     return decoder.tokens
+
+
+def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = None) -> list[int]:
+    """Return the greedy text of the tiny target, optionally with other end tokens."""
+    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
+    decoder.eos = decoder.eos if eos is None else eos
+    return plain_text(decoder, prompt, n)
 
 
 def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:

@@ -24,6 +24,7 @@ from spec_envs.decoding.exits.files import load_exit
 from spec_envs.decoding.loading import load_decoder
 from tests.support.cloud_process import FORKS
 from tests.support.exits import EXIT, collect_segments, make_exit_agent
+from tests.support.texts import plain_text
 
 
 @pytest.mark.parametrize("block", [1, 4])
@@ -116,10 +117,7 @@ def test_greedy_text_is_unchanged_by_learning(tiny: dict) -> None:
         assert len(texts) == 6 and agent.updates > 4
         plain = env.unwrapped.decoder.plain()
         for prompt, tokens in texts:
-            plain.start(prompt, 30, np.random.default_rng(0))
-            while not plain.finished:
-                plain.verify(0)
-            assert plain.tokens == tokens
+            assert plain_text(plain, prompt, 30) == tokens
 
 
 def test_saved_exit_predicts_as_the_trained_one(tiny: dict, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from spec_envs.decoding.traces.synthetic import PROFILES
 from spec_envs.experiments import tune
 from spec_envs.experiments.config import load_experiment
 from spec_envs.generation import Generation
+from tests.support.observations import observation_of
 from tests.support.rollouts import generation_under
 
 NAME = "qwen2.5-coder-32b-cpu"
@@ -135,20 +136,12 @@ def test_audit_log_records_each_change_of_k(tmp_path: Path) -> None:
     assert all(a != b for a, b in moves) and all(b == c for (_, b), (c, _) in itertools.pairwise(moves))
 
 
-def see(control: KControl, **entries: float) -> np.ndarray:
-    """Return an observation with these entries; all others are 0."""
-    vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
-    for name, value in entries.items():
-        vector[control.slices[name].start] = value
-    return vector
-
-
 def test_schedule_adds_two_and_subtracts_one() -> None:
     control = KControl(8)
     agent = AGENTS["hf-schedule"](control=control)
-    chosen = [agent.predict(see(control), episode_start=np.array([True]))[0]]
+    chosen = [agent.predict(observation_of(control), episode_start=np.array([True]))[0]]
     for accepted in (1.0, 1.0, 0.9, 0.0, 0.0):
-        chosen.append(agent.predict(see(control, last_k=0.5, last_acceptance=accepted))[0])
+        chosen.append(agent.predict(observation_of(control, last_k=0.5, last_acceptance=accepted))[0])
     assert chosen == [5, 7, 8, 7, 6, 5]
 
 
@@ -164,9 +157,9 @@ def test_schedule_adds_two_and_subtracts_one() -> None:
 def test_rules_stop_at_threshold(name: str, settings: dict[str, Any], continuing: dict, stopping: dict) -> None:
     control = KControl(8, decision="token")
     agent = AGENTS[name](control=control, **settings)
-    assert agent.predict(see(control))[0] == 1  # the first token is always drafted
-    assert agent.predict(see(control, drafted=0.125, **continuing))[0] == 1
-    assert agent.predict(see(control, drafted=0.25, **stopping))[0] == 0
+    assert agent.predict(observation_of(control))[0] == 1  # the first token is always drafted
+    assert agent.predict(observation_of(control, drafted=0.125, **continuing))[0] == 1
+    assert agent.predict(observation_of(control, drafted=0.25, **stopping))[0] == 0
 
 
 def test_adaedl_threshold_follows_acceptance_rate() -> None:
@@ -174,20 +167,20 @@ def test_adaedl_threshold_follows_acceptance_rate() -> None:
     agent = AGENTS["adaedl"](control=control)
     before = agent.threshold
     for _ in range(5):
-        agent.predict(see(control, last_k=0.5, last_acceptance=0.2))
+        agent.predict(observation_of(control, last_k=0.5, last_acceptance=0.2))
     assert agent.threshold == pytest.approx(before + 5 * 0.1 * 0.01)  # acceptance is below the desired rate: stricter
     raised = agent.threshold
     for _ in range(20):
-        agent.predict(see(control, last_k=0.5, last_acceptance=1.0))
+        agent.predict(observation_of(control, last_k=0.5, last_acceptance=1.0))
     assert agent.threshold < raised
 
 
 def test_gammatune_follows_accepted_length() -> None:
     control = KControl(16)
     agent = AGENTS["gammatune"](control=control, k=8, memory=0.5, growth=2.0, slack=1.0)
-    assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
-    assert agent.predict(see(control, last_k=0.5, last_acceptance=0.375))[0] == 6  # (7 + 3)/2 + 1
-    assert agent.predict(see(control, last_k=0.375, last_acceptance=1.0))[0] == 9  # 6 + 2 + 1
+    assert agent.predict(observation_of(control), episode_start=np.array([True]))[0] == 8
+    assert agent.predict(observation_of(control, last_k=0.5, last_acceptance=0.375))[0] == 6  # (7 + 3)/2 + 1
+    assert agent.predict(observation_of(control, last_k=0.375, last_acceptance=1.0))[0] == 9  # 6 + 2 + 1
 
 
 def test_ucb_finds_best_k() -> None:
@@ -196,11 +189,14 @@ def test_ucb_finds_best_k() -> None:
     agent = AGENTS["ucb"](control=control, cost=cost, exploration=0.05, discount=1.0)
     worth = {k: sum(0.5**i for i in range(k + 1)) / (1 + cost * k) for k in agent.arms.tolist()}
     chosen: list[int] = []
-    observation, start = see(control), np.array([True])
+    observation, start = observation_of(control), np.array([True])
     for _ in range(3000):
         k, _ = agent.predict(observation, episode_start=start)
         accepted = int(np.argmin(np.append(rng.random(k) < 0.5, False)))
-        observation, start = see(control, last_k=k / 8, last_acceptance=accepted / k if k else 0.0), np.array([False])
+        observation, start = (
+            observation_of(control, last_k=k / 8, last_acceptance=accepted / k if k else 0.0),
+            np.array([False]),
+        )
         chosen.append(k)
     common = max(set(chosen[-1000:]), key=chosen[-1000:].count)
     assert worth[common] > 0.98 * max(worth.values())
@@ -275,10 +271,10 @@ def test_adaptive_agent_adjusts_after_each_segment() -> None:
     of plain decoding do not count."""
     control = KControl(24, adjustment_interval=64)
     agent = AdaptiveKAgent(control, use_context=False)
-    assert agent.predict(see(control), episode_start=np.array([True]))[0] == 8
-    assert agent.predict(see(control, last_k=8 / 24, last_acceptance=0.2))[0] == 4
+    assert agent.predict(observation_of(control), episode_start=np.array([True]))[0] == 8
+    assert agent.predict(observation_of(control, last_k=8 / 24, last_acceptance=0.2))[0] == 4
     assert agent.controller.get_rolling_acceptance() == pytest.approx(0.2, abs=0.01)
-    agent.predict(see(control, last_k=0.0, last_acceptance=0.0))
+    agent.predict(observation_of(control, last_k=0.0, last_acceptance=0.0))
     assert agent.controller.get_rolling_acceptance() == pytest.approx(0.2, abs=0.01)
 
 

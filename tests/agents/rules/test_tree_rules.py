@@ -23,6 +23,7 @@ from spec_envs.controls.tree import EXPAND, TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments import tune
 from spec_envs.experiments.config import load_experiment
+from tests.support.observations import observation_of
 from tests.support.rollouts import generation_under
 
 STANZAS = [
@@ -31,15 +32,6 @@ STANZAS = [
     ("SpecBudget-v0", "ucb"),
     *(("SpecTree-v0", stanza) for stanza in ("ddd", "svip", "expected-gain")),
 ]
-
-
-def see(control: Control, **entries: Any) -> np.ndarray:
-    """Return an observation with these entries; all others are 0."""
-    vector = np.zeros(control.observation_space.shape, np.float32)  # type: ignore[arg-type]
-    for name, values in entries.items():
-        start = control.slices[name].start
-        vector[start : start + np.size(values)] = values
-    return vector
 
 
 def table(verify: float = 0.0, draft: float = 0.1) -> CostTable:
@@ -51,16 +43,18 @@ def test_ddd_expands_while_beam_is_probable() -> None:
     depth, tree = DepthControl(), TreeControl()
     for control, expands, stops in ((depth, 1, 0), (tree, EXPAND, 1 + tree.budgets.index(11))):
         agent = AGENTS["ddd"](control=control, threshold=0.5, budget=11)
-        assert agent.predict(see(control, frontier=[0.3, 0.21]))[0] == expands
-        assert agent.predict(see(control, frontier=[0.3, 0.19]))[0] == stops
-        assert agent.predict(see(control, frontier=[0.9], expansions=1.0))[0] == stops  # the maximum depth is reached
+        assert agent.predict(observation_of(control, frontier=[0.3, 0.21]))[0] == expands
+        assert agent.predict(observation_of(control, frontier=[0.3, 0.19]))[0] == stops
+        assert (
+            agent.predict(observation_of(control, frontier=[0.9], expansions=1.0))[0] == stops
+        )  # the maximum depth is reached
 
 
 def test_svip_stops_at_high_entropy() -> None:
     control = TreeControl()
     agent = AGENTS["svip-tree"](control=control, threshold=0.6)
-    assert agent.predict(see(control, entropy=0.035))[0] == EXPAND  # √0.35 < 0.6 nats^½
-    assert agent.predict(see(control, entropy=0.037))[0] == 1 + control.budgets.index(7)
+    assert agent.predict(observation_of(control, entropy=0.035))[0] == EXPAND  # √0.35 < 0.6 nats^½
+    assert agent.predict(observation_of(control, entropy=0.037))[0] == 1 + control.budgets.index(7)
 
 
 @pytest.mark.parametrize(("per_row", "budget"), [(0.0, 8), (0.05, 2), (0.2, 1), (1.0, 0)])
@@ -70,14 +64,14 @@ def test_expected_gain_chooses_best_budget_at_cost_per_row(per_row: float, budge
     gains = np.array([0.0, 0.6, 0.2, 0.1, 0.05])
     agent = AGENTS["expected-gain"](control=control)
     worth = (1 + gains.cumsum()) / (0.2 + 1 + per_row * np.array(control.budgets))
-    action, _ = agent.predict(see(control, gains=gains / 13, expansions=1 / 12))
+    action, _ = agent.predict(observation_of(control, gains=gains / 13, expansions=1 / 12))
     assert action == np.argmax(worth) and control.budgets[action] == budget
 
 
 def test_expected_gain_scale_reduces_budget() -> None:
     control = BudgetControl(budgets=(1, 8))
     control.costs = table(0.05)
-    seen = see(control, gains=np.array([0.5, 0.8]) / 13)
+    seen = observation_of(control, gains=np.array([0.5, 0.8]) / 13)
     assert [AGENTS["expected-gain"](control=control, scale=s).predict(seen)[0] for s in (1.0, 0.3)] == [1, 0]
 
 
@@ -96,7 +90,7 @@ def test_expected_gain_expands_while_next_level_pays(draft: float, survival: lis
     control = TreeControl(budgets=(1, 7))
     control.costs = table(draft=draft)
     depth, reached = len(survival) - 1, sum(survival)
-    seen = see(control, survival=survival, expansions=depth / 12, gains=np.array([0.1, reached - 0.1]) / 13)
+    seen = observation_of(control, survival=survival, expansions=depth / 12, gains=np.array([0.1, reached - 0.1]) / 13)
     agent = AGENTS["expected-gain"](control=control)
     assert agent.predict(seen)[0] == (EXPAND if expands else 2)
     ratio = min(1.0, survival[-1] / (survival[-2] if depth else 1.0))
@@ -108,7 +102,7 @@ def test_expected_gain_expands_while_next_level_pays(draft: float, survival: lis
 def test_expected_gain_does_not_expand_beyond_largest_budget() -> None:
     control = TreeControl(budgets=(1,))
     control.costs = table()
-    seen = see(control, survival=[0.95], gains=[0.9 / 13])
+    seen = observation_of(control, survival=[0.95], gains=[0.9 / 13])
     assert AGENTS["expected-gain"](control=control).predict(seen)[0] == 1
 
 
@@ -126,7 +120,7 @@ def test_rule_without_costs_is_refused(name: str, kind: Any) -> None:
     control = kind()
     agent = AGENTS[name](control=control)
     with pytest.raises(ValueError, match="needs the seconds of forwards: set the control's costs to a CostTable"):
-        agent.predict(see(control), episode_start=np.array([True]))
+        agent.predict(observation_of(control), episode_start=np.array([True]))
 
 
 def test_ucb_finds_best_budget() -> None:
@@ -140,7 +134,7 @@ def test_ucb_finds_best_budget() -> None:
         taken: list[int] = []
         for _ in range(25):
             recent = np.mean(taken[-4:]) / 13 if taken else 0.0
-            seen = see(control, recent=recent, expansions=1 / 12)
+            seen = observation_of(control, recent=recent, expansions=1 / 12)
             budget = control.budgets[agent.predict(seen, episode_start=np.array([not taken]))[0]]
             assert agent.accepted == taken[-4:]
             taken.append(int(rng.binomial(2, means[budget] / 2)))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from spec_envs.controls import candidates
@@ -16,8 +14,10 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments.comparisons import decoding
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.references import assisted_arms, transformers_arms
+from tests.support.commands import run_command
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import save_draft
+from tests.support.texts import plain_text
 
 
 def test_writes_figures_and_cost_table(
@@ -26,8 +26,7 @@ def test_writes_figures_and_cost_table(
     monkeypatch.setattr(candidates, "DEPTHS", (1, 4))
     monkeypatch.setattr(candidates, "BUDGETS", (8, 16))
     arguments = ["--target", tiny["target"], "--drafter", tiny["drafter"], "--dtype", "float32", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["decoding", *arguments, "--count", "3", "--out", str(tmp_path)])
-    decoding.main()
+    run_command(monkeypatch, decoding, *arguments, "--count", "3", "--out", tmp_path)
     results = json.loads((tmp_path / "bench.json").read_text())
     assert set(results) >= {
         "plain_over_transformers",
@@ -55,15 +54,13 @@ def test_comparison_with_draft_model(
     monkeypatch.setattr(candidates, "KS", (1, 4))
     arguments = ["--target", tiny["target"], "--drafter", str(tiny_draft), "--dtype", "float32", "--device", "cpu"]
     arguments += ["--count", "3", "--dtypes", "float32"]
-    monkeypatch.setattr(sys, "argv", ["decoding", *arguments, "--out", str(tmp_path)])
-    decoding.main()
+    run_command(monkeypatch, decoding, *arguments, "--out", tmp_path)
     results, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr()
     assert results["static"]["best"][0] in (1, 4) and f"k {results['static']['best'][0]}" in printed.out
     assert results["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) >= {"1", "8"}
     assert "llama.cpp is left out" in printed.err
-    monkeypatch.setattr(sys, "argv", ["decoding", "--dtypes", "int8,bf16"])
     with pytest.raises(SystemExit):
-        decoding.main()
+        run_command(monkeypatch, decoding, "--dtypes", "int8,bf16")
     assert "bf16 is unknown; expected some of int8, bfloat16" in capsys.readouterr().err
 
 
@@ -81,13 +78,11 @@ def test_transformers_uses_its_own_end_tokens(tiny_target: Path, tmp_path: Path)
     folder = shutil.copytree(tiny_target, tmp_path / "target")
     decoder = load_decoder(str(folder), None, "cpu", "float32")
     prompt = Encoded("t", [5, 6, 7, 8])
-    decoder.start(prompt.ids, 20, np.random.default_rng(0))
-    while not decoder.finished:
-        decoder.verify(0)
-    stop = decoder.tokens[4]
+    text = plain_text(decoder, prompt.ids, 20)
+    stop = text[4]
     decoder.eos = frozenset({stop})
     arm = transformers_arms(str(folder), decoder)["transformers generate"]
-    assert arm(prompt, 20, 0).ids == decoder.tokens
+    assert arm(prompt, 20, 0).ids == text
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
     arm = transformers_arms(str(folder), decoder)["transformers generate"]
-    assert arm(prompt, 20, 0).ids == decoder.tokens[: decoder.tokens.index(stop) + 1]
+    assert arm(prompt, 20, 0).ids == text[: text.index(stop) + 1]

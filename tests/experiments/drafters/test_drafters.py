@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from spec_envs.experiments.drafters import __main__ as drafter
 from spec_envs.experiments.drafters import selftext
 from spec_envs.experiments.drafters.turns import composed_turn, library_functions, training_turns
 from spec_envs.prompts.sets import encode
+from tests.support.commands import run_command
 from tests.support.models.tiny import CPU, WORDS
 
 
@@ -29,8 +29,7 @@ def conversations(path: Path, count: int = 30) -> Path:
 
 
 def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["drafter", *map(str, arguments)])
-    drafter.main()
+    run_command(monkeypatch, drafter, *arguments)
 
 
 def test_head_from_given_conversations(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from spec_envs.decoding.weights.checkpoints import load_target
 from spec_envs.experiments.drafters import standalone
 from spec_envs.experiments.drafters.distillation import Student
 from spec_envs.files import DATA
+from tests.support.commands import run_command
 from tests.support.models.tiny import CPU, REAL
+from tests.support.texts import plain_text
 
 IDS = [5, 6, 7, 8]
 
@@ -34,8 +35,7 @@ def draft(tiny_target: Path, tmp_path: Path) -> Path:
 def whole(draft: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder that the command writes."""
     out = draft.with_name("whole")
-    monkeypatch.setattr(sys, "argv", ["standalone", str(draft), "--out", str(out), "--target", str(target)])
-    standalone.main()
+    run_command(monkeypatch, standalone, draft, "--out", out, "--target", target)
     return out
 
 
@@ -59,10 +59,7 @@ def test_draft_model_works_in_own_decoder(draft: Path, tiny_target: Path) -> Non
     while not decoder.finished:
         decoder.cycle(4)
     plain = load_decoder(str(tiny_target), None, "cpu", "float32")
-    plain.start(IDS, 20, np.random.default_rng(0))
-    while not plain.finished:
-        plain.verify(0)
-    assert decoder.tokens == plain.tokens and any(cycle.accepted for cycle in decoder.cycles)
+    assert decoder.tokens == plain_text(plain, IDS, 20) and any(cycle.accepted for cycle in decoder.cycles)
 
 
 def test_complete_copy_assists_in_transformers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from spec_envs.experiments.comparisons import exits as comparison
 from spec_envs.experiments.exits import runs as exit_runs
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.prompts.conversations import read_log
+from tests.support.commands import run_command
 
 KEYS = {"accept_rate_before", "accept_rate_after", "emitted_per_cycle_before", "emitted_per_cycle_after"}
 KEYS |= {"tokens_per_s", "plain_tokens_per_s", "perplexity", "drift"}
@@ -36,17 +36,12 @@ def settings(tiny: dict) -> list[str]:
     return [*(f"env.{key}={value}" for key, value in kept.items()), "env.exit_layer=3", "env.clock=wall", *SMALL]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, module: object, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    module.main()  # type: ignore[attr-defined]
-
-
 def test_run_writes_table_and_usable_drafter(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ("own_text=12", "hyperparameters.texts=12", "eval_freq=60", "checkpoint_freq=60")
     arguments = ["SpecDVI-v0", "--root", str(tmp_path), "--set", *settings(tiny), *own]
-    run(monkeypatch, train, *arguments)
+    run_command(monkeypatch, train, *arguments)
     assert ExperimentFile.of("SpecDVI-v0").first == "dvi"
     folder, table = tmp_path / "SpecDVI-v0" / "dvi-0", capsys.readouterr().out
     for arm in (
@@ -80,18 +75,18 @@ def test_run_writes_table_and_usable_drafter(
     done = generate(decoder, control, agent, [2, 3, 4], 20).run()
     assert done.tokens == generate(decoder.plain(), None, None, [2, 3, 4], 20).run().tokens
 
-    run(monkeypatch, stream, "the a of", "--run", str(folder), "--max-new-tokens", "12")
+    run_command(monkeypatch, stream, "the a of", "--run", str(folder), "--max-new-tokens", "12")
     assert "12 tokens, " in capsys.readouterr().out
 
-    run(monkeypatch, train, *arguments)
+    run_command(monkeypatch, train, *arguments)
     assert "is finished" in capsys.readouterr().out
-    run(monkeypatch, evaluate, str(folder), "--count", "2", "--temperature", "1.0")
+    run_command(monkeypatch, evaluate, str(folder), "--count", "2", "--temperature", "1.0")
     assert "temperature 1.0" in capsys.readouterr().out
     (folder / "exit.json").unlink()
     with pytest.raises(SystemExit, match=r"exit.json is damaged or missing"):
-        run(monkeypatch, evaluate, str(folder), "--count", "2")
+        run_command(monkeypatch, evaluate, str(folder), "--count", "2")
     with pytest.raises(SystemExit, match="checkpoint is 'runs/other', which the agent dvi does not take"):
-        run(
+        run_command(
             monkeypatch,
             train,
             "SpecDVI-v0",
@@ -116,7 +111,7 @@ def test_flags_set_keys_of_the_stanza(
         **{"--root": str(tmp_path / "runs"), "--results": str(tmp_path / "results")},
     }
     small = ["--set", "env.device=cpu", "eval_prompts=2", "eval_freq=0"]
-    run(monkeypatch, dvi, *(text for pair in flags.items() for text in pair), *small)
+    run_command(monkeypatch, dvi, *(text for pair in flags.items() for text in pair), *small)
     assert "left out 1 of 7 rows that are no conversation (line 7)" in caplog.text
     found = json.loads((tmp_path / "results" / "reinforce-0.json").read_text())
     assert set(found) >= KEYS and found["adapter"] == "layers" and found["exit_layer"] == 3
@@ -126,9 +121,9 @@ def test_flags_set_keys_of_the_stanza(
     assert config["env"]["target"] == tiny["target"] and config["env"]["max_new_tokens"] == 24
 
     with pytest.raises(SystemExit, match="unknown hyper-parameter 'beta_kl' of dvi"):
-        run(monkeypatch, dvi, "--agent", "dvi", "--beta_kl", "0.2")
+        run_command(monkeypatch, dvi, "--agent", "dvi", "--beta_kl", "0.2")
     with pytest.raises(SystemExit, match="exit_layer is 30; expected 1 to 29"):
-        run(monkeypatch, dvi, "--exit_layer", "30", "--root", str(tmp_path / "other"))
+        run_command(monkeypatch, dvi, "--exit_layer", "30", "--root", str(tmp_path / "other"))
     assert not (tmp_path / "other").exists() or not any((tmp_path / "other").rglob("config.yml"))
 
 
@@ -140,7 +135,7 @@ def test_results_of_another_run_are_not_overwritten(
     (results / "dvi-0.json").write_text(json.dumps({"run": str(tmp_path / "a" / "SpecDVI-v0" / "dvi-0")}))
     monkeypatch.setattr(dvi, "trained", lambda *_: pytest.fail("trained before it was checked"))
     with pytest.raises(SystemExit, match=r"dvi-0.json holds the results of another run, .*; choose another --results"):
-        run(monkeypatch, dvi, "--root", str(tmp_path / "b"), "--results", str(results))
+        run_command(monkeypatch, dvi, "--root", str(tmp_path / "b"), "--results", str(results))
 
 
 def test_comparison_writes_learning_curves(
@@ -148,7 +143,7 @@ def test_comparison_writes_learning_curves(
 ) -> None:
     arguments = ["--root", str(tmp_path), "--stanzas", "dvi", "reinforce", "--seeds", "0", "1", "--texts", "6"]
     arguments += ["--count", "2", "--k", "2", "--eval-freq", "40", "--set", *settings(tiny)]
-    run(monkeypatch, comparison, *arguments)
+    run_command(monkeypatch, comparison, *arguments)
     table = capsys.readouterr().out
     found = json.loads((tmp_path / "bench-dvi.json").read_text())
     for stanza in ("dvi", "reinforce"):

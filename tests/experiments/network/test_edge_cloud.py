@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from spec_envs.experiments.measure.arms import Encoded, Sample
 from spec_envs.experiments.network import cloud_load, edge_cloud
 from spec_envs.experiments.network.cloud_process import running
+from tests.support.commands import run_command
 
 KEYS = {"speedup", "acceptance", "network_s", "edge_s", "cloud_s", "bytes_up", "bytes_down", "assessment", "machine"}
 
@@ -32,11 +32,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def run(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
-
-
 def test_edge_cloud_comparison(
     tiny_target: Path,
     tiny_draft: Path,
@@ -47,7 +42,7 @@ def test_edge_cloud_comparison(
 ) -> None:
     models = ["--target", tiny_target, "--drafter", tiny_draft, "--dtype", "float32", "--out", tmp_path]
     size = ["--num-prompts", 1, "--iterations", 2, "--max-new-tokens", 12, "--top-k", 8]
-    run(monkeypatch, edge_cloud, *models, *size, "--link", "constant:up=100,down=100,rtt=4")
+    run_command(monkeypatch, edge_cloud, *models, *size, "--link", "constant:up=100,down=100,rtt=4")
     assert len(started) == 2 and all(process.returncode is not None for process in started)  # the cloud and the proxy
     results = json.loads((tmp_path / "edge-cloud.json").read_text())
     assert set(results) >= KEYS and set(results["arms"]) == {"edge-cloud", "plain", "plain again"}
@@ -64,7 +59,7 @@ def test_edge_cloud_comparison(
     assert "| cloud-only again |" in out and f"{results['assessment']}." in out
 
     with pytest.raises(SystemExit, match="--num-prompts is 11; expected 1 to 10"):
-        run(monkeypatch, edge_cloud, "--num-prompts", 11)
+        run_command(monkeypatch, edge_cloud, "--num-prompts", 11)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +86,7 @@ def test_load_of_several_edges(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     models = ["--target", tiny_target, "--dtype", "float32", "--out", tmp_path]
-    run(monkeypatch, cloud_load, *models, "--edges", "1,3", "--seconds", 0.5, "--rounds", 1, "--wrong", 0)
+    run_command(monkeypatch, cloud_load, *models, "--edges", "1,3", "--seconds", 0.5, "--rounds", 1, "--wrong", 0)
     assert len(started) == 2 and all(process.returncode is not None for process in started)
     results = json.loads((tmp_path / "cloud-load.json").read_text())
     assert set(results["points"]) == {"1", "3"}

@@ -11,6 +11,7 @@ from spec_envs.experiments.network import edge_cloud
 from spec_envs.network import proxy
 from spec_envs.network.cloud import __main__ as cloud
 from spec_envs.network.edge import __main__ as edge
+from tests.support.commands import run_command
 
 CLOUD = {
     "--port": ["-1", "65536"],
@@ -70,9 +71,8 @@ def test_invalid_time_is_refused(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--listen", "0", "--to", "1", "--link", "lte", f"--interval-ms={value}"]
-    monkeypatch.setattr(sys, "argv", ["proxy", *arguments])
     with pytest.raises(SystemExit):
-        proxy.main()
+        run_command(monkeypatch, proxy, *arguments)
     assert "is not a time; expected" in capsys.readouterr().err
 
 
@@ -80,7 +80,6 @@ def test_invalid_time_is_refused(
 def test_invalid_address_is_refused(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["proxy", f"--listen={value}", "--to", "1", "--link", "lte"])
     with pytest.raises(SystemExit):
-        proxy.main()
+        run_command(monkeypatch, proxy, f"--listen={value}", "--to", "1", "--link", "lte")
     assert "is not an address; expected" in capsys.readouterr().err

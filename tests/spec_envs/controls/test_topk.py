@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ from spec_envs.network import expected_trace as expected
 from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.network.link import load_link
 from tests.support.cloud_process import CloudProcess
+from tests.support.commands import run_command
 from tests.support.rollouts import rollout
+from tests.support.texts import plain_text
 
 JOINT: dict[str, Any] = {"actions": "joint", "k": 4, "ks": [0, 3, 8]}
 TRACE = "smollm2-135m-topk"
@@ -148,11 +149,7 @@ def test_greedy_text_is_plain_text_under_random_actions(chain: dict) -> None:
         env.reset(seed=seed)
         while not env.decoder.finished:
             env.step(int(rng.integers(env.action_space.n)))
-        plain = env.decoder.plain()
-        plain.start(env.decoder.prompt, 60, np.random.default_rng(0))
-        while not plain.finished:
-            plain.verify(0)
-        assert env.decoder.tokens == plain.tokens
+        assert env.decoder.tokens == plain_text(env.decoder.plain(), env.decoder.prompt, 60)
 
 
 def test_unverified_tokens_are_rewarded_by_edge_value(chain: dict) -> None:
@@ -321,8 +318,7 @@ def test_recording_does_not_touch_shipped_trace(
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["topk_trace", "--scale", "0.01", "--prompts", "gsm8k", *arguments])
-        topk_trace.main()
+        run_command(monkeypatch, topk_trace, "--scale", "0.01", "--prompts", "gsm8k", *arguments)
         return "".join(capsys.readouterr())
 
     assert "runs/traces/smollm2-135m-topk.npz: 3 texts" in command("--max-new-tokens", "4")

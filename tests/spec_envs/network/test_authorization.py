@@ -13,12 +13,9 @@ from hypothesis import strategies as st
 from spec_envs.network.authorization import check_served, denied, is_loopback
 from spec_envs.network.websocket import SocketChannel
 from tests.support.cloud_process import CloudProcess
+from tests.support.edges import UPGRADE
 
 TOKEN = "0123456789abcdef-~+/=="
-UPGRADE = (
-    "Host: cloud\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n"
-)
 CASES: list[tuple[list[str], int, str]] = [
     ([f"Bearer {TOKEN}"], 101, ""),
     ([f"bearer {TOKEN}"], 101, ""),
@@ -49,7 +46,7 @@ def get(cloud: CloudProcess, path: str, headers: list[str]) -> tuple[int, str]:
     """Return the status and head of the answer to a request with these Authorization headers."""
     lines = "".join(f"Authorization: {header}\r\n" for header in headers)
     with socket.create_connection(("127.0.0.1", cloud.port), timeout=30) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\n{UPGRADE}{lines}\r\n".encode("latin-1"))
+        connection.sendall(f"GET {path} HTTP/1.1\r\n".encode() + UPGRADE + f"{lines}\r\n".encode("latin-1"))
         head = b""
         while b"\r\n\r\n" not in head:
             head += connection.recv(4096)

@@ -15,6 +15,7 @@ from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.transformer import Transformer
+from tests.support.models.forwards import text_logits
 from tests.support.models.tiny import CPU
 
 PROMPTS = ([2, 3, 4, 5, 6], [9, 8, 7], [12, 2, 12, 2, 12])
@@ -46,6 +47,5 @@ def decode_text(decoder: Decoder, prompt: list[int], lengths: list[int], tokens:
 
 
 def logits_of(model: Transformer, ids: list[int], **keywords: Any) -> Tensor:
-    x = model.embed(torch.tensor([ids]))
-    positions = torch.arange(len(ids))[None]
-    return model.head(model.forward(x, model.cache(len(ids)), positions, **keywords)[0])[0]
+    """Return logits ``[n, vocab]`` of a text in one forward."""
+    return text_logits(model, torch.tensor([ids]), **keywords)[0]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spec_envs.decoding.loading import load_decoder
+from tests.support.texts import plain_text
 
 IDS = [5, 6, 7, 8]
 
@@ -32,11 +32,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 
 def ours(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:
     """Return the greedy text of this package."""
-    decoder = load_decoder(str(folder), None, "cpu", "float32")
-    decoder.start(ids, count, np.random.default_rng(0))
-    while not decoder.finished:
-        decoder.verify(0)
-    return decoder.tokens
+    return plain_text(load_decoder(str(folder), None, "cpu", "float32"), ids, count)
 
 
 def theirs(folder: Path, ids: list[int] = IDS, count: int = 20) -> list[int]:

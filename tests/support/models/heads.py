@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,10 @@ def save_head(folder: Path, r: Recipe, layout: str = "eagle", **changes: Any) ->
     return made
 
 
-def states(target: Path, text: list[int], boundaries: tuple[int, ...]) -> Tensor:
+def states(target: Path, text: list[int], boundaries: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the target's hidden states at layer boundaries, ``[n, len(boundaries) * hidden]``, before the final
     norm."""
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
     found: dict[int, Tensor] = {}
     for i, layer in enumerate(model.model.layers):  # the last state in transformers' own list is normalised
         layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0]))

@@ -26,6 +26,7 @@ from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support import ROOT as REPOSITORY
 from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
+from tests.support.models.forwards import text_logits
 from tests.support.models.pairs import CONFIGS, SHAPE, pair
 from tests.support.models.quantised import Quantised, eagle_layer
 from tests.support.models.tiny import CPU, REAL
@@ -72,17 +73,12 @@ def test_norms_and_most_probable_equal_torch(build: None) -> None:
         )
 
 
-def whole(model: Transformer, ids: Tensor) -> Tensor:
-    positions = torch.arange(ids.shape[1])[None]
-    return model.head(model.forward(model.embed(ids), model.cache(ids.shape[1]), positions)[0])[0]
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_model_is_close_to_torch_reference(name: str, build: None) -> None:
     model, reference = pair(CONFIGS[name])
     ids = torch.randint(0, 150, (1, 90), generator=torch.Generator().manual_seed(0))
-    ours, theirs = whole(model, ids), whole(reference, ids)
+    ours, theirs = text_logits(model, ids), text_logits(reference, ids)
     error = (ours - theirs).norm() / theirs.norm()
     assert 0 < error < 0.03
     states = reference.forward(reference.embed(ids), reference.cache(90), torch.arange(90)[None], capture=(0, 2))[1]
@@ -294,24 +290,24 @@ def test_prompt_fills_the_context(build: None) -> None:
     """A prompt as long as the context is close to the reference, and its last row alone has the same bits."""
     model, reference = pair(CONFIGS["llama"])
     ids = torch.randint(0, 150, (1, 512), generator=torch.Generator().manual_seed(0))
-    ours, theirs = whole(model, ids), whole(reference, ids)
+    ours, theirs = text_logits(model, ids), text_logits(reference, ids)
     assert (ours - theirs).norm() < 0.03 * theirs.norm()
     cache = model.cache(512)
     model.forward(model.embed(ids[:, :511]), cache, torch.arange(511)[None])
     cache.length = 511
     x, _ = model.forward(model.embed(ids[:, 511:]), cache, torch.tensor([[511]]))
-    assert torch.equal(model.head(x)[0, 0], ours[-1])
+    assert torch.equal(model.head(x)[0, 0], ours[0, -1])
 
 
 @torch.inference_mode()
 def test_bits_do_not_depend_on_number_of_threads() -> None:
     model, _ = pair(CONFIGS["qwen3"])
     ids = torch.randint(0, 150, (1, 70), generator=torch.Generator().manual_seed(0))
-    expected, before = whole(model, ids), torch.get_num_threads()
+    expected, before = text_logits(model, ids), torch.get_num_threads()
     try:
         for threads in (2, 5, 1, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(whole(model, ids), expected)
+            assert torch.equal(text_logits(model, ids), expected)
             assert torch.equal(model.head.argmax(model.embed(ids)), model.head(model.embed(ids)).argmax(-1))
     finally:
         torch.set_num_threads(before)
@@ -322,7 +318,9 @@ def test_concurrent_threads_compute_the_same_bits() -> None:
 
     @torch.inference_mode()
     def logits(seed: int) -> Tensor:
-        return whole(model, torch.randint(0, 150, (1, 20 + 9 * seed), generator=torch.Generator().manual_seed(seed)))
+        return text_logits(
+            model, torch.randint(0, 150, (1, 20 + 9 * seed), generator=torch.Generator().manual_seed(seed))
+        )
 
     seeds = [*range(6)] * 4
     expected = [logits(seed) for seed in seeds]

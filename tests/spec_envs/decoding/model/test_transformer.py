@@ -23,6 +23,7 @@ from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target, model_folder
+from tests.support.models.forwards import text_logits
 from tests.support.models.tiny import CPU, REAL
 
 TOLERANCE = 2e-3
@@ -62,11 +63,6 @@ def pair(config: PretrainedConfig) -> tuple[Transformer, torch.nn.Module]:
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return Transformer(config, reference.state_dict(), torch.float32, CPU), reference
-
-
-def whole(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(ids.shape[1])[None]
-    return model.head(model.forward(model.embed(ids), model.cache(ids.shape[1]), positions)[0])
 
 
 def token_by_token(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
@@ -111,7 +107,7 @@ def test_tiny_models_equal_transformers(name: str) -> None:
     model, reference = pair(CONFIGS[name])
     ids = torch.randint(0, 120, (1, 80), generator=torch.Generator().manual_seed(0))
     expected = reference(ids).logits
-    assert (whole(model, ids) - expected).abs().max() <= TOLERANCE
+    assert (text_logits(model, ids) - expected).abs().max() <= TOLERANCE
     assert (token_by_token(model, ids) - expected).abs().max() <= TOLERANCE
     check_tree(model, reference, 120, 30)
 
@@ -137,7 +133,7 @@ def test_default_model_equals_transformers() -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
     ids = torch.randint(3, 49152, (1, 256), generator=torch.Generator().manual_seed(0))
     expected = reference(ids).logits
-    assert (whole(model, ids) - expected).abs().max() <= TOLERANCE
+    assert (text_logits(model, ids) - expected).abs().max() <= TOLERANCE
     assert (token_by_token(model, ids) - expected).abs().max() <= TOLERANCE
     check_tree(model, reference, 49152, 60)
 
@@ -199,7 +195,7 @@ def test_graphed_layers_equal_transformers(name: str) -> None:
     model, reference = pair(CONFIGS[name])
     model.layers = GraphedLayers(model.layers, record)
     ids = torch.randint(0, 120, (1, 80), generator=torch.Generator().manual_seed(0))
-    assert (whole(model, ids) - reference(ids).logits).abs().max() <= TOLERANCE
+    assert (text_logits(model, ids) - reference(ids).logits).abs().max() <= TOLERANCE
     recorded.clear()
     assert (token_by_token(model, ids) - reference(ids).logits).abs().max() <= TOLERANCE
     assert len(recorded) == 1  # one graph for eighty steps

@@ -30,6 +30,7 @@ from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.model.transformer import Transformer
 from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.forwards import text_logits
 from tests.support.models.quantised import random_weights
 from tests.support.models.tiny import CPU
 
@@ -116,8 +117,7 @@ def random_model(config: PretrainedConfig, seed: int, stored: torch.dtype) -> tu
 
 
 def logits(model: Transformer, ids: Tensor) -> Tensor:
-    positions = torch.arange(ids.shape[1])[None]
-    return model.head(model.forward(model.embed(ids), model.cache(ids.shape[1]), positions)[0])[0].float()
+    return text_logits(model, ids)[0].float()
 
 
 def reference_text(reference: PreTrainedModel, prompt: list[int], eos: list[int], room: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights import checkpoints
 from spec_envs.decoding.weights.checkpoints import eos_ids, load_tokenizer, model_folder
 from tests.support.models.gguf_files import END, PAD, SPECIAL, TOKENS, TURN, reference, split, tiny_model, write_gguf
+from tests.support.texts import plain_text
 
 IDS = np.random.default_rng(0).integers(0, 250, 20).tolist()
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -55,13 +55,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def ours(path: Path, ids: Sequence[int] = IDS, count: int = 24) -> list[int]:
-    """Return the greedy text of this package."""
-    decoder = load_decoder(str(path), None, "cpu", "float32")
-    decoder.start(ids, count, np.random.default_rng(0))
-    while not decoder.finished:
-        decoder.verify(0)
-    return decoder.tokens
+def ours(path: Path, ids: list[int] = IDS) -> list[int]:
+    """Return the greedy text of this package, up to 24 tokens."""
+    return plain_text(load_decoder(str(path), None, "cpu", "float32"), ids, 24)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,11 @@ from spec_envs.network.wire import (
     vocabulary_hash,
 )
 from tests.support.cloud_process import CloudProcess
+from tests.support.edges import UPGRADE, wait_for
 from tests.support.models.tiny import WORDS
 
 VOCAB, CONTEXT = len(WORDS), 2048
-REQUEST = (
-    b"GET / HTTP/1.1\r\nHost: cloud\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n"
-)
+REQUEST = b"GET / HTTP/1.1\r\n" + UPGRADE
 SILENT = 1.5  # seconds until the clouds of these tests expect a greeting
 
 
@@ -125,13 +123,6 @@ def served(cloud: CloudProcess, vocabulary: bytes) -> int:
 def rejections(cloud: CloudProcess, reason: str) -> float:
     lines = cloud.page("/metrics")[1].splitlines()
     return next(float(line.split()[1]) for line in lines if f'turned_away_total{{reason="{reason}"}}' in line)
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    begin = time.monotonic()
-    while not true():
-        assert time.monotonic() - begin < 30
-        time.sleep(0.05)
 
 
 def prompt(seed: int, length: int = CONTEXT - 1) -> list[int]:

@@ -31,7 +31,7 @@ from spec_envs.network.wire import (
     pack_ids,
 )
 from tests.support.cloud_process import CloudProcess
-from tests.support.edges import KINDS, PROMPT, VOCAB, Edges, replaced, send_frames, wait_for
+from tests.support.edges import KINDS, PROMPT, UPGRADE, VOCAB, Edges, replaced, send_frames, wait_for
 
 
 def test_invalid_messages_are_refused(
@@ -95,10 +95,7 @@ def test_invalid_http_and_edges_that_do_not_read(
         half.socket.shutdown(socket.SHUT_WR)
     raw = socket.create_connection(address)
     raw.settimeout(1.0)
-    raw.sendall(
-        b"GET / HTTP/1.1\r\nHost: cloud\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n\r\n"
-    )
+    raw.sendall(b"GET / HTTP/1.1\r\n" + UPGRADE + b"\r\n")
     greeting = encode(replaced(hello, session=b"n" * 16))
     frames = (b"\x82" + bytes([128 + len(greeting)]) + bytes(4) + greeting) * 1000
     with pytest.raises(TimeoutError):

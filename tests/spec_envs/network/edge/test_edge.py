@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +22,7 @@ from spec_envs.network.link import load_link
 from spec_envs.network.proxy import ShapedProxy
 from spec_envs.prompts.sets import decode, encode
 from spec_envs.text import Detokenizer
+from tests.support.commands import run_command
 
 PROMPT, TOKENS, FAST = "the a of and in to", 40, "constant:up=1000,down=1000,rtt=1"
 
@@ -49,8 +49,7 @@ def unused_url() -> str:
 def command(monkeypatch: pytest.MonkeyPatch, models: dict[str, Any], *arguments: str) -> None:
     given = [text for name, value in models.items() for text in (f"--{name}", value)]
     settings = ["--prompt", PROMPT, "--max-new-tokens", str(TOKENS), "--seed", "4", "--patience", "0.1"]
-    monkeypatch.setattr(sys, "argv", ["edge", *arguments, *given, *settings])
-    edge.main()
+    run_command(monkeypatch, edge, *arguments, *given, *settings)
 
 
 @pytest.mark.parametrize("mode", ["topk", "scalar", "ids"])

@@ -19,6 +19,7 @@ from spec_envs.experiments.drafters.eagle_objective import Objective, Unrolled
 from spec_envs.experiments.drafters.recording import Example, load_shard, record
 from spec_envs.experiments.drafters.training import report, train
 from tests.support.models.tiny import CPU
+from tests.support.texts import plain_text
 
 
 def test_unrolled_training_equals_drafting(tiny_target: Path, tiny_drafter: Path) -> None:
@@ -58,10 +59,8 @@ def test_training_improves_and_resumes_exactly(
     for _ in range(40):
         decoder = load_decoder(str(tiny_target), None, "cpu", "float32")
         decoder.eos = frozenset()
-        decoder.start([rng.randrange(2, 16) for _ in range(6)], 30, np.random.default_rng(0))
-        while not decoder.finished:
-            decoder.verify(0)
-        texts.append((decoder.prompt + decoder.tokens, 6))
+        prompt = [rng.randrange(2, 16) for _ in range(6)]
+        texts.append((prompt + plain_text(decoder, prompt, 30), 6))
     capture = (2, 4, 5)
     paths = record(target, texts, tmp_path / "recorded", capture)
     assert len(load_shard(paths[0])) == 40

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_target
 from spec_envs.decoding.weights.files import load_weights
+from tests.support.models.heads import states
 from tests.support.models.tiny import CPU, WORDS
 
 pytest.importorskip("speculators", reason="`make setup` installs it")
@@ -85,18 +86,6 @@ def from_files(folder: Path, target: Path) -> Eagle3DraftModel:
     return model
 
 
-def states(target: Path, text: list[int], boundaries: list[int]) -> Tensor:
-    """Return the target's hidden states at layer boundaries, ``[1, n, len(boundaries) * hidden]``."""
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    found: dict[int, Tensor] = {}
-    for i, layer in enumerate(model.model.layers):  # the last state in transformers' own list is normalised
-        layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0]))
-        layer.register_forward_hook(lambda _, __, out, i=i: found.__setitem__(i + 1, out))
-    with torch.no_grad():
-        model(torch.tensor([text]))
-    return torch.cat([found[i] for i in boundaries], -1)
-
-
 def library_log_probs(
     model: Eagle3DraftModel, target: Path, text: list[int], chain: list[int], at: list[int]
 ) -> Tensor:
@@ -104,7 +93,7 @@ def library_log_probs(
     vocabulary]``."""
     seen: list[Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out))
-    features = states(target, [*text, *chain], at)[:, :-1]
+    features = states(target, [*text, *chain], at, torch.float32)[None, :-1]
     ids = torch.tensor([[*text, *chain]])[:, 1:]
     with torch.no_grad():
         model(features, ids, torch.zeros_like(ids), ttt_steps=len(chain) + 1)
