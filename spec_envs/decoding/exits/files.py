@@ -208,7 +208,7 @@ def check_config(wanted: dict[str, Any], path: Path) -> None:
     """
     try:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path.name} is damaged ({str(error).splitlines()[0]})") from None
     for key, value in {**dict.fromkeys(wanted), **found}.items():
         expected = wanted.get(key)

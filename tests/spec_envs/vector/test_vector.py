@@ -264,9 +264,9 @@ def test_unsupported_keywords_are_refused(traces: dict[str, Trace], plans: dict[
         ("give trace=FOLDER", "SpecDepth-v0", {}),
         ("has chains, which do not replay depth", "SpecDepth-v0", {"trace": chain}),
         ("adjustment_interval", "SpecK-v0", {"trace": chain, "adjustment_interval": 8, "k_max": 6}),
-        ("render_mode means nothing", "SpecDepth-v0", {"trace": tree, "render_mode": "ansi", **sizes(plans["tree"])}),
+        ("render_mode has no effect", "SpecDepth-v0", {"trace": tree, "render_mode": "ansi", **sizes(plans["tree"])}),
         ('needs episode="cycle"', "SpecDepth-v0", {"trace": tree, "reward": "ltd"}),
-        ("recorded up to 24", "SpecDepth-v0", {"trace": tree, "max_new_tokens": 99, **sizes(plans["tree"])}),
+        ("were recorded to 24", "SpecDepth-v0", {"trace": tree, "max_new_tokens": 99, **sizes(plans["tree"])}),
     ):
         with pytest.raises(ValueError, match=match):
             ReplayVectorEnv(env_id, 2, **{"max_new_tokens": 20, **keywords})  # type: ignore[arg-type]

@@ -154,8 +154,8 @@ def test_unknown_keys_and_damaged_configs_are_refused(target: Transformer, tiny_
     with pytest.raises(ValueError, match="nothing reads its scale"):
         load_exit(tmp_path, target, str(tiny_target))
     (tmp_path / "exit.json").write_text(json.dumps(stored))
-    for text in ("", "[1]", "{"):
-        (tmp_path / "exit_proj" / "adapter_config.json").write_text(text)
+    for data in (b"", b"[1]", b"{", b'{"r": "\xee"}'):
+        (tmp_path / "exit_proj" / "adapter_config.json").write_bytes(data)
         with pytest.raises(ValueError, match=r"cannot read the exit in .*adapter_config.json is damaged"):
             load_exit(tmp_path, target, str(tiny_target))
     (tmp_path / "exit_proj" / "adapter_config.json").unlink()
