@@ -66,7 +66,7 @@ class Progress:
         env.np_random = np.random.default_rng([*seeds, self.texts])
         if isinstance(env, SpecEnv):  # so that seconds are the same to the last bit, whatever came before
             env.decoder.clock.totals = dict.fromkeys(PARTS, 0.0)
-        observation, _ = self.env.reset()
+        observation: np.ndarray = self.env.reset()[0]
         return observation
 
     def due(self) -> bool:

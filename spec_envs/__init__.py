@@ -46,7 +46,7 @@ def register(env_id: str, control: str, replayed: bool = False) -> None:
     Args:
         env_id: such as ``"SpecDepth-v0"``.
         control: where its control is found, ``"module:Class"``.
-        replayed: whether recorded traces replay it (its control has a ``trace_kind``); then ``gym.make_vec`` can step
+        replayed: True if recorded traces replay it (its control has a ``trace_kind``); then ``gym.make_vec`` can step
             thousands of episodes at once in NumPy.
     """
     ENVIRONMENTS[env_id] = control

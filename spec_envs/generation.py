@@ -17,16 +17,14 @@ from spec_envs.text import TextStream
 
 @dataclass
 class Generation:
-    """A text under way; iterate over it to get the token ids of each cycle as they come, or over ``pieces()`` for its
-    text.
+    """A text under way. Iterate over it for the token ids of each cycle, or over ``pieces()`` for its text.
 
     Attributes:
         tokens: ids emitted so far, the prefill's first token included.
         cycles: finished cycles.
-        seconds: whole seconds from the first cycle on: drafting, verifying, deciding and everything around them
-            (the prefill apart), and those of a simulated network. Under a priced clock, or on a server that times
-            itself: what the clock was charged.
-        prefill_seconds: of the prompt and the first token.
+        seconds: all seconds after the prefill: drafting, verification, decisions and everything around them, and those
+            of a simulated network. Under a priced clock, or on a server that times itself, the seconds charged.
+        prefill_seconds: seconds of the prompt and the first token.
         actions: decisions taken, in order.
     """
 
@@ -116,10 +114,10 @@ def generate(
         control, agent: the pair that ``spec_envs.agents.load(run)`` returns.
         prompt: token ids (``spec_envs.prompts.sets.encode``).
         max_new_tokens: most tokens to emit.
-        seed: of the sampling, at temperature above 0.
+        seed: seed of sampling, at a temperature above 0.
         task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.sets.TASKS``, or any other.
-        learn: whether the agent explores and continues to learn from every cycle, if it can (``rl-adapter``, and
-            ``dvi`` and ``reinforce`` after ``agent.bind(decoder)``).
+        learn: True lets the agent explore and continue to learn from every cycle, which ``rl-adapter`` can, and ``dvi``
+            and ``reinforce`` after ``agent.bind(decoder)``.
 
     Returns:
         A :class:`Generation`: iterate over it or its ``pieces()`` to stream, or call ``run()``.

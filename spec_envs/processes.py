@@ -1,4 +1,4 @@
-"""Child processes that end with this process, in whatever way it ends."""
+"""Child processes that end with this process, however it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PDEATHSIG = 1  # of prctl
+PDEATHSIG = 1  # option of prctl
 
 
 class Starter:
@@ -30,7 +30,7 @@ class Starter:
         threading.Thread(target=self._work, name="starter", daemon=True).start()
 
     def call(self, start: Callable[[], Any]) -> Any:
-        """Run ``start`` in the thread and return what it returns, or raise what it raises."""
+        """Run ``start`` in the thread, and return its result or raise its error."""
         future: Future[Any] = Future()
         self.todo.put((future, start))
         return future.result()
@@ -49,7 +49,7 @@ _starters: dict[int, Starter] = {}  # by process id: a fork does not have its pa
 
 
 def started(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
-    """Start a process that ends with this one. Elsewhere than on Linux, the caller has to stop it.
+    """Start a process that ends with this one; on systems other than Linux, the caller has to stop it.
 
     Args:
         settings: further arguments of ``subprocess.Popen``.
@@ -73,9 +73,9 @@ def started(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
 
 
 def _die_with(libc: ctypes.CDLL, parent: int) -> None:
-    """Have the system kill this process when the thread that started it ends.
+    """Request that the system kills this process when the thread that started it ends.
 
-    It is killed, not asked to end, because it has nothing to save and may hang.
+    It gets SIGKILL instead of SIGTERM, because it has nothing to save and may hang.
     """
     libc.prctl(PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before this request

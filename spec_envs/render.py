@@ -1,4 +1,4 @@
-"""Show what a decoder is doing, as coloured text or as a picture."""
+"""Show a decoder's text and its last cycle, as coloured text or as a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spec_envs.decoding.tree import ROOT
 from spec_envs.text import TextStream, after, printable
 
 GREEN, RED, BOLD, RESET = "\x1b[32m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
-DRAWN = 60  # nodes shown of a tree
+DRAWN = 60  # most nodes of a tree that are shown
 
 
 def ansi(decoder: Engine) -> str:
@@ -35,7 +35,7 @@ def ansi(decoder: Engine) -> str:
 
 
 def labels(decoder: Engine, cycle: Cycle) -> list[str]:
-    """Return the text of every node of a cycle, each within a text, where it has its space."""
+    """Return the text of every node of a cycle, with the leading space that it has within a text."""
     before = decoder.tokens[0]
     return [printable(after(decoder.detokenize, before, token)) for token in cycle.nodes.tokens.tolist()]
 
@@ -76,7 +76,7 @@ def picture(decoder: Engine) -> np.ndarray:
 
 
 def drawn(text: str) -> str:
-    """Return a text as matplotlib draws it as it is, on one line."""
+    """Return a text in one line, so that matplotlib draws it unchanged."""
     return text.replace("\n", "⏎").replace("$", r"\$")
 
 

@@ -60,7 +60,8 @@ class ExitPass:
         adapter, shallow = self.adapter, range(self.adapter.exit_layer)
         if not adapter.lossless:
             model = self.model
-            return model.layers.read(model.embed(ids)[None], model.rope, shallow, self.additions())[0]
+            states: Tensor = model.layers.read(model.embed(ids)[None], model.rope, shallow, self.additions())[0]
+            return states
         return adapter.read(self.through(ids, shallow)[None])[0]
 
     @torch.no_grad()
@@ -74,10 +75,12 @@ class ExitPass:
         """Return the hidden states ``[m, hidden]`` of a text after the last layer of the adapted target, with gradients
         for ``lora_D`` only."""
         model, layers = self.model, range(self.adapter.exit_layer, self.model.shape.layers)
-        states = self.text(ids).detach()
-        return model.layers.read(states[None], model.rope, layers, self.additions())[0]
+        shallow = self.text(ids).detach()
+        states: Tensor = model.layers.read(shallow[None], model.rope, layers, self.additions())[0]
+        return states
 
     @torch.no_grad()
     def frozen(self, ids: Tensor) -> Tensor:
         """Return the hidden states ``[m, hidden]`` of a text after the last layer of the unadapted target."""
-        return self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]
+        states: Tensor = self.model.layers.read(self.model.embed(ids)[None], self.model.rope)[0]
+        return states

@@ -54,7 +54,8 @@ class ExpectedGainAgent(PricedRule):
 
     def rates(self, accepted: np.ndarray, depth: int) -> np.ndarray:
         """Return the expected tokens per second of each budget, ``[budgets]``."""
-        return (1 + self.settings.scale * accepted) / self.seconds[depth]
+        rates: np.ndarray = (1 + self.settings.scale * accepted) / self.seconds[depth]
+        return rates
 
     def next_level(self, observation: np.ndarray) -> float:
         """Return how many accepted tokens another level is expected to add, at most."""

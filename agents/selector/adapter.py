@@ -70,7 +70,8 @@ class QNetwork(nn.Module):
         self.fc4 = nn.Linear(256, len(KS))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.layers()(states)
+        values: torch.Tensor = self.layers()(states)
+        return values
 
     def layers(self) -> nn.Sequential:
         """Return the same layers with the activations between them."""

@@ -158,7 +158,8 @@ class TracedAgent(Agent):
             x = x @ w
             x += b
             x = self.activation(x)
-        return x @ weight + bias
+        outputs: np.ndarray = x @ weight + bias
+        return outputs
 
     def _unpack(self) -> None:
         """Copy the network's weights into arrays."""

@@ -43,7 +43,8 @@ class ExactPGAgent(TracedAgent):
 
     def actions(self, observations: np.ndarray) -> np.ndarray:
         """Return the most probable action ``[n]`` for each of the observations ``[n, …]``."""
-        return self.outputs(observations).argmax(1)
+        actions: np.ndarray = self.outputs(observations).argmax(1)
+        return actions
 
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
         """Run one round of policy-gradient ascent; yield the loss of each step."""
@@ -72,7 +73,8 @@ class ExactPGAgent(TracedAgent):
     def _chances(self, seen: Tensor) -> Tensor:
         """Return the probability ``[n, plans]`` that the policy follows each plan, from what is seen at every level
         ``[n, levels, …]``."""
-        plans, chances = self.plans, self.network(seen[..., : self.width]).softmax(-1)
+        plans = self.plans
+        chances: Tensor = self.network(seen[..., : self.width]).softmax(-1)
         stopping = torch.from_numpy(plans.ends)
         if plans.drafts is None:
             return chances[:, 0, stopping]

@@ -90,7 +90,8 @@ class HindsightAgent(TracedAgent):
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Return the plan ``[n]`` with the most A − λT among those that are open."""
-        return self.outcomes.worth(self.outputs(observations), level).argmax(1)
+        best: np.ndarray = self.outcomes.worth(self.outputs(observations), level).argmax(1)
+        return best
 
     def _chosen(self, seen: np.ndarray) -> np.ndarray:
         """Return the plan ``[n]`` with which each cycle ends, from what is seen at every level ``[n, levels, …]``."""
@@ -100,7 +101,8 @@ class HindsightAgent(TracedAgent):
         if not self.plans.stepwise:
             return plan[:, 0]
         ends = (self.plans.sizes[plan] <= level) & (level >= self.plans.first)
-        return plan[np.arange(n), ends.argmax(1)]
+        chosen: np.ndarray = plan[np.arange(n), ends.argmax(1)]
+        return chosen
 
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
         """Fit the network by cross-entropy over all open plans of all levels; yield the loss of each step."""

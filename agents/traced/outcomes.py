@@ -64,7 +64,8 @@ class TreeOutcomes:
         self.paid = (pace * (self.ahead * forward + verification) + self.closed).astype(np.float32)
 
     def worth(self, predicted: np.ndarray, level: np.ndarray) -> np.ndarray:
-        return self.most * expit(predicted) - self.paid[level]
+        worth: np.ndarray = self.most * expit(predicted) - self.paid[level]
+        return worth
 
 
 class ChainOutcomes:
@@ -111,4 +112,5 @@ class ChainOutcomes:
         chance, plans = expit(predicted + self.settled[level]), self.paid.shape[1]
         gained = chance[:, :plans].cumprod(1)  # first that all is right so far, which all plans have in common
         gained[:, 1:] += self.saved * chance[:, plans:]
-        return gained.cumsum(1) - self.paid[level]
+        worth: np.ndarray = gained.cumsum(1) - self.paid[level]
+        return worth

@@ -37,7 +37,7 @@ class WallClock:
     """Measures seconds; the device is synchronised before and after every part.
 
     Attributes:
-        priced: whether the seconds come from a table instead.
+        priced: True if the seconds come from a table instead.
         totals: seconds charged to each part since the text began.
         simulated: seconds among them that did not pass in reality, such as those of a simulated network.
     """

@@ -33,7 +33,7 @@ class Traffic:
     Attributes:
         bytes_up, bytes_down: sent to the target and received from it.
         seconds: how long that took.
-        simulated: whether these seconds were computed and did not pass in reality.
+        simulated: True if these seconds were computed and did not pass in reality.
     """
 
     bytes_up: int = 0

@@ -42,7 +42,7 @@ class Prompt:
         task: name of the task it belongs to.
         text: the turn itself.
         history: role and text of every turn before it.
-        logged: whether it comes from a log or a data set. There some prompts cannot be given to a model, so they are
+        logged: True if it comes from a log or a data set. There some prompts cannot be given to a model, so they are
             left out instead of raising an error.
     """
 

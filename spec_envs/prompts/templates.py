@@ -47,7 +47,7 @@ def rendered(
         turns: role and text of each turn.
         template: in Jinja; None for the model's own.
         date: the day that the template is given, ``YYYY-MM-DD``; None for ``DATE``.
-        answer: whether the text ends with the beginning of the model's answer.
+        answer: True if the text ends with the beginning of the model's answer.
 
     Raises:
         Refused: the template does not take these turns, or writes more than ``LONGEST`` characters.

@@ -101,7 +101,8 @@ def load_eagle(name: str, target: Transformer) -> EagleModel:
     """Return an EAGLE-3 head in its inference form, loaded once per target and shared.
 
     Raises:
-        ValueError: it leads nowhere, is damaged, does something that is not computed, or belongs to another target.
+        ValueError: it is not found, is damaged, needs a computation that is not supported, or belongs to another
+            target.
     """
     head = EagleHead.load(name)
     try:

@@ -22,7 +22,7 @@ class DrafterName:
     """The name of a drafter, taken apart.
 
     Attributes:
-        lookup: whether prompt lookup is tried first.
+        lookup: True if prompt lookup is tried first.
         model: what drafts if lookup does not: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the
             folder of a trained exit; ``""`` for prompt lookup alone.
     """
@@ -52,7 +52,7 @@ class DrafterName:
         """Kind of the model, as its folder shows; ``"none"`` for prompt lookup alone.
 
         Raises:
-            ValueError: the name leads nowhere, or to a drafter of a format that is not read.
+            ValueError: the name is not found, or is a drafter of a format that is not read.
         """
         if not self.model:
             return "none"
@@ -75,7 +75,7 @@ def drafter_folder(name: str) -> Path:
     """Return the folder of a head or a draft model: one shipped with the package, or any model that has a name here.
 
     Raises:
-        ValueError: the name leads nowhere.
+        ValueError: the name is not found.
     """
     shipped = registry()["drafters"].get(name, {})
     return DATA / shipped["path"] if "path" in shipped else model_folder(name)

@@ -107,7 +107,7 @@ class Keys:
         Args:
             key: without the architecture's prefix.
             default: used where the key is missing; None requires the key.
-            whole: whether it must be an int.
+            whole: True if it must be an int.
 
         Raises:
             ValueError: the key is missing, or its value is no such number.

@@ -80,7 +80,7 @@ class Cloud:
         engine: the target, with room for ``limits.sessions``.
         limits: on sessions, messages and time.
         token: bearer token that edges have to send; empty if none is needed.
-        batching: whether requests that wait at the same time share a forward.
+        batching: True if requests that wait at the same time share a forward.
         executor: runs the forwards, as for ``Batcher``.
     """
 

@@ -117,7 +117,7 @@ class Variant:
         target_hidden: width of these hidden states; None means the head's own.
         norm_before_residual, norm_before_fc, fc_norm, norm_output: see above.
         biased: names of the parts that have a bias according to the config.
-        head_norms: whether queries and keys are normed according to the config, as in Qwen3.
+        head_norms: True if queries and keys are normed according to the config, as in Qwen3.
         window: of sliding attention, in tokens.
         verifier: name of the target for which it was trained, if the config has one.
     """
@@ -302,7 +302,7 @@ def boundaries_of(
 
     Args:
         raw, nested: the config.json and its ``eagle_config``.
-        boundaries_at_top: whether ids in ``raw`` are boundaries, as in speculators' layout.
+        boundaries_at_top: True if ids in ``raw`` are boundaries, as in speculators' layout.
     """
     top, inner = raw.get(IDS), nested.get(IDS)
     ids = top if inner is None else inner
