@@ -161,6 +161,7 @@ def test_fixed_agent_follows_its_setting(observation: str, tiny: dict) -> None:
 
 
 def write_run(folder: Path, trained: Any, **config: Any) -> Path:
+    """Save an agent with a config as a run folder, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     trained.save(folder)
     base = {"id": "SpecDepth-v0", "env": {}, "agent": "ppo", "hyperparameters": {}}

@@ -19,6 +19,7 @@ from tests.support.models.tiny import CPU
 
 
 def run_episode(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
+    """Return the actions of an agent in an episode, and the tokens."""
     observation, _ = env.reset(seed=seed, options={"prompt": text})
     actions, state, done, start = [], None, False, True
     while not done:

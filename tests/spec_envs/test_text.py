@@ -31,6 +31,7 @@ def fast(tokenizer: Tokenizer, **settings: object) -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerBase:
+    """Return a tokenizer that marks spaces with ▁."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *WORDS, "</s>"])}, unk_token="<unk>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return fast(words, eos_token="</s>")
@@ -47,6 +48,7 @@ def byte_fallback() -> PreTrainedTokenizerBase:
 
 
 def byte_level() -> PreTrainedTokenizerBase:
+    """Return a tokenizer like GPT-2's: a character for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = Tokenizer(models.BPE({w: i for i, w in enumerate(alphabet)}, []))
     pieces.decoder = decoders.ByteLevel()
@@ -56,6 +58,7 @@ def byte_level() -> PreTrainedTokenizerBase:
 
 
 def word_pieces() -> PreTrainedTokenizerBase:
+    """Return a tokenizer like BERT's, which cleans up spaces when it decodes."""
     words = [
         "[UNK]",
         "[PAD]",

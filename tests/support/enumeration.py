@@ -58,6 +58,7 @@ class Oracle:
 
 
 def total_variation(a: dict[tuple, float], b: dict[tuple, float]) -> float:
+    """Return the total variation distance between two distributions."""
     return 0.5 * sum(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in {*a, *b})
 
 

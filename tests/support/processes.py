@@ -1,11 +1,21 @@
-"""Processes that are checked, and files that cannot grow."""
+"""Checks of processes, a mark for tests that need a llama-server, and files that cannot grow."""
 
 from __future__ import annotations
 
+import platform
 import resource
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+needs_llama_server = pytest.mark.skipif(
+    shutil.which("llama-server") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="no llama-server on PATH, and the wheel is for Linux on x86-64",
+)
 
 
 def alive(process: int) -> bool:

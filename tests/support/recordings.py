@@ -35,6 +35,7 @@ def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
 
 @pytest.fixture(scope="session")
 def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
+    """Return the recorded trace of each plan."""
     from spec_envs.experiments.traces.record import recorded
 
     return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
@@ -51,4 +52,5 @@ def vectors(traces: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def sizes(plan: Plan) -> dict[str, Any]:
+    """Return the keyword arguments of a plan that give the sizes of its drafts."""
     return {key: plan.env[key] for key in ("max_depth", "width", "k_max") if key in plan.env}

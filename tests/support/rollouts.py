@@ -30,6 +30,7 @@ def generation_under(env: SpecEnv, control: Control, agent: Any, tokens: int, se
 
 
 def rollout(env: gym.Env, seed: int, steps: int) -> list:
+    """Return everything that an environment returns under random actions, with arrays as lists."""
     rng = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
     trace: list = [observation.tolist(), info]

@@ -33,10 +33,12 @@ class Run(NamedTuple):
 
 
 def run_of(env_id: str, stanza: str, *overrides: str) -> Run:
+    """Return a run of a stanza with overrides."""
     return Run(env_id, load_experiment(env_id, stanza, overrides))
 
 
 def on_profile(agent: str, *overrides: str) -> Run:
+    """Return a small run of an agent on the synthetic profile."""
     own = [
         f"env.trace={PROFILE}",
         "env.max_new_tokens=32",
@@ -82,6 +84,7 @@ def train_until_killed(run: Run, folder: Path, after: int = 2) -> None:
 
 
 def raise_after(save: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """Return a function that saves, and raises ``Killed`` after the given number of calls."""
     remaining = iter(range(after - 1))
 
     @functools.wraps(save)

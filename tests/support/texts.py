@@ -33,6 +33,7 @@ def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = No
 
 
 def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
+    """Return a decoder of the tiny target that drafts chains of up to 8 tokens."""
     return load_decoder(tiny["target"], str(draft), "cpu", "float32", width=1, max_depth=7, **settings)
 
 

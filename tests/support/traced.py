@@ -25,11 +25,13 @@ TABLE = CostTable("made up", {1: 1.0, 8: 1.2, 50: 2.0}, {1: 0.05})
 
 
 def control_of(case: str) -> Control:
+    """Return the control of a case."""
     env_id, _, keywords = CASES[case]
     return make_control(env_id, keywords)
 
 
 def costs_in(folder: Path, table: CostTable = TABLE) -> str:
+    """Write a cost table to a folder, and return its path."""
     path = folder / f"{table.name.replace(' ', '-')}.json"
     path.write_text(json.dumps({"verify": table.verify, "draft": table.draft}))
     return str(path)

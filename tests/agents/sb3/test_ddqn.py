@@ -27,6 +27,7 @@ class Toy(Identity):
 
 
 def agent(**given: Any) -> SB3Agent:
+    """Return a small ddqn agent for the toy problem."""
     small = {"pi_arch": [32, 32], "activation": "relu", "learning_rate": 1e-3, "seed": 0}
     made = AGENTS["ddqn"](control=Toy(), **small | given)
     assert isinstance(made.model, DoubleDQN)

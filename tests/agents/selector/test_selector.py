@@ -57,6 +57,7 @@ def adapter(**args: Any) -> RLNetworkAdapter:
 
 
 def fill(made: RLNetworkAdapter, count: int) -> None:
+    """Record random transitions, which train the adapter."""
     rng = np.random.default_rng(0)
     for i in range(count):
         state, following = rng.random((2, 10)).astype(np.float32)
@@ -251,6 +252,7 @@ def test_loads_published_checkpoint(tmp_path: Path, trained: bool) -> None:
 
 
 def sgd() -> dict[str, Any]:
+    """Return the state of an optimizer of another kind."""
     net = Published()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     net(torch.rand(2, 10)).sum().backward()

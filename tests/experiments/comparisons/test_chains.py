@@ -15,6 +15,7 @@ KEYS = {"best_fixed_over_plain", "best_agent", "best_agent_over_best_fixed", "by
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict:
+    """Run the comparison on the profile, and return its results."""
     common = ["chains", "--trace", NAME, "--count", "10", "--out", str(tmp_path), "--root", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", [*common, *arguments])
     chains.main()

@@ -22,6 +22,7 @@ from tests.support.models.tiny import CPU, WORDS
 
 
 def conversations(path: Path, count: int = 30) -> Path:
+    """Write random conversations to a file, and return its path."""
     rng = random.Random(0)
     words = lambda: " ".join(rng.choice(["a", "b", "c", "d"]) for _ in range(12))  # noqa: E731
     path.write_text("".join(json.dumps({"user": words(), "assistant": words()}) + "\n" for _ in range(count)))

@@ -5,6 +5,7 @@ from spec_envs.decoding.tree import ROOT, Children, Tree, ancestors
 
 
 def random_tree(width: int, depth: int, seed: int) -> Tree:
+    """Return a tree of random tokens and scores after ``depth`` expansions."""
     rng = np.random.default_rng(seed)
     tree = Tree(width, depth)
 

@@ -33,11 +33,13 @@ def random_adapter(target: Transformer, name: str, kind: str, exit_layer: int = 
 
 
 def decoder_of(adapter: ExitAdapter, k: int = 6, temperature: float = 0.0, stop: float = 0.0) -> ExitDecoder:
+    """Return a decoder that drafts up to ``k`` tokens with an adapter's exit."""
     verifier = SplitVerifier(adapter, temperature)
     return ExitDecoder(verifier, EarlyExitDrafter(verifier, stop), WallClock(CPU), (), max_depth=k - 1)
 
 
 def decode_text(decoder: Decoder, prompt: list[int], lengths: list[int], tokens: int = 40) -> list[int]:
+    """Return a text whose cycles draft these lengths in turn."""
     decoder.start(prompt, tokens, np.random.default_rng(0))
     for i in range(tokens):
         if decoder.finished:

@@ -249,6 +249,7 @@ def drive(seed: int) -> bool:
 
 
 def main() -> None:
+    """Run the seeds given on the command line, and print how many models the kernels computed."""
     path, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     library = ctypes.CDLL(path)
     kernels.library = lambda: library  # type: ignore[assignment]

@@ -20,9 +20,8 @@ from spec_envs.decoding.llama_cpp.server import LlamaServer, gguf_of
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
 from spec_envs.prompts.sets import encode
-from tests.support.llama_server import needs_llama_server
 from tests.support.models.tiny import REAL
-from tests.support.processes import alive
+from tests.support.processes import alive, needs_llama_server
 
 pytestmark = [pytest.mark.server, pytest.mark.model, needs_llama_server]
 

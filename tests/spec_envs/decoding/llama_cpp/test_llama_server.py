@@ -24,9 +24,8 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.references import llamacpp_arms
 from spec_envs.prompts.sets import encode
-from tests.support.llama_server import needs_llama_server
 from tests.support.models.tiny import REAL
-from tests.support.processes import alive
+from tests.support.processes import alive, needs_llama_server
 
 pytestmark = [pytest.mark.server, pytest.mark.model, needs_llama_server]
 

@@ -23,6 +23,7 @@ def wrong(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def check(packed: bool | None = None) -> None:
+    """Assert that products of many sizes equal torch's, and that the layout is packed or not."""
     generator = torch.Generator().manual_seed(0)
     for inputs, outputs in ((1, 1), (2, 3), (15, 17), (48, 33), (64, 1), (100, 1000)):
         weight, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((outputs, inputs), (outputs,)))

@@ -57,6 +57,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def pair(config: PretrainedConfig) -> tuple[Transformer, torch.nn.Module]:
+    """Return the same random model here and in transformers."""
     torch.manual_seed(0)
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in reference.named_parameters():
@@ -66,6 +67,7 @@ def pair(config: PretrainedConfig) -> tuple[Transformer, torch.nn.Module]:
 
 
 def token_by_token(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Return logits ``[1, n, vocab]`` of a text that is read one token at a time."""
     cache, rows = model.cache(ids.shape[1]), []
     for i in range(ids.shape[1]):
         x, _ = model.forward(model.embed(ids[:, i : i + 1]), cache, torch.tensor([[i]]))

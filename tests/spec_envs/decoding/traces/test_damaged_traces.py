@@ -24,6 +24,7 @@ def copied(request: pytest.FixtureRequest, traces: dict[str, Trace], tmp_path: P
 
 
 def refusal_of(folder: Path) -> str:
+    """Assert that a trace is refused in one sentence, and return the sentence."""
     with pytest.raises(
         ValueError, match=r"the trace in .*trace is damaged \(.*\); delete it and record it again"
     ) as error:

@@ -117,10 +117,12 @@ def random_model(config: PretrainedConfig, seed: int, stored: torch.dtype) -> tu
 
 
 def logits(model: Transformer, ids: Tensor) -> Tensor:
+    """Return logits ``[n, vocab]`` of a text in one forward, in float32."""
     return text_logits(model, ids)[0].float()
 
 
 def reference_text(reference: PreTrainedModel, prompt: list[int], eos: list[int], room: int) -> list[int]:
+    """Return the greedy text of transformers, up to ``room`` tokens."""
     ids = torch.tensor([prompt])
     made = reference.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False,
@@ -139,6 +141,7 @@ def same_text(ours: list[int], theirs: list[int], reference: PreTrainedModel, pr
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of ``theirs``."""
     return float((ours - theirs).norm() / theirs.norm())
 
 

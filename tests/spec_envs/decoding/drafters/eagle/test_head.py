@@ -52,6 +52,7 @@ def test_drafts_equal_reference_in_every_layout(name: str, layout: str, tiny_tar
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
+    """Draw a head of any size, with any flags."""
     hidden, flags = draw(st.sampled_from([32, 16])), {f: draw(st.booleans()) for f in FLAGS}
     flags["fc_norm"] = flags["fc_norm"] and not flags["norm_before_fc"]
     kv = draw(st.sampled_from([1, 2, 4]))

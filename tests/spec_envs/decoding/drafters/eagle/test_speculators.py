@@ -103,6 +103,7 @@ def library_log_probs(
 
 
 def assert_same_drafts(head: Path, model: Eagle3DraftModel, target: Path, at: list[int]) -> None:
+    """Assert that the drafted chain and the whole first distribution are those of the library."""
     drafted = model.config.draft_vocab_size
     chain_decoder = load_decoder(str(target), str(head), "cpu", "float32", width=1, max_depth=LEVELS)
     chain_decoder.start(PROMPT, 40, np.random.default_rng(0))
