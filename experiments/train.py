@@ -36,7 +36,8 @@ from spec_envs.experiments.measure.static import best_static
 from spec_envs.experiments.preflight import check_evaluation, check_partner
 from spec_envs.experiments.runs import CONFIG, RESULTS, RunConfig, clear, is_trained, open_run, resolved, run_folder
 from spec_envs.experiments.stanzas import ExperimentFile
-from spec_envs.experiments.traces.record import Plan, recorded_by_default
+from spec_envs.experiments.traces.plan import Plan
+from spec_envs.experiments.traces.record import recorded_by_default
 from spec_envs.experiments.validation import VALIDATIONS
 from spec_envs.files import held
 from spec_envs.network.edge.linked import is_address

@@ -47,7 +47,9 @@ from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
-from spec_envs.experiments.traces.record import Plan, calibrated, default_folder, record_shard, recorded
+from spec_envs.experiments.traces.calibration import calibrated
+from spec_envs.experiments.traces.plan import Plan, default_folder
+from spec_envs.experiments.traces.record import record_shard, recorded
 from spec_envs.files import held, read_json, whole, write_json
 from spec_envs.settings import Keywords
 

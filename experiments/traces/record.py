@@ -10,124 +10,35 @@ the trace is assembled.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
-import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from spec_envs import ENVIRONMENTS
-from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import TOKENS, Parser, add_model_arguments, input_folder, nonempty, output_folder, whole_number
 from spec_envs.arrays import read_npz
-from spec_envs.controls import CONTROLS, Control, Policy, make_control
-from spec_envs.controls.budget import BudgetControl
-from spec_envs.controls.k import KControl
-from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
+from spec_envs.controls import CONTROLS
 from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
 from spec_envs.decoding.traces.recorder import Columns, Recorder, kind_of
-from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
-from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.measure.arms import Encoded, decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import machine, weights_sha256
-from spec_envs.experiments.work_folder import NOTE, claim
-from spec_envs.files import held, read_json, whole
-from spec_envs.prompts.rows import SPLITS, Split
+from spec_envs.experiments.traces.calibration import calibrated
+from spec_envs.experiments.traces.plan import TEXTS, Plan, default_folder
+from spec_envs.files import held, whole
 from spec_envs.prompts.templates import DATE
-from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 
-DEFAULTS: Keywords = {  # values of the keyword arguments that a recording depends on
-    "target": DEFAULT_TARGET,
-    "drafter": "auto",
-    "device": "auto",
-    "dtype": "auto",
-    "temperature": 0.0,
-    "prompts": "all",
-    "data_dir": None,
-    "template": None,
-    "date": DATE,
-    "max_new_tokens": MAX_NEW_TOKENS,
-}
-TEXTS = (60, 12, 30)  # numbers of training, validation and test texts
-CALIBRATION = 6  # training texts on which cost curves are compared with the wall clock
 DOING, SHARDS = "recording a trace", "texts/shard-*"
 LARGEST_TEXT = 2**30  # most bytes of a text's columns
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a recording.
-
-    Attributes:
-        env: keyword arguments of the environment.
-        texts: numbers of training, validation and test texts.
-
-    Raises:
-        ValueError: there is nothing to record.
-    """
-
-    env_id: str
-    env: Keywords
-    texts: tuple[int, int, int] = TEXTS
-
-    def __post_init__(self) -> None:
-        if min(self.texts) < 0 or not any(self.texts):
-            raise ValueError(f"texts is {self.texts}; expected numbers of train, validation and test, such as {TEXTS}")
-        if self.max_new_tokens < 2:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 2 or more")
-
-    @property
-    def settings(self) -> Keywords:
-        """Everything that the recording depends on."""
-        control = make_control(self.env_id, self.env)
-        given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
-        given["date"] = given["date"] or DATE
-        if given["drafter"] == "auto":
-            given["drafter"] = control.default_drafter(self.target)
-        return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
-
-    @property
-    def target(self) -> str:
-        return str(self.env.get("target", DEFAULT_TARGET))
-
-    @property
-    def max_new_tokens(self) -> int:
-        return int(self.env.get("max_new_tokens", MAX_NEW_TOKENS))
-
-    def chosen(self) -> list[tuple[Split, Encoded]]:
-        """Return split and prompt of every text; no prompt occurs twice."""
-        found = [
-            (split, prompt)
-            for split, count in zip(SPLITS, self.texts, strict=True)
-            if count
-            for prompt in encoded_prompts(self.env, split, count)
-        ]
-        return list({tuple(prompt.ids): (split, prompt) for split, prompt in found}.values())
-
-    def claim(self, folder: Path) -> None:
-        """Note in a folder that it belongs to this plan, or refuse a folder that belongs to another."""
-        claim(folder, self.settings, "--out")
-
-    def decoder(self) -> Decoder:
-        """Return the decoder that the texts are recorded with."""
-        names = ("target", "drafter", "device", "dtype", "width", "max_depth")
-        settings = {**self.env, **self.settings}
-        return load_decoder(**{name: settings[name] for name in names if name in settings})
 
 
 def recorded(plan: Plan, folder: Path) -> Trace:
@@ -246,54 +157,9 @@ def read_text(path: Path, kind: str) -> Columns:
         raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 
-def calibrated(trace: Trace, decoder: Decoder, table: CostTable) -> dict[str, dict[int, float]]:
-    """Return the curves of a table, scaled so that training texts with random settings cost the seconds that they take.
-
-    A forward that is timed alone is a little faster than a forward while a text is decoded, with everything around it.
-    The overhead is charged to verifications.
-    """
-    texts = [text for text in trace.texts if text.split == "train"][:CALIBRATION] or trace.texts[:CALIBRATION]
-    prompts = [Encoded(text.task, text.prompt) for text in texts]
-    control = random_settings(trace)
-    arms = {
-        "live": decoded(decoder, Policy(control, RandomAgent(control, seed=0))),
-        "priced": decoded(
-            replayed(trace, PricedClock(table), decoder.max_depth),
-            Policy(random_settings(trace), RandomAgent(control, seed=0)),
-        ),
-    }
-    samples = run_arms(arms, prompts, trace.manifest.max_new_tokens, "what forwards cost")
-    parts = {name: {part: sum(s.parts[part] for s in arm) for part in arm[0].parts} for name, arm in samples.items()}
-    whole_seconds = sum(s.seconds for s in samples["live"])
-    around = whole_seconds - parts["live"]["draft"] - parts["live"]["policy"]
-    factors = {"draft": 1.0, "verify": around / parts["priced"]["verify"]}
-    if parts["priced"]["draft"]:
-        factors["draft"] = parts["live"]["draft"] / parts["priced"]["draft"]
-    return {part: {n: s * factors[part] for n, s in getattr(table, part).items()} for part in factors}
-
-
-def random_settings(trace: Trace) -> Control:
-    """Return a control whose random actions lead to cycles of all usual sizes."""
-    manifest = trace.manifest
-    if manifest.kind == "chain":
-        return KControl(k_max=min(8, manifest.max_depth + 1), observation="counters")
-    depth = min(4, manifest.max_depth)
-    return BudgetControl((3, 7, 11, 15, 23, 31), "random", max_depth=depth, width=manifest.width)
-
-
 def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
     """Return cost curves with keys of text, as JSON has them."""
     return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
-
-
-def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
-    """Return the default folder of a plan's trace. If another plan has claimed it, the name gets a suffix."""
-    kind, settings = CONTROLS[plan.env_id].trace_kind, plan.settings
-    folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
-    note = folder / NOTE
-    if note.exists() and read_json(note, f"delete {folder} and record the trace again") != settings:
-        return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")
-    return folder
 
 
 def shard_of(text: str) -> tuple[int, int]:

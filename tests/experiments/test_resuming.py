@@ -74,7 +74,8 @@ def test_replay_buffer_belongs_to_checkpoint(small_runs: dict[str, Run], tmp_pat
 RECORDS = """
 import sys
 from pathlib import Path
-from spec_envs.experiments.traces.record import Plan, recorded_by_default
+from spec_envs.experiments.traces.plan import Plan
+from spec_envs.experiments.traces.record import recorded_by_default
 plan = Plan("SpecK-v0", {sys.argv[2]}, (3, 1, 1))
 print(recorded_by_default(plan, Path(sys.argv[1])).rows)
 """

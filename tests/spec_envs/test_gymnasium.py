@@ -18,7 +18,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from spec_envs import ENVIRONMENTS
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.record import Plan
+from spec_envs.experiments.traces.plan import Plan
 
 PROFILE: dict[str, Any] = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
 

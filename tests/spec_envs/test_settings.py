@@ -21,7 +21,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.recording import DEFAULTS
 from spec_envs.decoding.traces.synthetic import PROFILES, Profile
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.record import Plan
+from spec_envs.experiments.traces.plan import Plan
 from spec_envs.network.link import load_link
 from spec_envs.settings import Settings, keyword_types
 from spec_envs.vector.env import ReplayVectorEnv

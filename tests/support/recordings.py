@@ -13,7 +13,7 @@ from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.traced import CASES, costs_in
 
 if TYPE_CHECKING:
-    from spec_envs.experiments.traces.record import Plan
+    from spec_envs.experiments.traces.plan import Plan
 
 TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
 
@@ -22,7 +22,7 @@ TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
 def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
     """Return recordings of the tiny models: trees, chains of a draft model, and chains with prompt lookup before it."""
     # imported here, since most tests need nothing of the experiments
-    from spec_envs.experiments.traces.record import Plan
+    from spec_envs.experiments.traces.plan import Plan
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
     return {

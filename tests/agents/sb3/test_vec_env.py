@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from spec_envs.agents import AGENTS
 from spec_envs.agents.sb3.vec_env import ReplayVecEnv
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.record import Plan
+from spec_envs.experiments.traces.plan import Plan
 from tests.support.recordings import sizes
 
 

@@ -16,7 +16,8 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.runs import resolved
-from spec_envs.experiments.traces.record import Plan, recorded
+from spec_envs.experiments.traces.plan import Plan
+from spec_envs.experiments.traces.record import recorded
 from spec_envs.prompts import templates
 from spec_envs.prompts.sets import Prompt, encode, encode_all
 from spec_envs.prompts.templates import DATE, Refused, rendered

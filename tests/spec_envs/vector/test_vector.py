@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.record import Plan
+from spec_envs.experiments.traces.plan import Plan
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.recordings import sizes

@@ -15,7 +15,8 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.full_trees import grown, level_slice
 from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.record import Plan, default_folder, record_texts, recorded, shard_of
+from spec_envs.experiments.traces.plan import Plan, default_folder
+from spec_envs.experiments.traces.record import record_texts, recorded, shard_of
 from tests.support.models.tiny import REAL
 from tests.support.recordings import TEXTS
 
@@ -32,9 +33,9 @@ def assert_replay_equals_live(env_id: str, trace: Trace, plan: Plan, folder: Pat
     models = {key: plan.env[key] for key in ("target", "drafter", "device", "dtype") if key in plan.env}
     replay = gym.make(env_id, trace=str(trace.folder), **shared).unwrapped
     live = gym.make(env_id, clock=str(costs), **models, **shared).unwrapped
-    prompts = {tuple(ids): prompt for prompt, ids in live.encoded.items()}  # type: ignore[attr-defined]
+    prompts = {tuple(ids): prompt for prompt, ids in live.prompts.encoded.items()}  # type: ignore[attr-defined]
     rng, cycles = np.random.default_rng(0), 0
-    for prompt, ids in replay.encoded.items():  # type: ignore[attr-defined]
+    for prompt, ids in replay.prompts.encoded.items():  # type: ignore[attr-defined]
         from_trace, _ = replay.reset(seed=3, options={"prompt": prompt})
         seen, _ = live.reset(seed=3, options={"prompt": prompts[tuple(ids)]})
         while not live.decoder.finished:  # type: ignore[attr-defined]
