@@ -24,6 +24,7 @@ from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.weights.checkpoints import DTYPES
 from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.comparisons.floor import Floor, weight_bytes
 from spec_envs.experiments.measure.costs import (
     Curves,
     curves_by_dtype,
@@ -31,7 +32,6 @@ from spec_envs.experiments.measure.costs import (
 )
 from spec_envs.experiments.measure.encoding import Inline, to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
-from spec_envs.experiments.measure.floor import Floor, weight_bytes
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
 from spec_envs.experiments.measure.quality import Quality, quality
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
