@@ -43,6 +43,7 @@ from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.files import write_json
 from spec_envs.settings import Keywords
 
+KEYWORDS = ("target", "drafter", "device", "dtype", "temperature", "max_new_tokens")  # of the environment, as options
 RATIOS = {
     "plain_over_transformers": ("plain", "transformers generate"),
     "plain_over_llamacpp": ("plain", "llama.cpp"),
@@ -206,14 +207,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    env = {
-        "target": args.target,
-        "drafter": args.drafter,
-        "device": args.device,
-        "dtype": args.dtype,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    env = {name: vars(args)[name] for name in KEYWORDS}
     with one_sentence():
         speeds = compare_decoding(env, args.count, args.dtypes)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,15 @@ from spec_envs.prompts.templates import DATE
 
 LOG = logging.getLogger(__name__)
 
+KEYWORDS = (
+    "target",
+    "drafter",
+    "device",
+    "dtype",
+    "prompts",
+    "date",
+    "max_new_tokens",
+)  # of the environment, as options
 DOING, SHARDS = "recording a trace", "texts/shard-*"
 LARGEST_TEXT = 2**30  # most bytes of a text's columns
 
@@ -203,16 +212,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    env = {
-        "target": args.target,
-        "drafter": args.drafter,
-        "device": args.device,
-        "dtype": args.dtype,
-        "prompts": args.prompts,
-        "data_dir": str(args.data_dir) if args.data_dir else None,
-        "date": args.date,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    env = {name: vars(args)[name] for name in KEYWORDS}
+    env["data_dir"] = str(args.data_dir) if args.data_dir else None
     if args.depth is not None:
         env |= {"k_max": args.depth + 1} if CONTROLS[args.env].trace_kind == "chain" else {"max_depth": args.depth}
     with one_sentence("interrupted; the same command continues with the next text"):
