@@ -177,8 +177,11 @@ def time_drafting(decoder: Decoder, prompt: list[int], watch: Stopwatch) -> None
             with watch.time("draft", n):
                 model.preview(prompt[:n])
         return
-    with watch.time("draft", 1):
-        decoder.begin()
+    if decoder.tree.width > 1 or isinstance(decoder.verifier, SplitVerifier):
+        with watch.time("draft", 1):
+            decoder.begin()
+    else:
+        decoder.begin()  # prompt lookup: the search takes no forward, and its tokens cost what expanding by one does
     with watch.time("draft", decoder.tree.width):
         decoder.expand()
 
