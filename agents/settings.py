@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spec_envs.settings import plain
+from spec_envs.types_in_words import in_words
 
 Natural = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
 
 class UnfitSetting(ValueError):
@@ -73,31 +69,6 @@ class AgentSettings(BaseModel):
         """Return in words what a hyper-parameter takes."""
         field = cls.model_fields[name]
         return field.title or in_words(field.rebuild_annotation())
-
-
-def in_words(hint: Any) -> str:
-    """Return a type and its range in words, such as "a number from 0 to 1"."""
-    if get_origin(hint) is Annotated:
-        kind, *bounds = get_args(hint)
-        return f"{in_words(kind)}{range_of(bounds)}"
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(in_words, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return f"a list, each entry {in_words(get_args(hint)[0])}"
-    if get_origin(hint) is Callable:
-        return "a function"
-    return WORDS.get(hint, inspect.formatannotation(hint))
-
-
-def range_of(bounds: list[Any]) -> str:
-    """Return bounds of a number in words, beginning with a space; nothing where there are none."""
-    words = {"ge": " of {} or more", "gt": " above {}", "le": " up to {}", "lt": " below {}"}
-    found = {name: value for bound in bounds for name, value in asdict(bound).items()}
-    if {"ge", "le"} <= set(found):
-        return f" from {found['ge']} to {found['le']}"
-    return "".join(words[name].format(value) for name, value in found.items())
 
 
 def as_tuples(value: Any) -> Any:

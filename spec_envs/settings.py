@@ -15,6 +15,7 @@ from spec_envs.controls.base import Control
 from spec_envs.controls.rewards import RATES
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.prompts.rows import SPLITS
+from spec_envs.types_in_words import in_words
 
 Keywords = dict[str, Any]
 """Keyword arguments of an environment, by name."""
@@ -167,7 +168,7 @@ def check_keywords(kind: type[Control], given: Mapping[str, Any]) -> None:
         try:
             TypeAdapter(types[name]).validate_python(plain(value), strict=True)
         except ValidationError:
-            raise TypeError(f"{name} is {value!r}; expected {inspect.formatannotation(types[name])}") from None
+            raise TypeError(f"{name} is {value!r}; expected {in_words(types[name])}") from None
 
 
 def plain(value: Any) -> Any:

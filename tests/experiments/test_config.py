@@ -106,7 +106,7 @@ def written(tmp_path: Path) -> Path:
         ),
         (
             "env:\n  max_new_tokens: many\nagents:\n  ppo: {}\n",
-            r"SpecDepth-v0.yml:2: max_new_tokens is 'many'; expected int",
+            r"SpecDepth-v0.yml:2: max_new_tokens is 'many'; expected a whole number or null",
         ),
         (
             "agents:\n  ppo:\n    stages:\n      - {id: SpecBudget-v0, env: {max_depth: 1e1}}\n",
