@@ -20,7 +20,9 @@ def in_words(hint: Any) -> str:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) in (Union, UnionType):
         kinds = dict.fromkeys(map(in_words, get_args(hint)))
-        return " or ".join(sorted(kinds, key=lambda kind: kind.startswith("a list")))  # what follows a list would read as its entries
+        return " or ".join(
+            sorted(kinds, key=lambda kind: kind.startswith("a list"))
+        )  # what follows a list would read as its entries
     if get_origin(hint) in (tuple, list, Sequence):
         return f"a list, each entry {in_words(get_args(hint)[0])}"
     if get_origin(hint) is Callable:
