@@ -63,7 +63,7 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
     alone = make_control(config["id"], env)
     alone.costs = control.costs
     for evaluated in (control, alone):
-        evaluated.settle(*static.best)
+        evaluated.fix_drawn(*static.best)
     name = config["agent"]
     policies = {
         "random": Policy(alone, RandomAgent(alone, seed=0)),

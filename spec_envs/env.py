@@ -231,7 +231,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             "bytes_up": cycle.bytes_up if cycle else 0,
             "bytes_down": cycle.bytes_down if cycle else 0,
             "seconds": {part: s for part, s in seconds.items() if part != "prefill"},
-            "saved": (self.control.worth(cycle) if cycle else 0.0) - self.plain_rate * spent,
+            "saved": (self.control.counted_tokens(cycle) if cycle else 0.0) - self.plain_rate * spent,
         }
         info |= self.control.details(self.decoder, cycle)
         return info
@@ -240,10 +240,10 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         """Return the further entries that the info of a text's last step has."""
         total = sum(self.decoder.clock.since(self._text_began).values())
         # The first token belongs to the prefill and to no cycle.
-        worth = sum(self.control.worth(done) for done in self.decoder.cycles)
+        counted = sum(self.control.counted_tokens(done) for done in self.decoder.cycles)
         return {
             "text": self.decoder.detokenize(self.decoder.tokens),
             "task": prompt.task,
             "tokens": len(self.decoder.tokens),
-            "speedup": worth / total / self.plain_rate,
+            "speedup": counted / total / self.plain_rate,
         }

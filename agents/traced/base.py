@@ -88,7 +88,7 @@ class TracedAgent(Agent):
         super().__init__(control, **hyperparameters)
         self.plans = weighed(control)
         hidden, reads = self.settings.hidden, self.settings.reads
-        self.width = (control.own if reads == "cycle" else 0) or len(control.observation_space.low)
+        self.width = (control.draft_columns if reads == "cycle" else 0) or len(control.observation_space.low)
         self.looks_at = [name for name, place in control.slices.items() if place.start < self.width]
         torch.manual_seed(self.settings.seed)
         between, self.activation = activation

@@ -20,11 +20,11 @@ def mixed(depth: str, budget: str, env: Keywords) -> Policy:
         return static_policy(DepthControl(**sizes), (int(depth), int(budget)))
     if depth.isdecimal():
         sized = learned_policy(budget, "budget")
-        sized.control.hold(int(depth))
+        sized.control.fix_partner(int(depth))
         return sized
     policy = learned_policy(depth, "depth")
     if budget.isdecimal():
-        policy.control.hold(int(budget))
+        policy.control.fix_partner(int(budget))
     else:
         partner = learned_policy(budget, "budget")
         policy.control.compose(partner.control, partner.agent)

@@ -43,18 +43,19 @@ class Control(ABC):
             tokens has width 1 and k − 1 expansions.
         budgets: numbers of nodes that a cycle may verify, where a part of the tree is; empty for chains.
         partner: a trained policy that makes the decisions this problem holds fixed, or None.
-        own: how many of the observation's first numbers show what the cycle under way has drafted; the others stay the
-            same within a cycle.
+        draft_columns: how many of the observation's first numbers show what the cycle under way has drafted; the
+            others stay the same within a cycle.
         costs: cost table that ``cost_features`` shows while the decoder's clock measures, or None.
         task: kind of prompt of the text under way, ``""`` where it is not known.
         rewards: the rewards on offer, by name, the default first.
         temperature: default sampling temperature of the target.
-        cuts: True if a cycle may verify only a part of what it drafted, which a chain that was sampled does not allow.
+        prunable: True if a cycle may verify only a part of what it drafted, which a chain that was sampled does not
+            allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
         trace_kind: kind of the traces that replay this problem, ``"tree"`` or ``"chain"``, or ``""`` if none does.
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token
             is a decision; ``""`` where a cycle is one decision.
-        longest: levels or tokens that ``progress`` shows as 1.
+        full_progress: levels or tokens that ``progress`` shows as 1.
         adjustment_interval: tokens for which a decision is kept; 0 if every cycle has its own.
         link: name or address of the link between drafter and target, ``""`` if there is none.
         exit: the target's own early exit that drafts, or None where another model does.
@@ -71,9 +72,9 @@ class Control(ABC):
     temperature: ClassVar[float] = 0.0
     name: ClassVar[str]
     trace_kind: ClassVar[str] = ""
-    cuts: ClassVar[bool] = True
+    prunable: ClassVar[bool] = True
     progress: str = ""
-    longest: int = 0
+    full_progress: int = 0
     adjustment_interval: int = 0
     link: str = ""
     exit: ExitPoint | None = None
@@ -97,7 +98,7 @@ class Control(ABC):
         ends = np.cumsum([entry.size for entry in entries])
         self.slices = {e.name: slice(end - e.size, end) for e, end in zip(entries, ends.tolist(), strict=True)}
         self._reads = [(e.name, e.read, self.slices[e.name].start) for e in entries]
-        self.own = max((self.slices[e.name].stop for e in entries if e.recorded), default=0)
+        self.draft_columns = max((self.slices[e.name].stop for e in entries if e.recorded), default=0)
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
@@ -216,7 +217,7 @@ class Control(ABC):
 
     def open_models(self, models: Models, clock: WallClock | None) -> Engine:
         """Open models in this process; a control whose models are elsewhere overrides it."""
-        if models.temperature > 0 and self.cuts and self.width == 1 and DrafterName.parse(models.drafter).chain:
+        if models.temperature > 0 and self.prunable and self.width == 1 and DrafterName.parse(models.drafter).chain:
             raise ValueError(
                 f"temperature is {models.temperature}, at which the draft model {models.drafter!r} draws its chain; a "
                 "drawn chain is verified whole, but here a budget may cut it: decode greedily, or take an EAGLE-3 head"
@@ -248,7 +249,7 @@ class Control(ABC):
         """
         return {}
 
-    def worth(self, cycle: Cycle) -> float:
+    def counted_tokens(self, cycle: Cycle) -> float:
         """Return the tokens that a cycle counts for."""
         return float(cycle.emitted)
 
@@ -265,7 +266,7 @@ class Control(ABC):
             decided = Decision(0.0, 0, 0, seconds, 1.0, pace)
         else:
             whole = sum(cycle.seconds.values())
-            decided = Decision(self.worth(cycle), cycle.emitted, cycle.accepted, seconds, whole, pace)
+            decided = Decision(self.counted_tokens(cycle), cycle.emitted, cycle.accepted, seconds, whole, pace)
         return float(self.rewards[name](decided))
 
     def settings(self) -> tuple[Setting, ...]:
@@ -282,7 +283,7 @@ class Control(ABC):
 
     def drafted(self, observation: np.ndarray) -> int:
         """Return the levels or tokens drafted so far in a cycle, as the entry ``progress`` shows them."""
-        return round(float(observation[self.slices[self.progress].start]) * self.longest)
+        return round(float(observation[self.slices[self.progress].start]) * self.full_progress)
 
     def followed(self, actions: Sequence[int], lengths: Sequence[int]) -> list[Setting]:
         """Return the settings that the decisions of a text followed, one per cycle.
@@ -302,7 +303,7 @@ class Control(ABC):
         """Return a control, and its setting that follows one value of each axis of ``candidates``."""
         return self, values[0]
 
-    def hold(self, value: int) -> None:
+    def fix_partner(self, value: int) -> None:
         """Fix the decision that a partner would make.
 
         Raises:
@@ -310,9 +311,12 @@ class Control(ABC):
         """
         raise ValueError(f"{self.name} leaves no decision to a partner; expected SpecDepth-v0 or SpecBudget-v0")
 
-    def settle(self, *values: Setting) -> None:
-        """Fix the settings that training draws for every cycle at these static values, one for each axis of
-        ``candidates``."""
+    def fix_drawn(self, *values: Setting) -> None:
+        """Fix what training draws at random for every cycle, such as the depth of ``depth="random"``.
+
+        Args:
+            values: static values to fix it at, one for each axis of ``candidates``.
+        """
         return None
 
     @abstractmethod

@@ -112,11 +112,11 @@ class BudgetControl(Control):
         depth, budget = map(int, values)
         return BudgetControl((budget,), depth, self.max_depth, self.width), budget
 
-    def settle(self, *values: Setting) -> None:
+    def fix_drawn(self, *values: Setting) -> None:
         if self.depth == "random":
-            self.hold(int(values[0]))
+            self.fix_partner(int(values[0]))
 
-    def hold(self, value: int) -> None:
+    def fix_partner(self, value: int) -> None:
         if not 0 <= value <= self.max_depth:
             raise ValueError(f"depth is {value}; expected 0 to {self.max_depth}")
         self.depth = value

@@ -102,7 +102,7 @@ class DepthControl(Control):
         check_tree(max_depth, width)
         self.max_depth, self.width, self.budgets = max_depth, width, (budget,)
         self.action_space = spaces.Discrete(2)
-        self.progress, self.longest = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
+        self.progress, self.full_progress = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
         if observation == "ltd":
             self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), recorded_last_level, repeats=14))
         else:
@@ -138,7 +138,7 @@ class DepthControl(Control):
         depths, shown = range(self.max_depth + 1), self.place("expansions")
         return tree_plans(depths, self.budgets, self.width, VERIFY, EXPAND, made=1, runs_out=True, shown=shown)
 
-    def hold(self, value: int) -> None:
+    def fix_partner(self, value: int) -> None:
         self.budgets = (value,)
 
     def prepare(self, decoder: Decoder) -> None:

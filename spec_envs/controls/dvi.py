@@ -109,7 +109,7 @@ class DVIControl(Control):
     observations = ("default", "policy")
     rewards = {"accepted": accepted, "saved": saved}  # noqa: RUF012 - declared by Control
     width = 1
-    cuts = False
+    prunable = False
     exit: ExitPoint
 
     def __init__(

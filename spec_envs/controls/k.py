@@ -125,7 +125,7 @@ class KControl(Control):
     trace_kind = "chain"
     observations = ("default", "counters")
     width = 1
-    cuts = False
+    prunable = False
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class KControl(Control):
         self.server_args = server_args or ()
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
         self.adjustment_interval = interval
-        self.progress, self.longest = "drafted" if decision == "token" else "", k_max
+        self.progress, self.full_progress = "drafted" if decision == "token" else "", k_max
         self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
         self._forget()
         self._declare(self._entries())

@@ -10,14 +10,14 @@ class Decision(NamedTuple):
     """The yield and the cost of a decision: numbers, or arrays with one of each per environment.
 
     Attributes:
-        worth: tokens that the cycle counts for; 0 where the decision ended none.
+        counted: tokens that the cycle counts for; 0 where the decision ended none.
         emitted, accepted: tokens of the cycle; 0 where the decision ended none.
         seconds: seconds of the decision.
         cycle_seconds: seconds of the whole cycle; 1 where the decision ended none.
         pace: tokens per second that a second costs.
     """
 
-    worth: Any
+    counted: Any
     emitted: Any
     accepted: Any
     seconds: Any
@@ -30,7 +30,7 @@ Reward = Callable[[Decision], Any]
 
 def saved(decision: Decision) -> Any:
     """Return the tokens less those that the seconds would have brought at the pace."""
-    return decision.worth - decision.pace * decision.seconds
+    return decision.counted - decision.pace * decision.seconds
 
 
 def ltd(decision: Decision) -> Any:

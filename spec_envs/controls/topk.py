@@ -129,7 +129,7 @@ class TopKControl(Control):
     rewards = {"saved": saved, "rl_adapter": rl_adapter}  # noqa: RUF012 - declared by Control
     temperature = 1.0
     width = 1
-    cuts = False
+    prunable = False
 
     def __init__(
         self,
@@ -235,11 +235,11 @@ class TopKControl(Control):
         decoder.send(choice.mode, choice.top_k)
         return decoder.cycle(choice.length)
 
-    def worth(self, cycle: Cycle) -> float:
+    def counted_tokens(self, cycle: Cycle) -> float:
         """Return the tokens of a cycle; those that the target never saw count as ``edge_value``."""
         if self.edge_value is not None and cycle.unverified:
             return self.edge_value * cycle.emitted
-        return super().worth(cycle)
+        return super().counted_tokens(cycle)
 
     def details(self, decoder: LinkedDecoder, cycle: Cycle | None) -> dict[str, Any]:
         return {"unverified": cycle.unverified if cycle else 0}

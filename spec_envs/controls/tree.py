@@ -96,7 +96,7 @@ class TreeControl(Control):
         super().__init__(observation, cost_features)
         self.budgets = offered(budgets, max_depth, width)
         self.max_depth, self.width = max_depth, width
-        self.progress, self.longest = "expansions", max_depth
+        self.progress, self.full_progress = "expansions", max_depth
         self.action_space = spaces.Discrete(1 + len(self.budgets))
         self._declare(
             [

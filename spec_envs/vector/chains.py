@@ -140,9 +140,9 @@ class Chains:
     def observe(self, out: np.ndarray, which: np.ndarray | slice, alive: np.ndarray) -> None:
         """Write the observations of the chains of ``which`` into ``out``; texts that have ended show no copy."""
         slices, row = self.control.slices, self.row[which]
-        if self.control.own:
+        if self.control.draft_columns:
             observed = self.cycles.observed
-            out[:, : self.control.own] = observed.reshape(-1, observed.shape[2]).take(
+            out[:, : self.control.draft_columns] = observed.reshape(-1, observed.shape[2]).take(
                 row * observed.shape[1] + self.size[which], 0
             )
             out[:, slices["free"].start] *= alive

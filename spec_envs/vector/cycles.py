@@ -98,8 +98,8 @@ class CycleTable:
 
     @cached_property
     def observed(self) -> np.ndarray:
-        """Observation of what a cycle has drafted, ``[rows, sizes, control.own]``, float32."""
-        own, space = self.control.own, self.control.observation_space
+        """Observation of what a cycle has drafted, ``[rows, sizes, control.draft_columns]``, float32."""
+        own, space = self.control.draft_columns, self.control.observation_space
         found = np.zeros((self.trace.rows, len(self.sizes), own), np.float32)
         for begin in range(0, len(found), CHUNK):
             rows = np.arange(begin, min(begin + CHUNK, len(found)))
@@ -109,13 +109,13 @@ class CycleTable:
         return found
 
     def read_entries(self, row: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Return the observation ``[n, control.own]`` of what cycles have drafted.
+        """Return the observation ``[n, control.draft_columns]`` of what cycles have drafted.
 
         Args:
             row: ``[n]``, rows of the trace at which the cycles begin.
             size: ``[n]``, sizes that they have drafted.
         """
-        found = np.zeros((len(row), self.control.own), np.float32)
+        found = np.zeros((len(row), self.control.draft_columns), np.float32)
         for entry in self.control.entries:
             if entry.recorded:
                 shown = entry.recorded(self.recorded, row, size)

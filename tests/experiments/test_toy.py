@@ -38,7 +38,7 @@ class ToyControl(Control):
     name = "toy"
     observations = ("default",)
     width = 1
-    cuts = False
+    prunable = False
 
     def __init__(self, long: int = 4, observation: str = "default", cost_features: bool = False):
         super().__init__(observation, cost_features)
