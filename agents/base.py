@@ -4,6 +4,7 @@ description."""
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,11 @@ class Agent(ABC):
     charges_training: ClassVar[bool] = True
     validated_by: ClassVar[Literal["", "speedup", "acceptance"]] = ""
     starts_from: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Show the hyper-parameters in the documentation of every agent."""
+        if own := vars(cls).get("__doc__"):
+            cls.__doc__ = f"{inspect.cleandoc(own)}\n\nHyper-parameters:\n\n{cls.Settings.documentation()}\n"
 
     def __init__(self, control: Control, **hyperparameters: Any):
         self.control = control

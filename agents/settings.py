@@ -33,7 +33,9 @@ class UnfitSetting(ValueError):
 class AgentSettings(BaseModel):
     """The hyper-parameters of an agent by name, with their types, ranges, defaults and meanings."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
     seed: Natural = Field(0, description="seed of everything that the agent draws")
 
@@ -69,6 +71,19 @@ class AgentSettings(BaseModel):
         """Return in words what a hyper-parameter takes."""
         field = cls.model_fields[name]
         return field.title or in_words(field.rebuild_annotation())
+
+    @classmethod
+    def documentation(cls) -> str:
+        """Return a list in Markdown of the hyper-parameters: defaults, what they take, and what they mean."""
+        rows = []
+        for name, field in cls.model_fields.items():
+            default = "" if field.is_required() else f"={field.default!r}"
+            rows.append(f"- `{name}{default}`: {cls.expected(name)}; {field.description}.")
+        return "\n".join(rows)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.__doc__ = f"The hyper-parameters.\n\n{cls.documentation()}\n"
 
 
 def as_tuples(value: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from spec_envs.agents.rules.base import StopRule
-from spec_envs.agents.settings import Amount
+from spec_envs.agents.settings import Amount, Share
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
@@ -21,13 +21,13 @@ class AdaedlAgent(StopRule):
 
     class Settings(StopRule.Settings):
         scale: Amount = Field(0.2, description="factor γ of the entropy")
-        threshold: Amount = Field(0.4, description="first λ")
-        target: Amount = Field(0.9, description="target acceptance rate")
+        threshold: Share = Field(0.4, description="first λ")
+        target: Share = Field(0.9, description="target acceptance rate")
         step: Amount = Field(0.01, description="amount by which λ is moved")
-        rate_memory: Amount = Field(
+        rate_memory: Share = Field(
             0.5, description="share of the old value in the moving average of the acceptance rate"
         )
-        threshold_memory: Amount = Field(0.9, description="share of the old value in the moving average of λ")
+        threshold_memory: Share = Field(0.9, description="share of the old value in the moving average of λ")
 
     settings: Settings
     remembers = ("rate", "threshold")

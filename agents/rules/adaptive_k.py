@@ -7,10 +7,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spec_envs.agents.rules.base import ChainRule
 from spec_envs.agents.settings import AgentSettings, Count, Natural, Share
@@ -169,6 +169,12 @@ class AdaptiveKAgent(ChainRule):
         use_context: bool = Field(True, description="follow the context rule, which knows code, mathematics and JSON")
         audit_log: str | None = Field(None, description="JSONL file to which every change of K is appended")
         session: str = Field("default", description="name of this session in the log")
+
+        @model_validator(mode="after")
+        def _check(self) -> Self:
+            if self.k_min > self.k_max:
+                raise ValueError(f"k_min is {self.k_min}; expected at most k_max ({self.k_max})")
+            return self
 
     settings: Settings
     decision = "cycle"

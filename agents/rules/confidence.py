@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from spec_envs.agents.rules.base import StopRule
-from spec_envs.agents.settings import Amount
+from spec_envs.agents.settings import Share
 from spec_envs.controls.base import Control
 
 
@@ -18,7 +18,7 @@ class ConfidenceAgent(StopRule):
     """
 
     class Settings(StopRule.Settings):
-        threshold: Amount = Field(0.4, description="least probability at which drafting continues")
+        threshold: Share = Field(0.4, description="least probability at which drafting continues")
         cumulative: bool = Field(
             False, description="compare the product of the chain's probabilities instead of the last one"
         )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spec_envs.agents.resuming import Progress
 from spec_envs.agents.rules.base import StopRule
 from spec_envs.agents.run import Run
-from spec_envs.agents.settings import Amount, Count, Natural
+from spec_envs.agents.settings import Amount, Count, Natural, Share
 from spec_envs.agents.timing import cold_seconds, priced_network
 from spec_envs.controls.base import Control
 from spec_envs.sealed import first_line, read_weights, write_weights
@@ -33,7 +33,7 @@ class SpecDecPlusAgent(StopRule):
     """
 
     class Settings(StopRule.Settings):
-        threshold: Amount = Field(
+        threshold: Share = Field(
             0.7, description="largest chance of a rejection at which drafting continues; 0.7 is the published one"
         )
         rejection_weight: Amount = Field(6.0, description="weight of a rejection in the loss; 6 is the published one")

@@ -34,6 +34,8 @@ class UcbAgent(ChainRule):
         super().__init__(control, **hyperparameters)
         own = self.settings
         self.arms = np.array([k for k in own.arms if k <= self.k_max])
+        if not len(self.arms):
+            raise ValueError(f"arms is {list(own.arms)}; expected at least one length of at most {self.k_max} tokens")
         self.bandit = Bandit(1 + own.cost * self.arms, own.exploration, own.discount)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:

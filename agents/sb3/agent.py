@@ -66,7 +66,7 @@ class SB3Agent(Agent):
         ValueError: a hyper-parameter that the algorithm does not have, or a value that it does not take.
     """
 
-    Settings: ClassVar[type[SB3Settings]]
+    Settings: ClassVar[type[SB3Settings]] = SB3Settings
     settings: SB3Settings
     algorithm: ClassVar[str]
     learns_from = "rewards"
@@ -97,12 +97,12 @@ class SB3Agent(Agent):
                 policy_kwargs=policy_kwargs,
                 seed=own.seed,
                 device=device,
-                **own.own(),
+                **own.of_algorithm(),
             )
         except (AssertionError, TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
-            given = ", ".join(f"{key}={value!r}" for key, value in own.own().items())
+            given = ", ".join(f"{key}={value!r}" for key, value in own.of_algorithm().items())
             raise ValueError(f"{name} refuses its hyper-parameters ({given}): {first_line(error)}") from None
-        self.shown = {"agent": name, "seed": own.seed, "learning_rate": own.learning_rate, **own.own()}
+        self.shown = {"agent": name, "seed": own.seed, "learning_rate": own.learning_rate, **own.of_algorithm()}
         self.rng = np.random.default_rng(own.seed)
         self.redeploy()
         self.decision_seconds = self.measure()
@@ -244,8 +244,13 @@ class SB3Agent(Agent):
 def agent_of(algorithm: str) -> type[SB3Agent]:
     """Return the class of the agent of an algorithm."""
     kind = ALGORITHMS[algorithm]
-    own = {"algorithm": algorithm, "Settings": settings_of(kind), "__module__": __name__, "__doc__": SB3Agent.__doc__}
-    return type(f"{kind.__name__}Agent", (SB3Agent,), own)
+    described = {
+        "algorithm": algorithm,
+        "Settings": settings_of(kind),
+        "__doc__": f"{kind.__name__} of Stable-Baselines3; once trained, its bare network decides.",
+        "__module__": __name__,
+    }
+    return type(f"{kind.__name__}Agent", (SB3Agent,), described)
 
 
 def vectorized_of(env: gym.Env | VecEnv | ReplayVectorEnv) -> VecEnv:

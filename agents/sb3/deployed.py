@@ -35,7 +35,7 @@ class Bare:
 
     def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):
         self.logits, self.lstm, self.quantiles = logits, lstm, quantiles
-        leaves = [module for module in layers.modules() if not list(module.children())]
+        leaves = [module for module in layers.modules() if not isinstance(module, nn.Sequential)]
         self.priced_seconds = priced_network(layers if lstm is None else nn.Sequential(lstm, layers))
         self.steps = [in_numpy(module) for module in leaves]
 

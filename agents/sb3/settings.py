@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge
@@ -13,9 +15,21 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from spec_envs.agents.schedules import ScheduleName
 from spec_envs.agents.settings import AgentSettings, Amount, Count, Natural, Share
 
+Frequency = Annotated[
+    Count | tuple[Count, Literal["step", "episode"]],
+    Field(title='a whole number of 1 or more, or a list like [4, "step"]'),
+]
 Layers = Annotated[tuple[Count, ...], Field(title="the sizes of hidden layers, such as [64, 64]")]
 
-SHARES = {"gamma", "gae_lambda", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"}
+RANGES: dict[str, Any] = {  # of arguments of the algorithms; other numbers are 0 or more
+    **dict.fromkeys(("gamma", "gae_lambda", "tau", "exploration_fraction"), Share),
+    **dict.fromkeys(("exploration_initial_eps", "exploration_final_eps"), Share),
+    **dict.fromkeys(("n_steps", "n_epochs", "batch_size", "buffer_size", "target_update_interval"), Count),
+    **dict.fromkeys(("cg_max_steps", "line_search_max_iter", "n_critic_updates", "sub_sampling_factor"), Count),
+    "stats_window_size": Count,
+    **dict.fromkeys(("gradient_steps", "sde_sample_freq"), Annotated[int, Ge(-1)]),
+    "train_freq": Frequency,
+}
 RESERVED = {  # arguments of the algorithms that the agent sets itself, or that are objects, not settings
     *("self", "policy", "env", "seed", "device", "tensorboard_log", "verbose", "policy_kwargs", "learning_rate"),
     *("_init_setup_model", "base", "rollout_buffer_class", "rollout_buffer_kwargs"),
@@ -41,29 +55,39 @@ class SB3Settings(AgentSettings):
     )
     num_envs: Count = Field(1, description="environments that `learn` gets at once (`ReplayVecEnv`)")
 
-    def own(self) -> dict[str, Any]:
+    def of_algorithm(self) -> dict[str, Any]:
         """Return the arguments that were given for the algorithm's own constructor."""
         return {name: getattr(self, name) for name in self.model_fields_set - set(SB3Settings.model_fields)}
 
 
 @functools.cache
 def settings_of(algorithm: type[BaseAlgorithm]) -> type[SB3Settings]:
-    """Return the hyper-parameters of an algorithm, its own taken from its constructor."""
-    hints = get_type_hints(algorithm.__init__, localns={"VecEnv": Any})
+    """Return the hyper-parameters of an algorithm, its own taken from its constructor and documentation."""
+    hints, meanings = get_type_hints(algorithm.__init__, localns={"VecEnv": Any}), meanings_of(algorithm)
     own: dict[str, Any] = {
-        name: (Share if name in SHARES else positive(hints[name], parameter.default), parameter.default)
+        name: (checked(name, hints[name]), Field(parameter.default, description=meanings[name]))
         for name, parameter in inspect.signature(algorithm).parameters.items()
         if name not in RESERVED
     }
     return create_model(f"{algorithm.__name__}Settings", __base__=SB3Settings, **own)
 
 
-def positive(hint: Any, default: Any) -> Any:
-    """Return a type whose numbers are 0 or more, unless the default is below."""
-    if isinstance(default, int | float) and default < 0:
-        return hint
+def meanings_of(algorithm: type[BaseAlgorithm]) -> dict[str, str]:
+    """Return what the documentation of an algorithm and its base classes writes about each argument."""
+    found: dict[str, str] = {}
+    for kind in algorithm.__mro__:
+        text = inspect.cleandoc(kind.__doc__ or "")
+        for name, meaning in re.findall(r"^(?::param |    )(\w+): (.+?)(?=\n\n|\n:|\n    \w+: |\Z)", text, re.M | re.S):
+            found.setdefault(name, " ".join(meaning.split()).rstrip("."))
+    return found
+
+
+def checked(name: str, hint: Any) -> Any:
+    """Return the type of an argument with its range."""
+    if name in RANGES:
+        return RANGES[name] | None if NoneType in get_args(hint) else RANGES[name]
     if hint in (int, float):
         return Annotated[hint, Ge(0)]
-    if get_origin(hint) is Union or isinstance(hint, type(int | str)):
-        return Union[tuple(positive(part, None) for part in get_args(hint))]  # noqa: UP007
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(checked("", kind) for kind in get_args(hint))]  # noqa: UP007
     return hint

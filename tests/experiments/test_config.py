@@ -174,11 +174,11 @@ def test_agents_trained_on_traces_are_evaluated_live() -> None:
         ("agents:\n  ppo: {hyperparameters: {gamma: 1.5}}\n", r":2: gamma is 1.5; expected a number from 0 to 1"),
         (
             "agents:\n  ppo: {hyperparameters: {n_steps: 2.5}}\n",
-            r":2: n_steps is 2.5; expected a whole number of 0 or more",
+            r":2: n_steps is 2.5; expected a whole number of 1 or more",
         ),
         (
             "agents:\n  ppo: {hyperparameters: {batch_size: -8}}\n",
-            r":2: batch_size is -8; expected a whole number of 0 or more",
+            r":2: batch_size is -8; expected a whole number of 1 or more",
         ),
         (
             "agents:\n  ppo: {hyperparameters: {pi_arch: [8, x]}}\n",
