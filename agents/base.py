@@ -17,7 +17,7 @@ from spec_envs.agents.settings import AgentSettings
 from spec_envs.controls.base import Control
 
 
-class Place(NamedTuple):
+class EnvironmentMemory(NamedTuple):
     """The memory of an agent between the decisions of one of many environments: its own attributes by name, and its
     recurrent state."""
 
@@ -152,8 +152,8 @@ class Agent(ABC):
         return self._many(seen, state, episode_start, deterministic)
 
     def _many(
-        self, seen: np.ndarray, state: Sequence[Place] | None, episode_start: Any, deterministic: bool
-    ) -> tuple[np.ndarray, list[Place]]:
+        self, seen: np.ndarray, state: Sequence[EnvironmentMemory] | None, episode_start: Any, deterministic: bool
+    ) -> tuple[np.ndarray, list[EnvironmentMemory]]:
         """Decide for one environment after the other, each with its own memory, and return the result of
         ``predict``."""
         starts = np.zeros(len(seen), bool) if episode_start is None else np.asarray(episode_start, bool)
@@ -161,19 +161,19 @@ class Agent(ABC):
             raise ValueError(
                 f"episode_start has the shape {starts.shape}; expected ({len(seen)},), as many as observations"
             )
-        places = [Place(self._memory(), None) for _ in seen] if state is None else list(state)
-        if len(places) != len(seen) or not all(isinstance(place, Place) for place in places):
+        memories = [EnvironmentMemory(self._memory(), None) for _ in seen] if state is None else list(state)
+        if len(memories) != len(seen) or not all(isinstance(memory, EnvironmentMemory) for memory in memories):
             raise ValueError(
                 f"state is not that of {len(seen)} environments; expected what predict returned before, or None"
             )
         own = {name: getattr(self, name) for name in self.remembers}
         actions, following = [], []
         try:
-            for one, place, start in zip(seen, places, starts.tolist(), strict=True):
-                vars(self).update(place.memory)
-                action, after = self.decide(one, place.state, start, deterministic)
+            for one, memory, start in zip(seen, memories, starts.tolist(), strict=True):
+                vars(self).update(memory.memory)
+                action, after = self.decide(one, memory.state, start, deterministic)
                 actions.append(int(action))
-                following.append(Place({name: getattr(self, name) for name in self.remembers}, after))
+                following.append(EnvironmentMemory({name: getattr(self, name) for name in self.remembers}, after))
         finally:
             vars(self).update(own)
         return np.array(actions), following

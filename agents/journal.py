@@ -17,11 +17,11 @@ class Journal:
     """Lines by step in ``log.jsonl`` and ``validation.jsonl`` of a folder, and TensorBoard events.
 
     Args:
-        folder: of the run; None writes nothing.
+        folder: the run's folder; None writes nothing.
         step, texts: where the run continues; lines of later texts are dropped, because those texts are read again.
         hyperparameters: shown in TensorBoard's HPARAMS tab.
-        prefix: of the log's figures in TensorBoard.
-        figure: of the log, that TensorBoard shows beside the hyper-parameters.
+        prefix: TensorBoard shows a figure of the log as ``prefix/figure``.
+        figure: name of the log's figure that TensorBoard shows beside the hyper-parameters.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class Journal:
         step: int,
         texts: int,
         hyperparameters: dict[str, Any],
-        prefix: str = "dvi",
-        figure: str = "accept_rate",
+        prefix: str,
+        figure: str,
     ):
         self.folder, self.writer, self.prefix = folder, None, prefix
         if folder is None:
             return
         for name in ("log", "validation"):
-            cut(folder / f"{name}.jsonl", texts)
+            drop_later_lines(folder / f"{name}.jsonl", texts)
         self.writer = SummaryWriter(str(folder / "events"), purge_step=step + 1)
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in hyperparameters.items()}
         if step == 0:
@@ -47,7 +47,7 @@ class Journal:
         """Write a line of ``log`` or ``validation``; it has a ``step``, and ``texts`` that were read."""
         if self.folder is None or self.writer is None:
             return
-        append(self.folder / f"{name}.jsonl", line)
+        append_line(self.folder / f"{name}.jsonl", line)
         prefix = self.prefix if name == "log" else name
         for key, value in line.items():
             if key != "step" and value is not None:
@@ -58,8 +58,8 @@ class Journal:
             self.writer.close()
 
 
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Write a line of figures, whole or not at all; one that is no number is null, which JSON has.
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of figures to a JSONL file, whole or not at all; a figure that is not finite is written as null.
 
     Raises:
         OSError: the file could not be written.
@@ -79,8 +79,8 @@ def append(path: Path, line: dict[str, Any]) -> None:
         raise OSError(f"could not write {path}: {error.strerror or error}; free some space") from error
 
 
-def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines that are not wanted any more, and one cut short.
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the wanted lines of a JSONL file; the others and a truncated last line are removed.
 
     Raises:
         ValueError: a line is damaged; the sentence names file and line.
@@ -103,10 +103,10 @@ def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         temporary.write_bytes(b"".join(kept))
 
 
-def cut(path: Path, texts: int) -> None:
-    """Drop lines of later texts and a truncated last line; if no text was read, drop all, the first validation
-    included."""
+def drop_later_lines(path: Path, texts: int) -> None:
+    """Remove the lines of texts after the first ``texts``, and a truncated last line; if ``texts`` is 0, delete the file,
+    because the first validation is repeated, too."""
     if texts == 0:
         path.unlink(missing_ok=True)
     else:
-        keep(path, lambda line: line["texts"] <= texts)
+        keep_lines(path, lambda line: line["texts"] <= texts)

@@ -41,7 +41,7 @@ class Progress:
         self.state: dict[str, Any] | None = None
         if run.folder is not None and run.begun:
             self._read(run.folder / CHECKPOINT)
-        self.journal = Journal(None, 0, 0, {})
+        self.journal = Journal(None, 0, 0, {}, prefix="", figure="")
 
     def _read(self, path: Path) -> None:
         """Continue from a checkpoint."""

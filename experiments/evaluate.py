@@ -60,13 +60,13 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
             write_sealed(static_file, to_json(static))
     else:
         static = load(Best, static_file, "delete it to measure again")
-    alone = make_control(config["id"], env)
-    alone.costs = control.costs
-    for evaluated in (control, alone):
+    without_partner = make_control(config["id"], env)
+    without_partner.costs = control.costs
+    for evaluated in (control, without_partner):
         evaluated.fix_drawn(*static.best)
     name = config["agent"]
     policies = {
-        "random": Policy(alone, RandomAgent(alone, seed=0)),
+        "random": Policy(without_partner, RandomAgent(without_partner, seed=0)),
         "static": static_policy(control, static.best),
     }
     references = ["plain", "static"]

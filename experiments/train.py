@@ -173,7 +173,7 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
         ValueError: another process holds the folder, or one of its files is damaged.
     """
     with held(folder):
-        train_alone(experiment, env_id, stanza, seed, folder)
+        train_in_held_folder(experiment, env_id, stanza, seed, folder)
         results = folder / RESULTS
         if results.exists():
             table = read_results(results)
@@ -204,11 +204,11 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
         ValueError: another process holds the folder, or one of its files is damaged.
     """
     with held(folder):
-        train_alone(experiment, env_id, stanza, seed, folder)
+        train_in_held_folder(experiment, env_id, stanza, seed, folder)
 
 
-def train_alone(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """Train a run to its end, unless it is trained already, in a folder that this process holds."""
+def train_in_held_folder(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
+    """Train a run to its end, unless it is trained already; the caller holds the lock of its folder."""
     config = resolved(experiment, env_id, stanza, seed)
     fresh = not (folder / CONFIG).exists()
     open_run(folder, config)

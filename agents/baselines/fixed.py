@@ -11,7 +11,7 @@ from spec_envs.agents.rules.base import Rule
 from spec_envs.agents.settings import AgentSettings
 from spec_envs.controls.base import Control, Setting
 
-NAMED = 24  # settings of which an error names every one
+MOST_LISTED = 24  # an error lists every setting if there are no more than this
 
 
 class FixedAgent(Rule):
@@ -38,9 +38,9 @@ class FixedAgent(Rule):
             raise ValueError(f"{control.name} has no static settings that fixed could follow; take another agent")
         if value not in offered:
             named = [str(setting) for setting in offered]
-            if len(named) > NAMED:
-                named[NAMED // 2 : -1] = ["…"]
-            raise ValueError(f"value is {value}; expected one of {', '.join(named)}")
+            if len(named) > MOST_LISTED:
+                named[MOST_LISTED // 2 : -1] = ["…"]
+            raise ValueError(f"value is {value!r}; expected one of {', '.join(named)}")
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         return self.control.follow(self.settings.value, observation), state

@@ -85,7 +85,7 @@ class OnlineAgent(ExitAgent):
         self.done = 0.0  # share of the learning
         self.rates = schedule("constant", 1.0, 1)
         self.since = dict.fromkeys(("accepted", "scored", "emitted", "cycles", "nats"), 0.0)
-        self.journal = Journal(None, 0, 0, {})
+        self.journal = Journal(None, 0, 0, {}, "dvi", "accept_rate")
         self.decoder: ExitDecoder | None = None
         self.rows: list[Segment] = []  # of the current text, since the last update
 
@@ -145,7 +145,7 @@ class OnlineAgent(ExitAgent):
         if run.folder is not None and run.begun:
             self.load_checkpoint((run.folder / CHECKPOINT).parent)
         shown = {"agent": type(self).__name__, "seed": self.settings.seed}
-        self.journal = Journal(run.folder, self.updates, self.texts_read, shown)
+        self.journal = Journal(run.folder, self.updates, self.texts_read, shown, "dvi", "accept_rate")
         order = self._order(spec_env)
         last = self.settings.texts if self.settings.texts is not None else len(order)
         self.rates = schedule(self.settings.lr_schedule, 1.0, max(2, last))

@@ -10,7 +10,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
 
-from spec_envs.agents.journal import append, keep
+from spec_envs.agents.journal import append_line, keep_lines
 from spec_envs.agents.run import CHECKPOINT, Run
 
 BEST = "best"  # folder of the best agent, below the run's
@@ -36,7 +36,7 @@ class Monitor(BaseCallback):
         self.actions: dict[str, list[int]] = {}
 
     def _on_training_start(self) -> None:
-        keep(self.path, lambda line: line["timesteps"] <= self.num_timesteps)  # what came later is done again
+        keep_lines(self.path, lambda line: line["timesteps"] <= self.num_timesteps)  # what came later is done again
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.hyperparameters.items()}
         metrics = {"spec/tokens_per_second": 0.0, "spec/speedup": 0.0, "rollout/ep_rew_mean": 0.0}
         self.logger.record("hparams", HParam(shown, metrics), exclude=TEXT_ONLY)
@@ -79,7 +79,7 @@ class Monitor(BaseCallback):
             self.logger.record(f"spec/{name}", value)
         for task, actions in self.actions.items():
             self.logger.record(f"actions/{task}", torch.tensor(actions, dtype=torch.float32), exclude=TEXT_ONLY)
-        append(self.path, {"timesteps": self.num_timesteps, **line})
+        append_line(self.path, {"timesteps": self.num_timesteps, **line})
         self._clear()
 
 

@@ -23,7 +23,7 @@ from spec_envs.controls.observation.rl_adapter_state import KS
 from spec_envs.env import SpecEnv
 
 
-class Text:
+class TextResults:
     """The results of a text's decisions."""
 
     def __init__(self) -> None:
@@ -105,7 +105,8 @@ class RLAdapterAgent(Agent):
         progress = Progress(run or Run(), self.adapter.rng, env)
         begun = self._restore(progress.state) if progress.state else self.adapter.update_count
         progress.open_journal("rl_adapter", "reward", {"agent": "rl-adapter", "seed": self.settings.seed})
-        text, observation = Text(), progress.begin(self.settings.seed, begun)  # continued learning sees other prompts
+        results = TextResults()
+        observation = progress.begin(self.settings.seed, begun)  # continued learning sees other prompts
         bar = tqdm(
             total=total_timesteps, initial=progress.steps, desc="learning k", unit="step", disable=progress.quiet
         )
@@ -116,26 +117,26 @@ class RLAdapterAgent(Agent):
                 not isinstance(env.unwrapped, SpecEnv) or "text" in info
             )  # with episode="cycle" texts continue
             loss = self.record(observation, action, float(reward), following, over)
-            text.add(float(reward), loss)
+            results.add(float(reward), loss)
             progress.steps += 1
             bar.update()
             observation = following
             if over:
                 progress.texts += 1
-                self._report(progress, text)
+                self._report(progress, results)
                 if progress.due():
                     progress.save(self._state(begun))
-                text, observation = Text(), progress.begin(self.settings.seed, begun)
+                results, observation = TextResults(), progress.begin(self.settings.seed, begun)
             elif terminated or truncated:
                 observation = env.reset()[0]
         bar.close()
         progress.journal.close()
         return self
 
-    def _report(self, progress: Progress, text: Text) -> None:
+    def _report(self, progress: Progress, results: TextResults) -> None:
         """Write a line of the log, at the end of a text."""
-        adapter, mean = self.adapter, sum(text.rewards) / len(text.rewards)
-        loss = sum(text.losses) / len(text.losses) if text.losses else None
+        adapter, mean = self.adapter, sum(results.rewards) / len(results.rewards)
+        loss = sum(results.losses) / len(results.losses) if results.losses else None
         line = {"reward": mean, "loss": loss, "epsilon": adapter.epsilon, "updates": adapter.update_count}
         progress.journal.write("log", {"step": progress.steps, "texts": progress.texts, **line})
 

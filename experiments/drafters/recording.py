@@ -69,13 +69,13 @@ def record(
         batch: conversations in a forward.
     """
     with held(folder, "recording hidden states"):
-        return record_alone(target, conversations, folder, capture, batch)
+        return record_shards(target, conversations, folder, capture, batch)
 
 
-def record_alone(
+def record_shards(
     target: Transformer, conversations: list[tuple[list[int], int]], folder: Path, capture: tuple[int, ...], batch: int
 ) -> list[Path]:
-    """Write the files of ``record`` in a folder that this process holds."""
+    """Write the files of ``record``; the caller holds the lock of the folder."""
     shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, tqdm(shards, unit="shard", desc="recording hidden states"), strict=True):

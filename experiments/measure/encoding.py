@@ -121,11 +121,11 @@ def read_union(kinds: tuple[Any, ...], content: Any) -> Any:
 def read_fields(kind: type, content: Mapping[str, object]) -> Any:
     """Return a JSON object as a dataclass."""
     hints, found = get_type_hints(kind, include_extras=True), {}
-    alone = {field.name for field in fields(kind) if not inlined(hints[field.name])}
+    apart = {field.name for field in fields(kind) if not inlined(hints[field.name])}
     for field in fields(kind):
         inline, hint = inlined(hints[field.name]), hints[field.name]
         if inline:
-            found[field.name] = read(hint, inline.items(content, alone))
+            found[field.name] = read(hint, inline.items(content, apart))
         elif field.name in content:
             found[field.name] = read(hint, content[field.name])
         elif field.default is MISSING:

@@ -66,8 +66,8 @@ def wifi(rng: np.random.Generator) -> Columns:
 PROFILES = {"5g-mmwave": mmwave, "lte": lte, "wifi": wifi}
 
 
-def log(name: str) -> str:
-    """Return the log of a profile as CSV; it is the same every time."""
+def log_csv(name: str) -> str:
+    """Return the log of a profile as a CSV text; it is the same every time."""
     columns = PROFILES[name](np.random.default_rng(0))
     lines = [",".join(["ms", *columns])]
     lines += [
@@ -83,7 +83,7 @@ def main() -> None:
     with one_sentence():
         args.out.mkdir(parents=True, exist_ok=True)
         for name in PROFILES:
-            write_bytes(args.out / f"{name}.csv", log(name).encode())
+            write_bytes(args.out / f"{name}.csv", log_csv(name).encode())
             print(args.out / f"{name}.csv")
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from spec_envs.arguments import TOKENS, Parser, nonempty, number, output_file
 from spec_envs.controls.observation.rl_adapter_state import KS
 from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.cycle import EMPTY_INTS
 from spec_envs.decoding.drafters.base import ChainDrafter, Copier
 from spec_envs.decoding.drafters.names import default_drafter
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
@@ -30,7 +31,7 @@ from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import versions, weights_sha256
 from spec_envs.files import parse_json, whole
-from spec_envs.network.expected_trace import ExpectedTrace, Text
+from spec_envs.network.expected_trace import ExpectedText, ExpectedTrace
 from spec_envs.prompts.templates import DATE
 
 LOG = logging.getLogger(__name__)
@@ -38,20 +39,29 @@ LOG = logging.getLogger(__name__)
 COUNTS = {"train": 90, "validation": 18, "test": 45}  # numbers of texts
 
 
-class Watched(LocalVerifier):
-    """A verifier that keeps the distribution from which it drew last, as ``p``."""
+class RecordingVerifier(LocalVerifier):
+    """A verifier that keeps the distribution of the target from which it drew last.
+
+    Attributes:
+        probabilities: that distribution, ``[vocab]``.
+    """
 
     def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
-        self.p = super()._probabilities(logits)
-        return self.p
+        self.probabilities = super()._probabilities(logits)
+        return self.probabilities
 
 
 def record(
-    verifier: Watched, drafter: ChainDrafter, eos: Collection[int], split: str, prompt: Encoded, tokens: int, seed: int
-) -> Text:
+    verifier: RecordingVerifier,
+    drafter: ChainDrafter,
+    eos: Collection[int],
+    split: str,
+    prompt: Encoded,
+    tokens: int,
+    seed: int,
+) -> ExpectedText:
     """Record one text; at each token the drafter drafts one token."""
     rng = np.random.default_rng(seed)
-    nothing = np.zeros(0, np.int64)
     text = [verifier.start(prompt.ids, tokens + 1, rng)]
     drafter.start([*prompt.ids, text[0]], tokens + 1, verifier.features, rng)
     rows = []
@@ -60,9 +70,9 @@ def record(
         children, _ = drafter.draft([])
         if (q := children.proposal) is None:
             raise RuntimeError("the drafter drew from no distribution; expected one that samples")
-        token = verifier.verify(nothing, nothing, nothing).token
+        token = verifier.verify(EMPTY_INTS, EMPTY_INTS, EMPTY_INTS).token
         drafter.commit([token], verifier.features)
-        accepted = [expected_acceptance(verifier.p, q, k) for k in KS]
+        accepted = [expected_acceptance(verifier.probabilities, q, k) for k in KS]
         weights = q.weights / q.weights.sum()
         rows.append((accepted, (weights**2).sum(), children.entropies[0], len(q.truncated(len(q.ids)).ids), matched))
         text.append(token)
@@ -70,10 +80,17 @@ def record(
         rows = [([0.0] * len(KS), 1.0, 0.0, 1, 0)]
     acceptance, probability, entropy, entries, match = (np.array(column) for column in zip(*rows, strict=True))
     half = np.float16
-    return Text(
-        prompt.task, split, list(prompt.ids), text, last(acceptance.astype(half)), last(probability.astype(half)),
-        last(entropy.astype(half)), last(entries.astype(np.int32)), last(match.astype(np.int16)),
-    )  # fmt: skip
+    return ExpectedText(
+        prompt.task,
+        split,
+        list(prompt.ids),
+        text,
+        last_repeated(acceptance.astype(half)),
+        last_repeated(probability.astype(half)),
+        last_repeated(entropy.astype(half)),
+        last_repeated(entries.astype(np.int32)),
+        last_repeated(match.astype(np.int16)),
+    )
 
 
 def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
@@ -89,7 +106,7 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in vars(args).items() if name != "out"}
 
 
-def last(rows: np.ndarray) -> np.ndarray:
+def last_repeated(rows: np.ndarray) -> np.ndarray:
     """Return rows with the last one repeated, ``[n + 1]``, because nothing is recorded after the last token."""
     return np.concatenate([rows, rows[-1:]])
 
@@ -163,7 +180,7 @@ def record_all(args: argparse.Namespace, path: Path) -> None:
     local, drafter = decoder.local, decoder.drafter
     if not isinstance(drafter, ChainDrafter):
         raise ValueError(f"--drafter is {name}, which drafts no chains; expected a draft model, or 'lookup'")
-    verifier = Watched(local.target, (), local.temperature, local.top_p)
+    verifier = RecordingVerifier(local.target, (), local.temperature, local.top_p)
     env = {"target": args.target, "prompts": args.prompts}
     LOG.info(f"recording {path}")
     texts = []

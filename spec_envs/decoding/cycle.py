@@ -27,8 +27,8 @@ class Drafted:
     entropies: np.ndarray
 
 
-NONE, NO_TOKENS = np.zeros(0), np.zeros(0, np.int64)
-NOTHING = Drafted(NO_TOKENS, NO_TOKENS, NO_TOKENS, [], NONE, NONE)
+EMPTY_INTS = np.zeros(0, np.int64)
+NO_NODES = Drafted(EMPTY_INTS, EMPTY_INTS, EMPTY_INTS, [], np.zeros(0), np.zeros(0))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.cycle import NOTHING, Cycle, Drafted
+from spec_envs.decoding.cycle import NO_NODES, Cycle, Drafted
 from spec_envs.decoding.drafters.base import Drafter
-from spec_envs.decoding.engine import Engine, Text, check_room
+from spec_envs.decoding.engine import Engine, TextEngine, check_room
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.verifier import LocalVerifier, Traffic, Verifier
@@ -33,7 +33,7 @@ def check_ids(prompt: Sequence[int], vocab: int) -> None:
         raise ValueError(f"the prompt has the id {wrong}; expected ids of the target, 0 to {vocab - 1}")
 
 
-class Decoder(Text):
+class Decoder(TextEngine):
     """Drives a drafter and a verifier over one text at a time; an ``Engine`` whose cycles are made step by step.
 
     Args:
@@ -177,7 +177,7 @@ class Decoder(Text):
                 self.expand()
         return self.verify()
 
-    def _emit(self, emitted: list[int], traffic: Traffic, nodes: Drafted = NOTHING, **counts: int) -> Cycle:
+    def _emit(self, emitted: list[int], traffic: Traffic, nodes: Drafted = NO_NODES, **counts: int) -> Cycle:
         """End a cycle and return it: append its tokens to the text, charge its cost, and drop the tree.
 
         Args:

@@ -83,8 +83,8 @@ class Engine(Protocol):
         """Measure the seconds of one plain decoding step after a short prompt, without a network; measured once."""
 
 
-class Text:
-    """The text that an engine decodes and its cycles: the state that every engine keeps.
+class TextEngine:
+    """What every engine keeps of the text that it decodes: its tokens and its cycles.
 
     Attributes:
         prompt, tokens, max_new_tokens, cycles, finished, clock: as in ``Engine``.

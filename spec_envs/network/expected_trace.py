@@ -42,7 +42,7 @@ LARGEST = 2**30  # bytes of a file's arrays
 
 
 @dataclass(frozen=True)
-class Text:
+class ExpectedText:
     """A recorded text and the drafter's distribution at each of its n tokens after the first.
 
     Attributes:
@@ -89,7 +89,7 @@ class ExpectedTrace(Recording):
     eos: int
     temperature: float
     ks: tuple[int, ...]
-    texts: tuple[Text, ...]
+    texts: tuple[ExpectedText, ...]
     source: str = "{}"
 
     @classmethod
@@ -146,7 +146,7 @@ class ExpectedTrace(Recording):
         if {len(prompts), len(data["tasks"]), len(data["splits"])} != {len(ends)}:
             raise ValueError("its arrays are of different lengths")
         texts = tuple(
-            Text(str(task), str(split), prompt.tolist(), tokens.tolist(), *rest)
+            ExpectedText(str(task), str(split), prompt.tolist(), tokens.tolist(), *rest)
             for task, split, prompt, tokens, *rest in zip(data["tasks"], data["splits"], prompts, *columns, strict=True)
         )
         target, drafter, clock, source = (str(data[column]) for column in ("target", "drafter", "clock", "source"))
@@ -204,12 +204,12 @@ class ExpectedTrace(Recording):
         verifier = RemoteVerifier(channel, bytes(16), self.vocab, CONTEXT, self.temperature)
         return LinkedDecoder(verifier, ExpectedDrafter(self), clock, {self.eos}, max_depth)
 
-    def find(self, prompt: Sequence[int]) -> Text:
+    def find(self, prompt: Sequence[int]) -> ExpectedText:
         """Return the text that answers a prompt."""
         return self._by_prompt[tuple(prompt)]
 
     @functools.cached_property
-    def _by_prompt(self) -> dict[tuple[int, ...], Text]:
+    def _by_prompt(self) -> dict[tuple[int, ...], ExpectedText]:
         return {tuple(text.prompt): text for text in self.texts}
 
 
@@ -269,7 +269,7 @@ class ExpectedDrafter(ChainDrafter):
 class ExpectedChannel(SimulatedChannel):
     """A link to a cloud that answers with the recorded text."""
 
-    text: Text | None = None
+    text: ExpectedText | None = None
 
     def __init__(self, trace: ExpectedTrace, link: Link):
         self.trace, self.link, self.rtt = trace, link, link.state.rtt

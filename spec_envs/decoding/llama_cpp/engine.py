@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from spec_envs.decoding.clock import WallClock
-from spec_envs.decoding.cycle import NOTHING, Cycle
+from spec_envs.decoding.cycle import NO_NODES, Cycle
 from spec_envs.decoding.drafters.names import DrafterName, default_drafter
-from spec_envs.decoding.engine import Text, check_room
+from spec_envs.decoding.engine import TextEngine, check_room
 from spec_envs.decoding.llama_cpp.server import (
     LlamaServer,
     chain_arguments,
@@ -35,7 +35,7 @@ PROBE = [0] * 8  # ids that every vocabulary has, for requests of which only the
 PLAIN_TOKENS, PLAIN_RUNS = 24, 3  # size of the measurement of plain decoding
 
 
-class LlamaEngine(Text):
+class LlamaEngine(TextEngine):
     """Drives a llama-server over one text at a time, greedily; an ``Engine`` whose cycle is a segment of tokens with
     one draft length.
 
@@ -173,7 +173,7 @@ class LlamaEngine(Text):
         emitted, timings = self._extend(count, "verify", cache_prompt=True, **settings)
         drafted = timings.get("draft_n", 0)
         accepted = min(timings.get("draft_n_accepted", 0), len(emitted))
-        self.cycles.append(Cycle(emitted, accepted, drafted, drafted, k, self._cycle_seconds(), NOTHING))
+        self.cycles.append(Cycle(emitted, accepted, drafted, drafted, k, self._cycle_seconds(), NO_NODES))
         return self.cycles[-1]
 
     def plain_seconds(self) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from spec_envs.decoding.model.shape import Shape
-from spec_envs.decoding.weights.checkpoints import CACHE, alone, sha256
+from spec_envs.decoding.weights.checkpoints import CACHE, cache_lock, sha256
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
 from spec_envs.decoding.weights.gguf_model import NAMES, interleaved
@@ -27,7 +27,7 @@ def exported(folder: Path, target: Path) -> Path:
     digest = f"{sha256(folder / 'model.safetensors')[:12]}-{sha256(target)[:12]}"
     path = CACHE / "gguf" / f"{folder.name}-{digest}.gguf"
     if not path.is_file():
-        with alone(path):
+        with cache_lock(path):
             if not path.is_file():  # another process may have written it meanwhile
                 with whole(path) as temporary:
                     write(folder, target, temporary)

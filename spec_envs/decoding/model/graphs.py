@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.model.cache import Place, SlotBatch
+from spec_envs.decoding.model.cache import CachePlace, SlotBatch
 from spec_envs.decoding.model.layers import Layers
 from spec_envs.decoding.model.lora import Additions
 from spec_envs.decoding.model.rope import Rope
@@ -98,7 +98,7 @@ class Graph:
         self.positions = torch.zeros(1, n, dtype=torch.long, device=device)
         self.mask = torch.zeros(1, 1, n, columns, dtype=rows.cache.data.dtype, device=device)
         fixed = rows._replace(x=self.x, positions=self.positions, entering=self.entering)
-        place = Place(self.written, columns, self.mask)
+        place = CachePlace(self.written, columns, self.mask)
         self.run, self.outputs = owner.record(lambda: owner.layers.run(fixed, place))
 
     def replay(self, rows: Rows, length: int) -> Outputs:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_envs.decoding.model.cache import Place
+from spec_envs.decoding.model.cache import CachePlace
 from spec_envs.decoding.model.linear import Linear
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rope import Rope, rotate
@@ -66,7 +66,7 @@ class Layers:
         """
         return self.run(rows, rows.cache.place(rows.x.shape[1], rows.seen, rows.padding))
 
-    def run(self, rows: Rows, place: Place) -> Outputs:
+    def run(self, rows: Rows, place: CachePlace) -> Outputs:
         """Run layers on new rows whose ``place`` in the cache is given (instead of ``rows.seen`` and
         ``rows.padding``)."""
         x, entering, captured = rows.x, rows.entering, []

@@ -17,7 +17,7 @@ from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.tree import Children, Tree
 
 Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter
-NOTHING = torch.empty(0)  # features of the target, which no drafter of chains reads
+NO_FEATURES = torch.empty(0)  # features of the target, which no drafter of chains reads
 
 
 class Scripted(ChainDrafter):
@@ -98,7 +98,7 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
     model = live.model if isinstance(live, CopyingDrafter) else live
     if not isinstance(model, DraftModelDrafter):
         raise ValueError(f"chains of a {type(model).__name__} cannot be drafted together; expected a draft model")
-    model.start([*prompt, text[0]], len(text) + TOGETHER * longest, NOTHING, np.random.default_rng(0))
+    model.start([*prompt, text[0]], len(text) + TOGETHER * longest, NO_FEATURES, np.random.default_rng(0))
     for run in same_vocabulary(model.vocabulary, text[:-1]):
         scripts = [Scripted(model) for _ in range(run.start, run.stop)]
         chains = [
@@ -116,7 +116,7 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
 
 def begun(drafter: Scripted | CopyingDrafter | LookupDrafter, text: Sequence[int], longest: int) -> Chain:
     """Return an empty chain of ``drafter`` after a text."""
-    drafter.start(text, 0, NOTHING, np.random.default_rng(0))
+    drafter.start(text, 0, NO_FEATURES, np.random.default_rng(0))
     return Chain(drafter, Tree(1, longest - 1))
 
 

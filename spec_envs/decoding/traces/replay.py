@@ -27,7 +27,7 @@ def replayed(trace: RecordedTexts, clock: WallClock, max_depth: int, detokenize:
     return Decoder(ReplayVerifier(trace), drafter, clock, trace.manifest.eos, max_depth, detokenize)
 
 
-class Place:
+class TracePosition:
     """A decoder's place in the texts of a trace."""
 
     def __init__(self, trace: RecordedTexts):
@@ -54,7 +54,7 @@ class ReplayVerifier:
     temperature, top_p, traffic = 0.0, 1.0, Traffic()
 
     def __init__(self, trace: RecordedTexts):
-        self.place = Place(trace)
+        self.position = TracePosition(trace)
         self.vocab, self.context = trace.manifest.vocab, trace.manifest.context
         self.features = torch.empty(0)
 
@@ -64,13 +64,13 @@ class ReplayVerifier:
 
     @property
     def dtype(self) -> str:
-        return self.place.trace.manifest.dtype
+        return self.position.trace.manifest.dtype
 
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         """Return the first token of the text."""
-        self.place.begin(prompt)
-        self.text = self.place.trace.columns["tokens"]
-        return int(self.text[self.place.row])
+        self.position.begin(prompt)
+        self.text = self.position.trace.columns["tokens"]
+        return int(self.text[self.position.row])
 
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
@@ -78,7 +78,7 @@ class ReplayVerifier:
         """Follow the text through the tree as far as it was drafted. The token after the end of the text is arbitrary,
         since it is cut off."""
         path, parent = [], ROOT
-        ahead = self.text[self.place.row + 1 : self.place.end]
+        ahead = self.text[self.position.row + 1 : self.position.end]
         for token in ahead[: len(tokens)]:
             children = np.flatnonzero((parents == parent) & (tokens == token))
             if not len(children):
@@ -86,13 +86,15 @@ class ReplayVerifier:
             parent = int(children[0])
             path.append(parent)
         added = int(ahead[len(path)]) if len(path) < len(ahead) else 0
-        self.place.row += len(path) + 1
+        self.position.row += len(path) + 1
         return Verdict(path, added)
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
         """Return the next tokens of the text."""
-        tokens: list[int] = self.text[self.place.row + 1 : min(self.place.end, self.place.row + 1 + count)].tolist()
-        self.place.row += len(tokens)
+        tokens: list[int] = self.text[
+            self.position.row + 1 : min(self.position.end, self.position.row + 1 + count)
+        ].tolist()
+        self.position.row += len(tokens)
         return tokens
 
     def append(self, tokens: Sequence[int]) -> None:
@@ -104,7 +106,7 @@ class ReplayVerifier:
 
     def plain(self, eos: Collection[int] = ()) -> ReplayVerifier:
         """Return another verifier of the same texts."""
-        return ReplayVerifier(self.place.trace)
+        return ReplayVerifier(self.position.trace)
 
 
 class Replay:
@@ -113,19 +115,19 @@ class Replay:
     capture: tuple[int, ...] = ()
 
     def __init__(self, trace: RecordedTexts):
-        self.place = Place(trace)
+        self.position = TracePosition(trace)
         manifest = trace.manifest
         self.vocab, self.context, self.width = manifest.vocab, manifest.context, manifest.width
         self.columns = trace.columns
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Go to the text of this prompt and first token."""
-        self.place.begin(text[:-1])
+        self.position.begin(text[:-1])
         self.unread = 1  # committed tokens that no forward has read
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Move forward by the tokens that joined the text."""
-        self.place.row += len(tokens)
+        self.position.row += len(tokens)
         self.unread += len(tokens)
 
 
@@ -144,7 +146,7 @@ class TreeReplay(Replay):
         return self.width
 
     def _children(self, level: int, parents: int) -> Children:
-        here, row = level_slice(level, self.width), self.place.row
+        here, row = level_slice(level, self.width), self.position.row
         expanded = slice(1 + self.width * (level - 1), 1 + self.width * level) if level else slice(0, 1)
         tokens = self.columns["drafted"][row, here].reshape(parents, -1).astype(np.int64)
         log_probs = self.columns["log_probs"][row, here].reshape(parents, -1)
@@ -165,7 +167,7 @@ class ChainReplay(Replay, ChainDrafter):
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Move forward by the tokens that joined the text; those that were read as part of the chain are not read
         again."""
-        right = int(self.columns["right"][self.place.row])
+        right = int(self.columns["right"][self.position.row])
         unread = int(catch_up.left_unread(self.unread, self.read, len(tokens), right))
         super().commit(tokens, features)
         self.unread, self.read = unread, 0
@@ -181,7 +183,7 @@ class ChainReplay(Replay, ChainDrafter):
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """Return the token that was drafted after a chain, and the rows of the recorded forward; 0 for a copy."""
-        row, at = self.place.row, len(chain)
+        row, at = self.position.row, len(chain)
         token, log_prob = self.columns["drafted"][row, at], self.columns["log_probs"][row, at]
         children = Children(
             np.array([[token]], np.int64), np.array([[log_prob]]), self.columns["entropies"][row, at : at + 1]
@@ -194,14 +196,14 @@ class ChainReplay(Replay, ChainDrafter):
 
     def matched(self) -> int:
         """Return how many tokens match at the place that was copied from."""
-        return int(self.columns["matched"][self.place.row])
+        return int(self.columns["matched"][self.position.row])
 
     def source(self, chain: list[int]) -> Occurrence | None:
         """Return a match where the next token of a chain was copied, else None; its place in the text is not
         recorded."""
-        copied = len(chain) < self._length and self.columns["copied"][self.place.row, len(chain)]
+        copied = len(chain) < self._length and self.columns["copied"][self.position.row, len(chain)]
         return Occurrence(0, self.matched()) if copied else None
 
     @property
     def _length(self) -> int:
-        return int(self.columns["length"][self.place.row])
+        return int(self.columns["length"][self.position.row])

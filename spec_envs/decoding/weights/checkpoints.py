@@ -148,13 +148,13 @@ def fetch_gguf(name: str) -> Path:
     hash."""
     target = CACHE / "gguf" / f"{name}.gguf"
     if not target.is_file():
-        with alone(target):
+        with cache_lock(target):
             if not target.is_file():  # another process may have been faster
                 fetch(name, target)
     return target
 
 
-def alone(target: Path) -> FileLock:
+def cache_lock(target: Path) -> FileLock:
     """Return the lock to hold while a file or folder of the cache is made; other processes wait for it."""
     locks = CACHE / "locks"
     for folder in (target.parent, locks):
@@ -173,7 +173,7 @@ def scratch(target: Path) -> Iterator[Path]:
         if name == target.name:  # the lock is ours, so no other process uses it
             shutil.rmtree(left, ignore_errors=True)
             continue
-        with suppress(Timeout), alone(left.with_name(name)).acquire(timeout=0):
+        with suppress(Timeout), cache_lock(left.with_name(name)).acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
     folder = target.with_name(target.name + SCRATCH)
     folder.mkdir(parents=True)
@@ -276,7 +276,7 @@ def converted(gguf: Path, digest: str) -> Path:
     stem = gguf.stem.encode()[:100].decode(errors="ignore")  # names of files may have 255 bytes
     folder = CACHE / "models" / f"{stem}-{digest[:12]}-{CONVERSION}"
     if not is_whole(folder):
-        with alone(folder):
+        with cache_lock(folder):
             if not is_whole(folder):
                 convert_once(gguf, digest, folder)
     return folder

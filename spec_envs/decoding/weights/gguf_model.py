@@ -302,9 +302,9 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> None:
     """
     tokens = token_list(gguf)
     refuse_tokenizer(gguf.metadata)
-    with tempfile.TemporaryDirectory() as alone:  # transformers would read other files beside it as well
-        Path(alone, gguf.path.name).symlink_to(gguf.path.resolve())
-        source = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.path.name, trust_remote_code=False)
+    with tempfile.TemporaryDirectory() as apart:  # transformers would read other files beside it as well
+        Path(apart, gguf.path.name).symlink_to(gguf.path.resolve())
+        source = AutoTokenizer.from_pretrained(apart, gguf_file=gguf.path.name, trust_remote_code=False)
     source.save_pretrained(folder)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())

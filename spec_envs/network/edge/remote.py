@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.accept import residual
-from spec_envs.decoding.cycle import NO_TOKENS
+from spec_envs.decoding.cycle import EMPTY_INTS
 from spec_envs.decoding.sampling import Proposal, inverse_cdf, probabilities
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.network import wire
@@ -72,7 +72,7 @@ class RemoteVerifier:
         The cloud's seed is drawn from ``rng``, which also draws from residuals later.
         """
         welcome = self._begin(prompt, rows, rng)
-        token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
+        token = self.verify(EMPTY_INTS, EMPTY_INTS, EMPTY_INTS).token
         self.traffic = total(welcome, self.traffic)
         return token
 
@@ -189,7 +189,7 @@ class StreamingVerifier(RemoteVerifier):
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
         welcome = self._begin(prompt, rows, rng)
         self.stream = self._stream(rows - 1, self.eos)
-        token = self.verify(NO_TOKENS, NO_TOKENS, NO_TOKENS).token
+        token = self.verify(EMPTY_INTS, EMPTY_INTS, EMPTY_INTS).token
         self.traffic = total(welcome, self.traffic)
         return token
 

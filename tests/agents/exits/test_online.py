@@ -292,21 +292,21 @@ def test_damaged_checkpoint_is_refused(tiny: dict, tmp_path: Path) -> None:
 
 
 def test_journal_drops_lines_after_checkpoint(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0, 0, {"seed": 0})
+    journal = Journal(tmp_path, 0, 0, {"seed": 0}, "dvi", "accept_rate")
     for step in range(1, 6):
         journal.write("log", {"step": step, "texts": step // 2, "loss_rl": 0.5, "loss_slow": None})
     journal.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # an incomplete line, as of a process killed while writing
-    Journal(tmp_path, 3, 1, {}).close()
+    Journal(tmp_path, 3, 1, {}, "dvi", "accept_rate").close()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
-    Journal(tmp_path, 0, 0, {}).close()
+    Journal(tmp_path, 0, 0, {}, "dvi", "accept_rate").close()
     assert not (tmp_path / "log.jsonl").exists()
     assert list((tmp_path / "events").glob("events*"))
 
 
 def test_journal_writes_non_finite_numbers_as_null(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0, 0, {})
+    journal = Journal(tmp_path, 0, 0, {}, "dvi", "accept_rate")
     journal.write("log", {"step": 1, "texts": 1, "loss_rl": float("nan"), "ppl_sample": float("inf")})
     journal.close()
     line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
@@ -329,7 +329,7 @@ def test_skipped_slow_update_logs_no_loss(tiny: dict, tmp_path: Path) -> None:
 def test_damaged_journal_line_is_reported(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "texts": 1}\n' + damage)
     with pytest.raises(ValueError, match=r"log.jsonl is damaged in line 2 \(.*\); delete it"):
-        Journal(tmp_path, 3, 2, {})
+        Journal(tmp_path, 3, 2, {}, "dvi", "accept_rate")
 
 
 def test_replay_drops_oldest_segments(tiny: dict) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spec_envs.experiments.network.link_profiles import PROFILES, log
+from spec_envs.experiments.network.link_profiles import PROFILES, log_csv
 from spec_envs.network.link import LINKS, Link, LinkState, LogLink, MarkovLink, load_link
 from spec_envs.network.proxy import ShapedProxy, main
 
@@ -207,7 +207,7 @@ def test_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_shipped_logs_are_those_of_their_script(name: str) -> None:
-    assert (LINKS / f"{name}.csv").read_text() == log(name)
+    assert (LINKS / f"{name}.csv").read_text() == log_csv(name)
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -92,9 +92,9 @@ def built(compiler: Command, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     key = fingerprint(compiler, flags)
     try:
         folder = private_folder()
-        return load_whole(folder, key) or alone(folder, key, compiler, flags)
+        return load_whole(folder, key) or compile_once(folder, key, compiler, flags)
     except (OSError, NotImplementedError) as error:  # no write access, no locks, or libraries there may not be run
-        log.warning("the int8 kernels are compiled for this process alone: %s", error)
+        log.warning("the int8 kernels are compiled for this process only: %s", error)
     try:
         with tempfile.TemporaryDirectory() as scratch:  # once it is loaded, a library no longer needs its file
             return ctypes.CDLL(str(compile_into(Path(scratch), key, compiler, flags)))
@@ -144,8 +144,8 @@ def load_whole(folder: Path, key: str) -> ctypes.CDLL | None:
     return None
 
 
-def alone(folder: Path, key: str, compiler: Command, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """Compile the library while other processes wait.
+def compile_once(folder: Path, key: str, compiler: Command, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Return the library, which one process compiles while the others wait for it.
 
     Damaged libraries of that key and what a killed compilation left are deleted.
     """

@@ -132,7 +132,7 @@ def test_builds_without_a_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert FRESH().accelerated() == 1
     logged = caplog.messages
-    assert len(logged) == 2 and logged[0].startswith("the int8 kernels are compiled for this process alone")
+    assert len(logged) == 2 and logged[0].startswith("the int8 kernels are compiled for this process only")
 
 
 @pytest.mark.parametrize("home", ["gone", "unset"])

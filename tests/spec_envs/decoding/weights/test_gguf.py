@@ -237,7 +237,7 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path, cache: 
     for scratch in scratches:
         scratch.mkdir()
         (scratch / "model.safetensors").write_bytes(b"half")
-    with checkpoints.alone(folder.with_name("busy")):
+    with checkpoints.cache_lock(folder.with_name("busy")):
         model_folder(str(path))
     assert {file.name for file in (cache / "models").iterdir()} == {folder.name, scratches[2].name}
 
