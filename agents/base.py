@@ -147,7 +147,7 @@ class Agent(ABC):
         if shape is None or seen.ndim != 1 + len(shape) or seen.shape[1:] != shape or not len(seen):
             raise ValueError(
                 f"the observation has the shape {seen.shape}; {type(self).__name__} was made for {shape}, or several "
-                f"of them (n, {', '.join(map(str, shape or ()))}), of {self.control.name} with the same settings"
+                f"of them (n, {', '.join(map(str, shape or ()))}), of {self.control.env_id} with the same settings"
             )
         return self._many(seen, state, episode_start, deterministic)
 

@@ -37,7 +37,7 @@ def check_evaluation(config: RunConfig) -> None:
         if at_exit:
             exit_decoder(env, K_MAX).close()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"the run could not be evaluated after its training: {error}") from None
+        raise ValueError(f"nothing was trained, because the run could not be evaluated: {error}") from None
 
 
 def check_partner(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def open_run(folder: Path, config: RunConfig) -> None:
             return
         if is_trained(folder) or (folder / CHECKPOINT).exists() or (folder / RESULTS).exists():
             raise ValueError(
-                f"{folder} holds a run with another {', '.join(differing)}; "
+                f"{folder} holds a run with other settings: {differences(found, settings, differing)}; "
                 "choose another SEED or ROOT, or delete that folder to start over"
             )
         clear(folder)  # it holds nothing to continue from
@@ -112,6 +113,19 @@ def open_run(folder: Path, config: RunConfig) -> None:
     made_with = {"versions": versions(), "revision": revision()}
     with whole(folder / CONFIG) as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config) | made_with, sort_keys=False))
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return in words where the settings of a run in its folder differ from those that are wanted now."""
+    words = []
+    for name in names:
+        old, new = found.get(name), wanted[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+            words += [f"{name}.{key} {old.get(key)!r} instead of {new.get(key)!r}" for key in inner]
+        else:
+            words.append(f"{name} {old!r} instead of {new!r}")
+    return ", ".join(words)
 
 
 def clear(folder: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import yaml
 
 from spec_envs import ENVIRONMENTS
+from spec_envs.checked import nearest
 from spec_envs.settings import Keywords
 from spec_envs.yaml_text import Loader, parse_yaml
 
@@ -124,9 +123,3 @@ def line_of(text: str, *keys: tuple[str, ...]) -> int:
             line, node, depth = pair[0].start_mark.line + 1, pair[1], depth + 1
         best = max(best, (depth == len(path), depth, line))
     return best[2]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean …?)" with the most similar known word, or an empty text if none is similar."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
@@ -10,8 +9,8 @@ from typing import Any, get_type_hints
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from spec_envs.checked import check_number, choice
-from spec_envs.controls.base import Control
+from spec_envs.checked import check_number, choice, nearest
+from spec_envs.controls.base import Control, environment_id
 from spec_envs.controls.rewards import RATES
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.prompts.rows import SPLITS
@@ -163,8 +162,8 @@ def check_keywords(kind: type[Control], given: Mapping[str, Any]) -> None:
     types = keyword_types(kind)
     for name, value in given.items():
         if name not in types:
-            nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.0)[0]
-            raise TypeError(f"{kind.__name__} got an unexpected keyword argument {name!r}; did you mean {nearest!r}?")
+            hint = nearest(name, types) or f"; expected one of {', '.join(types)}"
+            raise TypeError(f"{environment_id(kind)} has no keyword argument {name!r}{hint}")
         try:
             TypeAdapter(types[name]).validate_python(plain(value), strict=True)
         except ValidationError:

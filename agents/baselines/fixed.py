@@ -35,7 +35,7 @@ class FixedAgent(Rule):
         super().__init__(control, **hyperparameters)
         value, offered = self.settings.value, control.settings()
         if not offered:
-            raise ValueError(f"{control.name} has no static settings that fixed could follow; take another agent")
+            raise ValueError(f"{control.env_id} has no static settings that fixed could follow; take another agent")
         if value not in offered:
             named = [str(setting) for setting in offered]
             if len(named) > MOST_LISTED:

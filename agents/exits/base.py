@@ -40,7 +40,7 @@ class ExitAgent(Agent):
         super().__init__(control, **hyperparameters)
         if control.exit is None:
             raise ValueError(
-                f"{type(self).__name__} improves an early exit: {control.name} drafts with another model; take "
+                f"{type(self).__name__} improves an early exit: {control.env_id} drafts with another model; take "
                 "SpecDVI-v0"
             )
         self.exit = control.exit

@@ -12,7 +12,8 @@ from pydantic import Field
 from spec_envs.agents.base import Agent, Source
 from spec_envs.agents.run import Run
 from spec_envs.agents.settings import AgentSettings, Amount, Share
-from spec_envs.controls.base import Control
+from spec_envs.controls import CONTROLS
+from spec_envs.controls.base import Control, environment_id
 
 
 class Rule(Agent):
@@ -32,9 +33,8 @@ class Rule(Agent):
     def __init__(self, control: Control, **hyperparameters: Any):
         super().__init__(control, **hyperparameters)
         if self.problems and control.name not in self.problems:
-            raise ValueError(
-                f"{type(self).__name__} controls the problem {' or '.join(self.problems)}, not {control.name}"
-            )
+            known = " or ".join(environment_id(CONTROLS[name]) for name in self.problems)
+            raise ValueError(f"{type(self).__name__} controls {known}, not {control.env_id}")
         if missing := set(self.looks_at or ()) - set(control.slices):
             raise ValueError(
                 f"{type(self).__name__} looks at {', '.join(sorted(missing))}, which the observation "
@@ -83,9 +83,9 @@ class ChainRule(Rule):
     def __init__(self, control: Control, **hyperparameters: Any):
         found = "token" if control.progress else "cycle"
         if control.name not in self.problems or found != self.decision:
+            given = f'with decision="{found}"' if control.name in self.problems else f"of {control.env_id}"
             raise ValueError(
-                f'{type(self).__name__} needs SpecK-v0 with decision="{self.decision}"; this is {control.name}, which '
-                f"decides once a {found}"
+                f'{type(self).__name__} needs a control of SpecK-v0 with decision="{self.decision}", not one {given}'
             )
         super().__init__(control, **hyperparameters)
         self.k_max = control.max_depth + 1

@@ -70,7 +70,7 @@ def exit_of_problem(control: Control) -> ExitPoint:
         ValueError: the problem drafts with a model.
     """
     if control.exit is None:
-        raise ValueError(f"{control.name} does not draft with an early exit of the target; expected SpecDVI-v0")
+        raise ValueError(f"{control.env_id} does not draft with an early exit of the target; expected SpecDVI-v0")
     return control.exit
 
 

@@ -36,8 +36,7 @@ def learned_policy(run: str, problem: str) -> Policy:
     control, agent = agents.load(run)
     if control.name != problem:
         raise ValueError(
-            f"{run} is a run of {control.name}, not of {problem}; give runs of depth as DEPTH and runs of budget as "
-            "BUDGET"
+            f"{run} is a run of {control.env_id}; give runs of SpecDepth-v0 as DEPTH and runs of SpecBudget-v0 as BUDGET"
         )
     control.partner = None
     return Policy(control, agent)

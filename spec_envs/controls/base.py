@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gymnasium import spaces
 
-from spec_envs import recordings
+from spec_envs import ENVIRONMENTS, recordings
 from spec_envs.controls.exit_point import ExitPoint
 from spec_envs.controls.observation.entries import Entry
 from spec_envs.controls.plans import Plans
@@ -111,7 +111,9 @@ class Control(ABC):
         """
         if control.name != self.partner_name:
             expected = f"a {self.partner_name} policy" if self.partner_name else "no partner"
-            raise ValueError(f"the partner is a {control.name} policy, but a {self.name} policy takes {expected}")
+            raise ValueError(
+                f"the partner is a policy of {control.env_id}, but a policy of {self.env_id} takes {expected}"
+            )
         mine, theirs = (self.width, self.max_depth), (control.width, control.max_depth)
         if mine != theirs:
             raise ValueError(f"the partner was trained with width and max_depth {theirs}, this environment has {mine}")
@@ -133,7 +135,7 @@ class Control(ABC):
         ):
             if mine != theirs:
                 raise ValueError(
-                    f"{who} was made for {other.name} with {what} {theirs}, but here {self.name} has {mine}; "
+                    f"{who} was made for {other.env_id} with {what} {theirs}, but here {self.env_id} has {mine}; "
                     "make both with the same settings"
                 )
 
@@ -234,7 +236,12 @@ class Control(ABC):
         Raises:
             ValueError: no trace replays this problem with these settings.
         """
-        raise ValueError(f"plans are made of cycles that a trace replays, not of {self.name} with these settings")
+        raise ValueError(f"plans are made of cycles that a trace replays, not of {self.env_id} with these settings")
+
+    @property
+    def env_id(self) -> str:
+        """Id of the environment of this problem; the name of its class if none is registered."""
+        return environment_id(type(self))
 
     def place(self, name: str) -> int | None:
         """Return where an entry of the observation begins; None if no entry has that name."""
@@ -309,7 +316,7 @@ class Control(ABC):
         Raises:
             ValueError: a value out of range, or a problem that leaves no decision to a partner.
         """
-        raise ValueError(f"{self.name} leaves no decision to a partner; expected SpecDepth-v0 or SpecBudget-v0")
+        raise ValueError(f"{self.env_id} leaves no decision to a partner; expected SpecDepth-v0 or SpecBudget-v0")
 
     def fix_drawn(self, *values: Setting) -> None:
         """Fix what training draws at random for every cycle, such as the depth of ``depth="random"``.
@@ -326,6 +333,12 @@ class Control(ABC):
     @abstractmethod
     def act(self, decoder: Any, action: int) -> Cycle | None:
         """Carry out a decision and return the cycle that it ended; None if the cycle continues."""
+
+
+def environment_id(kind: type[Control]) -> str:
+    """Return the id of the environment of a problem; the name of its class if none is registered."""
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    return next((env_id for env_id, found in ENVIRONMENTS.items() if found == place), kind.__name__)
 
 
 def costs_shown(table: CostTable, width: int) -> list[float]:

@@ -195,7 +195,7 @@ class ExpectedTrace(Recording):
             ValueError: always.
         """
         raise ValueError(
-            f"the trace {self.name!r} has drafts over a link, which do not replay {problem.name}; expected SpecTopK-v0"
+            f"the trace {self.name!r} has drafts over a link, which do not replay {problem.env_id}; expected SpecTopK-v0"
         )
 
     def over(self, link: Link, clock: WallClock, max_depth: int) -> LinkedDecoder:

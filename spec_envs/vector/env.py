@@ -124,7 +124,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Refuse settings that the trace does not have, and keywords that would have no effect."""
         control = self.control
         if not control.trace_kind or control.engine != "torch":
-            raise ValueError(f"{control.name} is not replayed in NumPy; make it with vectorization_mode='sync'")
+            raise ValueError(f"{control.env_id} is not replayed in NumPy; make it with vectorization_mode='sync'")
         if unused := [name for name in UNUSED if keywords.get(name)]:
             raise ValueError(
                 f"{', '.join(unused)} has no effect in environments in NumPy; leave it out, or make them with "

@@ -184,7 +184,9 @@ def test_run_loads_with_partner(tmp_path: Path) -> None:
         ValueError, match=r"trained with width and max_depth \(10, 6\), this environment has \(10, 12\)"
     ):
         DepthControl().compose(*agents.load(partner))
-    with pytest.raises(ValueError, match="the partner is a depth policy, but a depth policy takes a budget policy"):
+    with pytest.raises(
+        ValueError, match="the partner is a policy of SpecDepth-v0, but a policy of SpecDepth-v0 takes a budget policy"
+    ):
         DepthControl(max_depth=6).compose(*agents.load(run))
     seen = control.observation_space.sample()
     assert agent.predict(seen, deterministic=True)[0] == depth.predict(seen, deterministic=True)[0]

@@ -79,7 +79,9 @@ def test_train_writes_results_and_resumable_run(
         untrained, dataclasses.replace(run_config_of(config), seed=1)
     )  # the folder has no training yet, so other settings may use it
     assert agents.read_config(untrained)["seed"] == 1
-    with pytest.raises(SystemExit, match="holds a run with another hyperparameters, total_timesteps"):
+    with pytest.raises(
+        SystemExit, match=r"holds a run with other settings: hyperparameters\..*, total_timesteps 128 instead of 256"
+    ):
         run_train(monkeypatch, [*arguments, "total_timesteps=256"])
 
     run_command(monkeypatch, evaluate, folder, "--count", "3", "--temperature", "1.0")
@@ -154,7 +156,7 @@ def test_mixes_of_learned_and_fixed_policies(
     run_command(monkeypatch, evaluate, *mixes, "--clock", tiny["clock"], "--dtype", "float32")
     arms = json.loads((out / "results.json").read_text())["arms"]
     assert len([name for name in arms if name.startswith("depth")]) == 4
-    with pytest.raises(SystemExit, match="is a run of budget, not of depth"):
+    with pytest.raises(SystemExit, match="is a run of SpecBudget-v0; give runs"):
         run_command(monkeypatch, evaluate, "--depth", runs[1], "--budget", "16")
     with pytest.raises(SystemExit, match="depth is 20; expected 0 to 12"):
         run_command(monkeypatch, evaluate, "--depth", "20", "--budget", runs[1])

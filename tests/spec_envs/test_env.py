@@ -203,7 +203,7 @@ def observed(step: Any) -> list:
         (
             {"max_dept": 3},
             TypeError,
-            "DepthControl got an unexpected keyword argument 'max_dept'; did you mean 'max_depth'",
+            r"SpecDepth-v0 has no keyword argument 'max_dept' \(did you mean 'max_depth'",
         ),
         ({"temprature": 1.0}, TypeError, "did you mean 'temperature'"),
         ({"reward": "ltd"}, ValueError, 'reward="ltd" needs episode="cycle"'),

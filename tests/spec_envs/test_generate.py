@@ -109,13 +109,15 @@ def test_agent_of_another_problem_is_refused(tiny: dict[str, Any]) -> None:
     decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", width=1, max_depth=15)
     agent = AGENTS["ppo"](control=token)
     with pytest.raises(
-        ValueError, match=r"PPOAgent was made for k with an observation of drafted.*, but here k has conf"
+        ValueError, match=r"PPOAgent was made for SpecK-v0 with an observation of drafted.*, but here SpecK-v0 has conf"
     ):
         Policy(cycle, agent)
-    with pytest.raises(ValueError, match="was made for k with an observation of"):
+    with pytest.raises(ValueError, match="was made for SpecK-v0 with an observation of"):
         generate(decoder, cycle, agent, [2, 3, 4], 12)
     fewer = make_control("k", {"k_max": 8})
-    with pytest.raises(ValueError, match=r"was made for k with actions Discrete\(9\), but here k has Discrete\(17\)"):
+    with pytest.raises(
+        ValueError, match=r"was made for SpecK-v0 with actions Discrete\(9\), but here SpecK-v0 has Discrete\(17\)"
+    ):
         Policy(cycle, AGENTS["fixed"](control=fewer, value=2))
     same_size = make_control("depth", {"width": 2, "max_depth": 4}), make_control("depth", {"width": 3, "max_depth": 3})
     assert same_size[0].observation_space.shape == same_size[1].observation_space.shape

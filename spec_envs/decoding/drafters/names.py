@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spec_envs.checked import nearest
 from spec_envs.decoding.drafters.formats import is_head
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.decoding.weights.checkpoints import model_folder, registry
@@ -91,9 +92,9 @@ def default_drafter(target: str, chain: bool = False) -> str:
     known = [name for name, entry in entries.items() if entry["target"] == target]
     found = next((name for name in known if not chain or DrafterName.parse(name).chain), None)
     if found is None:
+        targets = list(dict.fromkeys(entry["target"] for entry in entries.values()))
         raise ValueError(
-            f"no drafter is known for {target!r}, only for "
-            f"{', '.join(dict.fromkeys(entry['target'] for entry in entries.values()))}; "
+            f"no drafter is known for {target!r}{nearest(target, targets)}, only for {', '.join(targets)}; "
             "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and "
             "a draft model), or train one with `make drafter`"
         )

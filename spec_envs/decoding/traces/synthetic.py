@@ -138,7 +138,7 @@ class Profile(Recording):
         """
         if problem.trace_kind != "chain":
             raise ValueError(
-                f"the profile {self.name!r} has chains under greedy decoding only, which do not replay {problem.name}; "
+                f"the profile {self.name!r} has chains under greedy decoding only, which do not replay {problem.env_id}; "
                 "expected SpecK-v0"
             )
 

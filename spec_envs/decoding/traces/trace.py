@@ -110,7 +110,7 @@ class Trace(RecordedTexts, Recording):
         made = self.manifest
         if made.kind != problem.trace_kind:
             raise ValueError(
-                f"the trace {self.name} has {made.kind}s, which do not replay {problem.name}; give a trace of its own"
+                f"the trace {self.name} has {made.kind}s, which do not replay {problem.env_id}; give a trace of its own"
             )
         if problem.width != made.width:
             raise ValueError(f"the trace {self.name} was recorded with width {made.width}, not {problem.width}")

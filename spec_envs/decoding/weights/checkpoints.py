@@ -31,6 +31,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from platformdirs import user_cache_path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from spec_envs.checked import nearest
 from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.decoding.model.transformer import Transformer
@@ -124,7 +125,7 @@ def model_folder(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         known = dict.fromkeys([*models, *registry()["drafters"]])
         raise ValueError(
-            f"no model {name!r:.200}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, "
+            f"no model {name!r:.200}{nearest(name, known)}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, "
             f"or a reachable hub id ({first_line(error)})"
         ) from None
 

@@ -361,7 +361,7 @@ def test_invalid_hyperparameters_are_refused(name: str, own: dict, message: str,
 
 def test_agents_refuse_controls_without_trainable_exit(tiny: dict) -> None:
     with pytest.raises(
-        ValueError, match="DVIAgent improves an early exit: k drafts with another model; take SpecDVI-v0"
+        ValueError, match="DVIAgent improves an early exit: SpecK-v0 drafts with another model; take SpecDVI-v0"
     ):
         AGENTS["dvi"](control=make_control("k", {}))
     with pytest.raises(ValueError, match="draft_temperature is 0, at which nothing is drawn"):

@@ -298,7 +298,7 @@ def test_controllers_are_faster_than_plain(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "own", "message"),
     [
-        ("svip", {}, 'SvipAgent needs SpecK-v0 with decision="token"; this is k, which decides once a cycle'),
+        ("svip", {}, 'SvipAgent needs a control of SpecK-v0 with decision="token", not one with decision="cycle"'),
         ("hf-schedule", {"decision": "token"}, 'ScheduleAgent needs SpecK-v0 with decision="cycle"'),
         (
             "svip",

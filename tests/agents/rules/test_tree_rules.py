@@ -145,9 +145,9 @@ def test_ucb_finds_best_budget() -> None:
 @pytest.mark.parametrize(
     ("name", "control", "message"),
     [
-        ("ddd", KControl(), "DddAgent controls the problem depth or tree, not k"),
-        ("svip-tree", DepthControl(), "SvipTreeAgent controls the problem tree, not depth"),
-        ("ucb-budget", TreeControl(), "UcbBudgetAgent controls the problem budget, not tree"),
+        ("ddd", KControl(), "DddAgent controls SpecDepth-v0 or SpecTree-v0, not SpecK-v0"),
+        ("svip-tree", DepthControl(), "SvipTreeAgent controls SpecTree-v0, not SpecDepth-v0"),
+        ("ucb-budget", TreeControl(), "UcbBudgetAgent controls SpecBudget-v0, not SpecTree-v0"),
         ("ddd", DepthControl(observation="ltd"), "looks at expansions, frontier, which the observation 'ltd' lacks"),
         ("ddd", TreeControl(budgets=(3, 9)), "budget is 7; expected one of 3, 9"),
     ],

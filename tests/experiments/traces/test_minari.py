@@ -113,7 +113,7 @@ def test_command_reports_data_set_and_errors(
         (["a-v0", "--policy", "static:99"], "value is 99"),
         (["a-v0", "--policy", "nowhere"], "nowhere is not a readable run folder"),
         (["a-v0", "--set", "bugdet=3"], "did you mean 'budget'"),
-        (["a-v0", "--env", "SpecK-v0"], "has trees, which do not replay k"),
+        (["a-v0", "--env", "SpecK-v0"], "has trees, which do not replay SpecK-v0"),
         (["a-v0", "--episodes", "0"], "expected 1 or more"),
     ):
         with pytest.raises(SystemExit) as ended:

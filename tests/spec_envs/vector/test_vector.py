@@ -220,7 +220,7 @@ def test_make_vec_chooses_kind_of_vector_environment(traces: dict[str, Trace], p
             assert not done[0].any() and done[2].all()
         again = gym.make_vec(env.spec)
         assert isinstance(again, SyncVectorEnv) and again.num_envs == 2
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_dept'.*did you mean 'max_depth'"):
+    with pytest.raises(TypeError, match=r"no keyword argument 'max_dept'.*did you mean 'max_depth'"):
         gym.make_vec("SpecDepth-v0", 2, **shared, max_dept=3)
     with pytest.raises(ValueError, match="autoreset_mode is 'never'; expected one of"):
         gym.make_vec("SpecDepth-v0", 2, **shared, autoreset_mode="never")
@@ -262,7 +262,7 @@ def test_unsupported_keywords_are_refused(traces: dict[str, Trace], plans: dict[
     tree, chain = str(traces["tree"].folder), str(traces["chain"].folder)
     for match, env_id, keywords in (
         ("give trace=FOLDER", "SpecDepth-v0", {}),
-        ("has chains, which do not replay depth", "SpecDepth-v0", {"trace": chain}),
+        ("has chains, which do not replay SpecDepth-v0", "SpecDepth-v0", {"trace": chain}),
         ("adjustment_interval", "SpecK-v0", {"trace": chain, "adjustment_interval": 8, "k_max": 6}),
         ("render_mode has no effect", "SpecDepth-v0", {"trace": tree, "render_mode": "ansi", **sizes(plans["tree"])}),
         ('needs episode="cycle"', "SpecDepth-v0", {"trace": tree, "reward": "ltd"}),

@@ -210,7 +210,7 @@ def test_damaged_and_foreign_traces_are_refused(
         Trace.load(tmp_path / "old")
     with pytest.raises(ValueError, match="was begun with another drafter"):
         plans["copies"].claim(source)
-    with pytest.raises(ValueError, match="has chains, which do not replay depth"):
+    with pytest.raises(ValueError, match="has chains, which do not replay SpecDepth-v0"):
         gym.make("SpecDepth-v0", trace=str(source), max_new_tokens=8)
     with pytest.raises(ValueError, match="recorded with drafter"):
         gym.make("SpecK-v0", trace=str(source), drafter="lookup", k_max=6, max_new_tokens=8)
