@@ -9,8 +9,8 @@ from typing import Annotated, Any, Self
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from spec_envs.checked import in_words
 from spec_envs.settings import plain
-from spec_envs.types_in_words import in_words
 
 Natural = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]

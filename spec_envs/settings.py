@@ -9,12 +9,11 @@ from typing import Any, get_type_hints
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from spec_envs.checked import check_number, choice, nearest
+from spec_envs.checked import check_number, choice, in_words, nearest
 from spec_envs.controls.base import Control, environment_id
 from spec_envs.controls.rewards import RATES
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.prompts.rows import SPLITS
-from spec_envs.types_in_words import in_words
 
 Keywords = dict[str, Any]
 """Keyword arguments of an environment, by name."""
