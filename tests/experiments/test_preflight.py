@@ -49,9 +49,9 @@ def test_failed_settings_leave_no_folder(small_runs: dict[str, Run], tmp_path: P
         ),
         ("SpecBudget-v0", "ucb", ["calibrate=false"], "leave out calibrate=false, or name a table in env.clock"),
         ("SpecDepth-v0", "ppo", ["eval_env.max_new_tokens=1"], "SET: max_new_tokens is 1"),
-        ("SpecDepth-v0", "ppo", ["eval_env.prompts=gsm9k"], "could not be evaluated .*no prompt set gsm9k"),
-        ("SpecDepth-v0", "ppo", ["eval_env.clock=none"], "could not be evaluated .*no cost table 'none'"),
-        ("SpecDepth-v0", "ppo", ["eval_env.target=nothing"], "could not be evaluated .*no model 'nothing'"),
+        ("SpecDepth-v0", "ppo", ["eval_env.prompts=gsm9k"], "could not be evaluated: .*no prompt set gsm9k"),
+        ("SpecDepth-v0", "ppo", ["eval_env.clock=none"], "could not be evaluated: .*no cost table 'none'"),
+        ("SpecDepth-v0", "ppo", ["eval_env.target=nothing"], "could not be evaluated: .*no model 'nothing'"),
         ("SpecDepth-v0", "ppo", ["partner=nowhere"], "nowhere is not a readable run folder"),
         ("SpecDepth-v0", "ppo", ["init=nowhere"], "cannot read the policy nowhere"),
         ("SpecDepth-v0", "ppo", ["checkpoint=nowhere"], "cannot read the checkpoint nowhere"),
@@ -81,5 +81,5 @@ def test_data_set_without_split_is_refused_before_training(splits: tuple[str, st
     own = [f"env.{key}={value}" for key, value in tiny.items()] + [f"env.data_dir={tmp_path / 'data'}"]
     run = run_of("SpecDepth-v0", "ppo", *own, "eval_freq=32")
     missing = ({"validation", "test"} - set(splits)).pop()
-    with pytest.raises(ValueError, match=f"could not be evaluated .*no prompt in the split '{missing}'"):
+    with pytest.raises(ValueError, match=f"could not be evaluated: .*no prompt in the split '{missing}'"):
         run.train(tmp_path / "run")

@@ -203,7 +203,7 @@ def observed(step: Any) -> list:
         (
             {"max_dept": 3},
             TypeError,
-            r"SpecDepth-v0 has no keyword argument 'max_dept' \(did you mean 'max_depth'",
+            "SpecDepth-v0 has no keyword argument 'max_dept' (did you mean 'max_depth'",
         ),
         ({"temprature": 1.0}, TypeError, "did you mean 'temperature'"),
         ({"reward": "ltd"}, ValueError, 'reward="ltd" needs episode="cycle"'),
@@ -224,7 +224,7 @@ def observed(step: Any) -> list:
         (
             {"target": "smollm", "drafter": "auto"},
             ValueError,
-            "no drafter is known for 'smollm', only for smollm2-135m",
+            "no drafter is known for 'smollm' (did you mean 'smollm2-135m'?), only for smollm2-135m",
         ),
         ({"drafter": "nowhere/at-all"}, ValueError, "no model 'nowhere/at-all'"),
     ],

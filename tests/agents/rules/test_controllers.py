@@ -299,7 +299,7 @@ def test_controllers_are_faster_than_plain(name: str) -> None:
     ("name", "own", "message"),
     [
         ("svip", {}, 'SvipAgent needs a control of SpecK-v0 with decision="token", not one with decision="cycle"'),
-        ("hf-schedule", {"decision": "token"}, 'ScheduleAgent needs SpecK-v0 with decision="cycle"'),
+        ("hf-schedule", {"decision": "token"}, 'ScheduleAgent needs a control of SpecK-v0 with decision="cycle"'),
         (
             "svip",
             {"decision": "token", "observation": "counters"},

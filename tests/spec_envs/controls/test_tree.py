@@ -121,7 +121,7 @@ def test_fixed_agent_follows_its_setting(tiny_decoder: Decoder) -> None:
     for value in ("0x1", "0x7", "2x7", "12x95"):
         done = generate(tiny_decoder, control, FixedAgent(control, value=value), PROMPT, 20).run()
         assert {f"{cycle.depth}x{cycle.verified}" for cycle in done.cycles} == {value}
-    with pytest.raises(ValueError, match=r"value is 2x8; expected one of 0x1, 0x3, .*, …, 12x95"):
+    with pytest.raises(ValueError, match=r"value is '2x8'; expected one of 0x1, 0x3, .*, …, 12x95"):
         FixedAgent(control, value="2x8")
 
 
@@ -174,5 +174,5 @@ def test_invalid_keywords_are_refused(keywords: dict, error: type[Exception], me
 
 
 def test_tree_policy_takes_no_partner() -> None:
-    with pytest.raises(ValueError, match="but a tree policy takes no partner"):
+    with pytest.raises(ValueError, match="but a policy of SpecTree-v0 takes no partner"):
         TreeControl().compose(TreeControl(), AGENTS["random"](control=TreeControl()))
