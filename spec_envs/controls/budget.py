@@ -43,25 +43,12 @@ class BudgetControl(Control):
     | 28 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
     | 29 | `context`: tokens of the text / 4096 | 0 | 1 |
 
-    `cost_features=True` appends `costs`, as in SpecDepth-v0. `observation="ltd"` is the published vector (1268 at
-    depth 12): all path log-probabilities, zero-padded, length / 1000 in 29 slots, expansions / 10 in 29 slots.
-
-    ## Rewards
-
-    `"saved"` (default): emitted tokens − `pace` · seconds of the step. `"ltd"`: emitted / (100 · seconds of the
-    cycle); needs `episode="cycle"`.
+    `observation="ltd"` is the published vector (1268 at depth 12): all path log-probabilities, zero-padded,
+    length / 1000 in 29 slots, expansions / 10 in 29 slots.
 
     ## Starting State
 
     The target's first token after the prompt, and a tree of the given depth.
-
-    ## Episode End
-
-    Terminated at EOS or `max_new_tokens`; with `episode="cycle"` after each step.
-
-    ## Information
-
-    As in SpecDepth-v0.
 
     ## Arguments
 
@@ -71,7 +58,7 @@ class BudgetControl(Control):
     - `max_depth=12`: most expansions.
     - `width=10`: children per node, and nodes expanded per level.
 
-    and the shared ones of `SpecEnv`.
+    and the shared ones.
 
     ## Version History
 

@@ -48,27 +48,12 @@ class DepthControl(Control):
     | 26 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
     | 27 | `context`: tokens of the text / 4096 | 0 | 1 |
 
-    `cost_features=True` appends `costs`: T_verify(1)/T_verify(n) for n = 1, 8, 16, 32, 64, 96 and
-    T_draft/T_verify(1), all of the clock's table. `observation="ltd"` is the published vector of 128: the 100 path
-    log-probabilities of the last expansion, length / 1000 in 14 slots, expansions / 10 in 14 slots.
-
-    ## Rewards
-
-    `"saved"` (default): emitted tokens − `pace` · seconds of the step. `"ltd"`: 0 on an expansion,
-    emitted / (100 · seconds of the cycle) on verification; needs `episode="cycle"`.
+    `observation="ltd"` is the published vector of 128: the 100 path log-probabilities of the last expansion,
+    length / 1000 in 14 slots, expansions / 10 in 14 slots.
 
     ## Starting State
 
     The target's first token after the prompt, a first level and one expansion.
-
-    ## Episode End
-
-    Terminated at EOS or `max_new_tokens`; with `episode="cycle"` after each verification.
-
-    ## Information
-
-    `emitted`, `accepted`, `drafted`, `verified` (0 on an expansion), `bytes_up`, `bytes_down`, `seconds` by part,
-    `saved` (emitted − plain rate · seconds); on the last step `text`, `task`, `tokens`, `speedup`.
 
     ## Arguments
 
@@ -76,7 +61,7 @@ class DepthControl(Control):
     - `width=10`: children per node, and nodes expanded per level.
     - `budget=7`: nodes verified.
 
-    and the shared ones of `SpecEnv`.
+    and the shared ones.
 
     ## Version History
 

@@ -62,28 +62,20 @@ class DVIControl(Control):
     | 581 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
     | 582 | `context`: tokens of the text / 4096 | 0 | 1 |
 
-    `cost_features=True` appends `costs`, as in SpecDepth-v0.
-
     ## Rewards
 
-    `"accepted"` (default): 1 for a drafted token that the target accepts, paid when its block is verified: at every
-    step with `block=1`, else at a block's last. Greedily the target accepts its own most probable token; when it
+    `"accepted"` is paid when a block is verified: at every step with `block=1`, else at a block's last. Greedily the target accepts its own most probable token; when it
     samples, token x with the probability p(x) that it gives it (the agent's choice is a fixed proposal, whatever
-    distribution it came from, which is exact). Tokens after the first rejected one are never verified. `"saved"`:
-    emitted − pace · seconds, as in SpecDepth-v0.
+    distribution it came from, which is exact). Tokens after the first rejected one are never verified.
 
     ## Starting State
 
     The target's first token after the prompt; the exit has read it.
 
-    ## Episode End
-
-    As in SpecDepth-v0.
-
     ## Information
 
-    As in SpecDepth-v0, and `positions`: for each verified token of a block `token`, `accepted`, and `confidence`, the
-    probability that the target gave it.
+    - `positions`: for each verified token of a block `token`, `accepted`, and `confidence`, the probability that the
+      target gave it.
 
     ## Arguments
 
@@ -98,7 +90,7 @@ class DVIControl(Control):
     - `draft_temperature=0`: temperature at which `reinforce` and `dvi` draw what they draft while they learn; 0 takes
       the most probable token.
 
-    and the shared ones of `SpecEnv`; `drafter` is `"auto"` for an untrained exit, or the folder of a trained one.
+    and the shared ones; `drafter` is `"auto"` for an untrained exit, or the folder of a trained one.
 
     ## Version History
 

@@ -88,33 +88,25 @@ class KControl(Control):
     first three are left out, since a server reports counts only, and `last_k` is the length asked for.
 
     `observation="counters"` is `acceptance`, `last_k`, `last_acceptance`, `position` and `context` alone.
-    `cost_features=True` appends `costs`, as in SpecDepth-v0.
-
-    ## Rewards
-
-    As in SpecDepth-v0, `"saved"`; with `episode="cycle"` also `"ltd"`.
 
     ## Starting State
 
     The target's first token after the prompt; nothing is drafted.
 
-    ## Episode End
-
-    As in SpecDepth-v0.
-
     ## Information
 
-    As in SpecDepth-v0; on llama-server the last step also has `restart_seconds`.
+    On llama-server, the last step has `restart_seconds`: seconds in which the server was restarted, which are not
+    charged.
 
     ## Arguments
 
-    - `k_max=16`: longest chain.
+    - `k_max=16`: tokens of the longest chain, 1 or more.
     - `decision="cycle"`, or `"token"`.
     - `engine="torch"`, or `"llama-server"`: a server of llama.cpp decodes whole segments.
     - `adjustment_interval=None`: tokens that a decision is kept for; by default one cycle, or 64 on a server.
     - `server_args=None`: further arguments of llama-server, for example `["--device", "CUDA0", "--gpu-layers", "99"]`.
 
-    and the shared ones of `SpecEnv`.
+    and the shared ones.
 
     ## Version History
 

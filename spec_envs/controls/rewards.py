@@ -29,22 +29,23 @@ Reward = Callable[[Decision], Any]
 
 
 def saved(decision: Decision) -> Any:
-    """Return the tokens less those that the seconds would have brought at the pace."""
+    """Return the emitted tokens − `pace` · seconds of the step."""
     return decision.counted - decision.pace * decision.seconds
 
 
 def ltd(decision: Decision) -> Any:
-    """Return the reward of Learning to Draft (arXiv 2603.01639): tokens per hundredth of a second of the cycle."""
+    """Return the emitted tokens / (100 · seconds of the cycle) where the step ends a cycle, else 0; needs
+    `episode="cycle"` (Learning to Draft, arXiv 2603.01639)."""
     return decision.emitted / (100 * decision.cycle_seconds)
 
 
 def rl_adapter(decision: Decision) -> Any:
-    """Return accepted tokens per second of the cycle, as published for a link."""
+    """Return the accepted tokens / seconds of the cycle; needs `episode="cycle"` (published for a link)."""
     return decision.accepted / decision.cycle_seconds
 
 
 def accepted(decision: Decision) -> Any:
-    """Return the number of accepted tokens."""
+    """Return the number of drafted tokens that the target accepted."""
     return decision.accepted
 
 

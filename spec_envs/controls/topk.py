@@ -85,25 +85,18 @@ class TopKControl(Control):
 
     `observation="rl_adapter"` is the published state of ten numbers
     (`spec_envs.controls.observation.rl_adapter_state`), linear in Mbps: rates below some ten Mbps look alike.
-    `cost_features=True` appends `costs`, as in SpecDepth-v0.
 
     ## Rewards
 
-    `"saved"`: emitted − pace · seconds, as in SpecDepth-v0; the seconds are the round's own: drafting, verifying, and
-    the bytes both ways. With `episode="cycle"` also `"rl_adapter"`, the published one: accepted / seconds.
+    The seconds are the round's own: drafting, verifying, and the bytes both ways.
 
     ## Starting State
 
     The target's first token after the prompt; the link's state is drawn at random.
 
-    ## Episode End
-
-    As in SpecDepth-v0.
-
     ## Information
 
-    As in SpecDepth-v0; `bytes_up` and `bytes_down` are those of the encoded messages, `seconds` has `network`.
-    `unverified` are the tokens that the cloud never saw (0 without `edge_value`).
+    - `unverified`: emitted tokens that the cloud never saw; 0 without `edge_value`.
 
     ## Arguments
 
@@ -117,7 +110,7 @@ class TopKControl(Control):
     - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves
       the action out.
 
-    and the shared ones of `SpecEnv`; `temperature` is 1 by default.
+    and the shared ones; `temperature` is 1 by default.
 
     ## Version History
 

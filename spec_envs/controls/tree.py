@@ -50,31 +50,18 @@ class TreeControl(Control):
     | 40 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
     | 41 | `context`: tokens of the text / 4096 | 0 | 1 |
 
-    `cost_features=True` appends `costs`, as in SpecDepth-v0.
-
-    ## Rewards
-
-    As in SpecDepth-v0.
-
     ## Starting State
 
     The target's first token after the prompt, and a first level.
 
-    ## Episode End
-
-    As in SpecDepth-v0.
-
-    ## Information
-
-    As in SpecDepth-v0.
-
     ## Arguments
 
-    - `budgets=(1, 3, 7, …, 95)`: as in SpecBudget-v0; 0 is plain decoding.
+    - `budgets=(1, 3, 7, …, 95)`: numbers of nodes that may be verified; 0 is plain decoding. With the root, the default
+      ones fill whole tiles of a matrix unit; `"ltd"` is 10…240 by 10, `"ltd-paper"` 20…240 by 20.
     - `max_depth=12`: most expansions after the first level.
     - `width=10`: children per node, and nodes expanded per level.
 
-    and the shared ones of `SpecEnv`.
+    and the shared ones.
 
     ## Version History
 

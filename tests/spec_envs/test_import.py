@@ -58,7 +58,8 @@ def test_environment_class_shows_documentation(env_id: str) -> None:
     kind = getattr(environments, spec_envs.class_name(env_id))
     assert issubclass(kind, SpecEnv) and pickle.loads(pickle.dumps(kind)) is kind
     text = pydoc.plain(pydoc.render_doc(kind))
-    assert "| Num | Observation" in text and "## Shared Arguments" in text
+    assert "| Num | Observation" in text and "## Shared Arguments" in text and "As in Spec" not in text
+    assert all(f'`"{reward}"`: ' in text for reward in CONTROLS[env_id].rewards)
     for name, field in Settings.model_fields.items():
         assert field.description and f"`{name}={field.default!r}`: {field.description}" in text
     own = {name: parameter.default for name, parameter in inspect.signature(CONTROLS[env_id]).parameters.items()}
