@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,50 +34,64 @@ class Stage(BaseModel):
 
 
 class Experiment(BaseModel):
-    """A stanza: an agent, its environment, and its training.
-
-    Attributes:
-        agent: a name of ``agents.AGENTS``; by default the name of the stanza.
-        env: keyword arguments of the environment; they override those that the file gives all stanzas.
-        eval_env: keyword arguments that override ``env`` in the final table; ``{trace: null}`` evaluates on live models
-            what was trained on a trace.
-        total_timesteps: environment steps of training.
-        hyperparameters: settings of the agent, by name.
-        eval_freq: environment steps between validations (0: none); each waits for the end of a rollout. The best agent
-            is kept.
-        eval_prompts: prompts per validation.
-        test_prompts: prompts of the final table.
-        checkpoint_freq: environment steps between checkpoints; each waits for the end of a rollout.
-        own_text: user turns that the target writes when the run begins and that replace ``env.prompts``
-            (``SpecDVI-v0``); 0 uses ``env.prompts``.
-        record: numbers of training, validation and test texts that are recorded into ``traces/`` of the root when the
-            run begins, to train on, unless ``env.trace`` names an existing trace; the final table is measured live.
-        calibrate: measure this machine's cost table when the run begins and price training with it, so that other load
-            on the machine does not disturb training (evaluation is always timed live). It has an effect only if the
-            environment's clock is the wall clock.
-        partner: run folder of a trained policy for the decisions that this environment holds fixed.
-        init: run folder whose weights training starts from.
-        checkpoint: folder of a ``checkpoint.pt`` to continue from.
-        stages: policies trained in turn, each with the previous one as its partner.
-    """
+    """A stanza: an agent, its environment, and its training. ``train --help`` lists the keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    agent: str
-    env: Keywords = {}
-    eval_env: Keywords = {}
-    total_timesteps: int = Field(default=1, ge=1)
-    hyperparameters: dict[str, Any] = {}
-    eval_freq: int = Field(default=0, ge=0)
-    eval_prompts: int = Field(default=10, ge=1)
-    test_prompts: int = Field(default=15, ge=2)
-    checkpoint_freq: int = Field(default=2048, ge=1)
-    own_text: int = Field(default=0, ge=0)
-    record: list[int] = []
-    calibrate: bool = True
-    partner: str | None = None
-    init: str | None = None
-    checkpoint: str | None = None
-    stages: list[Stage] = []
+    agent: str = Field(description="name of the agent, one of agents.AGENTS; by default the name of the stanza")
+    env: Keywords = Field({}, description="keyword arguments of the environment, in addition to those of the file")
+    eval_env: Keywords = Field(
+        {},
+        description="keyword arguments that override env in the final table; {trace: null} evaluates on live models "
+        "what was trained on a trace",
+    )
+    total_timesteps: int = Field(1, ge=1, description="environment steps of training")
+    hyperparameters: dict[str, Any] = Field({}, description="hyper-parameters of the agent, by name")
+    eval_freq: int = Field(
+        0,
+        ge=0,
+        description="environment steps between validations, the best of which is kept; 0 validates never. A validation "
+        "waits for the end of a rollout",
+    )
+    eval_prompts: int = Field(10, ge=1, description="prompts of a validation")
+    test_prompts: int = Field(15, ge=2, description="prompts of the final table")
+    checkpoint_freq: int = Field(
+        2048, ge=1, description="environment steps between checkpoints; each waits for the end of a rollout"
+    )
+    own_text: int = Field(
+        0,
+        ge=0,
+        description="user turns that the target writes when the run begins and that replace env.prompts "
+        "(SpecDVI-v0); 0 uses env.prompts",
+    )
+    record: list[int] = Field(
+        [],
+        description="numbers of training, validation and test texts that are recorded when the run begins, to train "
+        "on, unless env.trace names a trace; the final table is measured on the models",
+    )
+    calibrate: bool = Field(
+        True,
+        description="measure this machine's cost table when the run begins and price training with it, so that other "
+        "load does not disturb it; only where env.clock is the wall. The final table is then timed live",
+    )
+    partner: str | None = Field(
+        None, description="run folder of a trained policy for the decisions that this environment holds fixed"
+    )
+    init: str | None = Field(None, description="run folder whose weights training starts from")
+    checkpoint: str | None = Field(None, description="folder of a checkpoint.pt to continue from")
+    stages: list[Stage] = Field(
+        [], description="policies trained in turn, each with the newest one of the other problem as its partner"
+    )
+
+    @classmethod
+    def described(cls) -> str:
+        """Return the keys of a stanza, one line each: its default and what it means."""
+        lines = [
+            "keys of a stanza, which --set overrides (KEY=VALUE; env.NAME and hyperparameters.NAME for those within):"
+        ]
+        for name, field in cls.model_fields.items():
+            default = f" (default {json.dumps(field.default)})" if isinstance(field.default, int) else ""
+            lines.append(f"  {name:<16} {field.description}{default}")
+        return "\n".join(lines)
 
 
 def load_experiment(env_id: str, stanza: str, overrides: Sequence[str] = (), file: Path | None = None) -> Experiment:

@@ -264,7 +264,7 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, epilog=Experiment.described())
     parser.add_argument("env", help=f"environment id: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--agent", default="", help="stanza of experiments/<env>.yml (default: its first)")
     parser.add_argument("--seed", type=SEED, default=0, help="seed of agent and environment (default 0)")

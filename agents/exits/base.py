@@ -28,7 +28,8 @@ class ExitAgent(Agent):
     Attributes:
         exit: the settings of the problem's exit.
         adapter: the exit with its trained weights.
-        block: log-probabilities of the tokens that were drafted since it was emptied; None does not keep them.
+        block: log-probabilities of the tokens drafted for the block under way, which whoever learns from them empties;
+            None where nobody needs them.
 
     Raises:
         ValueError: another problem.
@@ -47,7 +48,7 @@ class ExitAgent(Agent):
         self.rng = np.random.default_rng(self.settings.seed)
         self.block: list[float] | None = None
         self._adapter: ExitAdapter | None = None
-        self._played: Projection | None = None
+        self._deployed: Projection | None = None
 
     @property
     def adapter(self) -> ExitAdapter:
@@ -56,14 +57,17 @@ class ExitAgent(Agent):
         return self._adapter
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
-        """Return the token to draft: the most probable one of the shortlist; without ``deterministic``, as while it
-        learns, of all or drawn at ``draft_temperature``."""
+        """Return the token to draft.
+
+        With ``deterministic`` it is the most probable token of the projection's shortlist. Without it, as during
+        learning, it is drawn from the whole vocabulary at ``draft_temperature``; at 0 it is the most probable token.
+        """
         if deterministic:
-            if self._played is None:
-                self._played = Projection(self.adapter)
+            if self._deployed is None:
+                self._deployed = Projection(self.adapter)
             with torch.inference_mode():
-                best = int(self._played.head(self._hidden(observation)).argmax())
-            return best if self._played.ids is None else int(self._played.ids[best]), state
+                best = int(self._deployed.head(self._hidden(observation)).argmax())
+            return best if self._deployed.ids is None else int(self._deployed.ids[best]), state
         token, log_probability = self._drawn(observation)
         if self.block is not None:
             self.block.append(log_probability)
@@ -101,7 +105,7 @@ class ExitAgent(Agent):
         target = load_target(self.exit.target, device, resolve_dtype(self.exit.dtype, device, [self.exit.target]))
         adapter = load_exit(folder, target, self.exit.target)
         self._check(adapter, str(folder))
-        self._adapter, self._played = adapter, None
+        self._adapter, self._deployed = adapter, None
         self.decision_seconds = self.measure()
 
     def _check(self, adapter: ExitAdapter, place: str) -> None:

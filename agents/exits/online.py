@@ -105,7 +105,7 @@ class OnlineAgent(ExitAgent):
         if trained is not None and trained is not self._adapter:
             self._adapter.load_state_dict(trained.state_dict())
             self._adapter.touched()
-        self.decoder, self.passes, self._played, self.block = own, ExitPass(self._adapter), None, []
+        self.decoder, self.passes, self._deployed, self.block = own, ExitPass(self._adapter), None, []
         self.counts = torch.zeros(self._adapter.target.shape.vocab, dtype=torch.int64)
         self._adapter.requires_grad_(True)
         self.optimizer = self.optimizers()
@@ -274,7 +274,7 @@ class OnlineAgent(ExitAgent):
             group["lr"] = group.setdefault("peak", group["lr"]) * self.rates(1 - self.done)
         optimizer.step()
         self.adapter.touched()
-        self._played = None
+        self._deployed = None
 
     def _finish(self) -> None:
         """End learning: from now on the agent drafts from a shortlist."""
@@ -283,7 +283,7 @@ class OnlineAgent(ExitAgent):
         if len(frequent):
             self.adapter.shortlist = frequent.sort().values.numpy()
         self.adapter.touched()
-        self.decoder, self._played, self.block = None, None, None
+        self.decoder, self._deployed, self.block = None, None, None
         self.decision_seconds = self.measure()
 
     @abstractmethod

@@ -13,7 +13,9 @@ from spec_envs.agents.settings import AgentSettings, Amount, Share
 class BanditSettings(AgentSettings):
     """The hyper-parameters of a bandit."""
 
-    exploration: Amount = Field(0.05, description="weight of the bonus")
+    exploration: Amount = Field(
+        0.05, description="weight of the bonus for arms tried little lately, in units of the most tokens of a cycle"
+    )
     discount: Share = Field(0.999, description="weight of an observation one decision earlier")
 
     @staticmethod

@@ -20,7 +20,7 @@ class ExpectedGainAgent(PricedRule):
     where A, the expected accepted tokens, is the summed path probability of the budget's nodes (the expected length of
     OPT-Tree, arXiv 2406.17276, over measured seconds).
 
-    In ``SpecTree-v0`` it expands while another level promises a better best ratio. With S(d) the ``survival`` of level
+    In ``SpecTree-v0`` it expands while the highest of these ratios is expected to be higher with another level. With S(d) the ``survival`` of level
     d and S(−1) = 1, the level is taken to add S(d) · min(1, S(d) / S(d−1)) accepted tokens to every budget that has
     room for a path to it, and to cost one forward over the frontier.
     """

@@ -1,4 +1,4 @@
-"""A policy's network alone: the deployed part of a Stable-Baselines3 agent."""
+"""The network of a Stable-Baselines3 policy without the library around it: the part that is deployed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FUNCTIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
 
 
 class Bare:
-    """The layers between an observation and the actions' preferences, without Stable-Baselines3 around them and in
-    NumPy, by which a decision of so small a network costs a fraction of one by torch.
+    """The layers from an observation to a preference for each action, computed in NumPy, which for so small a network
+    takes a fraction of the time that torch takes.
 
     Args:
-        layers: linear ones and activations; their weights are copied.
-        logits: whether preferences are log-probabilities up to a constant (else values).
-        lstm: in front of them, computed by torch.
-        quantiles: of each action's value, which is their mean.
+        layers: linear layers and activations; their weights are copied.
+        logits: True if preferences are log-probabilities up to a constant, False if they are values.
+        lstm: recurrent layer before them, which torch computes; None if there is none.
+        quantiles: number of quantiles that the layers return of each action's value; the value is their mean.
     """
 
     def __init__(self, layers: nn.Module, logits: bool, lstm: nn.LSTM | None = None, quantiles: int = 1):

@@ -11,14 +11,13 @@ import numpy as np
 from spec_envs.controls.observation.recorded import (
     DEPTH_UNIT,
     Reader,
-    gains,
     recorded_depth,
     recorded_expansions,
     recorded_frontier,
     recorded_gains,
     recorded_survival,
-    survival,
 )
+from spec_envs.controls.observation.tree_formulas import gains, survival
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import Copier

@@ -1,7 +1,7 @@
 """Observations of recorded trees and chains.
 
 Every function reads many cycles of a trace at once: the row of the trace of each, and the size that is drafted there.
-The formulas that they share with live trees are here, too.
+The formulas that they share with live trees are in ``tree_formulas``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from spec_envs.controls.observation.tree_formulas import gains, survival
 from spec_envs.decoding.traces.files import RecordedTexts
 from spec_envs.decoding.traces.full_trees import grown, level_slice
 
@@ -77,17 +78,6 @@ def copied_tokens(trace: RecordedTexts, k_max: int) -> np.ndarray:
     return copied & (np.arange(k_max) < np.asarray(trace.columns["length"])[:, None])
 
 
-def survival(scores: np.ndarray, level_starts: Sequence[int]) -> np.ndarray:
-    """Return the summed path probability of each level of trees, ``[…, levels]``.
-
-    Args:
-        scores: path log-probabilities ``[…, nodes]``.
-        level_starts: the first node of each level.
-    """
-    sums: np.ndarray = np.add.reduceat(np.exp(scores), level_starts, -1)
-    return sums
-
-
 def recorded_survival(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the summed path probability of every level, 0 where it is not grown, ``[n, L]``."""
     levels = np.arange(trees.max_depth + 1)
@@ -98,19 +88,6 @@ def recorded_frontier(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) 
     """Return the path probabilities of the nodes that the next expansion would feed, best first, ``[n, W]``."""
     probabilities: np.ndarray = np.exp(trees.scores[row[:, None], trees.frontiers[row, depth]])
     return probabilities
-
-
-def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndarray:
-    """Return the expected accepted tokens that each budget adds to the one before, by the drafter's own probabilities,
-    in units of the deepest path, ``[…, budgets]``.
-
-    Args:
-        scores: path log-probabilities ``[…, nodes]``, −inf for missing nodes.
-    """
-    best = np.exp(-np.sort(-scores, -1)).cumsum(-1)
-    reached = np.concatenate([np.zeros((*best.shape[:-1], 1)), best], -1)
-    added: np.ndarray = np.diff(reached[..., np.minimum(budgets, scores.shape[-1])], prepend=0.0) / (max_depth + 1)
-    return added
 
 
 def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: Sequence[int]) -> np.ndarray:

@@ -24,10 +24,15 @@ class CopyingDrafter(ChainDrafter):
 
     Args:
         model: the draft model, or an early exit.
+
+    Attributes:
+        found: the earlier place that the token after a chain of ``found_after`` tokens is copied from; None if the
+            model drafts it.
+        found_after: length of the chain that was last looked up; −1 if none was.
     """
 
-    found: Occurrence | None  # where the next token would be copied from,
-    found_after: int  # after a chain of this length; below 0 nothing was looked up yet
+    found: Occurrence | None
+    found_after: int
 
     def __init__(self, model: ChainDrafter):
         self.model, self.vocab, self.context = model, model.vocab, model.context
