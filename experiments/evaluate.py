@@ -88,7 +88,7 @@ def check_overrides(overrides: Keywords, env: Keywords) -> None:
         env: all keyword arguments of the evaluation.
 
     Raises:
-        ValueError: there is such an override.
+        ValueError: a prompt set is unknown, or an override has no effect on a run that replays a trace.
     """
     trace = env.get("trace")
     if not trace:

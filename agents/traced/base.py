@@ -64,7 +64,7 @@ class TracedAgent(Agent):
         cycles: Count = Field(8192, description="lessons of each round")
         rounds: Natural = Field(2, description="rounds of lessons")
         steps: Count = Field(200, description="steps of the optimiser in a round; many overfit few texts")
-        batch_size: Count = Field(256, description="cycles of a step")
+        batch_size: Count = Field(256, description="lessons in a batch of the optimiser")
         learning_rate: Amount = Field(
             3e-3, description="learning rate at the beginning of a round; it falls to 0 along half a cosine"
         )
