@@ -17,7 +17,7 @@ from pathlib import Path
 from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
-from spec_envs.controls import Policy, make_control
+from spec_envs.controls import Control, Policy, make_control
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.encoding import load, to_json
@@ -36,8 +36,8 @@ from spec_envs.settings import Keywords
 
 
 def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None) -> Results:
-    """Return the table of a run: plain decoding, a random policy, the best static setting, the trained policy, and
-    transformers.
+    """Return the table of a run: plain decoding, a random policy, the best static setting (if the problem has static
+    settings), the trained policy, and transformers.
 
     Args:
         overrides: keyword arguments of the environment that replace the run's; the static setting is then chosen again.
@@ -53,32 +53,37 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
     if control.exit:
         return evaluate_exit(Policy(control, agent), run, env, test_prompts or config["test_prompts"])
     decoder = decoder_for(env, control)
-    static_file = run / "static.json"
-    if overrides or not static_file.exists():
-        static = best_static(env if overrides else config["env"], control)
-        if not overrides:
-            write_sealed(static_file, to_json(static))
-    else:
-        static = load(Best, static_file, "delete it to measure again")
+    static = best_static_of(run, env if overrides else None, control) if control.settings() else None
     without_partner = make_control(config["id"], env)
     without_partner.costs = control.costs
-    for evaluated in (control, without_partner):
-        evaluated.fix_drawn(*static.best)
     name = config["agent"]
-    policies = {
-        "random": Policy(without_partner, RandomAgent(without_partner, seed=0)),
-        "static": static_policy(control, static.best),
-    }
-    references = ["plain", "static"]
-    if control.link:
-        policies |= link_policies(control, decoder, static)
-        references += [reference for reference in policies if reference not in ("random", "static")]
+    policies = {"random": Policy(without_partner, RandomAgent(without_partner, seed=0))}
+    references = ["plain"]
+    if static:
+        for evaluated in (control, without_partner):
+            evaluated.fix_drawn(*static.best)
+        fixed = {"static": static_policy(control, static.best)}
+        if control.link:
+            fixed |= link_policies(control, decoder, static)
+        policies |= fixed
+        references += fixed
     policies[name] = Policy(control, agent)
 
     def measure(count: int) -> Results:
         return replace(run_tables(policies, env, decoder, count, references, [name]), static=static)
 
     return with_aa_check(measure, test_prompts or config["test_prompts"])
+
+
+def best_static_of(run: Path, env: Keywords | None, control: Control) -> Best:
+    """Return the best static setting for other keyword arguments of the environment; for None that of the run itself,
+    which is kept in its folder."""
+    if env is not None:
+        return best_static(env, control)
+    file = run / "static.json"
+    if not file.exists():
+        write_sealed(file, to_json(best_static(agents.read_config(run)["env"], control)))
+    return load(Best, file, "delete it to measure again")
 
 
 def check_overrides(overrides: Keywords, env: Keywords) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 import yaml
 
 from spec_envs.agents import read_config
+from spec_envs.agents.base import Agent
 from spec_envs.agents.run import CHECKPOINT
 from spec_envs.experiments.config import Experiment
 from spec_envs.experiments.hyperparameters import set_by_run
 from spec_envs.experiments.measure.machine import revision, versions
 from spec_envs.files import LOCK, TEMPORARY, whole
 from spec_envs.prompts.templates import DATE
+from spec_envs.sealed import read_sealed, write_sealed
 from spec_envs.settings import Keywords
 
 CONFIG = "config.yml"
 RESULTS = "results.json"
-TRAINED = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # files that a trained agent leaves in its folder
+TRAINED = "trained.json"  # written when training has ended: the files in which the agent was saved
+WEIGHTS = ("policy.safetensors", "rl_adapter.pth", "exit.json")  # one of them is in a trained run without TRAINED
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,38 @@ def run_folder(root: Path, env_id: str, stanza: str, seed: int) -> Path:
 
 
 def is_trained(folder: Path) -> bool:
-    """Return True if the agent of a run has been trained to its end."""
-    return any((folder / name).exists() for name in TRAINED)
+    """Return True if the agent of a run has been trained to its end, and the files in which it was saved are there.
+    Runs of versions that did not write ``TRAINED`` are recognised by the agent's weights.
+
+    Raises:
+        ValueError: the record of the training is damaged.
+    """
+    note = folder / TRAINED
+    if note.exists():
+        return all((folder / name).exists() for name in read_sealed(note, f"delete {folder} to train again")["files"])
+    return any((folder / name).exists() for name in WEIGHTS)
+
+
+def save_trained(agent: Agent, folder: Path) -> None:
+    """Save an agent in the folder of its run, then record that its training has ended."""
+    before = written(folder)
+    agent.save(folder)
+    files = sorted(name for name, state in written(folder).items() if state != before.get(name))
+    write_sealed(folder / TRAINED, {"files": files})
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the files in a folder by relative path, each with numbers that change when it is written again."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): (at.st_ino, at.st_mtime_ns) for path, at in found.items()}
 
 
 def open_run(folder: Path, config: RunConfig) -> None:
     """Create the folder of a run, or check that it belongs to this run. This process must hold the folder.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings that has a checkpoint or results.
+        ValueError: the folder belongs to a run with other settings that is trained or has a checkpoint or results, or
+            it holds files but no run.
     """
     for unfinished in folder.rglob(f"*{TEMPORARY}"):  # left by a process that was killed while it wrote
         unfinished.unlink()
@@ -102,12 +128,16 @@ def open_run(folder: Path, config: RunConfig) -> None:
         differing = sorted(field.name for field in fields(config) if found.get(field.name) != settings[field.name])
         if not differing:
             return
-        if is_trained(folder) or (folder / CHECKPOINT).exists() or (folder / RESULTS).exists():
+        if is_trained(folder) or any((folder / name).exists() for name in (TRAINED, CHECKPOINT, RESULTS)):
             raise ValueError(
                 f"{folder} holds a run with other settings: {differences(found, settings, differing)}; "
                 "choose another SEED or ROOT, or delete that folder to start over"
             )
         clear(folder)  # it holds nothing to continue from
+    elif any(path.is_file() and path.name != LOCK for path in folder.rglob("*")):
+        raise ValueError(
+            f"{folder} holds files, but no {CONFIG} of a run; choose another SEED or ROOT, or delete that folder"
+        )
     for part in (folder, folder / "best", folder / "last"):
         part.mkdir(parents=True, exist_ok=True)
     made_with = {"versions": versions(), "revision": revision()}

@@ -34,7 +34,17 @@ from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import best_static
 from spec_envs.experiments.preflight import check_evaluation, check_partner
-from spec_envs.experiments.runs import CONFIG, RESULTS, RunConfig, clear, is_trained, open_run, resolved, run_folder
+from spec_envs.experiments.runs import (
+    CONFIG,
+    RESULTS,
+    RunConfig,
+    clear,
+    is_trained,
+    open_run,
+    resolved,
+    run_folder,
+    save_trained,
+)
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.experiments.traces.plan import Plan
 from spec_envs.experiments.traces.record import recorded_by_default
@@ -160,7 +170,7 @@ def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent) -> 
     validation = make_validation(folder, config) if make_validation else None
     eval_freq = config.eval_freq if validation else 0
     agent.learn(config.total_timesteps, env, Run(folder, config.checkpoint_freq, eval_freq, validation, True))
-    agent.save(folder)
+    save_trained(agent, folder)
     env.close()
     if validation:
         validation.close()
