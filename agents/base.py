@@ -28,6 +28,19 @@ class EnvironmentMemory(NamedTuple):
 Source = Literal["nothing", "rewards", "cycles", "trace"]
 
 
+def checked_control(control: Control, who: str) -> Control:
+    """Return a control.
+
+    Raises:
+        TypeError: something else, such as an environment.
+    """
+    if not isinstance(control, Control):
+        raise TypeError(
+            f"{who} was given {control!r}; expected a control, which an environment has as .unwrapped.control"
+        )
+    return control
+
+
 class Agent(ABC):
     """An agent that decides about one observation at a time.
 
@@ -53,6 +66,7 @@ class Agent(ABC):
         starts_from: what it can start training from: ``"init"``, weights of another run, or a ``"checkpoint"``.
 
     Raises:
+        TypeError: something else in place of a control.
         ValueError: a hyper-parameter that the agent does not have or a value that it does not take, or a control that
             it cannot decide for.
     """
@@ -63,19 +77,24 @@ class Agent(ABC):
     decision_seconds: float = 0.0
     looks_at: Sequence[str] | None = None
     remembers: ClassVar[tuple[str, ...]] = ()
-    learns_from: ClassVar[Source]
+    learns_from: ClassVar[Source] = "rewards"
     needs_costs: ClassVar[bool] = False
     charges_training: ClassVar[bool] = True
     validated_by: ClassVar[Literal["", "speedup", "acceptance"]] = ""
     starts_from: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        """Show the hyper-parameters in the documentation of every agent."""
+        """Check the class of the hyper-parameters, and show them in the documentation of every agent."""
+        if not issubclass(cls.Settings, AgentSettings):
+            raise TypeError(
+                f"{cls.__name__}.Settings is not derived from AgentSettings; write class Settings(AgentSettings), or "
+                "derive it from the Settings of the base class"
+            )
         if own := vars(cls).get("__doc__"):
             cls.__doc__ = f"{inspect.cleandoc(own)}\n\nHyper-parameters:\n\n{cls.Settings.documentation()}\n"
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        self.control = control
+        self.control = checked_control(control, type(self).__name__)
         self.settings = self.Settings.read(hyperparameters, type(self).__name__)
 
     @abstractmethod

@@ -25,7 +25,17 @@ def load(run: str | Path) -> tuple[Control, Agent]:
     Raises:
         ValueError: the folder is not a run, or its files cannot be read; the message names which.
     """
-    return load_beside(SHIPPED / run if str(run) in ENVIRONMENTS else Path(run), ())
+    shipped = sorted(path.name for path in SHIPPED.iterdir())
+    if str(run) in shipped:
+        return load_beside(SHIPPED / run, ())
+    if str(run) in ENVIRONMENTS:
+        raise ValueError(f"no agent is shipped for {run}, only for {', '.join(shipped)}; give the folder of a run")
+    if not Path(run).is_dir():
+        raise ValueError(
+            f"{run} is not a readable run folder (there is no such folder); expected one written by `make train`, or "
+            f"an environment whose agent is shipped: {', '.join(shipped)}"
+        )
+    return load_beside(Path(run), ())
 
 
 def load_beside(folder: Path, partners: tuple[Path, ...]) -> tuple[Control, Agent]:
@@ -82,6 +92,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it cannot be read, or names an agent or environment that there is not.
     """
     path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a readable run folder (there is no {CONFIG}); expected one written by `make train`"
+        )
     try:
         config = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):

@@ -48,8 +48,13 @@ def register(env_id: str, control: str, replayed: bool = False) -> None:
         control: where its control is found, ``"module:Class"``.
         replayed: True if recorded traces replay it (its control has a ``trace_kind``); then ``gym.make_vec`` can step
             thousands of episodes at once in NumPy.
+
+    Raises:
+        ValueError: ``control`` is not of the form ``"module:Class"``.
     """
-    ENVIRONMENTS[env_id] = control
+    module, colon, name = control.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f'control is {control!r}; expected "module:Class", such as "my_package.toy:ToyControl"')
     gym.register(
         env_id,
         entry_point=f"spec_envs.environments:{class_name(env_id)}",
@@ -57,6 +62,7 @@ def register(env_id: str, control: str, replayed: bool = False) -> None:
         kwargs={"control": control},
         nondeterministic=True,
     )
+    ENVIRONMENTS[env_id] = control
 
 
 def class_name(env_id: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from spec_envs.controls.base import Control
 from spec_envs.controls.policy import Policy, Predictor
 from spec_envs.decoding.cycle import Cycle
-from spec_envs.decoding.engine import Engine
+from spec_envs.decoding.engine import Engine, token_ids
 from spec_envs.text import TextStream
 
 
@@ -101,7 +101,7 @@ def generate(
     decoder: Engine,
     control: Control | None,
     agent: Predictor | None,
-    prompt: list[int],
+    prompt: Sequence[int],
     max_new_tokens: int = 256,
     seed: int | None = None,
     task: str = "",
@@ -111,7 +111,8 @@ def generate(
 
     Args:
         decoder: from ``control.open`` or ``spec_envs.load_decoder``, with the control's width and max_depth.
-        control, agent: the pair that ``spec_envs.agents.load(run)`` returns.
+        control, agent: the pair that ``spec_envs.agents.load(run)`` returns; the agent may be a model of
+            Stable-Baselines3, whose decisions are then charged no seconds.
         prompt: token ids (``spec_envs.prompts.sets.encode``).
         max_new_tokens: most tokens to emit.
         seed: seed of sampling, at a temperature above 0.
@@ -121,13 +122,25 @@ def generate(
 
     Returns:
         A :class:`Generation`: iterate over it or its ``pieces()`` to stream, or call ``run()``.
+
+    Raises:
+        TypeError: a prompt that is not of token ids, a control that is none, an agent without ``predict``, or only one
+            of control and agent.
+        ValueError: control, agent and decoder that do not go together.
     """
-    policy = None
+    ids, policy = token_ids(prompt), None
+    if (control is None) != (agent is None):
+        given, lacking = ("an agent", "control") if control is None else ("a control", "agent")
+        raise TypeError(f"there is {given}, but {lacking} is None; give both, or None for both to decode plainly")
     if control is not None and agent is not None:
+        if not isinstance(control, Control):
+            raise TypeError(
+                f"control is {control!r}; expected a Control, which an environment has as .unwrapped.control"
+            )
         policy = Policy(control, agent, learn)
         if (decoder.tree.width, decoder.max_depth) != (control.width, control.max_depth):
             raise ValueError(
                 f"the decoder drafts width {decoder.tree.width} and max_depth {decoder.max_depth}, the control expects "
                 f"{control.width} and {control.max_depth}; pass them to load_decoder"
             )
-    return Generation(decoder, policy, list(prompt), max_new_tokens, np.random.default_rng(seed), task)
+    return Generation(decoder, policy, ids, max_new_tokens, np.random.default_rng(seed), task)

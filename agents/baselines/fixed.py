@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from spec_envs.agents.base import checked_control
 from spec_envs.agents.rules.base import Rule
 from spec_envs.agents.settings import AgentSettings
 from spec_envs.controls.base import Control, Setting
@@ -31,7 +32,8 @@ class FixedAgent(Rule):
     settings: Settings
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        self.looks_at = (control.progress,) if control.progress else ()
+        progress = checked_control(control, type(self).__name__).progress
+        self.looks_at = (progress,) if progress else ()
         super().__init__(control, **hyperparameters)
         value, offered = self.settings.value, control.settings()
         if not offered:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from spec_envs.agents.base import Agent, Source
+from spec_envs.agents.base import Agent, Source, checked_control
 from spec_envs.agents.run import Run
 from spec_envs.agents.settings import AgentSettings, Amount, Share
 from spec_envs.controls import CONTROLS
@@ -81,7 +81,7 @@ class ChainRule(Rule):
     looks_at: tuple[str, ...]
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        found = "token" if control.progress else "cycle"
+        found = "token" if checked_control(control, type(self).__name__).progress else "cycle"
         if control.name not in self.problems or found != self.decision:
             given = f'with decision="{found}"' if control.name in self.problems else f"of {control.env_id}"
             raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spec_envs.agents.base import checked_control
 from spec_envs.agents.traced.base import TracedAgent
 from spec_envs.agents.traced.lessons import Lessons
 from spec_envs.controls.base import Control
@@ -32,7 +33,7 @@ class ExactPGAgent(TracedAgent):
     """
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        choices = int(control.action_space.n)
+        choices = int(checked_control(control, type(self).__name__).action_space.n)
         super().__init__(control, choices, (nn.Tanh, lambda x: np.tanh(x, out=x)), **hyperparameters)
         if self.plans.drafts is not None:
             with torch.no_grad():  # as likely to draft as to stop, else hardly any gradient comes from deep plans

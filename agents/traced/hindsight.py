@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from spec_envs.agents.base import checked_control
 from spec_envs.agents.traced.base import TracedAgent, weighed
 from spec_envs.agents.traced.lessons import Lessons
 from spec_envs.agents.traced.outcomes import ChainOutcomes, Outcomes, TreeOutcomes
@@ -38,7 +39,7 @@ class HindsightAgent(TracedAgent):
     needs_costs = True
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        plans = weighed(control)
+        plans = weighed(checked_control(control, type(self).__name__))
         self.outcomes: Outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
         super().__init__(
             control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters

@@ -21,19 +21,37 @@ class Controls(Mapping[str, type[Control]]):
     def __getitem__(self, name: str) -> type[Control]:
         place = ENVIRONMENTS.get(name, name)
         if ":" in place:
-            found: type[Control] = resolve_name(place)
-            return found
-        kinds: list[type[Control]] = [resolve_name(row) for row in ENVIRONMENTS.values()]
-        for kind in kinds:
-            if kind.name == name:
+            return kind_at(place)
+        for row in ENVIRONMENTS.values():
+            if (kind := kind_at(row)).name == name:
                 return kind
         raise KeyError(f"there is no control {name!r}; there are {', '.join(self)}")
 
     def __iter__(self) -> Iterator[str]:
-        return iter({resolve_name(place).name: place for place in ENVIRONMENTS.values()})
+        return iter({kind_at(place).name: place for place in ENVIRONMENTS.values()})
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def kind_at(place: str) -> type[Control]:
+    """Return the class of a control.
+
+    Args:
+        place: ``"module:Class"``.
+
+    Raises:
+        ValueError: nothing is found there, another object, or a control without a name.
+    """
+    try:
+        found = resolve_name(place)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise ValueError(f'no control is found at {place!r}, expected "module:Class": {error}') from error
+    if not isinstance(found, type) or not issubclass(found, Control):
+        raise ValueError(f"{place} is {found!r}; expected a class derived from spec_envs.controls.Control")
+    if not found.name:
+        raise ValueError(f'{place} has no name; write name = "…" in the class')
+    return found
 
 
 CONTROLS = Controls()
@@ -47,4 +65,6 @@ def make_control(name: str, keywords: dict[str, Any]) -> Control:
     """
     kind = CONTROLS[name]
     own = inspect.signature(kind).parameters
-    return kind(**{key: value for key, value in keywords.items() if key in own})
+    control = kind(**{key: value for key, value in keywords.items() if key in own})
+    control.check_complete()
+    return control

@@ -70,7 +70,7 @@ class Control(ABC):
     observations: ClassVar[tuple[str, ...]] = ("default", "ltd")
     rewards: ClassVar[Mapping[str, Reward]] = {"saved": saved, "ltd": ltd}
     temperature: ClassVar[float] = 0.0
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     trace_kind: ClassVar[str] = ""
     prunable: ClassVar[bool] = True
     progress: str = ""
@@ -89,8 +89,8 @@ class Control(ABC):
         self.costs: CostTable | None = None
         self.rng, self.task = np.random.default_rng(), ""
 
-    def _declare(self, entries: list[Entry]) -> None:
-        """Fix the observation's layout."""
+    def declare(self, entries: list[Entry]) -> None:
+        """Fix the observation's entries, in order; every control calls it once, when it is made."""
         if self.cost_features:
             size = len(COST_ROWS) + 1
             entries = [*entries, Entry("costs", size, 0.0, 1.0, self._read_costs)]
@@ -102,6 +102,19 @@ class Control(ABC):
         low = np.concatenate([np.full(e.size, e.low, np.float32) for e in entries])
         high = np.concatenate([np.full(e.size, e.high, np.float32) for e in entries])
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
+
+    def check_complete(self) -> None:
+        """Refuse a control whose class forgot a part of the problem.
+
+        Raises:
+            ValueError: the message names what is missing.
+        """
+        missing = sorted({"action_space", "max_depth", "observation_space", "width"} - set(dir(self)))
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} has no {', '.join(missing)}; its __init__ sets action_space, max_depth and "
+                "width, and calls self.declare(entries), which makes observation_space"
+            )
 
     def compose(self, control: Control, agent: Predictor) -> None:
         """Let a trained policy of the other problem make its decisions here.
@@ -207,6 +220,7 @@ class Control(ABC):
         Raises:
             ValueError: a name that is not found, or settings that do not go together.
         """
+        self.check_complete()
         if trace is not None:
             recording = recordings.load(trace)
             given = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
@@ -328,11 +342,20 @@ class Control(ABC):
 
     @abstractmethod
     def prepare(self, decoder: Any) -> None:
-        """Bring the cycle to the next decision."""
+        """Bring the cycle to the next decision.
+
+        Args:
+            decoder: what ``open`` returned: an ``Engine``, which offers ``cycle``; over models also the steps of a
+                cycle, ``begin``, ``expand`` and ``verify`` (``Decoder``).
+        """
 
     @abstractmethod
     def act(self, decoder: Any, action: int) -> Cycle | None:
-        """Carry out a decision and return the cycle that it ended; None if the cycle continues."""
+        """Carry out a decision and return the cycle that it ended; None if the cycle continues.
+
+        Args:
+            decoder: as in ``prepare``.
+        """
 
 
 def environment_id(kind: type[Control]) -> str:

@@ -85,9 +85,9 @@ class BudgetControl(Control):
         self.action_space = spaces.Discrete(len(self.budgets))
         if observation == "ltd":
             candidates = width + width * width * max_depth
-            self._declare(ltd_entries(candidates, attrgetter("tree.scores"), recorded_scores, repeats=29))
+            self.declare(ltd_entries(candidates, attrgetter("tree.scores"), recorded_scores, repeats=29))
         else:
-            self._declare([gains_entry(self.budgets), survival_entry(max_depth), *progress_entries()])
+            self.declare([gains_entry(self.budgets), survival_entry(max_depth), *progress_entries()])
 
     def settings(self) -> tuple[Setting, ...]:
         return self.budgets

@@ -89,9 +89,9 @@ class DepthControl(Control):
         self.action_space = spaces.Discrete(2)
         self.progress, self.full_progress = ("depth", 10) if observation == "ltd" else ("expansions", max_depth)
         if observation == "ltd":
-            self._declare(ltd_entries(width * width, attrgetter("tree.last_level"), recorded_last_level, repeats=14))
+            self.declare(ltd_entries(width * width, attrgetter("tree.last_level"), recorded_last_level, repeats=14))
         else:
-            self._declare([frontier_entry(width), survival_entry(max_depth), *progress_entries()])
+            self.declare([frontier_entry(width), survival_entry(max_depth), *progress_entries()])
 
     def settings(self) -> tuple[Setting, ...]:
         return tuple(range(1, self.max_depth + 1))

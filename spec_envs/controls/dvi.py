@@ -136,7 +136,7 @@ class DVIControl(Control):
         self.max_depth = max(block - 1, 1)
         self.action_space = spaces.Discrete(shape.vocab)
         self.state: Tensor | None = None
-        self._declare(self._entries(shape.hidden))
+        self.declare(self._entries(shape.hidden))
 
     def _entries(self, hidden: int) -> list[Entry]:
         entries = [Entry("hidden", hidden, -LARGE, LARGE, self._read_hidden)]

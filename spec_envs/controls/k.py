@@ -149,7 +149,7 @@ class KControl(Control):
         self.progress, self.full_progress = "drafted" if decision == "token" else "", k_max
         self.action_space = spaces.Discrete(2 if decision == "token" else k_max + 1)
         self._forget()
-        self._declare(self._entries())
+        self.declare(self._entries())
 
     def default_drafter(self, target: str) -> str:
         if self.engine == "torch":

@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from spec_envs.controls.base import Control
 
 
+@runtime_checkable
 class Predictor(Protocol):
-    """Anything that decides by Stable-Baselines3's ``predict``; ``decision_seconds`` are charged per decision.
+    """Anything that decides by Stable-Baselines3's ``predict``, such as a model of Stable-Baselines3 itself.
 
     One that reads only some entries of the observation may name them in an attribute ``looks_at``: while it decodes
     (``Policy``), the other entries are not computed, and are 0.
     """
 
-    decision_seconds: float
-
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         """Return the action and the next recurrent state."""
+
+
+@runtime_checkable
+class Timed(Predictor, Protocol):
+    """An agent that knows the seconds of a decision, which are charged for each; those of any other are not."""
+
+    decision_seconds: float
 
 
 @runtime_checkable
@@ -53,22 +59,34 @@ class Policy:
         learning: makes the agent explore and learn from every cycle.
 
     Raises:
+        TypeError: an agent without ``predict``.
         ValueError: ``learning`` with an agent that cannot learn; an agent that was made for another problem; or
             ``decision_seconds`` that are negative or not a number.
     """
 
     def __init__(self, control: Control, agent: Predictor, learning: bool = False):
+        if isinstance(agent, type) or not isinstance(agent, Predictor):
+            raise TypeError(
+                f"agent is {agent!r}; expected one of agents.load or agents.AGENTS, or an object with the method predict "
+                "of Stable-Baselines3"
+            )
         if learning and not isinstance(agent, Learner):
             raise ValueError(
                 f"{type(agent).__name__} does not learn while it decodes; rl-adapter, dvi and reinforce do"
             )
         if isinstance(agent, Trained):
             control.check_layout(agent.control, type(agent).__name__)
-        check_number("decision_seconds", agent.decision_seconds, lambda seconds: seconds >= 0, "seconds, 0 or more")
+        self.timed = agent if isinstance(agent, Timed) else None
+        check_number("decision_seconds", self.seconds, lambda seconds: seconds >= 0, "seconds, 0 or more")
         self.control, self.agent, self.learning = control, agent, learning
         self.looks_at: Collection[str] | None = None if learning else getattr(agent, "looks_at", None)
         self.state: Any = None
         self.fresh = True
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that a decision is charged."""
+        return self.timed.decision_seconds if self.timed else 0.0
 
     def reset(self, rng: np.random.Generator, task: str = "") -> None:
         """Begin a new text."""
@@ -81,7 +99,7 @@ class Policy:
         start = np.array([self.fresh])
         action, self.state = self.agent.predict(observation, self.state, start, deterministic=not self.learning)
         self.fresh, self.observed = False, observation
-        decoder.clock.charge("policy", self.agent.decision_seconds)
+        decoder.clock.charge("policy", self.seconds)
         return checked_action(self.control.action_space, action)
 
     def learn(self, decoder: Engine, action: int, cycle: Cycle) -> None:

@@ -157,7 +157,7 @@ class TopKControl(Control):
         self.max_depth = max(k - 1, 1)
         self.choices = self._choices(actions)
         self.action_space = spaces.Discrete(len(self.choices))
-        self._declare(self._entries())
+        self.declare(self._entries())
 
     def _choices(self, actions: str) -> list[Choice]:
         if actions == "k":

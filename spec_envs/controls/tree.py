@@ -85,7 +85,7 @@ class TreeControl(Control):
         self.max_depth, self.width = max_depth, width
         self.progress, self.full_progress = "expansions", max_depth
         self.action_space = spaces.Discrete(1 + len(self.budgets))
-        self._declare(
+        self.declare(
             [
                 frontier_entry(width),
                 survival_entry(max_depth),

@@ -171,6 +171,8 @@ class Decoder(TextEngine):
         return self._emit(emitted, self.verifier.traffic, nodes, **counts)
 
     def cycle(self, k: int) -> Cycle:
+        """Draft ``k`` levels (tokens of a chain; at most ``max_depth`` + 1) and verify all of them; 0 decodes plainly.
+        A drafter that has nothing more to propose drafts fewer."""
         if k > 0:
             self.begin()
             for _ in range(k - 1):

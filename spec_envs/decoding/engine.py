@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -103,7 +105,7 @@ class TextEngine:
 
     def _begin(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Begin a text without a token."""
-        self.prompt, self.max_new_tokens = [int(token) for token in prompt], max_new_tokens
+        self.prompt, self.max_new_tokens = token_ids(prompt), max_new_tokens
         self.tokens, self.cycles = [], []
 
     def _mark(self) -> None:
@@ -122,12 +124,29 @@ class TextEngine:
             raise RuntimeError("the text has ended; call start() with the next prompt")
 
 
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """Return a prompt as a list of ids.
+
+    Raises:
+        TypeError: the prompt is something else, such as a text.
+    """
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise TypeError(
+            f"the prompt is {reprlib.repr(prompt)}; expected token ids, such as "
+            "spec_envs.prompts.sets.encode(tokenizer, text) returns"
+        ) from None
+
+
 def check_room(prompt: Sequence[int], max_new_tokens: int, positions: int, context: int) -> None:
     """Refuse an empty prompt, and one that does not leave ``positions`` of the context free.
 
     Raises:
+        TypeError: the prompt is not a sequence of token ids.
         ValueError: such a prompt, or ``max_new_tokens`` below 1.
     """
+    token_ids(prompt)
     if not len(prompt):
         raise ValueError("the prompt is empty; expected at least one token")
     if max_new_tokens < 1:

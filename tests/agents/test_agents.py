@@ -195,6 +195,10 @@ def test_run_loads_with_partner(tmp_path: Path) -> None:
 def test_unreadable_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a readable run folder .*expected one written by `make train`"):
         agents.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"SpecX-v0 is not a readable run folder .* agent is shipped: SpecBudget-v0, "):
+        agents.load("SpecX-v0")
+    with pytest.raises(ValueError, match=r"no agent is shipped for SpecTopK-v0, only for SpecBudget-v0, .*give the"):
+        agents.load("SpecTopK-v0")
     (tmp_path / "config.yml").write_text("id: SpecDepth-v0\n")
     with pytest.raises(ValueError, match="lacks agent, env, hyperparameters"):
         agents.load(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
 
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.agents import AGENTS
@@ -142,3 +143,40 @@ def test_invalid_predictions_and_decision_seconds_are_refused(action: Any, tiny:
         wrong.decision_seconds = seconds
         with pytest.raises(ValueError, match="decision_seconds is"):
             Policy(control, wrong)
+
+
+def test_model_of_stable_baselines3_decodes(tiny: dict[str, Any]) -> None:
+    """Its decisions are charged no seconds."""
+    env = gym.make("SpecDepth-v0", **tiny)
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=8, gamma=1.0, device="cpu")
+    control = make_control("depth", {})
+    decoder = control.open(WallClock(CPU), **{part: tiny[part] for part in ("target", "drafter", "device", "dtype")})
+    prompt = encode(env.unwrapped.prompts.tokenizer, "the a of")
+    done = generate(decoder, control, model, prompt, 24, 5).run()
+    assert (done.actions, done.tokens) == run_episode(env, model, "the a of", 5)
+    assert {cycle.seconds["policy"] for cycle in done.cycles} == {0.0}
+
+
+def test_wrong_arguments_are_refused_in_one_sentence(tiny: dict[str, Any]) -> None:
+    control = make_control("depth", {})
+    decoder: Any = control.open(**{part: tiny[part] for part in ("target", "drafter", "device", "dtype")})
+    agent: Any = AGENTS["fixed"](control=control, value=3)
+    for prompt in ("a text", ["a", "text"], [1.5], [[2, 3]], {"input_ids": [2, 3]}, 5, None):
+        for call in (
+            lambda wrong=prompt: generate(decoder, control, agent, wrong),
+            lambda wrong=prompt: decoder.start(wrong, 12, np.random.default_rng(0)),
+        ):
+            with pytest.raises(TypeError, match=r"the prompt is .*; expected token ids, such as spec_envs.prompts"):
+                call()
+    with pytest.raises(TypeError, match="there is an agent, but control is None; give both, or None for both"):
+        generate(decoder, None, agent, [2, 3])
+    with pytest.raises(TypeError, match="there is a control, but agent is None; give both, or None for both"):
+        generate(decoder, control, None, [2, 3])
+    wrong: Any
+    for wrong in ("ppo", AGENTS["ppo"], print):
+        with pytest.raises(TypeError, match=r"agent is .*; expected one of agents.load"):
+            generate(decoder, control, wrong, [2, 3])
+    wrong = gym.make("SpecDepth-v0", **tiny)
+    with pytest.raises(TypeError, match=r"control is .*; expected a Control, which an environment has"):
+        generate(decoder, wrong, agent, [2, 3])
+    assert generate(decoder, control, agent, np.array([2, 3]), 8).run().tokens  # type: ignore[arg-type]
