@@ -138,7 +138,7 @@ def test_trained_agent_is_never_trained_again_or_lost(
 
     monkeypatch.setattr(AGENTS["counting"], "learn", learn)
     more = experiment_of("counting", toy, keywords, "total_timesteps=30")
-    with pytest.raises(ValueError, match="holds a run with another total_timesteps; choose another SEED or ROOT"):
+    with pytest.raises(ValueError, match="holds a run with other settings: total_timesteps 20 instead of 30; choose"):
         run(more, ID, "counting", 0, folder)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     run(experiment, ID, "counting", 0, folder)
