@@ -20,7 +20,7 @@ from spec_envs.decoding.drafters.names import static_over_plain
 from spec_envs.env import SpecEnv
 from spec_envs.environments import HEADINGS, page
 from tests.support.models.tiny import REAL
-from tests.support.rollouts import rollout
+from tests.support.rollouts import drafter_of, rollout
 
 IDS = list(ENVIRONMENTS)
 LTD: dict[str, Any] = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
@@ -34,12 +34,6 @@ def variants(*keywords: dict) -> list[tuple[str, dict]]:
 
 def make(env_id: str, tiny: dict, **keywords: Any) -> gym.Env:
     return gym.make(env_id, **{**tiny, **drafter_of(env_id), **keywords})
-
-
-def drafter_of(env_id: str) -> dict[str, str]:
-    """Return a drafter for problems that cannot use the tiny head; over a link it would read states of the cloud's
-    target."""
-    return {"SpecTopK-v0": {"drafter": "lookup"}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
 
 
 @pytest.mark.parametrize(("env_id", "keywords"), variants({}, LTD, {"cost_features": True}, {"observation": "policy"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 
 from spec_envs import ENVIRONMENTS
+from spec_envs.controls import CONTROLS
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.traces.plan import Plan
+from tests.support.rollouts import drafter_of
 
 PROFILE: dict[str, Any] = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
 
@@ -29,15 +32,16 @@ def make_env(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, A
     models."""
 
     def make(env_id: str, **more: Any) -> gym.Env:
-        keywords: dict[str, Any] = {"max_new_tokens": 20}
-        if env_id == "SpecK-v0":
-            keywords |= {"trace": str(traces["copies"].folder), "k_max": 6}
+        kind = CONTROLS[env_id]
+        if kind.trace_kind:
+            own = set(inspect.signature(kind).parameters)
+            sizes = {name: size for name, size in {"max_depth": 4, "width": 4, "k_max": 6}.items() if name in own}
+            trace = traces["copies" if kind.trace_kind == "chain" else "tree"]
+            keywords = {"max_new_tokens": 20, "trace": str(trace.folder), **sizes}
         elif env_id == "SpecTopK-v0":
-            keywords |= {"trace": "smollm2-135m-topk"}
-        elif env_id == "SpecDVI-v0":
-            keywords = tiny | {"drafter": "auto"}
+            keywords = {"max_new_tokens": 20, "trace": "smollm2-135m-topk"}
         else:
-            keywords |= {"trace": str(traces["tree"].folder), "max_depth": 4, "width": 4}
+            keywords = tiny | drafter_of(env_id)
         return gym.make(env_id, **keywords | more)
 
     return make

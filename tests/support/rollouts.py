@@ -29,6 +29,12 @@ def generation_under(env: SpecEnv, control: Control, agent: Any, tokens: int, se
     return done
 
 
+def drafter_of(env_id: str) -> dict[str, str]:
+    """Return a drafter for problems that cannot use the tiny head; over a link it would read states of the cloud's
+    target."""
+    return {"SpecTopK-v0": {"drafter": "lookup"}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
+
+
 def rollout(env: gym.Env, seed: int, steps: int) -> list:
     """Return everything that an environment returns under random actions, with arrays as lists."""
     rng = np.random.default_rng(seed)
