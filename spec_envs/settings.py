@@ -162,7 +162,8 @@ def check_keywords(kind: type[Control], given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name not in types:
             hint = nearest(name, types) or f"; expected one of {', '.join(types)}"
-            raise TypeError(f"{environment_id(kind)} has no keyword argument {name!r}{hint}")
+            # TorchRL looks for Python's own words to find out that it may not pass frameskip
+            raise TypeError(f"{environment_id(kind)} got an unexpected keyword argument {name!r}{hint}")
         try:
             TypeAdapter(types[name]).validate_python(plain(value), strict=True)
         except ValidationError:

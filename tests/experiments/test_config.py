@@ -58,7 +58,7 @@ def test_overrides_change_settings() -> None:
     [
         ("total_timestep=64", "SET: total_timestep: unknown key .did you mean 'total_timesteps'"),
         ("total_timesteps=many", "SET: total_timesteps: Input should be a valid integer"),
-        ("env.max_depht=3", "SET: SpecDepth-v0 has no keyword argument 'max_depht'"),
+        ("env.max_depht=3", "SET: SpecDepth-v0 got an unexpected keyword argument 'max_depht'"),
         ("hyperparameters.n_step=3", "SET: unknown hyper-parameter 'n_step' of ppo"),
         ("hyperparameters.pi_arch=[64,", "is not YAML; write lists without spaces"),
     ],
@@ -90,7 +90,7 @@ def written(tmp_path: Path) -> Path:
         ),
         (
             "env:\n  max_depht: 3\nagents:\n  ppo: {}\n",
-            r"SpecDepth-v0.yml:2: SpecDepth-v0 has no keyword argument 'max_depht' \(did you mean 'max_depth'",
+            r"SpecDepth-v0.yml:2: SpecDepth-v0 got an unexpected keyword argument 'max_depht' \(did you mean 'max_depth'",
         ),
         (
             "agents:\n  ppo:\n    hyperparameters:\n      n_stepss: 32\n",

@@ -187,7 +187,7 @@ def observed(step: Any) -> list:
         (
             {"max_dept": 3},
             TypeError,
-            "SpecDepth-v0 has no keyword argument 'max_dept' (did you mean 'max_depth'",
+            "SpecDepth-v0 got an unexpected keyword argument 'max_dept' (did you mean 'max_depth'",
         ),
         ({"temprature": 1.0}, TypeError, "did you mean 'temperature'"),
         ({"reward": "ltd"}, ValueError, 'reward="ltd" needs episode="cycle"'),

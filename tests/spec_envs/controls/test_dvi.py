@@ -210,6 +210,6 @@ def test_invalid_keywords_are_refused(keywords: dict, message: str, tiny: dict) 
 
 def test_misspelt_keyword_names_the_nearest(tiny: dict) -> None:
     with pytest.raises(
-        TypeError, match=r"SpecDVI-v0 has no keyword argument 'exit_layers' \(did you mean 'exit_layer'"
+        TypeError, match=r"SpecDVI-v0 got an unexpected keyword argument 'exit_layers' \(did you mean 'exit_layer'"
     ):
         make(tiny, exit_layers=3)

@@ -165,7 +165,7 @@ def sized_for(decoder: Decoder, control: TreeControl) -> Decoder:
         ({"budgets": "all"}, ValueError, "budgets is 'all'; expected numbers or one of ltd, ltd-paper"),
         ({"max_depth": 0}, ValueError, "max_depth and width are 0 and 10; expected at least 1"),
         ({"observation": "ltd"}, ValueError, "observation is 'ltd'; expected one of default"),
-        ({"depth": 3}, TypeError, "SpecTree-v0 has no keyword argument 'depth'"),
+        ({"depth": 3}, TypeError, "SpecTree-v0 got an unexpected keyword argument 'depth'"),
     ],
 )
 def test_invalid_keywords_are_refused(keywords: dict, error: type[Exception], message: str, tiny: dict) -> None:
