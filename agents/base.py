@@ -115,11 +115,11 @@ class Agent(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write what was learned into a folder."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read what ``save`` wrote.
 
         Raises:

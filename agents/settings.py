@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Self
 
 from annotated_types import Ge, Le
@@ -26,8 +26,11 @@ class UnfitSetting(ValueError):
     """
 
     def __init__(self, name: str, message: str):
-        super().__init__(message)
+        super().__init__(name, message)  # both, because unpickling passes them again
         self.name = name
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class AgentSettings(BaseModel):
@@ -37,23 +40,23 @@ class AgentSettings(BaseModel):
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
     )
 
-    seed: Natural = Field(0, description="seed of everything that the agent draws")
-
     @classmethod
-    def read(cls, given: Mapping[str, Any], agent: str) -> Self:
+    def read(cls, given: Mapping[str, Any], agent: str, reserved: Collection[str] = ()) -> Self:
         """Return the hyper-parameters, given those that differ from the defaults; lists become tuples.
 
         Args:
             agent: the agent's name, for the sentence of an error.
+            reserved: names that are not offered there, because somebody else sets them.
 
         Raises:
             UnfitSetting: a name that the agent does not have (the nearest one is named), or a value that it does not
                 take.
         """
+        names = sorted(set(cls.model_fields) - set(reserved))
         for name in given:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
-                known = f"there are {', '.join(sorted(cls.model_fields))}" if cls.model_fields else "it has none"
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                known = f"there are {', '.join(names)}" if names else "it has none"
                 hint = f" (did you mean {near[0]!r}?)" if near else f"; {known}"
                 raise UnfitSetting(name, f"unknown hyper-parameter {name!r} of {agent}{hint}")
         try:
@@ -86,6 +89,12 @@ class AgentSettings(BaseModel):
         cls.__doc__ = f"The hyper-parameters.\n\n{cls.documentation()}\n"
 
 
+class SeededSettings(AgentSettings):
+    """The hyper-parameters of an agent that draws random numbers."""
+
+    seed: Natural = Field(0, description="seed of everything that the agent draws")
+
+
 def as_tuples(value: Any) -> Any:
-    """Return lists, which is all that YAML has, as tuples."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+    """Return lists, which is all that YAML has, and ranges as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | range) else value

@@ -29,6 +29,6 @@ def check_hyperparameters(agent: str, given: Mapping[str, Any], place: Callable[
     for name in set(given) & set(SET_BY_RUN):
         raise ValueError(f"{place(('hyperparameters', name))}: the run sets {name} itself; leave it out here")
     try:
-        AGENTS[agent].Settings.read(given, agent)
+        AGENTS[agent].Settings.read(given, agent, SET_BY_RUN)
     except UnfitSetting as error:
         raise ValueError(f"{place(('hyperparameters', error.name))}: {error}") from None

@@ -95,7 +95,10 @@ def is_trained(folder: Path) -> bool:
     """
     note = folder / TRAINED
     if note.exists():
-        return all((folder / name).exists() for name in read_sealed(note, f"delete {folder} to train again")["files"])
+        files = read_sealed(note, remedy := f"delete {folder} to train again").get("files")
+        if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+            raise ValueError(f"{note} is damaged (it names no files); {remedy}")
+        return all((folder / name).exists() for name in files)
     return any((folder / name).exists() for name in WEIGHTS)
 
 

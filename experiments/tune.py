@@ -55,6 +55,7 @@ def tune(env_id: str, stanza: str, overrides: list[str], trials: int, prompts: i
         ValueError: the agent or the engine cannot be tuned, or the folder is held by another process or was begun with
             other settings.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     experiment = load_experiment(env_id, stanza, overrides)
     control = make_control(env_id, experiment.env)
     kind = AGENTS[experiment.agent]
@@ -157,7 +158,6 @@ def opened(folder: Path) -> optuna.Study:
     if journal.exists():
         lines = journal.read_bytes()
         write_bytes(journal, lines[: lines.rfind(b"\n") + 1])
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study(
             study_name="tune",

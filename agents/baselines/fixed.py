@@ -9,7 +9,7 @@ from pydantic import Field
 
 from spec_envs.agents.base import checked_control
 from spec_envs.agents.rules.base import Rule
-from spec_envs.agents.settings import AgentSettings
+from spec_envs.agents.settings import SeededSettings
 from spec_envs.controls.base import Control, Setting
 
 MOST_LISTED = 24  # an error lists every setting if there are no more than this
@@ -22,7 +22,7 @@ class FixedAgent(Rule):
         ValueError: a value that the control does not offer, or an observation from which none can be followed.
     """
 
-    class Settings(AgentSettings):
+    class Settings(SeededSettings):
         value: Setting = Field(
             description="one of `control.settings()`: a depth (SpecDepth-v0), a number of nodes (SpecBudget-v0), both "
             '("2x7" in SpecTree-v0; YAML wants quotes around "0x7", which is a number to it), a chain length '

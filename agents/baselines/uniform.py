@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 
 from spec_envs.agents.rules.base import Rule
+from spec_envs.agents.settings import SeededSettings
 from spec_envs.controls.base import Control
 
 
 class RandomAgent(Rule):
     """Takes every action with the same probability, whatever is observed."""
 
+    Settings = SeededSettings
+    settings: SeededSettings
     looks_at = ()
 
     def __init__(self, control: Control, **hyperparameters: Any):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spec_envs.agents.base import Agent
+from spec_envs.agents.settings import SeededSettings
 from spec_envs.agents.timing import cold_seconds, priced
 from spec_envs.controls.base import Control
 from spec_envs.decoding.drafters.early_exit import Projection
@@ -35,6 +36,8 @@ class ExitAgent(Agent):
         ValueError: another problem.
     """
 
+    Settings: ClassVar[type[SeededSettings]] = SeededSettings
+    settings: SeededSettings
     remembers = ("block",)
 
     def __init__(self, control: Control, **hyperparameters: Any):
@@ -91,11 +94,11 @@ class ExitAgent(Agent):
             token = inverse_cdf(log_probabilities.double().exp().cpu().numpy(), self.rng.random())
         return token, float(log_probabilities[token])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the exit, as it serves as ``drafter=``."""
-        save_exit(self.adapter, folder)
+        save_exit(self.adapter, Path(folder))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read an exit.
 
         Raises:
@@ -103,7 +106,7 @@ class ExitAgent(Agent):
         """
         device = resolve_device(self.exit.device)
         target = load_target(self.exit.target, device, resolve_dtype(self.exit.dtype, device, [self.exit.target]))
-        adapter = load_exit(folder, target, self.exit.target)
+        adapter = load_exit(Path(folder), target, self.exit.target)
         self._check(adapter, str(folder))
         self._adapter, self._deployed = adapter, None
         self.decision_seconds = self.measure()

@@ -21,7 +21,7 @@ from spec_envs.agents.exits.replay import Replay, Segment, merged, packed, unpac
 from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import CHECKPOINT, Run
 from spec_envs.agents.schedules import ScheduleName, schedule
-from spec_envs.agents.settings import AgentSettings, Count, Natural
+from spec_envs.agents.settings import Count, Natural, SeededSettings
 from spec_envs.controls.base import Control
 from spec_envs.controls.dvi import on_exit
 from spec_envs.decoding.engine import Engine
@@ -48,7 +48,7 @@ class OnlineAgent(ExitAgent):
         ValueError: another problem, or a value out of its range.
     """
 
-    class Settings(AgentSettings):
+    class Settings(SeededSettings):
         fast_batch: Count = Field(64, description="verified rows between updates")
         replay_size: Count = Field(8192, description="rows that are remembered")
         replay_batch: Natural = Field(192, description="remembered rows that join those of an update")

@@ -167,7 +167,7 @@ class AdaptiveKAgent(ChainRule):
             128, description="drafted tokens that the rolling acceptance rate looks back over"
         )
         use_context: bool = Field(True, description="follow the context rule, which knows code, mathematics and JSON")
-        audit_log: str | None = Field(None, description="JSONL file to which every change of K is appended")
+        audit_log: str | Path | None = Field(None, description="JSONL file to which every change of K is appended")
         session: str = Field("default", description="name of this session in the log")
 
         @model_validator(mode="after")

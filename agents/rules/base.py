@@ -11,7 +11,7 @@ from pydantic import Field
 
 from spec_envs.agents.base import Agent, Source, checked_control
 from spec_envs.agents.run import Run
-from spec_envs.agents.settings import AgentSettings, Amount, Share
+from spec_envs.agents.settings import AgentSettings, Amount
 from spec_envs.controls import CONTROLS
 from spec_envs.controls.base import Control, environment_id
 
@@ -54,10 +54,10 @@ class Rule(Agent):
         """Return the rule unchanged, because it has nothing to learn."""
         return self
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write nothing: the run's configuration is all there is."""
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read nothing."""
 
     def read(self, observation: np.ndarray, name: str) -> float:
@@ -122,8 +122,9 @@ class StopRule(ChainRule):
     """
 
     class Settings(AgentSettings):
-        copy_threshold: Share = Field(
-            0.1, description="least product of a chain's probabilities at which it continues by copying"
+        copy_threshold: Amount = Field(
+            0.1,
+            description="least product of a chain's probabilities at which it continues by copying; above 1 it never does",
         )
 
     settings: Settings

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spec_envs.agents.resuming import Progress
 from spec_envs.agents.rules.base import StopRule
 from spec_envs.agents.run import Run
-from spec_envs.agents.settings import Amount, Count, Natural, Share
+from spec_envs.agents.settings import Amount, Count, Natural, SeededSettings, Share
 from spec_envs.agents.timing import cold_seconds, priced_network
 from spec_envs.controls.base import Control
 from spec_envs.sealed import first_line, read_weights, write_weights
@@ -32,7 +32,7 @@ class SpecDecPlusAgent(StopRule):
     kept.
     """
 
-    class Settings(StopRule.Settings):
+    class Settings(StopRule.Settings, SeededSettings):
         threshold: Share = Field(
             0.7, description="largest chance of a rejection at which drafting continues; 0.7 is the published one"
         )
@@ -165,16 +165,16 @@ class SpecDecPlusAgent(StopRule):
         """Keep the head as arrays, because a decision by NumPy costs a tenth of one by torch."""
         self.weights = [parameter.detach().numpy().copy() for parameter in self.head.parameters()]
 
-    def save(self, folder: Path) -> None:
-        write_weights(folder / "policy.safetensors", self.head.state_dict())
+    def save(self, folder: str | Path) -> None:
+        write_weights(Path(folder) / "policy.safetensors", self.head.state_dict())
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read the head.
 
         Raises:
             ValueError: the file is missing, damaged, or of a head of another shape.
         """
-        path, remedy = folder / "policy.safetensors", "delete it to train again"
+        path, remedy = Path(folder) / "policy.safetensors", "delete it to train again"
         tensors, _ = read_weights(path, "the policy in", remedy)
         try:
             self.head.load_state_dict(tensors)

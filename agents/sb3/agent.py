@@ -68,12 +68,16 @@ class SB3Agent(Agent):
 
     Settings: ClassVar[type[SB3Settings]] = SB3Settings
     settings: SB3Settings
-    algorithm: ClassVar[str]
+    algorithm: ClassVar[str] = ""
     learns_from = "rewards"
     validated_by = "speedup"
     starts_from = ("init", "checkpoint")
 
     def __init__(self, control: Control, **hyperparameters: Any):
+        if not self.algorithm:
+            raise TypeError(
+                'SB3Agent is the base class of its agents; make one of them, such as AGENTS["ppo"](control)'
+            )
         super().__init__(control, **hyperparameters)
         own, name, kind = self.settings, self.algorithm, ALGORITHMS[self.algorithm]
         value_based = issubclass(kind, OffPolicyAlgorithm)
@@ -173,19 +177,21 @@ class SB3Agent(Agent):
             callbacks.append(Monitor(run.folder / "log.jsonl", self.shown))
         return callbacks
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the policy's weights, last, because their file marks the run as trained."""
         if isinstance(self.model.policy, ExitPolicy):
-            save_exit(self.model.policy.adapter, folder)  # which serves as drafter=
-        write_weights(folder / WEIGHTS, self.model.policy.state_dict(), decision_seconds=repr(self.decision_seconds))
+            save_exit(self.model.policy.adapter, Path(folder))  # which serves as drafter=
+        write_weights(
+            Path(folder) / WEIGHTS, self.model.policy.state_dict(), decision_seconds=repr(self.decision_seconds)
+        )
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read the policy's weights.
 
         Raises:
             ValueError: no weights, damaged ones, or those of another network.
         """
-        path, remedy = folder / WEIGHTS, "delete it to train again"
+        path, remedy = Path(folder) / WEIGHTS, "delete it to train again"
         tensors, metadata = read_weights(path, "the policy", remedy)
         seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:

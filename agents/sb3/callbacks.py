@@ -89,7 +89,7 @@ class Kept(Protocol):
     def redeploy(self) -> None:
         """Decide by the policy's present weights."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the policy's weights."""
 
     def save_checkpoint(self, folder: Path, **beside: Any) -> None:

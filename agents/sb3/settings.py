@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ from pydantic import Field, create_model
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spec_envs.agents.schedules import ScheduleName
-from spec_envs.agents.settings import AgentSettings, Amount, Count, Natural, Share
+from spec_envs.agents.settings import Amount, Count, Natural, SeededSettings, Share
 
 Frequency = Annotated[
     Count | tuple[Count, Literal["step", "episode"]],
@@ -37,7 +38,7 @@ RESERVED = {  # arguments of the algorithms that the agent sets itself, or that 
 }
 
 
-class SB3Settings(AgentSettings):
+class SB3Settings(SeededSettings):
     """The hyper-parameters that all algorithms share."""
 
     total_timesteps: Count = Field(1, description="steps that the learning-rate schedule spans")
@@ -57,7 +58,7 @@ class SB3Settings(AgentSettings):
 
     def of_algorithm(self) -> dict[str, Any]:
         """Return the arguments that were given for the algorithm's own constructor."""
-        return {name: getattr(self, name) for name in self.model_fields_set - set(SB3Settings.model_fields)}
+        return {name: value for name, value in self if name in self.model_fields_set - set(SB3Settings.model_fields)}
 
 
 @functools.cache
@@ -65,7 +66,10 @@ def settings_of(algorithm: type[BaseAlgorithm]) -> type[SB3Settings]:
     """Return the hyper-parameters of an algorithm, its own taken from its constructor and documentation."""
     hints, meanings = get_type_hints(algorithm.__init__, localns={"VecEnv": Any}), meanings_of(algorithm)
     own: dict[str, Any] = {
-        name: (checked(name, hints[name]), Field(parameter.default, description=meanings[name]))
+        name: (
+            checked(name, hints[name], parameter.default),
+            Field(parameter.default, description=meanings.get(name, "argument of the algorithm")),
+        )
         for name, parameter in inspect.signature(algorithm).parameters.items()
         if name not in RESERVED
     }
@@ -82,12 +86,14 @@ def meanings_of(algorithm: type[BaseAlgorithm]) -> dict[str, str]:
     return found
 
 
-def checked(name: str, hint: Any) -> Any:
+def checked(name: str, hint: Any, default: Any) -> Any:
     """Return the type of an argument with its range."""
+    if default == math.inf:
+        return Annotated[hint, Field(title="a number of 0 or more", ge=0, allow_inf_nan=True)]
     if name in RANGES:
         return RANGES[name] | None if NoneType in get_args(hint) else RANGES[name]
     if hint in (int, float):
         return Annotated[hint, Ge(0)]
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(checked("", kind) for kind in get_args(hint))]  # noqa: UP007
+        return Union[tuple(checked("", kind, None) for kind in get_args(hint))]  # noqa: UP007
     return hint

@@ -15,7 +15,7 @@ from torch import nn
 
 from spec_envs.agents.sb3.ddqn import double_target
 from spec_envs.agents.sb3.deployed import Bare
-from spec_envs.agents.settings import AgentSettings, Count, Share
+from spec_envs.agents.settings import Count, SeededSettings, Share
 from spec_envs.controls.observation.rl_adapter_state import KS, TASKS_PUBLISHED, UNITS, published_state
 from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.files import whole
@@ -26,7 +26,7 @@ FILE = "rl_adapter.pth"
 LARGEST = 1 << 30  # bytes of a replay buffer's file, unpacked
 
 
-class SelectorSettings(AgentSettings):
+class SelectorSettings(SeededSettings):
     """Hyper-parameters, by default the published ones."""
 
     learning_rate: Share = Field(1e-3, description="learning rate of Adam")

@@ -159,14 +159,14 @@ class RLAdapterAgent(Agent):
             raise ValueError(f"cannot continue from the checkpoint: {error}; {REMEDY}") from None
         return begun
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write checkpoint and replay buffer, ``rl_adapter.pth`` and ``rl_adapter.pth.buffer``."""
-        self.adapter.save(folder / FILE)
+        self.adapter.save(Path(folder) / FILE)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read them.
 
         Raises:
             ValueError: none there, or others.
         """
-        self.adapter.load(folder / FILE)
+        self.adapter.load(Path(folder) / FILE)

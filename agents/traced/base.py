@@ -16,7 +16,7 @@ from torch import nn
 from spec_envs.agents.base import Agent
 from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import Run
-from spec_envs.agents.settings import AgentSettings, Amount, Count, Natural
+from spec_envs.agents.settings import Amount, Count, Natural, SeededSettings
 from spec_envs.agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.agents.traced.lessons import Lessons, collected, replay_of
 from spec_envs.controls.base import Control
@@ -57,7 +57,7 @@ class TracedAgent(Agent):
         decision_seconds: seconds of one decision, measured when the agent is made and then saved with its weights.
     """
 
-    class Settings(AgentSettings):
+    class Settings(SeededSettings):
         hidden: Count = Field(
             64, description="units of each of the two hidden layers; above 96, BLAS takes threads for a decision"
         )
@@ -186,19 +186,19 @@ class TracedAgent(Agent):
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Restore what ``state`` returned."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the weights."""
         beside = {name: torch.from_numpy(array) for name, array in self.state().items()}
         weights = {**self.network.state_dict(), **beside}
-        write_weights(folder / FILE, weights, decision_seconds=repr(self.decision_seconds))
+        write_weights(Path(folder) / FILE, weights, decision_seconds=repr(self.decision_seconds))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str | Path) -> None:
         """Read the weights that ``save`` wrote.
 
         Raises:
             ValueError: there are none, they are damaged, or they are those of another control.
         """
-        path, remedy = folder / FILE, "delete it to train again"
+        path, remedy = Path(folder) / FILE, "delete it to train again"
         tensors, metadata = read_weights(path, "the policy in", remedy)
         self.decision_seconds = number_of(metadata, "decision_seconds", path, remedy)
         try:

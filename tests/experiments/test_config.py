@@ -98,7 +98,7 @@ def written(tmp_path: Path) -> Path:
         ),
         (
             "agents:\n  ppo:\n    agent: fixed\n    hyperparameters:\n      depth: 3\n",
-            r"SpecDepth-v0.yml:5: unknown hyper-parameter 'depth' of fixed; there are seed, value",
+            r"SpecDepth-v0.yml:5: unknown hyper-parameter 'depth' of fixed; there are value",
         ),
         (
             "agents:\n  ppo:\n    hyperparameters:\n      pi_arch: [3e2]\n",

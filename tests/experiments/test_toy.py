@@ -37,9 +37,11 @@ class UnnamedControl(ToyControl):
 """
 RULE = """
 from spec_envs.agents.rules.base import Rule
+from spec_envs.agents.settings import SeededSettings
 
 
 class TurnsAgent(Rule):
+    Settings = SeededSettings
     looks_at = ()
     remembers = ("turn",)
 
