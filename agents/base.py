@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+import gymnasium as gym
 import numpy as np
 
 from spec_envs.agents.run import Run
 from spec_envs.agents.settings import AgentSettings
 from spec_envs.controls.base import Control
+from spec_envs.env import SpecEnv
 
 
 class EnvironmentMemory(NamedTuple):
@@ -32,12 +34,10 @@ def checked_control(control: Control, who: str) -> Control:
     """Return a control.
 
     Raises:
-        TypeError: something else, such as an environment.
+        TypeError: it is an environment.
     """
-    if not isinstance(control, Control):
-        raise TypeError(
-            f"{who} was given {control!r}; expected a control, which an environment has as .unwrapped.control"
-        )
+    if isinstance(control, gym.Env) and isinstance(control.unwrapped, SpecEnv):
+        raise TypeError(f"{who} was given the environment {control!r}; expected its control, .unwrapped.control")
     return control
 
 

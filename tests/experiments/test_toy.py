@@ -201,5 +201,5 @@ def test_unfinished_classes_are_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize("name", AGENTS)
 def test_environment_in_place_of_a_control_is_refused(name: str) -> None:
     env = gym.make("SpecK-v0", trace="qwen2.5-coder-32b-cpu")
-    with pytest.raises(TypeError, match=r"expected a control, which an environment has as .unwrapped.control"):
+    with pytest.raises(TypeError, match=r"was given the environment .*; expected its control, .unwrapped.control"):
         AGENTS[name](env)  # type: ignore[arg-type]

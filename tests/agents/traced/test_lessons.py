@@ -60,10 +60,10 @@ def test_following_a_plan_gives_its_cycle(
 
 def test_controls_without_plans_are_refused() -> None:
     for match, control in (
-        ("not of k with these settings", KControl(k_max=6, adjustment_interval=8)),
+        ("not of SpecK-v0 with these settings", KControl(k_max=6, adjustment_interval=8)),
         ('depth is "random"', make_control("budget", {"depth": "random"})),
-        ("not of k with these settings", KControl(k_max=6, engine="llama-server")),
-        ("not of topk", make_control("topk", {})),
+        ("not of SpecK-v0 with these settings", KControl(k_max=6, engine="llama-server")),
+        ("not of SpecTopK-v0", make_control("topk", {})),
         ("lacks what is drafted", DepthControl(observation="ltd")),
         ("lacks what is drafted", KControl(decision="token", observation="counters")),
     ):
