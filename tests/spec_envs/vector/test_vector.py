@@ -220,7 +220,7 @@ def test_make_vec_chooses_kind_of_vector_environment(traces: dict[str, Trace], p
             assert not done[0].any() and done[2].all()
         again = gym.make_vec(env.spec)
         assert isinstance(again, SyncVectorEnv) and again.num_envs == 2
-    with pytest.raises(TypeError, match=r"no keyword argument 'max_dept'.*did you mean 'max_depth'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_dept'.*did you mean 'max_depth'"):
         gym.make_vec("SpecDepth-v0", 2, **shared, max_dept=3)
     with pytest.raises(ValueError, match="autoreset_mode is 'never'; expected one of"):
         gym.make_vec("SpecDepth-v0", 2, **shared, autoreset_mode="never")
