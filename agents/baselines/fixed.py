@@ -22,7 +22,7 @@ class FixedAgent(Rule):
         ValueError: a value that the control does not offer, or an observation from which none can be followed.
     """
 
-    class Settings(SeededSettings):
+    class Settings(SeededSettings):  # it draws nothing; run folders of before hold a seed
         value: Setting = Field(
             description="one of `control.settings()`: a depth (SpecDepth-v0), a number of nodes (SpecBudget-v0), both "
             '("2x7" in SpecTree-v0; YAML wants quotes around "0x7", which is a number to it), a chain length '

@@ -58,7 +58,8 @@ class SB3Settings(SeededSettings):
 
     def of_algorithm(self) -> dict[str, Any]:
         """Return the arguments that were given for the algorithm's own constructor."""
-        return {name: value for name, value in self if name in self.model_fields_set - set(SB3Settings.model_fields)}
+        given = self.model_fields_set - set(SB3Settings.model_fields)
+        return {name: value for name, value in self if name in given}
 
 
 @functools.cache

@@ -37,7 +37,7 @@ SUMMARY = ("task", "tokens", "speedup")  # entries of the last info of a text
 
 
 Info = dict[str, Any]
-"""What Gymnasium returns beside an observation."""
+"""The information that Gymnasium returns beside an observation."""
 
 
 @dataclass

@@ -86,7 +86,7 @@ class Engine(Protocol):
 
 
 class TextEngine:
-    """What every engine keeps of the text that it decodes: its tokens and its cycles.
+    """The state of the text that an engine decodes: its tokens and its cycles.
 
     Attributes:
         prompt, tokens, max_new_tokens, cycles, finished, clock: as in ``Engine``.

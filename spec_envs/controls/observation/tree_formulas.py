@@ -1,4 +1,4 @@
-"""What observations compute of the path probabilities of trees, live and recorded."""
+"""Formulas over the path probabilities of trees, which live and recorded observations share."""
 
 from __future__ import annotations
 
