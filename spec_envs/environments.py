@@ -67,16 +67,27 @@ def environment(env_id: str) -> type[SpecEnv]:
 def page(kind: type[Control]) -> str:
     """Return the documentation of an environment in Markdown: the sections of its control's docstring, with what is the
     same for every problem."""
-    own = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)\s*(?=^## |\Z)", inspect.getdoc(kind) or "", re.MULTILINE | re.DOTALL))
-    rewards = [f'- `"{name}"`: {in_words(reward)}' for name, reward in kind.rewards.items()]
+    own = sections(kind)
     parts = {heading: [own[heading]] if heading in own else [] for heading in (*HEADINGS, *own)}
     parts["Observation Space"].append(COSTS)
-    parts["Rewards"].insert(0, "\n".join(["The first one is the default.", "", *rewards]))
+    parts["Rewards"].insert(0, rewards_list(kind))
     parts["Episode End"].insert(0, EPISODE_END)
     parts["Information"].insert(0, INFORMATION)
     parts["Shared Arguments"].append(documentation())
     pieces = [piece for heading, texts in parts.items() if texts for piece in (f"## {heading}", *texts)]
     return "\n\n".join(pieces) + "\n"
+
+
+def sections(kind: type[Control]) -> dict[str, str]:
+    """Return the sections of a control's docstring, in Markdown by heading."""
+    text = inspect.getdoc(kind) or ""
+    return dict(re.findall(r"^## ([^\n]+)\n\n(.*?)\s*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
+def rewards_list(kind: type[Control]) -> str:
+    """Return the rewards of an environment as a list in Markdown."""
+    rewards = [f'- `"{name}"`: {in_words(reward)}' for name, reward in kind.rewards.items()]
+    return "\n".join(["The first one is the default.", "", *rewards])
 
 
 def in_words(reward: Reward) -> str:

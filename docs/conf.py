@@ -1,0 +1,57 @@
+"""Sphinx configuration of the documentation: `make docs` builds it, and every warning is an error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from _scripts import agents, pages  # noqa: E402
+
+import spec_envs  # noqa: E402
+
+project = "spec-envs"
+author = "spec-envs contributors"
+copyright = "2026, spec-envs contributors"
+version = release = spec_envs.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_scripts", "_build"]
+suppress_warnings = ["image.not_readable"]
+
+myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4
+copybutton_exclude = ".linenos, .gp"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_use_rtype = False
+python_use_unqualified_type_names = True
+
+html_title = "spec-envs"
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["extra.css"]
+html_theme_options = {
+    "source_repository": "https://github.com/spec-envs/spec-envs/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "top_of_page_buttons": [],
+    "footer_icons": [],
+}
+
+
+def setup(app: Any) -> None:
+    """Generate pages before the others are read, and describe agents where a page asks for it."""
+    app.connect("builder-inited", lambda _: pages.write_all())
+    app.connect("source-read", agents.on_source_read)
