@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from _scripts import agents, pages  # noqa: E402
+from _scripts import pages, reading  # noqa: E402
 
 import spec_envs  # noqa: E402
 
@@ -52,6 +52,6 @@ html_theme_options = {
 
 
 def setup(app: Any) -> None:
-    """Generate pages before the others are read, and describe agents where a page asks for it."""
+    """Generate pages before the others are read, and complete the others as they are read."""
     app.connect("builder-inited", lambda _: pages.write_all())
-    app.connect("source-read", agents.on_source_read)
+    app.connect("source-read", reading.on_source_read)

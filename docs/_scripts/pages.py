@@ -12,13 +12,21 @@ import gymnasium as gym
 from spec_envs import ENVIRONMENTS
 from spec_envs.checked import in_words
 from spec_envs.controls import CONTROLS, Control
-from spec_envs.environments import COSTS, EPISODE_END, INFORMATION, rewards_list, sections
+from spec_envs.environments import COSTS, EPISODE_END, HEADINGS, INFORMATION, rewards_list, sections
 from spec_envs.experiments.config import Experiment, Stage
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.settings import Settings, signature
 
 DOCS = Path(__file__).parents[1]
 SHARED = "shared-arguments.md"
+VARIANTS: dict[str, list[dict[str, str]]] = {  # keyword arguments that change actions or observations
+    "SpecDepth-v0": [{"observation": "ltd"}],
+    "SpecBudget-v0": [{"observation": "ltd"}, {"budgets": "ltd"}, {"budgets": "ltd-paper"}],
+    "SpecTree-v0": [],
+    "SpecK-v0": [{"decision": "token"}, {"observation": "counters"}],
+    "SpecTopK-v0": [{"actions": "joint"}, {"observation": "rl_adapter"}],
+    "SpecDVI-v0": [{"observation": "policy"}],
+}
 
 
 def write(page: str, *parts: str) -> None:
@@ -49,7 +57,7 @@ def decision(kind: type[Control]) -> str:
 
 def size(space: gym.Space) -> str:
     """Return the size of a space, such as "12 actions" or "28 numbers"."""
-    return f"{space.n:,}" if isinstance(space, gym.spaces.Discrete) else f"{space.shape[0]} numbers"
+    return f"{space.n:,} actions" if isinstance(space, gym.spaces.Discrete) else f"{space.shape[0]} numbers"
 
 
 def own_arguments(kind: type[Control], described: str) -> str:
@@ -62,6 +70,18 @@ def own_arguments(kind: type[Control], described: str) -> str:
         for name, meaning in found
     ]
     return table(("argument", "type", "default", "meaning"), rows)
+
+
+def variants(env_id: str) -> str:
+    """Return the table of an environment's variants: what its spaces become with other keyword arguments."""
+    rows = []
+    for keywords in [{}, *VARIANTS[env_id]]:
+        control = CONTROLS[env_id](**keywords)
+        given = ", ".join(f'`{name}="{value}"`' for name, value in keywords.items())
+        spaces = control.action_space, control.observation_space
+        rows.append((given or "the defaults", *(size(space) for space in spaces)))
+    shared = "`cost_features=True` appends [costs](shared-arguments.md#costs-in-the-observation) to any observation."
+    return f"{table(('arguments', 'actions', 'observation'), rows)}\n\n{shared}"
 
 
 def picture(env_id: str) -> str:
@@ -85,14 +105,16 @@ def environment_page(env_id: str) -> None:
         "Rewards": [rewards_list(kind), "[Clocks and rewards](../concepts/clocks-and-rewards.md) explains them."],
         "Episode End": [f"At the end of the text or cycle, as in [every environment]({SHARED}#episode-end)."],
         "Information": [f"Counts and seconds of the cycle, as in [every environment]({SHARED}#information)."],
-        "Arguments": [f"Those that all environments have are [shared arguments]({SHARED})."],
+        "Variants": [variants(env_id)],
+        "Arguments": [f"Its own; those of every environment are [shared arguments]({SHARED})."],
     }
     pieces = []
-    for heading in dict.fromkeys([*parts, *own]):
+    headings = sorted({*parts, *own}, key=[*HEADINGS[:-1], "Variants", HEADINGS[-1]].index)
+    for heading in headings:
         text = parts.get(heading, "")
         if heading == "Arguments":
             text = own_arguments(kind, text)
-        pieces += [f"## {heading}", text, *own.get(heading, [])]
+        pieces += [f"## {heading}", *own.get(heading, []), text]
     write(f"environments/{env_id}.md", f"# {env_id}", picture(env_id), table(("", ""), facts), *pieces)
 
 
@@ -105,7 +127,7 @@ def environments_index() -> None:
             (
                 f"[{env_id}]({env_id}.md)",
                 decision(CONTROLS[env_id]),
-                size(control.action_space),
+                size(control.action_space).removesuffix(" actions"),
                 size(control.observation_space),
             )
         )

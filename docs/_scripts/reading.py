@@ -1,4 +1,7 @@
-"""Replace `<!-- agent: NAME -->` in a page by what the agent is, with a table of its hyper-parameters."""
+"""Change pages as Sphinx reads them: describe agents, and link papers.
+
+`<!-- agent: NAME -->` becomes what the agent is, with a table of its hyper-parameters; "arXiv 2211.17192" becomes a link.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from spec_envs.agents import AGENTS
 
 
 def on_source_read(_: Any, page: str, source: list[str]) -> None:
-    """Describe the agents that a page names, in the text that Sphinx has read."""
-    source[0] = re.sub(r"^<!-- agent: (\S+) -->$", lambda found: described(found[1]), source[0], flags=re.MULTILINE)
+    """Describe the agents that a page names, and link the papers, in the text that Sphinx has read."""
+    text = re.sub(r"^<!-- agent: (\S+) -->$", lambda found: described(found[1]), source[0], flags=re.MULTILINE)
+    source[0] = re.sub(r"(?<!\[)\barXiv:? ?(\d{4}\.\d{5})\b", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def described(name: str) -> str:
