@@ -8,11 +8,11 @@ from typing import Any
 from spec_envs import ENVIRONMENTS, recordings
 from spec_envs.agents.base import Agent
 from spec_envs.agents.registry import AGENTS, SHIPPED
+from spec_envs.agents.yaml_text import parse_yaml
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.sealed import first_line, number_of, read_sealed
 from spec_envs.settings import check_keywords
-from spec_envs.yaml_text import parse_yaml
 
 CONFIG = "config.yml"
 DECISION = "decision.json"  # in a run: the seconds that it charges for a decision

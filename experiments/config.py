@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS
+from spec_envs.agents.yaml_text import parse_yaml
 from spec_envs.checked import nearest
 from spec_envs.controls import CONTROLS
 from spec_envs.experiments.hyperparameters import check_hyperparameters
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.settings import Keywords, Settings, check_keywords, keyword_types
-from spec_envs.yaml_text import parse_yaml
 
 
 class Stage(BaseModel):

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from spec_envs import ENVIRONMENTS
+from spec_envs.agents.yaml_text import Loader, parse_yaml
 from spec_envs.checked import nearest
 from spec_envs.settings import Keywords
-from spec_envs.yaml_text import Loader, parse_yaml
 
 FOLDER = Path(__file__).parent  # of the shipped files
 

@@ -23,7 +23,8 @@ class Refused(SystemExit):
 class Parser(argparse.ArgumentParser):
     """The parser of a command, which its module's docstring describes.
 
-    Options have to be written in full, because an abbreviation may become ambiguous when an option is added.
+    Options have to be written in full, because an abbreviation may become ambiguous when an option is added. The usage
+    names the command as it was called: ``spec-envs`` replaces ``sys.argv[0]`` by its own name and the subcommand's.
     """
 
     def __init__(
@@ -32,7 +33,13 @@ class Parser(argparse.ArgumentParser):
         formatter: type[argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter,
         epilog: str | None = None,
     ):
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, epilog=epilog)
+        super().__init__(
+            prog=Path(sys.argv[0]).name,
+            description=description,
+            formatter_class=formatter,
+            allow_abbrev=False,
+            epilog=epilog,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print the reason in one line and end the command."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from spec_envs import __version__
 from spec_envs.decoding.traces.trace import Trace
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +69,13 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, directory: Path, *arguments: str) -> str:
     """Run Python in another directory, where only the installed package is found; return its output."""
+    return output_of(installed, directory, sys.executable, *arguments)
+
+
+def output_of(installed: Path, directory: Path, *command: str | Path) -> str:
+    """Run a command in another directory, where only the installed package is found; return its output."""
     environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
-    return subprocess.check_output([sys.executable, *arguments], cwd=directory, env=environment, text=True)
+    return subprocess.check_output(command, cwd=directory, env=environment, text=True)
 
 
 def files_of(archive: Path) -> set[str]:
@@ -96,7 +102,8 @@ def test_source_distribution_gives_the_same_wheel(sources: Path, built: Path, tm
 
 
 def test_only_one_name_is_installed(installed: Path) -> None:
-    assert {place.name.partition("-")[0] for place in installed.iterdir()} == {"spec_envs"}
+    assert {place.name.partition("-")[0] for place in installed.iterdir()} == {"spec_envs", "bin"}
+    assert [place.name for place in (installed / "bin").iterdir()] == ["spec-envs"]
 
 
 def test_environments_and_agents_work_from_another_directory(
@@ -113,5 +120,11 @@ def test_environments_and_agents_work_from_another_directory(
 
 
 def test_commands_run_from_another_directory(installed: Path, tmp_path: Path) -> None:
-    shown = run(installed, tmp_path, "-m", "spec_envs.experiments.train", "--help")
-    assert "environment id: SpecDepth-v0, SpecBudget-v0" in " ".join(shown.split())
+    """The console command and the modules do."""
+    command = installed / "bin" / "spec-envs"
+    assert output_of(installed, tmp_path, command, "--version") == f"spec-envs {__version__}\n"
+    for shown in (
+        output_of(installed, tmp_path, command, "train", "--help"),
+        run(installed, tmp_path, "-m", "spec_envs.experiments.train", "--help"),
+    ):
+        assert "environment id: SpecDepth-v0, SpecBudget-v0" in " ".join(shown.split())

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.arguments import TOKENS, Parser, add_model_arguments, input_folder, nonempty, output_folder, whole_number
-from spec_envs.arrays import read_npz
 from spec_envs.controls import CONTROLS
+from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
 from spec_envs.decoding.traces.recorder import Columns, Recorder, kind_of
 from spec_envs.decoding.traces.trace import Trace

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from spec_envs.arrays import read_npz
 from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.copying import SHORTEST
 from spec_envs.decoding.sampling import Proposal
+from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.decoding.traces.recording import EVERY, Problem, Recording, chosen
 from spec_envs.decoding.tree import Children
 from spec_envs.decoding.verifier import Traffic

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from spec_envs.cli import COMMANDS
 from tests.support import ROOT
 
 ODD = """a "quoted" it's $HOME $(HOME) `date` * #x"""
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 @pytest.fixture
 def make(tmp_path: Path):
-    """Return a function that runs a target with a stand-in for Python, which prints its arguments."""
-    stub = tmp_path / "python"
+    """Return a function that runs a target with a stand-in for Python and for the command, which prints its arguments."""
+    stub = tmp_path / "stub"
     stub.write_text('#!/bin/sh\nfor a in "$@"; do printf \'%s\\n\' "$a"; done\n')
     stub.chmod(0o755)
     (tmp_path / "ready").touch()
@@ -33,6 +34,7 @@ def make(tmp_path: Path):
                 "--no-print-directory",
                 *target.split(),
                 f"PY={stub}",
+                f"SPEC_ENVS={stub}",
                 f"READY={tmp_path / 'ready'}",
                 *given,
             ],
@@ -53,7 +55,7 @@ def make(tmp_path: Path):
         ("train", "RUN=x", "RUN"),
         ("eval", "SEED=1", "SEED"),
         ("compare-chains", "ENV=SpecK-v0", "ENV"),
-        ("bench", "ENV=SpecK-v0", "ENV"),
+        ("docs", "ARGS=--clean", "ARGS"),
         ("generate", "Prompt=hello", "Prompt"),
         ("lint", "ARGS=x", "ARGS"),
         ("help", "AGENT=ppo", "AGENT"),
@@ -68,84 +70,74 @@ def test_unread_variables_are_refused(make, target: str, given: str, named: str)
 @pytest.mark.parametrize(
     ("target", "given", "expected"),
     [
-        ("train", {}, ["spec_envs.experiments.train", "SpecDepth-v0", "--seed", "0", "--root", "runs", "--set"]),
+        ("train", {}, ["train", "SpecDepth-v0", "--seed", "0", "--root", "runs", "--set"]),
         (
             "train",
             {"ENV": "SpecK-v0", "AGENT": ODD, "ROOT": "my runs", "SET": """a=[1,2] b="0x7" c=$HOME d=*"""},
             [
-                *(
-                    "spec_envs.experiments.train",
-                    "SpecK-v0",
-                    "--agent",
-                    ODD,
-                    "--seed",
-                    "0",
-                    "--root",
-                    "my runs",
-                    "--set",
-                ),
+                *("train", "SpecK-v0", "--agent", ODD, "--seed", "0", "--root", "my runs", "--set"),
                 *("a=[1,2]", 'b="0x7"', "c=$HOME", "d=*"),
             ],
         ),
-        ("eval", {"RUN": "my runs/a"}, ["spec_envs.experiments.evaluate", "my runs/a", "--depth", "", "--budget", ""]),
+        ("eval", {"RUN": "my runs/a"}, ["eval", "my runs/a", "--depth", "", "--budget", ""]),
         (
             "eval",
             {"DEPTH": "1 runs/x", "PROMPTS": ODD, "DATA_DIR": "my data", "COUNT": "3", "TEMPERATURE": "0.5"},
             [
-                *("spec_envs.experiments.evaluate", "--depth", "1 runs/x", "--budget", "", "--data-dir", "my data"),
+                *("eval", "--depth", "1 runs/x", "--budget", "", "--data-dir", "my data"),
                 *("--prompts", ODD, "--count", "3", "--temperature", "0.5"),
             ],
         ),
-        ("generate", {"PROMPT": ODD, "RUN": "a b"}, ["spec_envs.experiments.stream", ODD, "--run", "a b"]),
-        ("tune", {"AGENT": "svip"}, ["spec_envs.experiments.tune", "SpecK-v0", "--agent", "svip", "--set"]),
+        ("generate", {"PROMPT": ODD, "RUN": "a b"}, ["generate", ODD, "--run", "a b"]),
+        ("tune", {"AGENT": "svip"}, ["tune", "SpecK-v0", "--agent", "svip", "--set"]),
         (
             "tune",
             {"AGENT": "ddd", "ENV": "SpecTree-v0"},
-            ["spec_envs.experiments.tune", "SpecTree-v0", "--agent", "ddd", "--set"],
+            ["tune", "SpecTree-v0", "--agent", "ddd", "--set"],
         ),
-        ("trace", {"ENV": "SpecTopK-v0"}, ["spec_envs.experiments.traces.record_expected"]),
+        ("trace", {"ENV": "SpecTopK-v0"}, ["trace", "SpecTopK-v0"]),
         (
             "trace",
             {"ARGS": "--out 'my trace'"},
-            ["spec_envs.experiments.traces.record", "SpecDepth-v0", "--out", "my trace"],
+            ["trace", "SpecDepth-v0", "--out", "my trace"],
         ),
-        ("drafter", {"KIND": "a b"}, ["spec_envs.experiments.drafters", "--kind", "a b"]),
-        ("zoo-check", {"ARGS": "--sample 4"}, ["spec_envs.experiments.checks.zoo", "--sample", "4"]),
-        ("chaos", {}, ["spec_envs.experiments.checks.chaos"]),
+        ("drafter", {"KIND": "a b"}, ["drafter", "--kind", "a b"]),
+        ("zoo-check", {"ARGS": "--sample 4"}, ["check", "zoo", "--sample", "4"]),
+        ("chaos", {}, ["check", "chaos"]),
     ],
 )
 def test_values_are_passed_unchanged(make, target: str, given: dict[str, str], expected: list[str]) -> None:
     on_the_line = [f"{name}={value}" for name, value in given.items()]
     for code, output, errors in (make(target, *on_the_line), make(target, **given)):
-        assert (code, errors, output) == (0, "", ["-m", *expected])
+        assert (code, errors, output) == (0, "", expected)
 
 
 @pytest.mark.parametrize(
-    ("former", "target", "module"),
+    ("target", "subject"),
     [
-        ("bench", "compare-decoding", "decoding"),
-        ("bench-k", "compare-chains", "chains"),
-        ("bench-dvi", "compare-exits", "exits"),
+        *(("benchmark", "adaptive"), ("compare-decoding", "decoding"), ("compare-chains", "chains")),
+        *(("compare-exits", "exits"), ("edge-cloud", "edge-cloud"), ("cloud-load", "cloud-load")),
     ],
 )
-def test_former_names_still_work(make, former: str, target: str, module: str) -> None:
-    expected = ["-m", f"spec_envs.experiments.comparisons.{module}", "--count", "3"]
-    assert make(target, "ARGS=--count 3") == (0, expected, "")
-    code, output, errors = make(former, "ARGS=--count 3")
-    assert (code, output) == (0, expected) and f"make {former} is now called make {target}" in errors
+def test_measurements_are_subjects_of_bench(make, target: str, subject: str) -> None:
+    assert f"bench {subject}" in COMMANDS
+    assert make(target, "ARGS=--count 3") == (0, ["bench", subject, "--count", "3"], "")
+
+
+def test_every_command_of_the_makefile_exists() -> None:
+    called = re.findall(r"\$\(SPEC_ENVS\) ((?:(?:bench|check) )?\S+)", (ROOT / "Makefile").read_text())
+    assert called and not set(called) - set(COMMANDS)
 
 
 def test_host_is_not_read_from_environment(make) -> None:
-    assert make("edge", HOST="x86_64-linux")[1][:3] == ["-m", "spec_envs.network.edge", "localhost"]
-    assert make("edge", "HOST=cloud")[1][2] == "cloud"
+    assert make("edge", HOST="x86_64-linux")[1][:2] == ["edge", "localhost"]
+    assert make("edge", "HOST=cloud")[1][1] == "cloud"
 
 
-def test_help_and_readme_list_every_target(make) -> None:
+def test_help_lists_every_target(make) -> None:
     listed = {line.split()[0] for line in make("help")[1]}
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony and set(phony[1].replace("\\\n", " ").split()) == listed
-    readme = (ROOT / "README.md").read_text()
-    assert not [target for target in listed - {"setup"} if f"make {target}" not in readme]
 
 
 @pytest.mark.parametrize(

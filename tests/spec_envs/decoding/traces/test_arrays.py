@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_envs.arrays import read_npz
+from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.network.expected_trace import TRACES, ExpectedTrace
 
 

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec_envs.yaml_text import DEEPEST, parse_yaml
+from spec_envs.agents.yaml_text import DEEPEST, parse_yaml
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(
     f"{name}: &{name} [{','.join(['*' + before] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
