@@ -32,8 +32,8 @@ def load(run: str | Path) -> tuple[Control, Agent]:
         raise ValueError(f"no agent is shipped for {run}, only for {', '.join(shipped)}; give the folder of a run")
     if not Path(run).is_dir():
         raise ValueError(
-            f"{run} is not a readable run folder (there is no such folder); expected one written by `make train`, or "
-            f"an environment whose agent is shipped: {', '.join(shipped)}"
+            f"{run} is not a readable run folder (there is no such folder); expected one written by `spec-envs "
+            f"train`, or an environment whose agent is shipped: {', '.join(shipped)}"
         )
     return load_beside(Path(run), ())
 
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a readable run folder (there is no {CONFIG}); expected one written by `make train`"
+            f"{folder} is not a readable run folder (there is no {CONFIG}); expected one written by `spec-envs train`"
         )
     try:
         config = parse_yaml(path.read_text(encoding="utf-8"))
@@ -110,6 +110,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise ValueError(
-            f"{folder} is not a readable run folder ({reason} in {CONFIG}); expected one written by `make train`"
+            f"{folder} is not a readable run folder ({reason} in {CONFIG}); expected one written by `spec-envs train`"
         ) from None
     return config

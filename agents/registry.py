@@ -26,7 +26,7 @@ from spec_envs.agents.selector.agent import RLAdapterAgent
 from spec_envs.agents.traced.exact_pg import ExactPGAgent
 from spec_envs.agents.traced.hindsight import HindsightAgent
 
-SHIPPED = Path(__file__).parent / "shipped"  # trained agents by environment, of `make benchmark`
+SHIPPED = Path(__file__).parent / "shipped"  # trained agents by environment, of `spec-envs bench adaptive`
 AGENTS: dict[str, type[Agent]] = {
     "random": RandomAgent,
     "fixed": FixedAgent,

@@ -1,7 +1,7 @@
 """Train an early exit and measure it: a stanza of experiments/SpecDVI-v0.yml, set by flags.
 
-    python -m spec_envs.experiments.dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8
-        --beta_kl 0.1 --baseline_momentum 0.9
+    spec-envs dvi --model_name smollm2-135m --exit_layer 2 --fast_batch 64 --slow_every 8 --beta_kl 0.1
+        --baseline_momentum 0.9
 
 trains the run unless it is trained already, evaluates it on held-out prompts and writes RESULTS/<stanza>-<seed>.json. A
 flag that is left out has the stanza's value; its help below names the key that it sets.

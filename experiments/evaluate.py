@@ -1,7 +1,7 @@
 """Measure a trained policy beside plain decoding, a random policy, the best static setting and transformers.
 
-`make eval RUN=runs/…` makes a run's table again; `make eval DEPTH="6 runs/…" BUDGET="32 runs/…"` measures every
-combination of fixed and learned depths and budgets.
+`spec-envs eval runs/…` makes a run's table again; `spec-envs eval --depth "6 runs/…" --budget "32 runs/…"` measures
+every combination of fixed and learned depths and budgets.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def main() -> None:
     with one_sentence():
         depths, budgets = (list(dict.fromkeys(text.split())) for text in (args.depth, args.budget))
         if args.run and (depths or budgets):
-            raise ValueError("give a run, or depths and budgets, not both: RUN=runs/…, or DEPTH=… and BUDGET=…")
+            raise ValueError("give a run, or depths and budgets, not both: runs/…, or --depth … and --budget …")
         if depths or budgets:
             depths, budgets = depths or ["1"], budgets or ["7"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
@@ -198,7 +198,7 @@ def main() -> None:
             results = evaluate_run(args.run, overrides, args.count)
             save(results, args.out or (args.run / "eval" / folder_name(settings) if settings else args.run))
         else:
-            raise ValueError("nothing to evaluate: give RUN=runs/…, or DEPTH=… and BUDGET=…")
+            raise ValueError("nothing to evaluate: give runs/…, or --depth … and --budget …")
 
 
 if __name__ == "__main__":

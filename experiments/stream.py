@@ -1,4 +1,4 @@
-"""Stream an answer token by token under a trained policy, then compare with plain decoding (`make generate`)."""
+"""Stream an answer token by token under a trained policy, then compare with plain decoding (`spec-envs generate`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train an agent from a stanza of experiments/<EnvId>.yml and measure it (`make train`).
+"""Train an agent from a stanza of experiments/<EnvId>.yml and measure it (`spec-envs train`).
 
 The run folder is `runs/<EnvId>/<stanza>-<seed>/`; one process at a time may use it. If the process is killed at any
 moment, the same command continues from the last checkpoint; for a finished run it prints the table again.

@@ -1,4 +1,4 @@
-"""Tune the hyper-parameters of a published controller on training prompts with Optuna (`make tune AGENT=…`).
+"""Tune the hyper-parameters of a published controller on training prompts with Optuna (`spec-envs tune ENV --agent …`).
 
 Every trial decodes the same training prompts with other hyper-parameters. Forwards are priced by a cost table of this
 machine, which is measured when the study begins, so that other load on the machine does not influence the choice. If

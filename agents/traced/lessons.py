@@ -47,7 +47,7 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
     if spec is None or not spec.kwargs.get("trace"):
         raise ValueError(
             "this agent learns from a trace, which knows what every action would have led to: record one with "
-            "`make trace` and pass trace=FOLDER"
+            "`spec-envs trace` and pass trace=FOLDER"
         )
     return ReplayVectorEnv(num_envs=num_envs, **(spec.kwargs | changes))
 

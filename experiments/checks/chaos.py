@@ -1,4 +1,4 @@
-"""Check that commands continue after they were killed at any moment (`make chaos`).
+"""Check that commands continue after they were killed at any moment (`spec-envs check chaos`).
 
 Each command is killed repeatedly (SIGKILL, with all its children) and started again until it ends. Then its files are
 compared with those of an undisturbed run. The moments are drawn from the time that the undisturbed run takes after its

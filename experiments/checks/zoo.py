@@ -1,5 +1,5 @@
-"""Check that the whole zoo works (`make zoo-check`): every stanza of every YAML file is trained for a few steps on the
-real model and measured, and every shipped agent is loaded and run.
+"""Check that the whole zoo works (`spec-envs check zoo`): every stanza of every YAML file is trained for a few steps on
+the real model and measured, and every shipped agent is loaded and run.
 
 Agents learn nothing useful in so few steps; what is checked is that they are trained, saved, loaded and measured. If
 the process is killed, the same command continues with the cases that have not passed yet, as long as the code is the

@@ -1,5 +1,5 @@
-"""Train a drafter for a target on text that the target writes itself (`make drafter`): an EAGLE-3 head, or a small
-draft model made of a few of the target's own layers (`make drafter KIND=draft-model`).
+"""Train a drafter for a target on text that the target writes itself (`spec-envs drafter`): an EAGLE-3 head, or a small
+draft model made of a few of the target's own layers (`spec-envs drafter --kind draft-model`).
 
 There are four steps, and each continues where it was interrupted: write text, record hidden states, train, report on
 held-out text. A head is saved in the published checkpoint layout; a draft model is saved in Hugging Face's layout
@@ -138,10 +138,10 @@ def trained_head(name: str, target: Transformer) -> EagleHead:
     plain = EagleHead(head.config).state_dict()
     if head.variant != PLAIN or plain.keys() != head.state_dict().keys():
         raise ValueError(
-            f"the head {name!r} has parts that `make drafter` does not train; expected a head that it made"
+            f"the head {name!r} has parts that `spec-envs drafter` does not train; expected a head that it made"
         )
     if EagleModel(head, target).output_weight is None:
-        raise ValueError(f"the head {name!r} has output rows of its own; expected a head that `make drafter` made")
+        raise ValueError(f"the head {name!r} has output rows of its own; expected a head that `spec-envs drafter` made")
     head.get_submodule("lm_head").requires_grad_(False)
     return head
 

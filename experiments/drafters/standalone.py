@@ -1,6 +1,6 @@
 """Write a draft model that shares its target's embedding as a complete model that transformers loads, for example as
-`assistant_model` of its target (`make standalone`). The complete model has no shortlist, but all of the target's output
-rows.
+`assistant_model` of its target (`spec-envs standalone`). The complete model has no shortlist, but all of the target's
+output rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write_standalone(drafter: str, target: str, out: Path) -> None:
     """Write the complete model into a new folder.
 
     Args:
-        drafter: name or folder of a draft model that was made by `make drafter KIND=draft-model`.
+        drafter: name or folder of a draft model that was made by `spec-envs drafter --kind draft-model`.
         target: name of the model that it was made for.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Write the logs of the shipped links (`python -m spec_envs.experiments.network.link_profiles`): rates every 100 ms
-that behave like mmWave 5G, LTE and Wi-Fi. The logs are synthetic, not recorded."""
+"""Write the logs of the shipped links (`spec-envs links`): rates every 100 ms that behave like mmWave 5G,
+LTE and Wi-Fi. The logs are synthetic, not recorded."""
 
 from __future__ import annotations
 

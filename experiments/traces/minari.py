@@ -1,8 +1,8 @@
 """Write episodes that are replayed from a trace as a Minari data set, for offline learning.
 
-`python -m spec_envs.experiments.traces.minari runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0`
-writes a data set that `minari.load_dataset` reads. In `recover_environment()`, the seed and the actions of an episode
-reproduce it, as long as the trace is not moved.
+`spec-envs minari runs/traces/NAME --policy static:6 --name spec-envs/depth-static-v0` writes a data set that
+`minari.load_dataset` reads. In `recover_environment()`, the seed and the actions of an episode reproduce it, as long as
+the trace is not moved.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def exported(
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     replayed = [env_id for env_id in ENVIRONMENTS if CONTROLS[env_id].trace_kind]
-    parser.add_argument("trace", type=Path, help="folder of a trace (`make trace`)")
+    parser.add_argument("trace", type=Path, help="folder of a trace (`spec-envs trace`)")
     parser.add_argument("--env", default="SpecDepth-v0", choices=replayed, help="environment id (default SpecDepth-v0)")
     parser.add_argument("--policy", default="random", help="random, static:VALUE or a run folder (default random)")
     parser.add_argument("--episodes", type=POSITIVE, default=1000, help="number of episodes (default 1000)")

@@ -1,6 +1,7 @@
-"""Record a trace (`make trace ENV=SpecDepth-v0`): the target's own texts, and at each of their positions the whole tree
-or chain that the drafter drafts there. A trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, a trace of
-chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`).
+"""Record a trace (`spec-envs trace SpecDepth-v0`): the target's own texts, and at each of their positions the whole
+tree or chain that the drafter drafts there. A trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, a trace of
+chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`). SpecTopK-v0 has traces of
+another kind: `spec-envs trace SpecTopK-v0 --help`.
 
 Each text is written as soon as it is recorded, so that the same command continues after it was killed. `--shard 0/4`
 records a quarter of the texts, for several machines that share a disk. Without it the remaining texts are recorded and

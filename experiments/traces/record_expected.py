@@ -1,6 +1,6 @@
-"""Record an expected-acceptance trace for SpecTopK-v0 (`make trace`): texts that the target samples, and for each of
-their tokens and every k the probability that a drafted token is accepted there. Its replay is approximate
-(`spec_envs/network/expected_trace.py`).
+"""Record an expected-acceptance trace for SpecTopK-v0 (`spec-envs trace SpecTopK-v0`): texts that the target
+samples, and for each of their tokens and every k the probability that a drafted token is accepted there. Its replay is
+approximate (`spec_envs/network/expected_trace.py`).
 
 The file is written when the last text is recorded; if the process is killed before, the same command starts again.
 """

@@ -67,7 +67,7 @@ class ExpectedText:
 
 @dataclass(frozen=True)
 class ExpectedTrace(Recording):
-    """Texts that were recorded (`make trace`), to be replayed over a link.
+    """Texts that were recorded (`spec-envs trace SpecTopK-v0`), to be replayed over a link.
 
     Attributes:
         name: name of its file.
@@ -104,7 +104,8 @@ class ExpectedTrace(Recording):
         if path is None:
             shipped = ", ".join(sorted(p.stem for p in TRACES.glob("*.npz")))
             raise ValueError(
-                f"no expected-acceptance trace {source!r}: expected an .npz of `make trace`, or one of {shipped}"
+                f"no expected-acceptance trace {source!r}: expected an .npz of `spec-envs trace SpecTopK-v0`, or "
+                f"one of {shipped}"
             )
         try:
             return cls._of(path.stem, read_npz(path, LARGEST))

@@ -1,5 +1,5 @@
 """A TCP proxy that gives a real connection the rate and the delay of a simulated link:
-`python -m spec_envs.network.proxy --listen 8766 --to 127.0.0.1:8765 --link markov-1-500`.
+`spec-envs proxy --listen 8766 --to 127.0.0.1:8765 --link markov-1-500`.
 
 Bytes pass the token bucket of their direction and arrive half a round trip later. Nothing is lost: the ``loss`` of a
 link is used only where its seconds are computed.

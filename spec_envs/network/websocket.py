@@ -218,8 +218,8 @@ class SocketChannel:
                 raise ValueError(f"the cloud at {self.url} refused: {reason}") from None
             if isinstance(error, (Refused, WebSocketException, OSError, EOFError)):
                 raise CloudUnavailable(
-                    f"the cloud at {self.url} does not answer ({reason}); start one with `make cloud`, or check the "
-                    "address"
+                    f"the cloud at {self.url} does not answer ({reason}); start one with `spec-envs cloud`, or "
+                    "check the address"
                 ) from None
             raise
 

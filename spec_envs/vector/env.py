@@ -41,7 +41,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             With ``"SameStep"`` an environment whose episode has ended begins another one in the same step; the last
             observation and info of the old one are in ``infos["final_obs"]`` and ``infos["final_info"]`` where
             ``infos["_final_obs"]`` is true.
-        keywords: those of ``SpecEnv`` that have an effect here; ``trace`` is the folder of a trace (`make trace`).
+        keywords: those of ``SpecEnv`` that have an effect here; ``trace`` is the folder of a trace (`spec-envs trace`).
 
     ``reset`` takes one seed (environment i then has ``seed + i``) or a list with one for each environment. Its options
     are ``{"texts": indices}``, which begins those texts of the trace, and Gymnasium's ``"reset_mask"``. A copy
@@ -73,7 +73,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         check_count(num_envs)
         if settings.trace is None:
             raise ValueError(
-                "environments in NumPy replay a trace: give trace=FOLDER (`make trace`), or make live ones with "
+                "environments in NumPy replay a trace: give trace=FOLDER (`spec-envs trace`), or make live ones with "
                 'vectorization_mode="sync"'
             )
         self.trace = Trace.load(settings.trace)

@@ -193,7 +193,7 @@ def test_run_loads_with_partner(tmp_path: Path) -> None:
 
 
 def test_unreadable_runs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not a readable run folder .*expected one written by `make train`"):
+    with pytest.raises(ValueError, match=r"is not a readable run folder .*expected one written by `spec-envs train`"):
         agents.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"SpecX-v0 is not a readable run folder .* agent is shipped: SpecBudget-v0, "):
         agents.load("SpecX-v0")

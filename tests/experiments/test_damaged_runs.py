@@ -159,7 +159,7 @@ def test_damaged_run_loads_exactly_or_is_refused(
 def test_invalid_config_is_refused_in_one_sentence(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yml").write_text(content)
     with pytest.raises(
-        ValueError, match=r"^\S+ is not a readable run folder \([^\n]*\); expected one written by `make train`$"
+        ValueError, match=r"^\S+ is not a readable run folder \([^\n]*\); expected one written by `spec-envs train`$"
     ):
         agents.load(tmp_path)
 

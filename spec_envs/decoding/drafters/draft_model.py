@@ -1,8 +1,8 @@
 """Draft model: a smaller language model with the target's vocabulary drafts a chain (Leviathan et al. 2023, arXiv
 2211.17192).
 
-It is either a whole model, or a few layers between the target's embedding and output rows (`make drafter
-KIND=draft-model`), which draft from a shortlist and from the tokens of the text.
+It is either a whole model, or a few layers between the target's embedding and output rows (`spec-envs drafter --kind
+draft-model`), which draft from a shortlist and from the tokens of the text.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def default_drafter(target: str, chain: bool = False) -> str:
         raise ValueError(
             f"no drafter is known for {target!r}{nearest(target, targets)}, only for {', '.join(targets)}; "
             "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and "
-            "a draft model), or train one with `make drafter`"
+            "a draft model), or train one with `spec-envs drafter`"
         )
     return found
 

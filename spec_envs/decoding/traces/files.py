@@ -111,7 +111,7 @@ def read_folder(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
     """
     path = folder / MANIFEST
     if not is_file(path):
-        raise ValueError(f"there is no trace in {folder}: it has no {MANIFEST}; record one with `make trace`")
+        raise ValueError(f"there is no trace in {folder}: it has no {MANIFEST}; record one with `spec-envs trace`")
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         if manifest.version != VERSION:

@@ -1,4 +1,4 @@
-"""The cloud: a WebSocket server with the target, which verifies the drafts of many edges (`make cloud`).
+"""The cloud: a WebSocket server with the target, which verifies the drafts of many edges (`spec-envs cloud`).
 
 It listens on loopback by default. On any other address edges have to send a bearer token, which is read from the
 environment variable SPEC_ENVS_TOKEN (16 characters or more). `/healthz` and `/metrics` for Prometheus are on the same

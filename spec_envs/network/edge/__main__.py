@@ -1,4 +1,4 @@
-"""The edge: streams an answer to a prompt, drafted here and verified by a cloud (`make edge`).
+"""The edge: streams an answer to a prompt, drafted here and verified by a cloud (`spec-envs edge`).
 
 The target's weights are loaded here, too, because its shipped drafter uses its embedding and output rows; its layers
 are not run. A lost connection is reopened. With --offline-fallback the drafter continues alone while the cloud is

@@ -67,7 +67,7 @@ def test_init_continues_from_given_head(
     assert 1e-4 < moved < 0.05  # moved a little from its start, so it did not begin at the target's last layer
     before.lm_head.weight.data += 1
     before.save(tmp_path / "other")
-    with pytest.raises(SystemExit, match=r"has output rows of its own; expected a head that `make drafter` made"):
+    with pytest.raises(SystemExit, match=r"has output rows of its own; expected a head that `spec-envs drafter` made"):
         make(monkeypatch, *common, "--work", tmp_path / "again", "--init", tmp_path / "other")
 
 

@@ -54,7 +54,7 @@ def test_incompatible_edges_are_refused_in_one_sentence(
         ):
             edges(cloud.url).start(40)
     with pytest.raises(
-        CloudUnavailable, match=r"does not answer \(.*refused.*\); start one with `make cloud`, or check the"
+        CloudUnavailable, match=r"does not answer \(.*refused.*\); start one with `spec-envs cloud`, or check the"
     ):
         edges(cloud.url, patience=0.3).start(40)
 

@@ -113,7 +113,8 @@ def test_fallback_while_the_cloud_is_away(url: str, models: dict[str, Any], monk
 def test_command_without_a_cloud(
     unused_url: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=rf"^error: the cloud at {unused_url} does not answer .*`make cloud`") as end:
+    expected = rf"^error: the cloud at {unused_url} does not answer .*`spec-envs cloud`"
+    with pytest.raises(SystemExit, match=expected) as end:
         command(monkeypatch, models, unused_url)
     assert "\n" not in str(end.value.code) and not capsys.readouterr().out
     command(monkeypatch, models, unused_url, "--offline-fallback")
