@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from spec_envs.decoding.traces.trace import Trace
 ROOT = Path(__file__).parents[1]
 PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check")
 LINKED = ("agents", "experiments")  # folders at the top level that are installed inside the package
+FETCHED = "spec_envs/data/drafters/*/model.safetensors"  # files of the repository that an installed package fetches
+LARGEST = 10_000_000  # bytes that a wheel may have
 SCRIPT = """
 import json, sys
 import gymnasium as gym
@@ -32,6 +35,18 @@ for env_id, keywords in json.loads(sys.argv[1]).items():
     env.close()
 loaded = [agents.load(folder.name)[0].name for folder in sorted(agents.SHIPPED.iterdir())]
 print(json.dumps([spec_envs.__file__, agents.__file__, loaded]))
+"""
+DRAFTERS = """
+import sys
+from spec_envs.decoding.drafters.names import DrafterName, default_drafter, drafter_folder
+from spec_envs.decoding.weights import assets
+from spec_envs.decoding.weights.files import load_weights
+
+assets.CACHE.joinpath("drafters").mkdir(parents=True)
+names = [default_drafter("smollm2-135m"), DrafterName.parse(default_drafter("smollm2-135m", chain=True)).model]
+assert not [*assets.CACHE.glob("drafters/*")]  # names are told apart by the files of the package
+for name in names:
+    print(name, drafter_folder(name).relative_to(assets.CACHE).parts[0], len(load_weights(drafter_folder(name))))
 """
 
 
@@ -67,14 +82,14 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(installed: Path, directory: Path, *arguments: str) -> str:
+def run(installed: Path, directory: Path, *arguments: str, **variables: str) -> str:
     """Run Python in another directory, where only the installed package is found; return its output."""
-    return output_of(installed, directory, sys.executable, *arguments)
+    return output_of(installed, directory, sys.executable, *arguments, **variables)
 
 
-def output_of(installed: Path, directory: Path, *command: str | Path) -> str:
+def output_of(installed: Path, directory: Path, *command: str | Path, **variables: str) -> str:
     """Run a command in another directory, where only the installed package is found; return its output."""
-    environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"} | variables
     return subprocess.check_output(command, cwd=directory, env=environment, text=True)
 
 
@@ -83,14 +98,16 @@ def files_of(archive: Path) -> set[str]:
     return {name for name in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in name}
 
 
-def test_wheel_has_every_file_of_the_package(sources: Path, built: Path) -> None:
+def test_wheel_has_every_file_of_the_package_but_weights_that_are_fetched(sources: Path, built: Path) -> None:
     wanted = {
         str(place.relative_to(sources))
         for folder in ("spec_envs", *(f"spec_envs/{name}" for name in LINKED))
         for place in (sources / folder).glob("**/*")
         if place.is_file()
     }
-    assert files_of(built) == wanted
+    fetched = {name for name in wanted if fnmatch(name, FETCHED)}
+    assert files_of(built) == wanted - fetched and len(fetched) == 2
+    assert built.stat().st_size < LARGEST
 
 
 def test_source_distribution_gives_the_same_wheel(sources: Path, built: Path, tmp_path: Path) -> None:
@@ -117,6 +134,25 @@ def test_environments_and_agents_work_from_another_directory(
     package, agents, loaded = json.loads(run(installed, tmp_path, "-c", SCRIPT, json.dumps(keywords)))
     assert [Path(package).parents[1], Path(agents).parents[2]] == [installed, installed]
     assert loaded == ["budget", "depth", "k", "tree"]
+
+
+def test_installed_package_fetches_the_default_drafters(installed: Path, tmp_path: Path) -> None:
+    """Here from the repository's own folder, into a cache folder of the test's own."""
+    places = {"SPEC_ENVS_ASSETS": str(ROOT / "spec_envs" / "data"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    assert run(installed, tmp_path, "-c", DRAFTERS, **places).splitlines() == [
+        "smollm2-135m-eagle3 drafters 15",
+        "smollm2-135m-draft drafters 29",
+    ]
+
+
+@pytest.mark.model
+def test_installed_package_steps_the_default_environment(installed: Path, tmp_path: Path) -> None:
+    script = SCRIPT.replace("env.step(0)", "env.step(0); env.step(1)")
+    keywords = {"SpecDepth-v0": {"clock": "qwen3-14b-a6000", "max_new_tokens": 8}}
+    shown = run(
+        installed, tmp_path, "-c", script, json.dumps(keywords), SPEC_ENVS_ASSETS=str(ROOT / "spec_envs" / "data")
+    )
+    assert json.loads(shown)[0].startswith(str(installed))
 
 
 def test_commands_run_from_another_directory(installed: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Literal
 from spec_envs.checked import nearest
 from spec_envs.decoding.drafters.formats import is_head
 from spec_envs.decoding.exits.files import is_exit
+from spec_envs.decoding.weights.assets import described_in, is_own, own_folder
 from spec_envs.decoding.weights.checkpoints import model_folder, registry
-from spec_envs.files import DATA
 
 LOOKUP = "lookup"  # the drafter without weights; before another's name and a plus sign, it is tried first
 EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
@@ -59,7 +59,8 @@ class DrafterName:
             return "none"
         if self.model.startswith(EXIT) or is_exit(self.model):
             return "exit"
-        return "eagle3" if is_head(self.folder) else "model"
+        described = described_in(self.model) if is_own(self.model) else self.folder  # without fetching weights
+        return "eagle3" if is_head(described) else "model"
 
     @property
     def chain(self) -> bool:
@@ -73,13 +74,13 @@ class DrafterName:
 
 
 def drafter_folder(name: str) -> Path:
-    """Return the folder of a head or a draft model: one shipped with the package, or any model that has a name here.
+    """Return the folder of a head or a draft model, with its weights: one of this project's own, or any model that has
+    a name here. It is fetched if necessary.
 
     Raises:
-        ValueError: the name is not found.
+        ValueError: the name is not found, or the weights cannot be fetched.
     """
-    shipped = registry()["drafters"].get(name, {})
-    return DATA / shipped["path"] if "path" in shipped else model_folder(name)
+    return own_folder(name) if is_own(name) else model_folder(name)
 
 
 def default_drafter(target: str, chain: bool = False) -> str:
