@@ -1,10 +1,10 @@
-"""Measure where adaptive control of speculative decoding pays, and where it does not (`make benchmark`).
+"""Measure where adaptive control of speculative decoding pays, and where it does not (`spec-envs bench adaptive`).
 
 Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and
 then decodes held-out prompts live, all arms side by side. They are compared with the best static setting S*, the best
 static setting of each task, the informed optimum I* (the best policy of what an agent observes, cross-fitted) and the
-clairvoyant optimum C*. Writes runs/benchmark.json, RESULTS.md and RESULTS.png. `FAST=1` runs a small version; `RAY=1`
-records and trains on Ray.
+clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and adaptive-control.png into --out. `FAST=1`
+runs a small version, whose files are adaptive-control-fast.*; `RAY=1` records and trains on Ray.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spec_envs.decoding.traces.files import MANIFEST
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, samples_of
 from spec_envs.experiments.benchmark.checks import decoded_at_random, equality, recording_cost, speeds
-from spec_envs.experiments.benchmark.findings import Checks, Findings, OverStatic
+from spec_envs.experiments.benchmark.findings import Benchmark, Checks, Findings, OverStatic
 from spec_envs.experiments.benchmark.problems import FAST, FULL, LARGER, PROBLEMS, Size
 from spec_envs.experiments.benchmark.replay import (
     bounded,
@@ -35,7 +35,7 @@ from spec_envs.experiments.benchmark.replay import (
     total_seconds,
     trained,
 )
-from spec_envs.experiments.benchmark.report import draw, results_md
+from spec_envs.experiments.benchmark.report import PAGE
 from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
@@ -43,6 +43,7 @@ from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.pages import add_page_arguments
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
@@ -50,7 +51,7 @@ from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.traces.calibration import calibrated
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_shard, recorded
-from spec_envs.files import held, read_json, whole, write_json
+from spec_envs.files import held, read_json, write_json
 from spec_envs.settings import Keywords
 
 
@@ -149,11 +150,9 @@ def arguments() -> argparse.Namespace:
         help=f"problems, of {', '.join(PROBLEMS)} (default: all; fast: those of the default models)",
     )  # fmt: skip
     parser.add_argument(
-        "--root", type=output_folder, default=Path("runs"), help="where traces, runs and figures are written"
+        "--root", type=output_folder, default=Path("runs"), help="folder of traces, runs and findings (default runs)"
     )
-    parser.add_argument(
-        "--report", type=output_folder, default=Path(), help="folder of RESULTS.md and RESULTS.png (default .)"
-    )
+    add_page_arguments(parser)
     parser.add_argument(
         "--seeds", type=POSITIVE, help=f"seeds of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
     )
@@ -179,35 +178,28 @@ def switched(name: str) -> bool:
 def main() -> None:
     with one_sentence("interrupted; the same command continues with what is not trained yet"):
         args = arguments()
-        root = args.root / "fast" if args.fast else args.root
-        with held(root / "benchmark"):
-            results = measured(args, root)
-        write_json(root / "benchmark.json", to_json(results))
-        report = root if args.fast else args.report
-        report.mkdir(parents=True, exist_ok=True)
-        draw(results, report / "RESULTS.png")
-        with whole(report / "RESULTS.md") as path:
-            path.write_text(results_md(results, args.fast))
-        print(f"written: {root}/benchmark.json, {report}/RESULTS.md, RESULTS.png")
+        PAGE.publish(args, lambda: benchmark(args), "adaptive-control-fast" if args.fast else "adaptive-control")
 
 
-def measured(args: argparse.Namespace, root: Path) -> dict[str, Findings]:
+def benchmark(args: argparse.Namespace) -> Benchmark:
     """Return the findings on every problem; those that do not exist yet are measured.
 
     Raises:
         ValueError: a file of findings was made with other settings, or is damaged.
     """
-    size, results = FAST if args.fast else FULL, {}
-    for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
-        own = LARGER if "/" in name and not args.fast else size
-        own = replace(own, seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
-        path = root / "benchmark" / name / "results.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, to_json(measure(name, own, root)))
-        results[name] = found(path, own)
-        print(f"{name}: {path}")
-    return results
+    root = args.root / "fast" if args.fast else args.root
+    size, problems = FAST if args.fast else FULL, {}
+    with held(root / "benchmark"):
+        for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
+            own = LARGER if "/" in name and not args.fast else size
+            own = replace(own, seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
+            path = root / "benchmark" / name / "results.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, to_json(measure(name, own, root)))
+            problems[name] = found(path, own)
+            print(f"{name}: {path}")
+    return Benchmark(problems=problems, fast=args.fast)
 
 
 def found(path: Path, size: Size) -> Findings:

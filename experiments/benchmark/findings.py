@@ -1,4 +1,4 @@
-"""The benchmark's findings on a problem, as benchmark.json holds them."""
+"""The benchmark's findings on its problems, as adaptive-control.json holds them."""
 
 from __future__ import annotations
 
@@ -177,3 +177,11 @@ class Findings:
     def learned(self) -> dict[str, Learned]:
         """The arms that were trained."""
         return {name: row for name, row in self.replay.items() if isinstance(row, Learned)}
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """The findings on every problem; ``fast`` for the small version."""
+
+    problems: dict[str, Findings]
+    fast: bool

@@ -1,36 +1,29 @@
-"""RESULTS.md and RESULTS.png of a benchmark."""
+"""The page of the benchmark: where adaptive control pays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spec_envs.controls.base import Setting
-from spec_envs.experiments.benchmark.findings import FewTexts, Findings, Learned, Tuned
+from spec_envs.experiments.benchmark.findings import Benchmark, FewTexts, Findings, Learned, Tuned
 from spec_envs.experiments.measure.figures import draw_ratios, drawn
+from spec_envs.experiments.measure.pages import Page, definitions, table
 from spec_envs.experiments.measure.report import markdown, setting_name
 
 NOT_ADAPTIVE = ("plain", "plain again", "static")
 
 
-def results_md(results: dict[str, Findings], fast: bool) -> str:
-    """Return the report."""
-    lines = ["# Results", ""]
-    if fast:
-        lines += [
-            "Results of the small version (`FAST=1 make benchmark`), with too few texts and seeds to tell arms apart.",
-            "",
-        ]
-    lines += [
-        "Written by `make benchmark`; every figure is in its benchmark.json.",
-        "",
-        "![Live throughput of every arm over the best static setting](RESULTS.png)",
-        "",
-    ]
-    lines += [*headroom(results), ""]
-    for env_id, found in results.items():
-        lines += ["", f"## {env_id}", "", *of_environment(found)]
-    return "\n".join(lines) + "\n"
+def body(results: Benchmark) -> Iterable[str]:
+    """Yield the lines of the page below its picture."""
+    if results.fast:
+        yield "This is the small version (`--fast`), with too few texts and seeds to tell arms apart."
+        yield ""
+    yield from headroom(results.problems)
+    for env_id, found in results.problems.items():
+        yield from ("", f"## {env_id}", "", *of_environment(found))
+    yield ""
+    yield from definitions(dict.fromkeys(arm for found in results.problems.values() for arm in found.arms), {})
 
 
 def headroom(results: dict[str, Findings]) -> list[str]:
@@ -42,10 +35,8 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         "forwards cost while it was measured. *Per task* is the best static setting of each task. The last column is "
         "below 0 if `hindsight` is slower than S*.",
         "",
-        "| environment | S* | S* over plain | S* per task | I* over S* | C* over S* | `hindsight` over S* | of I* | of "
-        "the gap S* to C* |",
-        f"|{'---|' * 9}",
     ]
+    rows = []
     for env_id, found in results.items():
         beyond = found.references
         ratios = (beyond.static_over_plain, beyond.per_task_over_static, beyond.informed, beyond.clairvoyant)
@@ -57,8 +48,9 @@ def headroom(results: dict[str, Findings]) -> list[str]:
             f"{found.of_informed:.3f}",
             f"{100 * found.gap_share:.0f} %",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", *verdicts(results)]
+        rows.append(cells)
+    head = ["environment", "S*", "S* over plain", "S* per task", "I* over S*", "C* over S*", "`hindsight` over S*"]
+    return [*lines, *table([*head, "of I*", "of the gap S* to C*"], rows), "", *verdicts(results)]
 
 
 def verdicts(results: dict[str, Findings]) -> list[str]:
@@ -105,10 +97,11 @@ def of_environment(found: Findings) -> list[str]:
         f"`hindsight` and `exact-pg`: that recording {texts[0]} training texts took). The tasks take turns; *task by "
         "task* means all texts of a task one after another, which matters for arms that learn while they serve.",
         "",
-        "| arm | over S* | training s | target forwards |",
-        "|---|---|---|---|",
+        *table(
+            ["arm", "over S*", "training s", "target forwards"],
+            [[f"`{name}`", *cells(row)] for name, row in found.replay.items()],
+        ),
     ]
-    lines += [f"| `{name}` | {' | '.join(cells(row))} |" for name, row in found.replay.items()]
     few = ", ".join(f"{f.texts} ({f.forwards}) {f.value:.3f}" for f in found.few_texts)
     tasks = ", ".join(f"{task} {value:.3f}" for task, value in found.tasks.items())
     lines += [
@@ -160,11 +153,12 @@ def cheaper(ppo: Learned, few_texts: Sequence[FewTexts]) -> str:
     )
 
 
-def draw(results: dict[str, Findings], path: Path) -> None:
+def draw(results: Benchmark, path: Path) -> None:
     """Draw the live throughput of every arm over the best static setting, and lines at I* and C*."""
-    with drawn(path, 10, 3.2 * len(results)) as figure:
-        axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
-        for axis, (env_id, found) in zip(axes, results.items(), strict=True):
+    problems = results.problems
+    with drawn(path, 10, 3.2 * len(problems)) as figure:
+        axes = figure.subplots(len(problems), 1, squeeze=False)[:, 0]
+        for axis, (env_id, found) in zip(axes, problems.items(), strict=True):
             arms = {name: arm.interval for name, arm in found.arms.items() if not name.startswith("plain")}
             draw_ratios(axis, dict(reversed(arms.items())))
             for key, ratio, colour in (
@@ -176,3 +170,16 @@ def draw(results: dict[str, Findings], path: Path) -> None:
             axis.set_xlim(left=0.6)
             axis.set_title(f"{env_id}: throughput over the best static setting, live, 95 % interval", fontsize=10)
             axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+PAGE = Page(
+    kind=Benchmark,
+    command="bench adaptive",
+    title="Adaptive control",
+    purpose="Agents and published rules that decide while a text is decoded are compared with the best static setting, "
+    "live and replayed, to show where adaptive control pays and how much of what could be gained it reaches.",
+    caption="Live throughput of every arm over the best static setting",
+    body=body,
+    machines=lambda results: [found.live.machine for found in results.problems.values()],
+    draw=draw,
+)

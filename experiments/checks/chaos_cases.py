@@ -73,8 +73,8 @@ def reported(folder: Path) -> Mapping[str, object]:
 
 def benchmarked(folder: Path) -> Mapping[str, object]:
     """Return the digests of the recordings, and the names of the arms that have figures."""
-    results = json.loads(next(folder.rglob("benchmark.json")).read_text())
-    arms = {name: sorted(found["replay"]) for name, found in results.items()}
+    results = json.loads(next(folder.rglob("adaptive-control-fast.json")).read_text())
+    arms = {name: sorted(found["replay"]) for name, found in results["problems"].items()}
     return digests(folder, "traces/**/*.npy") | {"arms": arms}
 
 
@@ -133,7 +133,7 @@ CASES = {  # the fastest first
         ),
         Case(
             "benchmark",
-            "spec_envs.experiments.benchmark --fast --envs SpecBudget-v0 --seeds 1 --count 2 --root {}",
+            "spec_envs.experiments.benchmark --fast --envs SpecBudget-v0 --seeds 1 --count 2 --root {} --out {}",
             benchmarked,
         ),
     )

@@ -1,10 +1,10 @@
-"""Compare fixed and adaptive draft lengths (`make compare-chains`): K = 4, 8 and 16, the best fixed K, the controllers
-of the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
+"""Compare fixed and adaptive draft lengths (`spec-envs bench chains`): K = 4, 8 and 16, the best fixed K, the
+controllers of the zoo and the trained agents, over all prompts and by context (code, prose, math, json).
 
 The best fixed K is chosen on training prompts and the best agent on validation prompts; all arms are then measured side
 by side on held-out prompts. Agents that are not trained yet are trained first, with one seed and on this project's own
-decoder; controllers have the settings of their stanzas. Writes runs/bench-k.json and runs/bench-k.png; the figures of
-another target, or of llama.cpp's server, are added to the same file under a name.
+decoder; controllers have the settings of their stanzas. Writes chains.json, chains.md and chains.png into --out;
+another target, or llama.cpp's server, has files of its own, such as chains-llama-server.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,16 +21,16 @@ import numpy as np
 
 from spec_envs import agents
 from spec_envs.agents import AGENTS
-from spec_envs.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder
+from spec_envs.arguments import POSITIVE, PROMPTS, TEMPERATURE, TOKENS, Parser, output_folder, shown
 from spec_envs.controls import Policy, make_control
 from spec_envs.controls.k import ENGINES, KControl
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
-from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, agent_in_words, definitions, table
 from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
@@ -38,7 +38,6 @@ from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_
 from spec_envs.experiments.measure.tables import side_by_side, tables
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
-from spec_envs.files import read_json, write_json
 from spec_envs.settings import Keywords
 
 ID = "SpecK-v0"
@@ -75,11 +74,13 @@ class Chains(Results):
         by_context: tokens per second by arm and context.
         variation: standard deviation of each arm's tokens per second over contexts, as a share of their mean.
         acceptance: accepted share of the verified tokens in each text, for each arm that drafts.
+        agents: the agent of each stanza.
     """
 
     by_context: dict[str, dict[str, float]]
     variation: dict[str, float]
     acceptance: dict[str, list[float]]
+    agents: dict[str, str]
     best_fixed_over_plain: Interval
     best_agent: str
     best_agent_over_best_fixed: Interval
@@ -127,8 +128,9 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
     def measure(prompts: int) -> Chains:
         arms = {f"K = {k}": static_chain(k) for k in FIXED} | {BEST: static_chain(best_k)} | policies()
         samples = side_by_side(arms, shared, decoder, prompts, others={})
-        table = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
-        return with_contexts(replace(table, static=static), samples, best)
+        results = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
+        kinds = {name: experiment.agent for name, experiment in experiments.items()}
+        return with_contexts(replace(results, static=static), samples, kinds, best)
 
     return with_aa_check(measure, count)
 
@@ -166,11 +168,16 @@ def contexts(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return groups
 
 
-def with_contexts(table: Results, samples: dict[str, list[Sample]], best: str) -> Chains:
-    """Return a table with the figures by context and the ratios of the comparison; ``best`` names the best agent."""
+def with_contexts(results: Results, samples: dict[str, list[Sample]], kinds: dict[str, str], best: str) -> Chains:
+    """Return results with the figures by context and the ratios of the comparison.
+
+    Args:
+        kinds: the agent of each stanza.
+        best: name of the best agent.
+    """
     rates = {name: {c: throughput(group) for c, group in contexts(arm).items()} for name, arm in samples.items()}
     return Chains(
-        **vars(table),
+        **vars(results),
         by_context=rates,
         variation={
             name: statistics.pstdev(found.values()) / statistics.fmean(found.values()) for name, found in rates.items()
@@ -180,31 +187,51 @@ def with_contexts(table: Results, samples: dict[str, list[Sample]], best: str) -
             for name, arm in samples.items()
             if sum(s.verified for s in arm)
         },
+        agents=kinds,
         best_fixed_over_plain=ratio(samples[BEST], samples["plain"]),
         best_agent=best,
         best_agent_over_best_fixed=ratio(samples[best], samples[BEST]),
     )
 
 
-def report(results: Chains) -> str:
-    """Return the tables as text."""
-    names = list(next(iter(results.by_context.values())))
-    head = f"| tokens/s | {' | '.join(names)} | variation | acceptance by text: quartiles |"
-    lines = [markdown(results), head, f"|---{'|---' * (len(names) + 2)}|"]
-    for arm, rates in results.by_context.items():
-        quartiles = "–"
-        if arm in results.acceptance:
-            quartiles = ", ".join(f"{q:.2f}" for q in np.quantile(results.acceptance[arm], (0.25, 0.5, 0.75)))
-        cells = [f"{rates[name]:.1f}" for name in names]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {results.variation[arm]:.3f} | {quartiles} |")
-    return "\n".join(
-        [
-            *lines,
-            f"\n{results.best_fixed}, the best fixed length, over plain: {results.best_fixed_over_plain:.3f}",
-            f"\n{results.best_agent}, the best agent on validation prompts, over it: "
-            f"{results.best_agent_over_best_fixed:.3f}",
-        ]
+def body(results: Chains) -> Iterable[str]:
+    """Yield the lines of the page below its picture."""
+    yield (
+        f"- The best fixed length, {results.best_fixed}, has {results.best_fixed_over_plain:.3f} times the throughput "
+        "of plain decoding."
     )
+    yield (
+        f"- The best agent on validation prompts, `{results.best_agent}`, has "
+        f"{results.best_agent_over_best_fixed:.3f} times the throughput of the best fixed length."
+    )
+    yield ""
+    yield markdown(results)
+    yield "## By context"
+    yield ""
+    yield (
+        "Tokens per second by the kind of text; *variation* is their standard deviation over the contexts as a share "
+        "of their mean."
+    )
+    yield ""
+    names = list(next(iter(results.by_context.values())))
+    yield from table(
+        ["arm", *names, "variation", "acceptance by text: quartiles"],
+        [
+            [arm, *(f"{rates[name]:.1f}" for name in names), f"{results.variation[arm]:.3f}", quartiles(results, arm)]
+            for arm, rates in results.by_context.items()
+        ],
+    )
+    yield ""
+    own = {f"K = {k}": f"a chain of {k} tokens in every cycle ([SpecK](../environments/SpecK-v0.md))." for k in FIXED}
+    own |= {stanza: agent_in_words(agent, stanza) for stanza, agent in results.agents.items()}
+    yield from definitions(results.arms, own)
+
+
+def quartiles(results: Chains, arm: str) -> str:
+    """Return the quartiles over texts of an arm's acceptance, in words."""
+    if arm not in results.acceptance:
+        return "–"
+    return ", ".join(f"{q:.2f}" for q in np.quantile(results.acceptance[arm], (0.25, 0.5, 0.75)))
 
 
 def draw(results: Chains, path: Path) -> None:
@@ -226,25 +253,28 @@ def draw(results: Chains, path: Path) -> None:
         bottom.set_ylabel("accepted / drafted, by text")
 
 
-def kept_figures(path: Path, name: str) -> dict[str, object]:
-    """Return the figures that the file holds already and keeps when those of ``name`` are added.
+PAGE = Page(
+    kind=Chains,
+    command="bench chains",
+    title="Draft lengths",
+    purpose="Fixed draft lengths, published rules and trained agents decode the same prompts, to show what choosing the "
+    "length of a chain while decoding is worth over the best fixed length.",
+    caption="Throughput of every arm over plain decoding, tokens per second by context, and acceptance by text",
+    body=body,
+    machines=lambda results: [results.machine],
+    draw=draw,
+)
+
+
+def file_name(name: str) -> str:
+    """Return a part of a file's name.
 
     Raises:
-        ValueError: the file is damaged, or the name is used for something else.
+        ArgumentTypeError: it has other characters than letters, digits, points and dashes.
     """
-    if not re.fullmatch(r"[\w.-]*", name):
-        raise ValueError(f"--name is {name!r}; expected letters, digits, points and dashes")
-    kept = read_json(path, "delete it, or choose another --out") if path.exists() else {}
-    if not isinstance(kept, dict):
-        raise ValueError(f"{path} does not hold the figures of this command; delete it, or choose another --out")
-    if name in kept and not is_bench(kept[name]):
-        raise ValueError(f"--name is {name!r}, which is a key of something else in {path}; choose another name")
-    return kept
-
-
-def is_bench(value: object) -> bool:
-    """Return True for a value of the JSON file that holds the figures of another target."""
-    return isinstance(value, dict) and "best_agent" in value
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise argparse.ArgumentTypeError(f"is {shown(name)}; expected letters, digits, points and dashes")
+    return name
 
 
 def arguments() -> argparse.Namespace:
@@ -259,7 +289,7 @@ def arguments() -> argparse.Namespace:
         "--temperature", type=TEMPERATURE, help="sampling temperature of the target (default 0, greedy)"
     )
     parser.add_argument(
-        "--engine", choices=ENGINES, help="torch (default), or llama-server, whose figures are written under its name"
+        "--engine", choices=ENGINES, help="torch (default), or llama-server, whose files are chains-llama-server.*"
     )
     parser.add_argument("--trace", help="synthetic profile to replay instead of models")
     parser.add_argument(
@@ -273,11 +303,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=PROMPTS, default=24, help="number of held-out prompts (default 24)")
     parser.add_argument("--agents", help=f"stanzas of experiments/SpecK-v0.yml (default {','.join(CONTROLLERS)})")
     parser.add_argument("--root", type=output_folder, help="folder of trained agents (default: runs, or runs/NAME)")
-    parser.add_argument(
-        "--name",
-        help="key of these figures in the JSON file, and part of the picture's name (default: the top of the file)",
-    )
-    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
+    parser.add_argument("--name", type=file_name, help="write chains-NAME.json, .md and .png (default: chains.*)")
+    add_page_arguments(parser)
     return parser.parse_args()
 
 
@@ -285,26 +312,16 @@ def main() -> None:
     args = arguments()
     keys = ("target", "drafter", "dtype", "temperature", "engine", "trace", "switch_every", "max_new_tokens")
     env = {key: value for key in keys if (value := getattr(args, key)) is not None}
-    if args.engine == "llama-server":
+    served = args.engine == "llama-server"
+    if served:
         env.setdefault("max_new_tokens", SERVED_TOKENS)
+    name = args.name or (args.engine if served else "")
+    given = args.agents or ",".join(ON_SERVER if served else CONTROLLERS)
+    stanzas, root = [stanza.strip() for stanza in given.split(",")], args.root or Path("runs") / (args.name or "")
     with one_sentence("interrupted; agents trained so far are kept"):
-        served = args.engine == "llama-server"
-        name = args.name or (args.engine if served else "")
-        given = args.agents or ",".join(ON_SERVER if served else CONTROLLERS)
-        stanzas = [stanza.strip() for stanza in given.split(",")]
-        path = args.out / "bench-k.json"
-        kept = kept_figures(path, name)
-        results = compare_chains(env, stanzas, args.count, args.root or Path("runs") / (args.name or ""))
-        args.out.mkdir(parents=True, exist_ok=True)
-        if name:
-            write_json(path, kept | {name: to_json(results)})
-        else:
-            others = {key: value for key, value in kept.items() if key != "first_try" and is_bench(value)}
-            write_json(path, to_json(results) | others)
-        picture = path.with_name(f"bench-k-{name}.png" if name else "bench-k.png")
-        draw(results, picture)
-        print(report(results))
-        print(f"written: {path}, {picture}")
+        PAGE.publish(
+            args, lambda: compare_chains(env, stanzas, args.count, root), f"chains-{name}" if name else "chains"
+        )
 
 
 if __name__ == "__main__":

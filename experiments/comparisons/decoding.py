@@ -1,22 +1,22 @@
-"""Measure the decoding speed of this machine in one run (`make compare-decoding`).
+"""Measure the decoding speed of this machine in one run (`spec-envs bench decoding`).
 
 Plain decoding and the best static speculation are compared with transformers and llama.cpp on the same weights. The
-report also has cost curves by dtype, the share of a forward that reading its weights takes, the quality of each dtype,
-and the share of a step that is spent outside drafter and target. Writes runs/bench.json, runs/bench.png, and
-runs/clock.json, a cost table for `clock=runs/clock.json`.
+page also has cost curves by dtype, the share of a forward that reading its weights takes, the quality of each dtype,
+and the share of a step that is spent outside drafter and target. Writes decoding.json, decoding.md and decoding.png
+into --out, and a cost table of this machine for `clock=runs/clock.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
-from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, add_model_arguments, output_folder
+from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, add_model_arguments, output_file
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.decoder import over_models
@@ -25,15 +25,16 @@ from spec_envs.decoding.model import kernels
 from spec_envs.decoding.weights.checkpoints import DTYPES
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.comparisons.floor import Floor, weight_bytes
+from spec_envs.experiments.comparisons.quality import Quality, quality
 from spec_envs.experiments.measure.costs import (
     Curves,
     curves_by_dtype,
     dtypes_at_speed,
 )
-from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
-from spec_envs.experiments.measure.quality import Quality, quality
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
 from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Interval, Results
@@ -71,8 +72,8 @@ class Speeds:
     """
 
     table: Annotated[Results, Inline()]
-    ratios: Annotated[dict[str, Interval], Inline()]
-    floor: Annotated[Floor | None, Inline()]
+    ratios: dict[str, Interval]
+    floor: Floor | None
     emitted_per_cycle: float
     overhead_share: float
     verify_curve: dict[int, float]
@@ -154,29 +155,75 @@ def draw(speeds: Speeds, path: Path) -> None:
         bottom.legend(fontsize=8)
 
 
-def lines(speeds: Speeds) -> list[str]:
-    """Return the lines below the table."""
-    found = [f"{name}: {ratio:.2f}" for name, ratio in speeds.ratios.items()]
-    if speeds.floor:
-        found.append(f"share_of_floor: {speeds.floor.share_of_floor:.3f}")
-    found.append(f"emitted_per_cycle: {speeds.emitted_per_cycle:.3f}")
-    found.append(f"overhead_share: {speeds.overhead_share:.3f}")
-    found.append(f"expand_ratio: {speeds.expand_ratio:.3f}")
-    if speeds.floor:
-        found.append(
-            f"reading {speeds.floor.weight_bytes / 1e6:.0f} MB of weights: {1000 * speeds.floor.floor_seconds:.1f} ms "
-            f"({speeds.floor.read_bytes_per_second / 1e9:.1f} GB/s)"
+def body(speeds: Speeds) -> Iterable[str]:
+    """Yield the lines of the page below its picture."""
+    yield markdown(speeds.table)
+    yield "## Ratios"
+    yield ""
+    ratios = [(name, *RATIOS[name], f"{ratio:.2f}") for name, ratio in speeds.ratios.items()]
+    yield from table(["name", "arm", "over", "ratio [95 %]"], ratios)
+    yield ""
+    yield "## Cost of a forward"
+    yield ""
+    yield (
+        "Milliseconds of one forward by its number of rows (tokens), for each dtype: the target verifies that many "
+        "tokens, the drafter drafts for that many."
+    )
+    yield ""
+    yield from costs(speeds.curves_by_dtype)
+    yield ""
+    yield from notes(speeds)
+    if speeds.quality:
+        yield ""
+        yield "## Quality of the dtypes"
+        yield ""
+        yield from table(
+            ["dtype", "perplexity", "argmaxes that are float32's", "divergence from float32 (nats per token)"],
+            [
+                (dtype, f"{q.perplexity:.3f}", f"{100 * q.agreement:.1f} %", f"{q.kl:.5f}")
+                for dtype, q in speeds.quality.items()
+            ],
         )
-    for dtype, curves in speeds.curves_by_dtype.items():
-        target = ", ".join(f"{n}: {1000 * s:.1f}" for n, s in curves["verify"].items())
-        draft = ", ".join(f"{n}: {1000 * s:.2f}" for n, s in curves["draft"].items())
-        found.append(f"{dtype}: target ms by rows {target}; drafter {draft}")
-    found += [
-        f"{dtype}: perplexity {q.perplexity:.3f}, {100 * q.agreement:.1f} % of argmaxes are float32's, "
-        f"divergence {q.kl:.5f} nats"
-        for dtype, q in speeds.quality.items()
+    yield ""
+    yield from definitions(speeds.table.arms, {})
+
+
+def costs(by_dtype: dict[str, Curves]) -> list[str]:
+    """Return the lines of a table of the cost curves of every dtype."""
+    parts = {"verify": "target", "draft": "drafter"}
+    columns = {f"{parts[part]}, {dtype}": curves[part] for dtype, curves in by_dtype.items() for part in parts}
+    rows = sorted({n for curve in columns.values() for n in curve})
+    cells = [[f"{1000 * curve[n]:.2f}" if n in curve else "–" for curve in columns.values()] for n in rows]
+    return table(["rows", *columns], [[str(n), *row] for n, row in zip(rows, cells, strict=True)])
+
+
+def notes(speeds: Speeds) -> list[str]:
+    """Return what a cycle of the best static setting is made of."""
+    found = [
+        f"- The best static setting emits {speeds.emitted_per_cycle:.3f} tokens per cycle.",
+        f"- {100 * speeds.overhead_share:.1f} % of its seconds are spent outside drafter and target.",
+        f"- An expansion (a level of a tree, or a token of a chain) costs {speeds.expand_ratio:.3f} of a plain step.",
     ]
+    if floor := speeds.floor:
+        found.append(
+            f"- Reading the {floor.weight_bytes / 1e6:.0f} MB of weights that a plain step needs takes "
+            f"{1000 * floor.floor_seconds:.1f} ms ({floor.read_bytes_per_second / 1e9:.1f} GB/s), "
+            f"{100 * floor.share_of_floor:.0f} % of the step."
+        )
     return found
+
+
+PAGE = Page(
+    kind=Speeds,
+    command="bench decoding",
+    title="Decoding speed",
+    purpose="Plain decoding and the best static speculation are measured beside transformers and llama.cpp on the same "
+    "weights, because an agent is worth something only on top of a decoder that is fast without it.",
+    caption="Throughput of every arm over plain decoding, and the cost of a forward by its rows",
+    body=body,
+    machines=lambda speeds: [speeds.table.machine],
+    draw=draw,
+)
 
 
 def dtypes(names: str) -> list[str]:
@@ -201,7 +248,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy (default 0)")
     parser.add_argument("--count", type=PROMPTS, default=15, help="number of held-out prompts (default 15)")
     parser.add_argument("--max-new-tokens", type=TOKENS, default=96, help="most new tokens per prompt (default 96)")
-    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
+    parser.add_argument(
+        "--clock", type=output_file, default=Path("runs/clock.json"), help="cost table (default runs/clock.json)"
+    )
+    add_page_arguments(parser)
     return parser.parse_args()
 
 
@@ -209,13 +259,11 @@ def main() -> None:
     args = arguments()
     env = {name: vars(args)[name] for name in KEYWORDS}
     with one_sentence():
-        speeds = compare_decoding(env, args.count, args.dtypes)
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "bench.json", to_json(speeds))
-        write_json(args.out / "clock.json", speeds.table.seconds)
-        draw(speeds, args.out / "bench.png")
-        print("\n".join([markdown(speeds.table), *lines(speeds)]))
-        print(f"written: {args.out}/bench.json, bench.png, clock.json")
+        speeds = PAGE.publish(args, lambda: compare_decoding(env, args.count, args.dtypes), "decoding")
+        if not args.from_json:
+            args.clock.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.clock, speeds.table.seconds)
+            print(f"written: {args.clock}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Compare agents that train an early exit (`make compare-exits`): every stanza and seed reads the same stream of
+"""Compare agents that train an early exit (`spec-envs bench exits`): every stanza and seed reads the same stream of
 prompts once, and the trained exits are then measured side by side on held-out prompts.
 
 The run folders are `ROOT/SpecDVI-v0/<stanza>-<seed>/`. If the process is killed, the same command continues. Writes
-bench-dvi.json, bench-dvi.md and bench-dvi.png, with the learning curves, into ROOT.
+exits.json, exits.md and exits.png, with the learning curves, into --out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,16 +24,16 @@ from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.exits.evaluation import Acceptance, drift, exit_decoder
 from spec_envs.experiments.exits.runs import write_own_text
 from spec_envs.experiments.measure.arms import Arm, decoded, run_arms
-from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
 from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
 from spec_envs.experiments.validation import VALIDATED_K
-from spec_envs.files import whole, write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -113,28 +113,47 @@ def compare(runs: dict[str, list[Path]], count: int, k: int) -> Exits:
     )
 
 
-def markdown(found: Exits) -> str:
-    """Return the table: the untrained exit, and each stanza's trained exit as mean and range over seeds."""
+def body(found: Exits) -> Iterable[str]:
+    """Yield the lines of the page below its picture: the untrained exit, and each stanza's trained exits as mean and
+    range over seeds."""
     before, length = found.untrained, found.untrained.emitted_per_cycle - 1
+    rows = [[UNTRAINED, f"{before.accept_rate:.3f}", f"{length:.3f}", "1", "0", "0"]]
+    for stanza, exits in found.stanzas.items():
+        lengths = [row.accepted_per_cycle for row in exits]
+        rows.append(
+            [
+                stanza,
+                spread([row.acceptance.accept_rate for row in exits]),
+                spread(lengths),
+                f"{statistics.fmean(lengths) / length:.2f}" if length else "–",
+                f"{statistics.fmean(row.curve[-1]['tokens'] for row in exits):.0f}",
+                f"{statistics.fmean(row.drift.drift for row in exits):.4f}",
+            ]
+        )
     head = ["exit", "accepted of verified", "accepted per cycle", "over untrained", "tokens read", "drift (nats)"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines.append(f"| untrained | {before.accept_rate:.3f} | {length:.3f} | 1 | 0 | 0 |")
-    for stanza, rows in found.stanzas.items():
-        lengths = [row.accepted_per_cycle for row in rows]
-        cells = [
-            spread([row.acceptance.accept_rate for row in rows]),
-            spread(lengths),
-            f"{statistics.fmean(lengths) / length:.2f}",
-            f"{statistics.fmean(row.curve[-1]['tokens'] for row in rows):.0f}",
-            f"{statistics.fmean(row.drift.drift for row in rows):.4f}",
-        ]
-        lines.append(f"| {stanza} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"{found.prompts} held-out prompts, {found.k} drafted tokens per cycle, greedy; mean [smallest, largest] over "
-        f"{len(next(iter(found.stanzas.values())))} seeds. {found.machine}.",
-    ]
-    return "\n".join(lines) + "\n"
+    yield from table(head, rows)
+    seeds = len(next(iter(found.stanzas.values())))
+    yield ""
+    yield (
+        f"- {found.prompts} held-out prompts, {found.k} drafted tokens per cycle, greedy; mean [smallest, largest] over "
+        f"{seeds} seed{'s' if seeds > 1 else ''}. Counts of tokens have no noise of the clock, so there is no A/A check."
+    )
+    yield "- *Tokens read* are decoded and learned from during training, once."
+    yield (
+        "- *Drift* is the mean KL divergence, per token, of the verifier that training leaves from the original target. "
+        "Where it is 0, the verifier is the target, and the text is [lossless](../concepts/lossless.md)."
+    )
+    yield ""
+    own = {
+        UNTRAINED: "the [early exit](../guides/early-exits.md) before training: the target's own output projection "
+        "after its first layers."
+    }
+    yield from definitions([UNTRAINED, *found.stanzas], own | {name: trained_by(name) for name in found.stanzas})
+
+
+def trained_by(stanza: str) -> str:
+    """Return what a stanza's arm is."""
+    return f"the exit that the stanza `{stanza}` trains ([agents at an early exit](../agents/exits.md))."
 
 
 def spread(values: Sequence[float]) -> str:
@@ -164,6 +183,19 @@ def draw(found: Exits, path: Path) -> None:
         figure.suptitle(f"validation prompts, {VALIDATED_K} drafted tokens per cycle", fontsize=10)
 
 
+PAGE = Page(
+    kind=Exits,
+    command="bench exits",
+    title="Early exits",
+    purpose="Agents that train an early exit while it decodes all read the same stream of prompts once, to show how "
+    "much more of its drafts the target then accepts, and whether the target itself stays what it was.",
+    caption="Acceptance on validation prompts over the tokens that were read, by agent and seed",
+    body=body,
+    machines=lambda found: [found.machine],
+    draw=draw,
+)
+
+
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stanzas", nargs="+", default=list(STANZAS), help=f"stanzas of experiments/{ENV}.yml")
@@ -181,25 +213,25 @@ def arguments() -> argparse.Namespace:
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of every stanza"
     )
     parser.add_argument(
-        "--root", type=output_folder, default=Path("runs/bench-dvi"), help="where runs and results are written"
+        "--root", type=output_folder, default=Path("runs/bench-dvi"), help="folder of the runs and of the stream"
     )
+    add_page_arguments(parser)
     return parser.parse_args()
+
+
+def measured(args: argparse.Namespace) -> Exits:
+    """Train what is not trained yet, and measure."""
+    stream = args.conversations or args.root / "conversations.jsonl"
+    if args.conversations is None and not stream.exists():
+        own = [s.removeprefix("env.") for s in args.set if s.startswith("env.target=")]
+        write_own_text(stream, dict(setting.split("=", 1) for setting in own), args.texts, seed=0)
+    return compare(train_all(args, stream.resolve()), args.count, args.k)
 
 
 def main() -> None:
     args = arguments()
     with one_sentence("interrupted; the same command continues from the last checkpoint, if one was written yet"):
-        stream = args.conversations or args.root / "conversations.jsonl"
-        if args.conversations is None and not stream.exists():
-            own = [s.removeprefix("env.") for s in args.set if s.startswith("env.target=")]
-            write_own_text(stream, dict(setting.split("=", 1) for setting in own), args.texts, seed=0)
-        found = compare(train_all(args, stream.resolve()), args.count, args.k)
-        write_json(args.root / "bench-dvi.json", to_json(found))
-        with whole(args.root / "bench-dvi.md") as path:
-            path.write_text(markdown(found))
-        draw(found, args.root / "bench-dvi.png")
-        print(markdown(found))
-        print(f"picture: {args.root / 'bench-dvi.png'}")
+        PAGE.publish(args, lambda: measured(args), "exits")
 
 
 if __name__ == "__main__":

@@ -70,10 +70,15 @@ def processor(device: torch.device) -> str:
 
 
 def revision() -> str:
-    """Return the git revision of the checkout, or ``"unknown"`` outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Return the git revision of the checkout, or ``"unknown"`` outside one. It ends with ``-dirty`` if a file that is
+    not documentation differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    if not found:
+        return "unknown"
+    code = [":/", ":(top,exclude)docs", ":(top,exclude)README.md"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True).returncode
+    return found + ("-dirty" if changed else "")
 
 
 def weights_sha256(target: str, drafter: str) -> dict[str, str]:

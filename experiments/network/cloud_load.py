@@ -1,9 +1,10 @@
-"""Measure a cloud that serves many edges at once, with and without batching (`make cloud-load`).
+"""Measure a cloud that serves many edges at once, with and without batching (`spec-envs bench cloud-load`).
 
 Two clouds, one that batches requests and one that gives every request a forward of its own, are measured in turn with
 1, 4 and 16 edges. The edges compute almost nothing: their drafts are recorded texts of the target with some wrong
 tokens, and recordings are repeated. Decoding is greedy, and prompts are read before the measurement begins. Latency is
-the time that a verification takes as an edge sees it. Writes runs/cloud-load.json and runs/cloud-load.png.
+the time that a verification takes as an edge sees it. Writes cloud-load.json, cloud-load.md and cloud-load.png into
+--out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,16 +23,15 @@ from threading import Barrier
 import numpy as np
 from tqdm import tqdm
 
-from spec_envs.arguments import POSITIVE, Parser, add_model_arguments, number, output_folder, whole_number
+from spec_envs.arguments import POSITIVE, Parser, add_model_arguments, number, whole_number
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, this_machine
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
 from spec_envs.experiments.measure.results import Interval
 from spec_envs.experiments.network.cloud_process import cloud
-from spec_envs.files import write_json
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.websocket import SocketChannel
@@ -269,26 +269,36 @@ def gain(batched: Sequence[Load], unbatched: Sequence[Load]) -> Interval:
     return Interval(value, min(rounds), max(rounds))
 
 
-def report(results: CloudLoad) -> str:
-    """Return the table as text."""
-    lines = [
-        "| edges | cloud | tokens/s | p50 ms | p99 ms | requests | accepted | batched over unbatched [rounds] |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def body(results: CloudLoad) -> Iterable[str]:
+    """Yield the lines of the page below its picture."""
+    head = ["edges", "cloud", "tokens/s", "p50 ms", "p99 ms", "requests", "accepted", "batched over unbatched [rounds]"]
+    rows = []
     for edges, servers in results.points.items():
         for name, point in servers.items():
             ratio = f"{results.batched_over_unbatched[edges]:.2f}" if name == "batched" else "–"
-            lines.append(
-                f"| {edges} | {name} | {point.tokens_per_second:.1f} | {point.p50_ms:.1f} | {point.p99_ms:.1f} | "
-                f"{point.requests} | {100 * point.acceptance:.0f} % | {ratio} |"
-            )
-    lines += [
-        "",
-        f"{results.rounds} rounds of {results.seconds:g} s, greedy drafts of {results.k} tokens, over loopback; "
-        "prompts are read before. In brackets: the smallest and the largest ratio of a round.",
-        f"{results.machine}.",
-    ]
-    return "\n".join(lines)
+            cells = [str(edges), name, f"{point.tokens_per_second:.1f}", f"{point.p50_ms:.1f}", f"{point.p99_ms:.1f}"]
+            rows.append([*cells, str(point.requests), f"{100 * point.acceptance:.0f} %", ratio])
+    yield from table(head, rows)
+    yield ""
+    yield (
+        f"- {results.rounds} rounds of {results.seconds:g} s for each row, in turn; greedy drafts of {results.k} tokens "
+        f"over loopback, {100 * results.wrong:g} % of them wrong on purpose; the target is {results.target}, and "
+        "prompts are read before."
+    )
+    yield "- p50 and p99: time of a verification as an edge sees it. *Accepted*: share of the drafted tokens."
+    yield (
+        "- In brackets: the smallest and the largest ratio of a round. There is no A/A check; where they lie on both "
+        "sides of 1, the clouds cannot be told apart."
+    )
+    yield ""
+    yield from definitions(
+        SERVERS,
+        {
+            "batched": "the cloud verifies the drafts that wait together in one forward "
+            "([Over a network](../guides/network.md)).",
+            "unbatched": "the same cloud, with a forward for every draft.",
+        },
+    )
 
 
 def draw(results: CloudLoad, path: Path) -> None:
@@ -309,6 +319,19 @@ def draw(results: CloudLoad, path: Path) -> None:
             axis.set_xlabel("number of edges")
             axis.set_xticks(edges)
             axis.legend(fontsize=8)
+
+
+PAGE = Page(
+    kind=CloudLoad,
+    command="bench cloud-load",
+    title="A cloud under load",
+    purpose="A cloud verifies the drafts of one and of many edges, with batching and without, to show how many edges it "
+    "serves and what each of them waits.",
+    caption="Tokens per second of all edges, and the time of a verification, by number of edges",
+    body=body,
+    machines=lambda results: [results.machine],
+    draw=draw,
+)
 
 
 def numbers(text: str) -> list[int]:
@@ -335,19 +358,14 @@ def arguments() -> argparse.Namespace:
         "--wrong", type=number(0, 1), default=0.15, help="share of wrong tokens in drafts (default 0.15)"
     )
     add_model_arguments(parser, "model to serve")
-    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
+    add_page_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     with one_sentence():
-        results = cloud_load(args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "cloud-load.json", to_json(results))
-        draw(results, args.out / "cloud-load.png")
-        print(report(results))
-        print(f"written: {args.out}/cloud-load.json, cloud-load.png")
+        PAGE.publish(args, lambda: cloud_load(args), "cloud-load")
 
 
 if __name__ == "__main__":

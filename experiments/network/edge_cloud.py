@@ -1,8 +1,10 @@
-"""Compare speculation between edge and cloud with the cloud alone, through a real socket (`make edge-cloud`).
+"""Compare speculation between edge and cloud with the cloud alone, through a real socket (`spec-envs bench
+edge-cloud`).
 
 The arms are interleaved prompt by prompt: edge-cloud drafts here and lets a cloud verify; cloud-only streams the
 cloud's own text, twice, to show the noise of the machine (A/A check). Without --host and --port a cloud is started on
-this machine, which then does the work of both sides. Writes runs/edge-cloud.json and runs/edge-cloud.png.
+this machine, which then does the work of both sides. Writes edge-cloud.json, edge-cloud.md and edge-cloud.png into
+--out.
 
 Seconds, bytes and tokens are means per text. Latency is the time of the whole text. Its parts are the prefill (with the
 network time of the prompt) and, after the prefill, the edge (drafting), the network (without the cloud's computing and
@@ -12,7 +14,7 @@ queueing), the cloud, and the rest. The speedup compares tokens per second of th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,22 +26,21 @@ from spec_envs.arguments import (
     TOKENS,
     Parser,
     add_model_arguments,
-    output_folder,
     whole_number,
 )
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.weights.checkpoints import resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
-from spec_envs.experiments.measure.encoding import Inline, to_json
+from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
 from spec_envs.experiments.measure.results import Compared, Comparison, Interval
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.network.cloud_process import cloud, over_link
-from spec_envs.files import write_json
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.__main__ import address, connected
 from spec_envs.network.link import load_link
@@ -111,50 +112,9 @@ class Settings:
     machine: Machine
 
 
-@dataclass(kw_only=True)
-class EdgeCloud(Comparison):
-    """Edge and cloud together, and the cloud alone twice, each ``iterations`` times on the same prompts."""
-
-    arms: dict[str, Row]
-    prompts: int
-    iterations: int
-    max_new_tokens: int
-    settings: Annotated[Settings, Inline()]
-    first_try: EdgeCloud | None = None
-
-    @property
-    def own(self) -> Row:
-        """The arm in which the edge drafts."""
-        return self.arms["edge-cloud"]
-
-
-def measure(
-    decoder: Decoder, settings: Settings, prompts: Sequence[Encoded], iterations: int, max_new_tokens: int
-) -> EdgeCloud:
-    """Run every arm on every prompt, ``iterations`` times."""
-    plain, again = decoder.plain(), decoder.plain()
-    arms = {
-        "edge-cloud": decoded(decoder, static_chain(settings.k, max(2, settings.k))),
-        "plain": decoded(plain, None),
-        "plain again": decoded(again, None),
-    }
-    try:
-        samples = run_arms(arms, [*prompts] * iterations, max_new_tokens, "edge and cloud")
-    finally:
-        for used in (decoder, plain, again):
-            used.close()
-    return EdgeCloud(
-        arms={name: Row.of(found, samples["plain"]) for name, found in samples.items()},
-        prompts=len(prompts),
-        iterations=iterations,
-        max_new_tokens=max_new_tokens,
-        settings=settings,
-    )
-
-
 @dataclass(frozen=True)
 class Headline:
-    """The head of the JSON file: the speedup of edge and cloud over the cloud alone, and their means per text."""
+    """The speedup of edge and cloud over the cloud alone, and their means per text."""
 
     speedup: float
     speedup_interval: Interval
@@ -183,6 +143,45 @@ class Headline:
         )
 
 
+@dataclass(kw_only=True)
+class EdgeCloud(Comparison):
+    """Edge and cloud together, and the cloud alone twice, each ``iterations`` times on the same prompts."""
+
+    arms: dict[str, Row]
+    prompts: int
+    iterations: int
+    max_new_tokens: int
+    settings: Annotated[Settings, Inline()]
+    headline: Annotated[Headline, Inline()]
+    first_try: EdgeCloud | None = None
+
+
+def measure(
+    decoder: Decoder, settings: Settings, prompts: Sequence[Encoded], iterations: int, max_new_tokens: int
+) -> EdgeCloud:
+    """Run every arm on every prompt, ``iterations`` times."""
+    plain, again = decoder.plain(), decoder.plain()
+    arms = {
+        "edge-cloud": decoded(decoder, static_chain(settings.k, max(2, settings.k))),
+        "plain": decoded(plain, None),
+        "plain again": decoded(again, None),
+    }
+    try:
+        samples = run_arms(arms, [*prompts] * iterations, max_new_tokens, "edge and cloud")
+    finally:
+        for used in (decoder, plain, again):
+            used.close()
+    rows = {name: Row.of(found, samples["plain"]) for name, found in samples.items()}
+    return EdgeCloud(
+        arms=rows,
+        headline=Headline.of(rows["edge-cloud"]),
+        prompts=len(prompts),
+        iterations=iterations,
+        max_new_tokens=max_new_tokens,
+        settings=settings,
+    )
+
+
 def whole_text(sample: Sample) -> Sample:
     """Return a sample with the seconds and the token of the prefill added."""
     return replace(sample, tokens=sample.tokens + 1, seconds=sample.seconds + sample.prefill_seconds)
@@ -206,40 +205,62 @@ def assessment(speedup: float) -> str:
     return next((word for bound, word in ASSESSMENTS if speedup > bound), "POOR")
 
 
-def report(results: EdgeCloud) -> str:
-    """Return the tables as text."""
-    lines = [
-        "| arm | latency s | tokens/s | over cloud-only [95 %] | accepted | rounds | bytes up | bytes down |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in results.arms.items():
-        accepted = "–" if row.acceptance is None else f"{100 * row.acceptance:.0f} %"
-        lines.append(
-            f"| {LABELS[name]} | {row.latency_s:.2f} | {row.tokens_per_second:.1f} | {interval(row.over['plain'])} | "
-            f"{accepted} | {row.rounds:.1f} | {row.bytes_up:,.0f} | {row.bytes_down:,.0f} |"
-        )
-    lines += ["", f"| seconds (share of latency) | {' | '.join(PARTS)} |", f"|---{'|---' * len(PARTS)}|"]
-    for name, row in results.arms.items():
-        cells = [f"{row.seconds[part]:.3f} ({row.breakdown[part]:.0f} %)" for part in PARTS]
-        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
-    settings, over = results.settings, results.own.over
-    lines += [
-        "",
-        f"Means per text: {results.prompts} held-out prompts × {results.iterations}, at most "
+def body(results: EdgeCloud) -> Iterable[str]:
+    """Yield the lines of the page below its picture."""
+    settings, found = results.settings, results.headline
+    yield f"- Speedup over cloud-only: {interval(found.speedup_interval)}: {found.assessment}."
+    yield f"- Without the prefill: {interval(found.speedup_without_prefill)} × cloud-only."
+    yield (
+        f"- Means per text: {results.prompts} held-out prompts × {results.iterations}, at most "
         f"{results.max_new_tokens} new tokens, temperature {settings.temperature:g}, drafts of {settings.k} tokens, "
-        f"mode {settings.mode}, {settings.link}.",
-        f"{settings.machine}.",
-    ]
+        f"mode {settings.mode}, {settings.link}; target {settings.target}, drafter {settings.drafter}."
+    )
     if results.prompts > 1:
         verdict = "contains" if results.agrees else "EXCLUDES"
-        lines.append(f"A/A check (cloud-only twice): the interval {verdict} 1.")
-    lines += [
-        f"Without the prefill: {interval(over['plain_without_prefill'])} × cloud-only.",
-        f"Speedup over cloud-only: {interval(over['plain'])}: {assessment(over['plain'].value)}.",
-    ]
+        yield f"- A/A check (cloud-only twice): the interval {verdict} 1."
+    yield ""
+    yield from arms(results)
     if results.first_try:
-        lines += ["", "The first try, with an A/A interval that excludes 1:", "", report(results.first_try)]
-    return "\n".join(lines)
+        yield from ("", "The first try, with an A/A interval that excludes 1:", "", *arms(results.first_try))
+    yield ""
+    where = "a cloud on this machine, which does the work of both sides," if settings.own_cloud else "the cloud"
+    yield from definitions(
+        LABELS.values(),
+        {
+            "edge-cloud": f"the edge drafts and {where} verifies ([Over a network](../guides/network.md)).",
+            "cloud-only": "the cloud decodes alone and streams its text.",
+            "cloud-only again": "the same once more, for the [A/A check](index.md#how-a-number-is-made).",
+        },
+    )
+
+
+def arms(results: EdgeCloud) -> Iterable[str]:
+    """Yield the lines of two tables: speed and traffic of every arm, and the parts of its latency."""
+    head = ["arm", "latency s", "tokens/s", "over cloud-only [95 %]", "accepted", "rounds", "bytes up", "bytes down"]
+    yield from table(
+        head,
+        [
+            [
+                LABELS[name],
+                f"{row.latency_s:.2f}",
+                f"{row.tokens_per_second:.1f}",
+                interval(row.over["plain"]),
+                "–" if row.acceptance is None else f"{100 * row.acceptance:.0f} %",
+                f"{row.rounds:.1f}",
+                f"{row.bytes_up:,.0f}",
+                f"{row.bytes_down:,.0f}",
+            ]
+            for name, row in results.arms.items()
+        ],
+    )
+    yield ""
+    yield from table(
+        ["seconds (share of latency)", *PARTS],
+        [
+            [LABELS[name], *(f"{row.seconds[part]:.3f} ({row.breakdown[part]:.0f} %)" for part in PARTS)]
+            for name, row in results.arms.items()
+        ],
+    )
 
 
 def interval(ratio: Interval) -> str:
@@ -259,11 +280,23 @@ def draw(results: EdgeCloud, path: Path) -> None:
             left = [a + b for a, b in zip(left, seconds, strict=True)]
         top.set_xlabel("seconds per text")
         top.legend(fontsize=8, ncols=len(PARTS))
-        settings, speedup = results.settings, results.own.over["plain"].value
-        title = f"{settings.link}, temperature {settings.temperature:g}: {assessment(speedup)}"
+        title = f"{results.settings.link}, temperature {results.settings.temperature:g}: {results.headline.assessment}"
         top.set_title(title, fontsize=10)
         draw_arms(bottom, rows, "plain")
         bottom.set_xlabel("tokens per second over cloud-only, prefill included, 95 % interval")
+
+
+PAGE = Page(
+    kind=EdgeCloud,
+    command="bench edge-cloud",
+    title="Edge and cloud",
+    purpose="An edge that drafts for a cloud is compared with the cloud alone through a real socket, to show where the "
+    "time of a text goes and whether drafting far from the target pays.",
+    caption="Seconds per text by part, and the speed over the cloud alone",
+    body=body,
+    machines=lambda results: [results.settings.machine],
+    draw=draw,
+)
 
 
 def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
@@ -326,7 +359,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
     parser.add_argument("--max-new-tokens", type=TOKENS, default=64, help="most new tokens per text (default 64)")
-    parser.add_argument("--out", type=output_folder, default=Path("runs"), help="folder of the results (default runs)")
+    add_page_arguments(parser)
     return parser.parse_args()
 
 
@@ -335,12 +368,7 @@ def main() -> None:
     with one_sentence():
         if args.link:
             load_link(args.link)
-        results = edge_cloud(args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "edge-cloud.json", to_json(Headline.of(results.own)) | to_json(results))
-        draw(results, args.out / "edge-cloud.png")
-        print(report(results))
-        print(f"written: {args.out}/edge-cloud.json, edge-cloud.png")
+        PAGE.publish(args, lambda: edge_cloud(args), "edge-cloud")
 
 
 if __name__ == "__main__":
