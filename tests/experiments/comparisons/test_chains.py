@@ -14,12 +14,12 @@ NAME = "qwen2.5-coder-32b-cpu"
 KEYS = {"best_fixed_over_plain", "best_agent", "best_agent_over_best_fixed", "by_context", "variation", "acceptance"}
 
 
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict:
-    """Run the comparison on the profile, and return its results."""
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str, name: str = "chains") -> dict:
+    """Run the comparison on the profile, and return the results in NAME.json."""
     common = ["chains", "--trace", NAME, "--count", "10", "--out", str(tmp_path), "--root", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", [*common, *arguments])
     chains.main()
-    return json.loads((tmp_path / "bench-k.json").read_text())
+    return json.loads((tmp_path / f"{name}.json").read_text())
 
 
 def test_results_are_consistent_with_arms(
@@ -37,21 +37,27 @@ def test_results_are_consistent_with_arms(
     assert set(results["by_context"]["K = 4"]) == {"code", "prose", "math"}
     fixed = results["static"]["tokens_per_second"]
     assert f"k {results['static']['best'][0]}" == max(fixed, key=fixed.get)
-    out = capsys.readouterr().out
-    assert "| K = 16 |" in out and "the best agent on validation prompts" in out
-    picture = tmp_path / "bench-k.png"
-    assert picture.stat().st_size > 10_000
+    assert results["agents"] == {"hf-schedule": "hf-schedule", "confidence": "confidence", "random": "random"}
+    page = (tmp_path / "chains.md").read_text()
+    assert "| K = 16 |" in page and "The best agent on validation prompts" in page
+    assert "- `K = 8`: a chain of 8 tokens" in page and "[`confidence`](../agents/rules.md), a published rule" in page
+    assert page in capsys.readouterr().out and (tmp_path / "chains.png").stat().st_size > 10_000
 
-    both = run(monkeypatch, tmp_path, "--agents", "svip", "--name", "qwen")
-    assert both["qwen"]["best_agent"] == "svip" and both["best_agent"] == results["best_agent"]
-    again = run(monkeypatch, tmp_path, "--agents", "ucb")
-    assert again["best_agent"] == "ucb" and again["qwen"] == both["qwen"]
+    other = run(monkeypatch, tmp_path, "--agents", "svip", "--name", "qwen", name="chains-qwen")
+    assert other["best_agent"] == "svip" and (tmp_path / "chains-qwen.md").exists()
+    assert json.loads((tmp_path / "chains.json").read_text()) == results
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "a b"])
+def test_name_of_other_files_is_part_of_a_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(SystemExit, match="expected letters, digits, points and dashes"):
+        run(monkeypatch, tmp_path, "--name", name)
 
 
 def test_unknown_stanza_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"has no stanza 'svib' \(did you mean 'svip'\?\)"):
         run(monkeypatch, tmp_path, "--agents", "svib")
-    assert not (tmp_path / "bench-k.json").exists()
+    assert not (tmp_path / "chains.json").exists()
 
 
 @pytest.mark.parametrize(

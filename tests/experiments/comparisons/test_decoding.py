@@ -26,14 +26,13 @@ def test_writes_figures_and_cost_table(
     monkeypatch.setattr(candidates, "DEPTHS", (1, 4))
     monkeypatch.setattr(candidates, "BUDGETS", (8, 16))
     arguments = ["--target", tiny["target"], "--drafter", tiny["drafter"], "--dtype", "float32", "--device", "cpu"]
-    run_command(monkeypatch, decoding, *arguments, "--count", "3", "--out", tmp_path)
-    results = json.loads((tmp_path / "bench.json").read_text())
+    places = ["--out", tmp_path, "--clock", tmp_path / "clock.json"]
+    run_command(monkeypatch, decoding, *arguments, "--count", "3", *places)
+    results = json.loads((tmp_path / "decoding.json").read_text())
+    assert set(results["ratios"]) >= {"plain_over_transformers", "static_over_plain", "static_over_assisted"}
     assert set(results) >= {
-        "plain_over_transformers",
-        "static_over_plain",
         "emitted_per_cycle",
         "overhead_share",
-        "static_over_assisted",
         "curves_by_dtype",
         "quality",
         "verify_curve",
@@ -41,11 +40,16 @@ def test_writes_figures_and_cost_table(
     }
     assert results["verify_curve"]["1"] == 1.0 and results["expand_ratio"] > 0
     assert results["quality"]["float32"] == pytest.approx({**results["quality"]["float32"], "agreement": 1, "kl": 0})
-    assert WITHOUT_KERNELS or results["share_of_floor"] > 0
+    assert WITHOUT_KERNELS or results["floor"]["share_of_floor"] > 0
     assert results["curves_by_dtype"]["float32"]["verify"]["96"] > 0
     assert 0 < results["overhead_share"] < 1 and results["emitted_per_cycle"] >= 1
     assert CostTable.load(str(tmp_path / "clock.json")).seconds("verify", 30) > 0
-    assert (tmp_path / "bench.png").exists() and "static_over_plain" in capsys.readouterr().out
+    printed, page = capsys.readouterr().out, (tmp_path / "decoding.md").read_text()
+    assert (tmp_path / "decoding.png").exists() and page in printed
+    assert "| static_over_plain | static | plain |" in page and "## Quality of the dtypes" in page
+    (tmp_path / "decoding.md").unlink()
+    run_command(monkeypatch, decoding, "--from-json", tmp_path / "decoding.json")
+    assert (tmp_path / "decoding.md").read_text() == page
 
 
 def test_comparison_with_draft_model(
@@ -54,10 +58,10 @@ def test_comparison_with_draft_model(
     monkeypatch.setattr(candidates, "KS", (1, 4))
     arguments = ["--target", tiny["target"], "--drafter", str(tiny_draft), "--dtype", "float32", "--device", "cpu"]
     arguments += ["--count", "3", "--dtypes", "float32"]
-    run_command(monkeypatch, decoding, *arguments, "--out", tmp_path)
-    results, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr()
+    run_command(monkeypatch, decoding, *arguments, "--out", tmp_path, "--clock", tmp_path / "clock.json")
+    results, printed = json.loads((tmp_path / "decoding.json").read_text()), capsys.readouterr()
     assert results["static"]["best"][0] in (1, 4) and f"k {results['static']['best'][0]}" in printed.out
-    assert results["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) >= {"1", "8"}
+    assert results["ratios"]["static_over_assisted"]["value"] > 0 and set(results["seconds"]["draft"]) >= {"1", "8"}
     assert "llama.cpp is left out" in printed.err
     with pytest.raises(SystemExit):
         run_command(monkeypatch, decoding, "--dtypes", "int8,bf16")

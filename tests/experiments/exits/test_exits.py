@@ -141,13 +141,27 @@ def test_results_of_another_run_are_not_overwritten(
 def test_comparison_writes_learning_curves(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--root", str(tmp_path), "--stanzas", "dvi", "reinforce", "--seeds", "0", "1", "--texts", "6"]
+    arguments = [
+        "--root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+        "--stanzas",
+        "dvi",
+        "reinforce",
+        "--seeds",
+        "0",
+        "1",
+        "--texts",
+        "6",
+    ]
     arguments += ["--count", "2", "--k", "2", "--eval-freq", "40", "--set", *settings(tiny)]
     run_command(monkeypatch, comparison, *arguments)
-    table = capsys.readouterr().out
-    found = json.loads((tmp_path / "bench-dvi.json").read_text())
+    page = (tmp_path / "exits.md").read_text()
+    assert page in capsys.readouterr().out
+    found = json.loads((tmp_path / "exits.json").read_text())
     for stanza in ("dvi", "reinforce"):
-        assert f"| {stanza} |" in table and len(found["stanzas"][stanza]) == 2
+        assert f"| {stanza} |" in page and len(found["stanzas"][stanza]) == 2
         assert all(len(row["curve"]) > 1 and row["curve"][-1]["texts"] == 6 for row in found["stanzas"][stanza])
     assert found["stanzas"]["dvi"][0]["drift"] == 0.0 < found["stanzas"]["reinforce"][0]["drift"]
-    assert (tmp_path / "bench-dvi.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG")

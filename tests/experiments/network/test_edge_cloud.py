@@ -55,8 +55,8 @@ def test_edge_cloud_comparison(
     assert plain["edge_s"] == 0 and plain["bytes_up"] == 0 and plain["acceptance"] is None
     assert results["speedup"] == pytest.approx(own["tokens_per_second"] / plain["tokens_per_second"])
     assert (tmp_path / "edge-cloud.png").stat().st_size > 10_000
-    out = capsys.readouterr().out
-    assert "| cloud-only again |" in out and f"{results['assessment']}." in out
+    page = (tmp_path / "edge-cloud.md").read_text()
+    assert "| cloud-only again |" in page and f"{results['assessment']}." in page and page in capsys.readouterr().out
 
     with pytest.raises(SystemExit, match="--num-prompts is 11; expected 1 to 10"):
         run_command(monkeypatch, edge_cloud, "--num-prompts", 11)
@@ -96,7 +96,8 @@ def test_load_of_several_edges(
             assert found["tokens_per_second"] == pytest.approx(5 * found["requests"] / 0.5)
             assert 0 < found["p50_ms"] <= found["p99_ms"]
     assert (tmp_path / "cloud-load.png").stat().st_size > 10_000
-    assert "| 3 | unbatched |" in capsys.readouterr().out
+    page = (tmp_path / "cloud-load.md").read_text()
+    assert "| 3 | unbatched |" in page and page in capsys.readouterr().out
 
 
 def test_failed_start_is_reported() -> None:
