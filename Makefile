@@ -61,13 +61,13 @@ eval: $(READY)  ## the table of RUN again, or of every mix of DEPTH and BUDGET (
 		$${GIVEN_DATA_DIR:+--data-dir "$$GIVEN_DATA_DIR"} $${GIVEN_PROMPTS:+--prompts "$$GIVEN_PROMPTS"} \
 		$${GIVEN_COUNT:+--count "$$GIVEN_COUNT"} $${GIVEN_TEMPERATURE:+--temperature "$$GIVEN_TEMPERATURE"} $(value ARGS)
 
-compare-decoding: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; runs/bench.json
+compare-decoding: $(READY)  ## speed of plain and static decoding against transformers and llama.cpp, cost curves; decoding.md; ARGS=--help
 	$(SPEC_ENVS) bench decoding $(value ARGS)
 
-compare-chains: $(READY)  ## fixed draft lengths, controllers and trained agents by context; runs/bench-k.json; ARGS=--help
+compare-chains: $(READY)  ## fixed draft lengths, controllers and trained agents by context; chains.md; ARGS=--help
 	$(SPEC_ENVS) bench chains $(value ARGS)
 
-compare-exits: $(READY)  ## learning curves of agents that improve an early exit; runs/bench-dvi/bench-dvi.md, .json, .png; ARGS=--help
+compare-exits: $(READY)  ## learning curves of agents that train an early exit; exits.md; ARGS=--help
 	$(SPEC_ENVS) bench exits $(value ARGS)
 
 drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
@@ -85,7 +85,7 @@ generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN
 trace: $(READY)  ## record a trace that ENV replays exactly (for SpecTopK-v0 an expected-acceptance one); ARGS=--help
 	$(SPEC_ENVS) trace "$$GIVEN_ENV" $(value ARGS)
 
-benchmark: $(READY)  ## where adaptive control pays: RESULTS.md, runs/benchmark.json; FAST=1 a small version, RAY=1 on Ray; ARGS=--help
+benchmark: $(READY)  ## where adaptive control pays; adaptive-control.md; FAST=1 a small version, RAY=1 on Ray; ARGS=--help
 	$(SPEC_ENVS) bench adaptive $(value ARGS)
 
 minari: $(READY)  ## write episodes of a trace as a Minari data set; ARGS="runs/traces/NAME --name spec-envs/depth-random-v0"
@@ -97,10 +97,10 @@ cloud: $(READY)  ## serve a target that verifies what edges draft, on port 8765;
 edge: $(READY)  ## stream an answer to PROMPT, drafted here and verified by the cloud at HOST (or URL); ARGS=--help
 	$(SPEC_ENVS) edge "$$GIVEN_HOST" --prompt "$$GIVEN_PROMPT" $(value ARGS)
 
-edge-cloud: $(READY)  ## edge and cloud against the cloud alone, through a real socket; ARGS="--num-prompts 5 --iterations 2"
+edge-cloud: $(READY)  ## edge and cloud against the cloud alone, through a real socket; edge-cloud.md; ARGS="--num-prompts 5 --iterations 2"
 	$(SPEC_ENVS) bench edge-cloud $(value ARGS)
 
-cloud-load: $(READY)  ## a cloud under 1, 4 and 16 edges, with and without batching; runs/cloud-load.json; ARGS=--help
+cloud-load: $(READY)  ## a cloud under 1, 4 and 16 edges, with and without batching; cloud-load.md; ARGS=--help
 	$(SPEC_ENVS) bench cloud-load $(value ARGS)
 
 tensorboard: $(READY)  ## look into the runs below ROOT
