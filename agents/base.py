@@ -57,6 +57,7 @@ class Agent(ABC):
         looks_at: names of the observation's entries that it reads; None reads all. While it decodes, others are not
             made.
         remembers: names of the attributes that hold what it remembers of the decisions before.
+        problems: names of the problems that it is made for; empty if it is made for any.
         learns_from: what ``learn`` needs: ``"nothing"``, ``"rewards"`` of the environment, the ``"cycles"`` that are
             decoded in it, or the ``"trace"`` that it replays.
         needs_costs: the agent weighs tokens against the seconds in ``control.costs``.
@@ -77,6 +78,7 @@ class Agent(ABC):
     decision_seconds: float = 0.0
     looks_at: Sequence[str] | None = None
     remembers: ClassVar[tuple[str, ...]] = ()
+    problems: ClassVar[tuple[str, ...]] = ()
     learns_from: ClassVar[Source] = "rewards"
     needs_costs: ClassVar[bool] = False
     charges_training: ClassVar[bool] = True

@@ -16,7 +16,9 @@ MOST_LISTED = 24  # an error lists every setting if there are no more than this
 
 
 class FixedAgent(Rule):
-    """Follows one static setting of a problem in every cycle.
+    """Follows one static setting of the problem in every cycle: the same depth, number of nodes, chain length or message
+    whatever the text is like. The best static setting is what an adaptive agent has to beat, and every table of results
+    has it.
 
     Raises:
         ValueError: a value that the control does not offer, or an observation from which none can be followed.

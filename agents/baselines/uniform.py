@@ -12,7 +12,9 @@ from spec_envs.controls.base import Control
 
 
 class RandomAgent(Rule):
-    """Takes every action with the same probability, whatever is observed."""
+    """Takes every action with the same probability, whatever it observes. An agent that has learned something is faster
+    than this one.
+    """
 
     Settings = SeededSettings
     settings: SeededSettings

@@ -38,6 +38,7 @@ class ExitAgent(Agent):
 
     Settings: ClassVar[type[SeededSettings]] = SeededSettings
     settings: SeededSettings
+    problems = ("dvi",)
     remembers = ("block",)
 
     def __init__(self, control: Control, **hyperparameters: Any):

@@ -15,7 +15,8 @@ from spec_envs.agents.settings import Amount, Count, Natural
 
 
 class DVIAgent(OnlineAgent):
-    """Improves an exit while it decodes (Bhansali and Heck 2025, DVI, arXiv 2510.05421).
+    """Improves an early exit while it decodes: distillation first, then the exact gradient of the chance that the target
+    accepts the next draft (after Bhansali and Heck 2025, DVI, arXiv 2510.05421).
 
     Every emitted token is a lesson, because the verifier's distribution is known at each: the exact gradient of the
     chance that it accepts the next draft replaces the samples of the published policy gradient. With s updates made,

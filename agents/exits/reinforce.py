@@ -19,13 +19,16 @@ from spec_envs.controls.base import Control
 
 
 class ReinforceAgent(OnlineAgent):
-    """Trains the drafting weights by policy gradient with a moving baseline, and at times the verifying ones by
-    supervision.
+    """Improves an early exit while it decodes, by policy gradient on drafts that are drawn (Williams 1992), with a moving
+    baseline and replay.
 
-    Every ``fast_batch`` verified rows: −E[(r − b) · log π(t|h)] on them and on replayed ones, b being the exponential
-    moving average of the reward. The states are computed again with gradients, so that ``lora_S`` learns with
-    ``adapter="layers"``. Every ``slow_every`` such updates, with that adapter: CE(verifier, text) +
-    ``beta_kl`` · KL(verifier ‖ frozen verifier) for ``lora_D``.
+    After every ``fast_batch`` verified rows it makes an update with the loss −E[(r − b) · log π(t|h)] on them and on
+    replayed ones: r is 1 for an accepted draft t, h the exit's state, and b the exponential moving average of r. With
+    ``adapter="layers"`` the states are computed again with gradients, so that ``lora_S``, in front of the exit, learns;
+    and after every ``slow_every`` such updates CE(verifier, text) + ``beta_kl`` · KL(verifier ‖ frozen verifier) trains
+    ``lora_D``, after the exit.
+
+    It learns from the same tokens less than ``dvi`` does, because it sees only whether the drawn token was accepted.
 
     Raises:
         ValueError: a value out of its range, or an environment in which nothing is drawn.

@@ -14,9 +14,12 @@ from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
 
 class AdaedlAgent(StopRule):
-    """Stops where 1 − √(γH), H the entropy of the draft distribution in nats, is below λ. After every cycle λ moves
-    towards a target acceptance rate: up where less is accepted, down where more is (Agrawal et al. 2024,
-    arXiv 2410.18351).
+    """Stops drafting where a lower bound on the chance of acceptance, 1 − √(γH), falls below a threshold λ that adapts
+    (Agrawal et al. 2024, AdaEDL, arXiv 2410.18351). H is the entropy of the draft distribution in nats.
+
+    After every cycle the acceptance rate r of its chain updates a moving average, r̄ ← m·r̄ + (1 − m)·r, with m the
+    ``rate_memory``. Then λ ← l·λ + (1 − l)·(λ + ε·sign(target − r̄)), with l the ``threshold_memory`` and ε the
+    ``step``: λ rises while less than ``target`` is accepted, and chains get shorter; it falls while more is.
     """
 
     class Settings(StopRule.Settings):

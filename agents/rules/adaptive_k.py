@@ -151,10 +151,15 @@ def step(rate: float, target: float) -> int:
 
 
 class AdaptiveKAgent(ChainRule):
-    """The controller as an agent. While a text is of one kind, K is the context rule's K for it and is adjusted from
-    there; where the kind changes, the rule's addition is removed first (as published, the rule changed the
-    length in use but not the one being learned). ``k_max`` is at most the environment's, ``k_current`` within the
-    bounds.
+    """Moves the chain length K every 64 tokens by the rolling acceptance rate, and at once where the kind of text changes:
+    ``AdaptiveSpecController``, the dynamic speculation of a llama.cpp server, as an agent.
+
+    Where more than the target rate was accepted K grows by 2, and by 4 where the rate is more than 0.10 above it; where
+    the rate is more than 0.10 below the target K falls by 2, and by 4 below target − 0.20. In code K is 8 larger, in
+    mathematics 4 smaller, in JSON 6. While a text is of one kind, K is adjusted from there; where the kind changes,
+    that addition is removed first (as published, the rule changed the length in use but not the one being learned).
+    ``k_max`` is at most the environment's, ``k_current`` within the bounds. A server that shows nothing but its counters
+    is enough for it.
     """
 
     class Settings(AgentSettings):

@@ -19,16 +19,12 @@ from spec_envs.controls.base import Control, environment_id
 class Rule(Agent):
     """An agent without anything to train. Its memory lasts from text to text.
 
-    Attributes:
-        problems: names of the problems that it controls; none are all.
-
     Raises:
         ValueError: a control of another problem, or one whose observation lacks what the rule reads.
     """
 
     learns_from: ClassVar[Source] = "nothing"
     looks_at: tuple[str, ...] | None = None
-    problems: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, control: Control, **hyperparameters: Any):
         super().__init__(control, **hyperparameters)

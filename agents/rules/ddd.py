@@ -13,7 +13,8 @@ from spec_envs.agents.settings import Amount
 
 class DddAgent(GrowthRule):
     """Grows the tree while the summed path probability of its beam, the nodes that the next expansion would feed, is at
-    least a threshold (Brown et al. 2024, arXiv 2409.00142).
+    least a threshold: Σ p(node) ≥ ``threshold`` (Brown et al. 2024, Dynamic Depth Decoding, arXiv 2409.00142).
+    The sum is what the drafter expects the next level to be reached with.
     """
 
     class Settings(GrowthRule.Settings):

@@ -13,16 +13,16 @@ from spec_envs.controls.base import Control
 
 
 class ExpectedGainAgent(PricedRule):
-    """Verifies the budget with the most expected tokens per second of the cycle,
+    """Verifies the budget with the most expected tokens per second of the cycle: the one whose
+    (1 + A(budget)) / (T_draft(depth) + T_verify(budget + 1)) is largest. A, the expected accepted tokens, is the summed
+    path probability of the budget's nodes (the expected length of OPT-Tree, arXiv 2406.17276, over measured seconds);
+    T_draft and T_verify are read from the cost table.
 
-        (1 + A(budget)) / (T_draft(depth) + T_verify(budget + 1)),
+    In ``SpecTree-v0`` it expands while the highest of these ratios is expected to be higher with another level. With
+    S(d) the ``survival`` of level d and S(−1) = 1, the level is taken to add S(d) · min(1, S(d) / S(d−1)) accepted
+    tokens to every budget that has room for a path to it, and to cost one forward over the frontier.
 
-    where A, the expected accepted tokens, is the summed path probability of the budget's nodes (the expected length of
-    OPT-Tree, arXiv 2406.17276, over measured seconds).
-
-    In ``SpecTree-v0`` it expands while the highest of these ratios is expected to be higher with another level. With S(d) the ``survival`` of level
-    d and S(−1) = 1, the level is taken to add S(d) · min(1, S(d) / S(d−1)) accepted tokens to every budget that has
-    room for a path to it, and to cost one forward over the frontier.
+    It trusts the drafter's probabilities; where the drafter is overconfident, a ``scale`` below 1 corrects them.
     """
 
     class Settings(AgentSettings):

@@ -13,9 +13,12 @@ from spec_envs.controls.base import Control
 
 
 class GammaTuneAgent(LengthRule):
-    """A moving average of the accepted length sets the next chain's, with some tokens of slack; a chain that was
-    accepted whole shows only that more would have been, so there the estimate grows by a constant (after Gautam et al.
-    2025, arXiv 2504.00030; the constants are this project's, to be tuned).
+    """Sets the next chain's length by a moving average of the accepted length, and adds some tokens of slack (after
+    Gautam et al. 2025, GammaTune, arXiv 2504.00030; the constants are this project's, to be tuned).
+
+    With A the accepted tokens of the last chain, the estimate is E ← m·E + (1 − m)·A, m being the ``memory``. A chain
+    that was accepted whole shows only that more would have been, so there E grows by ``growth`` instead. The next chain
+    has E + ``slack`` tokens.
     """
 
     class Settings(LengthRule.Settings):

@@ -12,8 +12,9 @@ from spec_envs.agents.settings import Natural
 
 
 class ScheduleAgent(LengthRule):
-    """Drafts two tokens more after a chain that was accepted whole, one less after any other
-    (``num_assistant_tokens_schedule="heuristic"`` of transformers; Gante 2023, "Assisted Generation").
+    """Drafts two tokens more after a chain that was accepted whole, one less after any other. This is
+    ``num_assistant_tokens_schedule="heuristic"`` of transformers (Gante 2023, "Assisted Generation"); it needs nothing
+    but the number of accepted tokens.
     """
 
     class Settings(LengthRule.Settings):

@@ -23,9 +23,9 @@ from spec_envs.sealed import first_line, read_weights, write_weights
 
 
 class SpecDecPlusAgent(StopRule):
-    """Stops where the chance that the chain holds a rejection, 1 − Πa, is above a threshold, a being the acceptance
-    that a learned head predicts of each token (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published head
-    reads the draft model's hidden state; this one reads the observation.
+    """Stops drafting where the chance that the chain holds a rejection, 1 − Πᵢ aᵢ, is above a threshold; aᵢ is the
+    acceptance of token i that a learned head predicts (Huang et al. 2024, SpecDec++, arXiv 2405.19715). The published
+    head reads the draft model's hidden state; this one reads the observation.
 
     ``learn`` drafts chains of every length up to the longest, records which tokens were accepted, and fits the head by
     cross-entropy in which a rejection weighs more; the epoch with the least loss on the last fifth of the records is

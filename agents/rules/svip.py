@@ -13,8 +13,9 @@ from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
 
 class SvipAgent(StopRule):
-    """Stops where the square root of the draft distribution's entropy, which bounds the acceptance rate from below, is
-    above a threshold (Zhang et al. 2024, arXiv 2411.18462).
+    """Stops drafting where √H is above a threshold, H the entropy of the draft distribution in nats (Zhang et al. 2024,
+    SVIP, arXiv 2411.18462). The paper derives a lower bound on the acceptance rate that falls with √H: where the
+    drafter is undecided, its token is likely to be rejected.
     """
 
     class Settings(StopRule.Settings):

@@ -13,8 +13,8 @@ from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 
 
 class SvipTreeAgent(GrowthRule):
-    """Stops where √H is above a threshold, H the entropy of the distribution that the best of the last level is from.
-    It applies the rule of Zhang et al. 2024 (arXiv 2411.18462) for chains (``SvipAgent``) to trees.
+    """Stops growing the tree where √H is above a threshold, H the entropy in nats of the distribution that the best node
+    of the last level is from. It applies the rule of Zhang et al. 2024 (SVIP, arXiv 2411.18462) for chains to trees.
     """
 
     class Settings(GrowthRule.Settings):

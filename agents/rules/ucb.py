@@ -14,9 +14,13 @@ from spec_envs.controls.base import Control
 
 
 class UcbAgent(ChainRule):
-    """Applies discounted UCB to K: each arm is worth its tokens per unit of time, a chain of K costing as much as 1 +
-    c·K plain steps, plus a bonus where it was tried little lately (Garivier and Moulines 2011, arXiv 0805.3415; bandits
-    over draft lengths: Hou et al. 2025, BanditSpec, arXiv 2505.15141). It learns while it is deployed.
+    """Chooses the chain length K as a discounted bandit (Garivier and Moulines 2011, arXiv 0805.3415; bandits over draft
+    lengths: Hou et al. 2025, BanditSpec, arXiv 2505.15141).
+
+    Every length is an arm. Its worth is (X̄ + ξ·(1 + K)·√(ln Σn / n)) / (1 + c·K): X̄ is its mean of emitted tokens and n
+    the number of its tries, both discounted by ``discount`` at every decision; ξ is ``exploration``; and a chain of K
+    costs as much as 1 + c·K plain steps, c being ``cost``. The arm of the highest worth is drawn. It learns while it is
+    deployed and needs no training, but it does not see the text.
     """
 
     class Settings(BanditSettings):

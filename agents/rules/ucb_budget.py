@@ -12,8 +12,8 @@ from spec_envs.controls.base import Control
 
 
 class UcbBudgetAgent(PricedRule):
-    """Applies discounted UCB, as ``UcbAgent`` does, to the budgets: each is worth its tokens over the seconds of a
-    cycle under the cost table. It learns while it is deployed.
+    """Chooses the budget as a discounted bandit (Garivier and Moulines 2011, arXiv 0805.3415), as ``ucb`` chooses K: each
+    budget is worth its tokens over the seconds of a cycle under the cost table. It learns while it is deployed.
     """
 
     Settings = BanditSettings

@@ -44,6 +44,25 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ddqn": DoubleDQN,
     "qrdqn": QRDQN,
 }
+DESCRIPTIONS = {
+    "ppo": """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347, equation 7): gathers `n_steps` decisions,
+then makes `n_epochs` passes over them with the clipped policy gradient. The safe first choice among the algorithms that
+learn from rewards.""",
+    "a2c": """Advantage actor-critic (Mnih et al. 2016, arXiv 1602.01783): one step of policy gradient after every few
+decisions. An update costs little, and more decisions are needed than by `ppo`.""",
+    "trpo": """Trust-region policy optimisation (Schulman et al. 2015, arXiv 1502.05477): each update moves the policy as far as
+a bound on the Kullback-Leibler divergence allows. It has no learning rate of the policy to tune.""",
+    "recurrent-ppo": """`ppo` with an LSTM, which remembers the decisions of the text so far. The LSTM is computed in PyTorch, so
+that a decision takes longer than a plain network's, and that time is charged.""",
+    "dqn": """Deep Q-learning (Mnih et al. 2013, arXiv 1312.5602): learns the value of each action from a buffer of past
+decisions, each of which is used many times. It pays where decisions are dear, as over live models.""",
+    "ddqn": """Double deep Q-learning (van Hasselt et al. 2016, arXiv 1509.06461, equation 4) on Stable-Baselines3's DQN, by
+default with exploration, target copies and loss of the published top-k selector: ε falls by the factor `epsilon_decay`
+at every update, the target network is copied every `target_update_updates` updates, and `loss` is `"mse"` or
+`"huber"`. With null instead, the first two are DQN's own, by steps of the environment.""",
+    "qrdqn": """Quantile-regression DQN (Dabney et al. 2018, arXiv 1710.10044): learns quantiles of each action's return; it
+decides by their mean.""",
+}
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU}
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 WEIGHTS = "policy.safetensors"
@@ -253,7 +272,7 @@ def agent_of(algorithm: str) -> type[SB3Agent]:
     described = {
         "algorithm": algorithm,
         "Settings": settings_of(kind),
-        "__doc__": f"{kind.__name__} of Stable-Baselines3; once trained, its bare network decides.",
+        "__doc__": DESCRIPTIONS[algorithm],
         "__module__": __name__,
     }
     return type(f"{kind.__name__}Agent", (SB3Agent,), described)

@@ -38,7 +38,10 @@ class TextResults:
 
 
 class RLAdapterAgent(Agent):
-    """The published selector as an agent of SpecTopK-v0.
+    """Chooses how many entries of each draft distribution are sent over a link, by double Q-learning (van Hasselt et al.
+    2016, arXiv 1509.06461, equation 4). It is the published selector, ``RLNetworkAdapter``, as an agent of
+    ``SpecTopK-v0`` with ``observation="rl_adapter"``, 10 numbers. It continues to learn while it is deployed, with
+    ``generate(…, learn=True)``, and reads and writes the published checkpoint.
 
     Args:
         control: SpecTopK-v0's with ``observation="rl_adapter"``.
@@ -56,6 +59,7 @@ class RLAdapterAgent(Agent):
         path: str | None = Field(None, description="checkpoint to begin with; None begins with new networks")
 
     settings: Settings
+    problems = ("topk",)
     learns_from = "rewards"
 
     def __init__(self, control: Control, **hyperparameters: Any):

@@ -76,6 +76,7 @@ class TracedAgent(Agent):
         )
 
     settings: Settings
+    problems = ("depth", "budget", "tree", "k")
     learns_from = "trace"
 
     def __init__(

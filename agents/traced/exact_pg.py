@@ -20,13 +20,13 @@ MEMORY = 0.98  # of the running sums of tokens and seconds, per step
 
 
 class ExactPGAgent(TracedAgent):
-    """A softmax policy whose expected N − λT of a cycle is differentiated exactly:
+    """Trains a softmax policy by the exact policy gradient of a cycle's expected tokens less the worth of its seconds:
+    ∇ Σ P(plan) · (accepted + 1 − λ · seconds), the sum taken over all plans of the cycle.
 
-        ∇ Σ_plans P(plan) · (accepted + 1 − λ · seconds),
-
-    P being the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
-    but that of the cycles in a batch. λ is ΣE[N] / ΣE[T] so far (Dinkelbach). The policy is valid for the cost table
-    that it was trained under.
+    P is the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
+    but that of the cycles in a batch. λ, the worth of a second, is ΣE[N] / ΣE[T] so far (Dinkelbach 1967). The policy
+    is valid for the cost table that it was trained under. It is policy gradient (Williams 1992) where the expectation
+    can be summed instead of sampled.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.

@@ -23,13 +23,14 @@ UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
 
 
 class HindsightAgent(TracedAgent):
-    """Predicts from an observation how many tokens would be accepted under each plan that is still open (deeper trees,
-    other budgets, longer chains), and follows the one with the most A − λT, T being its remaining seconds under a cost
-    table. λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are
-    kept with the weights: another table needs another λ, not another training.
+    """Predicts how many tokens A would be accepted under each plan that is still open (deeper trees, other budgets, longer
+    chains), and follows the one with the most A − λT, T being its remaining seconds under a cost table.
+
+    λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
+    with the weights: another table needs another λ, not another training. ``price(table)`` sets it.
 
     A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of
-    every cycle at once, by the likelihood of their outcomes (``outcomes``). While a cycle continues the agent
+    every cycle at once, by the likelihood of their outcomes. While a cycle continues the agent
     predicts again, so that it stops where its first plan turns out too hopeful.
 
     Args:
