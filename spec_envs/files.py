@@ -72,6 +72,7 @@ def holder(note: Path) -> str:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that is renamed to ``path`` when the block ends, and removed if it fails.
+    A folder that is missing is made.
 
     A power loss leaves either the old file or the new one, because the contents are on the disk before the renaming.
 
@@ -80,6 +81,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         flush(temporary)
         temporary.replace(path)

@@ -1,0 +1,138 @@
+"""What the code knows about the agents, in Markdown."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from spec_envs.agents import AGENTS
+from spec_envs.agents.base import Agent
+from spec_envs.agents.exits.base import ExitAgent
+from spec_envs.agents.rules.base import ChainRule, Rule
+from spec_envs.agents.sb3.agent import ALGORITHMS, SB3Agent
+from spec_envs.agents.sb3.settings import SB3Settings
+from spec_envs.agents.settings import AgentSettings
+from spec_envs.agents.traced.base import TracedAgent
+from spec_envs.controls import CONTROLS
+from spec_envs.controls.base import environment_id
+
+PAPER = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+ANY_PROBLEM = "any"
+LIBRARY = "https://stable-baselines3.readthedocs.io/en/master/modules"
+CONTRIB = "https://sb3-contrib.readthedocs.io/en/master/modules"
+LIBRARY_PAGES = {
+    "ppo": f"{LIBRARY}/ppo.html",
+    "a2c": f"{LIBRARY}/a2c.html",
+    "trpo": f"{CONTRIB}/trpo.html",
+    "recurrent-ppo": f"{CONTRIB}/ppo_recurrent.html",
+    "dqn": f"{LIBRARY}/dqn.html",
+    "ddqn": f"{LIBRARY}/dqn.html",
+    "qrdqn": f"{CONTRIB}/qrdqn.html",
+}
+
+
+def described(name: str) -> str:
+    """Return heading, facts, description and hyper-parameters of an agent, in Markdown."""
+    kind = AGENTS[name]
+    facts = f"*Problems*: {problems(kind)}. *Learns from*: {kind.learns_from}."
+    parts = [f"(agent-{slug(name)})=", f"## `{name}`", "", description(kind), "", facts, ""]
+    if issubclass(kind, SB3Agent):
+        parts += library_arguments(kind)
+    elif kind.Settings.model_fields:
+        parts += rows_of(kind.Settings)
+    return "\n".join([*parts, ""])
+
+
+def description(kind: type[Agent]) -> str:
+    """Return what an agent is, without its lists of arguments."""
+    text = re.split(r"\n(?:Args|Attributes|Raises|Hyper-parameters):\n", inspect.getdoc(kind) or "")[0]
+    return text.replace("``", "`").strip()
+
+
+def rows_of(settings: type[AgentSettings]) -> list[str]:
+    """Return the lines of a table of hyper-parameters."""
+    rows = [
+        f"| `{key}` | {settings.expected(key)} | {default(field)} | {sentence(field.description)} |"
+        for key, field in settings.model_fields.items()
+    ]
+    return ["| hyper-parameter | takes | default | meaning |", "|---|---|---|---|", *rows]
+
+
+def library_arguments(kind: type[SB3Agent]) -> list[str]:
+    """Return a folded table of the arguments of an algorithm's own constructor."""
+    own = [name for name in kind.Settings.model_fields if name not in SB3Settings.model_fields]
+    rows = [
+        f"| `{name}` | {kind.Settings.expected(name)} | {default(kind.Settings.model_fields[name])} |" for name in own
+    ]
+    return [
+        f":::{{dropdown}} {len(own)} more hyper-parameters: the arguments of {ALGORITHMS[kind.algorithm].__name__}",
+        "",
+        f"The [library's page]({LIBRARY_PAGES[kind.algorithm]}) explains them.",
+        "",
+        "| hyper-parameter | takes | default |",
+        "|---|---|---|",
+        *rows,
+        "",
+        ":::",
+    ]
+
+
+def shared_by_algorithms() -> str:
+    """Return the table of the hyper-parameters that all algorithms of Stable-Baselines3 share."""
+    return "\n".join(rows_of(SB3Settings))
+
+
+def overview() -> str:
+    """Return the table of all agents: what each is for, what it learns from, its paper, and what it does."""
+    rows = [
+        f"| [`{name}`]({page_of(name, kind)}.md#agent-{slug(name)}) | {problems(kind)} | {kind.learns_from} "
+        f"| {papers(kind)} | {first_sentence(kind)} |"
+        for name, kind in AGENTS.items()
+    ]
+    return "\n".join(["| agent | problems | learns from | paper | what it does |", "|---|---|---|---|---|", *rows])
+
+
+def page_of(name: str, kind: type[Agent]) -> str:
+    """Return the page that describes an agent."""
+    if name in ("rl-adapter", "ddqn"):
+        return "network"
+    for family, page in ((SB3Agent, "stable-baselines3"), (TracedAgent, "full-information"), (ExitAgent, "exits")):
+        if issubclass(kind, family):
+            return page
+    assert issubclass(kind, Rule), f"{name} is of no family; name its page here"
+    return "rules"
+
+
+def problems(kind: type[Agent]) -> str:
+    """Return the environments that an agent is made for."""
+    names = [environment_id(CONTROLS[name]) for name in kind.problems] or [ANY_PROBLEM]
+    by_token = issubclass(kind, ChainRule) and kind.decision == "token"
+    return ", ".join(names) + (' with `decision="token"`' if by_token else "")
+
+
+def first_sentence(kind: type[Agent]) -> str:
+    """Return the first sentence of what an agent is, without a list of its papers."""
+    text = " ".join(description(kind).split("\n\n")[0].split())
+    text = re.sub(r" \((?:after )?[^()]*arXiv [^()]*\)", "", text)
+    return re.split(r"(?<=[.:])\s+(?=[A-Zα-ω`∇])", text)[0].rstrip(".:") + "."
+
+
+def papers(kind: type[Agent]) -> str:
+    """Return links to the papers that an agent's description names."""
+    return ", ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in dict.fromkeys(PAPER.findall(description(kind))))
+
+
+def slug(name: str) -> str:
+    """Return an agent's name as a part of an address."""
+    return name.replace("+", "p")
+
+
+def sentence(text: str | None) -> str:
+    """Return what a hyper-parameter means, as a sentence in Markdown."""
+    return f"{text[0].upper()}{text[1:]}.".replace("``", "`").replace("|", "\\|") if text else ""
+
+
+def default(field: Any) -> str:
+    """Return the default of a hyper-parameter."""
+    return "required" if field.is_required() else f"`{field.default!r}`"
