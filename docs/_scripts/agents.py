@@ -36,7 +36,7 @@ def described(name: str) -> str:
     """Return heading, facts, description and hyper-parameters of an agent, in Markdown."""
     kind = AGENTS[name]
     facts = f"*Problems*: {problems(kind)}. *Learns from*: {kind.learns_from}."
-    parts = [f"(agent-{slug(name)})=", f"## `{name}`", "", description(kind), "", facts, ""]
+    parts = [f"(agent-{slug(name)})=", f"## {name}", "", description(kind), "", facts, ""]
     if issubclass(kind, SB3Agent):
         parts += library_arguments(kind)
     elif kind.Settings.model_fields:
