@@ -16,7 +16,7 @@ LAYERS = (
     ("decoding",),
     ("network",),
     ("controls",),
-    ("env", "generate"),
+    ("env", "generation"),
     ("vector",),
     ("agents",),
     ("experiments",),

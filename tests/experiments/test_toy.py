@@ -1,4 +1,4 @@
-"""A toy problem and a toy agent, added as the README describes with a file and a row each, work everywhere."""
+"""A toy problem and a toy agent, added as the documentation describes with a file and a row each, work everywhere."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from spec_envs.experiments.train import run
 from tests.support import ROOT
 
 ID, UNNAMED = "SpecToy-v0", "SpecUnnamedToy-v0"
-ADDING = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Adding one\n")[1].split("\n## ")[0]
-PROBLEM, AGENT = re.findall(r"```python\n(.*?)```", ADDING, re.DOTALL)
+PAGES = [ROOT / "docs" / "development" / name for name in ("add-an-environment.md", "add-an-agent.md")]
+PROBLEM, AGENT = (re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0] for page in PAGES)
 UNNAMED_PROBLEM = """
 from toy_problem import ToyControl
 
