@@ -38,7 +38,7 @@ from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_
 from spec_envs.experiments.measure.tables import side_by_side, tables
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
-from spec_envs.settings import Keywords
+from spec_envs.settings import Keywords, Settings
 
 ID = "SpecK-v0"
 FIXED = (4, 8, 16)
@@ -75,8 +75,10 @@ class Chains(Results):
         variation: standard deviation of each arm's tokens per second over contexts, as a share of their mean.
         acceptance: accepted share of the verified tokens in each text, for each arm that drafts.
         agents: the agent of each stanza.
+        models: target and drafter, or the profile that is replayed, in words.
     """
 
+    models: str
     by_context: dict[str, dict[str, float]]
     variation: dict[str, float]
     acceptance: dict[str, list[float]]
@@ -103,6 +105,7 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
     experiments = {name: experiment_for(name, env) for name in stanzas}
     shared = load_experiment(ID, "fixed").env | env
     own = {"engine": env["engine"]} if "engine" in env else {}
+    models = in_words(shared, KControl(**own))
 
     def policies() -> dict[str, Policy]:
         """Return every controller in its initial state."""
@@ -130,7 +133,7 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
         samples = side_by_side(arms, shared, decoder, prompts, others={})
         results = tables(samples, arms, shared, decoder, ["plain", BEST], list(experiments))
         kinds = {name: experiment.agent for name, experiment in experiments.items()}
-        return with_contexts(replace(results, static=static), samples, kinds, best)
+        return with_contexts(replace(results, static=static), samples, kinds, best, models)
 
     return with_aa_check(measure, count)
 
@@ -138,6 +141,15 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
 def experiment_for(stanza: str, env: Keywords) -> Experiment:
     """Return a stanza with keyword arguments of the environment that override its own."""
     return load_experiment(ID, stanza, [f"env.{key}={json.dumps(value)}" for key, value in env.items()])
+
+
+def in_words(env: Keywords, control: KControl) -> str:
+    """Return the models that an environment with these keyword arguments has, or the profile that it replays."""
+    settings = Settings.shared(env)
+    if settings.trace:
+        return f"profile `{settings.trace}`, which is replayed"
+    drafter = control.default_drafter(settings.target) if settings.drafter == "auto" else settings.drafter
+    return f"target `{settings.target}` and the drafter `{drafter}`"
 
 
 def policy_of(name: str, experiment: Experiment, root: Path) -> Policy:
@@ -168,16 +180,20 @@ def contexts(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return groups
 
 
-def with_contexts(results: Results, samples: dict[str, list[Sample]], kinds: dict[str, str], best: str) -> Chains:
+def with_contexts(
+    results: Results, samples: dict[str, list[Sample]], kinds: dict[str, str], best: str, models: str
+) -> Chains:
     """Return results with the figures by context and the ratios of the comparison.
 
     Args:
         kinds: the agent of each stanza.
         best: name of the best agent.
+        models: target and drafter in words.
     """
     rates = {name: {c: throughput(group) for c, group in contexts(arm).items()} for name, arm in samples.items()}
     return Chains(
         **vars(results),
+        models=models,
         by_context=rates,
         variation={
             name: statistics.pstdev(found.values()) / statistics.fmean(found.values()) for name, found in rates.items()
@@ -196,6 +212,7 @@ def with_contexts(results: Results, samples: dict[str, list[Sample]], kinds: dic
 
 def body(results: Chains) -> Iterable[str]:
     """Yield the lines of the page below its picture."""
+    yield f"- Arms decode with the {results.models}."
     yield (
         f"- The best fixed length, {results.best_fixed}, has {results.best_fixed_over_plain:.3f} times the throughput "
         "of plain decoding."

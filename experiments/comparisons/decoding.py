@@ -71,6 +71,8 @@ class Speeds:
         dtype: dtype of the target.
     """
 
+    target: str
+    drafter: str
     table: Annotated[Results, Inline()]
     ratios: dict[str, Interval]
     floor: Floor | None
@@ -123,6 +125,8 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     texts = [prompt.ids for prompt in encoded_prompts(env, "test", count)]
     on_kernels = kernels.library() and device.type == "cpu"
     return Speeds(
+        target=target_name,
+        drafter=drafter,
         table=table,
         ratios={name: arms[a].over[b] for name, (a, b) in RATIOS.items() if a in arms and b in arms},
         floor=Floor.of(weight_bytes(decoder), verify[1]) if on_kernels else None,
@@ -200,6 +204,7 @@ def costs(by_dtype: dict[str, Curves]) -> list[str]:
 def notes(speeds: Speeds) -> list[str]:
     """Return what a cycle of the best static setting is made of."""
     found = [
+        f"- Target `{speeds.target}`, drafter `{speeds.drafter}`.",
         f"- The best static setting emits {speeds.emitted_per_cycle:.3f} tokens per cycle.",
         f"- {100 * speeds.overhead_share:.1f} % of its seconds are spent outside drafter and target.",
         f"- An expansion (a level of a tree, or a token of a chain) costs {speeds.expand_ratio:.3f} of a plain step.",

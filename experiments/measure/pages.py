@@ -164,7 +164,7 @@ def provenance(made: Made, machines: Sequence[Machine], data: str) -> list[str]:
         *table(["", ""], rows),
         "",
         "[How a number is made](index.md#how-a-number-is-made) describes the method, and "
-        "[Losslessness](../concepts/lossless.md) why the text does not depend on the arm. "
+        "[Losslessness](../concepts/lossless.md) why speculation does not change the text. "
         f"All figures of this page are in [{data}]({data}); the command writes the page from that file.",
     ]
 

@@ -29,6 +29,7 @@ from spec_envs.arguments import (
     whole_number,
 )
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.names import default_drafter
 from spec_envs.decoding.weights.checkpoints import resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
@@ -320,7 +321,7 @@ def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
             about = replace(about, dtype=str(dtype).removeprefix("torch."))
         settings = Settings(
             target=args.target,
-            drafter=args.drafter,
+            drafter=default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter,
             temperature=args.temperature,
             k=args.k,
             mode=args.mode if args.temperature else "ids",
