@@ -14,156 +14,17 @@ import pytest
 from docs._scripts import headline
 from spec_envs import ENVIRONMENTS
 from spec_envs.cli import COMMANDS
-from spec_envs.experiments.benchmark import arms as benchmark_arms
-from spec_envs.experiments.benchmark.findings import (
-    Benchmark,
-    Checks,
-    Equality,
-    FewTexts,
-    Findings,
-    Learned,
-    OtherCosts,
-    OverStatic,
-    RecordingCost,
-    References,
-    Speeds,
-    Tuned,
-)
-from spec_envs.experiments.benchmark.problems import FAST, LEARNED
+from spec_envs.experiments.benchmark.arms import GRIDS
+from spec_envs.experiments.benchmark.findings import Benchmark
 from spec_envs.experiments.comparisons import chains, decoding, exits
-from spec_envs.experiments.comparisons.floor import Floor
-from spec_envs.experiments.comparisons.quality import Quality
-from spec_envs.experiments.config import load_experiment
-from spec_envs.experiments.exits.evaluation import Acceptance
 from spec_envs.experiments.measure.pages import Page
-from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.network import cloud_load, edge_cloud
+from tests.docs.constructed import edge_and_cloud, findings, interval, lengths, load, speeds, trained_exits
 from tests.support import ROOT
-from tests.support.results import CURVES, MACHINE, interval, results
 
 RESULTS = ROOT / "docs" / "results"
 WITHOUT_DATA = {"index", "adaptive-control"}  # the latter was measured before its command wrote a JSON file
 PUBLISHED = sorted(RESULTS.glob("*.json"))
-
-
-def speeds() -> decoding.Speeds:
-    others = ("transformers generate", "transformers assisted", "llama.cpp", "llama.cpp drafting")
-    return decoding.Speeds(
-        target="smollm2-135m",
-        drafter="smollm2-135m-eagle3",
-        table=results(["static", *others], ["plain", *others], ["static"]),
-        ratios={name: interval(1.5) for name in decoding.RATIOS},
-        floor=Floor(10**8, 2e10, 0.005, 0.5),
-        emitted_per_cycle=2.0,
-        overhead_share=0.03,
-        verify_curve={1: 1.0, 8: 1.2},
-        expand_ratio=0.12,
-        curves_by_dtype={"int8": CURVES, "float32": CURVES},
-        quality={"int8": Quality(2.0, 0.99, 0.001), "float32": Quality(1.9, 1.0, 0.0)},
-        dtype="int8",
-    )
-
-
-def lengths() -> chains.Chains:
-    fixed = [*(f"K = {k}" for k in chains.FIXED), chains.BEST]
-    table = results([*fixed, *chains.CONTROLLERS], ["plain", chains.BEST], chains.CONTROLLERS)
-    return chains.Chains(
-        **vars(table),
-        models="target `smollm2-135m` and the drafter `smollm2-135m-draft`",
-        by_context={name: {"math": 90.0, "code": 110.0} for name in table.arms},
-        variation=dict.fromkeys(table.arms, 0.1),
-        acceptance={name: [0.4, 0.5, 0.6] for name in table.arms if not name.startswith("plain")},
-        agents={name: load_experiment(chains.ID, name, []).agent for name in chains.CONTROLLERS},
-        best_fixed_over_plain=interval(1.5),
-        best_agent="svip-tuned",
-        best_agent_over_best_fixed=interval(1.1),
-    )
-
-
-def trained_exits() -> exits.Exits:
-    curve = [{"tokens": n, "accept_rate": n / 1000, "emitted_per_cycle": 1 + n / 1000} for n in (0, 100, 200)]
-    return exits.Exits(
-        machine=MACHINE,
-        prompts=4,
-        k=4,
-        untrained=Acceptance(0.03, 1.03),
-        stanzas={
-            name: [exits.Learned(acceptance=Acceptance(0.2, 1.3), drift=Drift(2.0, 0.0, 0.0), seed=0, curve=curve)]
-            for name in exits.STANZAS
-        },
-    )
-
-
-def edge_and_cloud() -> edge_cloud.EdgeCloud:
-    def row(speed: float) -> edge_cloud.Row:
-        return edge_cloud.Row(
-            tokens_per_second=100 * speed,
-            over={"plain": interval(speed), "plain_without_prefill": interval(speed)},
-            latency_s=1 / speed,
-            seconds=dict.fromkeys(edge_cloud.PARTS, 0.2 / speed),
-            breakdown=dict.fromkeys(edge_cloud.PARTS, 20.0),
-            acceptance=None if speed == 1 else 0.2,
-            rounds=20.0,
-            tokens=60.0,
-            bytes_up=10.0,
-            bytes_down=10.0,
-        )
-
-    rows = {"edge-cloud": row(0.8), "plain": row(1.0), "plain again": row(1.0)}
-    return edge_cloud.EdgeCloud(
-        arms=rows,
-        prompts=5,
-        iterations=2,
-        max_new_tokens=64,
-        settings=edge_cloud.Settings(
-            target="smollm2-135m",
-            drafter="auto",
-            temperature=1.0,
-            k=4,
-            mode="topk",
-            top_k=50,
-            link="over loopback",
-            own_cloud=True,
-            machine=MACHINE,
-        ),
-        headline=edge_cloud.Headline.of(rows["edge-cloud"]),
-    )
-
-
-def load() -> cloud_load.CloudLoad:
-    point = cloud_load.Point(100.0, 10.0, 20.0, 300, 0.7)
-    return cloud_load.CloudLoad(
-        points={edges: dict.fromkeys(cloud_load.SERVERS, point) for edges in (1, 4)},
-        batched_over_unbatched={1: interval(1.0), 4: interval(1.9)},
-        target="smollm2-135m",
-        k=4,
-        wrong=0.15,
-        seconds=6.0,
-        rounds=3,
-        machine=MACHINE,
-    )
-
-
-def findings(env_id: str) -> Findings:
-    rules = list(benchmark_arms.GRIDS[env_id])
-    live = results(["static", *LEARNED, *rules], ["plain", "static"], [*LEARNED, *rules])
-    over = {name: OverStatic(*vars(row.over["static"]).values()) for name, row in live.arms.items()}
-    learned = Learned(ratio=interval(1.05), seeds=[1.05], train_seconds=2.0, forwards=1000, chosen="hindsight-0")
-    return Findings(
-        settings=FAST,
-        checks=Checks(CURVES, MACHINE, Equality(40, 0, 0, 1.0), Speeds(100.0, 1e6, 1e4), RecordingCost(0.01, 0.02)),
-        references=References([2, 7] if env_id != "SpecK-v0" else [4], 1.4, 1.01, 1.3, 1.08),
-        replay=dict.fromkeys(LEARNED, learned) | {name: Tuned(settings={}, value=1.0, by_domain=1.0) for name in rules},
-        hindsight_train_s=2.0,
-        other_costs={"qwen3-14b-a6000": OtherCosts([4] if env_id == "SpecK-v0" else [2, 7], 1.02, 1.1)},
-        few_texts=[FewTexts(1, 100, 1.0), FewTexts(3, 200, 1.06)],
-        tasks={"gsm8k": 1.05},
-        gap_share=0.3,
-        of_informed=0.98,
-        live=live,
-        arms=over,
-        sampled=over,
-    )
 
 
 BENCHMARK = import_module(COMMANDS["bench adaptive"].module)
@@ -175,7 +36,7 @@ CONSTRUCTED: dict[str, Any] = {
     "cloud-load": (cloud_load.PAGE, load),
     "adaptive-control": (
         BENCHMARK.PAGE,
-        lambda: Benchmark(problems={env_id: findings(env_id) for env_id in benchmark_arms.GRIDS}, fast=False),
+        lambda: Benchmark(problems={env_id: findings(env_id) for env_id in GRIDS}, fast=False),
     ),
 }
 
