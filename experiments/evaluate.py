@@ -23,12 +23,12 @@ from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
-from spec_envs.experiments.measure.mixes import mixed
 from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import Best, Results
 from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
+from spec_envs.experiments.mixes import mixed
 from spec_envs.files import whole
 from spec_envs.prompts.sets import load_prompts
 from spec_envs.sealed import write_sealed
