@@ -23,7 +23,7 @@ FIGURES = {
     "a rate": rf"{NUMBER} (?:million |thousand )?(?:tokens?|steps|cycles|texts|positions) ?(?:/ ?s\b|per second|a second)",
     "a bandwidth": rf"{NUMBER} ?[kMG]i?B ?(?:/ ?s\b|per second)",
     "a duration": rf"(?:{NUMBER}|\b{WORD}) ?(?:ms|µs|milliseconds?|seconds?|minutes?|min|hours?)\b|{NUMBER} (?:s|h)\b",
-    "a share": r"(?!95 % (?:interval|confidence))(?<!\[95 )(?<![\w.,])\d[\d,]*(?:\.\d+)? ?%(?!\])",
+    "a share": r"(?!95 % (?:interval|confidence))(?<!probability of )(?<![\w.,±])\d[\d,]*(?:\.\d+)? ?%(?!\])",
     "a divergence": rf"{NUMBER} nats\b",
 }
 CITED = re.compile(r"arxiv\.org|arXiv", re.IGNORECASE)
@@ -121,6 +121,7 @@ def test_measured_figures_are_found(line: str, kind: str) -> None:
         "<!-- results:begin -->\nIt is 1.39 [1.30, 1.48] times plain.\n<!-- results:end -->",
         "A grid of 10 × 10 values, depth × budget, 2 cores, Python 3.11, version 0.1.0, step 2.",
         "It is decided for 64 tokens, in K = 4, 8 and 16; γ = 0.95; float32.",
+        "Void is an interval wider than ±5 %; a bias is found with a probability of 95 %.",
         "Every prompt is answered three times, or twice as many are taken.",
     ],
 )
