@@ -92,7 +92,7 @@ class Agent(ABC):
                 f"{cls.__name__}.Settings is not derived from AgentSettings; write class Settings(AgentSettings), or "
                 "derive it from the Settings of the base class"
             )
-        if own := vars(cls).get("__doc__"):
+        if (own := vars(cls).get("__doc__")) and cls.Settings.model_fields:
             cls.__doc__ = f"{inspect.cleandoc(own)}\n\nHyper-parameters:\n\n{cls.Settings.documentation()}\n"
 
     def __init__(self, control: Control, **hyperparameters: Any):

@@ -31,12 +31,21 @@ myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist
 myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp"
 
+default_role = "code"  # single backticks in docstrings are Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # what a class only overrides is described where it is declared
+autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
+napoleon_use_param = False  # "device, dtype: …" describes two
+napoleon_custom_sections = [("Attributes", "params_style"), ("Hyper-parameters", "params_style")]
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
+python_display_short_literal_types = True
+maximum_signature_line_length = 110
+add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 html_title = "spec-envs"
 html_theme = "furo"
@@ -51,7 +60,13 @@ html_theme_options = {
 }
 
 
+def is_skipped(app: Any, what: str, name: str, member: object, skip: bool, options: Any) -> bool | None:
+    """Leave out what libraries add to a class: pydantic's configuration, and the places of a named tuple's fields."""
+    return True if name in ("model_config", "Settings") or type(member).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Any) -> None:
     """Generate pages before the others are read, and complete the others as they are read."""
     app.connect("builder-inited", lambda _: pages.write_all())
     app.connect("source-read", reading.on_source_read)
+    app.connect("autodoc-skip-member", is_skipped)

@@ -195,7 +195,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
 
     @property
     def pace(self) -> float:
-        """Tokens per second that a second costs: the given number, or the speed of the pair's best static setting."""
+        """Tokens per second that a second costs, as given, or else the speed of the pair's best static setting."""
         return self.given_pace if self.given_pace is not None else self.plain_rate * self.best_static
 
     def _begin_text(self, given: Prompt | None) -> None:

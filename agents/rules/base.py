@@ -91,7 +91,7 @@ class LengthRule(ChainRule):
     """A rule that moves K after every decision by the acceptance of the last chain."""
 
     class Settings(AgentSettings):
-        k: Amount
+        k: Amount = Field(description="first length")
 
     settings: Settings
     decision = "cycle"

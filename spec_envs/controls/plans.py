@@ -66,7 +66,7 @@ class Plans:
 
     @property
     def levels(self) -> int:
-        """Most decisions of a cycle: at level i, i expansions are made or tokens drafted. A control that decides once
+        """Most decisions of a cycle. At level i, i expansions are made or tokens drafted; a control that decides once
         has one level."""
         return self.deepest + 1 if self.stepwise else 1
 
@@ -77,7 +77,7 @@ class Plans:
 
     @property
     def names(self) -> list[tuple[int, ...]]:
-        """The numbers that name each plan: a chain's length, or a tree's depth and budget."""
+        """The numbers that name each plan, which are a chain's length, or a tree's depth and budget."""
         columns = (self.sizes,) if self.chain else (self.sizes, self.budgets)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 

@@ -65,8 +65,8 @@ class Cycle:
 
     @property
     def scored(self) -> int:
-        """Number of drafted tokens that the target verified (chains only): the accepted ones and the first rejected
-        one, cut at the end of the text."""
+        """Number of drafted tokens that the target verified (chains only), which are the accepted ones and the first
+        rejected one, cut at the end of the text."""
         return min(self.verified, self.accepted + (self.emitted > self.accepted))
 
 

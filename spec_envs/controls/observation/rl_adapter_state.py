@@ -16,15 +16,13 @@ UNITS = {"bandwidth_mbps": 1000.0, "latency_ms": 500.0, "draft_acc_prob": 1.0, "
 def published_state(
     bandwidth_mbps: float, latency_ms: float, draft_acc_prob: float, entropy: float, task_name: str
 ) -> np.ndarray:
-    """Return the ten numbers of the published selector's observation, float32.
+    """Return the ten numbers of the published selector's observation, float32, each cut to [0, 1].
 
-    | Number | What | Min | Max |
-    |--------|------|-----|-----|
-    | 0 | bandwidth of the link / 1000 Mbps | 0 | 1 |
-    | 1 | latency of the link / 500 ms | 0 | 1 |
-    | 2 | probability that a drafted token is accepted | 0 | 1 |
-    | 3 | entropy of the drafter's distribution / 10 nats | 0 | 1 |
-    | 4–9 | one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other | 0 | 1 |
+    - 0: bandwidth of the link / 1000 Mbps
+    - 1: latency of the link / 500 ms
+    - 2: probability that a drafted token is accepted
+    - 3: entropy of the drafter's distribution / 10 nats
+    - 4–9: one-hot of mt_bench, gsm8k, cnndm, xsum, humaneval, any other
 
     Raises:
         ValueError: one of the first four is not a number.

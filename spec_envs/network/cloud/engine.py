@@ -129,7 +129,7 @@ class Engine:
 
     @property
     def longest_request(self) -> int:
-        """Bytes of the longest valid message: a whole text, and the longest draft with full distributions."""
+        """Bytes of the longest valid message, which has a whole text and the longest draft with full distributions."""
         return self.context * ids_dtype(self.vocab).itemsize + LONGEST_DRAFT * (2 * self.vocab + 32) + 1024
 
     def check(self, hello: Hello) -> None:
