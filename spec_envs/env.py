@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import EzPickle
 
-from spec_envs import recordings, render
+from spec_envs import recordings
 from spec_envs.controls import CONTROLS, make_control
 from spec_envs.controls.policy import checked_action
 from spec_envs.decoding.clock import PricedClock, WallClock
@@ -19,6 +19,9 @@ from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.processes import in_worker
 from spec_envs.prompts.sets import Prompt
 from spec_envs.prompts.stream import PromptStream, given_prompt
+from spec_envs.rendering.ansi import ansi
+from spec_envs.rendering.picture import picture
+from spec_envs.rendering.view import keep_trees
 from spec_envs.settings import RENDER_MODES, Settings
 
 
@@ -49,7 +52,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         ValueError: a value that is not allowed; the message names what was expected.
     """
 
-    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - Gymnasium's own declaration
 
     def __init__(self, control: str, **keywords: Any):
         EzPickle.__init__(self, control, **keywords)
@@ -66,11 +69,14 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self.max_new_tokens = longest if settings.max_new_tokens is None else settings.max_new_tokens
         self.clocks = self._open_clocks()
         self.decoder = self._open_decoder()
+        if self.render_mode is not None:
+            keep_trees(self.decoder)
         self.prompts = PromptStream(settings, self.recording)
         self.prompts.fit(self.decoder.context, self.max_new_tokens, self.control.max_depth)
         self.prompt: Prompt | None = None
         self.closed = False
         self._mark: dict[str, float] = {}
+        self._ended = False  # whether the last step ended a cycle
 
     def _open_clocks(self) -> list[WallClock]:
         """Return the clocks, one of which is in force for each text; refuse to measure where that would mislead."""
@@ -127,6 +133,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             self.prompt = before
         else:
             self._begin_text(given)
+        self._ended = False
         observation = self.control.observe(self.decoder)
         if self.render_mode == "human":
             self.render()
@@ -142,6 +149,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         clock = self.decoder.clock
         clock.charge("policy", self.policy_seconds)
         cycle = self.control.act(self.decoder, chosen)
+        self._ended = cycle is not None
         seconds = clock.since(self._mark)
         self._mark = dict(clock.totals)
         spent = sum(seconds.values())
@@ -156,7 +164,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         return observation, reward, terminated, False, info
 
     def render(self) -> str | np.ndarray | None:
-        """Return the text so far and the tree: coloured text, or a picture ``[height, width, 3]``.
+        """Return the text so far, what is drafted or what became of it if the last step ended a cycle, and totals:
+        coloured text, or a picture ``[480, 800, 3]``, uint8; None after printing (``"human"``).
 
         Raises:
             ValueError: there is no text yet, or the environment is closed.
@@ -164,12 +173,14 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         self._check_open()
         if self.prompt is None:
             raise ValueError("there is no text to show; call reset() first")
+        last = self.decoder.cycles[-1] if self._ended else None
         if self.render_mode == "rgb_array":
-            return render.picture(self.decoder)
+            title = f"{self.prompt.task}, recorded text {self.prompt.text}" if self.recording else self.prompt.text
+            return picture(self.decoder, title, last, self.plain_rate)
         if self.render_mode == "ansi":
-            return render.ansi(self.decoder)
+            return ansi(self.decoder, last)
         if self.render_mode == "human":
-            print(render.ansi(self.decoder), flush=True)
+            print(ansi(self.decoder, last), flush=True)
         return None
 
     def close(self) -> None:
