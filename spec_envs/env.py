@@ -175,13 +175,23 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             raise ValueError("there is no text to show; call reset() first")
         last = self.decoder.cycles[-1] if self._ended else None
         if self.render_mode == "rgb_array":
-            title = f"{self.prompt.task}, recorded text {self.prompt.text}" if self.recording else self.prompt.text
-            return picture(self.decoder, title, last, self.plain_rate)
+            return self.picture(last)
         if self.render_mode == "ansi":
             return ansi(self.decoder, last)
         if self.render_mode == "human":
             print(ansi(self.decoder, last), flush=True)
         return None
+
+    def picture(self, last: Cycle | None) -> np.ndarray:
+        """Return a picture ``[480, 800, 3]``, uint8, of the last cycle of a text, or of the cycle under way for None.
+
+        Raises:
+            ValueError: there is no text yet.
+        """
+        if self.prompt is None:
+            raise ValueError("there is no text to show; call reset() first")
+        title = f"{self.prompt.task}, recorded text {self.prompt.text}" if self.recording else self.prompt.text
+        return picture(self.decoder, title, last, self.plain_rate)
 
     def close(self) -> None:
         """Release resources outside this process; may be called twice."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spec_envs.decoding.engine import Engine
 from spec_envs.rendering.canvas import GREY, MARGIN, WIDTH, Canvas
-from spec_envs.rendering.pills import PLAIN, STYLES, Pill, style_of
+from spec_envs.rendering.pills import PLAIN, STYLES, Pill, percent, style_of
 from spec_envs.rendering.view import State, View, label
 
 MIDDLE, LINE, BELOW = 250, 88, 34  # of all rows, the distance of two, and of the target's own token, in pixels
@@ -34,12 +34,12 @@ def draw_chain(canvas: Canvas, engine: Engine, view: View, root: int) -> None:
         connect(canvas, previous, where[node], state=view.states[node])
         previous = where[node]
     first.draw(canvas, f"+{begin} more" if begin else label(engine, root), PLAIN)
-    canvas.text(first.x + first.width / 2, first.y - 23, "text so far", 10, GREY, align="center")
+    canvas.text(first.x + first.width / 2, first.y - 23, "last token", 10, GREY, align="center")
     for node in shown:
         pill, chance = where[node], view.chances[node]
         style = style_of(view.states[node], float(view.path_chances[node]))
         pill.draw(canvas, label(engine, int(view.tokens[node])), style)
-        written = f"{chance:.0%}" if chance < 1 else ""
+        written = percent(float(chance))
         canvas.text(pill.x + pill.width / 2, pill.y - 23, written, 10, GREY, align="center")
     if drafted > shown.stop:
         canvas.text(previous.x, previous.y + 23, f"+ {drafted - shown.stop} more", 10, GREY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,20 @@ from spec_envs.text import TextStream, printable
 SIZE, LINE, LINES = 13, 17, 4  # of the text: size of letters and of lines in pixels, most lines
 COLUMNS = int((WIDTH - 2 * MARGIN - 16) / (SIZE * ADVANCE))
 NEW = tinted("#f0e442", 0.45)  # behind the tokens of the last cycle
+
+
+class Ink(NamedTuple):
+    """How a letter is written: its colour, and whether the last cycle emitted it."""
+
+    colour: str
+    new: bool
+
+
+class Letter(NamedTuple):
+    """A letter of the text."""
+
+    text: str
+    ink: Ink
 
 
 def picture(engine: Engine, title: str, last: Cycle | None, plain_rate: float) -> np.ndarray:
@@ -53,42 +69,43 @@ def draw_text(canvas: Canvas, engine: Engine, last: Cycle | None) -> None:
     """Write the last lines of the text: drafted tokens green, the target's own black and bold, those of the last cycle
     on yellow."""
     canvas.box(MARGIN - 6, 28, WIDTH - 2 * MARGIN + 12, LINES * LINE + 12, PAPER, PALE)
-    lines: list[list[tuple[int, str, str, bool]]] = [[]]  # of each: column, text, colour, whether it is new
-    column = 0
-    for text, colour, new in pieces(engine, last):
-        for part in text.expandtabs(4).splitlines(keepends=True):
-            rest = part.removesuffix("\n")
-            while rest:
-                if column == COLUMNS:
-                    lines.append([])
-                    column = 0
-                lines[-1].append((column, rest[: COLUMNS - column], colour, new))
-                column, rest = column + len(lines[-1][-1][1]), rest[COLUMNS - column :]
-            if part.endswith("\n"):
+    for row, line in enumerate(wrapped(pieces(engine, last))[-LINES:]):
+        y, column = 34 + LINE * (row + 0.5), 0
+        for ink, letters in itertools.groupby(line, key=lambda letter: letter.ink):
+            text = "".join(letter.text for letter in letters)
+            x, width = MARGIN + 4 + column * SIZE * ADVANCE, len(text) * SIZE * ADVANCE
+            if ink.new:
+                canvas.box(x - 1, y - 8, width + 2, 16, NEW, NEW)
+            canvas.text(x, y, text, SIZE, ink.colour, bold=ink.colour == DARK, mono=True)
+            column += len(text)
+
+
+def wrapped(pieces: Iterable[tuple[str, Ink]]) -> list[list[Letter]]:
+    """Return a text in lines of at most ``COLUMNS`` letters, broken at spaces where there are any."""
+    lines: list[list[Letter]] = [[]]
+    for text, ink in pieces:
+        for letter in text.expandtabs(4):
+            if letter == "\n":
                 lines.append([])
-                column = 0
-    for row, line in enumerate(lines[-LINES:]):
-        y = 28 + 6 + LINE * (row + 0.5)
-        for column, text, _, new in line:
-            x = MARGIN + 4 + column * SIZE * ADVANCE
-            if new:
-                canvas.box(x - 1, y - 8, len(text) * SIZE * ADVANCE + 2, 16, NEW, NEW)
-        for column, text, colour, _ in line:
-            x = MARGIN + 4 + column * SIZE * ADVANCE
-            canvas.text(x, y, text, SIZE, colour, bold=colour == DARK, mono=True)
+                continue
+            if len(lines[-1]) == COLUMNS:
+                spaces = [i for i, before in enumerate(lines[-1]) if before.text == " "]
+                end = COLUMNS if letter == " " or not spaces else spaces[-1] + 1
+                lines[-1:] = [lines[-1][:end], lines[-1][end:]]
+            lines[-1].append(Letter(letter, ink))
+    return lines
 
 
-def pieces(engine: Engine, last: Cycle | None) -> Iterator[tuple[str, str, bool]]:
-    """Yield the text in pieces, each with its colour and whether the last cycle emitted it."""
+def pieces(engine: Engine, last: Cycle | None) -> Iterator[tuple[str, Ink]]:
+    """Yield the text in pieces."""
     stream = TextStream(engine.detokenize)
-    colour, new = DARK, False
-    yield printable(stream.push(engine.tokens[:1])), colour, new
+    ink = Ink(DARK, False)
+    yield printable(stream.push(engine.tokens[:1])), ink
     for cycle in engine.cycles:
-        new = cycle is last
-        colour = BLUE if cycle.unverified else GREEN
-        cut_at = cycle.emitted if cycle.unverified else cycle.accepted
-        yield printable(stream.push(cycle.tokens[:cut_at])), colour, new
-        if cut_at < cycle.emitted:
-            colour = DARK
-            yield printable(stream.push(cycle.tokens[cut_at:])), colour, new
-    yield printable(stream.finish()), colour, new
+        drafted = cycle.accepted + cycle.unverified
+        ink = Ink(BLUE if cycle.unverified else GREEN, cycle is last)
+        yield printable(stream.push(cycle.tokens[:drafted])), ink
+        if drafted < cycle.emitted:
+            ink = Ink(DARK, cycle is last)
+            yield printable(stream.push(cycle.tokens[drafted:])), ink
+    yield printable(stream.finish()), ink

@@ -65,7 +65,7 @@ class Pill(NamedTuple):
         dashed = style == STYLES[State.LEFT_OUT]
         canvas.box(self.x, self.y - self.height / 2, self.width, self.height, style.face, style.edge, dashed=dashed)
         mark = f"{style.mark} " if style.mark else ""
-        written = f"{chance:.0%}" if self.width >= 88 and chance < 1 else ""
+        written = percent(chance) if self.width >= 88 else ""
         room = self.width - 10 - (30 if written else 0)
         label = cut(mark + text, int(room / (self.size * ADVANCE)))
         bold = style.letters == WHITE
@@ -85,3 +85,8 @@ def draw_legend(canvas: Canvas, y: float) -> None:
         canvas.text(x + 22, y, state.value, 11, GREY)
         x += width + 12
     canvas.text(WIDTH - MARGIN, y, "%: the drafter's probability", 11, GREY, align="right")
+
+
+def percent(chance: float) -> str:
+    """Return a probability as it is written; nothing for 1, since such a token was copied or chosen, not predicted."""
+    return "" if chance == 1 else "<1%" if chance < 0.01 else f"{chance:.0%}"

@@ -74,26 +74,21 @@ def draw_tree(canvas: Canvas, engine: Engine, view: View, root: int) -> None:
     step = (WIDTH - 2 * MARGIN + GAP) / max(COLUMNS, len(layout.columns) + 1)
     width = min(WIDEST, step - GAP)
     size = 12 if width > 80 else 10 if width > 46 else 9
+
+    def note(x: float, y: float, text: str) -> None:
+        canvas.text(x + width / 2, y, text, 10, GREY, align="center")
+
     pills = {ROOT: Pill(MARGIN, TOP + ROW * (ROWS - 1) / 2, width, HEIGHT, size)}
     for level, column in enumerate(layout.columns):
         x = MARGIN + step * (level + 1)
         for row, node in enumerate(column):
             y = TOP + ROW * (row + (ROWS - len(column)) / 2)
             pills[node] = Pill(x, y, width, HEIGHT, size)
-        canvas.text(
-            x + width / 2, TOP - 22, f"level {level + 1}" if width > 46 else f"{level + 1}", 10, GREY, align="center"
-        )
-        if layout.hidden[level]:
-            y = pills[column[-1]].y + ROW - 5
-            canvas.text(
-                x + width / 2,
-                y,
-                f"+ {layout.hidden[level]} more" if width > 60 else f"+{layout.hidden[level]}",
-                10,
-                GREY,
-                align="center",
-            )
-    canvas.text(MARGIN + width / 2, TOP - 22, "text so far" if width > 60 else "text", 10, GREY, align="center")
+        if column != [OWN]:
+            note(x, TOP - 22, f"level {level + 1}" if width > 46 else f"{level + 1}")
+        if more := layout.hidden[level]:
+            note(x, pills[column[-1]].y + ROW - 5, f"+ {more} more" if width > 60 else f"+{more}")
+    note(MARGIN, TOP - 22, "last token" if width > 60 else "last")
     drawn = sorted((node for node in pills if node != ROOT), key=lambda node: ORDER.index(state_of(view, node)))
     styles = {n: style_of(state_of(view, n), 1.0 if n == OWN else float(view.path_chances[n])) for n in drawn}
     for node in drawn:
