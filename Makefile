@@ -13,6 +13,8 @@ PROMPT ?= Explain in three sentences why the sky is blue.
 # Not the environment's, where some shells and compilers have one.
 HOST = localhost
 KIND ?= eagle3
+# With a cost table in place of a clock, `make gifs` draws the same pictures on every machine.
+PRICED := env.clock=smollm2-135m-int8-xeon-amx-2
 # What `make tune` tunes where no ENV is given.
 TUNED := $(if $(filter file,$(origin ENV)),SpecK-v0)
 
@@ -37,7 +39,7 @@ unexport $(GIVEN)
 $(foreach v,$(READ),$(eval export GIVEN_$v := $$(value $v)))
 
 .PHONY: help setup train eval compare-decoding compare-chains compare-exits benchmark minari drafter standalone tune generate trace \
-	cloud edge edge-cloud cloud-load tensorboard docs docs-serve test test-docs fuzz zoo-check chaos lint
+	cloud edge edge-cloud cloud-load tensorboard gifs docs docs-serve test test-docs fuzz zoo-check chaos lint
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 18
@@ -105,6 +107,16 @@ cloud-load: $(READY)  ## a cloud under 1, 4 and 16 edges, with and without batch
 
 tensorboard: $(READY)  ## look into the runs below ROOT
 	$(PY) -m tensorboard.main --logdir "$$GIVEN_ROOT"
+
+gifs: $(READY)  ## make the animated pictures of the documentation again, docs/assets/tree.gif and environments/*.gif
+	for env in SpecDepth-v0 SpecBudget-v0 SpecTree-v0 SpecK-v0; do \
+		$(SPEC_ENVS) video $$env --set $(PRICED) --out docs/assets/environments/$$env.gif || exit 1; \
+	done
+	$(SPEC_ENVS) video SpecTopK-v0 --out docs/assets/environments/SpecTopK-v0.gif
+	$(SPEC_ENVS) video SpecDVI-v0 --set $(PRICED) env.exit_layer=24 env.block=4 --max-new-tokens 16 \
+		--out docs/assets/environments/SpecDVI-v0.gif
+	$(SPEC_ENVS) video SpecTree-v0 --set $(PRICED) --prompt 'Write a Python function that returns the sum of two numbers.' \
+		--out docs/assets/tree.gif
 
 docs: $(READY)  ## build the documentation, docs/_build/index.html; a warning, such as of a broken link, is an error
 	$(PY) -m sphinx -W --keep-going -q docs docs/_build

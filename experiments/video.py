@@ -7,6 +7,7 @@ in SpecDVI-v0 the untrained exit. `--agent` plays another stanza that needs no t
 from __future__ import annotations
 
 import argparse
+import collections
 import importlib.util
 import io
 import tempfile
@@ -21,8 +22,8 @@ from PIL import Image
 from spec_envs import ENVIRONMENTS, agents
 from spec_envs.agents import AGENTS, SHIPPED
 from spec_envs.agents.base import Agent
+from spec_envs.agents.exits.online import OnlineAgent
 from spec_envs.arguments import SEED, TOKENS, Parser, input_folder, nonempty, number, output_file
-from spec_envs.controls import Control
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
@@ -34,7 +35,7 @@ from spec_envs.settings import Keywords
 
 FORMATS = (".gif", ".mp4")
 HELD, HELD_LAST = 2, 6  # frames for which the end of a cycle, and of the text, is shown
-COLOURS = 64
+COLOURS, PLACES = 64, np.array([1 << 16, 1 << 8, 1])  # of a GIF, and of red, green and blue in a colour's number
 NO_MOVIEPY = "an .mp4 needs moviepy, which is not installed: pip install 'spec-envs[video]', or write a .gif"
 
 
@@ -49,7 +50,7 @@ def video_file(text: str) -> Path:
     """Return the path of a video, whose name ends in one of ``FORMATS``."""
     path = output_file(text)
     if path.suffix not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{text!r} ends in {path.suffix or 'nothing'}; expected .gif or .mp4")
+        raise argparse.ArgumentTypeError(f"is {text!r}; expected a name that ends in .gif or .mp4")
     return path
 
 
@@ -102,14 +103,16 @@ def of_stanza(env_id: str, stanza: str, overrides: Sequence[str]) -> tuple[Keywo
     return {**experiment.env, **experiment.eval_env}, experiment.agent, experiment.hyperparameters
 
 
-def untrained(control: Control, name: str, hyperparameters: dict[str, Any]) -> Agent:
+def untrained(env: SpecEnv, name: str, hyperparameters: dict[str, Any]) -> Agent:
     """Return an agent that has learned nothing.
 
     Raises:
         ValueError: it would have to learn first.
     """
-    agent = AGENTS[name](control=control, **hyperparameters)
-    if agent.learns_from != "nothing" and control.exit is None:
+    agent = AGENTS[name](control=env.control, **hyperparameters)
+    if isinstance(agent, OnlineAgent):
+        agent.bind(env.decoder)  # drafts by the exit as it is
+    elif agent.learns_from != "nothing":
         raise ValueError(f"{name} has to be trained first, by spec-envs train; give the folder of its run by --run")
     return agent
 
@@ -135,7 +138,7 @@ def opened(args: argparse.Namespace) -> tuple[SpecEnv, Agent]:
         stanza = args.agent or ("fixed" if "fixed" in source.stanzas else source.first)
         keywords, name, hyperparameters = of_stanza(args.env, stanza, args.set)
         env = spec_env_of(gym.make(args.env, **keywords | shown))
-        agent = untrained(env.control, name, hyperparameters)
+        agent = untrained(env, name, hyperparameters)
     env.control.check_layout(agent.control, type(agent).__name__)
     return env, agent
 
@@ -161,15 +164,33 @@ def play(env: SpecEnv, agent: Agent, seed: int, prompt: str | None) -> list[Fram
 
 
 def gif(frames: Sequence[Frame], fps: float) -> bytes:
-    """Return a GIF that is repeated for ever, of few colours, which all frames share."""
-    pictures = [Image.fromarray(frame.picture) for frame in frames]
-    columns = np.concatenate([frame.picture for frame in frames[:: max(1, len(frames) // 8)]])
-    palette = Image.fromarray(columns).quantize(COLOURS, dither=Image.Dither.NONE)
-    first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    """Return a GIF that is repeated for ever, in the colours that are most frequent in all frames."""
+    colours = collections.Counter[int]()
+    for frame in frames:
+        values, counts = np.unique(numbered(frame.picture), return_counts=True)
+        colours.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    palette = np.array([list(colour.to_bytes(3)) for colour, _ in colours.most_common(COLOURS)])
+    first, *others = (in_colours(frame.picture, palette) for frame in frames)
     durations = [round(1000 * frame.held / fps) for frame in frames]
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
     return file.getvalue()
+
+
+def in_colours(picture: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """Return a picture whose colours are the nearest ones of a palette ``[n, 3]``."""
+    values, places = np.unique(numbered(picture), return_inverse=True)
+    parts = values[:, None] // PLACES % 256
+    nearest = ((parts[:, None] - palette) ** 2).sum(-1).argmin(-1).astype(np.uint8)
+    image = Image.fromarray(nearest[places].reshape(picture.shape[:2]))
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    return image
+
+
+def numbered(picture: np.ndarray) -> np.ndarray:
+    """Return the number of each pixel's colour ``[height, width]``, 0 to 2**24 - 1."""
+    numbers: np.ndarray = picture.astype(np.int32) @ PLACES
+    return numbers
 
 
 def mp4(frames: Sequence[Frame], fps: float) -> bytes:

@@ -27,6 +27,7 @@ SECTIONS = {
         "train": Command("spec_envs.experiments.train", "ENV", "train an agent and measure what it gains"),
         "generate": Command("spec_envs.experiments.stream", '"PROMPT"', "stream an answer under a trained policy"),
         "eval": Command("spec_envs.experiments.evaluate", "RUN", "measure a trained policy again"),
+        "video": Command("spec_envs.experiments.video", "ENV", "make a GIF of drafting and verification"),
     },
     "Traces, tuning and data": {
         "trace": Command("spec_envs.experiments.traces.record", "ENV", "record a trace that ENV replays exactly"),

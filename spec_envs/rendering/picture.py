@@ -69,15 +69,17 @@ def draw_text(canvas: Canvas, engine: Engine, last: Cycle | None) -> None:
     """Write the last lines of the text: drafted tokens green, the target's own black and bold, those of the last cycle
     on yellow."""
     canvas.box(MARGIN - 6, 28, WIDTH - 2 * MARGIN + 12, LINES * LINE + 12, PAPER, PALE)
+    runs = []
     for row, line in enumerate(wrapped(pieces(engine, last))[-LINES:]):
-        y, column = 34 + LINE * (row + 0.5), 0
+        y, x = 34 + LINE * (row + 0.5), MARGIN + 4.0
         for ink, letters in itertools.groupby(line, key=lambda letter: letter.ink):
-            text = "".join(letter.text for letter in letters)
-            x, width = MARGIN + 4 + column * SIZE * ADVANCE, len(text) * SIZE * ADVANCE
-            if ink.new:
-                canvas.box(x - 1, y - 8, width + 2, 16, NEW, NEW)
-            canvas.text(x, y, text, SIZE, ink.colour, bold=ink.colour == DARK, mono=True)
-            column += len(text)
+            runs.append((x, y, "".join(letter.text for letter in letters), ink))
+            x += len(runs[-1][2]) * SIZE * ADVANCE
+    for x, y, text, ink in runs:
+        if ink.new:
+            canvas.box(x, y - 8, len(text) * SIZE * ADVANCE, 16, NEW, NEW)
+    for x, y, text, ink in runs:
+        canvas.text(x, y, text, SIZE, ink.colour, bold=ink.colour == DARK, mono=True)
 
 
 def wrapped(pieces: Iterable[tuple[str, Ink]]) -> list[list[Letter]]:

@@ -13,7 +13,7 @@ from spec_envs.rendering.pills import PLAIN, Pill, Style, style_of
 from spec_envs.rendering.view import State, View, label
 
 TOP, ROW, ROWS = 154, 30, 8  # where the first row is, the distance of two, and how many a level has
-COLUMNS = 5  # the fewest
+COLUMNS = 6  # the fewest
 WIDEST, GAP, HEIGHT = 118, 16, 22  # of pills, in pixels
 ORDER = (State.LEFT_OUT, State.DRAFTED, State.REJECTED, State.ACCEPTED, State.OWN)  # of drawing, over each other
 OWN = -2  # stands for the target's own token among ids of candidates
