@@ -28,7 +28,7 @@ from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, counted, definitions, table
 from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.runs import run_folder
@@ -136,7 +136,7 @@ def body(found: Exits) -> Iterable[str]:
     yield ""
     yield (
         f"- {found.prompts} held-out prompts, {found.k} drafted tokens per cycle, greedy; mean [smallest, largest] over "
-        f"{seeds} seed{'s' if seeds > 1 else ''}. Counts of tokens have no noise of the clock, so there is no A/A check."
+        f"{counted(seeds, 'seed')}. Counts of tokens have no noise of the clock, so there is no A/A check."
     )
     yield "- *Tokens read* are decoded and learned from during training, once."
     yield (

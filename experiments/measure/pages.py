@@ -179,11 +179,16 @@ def row_of(machine: Machine) -> tuple[tuple[str, str], ...]:
     )
     return (
         ("revision", linked),
-        ("processor", f"{machine.processor}, {machine.threads} threads"),
+        ("processor", f"{machine.processor}, {counted(machine.threads, 'thread')}"),
         ("dtype", machine.dtype),
         *([("clock", machine.clock)] if machine.clock else []),
         ("versions", ", ".join(f"{name} {number}" for name, number in machine.versions.items())),
     )
+
+
+def counted(count: int, what: str) -> str:
+    """Return a count and a noun, which gets an s unless the count is 1."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -29,7 +29,7 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, this_machine
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
+from spec_envs.experiments.measure.pages import Page, add_page_arguments, counted, definitions, table
 from spec_envs.experiments.measure.results import Interval
 from spec_envs.experiments.network.cloud_process import cloud
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
@@ -281,7 +281,7 @@ def body(results: CloudLoad) -> Iterable[str]:
     yield from table(head, rows)
     yield ""
     yield (
-        f"- {results.rounds} rounds of {results.seconds:g} s for each row, in turn; greedy drafts of {results.k} tokens "
+        f"- {counted(results.rounds, 'round')} of {results.seconds:g} s for each row, in turn; greedy drafts of {results.k} tokens "
         f"over loopback, {100 * results.wrong:g} % of them wrong on purpose; the target is {results.target}, and "
         "prompts are read before."
     )
