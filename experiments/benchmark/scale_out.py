@@ -27,7 +27,7 @@ def mapped(work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], desc: str) -
     try:
         import ray
     except ImportError:
-        raise ValueError("RAY is set, but Ray is not installed: pip install -e '.[ray]'") from None
+        raise ValueError("RAY is set, but Ray is not installed: pip install 'spec-envs[ray]'") from None
     if not ray.is_initialized():
         ray.init(address=None if address == "1" else address, log_to_driver=False, include_dashboard=False)
     remote = ray.remote(work)

@@ -69,7 +69,7 @@ def library() -> Any:
         import minari
     except ImportError:
         raise ValueError(
-            "a Minari data set needs the library: install the extra `minari`, as in pip install -e '.[minari]'"
+            "a Minari data set needs the library: install the extra `minari`, as in pip install 'spec-envs[minari]'"
         ) from None
     return minari
 

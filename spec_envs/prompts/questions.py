@@ -59,7 +59,7 @@ def read_data_set(name: str) -> list[Turn]:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
-            f"{name} is a data set on the hub: install the extra `datasets`, as in pip install -e '.[datasets]'"
+            f"{name} is a data set on the hub: install the extra `datasets`, as in pip install 'spec-envs[datasets]'"
         ) from None
     place, _, column = name.partition(":")
     folder = at_home(place)

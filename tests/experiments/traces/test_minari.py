@@ -121,7 +121,7 @@ def test_command_reports_data_set_and_errors(
         assert str(ended.value).startswith("error: ") and sentence in str(ended.value)
     assert [path.name for path in datasets.iterdir()] == ["spec-envs"]
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(SystemExit, match=r"install the extra `minari`, as in pip install -e '\.\[minari\]'"):
+    with pytest.raises(SystemExit, match=r"install the extra `minari`, as in pip install 'spec-envs\[minari\]'"):
         minari_export.main([*given, "a-v0"])
 
 
