@@ -27,17 +27,19 @@ class Stage(BaseModel):
     the other policy stays fixed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    id: str
-    env: Keywords = {}
-    total_timesteps: int | None = Field(default=None, ge=1)
-    partner: bool = True
+    id: str = Field(description="environment that is trained on")
+    env: Keywords = Field({}, description="keyword arguments of the environment, in addition to those of the stanza")
+    total_timesteps: int | None = Field(None, ge=1, description="environment steps; null takes those of the stanza")
+    partner: bool = Field(
+        True, description="the newest policy of the other problem decides with this one; false keeps its decision fixed"
+    )
 
 
 class Experiment(BaseModel):
     """A stanza: an agent, its environment, and its training. ``train --help`` lists the keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    agent: str = Field(description="name of the agent, one of agents.AGENTS; by default the name of the stanza")
+    agent: str = Field(description="name of the agent; by default the name of the stanza")
     env: Keywords = Field({}, description="keyword arguments of the environment, in addition to those of the file")
     eval_env: Keywords = Field(
         {},

@@ -83,6 +83,9 @@ def in_words(hint: Any) -> str:
     """Return a type and its range in words, such as "a number from 0 to 1"."""
     if get_origin(hint) is Annotated:
         kind, *bounds = get_args(hint)
+        if NoneType in get_args(kind):
+            number = Union[tuple(k for k in get_args(kind) if k is not NoneType)]  # noqa: UP007
+            return f"{in_words(number)}{range_of(bounds)} or null"
         return f"{in_words(kind)}{range_of(bounds)}"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
@@ -95,6 +98,10 @@ def in_words(hint: Any) -> str:
         return f"a list, each entry {in_words(get_args(hint)[0])}"
     if get_origin(hint) is Callable:
         return "a function"
+    if get_origin(hint) is dict:
+        return "keys and values"
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        return f"a {hint.__name__.lower()}"
     return WORDS.get(hint, inspect.formatannotation(hint))
 
 

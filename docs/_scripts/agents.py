@@ -6,6 +6,7 @@ import inspect
 import re
 from typing import Any
 
+from _scripts.pages import sentence, table
 from spec_envs.agents import AGENTS
 from spec_envs.agents.base import Agent
 from spec_envs.agents.exits.base import ExitAgent
@@ -38,9 +39,9 @@ def described(name: str) -> str:
     facts = f"*Problems*: {problems(kind)}. *Learns from*: {kind.learns_from}."
     parts = [f"(agent-{slug(name)})=", f"## {name}", "", description(kind), "", facts, ""]
     if issubclass(kind, SB3Agent):
-        parts += library_arguments(kind)
+        parts.append(library_arguments(kind))
     elif kind.Settings.model_fields:
-        parts += rows_of(kind.Settings)
+        parts.append(hyperparameters(kind.Settings))
     return "\n".join([*parts, ""])
 
 
@@ -50,47 +51,49 @@ def description(kind: type[Agent]) -> str:
     return text.replace("``", "`").strip()
 
 
-def rows_of(settings: type[AgentSettings]) -> list[str]:
-    """Return the lines of a table of hyper-parameters."""
+def hyperparameters(settings: type[AgentSettings]) -> str:
+    """Return a table of hyper-parameters."""
     rows = [
-        f"| `{key}` | {settings.expected(key)} | {default(field)} | {sentence(field.description)} |"
-        for key, field in settings.model_fields.items()
+        (f"`{name}`", settings.expected(name), default(field), sentence(field.description))
+        for name, field in settings.model_fields.items()
     ]
-    return ["| hyper-parameter | takes | default | meaning |", "|---|---|---|---|", *rows]
+    return table(("hyper-parameter", "takes", "default", "meaning"), rows)
 
 
-def library_arguments(kind: type[SB3Agent]) -> list[str]:
+def library_arguments(kind: type[SB3Agent]) -> str:
     """Return a folded table of the arguments of an algorithm's own constructor."""
-    own = [name for name in kind.Settings.model_fields if name not in SB3Settings.model_fields]
-    rows = [
-        f"| `{name}` | {kind.Settings.expected(name)} | {default(kind.Settings.model_fields[name])} |" for name in own
-    ]
-    return [
-        f":::{{dropdown}} {len(own)} more hyper-parameters: the arguments of {ALGORITHMS[kind.algorithm].__name__}",
-        "",
-        f"The [library's page]({LIBRARY_PAGES[kind.algorithm]}) explains them.",
-        "",
-        "| hyper-parameter | takes | default |",
-        "|---|---|---|",
-        *rows,
-        "",
-        ":::",
-    ]
+    fields = {name: field for name, field in kind.Settings.model_fields.items() if name not in SB3Settings.model_fields}
+    rows = [(f"`{name}`", kind.Settings.expected(name), default(field)) for name, field in fields.items()]
+    return "\n".join(
+        [
+            f":::{{dropdown}} {len(rows)} more hyper-parameters: the arguments of {ALGORITHMS[kind.algorithm].__name__}",
+            "",
+            f"The [library's page]({LIBRARY_PAGES[kind.algorithm]}) explains them.",
+            "",
+            table(("hyper-parameter", "takes", "default"), rows),
+            ":::",
+        ]
+    )
 
 
 def shared_by_algorithms() -> str:
     """Return the table of the hyper-parameters that all algorithms of Stable-Baselines3 share."""
-    return "\n".join(rows_of(SB3Settings))
+    return hyperparameters(SB3Settings)
 
 
 def overview() -> str:
     """Return the table of all agents: what each is for, what it learns from, its paper, and what it does."""
     rows = [
-        f"| [`{name}`]({page_of(name, kind)}.md#agent-{slug(name)}) | {problems(kind)} | {kind.learns_from} "
-        f"| {papers(kind)} | {first_sentence(kind)} |"
+        (
+            f"[`{name}`]({page_of(name, kind)}.md#agent-{slug(name)})",
+            problems(kind),
+            kind.learns_from,
+            papers(kind),
+            first_sentence(kind),
+        )
         for name, kind in AGENTS.items()
     ]
-    return "\n".join(["| agent | problems | learns from | paper | what it does |", "|---|---|---|---|---|", *rows])
+    return table(("agent", "problems", "learns from", "paper", "what it does"), rows)
 
 
 def page_of(name: str, kind: type[Agent]) -> str:
@@ -126,11 +129,6 @@ def papers(kind: type[Agent]) -> str:
 def slug(name: str) -> str:
     """Return an agent's name as a part of an address."""
     return name.replace("+", "p")
-
-
-def sentence(text: str | None) -> str:
-    """Return what a hyper-parameter means, as a sentence in Markdown."""
-    return f"{text[0].upper()}{text[1:]}.".replace("``", "`").replace("|", "\\|") if text else ""
 
 
 def default(field: Any) -> str:

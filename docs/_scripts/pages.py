@@ -97,10 +97,21 @@ def own_arguments(kind: type[Control], described: str) -> str:
     parameters = signature(kind).parameters
     found = re.findall(r"^- `(\w+)[^`]*`[:,]? ?(.*?)(?=^- `|^\S|\Z)", described, re.MULTILINE | re.DOTALL)
     rows = [
-        (f"`{name}`", in_words(types[name]), code(parameters[name].default), " ".join(meaning.split()))
+        (f"`{name}`", in_words(types[name]), code(parameters[name].default), sentence(" ".join(meaning.split())))
         for name, meaning in found
     ]
-    return table(("argument", "type", "default", "meaning"), rows)
+    shared = re.search(r"^and the shared ones(?:; (.*))?\.", described, re.MULTILINE | re.DOTALL)
+    own_default = f"Of the shared arguments, {' '.join(shared[1].split())}." if shared and shared[1] else ""
+    return f"{table(('argument', 'type', 'default', 'meaning'), rows)}\n\n{own_default}".strip()
+
+
+def sentence(text: str | None) -> str:
+    """Return what an argument means as a sentence, in which quoted values are code."""
+    if not text:
+        return ""
+    pieces = re.split(r"(`[^`]*`)", text.replace("``", "`").removesuffix("."))
+    text = "".join(piece if piece[:1] == "`" else re.sub(r'("[^" ]+")', r"`\1`", piece) for piece in pieces)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def variants(env_id: str) -> str:
@@ -178,7 +189,7 @@ def environments_index() -> str:
 def shared_arguments() -> str:
     """Return the page of what all environments have in common."""
     rows = [
-        (f"`{name}`", in_words(field.rebuild_annotation()), f"`{field.default!r}`", f"{field.description}.")
+        (f"`{name}`", in_words(field.rebuild_annotation()), f"`{field.default!r}`", sentence(field.description))
         for name, field in Settings.model_fields.items()
     ]
     return page(
@@ -198,15 +209,15 @@ def shared_arguments() -> str:
 def yaml_reference() -> str:
     """Return the keys of an experiment, and the stanzas of the shipped files."""
 
-    def keys(kind: type[Experiment] | type[Stage]) -> str:
+    def keys(kind: type[Experiment] | type[Stage], **defaults: str) -> str:
         return table(
             ("key", "type", "default", "meaning"),
             (
                 (
                     f"`{name}`",
                     in_words(field.rebuild_annotation()),
-                    "required" if field.is_required() else f"`{field.default!r}`",
-                    f"{field.description}." if field.description else "",
+                    defaults.get(name, "required" if field.is_required() else f"`{field.default!r}`"),
+                    sentence(field.description),
                 )
                 for name, field in kind.model_fields.items()
             ),
@@ -228,7 +239,7 @@ def yaml_reference() -> str:
         "# YAML reference",
         EXAMPLE,
         "## Keys of a stanza",
-        keys(Experiment),
+        keys(Experiment, agent="the stanza's name"),
         "## Keys of a stage",
         keys(Stage),
         "## Shipped stanzas",
@@ -242,7 +253,11 @@ def commands() -> str:
     for title, section in cli.SECTIONS.items():
         parts.append(f"## {title}")
         for name, command in section.items():
-            parts += [f"### `spec-envs {name}`", f"{command.help.capitalize()}.", f"```text\n{help_of(name)}\n```"]
+            parts += [
+                f"### `spec-envs {name}`",
+                f"{command.help.capitalize()}.",
+                f"```{{code-block}} text\n:class: help\n\n{help_of(name)}\n```",
+            ]
     return page("# Commands", "What `spec-envs COMMAND --help` prints for every command.", *parts)
 
 

@@ -59,10 +59,10 @@ class KControl(Control):
 
     ## Action Space
 
-    `decision="cycle"`: `Discrete(k_max + 1)`: action K drafts K tokens and verifies them; 0 is plain decoding.
-    `decision="token"`: `Discrete(2)`: 0 verifies, 1 drafts one more token; the first decision of a cycle is made before
-    anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more to copy, verification follows within
-    the step.
+    - `decision="cycle"`: `Discrete(k_max + 1)`. Action K drafts K tokens and verifies them; 0 is plain decoding.
+    - `decision="token"`: `Discrete(2)`. 0 verifies, 1 drafts one more token. The first decision of a cycle is made
+      before anything is drafted. At `k_max` tokens, or where prompt lookup has nothing more to copy, verification
+      follows within the step.
 
     ## Observation Space
 
@@ -101,8 +101,9 @@ class KControl(Control):
     ## Arguments
 
     - `k_max=16`: tokens of the longest chain, 1 or more.
-    - `decision="cycle"`, or `"token"`.
-    - `engine="torch"`, or `"llama-server"`: a server of llama.cpp decodes whole segments.
+    - `decision="cycle"`: `"cycle"` decides before a chain is drafted, `"token"` after each of its tokens.
+    - `engine="torch"`: `"torch"` decodes in this process; with `"llama-server"` a server of llama.cpp decodes whole
+      segments.
     - `adjustment_interval=None`: tokens that a decision is kept for; by default one cycle, or 64 on a server.
     - `server_args=None`: further arguments of llama-server, for example `["--device", "CUDA0", "--gpu-layers", "99"]`.
 

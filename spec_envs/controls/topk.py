@@ -59,12 +59,11 @@ class TopKControl(Control):
 
     ## Action Space
 
-    `actions="k"`: `Discrete(11)`: action i sends `ks[i]` entries of the distribution of each of `k` drafted tokens; by
-    default `ks` is 0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000.
-
-    `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of
-    `ks` and the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with
-    `edge_value`, `k` tokens of the drafter's own, which nobody verifies.
+    - `actions="k"`: `Discrete(11)`. Action i sends `ks[i]` entries of the distribution of each of `k` drafted tokens; by
+      default `ks` is 0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000.
+    - `actions="joint"`: `Discrete(n)`, one of `control.choices`: for each draft length 1, 2, 4, … up to `k`, each of
+      `ks` and the whole distribution; then 16 or 64 tokens decoded by the cloud alone, in one exchange; and, with
+      `edge_value`, `k` tokens of the drafter's own, which nobody verifies.
 
     ## Observation Space
 
@@ -105,8 +104,9 @@ class TopKControl(Control):
     - `link="markov-1-500"`: a simulated link (a name of `data/links`, a JSON file or a log in CSV, or
       `"constant:up=46,down=563,rtt=50"`), whose delays are computed and not waited for; or the address of a cloud,
       `"ws://127.0.0.1:8765"`. The state of a simulated link moves with every forward of the target, whatever was sent.
-    - `protocol="auto"`: with `actions="joint"`, `"scalar"` or `"full"` sends every distribution that way.
-    - `actions="k"`, or `"joint"`.
+    - `protocol="auto"`: `"auto"` sends a distribution as the action says; with `actions="joint"`, `"scalar"` or
+      `"full"` sends every distribution that way.
+    - `actions="k"`: `"k"` chooses k, `"joint"` also the length of the draft, or the cloud alone.
     - `edge_value=None`: what an unverified token counts as, from 0 to 1. Such text is not the target's, so None leaves
       the action out.
 
