@@ -84,7 +84,7 @@ def in_words(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         kind, *bounds = get_args(hint)
         if NoneType in get_args(kind):
-            number = Union[tuple(k for k in get_args(kind) if k is not NoneType)]  # noqa: UP007
+            number: Any = Union[tuple(k for k in get_args(kind) if k is not NoneType)]  # noqa: UP007
             return f"{in_words(number)}{range_of(bounds)} or null"
         return f"{in_words(kind)}{range_of(bounds)}"
     if get_origin(hint) is Literal:
