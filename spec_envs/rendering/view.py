@@ -126,8 +126,10 @@ def verified_ids(nodes: Candidates, cycle: Cycle) -> list[int]:
 
 
 def label(engine: Engine, token: int) -> str:
-    """Return the text of a token in one line, with marks for a space before it and for line breaks."""
+    """Return the text of a token in one line, with marks for a space before it and for line breaks; its id if it
+    shows nothing."""
     if token in engine.eos:
         return "‹end›"
     text = printable(after(engine.detokenize, engine.tokens[0], token))
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "→") or f"#{token}"
+    marked = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "→")
+    return marked if marked.strip() else f"#{token}"
