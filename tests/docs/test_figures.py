@@ -143,6 +143,5 @@ def test_pages_have_no_figure_that_is_typed_by_hand(path: Path) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the README of today has figures typed by hand")
 def test_readme_has_no_figure_that_is_typed_by_hand() -> None:
     assert figures((ROOT / "README.md").read_text(encoding="utf-8")) == []
