@@ -25,7 +25,6 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_scripts", "_build"]
-suppress_warnings = ["image.not_readable"]
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4

@@ -128,7 +128,7 @@ def variants(env_id: str) -> str:
 
 def picture(env_id: str) -> str:
     """Return the moving picture of an environment."""
-    return f"![{env_id} under a trained or static policy](../assets/environments/{env_id}.gif)"
+    return f"![{env_id} decoding a text](../assets/environments/{env_id}.gif)"
 
 
 def environment_page(env_id: str) -> str:
