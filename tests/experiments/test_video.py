@@ -46,6 +46,12 @@ def test_profile_is_recorded_as_gif(
     assert out.read_bytes() == first
 
 
+def test_profile_is_recorded_as_mp4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "k.mp4"
+    run_command(monkeypatch, video, *PROFILE, "--out", out)
+    assert b"ftyp" in out.read_bytes()[:16]
+
+
 def test_shipped_agent_plays_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: dict[str, Any]
 ) -> None:
