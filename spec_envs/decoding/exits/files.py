@@ -62,7 +62,7 @@ def is_exit(name: str | Path) -> bool:
     return (at_home(name) / SETTINGS).is_file()
 
 
-def save_exit(adapter: ExitAdapter, folder: Path) -> None:
+def save_exit(adapter: ExitAdapter, folder: str | Path) -> None:
     """Write an adapter to a folder; if that fails, the folder's earlier files stay.
 
     Raises:
@@ -83,7 +83,7 @@ def save_exit(adapter: ExitAdapter, folder: Path) -> None:
         **configs,
         **weights,
     }  # the first is renamed last
-    files = {folder / name: data for name, data in by_name.items()}
+    files = {Path(folder) / name: data for name, data in by_name.items()}
     with ExitStack() as stack:  # renamed when all are written
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
