@@ -86,14 +86,14 @@ def overview() -> str:
     rows = [
         (
             f"[`{name}`]({page_of(name, kind)}.md#agent-{slug(name)})",
+            first_sentence(kind),
             problems(kind),
             kind.learns_from,
             papers(kind),
-            first_sentence(kind),
         )
         for name, kind in AGENTS.items()
     ]
-    return table(("agent", "problems", "learns from", "paper", "what it does"), rows)
+    return table(("agent", "what it does", "problems", "learns from", "paper"), rows)
 
 
 def page_of(name: str, kind: type[Agent]) -> str:

@@ -19,4 +19,10 @@ def on_source_read(_: Any, page: str, source: list[str]) -> None:
     if "<!-- agents -->" in text:
         text = text.replace("<!-- agents -->", agents.overview())
     text = text.replace("<!-- hyper-parameters: stable-baselines3 -->", agents.shared_by_algorithms())
-    source[0] = re.sub(r"(?<!\[)\barXiv:? ?(\d{4}\.\d{4,5})\b", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    pieces = re.split(r"(^ *```.*?^ *```$|`[^`\n]+`)", text, flags=re.MULTILINE | re.DOTALL)  # every second one is code
+    source[0] = "".join(piece if number % 2 else linked(piece) for number, piece in enumerate(pieces))
+
+
+def linked(text: str) -> str:
+    """Return a text whose papers are links."""
+    return re.sub(r"(?<!\[)\barXiv:? ?(\d{4}\.\d{4,5})\b", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
