@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def improve(args: argparse.Namespace) -> None:
     refuse_other(path, folder)
     trained(experiment, ENV, stanza, args.seed, folder)
     results = evaluate_run(folder, {}, experiment.test_prompts)
-    save(results, folder)
+    save(results, folder, shlex.join(["spec-envs", "eval", str(folder)]), folder)
     found = Improvement(stanza, args.seed, str(folder), results.exit, results.machine)
     write_json(path, to_json(found))
     print(f"results: {path}")

@@ -9,39 +9,52 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shlex
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
+from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
+from spec_envs.experiments.measure.costs import kept
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
+from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import Best, Results
-from spec_envs.experiments.measure.static import best_static, static_policy
+from spec_envs.experiments.measure.screen import screen, sentences
+from spec_envs.experiments.measure.static import best_static, search_in_words, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.mixes import mixed
+from spec_envs.experiments.stages import STATIC, TABLE, Stages
 from spec_envs.files import whole
 from spec_envs.prompts.sets import load_prompts
 from spec_envs.sealed import write_sealed
 from spec_envs.settings import Keywords
 
+CHOSEN = "static.json"  # in a run: its best static setting
 
-def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None) -> Results:
+
+def evaluate_run(
+    run: Path, overrides: Keywords, test_prompts: int | None = None, stages: Stages | None = None
+) -> Results:
     """Return the table of a run: plain decoding, a random policy, the best static setting (if the problem has static
     settings), the trained policy, and transformers.
 
     Args:
         overrides: keyword arguments of the environment that replace the run's; the static setting is then chosen again.
         test_prompts: number of held-out prompts; by default that of the run.
+        stages: of the command; by default those of the table alone.
 
     Raises:
         ValueError: the folder is not a run, or an override would have no effect on it.
@@ -50,10 +63,15 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
     env = {**config["env"], **config.get("eval_env", {}), **overrides}
     check_overrides(overrides, env)
     control, agent = agents.load(run)
+    stages = stages or Stages(stages_left(run, control, bool(overrides)))
     if control.exit:
-        return evaluate_exit(Policy(control, agent), run, env, test_prompts or config["test_prompts"])
+        return evaluate_exit(Policy(control, agent), run, env, test_prompts or config["test_prompts"], stages)
     decoder = decoder_for(env, control)
-    static = best_static_of(run, env if overrides else None, control) if control.settings() else None
+    costs, static = kept(run, machine(decoder)), None
+    if control.settings():
+        if overrides or not (run / CHOSEN).exists():
+            stages.begin(STATIC, search_in_words(env, control, costs))
+        static = best_static_of(run, env if overrides else None, control, costs)
     without_partner = make_control(config["id"], env)
     without_partner.costs = control.costs
     name = config["agent"]
@@ -70,19 +88,27 @@ def evaluate_run(run: Path, overrides: Keywords, test_prompts: int | None = None
     policies[name] = Policy(control, agent)
 
     def measure(count: int) -> Results:
-        return replace(run_tables(policies, env, decoder, count, references, [name]), static=static)
+        announce = partial(stages.begin, TABLE)
+        found = run_tables(policies, env, decoder, count, references, [name], costs=costs, announce=announce)
+        return replace(found, static=static)
 
     return with_aa_check(measure, test_prompts or config["test_prompts"])
 
 
-def best_static_of(run: Path, env: Keywords | None, control: Control) -> Best:
+def stages_left(run: Path, control: Control, other: bool = False) -> list[str]:
+    """Return the stages of a table that are still to come; ``other``: with other keyword arguments than the run's."""
+    searched = control.exit or (control.settings() and (other or not (run / CHOSEN).exists()))
+    return [STATIC, TABLE] if searched else [TABLE]
+
+
+def best_static_of(run: Path, env: Keywords | None, control: Control, costs: CostTable | None) -> Best:
     """Return the best static setting for other keyword arguments of the environment; for None that of the run itself,
     which is kept in its folder."""
     if env is not None:
-        return best_static(env, control)
-    file = run / "static.json"
+        return best_static(env, control, costs)
+    file = run / CHOSEN
     if not file.exists():
-        write_sealed(file, to_json(best_static(agents.read_config(run)["env"], control)))
+        write_sealed(file, to_json(best_static(agents.read_config(run)["env"], control, costs)))
     return load(Best, file, "delete it to measure again")
 
 
@@ -126,15 +152,19 @@ def evaluate_mixes(depths: Sequence[str], budgets: Sequence[str], given: Keyword
     return with_aa_check(lambda count: run_tables(policies, env, decoder, count, ["plain"], learned), test_prompts)
 
 
-def save(results: Results, folder: Path) -> None:
-    """Write results.png, results.md and finally results.json into a folder, and print the table."""
+def save(results: Results, folder: Path, again: str, run: Path | None) -> None:
+    """Write results.png, results.md and finally results.json into a folder, and print what they show.
+
+    Args:
+        again: command that makes the table again.
+        run: folder of the run; None if the table is not of one run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw(results, folder / "results.png")
     with whole(folder / "results.md") as path:
-        path.write_text(markdown(results))
+        path.write_text("\n".join([*sentences(results), "", markdown(results)]).lstrip("\n"))
     write_sealed(folder / "results.json", to_json(results))
-    print(markdown(results))
-    print(f"picture: {folder / 'results.png'}")
+    print(screen(results, folder, again, run))
 
 
 def folder_name(settings: Mapping[str, object]) -> str:
@@ -183,6 +213,7 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
+    again = shlex.join(["spec-envs", "eval", *sys.argv[1:]])
     with one_sentence():
         depths, budgets = (list(dict.fromkeys(text.split())) for text in (args.depth, args.budget))
         if args.run and (depths or budgets):
@@ -191,12 +222,13 @@ def main() -> None:
             depths, budgets = depths or ["1"], budgets or ["7"]
             results = evaluate_mixes(depths, budgets, overrides, args.count or 15)
             mix = {"depth": depths, "budget": budgets, **overrides, "count": args.count or 15}
-            save(results, args.out or Path("runs/mixes") / folder_name(mix))
+            save(results, args.out or Path("runs/mixes") / folder_name(mix), again, None)
         elif args.run:
             other_count = args.count not in (None, agents.read_config(args.run)["test_prompts"])
             settings = overrides | ({"count": args.count} if other_count else {})
             results = evaluate_run(args.run, overrides, args.count)
-            save(results, args.out or (args.run / "eval" / folder_name(settings) if settings else args.run))
+            folder = args.out or (args.run / "eval" / folder_name(settings) if settings else args.run)
+            save(results, folder, again, args.run)
         else:
             raise ValueError("nothing to evaluate: give runs/…, or --depth … and --budget …")
 

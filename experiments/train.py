@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
+import logging
+import shlex
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,19 +21,20 @@ from spec_envs.agents.loading import DECISION, cost_table
 from spec_envs.agents.run import Run
 from spec_envs.arguments import SEED, Parser, output_folder
 from spec_envs.controls import CONTROLS, Control, make_control
+from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment
-from spec_envs.experiments.evaluate import evaluate_run, save
+from spec_envs.experiments.evaluate import CHOSEN, evaluate_run, save, stages_left
 from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
 from spec_envs.experiments.measure.costs import measured as measured_costs
 from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import local_decoder
-from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Results
-from spec_envs.experiments.measure.static import best_static
+from spec_envs.experiments.measure.screen import screen
+from spec_envs.experiments.measure.static import best_static, search_in_words
 from spec_envs.experiments.preflight import check_evaluation, check_partner
 from spec_envs.experiments.runs import (
     CONFIG,
@@ -45,31 +47,40 @@ from spec_envs.experiments.runs import (
     run_folder,
     save_trained,
 )
+from spec_envs.experiments.stages import COSTS, RECORDING, STATIC, TRAINING, WRITING, Stages
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.experiments.traces.plan import Plan
-from spec_envs.experiments.traces.record import recorded_by_default
+from spec_envs.experiments.traces.record import is_recorded, recorded_by_default
 from spec_envs.experiments.validation import VALIDATIONS
 from spec_envs.files import held
 from spec_envs.network.edge.linked import is_address
 from spec_envs.sealed import number_of, read_sealed, write_sealed
 from spec_envs.settings import Keywords, Settings
 
+LOG = logging.getLogger(__name__)
+
+CLOCK = "clock.json"  # in a run: the cost table that prices its training
 MEASURED = "delete it to measure again"
 
 
-def make_env(folder: Path, config: RunConfig) -> gym.Env:
+def make_env(folder: Path, config: RunConfig, stages: Stages) -> gym.Env:
     """Return the training environment of a run, with its partner. Its cost table, trace and prompts are made first."""
     keywords = dict(config.env)
     control = make_control(config.id, keywords)
     if config.calibrate and not config.record and is_timed_here(keywords, control):
-        keywords["clock"] = str(calibrated(folder / "clock.json", keywords, control))
+        stages.begin(
+            COSTS, "measuring what forwards cost on this machine; training is priced by that (up to about a minute)"
+        )
+        keywords["clock"] = str(calibrated(folder / CLOCK, keywords, control))
     if config.record:
+        stages.begin(RECORDING, f"recording {sum(config.record)} texts, from which the agent learns without exploring")
         trace = trace_of(folder, config)
-        write_sealed(folder / "clock.json", trace.manifest.costs)
+        write_sealed(folder / CLOCK, {**trace.manifest.costs, "machine": trace.manifest.made_with})
         keywords["trace"] = str(trace.folder)
     if config.own_text:
         written = folder / CONVERSATIONS
         if not written.exists():
+            stages.begin(WRITING, f"the target writes {config.own_text} user turns, from which its exit learns")
             write_own_text(written, keywords, config.own_text, config.seed)
         keywords["prompts"] = str(written)
     env = gym.make(config.id, **keywords)
@@ -87,7 +98,6 @@ def is_timed_here(env: Keywords, control: Control) -> bool:
 def calibrated(table: Path, env: Keywords, control: Control) -> Path:
     """Return the file of this machine's cost table, which is measured if it does not exist yet."""
     if not table.exists():
-        print("measuring this machine's cost table", file=sys.stderr)
         write_sealed(table, to_json(measured_costs(local_decoder(env, control))))
     read_sealed(table, MEASURED)
     return table
@@ -97,11 +107,35 @@ def trace_of(folder: Path, config: RunConfig) -> Trace:
     """Return the trace that a run learns from: the one that its settings name, or one recorded for it."""
     if config.env.get("trace"):
         return Trace.load(config.env["trace"])
+    return recorded_by_default(plan_of(config), folder.parents[1])
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """Return the plan of the trace that is recorded for a run."""
     train, validation, test = config.record
-    return recorded_by_default(Plan(config.id, config.env, (train, validation, test)), folder.parents[1])
+    return Plan(config.id, config.env, (train, validation, test))
 
 
-def build(folder: Path, config: RunConfig) -> tuple[gym.Env, Agent]:
+def stages_of(folder: Path, config: RunConfig, with_table: bool) -> list[str]:
+    """Return the stages of a run that are still to come, in order."""
+    control, kind = make_control(config.id, config.env), AGENTS[config.agent]
+    found: list[str] = []
+    if not is_trained(folder):
+        if config.record:
+            if not (config.env.get("trace") or is_recorded(plan_of(config), folder.parents[1])):
+                found.append(RECORDING)
+        elif config.calibrate and is_timed_here(config.env, control) and not (folder / CLOCK).exists():
+            found.append(COSTS)
+        if config.own_text and not (folder / CONVERSATIONS).exists():
+            found.append(WRITING)
+        if kind.learns_from == "rewards" and control.link and not (folder / CHOSEN).exists():
+            found.append(STATIC)  # its throughput is the pace of the reward
+        if kind.learns_from != "nothing":
+            found.append(TRAINING)
+    return list(dict.fromkeys([*found, *(stages_left(folder, control) if with_table else [])]))
+
+
+def build(folder: Path, config: RunConfig, stages: Stages) -> tuple[gym.Env, Agent]:
     """Return environment and agent of a run that is to be trained.
 
     Raises:
@@ -119,7 +153,7 @@ def build(folder: Path, config: RunConfig) -> tuple[gym.Env, Agent]:
             agent.load_checkpoint(Path(config.checkpoint))
         elif config.init:
             agent.load(Path(config.init))
-    env = make_env(folder, config)
+    env = make_env(folder, config, stages)
     if control.cost_features or agent.needs_costs:
         cost_table(folder, config.env)  # refuse now what would fail after the training
     return env, agent
@@ -141,16 +175,19 @@ def seconds_of_decision(folder: Path, config: RunConfig, agent: Agent) -> float:
     return number_of(read_sealed(note, MEASURED), "seconds", note, MEASURED)
 
 
-def settle_pace(folder: Path, config: RunConfig, env: SpecEnv) -> None:
+def settle_pace(folder: Path, config: RunConfig, env: SpecEnv, stages: Stages) -> None:
     """Keep the pace of the reward in the folder, so that a resumed run computes the same rewards. Over a link it is the
     throughput of the best static choice, on a measured clock the pace that this machine was measured at."""
+    clock = env.decoder.clock
     if env.control.link:
         if env.given_pace is not None:
             return
-        note = folder / "static.json"
+        note = folder / CHOSEN
         if not note.exists():
-            write_sealed(note, to_json(best_static(config.env, env.control)))
-    elif env.decoder.clock.priced:
+            costs = clock.table if isinstance(clock, PricedClock) else None
+            stages.begin(STATIC, search_in_words(config.env, env.control, costs))
+            write_sealed(note, to_json(best_static(config.env, env.control, costs)))
+    elif clock.priced:
         return
     else:
         note = folder / "last" / "pace.json"
@@ -159,16 +196,17 @@ def settle_pace(folder: Path, config: RunConfig, env: SpecEnv) -> None:
     env.given_pace = number_of(read_sealed(note, MEASURED), "pace", note, MEASURED)
 
 
-def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent) -> None:
+def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent, stages: Stages) -> None:
     """Train an agent to the run's total of steps, continuing from its checkpoint, and save it in the folder."""
     spec_env = spec_env_of(env)
     if agent.charges_training:
         spec_env.policy_seconds = agent.decision_seconds = seconds_of_decision(folder, config, agent)
     if agent.learns_from == "rewards" and spec_env.reward_name == "saved":
-        settle_pace(folder, config, spec_env)
+        settle_pace(folder, config, spec_env, stages)
     make_validation = VALIDATIONS.get(agent.validated_by)
     validation = make_validation(folder, config) if make_validation else None
     eval_freq = config.eval_freq if validation else 0
+    stages.begin(TRAINING, training_in_words(config, agent, Run(folder).begun))
     agent.learn(config.total_timesteps, env, Run(folder, config.checkpoint_freq, eval_freq, validation, True))
     save_trained(agent, folder)
     env.close()
@@ -183,26 +221,26 @@ def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Pat
         ValueError: another process holds the folder, or one of its files is damaged.
     """
     with held(folder):
-        train_in_held_folder(experiment, env_id, stanza, seed, folder)
-        results = folder / RESULTS
-        if results.exists():
-            table = read_results(results)
+        stages = Stages()
+        train_in_held_folder(experiment, env_id, stanza, seed, folder, stages)
+        again = shlex.join(["spec-envs", "eval", str(folder)])
+        if (folder / RESULTS).exists():
+            table = read_results(folder / RESULTS, again)
             print(f"{folder} is finished; delete it to train again\n")
             print(table)
         else:
-            save(evaluate_run(folder, {}, experiment.test_prompts), folder)
-            print(f"run: {folder}")
+            save(evaluate_run(folder, {}, experiment.test_prompts, stages), folder, again, folder)
 
 
-def read_results(path: Path) -> str:
-    """Return the table of a finished run, as Markdown.
+def read_results(path: Path, again: str) -> str:
+    """Return what a finished run shows at its end; ``again`` is the command that makes its table again.
 
     Raises:
         ValueError: the file is damaged.
     """
     results = load_json(Results, path, remedy := "delete it to make the table again")
     try:
-        return markdown(results)
+        return screen(results, path.parent, again, path.parent)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no table ({error}); {remedy}") from None
 
@@ -217,24 +255,33 @@ def trained(experiment: Experiment, env_id: str, stanza: str, seed: int, folder:
         train_in_held_folder(experiment, env_id, stanza, seed, folder)
 
 
-def train_in_held_folder(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
-    """Train a run to its end, unless it is trained already; the caller holds the lock of its folder."""
+def train_in_held_folder(
+    experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path, stages: Stages | None = None
+) -> None:
+    """Train a run to its end, unless it is trained already; the caller holds the lock of its folder. Where ``stages`` are
+    given, they become those of the run, its table included."""
     config = resolved(experiment, env_id, stanza, seed)
     fresh = not (folder / CONFIG).exists()
     open_run(folder, config)
-    if is_trained(folder):
-        return
+    own = stages or Stages()
     try:
-        env, agent = build(folder, config)
+        own.names = stages_of(folder, config, stages is not None)
+        if is_trained(folder):
+            return
+        env, agent = build(folder, config, own)
     except Exception:
         if fresh:  # settings that cannot be built must not claim the folder
             clear(folder)
         raise
-    if Run(folder).begun:
-        print(f"continuing {folder} from its last checkpoint", file=sys.stderr)
-    elif agent.learns_from != "nothing":
-        print(f"training {stanza}", file=sys.stderr)
-    train_agent(folder, config, env, agent)
+    train_agent(folder, config, env, agent, own)
+
+
+def training_in_words(config: RunConfig, agent: Agent, begun: bool) -> str:
+    """Return what a training does; ``begun``: it continues from a checkpoint."""
+    doing = f"continuing to train {config.stanza} from its last checkpoint" if begun else f"training {config.stanza}"
+    if agent.learns_from == "trace":
+        return f"{doing} on every choice in the recorded texts"
+    return f"{doing} for {config.total_timesteps:,} decisions in {config.id} (the bar shows the time that is left)"
 
 
 def spec_env_of(env: gym.Env) -> SpecEnv:
@@ -267,7 +314,7 @@ def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> 
                 "stages": [],
             }
         )
-        print(f"stage {number} of {len(experiment.stages)}: {stage.id}, partner {partner}", file=sys.stderr)
+        LOG.info(f"policy {number} of {len(experiment.stages)}: {stage.id}, with the partner {partner}")
         part = folder / f"{number}-{stage.id}"
         run(settings, stage.id, stanza, seed, part)
         newest[stage.id] = part

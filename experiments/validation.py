@@ -67,7 +67,8 @@ class Speedup:
     def __call__(self, agent: Agent) -> dict[str, float]:
         decoder, plain = self.decoders
         arms = {"plain": decoded(plain, None), "agent": decoded(decoder, Policy(self.control, agent))}
-        samples = run_arms(arms, self.prompts, self.config.env.get("max_new_tokens", 128), "validation")
+        most = self.config.env.get("max_new_tokens", 128)
+        samples = run_arms(arms, self.prompts, most, "validation", quiet=True)  # within the bar of the training
         return {"speedup": ratio(samples["agent"], samples["plain"]).value}
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from spec_envs.experiments.measure.results import Drift, Exit, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import same_text, with_aa_check
 from spec_envs.experiments.measure.tables import tables
+from spec_envs.experiments.stages import STATIC, TABLE, Stages
 from spec_envs.settings import Keywords
 
 K_MAX = 8  # tokens of the longest chain that is tried
@@ -89,7 +91,7 @@ class Acceptance:
         )
 
 
-def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -> Results:
+def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int, stages: Stages) -> Results:
     """Return the table of a run of SpecDVI-v0: plain decoding, the untrained exit, the trained exit (alone, after
     prompt lookup, and with Kangaroo's rule), and the agent in its own environment. ``exit`` has what training changed.
 
@@ -97,6 +99,7 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
         policy: policy of the run.
         run: folder of the run.
         env: keyword arguments of the environment.
+        stages: of the command.
 
     Raises:
         ValueError: the run holds no exit, though its agent trains one.
@@ -106,6 +109,7 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
     if not is_exit(run) and config["agent"] != "random":
         raise ValueError(f"{run} holds no exit; delete it to train again")
     trained = str(run) if is_exit(run) else point.drafter
+    stages.begin(STATIC, "choosing the length of chains that is best for the trained exit, on training prompts")
     static = best_static(chain_env(env, trained), KControl(K_MAX))
     k = max(1, int(static.best[0]))
     chains = {
@@ -131,7 +135,8 @@ def evaluate_exit(policy: Policy, run: Path, env: Keywords, test_prompts: int) -
 
     def measure(count: int) -> Results:
         prompts = encoded_prompts(env, "test", count)
-        samples = run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+        announce = partial(stages.begin, TABLE)
+        samples = run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts", announce=announce)
         results = tables(samples, policies, env, decoders["trained exit"], ["plain", "untrained exit"], [])
         before, after = (Acceptance.of(samples[name]) for name in ("untrained exit", "trained exit"))
         moved = drift(exit_of(adapted), samples["plain"])

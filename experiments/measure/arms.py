@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.engine import Engine
+from spec_envs.experiments.stages import Announce, about
 from spec_envs.generation import Generation
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.edge.linked import LinkedDecoder
@@ -38,6 +40,7 @@ class Sample:
         actions: the agent's decisions.
         lengths: drafted candidates of each cycle.
         states: state of a simulated link in each cycle.
+        forwards: number of forwards that were measured, by part and rows, those of the prefill included.
     """
 
     prompt: Encoded
@@ -55,10 +58,13 @@ class Sample:
     bytes_up: int = 0
     bytes_down: int = 0
     states: list[LinkState] = field(default_factory=list)
+    forwards: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
 
 Arm = Callable[[Encoded, int, int], Sample]
 """Returns the sample of a prompt, given the most new tokens and a seed."""
+
+WARM_UP = 16  # tokens of each arm before anything is measured
 
 
 def decoded(decoder: Engine, policy: Policy | None) -> Arm:
@@ -87,9 +93,19 @@ def decoded(decoder: Engine, policy: Policy | None) -> Arm:
             bytes_up=sum(c.bytes_up for c in cycles),
             bytes_down=sum(c.bytes_down for c in cycles),
             states=[state for state in states if state],
+            forwards=dict(decoder.clock.forwards),
         )
 
     return run
+
+
+def warm_up(arm: Arm, prompt: Encoded, max_new_tokens: int, seed: int) -> float:
+    """Run an arm on the first tokens of an answer, and return the seconds that a whole one would take."""
+    began = time.perf_counter()
+    sample = arm(prompt, min(WARM_UP, max_new_tokens), seed)
+    elapsed = time.perf_counter() - began
+    decoding = elapsed * sample.seconds / max(sample.seconds + sample.prefill_seconds, 1e-12)
+    return elapsed - decoding + decoding * max_new_tokens / max(1, sample.tokens)
 
 
 def simulated_channel(decoder: Engine) -> SimulatedChannel | None:
@@ -106,6 +122,7 @@ def run_arms(
     desc: str,
     seed: int = 0,
     quiet: bool = False,
+    announce: Announce | None = None,
 ) -> dict[str, list[Sample]]:
     """Run every arm on every prompt after one warm-up each, prompt by prompt, and return the samples of each arm.
 
@@ -115,6 +132,7 @@ def run_arms(
         desc: label of the progress bar.
         seed: seed of the first prompt; each further prompt adds 1.
         quiet: shows no progress bar.
+        announce: is told, after the warm-up, what is measured and about how long that takes.
 
     Raises:
         ValueError: there are no prompts, or all are left out.
@@ -123,10 +141,12 @@ def run_arms(
         raise ValueError("there are no prompts to run; expected at least one")
     names = list(arms)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    with tqdm(total=len(names) * (len(prompts) + 1), desc=desc, unit="text", disable=quiet) as bar:
-        for name in names:
-            arms[name](prompts[0], min(16, max_new_tokens), seed)
-            bar.update()
+    seconds = 0.0
+    for name in tqdm(names, desc="warming up", unit="arm", leave=False, disable=quiet):
+        seconds += len(prompts) * warm_up(arms[name], prompts[0], max_new_tokens, seed)
+    if announce:
+        announce(f"measuring {len(names)} arms on {len(prompts)} {desc} in turn (at most {about(seconds)})")
+    with tqdm(total=len(names) * len(prompts), desc=desc, unit="text", disable=quiet) as bar:
         for i, prompt in enumerate(prompts):
             found = {}
             for name in names[i % len(names) :] + names[: i % len(names)]:

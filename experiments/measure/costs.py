@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from scipy.optimize import isotonic_regression
 
 from spec_envs.controls import Control
+from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
@@ -25,6 +27,7 @@ from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import Machine, machine
+from spec_envs.sealed import read_sealed
 from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
@@ -82,6 +85,17 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
         for part in fastest[0]
     }
     return Measured(curves, spread, len(found), machine(decoder))
+
+
+def kept(folder: Path, here: Machine) -> CostTable | None:
+    """Return the cost table that a run measured when it began; None if there is none, or one of another processor, number
+    of threads or dtype."""
+    file = folder / "clock.json"
+    if not file.exists():
+        return None
+    made = read_sealed(file, "delete it to measure again").get("machine", {})
+    same = all(made.get(name) == vars(here)[name] for name in ("processor", "threads", "dtype"))
+    return CostTable.load(str(file)) if same else None
 
 
 def total(curves: Curves) -> float:

@@ -32,14 +32,29 @@ def write_png(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def draw_arms(axis: Axes, arms: Mapping[str, Compared], reference: str) -> None:
-    """Draw horizontal bars of the arms' throughput over that of a reference arm."""
-    ratios = {name: arms[name].over[reference] for name in list(arms)[::-1]}
-    draw_ratios(axis, ratios)
+def draw_arms(
+    axis: Axes, arms: Mapping[str, Compared], reference: str, priced: Mapping[str, Compared] | None = None
+) -> None:
+    """Draw horizontal bars of the arms' throughput over that of a reference arm, and below each the priced one."""
+    names = list(arms)[::-1]
+    groups = {"timed": arms, "priced": priced} if priced else {"": arms}
+    for i, (label, rows) in enumerate(groups.items()):
+        height = 0.8 / len(groups)
+        places = {n: y + 0.4 - height * (i + 0.5) for y, n in enumerate(names) if n in rows}
+        ratios = [rows[name].over[reference] for name in places]
+        values = [ratio.value for ratio in ratios]
+        errors = error_bars(ratios)
+        axis.barh(list(places.values()), values, height, xerr=errors, color=f"C{i}", alpha=0.75, capsize=3, label=label)
+        for y, ratio in zip(places.values(), ratios, strict=True):
+            axis.annotate(
+                f"{ratio.value:.2f}×", (ratio.high, y), (5, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axis.set_yticks(range(len(names)), names)
     axis.axvline(1.0, color="black", linewidth=0.8)
-    for i, ratio in enumerate(ratios.values()):
-        axis.text(0.02, i, f"{ratio.value:.2f}×", va="center", color="white", fontsize=8)
+    axis.margins(x=0.1)
     axis.set_xlabel(f"throughput over {reference}, 95 % interval")
+    if priced:
+        axis.legend(fontsize=8)
 
 
 def draw_ratios(axis: Axes, ratios: Mapping[str, Interval]) -> None:

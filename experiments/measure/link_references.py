@@ -55,12 +55,12 @@ class Outcome:
         return self.seconds + state.rtt + jitter + self.up / state.up + self.down / state.down
 
 
-def best_choices(env: Keywords, control: Control) -> Best:
+def best_choices(env: Keywords, control: Control, costs: CostTable | None = None) -> Best:
     """Try every choice on training prompts, and return the best one. ``best_k`` is the best one that drafts ``DRAFT``
-    tokens."""
+    tokens. ``costs``, by default measured now, price what is computed in place of a measured clock."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
-        decoder.clock = PricedClock(CostTable("measured", **cost_curves(local_decoder(env, control))))
+        decoder.clock = PricedClock(costs or CostTable("measured", **cost_curves(local_decoder(env, control))))
     recorded = bool(env.get("trace"))
     prompts = encoded_prompts(env, "train", PROMPTS)
     if recorded:

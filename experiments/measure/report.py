@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spec_envs.controls import Control
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.figures import CROWDED, draw_arms, draw_histogram, draw_shares, drawn
-from spec_envs.experiments.measure.results import Divergence, Exit, Histogram, Results
+from spec_envs.experiments.measure.results import Divergence, Exit, Histogram, Results, Row
 from spec_envs.experiments.measure.statistics import by_task
 
 COLLAPSED = 0.95  # share of one setting above which a policy is reported as a static setting
@@ -18,28 +18,59 @@ COLLAPSED = 0.95  # share of one setting above which a policy is reported as a s
 
 def markdown(results: Results) -> str:
     """Return a table and notes about it, as Markdown."""
-    references = results.references
-    head = ["arm", "tokens/s", *(f"over {r} [95 %]" for r in references), "emitted/cycle", "verified/cycle"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for name, row in results.arms.items():
-        cells = [name, f"{row.tokens_per_second:.1f}", *(f"{row.over[r]:.3f}" for r in references)]
-        cells += [f"{row.emitted_per_cycle:.2f}", f"{row.verified_per_cycle:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *tasks_table(results), "", *(f"- {note}" for note in notes(results))]
+    lines = [*arms_tables(results), "", *tasks_table(results), "", *(f"- {note}" for note in notes(results))]
     if results.first_try:
         lines += ["", "The first try, with an A/A interval that excludes 1:", "", markdown(results.first_try)]
     return "\n".join(lines).strip() + "\n"
 
 
+def arms_tables(results: Results) -> list[str]:
+    """Return the lines of the table of all arms and, where they were timed, of the priced table, each with a caption."""
+    clock, priced = results.machine.clock, results.priced
+    if clock not in ("wall", None):
+        caption = f"Priced: every forward costs what the cost table {clock} lists for it. Nothing is timed."
+        return [caption, "", *arms_table(results.arms, results.references)]
+    void = "" if results.quiet else " VOID, because the machine was busy (see the A/A check)."
+    lines = [f"Timed: what this machine gives you now.{void}", "", *arms_table(results.arms, results.references)]
+    if priced:
+        caption = (
+            "Priced: the same texts and the same forwards at this machine's cost curve, without the noise of the clock "
+            f"({priced.source}; only what forwards, decisions and a simulated link cost)."
+        )
+        rows = {name: priced.arms.get(name) for name in results.arms}
+        lines += ["", caption, "", *arms_table(rows, [r for r in results.references if r in priced.arms])]
+    return lines
+
+
+def arms_table(arms: Mapping[str, Row | None], references: Sequence[str]) -> list[str]:
+    """Return the lines of a table of arms; an arm without figures has dashes."""
+    head = ["arm", "tokens/s", *(f"over {r} [95 %]" for r in references), "emitted/cycle", "verified/cycle"]
+    lines = []
+    for name, row in arms.items():
+        cells = [name, *["–"] * (len(head) - 1)]
+        if row:
+            cells = [name, f"{row.tokens_per_second:.1f}", *(f"{row.over[r]:.3f}" for r in references)]
+            cells += [f"{row.emitted_per_cycle:.2f}", f"{row.verified_per_cycle:.1f}"]
+        lines.append(cells)
+    return aligned(head, lines)
+
+
 def tasks_table(results: Results) -> list[str]:
     """Return the lines of a table: throughput over plain decoding by task."""
     tasks, plain = results.tasks, results.by_task["plain"]
-    lines = [f"| over plain, by task | {' | '.join(tasks)} |", f"|---{'|---' * len(tasks)}|"]
-    for name, rates in results.by_task.items():
-        if name not in ("plain", "plain again"):
-            ratios = [f"{rates[task] / plain[task]:.2f}" for task in tasks]
-            lines.append(f"| {name} | {' | '.join(ratios)} |")
-    return lines
+    rows = [
+        [name, *(f"{rates[task] / plain[task]:.2f}" for task in tasks)]
+        for name, rates in results.by_task.items()
+        if name not in ("plain", "plain again")
+    ]
+    return aligned(["over plain, by task", *tasks], rows)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table whose columns are as wide as their cells."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [" | ".join(map(str.ljust, cells, widths)) for cells in (head, *rows)]
+    return [f"| {lines[0]} |", f"|{'|'.join('-' * (width + 2) for width in widths)}|", *(f"| {x} |" for x in lines[1:])]
 
 
 def notes(results: Results) -> list[str]:
@@ -54,7 +85,7 @@ def notes(results: Results) -> list[str]:
     if results.static:
         rates = results.static.tokens_per_second
         lines.append(f"Best static setting on training prompts: {max(rates, key=rates.__getitem__)}.")
-    lines.append(f"A/A check (plain twice): the interval {'contains' if results.agrees else 'EXCLUDES'} 1.")
+    lines.append(results.aa_check)
     if results.link:
         lines.append(
             f"Link {results.link}; simulated delays are computed and added. plain: the cloud alone, streaming its text."
@@ -145,11 +176,13 @@ def draw(results: Results, path: Path) -> None:
     """Draw the speed of every arm with its interval, and the choices of the learned arms by task or state of the
     link."""
     histograms = results.by_state or results.actions
-    heights = [1 + 0.35 * len(results.arms), *[2.8] * len(histograms)]
+    heights = [1 + (0.5 if results.priced else 0.35) * len(results.arms), *[2.8] * len(histograms)]
     with drawn(path, 11, sum(heights)) as figure:
         axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        draw_arms(axes[0], results.arms, results.references[0])
-        axes[0].set_title(f"{results.prompts} held-out prompts, temperature {results.temperature}", fontsize=10)
+        draw_arms(axes[0], results.arms, results.references[0], results.priced.arms if results.priced else {})
+        void = "" if results.quiet else f"; timed on a busy machine (plain again {results.again:.2f})"
+        title = f"{results.prompts} held-out prompts, temperature {results.temperature:g}{void}"
+        axes[0].set_title(title, fontsize=10)
         for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):
             if results.by_state:
                 draw_shares(axis, histogram)

@@ -10,6 +10,8 @@ from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
+QUIET = 0.05  # bounds of the A/A interval around 1 within which timings are trusted
+
 Histogram = dict[str, dict[str, int]]
 """Counts of each setting that was chosen, by task or by state of a link."""
 
@@ -139,9 +141,45 @@ class Comparison:
     first_try: Comparison | None = None
 
     @property
+    def again(self) -> Interval:
+        """Plain decoding over itself."""
+        return self.arms["plain again"].over["plain"]
+
+    @property
     def agrees(self) -> bool:
         """True if the interval of plain decoding over itself contains 1."""
-        return 1 in self.arms["plain again"].over["plain"]
+        return 1 in self.again
+
+    @property
+    def quiet(self) -> bool:
+        """True if this interval also lies within ±5 %. A wider one contains 1 because the machine was busy, and what
+        was timed then is void."""
+        return self.agrees and self.again.low >= 1 - QUIET and self.again.high <= 1 + QUIET
+
+    @property
+    def aa_check(self) -> str:
+        """The A/A check in a sentence."""
+        found = f"A/A check (plain decoding twice): {self.again:.3f}"
+        if self.quiet:
+            return f"{found} contains 1 and lies within ±{100 * QUIET:.0f} %."
+        if self.agrees:
+            return f"{found} is wider than ±{100 * QUIET:.0f} %: TIMED ON A BUSY MACHINE, so these timings are void."
+        return f"{found} EXCLUDES 1: the arms were not timed under the same conditions, so these timings are void."
+
+
+@dataclass(kw_only=True)
+class Priced:
+    """The same texts as in a timed table, with the same cycles, at the prices of a cost table.
+
+    Attributes:
+        arms: rows by name; other software has none, because its forwards are not known.
+        costs: seconds of the target's and the drafter's forwards by rows.
+        source: where the costs are from, in words.
+    """
+
+    arms: dict[str, Row]
+    costs: dict[str, dict[int, float]]
+    source: str
 
 
 @dataclass(kw_only=True)
@@ -163,6 +201,7 @@ class Results(Comparison):
         others_text: share of the prompts on which other software emits the tokens of plain decoding.
         static: the best static setting.
         exit: figures of a run that trains an early exit.
+        priced: the same texts at the prices of a cost table; None where no forward was timed in this process.
     """
 
     arms: dict[str, Row]
@@ -184,4 +223,5 @@ class Results(Comparison):
     divergences: dict[str, Divergence] | None = None
     static: Best | None = None
     exit: Exit | None = None
+    priced: Priced | None = None
     first_try: Results | None = None

@@ -11,13 +11,14 @@ from spec_envs.controls.candidates import START
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import in_process
+from spec_envs.experiments.measure import link_references
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
-from spec_envs.experiments.measure.link_references import best_choices
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.experiments.stages import about
 from spec_envs.settings import Keywords
 
 PROMPTS, TOKENS = 5, 48  # training prompts on which settings are tried, and tokens of each
@@ -34,19 +35,20 @@ def static_chain(k: int, k_max: int = 16) -> Policy:
     return static_policy(KControl(k_max), (k,))
 
 
-def best_static(env: Keywords, control: Control) -> Best:
+def best_static(env: Keywords, control: Control, costs: CostTable | None = None) -> Best:
     """Find the fastest static setting of a problem by coordinate search: all values of every axis are tried while the
     other axes keep their best values so far, until no axis moves.
 
     Args:
         env: keyword arguments of the environment.
+        costs: this machine's cost table, which prices the search in place of a measured clock; by default it is measured.
     """
     if control.link:
-        return best_choices(env, control)
+        return link_references.best_choices(env, control, costs)
     axes = control.candidates()
     best = tuple(START[name] if START.get(name) in values else values[0] for name, values in axes.items())
     rates: dict[tuple[Setting, ...], float] = {}
-    search = Search(env, control)
+    search = Search(env, control, costs)
     while True:
         line = [(*best[:i], value, *best[i + 1 :]) for i, values in enumerate(axes.values()) for value in values]
         new = list(dict.fromkeys(values for values in line if values not in rates))
@@ -60,17 +62,30 @@ def best_static(env: Keywords, control: Control) -> Best:
         best = leader
 
 
+def search_in_words(env: Keywords, control: Control, costs: CostTable | None) -> str:
+    """Return what a search of the best static setting does, and about how long it takes if forwards are timed."""
+    doing = "choosing the best fixed setting, which the agent has to beat, on training prompts"
+    if costs is None:
+        return doing
+    if control.link:
+        texts, tokens = len(control.settings()) * link_references.PROMPTS, link_references.TOKENS
+    else:
+        texts, tokens = sum(map(len, control.candidates().values())) * PROMPTS, TOKENS
+    seconds = texts * min(tokens, env.get("max_new_tokens", tokens)) * costs.seconds("verify", 1)
+    return f"{doing} ({about(seconds)})"
+
+
 class Search:
     """Tries settings on training prompts.
 
-    With a measured clock, cost curves are measured first and price the search, so that other load on the machine does
+    In place of a measured clock, a cost table of this machine prices the search, so that other load on the machine does
     not influence the choice (a server is timed live). The chosen setting is later measured live.
     """
 
-    def __init__(self, env: Keywords, control: Control):
+    def __init__(self, env: Keywords, control: Control, costs: CostTable | None):
         self.decoder = decoder_for(env, control)
         if not self.decoder.clock.priced and in_process(self.decoder):
-            self.decoder.clock = PricedClock(CostTable("measured", **cost_curves(self.decoder)))
+            self.decoder.clock = PricedClock(costs or CostTable("measured", **cost_curves(self.decoder)))
         self.prompts = encoded_prompts(env, "train", PROMPTS)
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from spec_envs.decoding.clock import PARTS, CostTable
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.results import Comparison, Divergence, Interval, Row
@@ -60,6 +62,17 @@ def summary(samples: dict[str, list[Sample]], references: Sequence[str]) -> dict
             prompts=len(arm),
         )
     return rows
+
+
+def at_prices(sample: Sample, table: CostTable) -> Sample:
+    """Return a sample with the seconds that a cost table charges for its forwards. Decisions and a simulated network keep
+    the seconds that they were charged, which are not measured text by text either; what a processor does besides costs
+    nothing."""
+    parts = dict.fromkeys(PARTS, 0.0) | {part: sample.parts[part] for part in ("network", "policy")}
+    for (part, rows), times in sample.forwards.items():
+        parts[part] += times * table.seconds(part, rows)
+    prefill = parts.pop("prefill")
+    return replace(sample, seconds=sum(parts.values()), prefill_seconds=prefill, parts=parts)
 
 
 def with_aa_check(measure: Callable[[int], C], prompts: int) -> C:

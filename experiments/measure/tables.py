@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from spec_envs.controls import Policy
+from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import in_process
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
-from spec_envs.experiments.measure.costs import cost_curves, describe
+from spec_envs.experiments.measure.costs import Curves, cost_curves, describe
 from spec_envs.experiments.measure.link_references import choices_by_state
 from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
-from spec_envs.experiments.measure.results import Results
-from spec_envs.experiments.measure.statistics import by_task, divergence, same_text, summary, throughput
+from spec_envs.experiments.measure.results import Priced, Results
+from spec_envs.experiments.measure.statistics import at_prices, by_task, divergence, same_text, summary, throughput
+from spec_envs.experiments.stages import Announce
 from spec_envs.network.edge.linked import is_address
 from spec_envs.settings import Keywords
+
+LOG = logging.getLogger(__name__)
 
 
 def run_tables(
@@ -29,6 +34,8 @@ def run_tables(
     references: Sequence[str],
     learned: Sequence[str],
     others: dict[str, Arm] | None = None,
+    costs: CostTable | None = None,
+    announce: Announce = LOG.info,
 ) -> Results:
     """Measure plain decoding (twice), other software and the policies side by side, and return the table.
 
@@ -36,9 +43,11 @@ def run_tables(
         references: names of the arms that all arms are compared with.
         learned: names of the policies whose choices are shown.
         others: arms of other software; by default transformers' ``generate``.
+        costs: this machine's cost table, which also prices what is timed; by default the one that is measured here.
+        announce: is told what is measured and about how long that takes.
     """
-    samples = side_by_side(policies, env, decoder, test_prompts, others)
-    return tables(samples, policies, env, decoder, references, learned)
+    samples = side_by_side(policies, env, decoder, test_prompts, others, announce)
+    return tables(samples, policies, env, decoder, references, learned, costs)
 
 
 def side_by_side(
@@ -47,6 +56,7 @@ def side_by_side(
     decoder: Engine,
     test_prompts: int,
     others: dict[str, Arm] | None = None,
+    announce: Announce = LOG.info,
 ) -> dict[str, list[Sample]]:
     """Return the samples of every arm of a table on the held-out prompts."""
     prompts = encoded_prompts(env, "test", test_prompts)
@@ -57,7 +67,7 @@ def side_by_side(
     decoders = {name: decoder.separate() for name in policies}
     arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
     try:
-        return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts")
+        return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts", announce=announce)
     finally:
         for used in (plain, *decoders.values()):
             used.close()
@@ -70,6 +80,7 @@ def tables(
     decoder: Engine,
     references: Sequence[str],
     learned: Sequence[str],
+    costs: CostTable | None = None,
 ) -> Results:
     """Return the table of arms that were measured."""
     control = next(iter(policies.values())).control
@@ -79,7 +90,7 @@ def tables(
     elif not decoder.clock.priced and in_process(decoder):
         curves = cost_curves(decoder)
     results = Results(
-        arms=summary(samples, references),
+        arms=summary(samples, compared(samples, references)),
         references=list(references),
         prompts=len(samples["plain"]),
         tasks=list(by_task(samples["plain"])),
@@ -103,6 +114,8 @@ def tables(
         if not is_address(control.link):
             results.by_state = {name: choices_by_state(control, samples[name]) for name in learned}
         results.bytes_per_token = {name: bytes_per_token(arm) for name, arm in samples.items()}
+    if curves:
+        results.priced = priced(samples, references, costs, curves)
     if not decoder.temperature:
         ours = {"plain", "plain again", *policies}
         results.others_text = {
@@ -113,6 +126,24 @@ def tables(
             name: divergence(decoder, samples[name], samples["plain"]) for name in ("plain", *learned)
         }
     return results
+
+
+def compared(samples: dict[str, list[Sample]], references: Sequence[str]) -> list[str]:
+    """Return the arms that all arms are compared with: those that a table shows, and random decisions, which the
+    sentences above it mention."""
+    return [*references, *({"random"} & set(samples) - set(references))]
+
+
+def priced(
+    samples: dict[str, list[Sample]], references: Sequence[str], costs: CostTable | None, curves: Curves
+) -> Priced:
+    """Return the same samples at the prices of a cost table; without ``costs`` at those of the curves that were measured
+    beside them."""
+    table = costs or CostTable("measured with this table", **curves)
+    own = {name: [at_prices(s, table) for s in arm] for name, arm in samples.items() if all(s.forwards for s in arm)}
+    shown = [reference for reference in compared(own, references) if reference in own]
+    source = "measured when the run began" if costs else "measured after these texts"
+    return Priced(arms=summary(own, shown), costs={"verify": table.verify, "draft": table.draft}, source=source)
 
 
 def bytes_per_token(samples: Sequence[Sample]) -> list[float]:

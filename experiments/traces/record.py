@@ -80,6 +80,11 @@ def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
             return recorded(plan, folder)
 
 
+def is_recorded(plan: Plan, root: Path) -> bool:
+    """Return True if the trace of a plan is in its default folder."""
+    return (default_folder(plan, root) / MANIFEST).exists()
+
+
 def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
     """Record one of several shards, while other processes record the others."""
     with ExitStack() as stack:

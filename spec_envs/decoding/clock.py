@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class WallClock:
         priced: True if the seconds come from a table instead.
         totals: seconds charged to each part since the text began.
         simulated: seconds among them that did not pass in reality, such as those of a simulated network.
+        forwards: number of forwards since the text began that were measured, by part and rows, with which a cost table
+            can price the same text afterwards.
     """
 
     priced = False
@@ -57,16 +60,18 @@ class WallClock:
         """Count from 0 at the start of a text, so that its seconds do not depend, to the last bit, on earlier texts."""
         self.totals = dict.fromkeys(PARTS, 0.0)
         self.simulated = 0.0
+        self.forwards: Counter[tuple[str, int]] = Counter()
 
     @contextmanager
     def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
         """Charge the seconds of the ``with`` block to ``part``; ``rows`` are those of its forward, if known
         beforehand."""
         self.synchronize()
-        begin = time.perf_counter()
-        yield Forward(rows)
+        begin, forward = time.perf_counter(), Forward(rows)
+        yield forward
         self.synchronize()
         self.charge(part, time.perf_counter() - begin)
+        self.forwards[part, forward.rows] += forward.times
 
     def charge(self, part: str, seconds: float) -> None:
         """Add seconds to ``part`` that were measured elsewhere."""

@@ -1,0 +1,159 @@
+"""What a table says in words, and the screen at the end of a command: the words, the tables, and where to look next."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from spec_envs.experiments.measure.report import COLLAPSED, arms_tables, most_used
+from spec_envs.experiments.measure.results import Exit, Interval, Results, Row
+
+WIDTH = 100  # characters of a line of words
+SHOWN = 3  # most settings that a sentence names
+ARMS = {
+    "plain": "the target alone, one token per forward",
+    "plain again": "the same once more, to show how even the timing is",
+    "transformers generate": "the usual library, same weights",
+    "random": "random decisions",
+    "untrained exit": "chains of the exit before learning",
+    "trained exit": "chains of the exit after learning",
+    "per state": "the best choice for each state of the link, which it knows",
+}
+
+
+def sentences(results: Results) -> list[str]:
+    """Return what was learned and what it is worth, two sentences for each learned policy."""
+    found = []
+    for name in results.decisions:
+        against = {"static": "the best static setting", "random": "random decisions"}
+        found += [behaviour(name, results), worth(name, "it", against, results)]
+    if results.exit:
+        against = {"untrained exit": "with the untrained exit"}
+        found += [learning(results.exit), worth("trained exit", "decoding with the trained exit", against, results)]
+    return found
+
+
+def behaviour(name: str, results: Results) -> str:
+    """Return how a policy decides, in a sentence."""
+    if name not in results.actions:
+        row = results.arms[name]
+        return (
+            f"{name} has {row.verified_per_cycle:.1f} drafted tokens verified per cycle, and a cycle emits "
+            f"{row.emitted_per_cycle:.2f} tokens."
+        )
+    histogram, decision = results.actions[name], results.decisions[name]
+    setting, share = most_used(histogram)
+    if share >= COLLAPSED:
+        return f"{name} chooses {decision} {setting} in {100 * share:.0f} % of its cycles: it is a static setting."
+    counts = sum((Counter(by_setting) for by_setting in histogram.values()), Counter[str]())
+    often = ", ".join(f"{s} in {100 * n / counts.total():.0f} %" for s, n in counts.most_common(SHOWN) if n)
+    return f"{name} varies its {decision} from cycle to cycle: it chooses {often} of its cycles."
+
+
+def learning(found: Exit) -> str:
+    """Return what learning changed at an early exit, in a sentence."""
+    before, after = f"{found.accept_rate_before:.2f}", f"{found.accept_rate_after:.2f}"
+    if before == after:
+        return f"Learning left the accepted share of the exit's drafts at {after}."
+    verb = "raised" if found.accept_rate_after > found.accept_rate_before else "lowered"
+    return f"Learning {verb} the accepted share of the exit's drafts from {before} to {after}."
+
+
+def worth(name: str, subject: str, against: dict[str, str], results: Results) -> str:
+    """Return what an arm is worth, in a sentence: its speed over plain decoding and over other arms. Random decisions are
+    mentioned only if the arm is not faster than they are.
+
+    Args:
+        subject: stands for the arm in the sentence.
+        against: the other arms by name, in words.
+    """
+    rows, condition = trusted(results)
+    ratios = rows[name].over
+    plain = "the cloud alone" if results.link else "plain decoding"
+    verdicts = [verdict(ratios["plain"], plain)]
+    for other, words in against.items():
+        if other != name and other in ratios and (other != "random" or ratios[other].low <= 1):
+            verdicts.append(verdict(ratios[other], words))
+    prompts = f"{results.prompts} held-out prompts" if results.prompts > 1 else "one held-out prompt (no interval)"
+    joined = ", and ".join([", ".join(verdicts[:-1]), verdicts[-1]] if len(verdicts) > 1 else verdicts)
+    return f"On {prompts}{condition} {subject} {joined}."
+
+
+def trusted(results: Results) -> tuple[dict[str, Row], str]:
+    """Return the rows that a sentence is about: the timed ones, or the priced ones if the timing is void; and the
+    condition under which they hold, in words."""
+    if results.machine.clock not in ("wall", None):
+        return results.arms, f", priced by the cost table {results.machine.clock},"
+    if results.quiet:
+        return results.arms, ""
+    if results.priced:
+        return results.priced.arms, ", at this machine's cost curve (the timing is void, see below),"
+    return results.arms, ", timed under conditions that make the figures void (see below),"
+
+
+def verdict(ratio: Interval, other: str) -> str:
+    """Return in words how fast an arm is beside another one, as far as the interval can tell."""
+    shown = f"{ratio:.2f}" if ratio.low < ratio.high else f"{ratio.value:.2f}"
+    if 1 in ratio:
+        return f"cannot be told from {other} ({shown})"
+    return f"is {'' if ratio.low > 1 else 'only '}{shown} times as fast as {other}"
+
+
+def legend(results: Results) -> list[str]:
+    """Return what the arms are that are measured beside the learned ones."""
+    known = dict(ARMS)
+    if results.link:
+        known["plain"] = "the cloud alone, which streams its text"
+    if results.static:
+        rates = results.static.tokens_per_second
+        known["static"] = (
+            f"{max(rates, key=rates.__getitem__)}, the best of {len(rates)} fixed settings on other prompts"
+        )
+    return [f"{name}: {known[name]}" for name in results.arms if name in known]
+
+
+def screen(results: Results, folder: Path, again: str, run: Path | None) -> str:
+    """Return what is shown at the end of a command.
+
+    Args:
+        folder: where the picture and all figures were written.
+        again: command that makes the table again.
+        run: folder of the run; None if the table is not of one run.
+    """
+    told = [f"{results.prompts} held-out prompts ({', '.join(results.tasks)}), at most {results.max_new_tokens} tokens "
+            f"each; speeds without reading the prompt; [95 % intervals] over prompts.",
+            "; ".join(legend(results)) + ".",
+            results.aa_check]  # fmt: skip
+    told += texts(results)
+    if results.machine.clock == "wall" and not results.quiet:
+        instead = "read the priced table, or " if results.priced else ""
+        told[2] += f" To do: {instead}time again on a quiet machine: {again}"
+    following = [f"picture: {folder / 'results.png'}", f"all figures, by task and with the cost curve: {folder / 'results.md'}"]  # fmt: skip
+    if run:
+        following += [
+            f"training curves: tensorboard --logdir {run}",
+            f'let it write: spec-envs generate "Why is the sky blue?" --run {run}',
+        ]
+    lines = ["", *wrapped(" ".join(sentences(results))), "", *arms_tables(results), ""]
+    for note in told:
+        lines += wrapped(note, "- ")
+    return "\n".join([*lines, "", *following]).lstrip("\n")
+
+
+def texts(results: Results) -> list[str]:
+    """Return whether the learned policies' text is the target's own, as it has to be."""
+    learned = {name: found for name, found in (results.divergences or {}).items() if name != "plain"}
+    if not learned:
+        return []
+    if all(found.per_1000 == 0 for found in learned.values()):
+        return ["Whatever is decided, the text stays the target's own, token for token; only the speed changes."]
+    worst = max(learned.values(), key=lambda found: found.per_1000)
+    return [f"{worst.per_1000:.1f} of 1,000 tokens differ from the target's own choice (near-ties of rounding)."]
+
+
+def wrapped(text: str, mark: str = "") -> Sequence[str]:
+    """Return the lines of a text; commands in it are not broken at their dashes."""
+    return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_on_hyphens=False,
+                         break_long_words=False)  # fmt: skip
