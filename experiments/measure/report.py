@@ -30,14 +30,11 @@ def arms_tables(results: Results) -> list[str]:
     if clock not in ("wall", None):
         caption = f"Priced: every forward costs what the cost table {clock} lists for it. Nothing is timed."
         return [caption, "", *arms_table(results.arms, results.references)]
-    void = "" if results.quiet else " VOID, because the machine was busy (see the A/A check)."
+    void = "" if results.quiet else f" VOID: plain decoding, timed twice, differs by {results.again:.2f}."
     lines = [f"Timed: what this machine gives you now.{void}", "", *arms_table(results.arms, results.references)]
     if priced:
-        caption = (
-            "Priced: the same texts and the same forwards at this machine's cost curve, without the noise of the clock "
-            f"({priced.source}; only what forwards, decisions and a simulated link cost)."
-        )
-        rows = {name: priced.arms.get(name) for name in results.arms}
+        caption = f"Priced: the same texts at this machine's cost curve ({priced.source}), without the clock's noise."
+        rows = {name: priced.arms.get(name) for name in results.arms if name != "plain again"}
         lines += ["", caption, "", *arms_table(rows, [r for r in results.references if r in priced.arms])]
     return lines
 
@@ -85,7 +82,7 @@ def notes(results: Results) -> list[str]:
     if results.static:
         rates = results.static.tokens_per_second
         lines.append(f"Best static setting on training prompts: {max(rates, key=rates.__getitem__)}.")
-    lines.append(results.aa_check)
+    lines.append(results.aa_check())
     if results.link:
         lines.append(
             f"Link {results.link}; simulated delays are computed and added. plain: the cloud alone, streaming its text."

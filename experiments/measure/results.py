@@ -156,10 +156,9 @@ class Comparison:
         was timed then is void."""
         return self.agrees and self.again.low >= 1 - QUIET and self.again.high <= 1 + QUIET
 
-    @property
-    def aa_check(self) -> str:
-        """The A/A check in a sentence."""
-        found = f"A/A check (plain decoding twice): {self.again:.3f}"
+    def aa_check(self, plain: str = "plain decoding") -> str:
+        """Return the A/A check in a sentence, in which plain decoding may have another name."""
+        found = f"A/A check ({plain} twice): {self.again:.3f}"
         if self.quiet:
             return f"{found} contains 1 and lies within ±{100 * QUIET:.0f} %."
         if self.agrees:

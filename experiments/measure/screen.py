@@ -14,9 +14,8 @@ WIDTH = 100  # characters of a line of words
 SHOWN = 3  # most settings that a sentence names
 ARMS = {
     "plain": "the target alone, one token per forward",
-    "plain again": "the same once more, to show how even the timing is",
-    "transformers generate": "the usual library, same weights",
-    "random": "random decisions",
+    "plain again": "once more, to show the noise of the timing",
+    "transformers generate": "another library, same weights",
     "untrained exit": "chains of the exit before learning",
     "trained exit": "chains of the exit after learning",
     "per state": "the best choice for each state of the link, which it knows",
@@ -109,7 +108,7 @@ def legend(results: Results) -> list[str]:
     if results.static:
         rates = results.static.tokens_per_second
         known["static"] = (
-            f"{max(rates, key=rates.__getitem__)}, the best of {len(rates)} fixed settings on other prompts"
+            f"{max(rates, key=rates.__getitem__)}, the best of {len(rates)} fixed settings on training prompts"
         )
     return [f"{name}: {known[name]}" for name in results.arms if name in known]
 
@@ -122,24 +121,32 @@ def screen(results: Results, folder: Path, again: str, run: Path | None) -> str:
         again: command that makes the table again.
         run: folder of the run; None if the table is not of one run.
     """
-    told = [f"{results.prompts} held-out prompts ({', '.join(results.tasks)}), at most {results.max_new_tokens} tokens "
-            f"each; speeds without reading the prompt; [95 % intervals] over prompts.",
-            "; ".join(legend(results)) + ".",
-            results.aa_check]  # fmt: skip
-    told += texts(results)
-    if results.machine.clock == "wall" and not results.quiet:
-        instead = "read the priced table, or " if results.priced else ""
-        told[2] += f" To do: {instead}time again on a quiet machine: {again}"
-    following = [f"picture: {folder / 'results.png'}", f"all figures, by task and with the cost curve: {folder / 'results.md'}"]  # fmt: skip
+    temperature = f"temperature {results.temperature}"
+    told = [
+        f"{results.prompts} held-out prompts ({', '.join(results.tasks)}), at most {results.max_new_tokens} new tokens, "
+        f"{temperature}; the time to read the prompt does not count; in brackets: 95 % intervals.",
+        "; ".join(legend(results)) + ".",
+        results.aa_check() + to_do(results, again),
+        *texts(results),
+    ]
+    following = [f"picture:   {folder / 'results.png'}", f"details:   {folder / 'results.md'}"]
     if run:
         following += [
-            f"training curves: tensorboard --logdir {run}",
-            f'let it write: spec-envs generate "Why is the sky blue?" --run {run}',
+            f"learning:  tensorboard --logdir {run}",
+            f'use it:    spec-envs generate "Why is the sky blue?" --run {run}',
         ]
     lines = ["", *wrapped(" ".join(sentences(results))), "", *arms_tables(results), ""]
     for note in told:
         lines += wrapped(note, "- ")
     return "\n".join([*lines, "", *following]).lstrip("\n")
+
+
+def to_do(results: Results, again: str) -> str:
+    """Return what to do about timings that are void."""
+    if results.quiet:
+        return ""
+    instead = "Read the priced table, or time" if results.priced else "Time"
+    return f" {instead} again while the machine does nothing else: {again}"
 
 
 def texts(results: Results) -> list[str]:
@@ -155,5 +162,11 @@ def texts(results: Results) -> list[str]:
 
 def wrapped(text: str, mark: str = "") -> Sequence[str]:
     """Return the lines of a text; commands in it are not broken at their dashes."""
-    return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_on_hyphens=False,
-                         break_long_words=False)  # fmt: skip
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=mark,
+        subsequent_indent=" " * len(mark),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )

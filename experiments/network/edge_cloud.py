@@ -217,8 +217,7 @@ def body(results: EdgeCloud) -> Iterable[str]:
         f"mode {settings.mode}, {settings.link}; target {settings.target}, drafter {settings.drafter}."
     )
     if results.prompts > 1:
-        verdict = "contains" if results.agrees else "EXCLUDES"
-        yield f"- A/A check (cloud-only twice): the interval {verdict} 1."
+        yield f"- {results.aa_check('cloud-only')}"
     yield ""
     yield from arms(results)
     if results.first_try:

@@ -216,7 +216,7 @@ def test_damaged_results_of_finished_run_are_refused(
     capsys.readouterr()
     train.run(run.experiment, run.env_id, "stanza", 0, tmp_path / "run")
     table = capsys.readouterr().out
-    assert "is finished" in table and "| ppo |" in table
+    assert "is finished" in table and "| ppo " in table and "On 3 held-out prompts" in table
     whole = results.read_text()
     digit = next(i for i in range(whole.index("tokens_per_second"), len(whole)) if whole[i] in "12345678")
     for damaged in ("", whole[:-9], whole[:digit] + "9" + whole[digit + 1 :], "{}", "[" * 100_000):

@@ -79,6 +79,6 @@ def test_check_of_stanza_and_shipped_agent(tmp_path: Path) -> None:
     for case in (Case("SpecK-v0", "svip"), Case("SpecK-v0", SHIPPED)):
         assert check(case, tmp_path, Options(priced=True)).failed == ""
     assert (tmp_path / "SpecK-v0" / "svip-0" / "results.md").exists()
-    assert "error" not in (log := (tmp_path / "SpecK-v0" / "svip.log").read_text()) and "| svip |" in log
+    assert "error" not in (log := (tmp_path / "SpecK-v0" / "svip.log").read_text()) and "| svip " in log
     assert "NoSuch" in check(Case("SpecK-v0", "NoSuch"), tmp_path, Options()).failed
     assert "Traceback" in (tmp_path / "SpecK-v0-NoSuch-failed.txt").read_text()

@@ -39,7 +39,7 @@ def test_results_are_consistent_with_arms(
     assert f"k {results['static']['best'][0]}" == max(fixed, key=fixed.get)
     assert results["agents"] == {"hf-schedule": "hf-schedule", "confidence": "confidence", "random": "random"}
     page = (tmp_path / "chains.md").read_text()
-    assert "| K = 16 |" in page and "The best agent on validation prompts" in page
+    assert "| K = 16 " in page and "The best agent on validation prompts" in page
     assert "- `K = 8`: a chain of 8 tokens" in page and "[`confidence`](../agents/rules.md), a published rule" in page
     assert page in capsys.readouterr().out and (tmp_path / "chains.png").stat().st_size > 10_000
 
