@@ -31,7 +31,6 @@ from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import Best, Results
-from spec_envs.experiments.measure.screen import screen, sentences
 from spec_envs.experiments.measure.static import best_static, search_in_words, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables

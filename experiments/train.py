@@ -33,7 +33,6 @@ from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import local_decoder
 from spec_envs.experiments.measure.results import Results
-from spec_envs.experiments.measure.screen import screen
 from spec_envs.experiments.measure.static import best_static, search_in_words
 from spec_envs.experiments.preflight import check_evaluation, check_partner
 from spec_envs.experiments.runs import (
@@ -47,6 +46,7 @@ from spec_envs.experiments.runs import (
     run_folder,
     save_trained,
 )
+from spec_envs.experiments.screen import screen
 from spec_envs.experiments.stages import COSTS, RECORDING, STATIC, TRAINING, WRITING, Stages
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.experiments.traces.plan import Plan
@@ -69,7 +69,8 @@ def make_env(folder: Path, config: RunConfig, stages: Stages) -> gym.Env:
     control = make_control(config.id, keywords)
     if config.calibrate and not config.record and is_timed_here(keywords, control):
         stages.begin(
-            COSTS, "measuring what forwards cost on this machine; training is priced by that (up to about a minute)"
+            COSTS,
+            "measuring what forwards cost on this machine; training is priced by that (at most about a minute, unless the machine is busy)",
         )
         keywords["clock"] = str(calibrated(folder / CLOCK, keywords, control))
     if config.record:

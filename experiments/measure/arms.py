@@ -126,7 +126,7 @@ def run_arms(
 ) -> dict[str, list[Sample]]:
     """Run every arm on every prompt after one warm-up each, prompt by prompt, and return the samples of each arm.
 
-    The order of the arms rotates. A prompt whose answer ends with its first token under any arm is left out for all.
+    The order of the arms is drawn anew for every prompt. A prompt whose answer ends with its first token under any arm is left out for all.
 
     Args:
         desc: label of the progress bar.
@@ -149,7 +149,7 @@ def run_arms(
     with tqdm(total=len(names) * len(prompts), desc=desc, unit="text", disable=quiet) as bar:
         for i, prompt in enumerate(prompts):
             found = {}
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in np.random.default_rng([seed, i]).permutation(names).tolist():
                 found[name] = arms[name](prompt, max_new_tokens, seed + i)
                 bar.update()
             if all(sample.tokens > 0 for sample in found.values()):
