@@ -1,4 +1,5 @@
-"""Behaviour that all commands share: errors in one sentence, exit statuses, and the package's log on stderr."""
+"""Behaviour that all commands share: errors in one sentence, exit statuses, the package's log on stderr, and stages, each
+announced in one line that says what begins, why, and about how long it takes."""
 
 from __future__ import annotations
 
@@ -6,9 +7,16 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+LOG = logging.getLogger(__name__)
+
+COSTS, RECORDING, WRITING, TRAINING, STATIC, TABLE = "costs", "recording", "writing", "training", "static", "table"
+
+Announce = Callable[[str], None]
+"""Tells the user what begins now."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -69,3 +77,28 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Stages:
+    """Numbers the stages of a command, such as ``[2/4] training ppo``.
+
+    Attributes:
+        names: of all stages in order; those that are done already are left out.
+    """
+
+    def __init__(self, names: Sequence[str] = ()):
+        self.names = list(names)
+
+    def begin(self, name: str, doing: str) -> None:
+        """Announce that a stage begins, if it is one of ``names``."""
+        if name in self.names:
+            LOG.info(f"[{self.names.index(name) + 1}/{len(self.names)}] {doing}")
+
+
+def about(seconds: float) -> str:
+    """Return a duration in words, as roughly as it is known: ``"about 20 s"``, ``"about 3 min"``."""
+    if seconds < 10:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {round(seconds, -1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -22,7 +22,7 @@ from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable
-from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.command import STATIC, TABLE, Stages, one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.costs import kept
 from spec_envs.experiments.measure.encoding import load, to_json
@@ -31,11 +31,11 @@ from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import Best, Results
+from spec_envs.experiments.measure.screen import screen, sentences
 from spec_envs.experiments.measure.static import best_static, search_in_words, static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.mixes import mixed
-from spec_envs.experiments.stages import STATIC, TABLE, Stages
 from spec_envs.files import whole
 from spec_envs.prompts.sets import load_prompts
 from spec_envs.sealed import write_sealed

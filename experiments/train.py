@@ -24,7 +24,7 @@ from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
-from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TRAINING, WRITING, Stages, one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.evaluate import CHOSEN, evaluate_run, save, stages_left
 from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
@@ -33,6 +33,7 @@ from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import local_decoder
 from spec_envs.experiments.measure.results import Results
+from spec_envs.experiments.measure.screen import screen
 from spec_envs.experiments.measure.static import best_static, search_in_words
 from spec_envs.experiments.preflight import check_evaluation, check_partner
 from spec_envs.experiments.runs import (
@@ -46,8 +47,6 @@ from spec_envs.experiments.runs import (
     run_folder,
     save_trained,
 )
-from spec_envs.experiments.screen import screen
-from spec_envs.experiments.stages import COSTS, RECORDING, STATIC, TRAINING, WRITING, Stages
 from spec_envs.experiments.stanzas import ExperimentFile
 from spec_envs.experiments.traces.plan import Plan
 from spec_envs.experiments.traces.record import is_recorded, recorded_by_default

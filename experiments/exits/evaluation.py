@@ -21,6 +21,7 @@ from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import is_exit
+from spec_envs.experiments.command import STATIC, TABLE, Stages
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.references import transformers_arms
@@ -28,7 +29,6 @@ from spec_envs.experiments.measure.results import Drift, Exit, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import same_text, with_aa_check
 from spec_envs.experiments.measure.tables import tables
-from spec_envs.experiments.stages import STATIC, TABLE, Stages
 from spec_envs.settings import Keywords
 
 K_MAX = 8  # tokens of the longest chain that is tried

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.engine import Engine
-from spec_envs.experiments.stages import Announce, about
+from spec_envs.experiments.command import Announce, about
 from spec_envs.generation import Generation
 from spec_envs.network.channel import SimulatedChannel
 from spec_envs.network.edge.linked import LinkedDecoder

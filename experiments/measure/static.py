@@ -11,6 +11,7 @@ from spec_envs.controls.candidates import START
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import in_process
+from spec_envs.experiments.command import about
 from spec_envs.experiments.measure import link_references
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.costs import cost_curves
@@ -18,7 +19,6 @@ from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
-from spec_envs.experiments.stages import about
 from spec_envs.settings import Keywords
 
 PROMPTS, TOKENS = 5, 48  # training prompts on which settings are tried, and tokens of each

@@ -10,6 +10,7 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import in_process
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.experiments.command import Announce
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import Curves, cost_curves, describe
 from spec_envs.experiments.measure.link_references import choices_by_state
@@ -19,7 +20,6 @@ from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
 from spec_envs.experiments.measure.results import Priced, Results
 from spec_envs.experiments.measure.statistics import at_prices, by_task, divergence, same_text, summary, throughput
-from spec_envs.experiments.stages import Announce
 from spec_envs.network.edge.linked import is_address
 from spec_envs.settings import Keywords
 

@@ -12,6 +12,7 @@ from spec_envs.agents import AGENTS
 from spec_envs.controls import Policy, make_control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments import train
+from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TABLE, TRAINING, Stages, about
 from spec_envs.experiments.evaluate import stages_left
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
 from spec_envs.experiments.measure.costs import kept
@@ -20,7 +21,6 @@ from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.statistics import at_prices
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.runs import resolved
-from spec_envs.experiments.stages import COSTS, RECORDING, STATIC, TABLE, TRAINING, Stages, about
 from spec_envs.sealed import write_sealed
 from tests.support.runs import Run, run_of
 
