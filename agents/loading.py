@@ -25,9 +25,18 @@ def load(run: str | Path) -> tuple[Control, Agent]:
     Raises:
         ValueError: the folder is not a run, or its files cannot be read; the message names which.
     """
+    return load_beside(folder_of(run), ())
+
+
+def folder_of(run: str | Path) -> Path:
+    """Return the folder of a run; for an environment's id, that of the agent that is shipped for it.
+
+    Raises:
+        ValueError: there is no such folder, or no agent is shipped for the environment.
+    """
     shipped = sorted(path.name for path in SHIPPED.iterdir())
     if str(run) in shipped:
-        return load_beside(SHIPPED / run, ())
+        return SHIPPED / run
     if str(run) in ENVIRONMENTS:
         raise ValueError(f"no agent is shipped for {run}, only for {', '.join(shipped)}; give the folder of a run")
     if not Path(run).is_dir():
@@ -35,7 +44,7 @@ def load(run: str | Path) -> tuple[Control, Agent]:
             f"{run} is not a readable run folder (there is no such folder); expected one written by `spec-envs "
             f"train`, or an environment whose agent is shipped: {', '.join(shipped)}"
         )
-    return load_beside(Path(run), ())
+    return Path(run)
 
 
 def load_beside(folder: Path, partners: tuple[Path, ...]) -> tuple[Control, Agent]:

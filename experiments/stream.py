@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spec_envs import Generation, agents, generate
 from spec_envs.agents.baselines.fixed import FixedAgent
+from spec_envs.agents.loading import folder_of
 from spec_envs.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
@@ -23,7 +24,11 @@ from spec_envs.text import printable
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("prompt", type=nonempty, help="user turn to answer")
-    parser.add_argument("--run", type=Path, help="run folder of the policy (default: a fixed depth)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        help="run folder of the policy, or SpecK-v0 and the like for a shipped one (default: a fixed depth)",
+    )
     parser.add_argument("--max-new-tokens", type=TOKENS, default=256, help="most tokens of the answer (default 256)")
     parser.add_argument(
         "--temperature", type=TEMPERATURE, help="sampling temperature, 0 is greedy (default: the run's)"
@@ -42,7 +47,7 @@ def policy_of(run: Path | None) -> tuple[Policy, Keywords]:
     if not run:
         control = DepthControl()
         return Policy(control, FixedAgent(control, value=2)), {}
-    policy, config = Policy(*agents.load(run)), agents.read_config(run)
+    policy, config = Policy(*agents.load(run)), agents.read_config(folder_of(run))
     env = {**config["env"], **config.get("eval_env", {})}
     if env.get("trace"):
         raise ValueError(f"{run} was trained on a trace, which writes no text; give a run on live models")
