@@ -278,10 +278,11 @@ def train_in_held_folder(
 
 def training_in_words(config: RunConfig, agent: Agent, begun: bool) -> str:
     """Return what a training does; ``begun``: it continues from a checkpoint."""
-    doing = f"continuing to train {config.stanza} from its last checkpoint" if begun else f"training {config.stanza}"
+    doing = f"continuing to train {config.stanza} from its last checkpoint," if begun else f"training {config.stanza}"
     if agent.learns_from == "trace":
         return f"{doing} on every choice in the recorded texts"
-    return f"{doing} for {config.total_timesteps:,} decisions in {config.id} (the bar shows the time that is left)"
+    until = f"{'to' if begun else 'for'} {config.total_timesteps:,} decisions{' in all' if begun else ''}"
+    return f"{doing} {until} in {config.id} (the bar shows the time that is left)"
 
 
 def spec_env_of(env: gym.Env) -> SpecEnv:
