@@ -145,7 +145,7 @@ def run_arms(
     for name in tqdm(names, desc="warming up", unit="arm", leave=False, disable=quiet):
         seconds += len(prompts) * warm_up(arms[name], prompts[0], max_new_tokens, seed)
     if announce:
-        announce(f"measuring {len(names)} arms on {len(prompts)} {desc} in turn (at most {about(seconds)})")
+        announce(f"measuring {len(names)} arms on {len(prompts)} {desc} in turn ({about(seconds)})")
     with tqdm(total=len(names) * len(prompts), desc=desc, unit="text", disable=quiet) as bar:
         for i, prompt in enumerate(prompts):
             found = {}
