@@ -37,6 +37,8 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         with terminable(), logged():
             yield
+    except BrokenPipeError:  # nobody reads what is printed: the command ``spec-envs`` ends quietly
+        raise
     except OSError as error:  # without a file name it comes from a library that could not write, on a full disk
         remedy = "" if error.filename or error.errno is None else "; free some space, or choose another folder"
         sys.exit(f"error: {error}{remedy}")

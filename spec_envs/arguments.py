@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from spec_envs.files import at_home
+from spec_envs.files import at_home, is_file
 
 
 class Refused(SystemExit):
@@ -123,29 +123,42 @@ def output_folder(text: str) -> Path:
 
 def output_file(text: str) -> Path:
     """Return the path of a file for a result, which replaces a file of that name."""
-    if Path(text).is_dir():
+    path = _writable(text, Path(text).parent)
+    if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file")
-    return _writable(text, Path(text).parent)
+    return path
 
 
 def input_folder(text: str) -> Path:
     """Return the path of a folder that exists."""
-    if not at_home(text).is_dir():
+    if not _is_dir(at_home(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected one that is there")
     return Path(text)
 
 
 def input_file(text: str) -> Path:
     """Return the path of a file that exists."""
-    if not at_home(text).is_file():
+    if not is_file(at_home(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a file; expected one that is there")
     return at_home(text)
+
+
+def _is_dir(path: Path) -> bool:
+    """Return whether there is such a folder; False for a name that no file system takes."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _writable(text: str, folder: Path) -> Path:
     """Return ``text`` as a path if files can be written into ``folder``, or could be once it is made."""
     nonempty(text)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        Path(text).exists()  # fails where a name is too long, or a folder must not be read
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"{there} is a file; expected a folder, into which is written")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -6,7 +6,10 @@ transformers.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
@@ -78,11 +81,31 @@ def main() -> None:
     Raises:
         SystemExit: there is no such subcommand (status 2), or it ended with a status of its own.
     """
-    words = sys.argv[1:]
+    with printed():
+        call(sys.argv[1:])
+
+
+@contextmanager
+def printed() -> Iterator[None]:
+    """End with the status of shells, 141, where nobody reads what is printed any more (``spec-envs … | head``), and in
+    one sentence where it cannot be written."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout:  # None where it was closed before
+                sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of it at its end
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {error}")
+
+
+def call(words: list[str]) -> None:
+    """Run the subcommand that the words of the command line name, or print help or the version."""
     first, pair = "".join(words[:1]), " ".join(words[:2])
-    name = pair if pair in COMMANDS else first
-    if name in COMMANDS:
-        run(name, words[len(name.split()) :])
+    named = [words[:count] for count in (2, 1) if words[:count] in map(str.split, COMMANDS)]
+    if named:
+        run(" ".join(named[0]), words[len(named[0]) :])
     elif first in ("", *HELP):
         print(overview())
     elif first == "--version":

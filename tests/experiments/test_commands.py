@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_envs.arguments import Parser, number, output_file, output_folder, whole_number
+from spec_envs.arguments import Parser, input_file, input_folder, number, output_file, output_folder, whole_number
+from spec_envs.experiments.video import video_file
 from tests.support import ROOT
 
 MODULES = sorted(
@@ -123,7 +124,13 @@ def test_unwritable_outputs_are_refused_before_any_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
+    too_long = str(tmp_path / ("x" * 300))
     for action in parser_of(name, monkeypatch)._actions:
+        if action.option_strings and action.type in (output_folder, output_file, video_file):
+            line = error_line(name, [action.option_strings[0], too_long], monkeypatch)
+            assert line.endswith("cannot be written: File name too long; --help describes every option")
+        if action.option_strings and action.type in (input_folder, input_file):
+            assert "is not a f" in error_line(name, [action.option_strings[0], too_long], monkeypatch)
         if action.type is output_folder:
             for path in (tmp_path / "file", tmp_path / "file" / "below"):
                 assert "is a file" in error_line(name, [action.option_strings[0], str(path)], monkeypatch)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from spec_envs import ENVIRONMENTS, __version__, cli
+from spec_envs.experiments.command import one_sentence
 
 HEAVY = {"torch", "transformers", "stable_baselines3", "scipy", "matplotlib"}
 
@@ -118,6 +121,8 @@ def test_arguments_are_passed_unchanged(called: Callable[..., tuple[str, list[st
         (["bench", "decodin", "--count", "3"], "bench decodin", "bench decoding"),
         (["check", "zoos"], "check zoos", "check zoo"),
         (["--versoin"], "--versoin", None),
+        (["bench adaptive", "--help"], "bench adaptive", "bench adaptive"),
+        (["trace SpecTopK-v0"], "trace SpecTopK-v0", "trace SpecTopK-v0"),
     ],
 )
 def test_unknown_command_names_the_nearest(
@@ -148,6 +153,42 @@ def test_interrupt_during_import_ends_in_one_line(
     monkeypatch.setattr(cli, "import_module", interrupted)
     assert ended(monkeypatch, "train") == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["bench"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "spec_envs", *words]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_closed_output_inside_a_command_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        with one_sentence():
+            raise BrokenPipeError(32, "Broken pipe")
+
+    kept = os.dup(1)
+    monkeypatch.setattr(cli, "import_module", lambda module: SimpleNamespace(main=fails))
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    try:
+        assert ended(monkeypatch, "train") == 141
+    finally:
+        os.dup2(kept, 1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_ends_in_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "spec_envs"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize("words", [["links"], ["bench", "cloud-load"], ["trace", "SpecTopK-v0"]])
