@@ -11,7 +11,7 @@ from spec_envs.experiments.measure.figures import draw_ratios, drawn
 from spec_envs.experiments.measure.pages import Page, definitions, table
 from spec_envs.experiments.measure.report import markdown, setting_name
 
-NOT_ADAPTIVE = ("plain", "plain again", "static")
+NOT_ADAPTIVE = ("plain", "plain again", "static", "static again")
 
 
 def body(results: Benchmark) -> Iterable[str]:

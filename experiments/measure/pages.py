@@ -25,6 +25,7 @@ ARMS = {  # what an arm is, for the pages
     "plain again": "plain decoding once more, for the [A/A check](index.md#how-a-number-is-made).",
     "static": "the best static setting of the problem: one value for each of its choices, chosen on training prompts "
     "and used in every cycle.",
+    "static again": "the best static setting once more, for the A/A check as well.",
     "transformers generate": "`generate` of transformers on the same weights and device "
     "(in bfloat16 if the target is int8).",
     "transformers assisted": "`generate` of transformers with its assisted generation: with the same draft model, or "

@@ -10,7 +10,7 @@ from spec_envs.controls import Control
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.figures import CROWDED, draw_arms, draw_histogram, draw_shares, drawn
-from spec_envs.experiments.measure.results import Divergence, Exit, Histogram, Results, Row
+from spec_envs.experiments.measure.results import AGAIN, Divergence, Exit, Histogram, Results, Row
 from spec_envs.experiments.measure.statistics import by_task
 
 COLLAPSED = 0.95  # share of one setting above which a policy is reported as a static setting
@@ -30,11 +30,11 @@ def arms_tables(results: Results) -> list[str]:
     if clock not in ("wall", None):
         caption = f"Priced: every forward costs what the cost table {clock} lists for it. Nothing is timed."
         return [caption, "", *arms_table(results.arms, results.references)]
-    void = "" if results.quiet else f" VOID: plain decoding, timed twice, differs by {results.again:.2f}."
+    void = "" if results.quiet else f" VOID: an arm that was timed twice differs from itself ({results.twice()})."
     lines = [f"Timed: what this machine gives you now.{void}", "", *arms_table(results.arms, results.references)]
     if priced:
         caption = f"Priced: the same texts at this machine's cost curve ({priced.source}), without the clock's noise."
-        rows = {name: priced.arms.get(name) for name in results.arms if name != "plain again"}
+        rows = {name: priced.arms.get(name) for name in results.arms if not name.endswith(AGAIN)}
         lines += ["", caption, "", *arms_table(rows, [r for r in results.references if r in priced.arms])]
     return lines
 
@@ -58,7 +58,7 @@ def tasks_table(results: Results) -> list[str]:
     rows = [
         [name, *(f"{rates[task] / plain[task]:.2f}" for task in tasks)]
         for name, rates in results.by_task.items()
-        if name not in ("plain", "plain again")
+        if name != "plain" and not name.endswith(AGAIN)
     ]
     return aligned(["over plain, by task", *tasks], rows)
 
@@ -177,7 +177,7 @@ def draw(results: Results, path: Path) -> None:
     with drawn(path, 11, sum(heights)) as figure:
         axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         draw_arms(axes[0], results.arms, results.references[0], results.priced.arms if results.priced else {})
-        void = "" if results.quiet else f"; timed on a busy machine (plain again {results.again:.2f})"
+        void = "" if results.quiet else f"; timed on a busy machine ({results.twice()})"
         title = f"{results.prompts} held-out prompts, temperature {results.temperature:g}{void}"
         axes[0].set_title(title, fontsize=10)
         for axis, (name, histogram) in zip(axes[1:], histograms.items(), strict=True):

@@ -10,6 +10,7 @@ from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
+AGAIN = " again"  # ends the name of the second measurement of an arm
 QUIET = 0.05  # bounds of the A/A interval around 1 within which timings are trusted
 
 Histogram = dict[str, dict[str, int]]
@@ -131,7 +132,8 @@ class Exit:
 class Comparison:
     """Arms that were measured side by side on the same prompts.
 
-    Plain decoding is measured twice, so that its ratio to itself (the A/A check) shows the noise of the machine.
+    Plain decoding and the best static setting are measured twice, so that the ratio of each to itself (the A/A check)
+    shows the noise of the machine. The second measurement of an arm has its name with ``AGAIN`` after it.
 
     Attributes:
         first_try: earlier results on fewer prompts, in which the A/A check failed.
@@ -141,29 +143,36 @@ class Comparison:
     first_try: Comparison | None = None
 
     @property
-    def again(self) -> Interval:
-        """Plain decoding over itself."""
-        return self.arms["plain again"].over["plain"]
+    def again(self) -> dict[str, Interval]:
+        """Every arm that was measured twice, over itself."""
+        pairs = {name.removesuffix(AGAIN): row for name, row in self.arms.items() if name.endswith(AGAIN)}
+        return {name: row.over[name] for name, row in pairs.items()}
 
     @property
     def agrees(self) -> bool:
-        """True if the interval of plain decoding over itself contains 1."""
-        return 1 in self.again
+        """True if the interval of every arm over itself contains 1."""
+        return all(1 in found for found in self.again.values())
 
     @property
     def quiet(self) -> bool:
-        """True if this interval also lies within ±5 %. A wider one contains 1 because the machine was busy, and what
+        """True if these intervals also lie within ±5 %. A wider one contains 1 because the machine was busy, and what
         was timed then is void."""
-        return self.agrees and self.again.low >= 1 - QUIET and self.again.high <= 1 + QUIET
+        found = self.again.values()
+        return self.agrees and all(ratio.low >= 1 - QUIET and ratio.high <= 1 + QUIET for ratio in found)
 
-    def aa_check(self, plain: str = "plain decoding") -> str:
-        """Return the A/A check in a sentence, in which plain decoding may have another name."""
-        found = f"A/A check ({plain} twice): {self.again:.3f}"
+    def twice(self, plain: str = "plain") -> str:
+        """Return in words what the arms that were measured twice are over themselves; plain decoding may have another
+        name."""
+        return ", ".join(f"{plain if name == 'plain' else name} {ratio:.3f}" for name, ratio in self.again.items())
+
+    def aa_check(self, plain: str = "plain") -> str:
+        """Return the A/A check in a sentence."""
+        found = f"A/A check (the same twice): {self.twice(plain)}"
         if self.quiet:
-            return f"{found} contains 1 and lies within ±{100 * QUIET:.0f} %."
+            return f"{found}: contains 1, within ±{100 * QUIET:.0f} %."
         if self.agrees:
-            return f"{found} is wider than ±{100 * QUIET:.0f} %: TIMED ON A BUSY MACHINE, so these timings are void."
-        return f"{found} EXCLUDES 1: the arms were not timed under the same conditions, so these timings are void."
+            return f"{found}: wider than ±{100 * QUIET:.0f} %. TIMED ON A BUSY MACHINE, so these timings are void."
+        return f"{found}: EXCLUDES 1. The arms were not timed under the same conditions, so these timings are void."
 
 
 @dataclass(kw_only=True)

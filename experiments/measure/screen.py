@@ -14,7 +14,7 @@ WIDTH = 100  # characters of a line of words
 SHOWN = 3  # most settings that a sentence names
 ARMS = {
     "plain": "the target alone, one token per forward",
-    "plain again": "once more, to show the noise of the timing",
+    "plain again, static again": "once more, to show the noise of the timing",
     "transformers generate": "another library, same weights",
     "untrained exit": "chains of the exit before learning",
     "trained exit": "chains of the exit after learning",
@@ -110,7 +110,7 @@ def legend(results: Results) -> list[str]:
         known["static"] = (
             f"{max(rates, key=rates.__getitem__)}, the best of {len(rates)} fixed settings on training prompts"
         )
-    return [f"{name}: {known[name]}" for name in results.arms if name in known]
+    return [f"{names}: {what}" for names, what in known.items() if names.partition(",")[0] in results.arms]
 
 
 def screen(results: Results, folder: Path, again: str, run: Path | None) -> str:

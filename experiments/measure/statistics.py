@@ -76,12 +76,12 @@ def at_prices(sample: Sample, table: CostTable) -> Sample:
 
 
 def with_aa_check(measure: Callable[[int], C], prompts: int) -> C:
-    """Return ``measure(prompts)``. If plain decoding differs from itself there, measure again with twice as many
+    """Return ``measure(prompts)``. If an arm differs from itself there, measure again with twice as many
     prompts and keep the first results as ``first_try``."""
     results = measure(prompts)
     if results.agrees:
         return results
-    LOG.warning("plain decoding differs from itself (A/A): measuring again with twice as many prompts")
+    LOG.warning("an arm differs from itself (A/A): measuring again with twice as many prompts")
     again = measure(2 * prompts)
     again.first_try = results
     return again

@@ -18,7 +18,7 @@ from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
-from spec_envs.experiments.measure.results import Priced, Results
+from spec_envs.experiments.measure.results import AGAIN, Priced, Results
 from spec_envs.experiments.measure.statistics import at_prices, by_task, divergence, same_text, summary, throughput
 from spec_envs.network.edge.linked import is_address
 from spec_envs.settings import Keywords
@@ -37,7 +37,8 @@ def run_tables(
     costs: CostTable | None = None,
     announce: Announce = LOG.info,
 ) -> Results:
-    """Measure plain decoding (twice), other software and the policies side by side, and return the table.
+    """Measure plain decoding (twice), other software and the policies (the static one twice) side by side, and return the
+    table.
 
     Args:
         references: names of the arms that all arms are compared with.
@@ -64,12 +65,15 @@ def side_by_side(
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not decoder.clock.priced and in_process(decoder):
         arms |= transformers_arms(env.get("target", DEFAULT_TARGET), decoder) if others is None else others
-    decoders = {name: decoder.separate() for name in policies}
-    arms |= {name: decoded(decoders[name], policy) for name, policy in policies.items()}
+    decoders = []
+    for name, policy in policies.items():
+        for arm in (name, f"{name}{AGAIN}") if name == "static" and not decoder.clock.priced else (name,):
+            decoders.append(decoder.separate())
+            arms[arm] = decoded(decoders[-1], policy)
     try:
         return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts", announce=announce)
     finally:
-        for used in (plain, *decoders.values()):
+        for used in (plain, *decoders):
             used.close()
 
 
@@ -117,9 +121,11 @@ def tables(
     if curves:
         results.priced = priced(samples, references, costs, curves)
     if not decoder.temperature:
-        ours = {"plain", "plain again", *policies}
+        ours = {"plain", *policies}
         results.others_text = {
-            name: same_text(arm, samples["plain"]) for name, arm in samples.items() if name not in ours
+            name: same_text(arm, samples["plain"])
+            for name, arm in samples.items()
+            if name.removesuffix(AGAIN) not in ours
         }
     if in_process(decoder) and not decoder.temperature:
         results.divergences = {
@@ -129,9 +135,9 @@ def tables(
 
 
 def compared(samples: dict[str, list[Sample]], references: Sequence[str]) -> list[str]:
-    """Return the arms that all arms are compared with: those that a table shows, and random decisions, which the
-    sentences above it mention."""
-    return [*references, *({"random"} & set(samples) - set(references))]
+    """Return the arms that all arms are compared with: those that a table shows, random decisions, which the sentences
+    above it mention, and the static setting, which is compared with itself."""
+    return [*references, *(name for name in ("random", "static") if name in samples and name not in references)]
 
 
 def priced(

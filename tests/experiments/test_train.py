@@ -53,7 +53,7 @@ def test_train_writes_results_and_resumable_run(
     run_train(monkeypatch, arguments)
     folder = tmp_path / env_id / "ppo-0"
     table = capsys.readouterr().out
-    for arm in ("plain", "plain again", "transformers generate", "random", "static", "ppo"):
+    for arm in ("plain", "plain again", "transformers generate", "random", "static", "static again", "ppo"):
         assert re.search(rf"^\| {re.escape(arm)} +\|", table, re.M)
     results = json.loads((folder / "results.json").read_text())
     low, value, high = (results["arms"]["ppo"]["over_plain"][k] for k in ("low", "value", "high"))
