@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -70,11 +71,17 @@ def processor(device: torch.device) -> str:
 
 
 def revision() -> str:
-    """Return the git revision of the checkout, or ``"unknown"`` outside one. It ends with ``-dirty`` if a file that is
-    not documentation differs from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Return the git revision of the checkout, or ``"unknown"`` outside one, such as where the package is installed in
+    a folder of another project, and without git. It ends with ``-dirty`` if a file that is not documentation differs
+    from it."""
+    if not shutil.which("git"):
+        return "unknown"
+    file = Path(__file__).resolve()  # git does not look through a link to a folder
+    git = ["git", "-C", str(file.parent)]
+    if subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True).returncode:
+        return "unknown"
     found = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
-    if not found:
+    if not found:  # nothing is committed
         return "unknown"
     code = [":/", ":(top,exclude)docs", ":(top,exclude)README.md"]
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True).returncode

@@ -132,8 +132,19 @@ class Page(Generic[R]):
     def publish(self, args: argparse.Namespace, measure: Callable[[], R], name: str) -> R:
         """Measure, write NAME.json, NAME.md and NAME.png into ``args.out`` and print the page; with
         ``args.from_json``, write and print the page of that file without measuring. Return the results."""
-        path = args.from_json or args.out / f"{name}.json"
-        print(self.write_again(path) if args.from_json else self.write(measure(), path))
+        path: Path = args.from_json or args.out / f"{name}.json"
+        if path.suffix != ".json":
+            raise ValueError(f"{path} is not named .json; expected the JSON file beside a page")
+        try:
+            text = self.write_again(path) if args.from_json else self.write(measure(), path)
+        except (LookupError, ArithmeticError, RuntimeError) as error:
+            if not args.from_json:
+                raise
+            raise ValueError(
+                f"{path} does not hold all figures of this command ({type(error).__name__}: {error}); "
+                f"measure again with spec-envs {self.command}"
+            ) from error
+        print(text)
         print(f"written: {path}, {path.stem}.md, {path.stem}.png")
         return self.read(path)[1]
 

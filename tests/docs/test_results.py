@@ -91,6 +91,22 @@ def test_data_of_another_command_are_refused(tmp_path: Path, monkeypatch: pytest
         exits.PAGE.text(tmp_path / "cloud-load.json")
 
 
+def test_incomplete_data_are_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data whose fields have the right types, but lack what the page compares."""
+    write("exits", tmp_path, monkeypatch)
+    path = tmp_path / "exits.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stanzas": {}}))
+    monkeypatch.setattr(sys, "argv", ["exits", "--from-json", str(path)])
+    with pytest.raises(SystemExit, match=r"error: .+exits\.json does not hold all figures of this command"):
+        exits.main()
+    page = path.rename(tmp_path / "exits.md")
+    monkeypatch.setattr(sys, "argv", ["exits", "--from-json", str(page)])
+    before = page.read_bytes()
+    with pytest.raises(SystemExit, match=r"exits\.md is not named \.json; expected the JSON file beside a page"):
+        exits.main()
+    assert page.read_bytes() == before
+
+
 def test_small_version_says_so_and_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Benchmark(problems={"SpecK-v0": findings("SpecK-v0")}, fast=True)
     assert "too few texts and seeds" in BENCHMARK.PAGE.write(small, tmp_path / "x.json")
