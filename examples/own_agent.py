@@ -57,4 +57,4 @@ if __name__ == "__main__":
     agent = BestByKind(env.unwrapped.control).learn(int(sys.argv[1]) if len(sys.argv) > 1 else 8000, env)
     for kind in np.flatnonzero(agent.tries.any(1)):  # the profile has three of the kinds
         best, gain = agent.means[kind].argmax(), agent.means[kind].max()
-        print(f"{KINDS[kind]}: draft {best} tokens; mean reward {gain:+.2f} tokens a cycle")
+        print(f"{KINDS[kind]}: draft {best} tokens; {gain:+.2f} tokens a cycle over the best length for all kinds")
