@@ -29,7 +29,8 @@ from spec_envs.settings import Settings, signature
 DOCS = Path(__file__).parents[1]
 INTRODUCTION = """
 Every environment is one decision about speculative decoding. Whatever an agent decides, the text is the target model's
-own ([how that is proven](../concepts/lossless.md)); only the time that it takes differs.
+own ([how that is proven](../concepts/lossless.md)); only the time that it takes differs. The words (tree, chain, cycle,
+budget, …) are explained in [speculative decoding in one page](../concepts/speculative-decoding.md).
 """
 EXAMPLE = """
 An experiment is a stanza of `experiments/<EnvId>.yml`, or of a YAML file of your own.
@@ -137,11 +138,15 @@ def environment_page(env_id: str) -> str:
     control = kind()
     parts = sections(kind)
     facts = [
-        ("Import", f'`gymnasium.make("{env_id}")`'),
+        ("Import", f'`gymnasium.make("spec_envs:{env_id}")`'),
         ("Decision", decision(kind)),
         ("Action space", f"`{control.action_space}`"),
         ("Observation space", f"`{control.observation_space}`"),
-        ("Recorded traces replay it", "yes, in `gymnasium.make_vec` as well" if kind.trace_kind else "no exact ones"),
+        (
+            "[Recorded traces](../concepts/traces.md) replay it",
+            "yes, in `gymnasium.make_vec` as well" if kind.trace_kind else "no exact ones",
+        ),
+        ("The words", "[speculative decoding in one page](../concepts/speculative-decoding.md)"),
     ]
     own = {
         "Rewards": [rewards_list(kind), "[Clocks and rewards](../concepts/clocks-and-rewards.md) explains them."],
