@@ -71,10 +71,10 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         kind = CONTROLS[control]
         self.settings = settings = Settings.read(kind, keywords)
         check_count(num_envs)
-        if settings.trace is None:
+        if settings.trace is None or not Trace.named(settings.trace):
             raise ValueError(
-                "environments in NumPy replay a trace: give trace=FOLDER (`spec-envs trace`), or make live ones with "
-                'vectorization_mode="sync"'
+                f"trace is {settings.trace!r}; environments in NumPy replay a recorded trace: give trace=FOLDER "
+                '(`spec-envs trace`), or make live ones, and those of a profile, with vectorization_mode="sync"'
             )
         self.trace = Trace.load(settings.trace)
         self.trace.check_settings(dict(settings))

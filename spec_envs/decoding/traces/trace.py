@@ -109,9 +109,8 @@ class Trace(RecordedTexts, Recording):
         """
         made = self.manifest
         if made.kind != problem.trace_kind:
-            raise ValueError(
-                f"the trace {self.name} has {made.kind}s, which do not replay {problem.env_id}; give a trace of its own"
-            )
+            instead = f"give one of {problem.trace_kind}s" if problem.trace_kind else "no trace does, it needs models"
+            raise ValueError(f"the trace {self.name} has {made.kind}s, which do not replay {problem.env_id}; {instead}")
         if problem.width != made.width:
             raise ValueError(f"the trace {self.name} was recorded with width {made.width}, not {problem.width}")
         if problem.max_depth > made.max_depth:

@@ -262,6 +262,7 @@ def test_unsupported_keywords_are_refused(traces: dict[str, Trace], plans: dict[
     tree, chain = str(traces["tree"].folder), str(traces["chain"].folder)
     for match, env_id, keywords in (
         ("give trace=FOLDER", "SpecDepth-v0", {}),
+        ("those of a profile", "SpecK-v0", {"trace": "qwen2.5-coder-32b-cpu"}),
         ("has chains, which do not replay SpecDepth-v0", "SpecDepth-v0", {"trace": chain}),
         ("adjustment_interval", "SpecK-v0", {"trace": chain, "adjustment_interval": 8, "k_max": 6}),
         ("render_mode has no effect", "SpecDepth-v0", {"trace": tree, "render_mode": "ansi", **sizes(plans["tree"])}),
