@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
         help="override env.NAME, a keyword argument of the environment, or hyperparameters.NAME of a stanza",
     )
     parser.add_argument("--max-new-tokens", type=TOKENS, default=32, help="most tokens of the answer (default 32)")
-    parser.add_argument("--fps", type=number(0, 50, above=True), default=2.0, help="frames per second (default 2)")
+    parser.add_argument("--fps", type=number(0.1, 50), default=2.0, help="frames per second (default 2)")
     parser.add_argument("--out", type=video_file, help="file to write, .gif or .mp4 (default ENV.gif)")
     return parser.parse_args()
 

@@ -71,6 +71,14 @@ def test_untrained_exit_and_fixed_choice_play(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["SpecDVI-v0.gif", "SpecTopK-v0.gif"]
 
 
+@pytest.mark.parametrize("fps", [0.1, 50])
+def test_slowest_and_fastest_videos_are_written(fps: float) -> None:
+    """The durations of a GIF are numbers of 16 bits."""
+    frames = [video.Frame(np.full((2, 2, 3), shade, np.uint8), video.HELD_LAST) for shade in (0, 255)]
+    image = Image.open(io.BytesIO(video.gif(frames, fps)))
+    assert [frame.info["duration"] for frame in ImageSequence.Iterator(image)] == [video.HELD_LAST * 1000 / fps] * 2
+
+
 @pytest.mark.parametrize("name", ["ppo", "dvi"])
 def test_runs_play(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_runs: dict[str, Run]) -> None:
     folder, out = tmp_path / "run", tmp_path / "run.gif"
