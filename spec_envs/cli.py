@@ -6,6 +6,7 @@ transformers.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -88,7 +89,9 @@ def main() -> None:
 @contextmanager
 def printed() -> Iterator[None]:
     """End with the status of shells, 141, where nobody reads what is printed any more (``spec-envs … | head``), and in
-    one sentence where it cannot be written."""
+    one sentence where it cannot be written. Characters that a terminal does not have become question marks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # neither closed nor replaced
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             yield

@@ -184,6 +184,13 @@ def test_closed_output_inside_a_command_ends_quietly(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["bench"]])
+def test_terminal_without_unicode_shows_question_marks(words: list[str]) -> None:
+    command = [sys.executable, "-m", "spec_envs", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert "?" in done.stdout and not done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_cannot_be_written_ends_in_one_line() -> None:
     with Path("/dev/full").open("w") as full:
