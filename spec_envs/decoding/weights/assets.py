@@ -58,7 +58,8 @@ def own_folder(name: str) -> Path:
             if not is_whole(folder):  # another process may have been faster
                 weights = fetch(name)
                 with scratch(folder) as making:
-                    shutil.copytree(shipped, making, dirs_exist_ok=True)
+                    for file in shipped.iterdir():
+                        shutil.copyfile(file, making / file.name)  # without its mode: the package may be read-only
                     write_bytes(making / WEIGHTS, weights)
                     describe(making)
                     shutil.rmtree(folder, ignore_errors=True)

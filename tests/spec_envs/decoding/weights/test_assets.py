@@ -105,6 +105,19 @@ def test_folder_is_found_below_the_home_folder(shipped: Path, place: Path, monke
     assert_whole(drafter_folder(NAME), shipped)
 
 
+def test_package_may_be_read_only(shipped: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modes of its folder and files do not pass on to those of the cache, into which weights are written."""
+    monkeypatch.setenv(assets.VARIABLE, str(place))
+    for file in (shipped / AT).iterdir():
+        file.chmod(0o444)
+    (shipped / AT).chmod(0o555)
+    try:
+        assert_whole(folder := drafter_folder(NAME), shipped)
+    finally:
+        (shipped / AT).chmod(0o755)
+    assert all(path.stat().st_mode & 0o200 for path in (folder, *folder.iterdir()))
+
+
 def test_weights_are_downloaded_once(
     shipped: Path,
     server: tuple[str, list[str]],
