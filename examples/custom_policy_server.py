@@ -3,13 +3,11 @@
     python custom_policy_server.py                                  # in one terminal; --port, --tokens
     curl -N -d "Why is the sky blue?" http://127.0.0.1:8000         # in another
 
-A policy is any object with the `predict` of Stable-Baselines3. Whatever it does, the text is the model's own.
+`control, policy = spec_envs.agents.load("SpecK-v0")` takes a trained agent instead. The text is the model's own anyway.
 """
 
 import argparse
 from http.server import BaseHTTPRequestHandler, HTTPServer
-
-import numpy as np
 
 from spec_envs import generate, load_tokenizer
 from spec_envs.controls.k import KControl
@@ -24,7 +22,7 @@ class DoubleOrHalve:
 
     def predict(self, observation, state=None, episode_start=None, deterministic=False):
         whole = observation[self.control.slices["last_acceptance"]][0] == 1
-        k = 2 if state is None else int(np.clip(2 * state if whole else state // 2, 1, self.control.k_max))
+        k = 2 if state is None else min(max(1, 2 * state if whole else state // 2), self.control.k_max)
         return k, k  # the action, and what it is told as `state` at the next decision of this text
 
 
@@ -32,8 +30,10 @@ class Handler(BaseHTTPRequestHandler):
     """Answers a prompt, the body of a POST, with the text as it comes."""
 
     def do_POST(self):
-        prompt = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        answer = self.server.answer(prompt)
+        try:
+            answer = self.server.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        except ValueError as error:  # such as an empty prompt
+            return self.send_error(400, explain=str(error))
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.end_headers()

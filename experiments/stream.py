@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--run",
         type=Path,
-        help="run folder of the policy, or SpecK-v0 and the like for a shipped one (default: a fixed depth)",
+        help="run folder of the policy, or SpecK-v0 and the like for a shipped one (default: a fixed depth of 2)",
     )
     parser.add_argument("--max-new-tokens", type=TOKENS, default=256, help="most tokens of the answer (default 256)")
     parser.add_argument(

@@ -197,7 +197,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=POSITIVE, default=30, help="number of trials in all (default 30)")
     parser.add_argument("--prompts", type=POSITIVE, default=12, help="number of training prompts (default 12)")
     parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens per prompt (default 64)")
-    parser.add_argument("--root", type=output_folder, default=Path("runs/tune"), help="where studies are written")
+    parser.add_argument(
+        "--root", type=output_folder, default=Path("runs/tune"), help="where studies are written (default runs/tune)"
+    )
     return parser.parse_args()
 
 

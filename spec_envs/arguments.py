@@ -30,13 +30,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self,
         description: str | None,
-        formatter: type[argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter,
         epilog: str | None = None,
     ):
         super().__init__(
             prog=Path(sys.argv[0]).name,
             description=description,
-            formatter_class=formatter,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             epilog=epilog,
         )

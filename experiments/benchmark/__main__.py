@@ -3,8 +3,9 @@
 Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and
 then decodes held-out prompts live, all arms side by side. They are compared with the best static setting S*, the best
 static setting of each task, the informed optimum I* (the best policy of what an agent observes, cross-fitted) and the
-clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and adaptive-control.png into --out. `FAST=1`
-runs a small version, whose files are adaptive-control-fast.*; `RAY=1` records and trains on Ray.
+clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and adaptive-control.png into --out. `--fast`
+runs a small version, whose files are adaptive-control-fast.*. With the environment variable `RAY=1` it records and trains
+on Ray.
 """
 
 from __future__ import annotations

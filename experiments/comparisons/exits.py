@@ -197,23 +197,38 @@ PAGE = Page(
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stanzas", nargs="+", default=list(STANZAS), help=f"stanzas of experiments/{ENV}.yml")
-    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="seeds, one run each")
-    parser.add_argument("--texts", type=POSITIVE, default=300, help="number of prompts that each run reads")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--stanzas",
+        nargs="+",
+        default=list(STANZAS),
+        help=f"stanzas of experiments/{ENV}.yml (default {' '.join(STANZAS)})",
+    )
+    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="seeds, one run each (default 0 1 2)")
+    parser.add_argument(
+        "--texts", type=POSITIVE, default=300, help="number of prompts that each run reads (default 300)"
+    )
     parser.add_argument(
         "--conversations", type=input_file, help="log of conversations to read (default: the target writes user turns)"
     )
     parser.add_argument(
-        "--eval-freq", type=POSITIVE, default=3000, help="drafted tokens between the validations that make up a curve"
+        "--eval-freq",
+        type=POSITIVE,
+        default=3000,
+        help="drafted tokens between the validations that make up a curve (default 3000)",
     )
-    parser.add_argument("--count", type=PROMPTS, default=30, help="number of held-out prompts")
-    parser.add_argument("--k", type=POSITIVE, default=VALIDATED_K, help="drafted tokens per cycle in the table")
+    parser.add_argument("--count", type=PROMPTS, default=30, help="number of held-out prompts (default 30)")
+    parser.add_argument(
+        "--k", type=POSITIVE, default=VALIDATED_K, help=f"drafted tokens per cycle in the table (default {VALIDATED_K})"
+    )
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of every stanza"
     )
     parser.add_argument(
-        "--root", type=output_folder, default=Path("runs/bench-dvi"), help="folder of the runs and of the stream"
+        "--root",
+        type=output_folder,
+        default=Path("runs/bench-dvi"),
+        help="folder of the runs and of the stream (default runs/bench-dvi)",
     )
     add_page_arguments(parser)
     return parser.parse_args()

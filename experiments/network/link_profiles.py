@@ -3,7 +3,6 @@ LTE and Wi-Fi. The logs are synthetic, not recorded."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +76,10 @@ def log_csv(name: str) -> str:
 
 
 def main() -> None:
-    parser = Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=output_folder, default=Path("runs/links"), help="folder of the CSV files")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("runs/links"), help="folder of the CSV files (default runs/links)"
+    )
     args = parser.parse_args()
     with one_sentence():
         args.out.mkdir(parents=True, exist_ok=True)

@@ -207,7 +207,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs=3,
         default=TEXTS,
         metavar=("TRAIN", "VALIDATION", "TEST"),
-        help=f"numbers of texts (default {TEXTS})",
+        help=f"numbers of texts (default {' '.join(map(str, TEXTS))})",
     )
     parser.add_argument(
         "--shard", type=shard_of, help="i/n: record only every n-th text from i on, and do not assemble the trace"

@@ -138,7 +138,7 @@ def arguments() -> argparse.Namespace:
         "--scale",
         type=number(0, 1000, above=True),
         default=1.0,
-        help=f"factor of the numbers of texts, {COUNTS} (default 1)",
+        help=f"factor of the numbers of texts: {', '.join(f'{split} {count}' for split, count in COUNTS.items())} (default 1)",
     )
     parser.add_argument("--out", type=output_file, help="name of the .npz file (default runs/traces/TARGET-topk.npz)")
     return parser.parse_args()

@@ -277,7 +277,7 @@ def load_link(source: str) -> Link:
     """
     if source.startswith("constant:"):
         return _check(_literal(source), repr(source), f"expected {LITERAL!r}").link(source, LINKS)
-    path = find_json(source, LINKS, "link", "a log's .csv", LITERAL)
+    path = find_json(source, LINKS, "link", "a log of yours (.csv)", LITERAL)
     if path.suffix == ".csv":
         return LogData(kind="trace", csv=path.name).link(path.stem, path.parent)
     try:

@@ -117,6 +117,8 @@ def model_folder(name: str) -> Path:
     if path.suffix.lower() == ".gguf" and is_file(path):
         return converted_file(path)
     try:
+        if (path.is_absolute() or path.suffix.lower() == ".gguf") and not path.exists():
+            raise ValueError(f"no model {name!r:.200}: there is no such file or folder")
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise ValueError(f"{path} has no config.json; expected a folder in the Hugging Face layout")

@@ -231,8 +231,9 @@ class Screen:
 
 
 def address(host: str, port: int) -> str:
-    """Return the URL of the cloud at ``host``, which may itself be a ``ws://`` or ``wss://`` URL."""
-    if is_address(host):
+    """Return the URL of the cloud at ``host``, which may itself be a ``ws://`` or ``wss://`` URL; another URL stays as it
+    is, to be refused by its own name."""
+    if is_address(host) or "://" in host:
         return host
     return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
 
@@ -249,9 +250,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mode", choices=MODES, default="topk", help="how the distributions of drafts are sent (default topk)"
     )
-    parser.add_argument("--top-k", type=POSITIVE, default=300, help="probabilities sent of a draft (default 300)")
+    parser.add_argument(
+        "--top-k",
+        type=POSITIVE,
+        default=300,
+        help="probabilities sent of each drafted token, with --mode topk (default 300)",
+    )
     parser.add_argument("--k", type=whole_number(1, LONGEST_DRAFT), default=4, help="tokens of a draft (default 4)")
-    parser.add_argument("--max-new-tokens", type=whole_number(1, 2**20), default=128, help="(default 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number(1, 2**20), default=128, help="most tokens of the answer (default 128)"
+    )
     parser.add_argument(
         "--patience", type=number(0.1, 1e9), default=20.0, help="seconds to wait for the cloud (default 20)"
     )
