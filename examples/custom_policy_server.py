@@ -15,7 +15,7 @@ from spec_envs.prompts.sets import encode
 
 
 class DoubleOrHalve:
-    """Drafts twice as many tokens after a chain that was accepted whole, and half as many after any other."""
+    """A policy is any object with `predict`. This one doubles the draft after a chain that was accepted whole, else halves it."""
 
     def __init__(self, control):
         self.control = control
