@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,8 +100,16 @@ def printed() -> Iterator[None]:
             if sys.stdout:  # None where it was closed before
                 sys.stdout.flush()
     except OSError as error:
+        unread = is_unread()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of it at its end
-        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {error}")
+        sys.exit(141 if unread else f"error: {error}")
+
+
+def is_unread() -> bool:
+    """Return whether the other end of the pipe into which this process prints is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def call(words: list[str]) -> None:

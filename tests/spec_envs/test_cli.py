@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 
 from spec_envs import ENVIRONMENTS, __version__, cli
-from spec_envs.experiments.command import one_sentence
 
 HEAVY = {"torch", "transformers", "stable_baselines3", "scipy", "matplotlib"}
 
@@ -167,21 +166,23 @@ def test_output_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_closed_output_inside_a_command_ends_quietly(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def fails() -> None:
-        with one_sentence():
-            raise BrokenPipeError(32, "Broken pipe")
-
-    kept = os.dup(1)
-    monkeypatch.setattr(cli, "import_module", lambda module: SimpleNamespace(main=fails))
-    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
-    try:
-        assert ended(monkeypatch, "train") == 141
-    finally:
-        os.dup2(kept, 1)
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize("unread", [True, False])
+def test_broken_pipe_inside_a_command_ends_in_words_unless_it_is_that_of_the_output(unread: bool) -> None:
+    """The pipe to a process that was killed may break as well."""
+    script = (
+        "import sys; from types import SimpleNamespace; from spec_envs import cli; "
+        "from spec_envs.experiments.command import one_sentence\n"
+        "def fails():\n"
+        "    with one_sentence():\n"
+        "        raise BrokenPipeError(32, 'Broken pipe')\n"
+        "cli.import_module = lambda module: SimpleNamespace(main=fails); sys.argv = ['spec-envs', 'train']; cli.main()"
+    )
+    read, write = os.pipe()
+    if unread:
+        os.close(read)
+    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == ((141, "") if unread else (1, "error: [Errno 32] Broken pipe\n"))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["bench"]])
