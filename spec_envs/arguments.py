@@ -117,12 +117,12 @@ def nonempty(text: str) -> str:
 
 def output_folder(text: str) -> Path:
     """Return the path of a folder for results, which exists or can be made."""
-    return _writable(text, Path(text))
+    return _writable(text, at_home(text))
 
 
 def output_file(text: str) -> Path:
     """Return the path of a file for a result, which replaces a file of that name."""
-    path = _writable(text, Path(text).parent)
+    path = _writable(text, at_home(text).parent)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file")
     return path
@@ -132,7 +132,7 @@ def input_folder(text: str) -> Path:
     """Return the path of a folder that exists."""
     if not _is_dir(at_home(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected one that is there")
-    return Path(text)
+    return at_home(text)
 
 
 def input_file(text: str) -> Path:
@@ -151,10 +151,10 @@ def _is_dir(path: Path) -> bool:
 
 
 def _writable(text: str, folder: Path) -> Path:
-    """Return ``text`` as a path if files can be written into ``folder``, or could be once it is made."""
+    """Return ``text`` as a path, with ``~`` replaced, if ``folder`` can be written into, or could be once made."""
     nonempty(text)
     try:
-        Path(text).exists()  # fails where a name is too long, or a folder must not be read
+        at_home(text).exists()  # fails where a name is too long, or a folder must not be read
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
@@ -162,4 +162,4 @@ def _writable(text: str, folder: Path) -> Path:
         raise argparse.ArgumentTypeError(f"{there} is a file; expected a folder, into which is written")
     if not os.access(there, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"nothing can be written into {there}; choose another folder")
-    return Path(text)
+    return at_home(text)

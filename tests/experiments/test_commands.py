@@ -139,6 +139,14 @@ def test_unwritable_outputs_are_refused_before_any_work(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+def test_home_folder_is_known_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shells replace ``~`` in ``--out ~/x``, but not in ``--out=~/x``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert output_folder("~/new") == tmp_path / "new" and output_file("~/new/a") == tmp_path / "new" / "a"
+    assert input_folder("~") == tmp_path and input_file("~/file") == tmp_path / "file"
+
+
 def test_set_options_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second ``--set`` is added to the first."""
     monkeypatch.setattr(sys, "argv", ["train", "SpecK-v0", "--set", "a=1", "--set", "b=2", "c=3"])
