@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from _scripts import pages, reading  # noqa: E402
+from _scripts import generate, reading  # noqa: E402
 
 import spec_envs  # noqa: E402
 
@@ -66,6 +66,6 @@ def is_skipped(app: Any, what: str, name: str, member: object, skip: bool, optio
 
 def setup(app: Any) -> None:
     """Generate pages before the others are read, and complete the others as they are read."""
-    app.connect("builder-inited", lambda _: pages.write_all())
+    app.connect("builder-inited", lambda _: generate.write_all())
     app.connect("source-read", reading.on_source_read)
     app.connect("autodoc-skip-member", is_skipped)

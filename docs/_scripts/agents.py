@@ -18,6 +18,8 @@ from spec_envs.agents.traced.base import TracedAgent
 from spec_envs.controls import CONTROLS
 from spec_envs.controls.base import environment_id
 
+END = "<!-- end -->"
+MARKED = re.compile(rf"^(<!-- ([a-z-]+)(?:: (\S+))? -->)\n(?:(?:(?!<!-- ).*\n)*?{END}\n)?", re.MULTILINE)
 PAPER = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 ANY_PROBLEM = "any"
 LIBRARY = "https://stable-baselines3.readthedocs.io/en/master/modules"
@@ -33,11 +35,31 @@ LIBRARY_PAGES = {
 }
 
 
+def filled(text: str) -> str:
+    """Return the text of a page with everything generated between its marks.
+
+    `<!-- agents -->` is followed by the table of all agents, `<!-- agent: NAME -->` by what that agent is, with a table
+    of its hyper-parameters, and `<!-- hyper-parameters: stable-baselines3 -->` by the table of those that all algorithms
+    of Stable-Baselines3 share; each ends with `<!-- end -->`.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        mark, kind, name = found.groups()
+        if kind not in ("agents", "agent", "hyper-parameters"):
+            return found[0]
+        content = {"agents": overview, "agent": lambda: described(name), "hyper-parameters": shared_by_algorithms}[
+            kind
+        ]()
+        return f"{mark}\n\n{content.strip()}\n\n{END}\n"
+
+    return MARKED.sub(fill, text)
+
+
 def described(name: str) -> str:
     """Return heading, facts, description and hyper-parameters of an agent, in Markdown."""
     kind = AGENTS[name]
     facts = f"*Problems*: {problems(kind)}. *Learns from*: {kind.learns_from}."
-    parts = [f"(agent-{slug(name)})=", f"## {name}", "", description(kind), "", facts, ""]
+    parts = [f"## {name}", "", description(kind), "", facts, ""]
     if issubclass(kind, SB3Agent):
         parts.append(library_arguments(kind))
     elif kind.Settings.model_fields:
@@ -85,7 +107,7 @@ def overview() -> str:
     """Return the table of all agents: what each is for, what it learns from, its paper, and what it does."""
     rows = [
         (
-            f"[`{name}`]({page_of(name, kind)}.md#agent-{slug(name)})",
+            f"[`{name}`]({page_of(name, kind)}.md#{slug(name)})",
             first_sentence(kind),
             problems(kind),
             kind.learns_from,
@@ -127,8 +149,8 @@ def papers(kind: type[Agent]) -> str:
 
 
 def slug(name: str) -> str:
-    """Return an agent's name as a part of an address."""
-    return name.replace("+", "p")
+    """Return the address of an agent's heading within its page."""
+    return name.replace("+", "")
 
 
 def default(field: Any) -> str:

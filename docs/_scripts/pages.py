@@ -1,8 +1,4 @@
-"""Write the pages that are generated: environments, arguments, stanzas and commands.
-
-All but the commands' help, which depends on the version of Python, are committed, so that they can be read in the
-repository; `make docs` writes them again, and a test compares.
-"""
+"""The pages of environments, arguments, stanzas and commands, in Markdown."""
 
 from __future__ import annotations
 
@@ -274,22 +270,3 @@ def help_of(name: str) -> str:
     with argv, columns, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main()
     return printed.getvalue().strip()
-
-
-def generated() -> dict[str, str]:
-    """Return the text of every generated page that is committed, by its place in docs/."""
-    return {
-        "environments/index.md": environments_index(),
-        f"environments/{SHARED}": shared_arguments(),
-        **{f"environments/{env_id}.md": environment_page(env_id) for env_id in ENVIRONMENTS},
-        "experiments/yaml.md": yaml_reference(),
-    }
-
-
-def write_all() -> None:
-    """Write all generated pages; those that are unchanged are left alone, so that Sphinx does not read them again."""
-    for place, text in (generated() | {"experiments/commands.md": commands()}).items():
-        path = DOCS / place
-        path.parent.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")

@@ -38,7 +38,7 @@ class Machine:
     def __str__(self) -> str:
         clock = f", clock {self.clock}" if self.clock else ""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return f"{self.processor}, {self.threads} threads, {self.dtype}{clock}; {versions}; revision {self.revision}"
+        return f"{self.processor}, {self.threads} thread{'s' * (self.threads != 1)}, {self.dtype}{clock}; {versions}; revision {self.revision}"
 
 
 def machine(decoder: Engine) -> Machine:

@@ -131,10 +131,9 @@ def screen(results: Results, folder: Path, again: str, run: Path | None) -> str:
     ]
     following = [f"picture:   {folder / 'results.png'}", f"details:   {folder / 'results.md'}"]
     if run:
-        following += [
-            f"learning:  tensorboard --logdir {run}",
-            f'use it:    spec-envs generate "Why is the sky blue?" --run {run}',
-        ]
+        following.append(f"learning:  tensorboard --logdir {run}")
+        if results.divergences or results.machine.clock in ("wall", None):  # a replay writes no text
+            following.append(f'use it:    spec-envs generate "Why is the sky blue?" --run {run}')
     lines = ["", *wrapped(" ".join(sentences(results))), "", *arms_tables(results), ""]
     for note in told:
         lines += wrapped(note, "- ")

@@ -38,12 +38,13 @@ PAGES = [
 
 
 def without_code(text: str) -> str:
-    """Return a page with code and the part of the README that a command writes blanked out, line by line."""
+    """Return a page with code, and what commands write into it, blanked out line by line."""
 
     def blank(found: re.Match[str]) -> str:
         return "\n" * found[0].count("\n")
 
     text = re.sub(r"<!-- results:begin -->.*?<!-- results:end -->", blank, text, flags=re.DOTALL)
+    text = re.sub(r"<!-- (?:agents|agent: \S+|hyper-parameters: \S+) -->.*?<!-- end -->", blank, text, flags=re.DOTALL)
     text = re.sub(r"^ *(`{3,}).*?^ *\1 *$", blank, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"(?<!`)(`+)(?!`)(?:[^`\n]|\n(?! *[\n|-]))+\1(?!`)", lambda found: "code" + blank(found), text)
     return re.sub(r"\]\([^)]*\)", lambda found: found[0] if CITED.search(found[0]) else "]", text)

@@ -14,10 +14,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.model
 def test_generated_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    from _scripts import pages
+    from _scripts import generate
 
     outdated = [
-        place for place, text in pages.generated().items() if (pages.DOCS / place).read_text(encoding="utf-8") != text
+        place
+        for place, text in generate.generated().items()
+        if (generate.DOCS / place).read_text(encoding="utf-8") != text
     ]
     assert not outdated, "run `make docs`, and commit what it changes"
 

@@ -189,6 +189,9 @@ def test_screen_is_short_and_says_where_to_look_next() -> None:
     ):
         assert part in shown or part in " ".join(shown.split()), part
     assert "--run" not in screen(results(), Path("runs/mixes/a"), "spec-envs eval", None)
+    replayed = results()
+    replayed = replace(replayed, divergences=None, machine=replace(replayed.machine, clock="a trace's costs"))
+    assert "spec-envs generate" not in screen(replayed, Path("runs/x"), "spec-envs eval runs/x", Path("runs/x"))
 
 
 def test_results_survive_json_and_those_of_before_are_read(tmp_path: Path) -> None:
