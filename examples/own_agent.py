@@ -2,8 +2,7 @@
 
     python own_agent.py                # the number of training steps may follow
 
-An agent is a class with the methods below; `Agent` gives it the `predict` of Stable-Baselines3. Here it learns on a
-synthetic profile, in seconds. A row in `spec_envs.agents.AGENTS` lets experiments name it.
+An agent is a class with these methods; `Agent` adds Stable-Baselines3's `predict`. It learns on a synthetic profile.
 """
 
 import sys
@@ -57,8 +56,7 @@ if __name__ == "__main__":
     agent = BestByKind(env.unwrapped.control).learn(int(sys.argv[1]) if len(sys.argv) > 1 else 8000, env)
     seen = np.flatnonzero(agent.tries.any(1))  # the profile has three of the kinds
     same = agent.means[seen].mean(0).argmax()  # the best length for all of them
-    for kind in seen:
-        gains = agent.means[kind] - agent.means[kind, same]
+    for kind, means in zip(seen, agent.means[seen], strict=True):
         print(
-            f"{KINDS[kind]}: draft {gains.argmax()} tokens; worth {gains.max():.2f} tokens a cycle over {same} for all"
+            f"{KINDS[kind]}: draft {means.argmax()} tokens; {means.max() - means[same]:.2f} more a cycle than with {same}"
         )
