@@ -57,6 +57,4 @@ if __name__ == "__main__":
     seen = np.flatnonzero(agent.tries.any(1))  # the profile has three of the kinds
     same = agent.means[seen].mean(0).argmax()  # the best length for all of them
     for kind, means in zip(seen, agent.means[seen], strict=True):
-        print(
-            f"{KINDS[kind]}: draft {means.argmax()} tokens; {means.max() - means[same]:.2f} more a cycle than with {same}"
-        )
+        print(f"{KINDS[kind]}: draft {means.argmax()} tokens; {means.max() - means[same]:.2f} a cycle more than {same}")
