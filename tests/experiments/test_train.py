@@ -86,7 +86,7 @@ def test_train_writes_results_and_resumable_run(
         run_train(monkeypatch, [*arguments, "total_timesteps=256"])
 
     run_command(monkeypatch, evaluate, folder, "--count", "3", "--temperature", "1.0")
-    assert "temperature 1.0" in capsys.readouterr().out
+    assert "temperature 1.0" in " ".join(capsys.readouterr().out.split())
     run_command(monkeypatch, evaluate, folder, "--count", "2")  # with fewer prompts than the run's, its own table stays
     assert (folder / "eval" / "count_2" / "results.md").exists()
     assert json.loads((folder / "results.json").read_text()) == results
