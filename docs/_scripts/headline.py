@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spec_envs.experiments.comparisons import chains, decoding
 from spec_envs.experiments.measure.figures import draw_arms, drawn
+from spec_envs.experiments.measure.results import AGAIN
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -25,7 +26,8 @@ def paragraph(results: Path) -> str:
     machine = speeds.table.machine
     beside = [f"{speeds.ratios[key]:.2f} times {name}" for key, name in OTHERS.items() if key in speeds.ratios]
     gain = lengths.best_agent_over_best_fixed
-    pays = "pays" if gain.low > 1 else "costs" if gain.high < 1 else "makes no difference that can be told"
+    fixed = {name: row for name, row in lengths.arms.items() if name.startswith("K = ")}
+    fastest = max(fixed, key=lambda name: fixed[name].tokens_per_second)
     return "\n".join(
         [
             "![Throughput over plain decoding: beside other software, and with chosen draft lengths]"
@@ -36,8 +38,9 @@ def paragraph(results: Path) -> str:
             f"{speeds.ratios['static_over_plain']:.2f} times plain decoding ([decoding speed](docs/results/decoding.md)).",
             f"With chains, the best fixed draft length, {lengths.best_fixed}, is {lengths.best_fixed_over_plain:.2f} "
             "times plain decoding ([draft lengths](docs/results/chains.md)).",
-            f"Deciding the length while decoding {pays}: the best agent, `{lengths.best_agent}`, is {gain:.2f} times the "
-            "best fixed length.",
+            f"The agent that decides it best on validation prompts, `{lengths.best_agent}`, is {gain:.2f} times as fast as "
+            f"that length, which training prompts have chosen; {fastest}, the fastest fixed length on these very prompts, "
+            f"is {fixed[fastest].over[chains.BEST]:.2f} times as fast.",
             "",
             "In brackets: 95 % intervals; [how a number is made](docs/results/index.md#how-a-number-is-made).",
         ]
@@ -50,8 +53,10 @@ def draw(results: Path, path: Path) -> None:
     shown = ("plain", chains.BEST, lengths.best_agent)
     with drawn(path, 11, 2.8) as figure:
         left, right = figure.subplots(1, 2)
-        draw_arms(left, {name: row for name, row in speeds.table.arms.items() if name != "plain again"}, "plain")
+        draw_arms(left, {name: row for name, row in speeds.table.arms.items() if not name.endswith(AGAIN)}, "plain")
         draw_arms(right, {name: lengths.arms[name] for name in shown}, "plain")
+        for axes in (left, right):
+            axes.set_xlim(right=1.1 * axes.get_xlim()[1])  # room for the figures
         left.set_title("decoding speed", fontsize=10)
         right.set_title("draft lengths", fontsize=10)
 
