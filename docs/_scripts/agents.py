@@ -1,4 +1,4 @@
-"""What the code knows about the agents, in Markdown."""
+"""Describe the agents in Markdown, from what the code knows about them."""
 
 from __future__ import annotations
 

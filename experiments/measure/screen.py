@@ -1,4 +1,4 @@
-"""What a table says in words, and the screen at the end of a command: the words, the tables, and where to look next."""
+"""Say in words what a table shows, and make the screen at the end of a command: words, tables, and where to look next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture shows of a cycle: its candidates, and what became of each of them."""
+"""Describe a cycle for a picture: its candidates, and what became of each of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spec_envs.text import after, printable
 
 
 class State(Enum):
-    """What became of a candidate."""
+    """The fate of a candidate."""
 
     DRAFTED = "drafted"
     ACCEPTED = "accepted"

@@ -1,4 +1,4 @@
-"""What happened in a cycle and in a whole text, in words."""
+"""Say in words what happened in a cycle and in a whole text."""
 
 from __future__ import annotations
 
