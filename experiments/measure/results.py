@@ -171,7 +171,7 @@ class Comparison:
         if self.quiet:
             return f"{found}: contains 1, within ±{100 * QUIET:.0f} %."
         if self.agrees:
-            return f"{found}: wider than ±{100 * QUIET:.0f} %. TIMED ON A BUSY MACHINE, so these timings are void."
+            return f"{found}: wider than ±{100 * QUIET:.0f} %. TIMED ON A BUSY MACHINE OR ON TOO FEW PROMPTS, so these timings are void."
         return f"{found}: EXCLUDES 1. The arms were not timed under the same conditions, so these timings are void."
 
 
