@@ -16,6 +16,7 @@ import shutil
 import urllib.request
 from functools import partial
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +28,7 @@ VARIABLE = "SPEC_ENVS_ASSETS"
 WEIGHTS = "model.safetensors"
 TIMEOUT = 30.0  # seconds that a server may be silent
 BLOCK = 1 << 18  # bytes read at a time
+LARGEST = 1 << 28  # bytes that a server may make us hold
 log = logging.getLogger(__name__)
 
 
@@ -93,9 +95,17 @@ def fetch(name: str) -> bytes:
 
 
 def download(url: str) -> bytes:
-    """Return the contents of a file on a server, with a bar on a terminal."""
+    """Return the contents of a file on a server, with a bar on a terminal.
+
+    Raises:
+        OSError, HTTPException: it cannot be read.
+        ValueError: the address is none, or the file is larger than ``LARGEST``.
+    """
     log.warning("downloading %s; this happens once", url)
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         name = url.rpartition("/")[2]
         with tqdm.wrapattr(response, "read", response.length, desc=name, leave=False, disable=None) as body:
-            return b"".join(iter(partial(body.read, BLOCK), b""))
+            data = b"".join(islice(iter(partial(body.read, BLOCK), b""), LARGEST // BLOCK + 1))
+    if len(data) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} bytes")
+    return data

@@ -176,6 +176,19 @@ def test_other_weights_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("shipped")
+def test_server_cannot_fill_the_memory(
+    place: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / AT / assets.WEIGHTS).write_bytes(bytes(100_000))
+    monkeypatch.setattr(assets, "BLOCK", 1 << 10)
+    monkeypatch.setattr(assets, "LARGEST", 1 << 12)
+    monkeypatch.setenv(assets.VARIABLE, server[0])
+    with pytest.raises(ValueError, match="it has more than 4,096 bytes"):
+        drafter_folder(NAME)
+    assert_nothing_left()
+
+
+@pytest.mark.usefixtures("shipped")
 def test_cut_download_is_refused(server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The server announces more bytes than it sends."""
 
