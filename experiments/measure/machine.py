@@ -16,6 +16,8 @@ from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.decoding.weights.files import weight_files
+from spec_envs.decoding.weights.gguf_weights import linked
 
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
 
@@ -97,7 +99,7 @@ def weights_sha256(target: str, drafter: str) -> dict[str, str]:
     hashes = {}
     for side, folder in folders.items():
         digest = hashlib.sha256()
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in linked(folder) or weight_files(folder)[0]:
             digest.update(path.read_bytes())
         hashes[side] = digest.hexdigest()
     return hashes

@@ -6,17 +6,20 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.names import LOOKUP, drafter_folder
 from spec_envs.decoding.llama_cpp.server import LlamaServer, chain_arguments, find_binary, gguf_of
-from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.decoding.weights.checkpoints import eos_ids, model_folder
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.measure.arms import Arm, Encoded, Sample
 
 LOG = logging.getLogger(__name__)
@@ -83,12 +86,17 @@ def language_model(name: str, decoder: Decoder) -> Any:
     It has none of the penalties and filters of its own generation settings, but its own ids that end texts.
     """
     target = decoder.local.target
-    transformers_logging.disable_progress_bar()  # shown while weights are read
-    folder, dtype = model_folder(name), target.precision.cache
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    model.to(target.device).eval()
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    model = transformers_model(model_folder(name), target.precision.cache).to(target.device)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(name)))
     return model
+
+
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Return transformers' model of a folder; its weights may lie in a GGUF file."""
+    transformers_logging.disable_progress_bar()  # shown while weights are read
+    config, weights = load_config(folder), load_weights(folder)
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return made.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
 
 
 def transformers_arm(model: Any, decoder: Decoder, **further: Any) -> Arm:

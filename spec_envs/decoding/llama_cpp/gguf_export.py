@@ -15,7 +15,7 @@ from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.weights.checkpoints import CACHE, cache_lock, sha256
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
-from spec_envs.decoding.weights.gguf_model import NAMES, interleaved
+from spec_envs.decoding.weights.gguf_weights import NAMES, interleaved
 from spec_envs.files import whole
 
 KEPT = ("token_embd.weight", "output.weight", "rope_freqs.weight")  # tensors that are taken from the target

@@ -1,8 +1,8 @@
 """Find a model by name, and load its weights and tokenizer: a short name of models.yml, a hub id, a folder, or a GGUF
 file.
 
-Every model becomes a folder in the Hugging Face layout (config.json, safetensors, tokenizer). GGUF files are converted
-once into the user's cache folder, under a temporary name until they are complete.
+Every model becomes a folder in the Hugging Face layout (config.json, weights, tokenizer). GGUF files are converted once
+into the user's cache folder, under a temporary name until they are complete; their weights stay where they are.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.config import altering, configured_eos, first_line, load_config
-from spec_envs.decoding.weights.files import FILES, index_of, load_weights, refuse_unread, weight_map
-from spec_envs.decoding.weights.gguf_file import part_files, read_gguf
+from spec_envs.decoding.weights.files import FILES, index_of, load_weights, weight_map
+from spec_envs.decoding.weights.gguf_file import read_gguf
 from spec_envs.decoding.weights.gguf_model import write_model
+from spec_envs.decoding.weights.gguf_weights import link, linked, parts_of
+from spec_envs.decoding.weights.tensors import refuse_unread
 from spec_envs.files import DATA, at_home, is_file, write_bytes
 
 CACHE = user_cache_path("spec-envs")
-CONVERSION = "v2"  # version of the conversion of GGUF files; folders of other versions are not used
+CONVERSION = "v3"  # version of the conversion of GGUF files; folders of other versions are not used
 MADE = "made.json"  # lists the files of a complete conversion
 SCRATCH = ".making"  # ends the name of a folder until it is complete
 DESCRIPTIONS = ("*.json", "*.model", "*.jinja", "merges.txt")  # files of a model on the hub other than its weights
@@ -256,37 +258,32 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@functools.cache
-def digest_of(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
-    """Return the digest of one file, or of all parts of a split one.
-
-    ``stamps``, sizes and times of modification, are part of the cache's key, so that changed files are read again.
-    """
-    digests = [sha256(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 def converted_file(gguf: Path) -> Path:
     """Return the Hugging Face folder of a user's GGUF file, or of all parts of a split one."""
-    files = part_files(gguf)
-    stats = [file.stat() for file in files]
-    digest = digest_of(tuple(file.resolve() for file in files), tuple((s.st_size, s.st_mtime_ns) for s in stats))
-    return converted(gguf, digest)
+    return converted(gguf, hashlib.sha256(repr(parts_of(gguf)).encode()).hexdigest())
 
 
 def converted(gguf: Path, digest: str) -> Path:
-    """Return the Hugging Face folder of a GGUF file: dequantised to float32, and converted once for each ``digest``."""
+    """Return the Hugging Face folder of a GGUF file, which is converted once for each ``digest``."""
     stem = gguf.stem.encode()[:100].decode(errors="ignore")  # names of files may have 255 bytes
     folder = CACHE / "models" / f"{stem}-{digest[:12]}-{CONVERSION}"
-    if not is_whole(folder):
+    if not is_converted(folder):
         with cache_lock(folder):
-            if not is_whole(folder):
+            if not is_converted(folder):
                 convert_once(gguf, digest, folder)
     return folder
 
 
+def is_converted(folder: Path) -> bool:
+    """Return whether a folder is that of a GGUF file, undamaged, and the file is as it was."""
+    try:
+        return is_whole(folder) and bool(linked(folder))
+    except ValueError:
+        return False
+
+
 def is_whole(folder: Path) -> bool:
-    """Return whether a folder holds all files of its conversion, undamaged."""
+    """Return whether a folder holds all files that ``describe`` noted, undamaged."""
     try:
         made = msgspec.json.decode((folder / MADE).read_bytes(), type=dict[str, tuple[int, str | None]])
         for name, (size, digest) in made.items():
@@ -295,7 +292,7 @@ def is_whole(folder: Path) -> bool:
                 return False
     except (OSError, msgspec.DecodeError):
         return False
-    return "config.json" in made and "model.safetensors" in made
+    return "config.json" in made
 
 
 def describe(folder: Path) -> None:
@@ -331,7 +328,8 @@ def convert_once(gguf: Path, digest: str, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the config, the dequantised weights and the tokenizer of a GGUF file to a folder."""
+    """Write the config and the tokenizer of a GGUF file to a folder, and where its weights are."""
+    link(gguf, folder)
     write_model(read_gguf(gguf), folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PretrainedConfig
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from spec_envs.decoding.model.shape import Shape
-from spec_envs.decoding.weights.config import first_line, in_fp8, read_json
-from spec_envs.decoding.weights.tensors import tensors
+from spec_envs.decoding.weights.blocks import Blocks, dense
+from spec_envs.decoding.weights.config import first_line, in_fp8, load_config, read_json
+from spec_envs.decoding.weights.gguf_file import read_gguf
+from spec_envs.decoding.weights.gguf_weights import linked, weights_of
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # whole, or in parts that an index names
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.inv_freq")  # written by older transformers
 IDS = ("d2t", "t2d", "shortlist")  # tensors of drafters that hold ids
 
 
@@ -65,11 +65,26 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the state dict of a folder; PyTorch files are read with ``weights_only=True``.
+    """Return the state dict of a folder, the weights of a GGUF file in float32; see ``load_stored``."""
+    if linked(folder):
+        return {name: dense(weight).float() for name, weight in load_stored(folder).items()}
+    return load_tensors(folder)
+
+
+def load_stored(folder: Path) -> dict[str, Tensor | Blocks]:
+    """Return the state dict of a folder as it is stored; PyTorch files are read with ``weights_only=True``.
 
     Raises:
-        ValueError: files are missing or cannot be read, tensors are quantised, or an adapter lies beside them.
+        ValueError: files are missing or cannot be read, tensors are quantised otherwise than in a GGUF file, or an
+            adapter lies beside them.
     """
+    if gguf := linked(folder):
+        return weights_of(read_gguf(gguf[0]), load_config(folder))
+    return {**load_tensors(folder)}
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the state dict of a folder that has files of weights itself; see ``load_stored``."""
     weights: dict[str, Tensor] = {}
     files, named = weight_files(folder)
     if (folder / "adapter_config.json").is_file():
@@ -164,16 +179,3 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
                 "float32, bfloat16 or float16, or a GGUF file"
             )
         yield name, tensor
-
-
-def refuse_unread(config: PretrainedConfig, names: Iterable[str]) -> None:
-    """Raise ValueError for tensors that a model of this config would not read, since it is then another model."""
-    shape = Shape.from_config(config)
-    read = dict(tensors(config, shape, shape.vocab))
-    unread = sorted(name for name in names if name not in read and not HARMLESS.fullmatch(name))
-    if unread:
-        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} others" if len(unread) > 3 else "")
-        raise ValueError(
-            f"the weights hold tensors that a {config.model_type!r} with this config.json does not read: {shown}; it "
-            "may be quantised, of another architecture, or have an adapter that was not merged"
-        )

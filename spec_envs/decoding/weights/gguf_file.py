@@ -158,7 +158,7 @@ def read_one(path: Path) -> GGUF:
         ValueError: it is no GGUF file, is damaged or cut off.
     """
     try:
-        data = np.memmap(path, mode="r")
+        data = np.memmap(path, mode="c")  # never written to; torch wants arrays that could be
         header = Header(data)
         return GGUF(path, *contents(header, data))
     except (ValueError, OSError) as error:  # a UnicodeDecodeError is a ValueError, too

@@ -1,4 +1,4 @@
-"""The language model in a GGUF file: its config, weights, tokenizer and the ids that end its texts.
+"""The language model in a GGUF file: its config, its tokenizer and the ids that end its texts.
 
 Keys and tensors that change what is computed are read or refused by name; none is skipped silently.
 """
@@ -8,15 +8,10 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from gguf import quants
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -26,34 +21,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from spec_envs.decoding.model.shape import Shape
-from spec_envs.decoding.weights.files import refuse_unread
-from spec_envs.decoding.weights.gguf_file import GGUF, StoredTensor
-from spec_envs.decoding.weights.tensors import fitting
+from spec_envs.decoding.weights.blocks import dequantised
+from spec_envs.decoding.weights.gguf_file import GGUF
+from spec_envs.decoding.weights.gguf_weights import ROPE_FACTORS, weights_of
 
 FAMILIES: dict[str, type[PretrainedConfig]] = {  # a Mistral's file is labelled llama, whose forward is the same
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
-NAMES = {  # of a layer's modules, in the file and in transformers
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp divides the frequencies by these; Llama 3.1 and later
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys of an architecture, with the values at which they change nothing
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -190,7 +166,8 @@ def rope_of(gguf: GGUF, keys: Keys, context: int, head_dim: int) -> dict[str, An
             if f"rope.scaling.{key}" in keys.unread:
                 found[name] = keys.number(f"rope.scaling.{key}", whole=False)
     if keys.architecture == "llama" and ROPE_FACTORS in gguf.tensors:
-        factors = values(gguf.tensors[ROPE_FACTORS]).reshape(-1).tolist()
+        stored = gguf.tensors[ROPE_FACTORS]
+        factors = dequantised(stored.data, stored.kind).tolist()
         if len(factors) != head_dim // 2 or not all(0 < factor < float("inf") for factor in factors):
             raise ValueError(f"{ROPE_FACTORS} holds {len(factors)} numbers; expected {head_dim // 2} positive ones")
         if kind != "none":
@@ -234,64 +211,6 @@ def end_ids(gguf: GGUF) -> list[int]:
     """Return all ids that end a text, ascending: those of the keys, and those of the tokens in ``END_TOKENS``."""
     named = {i for i in (token_id(gguf, key) for key in END_KEYS) if i is not None}
     return sorted(named | {i for i, token in enumerate(token_list(gguf)) if token in END_TOKENS})
-
-
-def values(tensor: StoredTensor) -> np.ndarray:
-    """Return the numbers of a tensor in float32.
-
-    Raises:
-        ValueError: the library cannot read this kind of blocks.
-    """
-    try:
-        return np.array(quants.dequantize(tensor.data, tensor.kind), np.float32).reshape(tensor.shape)
-    except NotImplementedError:
-        raise ValueError(f"the tensor {tensor.name} is of the type {tensor.kind.name}, which cannot be read") from None
-
-
-def named_here(config: PretrainedConfig, name: str) -> str:
-    """Return transformers' name of a tensor, or ``name`` itself where it has none."""
-    if name in OUTSIDE:
-        return OUTSIDE[name]
-    modules = NAMES | QK_NORMS if config.model_type == "qwen3" else NAMES
-    match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in modules:
-        return name
-    return f"model.layers.{match[1]}.{modules[match[2]]}.{match[3]}"
-
-
-def weights_of(gguf: GGUF, config: PretrainedConfig) -> dict[str, Tensor]:
-    """Return the weights by transformers' names, in float32.
-
-    Raises:
-        ValueError: tensors are missing, unknown or of another shape, which is checked before any of them is read.
-    """
-    skipped = {ROPE_FACTORS} if gguf.metadata["general.architecture"] == "llama" else set()
-    stored = {named_here(config, name): tensor for name, tensor in gguf.tensors.items() if name not in skipped}
-    refuse_unread(config, stored)
-    shape = Shape.from_config(config)
-    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
-    fitting(config, shape, shapes, shape.vocab)
-    return dict(converted_tensors(stored, config))
-
-
-def converted_tensors(stored: Mapping[str, StoredTensor], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor in transformers' layout, float32."""
-    for name, tensor in stored.items():
-        weight = torch.from_numpy(values(tensor))
-        if config.model_type == "llama" and re.search(r"\.(q|k)_proj\.", name):
-            weight = halved(weight, config.head_dim)
-        yield name, weight.contiguous()
-
-
-def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Return the rows of a rotary projection in llama.cpp's order for Llama, pairs side by side instead of two
-    halves."""
-    return weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:]).transpose(1, 2).flatten(0, 2)
-
-
-def halved(weight: Tensor, head_dim: int) -> Tensor:
-    """Return the rows of a rotary projection in transformers' order, two halves: the inverse of ``interleaved``."""
-    return weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def write_tokenizer(gguf: GGUF, folder: Path) -> None:
@@ -347,7 +266,8 @@ def respell(content: dict[str, Any], tokens: list[str], kinds: list[int]) -> Non
 
 
 def write_model(gguf: GGUF, folder: Path) -> None:
-    """Write config, weights, tokenizer and generation config to a folder in the Hugging Face layout.
+    """Write config, tokenizer and generation config to a folder in the Hugging Face layout; the weights are checked and
+    stay in the file.
 
     Raises:
         ValueError: a part of the file that matters is not supported.
@@ -358,4 +278,4 @@ def write_model(gguf: GGUF, folder: Path) -> None:
     config.save_pretrained(folder)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
-    save_file(weights_of(gguf, config), folder / "model.safetensors", {"format": "pt"})
+    weights_of(gguf, config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 from spec_envs.decoding.model.shape import Shape
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.inv_freq")  # written by older transformers
 
 
 def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], outputs: int) -> dict[str, Tensor]:
@@ -88,3 +90,16 @@ def biases(config: PretrainedConfig) -> tuple[bool, bool, bool]:
     if config.model_type == "qwen3":
         return config.attention_bias, config.attention_bias, False
     return config.model_type == "qwen2", False, False
+
+
+def refuse_unread(config: PretrainedConfig, names: Iterable[str]) -> None:
+    """Raise ValueError for tensors that a model of this config would not read, since it is then another model."""
+    shape = Shape.from_config(config)
+    read = dict(tensors(config, shape, shape.vocab))
+    unread = sorted(name for name in names if name not in read and not HARMLESS.fullmatch(name))
+    if unread:
+        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} others" if len(unread) > 3 else "")
+        raise ValueError(
+            f"the weights hold tensors that a {config.model_type!r} with this config.json does not read: {shown}; it "
+            "may be quantised, of another architecture, or have an adapter that was not merged"
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
-from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from spec_envs import ENVIRONMENTS, generate
 from spec_envs.agents.baselines.uniform import RandomAgent
@@ -21,6 +21,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import ancestors
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.experiments.measure.arms import Encoded, decoded
+from spec_envs.experiments.measure.references import transformers_model
 from spec_envs.experiments.measure.results import Divergence
 from spec_envs.experiments.measure.statistics import divergence
 from spec_envs.prompts.sets import TASKS, encode, load_prompts
@@ -47,7 +48,7 @@ def plain_texts(prompts: dict[str, list[int]]) -> dict[str, list[int]]:
 
 
 def test_plain_decoding_equals_transformers(prompts: dict, plain_texts: dict) -> None:
-    model = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
+    model = transformers_model(model_folder(REAL), torch.float32)
     for task, ids in prompts.items():
         out = model.generate(
             torch.tensor([ids]),
@@ -102,7 +103,7 @@ def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, m
     """
     temperature, top_p = 0.7, 0.95
     decoder = load_decoder(REAL, "auto", "cpu", "float32", temperature=temperature, top_p=top_p)
-    reference = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
+    reference = transformers_model(model_folder(REAL), torch.float32)
     verifier, rng = decoder.verifier, np.random.default_rng(0)
     if drafts == "chain":
         drafter = DraftModelDrafter(verifier.target, verifier.target, temperature=1.3)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from spec_envs.decoding.weights.gguf_model import NAMES, OUTSIDE, QK_NORMS, interleaved
+from spec_envs.decoding.weights.blocks import Blocks
+from spec_envs.decoding.weights.gguf_weights import NAMES, OUTSIDE, QK_NORMS, interleaved
 
 SPECIAL = ["<|close|>", "<|turn|>", "<|pad|>"]
 SIZE: dict[str, Any] = {
@@ -103,13 +105,18 @@ def value_kind(value: Any) -> GGUFValueType:
     return GGUFValueType[kinds[type(value)]]
 
 
-def write_fields(path: Path, family: str, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+def write_fields(
+    path: Path, family: str, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray | Blocks]
+) -> Path:
     """Write a GGUF file of these fields and tensors, and return its path."""
     writer = GGUFWriter(str(path), family)
     for key, value in fields.items():
         writer.add_key_value(key, value, value_kind(value), value_kind(value[0]) if isinstance(value, list) else None)
     for name, array in tensors.items():
-        writer.add_tensor(name, array)
+        if isinstance(array, Blocks):
+            writer.add_tensor(name, array.data.numpy(), raw_dtype=array.kind)
+        else:
+            writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -121,7 +128,7 @@ def write_gguf(
     model: Any,
     path: Path,
     fields: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, np.ndarray] | None = None,
+    tensors: Mapping[str, np.ndarray | Blocks] | None = None,
     without: Sequence[str] = (),
 ) -> Path:
     """Write a model as a GGUF file and return its path.
@@ -134,6 +141,29 @@ def write_gguf(
     kept = {key: value for key, value in (fields_of(model) | changed).items() if key not in without}
     arrays = {key: array for key, array in (tensors_of(model) | dict(tensors or {})).items() if key not in without}
     return write_fields(path, family, kept, arrays)
+
+
+def in_blocks(model: Any, kinds: Sequence[GGMLQuantizationType]) -> dict[str, Blocks]:
+    """Return the matrices of a model's file in blocks of these kinds, in turn."""
+    matrices = ((name, array) for name, array in tensors_of(model).items() if array.ndim == 2)
+    return {name: quantised(array, kind) for (name, array), kind in zip(matrices, itertools.cycle(kinds), strict=False)}
+
+
+def quantised(array: np.ndarray, kind: GGMLQuantizationType) -> Blocks:
+    """Return a matrix in blocks. Where the library does not quantise to a kind, the blocks hold other numbers of about
+    the same size, the same ones for the same matrix."""
+    per_block, size = GGML_QUANT_SIZES[kind]
+    try:
+        return Blocks(kind, torch.from_numpy(quants.quantize(array, kind)))
+    except NotImplementedError:
+        random = np.random.default_rng(abs(int(array[0, 0] * 2**20)))
+    data = random.integers(0, 256, (len(array), array.shape[1] // per_block, size), np.uint8)
+    scale = np.float16(array.std() / {"Q4_K": 200, "Q6_K": 1000}[kind.name])
+    begin = 0 if kind.name == "Q4_K" else size - 2  # of the block's scale; Q4_K has one of its offsets as well
+    data[..., begin : begin + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+    if kind.name == "Q4_K":
+        data[..., 2:4] = np.frombuffer(np.float16(scale * 7).tobytes(), np.uint8)
+    return Blocks(kind, torch.from_numpy(data.reshape(len(array), -1)))
 
 
 def split(model: Any, folder: Path, count: int = 2) -> list[Path]:

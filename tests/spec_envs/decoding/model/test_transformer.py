@@ -23,6 +23,7 @@ from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target, model_folder
+from spec_envs.experiments.measure.references import transformers_model
 from tests.support.models.forwards import text_logits
 from tests.support.models.tiny import CPU, REAL
 
@@ -132,7 +133,7 @@ def test_ranges_of_layers_and_captured_states() -> None:
 @pytest.mark.model
 def test_default_model_equals_transformers() -> None:
     model = load_target(REAL, CPU, torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(model_folder(REAL), dtype=torch.float32)
+    reference = transformers_model(model_folder(REAL), torch.float32)
     ids = torch.randint(3, 49152, (1, 256), generator=torch.Generator().manual_seed(0))
     expected = reference(ids).logits
     assert (text_logits(model, ids) - expected).abs().max() <= TOLERANCE

