@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding import accept
-from spec_envs.decoding.model.lora import Additions
+from spec_envs.decoding.cycle import EMPTY_INTS
+from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.sampling import Proposal, check_sampling, probabilities
-from spec_envs.decoding.tree import ancestors
+from spec_envs.decoding.target_text import open_text
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,13 @@ class LocalVerifier:
 
     Attributes:
         features: captured states of the rows that the last call committed, ``[rows, len(capture) * hidden]``.
-        added: what a low-rank adapter adds to the target's layers, or None.
+        text: the text, as the target reads it.
 
     Raises:
         ValueError: ``temperature`` or ``top_p`` is out of range.
     """
 
     traffic = Traffic()
-    added: Additions | None = None
 
     def __init__(self, target: Transformer, capture: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0):
         check_sampling(temperature, top_p)
@@ -121,7 +121,7 @@ class LocalVerifier:
         self.temperature, self.top_p = temperature, top_p
         self.vocab, self.context = target.shape.vocab, target.shape.context
         self.features = torch.empty(0)
-        self.cache = target.cache(0)
+        self.text = open_text(target, self.capture)
 
     @property
     def device(self) -> torch.device:
@@ -137,64 +137,44 @@ class LocalVerifier:
     def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
         return LocalVerifier(self.target, (), self.temperature, self.top_p)
 
-    @torch.inference_mode()
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the text."""
+        return self.text.cache
+
     def start(self, prompt: Sequence[int], rows: int, rng: np.random.Generator) -> int:
-        need = len(prompt) + rows
-        if need > self.cache.capacity:
-            self.cache = self.target.cache(max(2048, need))
-        self.cache.length = 0
+        self.text.begin(len(prompt) + rows)
         self.rng = rng
-        hidden = self._forward(np.asarray(prompt), np.arange(len(prompt)), None)
-        self.cache.length = len(prompt)
-        self.last = self._decide(np.zeros(0, np.int64), np.zeros(0, np.int64), hidden[-1:]).token
+        self.features = self.text.append(prompt, self.temperature == 0)
+        self.last = self._decide(EMPTY_INTS, EMPTY_INTS).token
         return self.last
 
-    @torch.inference_mode()
     def verify(
         self, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, proposals: Sequence[Proposal] = ()
     ) -> Verdict:
-        seen = ancestors(parents) if len(tokens) else None
-        positions = self.cache.length + np.concatenate([[0], levels + 1])
-        hidden = self._forward(np.concatenate([[self.last], tokens]), positions, seen)
-        verdict = self._decide(tokens, parents, hidden, proposals)
-        rows = [0, *(node + 1 for node in verdict.path)]
-        self.features = self.features[rows]
-        self.cache.keep(rows)
+        self.text.read(self.last, tokens, parents, self.temperature == 0)
+        verdict = self._decide(tokens, parents, proposals)
+        self.features = self.text.keep([0, *(node + 1 for node in verdict.path)])
         self.last = verdict.token
         return verdict
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
         tokens: list[int] = []
-        nothing = np.zeros(0, np.int64)
         while len(tokens) < count and not (tokens and tokens[-1] in eos):
-            tokens.append(self.verify(nothing, nothing, nothing).token)
+            tokens.append(self.verify(EMPTY_INTS, EMPTY_INTS, EMPTY_INTS).token)
         return tokens
 
-    @torch.inference_mode()
     def append(self, tokens: Sequence[int]) -> None:
-        new = np.array([self.last, *tokens[:-1]])
-        self._forward(new, self.cache.length + np.arange(len(new)), None)
-        self.cache.length += len(new)
+        self.features = self.text.append([self.last, *tokens[:-1]], False)
         self.last = tokens[-1]
 
-    def _forward(self, tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray | None) -> Tensor:
-        device = self.target.device
-        x = self.target.embed(torch.from_numpy(tokens).to(device)[None])
-        at = torch.from_numpy(positions).to(device)[None]
-        rows = None if seen is None else torch.from_numpy(seen).to(device)
-        hidden, captured = self.target.forward(x, self.cache, at, rows, capture=self.capture, added=self.added)
-        self.features = torch.cat(captured, -1)[0] if captured else hidden[0, :, :0]
-        return hidden[0]
-
-    def _decide(
-        self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, proposals: Sequence[Proposal] = ()
-    ) -> Verdict:
-        """Apply the acceptance rule to the target's last hidden states ``[n + 1, hidden]``."""
+    def _decide(self, tokens: np.ndarray, parents: np.ndarray, proposals: Sequence[Proposal] = ()) -> Verdict:
+        """Apply the acceptance rule to nodes ``[n]``, of which the text has just read the root and those."""
         if self.temperature == 0:
-            choices = self.target.head.argmax(hidden).cpu().numpy()
-            return Verdict(*accept.greedy(tokens, parents, choices))
-        return self._sample(tokens, parents, self.target.head(hidden), proposals)
+            return Verdict(*accept.greedy(tokens, parents, self.text.choices()))
+        return self._sample(tokens, parents, self.target.head(self.text.hidden()[-1 - len(tokens) :]), proposals)
 
+    @torch.inference_mode()
     def _sample(
         self, tokens: np.ndarray, parents: np.ndarray, logits: Tensor, proposals: Sequence[Proposal] = ()
     ) -> Verdict:

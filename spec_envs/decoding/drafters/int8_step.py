@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.model.cache import KVCache
-from spec_envs.decoding.model.int8 import Layers, Linear, RMSNorm, c_cache, c_tables
+from spec_envs.decoding.model.int8 import Layers, Linear, RMSNorm, c_cache, c_embedding, c_tables
 from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import CDrafter, address, library
 from spec_envs.decoding.model.rope import Rope
@@ -53,8 +53,7 @@ class Int8Step:
         self.structure = CDrafter(
             layers.structures,
             len(layers.structures),
-            address(embedding),
-            len(embedding),
+            c_embedding(embedding),
             *map(address, norms),
             c_tables(rope),
             head.matrix,

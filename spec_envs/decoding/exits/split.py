@@ -43,14 +43,15 @@ class SplitVerifier(LocalVerifier):
         """Read the prompt and return the first token; what the adapter has learned takes effect from now on."""
         if self.version != self.adapter.version:
             added, self.version = self.adapter.deployed_additions(), self.adapter.version
-            self.added = added if added is None or self.added is None else self.added.become(added)
+            before = self.text.added
+            self.text.added = added if added is None or before is None else before.become(added)
         self.rows = []
         return super().start(prompt, rows, rng)
 
     def plain(self, eos: Collection[int] = ()) -> LocalVerifier:
         """Return a verifier that never drafts; an adapter in the target's layers stays in effect."""
         other = LocalVerifier(self.target, (), self.temperature, self.top_p)
-        other.added = self.adapter.deployed_additions()
+        other.text.added = self.adapter.deployed_additions()
         return other
 
     @torch.inference_mode()
@@ -68,7 +69,7 @@ class SplitVerifier(LocalVerifier):
             positions = self.cache.length + torch.arange(len(new), device=self.device)[None]
             try:
                 x, _ = self.target.forward(
-                    self.target.embed(ids), self.cache, positions, layers=self.shallow, added=self.added
+                    self.target.embed(ids), self.cache, positions, layers=self.shallow, added=self.text.added
                 )
             finally:
                 self.cache.length = committed
@@ -85,18 +86,14 @@ class SplitVerifier(LocalVerifier):
         """Verify a chain; see ``Verifier.verify``."""
         states, _ = self.look(tokens.tolist())
         positions = self.cache.length + torch.arange(len(states), device=self.device)[None]
-        hidden, _ = self.target.forward(states[None], self.cache, positions, layers=self.deep, added=self.added)
-        verdict = self._decide(tokens, parents, hidden[0], proposals)
+        hidden, _ = self.target.forward(states[None], self.cache, positions, layers=self.deep, added=self.text.added)
+        self.logits = self.target.head(hidden[0])
+        if self.temperature == 0:
+            verdict = Verdict(*accept.greedy(tokens, parents, self.logits.argmax(-1).cpu().numpy()))
+        else:
+            verdict = self._sample(tokens, parents, self.logits, proposals)
         kept = len(verdict.path) + 1
         self.features, self.finals = states[:kept].clone(), hidden[0, :kept]
         self.cache.keep(range(kept))
         self.last, self.rows = verdict.token, []
         return verdict
-
-    def _decide(
-        self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, proposals: Sequence[Proposal] = ()
-    ) -> Verdict:
-        self.logits = self.target.head(hidden)
-        if self.temperature == 0:
-            return Verdict(*accept.greedy(tokens, parents, self.logits.argmax(-1).cpu().numpy()))
-        return self._sample(tokens, parents, self.logits, proposals)

@@ -16,7 +16,18 @@ from transformers import PretrainedConfig
 
 from spec_envs.decoding.model.cache import KVCache, SlotBatch
 from spec_envs.decoding.model.kernels import threads
-from spec_envs.decoding.model.kernels.bindings import CAdded, CCache, CLayer, CMatrix, CTables, address, floats, library
+from spec_envs.decoding.model.kernels.bindings import (
+    BFLOAT16,
+    CAdded,
+    CCache,
+    CEmbedding,
+    CLayer,
+    CMatrix,
+    CTables,
+    address,
+    floats,
+    library,
+)
 from spec_envs.decoding.model.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
 from spec_envs.decoding.model.layers import feeds, joined
 from spec_envs.decoding.model.lora import Additions
@@ -299,6 +310,17 @@ def low_rank(pair: tuple[Tensor, Tensor], matrix: CMatrix) -> tuple[int | None, 
     if (down.shape, up.shape) != sizes or any(t.dtype != torch.float32 or not t.is_contiguous() for t in pair):
         raise IndexError(f"additions {list(down.shape)} and {list(up.shape)} do not fit {sizes} in contiguous float32")
     return address(down), address(up), len(down)
+
+
+def c_embedding(rows: Tensor) -> CEmbedding:
+    """Describe an embedding ``[vocab, hidden]`` to the kernels.
+
+    Raises:
+        ValueError: it is not contiguous bfloat16.
+    """
+    if rows.dtype != torch.bfloat16 or not rows.is_contiguous():
+        raise ValueError(f"an embedding in {rows.dtype} cannot be read; expected contiguous bfloat16")
+    return CEmbedding(rows.data_ptr(), BFLOAT16, len(rows))
 
 
 def c_tables(rope: Rope) -> CTables:

@@ -37,10 +37,10 @@ class GapVerifier(LocalVerifier):
         self.gaps = []
         return super().start(prompt, rows, rng)
 
-    def _decide(self, tokens: np.ndarray, parents: np.ndarray, hidden: Tensor, *rest: object) -> Verdict:
-        best = self.target.head(hidden[-1:])[0].float().topk(2).values
+    def _decide(self, tokens: np.ndarray, parents: np.ndarray, *rest: object) -> Verdict:
+        best = self.target.head(self.text.hidden()[-1:])[0].float().topk(2).values
         self.gaps.append(float(best[0] - best[1]))
-        return super()._decide(tokens, parents, hidden)
+        return super()._decide(tokens, parents)
 
 
 def kind_of(decoder: Decoder) -> Literal["tree", "chain"]:

@@ -18,7 +18,6 @@ from spec_envs.decoding import accept
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.loading import load_decoder
-from spec_envs.decoding.tree import ancestors
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, model_folder
 from spec_envs.experiments.measure.arms import Encoded, decoded
 from spec_envs.experiments.measure.references import transformers_model
@@ -116,7 +115,7 @@ def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, m
             else:
                 decoder.expand()
             size = min(12, decoder.tree.size)
-            tokens, parents, levels = decoder.tree.subtree(decoder.tree.select(size))
+            tokens, parents, _ = decoder.tree.subtree(decoder.tree.select(size))
             text = torch.tensor([decoder.prompt + decoder.tokens])
             logits = TemperatureLogitsWarper(temperature)(text, reference(text).logits[:, -1].double())
             p = TopPLogitsWarper(top_p)(text, logits)[0].softmax(-1).numpy()
@@ -124,9 +123,8 @@ def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, m
                 break
             decoder.verify(size)
         proposals = list(decoder.tree.proposals)
-        positions = verifier.cache.length + np.concatenate([[0], levels + 1])
-        rows = np.concatenate([[verifier.last], tokens])
-        logits = verifier.target.head(verifier._forward(rows, positions, ancestors(parents)))
+        verifier.text.read(verifier.last, tokens, parents, False)
+        logits = verifier.target.head(verifier.text.hidden())
     distribution, known = verifier._probabilities, {}
 
     def once(row: torch.Tensor) -> np.ndarray:

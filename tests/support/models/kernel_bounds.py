@@ -18,9 +18,11 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.model import int8, kernels, layers
 from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.int8_text import Int8Text
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.target_text import TorchText
 from tests.support.models.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
 
 FAMILIES: dict[type[PretrainedConfig], dict[str, list]] = {
@@ -178,6 +180,28 @@ class Pair:
         caches = tuple(model.cache(n) for model in (self.model, self.reference))
         self.both(self.embed(1, n), caches, torch.arange(n)[None], "adapters", added=Additions(made))
 
+    def text(self) -> None:
+        """Read a text from its tokens on: a prompt, and then trees of which some rows are kept."""
+        capture = self.choice.of([(), (0,), tuple(range(self.shape.layers + 1))])
+        texts, rng = (Int8Text(self.model, capture), TorchText(self.model, capture)), self.choice.rng
+        prompt = self.choice.ids(self.shape.vocab, self.choice.of([1, 2, 17, self.shape.context])).tolist()
+        for text in texts:
+            text.begin(self.shape.context)
+        assert torch.equal(*(text.append(prompt, True) for text in texts))
+        for nodes in (0, 1, 6, 20, 33):
+            if texts[0].cache.length + nodes >= self.shape.context:
+                break
+            parents = np.array([rng.integers(-1, i) if i else -1 for i in range(nodes)], np.int64)
+            tokens, rows = (
+                rng.integers(0, self.shape.vocab, nodes),
+                sorted({0, *rng.integers(0, nodes + 1, 3).tolist()}),
+            )
+            for text in texts:
+                text.read(prompt[-1], tokens, parents, True)
+            assert torch.equal(*(text.hidden() for text in texts)), f"{nodes} nodes"
+            assert np.array_equal(*(text.choices() for text in texts)), f"{nodes} nodes"
+            assert torch.equal(*(text.keep(rows) for text in texts)), f"{nodes} nodes"
+
     def best(self) -> None:
         """Compare the most probable outputs over two sets of logits."""
         rows, extras = self.choice.of([1, 7, 20]), self.choice.of([0, 1, 15, 17])
@@ -243,7 +267,16 @@ def drive(seed: int) -> bool:
         assert str(error) and "\n" not in str(error).strip(), error
         return False
     assert int8.computes(made)
-    for call in (pair.prompt_and_tree, pair.batch, pair.slots, pair.adapters, pair.best, pair.draft, pair.eagle):
+    for call in (
+        pair.prompt_and_tree,
+        pair.batch,
+        pair.slots,
+        pair.adapters,
+        pair.text,
+        pair.best,
+        pair.draft,
+        pair.eagle,
+    ):
         call()
     return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from spec_envs.decoding.model import kernels
 
 NO_MEMORY = 2  # status of a kernel that could not allocate memory
+BFLOAT16 = 0  # kind of an embedding
 
 
 class CMatrix(Structure):
@@ -55,12 +56,32 @@ class CTables(Structure):
     _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("rows", c_int64)]
 
 
+class CEmbedding(Structure):
+    _fields_ = [("rows", c_void_p), ("kind", c_int64), ("vocabulary", c_int64)]
+
+
+class CText(Structure):
+    _fields_ = [
+        ("layers", POINTER(CLayer)),
+        ("count", c_int64),
+        ("embedding", CEmbedding),
+        ("tables", CTables),
+        ("norm", c_void_p),
+        ("head", CMatrix),
+        ("cache", CCache),
+        ("room", c_int64),
+        *((name, c_void_p) for name in ("tokens", "parents", "kept", "hidden")),
+        *((name, POINTER(c_void_p)) for name in ("captured", "states")),
+        ("wanted", c_int64),
+        ("choices", c_void_p),
+    ]
+
+
 class CDrafter(Structure):
     _fields_ = [
         ("layers", POINTER(CLayer)),
         ("count", c_int64),
-        ("embedding", c_void_p),
-        ("vocabulary", c_int64),
+        ("embedding", CEmbedding),
         *((name, c_void_p) for name in ("input_norm", "hidden_norm", "norm")),
         ("tables", CTables),
         ("head", CMatrix),
@@ -100,11 +121,13 @@ def library() -> ctypes.CDLL:
             pointer,
             number,
         ]
+        found.read_rows.argtypes = [POINTER(CText), number, number, number, POINTER(CAdded), number]
+        found.keep_rows.argtypes = [POINTER(CText), number, pointer]
         found.read_all.argtypes = [pointer, number, number]
         found.read_all.restype = number
         for name in ("rms_norm", "most_probable"):
             getattr(found, name).restype = None
-        for name in ("linear", "linear_argmax", "forward", "draft"):
+        for name in ("linear", "linear_argmax", "forward", "draft", "read_rows", "keep_rows"):
             getattr(found, name).errcheck = check_status
     return found
 

@@ -374,11 +374,12 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
     }
 }
 
+#include "target.h"
+
 struct Drafter {  // an EAGLE-3 head, or a language model if input_norm is null
     const Layer* layers;
     int64_t count;
-    const uint16_t* embedding;  // bfloat16 [vocabulary][hidden]
-    int64_t vocabulary;
+    Embedding embedding;
     const float *input_norm, *hidden_norm, *norm;
     Tables tables;
     Matrix head;
@@ -393,8 +394,7 @@ int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count,
           int64_t width, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
     const int64_t size = d->layers->hidden;
     const float eps = d->layers->eps;
-    for (int64_t r = 0; r < count; r++)
-        if (tokens[r] < 0 || tokens[r] >= d->vocabulary) return NO_ROOM;
+    if (!d->embedding.has(tokens, count)) return NO_ROOM;
     const int64_t stride_in = d->input_norm ? 2 * size : size, stride = d->head.columns() * COLUMNS;
     std::vector<float> entering, logits, others, normed;
     const auto reserve = [&] {
@@ -405,7 +405,7 @@ int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count,
     if (guarded(reserve)) return NO_MEMORY;
     for (int64_t r = 0; r < count; r++) {
         float* row = d->input_norm ? entering.data() + r * stride_in : hidden + r * size;
-        for (int64_t i = 0; i < size; i++) row[i] = widened(d->embedding[tokens[r] * size + i]);
+        d->embedding.read(tokens[r], size, row);
         if (!d->input_norm) continue;
         normalise(row, d->input_norm, size, eps, row);
         normalise(hidden + r * size, d->hidden_norm, size, eps, row + size);

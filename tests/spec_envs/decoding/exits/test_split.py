@@ -153,14 +153,14 @@ def test_changed_adapter_keeps_its_memory_addresses(target: Transformer, tiny_ta
     decoder = decoder_of(adapter)
     decode_text(decoder, PROMPTS[0], [2])
     verifier = decoder.local
-    assert verifier.added is not None
-    added, kept = verifier.added, [t.data_ptr() for t in verifier.added.tensors()]
+    assert verifier.text.added is not None
+    added, kept = verifier.text.added, [t.data_ptr() for t in verifier.text.added.tensors()]
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     adapter.touched()
     tokens = decode_text(decoder, PROMPTS[0], [2])
-    assert verifier.added is added and [t.data_ptr() for t in added.tensors()] == kept
+    assert verifier.text.added is added and [t.data_ptr() for t in added.tensors()] == kept
     assert tokens == decode_text(decoder.plain(), PROMPTS[0], [0]) == decode_text(decoder_of(adapter), PROMPTS[0], [2])
 
 
