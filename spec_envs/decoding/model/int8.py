@@ -1,14 +1,18 @@
-"""Decoder layers in int8 on a CPU: weights are quantised per output channel, each row of activations by itself.
+"""Decoder layers in whole numbers on a CPU.
+
+A weight that comes as a tensor is quantised to int8 per output, and so is each row of activations by itself (dtype
+``"int8"``). A weight that comes as the blocks of a GGUF file is multiplied as it is, and rows are quantised to 16 bits
+with a scale for 32 inputs (dtype ``"q4"``).
 
 Integer sums do not depend on what else is in the batch, and the kernels add everything else in one order per row.
-Therefore a row has the same bits alone, in a tree and in a batch, and speculative decoding in int8 gives exactly the
-text of plain decoding. The classes are those of ``layers.py``.
+Therefore a row has the same bits alone, in a tree and in a batch, and speculative decoding gives exactly the text of
+plain decoding. The classes are those of ``layers.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Array, byref, c_void_p
+from ctypes import Array, addressof, byref, c_void_p
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ from spec_envs.decoding.model.cache import KVCache, SlotBatch
 from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import (
     BFLOAT16,
+    OUTPUTS,
     CAdded,
     CCache,
     CEmbedding,
@@ -28,32 +33,16 @@ from spec_envs.decoding.model.kernels.bindings import (
     floats,
     library,
 )
-from spec_envs.decoding.model.kernels.packing import COLUMNS, TILE, interleaved, packed, padded, unpacked
-from spec_envs.decoding.model.layers import feeds, joined
+from spec_envs.decoding.model.kernels.packing import TILE
+from spec_envs.decoding.model.layers import feeds
 from spec_envs.decoding.model.lora import Additions
+from spec_envs.decoding.model.products import Head, Linear, RMSNorm, check, reordered, stacked, uncomputed
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Outputs, Rows
 from spec_envs.decoding.model.shape import Shape
+from spec_envs.decoding.weights.blocks import Blocks, dense
 
-MOST = (2**31 - 1) // 127**2  # most inputs of a product whose sums fit 32 bits
-MULTIPLES = {"head size": COLUMNS, "hidden size": TILE, "intermediate size": TILE, "width": TILE}
-
-
-def uncomputed(**widths: int) -> str | None:
-    """Return a sentence on why the kernels cannot compute a model or a product of these widths, or None if they can.
-
-    This is the only place where widths are refused.
-
-    Args:
-        widths: named as in ``MULTIPLES``, with underscores for spaces.
-    """
-    for name, multiple in MULTIPLES.items():
-        width = widths.get(name.replace(" ", "_"), multiple)
-        if width % multiple or width < 1:
-            return f"dtype 'int8' needs a {name} of a multiple of {multiple}, not {width}; pass another dtype"
-        if width > MOST:
-            return f"dtype 'int8' needs a {name} of at most {MOST}, not {width}; pass another dtype"
-    return None
+__all__ = ["Head", "Layers", "Linear", "RMSNorm", "computes", "most_probable", "read_all"]
 
 
 def computes(config: PretrainedConfig) -> bool:
@@ -67,95 +56,6 @@ def computes(config: PretrainedConfig) -> bool:
     return uncomputed(**widths, width=shape.heads * shape.head_dim) is None
 
 
-def check(**widths: int) -> None:
-    """Raise ValueError for widths that the kernels cannot compute; see ``uncomputed``."""
-    if reason := uncomputed(**widths):
-        raise ValueError(reason)
-
-
-class RMSNorm:
-    """Root-mean-square norm with a gain, in float32.
-
-    Raises:
-        ValueError: the kernels cannot compute this width.
-    """
-
-    def __init__(self, weight: Tensor, eps: float):
-        check(width=len(weight))
-        self.weight, self.eps, self.library = floats(weight), eps, library()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x, width = rows_of(x, len(self.weight)), len(self.weight)
-        out = torch.empty_like(x)
-        self.library.rms_norm(x.data_ptr(), self.weight.data_ptr(), x.numel() // width, width, self.eps, out.data_ptr())
-        return out
-
-
-class Linear:
-    """``y = x Wᵀ + b`` with the weight in int8 per output and the rows of x in int8 per row.
-
-    Args:
-        weight: ``[out, in]``; ``in`` is a multiple of 16.
-        bias: ``[out]`` or None.
-        norm: applied to x first.
-
-    Raises:
-        ValueError: the kernels cannot compute this width, or bias or norm have another one.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None):
-        self.outputs, self.inputs = weight.shape
-        check(width=self.inputs)
-        if (norm is not None and len(norm.weight) != self.inputs) or (bias is not None and len(bias) != self.outputs):
-            raise ValueError(f"a product of {self.inputs} inputs and {self.outputs} outputs has another norm or bias")
-        self.norm, self.library = norm, library()
-        self.weight, self.scale = packed(weight)
-        self.bias = None if bias is None else padded(floats(bias)[None], 1, COLUMNS)[0]
-        self.matrix = CMatrix(address(self.weight), address(self.scale), address(self.bias), self.inputs, self.outputs)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``[..., out]`` for x ``[..., in]``."""
-        x, stride = rows_of(x, self.inputs), len(self.scale)
-        out = torch.empty(*x.shape[:-1], stride)
-        self.library.linear(
-            byref(self.matrix), x.data_ptr(), x.numel() // self.inputs, *self._norm(), out.data_ptr(), stride, threads()
-        )
-        return out[..., : self.outputs]
-
-    def argmax(self, x: Tensor) -> Tensor:
-        """Return the index ``[...]`` of each row's largest output, for x ``[..., in]``."""
-        x = rows_of(x, self.inputs)
-        out = torch.empty(x.shape[:-1], dtype=torch.int64)
-        self.library.linear_argmax(
-            byref(self.matrix), x.data_ptr(), x.numel() // self.inputs, *self._norm(), out.data_ptr(), threads()
-        )
-        return out
-
-    def dense(self) -> Tensor:
-        """Return the quantised weight ``[out, in]`` as float32."""
-        return unpacked(self.weight, self.scale)[: self.outputs, : self.inputs]
-
-    def _norm(self) -> tuple[int | None, float]:
-        return (None, 0.0) if self.norm is None else (self.norm.weight.data_ptr(), self.norm.eps)
-
-
-class Head:
-    """The final norm and the output rows, from hidden states to logits or to the most probable token.
-
-    Args:
-        weight: output rows ``[vocab, hidden]``.
-        norm: applied to the hidden states first.
-    """
-
-    def __init__(self, weight: Tensor, norm: RMSNorm):
-        self.linear = Linear(weight, norm=norm)
-        self.argmax = self.linear.argmax
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
-        return self.linear(x)
-
-
 class Layers:
     """A stack of decoder layers; see ``layers.Layers``.
 
@@ -163,7 +63,7 @@ class Layers:
         ValueError: the kernels cannot compute a width, or the weights do not fit together.
     """
 
-    def __init__(self, weights: Sequence[dict[str, Tensor]], shape: Shape):
+    def __init__(self, weights: Sequence[dict[str, Tensor | Blocks]], shape: Shape):
         check(head_size=shape.head_dim, hidden_size=shape.hidden)
         self.shape, self.library = shape, library()
         self.inner: set[int] = set()  # widths within the feed-forward parts
@@ -239,27 +139,31 @@ class Layers:
         """Return the layers that run."""
         return rows.layers if rows.layers is not None else range(len(self.structures))
 
-    def _structure(self, weights: dict[str, Tensor]) -> CLayer:
+    def _structure(self, weights: dict[str, Tensor | Blocks]) -> CLayer:
         """Quantise the weights of a layer, and describe them to the kernels."""
         s = self.shape
         linears = [
-            Linear(*joined(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
-            Linear(*joined(weights, ["self_attn.o_proj"])),
+            Linear(*stacked(weights, [f"self_attn.{p}_proj" for p in "qkv"])),
+            Linear(*stacked(weights, ["self_attn.o_proj"])),
         ]
         attended, read = s.heads * s.head_dim, linears[0].inputs
         expected = [(read, (s.heads + 2 * s.kv_heads) * s.head_dim), (attended, s.hidden)]
         if feeds(weights):
-            gate, up = (joined(weights, [f"mlp.{name}_proj"]) for name in ("gate", "up"))
-            check(intermediate_size=len(gate[0]))
-            bias = None if gate[1] is None or up[1] is None else interleaved(gate[1], up[1])
-            linears += [Linear(interleaved(gate[0], up[0]), bias), Linear(*joined(weights, ["mlp.down_proj"]))]
+            both, biases = stacked(weights, ["mlp.gate_proj", "mlp.up_proj"])
+            inner = weights["mlp.down_proj.weight"].shape[1]
+            check(intermediate_size=inner)
+            turns = torch.arange(2 * inner).view(2, -1, TILE).transpose(0, 1).flatten()  # a tile of gate, a tile of up
+            linears += [
+                Linear(reordered(both, turns), None if biases is None else biases[turns]),
+                Linear(*stacked(weights, ["mlp.down_proj"])),
+            ]
             expected += [(s.hidden, 2 * linears[3].inputs), (linears[3].inputs, s.hidden)]
             self.inner.add(linears[3].inputs)
         widths = [(linear.inputs, linear.outputs) for linear in linears]
         if widths != expected or read not in (s.hidden, 2 * s.hidden) or len(self.inner) > 1:
             raise ValueError(f"a layer has products of {widths} inputs and outputs, expected {expected}")
         names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-        gains = [floats(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None for name in names]
+        gains = [floats(dense(weights[f"{name}.weight"])) if f"{name}.weight" in weights else None for name in names]
         for gain, width in zip(gains, (s.hidden, s.hidden, s.head_dim, s.head_dim), strict=True):
             if gain is not None and len(gain) != width:
                 raise ValueError(f"a norm has {len(gain)} gains, expected {width}")
@@ -312,12 +216,14 @@ def low_rank(pair: tuple[Tensor, Tensor], matrix: CMatrix) -> tuple[int | None, 
     return address(down), address(up), len(down)
 
 
-def c_embedding(rows: Tensor) -> CEmbedding:
-    """Describe an embedding ``[vocab, hidden]`` to the kernels.
+def c_embedding(rows: Tensor | Linear) -> CEmbedding:
+    """Describe an embedding ``[vocab, hidden]`` to the kernels: a tensor, or a product whose outputs are the tokens.
 
     Raises:
-        ValueError: it is not contiguous bfloat16.
+        ValueError: a tensor is not contiguous bfloat16.
     """
+    if isinstance(rows, Linear):
+        return CEmbedding(addressof(rows.matrix), OUTPUTS, rows.outputs)
     if rows.dtype != torch.bfloat16 or not rows.is_contiguous():
         raise ValueError(f"an embedding in {rows.dtype} cannot be read; expected contiguous bfloat16")
     return CEmbedding(rows.data_ptr(), BFLOAT16, len(rows))
@@ -345,17 +251,6 @@ def most_probable(logits: Tensor, extra: Tensor | None, width: int) -> tuple[Ten
         n, width, index.data_ptr(), log_probability.data_ptr(), entropy.data_ptr(), threads(),
     )  # fmt: skip
     return index, log_probability, entropy
-
-
-def rows_of(x: Tensor, width: int) -> Tensor:
-    """Return x ``[..., width]`` in contiguous float32.
-
-    Raises:
-        IndexError: x has another width.
-    """
-    if x.shape[-1] != width:
-        raise IndexError(f"rows {list(x.shape)} do not fit a width of {width}")
-    return floats(x)
 
 
 def read_all(data: Tensor) -> None:

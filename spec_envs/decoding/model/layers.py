@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -216,7 +216,7 @@ def plus(y: Tensor, low_rank: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor
     return y if low_rank is None else y + F.linear(x, low_rank[0]) @ low_rank[1]
 
 
-def feeds(weights: dict[str, Tensor]) -> bool:
+def feeds(weights: Mapping[str, object]) -> bool:
     """Return whether a layer of these weights has a feed-forward part."""
     return "mlp.down_proj.weight" in weights
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spec_envs.decoding.model import kernels
 
 NO_MEMORY = 2  # status of a kernel that could not allocate memory
-BFLOAT16 = 0  # kind of an embedding
+BFLOAT16, OUTPUTS = 0, 1  # kinds of an embedding
 
 
 class CMatrix(Structure):
@@ -22,6 +22,8 @@ class CMatrix(Structure):
         ("bias", c_void_p),
         ("inputs", c_int64),
         ("outputs", c_int64),
+        ("kind", c_int64),
+        ("next", c_void_p),
     ]
 
 
@@ -104,6 +106,7 @@ def library() -> ctypes.CDLL:
         product = [POINTER(CMatrix), pointer, number, pointer, c_float, pointer]
         found.linear.argtypes = [*product, number, number]
         found.linear_argmax.argtypes = [*product, number]
+        found.weight_rows.argtypes = [POINTER(CMatrix), pointer, number, pointer]
         logits = [pointer, number, number, pointer, number]
         found.most_probable.argtypes = [*logits, number, number, pointer, pointer, pointer, number]
         rows = [pointer, pointer, POINTER(CCache), number, pointer, POINTER(CTables), pointer, number, pointer, pointer]
@@ -127,7 +130,7 @@ def library() -> ctypes.CDLL:
         found.read_all.restype = number
         for name in ("rms_norm", "most_probable"):
             getattr(found, name).restype = None
-        for name in ("linear", "linear_argmax", "forward", "draft", "read_rows", "keep_rows"):
+        for name in ("linear", "linear_argmax", "weight_rows", "forward", "draft", "read_rows", "keep_rows"):
             getattr(found, name).errcheck = check_status
     return found
 

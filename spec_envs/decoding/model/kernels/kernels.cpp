@@ -6,6 +6,7 @@
 #include <new>
 
 #include "attention.h"
+#include "blocks.h"
 
 #if defined(__AMX_INT8__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -14,6 +15,7 @@
 
 namespace {
 
+constexpr int64_t ALONE = 2;  // most rows that every thread prepares for itself
 constexpr int DONE = 0, NO_ROOM = 1, NO_MEMORY = 2;  // status of a call
 
 // Return the result of `work`, or NO_MEMORY: no exception may reach the caller, which is not C++.
@@ -46,23 +48,57 @@ void normalise(const float* x, const float* gain, int64_t width, float eps, floa
         store(out + i, gain ? load(x + i) * inverse * load(gain + i) : load(x + i) * inverse);
 }
 
-// Quantise this thread's rows of x, after a norm if there is a gain.
-void prepare(const float* x, int rows, const float* gain, float eps, const Matrix& m, Quantised& out) {
-    std::vector<float> row(m.stride());
-    const Share share(rows);
-    for (int64_t r = share.begin; r < share.end; r++) {
-        if (gain)
-            normalise(x + r * m.inputs, gain, m.inputs, eps, row.data());
+// Rows as the matrices that multiply them need them.
+struct Inputs {
+    Quantised bytes;
+    std::vector<int16_t> words;
+    std::vector<float> scale, sum;
+
+    void reserve(const Matrix& m, int64_t rows) {
+        if (m.kind == INT8) return bytes.reserve(rows, m.stride());
+        if (words.size() < size_t(rows * m.inputs)) words.resize(rows * m.inputs);
+        if (scale.size() < size_t(rows * m.inputs / SPAN))
+            scale.resize(rows * m.inputs / SPAN), sum.resize(rows * m.inputs / SPAN);
+    }
+
+    // Write rows [begin, end) of x, after a norm if there is a gain.
+    void write(const float* x, int64_t begin, int64_t end, const float* gain, float eps, const Matrix& m) {
+        std::vector<float> row(m.stride());
+        for (int64_t r = begin; r < end; r++) {
+            const float* read = x + r * m.inputs;
+            if (gain) normalise(read, gain, m.inputs, eps, row.data()), read = row.data();
+            if (m.kind == INT8) {
+                if (!gain) std::memcpy(row.data(), read, m.inputs * sizeof(float));
+                quantise(row.data(), m.inputs, bytes.rows.data() + r * m.stride(), &bytes.scale[r]);
+            } else {
+                const int64_t spans = r * m.inputs / SPAN;
+                quantise_blocks(read, m.inputs, words.data() + r * m.inputs, &scale[spans], &sum[spans]);
+            }
+        }
+    }
+};
+
+// This thread's share of the outputs of a product.
+template <class Sink>
+void multiply(const Matrix& m, const Inputs& x, int rows, Sink& sink) {
+    int64_t columns = 0;
+    for (const Matrix* part = &m; part; part = part->next) columns += part->columns();
+    const Share share(columns);
+    int64_t before = 0, offset = 0;  // columns and outputs of the parts before
+    for (const Matrix* part = &m; part; part = part->next) {
+        const int64_t begin = std::max<int64_t>(share.begin - before, 0);
+        const int64_t end = std::min<int64_t>(share.end - before, part->columns());
+        if (part->kind == INT8)
+            product(*part, x.bytes, rows, begin, end, sink);
         else
-            std::memcpy(row.data(), x + r * m.inputs, m.inputs * sizeof(float));
-        quantise(row.data(), m.inputs, out.rows.data() + int64_t(r) * m.stride(), &out.scale[r]);
+            block_product(*part, {x.words.data(), x.scale.data(), x.sum.data(), part->inputs}, rows, begin, end, offset, sink);
+        before += part->columns(), offset += part->outputs;
     }
 }
 
 template <class Sink>
-void multiply_share(const Matrix& m, const Quantised& x, int rows, Sink sink) {
-    const Share share(m.columns());
-    product(m, x, rows, share.begin, share.end, sink);
+void multiply(const Matrix& m, const Inputs& x, int rows, Sink&& sink) {
+    multiply(m, x, rows, sink);
 }
 
 }  // namespace
@@ -105,9 +141,9 @@ struct LowRank {  // down [rank][inputs] and up [rank][outputs]; rank 0 adds not
                 for (int64_t i = 0; i < m.inputs; i += LANES) dot += load(row + i) * load(down + k * m.inputs + i);
                 inner[k] = sum(dot);
             }
-            for (int64_t j = 0; j < m.outputs; j += LANES) {
+            for (int64_t j = 0; j < m.width(); j += LANES) {
                 Floats total = load(out + r * stride + j);
-                for (int64_t k = 0; k < rank; k++) total += load(up + k * m.outputs + j) * inner[k];
+                for (int64_t k = 0; k < rank; k++) total += load(up + k * m.width() + j) * inner[k];
                 store(out + r * stride + j, total);
             }
         }
@@ -151,15 +187,16 @@ void rms_norm(const float* x, const float* gain, int64_t rows, int64_t width, fl
 // out [rows][stride] = x Wᵀ + b; x is normed if there is a gain.
 int linear(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, float* out, int64_t stride,
            int64_t threads) {
-    static thread_local Quantised quantised;
-    Quantised& q = quantised;
-    if (guarded([&] { return q.reserve(rows, m->stride()), DONE; })) return NO_MEMORY;
+    static thread_local Inputs inputs;
+    Inputs& q = inputs;
+    if (guarded([&] { return q.reserve(*m, rows), DONE; })) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        prepare(x, rows, gain, eps, *m, q);
+        const Share own(rows);
+        q.write(x, own.begin, own.end, gain, eps, *m);
 #pragma omp barrier
-        multiply_share(*m, q, rows, Store{out, stride});
+        multiply(*m, q, rows, Store{out, stride});
     }
     return DONE;
 }
@@ -167,22 +204,22 @@ int linear(const Matrix* m, const float* x, int64_t rows, const float* gain, flo
 // The index of the largest output of every row; rows are normed if there is a gain.
 int linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* gain, float eps, int64_t* out,
                   int64_t threads) {
-    static thread_local Quantised quantised;
-    Quantised& q = quantised;
+    static thread_local Inputs inputs;
+    Inputs& q = inputs;
     std::vector<Best> found;
     const auto reserve = [&] {
-        q.reserve(rows, m->stride());
-        found.assign(threads, Best(rows, m->outputs));
+        q.reserve(*m, rows);
+        found.assign(threads, Best(rows, m->width()));
         return DONE;
     };
     if (guarded(reserve)) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        prepare(x, rows, gain, eps, *m, q);
+        const Share own(rows);
+        q.write(x, own.begin, own.end, gain, eps, *m);
 #pragma omp barrier
-        const Share share(m->columns());
-        product(*m, q, rows, share.begin, share.end, found[omp_get_thread_num()]);
+        multiply(*m, q, rows, found[omp_get_thread_num()]);
     }
     for (int64_t r = 0; r < rows; r++) {
         int best = 0;  // threads have ascending columns
@@ -190,6 +227,14 @@ int linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* ga
             if (found[t].value[r] > found[best].value[r]) best = t;
         out[r] = found[best].index[r];
     }
+    return DONE;
+}
+
+// out [count][inputs]: the weights of some outputs. Return NO_ROOM if there is no such output, and then nothing was done.
+int weight_rows(const Matrix* m, const int64_t* outputs, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++)
+        if (outputs[i] < 0 || outputs[i] >= m->width()) return NO_ROOM;
+    for (int64_t i = 0; i < count; i++) weight_row(*m, outputs[i], out + i * m->inputs);
     return DONE;
 }
 
@@ -220,9 +265,10 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
     const int64_t head_stride = cache->capacity * dim, sequence_stride = kv_heads * head_stride;
     const int64_t layer_stride = cache->sequences * sequence_stride, side = cache->layers * layer_stride;
     static thread_local std::vector<float> qkv_rows, attended_rows, fed_rows;
-    static thread_local Quantised quantised;
+    static thread_local std::vector<Inputs> inputs;  // of each thread, or the first one of all
     std::vector<float>&qkv = qkv_rows, &attended = attended_rows, &fed = fed_rows;
-    Quantised& q = quantised;
+    std::vector<Inputs>& prepared = inputs;
+    const bool shared = rows > ALONE;
     const Added nothing = {};
     Visibility visible(nullptr, 0, 0, group);
     const auto reserve = [&] {
@@ -230,7 +276,9 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
         qkv.resize(rows * width);
         attended.resize(rows * heads * dim);
         fed.resize(rows * inner);
-        for (const Matrix* m : {&any.qkv, &any.out, &any.gate_up, &any.down}) q.reserve(rows, m->stride());
+        if (prepared.size() < size_t(threads)) prepared.resize(threads);
+        for (int64_t t = 0; t < (shared ? 1 : threads); t++)
+            for (const Matrix* m : {&any.qkv, &any.out, &any.gate_up, &any.down}) prepared[t].reserve(*m, rows);
         return DONE;
     };
     if (guarded(reserve)) return NO_MEMORY;
@@ -239,20 +287,28 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
     {
         const Tiles tiles;
         static thread_local Scratch scratch;
+        const Share own(rows);
+        // Return all rows as a matrix needs them. Every thread writes its share of them, or for itself the few there are,
+        // which takes less time than to wait for the others.
+        const auto ready = [&](const float* x, const float* gain, float eps, const Matrix& m) -> const Inputs& {
+            Inputs& q = prepared[shared ? 0 : omp_get_thread_num()];
+            q.write(x, shared ? own.begin : 0, shared ? own.end : rows, gain, eps, m);
+            if (shared) {
+#pragma omp barrier
+            }
+            return q;
+        };
         for (int64_t l = first; l < last; l++) {
             const Layer& layer = layers[l];
             const Added& more = added ? added[l] : nothing;
             uint16_t* keys = cache->data + l * layer_stride;
             uint16_t* values = keys + side;
-            const Share own(rows);
             if (captured && captured[l])
                 std::memcpy(captured[l] + own.begin * hidden, x + own.begin * hidden,
                             (own.end - own.begin) * hidden * sizeof(float));
             const bool given = entering && l == first;
             const float *read = given ? entering : x, *gain = given ? nullptr : layer.input_norm;
-            prepare(read, rows, gain, layer.eps, layer.qkv, q);
-#pragma omp barrier
-            multiply_share(layer.qkv, q, rows, Store{qkv.data(), width});
+            multiply(layer.qkv, ready(read, gain, layer.eps, layer.qkv), rows, Store{qkv.data(), width});
 #pragma omp barrier
             if (more.qkv.rank) {
                 more.qkv.add(read, rows, layer.qkv, gain, layer.eps, qkv.data(), width);
@@ -289,22 +345,16 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                        padding ? padding[entry] : 0, cache->committed(entry) + count, visible, block, group, dim,
                        attended.data() + entry * count * heads * dim + head * group * dim, heads * dim, scratch);
             }
-            prepare(attended.data(), rows, nullptr, 0, layer.out, q);
-#pragma omp barrier
-            multiply_share(layer.out, q, rows, Add{x, hidden});
+            multiply(layer.out, ready(attended.data(), nullptr, 0, layer.out), rows, Add{x, hidden});
 #pragma omp barrier
             if (more.out.rank) {
                 more.out.add(attended.data(), rows, layer.out, nullptr, 0, x, hidden);
 #pragma omp barrier
             }
             if (!layer.down.weight) continue;  // the layer has attention only
-            prepare(x, rows, layer.post_norm, layer.eps, layer.gate_up, q);
+            multiply(layer.gate_up, ready(x, layer.post_norm, layer.eps, layer.gate_up), rows, SwiGLU{fed.data(), inner});
 #pragma omp barrier
-            multiply_share(layer.gate_up, q, rows, SwiGLU{fed.data(), inner});
-#pragma omp barrier
-            prepare(fed.data(), rows, nullptr, 0, layer.down, q);
-#pragma omp barrier
-            multiply_share(layer.down, q, rows, Add{x, hidden});
+            multiply(layer.down, ready(fed.data(), nullptr, 0, layer.down), rows, Add{x, hidden});
 #pragma omp barrier
         }
     }

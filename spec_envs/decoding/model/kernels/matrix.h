@@ -20,15 +20,21 @@ constexpr int GROUP = 4;     // packs of columns that all blocks of rows use in 
 constexpr int STEP = BLOCK * COLUMNS;
 constexpr int AHEAD = 4 * STEP;  // bytes of weight fetched ahead
 
+// How the weights of a matrix are stored: in int8 as below, or in one of the formats of blocks.h.
+enum Kind : int64_t { INT8, BLOCKS_Q4, BLOCKS_Q4K, BLOCKS_Q8, BLOCKS_Q6K };
+
 struct Matrix {
-    const int8_t* weight;  // [outputs / 32][inputs / 64][2][16][16][4]: tile, four inputs, output, input
-    const float* scale;    // [outputs], rounded up to 32
+    const int8_t* weight;  // of INT8: [outputs / 32][inputs / 64][2][16][16][4]: tile, four inputs, output, input
+    const float* scale;    // of INT8: [outputs], rounded up to 32
     const float* bias;     // [outputs], rounded up to 32, or null
     int64_t inputs, outputs;
+    int64_t kind;
+    const Matrix* next;  // further outputs, which are stored in another way and follow these; or null
 
     int steps() const { return (inputs + BLOCK - 1) / BLOCK; }
     int stride() const { return steps() * BLOCK; }
     int columns() const { return (outputs + COLUMNS - 1) / COLUMNS; }
+    int64_t width() const { return outputs + (next ? next->width() : 0); }  // outputs of all parts
 };
 
 // Rows in int8 with their scales; room for whole tiles of 16.
@@ -72,6 +78,20 @@ inline void hadamard(Floats v[4]) {
     butterfly<8>(v);
     const Floats a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
     v[0] = (a + c) * 0.125f, v[1] = (b + d) * 0.125f, v[2] = (a - c) * 0.125f, v[3] = (b - d) * 0.125f;
+}
+
+// The weights of one output: its int8 times their scale, multiplied by the Hadamard matrix, which is its own inverse.
+inline void int8_row(const Matrix& m, int64_t output, float* out) {
+    const int64_t tile = output % COLUMNS / LANES, lane = output % LANES;
+    const int8_t* weight = m.weight + output / COLUMNS * m.steps() * STEP + tile * STEP / 2 + lane * 4;
+    for (int64_t at = 0; at < m.inputs; at += BLOCK, weight += STEP) {
+        float row[BLOCK];
+        for (int i = 0; i < BLOCK; i++) row[i] = weight[i / 4 * LANES * 4 + i % 4] * m.scale[output];
+        Floats v[4];
+        for (int j = 0; j < 4; j++) v[j] = load(row + LANES * j);
+        hadamard(v);
+        for (int j = 0; j < 4 && at + LANES * j < m.inputs; j++) store(out + at + LANES * j, v[j]);
+    }
 }
 
 // One row of `inputs` floats (a multiple of 16) to int8; overwrites `row`, which has room for whole blocks.

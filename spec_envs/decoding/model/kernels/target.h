@@ -3,9 +3,9 @@
 // Included by kernels.cpp after the structures of a model and `forward`.
 #pragma once
 
-constexpr int64_t BFLOAT16 = 0;  // kind of an embedding
+constexpr int64_t BFLOAT16 = 0, OUTPUTS = 1;  // kinds of an embedding
 
-struct Embedding {  // [vocabulary][width]
+struct Embedding {  // [vocabulary][width] in bfloat16; or a Matrix whose outputs are the vocabulary
     const void* rows;
     int64_t kind, vocabulary;
 
@@ -15,6 +15,7 @@ struct Embedding {  // [vocabulary][width]
 
     // Write the row of a token in floats.
     void read(int64_t token, int64_t width, float* out) const {
+        if (kind == OUTPUTS) return weight_row(*static_cast<const Matrix*>(rows), token, out);
         const uint16_t* row = static_cast<const uint16_t*>(rows) + token * width;
         for (int64_t i = 0; i < width; i++) out[i] = widened(row[i]);
     }

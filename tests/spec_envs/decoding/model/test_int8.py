@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from spec_envs.decoding.model import int8, kernels, layers
+from spec_envs.decoding.model import int8, layers
 from spec_envs.decoding.model.batch import generate_batch, read_batch
 from spec_envs.decoding.model.cache import KVCache
-from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support import ROOT as REPOSITORY
-from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
+from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.forwards import text_logits
 from tests.support.models.pairs import CONFIGS, SHAPE, pair
 from tests.support.models.quantised import Quantised, eagle_layer
@@ -33,16 +32,6 @@ from tests.support.models.tiny import CPU, REAL
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
-
-
-@pytest.fixture(params=["as built", *BUILDS])
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the kernels as built for this machine, or a build for processors with fewer instructions."""
-    if request.param in BUILDS:
-        flags, expected = BUILDS[request.param]
-        library = building.built(COMPILER, flags)
-        assert library.accelerated() in expected
-        monkeypatch.setattr(kernels, "library", lambda: library)
 
 
 def test_product_equals_quantised_reference(build: None) -> None:
