@@ -24,7 +24,9 @@ def paragraph(results: Path) -> str:
     """Return three sentences about the data in a folder, with the picture above them."""
     speeds, lengths = decoding.PAGE.read(results / "decoding.json")[1], chains.PAGE.read(results / "chains.json")[1]
     machine = speeds.table.machine
-    beside = [f"{speeds.ratios[key]:.2f} times {name}" for key, name in OTHERS.items() if key in speeds.ratios]
+    beside = [
+        f"{speeds.table.ratios[key]:.2f} times {name}" for key, name in OTHERS.items() if key in speeds.table.ratios
+    ]
     gain = lengths.best_agent_over_best_fixed
     fixed = {name: row for name, row in lengths.arms.items() if name.startswith("K = ")}
     fastest = max(fixed, key=lambda name: fixed[name].tokens_per_second)
@@ -35,7 +37,7 @@ def paragraph(results: Path) -> str:
             "",
             f"On {machine.processor} ({machine.threads} threads, {machine.dtype}), plain decoding of {speeds.target} is "
             f"{' and '.join(beside)} on the same weights, and the best static speculation is "
-            f"{speeds.ratios['static_over_plain']:.2f} times plain decoding ([decoding speed](docs/results/decoding.md)).",
+            f"{speeds.table.ratios['static_over_plain']:.2f} times plain decoding ([decoding speed](docs/results/decoding.md)).",
             f"With chains, the best fixed draft length, {lengths.best_fixed}, is {lengths.best_fixed_over_plain:.2f} "
             "times plain decoding ([draft lengths](docs/results/chains.md)).",
             f"The agent that decides it best on validation prompts, `{lengths.best_agent}`, is {gain:.2f} times as fast as "

@@ -24,6 +24,7 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
+from spec_envs.decoding.weights.checkpoints import DTYPES
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import Machine, machine
@@ -35,6 +36,8 @@ LOG = logging.getLogger(__name__)
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # 17, because the cost jumps after a tile of 16 rows
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, and several that it catches up with
 CONTEXT = 256  # rows in the cache while curves are measured
+LONG = 4096  # rows behind which a plain forward is compared with one behind ``CONTEXT``
+KERNELS = ("q4", "int8")  # dtypes that this project's own kernels compute
 WINDOWS, MOST = 3, 9  # windows of time that have to agree, and the most that are measured
 LONGEST = 60.0  # seconds after which no further window is measured
 AGREE = 0.1  # largest difference between windows that agree, as a share of the seconds
@@ -206,23 +209,37 @@ def draft_model(decoder: Decoder) -> DraftModelDrafter | None:
     return drafter if isinstance(drafter, DraftModelDrafter) else None
 
 
+def context_ratio(decoder: Decoder, repeats: int = 10) -> float | None:
+    """Return the seconds of a plain forward behind ``LONG`` tokens over those of one behind ``CONTEXT``; None if a text
+    of the target cannot be as long. The two take turns."""
+    plain, rng = decoder.plain(), np.random.default_rng(0)
+    if plain.verifier.context < LONG + 16:
+        return None
+    plain.start(rng.integers(3, plain.verifier.vocab, LONG).tolist(), 16, rng)
+    watches = {length: Stopwatch(plain.clock.synchronize) for length in (CONTEXT, LONG)}
+    for _ in range(repeats + 1):
+        for length, watch in watches.items():
+            plain.local.cache.length = length
+            time_verification(plain, np.zeros(0, np.int64), watch)
+    seconds = {length: watch.curves()["verify"][1] for length, watch in watches.items()}
+    return seconds[LONG] / seconds[CONTEXT]
+
+
 def dtypes_at_speed(device: torch.device) -> list[str]:
     """Return the dtypes that a device computes fast, and float32."""
-    dtypes = ["int8"] if device.type == "cpu" and kernels.fast() else []
-    return [*dtypes, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
+    own = [dtype for dtype in KERNELS if dtype in DTYPES] if device.type == "cpu" and kernels.fast() else []
+    return [*own, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
 
 
-def curves_by_dtype(env: Keywords, control: Control, dtypes: Sequence[str]) -> dict[str, Curves]:
-    """Return the cost curves in each of ``dtypes`` that the models can be computed in."""
-    curves = {}
+def decoders_by_dtype(env: Keywords, control: Control, dtypes: Sequence[str]) -> dict[str, Decoder]:
+    """Return a greedy decoder in each of ``dtypes`` that the models can be computed in."""
+    decoders = {}
     for dtype in dtypes:
         try:
-            decoder = over_models(decoder_for({**env, "dtype": dtype}, control))
-        except ValueError as error:  # the int8 kernels do not compute all widths
-            LOG.warning(f"no cost curve in {dtype}: {error}")
-            continue
-        curves[dtype] = cost_curves(decoder, repeats=3)
-    return curves
+            decoders[dtype] = over_models(decoder_for({**env, "dtype": dtype, "temperature": 0.0}, control))
+        except ValueError as error:  # the kernels do not compute all widths and files
+            LOG.warning(f"{dtype} is left out: {error}")
+    return decoders
 
 
 def describe(curves: Curves) -> str:

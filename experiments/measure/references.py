@@ -1,4 +1,7 @@
-"""Arms of other software on the same weights: transformers' generate, plain and assisted, and llama.cpp's server."""
+"""Arms of other software on the same weights: transformers' generate, plain and assisted, and llama.cpp's server.
+
+Further engines, which are optional, are in ``comparisons.engines``.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +149,7 @@ def llamacpp_arms(target: str, threads: int, draft: tuple[str, int] | None) -> d
             if name == "llama.cpp drafting":
                 by_model = draft is not None and draft[0] != LOOKUP
                 arguments = [*arguments, *(chain(*draft) if draft and by_model else lookup)]
-            arms[name] = llamacpp_arm(LlamaServer(model, arguments, threads))
+            arms[name] = llamacpp_arm(LlamaServer(model, arguments, threads).complete)
         except ValueError as error:
             LOG.warning(f"{name} is left out: {error}")
     return arms
@@ -157,11 +160,12 @@ def chain(drafter: str, k: int) -> list[str]:
     return chain_arguments(find_binary(), gguf_of(drafter)[0], k)
 
 
-def llamacpp_arm(server: LlamaServer) -> Arm:
-    """Return an arm of a server. Its seconds are those that the server reports for generation after the prompt."""
+def llamacpp_arm(complete: Callable[[list[int], int], dict[str, Any]]) -> Arm:
+    """Return an arm of a server of llama.cpp, which ``complete`` asks to continue token ids. Its seconds are those that
+    the server reports for generation after the prompt."""
 
     def run(prompt: Encoded, max_new_tokens: int, seed: int) -> Sample:
-        answer = server.complete(prompt.ids, max_new_tokens)
+        answer = complete(prompt.ids, max_new_tokens)
         timings, tokens = answer["timings"], answer["tokens"]
         seconds, prefill = timings["predicted_ms"] / 1000, timings["prompt_ms"] / 1000
         accepted = timings.get("draft_n_accepted", 0)

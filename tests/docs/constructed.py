@@ -19,9 +19,10 @@ from spec_envs.experiments.benchmark.findings import (
     Tuned,
 )
 from spec_envs.experiments.benchmark.problems import FAST, LEARNED
-from spec_envs.experiments.comparisons import chains, decoding, exits
+from spec_envs.experiments.comparisons import chains, exits
+from spec_envs.experiments.comparisons import speeds as machine_speeds
 from spec_envs.experiments.comparisons.floor import Floor
-from spec_envs.experiments.comparisons.quality import Quality
+from spec_envs.experiments.comparisons.quality import PlainText, Quality
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.exits.evaluation import Acceptance
 from spec_envs.experiments.measure.machine import Machine
@@ -75,14 +76,27 @@ def results(arms: Sequence[str], references: Sequence[str], learned: Sequence[st
     )
 
 
-def speeds() -> decoding.Speeds:
+def speeds() -> machine_speeds.Speeds:
     """Return results of `bench decoding`."""
     others = ("transformers generate", "transformers assisted", "llama.cpp", "llama.cpp drafting")
-    return decoding.Speeds(
+    arms = results(["static", "chain", *others, "xllamacpp", "openvino"], ["plain", *others], ["static", "chain"])
+    return machine_speeds.Speeds(
         target="smollm2-135m",
         drafter="smollm2-135m-eagle3",
-        table=results(["static", *others], ["plain", *others], ["static"]),
-        ratios={name: interval(1.5) for name in decoding.RATIOS},
+        table=machine_speeds.Beside(
+            **vars(arms),
+            ratios={name: interval(1.5) for name in machine_speeds.RATIOS},
+            own_argmax_share=dict.fromkeys(arms.arms, 0.98),
+        ),
+        figures=machine_speeds.Figures(
+            processor="A Processor",
+            verify_ratio={8: 1.1, 16: 1.3},
+            static_over_plain=1.5,
+            context_ratio=1.6,
+            plain_over_llamacpp=1.5,
+            chain_over_plain=1.5,
+            share_of_floor=0.5,
+        ),
         floor=Floor(10**8, 2e10, 0.005, 0.5),
         emitted_per_cycle=2.0,
         overhead_share=0.03,
@@ -90,6 +104,7 @@ def speeds() -> decoding.Speeds:
         expand_ratio=0.12,
         curves_by_dtype={"int8": CURVES, "float32": CURVES},
         quality={"int8": Quality(2.0, 0.99, 0.001), "float32": Quality(1.9, 1.0, 0.0)},
+        dtypes={"int8": PlainText(100.0, 0.98, 0.001, 0.5), "float32": PlainText(20.0, 1.0, 0.0, 1.0)},
         dtype="int8",
     )
 

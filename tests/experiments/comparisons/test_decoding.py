@@ -12,7 +12,8 @@ from spec_envs.controls import candidates
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments.comparisons import decoding
-from spec_envs.experiments.measure.arms import Encoded
+from spec_envs.experiments.comparisons.quality import Judge
+from spec_envs.experiments.measure.arms import Encoded, Sample
 from spec_envs.experiments.measure.references import assisted_arms, transformers_arms
 from tests.support.commands import run_command
 from tests.support.models.builds import WITHOUT_KERNELS
@@ -39,14 +40,21 @@ def test_writes_figures_and_cost_table(
         "expand_ratio",
     }
     assert results["verify_curve"]["1"] == 1.0 and results["expand_ratio"] > 0
+    assert results["verify_ratio"] == {n: results["verify_curve"][n] for n in ("8", "16", "32", "64")}
+    assert results["processor"] == results["machine"]["processor"] and "context_ratio" not in results
+    assert results["static_over_plain"] == results["ratios"]["static_over_plain"]["value"]
     assert results["quality"]["float32"] == pytest.approx({**results["quality"]["float32"], "agreement": 1, "kl": 0})
-    assert WITHOUT_KERNELS or results["floor"]["share_of_floor"] > 0
+    found = results["dtypes"]["float32"]
+    assert found["own_argmax_share"] == found["same_text"] == 1 and found["plain_tokens_per_s"] > 0
+    assert results["own_argmax_share"] == dict.fromkeys(results["arms"], 1.0)
+    assert WITHOUT_KERNELS or results["floor"]["share_of_floor"] == results["share_of_floor"] > 0
     assert results["curves_by_dtype"]["float32"]["verify"]["96"] > 0
     assert 0 < results["overhead_share"] < 1 and results["emitted_per_cycle"] >= 1
     assert CostTable.load(str(tmp_path / "clock.json")).seconds("verify", 30) > 0
     printed, page = capsys.readouterr().out, (tmp_path / "decoding.md").read_text()
     assert (tmp_path / "decoding.png").exists() and page in printed
     assert "| static_over_plain | static | plain |" in page and "## Quality of the dtypes" in page
+    assert "## Fidelity of the texts" in page and "| verify_ratio, 64 |" in page
     (tmp_path / "decoding.md").unlink()
     run_command(monkeypatch, decoding, "--from-json", tmp_path / "decoding.json")
     assert (tmp_path / "decoding.md").read_text() == page
@@ -66,6 +74,28 @@ def test_comparison_with_draft_model(
     with pytest.raises(SystemExit):
         run_command(monkeypatch, decoding, "--dtypes", "int8,bf16")
     assert "bf16 is unknown; expected some of int8, bfloat16" in capsys.readouterr().err
+
+
+def test_best_chain_is_an_arm_beside_a_tree(tiny: dict, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "KS", (1, 4))
+    env = {**tiny, "dtype": "float32", "device": "cpu", "max_new_tokens": 12}
+    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32")
+    assert decoding.best_chain(env, decoder) == {}
+    monkeypatch.setattr(decoding, "default_drafter", lambda target, chain: str(tiny_draft))
+    arm, policy = decoding.best_chain(env, decoder)["chain"]
+    sample = arm(Encoded("t", [5, 6, 7, 8]), 12, 0)
+    assert sample.ids == plain_text(decoder, [5, 6, 7, 8], 12) and sample.verified and not sample.forwards
+    assert policy.control.name == "k"
+
+
+def test_judge_counts_tokens_of_another_target(tiny: dict) -> None:
+    decoder = load_decoder(tiny["target"], None, "cpu", "float32")
+    prompt = Encoded("t", [5, 6, 7, 8])
+    text = plain_text(decoder, prompt.ids, 8)
+    changed = [*text[:-1], (text[-1] + 1) % decoder.verifier.vocab]
+    judge = Judge(decoder.local.target)
+    own, other = (Sample(prompt, 7, 1.0, 0.0, ids) for ids in (text, changed))
+    assert judge.own_share([own]) == 1 and judge.own_share([own, other]) == 15 / 16
 
 
 def test_assistant_of_other_vocabulary_is_left_out(
