@@ -32,8 +32,8 @@ class Settings(BaseModel):
     drafter: str = Field(
         "auto",
         description="EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file; "
-        '"lookup" is prompt lookup, "lookup+NAME" tries it before a draft model, "exit:N" is an untrained early exit '
-        "of the target after N layers, and the run folder of a trained exit is that exit; "
+        '"NAME@N" is a draft model with a shortlist of N tokens, "lookup" is prompt lookup, "lookup+NAME" tries it '
+        'before a draft model, "exit:N" is an untrained early exit of the target after N layers, and the run folder of a trained exit is that exit; '
         '"auto" is the target\'s own drafter in models.yml',
     )
     device: str = Field("auto", description='"auto", or as in torch: "cpu", "cuda"')

@@ -54,10 +54,8 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     """
     target_name, drafter = target_and_drafter(env)
     name = DrafterName.parse(drafter)
-    if name.model:
-        name = DrafterName(
-            lookup=False, model=name.model
-        )  # without lookup, which other software does not combine with a model
+    if name.model:  # without lookup, which other software does not combine with a model
+        name = DrafterName(False, name.model, name.shortlist)
     drafter = str(name)
     env = {**env, "drafter": drafter}
     control = KControl() if name.chain else DepthControl()
@@ -65,7 +63,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     target, device = decoder.local.target, decoder.verifier.device
     static = best_static(env, control)
     policies = {"static": static_policy(control, static.best)}
-    draft = (drafter, max(1, int(static.best[0]))) if name.chain else None
+    draft = (name.model or drafter, max(1, int(static.best[0]))) if name.chain else None
     others = assisted_arms(target_name, decoder, draft)
     on_cpu, greedy = device.type == "cpu", not decoder.verifier.temperature
     if greedy and on_cpu:

@@ -59,7 +59,8 @@ def load_decoder(
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
             prompt lookup, ``"lookup+NAME"`` tries it before the draft model or exit NAME, ``"exit:N"`` is an
             untrained exit of the target after N layers, and the folder of a trained exit is that exit. ``"auto"`` is
-            the target's own drafter in models.yml; None decodes plainly.
+            the target's own drafter in models.yml; None decodes plainly. A draft model drafts from the first quarter of
+            its vocabulary and the tokens of the text; ``"NAME@N"`` sets another number, ``"NAME@all"`` has none.
         device, dtype: ``"auto"``, or a name of torch.
         temperature, top_p: sampling of the target; temperature 0 is greedy.
         clock: charged for every forward; by default it measures wall time.

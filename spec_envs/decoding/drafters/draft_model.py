@@ -2,7 +2,7 @@
 2211.17192).
 
 It is either a whole model, or a few layers between the target's embedding and output rows (`spec-envs drafter --kind
-draft-model`), which draft from a shortlist and from the tokens of the text.
+draft-model`). It drafts from a shortlist and from the tokens of the text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from spec_envs.decoding import catch_up
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
 from spec_envs.decoding.drafters.int8_step import Int8Step
+from spec_envs.decoding.drafters.shortlist import Shortlist
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children
@@ -44,7 +45,7 @@ class DraftModelDrafter(ChainDrafter):
         model: the draft model.
         target: the model for which it drafts; ids of the draft model beyond the target's are padding, never drafted.
         temperature, top_p: of the target's sampling.
-        shortlist: target ids of the output rows, for a model that shares the target's; None means all ids.
+        shortlist: from which it drafts, together with the tokens of the text; None means all ids.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class DraftModelDrafter(ChainDrafter):
         target: Transformer,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        shortlist: np.ndarray | None = None,
+        shortlist: Shortlist | None = None,
     ):
         self.model, self.target, self.vocab, self.context = model, target, target.shape.vocab, model.shape.context
         self.temperature, self.sampling, self.shortlist = temperature, (temperature, top_p), shortlist
-        self.output_rows = None if shortlist is None else target.output_weight().__getitem__  # read once: may be a copy
+        self.head = model.head if shortlist is None else shortlist.head
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
         self.call: Int8Step | None = None  # a whole greedy step in int8
         if model.dtype == torch.int8 and temperature == 0:
-            head = model.head.linear
+            head = self.head.linear
             outputs = min(self.vocab, head.outputs)
             self.call = Int8Step(model.layers, model.norm, head, model.embedding, model.rope, outputs)
         self.cache = model.cache(0)
@@ -75,7 +76,8 @@ class DraftModelDrafter(ChainDrafter):
             self.cache = self.model.cache(max(2048, need))
         self.cache.length, self.rng = 0, rng
         if self.shortlist is not None:
-            self.vocabulary = Vocabulary(self.shortlist, self.output_rows, self.target)
+            ids, rows, known = self.shortlist.ids, self.shortlist.rows, self.shortlist.known
+            self.vocabulary = Vocabulary(ids, rows, self.target, known)
             self.vocabulary.add(text)
         self._read(text[:-1], np.arange(len(text) - 1))
         self.committed = self.cache.length
@@ -157,7 +159,7 @@ class DraftModelDrafter(ChainDrafter):
 
     def _propose(self, hidden: Tensor) -> Children:
         """Draft the token after each of the hidden states ``[n, hidden]``."""
-        logits = self.model.head(hidden)[:, : self.vocab]
+        logits = self.head(hidden)[:, : self.vocab]
         extra = None if self.vocabulary is None else self.vocabulary.logits(self.model.norm(hidden))
         ids = None if self.vocabulary is None else self.vocabulary.ids
         if self.temperature == 0:
@@ -167,7 +169,7 @@ class DraftModelDrafter(ChainDrafter):
 
 def on_the_target(
     config: PretrainedConfig, weights: dict[str, Tensor], target: Transformer
-) -> tuple[Transformer, np.ndarray]:
+) -> tuple[Transformer, Shortlist]:
     """Build a draft model of layers only, between the target's embedding and its output rows of a shortlist.
 
     Args:
@@ -176,7 +178,7 @@ def on_the_target(
         target: the model whose embedding and output rows are shared.
 
     Returns:
-        The model, whose head returns the shortlist's logits, and the shortlist.
+        The model, and the shortlist, whose head is the model's.
 
     Raises:
         ValueError: the weights belong to another target, nothing reads some of them, or the shortlist is missing or
@@ -207,8 +209,10 @@ def on_the_target(
         raise ValueError(
             f"{SHORTLIST} holds ids twice, or others than the target's {target.shape.vocab}; train it again"
         )
-    rows = target.output_weight()[shortlist.to(target.device)]
+    output = target.output_weight()
+    rows = output[shortlist.to(target.device)]
     config.tie_word_embeddings = False
     own = {name: tensor for name, tensor in weights.items() if name != SHORTLIST}
     own |= {"model.embed_tokens.weight": target.embedding, "lm_head.weight": rows}
-    return Transformer(config, own, target.dtype, target.device, len(shortlist)), shortlist.numpy()
+    model = Transformer(config, own, target.dtype, target.device, len(shortlist))
+    return model, Shortlist(shortlist.numpy(), model.head, output.__getitem__, target.shape.vocab)

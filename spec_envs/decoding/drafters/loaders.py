@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
@@ -18,12 +16,13 @@ from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.drafters.names import EXIT, DrafterName, Kind, drafter_folder
+from spec_envs.decoding.drafters.shortlist import Shortlist, shortened, size_of
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import load_exit
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
-from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer
+from spec_envs.decoding.weights.checkpoints import eos_ids, load_target, load_tokenizer
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
 from spec_envs.files import at_home
@@ -48,8 +47,10 @@ def load_sides(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafte
     """Load a drafter and return the target's side and the drafter's side of a decoder.
 
     Raises:
-        ValueError: the drafter is damaged, or made for another target.
+        ValueError: the drafter is damaged, or made for another target, or has no shortlist of another size.
     """
+    if name.shortlist != "auto" and name.kind != "model":
+        raise ValueError(f"drafter is {str(name)!r}; only a whole draft model takes a size of its shortlist after an @")
     return LOADERS[name.kind](name, target)
 
 
@@ -67,8 +68,7 @@ def load_head(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter
 
 def load_model(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of a draft model."""
-    draft = load_draft_model(name.model, target.name, target.model, target.temperature, target.top_p)
-    return verifier_of(target), copying(name, draft)
+    return verifier_of(target), copying(name, load_draft_model(name, target))
 
 
 def load_early_exit(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
@@ -111,28 +111,39 @@ def load_eagle(name: str, target: Transformer) -> EagleModel:
         raise ValueError(f"cannot use the EAGLE-3 head in {drafter_folder(name)}: {error}") from None
 
 
-def load_draft_model(name: str, target: str, model: Transformer, temperature: float, top_p: float) -> DraftModelDrafter:
-    """Return a draft model for the target of that name and these weights.
+def load_draft_model(name: DrafterName, target: Target) -> DraftModelDrafter:
+    """Return a draft model for a target.
 
     Raises:
-        ValueError: it has another tokenizer, does not have some of its tokens, or was made for another target.
+        ValueError: it has another tokenizer, does not have some of its tokens, was made for another target, or has a
+            fixed shortlist where the name has the size of one.
     """
-    folder = drafter_folder(name)
-    if not (folder / "tokenizer_config.json").is_file():  # it shares the target's
-        draft, shortlist = load_shared(folder, model)
-        return DraftModelDrafter(draft, model, temperature, top_p, shortlist)
-    if load_tokenizer(name).get_vocab() != load_tokenizer(target).get_vocab():
-        raise ValueError(f"the draft model {name!r} has another tokenizer than {target!r}; take one of the same family")
-    draft, known = load_target(name, model.device, model.dtype), len(load_tokenizer(name))
-    if draft.shape.vocab < known:
+    model, sampling = target.model, (target.temperature, target.top_p)
+    if not (name.folder / "tokenizer_config.json").is_file():  # it shares the target's
+        if name.shortlist != "auto":
+            raise ValueError(f"drafter is {str(name)!r}; the shortlist of {name.model!r} is fixed, leave out the @")
+        draft, shortlist = load_shared(name.folder, model)
+        return DraftModelDrafter(draft, model, *sampling, shortlist)
+    tokenizer = load_tokenizer(name.model)
+    if tokenizer.get_vocab() != load_tokenizer(target.name).get_vocab():
         raise ValueError(
-            f"the draft model {name!r} knows {draft.shape.vocab} of its tokenizer's {known} tokens; take another"
+            f"the draft model {name.model!r} has another tokenizer than {target.name!r}; take one of the same family"
         )
-    return DraftModelDrafter(draft, model, temperature, top_p)
+    draft, known = load_target(name.model, model.device, model.dtype), len(tokenizer)
+    vocab = draft.shape.vocab
+    if vocab < known:
+        raise ValueError(
+            f"the draft model {name.model!r} knows {vocab} of its tokenizer's {known} tokens; take another"
+        )
+    size = size_of(name.shortlist, vocab)
+    if size >= vocab:
+        return DraftModelDrafter(draft, model, *sampling)
+    ends = frozenset(eos_ids(target.name))
+    return DraftModelDrafter(draft, model, *sampling, shortened(draft, model.shape.vocab, size, ends))
 
 
 @functools.cache
-def load_shared(folder: Path, target: Transformer) -> tuple[Transformer, np.ndarray]:
+def load_shared(folder: Path, target: Transformer) -> tuple[Transformer, Shortlist]:
     """Return a draft model on a target's embedding and output rows, loaded once per target, and its shortlist.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,8 @@ from spec_envs.decoding.weights.checkpoints import model_folder, registry
 LOOKUP = "lookup"  # the drafter without weights; before another's name and a plus sign, it is tried first
 EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
 Kind = Literal["none", "exit", "eagle3", "model"]
+Drafted = int | Literal["auto", "all"]  # how many tokens a draft model drafts from
+SIZED = re.compile(r"(.*)@(\d+|all)")  # the name of a draft model with the size of its shortlist
 
 
 @dataclass(frozen=True)
@@ -26,27 +29,36 @@ class DrafterName:
         lookup: True if prompt lookup is tried first.
         model: what drafts if lookup does not: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the
             folder of a trained exit; ``""`` for prompt lookup alone.
+        shortlist: from how many tokens a draft model drafts, besides those of the text: a number, ``"all"``, or
+            ``"auto"`` (see ``shortlist.size_of``).
     """
 
     lookup: bool
     model: str
+    shortlist: Drafted = "auto"
 
     @classmethod
     def parse(cls, name: str) -> DrafterName:
-        """Parse a name: ``lookup``, ``lookup+MODEL`` or ``MODEL``.
+        """Parse a name: ``lookup``, ``lookup+MODEL`` or ``MODEL``, a draft model optionally with ``@N`` or ``@all``.
 
         Raises:
-            ValueError: nothing, or ``lookup`` again, follows the plus sign.
+            ValueError: nothing, or ``lookup`` again, follows the plus sign, or a shortlist of no tokens.
         """
         if name == LOOKUP:
             return cls(True, "")
         model = name.removeprefix(f"{LOOKUP}+")
         if model != name and model in ("", LOOKUP):
             raise ValueError(f"drafter is {name!r}; expected the name of a draft model or an exit after the plus sign")
+        if found := SIZED.fullmatch(model):
+            shortlist: Drafted = "all" if found[2] == "all" else int(found[2])
+            if shortlist == 0:
+                raise ValueError(f"drafter is {name!r}; expected a shortlist of 1 or more tokens after the @")
+            return cls(model != name, found[1], shortlist)
         return cls(model != name, model)
 
     def __str__(self) -> str:
-        return "+".join(part for part in (LOOKUP if self.lookup else "", self.model) if part)
+        model = self.model if self.shortlist == "auto" else f"{self.model}@{self.shortlist}"
+        return "+".join(part for part in (LOOKUP if self.lookup else "", model) if part)
 
     @functools.cached_property
     def kind(self) -> Kind:

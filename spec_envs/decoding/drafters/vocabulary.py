@@ -24,17 +24,25 @@ class Vocabulary:
         shortlist: target ids ``[n]``.
         output_rows: returns output rows ``[n, hidden]`` of target ids ``[n]``; None where the drafter has its own.
         target: for its device and dtypes.
+        known: how many ids have output rows, where it is not all of the target's.
 
     Attributes:
         ids: target ids that can be drafted, the shortlist first.
         rows: output rows ``[m, hidden]`` of the ids after the shortlist, or None.
     """
 
-    def __init__(self, shortlist: np.ndarray, output_rows: Callable[[Tensor], Tensor] | None, target: Transformer):
+    def __init__(
+        self,
+        shortlist: np.ndarray,
+        output_rows: Callable[[Tensor], Tensor] | None,
+        target: Transformer,
+        known: int | None = None,
+    ):
         self.ids, self.output_rows, self.target = shortlist, output_rows, target
         self.rows: Tensor | None = None
         self.known = np.zeros(target.shape.vocab, dtype=bool)
         self.known[shortlist] = True
+        self.known[len(self.known) if known is None else known :] = True  # never joins
 
     def add(self, tokens: Sequence[int]) -> None:
         """Add tokens of the text."""

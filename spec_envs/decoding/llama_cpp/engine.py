@@ -276,4 +276,6 @@ def open_server(
         raise ValueError(
             f"drafter is {models.drafter!r}; a llama-server does not support prompt lookup; give {drafter.model!r}"
         )
+    if drafter.shortlist != "auto":
+        raise ValueError(f"drafter is {models.drafter!r}; a llama-server has no shortlists; give {drafter.model!r}")
     return LlamaEngine(models.target, drafter.model, k_max, segment, clock=clock, server_args=server_args)

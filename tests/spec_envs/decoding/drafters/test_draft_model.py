@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from spec_envs.decoding import accept
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.names import DrafterName
+from spec_envs.decoding.drafters.shortlist import size_of
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.files import load_weights
@@ -76,11 +77,62 @@ def test_rejected_chain_leaves_no_trace_in_cache(tiny: dict, rng: np.random.Gene
         )
 
 
+@pytest.mark.parametrize("size", [1, 5, 9, "all"])
+def test_drafted_from_the_shortlist_and_the_text(
+    tiny: dict, tiny_draft: Path, size: int | str, rng: np.random.Generator
+) -> None:
+    """A chain's token is the most probable one of the first ids, the ends and the tokens of the text; the text is the
+    target's own."""
+    decoder, whole = chain_decoder(tiny, f"{tiny_draft}@{size}"), chain_decoder(tiny, f"{tiny_draft}@all")
+    ends, decoder.eos = decoder.eos, frozenset()
+    decoder.start([11, 4, 13], 60, rng)
+    outside = 0
+    while not decoder.finished:
+        decoder.cycle(1)
+        if decoder.finished:
+            break
+        text = decoder.prompt + decoder.tokens
+        allowed = sorted({*range(VOCAB if size == "all" else int(size)), *ends, *text})
+        drafter = whole.drafter
+        assert isinstance(drafter, DraftModelDrafter)
+        ids = torch.tensor([text])
+        x, _ = drafter.model.forward(drafter.model.embed(ids), drafter.model.cache(80), torch.arange(len(text))[None])
+        logits = drafter.model.head(x[0, -1:])[0]
+        decoder.begin()
+        assert decoder.tree.tokens[0] == allowed[int(logits[allowed].argmax())]
+        log_p = logits[allowed].log_softmax(-1).max()
+        assert decoder.tree.scores[0] == pytest.approx(float(log_p), abs=1e-4)
+        outside += int(logits.argmax()) not in allowed
+    assert outside > 0 or size in (9, "all")
+    assert decoder.tokens == plain(tiny, [11, 4, 13], 60, frozenset())
+
+
+def test_size_of_a_shortlist() -> None:
+    assert [size_of("auto", vocab) for vocab in (16, 32_000, 151_936)] == [8192, 8192, 37_984]
+    assert [size_of(asked, 32_000) for asked in ("all", 7)] == [32_000, 7]
+    assert DrafterName.parse("lookup+a/b@300") == DrafterName(True, "a/b", 300)
+    assert DrafterName.parse("a@b@all") == DrafterName(False, "a@b", "all")
+    for name in ("lookup", "lookup+a@12", "a@all", "a@b", "exit:2"):
+        assert str(DrafterName.parse(name)) == name
+    with pytest.raises(ValueError, match="drafter is 'a@0'; expected a shortlist of 1 or more tokens after the @"):
+        DrafterName.parse("a@0")
+
+
+def test_size_of_a_shortlist_that_is_not_a_draft_models(tiny: dict) -> None:
+    with pytest.raises(ValueError, match=r"the shortlist of 'smollm2-135m-draft' is fixed, leave out the @"):
+        load_decoder(REAL, "smollm2-135m-draft@100", "cpu", "float32", width=1)
+    for name in (f"{tiny['drafter']}@9", "exit:2@9"):
+        with pytest.raises(ValueError, match=r"only a whole draft model takes a size of its shortlist after an @"):
+            chain_decoder(tiny, name)
+
+
+@pytest.mark.parametrize("size", ["all", "6"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
 def test_sampled_text_has_the_targets_distribution(
-    tiny: dict, tiny_draft: Path, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+    tiny: dict, tiny_draft: Path, temperature: float, top_p: float, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert deviation(tiny, tiny_draft, temperature, top_p) > 0.001
+    draft = f"{tiny_draft}@{size}"
+    assert deviation(tiny, draft, temperature, top_p) > 0.001
     right = accept.chained
 
     def without_residual(tokens: np.ndarray, proposals: Any, p: Any, uniform: Any) -> tuple[list[int], int]:
@@ -88,7 +140,7 @@ def test_sampled_text_has_the_targets_distribution(
         return path, token if len(path) == len(tokens) else accept.inverse_cdf(p(len(path)), uniform())
 
     monkeypatch.setattr(accept, "chained", without_residual)
-    assert deviation(tiny, tiny_draft, temperature, top_p) < 0.001
+    assert deviation(tiny, draft, temperature, top_p) < 0.001
 
 
 def test_sampled_chain_cannot_be_verified_in_part(tiny: dict, tiny_draft: Path, rng: np.random.Generator) -> None:
@@ -154,10 +206,11 @@ def test_unread_or_invalid_tensors_are_refused(tiny: dict, tmp_path: Path) -> No
             chain_decoder(tiny, folder)
 
 
+@pytest.mark.parametrize("size", ["all", "9"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("padded", ["draft", "target"])
 def test_embeddings_padded_to_different_sizes(
-    tiny: dict, tiny_draft: Path, tmp_path: Path, padded: str, temperature: float, rng: np.random.Generator
+    tiny: dict, tiny_draft: Path, tmp_path: Path, padded: str, temperature: float, size: str, rng: np.random.Generator
 ) -> None:
     """Models of one family differ in the number of unused rows of their embedding; a target may even emit such a
     token."""
@@ -171,7 +224,7 @@ def test_embeddings_padded_to_different_sizes(
         AutoTokenizer.from_pretrained(target).save_pretrained(tmp_path / "padded")
         target = tmp_path / "padded"
     pair = {"target": str(target)}
-    decoder = chain_decoder(pair, draft, temperature=temperature)
+    decoder = chain_decoder(pair, f"{draft}@{size}", temperature=temperature)
     decoder.eos = frozenset()
     decoder.start([3, 4, 5], 120, rng)
     while not decoder.finished:
@@ -185,7 +238,7 @@ def test_embeddings_padded_to_different_sizes(
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
 def test_real_model_in_int8_accepts_its_own_drafts(rng: np.random.Generator) -> None:
     """A token has the same bits alone in the drafter and in a chain in the verifier."""
-    decoder = load_decoder(REAL, REAL, "cpu", "int8", width=1, max_depth=7)
+    decoder = load_decoder(REAL, f"{REAL}@all", "cpu", "int8", width=1, max_depth=7)
     decoder.start(list(range(50, 80)), 60, rng)
     while not decoder.finished:
         cycle = decoder.cycle(5)
@@ -193,10 +246,11 @@ def test_real_model_in_int8_accepts_its_own_drafts(rng: np.random.Generator) -> 
 
 
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
-def test_single_call_drafts_as_separate_calls(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("draft", ["smollm2-135m-draft", f"{REAL}@300"])
+def test_single_call_drafts_as_separate_calls(draft: str, rng: np.random.Generator) -> None:
     """The whole step in the kernels drafts what the model's parts draft one by one, including tokens only the text
     has."""
-    one, many = (load_decoder(REAL, "smollm2-135m-draft", "cpu", "int8", width=1, max_depth=7) for _ in range(2))
+    one, many = (load_decoder(REAL, draft, "cpu", "int8", width=1, max_depth=7) for _ in range(2))
     assert isinstance(many.drafter, DraftModelDrafter) and many.drafter.call is not None
     many.drafter.call = None
     prompt = rng.integers(3, 49_000, 60).tolist()
