@@ -61,7 +61,7 @@ FLAGS = {
     "draft_temperature": Flag(TEMPERATURE, "env.draft_temperature", "sampling temperature of drafts during training"),
     "max_new_tokens": Flag(TOKENS, "env.max_new_tokens", "most new tokens per prompt"),
     "switch_every": Flag(whole_number(0), "env.switch_every", "prompts after which the prompt set changes"),
-    "dtype": Flag(nonempty, "env.dtype", "auto, int8, bfloat16, float16 or float32"),
+    "dtype": Flag(nonempty, "env.dtype", "auto, int8, q4, bfloat16, float16 or float32"),
     "fast_batch": Flag(POSITIVE, "hyperparameters.fast_batch", "verified rows between updates"),
     "replay_batch": Flag(
         whole_number(0), "hyperparameters.replay_batch", "replayed rows that are added to those of an update"

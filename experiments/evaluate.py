@@ -186,7 +186,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prompts", type=nonempty, help="prompt sets, separated by commas")
     parser.add_argument("--count", type=PROMPTS, help="number of held-out prompts (default: the run's, or 15)")
-    parser.add_argument("--dtype", type=nonempty, help="auto, int8, bfloat16, float16 or float32 (default: the run's)")
+    parser.add_argument(
+        "--dtype", type=nonempty, help="auto, int8, q4, bfloat16, float16 or float32 (default: the run's)"
+    )
     parser.add_argument("--clock", type=nonempty, help="wall, or a cost table (default: the run's)")
     parser.add_argument(
         "--temperature", type=TEMPERATURE, help="sampling temperature of the target (default: the run's)"

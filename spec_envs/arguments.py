@@ -105,7 +105,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, target: str = "model", 
     if drafter:
         parser.add_argument("--drafter", type=nonempty, default="auto", help=f"{drafter} (default: the target's own)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto (default), int8, bfloat16, float16 or float32")
+    parser.add_argument("--dtype", default="auto", help="auto (default), int8, q4, bfloat16, float16 or float32")
 
 
 def nonempty(text: str) -> str:

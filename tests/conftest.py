@@ -68,7 +68,7 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a head for the tiny target that starts as the target's own last layer, over 14 of its 16 tokens."""
     folder = tmp_path_factory.mktemp("tiny-drafter")
-    target = load_target(str(tiny_target), CPU, torch.float32)
+    target = load_target(str(tiny_target), CPU, "float32")
     head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(14))
     head.save(folder, torch.float32)
     return folder

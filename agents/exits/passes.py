@@ -40,14 +40,14 @@ class ExitPass:
     def model(self) -> Transformer:
         """The target in a dtype that gradients flow through."""
         target = self.adapter.target
-        if target.device.type == "cuda" or target.dtype == torch.float32:
+        if target.device.type == "cuda" or target.dtype == "float32":
             return target
-        return load_target(self.adapter.settings.base_model, target.device, torch.float32)
+        return load_target(self.adapter.settings.base_model, target.device, "float32")
 
     def additions(self) -> Additions | None:
         """Return the adapter's additions to the layers of ``model``, with gradients."""
         added = self.adapter.additions()
-        return None if added is None else added.to(self.model.dtype)
+        return None if added is None else added.to(self.model.precision.hidden)
 
     def rows(self, segments: Sequence[Segment]) -> Tensor:
         """Return the projection's inputs ``[n, hidden]`` at the rows of segments."""

@@ -301,7 +301,7 @@ def arguments() -> argparse.Namespace:
         "--drafter",
         help="draft model, EAGLE-3 head, 'lookup', or 'lookup+NAME' (default: the target's own of models.yml)",
     )
-    parser.add_argument("--dtype", help="auto, int8, bfloat16, float16 or float32 (default auto)")
+    parser.add_argument("--dtype", help="auto, int8, q4, bfloat16, float16 or float32 (default auto)")
     parser.add_argument(
         "--temperature", type=TEMPERATURE, help="sampling temperature of the target (default 0, greedy)"
     )

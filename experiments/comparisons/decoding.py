@@ -23,10 +23,10 @@ from spec_envs.controls.k import KControl
 from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.names import DrafterName, default_drafter
 from spec_envs.decoding.model import kernels
-from spec_envs.decoding.weights.checkpoints import DTYPES
+from spec_envs.decoding.model.precision import DTYPES
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.comparisons.engines import engine_arms
-from spec_envs.experiments.comparisons.floor import Floor, weight_bytes
+from spec_envs.experiments.comparisons.floor import Floor
 from spec_envs.experiments.comparisons.quality import REFERENCE, Judge, plain_texts, quality
 from spec_envs.experiments.comparisons.speeds import RATIOS, Beside, Figures, Speeds, body, draw
 from spec_envs.experiments.measure.arms import Arm, Encoded, Sample, decoded
@@ -100,7 +100,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
         if REFERENCE in decoders
         else {}
     )
-    floor = Floor.of(weight_bytes(decoder), verify[1]) if on_cpu and kernels.library() else None
+    floor = Floor.of(target.weight_bytes, verify[1]) if on_cpu and kernels.library() else None
     over = {name: interval.value for name, interval in table.ratios.items()}
     return Speeds(
         target=target_name,
@@ -123,7 +123,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
         curves_by_dtype={dtype: cost_curves(found, repeats=3) for dtype, found in decoders.items()},
         quality=qualities,
         dtypes=plain_texts(decoders, prompts, env["max_new_tokens"], qualities) if REFERENCE in decoders else {},
-        dtype=str(target.dtype).removeprefix("torch."),
+        dtype=target.dtype,
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.model import int8
 
 
@@ -26,16 +25,6 @@ class Floor:
         """Measure the floor of a plain step of ``seconds`` that reads ``size`` bytes of weights."""
         floor = read_seconds(size)
         return cls(size, size / floor, floor, floor / seconds)
-
-
-def weight_bytes(decoder: Decoder) -> int:
-    """Return the bytes of weights that one forward of the target reads: every layer and the head."""
-    shape, target = decoder.local.target.shape, decoder.local.target
-    heads = shape.heads + 2 * shape.kv_heads
-    attention = shape.hidden * shape.head_dim * (heads + shape.heads)
-    feed = 3 * shape.hidden * target.config.intermediate_size
-    count = shape.layers * (attention + feed) + shape.vocab * shape.hidden
-    return int(count * target.dtype.itemsize)
 
 
 def read_seconds(size: int, repeats: int = 15) -> float:

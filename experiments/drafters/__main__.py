@@ -140,7 +140,7 @@ def trained_head(name: str, target: Transformer) -> EagleHead:
         raise ValueError(
             f"the head {name!r} has parts that `spec-envs drafter` does not train; expected a head that it made"
         )
-    if EagleModel(head, target).output_weight is None:
+    if EagleModel(head, target).output_rows is None:
         raise ValueError(f"the head {name!r} has output rows of its own; expected a head that `spec-envs drafter` made")
     head.get_submodule("lm_head").requires_grad_(False)
     return head
@@ -199,7 +199,7 @@ def make_drafter(args: argparse.Namespace) -> None:
     longest = min(args.longest, target.shape.context)
     kept = ["target", "init", "conversations", "tokens", "longest", "seed", "draft_vocab", "steps", "batch_tokens"]
     kept += ["kind", "layers"] if args.kind == "draft-model" else []
-    claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": str(dtype)}, "--work")
+    claim(args.work, {name: str(getattr(args, name)) for name in kept} | {"dtype": dtype}, "--work")
     LOG.info(f"text, recordings and checkpoint: {args.work}; the drafter: {args.out}")
     text = args.work / "text.jsonl"
     if args.tokens:
@@ -225,7 +225,7 @@ def make_drafter(args: argparse.Namespace) -> None:
         objective = Distillation(drafter, target.output_weight(), target.precision.cache)
     else:
         drafter = head or EagleHead.from_target(target, load_weights(model_folder(args.target)), ids)
-        unrolled = Unrolled(drafter.to(device), target.embedding.float(), longest + max(args.steps, REPORTED))
+        unrolled = Unrolled(drafter.to(device), target.embedding_weight().float(), longest + max(args.steps, REPORTED))
         objective = Objective(unrolled, target.output_weight(), target.precision.cache)
     train(
         objective,

@@ -45,7 +45,7 @@ class Student(nn.Module):
     def __init__(self, config: PretrainedConfig, target: Transformer, draft_ids: Tensor):
         super().__init__()
         self.config, self.draft_ids = config, draft_ids
-        self.embedding = target.embedding
+        self.embedding = target.embedding_weight()
         self.model: Any = AutoModel.from_config(config, dtype=torch.float32)
         del self.model.embed_tokens
 

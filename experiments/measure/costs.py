@@ -24,7 +24,7 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
-from spec_envs.decoding.weights.checkpoints import DTYPES
+from spec_envs.decoding.model.precision import DTYPES
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import Machine, machine

@@ -256,7 +256,7 @@ def cloud_load(args: argparse.Namespace) -> CloudLoad:
         wrong=args.wrong,
         seconds=args.seconds,
         rounds=args.rounds,
-        machine=this_machine(device, str(dtype).removeprefix("torch.")),
+        machine=this_machine(device, dtype),
     )
 
 

@@ -317,7 +317,7 @@ def edge_cloud(args: argparse.Namespace) -> EdgeCloud:
         about = machine(decoder)
         if own:
             dtype = resolve_dtype(args.dtype, resolve_device(args.device), [args.target])
-            about = replace(about, dtype=str(dtype).removeprefix("torch."))
+            about = replace(about, dtype=dtype)
         settings = Settings(
             target=args.target,
             drafter=default_drafter(args.target, chain=True) if args.drafter == "auto" else args.drafter,

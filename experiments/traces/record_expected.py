@@ -125,7 +125,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--drafter", type=nonempty, default="auto", help="draft model, 'lookup', or 'lookup+' and a draft model"
     )
-    parser.add_argument("--dtype", default="auto", help="auto, int8, bfloat16, float16 or float32 (default auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, int8, q4, bfloat16, float16 or float32 (default auto)")
     parser.add_argument("--clock", default="smollm2-135m-int8-xeon-amx-2", help="cost table that prices its replay")
     parser.add_argument("--max-new-tokens", type=TOKENS, default=97, help="most new tokens per text (default 97)")
     parser.add_argument(

@@ -61,7 +61,7 @@ def load_decoder(
             untrained exit of the target after N layers, and the folder of a trained exit is that exit. ``"auto"`` is
             the target's own drafter in models.yml; None decodes plainly. A draft model drafts from the first quarter of
             its vocabulary and the tokens of the text; ``"NAME@N"`` sets another number, ``"NAME@all"`` has none.
-        device, dtype: ``"auto"``, or a name of torch.
+        device, dtype: ``"auto"``, or a name of torch; dtypes are those of ``precision.DTYPES``, too.
         temperature, top_p: sampling of the target; temperature 0 is greedy.
         clock: charged for every forward; by default it measures wall time.
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
@@ -100,8 +100,8 @@ def check_fits(name: DrafterName, width: int) -> None:
         raise ValueError(f"drafter is {str(name)!r}; expected the name of a draft model or an exit after the plus sign")
 
 
-def dtype_for(dtype: str, device: torch.device, target: str, drafter: DrafterName | None) -> torch.dtype:
-    """Return the dtype that a name stands for; ``"auto"`` is one in which target and drafter are both computed."""
+def dtype_for(dtype: str, device: torch.device, target: str, drafter: DrafterName | None) -> str:
+    """Return the name of the dtype that is computed; ``"auto"`` is one in which target and drafter are both computed."""
     models, heads = [target], []
     if drafter is not None and drafter.kind == "model":
         models.append(str(drafter.folder))

@@ -129,7 +129,7 @@ class LocalVerifier:
 
     @property
     def dtype(self) -> str:
-        return str(self.target.dtype).removeprefix("torch.")
+        return self.target.dtype
 
     def close(self) -> None:
         """Do nothing: there are no external resources to release."""

@@ -21,6 +21,7 @@ from spec_envs.decoding.drafters.children import drawn_child, most_probable_chil
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.shortlist import Shortlist
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
+from spec_envs.decoding.model import int8
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
@@ -62,7 +63,7 @@ class DraftModelDrafter(ChainDrafter):
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
         self.call: Int8Step | None = None  # a whole greedy step in int8
-        if model.dtype == torch.int8 and temperature == 0:
+        if model.precision.modules is int8 and temperature == 0:
             head = self.head.linear
             outputs = min(self.vocab, head.outputs)
             self.call = Int8Step(model.layers, model.norm, head, model.embedding, model.rope, outputs)
@@ -209,10 +210,9 @@ def on_the_target(
         raise ValueError(
             f"{SHORTLIST} holds ids twice, or others than the target's {target.shape.vocab}; train it again"
         )
-    output = target.output_weight()
-    rows = output[shortlist.to(target.device)]
+    rows = target.output_rows(shortlist.to(target.device))
     config.tie_word_embeddings = False
     own = {name: tensor for name, tensor in weights.items() if name != SHORTLIST}
-    own |= {"model.embed_tokens.weight": target.embedding, "lm_head.weight": rows}
-    model = Transformer(config, own, target.dtype, target.device, len(shortlist))
-    return model, Shortlist(shortlist.numpy(), model.head, output.__getitem__, target.shape.vocab)
+    own["lm_head.weight"] = rows
+    model = Transformer(config, own, target.precision.drafter, target.device, len(shortlist), target.embedding)
+    return model, Shortlist(shortlist.numpy(), model.head, target.output_rows, target.shape.vocab)

@@ -21,7 +21,7 @@ class Int8Step:
 
     Args:
         layers, norm, head: parts of the drafter; the norm is the one before the head.
-        embedding: bfloat16 ``[vocab, hidden]``.
+        embedding: bfloat16 ``[vocab, hidden]``, or a product whose outputs are the tokens.
         rope: rotary tables of the drafter.
         outputs: how many of the head's first outputs can be drafted.
         entering: for an EAGLE-3 head, the norms of the embedding and of the hidden state.
@@ -35,14 +35,14 @@ class Int8Step:
         layers: Layers,
         norm: RMSNorm,
         head: Linear,
-        embedding: Tensor,
+        embedding: Tensor | Linear,
         rope: Rope,
         outputs: int,
         entering: tuple[RMSNorm, RMSNorm] | None = None,
     ):
         self.kept = layers, norm, head, embedding, rope, entering  # alive while the structure points to them
         self.layers, self.rope, self.outputs = layers, rope, outputs
-        self.hidden = embedding.shape[1]
+        self.hidden = embedding.inputs if isinstance(embedding, Linear) else embedding.shape[1]
         reads, both = layers.structures[0].qkv.inputs, (norm, *(entering or ()))
         widths = [layers.shape.hidden, head.inputs, *(len(n.weight) for n in both)]
         if {self.hidden, *widths} != {self.hidden} or reads != self.hidden * len(both[:2]) or outputs > head.outputs:

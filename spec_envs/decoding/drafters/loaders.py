@@ -22,7 +22,7 @@ from spec_envs.decoding.exits.files import load_exit
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.verifier import LocalVerifier
-from spec_envs.decoding.weights.checkpoints import eos_ids, load_target, load_tokenizer
+from spec_envs.decoding.weights.checkpoints import eos_ids, load_draft, load_tokenizer
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
 from spec_envs.files import at_home
@@ -129,7 +129,7 @@ def load_draft_model(name: DrafterName, target: Target) -> DraftModelDrafter:
         raise ValueError(
             f"the draft model {name.model!r} has another tokenizer than {target.name!r}; take one of the same family"
         )
-    draft, known = load_target(name.model, model.device, model.dtype), len(tokenizer)
+    draft, known = load_draft(name.model, model), len(tokenizer)
     vocab = draft.shape.vocab
     if vocab < known:
         raise ValueError(

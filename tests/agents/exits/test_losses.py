@@ -126,7 +126,7 @@ def test_gradients_reach_adapter_in_targets_dtype(tiny: dict) -> None:
     agent.bind(load_decoder(tiny["target"], "exit:3", "cpu", "float32", width=1, adapter="layers", rank=4))
     for part in (agent.adapter.lora_S, agent.adapter.lora_D):
         torch.nn.init.normal_(part.low_ranks[f"{part.range[0]}-q_proj"].lora_B)
-    agent.passes.model = load_target(tiny["target"], torch.device("cpu"), torch.float16)
+    agent.passes.model = load_target(tiny["target"], torch.device("cpu"), "float16")
     agent.passes.text(torch.arange(2, 12)).float().sum().backward()
     agent.passes.adapted(torch.arange(2, 12)).float().sum().backward()
     assert agent.adapter.lora_S.low_ranks["0-q_proj"].lora_A.grad.abs().sum() > 0

@@ -106,7 +106,7 @@ def test_target_that_never_ends_a_turn_is_refused(
 ) -> None:
     monkeypatch.setattr(selftext, "sampled_turns", lambda *_: [])
     monkeypatch.setattr(selftext, "training_turns", lambda: [])
-    target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
+    target, tokenizer = load_target(str(tiny_target), CPU, "float32"), load_tokenizer(str(tiny_target))
     with pytest.raises(ValueError, match="completes no user turn"):
         selftext.write_conversations(target, tokenizer, tmp_path / "text.jsonl", 100)
 
@@ -123,7 +123,7 @@ def test_draft_model_from_given_conversations(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A draft model made of the target's layers improves with training, and drafts for that target once saved."""
-    target, tokenizer = load_target(str(tiny_target), CPU, torch.float32), load_tokenizer(str(tiny_target))
+    target, tokenizer = load_target(str(tiny_target), CPU, "float32"), load_tokenizer(str(tiny_target))
     users = [" ".join(random.Random(i).choices(WORDS[2:14], k=6)) for i in range(60)]
     answers = generate_batch(target, [encode(tokenizer, user) for user in users], 40, set())
     given = tmp_path / "given.jsonl"

@@ -27,7 +27,7 @@ IDS = [5, 6, 7, 8]
 @pytest.fixture
 def draft(tiny_target: Path, tmp_path: Path) -> Path:
     """Return a draft model of seven of the target's eight layers, over 14 of its 16 tokens."""
-    target = load_target(str(tiny_target), CPU, torch.float32)
+    target = load_target(str(tiny_target), CPU, "float32")
     Student.from_target(str(tiny_target), target, 7, torch.arange(14)).save(tmp_path / "draft", torch.float32)
     return tmp_path / "draft"
 

@@ -82,7 +82,7 @@ def test_text_is_cut_at_eos(tiny: dict, tiny_decoder: Decoder, rng: np.random.Ge
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.3), (0.2, 0.99), (1.0, 1e-6)])
 def test_temperature_and_top_p_equal_transformers(tiny: dict, temperature: float, top_p: float) -> None:
-    target = load_target(tiny["target"], CPU, torch.float32)
+    target = load_target(tiny["target"], CPU, "float32")
     verifier = LocalVerifier(target, (), temperature, top_p)
     for seed in range(20):
         logits = 3 * torch.randn(500, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

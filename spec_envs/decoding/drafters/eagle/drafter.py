@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.drafters.int8_step import Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
+from spec_envs.decoding.model import int8
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.graphs import graphed
 from spec_envs.decoding.model.kernels.bindings import floats
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.shape import Shape, part
-from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.model.transformer import Transformer, embedded
 from spec_envs.decoding.tree import Children, Tree
 
 
@@ -113,20 +113,16 @@ class EagleModel:
         self.shortlist = head.draft_ids.numpy()
         ids = head.draft_ids.to(device)
         rows = state.get("lm_head.weight")
-        same = config.hidden_size == target.shape.hidden
-        output = target.output_weight() if same else None
+        output = target.output_rows if config.hidden_size == target.shape.hidden else None
         if rows is None:
-            rows = precision.cast(
-                (self.embedding if config.tie_word_embeddings or output is None else output)[ids], device
-            )
+            own = config.tie_word_embeddings or output is None
+            rows = precision.cast(embedded(ids, self.embedding) if own or output is None else output(ids), device)
         self.lm_head = modules.Linear(rows)
-        shares = output is not None and torch.allclose(
-            rows, output[ids].to(rows.dtype), rtol=1e-2, atol=1e-3
-        )  # equal up to rounding
-        self.output_weight = output if shares else None  # if it is shared, every token can join the shortlist
+        shares = output is not None and torch.allclose(rows, output(ids).to(rows.dtype), rtol=1e-2, atol=1e-3)
+        self.output_rows = output if shares else None  # equal up to rounding: every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
         self.call: Int8Step | None = None  # a whole step in int8, which has the first published heads' order of norms
-        if target.dtype == torch.int8 and not (variant.norm_before_residual or variant.norm_output):
+        if modules is int8 and not (variant.norm_before_residual or variant.norm_output):
             norms = self.input_norm, self.hidden_norm
             outputs = self.lm_head.outputs
             self.call = Int8Step(self.layers, self.norm, self.lm_head, self.embedding, self.rope, outputs, norms)
@@ -180,9 +176,9 @@ class EagleModel:
             log_probs, entropies = scores
             return output, Children(vocabulary.ids[index], log_probs, entropies)
         device, variant = self.target.device, self.variant
-        embedded = F.embedding(torch.from_numpy(tokens).to(device), self.embedding).to(self.target.precision.hidden)
+        read = embedded(torch.from_numpy(tokens).to(device), self.embedding).to(self.target.precision.hidden)
         normed = self.hidden_norm(hidden)
-        entering = torch.cat([self.input_norm(embedded), normed], -1)[None]
+        entering = torch.cat([self.input_norm(read), normed], -1)[None]
         residual = normed if variant.norm_before_residual else hidden
         at = torch.from_numpy(positions).to(device)[None]
         rows = None if seen is None else torch.from_numpy(seen).to(device)
@@ -229,9 +225,7 @@ class EagleDrafter:
         if need > self.cache.capacity:
             self.cache = self.model.cache(max(2048, need))
         self.cache.length = 0
-        output = self.model.output_weight
-        rows = None if output is None else output.__getitem__
-        self.vocabulary = Vocabulary(self.model.shortlist, rows, self.model.target)
+        self.vocabulary = Vocabulary(self.model.shortlist, self.model.output_rows, self.model.target)
         self.vocabulary.add(text)
         if len(features) > 1:
             self.catch_up(features[:-1], text[1:-1], 0)

@@ -168,7 +168,7 @@ class EagleHead(nn.Module):
             state[f"midlayer.{name}.weight"] = weights[f"{last}{origin}.weight"]
         state["fc.weight"].zero_()[:, 2 * hidden :] = torch.eye(hidden)  # the highest of the three layers
         state["norm.weight"] = weights["model.norm.weight"]
-        state["lm_head.weight"] = target.output_weight()[draft_ids.to(target.device)]
+        state["lm_head.weight"] = target.output_rows(draft_ids.to(target.device))
         state["d2t"] = draft_ids - torch.arange(len(draft_ids))
         state["t2d"][draft_ids] = True
         head.load_state_dict(state)

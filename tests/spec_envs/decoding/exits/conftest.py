@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target
@@ -14,4 +13,4 @@ from tests.support.models.tiny import CPU
 
 @pytest.fixture
 def target(tiny_target: Path) -> Transformer:
-    return load_target(str(tiny_target), CPU, torch.float32)
+    return load_target(str(tiny_target), CPU, "float32")

@@ -26,12 +26,12 @@ from tests.support.models.tiny import CPU
 
 def test_exit_loads_for_targets_with_equal_weights_only(tiny_target: Path, tmp_path: Path) -> None:
     """The fingerprint depends on every tensor and on no dtype; the target's name in the file is not used."""
-    targets = [load_target(str(tiny_target), CPU, dtype) for dtype in (torch.float32, torch.float16)]
+    targets = [load_target(str(tiny_target), CPU, dtype) for dtype in ("float32", "float16")]
     assert targets[0].fingerprint == targets[1].fingerprint
     save_exit(ExitAdapter.fresh(targets[0], str(tiny_target), 3, "kangaroo"), tmp_path / "exit")
     shutil.copytree(tiny_target, tmp_path / "again")
     weights = load_file(tmp_path / "again" / "model.safetensors")
-    same = load_target(str(tmp_path / "again"), CPU, torch.float32)
+    same = load_target(str(tmp_path / "again"), CPU, "float32")
     stored = json.loads((tmp_path / "exit" / "exit.json").read_text()) | {"base_model": "nobody/nothing"}
     (tmp_path / "exit" / "exit.json").write_text(json.dumps(stored))
     assert load_exit(tmp_path / "exit", same, str(tmp_path / "again")).settings.base_model == str(tmp_path / "again")
@@ -39,7 +39,7 @@ def test_exit_loads_for_targets_with_equal_weights_only(tiny_target: Path, tmp_p
     weights["model.layers.5.self_attn.q_proj.weight"] += 0.01
     save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="whose weights are others"):
-        load_exit(tmp_path / "exit", load_target(str(tmp_path / "tuned"), CPU, torch.float32), "tuned")
+        load_exit(tmp_path / "exit", load_target(str(tmp_path / "tuned"), CPU, "float32"), "tuned")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +89,7 @@ def test_invalid_exits_are_refused(target: Transformer, tiny_target: Path, tiny_
 
     save_exit(random_adapter(target, name, "kangaroo"), tmp_path / "exit")
     with pytest.raises(ValueError, match="whose weights are others than those of this target"):
-        load_exit(tmp_path / "exit", load_target(str(tiny_draft), CPU, torch.float32), name)
+        load_exit(tmp_path / "exit", load_target(str(tiny_draft), CPU, "float32"), name)
     for file, damage, message in (
         ("exit.json", "", "exit.json is damaged or missing"),
         ("exit.json", "{}", "exit.json is damaged or missing"),

@@ -199,7 +199,7 @@ def test_untrained_exit_is_the_truncated_target(target: Transformer, tiny_target
 def test_greedy_text_of_real_model_in_int8(kind: str) -> None:
     """The text equals plain decoding token for token, with some drafts accepted; adapted layers give the text of
     the adapted target."""
-    target = load_target(REAL, CPU, torch.int8)
+    target = load_target(REAL, CPU, "int8")
     adapter = random_adapter(target, REAL, kind, exit_layer=24)  # deep enough that some drafts are accepted
     if kind != "layers":
         torch.nn.init.zeros_(adapter.exit_proj.lora_B)

@@ -156,7 +156,7 @@ def test_rows_do_not_depend_on_left_padding(build: None) -> None:
 @torch.inference_mode()
 @pytest.mark.model
 def test_default_model_rows_do_not_depend_on_batch_size() -> None:
-    model = load_target(REAL, CPU, torch.int8)
+    model = load_target(REAL, CPU, "int8")
     generator = torch.Generator().manual_seed(0)
     prefix, rest = (torch.randint(3, 49152, (1, n), generator=generator) for n in (100, 96))
     cache = model.cache(256)

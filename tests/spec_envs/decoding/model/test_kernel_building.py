@@ -250,7 +250,7 @@ def test_default_dtype_without_compiler(
     monkeypatch.setattr(building, "COMPILERS", ())
     if compiler:
         monkeypatch.setenv("CXX", compiler)
-    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.bfloat16, torch.float32)
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in ("bfloat16", "float32")
     with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
         int8.Linear(torch.randn(4, 64))
     assert caplog.messages[0].startswith("int8 decoding is not available here") and reason in caplog.messages[0]

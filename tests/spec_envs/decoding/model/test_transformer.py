@@ -132,7 +132,7 @@ def test_ranges_of_layers_and_captured_states() -> None:
 @torch.inference_mode()
 @pytest.mark.model
 def test_default_model_equals_transformers() -> None:
-    model = load_target(REAL, CPU, torch.float32)
+    model = load_target(REAL, CPU, "float32")
     reference = transformers_model(model_folder(REAL), torch.float32)
     ids = torch.randint(3, 49152, (1, 256), generator=torch.Generator().manual_seed(0))
     expected = reference(ids).logits

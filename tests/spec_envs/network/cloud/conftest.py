@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer
 from spec_envs.network.cloud.engine import Engine
@@ -59,4 +58,4 @@ def texts(cloud: CloudProcess, edges: Edges) -> dict[str, list[int]]:
 @pytest.fixture
 def engine(tiny_target: Path, hello: Hello) -> Engine:
     """Return an engine in this process with few sessions and a short context."""
-    return Engine(load_target(str(tiny_target), CPU, torch.float32), hello.vocabulary, 4, 64)
+    return Engine(load_target(str(tiny_target), CPU, "float32"), hello.vocabulary, 4, 64)

@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
     """Return a random model in float32, or in int8 with the kernels as built or (portable) without special
     instructions."""
     if request.param == "float32":
-        return load_target(str(tiny_target), CPU, torch.float32)
+        return load_target(str(tiny_target), CPU, "float32")
     if WITHOUT_KERNELS:
         pytest.skip("the kernels cannot be built here")
     if request.param == "portable":
@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_
 def same(model: Transformer, ours: Tensor, alone: Tensor) -> bool:
     """Return True if bits are equal in int8, or numbers are close in float32, where sums depend on neighbouring
     rows."""
-    if model.dtype == torch.int8:
+    if model.dtype == "int8":
         return torch.equal(ours, alone)
     return bool((ours - alone).abs().max() <= 1e-5 * alone.abs().max())
 
@@ -186,14 +186,14 @@ def test_invalid_batches_are_refused(model: Transformer) -> None:
         with pytest.raises(ValueError, match="leave out seen and padding"):
             model.forward(x, slots.batch([0, 2]), positions, *masks)
     model.forward(x[:, :4], slots.batch([0, 1]), positions[:, :4])
-    if model.dtype == torch.int8:
+    if model.dtype == "int8":
         with pytest.raises(IndexError, match="rows do not fit"):
             model.layers(Rows(x, slots.batch([0, 3]), model.rope, positions))
 
 
 @torch.inference_mode()
 def test_slot_batches_are_not_captured_as_graphs(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_target(str(tiny_target), CPU, torch.float32)
+    model = load_target(str(tiny_target), CPU, "float32")
     slots = filled(model, [ids_of(model, 9)])
     expected = together(model, slots.batch([0]), [ids_of(model, 3)])
 
@@ -210,7 +210,7 @@ def test_memory_is_allocated_as_rows_are_written(tiny_target: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    model = load_target(str(tiny_target), CPU, torch.float32)
+    model = load_target(str(tiny_target), CPU, "float32")
     before = resident()
     slots = model.slots(2000, 2000)
     together(model, slots.batch([1234]), [ids_of(model, 20)])
@@ -222,7 +222,7 @@ def test_memory_is_allocated_as_rows_are_written(tiny_target: Path) -> None:
 @pytest.mark.model
 @pytest.mark.skipif(WITHOUT_KERNELS, reason="the kernels cannot be built here")
 def test_default_model_rows_do_not_depend_on_slots() -> None:
-    model = load_target(REAL, CPU, torch.int8)
+    model = load_target(REAL, CPU, "int8")
     lengths = [120, 33, 64, 1]
     texts = [ids_of(model, length + 5, seed=i) for i, length in enumerate(lengths)]
     slots = filled(model, [text[:-5] for text in texts])

@@ -33,7 +33,7 @@ KEY = b"v" * 16
 
 @pytest.fixture(scope="module")
 def target(tiny_target: Path) -> Transformer:
-    return load_target(str(tiny_target), CPU, torch.float32)
+    return load_target(str(tiny_target), CPU, "float32")
 
 
 def simulated(target: Transformer, vocabulary: bytes = KEY, link: str = "constant-5g") -> SimulatedChannel:

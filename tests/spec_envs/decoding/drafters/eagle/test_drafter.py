@@ -24,7 +24,7 @@ from tests.support.texts import plain_text
 
 def test_unrolled_training_equals_drafting(tiny_target: Path, tiny_drafter: Path) -> None:
     """Row t of the unrolled head gives the same probabilities as the drafter at the same place in the same chain."""
-    target, head = load_target(str(tiny_target), CPU, torch.float32), EagleHead.load(str(tiny_drafter))
+    target, head = load_target(str(tiny_target), CPU, "float32"), EagleHead.load(str(tiny_drafter))
     decoder = load_decoder(str(tiny_target), str(tiny_drafter), "cpu", "float32", width=1)
     prompt = [3, 7, 5, 9, 4, 11, 2]
     decoder.start(prompt, 40, np.random.default_rng(0))
@@ -37,7 +37,7 @@ def test_unrolled_training_equals_drafting(tiny_target: Path, tiny_drafter: Path
     row = len(prompt) - 1
     rows = torch.tensor([[row, row + 1]])
     with torch.no_grad():
-        for step, hidden in enumerate(Unrolled(head, target.embedding, 64)(batch, 6, rows)):
+        for step, hidden in enumerate(Unrolled(head, target.embedding_weight(), 64)(batch, 6, rows)):
             log_probs = head.lm_head(hidden[0, row if step == 0 else 0]).log_softmax(-1)
             expected = scores[step] - (scores[step - 1] if step else 0.0)
             assert head.draft_ids[log_probs.argmax()] == chain[step]
@@ -53,7 +53,7 @@ def test_drafted_rows_lie_inside_the_answer() -> None:
 def test_training_improves_and_resumes_exactly(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, weights = load_target(str(tiny_target), CPU, torch.float32), load_weights(tiny_target)
+    target, weights = load_target(str(tiny_target), CPU, "float32"), load_weights(tiny_target)
     rng = random.Random(0)
     texts = []
     for _ in range(40):
@@ -70,7 +70,7 @@ def test_training_improves_and_resumes_exactly(
     def objective() -> Objective:
         torch.manual_seed(0)
         head = EagleHead.from_target(target, weights, torch.arange(16))
-        return Objective(Unrolled(head, target.embedding, 64), target.output_weight(), torch.float32)
+        return Objective(Unrolled(head, target.embedding_weight(), 64), target.output_weight(), torch.float32)
 
     untrained = report(objective(), paths, depth=4)
     settings = {"steps": 3, "batch_tokens": 256, "peak": 3e-3, "share": 1.0, "seed": 0}
@@ -111,7 +111,7 @@ def test_saved_head_loads_exactly(tiny_drafter: Path, tmp_path: Path) -> None:
 
 def test_vocabulary_includes_tokens_of_the_text(tiny_target: Path, tmp_path: Path) -> None:
     """A head that uses the target's output rows drafts from its shortlist and the tokens of the text so far."""
-    target, weights = load_target(str(tiny_target), CPU, torch.float32), load_weights(tiny_target)
+    target, weights = load_target(str(tiny_target), CPU, "float32"), load_weights(tiny_target)
     EagleHead.from_target(target, weights, torch.arange(8)).save(tmp_path)
     decoder = load_decoder(str(tiny_target), str(tmp_path), "cpu", "float32", width=8)
     text = [3, 12, 9, 12]

@@ -176,7 +176,7 @@ def test_library_converts_saved_head(tiny_target: Path, tmp_path: Path) -> None:
     config = json.loads((place / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 300.0
     (place / "config.json").write_text(json.dumps(config))
-    target = load_target(str(place), CPU, torch.float32)
+    target = load_target(str(place), CPU, "float32")
     head = EagleHead.from_target(target, load_weights(place), torch.arange(13))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
