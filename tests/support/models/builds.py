@@ -15,6 +15,7 @@ WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else 
 BUILDS = {  # compiler flags, and the possible kinds of matrix product: tiles (2), vectors (1), scalar code (0)
     "vectors": ((*building.FLAGS, *WITHOUT_TILES), (0, 1)),
     "short vectors": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),
+    "without VNNI": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f", "-mno-avxvnni") if X86 else ())), (0, 1)),
     "portable": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx2",) if X86 else ())), (0,)),
 }
 COMPILER = next(building.compilers(), ("c++",))

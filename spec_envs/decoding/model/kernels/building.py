@@ -106,7 +106,7 @@ def fingerprint(compiler: Command, flags: tuple[str, ...]) -> str:
     """Return a hash of what a build depends on: sources, flags, compiler, and the processor's features as it sees
     them."""
     macros = run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
-    sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    sources = [path.read_text() for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
     return hashlib.sha256("\0".join([*compiler, *flags, macros, *sources]).encode()).hexdigest()[:16]
 
 

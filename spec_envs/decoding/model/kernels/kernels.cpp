@@ -69,7 +69,7 @@ struct Inputs {
             if (gain) normalise(read, gain, m.inputs, eps, row.data()), read = row.data();
             if (m.kind == INT8) {
                 if (!gain) std::memcpy(row.data(), read, m.inputs * sizeof(float));
-                quantise(row.data(), m.inputs, bytes.rows.data() + r * m.stride(), &bytes.scale[r]);
+                quantise(row.data(), m.inputs, bytes.rows.data() + r * m.stride(), &bytes.scale[r], &bytes.total[r]);
             } else {
                 const int64_t spans = r * m.inputs / SPAN;
                 quantise_blocks(read, m.inputs, words.data() + r * m.inputs, &scale[spans], &sum[spans]);
@@ -78,9 +78,14 @@ struct Inputs {
     }
 };
 
-// This thread's share of the outputs of a product.
+// The address from which this thread reads an int8 matrix, or null.
+const int8_t* beginning(const Matrix* m) {
+    return m && m->kind == INT8 && !m->next ? m->panel(Share(m->columns()).begin) : nullptr;
+}
+
+// This thread's share of the outputs of a product; `after` is the matrix of its next product, or null.
 template <class Sink>
-void multiply(const Matrix& m, const Inputs& x, int rows, Sink& sink) {
+void multiply(const Matrix& m, const Inputs& x, int rows, Sink& sink, const Matrix* after = nullptr) {
     int64_t columns = 0;
     for (const Matrix* part = &m; part; part = part->next) columns += part->columns();
     const Share share(columns);
@@ -89,7 +94,7 @@ void multiply(const Matrix& m, const Inputs& x, int rows, Sink& sink) {
         const int64_t begin = std::max<int64_t>(share.begin - before, 0);
         const int64_t end = std::min<int64_t>(share.end - before, part->columns());
         if (part->kind == INT8)
-            product(*part, x.bytes, rows, begin, end, sink);
+            product(*part, x.bytes, rows, begin, end, sink, beginning(after));
         else
             block_product(*part, {x.words.data(), x.scale.data(), x.sum.data(), part->inputs}, rows, begin, end, offset, sink);
         before += part->columns(), offset += part->outputs;
@@ -97,8 +102,8 @@ void multiply(const Matrix& m, const Inputs& x, int rows, Sink& sink) {
 }
 
 template <class Sink>
-void multiply(const Matrix& m, const Inputs& x, int rows, Sink&& sink) {
-    multiply(m, x, rows, sink);
+void multiply(const Matrix& m, const Inputs& x, int rows, Sink&& sink, const Matrix* after = nullptr) {
+    multiply(m, x, rows, sink, after);
 }
 
 }  // namespace
@@ -170,15 +175,7 @@ int usable() {
 
 // Return how products use the processor's instructions for int8, with which several rows cost little more than one: 2
 // for tiles, 1 for vectors, 0 for none.
-int accelerated() {
-#if defined(__AMX_INT8__)
-    return 2;
-#elif defined(__AVX512VNNI__) || defined(__AVX2__)
-    return 1;
-#else
-    return 0;
-#endif
-}
+int accelerated() { return Products::KIND; }
 
 void rms_norm(const float* x, const float* gain, int64_t rows, int64_t width, float eps, float* out) {
     for (int64_t r = 0; r < rows; r++) normalise(x + r * width, gain, width, eps, out + r * width);
@@ -300,6 +297,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
         };
         for (int64_t l = first; l < last; l++) {
             const Layer& layer = layers[l];
+            const Matrix* after = l + 1 < last ? &layers[l + 1].qkv : nullptr;
             const Added& more = added ? added[l] : nothing;
             uint16_t* keys = cache->data + l * layer_stride;
             uint16_t* values = keys + side;
@@ -308,7 +306,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                             (own.end - own.begin) * hidden * sizeof(float));
             const bool given = entering && l == first;
             const float *read = given ? entering : x, *gain = given ? nullptr : layer.input_norm;
-            multiply(layer.qkv, ready(read, gain, layer.eps, layer.qkv), rows, Store{qkv.data(), width});
+            multiply(layer.qkv, ready(read, gain, layer.eps, layer.qkv), rows, Store{qkv.data(), width}, &layer.out);
 #pragma omp barrier
             if (more.qkv.rank) {
                 more.qkv.add(read, rows, layer.qkv, gain, layer.eps, qkv.data(), width);
@@ -345,16 +343,18 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                        padding ? padding[entry] : 0, cache->committed(entry) + count, visible, block, group, dim,
                        attended.data() + entry * count * heads * dim + head * group * dim, heads * dim, scratch);
             }
-            multiply(layer.out, ready(attended.data(), nullptr, 0, layer.out), rows, Add{x, hidden});
+            multiply(layer.out, ready(attended.data(), nullptr, 0, layer.out), rows, Add{x, hidden},
+                     layer.down.weight ? &layer.gate_up : after);
 #pragma omp barrier
             if (more.out.rank) {
                 more.out.add(attended.data(), rows, layer.out, nullptr, 0, x, hidden);
 #pragma omp barrier
             }
             if (!layer.down.weight) continue;  // the layer has attention only
-            multiply(layer.gate_up, ready(x, layer.post_norm, layer.eps, layer.gate_up), rows, SwiGLU{fed.data(), inner});
+            multiply(layer.gate_up, ready(x, layer.post_norm, layer.eps, layer.gate_up), rows, SwiGLU{fed.data(), inner},
+                     &layer.down);
 #pragma omp barrier
-            multiply(layer.down, ready(fed.data(), nullptr, 0, layer.down), rows, Add{x, hidden});
+            multiply(layer.down, ready(fed.data(), nullptr, 0, layer.down), rows, Add{x, hidden}, after);
 #pragma omp barrier
         }
     }
@@ -370,7 +370,7 @@ int64_t read_all(const float* data, int64_t bytes, int64_t threads) {
         Floats sums[4] = {};
         for (int64_t i = share.begin * 256; i < share.end * 256; i += 4 * LANES) {
             for (int j = 0; j < 4; j++) {
-                __builtin_prefetch(data + i + AHEAD / 4 + j * LANES);
+                __builtin_prefetch(data + i + 2048 + j * LANES);
                 sums[j] += load(data + i + j * LANES);
             }
         }
