@@ -20,7 +20,6 @@ from spec_envs.processes import in_worker
 from spec_envs.prompts.sets import Prompt
 from spec_envs.prompts.stream import PromptStream, given_prompt
 from spec_envs.rendering.ansi import ansi
-from spec_envs.rendering.picture import picture
 from spec_envs.rendering.view import keep_trees
 from spec_envs.settings import RENDER_MODES, Settings
 
@@ -188,6 +187,8 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
         Raises:
             ValueError: there is no text yet.
         """
+        from spec_envs.rendering.picture import picture  # matplotlib takes half a second to import, and 20 MB
+
         if self.prompt is None:
             raise ValueError("there is no text to show; call reset() first")
         title = f"{self.prompt.task}, recorded text {self.prompt.text}" if self.recording else self.prompt.text

@@ -44,6 +44,12 @@ class Starter:
                 future.set_exception(error)
 
 
+def trim() -> None:
+    """Return memory that was freed to the system; glibc would keep what building models took."""
+    if LIBC is not None:
+        LIBC.malloc_trim(0)
+
+
 _lock = threading.Lock()
 _starters: dict[int, Starter] = {}  # by process id: a fork does not have its parent's threads
 

@@ -21,6 +21,7 @@ from spec_envs.decoding.weights.checkpoints import (
     resolve_device,
     resolve_dtype,
 )
+from spec_envs.processes import trim
 from spec_envs.text import Detokenizer
 
 DEFAULT_TARGET = "smollm2-135m"
@@ -83,6 +84,7 @@ def load_decoder(
     verifier, loaded = (verifier_of(asked), None) if name is None else load_sides(name, asked)
     made = ExitDecoder if isinstance(loaded, EarlyExitDrafter) else Decoder
     words = Detokenizer.of(load_tokenizer(target))
+    trim()
     return made(verifier, loaded, clock or WallClock(at), eos_ids(target), max_depth, words)
 
 

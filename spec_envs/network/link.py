@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from scipy.sparse.csgraph import connected_components
 
 from spec_envs.checked import Checked, first_error
 from spec_envs.files import DATA, find_json
@@ -216,7 +215,7 @@ class MarkovData(Common):
                 raise ValueError(f"transitions of {n} states need {n} rows of {n} probabilities")
             if any(abs(sum(row) - 1) > 1e-6 for row in self.transitions):
                 raise ValueError("every row of transitions has to sum to 1")
-            if connected_components(np.array(self.transitions) > 0, connection="strong")[0] > 1:
+            if not strongly_connected(np.array(self.transitions) > 0):
                 raise ValueError("every state has to be within reach of every other")
         return self
 
@@ -333,3 +332,12 @@ def _check(raw: Any, what: str, hint: str) -> ConstantData | MarkovData | LogDat
         return ADAPTER.validate_python(raw)
     except ValidationError as error:
         raise ValueError(f"{what} is not a link ({first_error(error)}); {hint}") from None
+
+
+def strongly_connected(leads: np.ndarray) -> bool:
+    """Return whether every state is within reach of every other, for ``leads`` ``[n, n]``: which state leads to
+    which."""
+    reach = leads | np.eye(len(leads), dtype=bool)
+    for _ in range(len(leads).bit_length()):  # each round doubles the steps
+        reach = reach @ reach
+    return bool(reach.all())

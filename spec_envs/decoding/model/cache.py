@@ -46,7 +46,7 @@ class KVCache:
     slots: Tensor | None = None  # each sequence is its own row of the batch; compare ``SlotBatch``
 
     def __init__(self, shape: Shape, capacity: int, dtype: torch.dtype, device: torch.device, batch: int = 1):
-        self.data = torch.zeros(memory(shape, capacity, batch), dtype=dtype, device=device)
+        self.data = lazy_zeros(memory(shape, capacity, batch), dtype, device)
         self.capacity = capacity
         self.length = 0
         self.masks: MaskBuffer | None = None
@@ -183,7 +183,7 @@ def memory(shape: Shape, capacity: int, sequences: int) -> tuple[int, ...]:
 
 def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros that on a CPU take memory only as they are written, unlike ``torch.zeros``."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(size):
         return torch.zeros(size, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(pages, dtype=dtype).view(size)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.model import int8, layers
-from spec_envs.decoding.weights.blocks import MULTIPLIED, Blocks, dense
+from spec_envs.decoding.model.kernels.block_packing import FORMATS
+from spec_envs.decoding.weights.blocks import Blocks, dense
 
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPES = ("int8", "q4", *FLOATS)
@@ -79,10 +80,10 @@ class Precision:
 def not_in_blocks(weights: dict[str, Tensor | Blocks]) -> str | None:
     """Return why a model of these weights cannot be computed in ``"q4"``, or None if it can."""
     for name, weight in weights.items():
-        if len(weight.shape) == 2 and not (isinstance(weight, Blocks) and weight.kind in MULTIPLIED):
+        if len(weight.shape) == 2 and not (isinstance(weight, Blocks) and weight.kind in FORMATS):
             kind = weight.kind.name if isinstance(weight, Blocks) else str(weight.dtype).removeprefix("torch.")
             return (
-                f"dtype 'q4' multiplies the blocks of a GGUF file ({', '.join(kind.name for kind in MULTIPLIED)}), and "
+                f"dtype 'q4' multiplies the blocks of a GGUF file ({', '.join(kind.name for kind in FORMATS)}), and "
                 f"{name} is stored as {kind}; pass dtype int8"
             )
     return None

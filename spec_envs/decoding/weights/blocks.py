@@ -10,13 +10,6 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
-MULTIPLIED = (  # kinds of blocks with which dtype "q4" computes
-    GGMLQuantizationType.Q4_0,
-    GGMLQuantizationType.Q4_1,
-    GGMLQuantizationType.Q4_K,
-    GGMLQuantizationType.Q6_K,
-    GGMLQuantizationType.Q8_0,
-)
 GROUP = 8192  # blocks that are dequantised together; what they take, a few megabytes, lives for a moment
 
 

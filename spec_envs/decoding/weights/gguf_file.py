@@ -30,6 +30,7 @@ SCALARS = {
     12: "d",
 }  # letters of the struct module
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")  # of a string
 VERSIONS = (2, 3)
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # name of a part of a split file
 
@@ -69,7 +70,7 @@ class Header:
     """Reads values one after another from the start of a file, never beyond its end."""
 
     def __init__(self, data: np.ndarray):
-        self.data, self.at = data, 0
+        self.data, self.bytes, self.at = data, data.data, 0
 
     def take(self, size: int) -> memoryview:
         """Return the next ``size`` bytes; raise ValueError if there are fewer."""
@@ -85,8 +86,18 @@ class Header:
 
     def text(self) -> str:
         """Return a string."""
-        (length,) = self.values("Q")
-        return bytes(self.take(length)).decode()
+        return self.texts(1)[0]
+
+    def texts(self, count: int) -> list[str]:
+        """Return ``count`` strings; there are hundreds of thousands in a file."""
+        data, at, found = self.bytes, self.at, []
+        for _ in range(count):
+            begin = at + LENGTH.size
+            if begin > len(data) or (at := begin + LENGTH.unpack_from(data, at)[0]) > len(data):
+                raise ValueError(f"it is cut off, or damaged at byte {begin}")
+            found.append(str(data[begin:at], "utf-8"))
+        self.at = at
+        return found
 
     def value(self, kind: int) -> Any:
         """Return a metadata value of type ``kind``."""
@@ -101,7 +112,7 @@ class Header:
             return self.values(SCALARS[inner], count)
         if inner != STRING:
             raise ValueError(f"it has an array of the unknown type {inner}")
-        return [self.text() for _ in range(count)]
+        return self.texts(count)
 
 
 def read_gguf(path: Path) -> GGUF:

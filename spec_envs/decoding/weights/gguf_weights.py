@@ -99,7 +99,7 @@ def linked(folder: Path) -> list[Path]:
 def weights_of(gguf: GGUF, config: PretrainedConfig) -> dict[str, Tensor | Blocks]:
     """Return the weights of a file by transformers' names: matrices in blocks as ``Blocks``, others as tensors.
 
-    They are views of the mapped file, except permuted rows and vectors in blocks.
+    Matrices are views of the mapped file, unless their rows are permuted.
 
     Raises:
         ValueError: tensors are missing, unknown, of another shape or of a type that cannot be read.
@@ -140,7 +140,8 @@ def weight_of(name: str, tensor: StoredTensor, config: PretrainedConfig) -> Tens
 def read(tensor: StoredTensor) -> Tensor | Blocks:
     """Return a stored matrix or vector; see ``weights_of``."""
     if (dtype := FLOATS.get(tensor.kind)) is not None:
-        return torch.from_numpy(tensor.data).view(dtype)
+        floats = torch.from_numpy(tensor.data).view(dtype)
+        return floats.clone() if len(tensor.shape) == 1 else floats  # a small view would keep the whole file in memory
     try:
         numbers = dequantised(tensor.data if len(tensor.shape) == 1 else tensor.data[:1], tensor.kind)
     except NotImplementedError:

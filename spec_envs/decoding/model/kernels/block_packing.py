@@ -15,7 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
 from spec_envs.decoding.model.kernels.packing import COLUMNS
-from spec_envs.decoding.weights.blocks import Blocks
+from spec_envs.decoding.weights.blocks import Blocks, dequantised
 
 Kind = GGMLQuantizationType
 GROUP = 4096  # rows that are packed together: their numbers, a byte each, live for a moment
@@ -153,5 +153,5 @@ def integers(data: np.ndarray, kind: GGMLQuantizationType, constants: dict[int, 
     data = data.copy()
     for at, value in constants.items():
         data[..., at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
-    found: np.ndarray = quants.dequantize(data.reshape(len(data), -1), kind).astype(np.int8)
+    found: np.ndarray = dequantised(data, kind).numpy().astype(np.int8).reshape(len(data), -1)
     return found

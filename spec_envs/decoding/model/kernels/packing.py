@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK, COLUMNS, TILE = 64, 32, 16  # inputs and outputs that are packed together, outputs of a tile
+GROUP = 4096  # outputs that are packed together: what they take in float32 lives for a moment
 
 
 def hadamard(order: int) -> Tensor:
@@ -28,6 +29,12 @@ def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the weight holds a number that is not finite.
     """
+    groups = [packed_group(group) for group in weight.split(GROUP)]
+    return torch.cat([tiles for tiles, _ in groups]), torch.cat([scale for _, scale in groups])
+
+
+def packed_group(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise some outputs of a weight; see ``packed``."""
     w = padded(weight.float(), COLUMNS, BLOCK)
     w = (w.view(len(w), -1, BLOCK) @ hadamard(BLOCK)).flatten(1)
     scale = w.abs().amax(1) / 127
