@@ -29,6 +29,8 @@ def greedy(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> tupl
     Returns:
         The accepted nodes from the root on, and the target's choice after them.
     """
+    if not len(tokens):
+        return [], int(choices[0])
     nodes = {edge: node for node, edge in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))}
     path, node, chosen = [], ROOT, choices.tolist()
     while (child := nodes.get((node, chosen[node + 1]))) is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,13 +23,28 @@ PARTS = ("prefill", "draft", "verify", "network", "policy")
 COSTS = DATA / "costs"
 
 
-@dataclass
 class Forward:
-    """A forward that is being timed; ``rows`` and ``times`` (how often it is made) may be set while it runs. A priced
-    clock charges nothing where either is 0."""
+    """A forward that is being timed, in a ``with`` block; one that fails is not charged.
 
-    rows: int
-    times: int = 1
+    Attributes:
+        part: to which it is charged.
+        rows, times: its rows and how often it is made, which may be set while it runs. A priced clock charges nothing
+            where either is 0.
+    """
+
+    __slots__ = ("begin", "clock", "part", "rows", "times")
+
+    def __init__(self, clock: WallClock, part: str, rows: int):
+        self.clock, self.part, self.rows, self.times = clock, part, rows, 1
+
+    def __enter__(self) -> Forward:
+        self.clock.synchronize()
+        self.begin = time.perf_counter()
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *rest: object) -> None:
+        if failure is None:
+            self.clock.made(self)
 
 
 class WallClock:
@@ -48,12 +61,12 @@ class WallClock:
     priced = False
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.waits = device, device.type == "cuda"
         self.restart()
 
     def synchronize(self) -> None:
         """Wait until the device has computed what it was given."""
-        if self.device.type == "cuda":
+        if self.waits:
             torch.cuda.synchronize()
 
     def restart(self) -> None:
@@ -62,16 +75,16 @@ class WallClock:
         self.simulated = 0.0
         self.forwards: Counter[tuple[str, int]] = Counter()
 
-    @contextmanager
-    def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
-        """Charge the seconds of the ``with`` block to ``part``; ``rows`` are those of its forward, if known
+    def time(self, part: str, rows: int = 0) -> Forward:
+        """Return a ``with`` block whose seconds are charged to ``part``; ``rows`` are those of its forward, if known
         beforehand."""
+        return Forward(self, part, rows)
+
+    def made(self, forward: Forward) -> None:
+        """Charge a forward that has just ended."""
         self.synchronize()
-        begin, forward = time.perf_counter(), Forward(rows)
-        yield forward
-        self.synchronize()
-        self.charge(part, time.perf_counter() - begin)
-        self.forwards[part, forward.rows] += forward.times
+        self.charge(forward.part, time.perf_counter() - forward.begin)
+        self.forwards[forward.part, forward.rows] += forward.times
 
     def charge(self, part: str, seconds: float) -> None:
         """Add seconds to ``part`` that were measured elsewhere."""
@@ -188,8 +201,5 @@ class PricedClock(WallClock):
         super().__init__(torch.device("cpu"))
         self.table = table
 
-    @contextmanager
-    def time(self, part: str, rows: int = 0) -> Iterator[Forward]:
-        forward = Forward(rows)
-        yield forward
-        self.charge(part, forward.times * self.table.seconds(part, forward.rows))
+    def made(self, forward: Forward) -> None:
+        self.charge(forward.part, forward.times * self.table.seconds(forward.part, forward.rows))

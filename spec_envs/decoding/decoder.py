@@ -202,7 +202,7 @@ class Decoder(TextEngine):
         """Return the probabilities ``[n]`` of a chain's tokens, and the entropies ``[n]`` of the distributions they are
         from; both are empty for a tree."""
         if self.tree.width != 1 or not self.tree.size:
-            return np.zeros(0), np.zeros(0)
+            return NO_NODES.probabilities, NO_NODES.entropies
         steps = self.tree.scores.copy()
         steps[1:] -= self.tree.scores[:-1]
         return np.exp(steps), np.concatenate(self.tree.entropies)

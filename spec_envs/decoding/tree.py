@@ -13,6 +13,7 @@ import numpy as np
 from spec_envs.decoding.sampling import Proposal
 
 ROOT = -1
+EMPTY = np.zeros(0, np.int64)
 
 
 class Children(NamedTuple):
@@ -56,13 +57,15 @@ class Tree:
         self._parents = np.full(capacity, ROOT, dtype=np.int64)
         self._levels = np.zeros(capacity, dtype=np.int64)
         self._scores = np.zeros(capacity, dtype=np.float32)
+        self._ids = np.arange(capacity)
+        self._places = np.full(capacity + 1, ROOT)  # of nodes in a selection; the last one stays, for parents on level 0
         self.clear()
 
     def clear(self) -> None:
         """Drop all nodes."""
         self.size = 0
         self.level_starts: list[int] = []
-        self.frontier = np.zeros(0, dtype=np.int64)
+        self.frontier = self._ids[:0]
         self.entropies: list[np.ndarray] = []
         self.proposals: list[Proposal] = []
 
@@ -95,9 +98,10 @@ class Tree:
     def start(self, children: Children) -> None:
         """Clear the tree and add level 0, the children of the root."""
         self.clear()
-        width = children.tokens.shape[1]
-        self._add(children, np.full(width, ROOT), children.log_probs[0])
-        self.frontier = np.arange(width)
+        new = self._add(children, 1)
+        self._parents[new] = ROOT
+        self._scores[new] = children.log_probs[0]
+        self.frontier = self._ids[new]
 
     def grow(self, children: Children) -> np.ndarray:
         """Add a level, the children of every frontier node.
@@ -108,13 +112,14 @@ class Tree:
         Raises:
             ValueError: the tree is full.
         """
-        width = children.tokens.shape[1]
-        scores = (self._scores[self.frontier][:, None] + children.log_probs).ravel()
-        first = self.size
-        self._add(children, np.repeat(self.frontier, width), scores)
-        best = np.argsort(-scores, kind="stable")[: self.width]
+        fed, (rows, width) = self.frontier, children.tokens.shape
+        new = self._add(children, rows)
+        self._parents[new].reshape(rows, width)[:] = fed[:, None]
+        scores = self._scores[new]
+        np.add(self._scores[fed][:, None], children.log_probs, out=scores.reshape(rows, width), casting="same_kind")
+        best = (-scores).argsort(kind="stable")[: self.width]
+        self.frontier = best + new.start
         parents: np.ndarray = best // width
-        self.frontier = first + best
         return parents
 
     def select(self, budget: int) -> np.ndarray:
@@ -122,28 +127,35 @@ class Tree:
 
         A child never scores above its parent and ties go to the smaller id, so the nodes form a connected tree.
         """
-        return np.sort(np.argsort(-self.scores, kind="stable")[:budget])
+        if budget == 0 or budget >= self.size:
+            return self._ids[: min(budget, self.size)]
+        ids = (-self.scores).argsort(kind="stable")[:budget]
+        ids.sort()
+        return ids
 
     def subtree(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, parents (indices into ``ids``, or ``ROOT``) and levels of a connected selection,
         ``[len(ids)]``."""
-        index = np.full(self.size + 1, ROOT)
-        index[ids] = np.arange(len(ids))
-        return self.tokens[ids], index[self.parents[ids]], self.levels[ids]
+        if not len(ids):
+            return EMPTY, EMPTY, EMPTY
+        places = self._places
+        places[ids] = self._ids[: len(ids)]
+        return self._tokens[ids], places[self._parents[ids]], self._levels[ids]
 
-    def _add(self, children: Children, parents: np.ndarray, scores: np.ndarray) -> None:
-        tokens = children.tokens.ravel()
-        new = slice(self.size, self.size + len(tokens))
-        if new.stop > len(self._tokens):
+    def _add(self, children: Children, rows: int) -> slice:
+        """Add a level of the children of ``rows`` nodes, except for their parents and scores; return the new ids."""
+        tokens, first = children.tokens, self.size
+        new = slice(first, first + tokens.size)
+        if new.stop > self.capacity:
             raise ValueError(f"the tree is full at {self.expansions} expansions")
-        self._tokens[new], self._parents[new] = tokens, parents
-        self._scores[new] = scores
+        self._tokens[new].reshape(rows, -1)[:] = tokens
         self._levels[new] = len(self.level_starts)
-        self.level_starts.append(new.start)
+        self.level_starts.append(first)
         self.size = new.stop
         self.entropies.append(children.entropies)
         if children.proposal is not None:
             self.proposals.append(children.proposal)
+        return new
 
 
 def ancestors(parents: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from ctypes import byref, c_void_p
 
@@ -68,7 +69,7 @@ class Int8Text:
         return self.states[-1][: self.rows]
 
     def keep(self, rows: Sequence[int]) -> Tensor:
-        features = torch.empty(len(rows), self.width)
+        features = torch.empty(len(rows), self.width) if self.width else no_features(len(rows))
         self._keep(rows, features)
         return features
 
@@ -119,3 +120,9 @@ class Int8Text:
             self.chosen.ctypes.data,
         )
         self.reference = byref(self.structure)
+
+
+@functools.cache
+def no_features(rows: int) -> Tensor:
+    """Return features ``[rows, 0]``."""
+    return torch.empty(rows, 0)
