@@ -58,7 +58,9 @@ class Tree:
         self._levels = np.zeros(capacity, dtype=np.int64)
         self._scores = np.zeros(capacity, dtype=np.float32)
         self._ids = np.arange(capacity)
-        self._places = np.full(capacity + 1, ROOT)  # of nodes in a selection; the last one stays, for parents on level 0
+        self._places = np.full(
+            capacity + 1, ROOT
+        )  # of nodes in a selection; the last one stays, for parents on level 0
         self.clear()
 
     def clear(self) -> None:

@@ -137,13 +137,13 @@ class DraftModelDrafter(ChainDrafter):
             The child of each of the last rows: the most probable token, or one that was drawn.
         """
         n, length = len(tokens), self.cache.length
-        at = np.arange(length, length + n) if positions is None else positions
         if self.call is None:
+            at = np.arange(length, length + n) if positions is None else positions
             return self._propose(self._read(tokens, at, last, seen))
-        ids = np.minimum(np.array(tokens, np.int64), self.model.shape.vocab - 1)  # see _read
+        largest = self.model.shape.vocab - 1  # see _read
+        ids = [min(token, largest) for token in tokens]
         extra = None if self.vocabulary is None else self.vocabulary.rows
-        hidden = torch.empty(n, self.model.shape.hidden)
-        index, log_probs, entropies = self.call(hidden, ids, at, self.cache, extra, 1, last, seen)
+        _, index, log_probs, entropies = self.call(None, ids, positions, self.cache, extra, 1, last, seen)
         self.cache.length += n
         return Children(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ctypes import byref
+from collections.abc import Sequence
+from ctypes import byref, c_void_p
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +13,25 @@ from torch import Tensor
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.int8 import Layers, Linear, RMSNorm, c_cache, c_embedding, c_tables
 from spec_envs.decoding.model.kernels import threads
-from spec_envs.decoding.model.kernels.bindings import CDrafter, address, library
+from spec_envs.decoding.model.kernels.bindings import CDrafter, CFusion, CMatrix, address, library
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Rows
+
+ROOM = 64  # rows of a call for which memory is kept
+
+
+class Fusion(NamedTuple):
+    """How an EAGLE-3 head makes its rows of the target's states: ``fc`` of the states side by side.
+
+    Attributes:
+        fc: product of all states.
+        norms: of each state, or none.
+        joined: norm of all of them side by side, or None.
+    """
+
+    fc: Linear
+    norms: Sequence[RMSNorm] = ()
+    joined: RMSNorm | None = None
 
 
 class Int8Step:
@@ -25,6 +43,7 @@ class Int8Step:
         rope: rotary tables of the drafter.
         outputs: how many of the head's first outputs can be drafted.
         entering: for an EAGLE-3 head, the norms of the embedding and of the hidden state.
+        fusion: for an EAGLE-3 head, how it reads the target's states.
 
     Raises:
         ValueError: the parts have different widths.
@@ -39,12 +58,15 @@ class Int8Step:
         rope: Rope,
         outputs: int,
         entering: tuple[RMSNorm, RMSNorm] | None = None,
+        fusion: Fusion | None = None,
     ):
-        self.kept = layers, norm, head, embedding, rope, entering  # alive while the structure points to them
-        self.layers, self.rope, self.outputs = layers, rope, outputs
+        self.kept = layers, norm, head, embedding, rope, entering, fusion  # alive while the structure points to them
+        self.layers, self.rope, self.outputs, self.library = layers, rope, outputs, library()
         self.hidden = embedding.inputs if isinstance(embedding, Linear) else embedding.shape[1]
+        self.reads = fusion.fc.inputs if fusion else 0  # width of the target's states
         reads, both = layers.structures[0].qkv.inputs, (norm, *(entering or ()))
         widths = [layers.shape.hidden, head.inputs, *(len(n.weight) for n in both)]
+        widths += [fusion.fc.outputs] if fusion else []
         if {self.hidden, *widths} != {self.hidden} or reads != self.hidden * len(both[:2]) or outputs > head.outputs:
             raise ValueError(
                 f"the parts of a drafter of hidden size {self.hidden} do not fit together: {widths}, {reads}"
@@ -55,92 +77,178 @@ class Int8Step:
             len(layers.structures),
             c_embedding(embedding),
             *map(address, norms),
+            c_fusion(fusion),
             c_tables(rope),
             head.matrix,
             outputs,
         )
+        self.reference = byref(self.structure)
 
     def __call__(
         self,
-        hidden: Tensor,
-        tokens: np.ndarray,
-        positions: np.ndarray,
+        read: Tensor | None,
+        tokens: Sequence[int] | np.ndarray,
+        positions: np.ndarray | None,
         cache: KVCache,
         extra: Tensor | None,
         width: int,
         last: int,
         seen: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows: np.ndarray | None = None,
+        fuses: bool = False,
+    ) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Make one forward; its rows are written to the cache after the committed ones, which they do not join.
 
         Args:
-            hidden: float32 ``[n, hidden]``, overwritten by the last layer's output; an EAGLE-3 head reads it first.
-            tokens, positions: int64 ``[n]``.
+            read: float32 ``[m, hidden]``, which an EAGLE-3 head reads; None for another drafter.
+            tokens: int64 ``[n]``.
+            positions: int64 ``[n]``; by default those after the committed rows.
             extra: output rows ``[m, hidden]`` of further tokens, or None.
             width: children per row.
             last: how many rows, counted from the end, get children.
             seen: see ``KVCache.mask``.
+            rows: int64 ``[n]``, the row of ``read`` that belongs to each token; by default they are in the same order.
+            fuses: whether ``read`` are the target's states ``[n, states * target hidden]``, to be fused first.
 
         Returns:
-            Indices ``[last, width]`` of the children (further tokens are numbered after the head's outputs), their
-            log-probabilities ``[last, width]``, and the entropies ``[last]`` in nats.
+            The outputs ``[n, hidden]`` of the last layer, which another call with this cache may overwrite, except the
+            next one; indices ``[last, width]`` of the children (further tokens are numbered after the head's outputs),
+            their log-probabilities ``[last, width]``, and the entropies ``[last]`` in nats.
 
         Raises:
             IndexError: arrays of other sizes or dtypes, or rows that do not fit the cache.
         """
-        index, log_probabilities = np.empty((last, width), np.int64), np.empty((last, width), np.float32)
-        entropies = np.empty(last, np.float32)
-        seen = None if seen is None else np.ascontiguousarray(seen)
-        self._check(hidden, tokens, positions, cache, extra, width, last, seen)
-        library().draft(
-            byref(self.structure),
-            hidden.data_ptr(),
-            tokens.ctypes.data,
-            len(tokens),
-            positions.ctypes.data,
-            byref(c_cache(cache)),
-            None if seen is None else seen.ctypes.data,
+        n, extras = len(tokens), 0 if extra is None else len(extra)
+        size = 0 if seen is None else seen.size
+        memory: Memory | None = cache.steps.get(self)
+        if memory is None or memory.data is not cache.data or not memory.holds(n, last * width, size):
+            memory = cache.steps[self] = Memory(self, cache, n, last * width, size)
+        self._check(read, n, positions, extra, width, last, seen, self.reads if fuses else self.hidden)
+        memory.tokens[:n] = tokens
+        if positions is not None:
+            memory.positions[:n] = positions
+        if rows is not None:
+            memory.rows[:n] = rows
+        if seen is not None:
+            memory.seen[:size] = seen.ravel()
+        memory.cache.length = cache.length
+        output = memory.output(n)
+        to_tokens, to_positions, to_rows, to_seen, to_index, to_log_probs, to_entropies = memory.addresses
+        self.library.draft(
+            self.reference,
+            None if read is None else read.data_ptr(),
+            0 if read is None else len(read),
+            None if rows is None else to_rows,
+            fuses,
+            output.data_ptr(),
+            to_tokens,
+            n,
+            None if positions is None else to_positions,
+            memory.reference,
+            None if seen is None else to_seen,
             0 if seen is None else seen.shape[1],
             last,
-            address(extra),
-            0 if extra is None else len(extra),
+            None if extra is None else extra.data_ptr(),
+            extras,
             width,
-            index.ctypes.data,
-            log_probabilities.ctypes.data,
-            entropies.ctypes.data,
+            to_index,
+            to_log_probs,
+            to_entropies,
             threads(),
         )
-        return index, log_probabilities, entropies
+        index, log_probs = (found[: last * width].copy().reshape(last, width) for found in memory.best)
+        return output, index, log_probs, memory.entropies[:last].copy()
 
     def _check(
         self,
-        hidden: Tensor,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        cache: KVCache,
+        read: Tensor | None,
+        n: int,
+        positions: np.ndarray | None,
         extra: Tensor | None,
         width: int,
         last: int,
         seen: np.ndarray | None,
+        reads: int,
     ) -> None:
         """Raise IndexError for arrays of other sizes or dtypes than the kernels assume."""
-        at, mask = torch.from_numpy(positions)[None], None if seen is None else torch.from_numpy(seen)
-        self.layers.check_rows(Rows(hidden[None], cache, self.rope, at, mask), 1)
         choices = self.outputs + (0 if extra is None else len(extra))
         fits = (
-            cache.data.shape[2] == 1
-            and hidden.dtype == torch.float32
-            and hidden.is_contiguous()
-            and tokens.shape == positions.shape
-            and tokens.dtype == positions.dtype == np.int64
-            and tokens.flags.c_contiguous
-            and positions.flags.c_contiguous
-            and 0 <= last <= len(tokens)
+            (read is None) == (self.structure.input_norm is None)
+            and (read is None or fit(read, reads))
+            and (extra is None or fit(extra, self.hidden))
+            and (positions is None or positions.shape == (n,))
+            and (seen is None or (seen.dtype == bool and len(seen) == n))
+            and 0 <= last <= n
             and 1 <= width <= choices
-            and (extra is None or (extra.shape[1] == self.hidden and extra.dtype == torch.float32))
-            and (extra is None or extra.is_contiguous())
         )
         if not fits:
-            raise IndexError(
-                f"{len(tokens)} rows do not fit a draft of the {width} best of {choices} after {last} of them"
-            )
+            raise IndexError(f"{n} rows do not fit a draft of the {width} best of {choices} after {last} of them")
+
+
+class Memory:
+    """What the calls of a step over one cache read and write, allocated and described to the kernels once.
+
+    Args:
+        step: the step.
+        cache: of its drafter, for one sequence.
+        rows, children, seen: numbers of them in a call that has to fit.
+
+    Raises:
+        IndexError: the cache belongs to another model.
+    """
+
+    def __init__(self, step: Int8Step, cache: KVCache, rows: int, children: int, seen: int):
+        nothing = torch.empty(1, 0, step.hidden), torch.empty(1, 0, dtype=torch.int64)
+        step.layers.check_rows(Rows(nothing[0], cache, step.rope, nothing[1]), 1)
+        if cache.data.shape[2] != 1:
+            raise IndexError(f"a drafter's cache has {cache.data.shape[2]} sequences; expected 1")
+        self.data, self.hidden = cache.data, step.hidden
+        self.cache = c_cache(cache)
+        self.reference = byref(self.cache)
+        room, children = max(rows, ROOM), max(children, ROOM)
+        self.tokens, self.positions, self.rows = np.empty((3, room), np.int64)
+        self.seen = np.empty(max(seen, ROOM**2), bool)
+        self.best = np.empty(children, np.int64), np.empty(children, np.float32)
+        self.entropies = np.empty(room, np.float32)
+        arrays = self.tokens, self.positions, self.rows, self.seen, *self.best, self.entropies
+        self.addresses = [array.ctypes.data for array in arrays]
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # by number of rows, in turn
+
+    def holds(self, rows: int, children: int, seen: int) -> bool:
+        """Return whether a call of so many rows fits."""
+        return rows <= len(self.tokens) and children <= len(self.best[0]) and seen <= len(self.seen)
+
+    def output(self, rows: int) -> Tensor:
+        """Return memory for the outputs of a call, other than that of the call before."""
+        if rows > ROOM:
+            return torch.empty(rows, self.hidden)
+        if rows not in self.outputs:
+            self.outputs[rows] = torch.empty(rows, self.hidden), torch.empty(rows, self.hidden)
+        other, one = self.outputs[rows]
+        self.outputs[rows] = one, other
+        return one
+
+
+def fit(rows: Tensor, width: int) -> bool:
+    """Return whether rows are contiguous float32 of a width."""
+    return rows.shape[1] == width and rows.dtype == torch.float32 and rows.is_contiguous()
+
+
+def c_fusion(fusion: Fusion | None) -> CFusion:
+    """Describe a fusion to the kernels.
+
+    Raises:
+        ValueError: its parts have different widths.
+    """
+    if fusion is None:
+        return CFusion(CMatrix())
+    inputs, norms = fusion.fc.inputs, [norm.weight for norm in fusion.norms]
+    joined = None if fusion.joined is None else fusion.joined.weight
+    if (
+        sum(map(len, norms)) not in (0, inputs)
+        or len({*map(len, norms)}) > 1
+        or (joined is not None and len(joined) != inputs)
+    ):
+        raise ValueError(f"the norms of an EAGLE-3 head do not fit its {inputs} inputs")
+    pointers = (c_void_p * len(norms))(*map(address, norms)) if norms else None
+    return CFusion(fusion.fc.matrix, pointers, len(norms), address(joined))

@@ -51,6 +51,7 @@ class KVCache:
         self.length = 0
         self.masks: MaskBuffer | None = None
         self.graphs: dict[tuple[object, ...], Any] = {}  # forwards captured over this memory
+        self.steps: dict[object, Any] = {}  # what a drafter's steps in the kernels keep for this memory
 
     def keep(self, rows: Sequence[int]) -> None:
         """Commit the rows ``length + r`` for each r in ``rows`` (ascending) as the next rows of the sequence."""

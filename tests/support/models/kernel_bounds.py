@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from spec_envs.decoding.drafters.int8_step import Int8Step
+from spec_envs.decoding.drafters.int8_step import Fusion, Int8Step
 from spec_envs.decoding.model import int8, kernels, layers
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.int8_text import Int8Text
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
+from spec_envs.decoding.model.shape import Shape
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.target_text import TorchText
 from tests.support.models.quantised import CPU, eagle_layer, random_weights, reference, reference_layers
@@ -222,8 +223,8 @@ class Pair:
         n, extras = self.choice.of([1, 2, 33]), self.choice.of([0, 1, 9])
         tokens, last = self.choice.ids(vocab, n), self.choice.of([0, 1, n])
         extra = self.choice.normal(extras, self.shape.hidden) if extras else None
-        hidden, width = torch.empty(n, self.shape.hidden), self.choice.of([1, vocab + extras])
-        index, _, _ = step(hidden, tokens.numpy(), np.arange(n), model.cache(n), extra, width, last)
+        width = self.choice.of([1, vocab + extras])
+        hidden, index, *_ = step(None, tokens.numpy(), np.arange(n), model.cache(n), extra, width, last)
         expected, _ = model.forward(model.embed(tokens[None]), model.cache(n), torch.arange(n)[None])
         assert torch.equal(hidden, expected[0]) and index.shape == (last, width)
         assert not index.size or (index.min() >= 0 and index.max() < vocab + extras)
@@ -243,9 +244,9 @@ class Pair:
         near(mine, expected, "eagle layer")
         head = self.model.head.linear
         step = Int8Step(ours, norms[0], head, self.model.embedding, self.model.rope, shape.vocab, (norms[0], norms[1]))
-        output = hidden.clone()
-        step(output, tokens.numpy(), np.arange(n), caches[1], None, shape.vocab, self.choice.of([0, n]))
+        output, *_ = step(hidden, tokens.numpy(), None, caches[1], None, shape.vocab, self.choice.of([0, n]))
         assert torch.equal(output, mine[0])
+        self.fused(ours, shape, norms, tokens.numpy())
         kept = {name: t for name, t in weights.items() if not name.startswith(("mlp", "post"))}
         for name in ("q", "k", "v"):
             kept[f"self_attn.{name}_proj.weight"] = kept[f"self_attn.{name}_proj.weight"][:, : shape.hidden] * 1.4
@@ -253,6 +254,31 @@ class Pair:
         caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.float32)]
         mine, _ = ours(Rows(hidden[None], caches[0], self.model.rope, at))
         near(mine, theirs(Rows(hidden[None], caches[1], self.reference.rope, at))[0], "attention of an exit")
+
+    def fused(self, layer: int8.Layers, shape: Shape, norms: list[int8.RMSNorm], tokens: np.ndarray) -> None:
+        """Compare rows that an EAGLE-3 head makes of the target's states, and rows in another order, with those that
+        are made before."""
+        states, width = self.choice.of([1, 3]), 16 * self.choice.of([1, 2, 5])
+        sizes, eps = [width] * states + [width * states], shape.norm_eps
+        gains = [int8.RMSNorm(1 + self.choice.normal(size) / 4, eps) for size in sizes]
+        each, joined = self.choice.of([gains[:-1], []]), self.choice.of([gains[-1], None])
+        product = int8.Linear(self.choice.normal(shape.hidden, width * states) / (width * states) ** 0.5)
+        step = Int8Step(
+            layer, norms[0], self.model.head.linear, self.model.embedding, self.model.rope, shape.vocab,
+            (norms[0], norms[1]), Fusion(product, each, joined),
+        )  # fmt: skip
+        read = features = self.choice.normal(len(tokens), states * width)
+        if each:
+            read = torch.cat([norm(part) for norm, part in zip(each, read.chunk(states, -1), strict=True)], -1)
+        hidden, cache = product(joined(read) if joined else read), KVCache(shape, 40, torch.bfloat16, CPU)
+        given = (cache, None, 1, len(tokens))
+        mine, *best = step(features, tokens, None, *given, fuses=True)
+        theirs, *expected = step(hidden.contiguous(), tokens, None, *given)
+        assert torch.equal(mine, theirs) and all(map(np.array_equal, best, expected))
+        order = self.choice.rng.integers(0, len(tokens), len(tokens))
+        mine, *best = step(hidden.contiguous(), tokens, None, *given, rows=order)
+        theirs, *expected = step(hidden[order].contiguous(), tokens, None, *given)
+        assert torch.equal(mine, theirs) and all(map(np.array_equal, best, expected))
 
 
 @torch.inference_mode()

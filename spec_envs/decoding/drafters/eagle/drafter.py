@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
-from spec_envs.decoding.drafters.int8_step import Int8Step
+from spec_envs.decoding.drafters.int8_step import Fusion, Int8Step
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model import int8
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.graphs import graphed
-from spec_envs.decoding.model.kernels.bindings import floats
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.shape import Shape, part
@@ -123,9 +122,11 @@ class EagleModel:
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
         self.call: Int8Step | None = None  # a whole step in int8, which has the first published heads' order of norms
         if modules is int8 and not (variant.norm_before_residual or variant.norm_output):
-            norms = self.input_norm, self.hidden_norm
-            outputs = self.lm_head.outputs
-            self.call = Int8Step(self.layers, self.norm, self.lm_head, self.embedding, self.rope, outputs, norms)
+            norms, outputs = (self.input_norm, self.hidden_norm), self.lm_head.outputs
+            fusion = Fusion(self.fc, self.fc_norms, self.joined_norm)
+            self.call = Int8Step(
+                self.layers, self.norm, self.lm_head, self.embedding, self.rope, outputs, norms, fusion
+            )
 
     def cache(self, capacity: int) -> KVCache:
         """Return an empty cache for a text of at most ``capacity`` rows."""
@@ -148,41 +149,50 @@ class EagleModel:
     def step(
         self,
         hidden: Tensor,
-        tokens: np.ndarray,
-        positions: np.ndarray,
+        tokens: Sequence[int] | np.ndarray,
+        positions: np.ndarray | None,
         cache: KVCache,
         vocabulary: Vocabulary,
         width: int,
         last: int,
         seen: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        fuses: bool = False,
     ) -> tuple[Tensor, Children]:
         """Make one forward; its rows are written to the cache after the committed ones, which they do not join.
 
         Args:
-            hidden: hidden states ``[n, hidden]`` of the rows.
-            tokens, positions: the token after each row, and the row's rotary position, ``[n]``.
+            hidden: hidden states ``[m, hidden]`` that the rows read.
+            tokens, positions: the token after each row, and the row's rotary position, ``[n]``; None means the
+                positions after the committed ones.
             cache: of this head.
             vocabulary: the tokens that can be drafted.
             width: children per row.
             last: how many rows, counted from the end, get children.
             seen: see ``KVCache.mask``.
+            rows: which of the hidden states each row reads, ``[n]``; by default they are in the same order.
+            fuses: whether the target's features are given as hidden states, to be fused first.
 
         Returns:
-            The hidden states ``[n, hidden]`` that the rows' children read, and the children of the last rows.
+            The hidden states ``[n, hidden]`` that the rows' children read, in memory that is used again after the next
+            call with this cache, and the children of the last rows.
         """
         if self.call is not None:
-            output = floats(hidden).clone()
-            index, *scores = self.call(output, tokens, positions, cache, vocabulary.rows, width, last, seen)
-            log_probs, entropies = scores
+            output, index, log_probs, entropies = self.call(
+                hidden, tokens, positions, cache, vocabulary.rows, width, last, seen, rows, fuses
+            )
             return output, Children(vocabulary.ids[index], log_probs, entropies)
         device, variant = self.target.device, self.variant
-        read = embedded(torch.from_numpy(tokens).to(device), self.embedding).to(self.target.precision.hidden)
+        hidden = self.fuse(hidden) if fuses else hidden
+        hidden = hidden if rows is None else hidden[torch.from_numpy(rows).to(device)]
+        positions = np.arange(cache.length, cache.length + len(tokens)) if positions is None else positions
+        ids, at = torch.as_tensor(tokens, device=device), torch.from_numpy(positions).to(device)[None]
+        read = embedded(ids, self.embedding).to(self.target.precision.hidden)
         normed = self.hidden_norm(hidden)
         entering = torch.cat([self.input_norm(read), normed], -1)[None]
         residual = normed if variant.norm_before_residual else hidden
-        at = torch.from_numpy(positions).to(device)[None]
-        rows = None if seen is None else torch.from_numpy(seen).to(device)
-        output = self.layers(Rows(residual[None], cache, self.rope, at, rows, entering=entering))[0][0]
+        sees = None if seen is None else torch.from_numpy(seen).to(device)
+        output = self.layers(Rows(residual[None], cache, self.rope, at, sees, entering=entering))[0][0]
         children = self.children(output[len(output) - last :], width, vocabulary)
         return self.norm(output) if variant.norm_output else output, children
 
@@ -215,7 +225,7 @@ class EagleDrafter:
         self.capture = model.capture
         self.vocab, self.context = model.target.shape.vocab, model.shape.context
         self.device = model.target.device
-        self.frontier_rows = width * max_depth
+        self.frontier_rows, self.own = width * max_depth, np.eye(width, dtype=bool)
         self.cache = model.cache(0)
 
     @torch.inference_mode()
@@ -240,29 +250,31 @@ class EagleDrafter:
     def root(self, tree: Tree) -> int:
         """Read the tokens committed since the last call, start the tree from the last row, and return their number."""
         self.vocabulary.add(self.tokens)
-        rows = len(self.tokens)
-        hidden, children = self.catch_up(torch.cat(self.features), self.tokens, 1)
+        rows, features = len(self.tokens), self.features
+        self.hidden, children = self.catch_up(
+            features[0] if len(features) == 1 else torch.cat(features), self.tokens, 1
+        )
         self.features, self.tokens = [], []
         tree.start(children)
-        self.hidden = hidden[-1:].expand(self.width, -1)  # what the frontier nodes read: their parent's output
-        self.lineage = np.eye(self.width, dtype=bool)  # which frontier rows each frontier node sees
+        self.rows = np.full(self.width, rows - 1)  # which outputs the frontier nodes read: those of their parents
+        self.lineage = self.own  # which frontier rows each frontier node sees
         return rows
 
     @torch.inference_mode()
     def expand(self, tree: Tree) -> int:
         """Grow the tree by one forward over the frontier, after the rows of earlier levels; return its rows."""
-        committed, earlier = self.cache.length, self.lineage.shape[1] - self.width
-        positions = np.full(self.width, committed + earlier // self.width)
-        self.cache.length += earlier  # frontier rows of earlier levels, for this forward only
+        cache, committed, width = self.cache, self.cache.length, self.width
+        earlier = self.lineage.shape[1] - width
+        positions = np.full(width, committed + earlier // width)
+        cache.length += earlier  # frontier rows of earlier levels, for this forward only
         tokens = tree.tokens[tree.frontier]
-        output, children = self.model.step(
-            self.hidden, tokens, positions, self.cache, self.vocabulary, self.width, self.width, self.lineage
+        self.hidden, children = self.model.step(
+            self.hidden, tokens, positions, cache, self.vocabulary, width, width, self.lineage, self.rows
         )
-        self.cache.length = committed
-        parents = tree.grow(children)
-        self.hidden = output[torch.from_numpy(parents).to(self.device)]
-        self.lineage = np.concatenate([self.lineage[parents], np.eye(self.width, dtype=bool)], axis=1)
-        return self.width
+        cache.length = committed
+        self.rows = tree.grow(children)
+        self.lineage = np.concatenate((self.lineage[self.rows], self.own), axis=1)
+        return width
 
     def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
         """Commit rows for positions of the text to the cache.
@@ -275,9 +287,6 @@ class EagleDrafter:
         Returns:
             As of ``EagleModel.step``.
         """
-        n, length = len(features), self.cache.length
-        hidden = self.model.fuse(features)
-        positions = np.arange(length, length + n)
-        step = self.model.step(hidden, np.array(tokens), positions, self.cache, self.vocabulary, self.width, last)
-        self.cache.length += n
+        step = self.model.step(features, tokens, None, self.cache, self.vocabulary, self.width, last, fuses=True)
+        self.cache.length += len(tokens)
         return step

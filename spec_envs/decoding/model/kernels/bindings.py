@@ -79,12 +79,17 @@ class CText(Structure):
     ]
 
 
+class CFusion(Structure):
+    _fields_ = [("product", CMatrix), ("norms", POINTER(c_void_p)), ("states", c_int64), ("joined", c_void_p)]
+
+
 class CDrafter(Structure):
     _fields_ = [
         ("layers", POINTER(CLayer)),
         ("count", c_int64),
         ("embedding", CEmbedding),
         *((name, c_void_p) for name in ("input_norm", "hidden_norm", "norm")),
+        ("fusion", CFusion),
         ("tables", CTables),
         ("head", CMatrix),
         ("outputs", c_int64),
@@ -111,19 +116,9 @@ def library() -> ctypes.CDLL:
         found.most_probable.argtypes = [*logits, number, number, pointer, pointer, pointer, number]
         rows = [pointer, pointer, POINTER(CCache), number, pointer, POINTER(CTables), pointer, number, pointer, pointer]
         found.forward.argtypes = [POINTER(CLayer), number, number, *rows, POINTER(CAdded), number]
-        rows = [pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
-        found.draft.argtypes = [
-            POINTER(CDrafter),
-            *rows,
-            number,
-            pointer,
-            number,
-            number,
-            pointer,
-            pointer,
-            pointer,
-            number,
-        ]
+        rows = [pointer, number, pointer, number, pointer, pointer, number, pointer, POINTER(CCache), pointer, number]
+        best = [number, pointer, number, number, pointer, pointer, pointer, number]
+        found.draft.argtypes = [POINTER(CDrafter), *rows, *best]
         found.read_rows.argtypes = [POINTER(CText), number, number, number, POINTER(CAdded), number]
         found.keep_rows.argtypes = [POINTER(CText), number, pointer]
         found.read_all.argtypes = [pointer, number, number]

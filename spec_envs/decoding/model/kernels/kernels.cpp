@@ -426,39 +426,81 @@ void most_probable(const float* a, int64_t a_width, int64_t a_stride, const floa
 
 #include "target.h"
 
+struct Fusion {  // from some of the target's states to a row of an EAGLE-3 head
+    Matrix product;
+    const float* const* norms;  // of each state, or null
+    int64_t states;
+    const float* joined;  // norm of all of them side by side, or null
+};
+
 struct Drafter {  // an EAGLE-3 head, or a language model if input_norm is null
     const Layer* layers;
     int64_t count;
     Embedding embedding;
     const float *input_norm, *hidden_norm, *norm;
+    Fusion fusion;
     Tables tables;
     Matrix head;
     int64_t outputs;  // number of the head's first outputs that can be drafted
 };
 
-// Run one forward of a drafter on rows [count][hidden], in place. A row of an EAGLE-3 head is a state and the token
-// after it; a row of a language model is made from its token alone. Then find the `width` most probable next tokens and
-// the entropy of each of the last `last` rows, over the head's outputs and `extras` further rows. Return as `forward`.
-int draft(const Drafter* d, float* hidden, const int64_t* tokens, int64_t count, const int64_t* positions,
-          const Cache* cache, const uint8_t* seen, int64_t named, int64_t last, const float* extra, int64_t extras,
-          int64_t width, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
+// Write the rows [count][hidden] that an EAGLE-3 head makes of the target's states [count][states * width].
+int fuse(const Drafter* d, const float* states, int64_t count, float* out, int64_t threads) {
+    const Fusion& f = d->fusion;
+    const int64_t inputs = f.product.inputs, outputs = f.product.outputs, stride = f.product.columns() * COLUMNS;
+    const float eps = d->layers->eps;
+    std::vector<float> normed, fused;
+    const auto reserve = [&] { return normed.resize(f.norms ? count * inputs : 0), fused.resize(count * stride), DONE; };
+    if (guarded(reserve)) return NO_MEMORY;
+    const int64_t width = f.norms ? inputs / f.states : 0;
+    for (int64_t i = 0; f.norms && i < count * f.states; i++)
+        normalise(states + i * width, f.norms[i % f.states], width, eps, normed.data() + i * width);
+    const float* read = f.norms ? normed.data() : states;
+    if (linear(&f.product, read, count, f.joined, eps, fused.data(), stride, threads)) return NO_MEMORY;
+    for (int64_t r = 0; r < count; r++) std::copy_n(fused.data() + r * stride, outputs, out + r * outputs);
+    return DONE;
+}
+
+// Run one forward of a drafter on new rows; the last layer's outputs are written to hidden [count][size]. A row of a
+// language model is made from its token alone. A row of an EAGLE-3 head is a token and a state before it: row `from[r]`
+// of read [available][size], or row r if `from` is null; or the fusion of row r of read, if `fuses`. Positions follow
+// the committed ones if they are null. Then find the `width` most probable next tokens and the entropy of each of the
+// last `last` rows, over the head's outputs and `extras` further rows. Return as `forward`.
+int draft(const Drafter* d, const float* read, int64_t available, const int64_t* from, int64_t fuses, float* hidden,
+          const int64_t* tokens, int64_t count, const int64_t* positions, const Cache* cache, const uint8_t* seen,
+          int64_t named, int64_t last, const float* extra, int64_t extras, int64_t width, int64_t* index,
+          float* log_probability, float* entropy, int64_t threads) {
     const int64_t size = d->layers->hidden;
     const float eps = d->layers->eps;
     if (!d->embedding.has(tokens, count)) return NO_ROOM;
     const int64_t stride_in = d->input_norm ? 2 * size : size, stride = d->head.columns() * COLUMNS;
     std::vector<float> entering, logits, others, normed;
+    std::vector<int64_t> following;
     const auto reserve = [&] {
         entering.resize(d->input_norm ? count * stride_in : 0);
         logits.resize(last * stride), others.resize(last * extras), normed.resize(size);
+        if (positions) return DONE;
+        following.resize(count);
+        for (int64_t r = 0; r < count; r++) following[r] = cache->length + r;
+        positions = following.data();
         return DONE;
     };
     if (guarded(reserve)) return NO_MEMORY;
+    if (d->input_norm && fuses) {
+        if (available < count) return NO_ROOM;
+        if (fuse(d, read, count, hidden, threads)) return NO_MEMORY;
+    }
     for (int64_t r = 0; r < count; r++) {
-        float* row = d->input_norm ? entering.data() + r * stride_in : hidden + r * size;
+        float *row = d->input_norm ? entering.data() + r * stride_in : hidden + r * size, *state = hidden + r * size;
         d->embedding.read(tokens[r], size, row);
         if (!d->input_norm) continue;
+        if (!fuses) {
+            const int64_t source = from ? from[r] : r;
+            if (source < 0 || source >= available) return NO_ROOM;
+            std::copy_n(read + source * size, size, state);
+        }
         normalise(row, d->input_norm, size, eps, row);
-        normalise(hidden + r * size, d->hidden_norm, size, eps, row + size);
+        normalise(state, d->hidden_norm, size, eps, row + size);
     }
     if (const int status = forward(d->layers, 0, d->count, hidden, d->input_norm ? entering.data() : nullptr, cache, count,
                                    positions, &d->tables, seen, named, nullptr, nullptr, nullptr, threads))
