@@ -11,7 +11,7 @@ from tests.support.models.builds import BUILDS, COMPILER
 
 @pytest.fixture(params=["as built", *BUILDS])
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the kernels as built for this machine, or a build for processors with fewer instructions."""
+    """Use the kernels as built for this machine, or a build for other processors."""
     if request.param in BUILDS:
         flags, expected = BUILDS[request.param]
         library = building.built(COMPILER, flags)

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from spec_envs.decoding.model import int8, layers
+from spec_envs.decoding.model import int8, kernels, layers
 from spec_envs.decoding.model.batch import generate_batch, read_batch
 from spec_envs.decoding.model.cache import KVCache
+from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support import ROOT as REPOSITORY
-from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
 from tests.support.models.forwards import text_logits
 from tests.support.models.pairs import CONFIGS, SHAPE, pair
 from tests.support.models.quantised import Quantised, eagle_layer
@@ -44,6 +45,22 @@ def test_product_equals_quantised_reference(build: None) -> None:
     assert (expected - (x @ weight.T + bias)).norm() < 0.02 * (x @ weight.T).norm()
     assert torch.equal(product.argmax(x), product(x).argmax(-1))
     assert not product(torch.zeros(2, 80)).sub(bias).any()
+
+
+def test_builds_for_all_processors_give_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator) for size in ((150, 80), (64, 192), (33, 1024))]
+    counts = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 25, 32, 33, 48, 64, 65, 150]
+    rows = [torch.randn(max(counts), weight.shape[1], generator=generator) for weight in weights]
+    found = {}
+    for name, (flags, _) in BUILDS.items():
+        library = building.built(COMPILER, flags)
+        monkeypatch.setattr(kernels, "library", lambda library=library: library)
+        products = [int8.Linear(weight) for weight in weights]
+        found[name] = [product(x[:count]) for product, x in zip(products, rows, strict=True) for count in counts]
+    for name, outputs in found.items():
+        for ours, theirs in zip(outputs, found["portable"], strict=True):
+            assert torch.equal(ours, theirs), (name, list(ours.shape))
 
 
 def test_norms_and_most_probable_equal_torch(build: None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -14,19 +13,17 @@ from hypothesis import settings
 
 from spec_envs.decoding.model.kernels import building
 from tests.support import ROOT
-from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.builds import EMULATED_TILES, WITHOUT_KERNELS, WITHOUT_TILES, X86
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
 
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-X86 = platform.machine() == "x86_64"
-VECTORS = (
-    ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
-)  # the sanitizer does not see what tiles read
+VECTORS = WITHOUT_TILES  # the sanitizer does not see what tiles read, unless they are emulated
 BUILDS = {"vectors": VECTORS}
 if X86:
     BUILDS |= {"short vectors": (*VECTORS, "-mno-avx512f"), "portable": (*VECTORS, "-mno-avx2")}
+    BUILDS |= {"tiles": (*VECTORS, *EMULATED_TILES)}
 
 
 def runtimes(compiler: building.Command) -> list[Path]:
