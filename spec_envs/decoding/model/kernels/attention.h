@@ -1,243 +1,544 @@
-// Attention over the cache. A row's result is the same to the last bit alone, in a tree or in a batch.
+// Attention over the cache. A row's result is the same to the last bit alone, in a tree or in a batch, and on any
+// number of threads.
 //
-// Sixteen queries at a time are in the lanes of a vector. Every score is a separate dot product. Sums over the keys are
-// made one key after another, so masked keys in between (which add an exact zero) change nothing.
+// The keys that a row sees are counted in order, whatever lies between them: the first CHUNK are its chunk 0, and so
+// on. Chunks are computed apart, so that threads can share a row, and merged one after another (Flash-Decoding; Dao et
+// al., 2023). Within a chunk,
+// - a score is a sum over the dimensions in order; sixteen keys are in the lanes of a vector,
+// - weights are whole numbers, so that their sum is exact in any order,
+// - weighted values are added one key after another; keys that a row does not see add an exact zero.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <cfloat>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "matrix.h"
 
-constexpr int KEYS = 64;  // keys scored at a time; the capacity of a cache is a multiple
+constexpr int CHUNK = 128;
+constexpr int QUERIES = 48;      // queries of a head of keys that are computed together; a multiple of 16
+constexpr float UNIT = 1 << 23;  // weight of the key with a chunk's largest score; sums of CHUNK of them fit 31 bits
 
-// The keys that new rows see: all earlier ones after the padding, and some of the last `last` columns.
+// Vectors of the processor's own size, and how many queries, tiles of 16 keys (in scores) and pairs of 16 dimensions
+// (in sums of values) fit its registers.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, DOT_QUERIES = 6, DOT_TILES = 4, SUM_QUERIES = 6, SUM_PAIRS = 2;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, DOT_QUERIES = 4, DOT_TILES = 1, SUM_QUERIES = 2, SUM_PAIRS = 1;
+#else
+constexpr int WIDTH = 4, DOT_QUERIES = 2, DOT_TILES = 1, SUM_QUERIES = 2, SUM_PAIRS = 1;
+#endif
+constexpr int PARTS = LANES / WIDTH;
+typedef float Native __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t NativeInts __attribute__((vector_size(4 * WIDTH)));
+
+#ifdef __AVX512BF16__
+typedef uint16_t Number;  // of a query: bfloat16
+#else
+typedef float Number;  // of a query, rounded to bfloat16
+#endif
+
+// Calls f(0), …, f(COUNT - 1) with constants, so that arrays they index stay in registers.
+template <class F, int... I>
+__attribute__((always_inline)) inline void unrolled(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+
+template <int COUNT, class F>
+__attribute__((always_inline)) inline void unrolled(F f) {
+    unrolled(std::make_integer_sequence<int, COUNT>(), f);
+}
+
+#define UNROLLED(i) [&](auto i) __attribute__((always_inline))
+
+template <class V>
+inline V loaded(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+struct Sequence {     // one of a batch
+    int64_t place;    // of its keys in the layer's, and of its values
+    int64_t padding;  // first columns, which no row sees
+    int64_t written;  // columns, the new ones last
+};
+
+// The columns that new rows see: all after the padding, but only some of the last ones.
 struct Visibility {
-    int64_t count, last;  // new rows of a sequence; columns that not all of them see
-    int64_t heads_per_key;
-    int blocks;                   // number of blocks of 16 queries
-    std::vector<uint16_t> lanes;  // [blocks][last]: bits of the block's queries that see the key; empty if causal
+    int64_t count = 0, last = 0;   // new rows of a sequence; columns that not all of them see
+    int64_t most = 0;              // of the last columns that a row sees
+    std::vector<int64_t> columns;  // [count][last], those of the last columns that a row sees, in order
+    std::vector<int64_t> seen;     // [count], their number; empty if a row sees the new rows up to itself
+    std::vector<uint64_t> bits;    // [count][words], 1 for each of the last columns that a row sees
 
-    // `seen` [count][named], or null: every row sees the new rows up to itself.
-    Visibility(const uint8_t* seen, int64_t count, int64_t named, int64_t heads_per_key)
-        : count(count), last(seen ? named : count), heads_per_key(heads_per_key),
-          blocks((count * heads_per_key + LANES - 1) / LANES) {
-        if (!seen) return;
-        lanes.assign(blocks * last, 0);
-        for (int64_t query = 0; query < count * heads_per_key; query++) {
-            const int64_t row = query / heads_per_key;
-            uint16_t* out = lanes.data() + query / LANES * last;
-            const uint16_t lane = 1 << query % LANES;
-            for (int64_t j = 0; j < last; j++)
-                if (seen[row * last + j]) out[j] |= lane;
+    // `shown` [count][named], or null: every row sees the new rows up to itself.
+    void set(const uint8_t* shown, int64_t rows, int64_t named) {
+        count = rows, last = shown ? named : rows, most = shown ? 0 : rows;
+        columns.assign(shown ? count * last : 0, 0);
+        seen.assign(shown ? count : 0, 0);
+        bits.assign(shown ? count * words() : 0, 0);
+        for (int64_t i = 0; i < int64_t(columns.size()); i++) {
+            if (!shown[i]) continue;
+            const int64_t row = i / last, column = i % last;
+            columns[row * last + seen[row]++] = column;
+            bits[row * words() + column / 64] |= uint64_t(1) << column % 64;
+            most = std::max(most, seen[row]);
         }
     }
 
-    int queries(int block) const { return std::min<int64_t>(LANES, count * heads_per_key - int64_t(block) * LANES); }
+    int64_t words() const { return last / 64 + 2; }
 
-    // Bits of the queries of a block that see column `j` of the last ones.
-    int at(int block, int64_t j) const {
-        if (!lanes.empty()) return lanes[block * last + j];
-        const int64_t before = j * heads_per_key - int64_t(block) * LANES;  // queries of rows before the key's
-        return before >= LANES ? 0 : ((1 << queries(block)) - 1) & ~((1 << std::max<int64_t>(before, 0)) - 1);
+    // Number of keys before the last columns: all rows see them.
+    int64_t shared(const Sequence& s) const { return std::max<int64_t>(0, s.written - last - s.padding); }
+
+    int64_t chunks(const Sequence& s) const { return (shared(s) + most + CHUNK - 1) / CHUNK; }
+
+    // The column of a row's key `number`, from 0, or the one after its last key if it sees fewer.
+    int64_t column(const Sequence& s, int64_t row, int64_t number) const {
+        const int64_t base = s.written - last;
+        if (seen.empty()) return std::min(s.padding + number, base + row + 1);
+        if (number < shared(s)) return s.padding + number;
+        const int64_t *first = columns.data() + row * last, *end = first + seen[row];
+        const int64_t left = end - std::lower_bound(first, end, s.padding - base), index = number - shared(s);
+        if (index < left) return base + end[index - left];
+        return seen[row] ? base + end[-1] + 1 : base;
+    }
+
+    // Bits of the 16 columns from `at` on that a row sees, of those in [begin, end).
+    int lanes(const Sequence& s, int64_t row, int64_t at, int64_t begin, int64_t end) const {
+        const auto below = [](int64_t n) { return (1 << std::min<int64_t>(std::max<int64_t>(n, 0), LANES)) - 1; };
+        const int range = below(end - at) & ~below(begin - at);
+        const int64_t before = s.written - last - at;  // columns that all rows see
+        if (seen.empty() || before >= LANES || !range) return range;
+        const uint64_t* word = bits.data() + row * words();
+        if (before >= 0) return range & (int(word[0] << before) | below(before));
+        const int64_t offset = -before % 64;
+        word -= before / 64;
+        return range & int(word[0] >> offset | word[1] << 1 << (63 - offset));
     }
 };
 
-struct Scratch {
-    std::vector<float> scores;      // [keys][16 queries]
-    std::vector<uint32_t> queries;  // [head_dim / 2][16 queries]: two bfloat16
+// The outcome of a chunk, or of several that were merged, for up to QUERIES queries: their largest score, the sum of
+// weights, and the sum of weighted values. Of 32 dimensions the even ones come first, as bfloat16s are unpacked.
+struct Part {
+    float *top, *total, *values;
+
+    static int64_t size(int head_dim) { return int64_t(QUERIES + LANES) * 2 + int64_t(QUERIES) * head_dim; }
+
+    explicit Part(float* memory) : top(memory), total(top + QUERIES + LANES), values(total + QUERIES + LANES) {}
+
+    Part from(int query, int head_dim) const {
+        Part part = *this;
+        part.top += query, part.total += query, part.values += int64_t(query) * head_dim;
+        return part;
+    }
 };
 
-inline Ints lane_bits() {
-    Ints bits;
-    for (int i = 0; i < LANES; i++) bits[i] = 1 << i;
-    return bits;
+// Add the next chunk. A function of its own, so that all callers get the same instructions.
+__attribute__((noinline)) inline void merge(const Part& into, const Part& next, int queries, int head_dim) {
+    for (int q = 0; q < queries; q += LANES) {
+        float kept[LANES], added[LANES];
+        const Floats a = load(into.top + q), b = load(next.top + q), top = larger(a, b);
+        store(kept, power_of_two(a - top)), store(added, power_of_two(b - top));
+        const int here = std::min(LANES, queries - q);
+        for (int i = 0; i < here; i++) {
+            into.top[q + i] = top[i];
+            into.total[q + i] = into.total[q + i] * kept[i] + next.total[q + i] * added[i];
+            float* values = into.values + int64_t(q + i) * head_dim;
+            const float* more = next.values + int64_t(q + i) * head_dim;
+            for (int d = 0; d < head_dim; d += WIDTH) {
+                const Native both = loaded<Native>(values + d) * kept[i] + loaded<Native>(more + d) * added[i];
+                std::memcpy(values + d, &both, sizeof both);
+            }
+        }
+    }
 }
 
-// Query `lane` of a block, scaled, rounded to bfloat16 like the keys.
-inline void pack(const float* query, float scale, int head_dim, int lane, uint32_t* out) {
+struct Scratch {  // of a thread
+    std::vector<float> scores;     // [QUERIES][columns], then weights
+    std::vector<uint32_t> turned;  // [DOT_TILES][head_dim / 2][16]: two bfloat16
+    std::vector<Number> queries;   // [QUERIES][head_dim]
+    std::vector<float> parts;      // two
+    std::vector<int> lanes;        // [columns / 16]: bits of those that a row sees
+
+    // `spread`: columns between the first and the last of a chunk's keys that belong to other chunks or rows.
+    void reserve(int64_t spread, int head_dim) {
+        const size_t columns = (CHUNK + spread + 2 * LANES + 63) / 64 * 64;
+        if (scores.size() < QUERIES * columns) scores.resize(QUERIES * columns);
+        if (lanes.size() < columns / LANES) lanes.resize(columns / LANES);
+        turned.resize(DOT_TILES * head_dim / 2 * LANES);
+        queries.resize(QUERIES * head_dim);
+        parts.resize(2 * Part::size(head_dim));
+    }
+};
+
+// One query, scaled, and rounded to bfloat16 like the keys.
+inline void pack(const float* query, float scale, int head_dim, Number* out) {
     for (int d = 0; d < head_dim; d += LANES) {
-        uint32_t pairs[LANES / 2];
         const Ints rounded = rounded_bfloat16(load(query + d) * scale);
-        for (int i = 0; i < LANES / 2; i++) pairs[i] = uint32_t(rounded[2 * i]) | uint32_t(rounded[2 * i + 1]) << 16;
-        for (int i = 0; i < LANES / 2; i++) out[(d / 2 + i) * LANES + lane] = pairs[i];
+#ifdef __AVX512BF16__
+        const Halves halves = __builtin_convertvector(rounded, Halves);
+        std::memcpy(out + d, &halves, sizeof halves);
+#else
+        store(out + d, (Floats)(rounded << 16));
+#endif
     }
 }
 
-// Dot products of the queries with keys [begin rounded down, end rounded up to KEYS).
-inline void scores(const uint16_t* keys, int64_t begin, int64_t end, int head_dim, Scratch& s) {
+// A tile of sixteen keys, turned so that they are side by side: out [head_dim / 2][16] pairs of dimensions.
+inline void turn(const uint16_t* keys, int head_dim, uint32_t* out) {
+#if defined(__AVX512F__)
+    for (int d = 0; d < head_dim; d += 8, out += 4 * LANES) {  // four pairs
+        __m512i four[4];
+        for (int i = 0; i < 4; i++) {  // keys i, i + 4, i + 8 and i + 12
+            const auto at = [&](int quarter) {
+                return _mm_loadu_si128((const __m128i*)(keys + int64_t(4 * quarter + i) * head_dim + d));
+            };
+            four[i] = _mm512_castsi128_si512(at(0));
+            four[i] = _mm512_inserti32x4(four[i], at(1), 1);
+            four[i] = _mm512_inserti32x4(four[i], at(2), 2);
+            four[i] = _mm512_inserti32x4(four[i], at(3), 3);
+        }
+        const __m512i a = _mm512_unpacklo_epi32(four[0], four[1]), b = _mm512_unpackhi_epi32(four[0], four[1]);
+        const __m512i c = _mm512_unpacklo_epi32(four[2], four[3]), e = _mm512_unpackhi_epi32(four[2], four[3]);
+        _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, c));
+        _mm512_storeu_si512(out + LANES, _mm512_unpackhi_epi64(a, c));
+        _mm512_storeu_si512(out + 2 * LANES, _mm512_unpacklo_epi64(b, e));
+        _mm512_storeu_si512(out + 3 * LANES, _mm512_unpackhi_epi64(b, e));
+    }
+#elif defined(__AVX2__)
+    for (int half = 0; half < LANES; half += 8, keys += 8 * int64_t(head_dim), out += 8)
+        for (int d = 0; d < head_dim; d += 8) {
+            __m256i four[4];
+            for (int i = 0; i < 4; i++)
+                four[i] = _mm256_loadu2_m128i((const __m128i*)(keys + int64_t(4 + i) * head_dim + d),
+                                              (const __m128i*)(keys + int64_t(i) * head_dim + d));
+            const __m256i a = _mm256_unpacklo_epi32(four[0], four[1]), b = _mm256_unpackhi_epi32(four[0], four[1]);
+            const __m256i c = _mm256_unpacklo_epi32(four[2], four[3]), e = _mm256_unpackhi_epi32(four[2], four[3]);
+            __m256i* to = (__m256i*)(out + int64_t(d / 2) * LANES);
+            _mm256_storeu_si256(to, _mm256_unpacklo_epi64(a, c));
+            _mm256_storeu_si256(to + 2, _mm256_unpackhi_epi64(a, c));
+            _mm256_storeu_si256(to + 4, _mm256_unpacklo_epi64(b, e));
+            _mm256_storeu_si256(to + 6, _mm256_unpackhi_epi64(b, e));
+        }
+#else
+    for (int key = 0; key < LANES; key++)
+        for (int d = 0; d < head_dim; d += 2)
+            std::memcpy(out + d / 2 * LANES + key, keys + int64_t(key) * head_dim + d, 4);
+#endif
+}
+
+// Scores of queries and up to DOT_TILES tiles of keys. Also fetches the values, which are needed soon.
 #ifdef __AMX_BF16__
-    const int64_t row = head_dim * 2, tile = 16 * head_dim;
+inline void scores(const Number* queries, int count, const uint32_t* turned, int tiles, int head_dim,
+                   const uint16_t* values, float* out, int64_t stride) {
+    const int64_t tile = head_dim / 2 * LANES;
+    for (int line = 0; line < tiles * LANES * head_dim; line += 32) __builtin_prefetch(values + line);
     settle();
-    for (int64_t j = begin / KEYS * KEYS; j < end; j += KEYS) {
+    for (int q = 0; q < count; q += 16, queries += 16 * head_dim, out += 16 * stride) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
         for (int d = 0; d < head_dim; d += 32) {
-            const uint16_t* key = keys + j * head_dim + d;
-            _tile_loadd(4, s.queries.data() + d * 8, 64);
-            _tile_loadd(5, key, row);
-            _tile_dpbf16ps(0, 5, 4);
-            _tile_loadd(6, key + tile, row);
-            _tile_dpbf16ps(1, 6, 4);
-            _tile_loadd(5, key + 2 * tile, row);
-            _tile_dpbf16ps(2, 5, 4);
-            _tile_loadd(6, key + 3 * tile, row);
-            _tile_dpbf16ps(3, 6, 4);
+            const uint32_t* keys = turned + d / 2 * LANES;
+            _tile_loadd(4, queries + d, head_dim * 2);
+            _tile_loadd(5, keys, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, keys + tile, 64);
+            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(5, keys + 2 * tile, 64);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(6, keys + 3 * tile, 64);
+            _tile_dpbf16ps(3, 4, 6);
         }
-        float* out = s.scores.data() + j * LANES;
-        _tile_stored(0, out, 64);
-        _tile_stored(1, out + 256, 64);
-        _tile_stored(2, out + 512, 64);
-        _tile_stored(3, out + 768, 64);
+        _tile_stored(0, out, stride * 4);
+        _tile_stored(1, out + LANES, stride * 4);
+        _tile_stored(2, out + 2 * LANES, stride * 4);
+        _tile_stored(3, out + 3 * LANES, stride * 4);
     }
     settle();
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-    // Four keys at a time in vectors of this processor's size, each with separate sums.
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    for (int64_t j = begin; j < end; j += 4) {
-        const uint16_t* key[4];
-        for (int i = 0; i < 4; i++) key[i] = keys + std::min(j + i, end - 1) * head_dim;
-        __m256 dot[4][2] = {};
-        for (int d = 0; d < head_dim; d += 2)
-            for (int half = 0; half < 2; half++) {
-                const __m256i pair = _mm256_loadu_si256((const __m256i*)(s.queries.data() + d * 8) + half);
-                const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-                const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
-                for (int i = 0; i < 4; i++) {
-                    dot[i][half] = _mm256_fmadd_ps(even, _mm256_set1_ps(widened(key[i][d])), dot[i][half]);
-                    dot[i][half] = _mm256_fmadd_ps(odd, _mm256_set1_ps(widened(key[i][d + 1])), dot[i][half]);
-                }
-            }
-        for (int i = 0; i < 4 && j + i < end; i++)
-            for (int half = 0; half < 2; half++)
-                _mm256_storeu_ps(s.scores.data() + (j + i) * LANES + 8 * half, dot[i][half]);
-    }
+}
 #else
-    for (int64_t j = begin; j < end; j++) {
-        Floats dot = {};
-        for (int d = 0; d < head_dim; d += 2) {
-            Ints pair;
-            std::memcpy(&pair, s.queries.data() + d * 8, sizeof pair);
-            dot += (Floats)(pair << 16) * widened(keys[j * head_dim + d]);
-            dot += (Floats)(pair & int(0xffff0000)) * widened(keys[j * head_dim + d + 1]);
-        }
-        store(s.scores.data() + j * LANES, dot);
-    }
-#endif
-}
-
-// Sums over the keys of weights[key][query] * values[key] for some queries and PAIRS * 32 dimensions. The even ones of
-// 32 are in one vector, the odd ones in the next, as they are in pairs of bfloat16.
-template <int QUERIES, int PAIRS>
-inline void weigh(const float* weights, const uint16_t* values, int64_t begin, int64_t end, int head_dim,
-                  Floats* out) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    for (int q = 0; q < QUERIES; q += 2)  // as many sums as registers have room for
-        for (int pair = 0; pair < PAIRS; pair++) {
-            __m256 sums[2][2][2] = {};  // query, even or odd, half
-            for (int64_t j = begin; j < end; j++) {
-                const __m256i* two = (const __m256i*)(values + j * head_dim + pair * 2 * LANES);
-                const __m256 weight[2] = {_mm256_set1_ps(weights[j * LANES + q]),
-                                          _mm256_set1_ps(weights[j * LANES + q + 1])};
-                for (int half = 0; half < 2; half++) {
-                    const __m256i both = _mm256_loadu_si256(two + half);
-                    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-                    const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(both, high));
-                    for (int i = 0; i < 2; i++) {
-                        sums[i][0][half] = _mm256_fmadd_ps(weight[i], even, sums[i][0][half]);
-                        sums[i][1][half] = _mm256_fmadd_ps(weight[i], odd, sums[i][1][half]);
-                    }
-                }
-            }
-            for (int i = 0; i < 2; i++)
-                for (int odd = 0; odd < 2; odd++)
-                    for (int half = 0; half < 2; half++)
-                        _mm256_storeu_ps((float*)(out + (q + i) * 2 * PAIRS + 2 * pair + odd) + 8 * half,
-                                         sums[i][odd][half]);
-        }
+template <int COUNT, int TILES>
+void dots(const Number* queries, const uint32_t* turned, int head_dim, const uint16_t* values, float* out,
+          int64_t stride) {
+    constexpr int VECTORS = TILES * PARTS;
+    const int64_t tile = head_dim / 2 * LANES;
+    Native dot[COUNT * VECTORS] = {};
+    for (int d = 0; d < head_dim; d += 2, turned += LANES) {
+        for (int i = 0; i < TILES; i++, values += 32) __builtin_prefetch(values);
+        NativeInts pair[VECTORS];
+        unrolled<VECTORS>(UNROLLED(i) {
+            pair[i] = loaded<NativeInts>(turned + i / PARTS * tile + i % PARTS * WIDTH);
+        });
+#ifdef __AVX512BF16__
+        unrolled<COUNT>(UNROLLED(q) {
+            const __m512i query = _mm512_set1_epi32(loaded<int32_t>(queries + q * head_dim + d));
+            unrolled<VECTORS>(UNROLLED(i) {
+                Native& sum = dot[q * VECTORS + i];
+                sum = (Native)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)pair[i]);
+            });
+        });
 #else
-    Floats sums[QUERIES][2 * PAIRS] = {};
-    for (int64_t j = begin; j < end; j++) {
-        Floats value[2 * PAIRS];
-        for (int d = 0; d < PAIRS; d++) {
-            Ints two;
-            std::memcpy(&two, values + j * head_dim + d * 2 * LANES, sizeof two);
-            value[2 * d] = (Floats)(two << 16);
-            value[2 * d + 1] = (Floats)(two & int(0xffff0000));
-        }
-        for (int q = 0; q < QUERIES; q++) {
-            const Floats w = all(weights[j * LANES + q]);
-            for (int d = 0; d < 2 * PAIRS; d++) sums[q][d] += w * value[d];
-        }
-    }
-    std::memcpy(out, sums, sizeof sums);
+        Native even[VECTORS], odd[VECTORS];
+        unrolled<VECTORS>(UNROLLED(i) {
+            even[i] = (Native)(pair[i] << 16), odd[i] = (Native)(pair[i] & int(0xffff0000));
+        });
+        unrolled<COUNT>(UNROLLED(q) {
+            const float* query = queries + q * head_dim + d;
+            const Native first = query[0] - Native{}, second = query[1] - Native{};
+            unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += first * even[i]; });
+            unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += second * odd[i]; });
+        });
 #endif
+    }
+    unrolled<COUNT * VECTORS>(UNROLLED(i) {
+        std::memcpy(out + i / VECTORS * stride + i % VECTORS * WIDTH, &dot[i], sizeof(Native));
+    });
 }
 
-// Attention of block `block` of the queries of one head of keys; call within the scope of a Tiles.
-//
-// queries and out: rows of `stride` and `out_stride` floats; query i belongs to row i / heads_per_key.
-// keys and values: `written` rows, the new ones last; no query sees the first `padding`.
-inline void attend(const float* queries, int64_t stride, const uint16_t* keys, const uint16_t* values,
-                   int64_t padding, int64_t written, const Visibility& visible, int block, int heads_per_key,
-                   int head_dim, float* out, int64_t out_stride, Scratch& s) {
-    const int here = visible.queries(block);
-    const int64_t base = written - visible.last;
-    int64_t end = written;
-    while (end > base && visible.at(block, end - 1 - base) == 0) end--;
-    const int64_t begin = std::min(padding, end);
-
-    if (s.scores.size() < size_t(written + KEYS) * LANES) s.scores.resize((written + KEYS) * LANES);
-    s.queries.assign(head_dim / 2 * LANES, 0);
-    const auto at = [&](int query, int64_t stride) {
-        const int64_t i = int64_t(block) * LANES + query;
-        return i / heads_per_key * stride + i % heads_per_key * head_dim;
-    };
-    const float scale = LOG2_E / std::sqrt(float(head_dim));
-    for (int q = 0; q < here; q++) pack(queries + at(q, stride), scale, head_dim, q, s.queries.data());
-    scores(keys, begin, end, head_dim, s);
-
-    // Softmax over the keys: all queries see those before `base`, some see the later ones.
-    const Ints bits = lane_bits();
-    const auto sees = [&](int64_t j) { return (bits & visible.at(block, j - base)) != 0; };
-    float* row = s.scores.data();
-    Floats top = all(-INFINITY), total = {};
-    int64_t j = begin;
-    for (; j < std::min(base, end); j++) top = larger(top, load(row + j * LANES));
-    for (; j < end; j++) top = sees(j) ? larger(top, load(row + j * LANES)) : top;
-    for (j = begin; j < std::min(base, end); j++) {
-        const Floats weight = power_of_two(load(row + j * LANES) - top);
-        store(row + j * LANES, weight);
-        total += weight;
-    }
-    for (; j < end; j++) {
-        const Floats weight = sees(j) ? power_of_two(load(row + j * LANES) - top) : Floats{};
-        store(row + j * LANES, weight);
-        total += weight;
-    }
-    const float* weights = s.scores.data();
-    const auto write = [&](int q, int count, int d, int pairs, const Floats* sums) {
-        for (int i = 0; i < count && q + i < here; i++) {
-            const float inverse = total[q + i] > 0 ? 1 / total[q + i] : 0;
-            for (int pair = 0; pair < pairs; pair++, sums += 2) {
-                float* p = out + at(q + i, out_stride) + d + pair * 2 * LANES;
-                for (int lane = 0; lane < LANES; lane++)
-                    p[2 * lane] = sums[0][lane] * inverse, p[2 * lane + 1] = sums[1][lane] * inverse;
-            }
-        }
-    };
-    Floats sums[16];
-    if (here <= 4 && head_dim % 64 == 0)
-        for (int d = 0; d < head_dim; d += 64) {
-            weigh<4, 2>(weights, values + d, begin, end, head_dim, sums);
-            write(0, 4, d, 2, sums);
-        }
-    else
-        for (int q = 0; q < here; q += 8)
-            for (int d = 0; d < head_dim; d += 32) {
-                weigh<8, 1>(weights + q, values + d, begin, end, head_dim, sums);
-                write(q, 8, d, 1, sums);
-            }
+template <int... I>
+constexpr auto all_dots(std::integer_sequence<int, I...>) {
+    return std::array{dots<I / DOT_TILES + 1, I % DOT_TILES + 1>...};
 }
+
+constexpr auto DOTS_OF = all_dots(std::make_integer_sequence<int, DOT_QUERIES * DOT_TILES>());
+
+inline void scores(const Number* queries, int count, const uint32_t* turned, int tiles, int head_dim,
+                   const uint16_t* values, float* out, int64_t stride) {
+    for (int q = 0; q < count; q += DOT_QUERIES)
+        DOTS_OF[(std::min(DOT_QUERIES, count - q) - 1) * DOT_TILES + tiles - 1](
+            queries + q * head_dim, turned, head_dim, values, out + q * stride, stride);
+}
+#endif
+
+// Sums over the keys of weights[query][key] * values[key], for COUNT queries and PAIRS * 32 dimensions. Also fetches
+// `ahead`, the keys of the next chunk.
+template <int COUNT, int PAIRS>
+void sums(const float* weights, int64_t stride, const uint16_t* values, int64_t keys, int head_dim,
+          const uint16_t* ahead, float* out) {
+    constexpr int LOADS = PAIRS * PARTS, VECTORS = 2 * LOADS;
+    Native sum[COUNT * VECTORS] = {};
+    for (int64_t j = 0; j < keys; j++, values += head_dim, ahead += head_dim) {
+        for (int i = 0; i < PAIRS; i++) __builtin_prefetch(ahead + 32 * i);
+        unrolled<LOADS>(UNROLLED(i) {
+            const NativeInts pair = loaded<NativeInts>(values + i * 2 * WIDTH);
+            const Native even = (Native)(pair << 16), odd = (Native)(pair & int(0xffff0000));
+            unrolled<COUNT>(UNROLLED(q) {
+                const Native weight = weights[q * stride + j] - Native{};
+                sum[q * VECTORS + 2 * i] += weight * even;
+                sum[q * VECTORS + 2 * i + 1] += weight * odd;
+            });
+        });
+    }
+    unrolled<COUNT * LOADS>(UNROLLED(i) {
+        float* to = out + i / LOADS * head_dim + i % LOADS / PARTS * 2 * LANES + i % PARTS * WIDTH;
+        std::memcpy(to, &sum[2 * i], sizeof(Native));
+        std::memcpy(to + LANES, &sum[2 * i + 1], sizeof(Native));
+    });
+}
+
+template <int... I>
+constexpr auto all_sums(std::integer_sequence<int, I...>) {
+    return std::array{sums<I / SUM_PAIRS + 1, I % SUM_PAIRS + 1>...};
+}
+
+constexpr auto SUMS_OF = all_sums(std::make_integer_sequence<int, SUM_QUERIES * SUM_PAIRS>());
+
+inline void weigh(const float* weights, int count, int64_t stride, const uint16_t* values, int64_t keys, int head_dim,
+                  const uint16_t* ahead, float* out) {
+    for (int q = 0; q < count; q += SUM_QUERIES)
+        for (int d = 0, pairs; d < head_dim; d += pairs * 2 * LANES) {
+            pairs = std::min(SUM_PAIRS, (head_dim - d) / (2 * LANES));
+            SUMS_OF[(std::min(SUM_QUERIES, count - q) - 1) * SUM_PAIRS + pairs - 1](
+                weights + q * stride, stride, values + d, keys, head_dim, ahead + d, out + q * head_dim + d);
+        }
+}
+
+// Scores of one query to weights, where it sees the key; returns the largest score and the sum of the weights.
+inline std::pair<float, float> softmax(float* scores, const int* lanes, int tiles) {
+    NativeInts bits;
+    for (int i = 0; i < WIDTH; i++) bits[i] = 1 << i;
+    Native top = -FLT_MAX - Native{};
+    for (int i = 0; i < tiles * PARTS; i++) {
+        Native score = loaded<Native>(scores + i * WIDTH);
+        if (const int here = lanes[i / PARTS]; here != (1 << LANES) - 1) {
+            score = (bits & (here >> i % PARTS * WIDTH)) != 0 ? score : -INFINITY - Native{};
+            std::memcpy(scores + i * WIDTH, &score, sizeof score);
+        }
+        top = larger(top, score);
+    }
+    float peak = top[0];
+    for (int i = 1; i < WIDTH; i++) peak = std::max(peak, top[i]);
+    NativeInts total = {};
+    for (int i = 0; i < tiles * PARTS; i++) {
+        const Native weight = power_of_two(loaded<Native>(scores + i * WIDTH) - peak) * UNIT;
+        const NativeInts whole = __builtin_convertvector(weight, NativeInts);
+        const Native rounded = __builtin_convertvector(whole, Native);
+        std::memcpy(scores + i * WIDTH, &rounded, sizeof rounded);
+        total += whole;
+    }
+    int sum = 0;
+    for (int i = 0; i < WIDTH; i++) sum += total[i];
+    return {peak, float(sum)};
+}
+
+// Attention of new rows to the keys and values of their sequences, for one layer after another.
+class Attention {
+    struct Block {  // up to QUERIES queries of one head of keys; query i belongs to row i / group
+        const Sequence& sequence;
+        int64_t entry, head, first;  // of the batch; of keys; query
+        int count;
+        int64_t place;  // of the head's keys in the layer's
+    };
+
+    std::vector<Sequence> sequences;
+    Visibility visible;
+    int64_t group, kv_heads, head_stride;  // heads of queries per head of keys; from one head of keys to the next
+    int head_dim;
+    int64_t blocks, chunks, tasks;  // of a head of keys; of a block, at most; of a layer
+    std::vector<float> parts;       // of every task if it is a chunk
+    std::vector<Scratch> scratch;   // of every thread
+
+    Part part(int64_t task) { return Part(parts.data() + task * Part::size(head_dim)); }
+
+    Block block_of(int64_t task) const {
+        const int64_t i = whole ? task : task / chunks, head = i / blocks % kv_heads, entry = i / blocks / kv_heads;
+        const int64_t first = i % blocks * QUERIES, left = visible.count * group - first;
+        const Sequence& sequence = sequences[entry];
+        const int64_t place = sequence.place + head * head_stride;
+        return {sequence, entry, head, first, int(std::min<int64_t>(QUERIES, left)), place};
+    }
+
+    int64_t first_key(const Block& block, int64_t chunk) const {
+        const Sequence& s = block.sequence;
+        return block.place + std::min(s.padding + chunk * CHUNK, s.written) * head_dim;
+    }
+
+    // Where query `i` of a head of keys is in rows of `stride` numbers.
+    int64_t query(const Block& block, int64_t i, int64_t stride) const {
+        return (block.entry * visible.count + i / group) * stride + (block.head * group + i % group) * head_dim;
+    }
+
+    void write(const Part& part, float* out) const {
+        const float inverse = *part.total > 0 ? 1 / *part.total : 0;
+        for (int d = 0; d < head_dim; d += 2 * LANES)
+            for (int i = 0; i < LANES; i++) {
+                out[d + 2 * i] = part.values[d + i] * inverse;
+                out[d + 2 * i + 1] = part.values[d + LANES + i] * inverse;
+            }
+    }
+
+    // Compute a chunk of a block. `ahead` are the keys that are needed next.
+    void compute(const Block& block, int64_t chunk, const uint16_t* keys, const uint16_t* values,
+                 const uint16_t* ahead, Scratch& s, const Part& out) const {
+        int64_t begin = block.sequence.written, end = 0, from = 0, to = 0;
+        const auto find = [&](int64_t row) {
+            from = visible.column(block.sequence, row, chunk * CHUNK);
+            to = visible.column(block.sequence, row, (chunk + 1) * CHUNK);
+        };
+        for (int64_t row = block.first / group; row <= (block.first + block.count - 1) / group; row++) {
+            find(row);
+            if (from < to) begin = std::min(begin, from), end = std::max(end, to);
+        }
+        if (begin >= end) {
+            std::fill_n(out.top, block.count, -FLT_MAX);
+            std::fill_n(out.total, block.count, 0.0f);
+            std::fill_n(out.values, block.count * head_dim, 0.0f);
+            return;
+        }
+        const int64_t first = begin / LANES * LANES;
+        const int tiles = (end - first + LANES - 1) / LANES, stride = (tiles * LANES + 63) / 64 * 64;
+        for (int t = 0; t < tiles; t += DOT_TILES) {
+            const int held = std::min(DOT_TILES, tiles - t);
+            const int64_t offset = (first + t * LANES) * head_dim;
+            for (int i = 0; i < held; i++)
+                turn(keys + offset + i * LANES * head_dim, head_dim, s.turned.data() + i * head_dim / 2 * LANES);
+            scores(s.queries.data(), block.count, s.turned.data(), held, head_dim, values + offset,
+                   s.scores.data() + t * LANES, stride);
+        }
+        int64_t row = -1;
+        for (int q = 0; q < block.count; q++) {
+            if ((block.first + q) / group != row) {
+                row = (block.first + q) / group;
+                find(row);
+                for (int t = 0; t < tiles; t++)
+                    s.lanes[t] = visible.lanes(block.sequence, row, first + t * LANES, from, to);
+            }
+            std::tie(out.top[q], out.total[q]) = softmax(s.scores.data() + q * stride, s.lanes.data(), tiles);
+        }
+        weigh(s.scores.data() + begin - first, block.count, stride, values + begin * head_dim, end - begin, head_dim,
+              ahead, out.values);
+    }
+
+  public:
+    bool whole;  // a task is a block with all its chunks; otherwise one chunk of a block, and `merge_chunks` is needed
+
+    // `shown` [count][named], or null: every row sees the new rows up to itself.
+    void plan(std::vector<Sequence> batch, const uint8_t* shown, int64_t count, int64_t named, int64_t heads,
+              int64_t heads_of_keys, int64_t dimensions, int64_t stride_of_heads, int64_t threads) {
+        sequences = std::move(batch), visible.set(shown, count, named);
+        group = heads / heads_of_keys, kv_heads = heads_of_keys, head_dim = dimensions, head_stride = stride_of_heads;
+        blocks = (count * group + QUERIES - 1) / QUERIES, chunks = 1;
+        for (const Sequence& s : sequences) chunks = std::max(chunks, visible.chunks(s));
+        const int64_t all_blocks = int64_t(sequences.size()) * kv_heads * blocks;
+        whole = threads == 1 || chunks == 1 || all_blocks >= 4 * threads;
+        tasks = whole ? all_blocks : all_blocks * chunks;
+        const size_t floats = whole ? 0 : tasks * Part::size(head_dim);
+        if (parts.size() < floats) parts.resize(floats);
+        if (scratch.size() < size_t(threads)) scratch.resize(threads);
+        for (Scratch& s : scratch) s.reserve(shown ? named : 0, head_dim);
+    }
+
+    // This thread's tasks of a layer; call within the scope of a Tiles. queries: rows of `stride` floats; out: rows of
+    // all heads.
+    void attend(int64_t thread, int64_t threads, const float* queries, int64_t stride, const uint16_t* keys,
+                const uint16_t* values, float* out) {
+        Scratch& s = scratch[thread];
+        const float scale = LOG2_E / std::sqrt(float(head_dim));
+        for (int64_t task = thread; task < tasks; task += threads) {
+            const Block block = block_of(task);
+            const int64_t after = std::min(task + threads, tasks - 1);
+            const uint16_t* next = keys + first_key(block_of(after), whole ? 0 : after % chunks);
+            for (int q = 0; q < block.count; q++)
+                pack(queries + query(block, block.first + q, stride), scale, head_dim, s.queries.data() + q * head_dim);
+            const uint16_t *own = keys + block.place, *weighed = values + block.place;
+            if (!whole) {
+                compute(block, task % chunks, own, weighed, next, s, part(task));
+                continue;
+            }
+            const Part sums(s.parts.data()), more(s.parts.data() + Part::size(head_dim));
+            for (int64_t c = 0; c < chunks; c++) {
+                const uint16_t* ahead = c + 1 < chunks ? keys + first_key(block, c + 1) : next;
+                compute(block, c, own, weighed, ahead, s, c ? more : sums);
+                if (c) merge(sums, more, block.count, head_dim);
+            }
+            for (int q = 0; q < block.count; q++)
+                write(sums.from(q, head_dim), out + query(block, block.first + q, kv_heads * group * head_dim));
+        }
+    }
+
+    // This thread's share of what is left to do when all threads are done with their tasks.
+    void merge_chunks(int64_t thread, int64_t threads, float* out) {
+        const Part sums(scratch[thread].parts.data());
+        const int64_t rows = int64_t(sequences.size()) * visible.count;
+        for (int64_t item = thread; item < rows * kv_heads; item += threads) {
+            const int64_t row = item / kv_heads, head = item % kv_heads, end = (row % visible.count + 1) * group;
+            for (int64_t i = end - group, here; i < end; i += here) {  // queries of one row in one block
+                const int64_t task = ((row / visible.count * kv_heads + head) * blocks + i / QUERIES) * chunks;
+                here = std::min(end - i, QUERIES - i % QUERIES);
+                const auto computed = [&](int64_t c) { return part(task + c).from(i % QUERIES, head_dim); };
+                std::copy_n(computed(0).top, here, sums.top);
+                std::copy_n(computed(0).total, here, sums.total);
+                std::copy_n(computed(0).values, here * head_dim, sums.values);
+                for (int64_t c = 1; c < chunks; c++) merge(sums, computed(c), here, head_dim);
+                for (int64_t q = 0; q < here; q++)
+                    write(sums.from(q, head_dim), out + query(block_of(task), i + q, kv_heads * group * head_dim));
+            }
+        }
+    }
+};

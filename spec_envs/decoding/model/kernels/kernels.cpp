@@ -257,7 +257,7 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
     }
     for (int64_t r = 0; r < rows; r++)
         if (positions[r] < 0 || positions[r] >= tables->rows) return NO_ROOM;
-    const int64_t heads = any.heads, kv_heads = any.kv_heads, group = heads / kv_heads;
+    const int64_t heads = any.heads, kv_heads = any.kv_heads;
     const int64_t width = (heads + 2 * kv_heads) * dim, inner = any.down.inputs;
     const int64_t head_stride = cache->capacity * dim, sequence_stride = kv_heads * head_stride;
     const int64_t layer_stride = cache->sequences * sequence_stride, side = cache->layers * layer_stride;
@@ -267,9 +267,14 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
     std::vector<Inputs>& prepared = inputs;
     const bool shared = rows > ALONE;
     const Added nothing = {};
-    Visibility visible(nullptr, 0, 0, group);
+    static thread_local Attention planned;
+    Attention& attention = planned;
     const auto reserve = [&] {
-        visible = Visibility(seen, count, named, group);
+        std::vector<Sequence> sequences;
+        for (int64_t i = 0; i < batch; i++)
+            sequences.push_back(
+                {cache->sequence(i) * sequence_stride, padding ? padding[i] : 0, cache->committed(i) + count});
+        attention.plan(std::move(sequences), seen, count, named, heads, kv_heads, dim, head_stride, threads);
         qkv.resize(rows * width);
         attended.resize(rows * heads * dim);
         fed.resize(rows * inner);
@@ -283,7 +288,6 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        static thread_local Scratch scratch;
         const Share own(rows);
         // Return all rows as a matrix needs them. Every thread writes its share of them, or for itself the few there are,
         // which takes less time than to wait for the others.
@@ -334,14 +338,12 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                 }
             }
 #pragma omp barrier
-#pragma omp for schedule(static)
-            for (int task = 0; task < int(batch * kv_heads * visible.blocks); task++) {
-                const int64_t block = task % visible.blocks, head = task / visible.blocks % kv_heads;
-                const int64_t entry = task / visible.blocks / kv_heads;
-                const int64_t offset = cache->sequence(entry) * sequence_stride + head * head_stride;
-                attend(qkv.data() + entry * count * width + head * group * dim, width, keys + offset, values + offset,
-                       padding ? padding[entry] : 0, cache->committed(entry) + count, visible, block, group, dim,
-                       attended.data() + entry * count * heads * dim + head * group * dim, heads * dim, scratch);
+            attention.attend(omp_get_thread_num(), omp_get_num_threads(), qkv.data(), width, keys, values,
+                             attended.data());
+#pragma omp barrier
+            if (!attention.whole) {
+                attention.merge_chunks(omp_get_thread_num(), omp_get_num_threads(), attended.data());
+#pragma omp barrier
             }
             multiply(layer.out, ready(attended.data(), nullptr, 0, layer.out), rows, Add{x, hidden},
                      layer.down.weight ? &layer.gate_up : after);

@@ -35,7 +35,10 @@ inline void store_bfloat16(uint16_t* p, Floats x) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+template <class V>
+inline V larger(V a, V b) {
+    return a > b ? a : b;
+}
 
 inline bool any(Ints condition) {
     uint64_t words[8], found = 0;
@@ -57,18 +60,20 @@ inline float largest(Floats v) {
 }
 
 // 2^x to a few units in the last place, for x up to 127; below -126 it stays at 2^-126.
-inline Floats power_of_two(Floats x) {
-    const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
-    x = larger(x, all(-126.0f));
-    const Floats shifted = x + magic;
-    const Floats r = x - (shifted - magic);  // in [-0.5, 0.5]
-    Floats p = all(1.321867248e-03f);
+template <class V>
+inline V power_of_two(V x) {
+    using Integers = decltype(x > x);
+    const V magic = 12582912.0f - V{};  // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+    x = larger(x, -126.0f - V{});
+    const V shifted = x + magic;
+    const V r = x - (shifted - magic);  // in [-0.5, 0.5]
+    V p = 1.321867248e-03f - V{};
     p = p * r + 9.671697938e-03f;
     p = p * r + 5.550892952e-02f;
     p = p * r + 2.402223800e-01f;
     p = p * r + 6.931468559e-01f;
     p = p * r + 1.0f;
-    return (Floats)((Ints)p + ((Ints)shifted << 23));
+    return (V)((Integers)p + ((Integers)shifted << 23));
 }
 
 constexpr float LOG2_E = 1.44269504f;

@@ -158,10 +158,37 @@ def path_to(parents: np.ndarray, node: int) -> list[int]:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_attention_is_merged_from_chunks_of_the_keys_that_a_row_sees(name: str, build: None) -> None:
+    """Paths of a tree that pass 128 and 256 keys at other columns than they do alone have the same bits, on any number
+    of threads."""
+    model, _ = pair(CONFIGS[name])
+    rng = np.random.default_rng(0)
+    before = torch.get_num_threads()
+    try:
+        for length in (118, 128, 250):
+            prefix = torch.from_numpy(rng.integers(0, 150, (1, length)))
+            parents = np.array([max(ROOT, i - int(rng.integers(1, 4))) for i in range(60)])
+            tokens = rng.integers(0, 150, 60)
+            together = tree_logits(model, prefix, tokens, parents)
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                assert torch.equal(tree_logits(model, prefix, tokens, parents), together)
+                for node in (12, 37, 59):
+                    path = path_to(parents, node)
+                    text = torch.cat([prefix, torch.from_numpy(tokens[path])[None]], 1)
+                    assert torch.equal(text_logits(model, text)[0, -1], together[node + 1]), (length, threads, node)
+                one_row = tree_logits(model, prefix, tokens[:0], parents[:0])
+                assert torch.equal(one_row[0], together[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
 def test_rows_do_not_depend_on_left_padding(build: None) -> None:
     model, _ = pair(CONFIGS["llama"])
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 150, n).tolist() for n in (3, 17, 9, 70, 5, 12)]
+    prompts = [rng.integers(0, 150, n).tolist() for n in (3, 17, 9, 140, 5, 12)]
     together = generate_batch(model, prompts, 20, eos={7, 11})
     assert together == [generate_batch(model, [prompt], 20, eos={7, 11})[0] for prompt in prompts]
     features, final = read_batch(model, prompts, capture=(1,))
