@@ -12,6 +12,7 @@ from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import CMatrix, address, floats, library
 from spec_envs.decoding.model.kernels.block_packing import packed_blocks
 from spec_envs.decoding.model.kernels.packing import COLUMNS, TILE, packed, padded
+from spec_envs.decoding.model.kernels.pages import in_huge_pages
 from spec_envs.decoding.weights.blocks import Blocks, dense
 
 MOST = (2**31 - 1) // 127**2  # most inputs of a product whose sums fit 32 bits
@@ -129,6 +130,7 @@ class Linear:
             kind, numbers = packed_blocks(weight)
         else:
             kind, (numbers, scale) = 0, packed(weight)
+        numbers = in_huge_pages(numbers)
         if bias is not None:
             bias = padded(bias[None], 1, COLUMNS)[0]
         self.kept += [kept for kept in (numbers, scale, bias, following) if kept is not None]
