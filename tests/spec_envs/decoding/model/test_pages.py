@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import torch
@@ -20,7 +21,7 @@ def test_copies_equal_their_tensors_and_do_not_overlap() -> None:
         assert torch.equal(copy, tensor) and copy.is_contiguous() and copy.data_ptr() % pages.LINE == 0
         copy.fill_(0)  # in the memory of no other copy, which the next ones show
     ranges = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies)
-    assert all(end <= begin for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
     assert copies[0].data_ptr() % pages.HUGE == 0 and copies[1].data_ptr() - copies[0].data_ptr() == pages.LINE
 
 
