@@ -124,7 +124,11 @@ class Layers:
                 layers.start >= 0 and layers.step == 1 and stop <= min(len(self.structures), stored),
                 cache.data,
             ),
-            "cache": ((kv_heads, head_dim, cache.data.dtype) == (s.kv_heads, s.head_dim, torch.bfloat16), cache.data),
+            "cache": (
+                (kv_heads, head_dim) == (s.kv_heads, s.head_dim)
+                and cache.data.dtype in (torch.bfloat16, torch.float32),
+                cache.data,
+            ),
             "rotary tables": (rope.cos.shape[1] == s.head_dim and rope.cos.dtype == torch.float32, rope.cos),
             "positions": (positions.shape == (batch, n) and positions.dtype == torch.int64, positions),
             "seen": (seen is None or (seen.shape == (n, seen.shape[-1]) and seen.dtype == torch.bool), seen),
@@ -175,7 +179,7 @@ class Layers:
 def c_cache(cache: KVCache | SlotBatch) -> CCache:
     """Describe a cache to the kernels."""
     _, layers, sequences, _, rows, _ = cache.data.shape
-    memory = (cache.data.data_ptr(), layers, sequences, rows)
+    memory = (cache.data.data_ptr(), cache.data.itemsize, layers, sequences, rows)
     if isinstance(cache, KVCache):
         return CCache(*memory, sequences, cache.length)
     return CCache(*memory, len(cache.slots), 0, cache.slots.data_ptr(), cache.owner.lengths.ctypes.data)

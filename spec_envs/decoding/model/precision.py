@@ -45,7 +45,10 @@ class Precision:
             kind = FLOATS[self.name]
             self.modules, self.weights, self.hidden, self.cache = layers, kind, kind, kind
         else:
-            self.modules, self.weights, self.hidden, self.cache = int8, None, torch.float32, torch.bfloat16
+            self.modules, self.weights, self.hidden = int8, None, torch.float32
+            self.cache = (
+                torch.float32 if self.blocks else torch.bfloat16
+            )  # bfloat16 would change one word in a thousand
             self.drafter = "int8"
 
     def taken(self, weight: Tensor | Blocks, device: torch.device) -> Tensor | Blocks:

@@ -15,6 +15,7 @@ from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model import int8
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.graphs import graphed
+from spec_envs.decoding.model.precision import Precision
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.shape import Shape, part
@@ -78,7 +79,7 @@ class EagleModel:
     def __init__(self, head: EagleHead, target: Transformer):
         check_fit(head, target)
         config, variant = head.config, head.variant
-        self.target, self.variant = target, variant
+        self.target, self.variant, self.precision = target, variant, Precision(target.precision.drafter)
         self.capture = variant.boundaries or captured_layers(target.shape.layers)
         device, precision, modules = target.device, target.precision, target.precision.modules
         state = {
@@ -107,7 +108,7 @@ class EagleModel:
         self.input_norm, self.hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
         self.norm = norm("norm")
         own_embedding = state.get("embed_tokens.weight")
-        self.embedding = target.embedding if own_embedding is None else own_embedding.to(precision.cache)
+        self.embedding = target.embedding if own_embedding is None else own_embedding.to(self.precision.cache)
         self.most_probable = modules.most_probable
         self.shortlist = head.draft_ids.numpy()
         ids = head.draft_ids.to(device)
@@ -130,7 +131,7 @@ class EagleModel:
 
     def cache(self, capacity: int) -> KVCache:
         """Return an empty cache for a text of at most ``capacity`` rows."""
-        return KVCache(self.shape, capacity, self.target.precision.cache, self.target.device)
+        return KVCache(self.shape, capacity, self.precision.cache, self.target.device)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Return the hidden states ``[n, hidden]`` that the head reads.

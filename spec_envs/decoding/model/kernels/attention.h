@@ -12,6 +12,7 @@
 #include <array>
 #include <cfloat>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -34,10 +35,18 @@ constexpr int PARTS = LANES / WIDTH;
 typedef float Native __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t NativeInts __attribute__((vector_size(4 * WIDTH)));
 
+// Keys and values are bfloat16 (uint16_t) or float, and so are queries; without instructions for products of bfloat16 these
+// are rounded to it and computed as floats. What follows reads 32 bits at a time: two bfloat16, or one float.
+template <class Key>
+constexpr bool FLOATS = std::is_same_v<Key, float>;
+template <class Key>
+constexpr int PER_WORD = 4 / sizeof(Key);
 #ifdef __AVX512BF16__
-typedef uint16_t Number;  // of a query: bfloat16
+template <class Key>
+using Number = Key;
 #else
-typedef float Number;  // of a query, rounded to bfloat16
+template <class Key>
+using Number = float;
 #endif
 
 // Calls f(0), …, f(COUNT - 1) with constants, so that arrays they index stay in registers.
@@ -159,8 +168,8 @@ __attribute__((noinline)) inline void merge(const Part& into, const Part& next, 
 
 struct Scratch {  // of a thread
     std::vector<float> scores;     // [QUERIES][columns], then weights
-    std::vector<uint32_t> turned;  // [DOT_TILES][head_dim / 2][16]: two bfloat16
-    std::vector<Number> queries;   // [QUERIES][head_dim]
+    std::vector<uint32_t> turned;  // [DOT_TILES][words of a key][16]
+    std::vector<float> queries;    // [QUERIES][head_dim], or bfloat16
     std::vector<float> parts;      // two
     std::vector<int> lanes;        // [columns / 16]: bits of those that a row sees
 
@@ -169,33 +178,34 @@ struct Scratch {  // of a thread
         const size_t columns = (CHUNK + spread + 2 * LANES + 63) / 64 * 64;
         if (scores.size() < QUERIES * columns) scores.resize(QUERIES * columns);
         if (lanes.size() < columns / LANES) lanes.resize(columns / LANES);
-        turned.resize(DOT_TILES * head_dim / 2 * LANES);
+        turned.resize(DOT_TILES * head_dim * LANES);
         queries.resize(QUERIES * head_dim);
         parts.resize(2 * Part::size(head_dim));
     }
 };
 
-// One query, scaled, and rounded to bfloat16 like the keys.
-inline void pack(const float* query, float scale, int head_dim, Number* out) {
+// One query, scaled, and rounded like the keys.
+template <class Key>
+void pack(const float* query, float scale, int head_dim, Number<Key>* out) {
     for (int d = 0; d < head_dim; d += LANES) {
-        const Ints rounded = rounded_bfloat16(load(query + d) * scale);
-#ifdef __AVX512BF16__
-        const Halves halves = __builtin_convertvector(rounded, Halves);
-        std::memcpy(out + d, &halves, sizeof halves);
-#else
-        store(out + d, (Floats)(rounded << 16));
-#endif
+        const Floats v = load(query + d) * scale;
+        if constexpr (FLOATS<Key>)
+            store(out + d, v);
+        else if constexpr (FLOATS<Number<Key>>)
+            store(out + d, (Floats)(rounded_bfloat16(v) << 16));
+        else
+            store_bfloat16(out + d, v);
     }
 }
 
-// A tile of sixteen keys, turned so that they are side by side: out [head_dim / 2][16] pairs of dimensions.
-inline void turn(const uint16_t* keys, int head_dim, uint32_t* out) {
+// A tile of sixteen keys of `words` words, turned so that they are side by side: out [words][16].
+inline void turn(const uint32_t* keys, int words, uint32_t* out) {
 #if defined(__AVX512F__)
-    for (int d = 0; d < head_dim; d += 8, out += 4 * LANES) {  // four pairs
+    for (int d = 0; d < words; d += 4, out += 4 * LANES) {
         __m512i four[4];
         for (int i = 0; i < 4; i++) {  // keys i, i + 4, i + 8 and i + 12
             const auto at = [&](int quarter) {
-                return _mm_loadu_si128((const __m128i*)(keys + int64_t(4 * quarter + i) * head_dim + d));
+                return _mm_loadu_si128((const __m128i*)(keys + int64_t(4 * quarter + i) * words + d));
             };
             four[i] = _mm512_castsi128_si512(at(0));
             four[i] = _mm512_inserti32x4(four[i], at(1), 1);
@@ -210,15 +220,15 @@ inline void turn(const uint16_t* keys, int head_dim, uint32_t* out) {
         _mm512_storeu_si512(out + 3 * LANES, _mm512_unpackhi_epi64(b, e));
     }
 #elif defined(__AVX2__)
-    for (int half = 0; half < LANES; half += 8, keys += 8 * int64_t(head_dim), out += 8)
-        for (int d = 0; d < head_dim; d += 8) {
+    for (int half = 0; half < LANES; half += 8, keys += 8 * int64_t(words), out += 8)
+        for (int d = 0; d < words; d += 4) {
             __m256i four[4];
             for (int i = 0; i < 4; i++)
-                four[i] = _mm256_loadu2_m128i((const __m128i*)(keys + int64_t(4 + i) * head_dim + d),
-                                              (const __m128i*)(keys + int64_t(i) * head_dim + d));
+                four[i] = _mm256_loadu2_m128i((const __m128i*)(keys + int64_t(4 + i) * words + d),
+                                              (const __m128i*)(keys + int64_t(i) * words + d));
             const __m256i a = _mm256_unpacklo_epi32(four[0], four[1]), b = _mm256_unpackhi_epi32(four[0], four[1]);
             const __m256i c = _mm256_unpacklo_epi32(four[2], four[3]), e = _mm256_unpackhi_epi32(four[2], four[3]);
-            __m256i* to = (__m256i*)(out + int64_t(d / 2) * LANES);
+            __m256i* to = (__m256i*)(out + int64_t(d) * LANES);
             _mm256_storeu_si256(to, _mm256_unpacklo_epi64(a, c));
             _mm256_storeu_si256(to + 2, _mm256_unpackhi_epi64(a, c));
             _mm256_storeu_si256(to + 4, _mm256_unpacklo_epi64(b, e));
@@ -226,14 +236,74 @@ inline void turn(const uint16_t* keys, int head_dim, uint32_t* out) {
         }
 #else
     for (int key = 0; key < LANES; key++)
-        for (int d = 0; d < head_dim; d += 2)
-            std::memcpy(out + d / 2 * LANES + key, keys + int64_t(key) * head_dim + d, 4);
+        for (int d = 0; d < words; d++) out[d * LANES + key] = loaded<uint32_t>(keys + int64_t(key) * words + d);
 #endif
 }
 
 // Scores of queries and up to DOT_TILES tiles of keys. Also fetches the values, which are needed soon.
+template <class Key, int COUNT, int TILES>
+void dots(const Number<Key>* queries, const uint32_t* turned, int head_dim, const Key* values, float* out,
+          int64_t stride) {
+    constexpr int VECTORS = TILES * PARTS;
+    const int64_t tile = head_dim / PER_WORD<Key> * LANES;
+    Native dot[COUNT * VECTORS] = {};
+    for (int d = 0; d < head_dim; d += PER_WORD<Key>, turned += LANES) {
+        for (int i = 0; i < TILES; i++, values += 64 / sizeof(Key)) __builtin_prefetch(values);
+        NativeInts pair[VECTORS];
+        unrolled<VECTORS>(UNROLLED(i) {
+            pair[i] = loaded<NativeInts>(turned + i / PARTS * tile + i % PARTS * WIDTH);
+        });
+        if constexpr (FLOATS<Key>) {
+            unrolled<COUNT>(UNROLLED(q) {
+                const Native query = queries[q * head_dim + d] - Native{};
+                unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += query * (Native)pair[i]; });
+            });
+            continue;
+        }
+#ifdef __AVX512BF16__
+        unrolled<COUNT>(UNROLLED(q) {
+            const __m512i query = _mm512_set1_epi32(loaded<int32_t>(queries + q * head_dim + d));
+            unrolled<VECTORS>(UNROLLED(i) {
+                Native& sum = dot[q * VECTORS + i];
+                sum = (Native)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)pair[i]);
+            });
+        });
+#else
+        Native even[VECTORS], odd[VECTORS];
+        unrolled<VECTORS>(UNROLLED(i) {
+            even[i] = (Native)(pair[i] << 16), odd[i] = (Native)(pair[i] & int(0xffff0000));
+        });
+        unrolled<COUNT>(UNROLLED(q) {
+            const float* query = queries + q * head_dim + d;
+            const Native first = query[0] - Native{}, second = query[1] - Native{};
+            unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += first * even[i]; });
+            unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += second * odd[i]; });
+        });
+#endif
+    }
+    unrolled<COUNT * VECTORS>(UNROLLED(i) {
+        std::memcpy(out + i / VECTORS * stride + i % VECTORS * WIDTH, &dot[i], sizeof(Native));
+    });
+}
+
+template <class Key, int... I>
+constexpr auto all_dots(std::integer_sequence<int, I...>) {
+    return std::array{dots<Key, I / DOT_TILES + 1, I % DOT_TILES + 1>...};
+}
+
+template <class Key>
+constexpr auto DOTS_OF = all_dots<Key>(std::make_integer_sequence<int, DOT_QUERIES * DOT_TILES>());
+
+template <class Key>
+void scores(const Number<Key>* queries, int count, const uint32_t* turned, int tiles, int head_dim, const Key* values,
+            float* out, int64_t stride) {
+    for (int q = 0; q < count; q += DOT_QUERIES)
+        DOTS_OF<Key>[(std::min(DOT_QUERIES, count - q) - 1) * DOT_TILES + tiles - 1](
+            queries + q * head_dim, turned, head_dim, values, out + q * stride, stride);
+}
+
 #ifdef __AMX_BF16__
-inline void scores(const Number* queries, int count, const uint32_t* turned, int tiles, int head_dim,
+inline void scores(const uint16_t* queries, int count, const uint32_t* turned, int tiles, int head_dim,
                    const uint16_t* values, float* out, int64_t stride) {
     const int64_t tile = head_dim / 2 * LANES;
     for (int line = 0; line < tiles * LANES * head_dim; line += 32) __builtin_prefetch(values + line);
@@ -262,72 +332,25 @@ inline void scores(const Number* queries, int count, const uint32_t* turned, int
     }
     settle();
 }
-#else
-template <int COUNT, int TILES>
-void dots(const Number* queries, const uint32_t* turned, int head_dim, const uint16_t* values, float* out,
-          int64_t stride) {
-    constexpr int VECTORS = TILES * PARTS;
-    const int64_t tile = head_dim / 2 * LANES;
-    Native dot[COUNT * VECTORS] = {};
-    for (int d = 0; d < head_dim; d += 2, turned += LANES) {
-        for (int i = 0; i < TILES; i++, values += 32) __builtin_prefetch(values);
-        NativeInts pair[VECTORS];
-        unrolled<VECTORS>(UNROLLED(i) {
-            pair[i] = loaded<NativeInts>(turned + i / PARTS * tile + i % PARTS * WIDTH);
-        });
-#ifdef __AVX512BF16__
-        unrolled<COUNT>(UNROLLED(q) {
-            const __m512i query = _mm512_set1_epi32(loaded<int32_t>(queries + q * head_dim + d));
-            unrolled<VECTORS>(UNROLLED(i) {
-                Native& sum = dot[q * VECTORS + i];
-                sum = (Native)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)pair[i]);
-            });
-        });
-#else
-        Native even[VECTORS], odd[VECTORS];
-        unrolled<VECTORS>(UNROLLED(i) {
-            even[i] = (Native)(pair[i] << 16), odd[i] = (Native)(pair[i] & int(0xffff0000));
-        });
-        unrolled<COUNT>(UNROLLED(q) {
-            const float* query = queries + q * head_dim + d;
-            const Native first = query[0] - Native{}, second = query[1] - Native{};
-            unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += first * even[i]; });
-            unrolled<VECTORS>(UNROLLED(i) { dot[q * VECTORS + i] += second * odd[i]; });
-        });
-#endif
-    }
-    unrolled<COUNT * VECTORS>(UNROLLED(i) {
-        std::memcpy(out + i / VECTORS * stride + i % VECTORS * WIDTH, &dot[i], sizeof(Native));
-    });
-}
-
-template <int... I>
-constexpr auto all_dots(std::integer_sequence<int, I...>) {
-    return std::array{dots<I / DOT_TILES + 1, I % DOT_TILES + 1>...};
-}
-
-constexpr auto DOTS_OF = all_dots(std::make_integer_sequence<int, DOT_QUERIES * DOT_TILES>());
-
-inline void scores(const Number* queries, int count, const uint32_t* turned, int tiles, int head_dim,
-                   const uint16_t* values, float* out, int64_t stride) {
-    for (int q = 0; q < count; q += DOT_QUERIES)
-        DOTS_OF[(std::min(DOT_QUERIES, count - q) - 1) * DOT_TILES + tiles - 1](
-            queries + q * head_dim, turned, head_dim, values, out + q * stride, stride);
-}
 #endif
 
 // Sums over the keys of weights[query][key] * values[key], for COUNT queries and PAIRS * 32 dimensions. Also fetches
 // `ahead`, the keys of the next chunk.
-template <int COUNT, int PAIRS>
-void sums(const float* weights, int64_t stride, const uint16_t* values, int64_t keys, int head_dim,
-          const uint16_t* ahead, float* out) {
+template <class Key, int COUNT, int PAIRS>
+void sums(const float* weights, int64_t stride, const Key* values, int64_t keys, int head_dim,
+          const Key* ahead, float* out) {
     constexpr int LOADS = PAIRS * PARTS, VECTORS = 2 * LOADS;
     Native sum[COUNT * VECTORS] = {};
     for (int64_t j = 0; j < keys; j++, values += head_dim, ahead += head_dim) {
-        for (int i = 0; i < PAIRS; i++) __builtin_prefetch(ahead + 32 * i);
+        for (int i = 0; i < PAIRS * 32; i += 64 / sizeof(Key)) __builtin_prefetch(ahead + i);
         unrolled<LOADS>(UNROLLED(i) {
-            const NativeInts pair = loaded<NativeInts>(values + i * 2 * WIDTH);
-            const Native even = (Native)(pair << 16), odd = (Native)(pair & int(0xffff0000));
+            Native even, odd;
+            if constexpr (FLOATS<Key>) {
+                even = loaded<Native>(values + i * 2 * WIDTH), odd = loaded<Native>(values + i * 2 * WIDTH + WIDTH);
+            } else {
+                const NativeInts pair = loaded<NativeInts>(values + i * 2 * WIDTH);
+                even = (Native)(pair << 16), odd = (Native)(pair & int(0xffff0000));
+            }
             unrolled<COUNT>(UNROLLED(q) {
                 const Native weight = weights[q * stride + j] - Native{};
                 sum[q * VECTORS + 2 * i] += weight * even;
@@ -336,25 +359,28 @@ void sums(const float* weights, int64_t stride, const uint16_t* values, int64_t 
         });
     }
     unrolled<COUNT * LOADS>(UNROLLED(i) {
-        float* to = out + i / LOADS * head_dim + i % LOADS / PARTS * 2 * LANES + i % PARTS * WIDTH;
+        constexpr int APART = FLOATS<Key> ? WIDTH : LANES;
+        float* to = out + i / LOADS * head_dim + i % LOADS / PARTS * 2 * LANES + i % PARTS * (FLOATS<Key> ? 2 : 1) * WIDTH;
         std::memcpy(to, &sum[2 * i], sizeof(Native));
-        std::memcpy(to + LANES, &sum[2 * i + 1], sizeof(Native));
+        std::memcpy(to + APART, &sum[2 * i + 1], sizeof(Native));
     });
 }
 
-template <int... I>
+template <class Key, int... I>
 constexpr auto all_sums(std::integer_sequence<int, I...>) {
-    return std::array{sums<I / SUM_PAIRS + 1, I % SUM_PAIRS + 1>...};
+    return std::array{sums<Key, I / SUM_PAIRS + 1, I % SUM_PAIRS + 1>...};
 }
 
-constexpr auto SUMS_OF = all_sums(std::make_integer_sequence<int, SUM_QUERIES * SUM_PAIRS>());
+template <class Key>
+constexpr auto SUMS_OF = all_sums<Key>(std::make_integer_sequence<int, SUM_QUERIES * SUM_PAIRS>());
 
-inline void weigh(const float* weights, int count, int64_t stride, const uint16_t* values, int64_t keys, int head_dim,
-                  const uint16_t* ahead, float* out) {
+template <class Key>
+void weigh(const float* weights, int count, int64_t stride, const Key* values, int64_t keys, int head_dim,
+                  const Key* ahead, float* out) {
     for (int q = 0; q < count; q += SUM_QUERIES)
         for (int d = 0, pairs; d < head_dim; d += pairs * 2 * LANES) {
             pairs = std::min(SUM_PAIRS, (head_dim - d) / (2 * LANES));
-            SUMS_OF[(std::min(SUM_QUERIES, count - q) - 1) * SUM_PAIRS + pairs - 1](
+            SUMS_OF<Key>[(std::min(SUM_QUERIES, count - q) - 1) * SUM_PAIRS + pairs - 1](
                 weights + q * stride, stride, values + d, keys, head_dim, ahead + d, out + q * head_dim + d);
         }
 }
@@ -424,9 +450,11 @@ class Attention {
         return (block.entry * visible.count + i / group) * stride + (block.head * group + i % group) * head_dim;
     }
 
+    template <class Key>
     void write(const Part& part, float* out) const {
         const float inverse = *part.total > 0 ? 1 / *part.total : 0;
-        for (int d = 0; d < head_dim; d += 2 * LANES)
+        for (int d = 0; d < head_dim && FLOATS<Key>; d += LANES) store(out + d, load(part.values + d) * inverse);
+        for (int d = 0; d < head_dim && !FLOATS<Key>; d += 2 * LANES)
             for (int i = 0; i < LANES; i++) {
                 out[d + 2 * i] = part.values[d + i] * inverse;
                 out[d + 2 * i + 1] = part.values[d + LANES + i] * inverse;
@@ -434,8 +462,9 @@ class Attention {
     }
 
     // Compute a chunk of a block. `ahead` are the keys that are needed next.
-    void compute(const Block& block, int64_t chunk, const uint16_t* keys, const uint16_t* values,
-                 const uint16_t* ahead, Scratch& s, const Part& out) const {
+    template <class Key>
+    void compute(const Block& block, int64_t chunk, const Key* keys, const Key* values, const Key* ahead, Scratch& s,
+                 const Part& out) const {
         int64_t begin = block.sequence.written, end = 0, from = 0, to = 0;
         const auto find = [&](int64_t row) {
             from = visible.column(block.sequence, row, chunk * CHUNK);
@@ -452,13 +481,14 @@ class Attention {
             return;
         }
         const int64_t first = begin / LANES * LANES;
+        const int words = head_dim / PER_WORD<Key>;
         const int tiles = (end - first + LANES - 1) / LANES, stride = (tiles * LANES + 63) / 64 * 64;
         for (int t = 0; t < tiles; t += DOT_TILES) {
             const int held = std::min(DOT_TILES, tiles - t);
             const int64_t offset = (first + t * LANES) * head_dim;
             for (int i = 0; i < held; i++)
-                turn(keys + offset + i * LANES * head_dim, head_dim, s.turned.data() + i * head_dim / 2 * LANES);
-            scores(s.queries.data(), block.count, s.turned.data(), held, head_dim, values + offset,
+                turn((const uint32_t*)(keys + offset + i * LANES * head_dim), words, s.turned.data() + i * words * LANES);
+            scores((const Number<Key>*)s.queries.data(), block.count, s.turned.data(), held, head_dim, values + offset,
                    s.scores.data() + t * LANES, stride);
         }
         int64_t row = -1;
@@ -496,33 +526,35 @@ class Attention {
 
     // This thread's tasks of a layer; call within the scope of a Tiles. queries: rows of `stride` floats; out: rows of
     // all heads.
-    void attend(int64_t thread, int64_t threads, const float* queries, int64_t stride, const uint16_t* keys,
-                const uint16_t* values, float* out) {
+    template <class Key>
+    void attend(int64_t thread, int64_t threads, const float* queries, int64_t stride, const Key* keys,
+                const Key* values, float* out) {
         Scratch& s = scratch[thread];
         const float scale = LOG2_E / std::sqrt(float(head_dim));
         for (int64_t task = thread; task < tasks; task += threads) {
             const Block block = block_of(task);
             const int64_t after = std::min(task + threads, tasks - 1);
-            const uint16_t* next = keys + first_key(block_of(after), whole ? 0 : after % chunks);
+            const Key* next = keys + first_key(block_of(after), whole ? 0 : after % chunks);
             for (int q = 0; q < block.count; q++)
-                pack(queries + query(block, block.first + q, stride), scale, head_dim, s.queries.data() + q * head_dim);
-            const uint16_t *own = keys + block.place, *weighed = values + block.place;
+                pack<Key>(queries + query(block, block.first + q, stride), scale, head_dim, (Number<Key>*)s.queries.data() + q * head_dim);
+            const Key *own = keys + block.place, *weighed = values + block.place;
             if (!whole) {
                 compute(block, task % chunks, own, weighed, next, s, part(task));
                 continue;
             }
             const Part sums(s.parts.data()), more(s.parts.data() + Part::size(head_dim));
             for (int64_t c = 0; c < chunks; c++) {
-                const uint16_t* ahead = c + 1 < chunks ? keys + first_key(block, c + 1) : next;
+                const Key* ahead = c + 1 < chunks ? keys + first_key(block, c + 1) : next;
                 compute(block, c, own, weighed, ahead, s, c ? more : sums);
                 if (c) merge(sums, more, block.count, head_dim);
             }
             for (int q = 0; q < block.count; q++)
-                write(sums.from(q, head_dim), out + query(block, block.first + q, kv_heads * group * head_dim));
+                write<Key>(sums.from(q, head_dim), out + query(block, block.first + q, kv_heads * group * head_dim));
         }
     }
 
     // This thread's share of what is left to do when all threads are done with their tasks.
+    template <class Key>
     void merge_chunks(int64_t thread, int64_t threads, float* out) {
         const Part sums(scratch[thread].parts.data());
         const int64_t rows = int64_t(sequences.size()) * visible.count;
@@ -537,7 +569,7 @@ class Attention {
                 std::copy_n(computed(0).values, here * head_dim, sums.values);
                 for (int64_t c = 1; c < chunks; c++) merge(sums, computed(c), here, head_dim);
                 for (int64_t q = 0; q < here; q++)
-                    write(sums.from(q, head_dim), out + query(block_of(task), i + q, kv_heads * group * head_dim));
+                    write<Key>(sums.from(q, head_dim), out + query(block_of(task), i + q, kv_heads * group * head_dim));
             }
         }
     }

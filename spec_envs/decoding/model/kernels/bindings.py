@@ -39,7 +39,7 @@ class CLayer(Structure):
 class CCache(Structure):
     _fields_ = [
         ("data", c_void_p),
-        *((name, c_int64) for name in ("layers", "sequences", "capacity", "batch", "length")),
+        *((name, c_int64) for name in ("size", "layers", "sequences", "capacity", "batch", "length")),
         *((name, c_void_p) for name in ("slots", "lengths")),
     ]
 

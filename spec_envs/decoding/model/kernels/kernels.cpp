@@ -118,12 +118,25 @@ struct Layer {
     float eps;
 };
 
-struct Cache {  // bfloat16 [2][layers][sequences][kv_heads][capacity][head_dim]
-    uint16_t* data;
+struct Cache {  // [2][layers][sequences][kv_heads][capacity][head_dim] of numbers of `size` bytes: bfloat16, or float
+    char* data;
+    int64_t size;
     int64_t layers, sequences, capacity;
     int64_t batch, length;  // sequences that have new rows; the committed rows of each
     // [batch], the sequences that have new rows, and [sequences], their committed rows; null: all have `length` rows.
     const int64_t *slots, *lengths;
+
+    bool floats() const { return size == sizeof(float); }
+
+    // Write some numbers of a row's key or value.
+    void write(const float* numbers, char* to, int64_t count) const {
+        for (int64_t i = 0; i < count; i += LANES) {
+            if (floats())
+                store((float*)to + i, load(numbers + i));
+            else
+                store_bfloat16((uint16_t*)to + i, load(numbers + i));
+        }
+    }
 
     int64_t sequence(int64_t entry) const { return slots ? slots[entry] : entry; }
     int64_t committed(int64_t entry) const { return slots ? lengths[slots[entry]] : length; }
@@ -303,8 +316,8 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
             const Layer& layer = layers[l];
             const Matrix* after = l + 1 < last ? &layers[l + 1].qkv : nullptr;
             const Added& more = added ? added[l] : nothing;
-            uint16_t* keys = cache->data + l * layer_stride;
-            uint16_t* values = keys + side;
+            char* keys = cache->data + l * layer_stride * cache->size;
+            char* values = keys + side * cache->size;
             if (captured && captured[l])
                 std::memcpy(captured[l] + own.begin * hidden, x + own.begin * hidden,
                             (own.end - own.begin) * hidden * sizeof(float));
@@ -332,17 +345,21 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
                 const int64_t entry = row / count, at = cache->committed(entry) + row % count;
                 const int64_t offset =
                     cache->sequence(entry) * sequence_stride + (head - heads) * head_stride + at * dim;
-                for (int64_t d = 0; d < dim; d += LANES) {
-                    store_bfloat16(keys + offset + d, load(v + d));
-                    store_bfloat16(values + offset + d, load(v + kv_heads * dim + d));
-                }
+                cache->write(v, keys + offset * cache->size, dim);
+                cache->write(v + kv_heads * dim, values + offset * cache->size, dim);
             }
 #pragma omp barrier
-            attention.attend(omp_get_thread_num(), omp_get_num_threads(), qkv.data(), width, keys, values,
-                             attended.data());
+            const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+            if (cache->floats())
+                attention.attend(thread, all, qkv.data(), width, (float*)keys, (float*)values, attended.data());
+            else
+                attention.attend(thread, all, qkv.data(), width, (uint16_t*)keys, (uint16_t*)values, attended.data());
 #pragma omp barrier
             if (!attention.whole) {
-                attention.merge_chunks(omp_get_thread_num(), omp_get_num_threads(), attended.data());
+                if (cache->floats())
+                    attention.merge_chunks<float>(thread, all, attended.data());
+                else
+                    attention.merge_chunks<uint16_t>(thread, all, attended.data());
 #pragma omp barrier
             }
             multiply(layer.out, ready(attended.data(), nullptr, 0, layer.out), rows, Add{x, hidden},

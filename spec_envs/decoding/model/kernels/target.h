@@ -86,8 +86,9 @@ int keep_rows(const Text* t, int64_t count, float* features) {
     while (first < count && t->kept[first] == first) first++;
     const int64_t heads = 2 * cache.layers * t->layers->kv_heads;
     for (int64_t head = 0; first < count && head < heads; head++) {
-        uint16_t* end = cache.data + (head * cache.capacity + cache.length) * dim;
-        for (int64_t i = first; i < count; i++) std::copy_n(end + t->kept[i] * dim, dim, end + i * dim);
+        const int64_t row = dim * cache.size;
+        char* end = cache.data + (head * cache.capacity + cache.length) * row;
+        for (int64_t i = first; i < count; i++) std::copy_n(end + t->kept[i] * row, row, end + i * row);
     }
     for (int64_t i = 0; i < count; i++)
         for (int64_t state = 0; state < t->wanted; state++)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spec_envs.decoding.model import int8, products
 from spec_envs.decoding.model.kernels.block_packing import FORMATS
+from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.blocks import Blocks
 from tests.support.models.builds import WITHOUT_KERNELS
+from tests.support.models.forwards import check_tree_rows, text_logits
+from tests.support.models.gguf_files import quantised
+from tests.support.models.pairs import SHAPE
 from tests.support.models.random_blocks import random_blocks
+from tests.support.models.tiny import CPU
 
 if WITHOUT_KERNELS:
     pytest.skip("the kernels cannot be built here (the reason is printed above)", allow_module_level=True)
@@ -70,6 +78,36 @@ def test_small_and_large_rows_keep_their_precision() -> None:
     for size in (1e-20, 1e20):
         torch.testing.assert_close(product(rest * size) / size, product(rest), rtol=1e-3, atol=1e-1)
     assert not product(rest * 1e-37).any()  # counts as zero
+
+
+@pytest.fixture
+def models() -> tuple[Transformer, Transformer]:
+    """The same random model of several kinds of blocks, multiplied as they are and in float32."""
+    config = LlamaConfig(
+        **{**SHAPE, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}, tie_word_embeddings=False
+    )
+    config.attention_bias = True
+    torch.manual_seed(0)
+    weights: dict[str, torch.Tensor | Blocks] = dict(AutoModelForCausalLM.from_config(config).state_dict())
+    kinds = itertools.cycle((Kind.Q4_0, Kind.Q4_1, Kind.Q8_0))
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            kind = Kind.Q4_1 if "gate" in name or "up" in name else next(kinds)
+            weights[name] = quantised(weight.numpy(), kind)
+    return Transformer(config, weights, "q4", CPU), Transformer(config, weights, "float32", CPU)
+
+
+@torch.inference_mode()
+def test_model_is_that_of_the_dequantised_weights(models: tuple[Transformer, Transformer], build: None) -> None:
+    ids = torch.randint(0, 150, (1, 90), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (text_logits(model, ids) for model in models)
+    assert 0 < (ours - theirs).norm() < 3e-4 * theirs.norm()
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@torch.inference_mode()
+def test_tree_rows_do_not_depend_on_batch(models: tuple[Transformer, Transformer], build: None) -> None:
+    check_tree_rows(models[0])
 
 
 def test_damaged_scales_are_refused() -> None:

@@ -21,12 +21,11 @@ from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
-from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.tree import ROOT, ancestors
+from spec_envs.decoding.tree import ROOT
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support import ROOT as REPOSITORY
 from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
-from tests.support.models.forwards import text_logits
+from tests.support.models.forwards import check_tree_rows, path_to, text_logits, tree_logits
 from tests.support.models.pairs import CONFIGS, SHAPE, pair
 from tests.support.models.quantised import Quantised, eagle_layer
 from tests.support.models.tiny import CPU, REAL
@@ -96,65 +95,10 @@ def test_model_is_close_to_torch_reference(name: str, build: None) -> None:
     assert torch.equal(shallow, captured[1])
 
 
-def rows_alone(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> list[Tensor]:
-    """Return logits of the root and of every node of a tree, whose path is decoded one token at a time."""
-    rows = []
-    for node in range(-1, len(parents)):
-        path: list[int] = []
-        walk = node
-        while walk != ROOT:
-            path.insert(0, int(tokens[walk]))
-            walk = int(parents[walk])
-        cache = model.cache(512)
-        text = [*prefix[0].tolist(), *path]
-        for i, token in enumerate(text):
-            x, _ = model.forward(model.embed(torch.tensor([[token]])), cache, torch.tensor([[i]]))
-            cache.length += 1
-        rows.append(model.head(x)[0, 0])
-    return rows
-
-
-def tree_logits(model: Transformer, prefix: Tensor, tokens: np.ndarray, parents: np.ndarray) -> Tensor:
-    """Return logits of the root (the prefix's last token) and of every node, in one forward after the prefix."""
-    start = prefix.shape[1] - 1
-    levels = np.zeros(len(parents), dtype=np.int64)
-    for node, parent in enumerate(parents):
-        levels[node] = 0 if parent == ROOT else levels[parent] + 1
-    cache = model.cache(512)
-    model.forward(model.embed(prefix[:, :-1]), cache, torch.arange(start)[None])
-    cache.length = start
-    ids = torch.cat([prefix[:, -1:], torch.from_numpy(tokens)[None]], 1)
-    at = torch.from_numpy(start + np.concatenate([[0], levels + 1]))[None]
-    return model.head(model.forward(model.embed(ids), cache, at, torch.from_numpy(ancestors(parents)))[0])[0]
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tree_rows_do_not_depend_on_batch(name: str, build: None) -> None:
-    model, _ = pair(CONFIGS[name])
-    rng = np.random.default_rng(0)
-    prefix = torch.from_numpy(rng.integers(0, 150, (1, 45)))
-    for nodes in (1, 2, 7, 15, 16, 33, 95):
-        parents = np.array([rng.integers(-1, i) if i else ROOT for i in range(nodes)])
-        tokens = rng.integers(0, 150, nodes)
-        together = tree_logits(model, prefix, tokens, parents)
-        shown = np.arange(-1, nodes) if nodes < 20 else rng.choice(nodes, 4, replace=False)
-        alone = rows_alone(model, prefix, tokens, parents) if nodes < 20 else None
-        for node in shown:
-            if alone is None:
-                chain = path_to(parents, int(node))
-                expected = rows_alone(model, prefix, tokens[chain], np.arange(len(chain)) - 1)[-1]
-            else:
-                expected = alone[node + 1]
-            assert torch.equal(together[node + 1], expected), (nodes, node)
-
-
-def path_to(parents: np.ndarray, node: int) -> list[int]:
-    """Return the nodes from the first level to ``node``."""
-    path = [node]
-    while parents[path[0]] != ROOT:
-        path.insert(0, int(parents[path[0]]))
-    return path
+    check_tree_rows(pair(CONFIGS[name])[0])
 
 
 @torch.inference_mode()
@@ -199,8 +143,9 @@ def test_rows_do_not_depend_on_left_padding(build: None) -> None:
 
 @torch.inference_mode()
 @pytest.mark.model
-def test_default_model_rows_do_not_depend_on_batch_size() -> None:
-    model = load_target(REAL, CPU, "int8")
+@pytest.mark.parametrize("dtype", ["int8", "q4"])
+def test_default_model_rows_do_not_depend_on_batch_size(dtype: str) -> None:
+    model = load_target(REAL, CPU, dtype)
     generator = torch.Generator().manual_seed(0)
     prefix, rest = (torch.randint(3, 49152, (1, n), generator=generator) for n in (100, 96))
     cache = model.cache(256)
