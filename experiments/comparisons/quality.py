@@ -91,7 +91,7 @@ def plain_texts(
 def quality(target: str, device: torch.device, dtypes: Sequence[str], texts: Sequence[list[int]]) -> dict[str, Quality]:
     """Return the quality of each dtype, and of float32, on texts of token ids."""
     names = [REFERENCE, *(name for name in dtypes if name != REFERENCE)]
-    models = {name: load_target(target, device, getattr(torch, name)) for name in names}
+    models = {name: load_target(target, device, name) for name in names}
     sums = {name: [0.0, 0.0, 0.0] for name in names}  # negative log-likelihood, agreement, divergence
     predicted, rows = 0, 0
     for text in texts:

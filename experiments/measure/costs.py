@@ -24,7 +24,6 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
-from spec_envs.decoding.model.precision import DTYPES
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import Machine, machine
@@ -227,7 +226,7 @@ def context_ratio(decoder: Decoder, repeats: int = 10) -> float | None:
 
 def dtypes_at_speed(device: torch.device) -> list[str]:
     """Return the dtypes that a device computes fast, and float32."""
-    own = [dtype for dtype in KERNELS if dtype in DTYPES] if device.type == "cpu" and kernels.fast() else []
+    own = list(KERNELS) if device.type == "cpu" and kernels.fast() else []
     return [*own, *(["bfloat16"] if fast_bfloat16(device) else []), "float32"]
 
 

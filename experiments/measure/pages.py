@@ -27,7 +27,7 @@ ARMS = {  # what an arm is, for the pages
     "and used in every cycle.",
     "static again": "the best static setting once more, for the A/A check as well.",
     "transformers generate": "`generate` of transformers on the same weights and device "
-    "(in bfloat16 if the target is int8).",
+    "(in bfloat16 if the target is int8 or q4).",
     "transformers assisted": "`generate` of transformers with its assisted generation: with the same draft model, or "
     "with prompt lookup.",
     "llama.cpp": "llama.cpp's server on the same file of weights ([llama-server](../guides/llama-server.md)).",

@@ -27,7 +27,7 @@ def test_engines_that_are_not_installed_have_no_arm(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(not INSTALLED, reason="needs the packages of the extra engines")
 def test_engines_decode_the_file() -> None:
     prompt = Encoded("t", encode(load_tokenizer(REAL), "What is the capital of France?"))
-    target = load_target(REAL, torch.device("cpu"), torch.float32)
+    target = load_target(REAL, torch.device("cpu"), "float32")
     arms = engine_arms(REAL, 1)
     assert set(arms) == INSTALLED
     for arm in arms.values():
