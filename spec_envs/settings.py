@@ -37,7 +37,7 @@ class Settings(BaseModel):
         '"auto" is the target\'s own drafter in models.yml',
     )
     device: str = Field("auto", description='"auto", or as in torch: "cpu", "cuda"')
-    dtype: str = Field("auto", description='"auto", "int8", or as in torch: "bfloat16", "float16", "float32"')
+    dtype: str = Field("auto", description='"auto", "int8", "q4", or as in torch: "bfloat16", "float16", "float32"')
     prompts: str = Field("all", description='prompt sets, separated by commas, or "all"')
     data_dir: str | None = Field(
         None, description="folder with {name}/question.jsonl files instead of the shipped prompts"
