@@ -32,7 +32,7 @@ from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
 
-VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # 17, because the cost jumps after a tile of 16 rows
+VERIFY_ROWS = (1, 2, 4, 8, 9, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # 9 and 17, because the cost may jump after 8 and 16
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, and several that it catches up with
 CONTEXT = 256  # rows in the cache while curves are measured
 LONG = 4096  # rows behind which a plain forward is compared with one behind ``CONTEXT``

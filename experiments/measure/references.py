@@ -20,6 +20,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.names import LOOKUP, drafter_folder
 from spec_envs.decoding.llama_cpp.server import LlamaServer, chain_arguments, find_binary, gguf_of
+from spec_envs.decoding.model.precision import FLOATS
 from spec_envs.decoding.weights.checkpoints import eos_ids, model_folder
 from spec_envs.decoding.weights.config import load_config
 from spec_envs.decoding.weights.files import load_weights
@@ -53,7 +54,7 @@ class FirstToken(StoppingCriteria):
 
 def transformers_arms(target: str, decoder: Decoder) -> dict[str, Arm]:
     """Return an arm of transformers' ``generate`` on the same weights and device, in the same dtype (bfloat16 for
-    int8)."""
+    int8 and q4)."""
     return {"transformers generate": transformers_arm(language_model(target, decoder), decoder)}
 
 
@@ -89,7 +90,7 @@ def language_model(name: str, decoder: Decoder) -> Any:
     It has none of the penalties and filters of its own generation settings, but its own ids that end texts.
     """
     target = decoder.local.target
-    model = transformers_model(model_folder(name), target.precision.cache).to(target.device)
+    model = transformers_model(model_folder(name), FLOATS.get(target.dtype, torch.bfloat16)).to(target.device)
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(name)))
     return model
 
