@@ -73,7 +73,7 @@ def test_comparison_with_draft_model(
     assert "llama.cpp is left out" in printed.err
     with pytest.raises(SystemExit):
         run_command(monkeypatch, decoding, "--dtypes", "int8,bf16")
-    assert "bf16 is unknown; expected some of int8, bfloat16" in capsys.readouterr().err
+    assert "bf16 is unknown; expected some of int8, q4, bfloat16" in capsys.readouterr().err
 
 
 def test_best_chain_is_an_arm_beside_a_tree(tiny: dict, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
