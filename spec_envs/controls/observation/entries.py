@@ -60,8 +60,9 @@ def frontier_entry(width: int) -> Entry:
 
 def gains_entry(budgets: Sequence[int]) -> Entry:
     """Return the range that shows how many accepted tokens each budget is expected to add."""
-    recorded = partial(recorded_gains, budgets=budgets)
-    return Entry("gains", len(budgets), 0.0, 1.0, partial(read_gains, budgets=budgets), recorded)
+    sizes = np.array(budgets)
+    recorded = partial(recorded_gains, budgets=sizes)
+    return Entry("gains", len(sizes), 0.0, 1.0, partial(read_gains, budgets=sizes), recorded)
 
 
 def progress_entries() -> list[Entry]:
@@ -105,7 +106,7 @@ def read_frontier(decoder: Decoder) -> np.ndarray:
     return probabilities
 
 
-def read_gains(decoder: Decoder, budgets: Sequence[int]) -> np.ndarray:
+def read_gains(decoder: Decoder, budgets: np.ndarray) -> np.ndarray:
     """Return ``gains`` of the tree under way, ``[budgets]``."""
     return gains(decoder.tree.scores, budgets, decoder.max_depth)
 

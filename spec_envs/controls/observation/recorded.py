@@ -6,7 +6,7 @@ The formulas that they share with live trees are in ``tree_formulas``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -90,7 +90,7 @@ def recorded_frontier(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) 
     return probabilities
 
 
-def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: Sequence[int]) -> np.ndarray:
+def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     """Return ``gains`` of the trees as far as they are grown, ``[n, budgets]``."""
     most = trees.stops[depth.max(initial=0)]
     there = np.arange(most) < trees.stops[depth][:, None]

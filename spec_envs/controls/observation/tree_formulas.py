@@ -18,14 +18,17 @@ def survival(scores: np.ndarray, level_starts: Sequence[int]) -> np.ndarray:
     return sums
 
 
-def gains(scores: np.ndarray, budgets: Sequence[int], max_depth: int) -> np.ndarray:
+def gains(scores: np.ndarray, budgets: np.ndarray, max_depth: int) -> np.ndarray:
     """Return the expected accepted tokens that each budget adds to the one before, by the drafter's own probabilities,
     in units of the deepest path, ``[…, budgets]``.
 
     Args:
         scores: path log-probabilities ``[…, nodes]``, −inf for missing nodes.
     """
-    best = np.exp(-np.sort(-scores, -1)).cumsum(-1)
-    reached = np.concatenate([np.zeros((*best.shape[:-1], 1)), best], -1)
-    added: np.ndarray = np.diff(reached[..., np.minimum(budgets, scores.shape[-1])], prepend=0.0) / (max_depth + 1)
+    reached = np.zeros((*scores.shape[:-1], scores.shape[-1] + 1))
+    reached[..., 1:] = np.exp(-np.sort(-scores, -1)).cumsum(-1)
+    at: np.ndarray = reached[..., np.minimum(budgets, scores.shape[-1])]
+    added = at.copy()
+    added[..., 1:] -= at[..., :-1]
+    added /= max_depth + 1
     return added

@@ -82,7 +82,7 @@ class Int8Step:
             head.matrix,
             outputs,
         )
-        self.reference = byref(self.structure)
+        self.reference, self.eagle = byref(self.structure), entering is not None
 
     def __call__(
         self,
@@ -118,12 +118,14 @@ class Int8Step:
         Raises:
             IndexError: arrays of other sizes or dtypes, or rows that do not fit the cache.
         """
-        n, extras = len(tokens), 0 if extra is None else len(extra)
-        size = 0 if seen is None else seen.size
+        n, size = len(tokens), 0 if seen is None else seen.size
         memory: Memory | None = cache.steps.get(self)
         if memory is None or memory.data is not cache.data or not memory.holds(n, last * width, size):
             memory = cache.steps[self] = Memory(self, cache, n, last * width, size)
-        self._check(read, n, positions, extra, width, last, seen, self.reads if fuses else self.hidden)
+        more, source = memory.extra, memory.last if read is memory.last.tensor else memory.read
+        more.look_at(extra)
+        source.look_at(read)
+        self._check(source, more, n, positions, width, last, seen, self.reads if fuses else self.hidden)
         memory.tokens[:n] = tokens
         if positions is not None:
             memory.positions[:n] = positions
@@ -136,11 +138,11 @@ class Int8Step:
         to_tokens, to_positions, to_rows, to_seen, to_index, to_log_probs, to_entropies = memory.addresses
         self.library.draft(
             self.reference,
-            None if read is None else read.data_ptr(),
-            0 if read is None else len(read),
+            source.address,
+            source.rows,
             None if rows is None else to_rows,
             fuses,
-            output.data_ptr(),
+            memory.last.address,
             to_tokens,
             n,
             None if positions is None else to_positions,
@@ -148,34 +150,34 @@ class Int8Step:
             None if seen is None else to_seen,
             0 if seen is None else seen.shape[1],
             last,
-            None if extra is None else extra.data_ptr(),
-            extras,
+            more.address,
+            more.rows,
             width,
             to_index,
             to_log_probs,
             to_entropies,
             threads(),
         )
-        index, log_probs = (found[: last * width].copy().reshape(last, width) for found in memory.best)
-        return output, index, log_probs, memory.entropies[:last].copy()
+        children, both = last * width, (last, width)
+        index, log_probs = memory.index[:children].copy(), memory.log_probs[:children].copy()
+        return output, index.reshape(both), log_probs.reshape(both), memory.entropies[:last].copy()
 
     def _check(
         self,
-        read: Tensor | None,
+        read: Looked,
+        extra: Looked,
         n: int,
         positions: np.ndarray | None,
-        extra: Tensor | None,
         width: int,
         last: int,
         seen: np.ndarray | None,
         reads: int,
     ) -> None:
         """Raise IndexError for arrays of other sizes or dtypes than the kernels assume."""
-        choices = self.outputs + (0 if extra is None else len(extra))
+        choices = self.outputs + extra.rows
         fits = (
-            (read is None) == (self.structure.input_norm is None)
-            and (read is None or fit(read, reads))
-            and (extra is None or fit(extra, self.hidden))
+            read.width == (reads if self.eagle else None)
+            and extra.width in (None, self.hidden)
             and (positions is None or positions.shape == (n,))
             and (seen is None or (seen.dtype == bool and len(seen) == n))
             and 0 <= last <= n
@@ -183,6 +185,35 @@ class Int8Step:
         )
         if not fits:
             raise IndexError(f"{n} rows do not fit a draft of the {width} best of {choices} after {last} of them")
+
+
+class Looked:
+    """Rows that a call is given: their address, number and width, looked up only when they are others than before.
+
+    Attributes:
+        tensor: the rows ``[rows, width]``, or None.
+        width: 0 for rows that are not contiguous float32; None without any.
+    """
+
+    __slots__ = ("address", "rows", "tensor", "width")
+
+    address: int | None
+    tensor: Tensor | None
+    width: int | None
+
+    def __init__(self, tensor: Tensor | None = None):
+        self.tensor = self.address = self.width = None
+        self.rows = 0
+        self.look_at(tensor)
+
+    def look_at(self, tensor: Tensor | None) -> None:
+        """Take these rows."""
+        if tensor is self.tensor:
+            return
+        self.tensor, self.address, self.rows, self.width = tensor, address(tensor), 0, None
+        if tensor is not None:
+            self.rows, width = tensor.shape
+            self.width = width if tensor.dtype == torch.float32 and tensor.is_contiguous() else 0
 
 
 class Memory:
@@ -208,30 +239,31 @@ class Memory:
         room, children = max(rows, ROOM), max(children, ROOM)
         self.tokens, self.positions, self.rows = np.empty((3, room), np.int64)
         self.seen = np.empty(max(seen, ROOM**2), bool)
-        self.best = np.empty(children, np.int64), np.empty(children, np.float32)
+        self.index, self.log_probs = np.empty(children, np.int64), np.empty(children, np.float32)
         self.entropies = np.empty(room, np.float32)
-        arrays = self.tokens, self.positions, self.rows, self.seen, *self.best, self.entropies
+        arrays = self.tokens, self.positions, self.rows, self.seen, self.index, self.log_probs, self.entropies
         self.addresses = [array.ctypes.data for array in arrays]
-        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # by number of rows, in turn
+        self.outputs: dict[int, list[tuple[Tensor, Looked]]] = {}  # by number of rows, in turn
+        self.last = Looked()  # output of the last call
+        self.read, self.extra = Looked(), Looked()  # what else calls are given
 
     def holds(self, rows: int, children: int, seen: int) -> bool:
         """Return whether a call of so many rows fits."""
-        return rows <= len(self.tokens) and children <= len(self.best[0]) and seen <= len(self.seen)
+        return rows <= len(self.tokens) and children <= len(self.index) and seen <= len(self.seen)
 
     def output(self, rows: int) -> Tensor:
-        """Return memory for the outputs of a call, other than that of the call before."""
+        """Return memory for the outputs of a call, other than that of the call before, and look at it."""
         if rows > ROOM:
-            return torch.empty(rows, self.hidden)
+            one = torch.empty(rows, self.hidden)
+            self.last = Looked(one)
+            return one
         if rows not in self.outputs:
-            self.outputs[rows] = torch.empty(rows, self.hidden), torch.empty(rows, self.hidden)
-        other, one = self.outputs[rows]
-        self.outputs[rows] = one, other
-        return one
-
-
-def fit(rows: Tensor, width: int) -> bool:
-    """Return whether rows are contiguous float32 of a width."""
-    return rows.shape[1] == width and rows.dtype == torch.float32 and rows.is_contiguous()
+            made = torch.empty(2, rows, self.hidden).unbind()
+            self.outputs[rows] = [(one, Looked(one)) for one in made]
+        turns = self.outputs[rows]
+        turns.reverse()
+        output, self.last = turns[0]
+        return output
 
 
 def c_fusion(fusion: Fusion | None) -> CFusion:

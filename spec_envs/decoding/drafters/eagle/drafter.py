@@ -226,7 +226,8 @@ class EagleDrafter:
         self.capture = model.capture
         self.vocab, self.context = model.target.shape.vocab, model.shape.context
         self.device = model.target.device
-        self.frontier_rows, self.own = width * max_depth, np.eye(width, dtype=bool)
+        self.frontier_rows = width * max_depth
+        self.own, self.same = np.eye(width, dtype=bool), np.zeros(width, np.int64)
         self.cache = model.cache(0)
 
     @torch.inference_mode()
@@ -257,7 +258,7 @@ class EagleDrafter:
         )
         self.features, self.tokens = [], []
         tree.start(children)
-        self.rows = np.full(self.width, rows - 1)  # which outputs the frontier nodes read: those of their parents
+        self.rows = self.same + (rows - 1)  # which outputs the frontier nodes read: those of their parents
         self.lineage = self.own  # which frontier rows each frontier node sees
         return rows
 
@@ -266,7 +267,7 @@ class EagleDrafter:
         """Grow the tree by one forward over the frontier, after the rows of earlier levels; return its rows."""
         cache, committed, width = self.cache, self.cache.length, self.width
         earlier = self.lineage.shape[1] - width
-        positions = np.full(width, committed + earlier // width)
+        positions = self.same + (committed + earlier // width)
         cache.length += earlier  # frontier rows of earlier levels, for this forward only
         tokens = tree.tokens[tree.frontier]
         self.hidden, children = self.model.step(
