@@ -55,9 +55,9 @@ class Tree:
         self.width = width
         self._tokens = np.zeros(capacity, dtype=np.int64)
         self._parents = np.full(capacity, ROOT, dtype=np.int64)
-        self._levels = np.zeros(capacity, dtype=np.int64)
         self._scores = np.zeros(capacity, dtype=np.float32)
         self._ids = np.arange(capacity)
+        self._levels = (self._ids + width * (width - 1)) // max(1, width * width)  # levels are full
         self._places = np.full(
             capacity + 1, ROOT
         )  # of nodes in a selection; the last one stays, for parents on level 0
@@ -101,7 +101,6 @@ class Tree:
         """Clear the tree and add level 0, the children of the root."""
         self.clear()
         new = self._add(children, 1)
-        self._parents[new] = ROOT
         self._scores[new] = children.log_probs[0]
         self.frontier = self._ids[new]
 
@@ -151,7 +150,6 @@ class Tree:
         if new.stop > self.capacity:
             raise ValueError(f"the tree is full at {self.expansions} expansions")
         self._tokens[new].reshape(rows, -1)[:] = tokens
-        self._levels[new] = len(self.level_starts)
         self.level_starts.append(first)
         self.size = new.stop
         self.entropies.append(children.entropies)

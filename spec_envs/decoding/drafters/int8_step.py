@@ -88,13 +88,13 @@ class Int8Step:
         self,
         read: Tensor | None,
         tokens: Sequence[int] | np.ndarray,
-        positions: np.ndarray | None,
+        positions: np.ndarray | int | None,
         cache: KVCache,
         extra: Tensor | None,
         width: int,
         last: int,
         seen: np.ndarray | None = None,
-        rows: np.ndarray | None = None,
+        rows: np.ndarray | int | None = None,
         fuses: bool = False,
     ) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Make one forward; its rows are written to the cache after the committed ones, which they do not join.
@@ -102,12 +102,13 @@ class Int8Step:
         Args:
             read: float32 ``[m, hidden]``, which an EAGLE-3 head reads; None for another drafter.
             tokens: int64 ``[n]``.
-            positions: int64 ``[n]``; by default those after the committed rows.
+            positions: int64 ``[n]``, or one for all; by default those after the committed rows.
             extra: output rows ``[m, hidden]`` of further tokens, or None.
             width: children per row.
             last: how many rows, counted from the end, get children.
             seen: see ``KVCache.mask``.
-            rows: int64 ``[n]``, the row of ``read`` that belongs to each token; by default they are in the same order.
+            rows: int64 ``[n]``, the row of ``read`` that belongs to each token, or one for all; by default they are in
+                the same order.
             fuses: whether ``read`` are the target's states ``[n, states * target hidden]``, to be fused first.
 
         Returns:
@@ -125,7 +126,7 @@ class Int8Step:
         more, source = memory.extra, memory.last if read is memory.last.tensor else memory.read
         more.look_at(extra)
         source.look_at(read)
-        self._check(source, more, n, positions, width, last, seen, self.reads if fuses else self.hidden)
+        self._check(source, more, n, width, last, seen, self.reads if fuses else self.hidden)
         memory.tokens[:n] = tokens
         if positions is not None:
             memory.positions[:n] = positions
@@ -167,7 +168,6 @@ class Int8Step:
         read: Looked,
         extra: Looked,
         n: int,
-        positions: np.ndarray | None,
         width: int,
         last: int,
         seen: np.ndarray | None,
@@ -178,7 +178,6 @@ class Int8Step:
         fits = (
             read.width == (reads if self.eagle else None)
             and extra.width in (None, self.hidden)
-            and (positions is None or positions.shape == (n,))
             and (seen is None or (seen.dtype == bool and len(seen) == n))
             and 0 <= last <= n
             and 1 <= width <= choices

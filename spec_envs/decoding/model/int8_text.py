@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from ctypes import byref, c_void_p
 
@@ -16,6 +15,7 @@ from spec_envs.decoding.model.kernels.bindings import CText, address, library
 from spec_envs.decoding.model.lora import Additions
 from spec_envs.decoding.model.transformer import Transformer
 
+TOGETHER = 16  # numbers of features for which memory is allocated at once
 PIECE = 256  # rows of a prompt that are read together; more need more memory and are no faster
 
 
@@ -33,6 +33,7 @@ class Int8Text:
         self.model, self.capture, self.library = model, sorted(capture), library()
         self.added: Additions | None = None
         self.width = len(self.capture) * model.shape.hidden  # of the features
+        self.blank: dict[int, list[Tensor]] = {}  # features to be written, by their rows
         self.cache, self.room = model.cache(0), PIECE
         self._describe()
 
@@ -69,7 +70,10 @@ class Int8Text:
         return self.states[-1][: self.rows]
 
     def keep(self, rows: Sequence[int]) -> Tensor:
-        features = torch.empty(len(rows), self.width) if self.width else no_features(len(rows))
+        blank = self.blank.get(len(rows))
+        if not blank:  # tensors are made several at a time, which takes no longer than one
+            blank = self.blank[len(rows)] = list(torch.empty(TOGETHER, len(rows), self.width).unbind())
+        features = blank.pop()
         self._keep(rows, features)
         return features
 
@@ -120,9 +124,3 @@ class Int8Text:
             self.chosen.ctypes.data,
         )
         self.reference = byref(self.structure)
-
-
-@functools.cache
-def no_features(rows: int) -> Tensor:
-    """Return features ``[rows, 0]``."""
-    return torch.empty(rows, 0)

@@ -151,27 +151,28 @@ class EagleModel:
         self,
         hidden: Tensor,
         tokens: Sequence[int] | np.ndarray,
-        positions: np.ndarray | None,
+        positions: np.ndarray | int | None,
         cache: KVCache,
         vocabulary: Vocabulary,
         width: int,
         last: int,
         seen: np.ndarray | None = None,
-        rows: np.ndarray | None = None,
+        rows: np.ndarray | int | None = None,
         fuses: bool = False,
     ) -> tuple[Tensor, Children]:
         """Make one forward; its rows are written to the cache after the committed ones, which they do not join.
 
         Args:
             hidden: hidden states ``[m, hidden]`` that the rows read.
-            tokens, positions: the token after each row, and the row's rotary position, ``[n]``; None means the
-                positions after the committed ones.
+            tokens, positions: the token after each row, and the row's rotary position, ``[n]``; one number is that of
+                all, None means the positions after the committed ones.
             cache: of this head.
             vocabulary: the tokens that can be drafted.
             width: children per row.
             last: how many rows, counted from the end, get children.
             seen: see ``KVCache.mask``.
-            rows: which of the hidden states each row reads, ``[n]``; by default they are in the same order.
+            rows: which of the hidden states each row reads, ``[n]``, or one for all; by default they are in the same
+                order.
             fuses: whether the target's features are given as hidden states, to be fused first.
 
         Returns:
@@ -183,17 +184,33 @@ class EagleModel:
                 hidden, tokens, positions, cache, vocabulary.rows, width, last, seen, rows, fuses
             )
             return output, Children(vocabulary.ids[index], log_probs, entropies)
-        device, variant = self.target.device, self.variant
-        hidden = self.fuse(hidden) if fuses else hidden
-        hidden = hidden if rows is None else hidden[torch.from_numpy(rows).to(device)]
-        positions = np.arange(cache.length, cache.length + len(tokens)) if positions is None else positions
-        ids, at = torch.as_tensor(tokens, device=device), torch.from_numpy(positions).to(device)[None]
+        device, n = self.target.device, len(tokens)
+        with torch.inference_mode():
+            hidden = self.fuse(hidden) if fuses else hidden
+            hidden = hidden if rows is None else hidden[torch.from_numpy(np.full(n, rows)).to(device)]
+            at = np.arange(cache.length, cache.length + n) if positions is None else np.full(n, positions)
+            ids, where = torch.as_tensor(tokens, device=device), torch.from_numpy(at).to(device)[None]
+            sees = None if seen is None else torch.from_numpy(seen).to(device)
+            return self._step(hidden, ids, where, cache, vocabulary, width, last, sees)
+
+    def _step(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        vocabulary: Vocabulary,
+        width: int,
+        last: int,
+        seen: Tensor | None,
+    ) -> tuple[Tensor, Children]:
+        """Make one forward in torch; see ``step``."""
+        variant = self.variant
         read = embedded(ids, self.embedding).to(self.target.precision.hidden)
         normed = self.hidden_norm(hidden)
         entering = torch.cat([self.input_norm(read), normed], -1)[None]
         residual = normed if variant.norm_before_residual else hidden
-        sees = None if seen is None else torch.from_numpy(seen).to(device)
-        output = self.layers(Rows(residual[None], cache, self.rope, at, sees, entering=entering))[0][0]
+        output = self.layers(Rows(residual[None], cache, self.rope, positions, seen, entering=entering))[0][0]
         children = self.children(output[len(output) - last :], width, vocabulary)
         return self.norm(output) if variant.norm_output else output, children
 
@@ -227,10 +244,9 @@ class EagleDrafter:
         self.vocab, self.context = model.target.shape.vocab, model.shape.context
         self.device = model.target.device
         self.frontier_rows = width * max_depth
-        self.own, self.same = np.eye(width, dtype=bool), np.zeros(width, np.int64)
+        self.own = np.eye(width, dtype=bool)
         self.cache = model.cache(0)
 
-    @torch.inference_mode()
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Forget the last text and read the new one except its last row, which the first cycle completes."""
         need = len(text) + positions + self.frontier_rows
@@ -248,7 +264,6 @@ class EagleDrafter:
         self.features.append(features)
         self.tokens.extend(tokens)
 
-    @torch.inference_mode()
     def root(self, tree: Tree) -> int:
         """Read the tokens committed since the last call, start the tree from the last row, and return their number."""
         self.vocabulary.add(self.tokens)
@@ -258,24 +273,23 @@ class EagleDrafter:
         )
         self.features, self.tokens = [], []
         tree.start(children)
-        self.rows = self.same + (rows - 1)  # which outputs the frontier nodes read: those of their parents
+        self.rows: np.ndarray | int = rows - 1  # which outputs the frontier nodes read: those of their parents
         self.lineage = self.own  # which frontier rows each frontier node sees
         return rows
 
-    @torch.inference_mode()
     def expand(self, tree: Tree) -> int:
         """Grow the tree by one forward over the frontier, after the rows of earlier levels; return its rows."""
         cache, committed, width = self.cache, self.cache.length, self.width
         earlier = self.lineage.shape[1] - width
-        positions = self.same + (committed + earlier // width)
+        position = committed + earlier // width
         cache.length += earlier  # frontier rows of earlier levels, for this forward only
         tokens = tree.tokens[tree.frontier]
         self.hidden, children = self.model.step(
-            self.hidden, tokens, positions, cache, self.vocabulary, width, width, self.lineage, self.rows
+            self.hidden, tokens, position, cache, self.vocabulary, width, width, self.lineage, self.rows
         )
         cache.length = committed
-        self.rows = tree.grow(children)
-        self.lineage = np.concatenate((self.lineage[self.rows], self.own), axis=1)
+        self.rows = parents = tree.grow(children)
+        self.lineage = np.concatenate((self.lineage[parents], self.own), axis=1)
         return width
 
     def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
