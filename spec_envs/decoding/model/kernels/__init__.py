@@ -11,7 +11,7 @@ __all__ = ["fast", "library", "threads"]
 
 
 def fast() -> bool:
-    """Return whether the kernels are available and use the processor's int8 instructions (AMX, AVX-512 VNNI or
-    AVX2)."""
+    """Return whether the kernels are available and use the processor's int8 instructions (AMX, AVX-512 VNNI,
+    AVX-VNNI or AVX2)."""
     found = library() if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
     return found is not None and bool(found.accelerated() > 0)

@@ -7,7 +7,7 @@ inline int32_t less_128(int32_t total) { return int32_t(-128u * uint32_t(total))
 
 #ifdef __AVX512VNNI__
 struct Vectors {
-    static constexpr int OUTPUTS = 16, WHOLE = 8, HELD = 8, VECTORS = 2;
+    static constexpr int OUTPUTS = 16, WHOLE = 10, HELD = 10, VECTORS = 2;
     typedef __m512i Word;
     struct Weights {
         Word raised;
