@@ -35,13 +35,13 @@ constexpr int PARTS = LANES / WIDTH;
 typedef float Native __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t NativeInts __attribute__((vector_size(4 * WIDTH)));
 
-// Keys and values are bfloat16 (uint16_t) or float, and so are queries; without instructions for products of bfloat16 these
-// are rounded to it and computed as floats. What follows reads 32 bits at a time: two bfloat16, or one float.
+// Keys and values are bfloat16 (uint16_t) or float, and so are queries; without instructions for products of bfloat16
+// these are rounded to it and computed as floats. What follows reads 32 bits at a time: two bfloat16, or one float.
 template <class Key>
 constexpr bool FLOATS = std::is_same_v<Key, float>;
 template <class Key>
 constexpr int PER_WORD = 4 / sizeof(Key);
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 template <class Key>
 using Number = Key;
 #else
@@ -337,8 +337,8 @@ inline void scores(const uint16_t* queries, int count, const uint32_t* turned, i
 // Sums over the keys of weights[query][key] * values[key], for COUNT queries and PAIRS * 32 dimensions. Also fetches
 // `ahead`, the keys of the next chunk.
 template <class Key, int COUNT, int PAIRS>
-void sums(const float* weights, int64_t stride, const Key* values, int64_t keys, int head_dim,
-          const Key* ahead, float* out) {
+void sums(const float* weights, int64_t stride, const Key* values, int64_t keys, int head_dim, const Key* ahead,
+          float* out) {
     constexpr int LOADS = PAIRS * PARTS, VECTORS = 2 * LOADS;
     Native sum[COUNT * VECTORS] = {};
     for (int64_t j = 0; j < keys; j++, values += head_dim, ahead += head_dim) {
@@ -359,8 +359,8 @@ void sums(const float* weights, int64_t stride, const Key* values, int64_t keys,
         });
     }
     unrolled<COUNT * LOADS>(UNROLLED(i) {
-        constexpr int APART = FLOATS<Key> ? WIDTH : LANES;
-        float* to = out + i / LOADS * head_dim + i % LOADS / PARTS * 2 * LANES + i % PARTS * (FLOATS<Key> ? 2 : 1) * WIDTH;
+        constexpr int APART = FLOATS<Key> ? WIDTH : LANES, STEP_OUT = FLOATS<Key> ? 2 * WIDTH : WIDTH;
+        float* to = out + i / LOADS * head_dim + i % LOADS / PARTS * 2 * LANES + i % PARTS * STEP_OUT;
         std::memcpy(to, &sum[2 * i], sizeof(Native));
         std::memcpy(to + APART, &sum[2 * i + 1], sizeof(Native));
     });
@@ -376,7 +376,7 @@ constexpr auto SUMS_OF = all_sums<Key>(std::make_integer_sequence<int, SUM_QUERI
 
 template <class Key>
 void weigh(const float* weights, int count, int64_t stride, const Key* values, int64_t keys, int head_dim,
-                  const Key* ahead, float* out) {
+           const Key* ahead, float* out) {
     for (int q = 0; q < count; q += SUM_QUERIES)
         for (int d = 0, pairs; d < head_dim; d += pairs * 2 * LANES) {
             pairs = std::min(SUM_PAIRS, (head_dim - d) / (2 * LANES));
@@ -486,8 +486,8 @@ class Attention {
         for (int t = 0; t < tiles; t += DOT_TILES) {
             const int held = std::min(DOT_TILES, tiles - t);
             const int64_t offset = (first + t * LANES) * head_dim;
-            for (int i = 0; i < held; i++)
-                turn((const uint32_t*)(keys + offset + i * LANES * head_dim), words, s.turned.data() + i * words * LANES);
+            const auto* tiled = (const uint32_t*)(keys + offset);
+            for (int i = 0; i < held * words * LANES; i += words * LANES) turn(tiled + i, words, s.turned.data() + i);
             scores((const Number<Key>*)s.queries.data(), block.count, s.turned.data(), held, head_dim, values + offset,
                    s.scores.data() + t * LANES, stride);
         }
@@ -535,8 +535,9 @@ class Attention {
             const Block block = block_of(task);
             const int64_t after = std::min(task + threads, tasks - 1);
             const Key* next = keys + first_key(block_of(after), whole ? 0 : after % chunks);
-            for (int q = 0; q < block.count; q++)
-                pack<Key>(queries + query(block, block.first + q, stride), scale, head_dim, (Number<Key>*)s.queries.data() + q * head_dim);
+            auto* packed = (Number<Key>*)s.queries.data();
+            for (int q = 0; q < block.count; q++, packed += head_dim)
+                pack<Key>(queries + query(block, block.first + q, stride), scale, head_dim, packed);
             const Key *own = keys + block.place, *weighed = values + block.place;
             if (!whole) {
                 compute(block, task % chunks, own, weighed, next, s, part(task));
