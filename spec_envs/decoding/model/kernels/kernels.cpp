@@ -106,6 +106,8 @@ void multiply(const Matrix& m, const Inputs& x, int rows, Sink&& sink, const Mat
     multiply(m, x, rows, sink, after);
 }
 
+#include "proposals.h"
+
 }  // namespace
 
 extern "C" {
@@ -403,44 +405,9 @@ int64_t read_all(const float* data, int64_t bytes, int64_t threads) {
 void most_probable(const float* a, int64_t a_width, int64_t a_stride, const float* b, int64_t b_width, int64_t rows,
                    int64_t best, int64_t* index, float* log_probability, float* entropy, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const float* part[2] = {a + r * a_stride, b + r * b_width};
-        const int64_t width[2] = {a_width, b ? b_width : 0};
-        std::vector<std::pair<float, int64_t>> top(best, {-INFINITY, -1});  // descending
-        const auto lanes_of = [&](int side, int64_t i) {
-            if (i + LANES <= width[side]) return load(part[side] + i);
-            Floats v = all(-INFINITY);
-            std::memcpy(&v, part[side] + i, (width[side] - i) * sizeof(float));
-            return v;
-        };
-        for (int side = 0; side < 2; side++)
-            for (int64_t i = 0; i < width[side]; i += LANES) {
-                const Floats v = lanes_of(side, i);
-                if (!any(v > top.back().first)) continue;
-                for (int lane = 0; lane < LANES; lane++) {
-                    if (!(v[lane] > top.back().first)) continue;
-                    int64_t place = best - 1;
-                    for (; place > 0 && v[lane] > top[place - 1].first; place--) top[place] = top[place - 1];
-                    top[place] = {v[lane], side * a_width + i + lane};
-                }
-            }
-        Floats mass = {}, weighted = {};
-        const Floats lowest = all(-100.0f);  // contributes nothing to the sum, and is finite
-        for (int side = 0; side < 2; side++)
-            for (int64_t i = 0; i < width[side]; i += LANES) {
-                Floats below = lanes_of(side, i) - top[0].first;
-                below = below > lowest ? below : lowest;
-                const Floats share = exponential(below);
-                mass += share;
-                weighted += share * below;
-            }
-        const float total = std::log(sum(mass));
-        entropy[r] = std::max(0.0f, total - sum(weighted) / sum(mass));
-        for (int64_t i = 0; i < best; i++) {
-            index[r * best + i] = top[i].second;
-            log_probability[r * best + i] = std::min(0.0f, top[i].first - top[0].first - total);
-        }
-    }
+    for (int64_t r = 0; r < rows; r++)
+        best_of({{a + r * a_stride, b + r * b_width}, {a_width, b ? b_width : 0}}, best, index + r * best,
+                log_probability + r * best, entropy + r);
 }
 
 #include "target.h"
@@ -492,12 +459,11 @@ int draft(const Drafter* d, const float* read, int64_t available, const int64_t*
     const int64_t size = d->layers->hidden;
     const float eps = d->layers->eps;
     if (!d->embedding.has(tokens, count)) return NO_ROOM;
-    const int64_t stride_in = d->input_norm ? 2 * size : size, stride = d->head.columns() * COLUMNS;
-    std::vector<float> entering, logits, others, normed;
+    const int64_t stride_in = d->input_norm ? 2 * size : size;
+    std::vector<float> entering;
     std::vector<int64_t> following;
     const auto reserve = [&] {
         entering.resize(d->input_norm ? count * stride_in : 0);
-        logits.resize(last * stride), others.resize(last * extras), normed.resize(size);
         if (positions) return DONE;
         following.resize(count);
         for (int64_t r = 0; r < count; r++) following[r] = cache->length + r;
@@ -526,17 +492,7 @@ int draft(const Drafter* d, const float* read, int64_t available, const int64_t*
         return status;
     if (!last) return DONE;
     const float* final_rows = hidden + (count - last) * size;
-    if (linear(&d->head, final_rows, last, d->norm, eps, logits.data(), stride, threads)) return NO_MEMORY;
-    for (int64_t r = 0; r < last && extras; r++) {
-        normalise(final_rows + r * size, d->norm, size, eps, normed.data());
-        for (int64_t j = 0; j < extras; j++) {
-            Floats dot = {};
-            for (int64_t i = 0; i < size; i += LANES) dot += load(normed.data() + i) * load(extra + j * size + i);
-            others[r * extras + j] = sum(dot);
-        }
-    }
-    most_probable(logits.data(), d->outputs, stride, extras ? others.data() : nullptr, extras, last, width, index,
-                  log_probability, entropy, threads);
-    return DONE;
+    return propose(d->head, d->outputs, d->norm, eps, final_rows, last, extra, extras, width, index, log_probability,
+                   entropy, threads);
 }
 }

@@ -263,3 +263,26 @@ def test_single_call_drafts_as_separate_calls(draft: str, rng: np.random.Generat
         np.testing.assert_allclose(cycles[0].nodes.probabilities, cycles[1].nodes.probabilities, rtol=2e-3)
         np.testing.assert_allclose(cycles[0].nodes.entropies, cycles[1].nodes.entropies, atol=2e-3)
     assert one.drafter.vocabulary.rows is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_proposals_do_not_depend_on_rows_beside_them(threads: int, rng: np.random.Generator) -> None:
+    """The children of a row have the same bits alone and with others, on any number of threads, those of the text's
+    tokens included."""
+    drafter = load_decoder(REAL, f"{REAL}@17", "cpu", "int8", width=1).drafter
+    assert isinstance(drafter, DraftModelDrafter)
+    drafter.start(rng.integers(3, 49_000, 70).tolist(), 16, torch.empty(0), rng)
+    tokens, length, before = rng.integers(3, 49_000, 7).tolist(), drafter.cache.length, torch.get_num_threads()
+    alone = [drafter.step([token]) for token in tokens]
+    drafter.cache.length = length
+    torch.set_num_threads(threads)
+    try:
+        together = drafter.step(tokens, last=7)
+    finally:
+        torch.set_num_threads(before)
+    assert drafter.vocabulary is not None and (together.tokens > 17).any()
+    for name in ("tokens", "log_probs", "entropies"):
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(children, name) for children in alone]), getattr(together, name)
+        )
