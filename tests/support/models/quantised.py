@@ -15,12 +15,19 @@ from spec_envs.decoding.weights.tensors import OUTPUT, tensors
 CPU = torch.device("cpu")
 
 
+def unpacked(tiles: Tensor, scale: Tensor) -> Tensor:
+    """Return the weight ``[out, in]``, both rounded up to whole blocks: the inverse of
+    ``packed`` up to rounding."""
+    w = tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(scale), -1, 64).float() * scale[:, None, None]
+    return (w @ packing.hadamard(64)).flatten(1)
+
+
 class Quantised(linear.Linear):
     """The reference of an int8 matrix product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.inputs = weight.shape[1]
-        super().__init__(packing.unpacked(*packing.packed(weight))[: len(weight), : self.inputs], bias)
+        super().__init__(unpacked(*packing.packed(weight))[: len(weight), : self.inputs], bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         turned = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)) @ packing.hadamard(64)

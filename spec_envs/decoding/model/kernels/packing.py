@@ -47,18 +47,6 @@ def packed_group(weight: Tensor) -> tuple[Tensor, Tensor]:
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous(), scale
 
 
-def unpacked(tiles: Tensor, scale: Tensor) -> Tensor:
-    """Return the weight ``[out, in]``, both rounded up to whole blocks: the inverse of ``packed`` up to rounding."""
-    w = tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(scale), -1, BLOCK).float() * scale[:, None, None]
-    return (w @ hadamard(BLOCK)).flatten(1)
-
-
 def padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """Pad x with zeros below and to the right, up to multiples of ``rows`` and ``columns``."""
     return torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
-
-
-def interleaved(gate: Tensor, up: Tensor) -> Tensor:
-    """Return the outputs of gate and up in turn, a tile of 16 of each."""
-    shape = -1, TILE, *gate.shape[1:]
-    return torch.stack([gate.reshape(shape), up.reshape(shape)], 1).flatten(0, 2)
