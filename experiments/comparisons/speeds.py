@@ -14,7 +14,7 @@ from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.pages import definitions, table
 from spec_envs.experiments.measure.report import markdown
-from spec_envs.experiments.measure.results import AGAIN, Interval, Results
+from spec_envs.experiments.measure.results import AGAIN, Interval, Results, Row
 
 RATIOS = {
     "plain_over_transformers": ("plain", "transformers generate"),
@@ -225,12 +225,20 @@ def costs(by_dtype: dict[str, Curves]) -> list[str]:
     return table(["rows", *columns], [[str(n), *row] for n, row in zip(rows, cells, strict=True)])
 
 
+def bounds(name: str, row: Row) -> str:
+    """Return what an arm's cycles are made of."""
+    draft, verify = (row.parts[part] / row.seconds for part in ("draft", "verify"))
+    return (
+        f"- `{name}` emits {row.emitted_per_cycle:.3f} tokens per cycle. Of its seconds {100 * draft:.1f} % are drafting, "
+        f"{100 * verify:.1f} % verifying, and {100 * (1 - draft - verify):.1f} % are spent outside drafter and target."
+    )
+
+
 def notes(speeds: Speeds) -> list[str]:
-    """Return what a cycle of the best static setting is made of."""
+    """Return what the cycles of the own arms are made of, and what bounds a plain step."""
     found = [
         f"- Target `{speeds.target}`, drafter `{speeds.drafter}`.",
-        f"- The best static setting emits {speeds.emitted_per_cycle:.3f} tokens per cycle.",
-        f"- {100 * speeds.overhead_share:.1f} % of its seconds are spent outside drafter and target.",
+        *(bounds(name, row) for name, row in speeds.table.arms.items() if name in ("plain", "static", "chain")),
         f"- An expansion (a level of a tree, or a token of a chain) costs {speeds.expand_ratio:.3f} of a plain step.",
     ]
     if floor := speeds.floor:
