@@ -24,8 +24,9 @@ from spec_envs.decoding.model.lora import Additions, LayersLoRA, LowRank, additi
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.shape import part
 from spec_envs.decoding.model.transformer import Transformer
+from spec_envs.decoding.weights.blocks import dense
 from spec_envs.decoding.weights.checkpoints import model_folder
-from spec_envs.decoding.weights.files import load_weights
+from spec_envs.decoding.weights.files import load_stored
 
 KINDS = ("head", "kangaroo", "layers")
 HEAD_RANK, HEAD_SCALE = 64, 2.0
@@ -188,12 +189,13 @@ class Attention(nn.Module):
 
     def __init__(self, target: Transformer, settings: ExitSettings):
         super().__init__()
-        weights = load_weights(model_folder(settings.base_model))
+        weights = load_stored(model_folder(settings.base_model))
         layer = part(weights, f"model.layers.{settings.exit_layer}.")
-        kept = {k: v.float().clone() for k, v in layer.items() if k.startswith(("self_attn.", "input_layernorm."))}
+        read = ("self_attn.", "input_layernorm.")
+        kept = {name: dense(weight).float().clone() for name, weight in layer.items() if name.startswith(read)}
         self.names = list(kept)
         self.weights = nn.ParameterList(kept.values())
-        self.norm = nn.Parameter(weights["model.norm.weight"].float().clone())
+        self.norm = nn.Parameter(dense(weights["model.norm.weight"]).float().clone())
         self.shape = target.shape
         self.rope = Rope(target.config, self.shape.head_dim, self.shape.context, torch.float32, target.device)
 
