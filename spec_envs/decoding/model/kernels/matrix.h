@@ -187,7 +187,7 @@ inline Pass pass_over(const Matrix& m, int c, const Quantised& x, int row, int c
     pass.ahead = parts == 1 ? pass.weight + distance * STEP : later + int64_t(steps) * STEP * i / passes;
     pass.then = later;
     pass.turn = parts == 1 ? steps - distance : steps;
-    pass.fetched = STEP / BLOCK * 4 / parts;
+    pass.fetched = (STEP / BLOCK * 4 + parts - 1) / parts;
     return pass;
 }
 
