@@ -175,7 +175,7 @@ class ExitAdapter(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Return the output rows ``[n, hidden]`` (float32) of the exit's projection for ``ids`` ``[n]``, adapter
         included."""
-        rows: Tensor = self._output[ids].float()
+        rows = self.target.output_rows(ids).to(self.target.precision.cache).float()
         if self.kind != "layers":
             rows = rows + self.exit_proj.lora_B[ids] @ self.exit_proj.lora_A * self.exit_proj.scale
         return rows
