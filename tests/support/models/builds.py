@@ -15,7 +15,7 @@ WITHOUT_KERNELS = kernels.library() is None and (sys.platform != "linux" or next
 X86 = platform.machine() == "x86_64"
 WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if X86 else ()
 TILES = Path(__file__).with_name("tiles.h")  # tile instructions emulated; a build depends on the hash of the file, too
-EMULATED_TILES = ("-include", str(TILES), f"-DTILES={hashlib.sha256(TILES.read_bytes()).hexdigest()[:16]}")
+EMULATED_TILES = ("-include", str(TILES), f"-DHASH_OF_TILES={hashlib.sha256(TILES.read_bytes()).hexdigest()[:16]}")
 BUILDS = {  # compiler flags, and the possible kinds of matrix product: tiles (2), vectors (1), scalar code (0)
     "vectors": ((*building.FLAGS, *WITHOUT_TILES), (0, 1)),
     "short vectors": ((*building.FLAGS, *WITHOUT_TILES, *(("-mno-avx512f",) if X86 else ())), (0, 1)),

@@ -40,7 +40,8 @@ inline void zero(int i) { std::memset(&tile(i), 0, sizeof(Tile)); }
 
 inline void load(int i, const void* p, int64_t stride) {
     zero(i);
-    for (int r = 0; r < shape.rows[i]; r++) std::memcpy(tile(i).data[r], (const uint8_t*)p + r * stride, shape.bytes[i]);
+    const uint8_t* from = (const uint8_t*)p;
+    for (int r = 0; r < shape.rows[i]; r++) std::memcpy(tile(i).data[r], from + r * stride, shape.bytes[i]);
 }
 
 inline void store(int i, void* p, int64_t stride) {

@@ -31,7 +31,7 @@ constexpr int GROUP = 4;
 enum Kind : int64_t { INT8, BLOCKS_Q4, BLOCKS_Q4K, BLOCKS_Q8, BLOCKS_Q6K };
 
 struct Matrix {
-    const int8_t* weight;  // of INT8: panels, [outputs / 32][inputs / 64][2][16][16][4]: tile, four inputs, output, input
+    const int8_t* weight;  // of INT8: panels, [outputs / 32] as Pass has one
     const float* scale;    // of INT8: [outputs], rounded up to 32
     const float* bias;     // [outputs], rounded up to 32, or null
     int64_t inputs, outputs;
@@ -103,8 +103,8 @@ inline void int8_row(const Matrix& m, int64_t output, float* out) {
     }
 }
 
-// One row of `inputs` floats (a multiple of 16) to int8, with the sum of its numbers; overwrites `row`, which has room for
-// whole blocks.
+// One row of `inputs` floats (a multiple of 16) to int8, with the sum of its numbers; overwrites `row`, which has room
+// for whole blocks.
 inline void quantise(float* row, int64_t inputs, int8_t* out, float* scale, int32_t* total) {
     const int64_t whole = (inputs + BLOCK - 1) / BLOCK * BLOCK;
     for (int64_t i = inputs; i < whole; i++) row[i] = 0;

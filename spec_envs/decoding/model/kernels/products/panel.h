@@ -16,8 +16,8 @@ struct Pass {
     const int32_t* totals;  // [count], the sum of a row's numbers
     int count, steps;
 
-    // What is read from memory into the cache meanwhile: `fetched` bytes for every four inputs, from `ahead` on, and from
-    // `then` on after `turn` steps.
+    // What is read from memory into the cache meanwhile: `fetched` bytes for every four inputs, from `ahead` on, and
+    // from `then` on after `turn` steps.
     const int8_t *ahead, *then;
     int fetched, turn;
 };

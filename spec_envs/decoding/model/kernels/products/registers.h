@@ -63,7 +63,7 @@ template <class V>
 struct Registers {
     static constexpr int KIND = 1, HELD = V::HELD, TILE = 1;
     static int parts(int rows) { return rows <= V::WHOLE ? 1 : COLUMNS / (V::VECTORS * V::OUTPUTS); }
-    static int steps_ahead(int rows) { return rows > 2 ? 4 : 2; }  // of few rows the processor itself reads further ahead
+    static int steps_ahead(int rows) { return rows > 2 ? 4 : 2; }  // with few rows the processor reads ahead itself
     static void multiply(const Pass& pass, Sums* sums) {
         hold_any<V>(pass, sums, std::make_integer_sequence<int, HELD>());
     }

@@ -1,5 +1,5 @@
-// AVX-512 VNNI and AVX-VNNI. `vpdpbusd` multiplies unsigned numbers by signed ones: weights become unsigned when they are
-// loaded, as flipping their highest bit adds 128, and the sums start from -128 times the sum of the row's numbers.
+// AVX-512 VNNI and AVX-VNNI. `vpdpbusd` multiplies unsigned numbers by signed ones: weights become unsigned when they
+// are loaded, as flipping their highest bit adds 128, and the sums start from -128 times the sum of the row's numbers.
 #pragma once
 #include "registers.h"
 
