@@ -1,9 +1,9 @@
 // Attention over the cache. A row's result is the same to the last bit alone, in a tree or in a batch, and on any
 // number of threads.
 //
-// The keys that a row sees are counted in order, whatever lies between them: the first CHUNK are its chunk 0, and so
-// on. Chunks are computed apart, so that threads can share a row, and merged one after another (Flash-Decoding; Dao et
-// al., 2023). Within a chunk,
+// The keys that a row sees are counted in order, whatever lies between them: the first 128 (64 of float) are its chunk
+// 0, and so on. Chunks are computed apart, so that threads can share a row, and merged one after another (Flash-Decoding;
+// Dao et al., 2023). Within a chunk,
 // - a score is a sum over the dimensions in order; sixteen keys are in the lanes of a vector,
 // - weights are whole numbers, so that their sum is exact in any order,
 // - weighted values are added one key after another; keys that a row does not see add an exact zero.
@@ -18,7 +18,7 @@
 
 #include "matrix.h"
 
-constexpr int CHUNK = 128;
+constexpr int CHUNK = 128;       // keys, at most
 constexpr int QUERIES = 48;      // queries of a head of keys that are computed together; a multiple of 16
 constexpr float UNIT = 1 << 23;  // weight of the key with a chunk's largest score; sums of CHUNK of them fit 31 bits
 
@@ -103,7 +103,7 @@ struct Visibility {
     // Number of keys before the last columns: all rows see them.
     int64_t shared(const Sequence& s) const { return std::max<int64_t>(0, s.written - last - s.padding); }
 
-    int64_t chunks(const Sequence& s) const { return (shared(s) + most + CHUNK - 1) / CHUNK; }
+    int64_t keys(const Sequence& s) const { return shared(s) + most; }  // that a row sees, at most
 
     // The column of a row's key `number`, from 0, or the one after its last key if it sees fewer.
     int64_t column(const Sequence& s, int64_t row, int64_t number) const {
@@ -426,6 +426,7 @@ class Attention {
     Visibility visible;
     int64_t group, kv_heads, head_stride;  // heads of queries per head of keys; from one head of keys to the next
     int head_dim;
+    int64_t chunk_keys;             // so many that the keys of a chunk and its values are near
     int64_t blocks, chunks, tasks;  // of a head of keys; of a block, at most; of a layer
     std::vector<float> parts;       // of every task if it is a chunk
     std::vector<Scratch> scratch;   // of every thread
@@ -442,7 +443,7 @@ class Attention {
 
     int64_t first_key(const Block& block, int64_t chunk) const {
         const Sequence& s = block.sequence;
-        return block.place + std::min(s.padding + chunk * CHUNK, s.written) * head_dim;
+        return block.place + std::min(s.padding + chunk * chunk_keys, s.written) * head_dim;
     }
 
     // Where query `i` of a head of keys is in rows of `stride` numbers.
@@ -467,8 +468,8 @@ class Attention {
                  const Part& out) const {
         int64_t begin = block.sequence.written, end = 0, from = 0, to = 0;
         const auto find = [&](int64_t row) {
-            from = visible.column(block.sequence, row, chunk * CHUNK);
-            to = visible.column(block.sequence, row, (chunk + 1) * CHUNK);
+            from = visible.column(block.sequence, row, chunk * chunk_keys);
+            to = visible.column(block.sequence, row, (chunk + 1) * chunk_keys);
         };
         for (int64_t row = block.first / group; row <= (block.first + block.count - 1) / group; row++) {
             find(row);
@@ -508,13 +509,13 @@ class Attention {
   public:
     bool whole;  // a task is a block with all its chunks; otherwise one chunk of a block, and `merge_chunks` is needed
 
-    // `shown` [count][named], or null: every row sees the new rows up to itself.
+    // `shown` [count][named], or null: every row sees the new rows up to itself. `bytes` of a number of a key.
     void plan(std::vector<Sequence> batch, const uint8_t* shown, int64_t count, int64_t named, int64_t heads,
-              int64_t heads_of_keys, int64_t dimensions, int64_t stride_of_heads, int64_t threads) {
+              int64_t heads_of_keys, int64_t dimensions, int64_t bytes, int64_t stride_of_heads, int64_t threads) {
         sequences = std::move(batch), visible.set(shown, count, named);
         group = heads / heads_of_keys, kv_heads = heads_of_keys, head_dim = dimensions, head_stride = stride_of_heads;
-        blocks = (count * group + QUERIES - 1) / QUERIES, chunks = 1;
-        for (const Sequence& s : sequences) chunks = std::max(chunks, visible.chunks(s));
+        blocks = (count * group + QUERIES - 1) / QUERIES, chunks = 1, chunk_keys = 2 * CHUNK / bytes;
+        for (const Sequence& s : sequences) chunks = std::max(chunks, (visible.keys(s) + chunk_keys - 1) / chunk_keys);
         const int64_t all_blocks = int64_t(sequences.size()) * kv_heads * blocks;
         whole = threads == 1 || chunks == 1 || all_blocks >= 4 * threads;
         tasks = whole ? all_blocks : all_blocks * chunks;

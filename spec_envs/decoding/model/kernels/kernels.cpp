@@ -289,7 +289,8 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
         for (int64_t i = 0; i < batch; i++)
             sequences.push_back(
                 {cache->sequence(i) * sequence_stride, padding ? padding[i] : 0, cache->committed(i) + count});
-        attention.plan(std::move(sequences), seen, count, named, heads, kv_heads, dim, head_stride, threads);
+        attention.plan(std::move(sequences), seen, count, named, heads, kv_heads, dim, cache->size, head_stride,
+                       threads);
         qkv.resize(rows * width);
         attended.resize(rows * heads * dim);
         fed.resize(rows * inner);
