@@ -9,7 +9,6 @@
 #include "matrix.h"
 
 constexpr int SPAN = 32;  // inputs of a row that have one scale
-constexpr int FAR_AHEAD = 1 << 16;  // bytes of weight fetched ahead into the second cache
 constexpr int HALF = 16;  // outputs of one vector: half of the COLUMNS that are packed together
 
 // Vectors of this processor: W lanes, which are W outputs. Words are 32 bits per lane, two inputs of 16 bits each.
@@ -70,7 +69,8 @@ inline Reals times(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fused(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 inline void put(float* p, Reals x) { _mm256_storeu_ps(p, x); }
 #else
-constexpr int W = 16, VECTORS = 1, MOST_ROWS = 1;  // one row: compilers may fuse a * b + c in one copy of the code and not in another
+// One row, because compilers may fuse a * b + c in one copy of the code and not in another.
+constexpr int W = 16, VECTORS = 1, MOST_ROWS = 1;
 typedef Ints Words;
 typedef Floats Reals;
 typedef int16_t Shorts __attribute__((vector_size(64)));
@@ -186,16 +186,17 @@ struct BlockRows {  // rows as quantise_blocks makes them, from the first one of
 };
 
 // Sums [ROWS][VECTORS * W] of one to MOST_ROWS rows, for outputs from `first` on. I counts rows times vectors.
+// `ahead` is what is read next from memory, as many bytes as the blocks have, if FETCH.
 template <class F, bool FETCH, int... I>
 __attribute__((always_inline)) inline void block_sums(const uint8_t* weight, const BlockRows& x, int first, float* out,
-                                                      std::integer_sequence<int, I...>) {
+                                                      const uint8_t* ahead, std::integer_sequence<int, I...>) {
     constexpr int COUNT = sizeof...(I), CHAINS = COUNT <= 2 * VECTORS ? 2 : 1;  // few sums would wait for each other
     Reals total[COUNT] = {((void)I, every(0))...};
     for (int64_t at = 0; at < x.stride; weight += F::SUPER) {
         const uint8_t* block = weight + F::HEAD;
         for (int b = 0; b < F::PER; b++, block += F::BYTES, at += F::INPUTS) {
             if (FETCH)
-                for (int i = 0; i < F::BYTES; i += 64) __builtin_prefetch(block + FAR_AHEAD + i, 0, 2);
+                for (int i = 0; i < F::BYTES; i += 64, ahead += 64) __builtin_prefetch(ahead, 0, 2);
             Words sums[CHAINS][COUNT] = {};
 #pragma GCC unroll 8
             for (int group = 0; group < F::GROUPS; group++) {
@@ -217,8 +218,8 @@ __attribute__((always_inline)) inline void block_sums(const uint8_t* weight, con
             if constexpr (CHAINS == 2) ((sums[0][I] = plus(sums[0][I], sums[1][I])), ...);
             Reals scale[VECTORS], minimum[VECTORS];
             for (int v = 0; v < VECTORS; v++) F::at(weight, block, first + v * W, scale[v], minimum[v]);
-            ((total[I] = fused(reals(sums[0][I]), times(scale[I % VECTORS], every(x.scaled(I / VECTORS, at))), total[I])),
-             ...);
+            const auto scaled = [&](int i) { return times(scale[i % VECTORS], every(x.scaled(i / VECTORS, at))); };
+            ((total[I] = fused(reals(sums[0][I]), scaled(I), total[I])), ...);
             if constexpr (F::MINIMUM)
                 ((total[I] = fused(minimum[I % VECTORS], every(x.summed(I / VECTORS, at)), total[I])), ...);
         }
@@ -226,17 +227,17 @@ __attribute__((always_inline)) inline void block_sums(const uint8_t* weight, con
     (put(out + I / VECTORS * COLUMNS + first + I % VECTORS * W, total[I]), ...);
 }
 
-using BlockSums = void (*)(const uint8_t* weight, const BlockRows& x, bool fetch, float* out);
+using BlockSums = void (*)(const uint8_t* weight, const BlockRows& x, const uint8_t* ahead, float* out);
 
-// Sums [ROWS][COLUMNS] of the outputs that are packed together.
+// Sums [ROWS][COLUMNS] of the outputs that are packed together. `ahead` is read from memory meanwhile, if not null.
 template <class F, int ROWS>
-void block_columns(const uint8_t* weight, const BlockRows& x, bool fetch, float* out) {
+void block_columns(const uint8_t* weight, const BlockRows& x, const uint8_t* ahead, float* out) {
     constexpr auto sums = std::make_integer_sequence<int, ROWS * VECTORS>();
     for (int first = 0; first < COLUMNS; first += VECTORS * W)
-        if (fetch && !first)
-            block_sums<F, true>(weight, x, first, out, sums);
+        if (ahead && !first)
+            block_sums<F, true>(weight, x, first, out, ahead, sums);
         else
-            block_sums<F, false>(weight, x, first, out, sums);
+            block_sums<F, false>(weight, x, first, out, nullptr, sums);
 }
 
 template <class F, int... ROWS>
@@ -296,9 +297,11 @@ inline void weight_row(const Matrix& m, int64_t output, float* out) {
     block_format(m.kind).row(m, output, out);
 }
 
-// The share of columns [begin, end) of a product, for all rows; its outputs are numbered from `offset` on.
+// The share of columns [begin, end) of a product, for all rows; its outputs are numbered from `offset` on. `following` is
+// what this thread reads from memory next, or null.
 template <class Sink>
-void block_product(const Matrix& m, const BlockRows& x, int count, int begin, int end, int offset, Sink& sink) {
+void block_product(const Matrix& m, const BlockRows& x, int count, int begin, int end, int offset, Sink& sink,
+                   const uint8_t* following) {
     alignas(64) float sums[MOST_ROWS * COLUMNS];
     const BlockFormat& format = block_format(m.kind);
     const int64_t panel = format.panel(m);
@@ -309,7 +312,8 @@ void block_product(const Matrix& m, const BlockRows& x, int count, int begin, in
         if (m.bias) bias[0] = load(m.bias + column), bias[1] = load(m.bias + column + LANES);
         for (int pass = 0, row = 0; pass < passes; pass++) {
             const int here = (count - row + passes - pass - 1) / (passes - pass);
-            format.sums[here]((const uint8_t*)m.weight + c * panel, x.from(row), pass == 0, sums);
+            const uint8_t *weight = (const uint8_t*)m.weight + c * panel, *later = c + 1 < end ? weight + panel : following;
+            format.sums[here](weight, x.from(row), pass ? nullptr : later, sums);
             for (int i = 0; i < here; i++)
                 finish(sink, row + i, offset + column, load(sums + i * COLUMNS) + bias[0],
                        load(sums + i * COLUMNS + LANES) + bias[1], offset + m.outputs);

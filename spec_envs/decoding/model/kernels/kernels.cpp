@@ -78,9 +78,11 @@ struct Inputs {
     }
 };
 
-// The address from which this thread reads an int8 matrix, or null.
+// The address from which this thread reads a matrix, or null.
 const int8_t* beginning(const Matrix* m) {
-    return m && m->kind == INT8 && !m->next ? m->panel(Share(m->columns()).begin) : nullptr;
+    if (!m || m->next) return nullptr;
+    const int64_t first = Share(m->columns()).begin;
+    return m->kind == INT8 ? m->panel(first) : m->weight + first * block_format(m->kind).panel(*m);
 }
 
 // This thread's share of the outputs of a product; `after` is the matrix of its next product, or null.
@@ -96,7 +98,8 @@ void multiply(const Matrix& m, const Inputs& x, int rows, Sink& sink, const Matr
         if (part->kind == INT8)
             product(*part, x.bytes, rows, begin, end, sink, beginning(after));
         else
-            block_product(*part, {x.words.data(), x.scale.data(), x.sum.data(), part->inputs}, rows, begin, end, offset, sink);
+            block_product(*part, {x.words.data(), x.scale.data(), x.sum.data(), part->inputs}, rows, begin, end, offset,
+                          sink, (const uint8_t*)beginning(after));
         before += part->columns(), offset += part->outputs;
     }
 }
@@ -110,6 +113,8 @@ void multiply(const Matrix& m, const Inputs& x, int rows, Sink&& sink, const Mat
 
 }  // namespace
 
+// Only these functions can be seen from outside, so that several builds in one process do not share tables.
+#pragma GCC visibility push(default)
 extern "C" {
 
 struct Layer {
@@ -242,7 +247,7 @@ int linear_argmax(const Matrix* m, const float* x, int64_t rows, const float* ga
     return DONE;
 }
 
-// out [count][inputs]: the weights of some outputs. Return NO_ROOM if there is no such output, and then nothing was done.
+// out [count][inputs]: the weights of some outputs. Return NO_ROOM if there is no such output; then nothing was done.
 int weight_rows(const Matrix* m, const int64_t* outputs, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i++)
         if (outputs[i] < 0 || outputs[i] >= m->width()) return NO_ROOM;
@@ -373,8 +378,8 @@ int forward(const Layer* layers, int64_t first, int64_t last, float* x, const fl
 #pragma omp barrier
             }
             if (!layer.down.weight) continue;  // the layer has attention only
-            multiply(layer.gate_up, ready(x, layer.post_norm, layer.eps, layer.gate_up), rows, SwiGLU{fed.data(), inner},
-                     &layer.down);
+            multiply(layer.gate_up, ready(x, layer.post_norm, layer.eps, layer.gate_up), rows,
+                     SwiGLU{fed.data(), inner}, &layer.down);
 #pragma omp barrier
             multiply(layer.down, ready(fed.data(), nullptr, 0, layer.down), rows, Add{x, hidden}, after);
 #pragma omp barrier
@@ -497,3 +502,4 @@ int draft(const Drafter* d, const float* read, int64_t available, const int64_t*
                    entropy, threads);
 }
 }
+#pragma GCC visibility pop
