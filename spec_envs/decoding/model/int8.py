@@ -36,7 +36,7 @@ from spec_envs.decoding.model.kernels.bindings import (
 from spec_envs.decoding.model.kernels.packing import TILE
 from spec_envs.decoding.model.layers import feeds
 from spec_envs.decoding.model.lora import Additions
-from spec_envs.decoding.model.products import Head, Linear, RMSNorm, check, reordered, stacked, uncomputed
+from spec_envs.decoding.model.products import Head, Linear, RMSNorm, check, finite, reordered, stacked, uncomputed
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Outputs, Rows
 from spec_envs.decoding.model.shape import Shape
@@ -60,7 +60,7 @@ class Layers:
     """A stack of decoder layers; see ``layers.Layers``.
 
     Raises:
-        ValueError: the kernels cannot compute a width, or the weights do not fit together.
+        ValueError: the kernels cannot compute a width, the weights do not fit together, or are not finite.
     """
 
     def __init__(self, weights: Sequence[dict[str, Tensor | Blocks]], shape: Shape):
@@ -137,7 +137,7 @@ class Layers:
         for name, (fits, tensor) in expected.items():
             if not fits:
                 size = None if tensor is None else list(tensor.shape)
-                raise IndexError(f"{name} {size} do not fit {list(x.shape)} rows of layers {layers} in int8")
+                raise IndexError(f"{name} {size} do not fit {list(x.shape)} rows of layers {layers}")
 
     def _range(self, rows: Rows) -> range:
         """Return the layers that run."""
@@ -167,7 +167,7 @@ class Layers:
         if widths != expected or read not in (s.hidden, 2 * s.hidden) or len(self.inner) > 1:
             raise ValueError(f"a layer has products of {widths} inputs and outputs, expected {expected}")
         names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-        gains = [floats(dense(weights[f"{name}.weight"])) if f"{name}.weight" in weights else None for name in names]
+        gains = [finite(dense(weights[f"{name}.weight"])) if f"{name}.weight" in weights else None for name in names]
         for gain, width in zip(gains, (s.hidden, s.hidden, s.head_dim, s.head_dim), strict=True):
             if gain is not None and len(gain) != width:
                 raise ValueError(f"a norm has {len(gain)} gains, expected {width}")

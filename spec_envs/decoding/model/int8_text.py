@@ -34,6 +34,7 @@ class Int8Text:
         self.added: Additions | None = None
         self.width = len(self.capture) * model.shape.hidden  # of the features
         self.blank: dict[int, list[Tensor]] = {}  # features to be written, by their rows
+        self.rows = 0  # that were read last
         self.cache, self.room = model.cache(0), PIECE
         self._describe()
 
@@ -88,9 +89,15 @@ class Int8Text:
         self.rows, self.count = rows, choose
 
     def _keep(self, rows: Sequence[int], features: Tensor) -> None:
-        """Commit rows that were read last, and write their features."""
+        """Commit rows that were read last, and write their features.
+
+        Raises:
+            IndexError: there are no such rows, or they do not ascend.
+        """
         count = len(rows)
-        if count > 1 or self.width:
+        if count and rows[-1] >= self.rows:
+            raise IndexError(f"row {rows[-1]} cannot be kept; {self.rows} were read")
+        if count > 1 or self.width or (count and rows[0]):
             self.kept[:count] = rows
             self.library.keep_rows(self.reference, count, features.data_ptr())
         self.cache.length += count

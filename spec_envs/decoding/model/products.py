@@ -11,7 +11,7 @@ from torch import Tensor
 from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import CMatrix, address, floats, library
 from spec_envs.decoding.model.kernels.block_packing import packed_blocks
-from spec_envs.decoding.model.kernels.packing import COLUMNS, TILE, packed, padded
+from spec_envs.decoding.model.kernels.packing import COLUMNS, NOT_FINITE, TILE, packed, padded
 from spec_envs.decoding.model.kernels.pages import in_huge_pages
 from spec_envs.decoding.weights.blocks import Blocks, dense
 
@@ -30,9 +30,9 @@ def uncomputed(**widths: int) -> str | None:
     for name, multiple in MULTIPLES.items():
         width = widths.get(name.replace(" ", "_"), multiple)
         if width % multiple or width < 1:
-            return f"dtype 'int8' needs a {name} of a multiple of {multiple}, not {width}; pass another dtype"
+            return f"dtypes int8 and q4 need a {name} of a multiple of {multiple}, not {width}; pass another dtype"
         if width > MOST:
-            return f"dtype 'int8' needs a {name} of at most {MOST}, not {width}; pass another dtype"
+            return f"dtypes int8 and q4 need a {name} of at most {MOST}, not {width}; pass another dtype"
     return None
 
 
@@ -46,12 +46,12 @@ class RMSNorm:
     """Root-mean-square norm with a gain, in float32.
 
     Raises:
-        ValueError: the kernels cannot compute this width.
+        ValueError: the kernels cannot compute this width, or a gain is not finite.
     """
 
     def __init__(self, weight: Tensor, eps: float):
         check(width=len(weight))
-        self.weight, self.eps, self.library = floats(weight), eps, library()
+        self.weight, self.eps, self.library = finite(weight), eps, library()
 
     def __call__(self, x: Tensor) -> Tensor:
         x, width = rows_of(x, len(self.weight)), len(self.weight)
@@ -70,7 +70,7 @@ class Linear:
         norm: applied to x first.
 
     Raises:
-        ValueError: the kernels cannot compute this width, or bias or norm have another one.
+        ValueError: the kernels cannot compute this width, bias or norm have another one, or a number is not finite.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Linear:
         if any(part.shape[0] % TILE or part.shape[1] != self.inputs for part in parts[:-1]):
             raise ValueError(f"weights of {[tuple(part.shape) for part in parts]} cannot be one below the other")
         self.norm, self.library = norm, library()
-        biases = [None] * len(parts) if bias is None else floats(bias).split([part.shape[0] for part in parts])
+        biases = [None] * len(parts) if bias is None else finite(bias).split([part.shape[0] for part in parts])
         self.kept: list[Tensor | CMatrix] = []  # alive while the structures point to them
         self.matrix = self._matrix(parts[-1], biases[-1])
         for part, own in zip(parts[-2::-1], biases[-2::-1], strict=True):
@@ -187,6 +187,18 @@ def reordered(weight: Tensor | list[Blocks], order: Tensor) -> Tensor | Blocks:
         kinds = ", ".join(part.kind.name for part in weight)
         raise ValueError(f"gate and up are stored as {kinds}; expected one kind of blocks; pass dtype int8")
     return weight[0].take(order)
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return the gains of a norm or a bias in contiguous float32.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    x = floats(x)
+    if not torch.isfinite(x).all():
+        raise ValueError(NOT_FINITE)
+    return x
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:

@@ -73,6 +73,9 @@ def dequantised(data: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
     flat = data.reshape(-1)
     out = np.empty(flat.size // size * per_block, np.float32)
     for begin in range(0, flat.size, GROUP * size):
-        some = quants.dequantize(flat[begin : begin + GROUP * size].reshape(1, -1), kind).reshape(-1)
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # scales of a damaged file, which users of the numbers refuse
+            some = quants.dequantize(flat[begin : begin + GROUP * size].reshape(1, -1), kind).reshape(-1)
         out[begin // size * per_block :][: len(some)] = some
     return torch.from_numpy(out)

@@ -85,10 +85,13 @@ def test_wrong_rows_are_refused_and_change_nothing() -> None:
         with pytest.raises(IndexError, match="do not fit the cache, the context or the vocabulary"):
             text.read(last, np.array(tokens, np.int64), np.array(parents, np.int64), True)
     choice, length = text.choices().tolist(), text.cache.length
-    text.read(1, NOTHING, NOTHING, True)
-    for rows in ([1, 0], [0, 0], [-1], [PIECE]):
+    text.read(1, np.full(5, 2), np.full(5, ROOT), True)
+    for rows in ([1, 0], [0, 0], [-1]):
         with pytest.raises(IndexError, match="do not fit"):
             text.keep([*rows, 5])
+    for rows in ([0, 6], [6], [PIECE]):
+        with pytest.raises(IndexError, match=f"row {rows[-1]} cannot be kept; 6 were read"):
+            text.keep(rows)
     assert text.cache.length == length
     text.begin(20)
     text.append([1, 2, 3], True)
@@ -98,6 +101,21 @@ def test_wrong_rows_are_refused_and_change_nothing() -> None:
         text.read(1, np.array([2]), np.array([ROOT]), True)
     with pytest.raises(IndexError, match="do not fit the cache, the context"):
         text.read(1, NOTHING, NOTHING, True)  # its position is beyond the context
+
+
+@needs_kernels
+@torch.inference_mode()
+@pytest.mark.parametrize("capture", [(), (1,)])
+def test_one_row_beside_the_root_is_kept(capture: tuple[int, ...]) -> None:
+    model, _ = pair(CONFIGS["llama"])
+    texts = Int8Text(model, capture), TorchText(model, capture)
+    for text in texts:
+        text.begin(20)
+        text.append([1, 2, 3], True)
+        text.read(4, np.array([5, 6, 7]), np.full(3, ROOT), True)
+        text.keep([2])
+    ours, theirs = (text.cache.data[..., : text.cache.length, :] for text in texts)
+    assert torch.equal(ours, theirs)
 
 
 def test_the_kernels_read_for_int8_only() -> None:

@@ -104,7 +104,9 @@ def library() -> ctypes.CDLL:
     """
     found = kernels.library()
     if found is None:
-        raise ValueError("dtype 'int8' needs the compiled kernels; install a C++ compiler (g++), or pass another dtype")
+        raise ValueError(
+            "dtypes int8 and q4 need the compiled kernels; install a C++ compiler (g++), or pass another dtype"
+        )
     if found.forward.argtypes is None:
         pointer, number = c_void_p, c_int64
         found.rms_norm.argtypes = [pointer, pointer, number, number, c_float, pointer]
@@ -133,7 +135,7 @@ def library() -> ctypes.CDLL:
 def check_status(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
     """Raise IndexError if a kernel returned that rows do not fit, MemoryError if it returned that memory ran out."""
     if status == NO_MEMORY:
-        raise MemoryError("there is not enough memory for so many rows in int8; pass a shorter text")
+        raise MemoryError("there is not enough memory for so many rows; pass a shorter text")
     if status:
         raise IndexError("rows do not fit the cache, the context or the vocabulary")
 

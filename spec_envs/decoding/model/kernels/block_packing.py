@@ -95,7 +95,7 @@ def packed_blocks(weight: Blocks) -> tuple[int, Tensor]:
     """Return the number of the kernels' format for a weight, and its bytes ``[out rounded up to 32 / 32, …]``.
 
     Raises:
-        ValueError: scales are not finite.
+        ValueError: scales are not finite, or too large for the format.
     """
     made = FORMATS[weight.kind]
     columns = [columns_of(made, group, weight.kind) for group in weight.data.split(GROUP)]
@@ -106,9 +106,13 @@ def columns_of(made: Format, rows: Tensor, kind: GGMLQuantizationType) -> np.nda
     """Return the bytes ``[n rounded up to 32 / 32, …]`` of rows ``[n, bytes]`` of blocks."""
     size = GGML_QUANT_SIZES[kind][1]
     data = np.pad(rows.numpy(), ((0, -len(rows) % COLUMNS), (0, 0))).reshape(-1, rows.shape[1] // size, size)
-    head, lead, numbers = made.read(data)
+    with np.errstate(over="ignore", invalid="ignore"):
+        head, lead, numbers = made.read(data)
     if not np.isfinite(head).all():
-        raise ValueError("the weights' blocks hold scales that are not finite; fetch the GGUF file again")
+        raise ValueError(
+            "the weights' blocks hold scales that are not finite or too large for q4; fetch the GGUF file again, or "
+            "pass dtype float32"
+        )
     n, s = data.shape[:2]
     columns = n // COLUMNS
     parts = lead.shape[-1] or 1

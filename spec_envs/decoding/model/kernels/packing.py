@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK, COLUMNS, TILE = 64, 32, 16  # inputs and outputs that are packed together, outputs of a tile
+NOT_FINITE = "the weights hold numbers that are not finite; fetch or convert them again"
 GROUP = 4096  # outputs that are packed together: what they take in float32 lives for a moment
 
 
@@ -39,9 +40,7 @@ def packed_group(weight: Tensor) -> tuple[Tensor, Tensor]:
     w = (w.view(len(w), -1, BLOCK) @ hadamard(BLOCK)).flatten(1)
     scale = w.abs().amax(1) / 127
     if not torch.isfinite(scale).all():
-        raise ValueError(
-            "the weights hold numbers that are not finite, which int8 does not; fetch or convert them again"
-        )
+        raise ValueError(NOT_FINITE)
     w = (w / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
     tiles = w.view(len(w) // COLUMNS, 2, TILE, -1, TILE, 4)  # columns, tile, output, step, four inputs, input
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous(), scale

@@ -17,7 +17,7 @@ from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.forwards import check_tree_rows, text_logits
 from tests.support.models.gguf_files import quantised
 from tests.support.models.pairs import SHAPE
-from tests.support.models.random_blocks import random_blocks
+from tests.support.models.random_blocks import HALVES, random_blocks
 from tests.support.models.tiny import CPU
 
 if WITHOUT_KERNELS:
@@ -110,11 +110,29 @@ def test_tree_rows_do_not_depend_on_batch(models: tuple[Transformer, Transformer
     check_tree_rows(models[0])
 
 
-def test_damaged_scales_are_refused() -> None:
-    weight = random_blocks(Kind.Q4_1, 32, 64)
-    weight.data[5, 1] = 0x7C  # the scale is infinite
-    with pytest.raises(ValueError, match="not finite"):
-        int8.Linear(weight)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_damaged_scales_are_refused(kind: Kind, scale: str) -> None:
+    weight = random_blocks(kind, 32, 512)
+    for at in HALVES[kind]:
+        damaged = Blocks(kind, weight.data.clone())
+        damaged.data[5, at : at + 2] = torch.tensor([float(scale)], dtype=torch.float16).view(torch.uint8)
+        with pytest.raises(ValueError, match="not finite or too large for q4"):
+            int8.Linear(damaged)
+        assert not damaged.dense().isfinite().all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_scales_are_exact_or_refused() -> None:
+    """The kernels' least number of Q4_0 is the scale times -8 in float16."""
+    for kind, size, fits in ((Kind.Q4_0, 8000.0, True), (Kind.Q4_0, 65000.0, False), (Kind.Q8_0, 65000.0, True)):
+        weight = random_blocks(kind, 32, 64, size=size)
+        if fits:
+            torch.testing.assert_close(int8.Linear(weight).dense(), weight.dense())
+        else:
+            with pytest.raises(ValueError, match="too large for q4"):
+                int8.Linear(weight)
 
 
 def test_rows_that_do_not_exist_are_refused() -> None:

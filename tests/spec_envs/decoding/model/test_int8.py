@@ -21,13 +21,14 @@ from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
+from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support import ROOT as REPOSITORY
 from tests.support.models.builds import BUILDS, COMPILER, WITHOUT_KERNELS
 from tests.support.models.forwards import check_tree_rows, path_to, text_logits, tree_logits
 from tests.support.models.pairs import CONFIGS, SHAPE, pair
-from tests.support.models.quantised import Quantised, eagle_layer
+from tests.support.models.quantised import Quantised, eagle_layer, random_weights
 from tests.support.models.tiny import CPU, REAL
 
 if WITHOUT_KERNELS:
@@ -190,18 +191,31 @@ def test_rows_outside_cache_or_context_are_refused(build: None) -> None:
 def test_unsupported_sizes_are_refused(changes: dict[str, int], sentence: str) -> None:
     """The same check refuses them when a model is built, and excludes int8 when the dtype is chosen."""
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "hidden_size": 96, **changes})
-    with pytest.raises(ValueError, match=f"dtype 'int8' needs a {sentence}; pass another dtype"):
+    with pytest.raises(ValueError, match=f"dtypes int8 and q4 need a {sentence}; pass another dtype"):
         pair(config)
     assert not int8.computes(config)
     assert int8.computes(LlamaConfig(**SHAPE))
 
 
-def test_non_finite_weights_are_refused() -> None:
-    for number in (float("nan"), float("inf")):
-        weight = torch.randn(8, 64)
-        weight[3, 5] = number
-        with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
-            int8.Linear(weight)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused(number: float) -> None:
+    weight = torch.randn(64, 64)
+    damaged = weight.clone()
+    damaged[3, 5] = number
+    with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
+        int8.Linear(damaged)
+    with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
+        int8.Linear(weight, damaged[3])
+    with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
+        int8.RMSNorm(damaged[3], 1e-6)
+
+
+def test_non_finite_norms_of_heads_are_refused() -> None:
+    config = CONFIGS["qwen3"]
+    weights = random_weights(config, torch.Generator().manual_seed(0))
+    weights["model.layers.0.self_attn.k_norm.weight"][2] = float("nan")
+    with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
+        Transformer(config, weights, "int8", CPU)
 
 
 @torch.inference_mode()
@@ -220,7 +234,7 @@ def test_tensors_of_wrong_shape_are_refused() -> None:
     assert_refused("positions", at=at[:, :2])
     assert_refused("positions", at=at.int())
     assert_refused("cache", cache=other.cache(8))
-    assert_refused("cache", cache=KVCache(model.shape, 8, torch.float32, CPU))
+    assert_refused("cache", cache=KVCache(model.shape, 8, torch.float16, CPU))
     assert_refused("rotary tables", rope=other.rope)
     assert_refused("seen", seen=torch.ones(2, 3, dtype=torch.bool))
     assert_refused("seen", seen=torch.ones(3, 3))

@@ -251,7 +251,7 @@ def test_default_dtype_without_compiler(
     if compiler:
         monkeypatch.setenv("CXX", compiler)
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in ("bfloat16", "float32")
-    with pytest.raises(ValueError, match="dtype 'int8' needs the compiled kernels; install a C\\+\\+ compiler"):
+    with pytest.raises(ValueError, match="dtypes int8 and q4 need the compiled kernels; install a C\\+\\+ compiler"):
         int8.Linear(torch.randn(4, 64))
     assert caplog.messages[0].startswith("int8 decoding is not available here") and reason in caplog.messages[0]
 
