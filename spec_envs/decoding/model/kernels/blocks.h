@@ -196,7 +196,7 @@ __attribute__((always_inline)) inline void block_sums(const uint8_t* weight, con
         const uint8_t* block = weight + F::HEAD;
         for (int b = 0; b < F::PER; b++, block += F::BYTES, at += F::INPUTS) {
             if (FETCH)
-                for (int i = 0; i < F::BYTES; i += 64, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+                for (int i = 0; i < F::BYTES; i += 64, ahead += 64) __builtin_prefetch(ahead);
             Words sums[CHAINS][COUNT] = {};
 #pragma GCC unroll 8
             for (int group = 0; group < F::GROUPS; group++) {

@@ -29,7 +29,7 @@ from platformdirs import user_cache_path
 from spec_envs.waiting import turn
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 
 Command = tuple[str, ...]

@@ -1,17 +1,30 @@
-// The decoder's forward in int8 on a CPU, compiled by __init__.py and called through bindings.py.
+// The decoder's forward in whole numbers on a CPU, compiled by __init__.py and called through bindings.py.
 //
 // Every function runs on `threads` threads. A row's result is the same to the last bit whatever rows it is called with.
 #include <omp.h>
 
+#include <algorithm>
+#include <array>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <new>
-
-#include "attention.h"
-#include "blocks.h"
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #if defined(__AMX_INT8__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+// Several builds may be loaded into one process. They share nothing, because only what C calls can be seen; what the
+// system defines is included above, as it has to be seen.
+#pragma GCC visibility push(hidden)
+#include "attention.h"
+#include "blocks.h"
 
 namespace {
 
@@ -113,7 +126,6 @@ void multiply(const Matrix& m, const Inputs& x, int rows, Sink&& sink, const Mat
 
 }  // namespace
 
-// Only these functions can be seen from outside, so that several builds in one process do not share tables.
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -502,4 +514,5 @@ int draft(const Drafter* d, const float* read, int64_t available, const int64_t*
                    entropy, threads);
 }
 }
+#pragma GCC visibility pop
 #pragma GCC visibility pop
