@@ -42,7 +42,7 @@ class DrafterName:
         """Parse a name: ``lookup``, ``lookup+MODEL`` or ``MODEL``, a draft model optionally with ``@N`` or ``@all``.
 
         Raises:
-            ValueError: nothing, or ``lookup`` again, follows the plus sign, or a shortlist of no tokens.
+            ValueError: nothing, or ``lookup`` again, follows the plus sign; a shortlist has no tokens, or belongs to lookup.
         """
         if name == LOOKUP:
             return cls(True, "")
@@ -53,6 +53,8 @@ class DrafterName:
             shortlist: Drafted = "all" if found[2] == "all" else int(found[2])
             if shortlist == 0:
                 raise ValueError(f"drafter is {name!r}; expected a shortlist of 1 or more tokens after the @")
+            if found[1] == LOOKUP:
+                raise ValueError(f"drafter is {name!r}; prompt lookup has no shortlist, leave out the @")
             return cls(model != name, found[1], shortlist)
         return cls(model != name, model)
 

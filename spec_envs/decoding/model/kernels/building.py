@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return first_built()
     except BuildError as error:
-        log.warning("int8 decoding is not available here: %s", error)
+        log.warning("int8 and q4 are not available here: %s", error)
         return None
 
 
@@ -96,7 +96,7 @@ def built(compiler: Command, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
         folder = private_folder()
         return load_whole(folder, key) or compile_once(folder, key, compiler, flags)
     except (OSError, NotImplementedError) as error:  # no write access, no locks, or libraries there may not be run
-        log.warning("the int8 kernels are compiled for this process only: %s", error)
+        log.warning("the kernels are compiled for this process only: %s", error)
     try:
         with tempfile.TemporaryDirectory() as scratch:  # once it is loaded, a library no longer needs its file
             return ctypes.CDLL(str(compile_into(Path(scratch), key, compiler, flags)))
@@ -152,7 +152,7 @@ def compile_once(folder: Path, key: str, compiler: Command, flags: tuple[str, ..
     Damaged libraries of that key and what a killed compilation left are deleted.
     """
     lock = FileLock(folder / "lock", mode=0o600)
-    with turn(lock, log, "waiting for another process, which compiles the int8 kernels"):
+    with turn(lock, log, "waiting for another process, which compiles the kernels"):
         if found := load_whole(folder, key):  # another process was faster
             return found
         for path in folder.glob(f"{key}-*.so"):
@@ -169,7 +169,7 @@ def compile_once(folder: Path, key: str, compiler: Command, flags: tuple[str, ..
 
 def compile_into(folder: Path, key: str, compiler: Command, flags: tuple[str, ...]) -> Path:
     """Compile the library in ``folder`` and return its path."""
-    log.warning("compiling the int8 kernels; this takes about a minute and happens once")
+    log.warning("compiling the kernels of int8 and q4; this takes about a minute and happens once")
     made = folder / "kernels.so"
     run(compiler, *flags, str(SOURCES / "kernels.cpp"), "-o", str(made))
     made.chmod(0o700)

@@ -116,6 +116,8 @@ def test_size_of_a_shortlist() -> None:
         assert str(DrafterName.parse(name)) == name
     with pytest.raises(ValueError, match="drafter is 'a@0'; expected a shortlist of 1 or more tokens after the @"):
         DrafterName.parse("a@0")
+    with pytest.raises(ValueError, match="drafter is 'lookup@9'; prompt lookup has no shortlist, leave out the @"):
+        DrafterName.parse("lookup@9")
 
 
 def test_size_of_a_shortlist_that_is_not_a_draft_models(tiny: dict) -> None:

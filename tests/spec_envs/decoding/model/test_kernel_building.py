@@ -52,7 +52,7 @@ def libraries(place: Path) -> list[Path]:
 
 def compilations(caplog: pytest.LogCaptureFixture) -> int:
     """Return the number of compilations that were logged since the last call."""
-    count = caplog.text.count("compiling the int8 kernels")
+    count = caplog.text.count("compiling the kernels of int8 and q4")
     caplog.clear()
     return count
 
@@ -132,7 +132,7 @@ def test_builds_without_a_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert FRESH().accelerated() == 1
     logged = caplog.messages
-    assert len(logged) == 2 and logged[0].startswith("the int8 kernels are compiled for this process only")
+    assert len(logged) == 2 and logged[0].startswith("the kernels are compiled for this process only")
 
 
 @pytest.mark.parametrize("home", ["gone", "unset"])
@@ -237,7 +237,7 @@ def test_compiler_error_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) 
     (building.SOURCES / "other.h").write_text("int number = nonsense;\n")
     assert FRESH() is None
     logged = caplog.messages
-    assert len(logged) == 2 and "int8 decoding is not available here" in logged[1] and "error: 'nonsense'" in logged[1]
+    assert len(logged) == 2 and "int8 and q4 are not available here" in logged[1] and "error: 'nonsense'" in logged[1]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_default_dtype_without_compiler(
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in ("bfloat16", "float32")
     with pytest.raises(ValueError, match="dtypes int8 and q4 need the compiled kernels; install a C\\+\\+ compiler"):
         int8.Linear(torch.randn(4, 64))
-    assert caplog.messages[0].startswith("int8 decoding is not available here") and reason in caplog.messages[0]
+    assert caplog.messages[0].startswith("int8 and q4 are not available here") and reason in caplog.messages[0]
 
 
 def test_relative_cache_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
