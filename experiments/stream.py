@@ -11,6 +11,8 @@ from spec_envs.agents.loading import folder_of
 from spec_envs.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from spec_envs.controls import Policy
 from spec_envs.controls.depth import DepthControl
+from spec_envs.controls.k import KControl
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
@@ -29,6 +31,11 @@ def arguments() -> argparse.Namespace:
         type=Path,
         help="run folder of the policy, or SpecK-v0 and the like for a shipped one (default: a fixed depth of 2)",
     )
+    parser.add_argument("--target", type=nonempty, help="model (default: the run's)")
+    parser.add_argument("--drafter", type=nonempty, help="what drafts (default: the run's)")
+    parser.add_argument(
+        "--dtype", type=nonempty, help="auto, int8, q4, bfloat16, float16 or float32 (default: the run's)"
+    )
     parser.add_argument("--max-new-tokens", type=TOKENS, default=256, help="most tokens of the answer (default 256)")
     parser.add_argument(
         "--temperature", type=TEMPERATURE, help="sampling temperature, 0 is greedy (default: the run's)"
@@ -38,14 +45,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def policy_of(run: Path | None) -> tuple[Policy, Keywords]:
+def policy_of(run: Path | None, drafter: str | None) -> tuple[Policy, Keywords]:
     """Return the policy of a run and keyword arguments of its environment; without a run, a policy of fixed depth.
+
+    Args:
+        run: its folder, or the id of an environment for which an agent is shipped.
+        drafter: what drafts; None is the run's, or the default for trees.
 
     Raises:
         ValueError: the run decodes no text, because it replays a trace.
     """
     if not run:
-        control = DepthControl()
+        control = KControl() if drafter and DrafterName.parse(drafter).chain else DepthControl()
         return Policy(control, FixedAgent(control, value=2)), {}
     policy, config = Policy(*agents.load(run)), agents.read_config(folder_of(run))
     env = {**config["env"], **config.get("eval_env", {})}
@@ -57,9 +68,9 @@ def policy_of(run: Path | None) -> tuple[Policy, Keywords]:
 def main() -> None:
     args = arguments()
     with one_sentence():
-        policy, env = policy_of(args.run)
+        policy, env = policy_of(args.run, args.drafter)
         control, agent = policy.control, policy.agent
-        given = {"temperature": args.temperature, "top_p": args.top_p}
+        given = {name: vars(args)[name] for name in ("target", "drafter", "dtype", "temperature", "top_p")}
         env = {**env, "clock": "wall", **{name: value for name, value in given.items() if value is not None}}
         decoder = decoder_for(env, control)
         tokenizer = load_tokenizer(env.get("target", DEFAULT_TARGET))

@@ -92,6 +92,11 @@ def test_train_writes_results_and_resumable_run(
     assert json.loads((folder / "results.json").read_text()) == results
     run_command(monkeypatch, stream, "the a of", "--run", folder, "--max-new-tokens", "12")
     assert "12 tokens" in capsys.readouterr().out
+    models = ["--target", tiny["target"], "--drafter", "lookup", "--dtype", "float32"]
+    run_command(monkeypatch, stream, "the a of", *models, "--max-new-tokens", "12")
+    assert "12 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="'lookup' drafts a chain, not a tree"):
+        run_command(monkeypatch, stream, "the a of", "--run", folder, "--drafter", "lookup")
 
 
 def test_failed_settings_leave_no_folder(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
