@@ -32,12 +32,16 @@ class Settings(BaseModel):
     drafter: str = Field(
         "auto",
         description="EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file; "
-        '"NAME@N" is a draft model with a shortlist of N tokens, "lookup" is prompt lookup, "lookup+NAME" tries it '
+        '"NAME@N" is a draft model with a shortlist of N tokens, "NAME@all" one without, "lookup" is prompt lookup, "lookup+NAME" tries it '
         'before a draft model, "exit:N" is an untrained early exit of the target after N layers, and the run folder of a trained exit is that exit; '
         '"auto" is the target\'s own drafter in models.yml',
     )
     device: str = Field("auto", description='"auto", or as in torch: "cpu", "cuda"')
-    dtype: str = Field("auto", description='"auto", "int8", "q4", or as in torch: "bfloat16", "float16", "float32"')
+    dtype: str = Field(
+        "auto",
+        description='"auto", "int8", "q4" (blocks of a GGUF file as they are stored), or as in torch: "bfloat16", '
+        '"float16", "float32"',
+    )
     prompts: str = Field("all", description='prompt sets, separated by commas, or "all"')
     data_dir: str | None = Field(
         None, description="folder with {name}/question.jsonl files instead of the shipped prompts"

@@ -104,7 +104,7 @@ def by_task(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 def divergence(decoder: Decoder, samples: Sequence[Sample], plain: Sequence[Sample]) -> Divergence:
     """Compare emitted tokens with the argmax of a single forward of the target over their text, and with those of plain
-    decoding. In int8 and float32 they are equal; in bfloat16 near-ties may flip."""
+    decoding. In int8, q4 and float32 they are equal; in bfloat16 near-ties may flip."""
     gaps = torch.cat([behind_argmax(decoder.local.target, sample) for sample in samples])
     return Divergence(1000 * float((gaps > 0).float().mean()), float(gaps.max()), same_text(samples, plain))
 

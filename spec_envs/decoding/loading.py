@@ -60,9 +60,13 @@ def load_decoder(
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
             prompt lookup, ``"lookup+NAME"`` tries it before the draft model or exit NAME, ``"exit:N"`` is an
             untrained exit of the target after N layers, and the folder of a trained exit is that exit. ``"auto"`` is
-            the target's own drafter in models.yml; None decodes plainly. A draft model drafts from the first quarter of
-            its vocabulary and the tokens of the text; ``"NAME@N"`` sets another number, ``"NAME@all"`` has none.
-        device, dtype: ``"auto"``, or a name of torch; dtypes are those of ``precision.DTYPES``, too.
+            the target's own drafter in models.yml; None decodes plainly. A draft model drafts from a shortlist, the
+            first quarter of its vocabulary (at least 8,192 tokens), and from the tokens of the text; ``"NAME@N"`` sets
+            another size, ``"NAME@all"`` drafts from all tokens.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        dtype: ``"auto"``, ``"int8"``, ``"q4"``, ``"bfloat16"``, ``"float16"`` or ``"float32"``. ``"auto"`` is int8 on
+            a CPU that has instructions for it, elsewhere bfloat16 or float32; ``"q4"`` multiplies the blocks of a GGUF
+            file as they are stored.
         temperature, top_p: sampling of the target; temperature 0 is greedy.
         clock: charged for every forward; by default it measures wall time.
         width, max_depth: children per node (1 drafts a chain), and most expansions after the first level.
@@ -70,7 +74,8 @@ def load_decoder(
         stop: probability below which an exit stops drafting (see ``EarlyExitDrafter``).
 
     Raises:
-        ValueError: a name that is not found, or models that do not fit together or the width.
+        ValueError: a name that is not found, models that do not fit together or the width, or a model that cannot be
+            computed in the dtype.
     """
     at = resolve_device(device)
     if drafter == "auto":

@@ -105,7 +105,7 @@ class Engine:
         vocabulary: hash of its tokenizer.
         sessions: most sessions at once.
         context: most tokens of a text; by default, and at most, those of the target's context.
-        chunk: most rows of a long request that one forward reads. In int8 the result has the same bits for any value.
+        chunk: most rows of a long request that one forward reads. In int8 and q4 the result has the same bits for any value.
 
     Attributes:
         sessions: open sessions by the key that the edge gave them.

@@ -166,11 +166,12 @@ def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, m
     assert statistic() > critical
 
 
-@pytest.mark.skipif(WITHOUT_KERNELS, reason="int8 needs a C++ compiler")
-def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Config) -> None:
+@pytest.mark.skipif(WITHOUT_KERNELS, reason="the kernels need a C++ compiler")
+@pytest.mark.parametrize("dtype", ["int8", "q4"])
+def test_text_of_the_kernels_is_plain_text_under_random_actions(pytestconfig: pytest.Config, dtype: str) -> None:
     """Texts are equal token for token, and every token is the argmax of one forward over the whole text."""
     count, tokens = pytestconfig.getoption("--prompts"), 64
-    decoder = load_decoder(REAL, "auto", "cpu", "int8")
+    decoder = load_decoder(REAL, "auto", "cpu", dtype)
     tokenizer, texts = load_tokenizer(REAL), load_prompts("all", "all")
     chosen = [Encoded(p.task, encode(tokenizer, p.text)) for p in texts[:: max(1, len(texts) // count)]][:count]
     plain = decoded(decoder.plain(), None)
@@ -186,12 +187,12 @@ def test_int8_text_is_plain_text_under_random_actions(pytestconfig: pytest.Confi
         ("k", "exit:24", {}),
         ("k", "lookup+exit:2", {"decision": "token"}),
         ("topk", "lookup+smollm2-135m-draft", {"actions": "joint", "k": 8, "ks": [0, 50]}),
-        ("dvi", "exit:24", {"exit_layer": 24, "block": 2, "dtype": "int8"}),
+        ("dvi", "exit:24", {"exit_layer": 24, "block": 2, "dtype": dtype}),
     ]
     assert {name for name, *_ in keywords} == set(CONTROLS)
     for name, drafter, own in keywords:
         control = make_control(name, own)
-        models = {"target": REAL, "device": "cpu", "dtype": "int8", "temperature": 0.0}
+        models = {"target": REAL, "device": "cpu", "dtype": dtype, "temperature": 0.0}
         drafting = control.open(drafter=drafter, **models)
         agent: Predictor = NoisyExitAgent(drafting, 0.8) if name == "dvi" else RandomAgent(control, seed=1)
         arms.append(decoded(drafting, Policy(control, agent)))
