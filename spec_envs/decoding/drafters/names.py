@@ -42,7 +42,8 @@ class DrafterName:
         """Parse a name: ``lookup``, ``lookup+MODEL`` or ``MODEL``, a draft model optionally with ``@N`` or ``@all``.
 
         Raises:
-            ValueError: nothing, or ``lookup`` again, follows the plus sign; a shortlist has no tokens, or belongs to lookup.
+            ValueError: nothing, or ``lookup`` again, follows the plus sign; a shortlist has no tokens, or is that of
+                prompt lookup.
         """
         if name == LOOKUP:
             return cls(True, "")
