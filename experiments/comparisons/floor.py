@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ def read_seconds(size: int, repeats: int = 15) -> float:
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        int8.read_all(data)
+        integers.read_all(data)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.cache import KVCache
-from spec_envs.decoding.model.int8_text import Int8Text
+from spec_envs.decoding.model.integer_text import IntegerText
 from spec_envs.decoding.model.lora import Additions
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ancestors
@@ -119,4 +119,4 @@ class TorchText:
 
 def open_text(target: Transformer, capture: Sequence[int] = ()) -> TargetText:
     """Return an empty text under a target, computed as the target is."""
-    return Int8Text(target, capture) if isinstance(target.layers, int8.Layers) else TorchText(target, capture)
+    return IntegerText(target, capture) if isinstance(target.layers, integers.Layers) else TorchText(target, capture)

@@ -22,7 +22,7 @@ def most_probable_child(
     Args:
         logits, extra: ``[n, a]`` and ``[n, b]`` (or None), taken side by side.
         ids: the target's ids of the ``a + b`` outputs; None where an output's index is its id.
-        most_probable: ``layers.most_probable`` or ``int8.most_probable``.
+        most_probable: ``layers.most_probable`` or ``integers.most_probable``.
     """
     index, *rest = most_probable(logits, extra, 1)
     tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)

@@ -18,10 +18,10 @@ from transformers import PretrainedConfig
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
-from spec_envs.decoding.drafters.int8_step import Int8Step
+from spec_envs.decoding.drafters.integer_step import IntegerStep
 from spec_envs.decoding.drafters.shortlist import Shortlist
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Children
 
@@ -62,11 +62,11 @@ class DraftModelDrafter(ChainDrafter):
         self.head = model.head if shortlist is None else shortlist.head
         self.vocabulary: Vocabulary | None = None
         self.most_probable = model.precision.modules.most_probable
-        self.call: Int8Step | None = None  # a whole greedy step in int8
-        if model.precision.modules is int8 and temperature == 0:
+        self.call: IntegerStep | None = None  # a whole greedy step by the kernels
+        if model.precision.modules is integers and temperature == 0:
             head = self.head.linear
             outputs = min(self.vocab, head.outputs)
-            self.call = Int8Step(model.layers, model.norm, head, model.embedding, model.rope, outputs)
+            self.call = IntegerStep(model.layers, model.norm, head, model.embedding, model.rope, outputs)
         self.cache = model.cache(0)
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spec_envs.decoding.model.shape import Shape
 
-BLOCK = 64  # rows are allocated in blocks, which the int8 kernels read as a whole
+BLOCK = 64  # rows are allocated in blocks, which the kernels read as a whole
 
 
 class CachePlace(NamedTuple):

@@ -34,7 +34,7 @@ class Additions:
 
     Attributes:
         layers: for each layer its additions, or None.
-        structures: their description for the int8 kernels, once it has been made.
+        structures: their description for the kernels, once it has been made.
     """
 
     layers: list[Added | None]

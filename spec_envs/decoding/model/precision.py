@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.model import int8, layers
+from spec_envs.decoding.model import integers, layers
 from spec_envs.decoding.model.kernels.block_packing import FORMATS
 from spec_envs.decoding.weights.blocks import Blocks, dense
 
@@ -23,7 +23,7 @@ class Precision:
 
     Attributes:
         name: of the dtype.
-        modules: ``layers`` or ``int8``, which define ``RMSNorm``, ``Linear``, ``Layers`` and ``Head``.
+        modules: ``layers`` or ``integers``, which define ``RMSNorm``, ``Linear``, ``Layers`` and ``Head``.
         weights: dtype of the weights that are passed to them; None means the checkpoint's own.
         hidden: dtype of hidden states and logits.
         cache: dtype of keys, values and the embedding.
@@ -45,7 +45,7 @@ class Precision:
             kind = FLOATS[self.name]
             self.modules, self.weights, self.hidden, self.cache = layers, kind, kind, kind
         else:
-            self.modules, self.weights, self.hidden = int8, None, torch.float32
+            self.modules, self.weights, self.hidden = integers, None, torch.float32
             # Rounding keys and values to bfloat16 changes more than the rows in 16 bits do.
             self.cache = torch.float32 if self.blocks else torch.bfloat16
             self.drafter = "int8"

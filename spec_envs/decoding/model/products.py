@@ -1,4 +1,4 @@
-"""Matrix products and norms in whole numbers on a CPU; see ``int8.py``."""
+"""Matrix products and norms in whole numbers on a CPU; see ``integers.py``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class RMSNorm:
         self.weight, self.eps, self.library = finite(weight), eps, library()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the normed rows of x ``[..., width]``."""
         x, width = rows_of(x, len(self.weight)), len(self.weight)
         out = torch.empty_like(x)
         self.library.rms_norm(x.data_ptr(), self.weight.data_ptr(), x.numel() // width, width, self.eps, out.data_ptr())

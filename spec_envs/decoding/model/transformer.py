@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.cache import KVCache, SlotBatch, Slots
 from spec_envs.decoding.model.graphs import graphed
 from spec_envs.decoding.model.lora import Additions
@@ -56,7 +56,7 @@ class Transformer:
         dtype: str | torch.dtype,
         device: str | torch.device,
         outputs: int | None = None,
-        embedding: Tensor | int8.Linear | None = None,
+        embedding: Tensor | integers.Linear | None = None,
     ):
         self.config, self.shape = config, Shape.from_config(config)
         self.precision, self.device = Precision(dtype), torch.device(device)
@@ -69,7 +69,9 @@ class Transformer:
             raise ValueError(reason)
         matrices = [weight for name, weight in own.items() if len(weight.shape) == 2 and name != EMBEDDING]
         self.weight_bytes = sum(map(precision.weight_bytes, matrices))
-        self.layers = graphed(modules.Layers(Parts(own, self.shape, precision, self.device), self.shape), self.device)
+        self.layers = graphed(
+            modules.Layers(LayerWeights(own, self.shape, precision, self.device), self.shape), self.device
+        )
         self.norm = modules.RMSNorm(precision.cast(dense(own["model.norm.weight"]), self.device), self.shape.norm_eps)
         self.tied = embedding is None and own[OUTPUT] is own[EMBEDDING]
         output = precision.taken(own[OUTPUT], self.device)
@@ -77,10 +79,10 @@ class Transformer:
         if embedding is None:
             read = output if self.tied else precision.taken(own[EMBEDDING], self.device)
             if isinstance(read, Blocks):
-                embedding = self.head.linear if self.tied else int8.Linear(read)
+                embedding = self.head.linear if self.tied else integers.Linear(read)
             else:
                 embedding = read.to(precision.cache)
-        self.embedding: Tensor | int8.Linear = embedding
+        self.embedding: Tensor | integers.Linear = embedding
 
     def cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache for ``batch`` sequences of at most ``capacity`` rows."""
@@ -150,12 +152,12 @@ class Transformer:
         return self.embedding if isinstance(self.embedding, Tensor) else self.embedding.dense()
 
 
-def embedded(ids: Tensor, embedding: Tensor | int8.Linear) -> Tensor:
+def embedded(ids: Tensor, embedding: Tensor | integers.Linear) -> Tensor:
     """Return the rows ``[..., hidden]`` of ids ``[...]``; see ``Transformer.embedding``."""
     return F.embedding(ids, embedding) if isinstance(embedding, Tensor) else embedding.rows(ids)
 
 
-class Parts(Sequence[dict[str, Tensor | Blocks]]):
+class LayerWeights(Sequence[dict[str, Tensor | Blocks]]):
     """The weights of each layer as the modules take them; what has to be made dense exists while it is used."""
 
     def __init__(

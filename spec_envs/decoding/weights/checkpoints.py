@@ -28,7 +28,7 @@ from platformdirs import user_cache_path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from spec_envs.checked import nearest
-from spec_envs.decoding.model import int8, kernels
+from spec_envs.decoding.model import integers, kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
 from spec_envs.decoding.model.precision import DTYPES, FLOATS, not_in_blocks
 from spec_envs.decoding.model.transformer import Transformer
@@ -94,7 +94,7 @@ def resolve_dtype(
     if dtype == "auto":
         fast = device.type == "cpu" and kernels.fast()
         configs = (*heads, *(load_config(model_folder(name)) for name in models if fast))
-        if fast and all(map(int8.computes, configs)):
+        if fast and all(map(integers.computes, configs)):
             return "int8"
         return "bfloat16" if fast_bfloat16(device) else "float32"
     if dtype not in DTYPES:

@@ -142,7 +142,7 @@ def read(tensor: StoredTensor) -> Tensor | Blocks:
     if (dtype := FLOATS.get(tensor.kind)) is not None:
         floats = torch.from_numpy(tensor.data).view(dtype)
         return floats.clone() if len(tensor.shape) == 1 else floats  # a small view would keep the whole file in memory
-    try:
+    try:  # one row of a matrix shows whether its kind can be read
         numbers = dequantised(tensor.data if len(tensor.shape) == 1 else tensor.data[:1], tensor.kind)
     except NotImplementedError:
         raise ValueError(f"the tensor {tensor.name} is of the type {tensor.kind.name}, which cannot be read") from None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spec_envs.decoding.model.int8_text import PIECE, Int8Text
+from spec_envs.decoding.model.integer_text import PIECE, IntegerText
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.target_text import TorchText, open_text
 from spec_envs.decoding.tree import ROOT
@@ -39,7 +39,7 @@ def test_every_row_choice_and_feature_is_the_same(name: str, capture: tuple[int,
     """Prompts in pieces, plain steps, trees larger than a piece, and paths that are kept."""
     model, _ = pair(CONFIGS[name])
     rng = np.random.default_rng(0)
-    ours, theirs = texts = Int8Text(model, capture), TorchText(model, capture)
+    ours, theirs = texts = IntegerText(model, capture), TorchText(model, capture)
     for text in texts:
         text.begin(500)
     prompt = rng.integers(0, 150, PIECE - 20 if name == "llama" else 40).tolist()
@@ -65,7 +65,7 @@ def test_adapters_join_the_layers() -> None:
     torch.manual_seed(0)
     layer = model.layers.structures[1]
     low_rank = torch.randn(4, layer.out.inputs) * 0.1, torch.randn(4, layer.out.outputs) * 0.1
-    plain, *texts = Int8Text(model, ()), Int8Text(model, ()), TorchText(model, ())
+    plain, *texts = IntegerText(model, ()), IntegerText(model, ()), TorchText(model, ())
     for text in texts:
         text.added = Additions([None, Added(None, low_rank), None])
     for text in (plain, *texts):
@@ -78,7 +78,7 @@ def test_adapters_join_the_layers() -> None:
 @needs_kernels
 def test_wrong_rows_are_refused_and_change_nothing() -> None:
     model, _ = pair(CONFIGS["llama"])
-    text = Int8Text(model, ())
+    text = IntegerText(model, ())
     text.begin(20)
     text.append([1, 2, 3], True)
     for last, tokens, parents in ((150, [], []), (1, [-1], [ROOT]), (1, [2, 3], [1, ROOT]), (1, [2], [-2])):
@@ -108,7 +108,7 @@ def test_wrong_rows_are_refused_and_change_nothing() -> None:
 @pytest.mark.parametrize("capture", [(), (1,)])
 def test_one_row_beside_the_root_is_kept(capture: tuple[int, ...]) -> None:
     model, _ = pair(CONFIGS["llama"])
-    texts = Int8Text(model, capture), TorchText(model, capture)
+    texts = IntegerText(model, capture), TorchText(model, capture)
     for text in texts:
         text.begin(20)
         text.append([1, 2, 3], True)
@@ -120,4 +120,4 @@ def test_one_row_beside_the_root_is_kept(capture: tuple[int, ...]) -> None:
 
 def test_the_kernels_read_for_int8_only() -> None:
     model, reference = pair(CONFIGS["llama"])
-    assert isinstance(open_text(model), Int8Text) and isinstance(open_text(reference), TorchText)
+    assert isinstance(open_text(model), IntegerText) and isinstance(open_text(reference), TorchText)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from spec_envs.decoding.drafters.int8_step import Fusion, Int8Step
-from spec_envs.decoding.model import int8, kernels, layers
+from spec_envs.decoding.drafters.integer_step import Fusion, IntegerStep
+from spec_envs.decoding.model import integers, kernels, layers
 from spec_envs.decoding.model.cache import KVCache
-from spec_envs.decoding.model.int8_text import Int8Text
+from spec_envs.decoding.model.integer_text import IntegerText
 from spec_envs.decoding.model.lora import Added, Additions
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.shape import Shape
@@ -184,7 +184,7 @@ class Pair:
     def text(self) -> None:
         """Read a text from its tokens on: a prompt, and then trees of which some rows are kept."""
         capture = self.choice.of([(), (0,), tuple(range(self.shape.layers + 1))])
-        texts, rng = (Int8Text(self.model, capture), TorchText(self.model, capture)), self.choice.rng
+        texts, rng = (IntegerText(self.model, capture), TorchText(self.model, capture)), self.choice.rng
         prompt = self.choice.ids(self.shape.vocab, self.choice.of([1, 2, 17, self.shape.context])).tolist()
         for text in texts:
             text.begin(self.shape.context)
@@ -209,7 +209,7 @@ class Pair:
         logits = self.choice.normal(rows, self.shape.vocab + 3)[:, : self.shape.vocab]
         extra = self.choice.normal(rows, extras) if extras else None
         width = self.choice.of([1, self.shape.vocab + extras])
-        index, *ours = int8.most_probable(logits, extra, width)
+        index, *ours = integers.most_probable(logits, extra, width)
         theirs = layers.most_probable(logits, extra, width)[1:]
         torch.testing.assert_close(ours, list(theirs), rtol=1e-4, atol=1e-5)
         chosen = torch.cat([logits] if extra is None else [logits, extra], -1).log_softmax(-1).gather(1, index)
@@ -219,7 +219,7 @@ class Pair:
     def draft(self) -> None:
         """Compare a step of a draft model in one call with the model's forward."""
         model, vocab = self.model, self.shape.vocab
-        step = Int8Step(model.layers, model.norm, model.head.linear, model.embedding, model.rope, vocab)
+        step = IntegerStep(model.layers, model.norm, model.head.linear, model.embedding, model.rope, vocab)
         n, extras = self.choice.of([1, 2, 33]), self.choice.of([0, 1, 9])
         tokens, last = self.choice.ids(vocab, n), self.choice.of([0, 1, n])
         extra = self.choice.normal(extras, self.shape.hidden) if extras else None
@@ -234,8 +234,10 @@ class Pair:
         call; then the attention of an exit, which has no feed-forward part."""
         shape, n = dataclasses.replace(self.shape, layers=1), self.choice.of([1, 2, 19])
         weights, hidden = eagle_layer(shape, self.choice.generator), self.choice.normal(n, shape.hidden)
-        ours, theirs = int8.Layers([weights], shape), reference_layers([weights], shape)
-        norms = [int8.RMSNorm(weights[f"{name}.weight"], shape.norm_eps) for name in ("input_layernorm", "hidden_norm")]
+        ours, theirs = integers.Layers([weights], shape), reference_layers([weights], shape)
+        norms = [
+            integers.RMSNorm(weights[f"{name}.weight"], shape.norm_eps) for name in ("input_layernorm", "hidden_norm")
+        ]
         tokens, at = self.choice.ids(shape.vocab, n), torch.arange(n)[None]
         entering = torch.cat([norms[0](self.model.embed(tokens)), norms[1](hidden)], -1)[None]
         caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)]
@@ -243,27 +245,29 @@ class Pair:
         expected, _ = theirs(Rows(hidden[None], caches[2], self.reference.rope, at, entering=entering))
         near(mine, expected, "eagle layer")
         head = self.model.head.linear
-        step = Int8Step(ours, norms[0], head, self.model.embedding, self.model.rope, shape.vocab, (norms[0], norms[1]))
+        step = IntegerStep(
+            ours, norms[0], head, self.model.embedding, self.model.rope, shape.vocab, (norms[0], norms[1])
+        )
         output, *_ = step(hidden, tokens.numpy(), None, caches[1], None, shape.vocab, self.choice.of([0, n]))
         assert torch.equal(output, mine[0])
         self.fused(ours, shape, norms, tokens.numpy())
         kept = {name: t for name, t in weights.items() if not name.startswith(("mlp", "post"))}
         for name in ("q", "k", "v"):
             kept[f"self_attn.{name}_proj.weight"] = kept[f"self_attn.{name}_proj.weight"][:, : shape.hidden] * 1.4
-        ours, theirs = int8.Layers([kept], shape), reference_layers([kept], shape)
+        ours, theirs = integers.Layers([kept], shape), reference_layers([kept], shape)
         caches = [KVCache(shape, n, dtype, CPU) for dtype in (torch.bfloat16, torch.float32)]
         mine, _ = ours(Rows(hidden[None], caches[0], self.model.rope, at))
         near(mine, theirs(Rows(hidden[None], caches[1], self.reference.rope, at))[0], "attention of an exit")
 
-    def fused(self, layer: int8.Layers, shape: Shape, norms: list[int8.RMSNorm], tokens: np.ndarray) -> None:
+    def fused(self, layer: integers.Layers, shape: Shape, norms: list[integers.RMSNorm], tokens: np.ndarray) -> None:
         """Compare rows that an EAGLE-3 head makes of the target's states, and rows in another order, with those that
         are made before."""
         states, width = self.choice.of([1, 3]), 16 * self.choice.of([1, 2, 5])
         sizes, eps = [width] * states + [width * states], shape.norm_eps
-        gains = [int8.RMSNorm(1 + self.choice.normal(size) / 4, eps) for size in sizes]
+        gains = [integers.RMSNorm(1 + self.choice.normal(size) / 4, eps) for size in sizes]
         each, joined = self.choice.of([gains[:-1], []]), self.choice.of([gains[-1], None])
-        product = int8.Linear(self.choice.normal(shape.hidden, width * states) / (width * states) ** 0.5)
-        step = Int8Step(
+        product = integers.Linear(self.choice.normal(shape.hidden, width * states) / (width * states) ** 0.5)
+        step = IntegerStep(
             layer, norms[0], self.model.head.linear, self.model.embedding, self.model.rope, shape.vocab,
             (norms[0], norms[1]), Fusion(product, each, joined),
         )  # fmt: skip
@@ -292,7 +296,7 @@ def drive(seed: int) -> bool:
     except ValueError as error:
         assert str(error) and "\n" not in str(error).strip(), error
         return False
-    assert int8.computes(made)
+    assert integers.computes(made)
     for call in (
         pair.prompt_and_tree,
         pair.batch,

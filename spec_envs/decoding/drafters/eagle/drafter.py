@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
-from spec_envs.decoding.drafters.int8_step import Fusion, Int8Step
+from spec_envs.decoding.drafters.integer_step import Fusion, IntegerStep
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.graphs import graphed
 from spec_envs.decoding.model.precision import Precision
@@ -121,11 +121,12 @@ class EagleModel:
         shares = output is not None and torch.allclose(rows, output(ids).to(rows.dtype), rtol=1e-2, atol=1e-3)
         self.output_rows = output if shares else None  # equal up to rounding: every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
-        self.call: Int8Step | None = None  # a whole step in int8, which has the first published heads' order of norms
-        if modules is int8 and not (variant.norm_before_residual or variant.norm_output):
+        # A whole step by the kernels, which has the order of norms of the first published heads.
+        self.call: IntegerStep | None = None
+        if modules is integers and not (variant.norm_before_residual or variant.norm_output):
             norms, outputs = (self.input_norm, self.hidden_norm), self.lm_head.outputs
             fusion = Fusion(self.fc, self.fc_norms, self.joined_norm)
-            self.call = Int8Step(
+            self.call = IntegerStep(
                 self.layers, self.norm, self.lm_head, self.embedding, self.rope, outputs, norms, fusion
             )
 

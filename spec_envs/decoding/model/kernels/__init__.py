@@ -1,4 +1,4 @@
-"""The CPU kernels of int8 decoding: C++ sources that are compiled once per machine, when they are first needed."""
+"""The CPU kernels of int8 and q4: C++ sources that are compiled once per machine, when they are first needed."""
 
 from __future__ import annotations
 

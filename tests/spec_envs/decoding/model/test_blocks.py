@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spec_envs.decoding.model import int8, products
+from spec_envs.decoding.model import integers, products
 from spec_envs.decoding.model.kernels.block_packing import FORMATS
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.blocks import Blocks
@@ -32,7 +32,7 @@ def test_product_is_that_of_the_dequantised_weight(kind: Kind, outputs: int, inp
     torch.manual_seed(0)
     weight, bias = random_blocks(kind, outputs, inputs), torch.randn(outputs)
     x = torch.randn(17, inputs) * torch.rand(17, 1) * 100
-    product = int8.Linear(weight, bias)
+    product = integers.Linear(weight, bias)
     found, exact = product(x), x.double() @ weight.dense().double().T + bias
     assert (found - exact).norm() < 3e-5 * exact.norm()
     assert torch.equal(product.argmax(x), found.argmax(-1))
@@ -43,7 +43,7 @@ def test_product_is_that_of_the_dequantised_weight(kind: Kind, outputs: int, inp
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_row_has_the_same_bits_among_other_rows(kind: Kind, build: None) -> None:
     x = torch.randn(97, 512, generator=torch.Generator().manual_seed(1))
-    product = int8.Linear(random_blocks(kind, 48, 512))
+    product = integers.Linear(random_blocks(kind, 48, 512))
     together = product(x)
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 31):
         for first in (0, 1, 40, 97 - count):
@@ -53,14 +53,14 @@ def test_row_has_the_same_bits_among_other_rows(kind: Kind, build: None) -> None
 def test_kinds_may_stand_below_each_other(build: None) -> None:
     parts = [random_blocks(kind, n, 256, n) for kind, n in ((Kind.Q4_K, 48), (Kind.Q6_K, 32), (Kind.Q4_K, 16))]
     bias, x = torch.arange(96.0), torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
-    product = int8.Linear(parts, bias)
+    product = integers.Linear(parts, bias)
     dense = torch.cat([part.dense() for part in parts])
     torch.testing.assert_close(product.dense(), dense)
     found, exact = product(x), x @ dense.T + bias
     assert (found - exact).norm() < 3e-5 * exact.norm()
     assert torch.equal(product.argmax(x), found.argmax(-1))
     for part, outputs in zip(parts, found.split([48, 32, 16], -1), strict=True):
-        alone = int8.Linear(part)(x)
+        alone = integers.Linear(part)(x)
         first = int(torch.tensor([48, 32, 16])[: parts.index(part)].sum())
         torch.testing.assert_close(alone + bias[first : first + len(part.data)], outputs, rtol=0, atol=1e-4)
 
@@ -69,7 +69,7 @@ def test_small_and_large_rows_keep_their_precision() -> None:
     weight = random_blocks(Kind.Q4_1, 32, 512)
     x = torch.randn(1, 512, generator=torch.Generator().manual_seed(3))
     x[0, 3] = 3000.0  # an outlier does not coarsen the inputs of other blocks
-    product, exact = int8.Linear(weight), x.double() @ weight.dense().double().T
+    product, exact = integers.Linear(weight), x.double() @ weight.dense().double().T
     assert (product(x) - exact).norm() < 1e-4 * exact.norm()
     rest = x.clone()
     rest[0, :32] = 0
@@ -119,7 +119,7 @@ def test_damaged_scales_are_refused(kind: Kind, scale: str) -> None:
         damaged = Blocks(kind, weight.data.clone())
         damaged.data[5, at : at + 2] = torch.tensor([float(scale)], dtype=torch.float16).view(torch.uint8)
         with pytest.raises(ValueError, match="not finite or too large for q4"):
-            int8.Linear(damaged)
+            integers.Linear(damaged)
         assert not damaged.dense().isfinite().all()
 
 
@@ -129,14 +129,14 @@ def test_large_scales_are_exact_or_refused() -> None:
     for kind, size, fits in ((Kind.Q4_0, 8000.0, True), (Kind.Q4_0, 65000.0, False), (Kind.Q8_0, 65000.0, True)):
         weight = random_blocks(kind, 32, 64, size=size)
         if fits:
-            torch.testing.assert_close(int8.Linear(weight).dense(), weight.dense())
+            torch.testing.assert_close(integers.Linear(weight).dense(), weight.dense())
         else:
             with pytest.raises(ValueError, match="too large for q4"):
-                int8.Linear(weight)
+                integers.Linear(weight)
 
 
 def test_rows_that_do_not_exist_are_refused() -> None:
-    product = int8.Linear(random_blocks(Kind.Q8_0, 40, 64))
+    product = integers.Linear(random_blocks(Kind.Q8_0, 40, 64))
     for wrong in (-1, 40):
         with pytest.raises(IndexError):
             product.rows(torch.tensor([0, wrong]))
@@ -144,7 +144,7 @@ def test_rows_that_do_not_exist_are_refused() -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="below the other"):
-        int8.Linear([random_blocks(Kind.Q8_0, 40, 64), random_blocks(Kind.Q4_1, 32, 64)])
+        integers.Linear([random_blocks(Kind.Q8_0, 40, 64), random_blocks(Kind.Q4_1, 32, 64)])
     with pytest.raises(ValueError, match="gate and up"):
         products.reordered([random_blocks(Kind.Q8_0, 32, 64), random_blocks(Kind.Q4_1, 32, 64)], torch.arange(64))
     mixed: dict[str, torch.Tensor | Blocks] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spec_envs.decoding.model import int8, kernels
+from spec_envs.decoding.model import integers, kernels
 from spec_envs.decoding.model.kernels import building
 from spec_envs.decoding.weights import checkpoints
 from tests.support.models.builds import WITHOUT_KERNELS
@@ -252,7 +252,7 @@ def test_default_dtype_without_compiler(
         monkeypatch.setenv("CXX", compiler)
     assert checkpoints.resolve_dtype("auto", CPU, [REAL]) in ("bfloat16", "float32")
     with pytest.raises(ValueError, match="dtypes int8 and q4 need the compiled kernels; install a C\\+\\+ compiler"):
-        int8.Linear(torch.randn(4, 64))
+        integers.Linear(torch.randn(4, 64))
     assert caplog.messages[0].startswith("int8 and q4 are not available here") and reason in caplog.messages[0]
 
 

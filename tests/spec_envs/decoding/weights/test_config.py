@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.batch import generate_batch
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.shape import Shape
@@ -179,7 +179,7 @@ def test_any_config_equals_transformers_or_is_refused(
     for dtype, bound in ((torch.bfloat16, 0.2), (torch.float16, 0.05)):
         low = logits(Transformer(config, weights, dtype, CPU), ids)
         assert torch.isfinite(low).all() and distance(low, expected) < bound, dtype
-    if not WITHOUT_KERNELS and int8.computes(config):
+    if not WITHOUT_KERNELS and integers.computes(config):
         event("in int8")
         check_int8(Transformer(config, weights, torch.int8, CPU), ids, expected)
 

@@ -59,6 +59,9 @@ def computes(config: PretrainedConfig) -> bool:
 class Layers:
     """A stack of decoder layers; see ``layers.Layers``.
 
+    Attributes:
+        structures: every layer as the kernels read it.
+
     Raises:
         ValueError: the kernels cannot compute a width, the weights do not fit together, or are not finite.
     """

@@ -1,4 +1,4 @@
-"""The int8 kernels: what they compute, and that the bits of a row do not depend on the rest of the batch."""
+"""The kernels in int8: what they compute, and that the bits of a row do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from spec_envs.decoding.model import int8, kernels, layers
+from spec_envs.decoding.model import integers, kernels, layers
 from spec_envs.decoding.model.batch import generate_batch, read_batch
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.kernels import building
@@ -38,7 +38,7 @@ if WITHOUT_KERNELS:
 def test_product_equals_quantised_reference(build: None) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(150, 80), torch.randn(150), torch.randn(37, 80) * torch.rand(37, 1) * 9
-    product = int8.Linear(weight, bias)
+    product = integers.Linear(weight, bias)
     expected = Quantised(weight, bias)(x)
     torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-3)
     assert (product.dense() - weight).norm() < 0.01 * weight.norm()
@@ -56,7 +56,7 @@ def test_builds_for_all_processors_give_the_same_products(monkeypatch: pytest.Mo
     for name, (flags, _) in BUILDS.items():
         library = building.built(COMPILER, flags)
         monkeypatch.setattr(kernels, "library", lambda library=library: library)
-        products = [int8.Linear(weight) for weight in weights]
+        products = [integers.Linear(weight) for weight in weights]
         found[name] = [product(x[:count]) for product, x in zip(products, rows, strict=True) for count in counts]
     for name, outputs in found.items():
         for ours, theirs in zip(outputs, found["portable"], strict=True):
@@ -66,10 +66,10 @@ def test_builds_for_all_processors_give_the_same_products(monkeypatch: pytest.Mo
 def test_norms_and_most_probable_equal_torch(build: None) -> None:
     torch.manual_seed(0)
     x, gain = torch.randn(5, 80), torch.rand(80)
-    torch.testing.assert_close(int8.RMSNorm(gain, 1e-5)(x), layers.RMSNorm(gain, 1e-5)(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(integers.RMSNorm(gain, 1e-5)(x), layers.RMSNorm(gain, 1e-5)(x), rtol=1e-5, atol=1e-6)
     logits, extra = torch.randn(7, 150)[:, :141] * 5, torch.randn(7, 21) * 5
     for other in (extra, None):
-        index, *values = int8.most_probable(logits, other, 12)
+        index, *values = integers.most_probable(logits, other, 12)
         expected, *expected_values = layers.most_probable(logits, other, 12)
         assert torch.equal(index, expected)
         torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
@@ -193,8 +193,8 @@ def test_unsupported_sizes_are_refused(changes: dict[str, int], sentence: str) -
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "hidden_size": 96, **changes})
     with pytest.raises(ValueError, match=f"dtypes int8 and q4 need a {sentence}; pass another dtype"):
         pair(config)
-    assert not int8.computes(config)
-    assert int8.computes(LlamaConfig(**SHAPE))
+    assert not integers.computes(config)
+    assert integers.computes(LlamaConfig(**SHAPE))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -203,11 +203,11 @@ def test_non_finite_weights_are_refused(number: float) -> None:
     damaged = weight.clone()
     damaged[3, 5] = number
     with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
-        int8.Linear(damaged)
+        integers.Linear(damaged)
     with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
-        int8.Linear(weight, damaged[3])
+        integers.Linear(weight, damaged[3])
     with pytest.raises(ValueError, match="the weights hold numbers that are not finite"):
-        int8.RMSNorm(damaged[3], 1e-6)
+        integers.RMSNorm(damaged[3], 1e-6)
 
 
 def test_non_finite_norms_of_heads_are_refused() -> None:
@@ -243,11 +243,11 @@ def test_tensors_of_wrong_shape_are_refused() -> None:
     assert_refused("rows do not fit", padding=torch.tensor([-1]))
     assert_refused("rows do not fit", padding=torch.tensor([4]))
     assert_refused("entering", entering=x[..., :80])
-    wide = int8.Layers([eagle_layer(model.shape)], dataclasses.replace(model.shape, layers=1))
+    wide = integers.Layers([eagle_layer(model.shape)], dataclasses.replace(model.shape, layers=1))
     with pytest.raises(IndexError, match=r"entering .* does not fit"):  # it reads twice the hidden size
         wide(Rows(x, model.cache(8), model.rope, at))
     with pytest.raises(ValueError, match="a layer after the first one reads another width"):
-        int8.Layers([eagle_layer(model.shape)] * 2, model.shape)
+        integers.Layers([eagle_layer(model.shape)] * 2, model.shape)
     for some in (range(4), range(-1, 2), range(0, 3, 2)):
         assert_refused("layers", layers=some)
     nothing = Additions([None] * 2)
@@ -262,7 +262,7 @@ def test_tensors_of_wrong_shape_are_refused() -> None:
             product(torch.zeros(2, 192))
     for width in (0, 151):
         with pytest.raises(IndexError, match="cannot be chosen"):
-            int8.most_probable(torch.zeros(2, 150), None, width)
+            integers.most_probable(torch.zeros(2, 150), None, width)
 
 
 @torch.inference_mode()
@@ -322,10 +322,10 @@ def test_concurrent_threads_compute_the_same_bits() -> None:
 
 FORKED = """
 import multiprocessing, torch
-from spec_envs.decoding.model import int8
+from spec_envs.decoding.model import integers
 torch.set_num_threads(2)
 torch.manual_seed(0)
-product, dense, x = int8.Linear(torch.randn(64, 64)), torch.nn.Linear(512, 512), torch.randn(8, 64)
+product, dense, x = integers.Linear(torch.randn(64, 64)), torch.nn.Linear(512, 512), torch.randn(8, 64)
 many = torch.randn(512, 512)
 expected = product(x)
 dense(many)  # starts torch's threads

@@ -1,4 +1,4 @@
-"""A draft step in int8 as one call into the kernels, because it is made several times a cycle."""
+"""A draft step in whole numbers as one call into the kernels, because it is made several times a cycle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.model.cache import KVCache
-from spec_envs.decoding.model.int8 import Layers, Linear, RMSNorm, c_cache, c_embedding, c_tables
+from spec_envs.decoding.model.integers import Layers, Linear, RMSNorm, c_cache, c_embedding, c_tables
 from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import CDrafter, CFusion, CMatrix, address, library
 from spec_envs.decoding.model.rope import Rope
@@ -34,7 +34,7 @@ class Fusion(NamedTuple):
     joined: RMSNorm | None = None
 
 
-class Int8Step:
+class IntegerStep:
     """One forward of a drafter, from tokens to the most probable next tokens.
 
     Args:
@@ -227,7 +227,7 @@ class Memory:
         IndexError: the cache belongs to another model.
     """
 
-    def __init__(self, step: Int8Step, cache: KVCache, rows: int, children: int, seen: int):
+    def __init__(self, step: IntegerStep, cache: KVCache, rows: int, children: int, seen: int):
         nothing = torch.empty(1, 0, step.hidden), torch.empty(1, 0, dtype=torch.int64)
         step.layers.check_rows(Rows(nothing[0], cache, step.rope, nothing[1]), 1)
         if cache.data.shape[2] != 1:

@@ -1,4 +1,4 @@
-"""A text that a model in int8 reads, each time by one call into the kernels: a step of plain decoding is one."""
+"""A text that a model in whole numbers reads, each time by one call into the kernels: a step of plain decoding is one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.model.int8 import c_added, c_cache, c_embedding, c_tables
+from spec_envs.decoding.model.integers import c_added, c_cache, c_embedding, c_tables
 from spec_envs.decoding.model.kernels import threads
 from spec_envs.decoding.model.kernels.bindings import CText, address, library
 from spec_envs.decoding.model.lora import Additions
@@ -19,13 +19,13 @@ TOGETHER = 16  # numbers of features for which memory is allocated at once
 PIECE = 256  # rows of a prompt that are read together; more need more memory and are no faster
 
 
-class Int8Text:
+class IntegerText:
     """The text that a model reads; see ``target_text.TargetText``.
 
     The kernels read from and write to memory that is allocated once, and described to them once.
 
     Args:
-        model: in int8 on a CPU.
+        model: in int8 or q4.
         capture: layers whose inputs are the features; see ``Transformer.forward``.
     """
 
@@ -107,9 +107,8 @@ class Int8Text:
         model, room = self.model, self.room
         layers, shape = model.layers.structures, model.shape
         self.tokens, self.parents, self.kept, self.chosen = np.empty((4, room), np.int64)
-        self.states = torch.empty(
-            len(self.capture) + 1, room, shape.hidden
-        )  # captured ones, and those after all layers
+        # The states that are captured, and those after all layers.
+        self.states = torch.empty(len(self.capture) + 1, room, shape.hidden)
         places = {layer: self.states[i] for i, layer in enumerate(self.capture) if layer < shape.layers}
         wanted = [places.get(layer, self.states[-1]) for layer in self.capture]
         captured = (c_void_p * shape.layers)(*(address(places.get(layer)) for layer in range(shape.layers)))
