@@ -88,4 +88,10 @@ def not_in_blocks(weights: dict[str, Tensor | Blocks]) -> str | None:
                 f"dtype 'q4' multiplies the blocks of a GGUF file ({', '.join(kind.name for kind in FORMATS)}), and "
                 f"{name} is stored as {kind}; pass dtype int8"
             )
+        up = weights.get(name.replace("mlp.gate_proj", "mlp.up_proj"))
+        if isinstance(weight, Blocks) and isinstance(up, Blocks) and up.kind != weight.kind:
+            return (
+                f"dtype 'q4' multiplies by gate and up together, and {name} is stored as {weight.kind.name}, the other "
+                f"one as {up.kind.name}; pass dtype int8"
+            )
     return None

@@ -328,8 +328,14 @@ def load_draft(name: str, target: Transformer) -> Transformer:
     Raises:
         ValueError: the model is damaged, or a part of it is not supported.
     """
-    in_blocks = target.precision.blocks and not_in_blocks(load_stored(model_folder(name))) is None
-    return load_target(name, target.device, target.dtype if in_blocks else target.precision.drafter)
+    blocks = target.precision.blocks and in_blocks(name)
+    return load_target(name, target.device, target.dtype if blocks else target.precision.drafter)
+
+
+@functools.cache
+def in_blocks(name: str) -> bool:
+    """Return whether the model ``name`` can be computed in ``"q4"``; its file is read once per process."""
+    return not_in_blocks(load_stored(model_folder(name))) is None
 
 
 @functools.cache

@@ -128,8 +128,12 @@ def test_draft_models_of_a_target_in_blocks(tmp_path: Path) -> None:
         for kind in (KINDS[0], KINDS[-1])
     }
     target = load_target(str(paths[KINDS[0]]), CPU, "q4")
-    drafts = [load_draft(str(name), target).dtype for name in (*paths.values(), folder)]
-    assert drafts == ["q4", "int8", "int8"]
+    up = {"blk.1.ffn_up.weight": in_blocks(model, [KINDS[1]])["blk.1.ffn_up.weight"]}
+    mixed = write_gguf(model, tmp_path / "mixed.gguf", tensors=in_blocks(model, [KINDS[0]]) | up)
+    drafts = [load_draft(str(name), target).dtype for name in (*paths.values(), mixed, folder)]
+    assert drafts == ["q4", "int8", "int8", "int8"]
+    with pytest.raises(ValueError, match=r"gate_proj.weight is stored as Q4_0, the other one as Q4_1; pass dtype int8"):
+        load_target(str(mixed), CPU, "q4")
     assert load_draft(str(paths[KINDS[0]]), load_target(str(folder), CPU, "float32")).dtype == "float32"
 
 
