@@ -175,7 +175,8 @@ def arguments() -> argparse.Namespace:
         "--dtypes",
         type=dtypes,
         help="dtypes whose cost curves are compared, separated by commas; with float32 among them their quality, too "
-        "(default: those that this machine computes fast, and float32)",
+        "(default: float32, int8 and q4 where the processor has instructions for int8, and bfloat16 where it has some "
+        "for that)",
     )
     parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy (default 0)")
     parser.add_argument("--count", type=PROMPTS, default=15, help="number of held-out prompts (default 15)")
