@@ -1,4 +1,4 @@
-// The decoder's forward in whole numbers on a CPU, compiled by __init__.py and called through bindings.py.
+// The decoder's forward in whole numbers on a CPU, compiled by building.py and called through bindings.py.
 //
 // Every function runs on `threads` threads. A row's result is the same to the last bit whatever rows it is called with.
 #include <omp.h>
