@@ -1,4 +1,4 @@
-"""What is waited for is said, but only where it takes long."""
+"""Loading and waiting for other processes are said where they take long, and only there."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ class Looked:
 
 
 class Memory:
-    """What the calls of a step over one cache read and write, allocated and described to the kernels once.
+    """The memory that the calls of a step over one cache read and write, described to the kernels once.
 
     Args:
         step: the step.
