@@ -201,7 +201,7 @@ class Decoder(TextEngine):
     def _confidence(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the probabilities ``[n]`` of a chain's tokens, and the entropies ``[n]`` of the distributions they are
         from; both are empty for a tree."""
-        if self.tree.width != 1 or not self.tree.size:
+        if not (self.tree.size and self.tree.is_chain):
             return NO_NODES.probabilities, NO_NODES.entropies
         steps = self.tree.scores.copy()
         steps[1:] -= self.tree.scores[:-1]

@@ -32,11 +32,11 @@ class Children(NamedTuple):
 
 
 class Tree:
-    """The candidates of a cycle: ``width`` children per node, ``width`` nodes expanded per level (EAGLE-2, arXiv
-    2406.16858).
+    """The candidates of a cycle: up to ``width`` children per node, up to ``width`` nodes expanded per level (EAGLE-2,
+    arXiv 2406.16858).
 
     Args:
-        width: children per node, and nodes expanded per level.
+        width: most children per node, and most nodes expanded per level.
         max_depth: most expansions after the first level.
 
     Attributes:
@@ -57,7 +57,7 @@ class Tree:
         self._parents = np.full(capacity, ROOT, dtype=np.int64)
         self._scores = np.zeros(capacity, dtype=np.float32)
         self._ids = np.arange(capacity)
-        self._levels = (self._ids + width * (width - 1)) // max(1, width * width)  # levels are full
+        self._levels = np.zeros(capacity, dtype=np.int64)
         self._places = np.full(
             capacity + 1, ROOT
         )  # of nodes in a selection; the last one stays, for parents on level 0
@@ -91,6 +91,11 @@ class Tree:
     def expansions(self) -> int:
         """Expansions after the first level."""
         return max(0, len(self.level_starts) - 1)
+
+    @property
+    def is_chain(self) -> bool:
+        """True if every level has one node."""
+        return self.size == len(self.level_starts)
 
     @property
     def last_level(self) -> np.ndarray:
@@ -150,6 +155,7 @@ class Tree:
         if new.stop > self.capacity:
             raise ValueError(f"the tree is full at {self.expansions} expansions")
         self._tokens[new].reshape(rows, -1)[:] = tokens
+        self._levels[new] = len(self.level_starts)
         self.level_starts.append(first)
         self.size = new.stop
         self.entropies.append(children.entropies)
