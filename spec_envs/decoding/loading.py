@@ -103,7 +103,7 @@ def check_fits(name: DrafterName, width: int) -> None:
         raise ValueError(
             f"{str(name)!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
         )
-    if name.lookup and name.kind == "eagle3":
+    if name.copies and name.kind == "eagle3":
         raise ValueError(f"drafter is {str(name)!r}; expected the name of a draft model or an exit after the plus sign")
 
 

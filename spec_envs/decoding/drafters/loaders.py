@@ -15,7 +15,7 @@ from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
 from spec_envs.decoding.drafters.lookup import LookupDrafter
-from spec_envs.decoding.drafters.names import EXIT, DrafterName, Kind, drafter_folder
+from spec_envs.decoding.drafters.names import EXIT, SUFFIX, DrafterName, Kind, drafter_folder
 from spec_envs.decoding.drafters.shortlist import Shortlist, shortened, size_of
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import load_exit
@@ -51,6 +51,8 @@ def load_sides(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafte
     """
     if name.shortlist != "auto" and name.kind != "model":
         raise ValueError(f"drafter is {str(name)!r}; only a whole draft model takes a size of its shortlist after an @")
+    if name.copies == SUFFIX:
+        raise ValueError(f"drafter is {str(name)!r}; suffix decoding is not loaded yet, take prompt lookup")
     return LOADERS[name.kind](name, target)
 
 
@@ -93,7 +95,7 @@ def verifier_of(target: Target, capture: tuple[int, ...] = ()) -> LocalVerifier:
 
 def copying(name: DrafterName, drafter: ChainDrafter) -> Drafter:
     """Return a drafter of chains, with prompt lookup before it if the name has it."""
-    return CopyingDrafter(drafter) if name.lookup else drafter
+    return CopyingDrafter(drafter) if name.copies else drafter
 
 
 @functools.cache

@@ -14,9 +14,10 @@ from spec_envs.decoding.exits.files import is_exit
 from spec_envs.decoding.weights.assets import described_in, is_own, own_folder
 from spec_envs.decoding.weights.checkpoints import model_folder, registry
 
-LOOKUP = "lookup"  # the drafter without weights; before another's name and a plus sign, it is tried first
+LOOKUP, SUFFIX = "lookup", "suffix"  # copy from the text without weights; before a plus sign they are tried first
 EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
 Kind = Literal["none", "exit", "eagle3", "model"]
+Copies = Literal["", "lookup", "suffix"]
 Drafted = int | Literal["auto", "all"]  # how many tokens a draft model drafts from
 SIZED = re.compile(r"(.*)@(\d+|all)")  # the name of a draft model with the size of its shortlist
 
@@ -26,46 +27,46 @@ class DrafterName:
     """The name of a drafter, taken apart.
 
     Attributes:
-        lookup: True if prompt lookup is tried first.
-        model: what drafts if lookup does not: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the
-            folder of a trained exit; ``""`` for prompt lookup alone.
+        copies: what copies from the text where it repeats itself, before the model is asked: ``"lookup"`` is prompt
+            lookup, ``"suffix"`` is suffix decoding, ``""`` is nothing.
+        model: what drafts elsewhere: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the folder of
+            a trained exit; ``""`` where nothing but copies is drafted.
         shortlist: from how many tokens a draft model drafts, besides those of the text: a number, ``"all"``, or
             ``"auto"`` (see ``shortlist.size_of``).
     """
 
-    lookup: bool
+    copies: Copies
     model: str
     shortlist: Drafted = "auto"
 
     @classmethod
     def parse(cls, name: str) -> DrafterName:
-        """Parse a name: ``lookup``, ``lookup+MODEL`` or ``MODEL``, a draft model optionally with ``@N`` or ``@all``.
+        """Parse a name: ``lookup`` or ``suffix``, one of them and a plus sign before ``MODEL``, or ``MODEL``, a draft
+        model optionally with ``@N`` or ``@all``.
 
         Raises:
-            ValueError: nothing, or ``lookup`` again, follows the plus sign; a shortlist has no tokens, or is that of
-                prompt lookup.
+            ValueError: nothing, or ``lookup`` or ``suffix`` again, follows the plus sign; a shortlist has no tokens, or
+                is that of a copy.
         """
-        if name == LOOKUP:
-            return cls(True, "")
-        model = name.removeprefix(f"{LOOKUP}+")
-        if model != name and model in ("", LOOKUP):
-            raise ValueError(f"drafter is {name!r}; expected the name of a draft model or an exit after the plus sign")
+        copies, model = copies_in(name)
+        shortlist: Drafted = "auto"
         if found := SIZED.fullmatch(model):
-            shortlist: Drafted = "all" if found[2] == "all" else int(found[2])
+            model, shortlist = found[1], "all" if found[2] == "all" else int(found[2])
             if shortlist == 0:
                 raise ValueError(f"drafter is {name!r}; expected a shortlist of 1 or more tokens after the @")
-            if found[1] == LOOKUP:
-                raise ValueError(f"drafter is {name!r}; prompt lookup has no shortlist, leave out the @")
-            return cls(model != name, found[1], shortlist)
-        return cls(model != name, model)
+            if model in (LOOKUP, SUFFIX):
+                raise ValueError(f"drafter is {name!r}; {model!r} has no shortlist, leave out the @")
+        if copies and (model in (LOOKUP, SUFFIX) or (not model and name != copies)):
+            raise ValueError(f"drafter is {name!r}; expected the name of a draft model or an exit after the plus sign")
+        return cls(copies, model, shortlist)
 
     def __str__(self) -> str:
         model = self.model if self.shortlist == "auto" else f"{self.model}@{self.shortlist}"
-        return "+".join(part for part in (LOOKUP if self.lookup else "", model) if part)
+        return "+".join(part for part in (self.copies, model) if part)
 
     @functools.cached_property
     def kind(self) -> Kind:
-        """Kind of the model, as its folder shows; ``"none"`` for prompt lookup alone.
+        """Kind of the model, as its folder shows; ``"none"`` where nothing but copies is drafted.
 
         Raises:
             ValueError: the name is not found, or is a drafter of a format that is not read.
@@ -80,12 +81,22 @@ class DrafterName:
     @property
     def chain(self) -> bool:
         """Return whether it drafts chains; an EAGLE-3 head drafts trees."""
-        return self.lookup or self.kind != "eagle3"
+        return bool(self.copies) or self.kind != "eagle3"
 
     @property
     def folder(self) -> Path:
         """Folder of the model's weights, where it has any of its own."""
         return drafter_folder(self.model)
+
+
+def copies_in(name: str) -> tuple[Copies, str]:
+    """Return what copies before a model, as a drafter's name says, and the rest of the name."""
+    first, _, rest = name.partition("+")
+    if first == LOOKUP:
+        return LOOKUP, rest
+    if first == SUFFIX:
+        return SUFFIX, rest
+    return "", name
 
 
 def drafter_folder(name: str) -> Path:

@@ -272,7 +272,7 @@ def open_server(
                 f"{name} is {value!r}; a llama-server computes its file's own weights on the CPU and decodes greedily"
             )
     drafter = DrafterName.parse(models.drafter)
-    if drafter.lookup:
+    if drafter.copies:
         raise ValueError(
             f"drafter is {models.drafter!r}; a llama-server does not support prompt lookup; give {drafter.model!r}"
         )

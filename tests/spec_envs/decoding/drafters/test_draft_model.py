@@ -110,13 +110,13 @@ def test_drafted_from_the_shortlist_and_the_text(
 def test_size_of_a_shortlist() -> None:
     assert [size_of("auto", vocab) for vocab in (16, 32_000, 151_936)] == [8192, 8192, 37_984]
     assert [size_of(asked, 32_000) for asked in ("all", 7)] == [32_000, 7]
-    assert DrafterName.parse("lookup+a/b@300") == DrafterName(True, "a/b", 300)
-    assert DrafterName.parse("a@b@all") == DrafterName(False, "a@b", "all")
-    for name in ("lookup", "lookup+a@12", "a@all", "a@b", "exit:2"):
+    assert DrafterName.parse("lookup+a/b@300") == DrafterName("lookup", "a/b", 300)
+    assert DrafterName.parse("a@b@all") == DrafterName("", "a@b", "all")
+    for name in ("lookup", "suffix", "lookup+a@12", "suffix+a", "a@all", "a@b", "exit:2"):
         assert str(DrafterName.parse(name)) == name
     with pytest.raises(ValueError, match="drafter is 'a@0'; expected a shortlist of 1 or more tokens after the @"):
         DrafterName.parse("a@0")
-    with pytest.raises(ValueError, match="drafter is 'lookup@9'; prompt lookup has no shortlist, leave out the @"):
+    with pytest.raises(ValueError, match="drafter is 'lookup@9'; 'lookup' has no shortlist, leave out the @"):
         DrafterName.parse("lookup@9")
 
 
