@@ -34,7 +34,7 @@ class Settings(BaseModel):
         description="EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file; "
         '"NAME@N" is a draft model with a shortlist of N tokens, "NAME@all" one without, "lookup" is prompt lookup, "lookup+NAME" tries it '
         'before a draft model, "exit:N" is an untrained early exit of the target after N layers, and the run folder of a trained exit is that exit; '
-        '"auto" is the target\'s own drafter in models.yml',
+        'several names joined by commas are drafters that SpecDrafter-v0 chooses between; "auto" is the target\'s own drafter in models.yml',
     )
     device: str = Field("auto", description='"auto", or as in torch: "cpu", "cuda"')
     dtype: str = Field(

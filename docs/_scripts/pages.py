@@ -53,6 +53,7 @@ VARIANTS: dict[str, list[dict[str, str]]] = {  # keyword arguments that change a
     "SpecBudget-v0": [{"observation": "ltd"}, {"budgets": "ltd"}, {"budgets": "ltd-paper"}],
     "SpecTree-v0": [],
     "SpecK-v0": [{"decision": "token"}, {"observation": "counters"}],
+    "SpecDrafter-v0": [{"drafter": "lookup,smollm2-135m-draft"}],
     "SpecTopK-v0": [{"actions": "joint"}, {"observation": "rl_adapter"}],
     "SpecDVI-v0": [{"observation": "policy"}],
 }

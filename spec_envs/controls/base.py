@@ -18,6 +18,7 @@ from spec_envs.controls.rewards import Decision, Reward, ltd, saved
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.drafters.names import DrafterName, default_drafter, static_over_plain
+from spec_envs.decoding.drafters.portfolio import is_portfolio
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import (
     DEFAULT_TARGET,
@@ -58,6 +59,7 @@ class Control(ABC):
         full_progress: levels or tokens that ``progress`` shows as 1.
         adjustment_interval: tokens for which a decision is kept; 0 if every cycle has its own.
         link: name or address of the link between drafter and target, ``""`` if there is none.
+        drafters: names of the drafters that take turns; empty where there is one.
         exit: the target's own early exit that drafts, or None where another model does.
         name: name of this problem.
         partner_name: name of the problem whose policy it can be composed with, or None.
@@ -79,6 +81,7 @@ class Control(ABC):
     link: str = ""
     exit: ExitPoint | None = None
     engine: str = "torch"
+    drafters: tuple[str, ...] = ()
     partner_name: ClassVar[str | None] = None
 
     def __init__(self, observation: str, cost_features: bool):
@@ -192,6 +195,15 @@ class Control(ABC):
         """Return the default drafter of a target."""
         return default_drafter(target, self.width == 1)
 
+    def check_drafter(self, drafter: str) -> None:
+        """Refuse a drafter that this problem has no decisions about, by its name.
+
+        Raises:
+            ValueError: it is several drafters, between which most problems do not choose.
+        """
+        if is_portfolio(drafter):
+            raise ValueError(f"drafter is {drafter!r}; {self.env_id} has one, SpecDrafter-v0 chooses between several")
+
     def static_over_plain(self, target: str, drafter: str) -> float:
         """Return the speed of a pair's best static setting in units of plain decoding; 1 where it was not measured."""
         return static_over_plain(target, drafter)
@@ -228,6 +240,7 @@ class Control(ABC):
             recording.check_settings(given | {"temperature": temperature, "top_p": top_p})
             return engine
         drafter = self.default_drafter(target) if drafter == "auto" else drafter
+        self.check_drafter(drafter)
         temperature = self.temperature if temperature is None else temperature
         return self.open_models(Models(target, drafter, device, dtype, temperature, top_p), clock)
 

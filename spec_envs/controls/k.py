@@ -29,7 +29,7 @@ from spec_envs.controls.observation.recorded import (
     recorded_size,
     recorded_token_entropy,
 )
-from spec_envs.controls.observation.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
+from spec_envs.controls.observation.text_kind import KINDS, TextKind
 from spec_envs.controls.plans import Plans, chain_plans
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import Cycle, merged
@@ -209,7 +209,7 @@ class KControl(Control):
     def _forget(self) -> None:
         self.decided: list[Cycle] = []  # one per decision that led to a verification
         self.last_k = 0
-        self.kind, self.kind_at = "", 0
+        self.kind = TextKind()
         self.before: np.ndarray | None = None  # what was observed before the chain under way
 
     def observe(self, decoder: Any, looks_at: Collection[str] | None = None) -> np.ndarray:
@@ -288,7 +288,7 @@ class KControl(Control):
         return mean(self._last_nodes("entropies")) / ENTROPY_UNIT
 
     def _read_kind(self, decoder: Decoder) -> list[float]:
-        return one_hot(self._kind(decoder), KINDS)
+        return one_hot(self.kind.read(decoder), KINDS)
 
     def _read_task(self, decoder: Decoder) -> list[float]:
         return one_hot(self.task, (*TASKS, ""))
@@ -307,14 +307,6 @@ class KControl(Control):
 
     def _last_nodes(self, name: str) -> np.ndarray:
         return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
-
-    def _kind(self, decoder: Decoder) -> str:
-        """Return the detected kind of text, detected again after every ``FRESH`` new tokens."""
-        if not self.kind or decoder.length >= self.kind_at + FRESH:
-            tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens]
-            self.kind = kind_of_answer(tail, decoder.tokens[:OPENING], decoder.detokenize)
-            self.kind_at = decoder.length
-        return self.kind
 
 
 def read_free(decoder: Decoder) -> float:

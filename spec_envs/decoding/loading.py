@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.drafters.eagle.config import read_config
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.loaders import Target, load_sides, verifier_of
 from spec_envs.decoding.drafters.names import DrafterName, default_drafter
+from spec_envs.decoding.drafters.portfolio import Portfolio, is_portfolio, members
 from spec_envs.decoding.exits.decoder import ExitDecoder
+from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import (
     eos_ids,
     fit_together,
@@ -60,7 +64,8 @@ def load_decoder(
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
             prompt lookup, ``"lookup+NAME"`` tries it before the draft model or exit NAME, ``"exit:N"`` is an
             untrained exit of the target after N layers, and the folder of a trained exit is that exit. ``"auto"`` is
-            the target's own drafter in models.yml; None decodes plainly. A draft model drafts from a shortlist, the
+            the target's own drafter in models.yml; None decodes plainly. Several names, joined by commas, are a
+            ``Portfolio``, of which ``decoder.drafter.choose`` lets one draft. A draft model drafts from a shortlist, the
             first quarter of its vocabulary (at least 8,192 tokens), and from the tokens of the text; ``"NAME@N"`` sets
             another size, ``"NAME@all"`` drafts from all tokens.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -80,13 +85,19 @@ def load_decoder(
     at = resolve_device(device)
     if drafter == "auto":
         drafter = default_drafter(target, chain=width == 1)
-    name = None if drafter is None else DrafterName.parse(drafter)
-    if name is not None:
-        check_fits(name, width)
-    model = load_target(target, at, dtype_for(dtype, at, target, name))
+    several = drafter is not None and is_portfolio(drafter)
+    names = () if drafter is None else members(drafter) if several else (DrafterName.parse(drafter),)
+    for name in names:
+        check_fits(name, 1 if several and name.chain else width)
+    model = load_target(target, at, dtype_for(dtype, at, target, names))
     fit_together(target, model.shape.vocab)
     asked = Target(target, model, temperature, top_p, width, max_depth, adapter, rank, stop)
-    verifier, loaded = (verifier_of(asked), None) if name is None else load_sides(name, asked)
+    verifier: LocalVerifier
+    loaded: Drafter | None
+    if several:
+        verifier, loaded = load_portfolio(names, asked)
+    else:
+        verifier, loaded = load_sides(names[0], asked) if names else (verifier_of(asked), None)
     made = ExitDecoder if isinstance(loaded, EarlyExitDrafter) else Decoder
     words = Detokenizer.of(load_tokenizer(target))
     trim()
@@ -107,11 +118,30 @@ def check_fits(name: DrafterName, width: int) -> None:
         raise ValueError(f"drafter is {str(name)!r}; expected the name of a draft model or an exit after the plus sign")
 
 
-def dtype_for(dtype: str, device: torch.device, target: str, drafter: DrafterName | None) -> str:
-    """Return the name of the dtype that is computed; ``"auto"`` is one in which target and drafter are both computed."""
+def load_portfolio(names: Sequence[DrafterName], target: Target) -> tuple[LocalVerifier, Portfolio]:
+    """Load several drafters and return both sides of a decoder over them.
+
+    Raises:
+        ValueError: one of them cannot be loaded, or is an early exit.
+    """
+    for name in names:
+        if name.kind == "exit":
+            raise ValueError(
+                f"{str(name)!r} drafts with layers whose states the verifier continues, so it is not one of several "
+                "drafters; leave it out"
+            )
+    alone = [load_sides(name, replace(target, width=1) if name.chain else target)[1] for name in names]
+    portfolio = Portfolio(names, alone, target.width)
+    return verifier_of(target, portfolio.capture), portfolio
+
+
+def dtype_for(dtype: str, device: torch.device, target: str, drafters: Sequence[DrafterName]) -> str:
+    """Return the name of the dtype that is computed; ``"auto"`` is one in which target and drafters are all
+    computed."""
     models, heads = [target], []
-    if drafter is not None and drafter.kind == "model":
-        models.append(str(drafter.folder))
-    if drafter is not None and drafter.kind == "eagle3":
-        heads.append(read_config(drafter.folder)[0])
+    for drafter in drafters:
+        if drafter.kind == "model":
+            models.append(str(drafter.folder))
+        elif drafter.kind == "eagle3":
+            heads.append(read_config(drafter.folder)[0])
     return resolve_dtype(dtype, device, models, heads)

@@ -81,6 +81,11 @@ class View:
     own: int | None
 
     @property
+    def is_chain(self) -> bool:
+        """True for candidates of which every level has one; False without any."""
+        return 0 < len(self.levels) == len(np.unique(self.levels))
+
+    @property
     def chances(self) -> np.ndarray:
         """The probability ``[n]`` that the drafter gave each candidate after those before it."""
         above = np.concatenate([self.scores, [0.0]])[self.parents]  # the last entry is ROOT's

@@ -12,7 +12,7 @@ def drafting(tree: Tree) -> str:
     """Return a line about a cycle under way."""
     if not tree.size:
         return "nothing is drafted yet"
-    if tree.width == 1:
+    if tree.is_chain:
         return f"drafting · {counted(tree.size, 'token')} so far"
     return f"drafting · {counted(tree.expansions + 1, 'level')}, {tree.size} candidates so far"
 
@@ -21,14 +21,14 @@ def happened(cycle: Cycle, width: int) -> str:
     """Return a line about a cycle that has ended.
 
     Args:
-        width: of its tree; 1 for chains.
+        width: of the engine's tree; 1 where every cycle drafts a chain.
     """
     emitted = counted(cycle.emitted, "token")
     if cycle.unverified:
         return f"drafted and emitted {emitted} without verification"
     if not cycle.drafted:
         return f"nothing drafted · the target alone emitted {emitted}"
-    if width == 1:
+    if width == 1 or cycle.drafted == cycle.depth + 1:
         drafted, verified = f"drafted {counted(cycle.drafted, 'token')}", f"verified {cycle.verified}"
     else:
         drafted = f"drafted {counted(cycle.depth + 1, 'level')}"

@@ -54,7 +54,7 @@ def make_pair(traces: dict[str, Trace], tiny: dict[str, Any]) -> Callable[[str],
             if given is TREE:
                 keywords = given | {"trace": str(traces["tree"].folder)}
             elif "trace" not in given:
-                keywords = tiny | drafter_of(env_id) | given
+                keywords = tiny | drafter_of(env_id, tiny) | given
             control = make_control(env_id, keywords)
             control.costs = CostTable.load("qwen3-14b-a6000")
             try:

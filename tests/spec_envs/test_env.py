@@ -33,7 +33,7 @@ def variants(*keywords: dict) -> list[tuple[str, dict]]:
 
 
 def make(env_id: str, tiny: dict, **keywords: Any) -> gym.Env:
-    return gym.make(env_id, **{**tiny, **drafter_of(env_id), **keywords})
+    return gym.make(env_id, **{**tiny, **drafter_of(env_id, tiny), **keywords})
 
 
 @pytest.mark.parametrize(("env_id", "keywords"), variants({}, LTD, {"cost_features": True}, {"observation": "policy"}))

@@ -17,6 +17,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.prompts.sets import encode
 from tests.support.models.tiny import CPU
+from tests.support.rollouts import drafter_of
 
 
 def run_episode(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[int], list[int]]:
@@ -44,9 +45,9 @@ def run_episode(env: gym.Env, agent: Any, text: str, seed: int) -> tuple[list[in
     ],
 )
 def test_generate_equals_environment(env_id: str, name: str, tiny: dict, tiny_draft: Path) -> None:
-    chosen = tiny | {"SpecTopK-v0": {"drafter": str(tiny_draft)}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
+    chosen = tiny | drafter_of(env_id, tiny) | ({"drafter": str(tiny_draft)} if env_id == "SpecTopK-v0" else {})
     env = gym.make(env_id, **chosen)
-    control = make_control(env_id, tiny if env_id == "SpecDVI-v0" else {})
+    control = make_control(env_id, chosen)
     models = {part: chosen[part] for part in ("target", "drafter", "device", "dtype")}
     decoder = control.open(WallClock(CPU), **models)
     different = set()

@@ -33,7 +33,7 @@ def make_env(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, A
 
     def make(env_id: str, **more: Any) -> gym.Env:
         kind = CONTROLS[env_id]
-        if kind.trace_kind:
+        if kind.trace_kind in ("tree", "chain"):
             own = set(inspect.signature(kind).parameters)
             sizes = {name: size for name, size in {"max_depth": 4, "width": 4, "k_max": 6}.items() if name in own}
             trace = traces["copies" if kind.trace_kind == "chain" else "tree"]
@@ -41,7 +41,7 @@ def make_env(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, A
         elif env_id == "SpecTopK-v0":
             keywords = {"max_new_tokens": 20, "trace": "smollm2-135m-topk"}
         else:
-            keywords = tiny | drafter_of(env_id)
+            keywords = tiny | drafter_of(env_id, tiny)
         return gym.make(env_id, **keywords | more)
 
     return make

@@ -29,10 +29,12 @@ def generation_under(env: SpecEnv, control: Control, agent: Any, tokens: int, se
     return done
 
 
-def drafter_of(env_id: str) -> dict[str, str]:
-    """Return a drafter for problems that cannot use the tiny head; over a link it would read states of the cloud's
-    target."""
-    return {"SpecTopK-v0": {"drafter": "lookup"}, "SpecDVI-v0": {"drafter": "auto"}}.get(env_id, {})
+def drafter_of(env_id: str, tiny: dict[str, Any]) -> dict[str, str]:
+    """Return a drafter for problems that cannot use the tiny head alone; over a link it would read states of the
+    cloud's target."""
+    several = f"lookup,{tiny['drafter']}"
+    own = {"SpecTopK-v0": "lookup", "SpecDVI-v0": "auto", "SpecDrafter-v0": several}
+    return {"drafter": own[env_id]} if env_id in own else {}
 
 
 def rollout(env: gym.Env, seed: int, steps: int) -> list:

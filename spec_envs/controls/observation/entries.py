@@ -147,7 +147,12 @@ def read_match(decoder: Decoder) -> float:
     """Return how many of the text's last tokens occurred in it before, as a share of the most that are counted. It is 0
     without prompt lookup."""
     drafter = copier(decoder)
-    return min(1.0, drafter.matched() / LONGEST) if drafter else 0.0
+    return match_of(drafter) if drafter else 0.0
+
+
+def match_of(drafter: Copier) -> float:
+    """Return how many of the text's last tokens occurred in it before, as a share of the most that are counted."""
+    return min(1.0, drafter.matched() / LONGEST)
 
 
 def copies(decoder: Decoder) -> bool:

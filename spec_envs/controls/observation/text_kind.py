@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from spec_envs.decoding.engine import Engine
+
 SNIPPET, FRESH = 96, 16  # last tokens that decide the kind of a text, and new tokens after which it is detected again
 OPENING, JSON = 8, ("{", "```json", "```\n{")  # leading tokens of an answer that decide whether it is JSON as a whole
 KINDS = ("code", "prose", "math", "json", "list")
@@ -34,3 +36,18 @@ def kind_of_answer(tail: list[int], opening: list[int], detokenize: Callable[[li
     if detokenize(opening).lstrip().startswith(JSON):
         return "json"
     return context_kind(detokenize(tail[-SNIPPET:]))
+
+
+class TextKind:
+    """The detected kind of the text under way, detected again after every ``FRESH`` new tokens."""
+
+    def __init__(self) -> None:
+        self.kind, self.at = "", 0
+
+    def read(self, decoder: Engine) -> str:
+        """Return one of ``KINDS``."""
+        if not self.kind or decoder.length >= self.at + FRESH:
+            tail = [*decoder.prompt[-SNIPPET:], *decoder.tokens]
+            self.kind = kind_of_answer(tail, decoder.tokens[:OPENING], decoder.detokenize)
+            self.at = decoder.length
+        return self.kind

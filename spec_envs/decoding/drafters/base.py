@@ -27,6 +27,10 @@ class Drafter(Protocol):
     context: int
     width: int
 
+    @property
+    def lag(self) -> int:
+        """Rows of the text that the next forward reads, because none has read them; 0 without weights of its own."""
+
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Forget the last text and begin a new one.
 
@@ -100,6 +104,11 @@ class ChainDrafter(ABC):
         children, rows = self.draft(tree.tokens.tolist())
         tree.grow(children)
         return rows
+
+    @property
+    def lag(self) -> int:
+        """Rows of the text that the next forward reads; see ``Drafter``. The default is that of one without weights."""
+        return 0
 
     @abstractmethod
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:

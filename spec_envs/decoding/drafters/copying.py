@@ -52,6 +52,10 @@ class CopyingDrafter(ChainDrafter):
     def top_k(self, k: int | None) -> None:
         self.model.top_k = k
 
+    @property
+    def lag(self) -> int:
+        return self.model.lag
+
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         self.model.commit(tokens, features)
         self.seen.append(tokens)

@@ -85,6 +85,10 @@ class DraftModelDrafter(ChainDrafter):
         self.chain: list[int] = []  # drafted tokens that have been read
         self.unread = [text[-1]]  # committed tokens that have not been read
 
+    @property
+    def lag(self) -> int:
+        return len(self.unread)
+
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Keep the rows of accepted tokens that have been read, and note the other tokens for the next forward."""
         right = 0

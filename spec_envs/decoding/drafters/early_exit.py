@@ -65,6 +65,11 @@ class EarlyExitDrafter(ChainDrafter):
         if self.attention:
             self.attention.start(features, len(text) + positions)
 
+    @property
+    def lag(self) -> int:
+        """One row: the layers that draft share the target's cache, which lacks the last token alone."""
+        return 1
+
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         self.text.extend(tokens)
         if self.attention:

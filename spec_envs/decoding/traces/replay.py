@@ -13,6 +13,7 @@ from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.lookup import Occurrence
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.traces.files import RecordedTexts
 from spec_envs.decoding.traces.full_trees import level_slice
@@ -120,6 +121,11 @@ class Replay:
         self.vocab, self.context, self.width = manifest.vocab, manifest.context, manifest.width
         self.columns = trace.columns
 
+    @property
+    def lag(self) -> int:
+        """Rows of the text that the next recorded forward read; see ``Drafter``."""
+        return self.unread
+
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Go to the text of this prompt and first token."""
         self.position.begin(text[:-1])
@@ -158,6 +164,15 @@ class ChainReplay(Replay, ChainDrafter):
     forward reads it."""
 
     temperature = 0.0
+
+    def __init__(self, trace: RecordedTexts):
+        super().__init__(trace)
+        self.reads = bool(DrafterName.parse(trace.manifest.drafter).model)
+
+    @property
+    def lag(self) -> int:
+        """Rows of the text that the next recorded forward read; 0 where a drafter without weights was recorded."""
+        return self.unread if self.reads else 0
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Go to the text of this prompt and first token."""

@@ -24,7 +24,7 @@ SHAPE = (480, 800, 3)
 
 def opened(env_id: str, tiny: dict[str, Any], **keywords: Any) -> SpecEnv:
     """Return an environment of the tiny models that draws pictures, in its first text."""
-    shared = {**tiny, **drafter_of(env_id), "render_mode": "rgb_array"}
+    shared = {**tiny, **drafter_of(env_id, tiny), "render_mode": "rgb_array"}
     env: Any = gym.make(env_id, **(shared | keywords)).unwrapped
     env.reset(seed=0)
     return env
@@ -136,7 +136,7 @@ def test_engine_without_tokens_of_its_drafts_is_shown(tiny: dict[str, Any]) -> N
 
 def test_nothing_is_kept_without_a_render_mode(tiny: dict[str, Any]) -> None:
     for env_id in IDS:
-        env: Any = gym.make(env_id, **{**tiny, **drafter_of(env_id)}).unwrapped
+        env: Any = gym.make(env_id, **{**tiny, **drafter_of(env_id, tiny)}).unwrapped
         assert type(env.decoder.tree) is Tree
 
 

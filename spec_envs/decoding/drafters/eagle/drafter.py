@@ -260,6 +260,11 @@ class EagleDrafter:
             self.catch_up(features[:-1], text[1:-1], 0)
         self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not read yet
 
+    @property
+    def lag(self) -> int:
+        """Rows of the text that the next root reads; see ``Drafter``."""
+        return len(self.tokens)
+
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         """Note committed tokens and their features for the next root."""
         self.features.append(features)
