@@ -13,7 +13,7 @@ from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.drafters.eagle.config import read_config
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.loaders import Target, load_sides, verifier_of
-from spec_envs.decoding.drafters.names import DrafterName, default_drafter
+from spec_envs.decoding.drafters.names import HEADS, DrafterName, default_drafter
 from spec_envs.decoding.drafters.portfolio import Portfolio, is_portfolio, members
 from spec_envs.decoding.exits.decoder import ExitDecoder
 from spec_envs.decoding.verifier import LocalVerifier
@@ -114,7 +114,7 @@ def check_fits(name: DrafterName, width: int) -> None:
         raise ValueError(
             f"{str(name)!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
         )
-    if name.copies and name.kind == "eagle3":
+    if name.copies and name.kind in HEADS:
         raise ValueError(f"drafter is {str(name)!r}; expected the name of a draft model or an exit after the plus sign")
 
 
@@ -142,6 +142,6 @@ def dtype_for(dtype: str, device: torch.device, target: str, drafters: Sequence[
     for drafter in drafters:
         if drafter.kind == "model":
             models.append(str(drafter.folder))
-        elif drafter.kind == "eagle3":
+        elif drafter.kind in HEADS:
             heads.append(read_config(drafter.folder)[0])
     return resolve_dtype(dtype, device, models, heads)

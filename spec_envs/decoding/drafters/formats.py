@@ -9,11 +9,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-READ = "read are EAGLE-3 heads (layouts of SafeAILab, SpecForge, ModelOpt and speculators) and draft models"
+from spec_envs.decoding.drafters.eagle.config_keys import MASK_TOKENS
+
+READ = "read are EAGLE-3 and P-EAGLE heads (layouts of SafeAILab, SpecForge, ModelOpt, speculators) and draft models"
+SPECULATORS = ("eagle3", "peagle")  # kinds of that library's drafters that are read
 EAGLE_1 = "an EAGLE-1, EAGLE-2 or HASS head"
 MLA = "an EAGLE-3 head with multi-head latent attention (DeepSeek, Kimi)"
 # In lower case: what an architecture may hold, and the format. The first that fits counts.
@@ -21,7 +24,6 @@ ARCHITECTURES = (
     ("medusa", "a Medusa head"),
     ("hydra", "a Hydra head"),
     ("mlpspeculator", "an MLP speculator"),
-    ("peagle", "a P-EAGLE head"),
     ("dflash", "a DFlash drafter"),
     ("dspark", "a DSpark drafter"),
     ("domino", "a Domino drafter"),
@@ -35,14 +37,12 @@ KEYS = (  # of a config.json, with a value that is neither null nor false
     ("medusa_num_heads", "a Medusa head"),
     ("hydra_num_heads", "a Hydra head"),
     ("dflash_config", "a DFlash drafter"),
-    ("parallel_drafting", "a P-EAGLE head"),
     ("kv_lora_rank", MLA),
 )
 TENSORS = (
     (r"(^|\.)medusa|^\d+\.\d+\.linear\.weight$", "a Medusa head"),
     (r"(^|\.)hydra", "a Hydra head"),
     (r"(^|\.)(eh_proj|enorm|hnorm)\.|^mtp\.", "a multi-token prediction (MTP) module"),
-    (r"(^|\.)mask_hidden$", "a P-EAGLE head"),
     (r"kv_a_proj_with_mqa", MLA),
 )
 
@@ -63,19 +63,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def is_head(folder: Path) -> bool:
-    """Return whether a folder holds an EAGLE-3 head, and not a language model, as its config.json shows.
+def kind_of_folder(folder: Path) -> Literal["eagle3", "parallel", "model"]:
+    """Return what a folder holds, an EAGLE-3 head, a parallel one or a language model, as its config.json shows.
 
     Raises:
         ValueError: it holds a drafter of a format that is not read; the sentence names it.
     """
     config = read_json(folder / "config.json")
     refuse_foreign_config(config, folder)
-    return (
-        config.get("speculators_model_type") == "eagle3"
+    head = (
+        config.get("speculators_model_type") in SPECULATORS
         or any(key in config for key in ("draft_vocab_size", "eagle_config"))
         or any("eagle" in name for name in architectures(config))
     )
+    if not head:
+        return "model"
+    return "parallel" if any(config.get(key) is not None for key in MASK_TOKENS) else "eagle3"
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
@@ -88,7 +91,7 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
 def refuse_foreign_config(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse a drafter whose config.json names a format that is not read."""
     kind = config.get("speculators_model_type")
-    if kind not in (None, "eagle3"):
+    if kind is not None and kind not in SPECULATORS:
         refuse(f"a {kind!r} drafter of speculators", folder)
     names = architectures(config)
     for word, what in ARCHITECTURES:
@@ -97,7 +100,7 @@ def refuse_foreign_config(config: Mapping[str, Any], folder: Path) -> None:
     for key, what in KEYS:
         if config.get(key) not in (None, False):
             refuse(what, folder)
-    if "draft_vocab_size" not in config and any("eagle" in name and "eagle3" not in name for name in names):
+    if "draft_vocab_size" not in config and any(re.search("(?<!p)eagle(?!3)", name) for name in names):
         refuse(EAGLE_1, folder)
 
 

@@ -12,6 +12,7 @@ from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
 from spec_envs.decoding.drafters.lookup import LookupDrafter
@@ -68,6 +69,12 @@ def load_head(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter
     return verifier_of(target, head.capture), head
 
 
+def load_parallel(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of a parallel head, which reads states of the target."""
+    head = ParallelDrafter(load_eagle(name.model, target.model), target.width, target.max_depth)
+    return verifier_of(target, head.capture), head
+
+
 def load_model(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of a draft model."""
     return verifier_of(target), copying(name, load_draft_model(name, target))
@@ -83,6 +90,7 @@ def load_early_exit(name: DrafterName, target: Target) -> tuple[LocalVerifier, D
 LOADERS: dict[Kind, Callable[[DrafterName, Target], tuple[LocalVerifier, Drafter]]] = {
     "none": load_lookup,
     "eagle3": load_head,
+    "parallel": load_parallel,
     "model": load_model,
     "exit": load_early_exit,
 }

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 from spec_envs.checked import nearest
-from spec_envs.decoding.drafters.formats import is_head
+from spec_envs.decoding.drafters.formats import kind_of_folder
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.decoding.weights.assets import described_in, is_own, own_folder
 from spec_envs.decoding.weights.checkpoints import model_folder, registry
 
 LOOKUP, SUFFIX = "lookup", "suffix"  # copy from the text without weights; before a plus sign they are tried first
 EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
-Kind = Literal["none", "exit", "eagle3", "model"]
+Kind = Literal["none", "exit", "eagle3", "parallel", "model"]
+HEADS: tuple[Kind, ...] = ("eagle3", "parallel")  # they read states of the target, and draft trees
 Copies = Literal["", "lookup", "suffix"]
 Drafted = int | Literal["auto", "all"]  # how many tokens a draft model drafts from
 SIZED = re.compile(r"(.*)@(\d+|all)")  # the name of a draft model with the size of its shortlist
@@ -76,12 +77,12 @@ class DrafterName:
         if self.model.startswith(EXIT) or is_exit(self.model):
             return "exit"
         described = described_in(self.model) if is_own(self.model) else self.folder  # without fetching weights
-        return "eagle3" if is_head(described) else "model"
+        return kind_of_folder(described)
 
     @property
     def chain(self) -> bool:
-        """Return whether it drafts chains; an EAGLE-3 head drafts trees."""
-        return bool(self.copies) or self.kind != "eagle3"
+        """Return whether it drafts chains; a head drafts trees."""
+        return bool(self.copies) or self.kind not in HEADS
 
     @property
     def folder(self) -> Path:

@@ -22,6 +22,10 @@ EAGLE-3.1 and its relatives add norms: ``fc_norm`` (formerly ``use_aux_norm``) o
 next step (vLLM pull request 42764, sglang's llama_eagle3.py, speculators/models/eagle3/core.py). NVIDIA's heads have
 these keys under ``eagle_config`` (vLLM pull request 42143). With ``norm_before_residual`` the residual of the first
 layer is the normed state (vLLM's llama_eagle3.py).
+
+A parallel head (P-EAGLE, arXiv 2602.01469) predicts a block of tokens in one forward. Its unknown positions read one
+token, ``mask_token_id``, and one learned vector in place of the target's states, the tensor ``mask_hidden``. In
+speculators' layout the block has ``speculative_tokens`` positions; the others name no size.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from spec_envs.decoding.drafters.eagle.config_keys import (
     FLAGS,
     FLAT,
     IDS,
+    MASK_TOKENS,
     MODEL,
     SPECULATORS,
     refuse_unknown,
@@ -106,6 +111,8 @@ class Extras(msgspec.Struct):
     norm_before_fc: bool | None = None
     fc_norm: bool | None = None
     norm_output: bool | None = None
+    mask_token_id: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None
+    parallel_drafting: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ class Variant:
         head_norms: True if queries and keys are normed according to the config, as in Qwen3.
         window: of sliding attention, in tokens.
         verifier: name of the target for which it was trained, if the config has one.
+        mask_token: what the unknown positions of a parallel head read; None for a head that drafts a token at a time.
+        block: how many positions a parallel head was trained to predict in one forward; None means any number.
     """
 
     boundaries: tuple[int, ...] | None = None
@@ -132,27 +141,13 @@ class Variant:
     head_norms: bool = False
     window: int | None = None
     verifier: str | None = None
+    mask_token: int | None = None
+    block: int | None = None
 
     @property
     def states(self) -> int:
         """Number of hidden states that it reads."""
         return 3 if self.boundaries is None else len(self.boundaries)
-
-    def keys(self) -> dict[str, Any]:
-        """Return the keys of a config.json that describe this variant.
-
-        Raises:
-            ValueError: tools would read the boundaries as outputs.
-        """
-        written: dict[str, Any] = {name: True for name in FLAGS if getattr(self, name)}
-        if self.boundaries and self.boundaries[0] == 1:
-            raise ValueError(
-                f"boundaries {list(self.boundaries)} would be read as outputs of layers; keep the head as it is"
-            )
-        if self.boundaries:
-            written["eagle_config"] = {IDS: list(self.boundaries), "use_aux_hidden_state": True}
-        optional = {"target_hidden_size": self.target_hidden, "sliding_window": self.window}
-        return written | {key: value for key, value in optional.items() if value is not None}
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
@@ -168,7 +163,10 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
     raw = read_json(folder / "config.json")
     refuse_foreign_config(raw, folder)
     try:
-        return of_speculators(raw) if "speculators_model_type" in raw else of_others(raw)
+        config, variant = of_speculators(raw) if "speculators_model_type" in raw else of_others(raw)
+        if variant.mask_token is not None and variant.mask_token >= config.vocab_size:
+            raise ValueError(f"mask_token_id is {variant.mask_token}, expected a token below {config.vocab_size}")
+        return config, variant
     except ValueError as error:  # msgspec's are among them
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot use the EAGLE-3 head in {folder}: config.json: {reason}") from None
@@ -195,20 +193,35 @@ def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
         raise ValueError("transformer_layer_config and speculators_config should be objects")
     refuse_unknown(raw, SPECULATORS, "")
     refuse_unknown(inner, MODEL, "transformer_layer_config: ")
-    if about.get("algorithm", "eagle3") != "eagle3":
-        raise ValueError(f"algorithm is {about['algorithm']!r}, expected 'eagle3'")
+    kind, block = raw["speculators_model_type"], None
+    if about.get("algorithm", kind) != kind:
+        raise ValueError(f"algorithm is {about['algorithm']!r}, expected {kind!r}")
+    if kind == "peagle":
+        if raw.get("mask_token_id") is None:
+            raise ValueError("it has no mask_token_id, which a parallel head needs")
+        block = block_of(about)
     if raw.get("norm_before_residual") is None:  # vLLM takes this for true, the library for false
         raise ValueError("norm_before_residual is missing, and tools disagree on its default; write true or false")
     kinds: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-    kind = inner.get("model_type", "qwen3")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"transformer_layer_config has model_type {kind!r}, expected one of {', '.join(kinds)}")
-    config = config_of(inner, kinds[kind])
+    layers = inner.get("model_type", "qwen3")
+    if not isinstance(layers, str) or layers not in kinds:
+        raise ValueError(f"transformer_layer_config has model_type {layers!r}, expected one of {', '.join(kinds)}")
+    config = config_of(inner, kinds[layers])
     config.draft_vocab_size = extras_of(raw).draft_vocab_size
     verifier = about.get("verifier")
     name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
     ids = boundaries_of(raw, {}, boundaries_at_top=True)
-    return config, variant_of(inner | raw, ids, kind == "qwen3", str(name) if name else None)
+    return config, variant_of(inner | raw, ids, layers == "qwen3", str(name) if name else None, block)
+
+
+def block_of(about: Mapping[str, Any]) -> int:
+    """Return how many positions a parallel head predicts in one forward, from its ``speculators_config``."""
+    methods = about.get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else None
+    block = first.get("speculative_tokens") if isinstance(first, dict) else None
+    if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= 64:
+        raise ValueError(f"speculative_tokens is {block!r}, expected the size of a block from 1 to 64")
+    return block
 
 
 def config_of(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> PretrainedConfig:
@@ -245,15 +258,21 @@ def extras_of(raw: Mapping[str, Any]) -> Extras:
 
 
 def variant_of(
-    raw: Mapping[str, Any], boundaries: tuple[int, ...] | None, head_norms: bool, verifier: str | None = None
+    raw: Mapping[str, Any],
+    boundaries: tuple[int, ...] | None,
+    head_norms: bool,
+    verifier: str | None = None,
+    block: int | None = None,
 ) -> Variant:
     """Return the variant of a head.
 
     Args:
         raw: all keys of its config.json on one level.
-        boundaries, head_norms, verifier: see ``Variant``.
+        boundaries, head_norms, verifier, block: see ``Variant``.
     """
     extras = extras_of(raw)
+    if extras.parallel_drafting and extras.mask_token_id is None:
+        raise ValueError(f"parallel_drafting is true, but none of {', '.join(MASK_TOKENS)} names the token it reads")
     if extras.target_vocab_size not in (None, raw.get("vocab_size")):
         raise ValueError(f"target_vocab_size is {extras.target_vocab_size} and vocab_size {raw.get('vocab_size')}")
     if extras.norm_before_fc and extras.fc_norm:
@@ -276,6 +295,8 @@ def variant_of(
         head_norms=head_norms,
         window=extras.sliding_window if slides else None,
         verifier=verifier,
+        mask_token=extras.mask_token_id,
+        block=block,
     )
 
 
@@ -289,9 +310,10 @@ def joined(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in nested.items():
         if value is not None and together.setdefault(key, value) != value:
             raise ValueError(f"{key} is {together[key]!r}, but {value!r} in eagle_config")
-    older = together.get("use_aux_norm")
-    if older is not None and together.setdefault("fc_norm", older) != older:
-        raise ValueError(f"fc_norm is {together['fc_norm']!r} and use_aux_norm {older!r}")
+    for newer, older in (("fc_norm", "use_aux_norm"), *((MASK_TOKENS[0], name) for name in MASK_TOKENS[1:])):
+        value = together.get(older)
+        if value is not None and together.setdefault(newer, value) != value:
+            raise ValueError(f"{newer} is {together[newer]!r} and {older} {value!r}")
     return together
 
 

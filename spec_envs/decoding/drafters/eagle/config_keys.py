@@ -20,8 +20,10 @@ MODEL = words("""
     attention_bias mlp_bias bias qkv_bias sliding_window use_sliding_window layer_types quantization_config
     target_vocab_size
 """)  # keys of the layers
-BESIDE = frozenset({"draft_vocab_size", "target_hidden_size", IDS, "tie_word_embeddings", *FLAGS})
-FLAT = MODEL | BESIDE | {"eagle_config", "num_aux_hidden_states", "use_aux_norm"}
+# The token that unknown positions of a parallel head read: speculators' name of the key, and two of vLLM's.
+MASK_TOKENS = ("mask_token_id", "ptd_token_id", "pard_token")
+BESIDE = frozenset({"draft_vocab_size", "target_hidden_size", IDS, "tie_word_embeddings", *FLAGS, *MASK_TOKENS})
+FLAT = MODEL | BESIDE | {"eagle_config", "num_aux_hidden_states", "use_aux_norm", "parallel_drafting"}
 SPECULATORS = BESIDE | {"speculators_model_type", "speculators_config", "transformer_layer_config"}
 EAGLE = frozenset({IDS, "use_aux_norm", *FLAGS})
 # Switches and factors, with the only value that is supported.

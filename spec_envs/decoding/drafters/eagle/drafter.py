@@ -71,6 +71,9 @@ class EagleModel:
 
     Attributes:
         capture: boundaries of the target's layers whose hidden states the head reads (see ``config.py``).
+        mask_hidden: what the unknown positions of a parallel head read in place of the target's states, ``[1, states *
+            target hidden]``; empty for other heads.
+        mask_token: the token that they read.
 
     Raises:
         ValueError: the head expects another hidden size, vocabulary or number of layers.
@@ -104,6 +107,8 @@ class EagleModel:
         self.fc = modules.Linear(state["fc.weight"], state.get("fc.bias"))
         self.fc_norms = [norm(f"fc_norm.{i}") for i in range(variant.states)] if variant.fc_norm else []
         self.joined_norm = norm("input_norm") if variant.norm_before_fc else None
+        self.mask_hidden = state.get("mask_hidden", torch.empty(0)).reshape(1, -1)
+        self.mask_token = variant.mask_token or 0
         self.layers = graphed(modules.Layers(layers, self.shape), device)
         self.input_norm, self.hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
         self.norm = norm("norm")

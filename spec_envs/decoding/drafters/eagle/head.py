@@ -6,10 +6,8 @@ in ``drafter.py`` is the form for inference.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -18,13 +16,13 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from spec_envs.decoding.drafters.eagle.config import Variant, read_config
 from spec_envs.decoding.drafters.eagle.tensors import draft_vocabulary, optional, refuse_others, renamed
+from spec_envs.decoding.drafters.eagle.written import ARCHITECTURE, written_config
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
 from spec_envs.decoding.drafters.names import drafter_folder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.files import load_weights
 from spec_envs.files import write_bytes, write_json
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 PLAIN = Variant()
 
 
@@ -106,6 +104,8 @@ class EagleHead(nn.Module):
         if variant.norm_before_fc:
             self.input_norm = nn.RMSNorm(variant.states * read, eps)
         self.fc = nn.Linear(variant.states * read, hidden, "fc.bias" in has)
+        if variant.mask_token is not None:
+            self.mask_hidden = nn.Parameter(torch.zeros(1, 1, variant.states * read))
         if "embed_tokens.weight" in has:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.midlayer = EagleLayer(config, below(has, "midlayer."))
@@ -126,13 +126,16 @@ class EagleHead(nn.Module):
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     @classmethod
-    def from_target(cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor) -> EagleHead:
+    def from_target(
+        cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor, variant: Variant = PLAIN
+    ) -> EagleHead:
         """Return a head for ``target`` that starts as the target's own last layer; its output rows are not trained.
 
         Args:
             target: the model for which the head drafts.
             weights: the target's state dict.
             draft_ids: ascending target ids of the draft vocabulary.
+            variant: a parallel head has a ``mask_token``, best one that the target never writes.
         """
         source = target.config
         config = LlamaConfig(
@@ -152,7 +155,7 @@ class EagleHead(nn.Module):
             eos_token_id=source.eos_token_id,
         )
         config.draft_vocab_size = len(draft_ids)
-        head = cls(config)
+        head = cls(config, variant)
         hidden, last = config.hidden_size, f"model.layers.{source.num_hidden_layers - 1}."
         state = head.state_dict()
         for name in ("o_proj", "gate_proj", "up_proj", "down_proj"):
@@ -166,7 +169,7 @@ class EagleHead(nn.Module):
             projection[:, hidden:] = heads.flatten(0, 1)
         for name, origin in (("hidden_norm", "input_layernorm"), ("post_attention_layernorm",) * 2):
             state[f"midlayer.{name}.weight"] = weights[f"{last}{origin}.weight"]
-        state["fc.weight"].zero_()[:, 2 * hidden :] = torch.eye(hidden)  # the highest of the three layers
+        state["fc.weight"].zero_()[:, -hidden:] = torch.eye(hidden)  # the highest of the layers
         state["norm.weight"] = weights["model.norm.weight"]
         state["lm_head.weight"] = target.output_rows(draft_ids.to(target.device))
         state["d2t"] = draft_ids - torch.arange(len(draft_ids))
@@ -210,34 +213,23 @@ class EagleHead(nn.Module):
         return head
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write config.json and model.safetensors in the published layout.
+        """Write config.json and model.safetensors: a parallel head in speculators' layout, which vLLM serves, any other
+        in the layout of the first published heads.
 
         Raises:
             ValueError: this layout cannot describe the head.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.written_config(dtype)
+        parallel, norms = self.variant.mask_token is not None, any("q_norm" in name for name in self.state_dict())
+        config = written_config(self.config, self.variant, dtype, norms)
         state = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            name.replace("midlayer.", "layers.0.") if parallel else name: (
+                tensor.to(dtype) if tensor.is_floating_point() else tensor
+            ).contiguous()
             for name, tensor in self.state_dict().items()
         }
         write_bytes(folder / "model.safetensors", save(state))
         write_json(folder / "config.json", config)
-
-    def written_config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the contents of config.json.
-
-        Rotary positions and dtype are also under their older names, the only ones that vLLM, sglang and speculators'
-        converter read.
-        """
-        self.config.dtype = dtype
-        content: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
-        rope = content["rope_parameters"]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        scaled = None if scaling.get("rope_type", "default") == "default" else scaling
-        content |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaled, "torch_dtype": content["dtype"]}
-        content |= {"architectures": [ARCHITECTURE], **self.variant.keys()}
-        return dict(sorted(content.items()))
 
 
 def below(names: Collection[str], prefix: str) -> frozenset[str]:

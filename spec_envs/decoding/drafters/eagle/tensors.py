@@ -37,7 +37,7 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if own in found:
             raise ValueError(f"two tensors are called {own}")
-        found[own] = tensor
+        found[own] = tensor.reshape(1, 1, -1) if own == "mask_hidden" else tensor  # some tools keep fewer dimensions
     return found
 
 

@@ -108,6 +108,10 @@ def test_layer_ids_are_read_as_their_tools_write_them(
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta is 10000.0, but 5.0"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
         ({"logit_scale": 0.25}, "logit_scale is 0.25"),
+        ({"parallel_drafting": True}, "parallel_drafting is true, but none of mask_token_id, ptd_token_id, pard_token"),
+        ({"ptd_token_id": 3}, "it does not have the tensors mask_hidden"),
+        ({"pard_token": 16}, "mask_token_id is 16, expected a token below 16"),
+        ({"mask_token_id": 3, "pard_token": 4}, "mask_token_id is 3 and pard_token 4"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(
@@ -135,8 +139,6 @@ def test_harmless_keys_are_accepted(key: str, tiny_target: Path, tmp_path: Path)
         ({"architectures": ["LlamaForCausalLMNextN"]}, {}, "a multi-token prediction"),
         ({"model_type": "qwen3_next_mtp"}, {}, "a multi-token prediction"),
         ({"architectures": ["MLPSpeculatorPreTrainedModel"]}, {}, "an MLP speculator"),
-        ({"architectures": ["PEagleDraftModel"]}, {}, "a P-EAGLE head"),
-        ({"parallel_drafting": True, "architectures": ["LlamaForCausalLMEagle3"]}, {}, "a P-EAGLE head"),
         ({"architectures": ["DFlashDraftModel"], "dflash_config": {}}, {}, "a DFlash drafter"),
         ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, {}, "an EAGLE-3 head with multi-head latent attention"),
         ({"speculators_model_type": "dflash"}, {}, "a 'dflash' drafter of speculators"),
@@ -170,7 +172,7 @@ def test_other_formats_are_refused_by_name(
         {name: torch.ones(size) for name, size in (tensors or {"x": (1,)}).items()}, tmp_path / "model.safetensors"
     )
     with pytest.raises(
-        ValueError, match=f"holds {what}.*which is not read; read are EAGLE-3 heads .* and draft models"
+        ValueError, match=f"holds {what}.*which is not read; read are EAGLE-3 and P-EAGLE heads .* and draft models"
     ):
         load_decoder(str(tiny_target), str(tmp_path), "cpu", "float32", width=1)
 
