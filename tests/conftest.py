@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.eagle.config import Variant
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_target
@@ -71,6 +72,18 @@ def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) ->
     target = load_target(str(tiny_target), CPU, "float32")
     head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(14))
     head.save(folder, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_parallel(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a parallel head of the same origin, for blocks of 5 tokens."""
+    target = load_target(str(tiny_target), CPU, "float32")
+    variant = Variant(mask_token=15, block=5)
+    head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(14), variant)
+    with torch.no_grad():
+        head.mask_hidden.normal_(generator=torch.Generator().manual_seed(2))
+    head.save(folder := tmp_path_factory.mktemp("tiny-parallel"), torch.float32)
     return folder
 
 

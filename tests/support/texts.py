@@ -11,6 +11,7 @@ from scipy.stats import kstest
 
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.sampling import probabilities
@@ -34,18 +35,22 @@ def plain(tiny: dict, prompt: list[int], n: int, eos: frozenset[int] | None = No
 
 def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
     """Return a decoder of the tiny target that drafts chains of up to 8 tokens."""
-    return load_decoder(tiny["target"], str(draft), "cpu", "float32", width=1, max_depth=7, **settings)
+    return load_decoder(tiny["target"], str(draft), "cpu", "float32", **{"width": 1, "max_depth": 7} | settings)
 
 
-def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000) -> float:
+def deviation(
+    tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000, **settings: int
+) -> float:
     """Return the p-value of a Kolmogorov–Smirnov test that sampled texts have the target's distribution.
 
     The place of a token in its cumulative distribution, with the tokens that the draft model prefers first, is uniform
-    under the target.
+    under the target. With a head, the tokens that the target prefers are first.
     """
-    decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p)
+    decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p, **settings)
     decoder.eos = frozenset()
-    draft_model = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
+    drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
+    assert drafter is not None
+    draft_model = drafter.model if isinstance(drafter, DraftModelDrafter) else None
     rng, places = np.random.default_rng(3), []
 
     def distributions(model: Transformer, text: torch.Tensor) -> np.ndarray:
@@ -57,7 +62,8 @@ def deviation(tiny: dict, draft: Path | str, temperature: float, top_p: float, t
         while not decoder.finished:
             decoder.cycle(int(rng.integers(0, 5)))
         text = torch.tensor([decoder.prompt + decoder.tokens])
-        p, q = (distributions(model, text) for model in (decoder.verifier.target, draft_model.model))
+        p = distributions(decoder.local.target, text)
+        q = 2 * p if draft_model is None else distributions(draft_model, text)
         for at in range(len(decoder.prompt), text.shape[1]):
             mine, token = p[at - 1], int(text[0, at])
             before = mine[q[at - 1] - mine > (q[at - 1] - mine)[token]].sum()

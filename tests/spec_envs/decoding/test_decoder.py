@@ -11,7 +11,7 @@ from spec_envs.decoding.tree import ROOT
 from spec_envs.decoding.verifier import LocalVerifier
 from spec_envs.decoding.weights.checkpoints import load_target
 from tests.support.models.tiny import CPU
-from tests.support.texts import plain
+from tests.support.texts import deviation, plain
 
 
 def random_cycle(decoder: Decoder, rng: np.random.Generator) -> None:
@@ -25,16 +25,23 @@ def random_cycle(decoder: Decoder, rng: np.random.Generator) -> None:
     decoder.verify(int(rng.integers(0, 120)))
 
 
+@pytest.fixture(params=["tiny_drafter", "tiny_parallel"])
+def head(request: pytest.FixtureRequest) -> str:
+    """Return the folder of a head of each kind."""
+    return str(request.getfixturevalue(request.param))
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, tiny_decoder: Decoder, seed: int) -> None:
+def test_greedy_text_is_plain_text_under_random_actions(tiny: dict, head: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
+    decoder = load_decoder(tiny["target"], head, "cpu", "float32")
     prompt = rng.integers(2, 16, int(rng.integers(1, 40))).tolist()
-    tiny_decoder.start(prompt, 80, rng)
-    while not tiny_decoder.finished:
-        random_cycle(tiny_decoder, rng)
-    assert tiny_decoder.tokens == plain(tiny, prompt, 80)
-    if len(tiny_decoder.tokens) > 40:
-        assert max(c.accepted for c in tiny_decoder.cycles) >= 2  # trees are accepted in this test
+    decoder.start(prompt, 80, rng)
+    while not decoder.finished:
+        random_cycle(decoder, rng)
+    assert decoder.tokens == plain(tiny, prompt, 80)
+    if len(decoder.tokens) > 40:
+        assert max(c.accepted for c in decoder.cycles) >= 2  # trees are accepted in this test
 
 
 def test_counts_of_a_cycle_are_consistent(tiny_decoder: Decoder, rng: np.random.Generator) -> None:
@@ -92,8 +99,13 @@ def test_temperature_and_top_p_equal_transformers(tiny: dict, temperature: float
         assert np.allclose(verifier._probabilities(logits), warped[0].softmax(-1), atol=1e-12)
 
 
-def test_sampling_is_seeded(tiny: dict) -> None:
-    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", temperature=1.0, top_p=0.6)
+@pytest.mark.parametrize("width", [1, 3])
+def test_sampled_text_has_the_targets_distribution(tiny: dict, head: str, width: int) -> None:
+    assert deviation(tiny, head, 0.9, 0.95, width=width, max_depth=4) > 0.001
+
+
+def test_sampling_is_seeded(tiny: dict, head: str) -> None:
+    decoder = load_decoder(tiny["target"], head, "cpu", "float32", temperature=1.0, top_p=0.6)
 
     def text(seed: int) -> list[int]:
         decoder.start([3, 4], 50, np.random.default_rng(seed))
@@ -119,8 +131,8 @@ def test_verify_after_the_end_is_refused(tiny_decoder: Decoder, rng: np.random.G
 
 
 @pytest.mark.parametrize("width", [1, 3, 10])
-def test_greedy_text_is_plain_text_at_every_width(tiny: dict, width: int, rng: np.random.Generator) -> None:
-    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", width=width)
+def test_greedy_text_is_plain_text_at_every_width(tiny: dict, head: str, width: int, rng: np.random.Generator) -> None:
+    decoder = load_decoder(tiny["target"], head, "cpu", "float32", width=width)
     decoder.start([3, 9, 4], 60, rng)
     while not decoder.finished:
         decoder.cycle(6)

@@ -52,6 +52,8 @@ class Recipe:
     theta: float = 10_000.0
     scale: float = 0.3
     seed: int = 0
+    block: int = 0
+    mask_token: int = 14
     flags: dict[str, bool] = field(default_factory=dict)
 
 
@@ -96,6 +98,8 @@ def tensors(r: Recipe) -> dict[str, Tensor]:
     made["norm.weight"] = gains(r.hidden)
     if r.output_rows:
         made["lm_head.weight"] = 2 * drawn(r.drafted, r.hidden)
+    if r.block:
+        made["mask_hidden"] = drawn(1, 1, fused)
     if r.embedding:
         made["embed_tokens.weight"] = 3 * drawn(r.vocab, r.hidden)
     if r.drafted < r.vocab:
@@ -129,8 +133,12 @@ def config(r: Recipe, layout: str) -> dict[str, Any]:
     ids = "eagle_aux_hidden_state_layer_ids"
     if layout == "speculators":
         inner = numbers | {"model_type": "qwen3" if r.head_norms else "llama"}
-        written = {"speculators_model_type": "eagle3", "transformer_layer_config": inner, **sizes}
-        written |= {"norm_before_residual": False, **r.flags, "speculators_config": {"algorithm": "eagle3"}}
+        about: dict[str, Any] = {"algorithm": "peagle" if r.block else "eagle3"}
+        written = {"speculators_model_type": about["algorithm"], "transformer_layer_config": inner, **sizes}
+        if r.block:
+            about["proposal_methods"] = [{"proposal_type": "greedy", "speculative_tokens": r.block}]
+            written["mask_token_id"] = r.mask_token
+        written |= {"norm_before_residual": False, **r.flags, "speculators_config": about}
         return written | ({ids: list(r.boundaries)} if r.named else {})
     named = list(r.boundaries)
     # layers' outputs, as their trainers count
@@ -141,6 +149,9 @@ def config(r: Recipe, layout: str) -> dict[str, Any]:
         nested |= {"use_last_layernorm": True, "use_mtp_layernorm": False, "next_layer_regular": True, **r.flags}
     else:
         written |= r.flags
+    if r.block:
+        key = {"eagle": "ptd_token_id", "specforge": "pard_token"}.get(layout, "mask_token_id")
+        written |= {key: r.mask_token, "parallel_drafting": True}
     return written | ({"eagle_config": nested} if nested else {}) | {"torch_dtype": "float32", "use_cache": True}
 
 
@@ -153,6 +164,8 @@ def save_head(folder: Path, r: Recipe, layout: str = "eagle", **changes: Any) ->
             name = name.replace("midlayer.", "layers.0.")
         if layout == "automodel" and name not in ("lm_head.weight", "d2t", "t2d"):
             name = f"model.{name}"
+        if name.endswith("mask_hidden") and layout == "modelopt":
+            tensor = tensor.flatten()
         renamed[name] = tensor.contiguous()
     save_file(renamed, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config(r, layout) | changes))
@@ -241,6 +254,8 @@ class Reference:
             hidden, log_probs = self.row(self.fuse(features[i]), text[i + 1], i)
         found = [log_probs]
         for i, token in enumerate(chain):
+            if self.r.block:
+                hidden, token = self.fuse(self.w["mask_hidden"][0, 0]), self.r.mask_token
             hidden, log_probs = self.row(hidden, token, len(text) - 1 + i)
             found.append(log_probs)
         return found
