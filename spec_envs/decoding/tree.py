@@ -106,7 +106,7 @@ class Tree:
         """Clear the tree and add level 0, the children of the root."""
         self.clear()
         new = self._add(children, 1)
-        self._scores[new] = children.log_probs[0]
+        self._parents[new], self._scores[new] = ROOT, children.log_probs[0]  # a chain before had parents there
         self.frontier = self._ids[new]
 
     def grow(self, children: Children) -> np.ndarray:

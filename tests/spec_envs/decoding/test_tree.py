@@ -75,3 +75,11 @@ def test_full_tree_cannot_grow() -> None:
     tree = random_tree(2, 1, seed=0)
     with pytest.raises(ValueError, match="full at 1 expansions"):
         tree.grow(certain([[0, 0], [0, 0]]))
+
+
+def test_first_level_after_a_chain_hangs_on_the_root() -> None:
+    tree, one = Tree(3, 4), Children(np.array([[7]]), np.array([[-0.5]]), np.zeros(1))
+    tree.start(one)
+    tree.grow(one)
+    tree.start(Children(np.array([[1, 2, 3]]), np.array([[-0.1, -0.2, -0.3]]), np.zeros(1)))
+    assert tree.subtree(tree.select(3))[1].tolist() == [ROOT, ROOT, ROOT]
