@@ -7,6 +7,9 @@ from pathlib import Path
 from spec_envs.agents.base import Agent
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.baselines.uniform import RandomAgent
+from spec_envs.agents.choosers.fixed_order import FixedOrderAgent
+from spec_envs.agents.choosers.hedge import HedgeAgent
+from spec_envs.agents.choosers.ucb_drafter import UcbDrafterAgent
 from spec_envs.agents.exits.dvi import DVIAgent
 from spec_envs.agents.exits.reinforce import ReinforceAgent
 from spec_envs.agents.rules.adaedl import AdaedlAgent
@@ -42,6 +45,9 @@ AGENTS: dict[str, type[Agent]] = {
     "ddd": DddAgent,
     "svip-tree": SvipTreeAgent,
     "expected-gain": ExpectedGainAgent,
+    "fixed-order": FixedOrderAgent,
+    "hedge": HedgeAgent,
+    "ucb-drafter": UcbDrafterAgent,
     "hindsight": HindsightAgent,
     "exact-pg": ExactPGAgent,
     "rl-adapter": RLAdapterAgent,

@@ -45,6 +45,9 @@ def test_registry_lists_every_agent() -> None:
         "svip-tree",
         "expected-gain",
         "ucb-budget",
+        "fixed-order",
+        "hedge",
+        "ucb-drafter",
     }
     assert set(AGENTS) == {"random", "fixed", *ALGORITHMS, *controllers}
 
