@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 
-from spec_envs import ENVIRONMENTS
+from spec_envs import ENVIRONMENTS, recordings
 from spec_envs.agents import AGENTS, load
 from spec_envs.agents.base import Agent
 from spec_envs.agents.loading import DECISION, cost_table
@@ -22,6 +22,7 @@ from spec_envs.agents.run import Run
 from spec_envs.arguments import SEED, Parser, output_folder
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import PricedClock
+from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TRAINING, WRITING, Stages, one_sentence
@@ -103,10 +104,10 @@ def calibrated(table: Path, env: Keywords, control: Control) -> Path:
     return table
 
 
-def trace_of(folder: Path, config: RunConfig) -> Trace:
+def trace_of(folder: Path, config: RunConfig) -> Trace | PortfolioTrace:
     """Return the trace that a run learns from: the one that its settings name, or one recorded for it."""
     if config.env.get("trace"):
-        return Trace.load(config.env["trace"])
+        return recordings.exact(config.env["trace"])
     return recorded_by_default(plan_of(config), folder.parents[1])
 
 

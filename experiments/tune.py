@@ -35,7 +35,7 @@ from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.costs import cost_curves
+from spec_envs.experiments.measure.costs import as_file, cost_curves
 from spec_envs.experiments.measure.figures import write_png
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.statistics import throughput
@@ -128,7 +128,7 @@ def priced(folder: Path, env: Keywords, control: Control) -> Path:
         write_json(table, {"verify": clock.table.verify, "draft": clock.table.draft})
     elif not table.exists():
         print("measuring this machine's cost table", file=sys.stderr)
-        write_json(table, cost_curves(over_models(decoder_for(env, control))))
+        write_json(table, as_file(cost_curves(over_models(decoder_for(env, control)))))
     return table
 
 

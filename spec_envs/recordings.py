@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spec_envs.decoding.clock import CostTable, PricedClock, WallClock
+from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.recording import Recording
 from spec_envs.decoding.traces.synthetic import Profile
 from spec_envs.decoding.traces.trace import Trace
@@ -13,7 +14,7 @@ from spec_envs.network.expected_trace import ExpectedTrace
 
 
 def load(name: str) -> Recording:
-    """Return the recording of a name: the folder of a trace, an expected-acceptance trace (a shipped name or an
+    """Return the recording of a name: the folder of a trace, or of the traces of several drafters, an expected-acceptance trace (a shipped name or an
     ``.npz`` file) or a synthetic profile (a shipped name or a JSON file).
 
     Raises:
@@ -21,10 +22,19 @@ def load(name: str) -> Recording:
     """
     if not name.strip():
         raise ValueError(f"trace is {name!r}; expected a folder, a file or a name, or None for models")
-    for kind in (Trace, ExpectedTrace):
+    for kind in (Trace, PortfolioTrace, ExpectedTrace):
         if kind.named(name):
             return kind.load(name)
     return Profile.load(name)
+
+
+def exact(folder: str) -> Trace | PortfolioTrace:
+    """Return the recorded trace in a folder, of one drafter or of several.
+
+    Raises:
+        ValueError: the folder holds no trace, or a damaged one.
+    """
+    return PortfolioTrace.load(folder) if PortfolioTrace.named(folder) else Trace.load(folder)
 
 
 def clocks_for(clock: str | Sequence[str], device: str, recording: Recording | None = None) -> list[WallClock]:

@@ -72,7 +72,7 @@ class Settings(BaseModel):
     trace: str | None = Field(
         None,
         description="recording that is replayed instead of running models: the folder of a trace that `spec-envs "
-        "trace` recorded (trees and chains, exact); a synthetic profile (chains; a name of data/profiles, or a JSON file); or "
+        "trace` recorded (trees, chains, or those of several drafters, exact); a synthetic profile (chains; a name of data/profiles, or a JSON file); or "
         "an expected-acceptance trace (over a link, approximate; a name of data/traces, or an npz file)",
     )
     clock: str | Sequence[str] = Field(

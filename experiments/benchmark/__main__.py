@@ -114,8 +114,8 @@ def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tup
     """Return what forwards cost now, and the checks of the replay under these costs."""
 
     def measured() -> CostTable:  # of the machine as it is now, because the trace may have been recorded earlier
-        raw = CostTable("raw", **cost_curves(decoder))
-        return CostTable("this machine, now", **calibrated(trace, decoder, raw))
+        raw = CostTable.of("raw", cost_curves(decoder))
+        return CostTable.of("this machine, now", calibrated(trace, decoder, raw))
 
     live, table = decoded_at_random(trace, problem, size.cycles, measured)
     return table, Checks(

@@ -88,7 +88,7 @@ def averaged(tables: Sequence[CostTable]) -> CostTable:
         part: {n: float(np.mean([getattr(table, part)[n] for table in tables])) for n in getattr(tables[0], part)}
         for part in ("verify", "draft")
     }
-    return CostTable(tables[0].name, **curves)
+    return CostTable.of(tables[0].name, curves)
 
 
 def speeds(problem: Problem, live: Sequence[Decoded], count: int = 4096, steps: int = 50) -> Speeds:

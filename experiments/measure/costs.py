@@ -10,17 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 
 from spec_envs.controls import Control
-from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.clock import DRAFTER, CostTable
 from spec_envs.decoding.decoder import Decoder, over_models
+from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
+from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
+from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
+from spec_envs.decoding.drafters.portfolio import Portfolio
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
@@ -42,7 +46,8 @@ LONGEST = 60.0  # seconds after which no further window is measured
 AGREE = 0.1  # largest difference between windows that agree, as a share of the seconds
 
 Curves = dict[str, dict[int, float]]
-"""Seconds by rows of ``"verify"``, the target's forwards, and ``"draft"``, the drafter's."""
+"""Seconds by rows of ``"verify"``, the target's forwards, and ``"draft"``, the drafter's; of several drafters also those
+of each, under ``"draft:NAME"``."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Measured:
         windows: number of windows that were measured.
     """
 
-    curves: Annotated[Curves, Inline()]
+    curves: Annotated[dict[str, Any], Inline()]
     spread: float
     windows: int
     machine: Machine
@@ -62,11 +67,25 @@ class Measured:
 
 def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Curves:
     """Return the cost curves of a decoder after a text of ``CONTEXT`` tokens; see ``measured``."""
-    return measured(decoder, rows, repeats).curves
+    return fastest_windows(decoder, rows, repeats)[0]
 
 
 def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Measured:
-    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up.
+    """Measure cost curves as ``fastest_windows`` does, and return them in the form of a cost table's file."""
+    curves, spread, windows = fastest_windows(decoder, rows, repeats)
+    return Measured(as_file(curves), spread, windows, machine(decoder))
+
+
+def as_file(curves: Curves) -> dict[str, Any]:
+    """Return cost curves as the file of a cost table has them, those of several drafters by name."""
+    drafters = {part.removeprefix(DRAFTER): curve for part, curve in curves.items() if part.startswith(DRAFTER)}
+    own = {part: curve for part, curve in curves.items() if not part.startswith(DRAFTER)}
+    return own | ({"drafters": drafters} if drafters else {})
+
+
+def fastest_windows(decoder: Decoder, rows: Sequence[int], repeats: int) -> tuple[Curves, float, int]:
+    """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up. Return
+    them with the differences of these windows and the number of all.
 
     The fastest ones count, because other load on the machine makes forwards slower, never faster. Each number of rows
     costs the median of these windows, and never less than fewer rows. Windows that do not agree are logged.
@@ -86,7 +105,7 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
         part: monotone({n: statistics.median(one[part][n] for one in fastest) for n in fastest[0][part]})
         for part in fastest[0]
     }
-    return Measured(curves, spread, len(found), machine(decoder))
+    return curves, spread, len(found)
 
 
 def kept(folder: Path, here: Machine) -> CostTable | None:
@@ -136,6 +155,7 @@ class Stopwatch:
     def __init__(self, synchronize: Callable[[], None]):
         self.synchronize = synchronize
         self.seconds: dict[str, dict[int, list[float]]] = {"verify": {}, "draft": {}}
+        self.part = "draft"  # to which forwards of the drafter are charged
 
     @contextmanager
     def time(self, part: str, rows: int) -> Iterator[None]:
@@ -144,7 +164,8 @@ class Stopwatch:
         begin = time.perf_counter()
         yield
         self.synchronize()
-        self.seconds[part].setdefault(rows, []).append(time.perf_counter() - begin)
+        part = self.part if part == "draft" else part
+        self.seconds.setdefault(part, {}).setdefault(rows, []).append(time.perf_counter() - begin)
 
     def curves(self) -> Curves:
         """Return the median of each number of rows; the first forward of each is a warm-up and does not count."""
@@ -168,11 +189,13 @@ def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
         for _ in range(repeats + 1):
             for n in rows:
                 time_verification(decoder, rng.integers(3, decoder.verifier.vocab, n - 1), watch)
-            time_drafting(decoder, prompt, watch)
+            time_drafters(decoder, prompt, watch)
             decoder.verify(decoder.tree.width + 1)  # all of a chain, which must not be cut
     finally:
         decoder.eos = eos
-    return watch.curves()
+    curves = watch.curves()
+    named = [curve for part, curve in curves.items() if part.startswith(DRAFTER)]
+    return curves | {"draft": curves["draft"] or [*named, curves["verify"]][0]}
 
 
 def time_verification(decoder: Decoder, tokens: np.ndarray, watch: Stopwatch) -> None:
@@ -186,12 +209,29 @@ def time_verification(decoder: Decoder, tokens: np.ndarray, watch: Stopwatch) ->
     cache.length, decoder.local.last = length, last
 
 
-def time_drafting(decoder: Decoder, prompt: list[int], watch: Stopwatch) -> None:
-    """Time the drafter: a draft model over several tokens, other drafters over the first two levels of a cycle."""
-    if model := draft_model(decoder):
+def time_drafters(decoder: Decoder, prompt: list[int], watch: Stopwatch) -> None:
+    """Time the drafter, or each of several that makes forwards."""
+    portfolio = decoder.drafter
+    if not isinstance(portfolio, Portfolio):
+        time_drafting(decoder, decoder.drafter, prompt, watch)
+        return
+    for i in sorted(set(range(len(portfolio.names))) - set(portfolio.free)):
+        decoder.tree.clear()
+        decoder.drafting = False
+        portfolio.choose(i)
+        watch.part = f"{DRAFTER}{portfolio.drafting}"
+        time_drafting(decoder, portfolio.drafters[i], prompt, watch)
+
+
+def time_drafting(decoder: Decoder, drafter: Drafter | None, prompt: list[int], watch: Stopwatch) -> None:
+    """Time a drafter: a draft model over several tokens, other drafters over the first two levels of a cycle."""
+    if model := draft_model(drafter):
         for n in DRAFT_ROWS:
             with watch.time("draft", n):
                 model.preview(prompt[:n])
+        return
+    if isinstance(drafter, EagleDrafter):
+        time_head(decoder, drafter, prompt, watch)
         return
     if decoder.tree.width > 1 or isinstance(decoder.verifier, SplitVerifier):
         with watch.time("draft", 1):
@@ -202,10 +242,27 @@ def time_drafting(decoder: Decoder, prompt: list[int], watch: Stopwatch) -> None
         decoder.expand()
 
 
-def draft_model(decoder: Decoder) -> DraftModelDrafter | None:
-    """Return the draft model of a decoder, also where prompt lookup comes first; None if it has none."""
-    drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
-    return drafter if isinstance(drafter, DraftModelDrafter) else None
+def time_head(decoder: Decoder, head: EagleDrafter, prompt: list[int], watch: Stopwatch) -> None:
+    """Time a head over the first levels of a cycle, and over several tokens that it catches up with, which are taken
+    back."""
+    parallel = isinstance(head, ParallelDrafter)
+    with watch.time("draft", head.block if isinstance(head, ParallelDrafter) else 1):
+        decoder.begin()
+    if not parallel:
+        with watch.time("draft", head.width):
+            decoder.expand()
+    target, length = head.model.target, head.cache.length
+    for n in set(DRAFT_ROWS) - {1, head.width}:
+        states = torch.zeros(n, len(head.capture) * target.shape.hidden, dtype=target.precision.hidden)
+        with watch.time("draft", n):
+            head.catch_up(states.to(target.device), prompt[:n], 1)
+        head.cache.length = length
+
+
+def draft_model(drafter: Drafter | None) -> DraftModelDrafter | None:
+    """Return the draft model of a drafter, also where prompt lookup comes first; None if it has none."""
+    model = drafter.model if isinstance(drafter, CopyingDrafter) else drafter
+    return model if isinstance(model, DraftModelDrafter) else None
 
 
 def context_ratio(decoder: Decoder, repeats: int = 10) -> float | None:

@@ -60,7 +60,7 @@ def best_choices(env: Keywords, control: Control, costs: CostTable | None = None
     tokens. ``costs``, by default measured now, price what is computed in place of a measured clock."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
-        decoder.clock = PricedClock(costs or CostTable("measured", **cost_curves(local_decoder(env, control))))
+        decoder.clock = PricedClock(costs or CostTable.of("measured", cost_curves(local_decoder(env, control))))
     recorded = bool(env.get("trace"))
     prompts = encoded_prompts(env, "train", PROMPTS)
     if recorded:

@@ -85,7 +85,7 @@ class Search:
     def __init__(self, env: Keywords, control: Control, costs: CostTable | None):
         self.decoder = decoder_for(env, control)
         if not self.decoder.clock.priced and in_process(self.decoder):
-            self.decoder.clock = PricedClock(costs or CostTable("measured", **cost_curves(self.decoder)))
+            self.decoder.clock = PricedClock(costs or CostTable.of("measured", cost_curves(self.decoder)))
         self.prompts = encoded_prompts(env, "train", PROMPTS)
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
 

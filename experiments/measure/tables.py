@@ -145,7 +145,7 @@ def priced(
 ) -> Priced:
     """Return the same samples at the prices of a cost table; without ``costs`` at those of the curves that were measured
     beside them."""
-    table = costs or CostTable("measured with this table", **curves)
+    table = costs or CostTable.of("measured with this table", curves)
     own = {name: [at_prices(s, table) for s in arm] for name, arm in samples.items() if all(s.forwards for s in arm)}
     shown = [reference for reference in compared(own, references) if reference in own]
     source = "measured when the run began" if costs else "measured after these texts"

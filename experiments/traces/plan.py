@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spec_envs.controls import CONTROLS, make_control
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.experiments.measure.arms import Encoded
@@ -83,6 +84,23 @@ class Plan:
             for prompt in encoded_prompts(self.env, split, count)
         ]
         return list({tuple(prompt.ids): (split, prompt) for split, prompt in found}.values())
+
+    @property
+    def parts(self) -> dict[str, Plan]:
+        """The plans of the traces of several drafters, by the drafter's name; empty for one drafter.
+
+        A drafter of trees is recorded for SpecTree-v0, and one of chains for SpecK-v0, which replay its trace as well.
+        """
+        control = make_control(self.env_id, self.env)
+        found = {}
+        for name in control.drafters:
+            chain = DrafterName.parse(name).chain
+            longest = control.max_depth + 1
+            depth = max(1, *control.depths) if control.width > 1 else max(1, control.max_depth)
+            sizes = {"k_max": max(2, longest)} if chain else {"max_depth": depth, "width": control.width}
+            env = {key: value for key, value in self.env.items() if key in DEFAULTS}
+            found[name] = Plan("SpecK-v0" if chain else "SpecTree-v0", env | {"drafter": name} | sizes, self.texts)
+        return found
 
     def claim(self, folder: Path) -> None:
         """Note in a folder that it belongs to this plan, or refuse a folder that belongs to another."""

@@ -1,6 +1,7 @@
 """Record a trace (`spec-envs trace SpecDepth-v0`): the target's own texts, and at each of their positions the whole
 tree or chain that the drafter drafts there. A trace of trees serves SpecDepth-v0, SpecBudget-v0 and SpecTree-v0, a trace of
-chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`). SpecTopK-v0 has traces of
+chains SpecK-v0; `trace=FOLDER` replays it exactly (`spec_envs/decoding/traces/trace.py`). For SpecDrafter-v0 a trace of
+every drafter is recorded over the same texts, in folders side by side. SpecTopK-v0 has traces of
 another kind: `spec-envs trace SpecTopK-v0 --help`.
 
 Each text is written as soon as it is recorded, so that the same command continues after it was killed. `--shard 0/4`
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,10 +23,20 @@ import numpy as np
 from tqdm import tqdm
 
 from spec_envs import ENVIRONMENTS
-from spec_envs.arguments import TOKENS, Parser, add_model_arguments, input_folder, nonempty, output_folder, whole_number
+from spec_envs.arguments import (
+    TOKENS,
+    Parser,
+    Refused,
+    add_model_arguments,
+    input_folder,
+    nonempty,
+    output_folder,
+    whole_number,
+)
 from spec_envs.controls import CONTROLS
 from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
+from spec_envs.decoding.traces.portfolio import CONTENTS, PortfolioTrace, write_contents
 from spec_envs.decoding.traces.recorder import Columns, Recorder, kind_of
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
@@ -52,7 +64,7 @@ LARGEST_TEXT = 2**30  # most bytes of a text's columns
 
 
 def recorded(plan: Plan, folder: Path) -> Trace:
-    """Return the trace of a plan in a folder; what is missing there is recorded first.
+    """Return the trace of a plan for one drafter in a folder; what is missing there is recorded first.
 
     Raises:
         ValueError: the folder belongs to another plan, or its trace is damaged.
@@ -69,7 +81,25 @@ def recorded(plan: Plan, folder: Path) -> Trace:
     return Trace.load(folder)
 
 
-def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
+def all_recorded(plan: Plan, folder: Path) -> Trace | PortfolioTrace:
+    """Return the trace of a plan in a folder, or the traces of each of its drafters; see ``recorded``."""
+    if not plan.parts:
+        return recorded(plan, folder)
+    with held(folder, DOING):
+        plan.claim(folder)
+    for place, part in zip(places_of(plan).values(), plan.parts.values(), strict=True):
+        recorded(part, folder / place)
+    with held(folder, DOING):
+        write_contents(folder, places_of(plan))
+    return PortfolioTrace.load(folder)
+
+
+def places_of(plan: Plan) -> dict[str, str]:
+    """Return the name of the folder of each drafter's trace, by the drafter's name."""
+    return {name: f"{i}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', Path(name).name)}" for i, name in enumerate(plan.parts)}
+
+
+def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace | PortfolioTrace:
     """Return the trace of a plan in its default folder; several processes may ask for it at the same time."""
     while True:
         folder = default_folder(plan, root)
@@ -77,16 +107,22 @@ def recorded_by_default(plan: Plan, root: Path = Path("runs")) -> Trace:
             if ours := folder == default_folder(plan, root):  # no process has claimed it for another plan in between
                 plan.claim(folder)
         if ours:
-            return recorded(plan, folder)
+            return all_recorded(plan, folder)
 
 
 def is_recorded(plan: Plan, root: Path) -> bool:
     """Return True if the trace of a plan is in its default folder."""
-    return (default_folder(plan, root) / MANIFEST).exists()
+    return (default_folder(plan, root) / (CONTENTS if plan.parts else MANIFEST)).exists()
 
 
 def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
     """Record one of several shards, while other processes record the others."""
+    if plan.parts:
+        with held(folder, DOING):
+            plan.claim(folder)
+        for place, part in zip(places_of(plan).values(), plan.parts.values(), strict=True):
+            record_shard(part, folder / place, shard)
+        return
     with ExitStack() as stack:
         with held(folder, DOING):
             plan.claim(folder)
@@ -220,8 +256,11 @@ def main() -> None:
     args = arguments()
     env = {name: vars(args)[name] for name in KEYWORDS}
     env["data_dir"] = str(args.data_dir) if args.data_dir else None
+    kind = CONTROLS[args.env].trace_kind
+    if args.depth is not None and kind == "portfolio":
+        raise Refused(f"--depth is not for {args.env}, whose drafts are as long as its sizes and depths")
     if args.depth is not None:
-        env |= {"k_max": args.depth + 1} if CONTROLS[args.env].trace_kind == "chain" else {"max_depth": args.depth}
+        env |= {"k_max": args.depth + 1} if kind == "chain" else {"max_depth": args.depth}
     with one_sentence("interrupted; the same command continues with the next text"):
         plan = Plan(args.env, env, tuple(args.texts))
         if not args.shard and not args.out:
@@ -232,13 +271,13 @@ def main() -> None:
             record_shard(plan, folder, args.shard)
             LOG.info(f"{folder}: shard {args.shard[0]} of {args.shard[1]} is recorded")
             return
-        report(args.env, recorded(plan, folder))
+        report(args.env, all_recorded(plan, folder))
 
 
-def report(env_id: str, trace: Trace) -> None:
+def report(env_id: str, trace: Trace | PortfolioTrace) -> None:
     """Print what was recorded, and how to replay it."""
     folder, ties = trace.folder, int(trace.ties().sum())
-    size = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
     print(f"{folder}: {len(trace.texts)} texts, {trace.rows} positions, {ties} near-ties, {size / 1e6:.0f} MB")
     print(f'replay it with gym.make("{env_id}", trace="{folder}")')
 

@@ -60,6 +60,7 @@ class Control(ABC):
         adjustment_interval: tokens for which a decision is kept; 0 if every cycle has its own.
         link: name or address of the link between drafter and target, ``""`` if there is none.
         drafters: names of the drafters that take turns; empty where there is one.
+        depths: expansions of the trees of those among them that draft trees.
         exit: the target's own early exit that drafts, or None where another model does.
         name: name of this problem.
         partner_name: name of the problem whose policy it can be composed with, or None.
@@ -82,6 +83,7 @@ class Control(ABC):
     exit: ExitPoint | None = None
     engine: str = "torch"
     drafters: tuple[str, ...] = ()
+    depths: tuple[int, ...] = ()
     partner_name: ClassVar[str | None] = None
 
     def __init__(self, observation: str, cost_features: bool):

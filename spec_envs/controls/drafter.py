@@ -85,6 +85,7 @@ class DrafterControl(Control):
     """
 
     name = "drafter"
+    trace_kind = "portfolio"
     observations = ("default",)
     prunable = False
 

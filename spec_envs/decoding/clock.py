@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -21,6 +22,7 @@ from spec_envs.files import DATA, find_json
 
 PARTS = ("prefill", "draft", "verify", "network", "policy")
 COSTS = DATA / "costs"
+DRAFTER = "draft:"  # before the name of one of several drafters, the curve of its forwards
 
 
 class Forward:
@@ -28,14 +30,21 @@ class Forward:
 
     Attributes:
         part: to which it is charged.
+        drafter: name of the one of several drafters that makes it, ``""`` where there is one.
         rows, times: its rows and how often it is made, which may be set while it runs. A priced clock charges nothing
             where either is 0.
     """
 
-    __slots__ = ("begin", "clock", "part", "rows", "times")
+    __slots__ = ("begin", "clock", "drafter", "part", "rows", "times")
 
     def __init__(self, clock: WallClock, part: str, rows: int):
         self.clock, self.part, self.rows, self.times = clock, part, rows, 1
+        self.drafter = ""
+
+    @property
+    def curve(self) -> str:
+        """Name of the curve of a cost table that prices it; see ``CostTable.seconds``."""
+        return f"{self.part}:{self.drafter}" if self.drafter else self.part
 
     def __enter__(self) -> Forward:
         self.clock.synchronize()
@@ -54,7 +63,7 @@ class WallClock:
         priced: True if the seconds come from a table instead.
         totals: seconds charged to each part since the text began.
         simulated: seconds among them that did not pass in reality, such as those of a simulated network.
-        forwards: number of forwards since the text began that were measured, by part and rows, with which a cost table
+        forwards: number of forwards since the text began that were measured, by curve and rows, with which a cost table
             can price the same text afterwards.
     """
 
@@ -84,7 +93,7 @@ class WallClock:
         """Charge a forward that has just ended."""
         self.synchronize()
         self.charge(forward.part, time.perf_counter() - forward.begin)
-        self.forwards[forward.part, forward.rows] += forward.times
+        self.forwards[forward.curve, forward.rows] += forward.times
 
     def charge(self, part: str, seconds: float) -> None:
         """Add seconds to ``part`` that were measured elsewhere."""
@@ -119,10 +128,11 @@ EXPECTED = 'expected {"verify": {"1": seconds, …}, "draft": {…}}, rows and t
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Curves:
-    """The two curves in a cost table's file; its other keys are for people."""
+    """The curves in a cost table's file; its other keys are for people."""
 
     verify: Curve
     draft: Curve
+    drafters: dict[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ class CostTable:
     Attributes:
         name: of the table.
         verify, draft: seconds by number of rows, of the target and of the drafter.
+        drafters: the same of each of several drafters by its name; one that is not listed has the curve ``draft``.
 
     Raises:
         ValueError: a curve is empty, or has rows that are not whole numbers or seconds that are not positive.
@@ -142,9 +153,10 @@ class CostTable:
     name: str
     verify: dict[int, float]
     draft: dict[int, float]
+    drafters: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part, curve in (("verify", self.verify), ("draft", self.draft)):
+        for part, curve in self._curves.items():
             try:
                 CURVE.validate_python(curve)
             except ValidationError as error:
@@ -159,13 +171,23 @@ class CostTable:
         """
         path = find_json(source, COSTS, "cost table", "wall")
         curves = read_checked(Curves, path, "a cost table", EXPECTED)
-        return cls(path.stem, curves.verify, curves.draft)
+        return cls(path.stem, curves.verify, curves.draft, curves.drafters)
+
+    @classmethod
+    def of(cls, name: str, curves: Mapping[str, dict[int, float]]) -> CostTable:
+        """Return a table of these curves, those of several drafters under ``"draft:NAME"``."""
+        drafters = {part.removeprefix(DRAFTER): curve for part, curve in curves.items() if part.startswith(DRAFTER)}
+        return cls(name, curves["verify"], curves["draft"], drafters)
 
     def seconds(self, part: str, rows: int) -> float:
-        """Return the seconds of a forward of ``rows`` rows; ``part`` is ``"draft"``, or any other for the target's."""
+        """Return the seconds of a forward of ``rows`` rows.
+
+        Args:
+            part: ``"draft"``, ``"draft:NAME"`` for one of several drafters, or any other for the target.
+        """
         if not rows:
             return 0.0
-        key = ("draft" if part == "draft" else "verify", rows)
+        key = (part, rows)
         if key not in self._priced:  # the same few are asked for at every step
             self._priced[key] = self._interpolated(*key)
         return self._priced[key]
@@ -175,9 +197,17 @@ class CostTable:
         """Seconds by part and rows, as far as they were asked for."""
         return {}
 
+    @property
+    def _curves(self) -> dict[str, dict[int, float]]:
+        """The curves by the part that they price."""
+        return {"verify": self.verify, "draft": self.draft} | {
+            f"{DRAFTER}{name}": curve for name, curve in self.drafters.items()
+        }
+
     def _interpolated(self, part: str, rows: int) -> float:
         """Return the seconds of a forward by its curve."""
-        known, costs = self._points[part]
+        curve = part if part in self._points else "draft" if part.startswith(DRAFTER) else "verify"
+        known, costs = self._points[curve]
         if rows > known[-1] and len(known) > 1:
             slope = max(0.0, costs[-1] - costs[-2]) / (known[-1] - known[-2])  # noise may make a flat curve fall
             return float(costs[-1] + (rows - known[-1]) * slope)
@@ -186,7 +216,7 @@ class CostTable:
     @functools.cached_property
     def _points(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Both curves as arrays of rows, ascending, and of their seconds."""
-        curves = {"verify": sorted(self.verify.items()), "draft": sorted(self.draft.items())}
+        curves = {part: sorted(curve.items()) for part, curve in self._curves.items()}
         return {
             part: (np.array([n for n, _ in curve]), np.array([s for _, s in curve])) for part, curve in curves.items()
         }
@@ -202,4 +232,4 @@ class PricedClock(WallClock):
         self.table = table
 
     def made(self, forward: Forward) -> None:
-        self.charge(forward.part, forward.times * self.table.seconds(forward.part, forward.rows))
+        self.charge(forward.part, forward.times * self.table.seconds(forward.curve, forward.rows))

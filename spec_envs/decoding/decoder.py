@@ -132,7 +132,7 @@ class Decoder(TextEngine):
         self._check_alive()
         drafter = self._need_drafter()
         with self.clock.time("draft") as forward:
-            forward.rows = drafter.root(self.tree)
+            forward.rows, forward.drafter = drafter.root(self.tree), drafter.drafting
         self.drafting = True
 
     def expand(self) -> bool:
@@ -141,7 +141,7 @@ class Decoder(TextEngine):
         self.begin()
         drafter, before = self._need_drafter(), self.tree.size
         with self.clock.time("draft") as forward:
-            forward.rows = drafter.expand(self.tree)
+            forward.rows, forward.drafter = drafter.expand(self.tree), drafter.drafting
         return self.tree.size > before
 
     def verify(self, budget: int | None = None) -> Cycle:

@@ -19,15 +19,15 @@ from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
 from spec_envs.decoding.decoder import Decoder
+from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.traces.plan import Plan
 from tests.support.rollouts import drafter_of
 
 PROFILE: dict[str, Any] = {"trace": "qwen2.5-coder-32b-cpu", "max_new_tokens": 48}
 
 
 @pytest.fixture
-def make_env(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, Any]) -> Callable[..., gym.Env]:
+def make_env(traces: dict[str, Trace], portfolio: PortfolioTrace, tiny: dict[str, Any]) -> Callable[..., gym.Env]:
     """Return a function that makes an environment on a priced clock: on a trace if it replays one, else over tiny
     models."""
 
@@ -38,6 +38,9 @@ def make_env(traces: dict[str, Trace], plans: dict[str, Plan], tiny: dict[str, A
             sizes = {name: size for name, size in {"max_depth": 4, "width": 4, "k_max": 6}.items() if name in own}
             trace = traces["copies" if kind.trace_kind == "chain" else "tree"]
             keywords = {"max_new_tokens": 20, "trace": str(trace.folder), **sizes}
+        elif kind.trace_kind:
+            sizes = {"sizes": (1, 2, 5), "depths": (0, 1, 2), "width": 3, "drafter": ",".join(portfolio.traces)}
+            keywords = {"max_new_tokens": 20, "trace": str(portfolio.folder), **sizes}
         elif env_id == "SpecTopK-v0":
             keywords = {"max_new_tokens": 20, "trace": "smollm2-135m-topk"}
         else:

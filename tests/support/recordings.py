@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import pytest
 
+from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.traced import CASES, costs_in
@@ -40,6 +41,28 @@ def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> 
     from spec_envs.experiments.traces.record import recorded
 
     return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def portfolio_plan(tiny: dict[str, Any], tiny_draft: Path) -> Plan:
+    """Return a recording of four drafters of the tiny target: a copier, a head, a draft model, and one that copies
+    first."""
+    from spec_envs.experiments.traces.plan import Plan
+
+    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
+    several = f"lookup,{tiny['drafter']},{tiny_draft}@9,lookup+{tiny_draft}"
+    sizes = {"sizes": (1, 2, 5), "depths": (0, 1, 2), "width": 3}
+    return Plan("SpecDrafter-v0", env | sizes | {"drafter": several}, TEXTS)
+
+
+@pytest.fixture(scope="session")
+def portfolio(portfolio_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> PortfolioTrace:
+    """Return the recorded traces of several drafters."""
+    from spec_envs.experiments.traces.record import all_recorded
+
+    found = all_recorded(portfolio_plan, tmp_path_factory.mktemp("portfolio"))
+    assert isinstance(found, PortfolioTrace)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,10 @@ class Drafter(Protocol):
     width: int
 
     @property
+    def drafting(self) -> str:
+        """Name of the drafter whose turn it is; ``""`` where there is one only."""
+
+    @property
     def lag(self) -> int:
         """Rows of the text that the next forward reads, because none has read them; 0 without weights of its own."""
 
@@ -89,6 +93,7 @@ class ChainDrafter(ABC):
     temperature: float
     capture: tuple[int, ...] = ()
     width: int = 1
+    drafting: str = ""
     top_k: int | None = None
 
     def root(self, tree: Tree) -> int:

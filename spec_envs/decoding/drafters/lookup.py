@@ -87,7 +87,7 @@ class LookupDrafter:
     """
 
     capture: tuple[int, ...] = ()
-    width, lag = 1, 0
+    width, lag, drafting = 1, 0, ""
 
     def __init__(self, vocab: int, context: int, ngram: int = 3):
         self.vocab, self.context, self.ngram = vocab, context, ngram

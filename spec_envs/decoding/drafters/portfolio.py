@@ -98,6 +98,11 @@ class Portfolio:
         return self.drafters[drafter].width > 1
 
     @property
+    def drafting(self) -> str:
+        """Name of the drafter that was chosen."""
+        return "" if self.chosen is None else self.names[self.chosen]
+
+    @property
     def lag(self) -> int:
         """Rows that the drafter which was chosen reads before it drafts; see ``Drafter``."""
         return 0 if self.chosen is None else self.drafters[self.chosen].lag

@@ -24,8 +24,12 @@ from spec_envs.text import SILENT, Detokenizer
 
 def replayed(trace: RecordedTexts, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
     """Return a decoder that replays a trace. It decodes the trace's own prompts; others raise ValueError."""
-    drafter: Drafter = (TreeReplay if trace.manifest.kind == "tree" else ChainReplay)(trace)
-    return Decoder(ReplayVerifier(trace), drafter, clock, trace.manifest.eos, max_depth, detokenize)
+    return Decoder(ReplayVerifier(trace), drafter_of(trace), clock, trace.manifest.eos, max_depth, detokenize)
+
+
+def drafter_of(trace: RecordedTexts) -> Drafter:
+    """Return a drafter that drafts what a trace has."""
+    return (TreeReplay if trace.manifest.kind == "tree" else ChainReplay)(trace)
 
 
 class TracePosition:
@@ -114,6 +118,7 @@ class Replay:
     """The drafter's side: what trees and chains have in common."""
 
     capture: tuple[int, ...] = ()
+    drafting = ""
 
     def __init__(self, trace: RecordedTexts):
         self.position = TracePosition(trace)

@@ -242,6 +242,8 @@ class EagleDrafter:
         ValueError: ``width`` is larger than the head's vocabulary.
     """
 
+    drafting = ""
+
     def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
         if width > model.shape.vocab:
             raise ValueError(f"width is {width}; the drafter's vocabulary has {model.shape.vocab} tokens only")
