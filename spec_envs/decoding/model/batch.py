@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
+from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.transformer import Transformer
+
+READ_AT_ONCE = 16  # prompts in a forward: more of them are slower on a CPU, and their hidden states need memory
 
 
 def left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -57,17 +60,12 @@ def generate_batch(
             f"prompts of up to {longest} tokens and {max_new_tokens} more do not fit the context of {context}: shorten "
             "the prompts or lower max_new_tokens"
         )
-    ids, padding = left_padded(prompts, target.device)
-    width = ids.shape[1]
-    cache = target.cache(width + max_new_tokens, len(prompts))
-    positions = (torch.arange(width, device=target.device)[None] - padding[:, None]).clamp_(min=0)
-    x, _ = target.forward(target.embed(ids), cache, positions, padding=padding)
-    cache.length = width
+    cache, padding, x = read_prompts(target, prompts, max_new_tokens)
     texts: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # the text that each row of the batch writes
     ended: set[int] = set()
     for step in trange(max_new_tokens, desc=doing, unit="step", leave=False, disable=not doing):
-        tokens = choose(target.head(x[:, -1]), temperature, generator)
+        tokens = choose(target.head(x), temperature, generator)
         for text, token in zip(alive, tokens.tolist(), strict=True):
             if text not in ended:
                 texts[text].append(token)
@@ -82,9 +80,36 @@ def generate_batch(
             tokens, padding = tokens[kept], padding[kept]
             alive = [alive[row] for row in open_rows]
         positions = (cache.length - padding)[:, None]
-        x, _ = target.forward(target.embed(tokens[:, None]), cache, positions, padding=padding)
+        x = target.forward(target.embed(tokens[:, None]), cache, positions, padding=padding)[0][:, -1]
         cache.length += 1
     return texts
+
+
+def read_prompts(
+    target: Transformer, prompts: Sequence[Sequence[int]], room: int
+) -> tuple[KVCache, Tensor, Tensor]:
+    """Read prompts, ``READ_AT_ONCE`` of similar length in a forward.
+
+    Returns:
+        A cache with the prompts, padded on the left, and space for ``room`` more rows; the number of padding columns
+        ``[batch]``; and the hidden states of each prompt's last token ``[batch, hidden]``.
+    """
+    longest = max(map(len, prompts))
+    cache = target.cache(longest + room, len(prompts))
+    last: dict[int, Tensor] = {}
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(prompts), READ_AT_ONCE):
+        rows = by_length[first : first + READ_AT_ONCE]
+        ids, padding = left_padded([prompts[row] for row in rows], target.device)
+        width = ids.shape[1]
+        group = target.cache(width, len(rows))
+        positions = (torch.arange(width, device=target.device)[None] - padding[:, None]).clamp_(min=0)
+        x, _ = target.forward(target.embed(ids), group, positions, padding=padding)
+        cache.data[:, :, rows, :, longest - width : longest] = group.data[..., :width, :]
+        last |= dict(zip(rows, x[:, -1], strict=True))
+    cache.length = longest
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=target.device)
+    return cache, padding, torch.stack([last[row] for row in range(len(prompts))])
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
