@@ -43,6 +43,8 @@ from spec_envs.experiments.drafters.distillation import Distillation, Student, k
 from spec_envs.experiments.drafters.eagle_objective import Objective, Unrolled
 from spec_envs.experiments.drafters.recording import record, tokenized
 from spec_envs.experiments.drafters.selftext import read_conversations, write_conversations
+from spec_envs.experiments.drafters.text.composing import Composer
+from spec_envs.experiments.drafters.text.passages import gathered
 from spec_envs.experiments.drafters.training import report, train
 from spec_envs.experiments.work_folder import claim
 from spec_envs.files import held, write_json
@@ -203,7 +205,7 @@ def make_drafter(args: argparse.Namespace) -> None:
     LOG.info(f"text, recordings and checkpoint: {args.work}; the drafter: {args.out}")
     text = args.work / "text.jsonl"
     if args.tokens:
-        write_conversations(target, tokenizer, text, args.tokens, longest=longest, seed=args.seed)
+        write_conversations(target, tokenizer, text, args.tokens, Composer(gathered()), longest, args.seed)
         given += read_conversations(text)
     conversations = [c for c in (tokenized(tokenizer, c) for c in given) if len(c[0]) <= longest]
     random.Random(args.seed).shuffle(conversations)

@@ -46,7 +46,8 @@ class Example:
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], int]:
     """Return the ids of a whole conversation, and the position where the answer begins."""
-    prompt, answer = encode(tokenizer, conversation.user), conversation.answer_ids
+    prompt = encode(tokenizer, conversation.user, history=conversation.history)
+    answer = conversation.answer_ids
     if conversation.assistant is not None:
         answer = tokenizer(conversation.assistant, add_special_tokens=False)["input_ids"]
         if conversation.complete:

@@ -61,12 +61,29 @@ def training_turns() -> list[str]:
 @functools.cache
 def library_functions() -> tuple[str, ...]:
     """Return the heads (signature and docstring) of functions of the standard library."""
-    heads = []
+    return tuple(head for head, _ in library())
+
+
+@functools.cache
+def library_sources() -> tuple[str, ...]:
+    """Return the sources of the same functions, without their docstrings."""
+    return tuple(source for _, source in library())
+
+
+@functools.cache
+def library() -> tuple[tuple[str, str], ...]:
+    """Return the head of each documented function of the standard library, and its source without the docstring."""
+    found = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")
         lines = source.splitlines()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and 60 <= len(ast.get_docstring(node) or "") <= 600:
-                head = lines[node.lineno - 1 : node.body[0].end_lineno]
-                heads.append("\n".join(line[node.col_offset :] for line in head))
-    return tuple(heads)
+                start, docstring = node.lineno - 1, node.body[0]
+                signature = lines[start : docstring.lineno - 1]
+                head = lines[start : docstring.end_lineno]
+                rest = lines[docstring.end_lineno or 0 : node.end_lineno]
+                found.append(
+                    tuple("\n".join(line[node.col_offset :] for line in part) for part in (head, signature + rest))
+                )
+    return tuple((head, source) for head, source in found)

@@ -85,9 +85,7 @@ def generate_batch(
     return texts
 
 
-def read_prompts(
-    target: Transformer, prompts: Sequence[Sequence[int]], room: int
-) -> tuple[KVCache, Tensor, Tensor]:
+def read_prompts(target: Transformer, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor, Tensor]:
     """Read prompts, ``READ_AT_ONCE`` of similar length in a forward.
 
     Returns:

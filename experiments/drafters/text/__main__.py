@@ -1,0 +1,51 @@
+"""Write the text that drafters for a target learn from (`python -m spec_envs.experiments.drafters.text`).
+
+The work folder gets `text.jsonl`, from which drafters are trained, and `validation.jsonl` of other kinds, which decides
+when to stop. The same command continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from spec_envs.arguments import POSITIVE, SEED, Parser, add_model_arguments, output_folder
+from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
+from spec_envs.experiments.command import one_sentence
+from spec_envs.experiments.drafters.selftext import write_conversations, write_validation
+from spec_envs.experiments.drafters.text.composing import Composer
+from spec_envs.experiments.drafters.text.passages import gathered
+from spec_envs.experiments.work_folder import claim
+from spec_envs.files import held
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_model_arguments(parser, "model that writes")
+    parser.add_argument(
+        "--work", type=output_folder, default=Path("runs/text"), help="folder of the text (default runs/text)"
+    )
+    parser.add_argument(
+        "--tokens", type=POSITIVE, default=4_000_000, help="answer tokens for training (default 4,000,000)"
+    )
+    parser.add_argument("--longest", type=POSITIVE, default=1024, help="most tokens of a conversation (default 1024)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the text (default 0)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with one_sentence("interrupted; the same command continues"), held(args.work):
+        device = resolve_device(args.device)
+        dtype = resolve_dtype(args.dtype, device, [args.target])
+        target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
+        longest = min(args.longest, target.shape.context)
+        settings = {"text of": args.target, "longest": str(longest), "seed": str(args.seed), "dtype": dtype}
+        claim(args.work, settings, "--work")
+        composer = Composer(gathered())
+        write_validation(target, tokenizer, args.work / "validation.jsonl", composer, longest=longest, seed=args.seed)
+        write_conversations(target, tokenizer, args.work / "text.jsonl", args.tokens, composer, longest, args.seed)
+
+
+if __name__ == "__main__":
+    main()
