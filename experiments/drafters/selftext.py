@@ -38,6 +38,7 @@ OWN, SHIPPED, FOLLOWING = "own", "shipped", "dialogue"  # kinds that are not com
 OWN_SHARE, FOLLOWING_SHARE = 0.2, 0.12  # shares of the turns; those of the composed kinds share the rest
 OPENED = 0.4  # share of the sampled user turns that start with one of ``OPENINGS``
 COMPLETED = 0.6  # share of the sampled user turns that end in time, about
+SPAN, TIMES = 8, 4  # an answer ends when it says so many tokens so many times
 LONGEST_HISTORY = 1200  # characters of the turns before a follow-up turn
 
 
@@ -102,7 +103,8 @@ class Writer:
 
     Attributes:
         batch: most answers in a batch.
-        max_turn, max_answer: most tokens; a longer user turn of the target is dropped, a longer answer is cut.
+        max_turn, max_answer: most tokens; a longer user turn of the target is dropped, a longer answer is cut, as is one
+            that repeats itself.
         longest: most tokens of prompt and answer together; longer prompts are dropped.
     """
 
@@ -134,7 +136,7 @@ class Writer:
             if not open_group:
                 continue
             ids = [ids for ids, _ in open_group]
-            answers = generate_batch(self.target, ids, self.max_answer, eos, doing="answering")
+            answers = generate_batch(self.target, ids, self.max_answer, eos, doing="answering", ends=repeats)
             new = [
                 Conversation(request.user, answer, kind=request.kind, history=request.history, round=number)
                 for (_, request), answer in zip(open_group, answers, strict=True)
@@ -241,6 +243,14 @@ def write_validation(
     requests = [Request(kind, composer.turn(kind, rng)) for kind in composer.validation for _ in range(each)]
     for _ in tqdm(writer.answer(requests, 0, rng), unit="batch", desc="writing validation text"):
         pass
+
+
+def repeats(answer: Sequence[int]) -> bool:
+    """Return whether the last ``SPAN`` tokens occur for the ``TIMES``-th time: a small model that repeats itself under
+    greedy decoding does so for ever, which teaches a drafter nothing more.
+    """
+    text = "".join(map(chr, answer))  # searching a text is far faster than searching a list
+    return len(answer) >= SPAN * TIMES and text.count(text[-SPAN:]) >= TIMES
 
 
 def as_line(conversation: Conversation) -> str:

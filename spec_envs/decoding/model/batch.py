@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def generate_batch(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     doing: str = "",
+    ends: Callable[[list[int]], bool] = lambda text: False,
 ) -> list[list[int]]:
     """Continue every prompt by up to ``max_new_tokens`` tokens, greedily or by sampling.
 
@@ -45,6 +46,7 @@ def generate_batch(
         temperature: 0 is greedy.
         generator: for sampling.
         doing: label of a progress bar; without one none is shown.
+        ends: whether the new tokens of a text are all that is wanted of it.
 
     Returns:
         The new tokens of each prompt, in order.
@@ -69,7 +71,7 @@ def generate_batch(
         for text, token in zip(alive, tokens.tolist(), strict=True):
             if text not in ended:
                 texts[text].append(token)
-                if token in eos:
+                if token in eos or ends(texts[text]):
                     ended.add(text)
         if len(ended) == len(prompts) or step + 1 == max_new_tokens:
             break

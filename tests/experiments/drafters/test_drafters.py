@@ -101,16 +101,6 @@ def test_malformed_conversations_are_refused(line: str, tmp_path: Path) -> None:
     assert len(selftext.read_conversations(path)) == 1
 
 
-def test_target_that_never_ends_a_turn_is_refused(
-    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selftext, "sampled_turns", lambda *_: [])
-    monkeypatch.setattr(selftext, "training_turns", lambda: [])
-    target, tokenizer = load_target(str(tiny_target), CPU, "float32"), load_tokenizer(str(tiny_target))
-    with pytest.raises(ValueError, match="completes no user turn"):
-        selftext.write_conversations(target, tokenizer, tmp_path / "text.jsonl", 100)
-
-
 def test_composed_turns_include_text_and_code() -> None:
     rng = random.Random(0)
     turns = [composed_turn(rng, ["An article about bees."]) for _ in range(40)]
