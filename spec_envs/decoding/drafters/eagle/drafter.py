@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.heads import HeadDrafter, HeadModel, cast
 from spec_envs.decoding.drafters.integer_step import Fusion, IntegerStep
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.cache import KVCache
 from spec_envs.decoding.model.graphs import graphed
-from spec_envs.decoding.model.precision import Precision
 from spec_envs.decoding.model.rope import Rope
 from spec_envs.decoding.model.rows import Rows
 from spec_envs.decoding.model.shape import Shape, part
@@ -62,7 +62,7 @@ def check_fit(head: EagleHead, target: Transformer) -> None:
         )
 
 
-class EagleModel:
+class EagleModel(HeadModel):
     """An EAGLE-3 head in the form for inference, shared by every drafter that uses it.
 
     Args:
@@ -82,15 +82,12 @@ class EagleModel:
     def __init__(self, head: EagleHead, target: Transformer):
         check_fit(head, target)
         config, variant = head.config, head.variant
-        self.target, self.variant, self.precision = target, variant, Precision(target.precision.drafter)
+        self.variant, self.block = variant, variant.block
         self.capture = variant.boundaries or captured_layers(target.shape.layers)
-        device, precision, modules = target.device, target.precision, target.precision.modules
-        state = {
-            name: precision.cast(t, device) if t.is_floating_point() else t for name, t in head.state_dict().items()
-        }
+        device, modules, state = target.device, target.precision.modules, cast(head, target)
         deeper = [part(state, f"layers.{i}.") for i in range(1, config.num_hidden_layers)]
         layers = [part(state, "midlayer."), *deeper]
-        self.shape = Shape(
+        shape = Shape(
             hidden=config.hidden_size,
             layers=len(layers),
             heads=config.num_attention_heads,
@@ -100,6 +97,7 @@ class EagleModel:
             context=min(target.shape.context, variant.window or target.shape.context),
             norm_eps=config.rms_norm_eps,
         )
+        super().__init__(state, shape, head.draft_ids, target, config.tie_word_embeddings)
 
         def norm(name: str) -> Any:
             return modules.RMSNorm(state[f"{name}.weight"], self.shape.norm_eps)
@@ -111,20 +109,6 @@ class EagleModel:
         self.mask_token = variant.mask_token or 0
         self.layers = graphed(modules.Layers(layers, self.shape), device)
         self.input_norm, self.hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
-        self.norm = norm("norm")
-        own_embedding = state.get("embed_tokens.weight")
-        self.embedding = target.embedding if own_embedding is None else own_embedding.to(self.precision.cache)
-        self.most_probable = modules.most_probable
-        self.shortlist = head.draft_ids.numpy()
-        ids = head.draft_ids.to(device)
-        rows = state.get("lm_head.weight")
-        output = target.output_rows if config.hidden_size == target.shape.hidden else None
-        if rows is None:
-            own = config.tie_word_embeddings or output is None
-            rows = precision.cast(embedded(ids, self.embedding) if own or output is None else output(ids), device)
-        self.lm_head = modules.Linear(rows)
-        shares = output is not None and torch.allclose(rows, output(ids).to(rows.dtype), rtol=1e-2, atol=1e-3)
-        self.output_rows = output if shares else None  # equal up to rounding: every token can join the shortlist
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
         # A whole step by the kernels, which has the order of norms of the first published heads.
         self.call: IntegerStep | None = None
@@ -134,10 +118,6 @@ class EagleModel:
             self.call = IntegerStep(
                 self.layers, self.norm, self.lm_head, self.embedding, self.rope, outputs, norms, fusion
             )
-
-    def cache(self, capacity: int) -> KVCache:
-        """Return an empty cache for a text of at most ``capacity`` rows."""
-        return KVCache(self.shape, capacity, self.precision.cache, self.target.device)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Return the hidden states ``[n, hidden]`` that the head reads.
@@ -220,14 +200,8 @@ class EagleModel:
         children = self.children(output[len(output) - last :], width, vocabulary)
         return self.norm(output) if variant.norm_output else output, children
 
-    def children(self, hidden: Tensor, width: int, vocabulary: Vocabulary) -> Children:
-        """Return the ``width`` most probable next tokens of each row of hidden states ``[n, hidden]``."""
-        normed = self.norm(hidden)
-        index, *rest = self.most_probable(self.lm_head(normed), vocabulary.logits(normed), width)
-        return Children(vocabulary.ids[index.cpu().numpy()], *(values.cpu().numpy() for values in rest))
 
-
-class EagleDrafter:
+class EagleDrafter(HeadDrafter[EagleModel]):
     """Drafts a tree with an EAGLE-3 head.
 
     Row t of its cache belongs to position t of the text: it reads the target's features of token t and the embedding of
@@ -245,50 +219,17 @@ class EagleDrafter:
     drafting = ""
 
     def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
-        if width > model.shape.vocab:
-            raise ValueError(f"width is {width}; the drafter's vocabulary has {model.shape.vocab} tokens only")
-        self.model, self.width = model, width
-        self.capture = model.capture
-        self.vocab, self.context = model.target.shape.vocab, model.shape.context
-        self.device = model.target.device
-        self.frontier_rows = width * max_depth
+        super().__init__(model, width, width * max_depth)
         self.own = np.eye(width, dtype=bool)
-        self.cache = model.cache(0)
-
-    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
-        """Forget the last text and read the new one except its last row, which the first cycle completes."""
-        need = len(text) + positions + self.frontier_rows
-        if need > self.cache.capacity:
-            self.cache = self.model.cache(max(2048, need))
-        self.cache.length = 0
-        self.vocabulary = Vocabulary(self.model.shortlist, self.model.output_rows, self.model.target)
-        self.vocabulary.add(text)
-        if len(features) > 1:
-            self.catch_up(features[:-1], text[1:-1], 0)
-        self.features, self.tokens = [features[-1:]], [text[-1]]  # committed, not read yet
-
-    @property
-    def lag(self) -> int:
-        """Rows of the text that the next root reads; see ``Drafter``."""
-        return len(self.tokens)
-
-    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
-        """Note committed tokens and their features for the next root."""
-        self.features.append(features)
-        self.tokens.extend(tokens)
 
     def root(self, tree: Tree) -> int:
         """Read the tokens committed since the last call, start the tree from the last row, and return their number."""
-        self.vocabulary.add(self.tokens)
-        rows, features = len(self.tokens), self.features
-        self.hidden, children = self.catch_up(
-            features[0] if len(features) == 1 else torch.cat(features), self.tokens, 1
-        )
-        self.features, self.tokens = [], []
+        features, tokens = self.unread()
+        self.hidden, children = self.catch_up(features, tokens, 1)
         tree.start(children)
-        self.rows: np.ndarray | int = rows - 1  # which outputs the frontier nodes read: those of their parents
+        self.rows: np.ndarray | int = len(tokens) - 1  # which outputs the frontier nodes read: those of their parents
         self.lineage = self.own  # which frontier rows each frontier node sees
-        return rows
+        return len(tokens)
 
     def expand(self, tree: Tree) -> int:
         """Grow the tree by one forward over the frontier, after the rows of earlier levels; return its rows."""
@@ -304,6 +245,10 @@ class EagleDrafter:
         self.rows = parents = tree.grow(children)
         self.lineage = np.concatenate((self.lineage[parents], self.own), axis=1)
         return width
+
+    def read(self, features: Tensor, tokens: Sequence[int]) -> None:
+        """Commit rows for positions of the text to the cache; see ``HeadDrafter.read``."""
+        self.catch_up(features, tokens, 0)
 
     def catch_up(self, features: Tensor, tokens: Sequence[int], last: int) -> tuple[Tensor, Children]:
         """Commit rows for positions of the text to the cache.
