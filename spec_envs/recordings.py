@@ -37,6 +37,11 @@ def exact(folder: str) -> Trace | PortfolioTrace:
     return PortfolioTrace.load(folder) if PortfolioTrace.named(folder) else Trace.load(folder)
 
 
+def is_exact(name: str) -> bool:
+    """Return True if a name is the folder of a recorded trace, of one drafter or of several."""
+    return Trace.named(name) or PortfolioTrace.named(name)
+
+
 def clocks_for(clock: str | Sequence[str], device: str, recording: Recording | None = None) -> list[WallClock]:
     """Return the clocks of those names.
 

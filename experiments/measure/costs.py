@@ -22,8 +22,7 @@ from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
-from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
-from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
+from spec_envs.decoding.drafters.heads import BlockDrafter, HeadDrafter
 from spec_envs.decoding.drafters.portfolio import Portfolio
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import kernels
@@ -230,7 +229,7 @@ def time_drafting(decoder: Decoder, drafter: Drafter | None, prompt: list[int], 
             with watch.time("draft", n):
                 model.preview(prompt[:n])
         return
-    if isinstance(drafter, EagleDrafter):
+    if isinstance(drafter, HeadDrafter):
         time_head(decoder, drafter, prompt, watch)
         return
     if decoder.tree.width > 1 or isinstance(decoder.verifier, SplitVerifier):
@@ -242,20 +241,20 @@ def time_drafting(decoder: Decoder, drafter: Drafter | None, prompt: list[int], 
         decoder.expand()
 
 
-def time_head(decoder: Decoder, head: EagleDrafter, prompt: list[int], watch: Stopwatch) -> None:
+def time_head(decoder: Decoder, head: HeadDrafter[Any], prompt: list[int], watch: Stopwatch) -> None:
     """Time a head over the first levels of a cycle, and over several tokens that it catches up with, which are taken
     back."""
-    parallel = isinstance(head, ParallelDrafter)
-    with watch.time("draft", head.block if isinstance(head, ParallelDrafter) else 1):
+    block = head.block if isinstance(head, BlockDrafter) else 1
+    with watch.time("draft", block):
         decoder.begin()
-    if not parallel:
+    if block == 1:
         with watch.time("draft", head.width):
             decoder.expand()
     target, length = head.model.target, head.cache.length
-    for n in set(DRAFT_ROWS) - {1, head.width}:
+    for n in sorted(set(DRAFT_ROWS) - {block, head.width}):
         states = torch.zeros(n, len(head.capture) * target.shape.hidden, dtype=target.precision.hidden)
         with watch.time("draft", n):
-            head.catch_up(states.to(target.device), prompt[:n], 1)
+            head.read(states.to(target.device), prompt[:n])
         head.cache.length = length
 
 

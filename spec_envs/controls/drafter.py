@@ -102,9 +102,10 @@ class DrafterControl(Control):
         super().__init__(observation, cost_features)
         if not sizes or min(sizes) < 1 or max(sizes) > LONGEST_CHAIN or list(sizes) != sorted(set(sizes)):
             raise ValueError(f"sizes is {list(sizes)}; expected ascending numbers of tokens, 1 to {LONGEST_CHAIN}")
-        if len(depths) != len(sizes) or min(depths) < 0:
+        if len(depths) != len(sizes) or min(depths) < 0 or list(depths) != sorted(depths):
             raise ValueError(
-                f"depths is {list(depths)}; expected a number of expansions, 0 or more, for each of the {len(sizes)} sizes"
+                f"depths is {list(depths)}; expected expansions for each of the {len(sizes)} sizes, 0 or more and not "
+                "fewer for a larger size"
             )
         if width < 1:
             raise ValueError(f"width is {width}; expected at least 1")
@@ -113,7 +114,7 @@ class DrafterControl(Control):
         self.sizes, self.depths = tuple(sizes), tuple(depths)
         names = members(self.default_drafter(target) if drafter == "auto" else drafter)
         self.drafters = tuple(map(str, names))
-        self.copiers = sum(bool(name.copies) for name in names)
+        self.copiers = tuple(str(name) for name in names if name.copies)
         self.arms = len(names) * len(sizes)
         self.action_space = spaces.Discrete(1 + self.arms)
         self._forget()
@@ -121,7 +122,7 @@ class DrafterControl(Control):
 
     def _entries(self) -> list[Entry]:
         count = len(self.drafters)
-        match = [Entry("match", self.copiers, 0.0, 1.0, self._read_match)] if self.copiers else []
+        match = [Entry("match", len(self.copiers), 0.0, 1.0, self._read_match)] if self.copiers else []
         return [
             *match,
             Entry("survival", self.arms, 0.0, 1.0, self._read_survival),

@@ -13,6 +13,7 @@ from spec_envs.controls.observation.text_kind import FRESH, KINDS, OPENING, SNIP
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST
+from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.prompts.sets import TASKS
@@ -25,7 +26,7 @@ from spec_envs.vector.trees import Outcome
 
 
 @functools.cache
-def kinds(trace: Trace) -> np.ndarray:
+def kinds(trace: Trace | PortfolioTrace) -> np.ndarray:
     """Return the kind of text at every row ``[rows]``, as an index into ``KINDS``."""
     detokenize = Detokenizer.of(load_tokenizer(trace.manifest.target))
     tokens, found = trace.columns["tokens"], np.zeros(trace.rows, np.int8)

@@ -9,6 +9,7 @@ import numpy as np
 
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.recorded import RecordedChains, RecordedTrees, copied_tokens
+from spec_envs.controls.plans import Plans
 from spec_envs.decoding.traces.trace import Trace
 
 CHUNK = 2048  # rows whose observed entries are computed together
@@ -22,7 +23,8 @@ class CycleTable:
 
     Args:
         trace: a trace of the kind that replays the control.
-        control: the control, which has plans.
+        control: the control.
+        plans: by default those of the control.
 
     Attributes:
         plans: the plans of the control.
@@ -39,8 +41,8 @@ class CycleTable:
         right: ``[rows]``, how many first tokens of a chain are the text's.
     """
 
-    def __init__(self, trace: Trace, control: Control):
-        self.trace, self.control, self.plans = trace, control, control.plans()
+    def __init__(self, trace: Trace, control: Control, plans: Plans | None = None):
+        self.trace, self.control, self.plans = trace, control, plans or control.plans()
         self.sizes = np.unique(self.plans.sizes)
         if self.plans.chain:
             self._read_chains()

@@ -14,19 +14,24 @@ from spec_envs.controls import CONTROLS, make_control
 from spec_envs.controls.observation.entries import CONTEXT_UNIT, LENGTH_UNIT, WINDOWS
 from spec_envs.controls.rewards import Decision
 from spec_envs.decoding.clock import CostTable, PricedClock
-from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import EndedText
-from spec_envs.recordings import clocks_for
+from spec_envs.recordings import clocks_for, exact, is_exact
 from spec_envs.settings import Settings
+from spec_envs.vector.arms import ArmTable
 from spec_envs.vector.chains import Chains
 from spec_envs.vector.cycles import CycleTable
+from spec_envs.vector.drafters import Drafters
 from spec_envs.vector.draws import Draws
 from spec_envs.vector.infos import blank, cleared, gathered
 from spec_envs.vector.recent import Recent
 from spec_envs.vector.trees import Trees
 
-KINDS: dict[str, type[Trees] | type[Chains]] = {"tree": Trees, "chain": Chains}  # by the kind of a trace
+KINDS: dict[str, tuple[Any, Any]] = {  # tables of cycles, and what is under way, by the kind of a trace
+    "tree": (CycleTable, Trees),
+    "chain": (CycleTable, Chains),
+    "portfolio": (ArmTable, Drafters),
+}
 UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that are not supported here
 
 
@@ -71,12 +76,12 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         kind = CONTROLS[control]
         self.settings = settings = Settings.read(kind, keywords)
         check_count(num_envs)
-        if settings.trace is None or not Trace.named(settings.trace):
+        if settings.trace is None or not is_exact(settings.trace):
             raise ValueError(
                 f"trace is {settings.trace!r}; environments in NumPy replay a recorded trace: give trace=FOLDER "
                 '(`spec-envs trace`), or make live ones, and those of a profile, with vectorization_mode="sync"'
             )
-        self.trace = Trace.load(settings.trace)
+        self.trace = exact(settings.trace)
         self.trace.check_settings(dict(settings))
         self.max_new_tokens = self.trace.max_new_tokens if settings.max_new_tokens is None else settings.max_new_tokens
         self.control = make_control(control, keywords | dict(settings))
@@ -104,13 +109,13 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.pending, self.spent, self.cycle_spent = (np.zeros(num_envs) for _ in range(3))
         self.recent = Recent(WINDOWS, num_envs, 1)  # accepted tokens
         self.draws, self.brought = Draws(num_envs), blank(num_envs)
-        self.cycles = CycleTable(self.trace, self.control)
+        self.cycles = KINDS[self.control.trace_kind][0](self.trace, self.control)
         self.price([priced.table for priced in self.clocks])
 
     def price(self, tables: Sequence[CostTable]) -> None:
         """Price forwards by these tables from the next reset on; if there are several, one is drawn per text."""
         self.cost_tables = list(tables)
-        self.under_way = KINDS[self.control.trace_kind](self.cycles, tables, self.num_envs, self.draws)
+        self.under_way = KINDS[self.control.trace_kind][1](self.cycles, tables, self.num_envs, self.draws)
         self.plain = np.array([1 / table.seconds("verify", 1) for table in tables])
         self.pace = (
             self.plain * self.trace.static_over_plain

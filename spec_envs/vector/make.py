@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from spec_envs import ENVIRONMENTS
 from spec_envs.controls import CONTROLS
-from spec_envs.decoding.traces.trace import Trace
+from spec_envs.recordings import is_exact
 from spec_envs.vector.env import UNUSED, ReplayVectorEnv, autoreset, check_count
 
 # Arguments of gym.make whose wrappers are for single environments
@@ -40,7 +40,7 @@ def make_vector(
     """
     mode = autoreset(autoreset_mode)
     trace = keywords.get("trace")
-    in_numpy = isinstance(trace, str) and Trace.named(trace)
+    in_numpy = isinstance(trace, str) and is_exact(trace)
     if in_numpy and not any(keywords.get(name) for name in (*UNUSED, *OF_MAKE)):
         return ReplayVectorEnv(control, num_envs, autoreset_mode=mode, **keywords)
     env_id = next(env_id for env_id in ENVIRONMENTS if CONTROLS[env_id] is CONTROLS[control])

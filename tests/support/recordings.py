@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,14 @@ def portfolio(portfolio_plan: Plan, tmp_path_factory: pytest.TempPathFactory) ->
     found = all_recorded(portfolio_plan, tmp_path_factory.mktemp("portfolio"))
     assert isinstance(found, PortfolioTrace)
     return found
+
+
+def costs_of(trace: PortfolioTrace, folder: Path) -> str:
+    """Write a cost table with a curve for every drafter that makes forwards; return its path."""
+    curve, path = {1: 0.01, 8: 0.03}, folder / "costs.json"
+    drafters = {name: {n: s * i for n, s in curve.items()} for i, name in enumerate(trace.traces, start=1)}
+    path.write_text(json.dumps({"verify": {1: 0.1, 9: 0.2}, "draft": curve, "drafters": drafters}))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

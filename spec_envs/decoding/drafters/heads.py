@@ -92,6 +92,8 @@ class HeadDrafter(ABC, Generic[Model]):
         ValueError: ``width`` is larger than the head's vocabulary.
     """
 
+    drafting = ""
+
     def __init__(self, model: Model, width: int, beyond: int):
         if width > model.shape.vocab:
             raise ValueError(f"width is {width}; the drafter's vocabulary has {model.shape.vocab} tokens only")

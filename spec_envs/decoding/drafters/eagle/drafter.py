@@ -216,8 +216,6 @@ class EagleDrafter(HeadDrafter[EagleModel]):
         ValueError: ``width`` is larger than the head's vocabulary.
     """
 
-    drafting = ""
-
     def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
         super().__init__(model, width, width * max_depth)
         self.own = np.eye(width, dtype=bool)

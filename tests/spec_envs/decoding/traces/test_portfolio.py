@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -17,19 +16,12 @@ from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.portfolio import CONTENTS, PortfolioTrace, check_same_texts
 from spec_envs.decoding.traces.trace import Trace
+from tests.support.recordings import costs_of
 
 if TYPE_CHECKING:
     from spec_envs.experiments.traces.plan import Plan
 
 CYCLES = 1000
-
-
-def costs_of(trace: PortfolioTrace, folder: Path) -> str:
-    """Write a cost table with a curve for every drafter that makes forwards; return its path."""
-    curve, path = {1: 0.01, 8: 0.03}, folder / "costs.json"
-    drafters = {name: {n: s * i for n, s in curve.items()} for i, name in enumerate(trace.traces, start=1)}
-    path.write_text(json.dumps({"verify": {1: 0.1, 9: 0.2}, "draft": curve, "drafters": drafters}))
-    return str(path)
 
 
 def test_replay_equals_live_environment(portfolio: PortfolioTrace, portfolio_plan: Plan, tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Many environments in NumPy choose between drafters as single ones do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from spec_envs.decoding.traces.portfolio import PortfolioTrace
+from tests.support.recordings import costs_of
+
+COUNT, STEPS = 6, 120
+
+
+@pytest.mark.parametrize("more", [{}, {"max_new_tokens": 9}, {"cost_features": True}, {"episode": "cycle"}])
+def test_environments_in_numpy_equal_single_ones(portfolio: PortfolioTrace, tmp_path: Path, more: dict) -> None:
+    sizes = {"sizes": (1, 2, 5), "depths": (0, 1, 2), "width": 3, "drafter": ",".join(portfolio.traces)}
+    keywords = {"trace": str(portfolio.folder), "split": "all", "clock": costs_of(portfolio, tmp_path), **sizes, **more}
+    many: Any = gym.make_vec("SpecDrafter-v0", COUNT, "vector_entry_point", **keywords)
+    single: list[Any] = [gym.make("SpecDrafter-v0", **keywords).unwrapped for _ in range(COUNT)]
+    seen, _ = many.reset(seed=5)
+    np.testing.assert_array_equal(seen, [env.reset(seed=5 + i)[0] for i, env in enumerate(single)])
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        actions = rng.integers(many.single_action_space.n, size=COUNT) * (rng.random(COUNT) < 0.6)
+        seen, rewards, done, _, infos = many.step(actions)
+        for i, env in enumerate(single):
+            own, reward, ended, _, info = env.step(int(actions[i]))
+            assert ended == done[i] and rewards[i] == pytest.approx(reward, abs=1e-12)
+            theirs = infos["final_info"] if ended else infos
+            for name in ("emitted", "accepted", "drafted", "verified", "saved"):
+                assert theirs[name][i] == pytest.approx(info[name]), name
+            if ended:
+                np.testing.assert_array_equal(infos["final_obs"][i], own)
+                own, _ = env.reset()
+            np.testing.assert_allclose(seen[i], own, atol=1e-7)
