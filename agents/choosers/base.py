@@ -10,7 +10,6 @@ import numpy as np
 from spec_envs.agents.rules.base import Rule
 from spec_envs.controls.base import Control
 from spec_envs.controls.drafter import DrafterControl
-from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.decoding.drafters.names import DrafterName
 
@@ -73,26 +72,6 @@ class PricedDrafterRule(DrafterRule):
                 f"{type(self).__name__} needs the seconds of forwards: set the control's costs to a CostTable, "
                 "or load a run whose clock is one or was calibrated"
             )
-        return prices(self.control, self.control.costs)
-
-
-def prices(control: DrafterControl, table: CostTable) -> np.ndarray:
-    """Return the price of a cycle by action ``[actions]`` in units of a plain step, where the drafter that is asked has
-    read all of the text but its last token."""
-    found = [table.seconds("verify", 1)]
-    for name in map(DrafterName.parse, control.drafters):
-        for size, depth in zip(control.sizes, control.depths, strict=True):
-            found.append(
-                table.seconds("verify", size + 1)
-                + sum(table.seconds("draft", n) for n in rows(name, size, depth, control.width))
-            )
-    over_plain: np.ndarray = np.array(found) / found[0]
-    return over_plain
-
-
-def rows(name: DrafterName, size: int, depth: int, width: int) -> list[int]:
-    """Return the rows of the forwards that a drafter makes for a chain of ``size`` tokens, or for a tree of ``depth``
-    expansions."""
-    if not name.model:
-        return []
-    return [1] * size if name.chain else [1, *[width] * depth]
+        seconds = self.control.plans().verification(self.control.costs)
+        prices: np.ndarray = seconds / seconds[0]
+        return prices

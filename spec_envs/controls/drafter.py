@@ -12,9 +12,11 @@ from spec_envs.controls.base import LONGEST_CHAIN, Control, Setting
 from spec_envs.controls.budgets import check_tree
 from spec_envs.controls.observation.entries import Entry, match_of, one_hot, text_entries
 from spec_envs.controls.observation.text_kind import KINDS, TextKind
+from spec_envs.controls.plans import ChoicePlans
+from spec_envs.decoding.clock import DRAFTER
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.names import static_over_plain
+from spec_envs.decoding.drafters.names import DrafterName, static_over_plain
 from spec_envs.decoding.drafters.portfolio import Portfolio, default_members, members
 from spec_envs.decoding.loading import DEFAULT_TARGET
 
@@ -176,6 +178,19 @@ class DrafterControl(Control):
     def details(self, decoder: Any, cycle: Cycle | None) -> dict[str, Any]:
         asked = None if cycle is None or self.last is None else self.asked(self.last)
         return {"drafter": self.drafters[asked[0]] if asked else ""}
+
+    def plans(self) -> ChoicePlans:
+        """Return a plan for every action, in their order."""
+        nodes, longest = [0], [0]
+        forwards: list[list[tuple[str, int]]] = [[]]
+        for name in map(DrafterName.parse, self.drafters):
+            for size, depth in zip(self.sizes, self.depths, strict=True):
+                rows = [1] * size if name.chain else [1] if name.kind == "parallel" else [1, *[self.width] * depth]
+                forwards.append([(f"{DRAFTER}{name}", n) for n in rows] if name.model else [])
+                nodes.append(size)
+                longest.append(size if name.chain else min(size, depth + 1))
+        count = np.array(nodes)
+        return ChoicePlans(np.array(longest) - 1, count, count, np.arange(len(nodes)), drafts_by=forwards)
 
     def prepare(self, decoder: Decoder) -> None:
         """Draft nothing: who drafts is decided before."""

@@ -126,6 +126,28 @@ class Plans:
         return table.seconds("draft", self.width)
 
 
+@dataclass(frozen=True, eq=False)
+class ChoicePlans(Plans):
+    """The plans of a cycle that one of several drafters drafts: one for every action.
+
+    Attributes:
+        drafts_by: for each plan the forwards of its drafter, once that has read the text: curve of the cost table and
+            rows.
+    """
+
+    drafts_by: Sequence[Sequence[tuple[str, int]]] = ()
+
+    def verification(self, table: CostTable) -> np.ndarray:
+        """Return the seconds of drafting and of verifying each plan, ``[plans]``."""
+        drafting = [sum(table.seconds(*forward) for forward in forwards) for forwards in self.drafts_by]
+        seconds: np.ndarray = super().verification(table) + drafting
+        return seconds
+
+    def forward(self, table: CostTable) -> float:
+        """Return 0, because what each plan drafts has a price of its own."""
+        return 0.0
+
+
 def tree_plans(
     depths: Sequence[int],
     budgets: Sequence[int],

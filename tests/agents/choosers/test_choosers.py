@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from spec_envs.agents import AGENTS
-from spec_envs.agents.choosers.base import DrafterRule, prices
+from spec_envs.agents.choosers.base import DrafterRule
 from spec_envs.controls import make_control
 from spec_envs.controls.drafter import DrafterControl
 from spec_envs.controls.k import KControl
@@ -34,8 +34,13 @@ def control_of(drafters: str = DRAFTERS, sizes: tuple[int, ...] = (2, 4)) -> Dra
     return control
 
 
+def prices(control: DrafterControl) -> np.ndarray:
+    """Return the price of every arm in units of a plain step."""
+    return AGENTS["hedge"](control=control).prices
+
+
 def test_price_of_an_arm_has_its_forwards() -> None:
-    found = prices(control_of(), TABLE) * 2.0
+    found = prices(control_of()) * 2.0
     copies, chains, trees = [2.2, 2.4], [2.2 + 2 * 0.2, 2.4 + 4 * 0.2], [2.2 + 0.2, 2.4 + 0.2 + 0.5]
     np.testing.assert_allclose(found, [2.0, *copies, *chains, *trees])
 
@@ -46,7 +51,7 @@ def test_hedge_scores_every_size_of_every_known_drafter() -> None:
     agent.predict(observation_of(control), episode_start=START)
     seen = observation_of(control, scores=[0.75, 0.0, 0.25], known=[1, 0, 1])
     agent.predict(seen, deterministic=True)
-    gained = 1 + np.array([0, 2, 3, 0, 0, 1, 1]) - prices(control, TABLE)
+    gained = 1 + np.array([0, 2, 3, 0, 0, 1, 1]) - prices(control)
     gained[3:5] = 0  # what the draft model would have had right is not known
     np.testing.assert_allclose(agent.weights[0], 0.5 * gained)
     before = agent.weights[0].copy()
@@ -82,7 +87,7 @@ def test_bandit_finds_the_best_arm() -> None:
     agent = AGENTS["ucb-drafter"](control=control, discount=1.0, exploration=0.3)
     right = np.array([0, 0.4, 0.4, 0.9, 0.9, 0.5, 0.5])
     sizes = np.array([0, 2, 4, 2, 4, 2, 4])
-    worth = [sum(p**i for i in range(n + 1)) for p, n in zip(right, sizes, strict=True)] / prices(control, TABLE)
+    worth = [sum(p**i for i in range(n + 1)) for p, n in zip(right, sizes, strict=True)] / prices(control)
     seen, start, chosen = observation_of(control), START, []
     for _ in range(3000):
         action, _ = agent.predict(seen, episode_start=start)
