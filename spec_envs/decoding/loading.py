@@ -10,9 +10,8 @@ import torch
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import Drafter
-from spec_envs.decoding.drafters.eagle.config import read_config
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
-from spec_envs.decoding.drafters.loaders import Target, load_sides, verifier_of
+from spec_envs.decoding.drafters.loaders import Target, layers_config, load_sides, verifier_of
 from spec_envs.decoding.drafters.names import HEADS, DrafterName, default_drafter
 from spec_envs.decoding.drafters.portfolio import Portfolio, is_portfolio, members
 from spec_envs.decoding.exits.decoder import ExitDecoder
@@ -143,5 +142,5 @@ def dtype_for(dtype: str, device: torch.device, target: str, drafters: Sequence[
         if drafter.kind == "model":
             models.append(str(drafter.folder))
         elif drafter.kind in HEADS:
-            heads.append(read_config(drafter.folder)[0])
+            heads.append(layers_config(drafter))
     return resolve_dtype(dtype, device, models, heads)

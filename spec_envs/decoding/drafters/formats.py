@@ -15,8 +15,11 @@ from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.config_keys import MASK_TOKENS
 
-READ = "read are EAGLE-3 and P-EAGLE heads (layouts of SafeAILab, SpecForge, ModelOpt, speculators) and draft models"
-SPECULATORS = ("eagle3", "peagle")  # kinds of that library's drafters that are read
+READ = (
+    "read are EAGLE-3 and P-EAGLE heads (layouts of SafeAILab, SpecForge, ModelOpt, speculators), DFlash drafters "
+    "(z-lab, speculators) and draft models"
+)
+SPECULATORS = ("eagle3", "peagle", "dflash")  # kinds of that library's drafters that are read
 EAGLE_1 = "an EAGLE-1, EAGLE-2 or HASS head"
 MLA = "an EAGLE-3 head with multi-head latent attention (DeepSeek, Kimi)"
 # In lower case: what an architecture may hold, and the format. The first that fits counts.
@@ -24,7 +27,7 @@ ARCHITECTURES = (
     ("medusa", "a Medusa head"),
     ("hydra", "a Hydra head"),
     ("mlpspeculator", "an MLP speculator"),
-    ("dflash", "a DFlash drafter"),
+    ("dflash2", "a DFlash 2 drafter"),
     ("dspark", "a DSpark drafter"),
     ("domino", "a Domino drafter"),
     ("eagle3deepseek", MLA),
@@ -36,7 +39,6 @@ ARCHITECTURES = (
 KEYS = (  # of a config.json, with a value that is neither null nor false
     ("medusa_num_heads", "a Medusa head"),
     ("hydra_num_heads", "a Hydra head"),
-    ("dflash_config", "a DFlash drafter"),
     ("kv_lora_rank", MLA),
 )
 TENSORS = (
@@ -63,18 +65,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def kind_of_folder(folder: Path) -> Literal["eagle3", "parallel", "model"]:
-    """Return what a folder holds, an EAGLE-3 head, a parallel one or a language model, as its config.json shows.
+def kind_of_folder(folder: Path) -> Literal["eagle3", "parallel", "dflash", "model"]:
+    """Return what a folder holds, as its config.json shows: an EAGLE-3 head, a parallel one, a DFlash drafter, or a
+    language model.
 
     Raises:
         ValueError: it holds a drafter of a format that is not read; the sentence names it.
     """
     config = read_json(folder / "config.json")
     refuse_foreign_config(config, folder)
+    names = architectures(config)
+    if config.get("speculators_model_type") == "dflash" or any("dflash" in name for name in [*names, *config]):
+        return "dflash"
     head = (
         config.get("speculators_model_type") in SPECULATORS
         or any(key in config for key in ("draft_vocab_size", "eagle_config"))
-        or any("eagle" in name for name in architectures(config))
+        or any("eagle" in name for name in names)
     )
     if not head:
         return "model"

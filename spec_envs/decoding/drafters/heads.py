@@ -74,6 +74,33 @@ def cast(head: nn.Module, target: Transformer) -> dict[str, Tensor]:
     return {n: target.precision.cast(t, target.device) if t.is_floating_point() else t for n, t in weights}
 
 
+def check_fit(
+    target: Transformer, hidden: int, vocab: int, boundaries: Sequence[int] | None, verifier: str | None
+) -> None:
+    """Check that a head was made for a target like this one.
+
+    Args:
+        target: the model.
+        hidden, vocab: hidden size and vocabulary of the head's own target.
+        boundaries: of the target's layers that the head reads; None for the default ones.
+        verifier: name of the head's own target, if known.
+
+    Raises:
+        ValueError: the head expects another hidden size, vocabulary or number of layers.
+    """
+    shape, of = target.shape, f" (it names {verifier})" if verifier else ""
+    for what, mine, theirs in (("hidden size", hidden, shape.hidden), ("vocabulary", vocab, shape.vocab)):
+        if mine != theirs:
+            raise ValueError(
+                f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target{of}"
+            )
+    if boundaries and max(boundaries) > shape.layers:
+        raise ValueError(
+            f"the drafter reads hidden states at the boundaries {list(boundaries)} of a target's layers, but "
+            f"the target has {shape.layers}; use a head trained for this target{of}"
+        )
+
+
 Model = TypeVar("Model", bound=HeadModel)
 
 

@@ -7,9 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.dflash.config import read_config as read_dflash_config
+from spec_envs.decoding.drafters.dflash.drafter import DFlashDrafter, DFlashModel
+from spec_envs.decoding.drafters.dflash.head import DFlashHead
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter, on_the_target
+from spec_envs.decoding.drafters.eagle.config import read_config
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter, EagleModel
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
@@ -75,6 +81,12 @@ def load_parallel(name: DrafterName, target: Target) -> tuple[LocalVerifier, Dra
     return verifier_of(target, head.capture), head
 
 
+def load_dflash(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of a DFlash drafter, which reads states of the target."""
+    head = DFlashDrafter(load_dflash_model(name.model, target.model), target.width, target.max_depth)
+    return verifier_of(target, head.capture), head
+
+
 def load_model(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of a draft model."""
     return verifier_of(target), copying(name, load_draft_model(name, target))
@@ -91,6 +103,7 @@ LOADERS: dict[Kind, Callable[[DrafterName, Target], tuple[LocalVerifier, Drafter
     "none": load_lookup,
     "eagle3": load_head,
     "parallel": load_parallel,
+    "dflash": load_dflash,
     "model": load_model,
     "exit": load_early_exit,
 }
@@ -119,6 +132,28 @@ def load_eagle(name: str, target: Transformer) -> EagleModel:
         return EagleModel(head, target)
     except ValueError as error:
         raise ValueError(f"cannot use the EAGLE-3 head in {drafter_folder(name)}: {error}") from None
+
+
+@functools.cache
+def load_dflash_model(name: str, target: Transformer) -> DFlashModel:
+    """Return a DFlash drafter in its inference form, loaded once per target and shared; raises as ``load_eagle``
+    does."""
+    head = DFlashHead.load(name)
+    try:
+        return DFlashModel(head, target)
+    except ValueError as error:
+        raise ValueError(f"cannot use the DFlash drafter in {drafter_folder(name)}: {error}") from None
+
+
+def layers_config(name: DrafterName) -> PretrainedConfig:
+    """Return the config of the layers of a drafter that reads states of the target.
+
+    Raises:
+        ValueError: its config.json cannot be used.
+    """
+    read: Callable[[Path], tuple[PretrainedConfig, object]]
+    read = read_dflash_config if name.kind == "dflash" else read_config
+    return read(name.folder)[0]
 
 
 def load_draft_model(name: DrafterName, target: Target) -> DraftModelDrafter:

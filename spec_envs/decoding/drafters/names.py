@@ -16,8 +16,8 @@ from spec_envs.decoding.weights.checkpoints import model_folder, registry
 
 LOOKUP, SUFFIX = "lookup", "suffix"  # copy from the text without weights; before a plus sign they are tried first
 EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
-Kind = Literal["none", "exit", "eagle3", "parallel", "model"]
-HEADS: tuple[Kind, ...] = ("eagle3", "parallel")  # they read states of the target, and draft trees
+Kind = Literal["none", "exit", "eagle3", "parallel", "dflash", "model"]
+HEADS: tuple[Kind, ...] = ("eagle3", "parallel", "dflash")  # they read states of the target, and draft trees
 Copies = Literal["", "lookup", "suffix"]
 Drafted = int | Literal["auto", "all"]  # how many tokens a draft model drafts from
 SIZED = re.compile(r"(.*)@(\d+|all)")  # the name of a draft model with the size of its shortlist

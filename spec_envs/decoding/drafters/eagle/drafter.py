@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead
-from spec_envs.decoding.drafters.heads import HeadDrafter, HeadModel, cast
+from spec_envs.decoding.drafters.heads import HeadDrafter, HeadModel, cast, check_fit
 from spec_envs.decoding.drafters.integer_step import Fusion, IntegerStep
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model import integers
@@ -34,34 +34,6 @@ def captured_layers(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
-def check_fit(head: EagleHead, target: Transformer) -> None:
-    """Check that a head was made for a target like this one.
-
-    Raises:
-        ValueError: the head expects another hidden size, vocabulary or number of layers.
-    """
-    config, variant, shape = head.config, head.variant, target.shape
-    of = f" (it names {variant.verifier})" if variant.verifier else ""
-    for what, mine, theirs in (
-        ("hidden size", variant.target_hidden or config.hidden_size, shape.hidden),
-        ("vocabulary", config.vocab_size, shape.vocab),
-    ):
-        if mine != theirs:
-            raise ValueError(
-                f"the drafter's {what} is {mine}, the target's is {theirs}; use a head trained for this target{of}"
-            )
-    if variant.boundaries and variant.boundaries[-1] > shape.layers:
-        raise ValueError(
-            f"the drafter reads hidden states at the boundaries {list(variant.boundaries)} of a target's layers, but "
-            f"the target has {shape.layers}; use a head trained for this target{of}"
-        )
-    if config.hidden_size != shape.hidden and "embed_tokens.weight" not in head.state_dict():
-        raise ValueError(
-            f"the drafter's hidden size is {config.hidden_size}, the target's is {shape.hidden}, so it needs its own "
-            "embed_tokens.weight; use a whole head"
-        )
-
-
 class EagleModel(HeadModel):
     """An EAGLE-3 head in the form for inference, shared by every drafter that uses it.
 
@@ -80,8 +52,14 @@ class EagleModel(HeadModel):
     """
 
     def __init__(self, head: EagleHead, target: Transformer):
-        check_fit(head, target)
         config, variant = head.config, head.variant
+        expected = variant.target_hidden or config.hidden_size
+        check_fit(target, expected, config.vocab_size, variant.boundaries, variant.verifier)
+        if config.hidden_size != target.shape.hidden and "embed_tokens.weight" not in head.state_dict():
+            raise ValueError(
+                f"the drafter's hidden size is {config.hidden_size}, the target's is {target.shape.hidden}, so it "
+                "needs its own embed_tokens.weight; use a whole head"
+            )
         self.variant, self.block = variant, variant.block
         self.capture = variant.boundaries or captured_layers(target.shape.layers)
         device, modules, state = target.device, target.precision.modules, cast(head, target)

@@ -139,9 +139,9 @@ def test_harmless_keys_are_accepted(key: str, tiny_target: Path, tmp_path: Path)
         ({"architectures": ["LlamaForCausalLMNextN"]}, {}, "a multi-token prediction"),
         ({"model_type": "qwen3_next_mtp"}, {}, "a multi-token prediction"),
         ({"architectures": ["MLPSpeculatorPreTrainedModel"]}, {}, "an MLP speculator"),
-        ({"architectures": ["DFlashDraftModel"], "dflash_config": {}}, {}, "a DFlash drafter"),
+        ({"architectures": ["DFlash2DraftModel"], "dflash_config": {}}, {}, "a DFlash 2 drafter"),
         ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, {}, "an EAGLE-3 head with multi-head latent attention"),
-        ({"speculators_model_type": "dflash"}, {}, "a 'dflash' drafter of speculators"),
+        ({"speculators_model_type": "dspark"}, {}, "a 'dspark' drafter of speculators"),
         ({"speculators_model_type": "eagle"}, {}, "a 'eagle' drafter of speculators"),
         ({"architectures": ["LlamaForCausalLMEagle"]}, {}, "an EAGLE-1, EAGLE-2 or HASS head"),
         (
@@ -172,7 +172,8 @@ def test_other_formats_are_refused_by_name(
         {name: torch.ones(size) for name, size in (tensors or {"x": (1,)}).items()}, tmp_path / "model.safetensors"
     )
     with pytest.raises(
-        ValueError, match=f"holds {what}.*which is not read; read are EAGLE-3 and P-EAGLE heads .* and draft models"
+        ValueError,
+        match=f"holds {what}.*which is not read; read are EAGLE-3 and P-EAGLE heads .*DFlash drafters .* and draft models",
     ):
         load_decoder(str(tiny_target), str(tmp_path), "cpu", "float32", width=1)
 
