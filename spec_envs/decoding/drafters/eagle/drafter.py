@@ -90,7 +90,8 @@ class EagleModel(HeadModel):
         self.rope = Rope(config, self.shape.head_dim, self.shape.context, target.precision.hidden, device)
         # A whole step by the kernels, which has the order of norms of the first published heads.
         self.call: IntegerStep | None = None
-        if modules is integers and not (variant.norm_before_residual or variant.norm_output):
+        passes_normed = variant.norm_output and variant.mask_token is None  # a parallel head passes nothing on
+        if modules is integers and not (variant.norm_before_residual or passes_normed):
             norms, outputs = (self.input_norm, self.hidden_norm), self.lm_head.outputs
             fusion = Fusion(self.fc, self.fc_norms, self.joined_norm)
             self.call = IntegerStep(
