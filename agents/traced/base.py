@@ -76,7 +76,7 @@ class TracedAgent(Agent):
         )
 
     settings: Settings
-    problems = ("depth", "budget", "tree", "k")
+    problems = ("depth", "budget", "tree", "k", "drafter")
     learns_from = "trace"
 
     def __init__(

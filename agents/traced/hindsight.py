@@ -60,9 +60,7 @@ class HindsightAgent(TracedAgent):
         self.outcomes.price(self.pace, forward, verification)
         if self.kept is None:
             return self
-        begun = np.zeros(len(self.kept.begun))
-        if not self.plans.chain:
-            begun += table.seconds("draft", 1) + (self.plans.made or 0) * forward
+        begun = np.full(len(self.kept.begun), self.plans.before(table))
         for _ in range(DINKELBACH):
             plan = self._chosen(self.kept.seen)
             tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)

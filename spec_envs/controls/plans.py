@@ -125,6 +125,10 @@ class Plans:
         """Return the seconds of drafting a further level or token."""
         return table.seconds("draft", self.width)
 
+    def before(self, table: CostTable) -> float:
+        """Return the seconds of what every cycle drafts before its first decision."""
+        return 0.0 if self.chain else table.seconds("draft", 1) + (self.made or 0) * self.forward(table)
+
 
 @dataclass(frozen=True, eq=False)
 class ChoicePlans(Plans):
@@ -145,6 +149,10 @@ class ChoicePlans(Plans):
 
     def forward(self, table: CostTable) -> float:
         """Return 0, because what each plan drafts has a price of its own."""
+        return 0.0
+
+    def before(self, table: CostTable) -> float:
+        """Return 0, because who drafts is decided first."""
         return 0.0
 
 
