@@ -244,14 +244,14 @@ def time_drafting(decoder: Decoder, drafter: Drafter | None, prompt: list[int], 
 def time_head(decoder: Decoder, head: HeadDrafter[Any], prompt: list[int], watch: Stopwatch) -> None:
     """Time a head over the first levels of a cycle, and over several tokens that it catches up with, which are taken
     back."""
-    block = head.block if isinstance(head, BlockDrafter) else 1
-    with watch.time("draft", block):
+    rows = 1 + head.rows if isinstance(head, BlockDrafter) else 1
+    with watch.time("draft", rows):
         decoder.begin()
-    if block == 1:
+    if rows == 1:
         with watch.time("draft", head.width):
             decoder.expand()
     target, length = head.model.target, head.cache.length
-    for n in sorted(set(DRAFT_ROWS) - {block, head.width}):
+    for n in sorted(set(DRAFT_ROWS) - {rows, head.width}):
         states = torch.zeros(n, len(head.capture) * target.shape.hidden, dtype=target.precision.hidden)
         with watch.time("draft", n):
             head.read(states.to(target.device), prompt[:n])

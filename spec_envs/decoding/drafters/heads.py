@@ -192,7 +192,10 @@ class BlockDrafter(HeadDrafter[Model]):
 
     Attributes:
         block: how many positions a forward predicts: those that the head was trained for, at most ``max_depth`` + 1.
+        rows: of a forward, besides those of unread tokens.
     """
+
+    rows: int
 
     def __init__(self, model: Model, width: int = 10, max_depth: int = 12):
         self.block = min(model.block or max_depth + 1, max_depth + 1)
@@ -200,10 +203,11 @@ class BlockDrafter(HeadDrafter[Model]):
 
     def root(self, tree: Tree) -> int:
         """Draft a block by one forward over the unread tokens and the block; return the number of its rows."""
-        self.children, rows = self.draft(*self.unread())
+        features, tokens = self.unread()
+        self.children = self.draft(features, tokens)
         self.drafted = 1
         tree.start(at(self.children, 0, 1))
-        return rows
+        return len(tokens) + self.rows
 
     def expand(self, tree: Tree) -> int:
         """Grow the tree by the children of the next position, unless the block ends here; return 0, without a
@@ -214,9 +218,8 @@ class BlockDrafter(HeadDrafter[Model]):
         return 0
 
     @abstractmethod
-    def draft(self, features: Tensor, tokens: list[int]) -> tuple[Children, int]:
-        """Read tokens of the text; return the children of every position of the block after them, and the rows of the
-        forward.
+    def draft(self, features: Tensor, tokens: list[int]) -> Children:
+        """Read tokens of the text and return the children of every position of the block after them.
 
         Args:
             features: of the target before each token, ``[n, states * target hidden]``.

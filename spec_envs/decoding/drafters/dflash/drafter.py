@@ -162,11 +162,14 @@ class DFlashDrafter(BlockDrafter[DFlashModel]):
     token and mask tokens, follow them.
     """
 
-    def draft(self, features: Tensor, tokens: list[int]) -> tuple[Children, int]:
+    def __init__(self, model: DFlashModel, width: int = 10, max_depth: int = 12):
+        super().__init__(model, width, max_depth)
+        self.rows = self.block + model.skipped
+
+    def draft(self, features: Tensor, tokens: list[int]) -> Children:
         """Read tokens of the text and predict the block after them; see ``BlockDrafter.draft``."""
         self.model.read(features, self.cache)
-        children = self.model.step(tokens[-1], self.cache, self.vocabulary, self.width, self.block)
-        return children, len(tokens) + self.block + self.model.skipped
+        return self.model.step(tokens[-1], self.cache, self.vocabulary, self.width, self.block)
 
     def read(self, features: Tensor, tokens: Sequence[int]) -> None:
         """Commit rows for positions of the text to the cache; see ``HeadDrafter.read``."""

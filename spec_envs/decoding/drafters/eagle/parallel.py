@@ -21,11 +21,13 @@ class ParallelDrafter(BlockDrafter[EagleModel]):
     of them stays in the cache.
     """
 
-    def draft(self, features: Tensor, tokens: list[int]) -> tuple[Children, int]:
+    def __init__(self, model: EagleModel, width: int = 10, max_depth: int = 12):
+        super().__init__(model, width, max_depth)
+        self.rows = self.block - 1
+
+    def draft(self, features: Tensor, tokens: list[int]) -> Children:
         """Read tokens of the text and predict the block after them; see ``BlockDrafter.draft``."""
-        masks = self.block - 1
-        children = self._read(features, tokens, masks, self.block)
-        return children, len(tokens) + masks
+        return self._read(features, tokens, self.rows, self.block)
 
     def read(self, features: Tensor, tokens: Sequence[int]) -> None:
         """Commit rows for positions of the text to the cache; see ``HeadDrafter.read``."""

@@ -19,7 +19,7 @@ from spec_envs.decoding.weights.files import load_weights
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.heads import random_target, states
 from tests.support.models.tiny import WORDS
-from tests.support.texts import plain_text
+from tests.support.texts import deviation, plain_text
 
 pytest.importorskip("speculators", reason="`make setup` installs it")
 from speculators import SpeculatorsConfig, VerifierConfig
@@ -289,3 +289,25 @@ def test_drafts_in_every_dtype(dtype: str, tiny_target: Path, tmp_path: Path) ->
                 decoder.expand()
             decoder.verify(int(rng.integers(0, 30)))
         assert decoder.tokens == text
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_sampled_text_has_the_targets_distribution(width: int, tiny_target: Path, tmp_path: Path) -> None:
+    folder = save_flat(tmp_path / "flat", flat_state(tmp_path / "made", tiny_target))
+    settings = {"tokens": 1000, "width": width, "max_depth": 3}
+    assert deviation({"target": str(tiny_target)}, folder, 0.9, 0.95, **settings) > 0.001
+
+
+def test_rows_of_the_forward_are_charged(tiny_target: Path, tmp_path: Path) -> None:
+    """A forward reads the states of the unread tokens, and the block after them; deeper levels are free."""
+    folder = save_flat(tmp_path / "flat", flat_state(tmp_path / "made", tiny_target))
+    decoder = load_decoder(str(tiny_target), str(folder), "cpu", "float32", width=2, max_depth=2)
+    decoder.eos = frozenset()
+    decoder.start(PROMPT, 40, np.random.default_rng(0))
+    for steps in (0, 2):  # tokens that were emitted without drafts
+        for _ in range(steps):
+            decoder.verify(0)
+        assert decoder.expand() and decoder.expand() and not decoder.expand()
+        decoder.verify(0)
+    rows = {rows: times for (part, rows), times in decoder.clock.forwards.items() if part == "draft" and rows}
+    assert rows == {1 + 4: 1, 4 + 3: 1}  # a block of three positions has four rows
