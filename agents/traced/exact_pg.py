@@ -52,7 +52,10 @@ class ExactPGAgent(TracedAgent):
         table = env.cost_tables[0]
         forward, verification = self.plans.forward(table), self.plans.verification(table)
         seen, gained = torch.from_numpy(lessons.seen), torch.from_numpy(lessons.accepted + 1)
-        seconds = lessons.begun[:, None] + lessons.forwards * forward + verification
+        unread, late = self.plans.unread(lessons.seen[:, 0]), self.plans.catching_up(table)
+        seconds = (
+            lessons.begun[:, None] + lessons.forwards * forward + verification + late[np.arange(len(late)), unread]
+        )
         spent = torch.from_numpy(seconds.astype(np.float32))
         if not self.seconds:
             self.tokens, self.seconds = 1.0, table.seconds("verify", 1)

@@ -53,16 +53,18 @@ class HindsightAgent(TracedAgent):
 
     def price(self, table: CostTable) -> Self:
         """Weigh plans under another cost table from now on."""
-        self.table = table
+        self.table, self.catching_up = table, self.plans.catching_up(table)
         self.known.clear()
         forward, verification = self.plans.forward(table), self.plans.verification(table)
         self.pace = 1 / table.seconds("verify", 1)
         self.outcomes.price(self.pace, forward, verification)
         if self.kept is None:
             return self
-        begun = np.full(len(self.kept.begun), self.plans.before(table))
+        before = self.plans.before(table)
         for _ in range(DINKELBACH):
             plan = self._chosen(self.kept.seen)
+            late = np.broadcast_to(self._late(self.kept.seen[:, 0]), self.kept.accepted.shape)
+            begun = before + late[np.arange(len(plan)), plan]
             tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)
             self.pace = tokens.sum() / seconds.sum()
             self.outcomes.price(self.pace, forward, verification)
@@ -90,8 +92,14 @@ class HindsightAgent(TracedAgent):
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Return the plan ``[n]`` with the most A − λT among those that are open."""
-        best: np.ndarray = self.outcomes.worth(self.outputs(observations), level).argmax(1)
+        worth = self.outcomes.worth(self.outputs(observations), level)
+        best: np.ndarray = (worth - self.pace * self._late(observations)).argmax(1)
         return best
+
+    def _late(self, observations: np.ndarray) -> np.ndarray:
+        """Return the seconds of reading what the drafter of each plan has not read, ``[n, plans]`` or ``[n, 1]``."""
+        late: np.ndarray = self.catching_up[np.arange(len(self.catching_up)), self.plans.unread(observations)]
+        return late
 
     def _chosen(self, seen: np.ndarray) -> np.ndarray:
         """Return the plan ``[n]`` with which each cycle ends, from what is seen at every level ``[n, levels, …]``."""

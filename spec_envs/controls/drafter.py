@@ -190,7 +190,12 @@ class DrafterControl(Control):
                 nodes.append(size)
                 longest.append(size if name.chain else min(size, depth + 1))
         count = np.array(nodes)
-        return ChoicePlans(np.array(longest) - 1, count, count, np.arange(len(nodes)), drafts_by=forwards)
+        lag = self.slices["lag"].start
+        lags = (lag, *np.repeat(np.arange(lag, lag + len(self.drafters)), len(self.sizes)).tolist())
+        actions = np.arange(len(nodes))
+        return ChoicePlans(
+            np.array(longest) - 1, count, count, actions, drafts_by=forwards, lags=lags, lag_unit=LAG_UNIT
+        )
 
     def prepare(self, decoder: Decoder) -> None:
         """Draft nothing: who drafts is decided before."""

@@ -125,6 +125,16 @@ class Plans:
         """Return the seconds of drafting a further level or token."""
         return table.seconds("draft", self.width)
 
+    def catching_up(self, table: CostTable) -> np.ndarray:
+        """Return by how many seconds the first forward of each plan costs more if its drafter has not read that many
+        rows of the text, ``[plans, rows]``; ``[1, 1]`` where that is not known before the drafter is asked."""
+        return np.zeros((1, 1))
+
+    def unread(self, observations: np.ndarray) -> np.ndarray:
+        """Return how many rows the drafter of each plan has not read, ``[n, plans]``, at observations
+        ``[n, numbers]``; ``[n, 1]`` zeros where that is not observed."""
+        return np.zeros((len(observations), 1), np.int64)
+
     def before(self, table: CostTable) -> float:
         """Return the seconds of what every cycle drafts before its first decision."""
         return 0.0 if self.chain else table.seconds("draft", 1) + (self.made or 0) * self.forward(table)
@@ -137,9 +147,14 @@ class ChoicePlans(Plans):
     Attributes:
         drafts_by: for each plan the forwards of its drafter, once that has read the text: curve of the cost table and
             rows.
+        lags: which of the observation's numbers shows how many rows the drafter of each plan has not read, ``[plans]``;
+            any where nobody drafts.
+        lag_unit: rows that it shows as 1, which is the most that it shows.
     """
 
     drafts_by: Sequence[Sequence[tuple[str, int]]] = ()
+    lags: tuple[int, ...] = ()
+    lag_unit: int = 1
 
     def verification(self, table: CostTable) -> np.ndarray:
         """Return the seconds of drafting and of verifying each plan, ``[plans]``."""
@@ -150,6 +165,20 @@ class ChoicePlans(Plans):
     def forward(self, table: CostTable) -> float:
         """Return 0, because what each plan drafts has a price of its own."""
         return 0.0
+
+    def catching_up(self, table: CostTable) -> np.ndarray:
+        """Return the seconds ``[plans, lag_unit + 1]``; see ``Plans``. A drafter that copies first is priced as if it
+        copied nothing, because what it will copy is not known before it is asked."""
+        found = np.zeros((len(self.sizes), self.lag_unit + 1))
+        for seconds, forwards in zip(found, self.drafts_by, strict=True):
+            for curve, rows in forwards[:1]:
+                more = [table.seconds(curve, rows + unread) for unread in range(self.lag_unit)]
+                seconds[1:] = np.array(more) - more[0]
+        return found
+
+    def unread(self, observations: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = np.rint(observations[:, list(self.lags)] * self.lag_unit).astype(np.int64)
+        return rows
 
     def before(self, table: CostTable) -> float:
         """Return 0, because who drafts is decided first."""

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from tests.support.recordings import costs_of
 
@@ -37,3 +38,23 @@ def test_environments_in_numpy_equal_single_ones(portfolio: PortfolioTrace, tmp_
                 np.testing.assert_array_equal(infos["final_obs"][i], own)
                 own, _ = env.reset()
             np.testing.assert_allclose(seen[i], own, atol=1e-7)
+
+
+def test_price_of_a_plan_is_what_its_cycle_costs(portfolio: PortfolioTrace, tmp_path: Path) -> None:
+    """For drafters that do not copy first, whatever they have not read."""
+    clock = costs_of(portfolio, tmp_path)
+    sizes = {"sizes": (1, 2, 5), "depths": (0, 1, 2), "width": 3, "drafter": ",".join(portfolio.traces)}
+    env: Any = gym.make("SpecDrafter-v0", trace=str(portfolio.folder), split="all", clock=clock, **sizes).unwrapped
+    plans, table, rng = env.control.plans(), CostTable.load(clock), np.random.default_rng(0)
+    fixed, late, lags = plans.verification(table), plans.catching_up(table), set()
+    for seed in range(12):
+        seen, _ = env.reset(seed=seed)
+        done = False
+        while not done:
+            unread = plans.unread(seen[None])[0]
+            plan = int(rng.integers(4, 10)) if rng.random() < 0.3 else 0  # the head, the draft model, or nobody
+            seen, _, done, _, info = env.step(int(plans.ends[plan]))
+            seconds = info["seconds"]["draft"] + info["seconds"]["verify"]
+            assert seconds == pytest.approx(fixed[plan] + late[plan, unread[plan]])
+            lags.add(unread[plan])
+    assert len(lags) > 5
