@@ -49,7 +49,7 @@ class Bounds:
         self.tokens = self.last - self.first
         self.tasks = [self.trace.texts[i].task for i in self.texts]
         self.offered = plans.sizes >= plans.first
-        self.most = UNREAD if plans.chain else plans.deepest + 2
+        self.most = UNREAD if plans.chain or cycles.copied.any() else plans.deepest + 2
         self.draft = prices([self.table], "draft", max(self.most + plans.deepest, plans.width) + 1)[0]
         verify = prices([self.table], "verify", int(plans.nodes.max()) + 1)[0]
         self.accepted = cycles.accepted.astype(np.int64)

@@ -94,7 +94,7 @@ class Plan:
         control = make_control(self.env_id, self.env)
         found = {}
         for name in control.drafters:
-            chain = DrafterName.parse(name).chain
+            chain = DrafterName.parse(name).single
             longest = control.max_depth + 1
             depth = max(1, *control.depths) if control.width > 1 else max(1, control.max_depth)
             sizes = {"k_max": max(2, longest)} if chain else {"max_depth": depth, "width": control.width}

@@ -185,10 +185,10 @@ class DrafterControl(Control):
         forwards: list[list[tuple[str, int]]] = [[]]
         for name in map(DrafterName.parse, self.drafters):
             for size, depth in zip(self.sizes, self.depths, strict=True):
-                rows = [1] * size if name.chain else [1] if name.kind == "parallel" else [1, *[self.width] * depth]
+                rows = [1] * size if name.single else [1] if name.kind == "parallel" else [1, *[self.width] * depth]
                 forwards.append([(f"{DRAFTER}{name}", n) for n in rows] if name.model else [])
                 nodes.append(size)
-                longest.append(size if name.chain else min(size, depth + 1))
+                longest.append(size if name.single else min(size, depth + 1))
         count = np.array(nodes)
         lag = self.slices["lag"].start
         lags = (lag, *np.repeat(np.arange(lag, lag + len(self.drafters)), len(self.sizes)).tolist())

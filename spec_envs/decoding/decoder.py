@@ -13,6 +13,7 @@ import torch
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import NO_NODES, Cycle, Drafted
 from spec_envs.decoding.drafters.base import Drafter
+from spec_envs.decoding.drafters.copying import remembers
 from spec_envs.decoding.engine import Engine, TextEngine, check_room
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import Tree
@@ -116,7 +117,13 @@ class Decoder(TextEngine):
         return Decoder(self.verifier.plain(self.eos), None, clock, self.eos, 0, self.detokenize)
 
     def separate(self) -> Decoder:
-        """Return this decoder itself: no state survives a text."""
+        """Return this decoder itself: no state survives a text.
+
+        Raises:
+            ValueError: the drafter drafts from earlier answers, which would be those of every arm.
+        """
+        if remembers(self.drafter):
+            raise ValueError("suffix@stream drafts from the answers of all arms of a comparison; take suffix")
         return self
 
     def close(self) -> None:

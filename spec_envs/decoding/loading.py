@@ -61,12 +61,13 @@ def load_decoder(
     Args:
         target: name of models.yml, hub id, folder or GGUF file.
         drafter: an EAGLE-3 head or a draft model: name of models.yml, folder, hub id or GGUF file; ``"lookup"`` is
-            prompt lookup, ``"lookup+NAME"`` tries it before the draft model or exit NAME, ``"exit:N"`` is an
-            untrained exit of the target after N layers, and the folder of a trained exit is that exit. ``"auto"`` is
-            the target's own drafter in models.yml; None decodes plainly. Several names, joined by commas, are a
-            ``Portfolio``, of which ``decoder.drafter.choose`` lets one draft. A draft model drafts from a shortlist, the
-            first quarter of its vocabulary (at least 8,192 tokens), and from the tokens of the text; ``"NAME@N"`` sets
-            another size, ``"NAME@all"`` drafts from all tokens.
+            prompt lookup and ``"suffix"`` suffix decoding, ``"lookup+NAME"`` and ``"suffix+NAME"`` try it before the
+            head, draft model or exit NAME, ``"suffix@stream"`` also drafts from the answers that this decoder wrote
+            before, ``"exit:N"`` is an untrained exit of the target after N layers, and the folder of a trained exit is
+            that exit. ``"auto"`` is the target's own drafter in models.yml; None decodes plainly. Several names, joined
+            by commas, are a ``Portfolio``, of which ``decoder.drafter.choose`` lets one draft. A draft model drafts from
+            a shortlist, the first quarter of its vocabulary (at least 8,192 tokens), and from the tokens of the text;
+            ``"NAME@N"`` sets another size, ``"NAME@all"`` drafts from all tokens.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         dtype: ``"auto"``, ``"int8"``, ``"q4"``, ``"bfloat16"``, ``"float16"`` or ``"float32"``. ``"auto"`` is int8 on
             a CPU that has instructions for it, elsewhere bfloat16 or float32; ``"q4"`` multiplies the blocks of a GGUF
@@ -87,7 +88,7 @@ def load_decoder(
     several = drafter is not None and is_portfolio(drafter)
     names = () if drafter is None else members(drafter) if several else (DrafterName.parse(drafter),)
     for name in names:
-        check_fits(name, 1 if several and name.chain else width)
+        check_fits(name, 1 if several and name.single else width)
     model = load_target(target, at, dtype_for(dtype, at, target, names))
     fit_together(target, model.shape.vocab)
     asked = Target(target, model, temperature, top_p, width, max_depth, adapter, rank, stop)
@@ -104,17 +105,15 @@ def load_decoder(
 
 
 def check_fits(name: DrafterName, width: int) -> None:
-    """Refuse a drafter of chains for trees, and an EAGLE-3 head together with prompt lookup.
+    """Refuse a drafter of chains for trees.
 
     Raises:
-        ValueError: the drafter is one of them.
+        ValueError: the drafter is one.
     """
     if name.chain and width != 1:
         raise ValueError(
             f"{str(name)!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
         )
-    if name.copies and name.kind in HEADS:
-        raise ValueError(f"drafter is {str(name)!r}; expected the name of a draft model or an exit after the plus sign")
 
 
 def load_portfolio(names: Sequence[DrafterName], target: Target) -> tuple[LocalVerifier, Portfolio]:
@@ -129,7 +128,7 @@ def load_portfolio(names: Sequence[DrafterName], target: Target) -> tuple[LocalV
                 f"{str(name)!r} drafts with layers whose states the verifier continues, so it is not one of several "
                 "drafters; leave it out"
             )
-    alone = [load_sides(name, replace(target, width=1) if name.chain else target)[1] for name in names]
+    alone = [load_sides(name, replace(target, width=1) if name.single else target)[1] for name in names]
     portfolio = Portfolio(names, alone, target.width)
     return verifier_of(target, portfolio.capture), portfolio
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from spec_envs.decoding.sampling import Proposal
 
-ROOT = -1
+ROOT, NEVER = -1, -np.inf
 EMPTY = np.zeros(0, np.int64)
 
 
@@ -20,7 +20,8 @@ class Children(NamedTuple):
     """The tokens that a drafter proposes after each of n nodes.
 
     Attributes:
-        tokens, log_probs: the children and their log-probabilities, ``[n, width]``, best first.
+        tokens, log_probs: the children and their log-probabilities, ``[n, width]``, best first; −inf where a node has
+            fewer children.
         entropies: of the drafter's distribution after each node, in nats, ``[n]``.
         proposal: the distribution from which the one child of a sampled chain was drawn, or None.
     """
@@ -105,8 +106,10 @@ class Tree:
     def start(self, children: Children) -> None:
         """Clear the tree and add level 0, the children of the root."""
         self.clear()
-        new = self._add(children, 1)
-        self._parents[new], self._scores[new] = ROOT, children.log_probs[0]  # a chain before had parents there
+        there = children.log_probs[0] > NEVER
+        new = self._add(children, children.tokens[0, there])
+        self._parents[new] = ROOT  # a chain before had parents there
+        self._scores[new] = children.log_probs[0, there]
         self.frontier = self._ids[new]
 
     def grow(self, children: Children) -> np.ndarray:
@@ -118,14 +121,15 @@ class Tree:
         Raises:
             ValueError: the tree is full.
         """
-        fed, (rows, width) = self.frontier, children.tokens.shape
-        new = self._add(children, rows)
-        self._parents[new].reshape(rows, width)[:] = fed[:, None]
+        fed = self.frontier
+        rows, places = (children.log_probs > NEVER).nonzero()
+        new = self._add(children, children.tokens[rows, places])
+        self._parents[new] = fed[rows]
         scores = self._scores[new]
-        np.add(self._scores[fed][:, None], children.log_probs, out=scores.reshape(rows, width), casting="same_kind")
+        np.add(self._scores[fed][rows], children.log_probs[rows, places], out=scores, casting="same_kind")
         best = (-scores).argsort(kind="stable")[: self.width]
         self.frontier = best + new.start
-        parents: np.ndarray = best // width
+        parents: np.ndarray = rows[best]
         return parents
 
     def select(self, budget: int) -> np.ndarray:
@@ -148,13 +152,13 @@ class Tree:
         places[ids] = self._ids[: len(ids)]
         return self._tokens[ids], places[self._parents[ids]], self._levels[ids]
 
-    def _add(self, children: Children, rows: int) -> slice:
-        """Add a level of the children of ``rows`` nodes, except for their parents and scores; return the new ids."""
-        tokens, first = children.tokens, self.size
-        new = slice(first, first + tokens.size)
+    def _add(self, children: Children, tokens: np.ndarray) -> slice:
+        """Add a level of nodes with these tokens, except for their parents and scores; return the new ids."""
+        first = self.size
+        new = slice(first, first + len(tokens))
         if new.stop > self.capacity:
             raise ValueError(f"the tree is full at {self.expansions} expansions")
-        self._tokens[new].reshape(rows, -1)[:] = tokens
+        self._tokens[new] = tokens
         self._levels[new] = len(self.level_starts)
         self.level_starts.append(first)
         self.size = new.stop

@@ -22,7 +22,7 @@ from torch import Tensor
 from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.decoding.drafters.copying import SHORTEST
+from spec_envs.decoding.drafters.lookup import SHORTEST
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.decoding.traces.recording import EVERY, Problem, Recording, chosen

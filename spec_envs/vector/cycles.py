@@ -10,6 +10,7 @@ import numpy as np
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.recorded import RecordedChains, RecordedTrees, copied_tokens
 from spec_envs.controls.plans import Plans
+from spec_envs.decoding.traces.full_trees import level_slice, sizes
 from spec_envs.decoding.traces.trace import Trace
 
 CHUNK = 2048  # rows whose observed entries are computed together
@@ -18,8 +19,7 @@ CHUNK = 2048  # rows whose observed entries are computed together
 class CycleTable:
     """The cycles of a control on a trace, by row of the trace and plan of the control.
 
-    Arrays ``[rows, …]`` have a single row where all rows are equal: trees of the same size are drafted at every
-    position.
+    Arrays ``[rows, …]`` have a single row where all rows are equal.
 
     Args:
         trace: a trace of the kind that replays the control.
@@ -39,6 +39,9 @@ class CycleTable:
             (``spec_envs.decoding.catch_up``).
         read: ``[rows, plans]``, tokens of a chain that forwards have read once it is drafted.
         right: ``[rows]``, how many first tokens of a chain are the text's.
+        deepest: ``[rows]``, the largest size that can be drafted; of trees only.
+        copied: of trees ``[rows]``, True for copies, which take no forward; of chains ``[rows, largest size]``, the same
+            for each token.
     """
 
     def __init__(self, trace: Trace, control: Control, plans: Plans | None = None):
@@ -55,13 +58,19 @@ class CycleTable:
         self.accepted = np.empty((len(ranks), len(plans.sizes)), np.int8)
         for i, (depth, budget) in enumerate(zip(plans.sizes.tolist(), plans.budgets.tolist(), strict=True)):
             self.accepted[:, i] = ((ranks[:, depth] >= 0) & (ranks[:, depth] < budget)).sum(1)
-        self.drafted, self.nodes = plans.candidates[None], plans.nodes[None]
-        self.asked = np.ones((1, len(plans.sizes)), bool)
+        width = plans.width
+        reached = sizes(np.asarray(self.trace.columns["log_probs"][:, : level_slice(plans.deepest, width).stop]), width)
+        self.deepest = np.maximum(0, (np.diff(reached, axis=1, prepend=0) > 0).sum(1) - 1)
+        self.copied = np.asarray(self.trace.columns["copied"])
+        self.drafted = reached[:, plans.sizes]
+        self.nodes = np.minimum(self.drafted, plans.budgets)
+        self.asked = np.broadcast_to(~self.copied[:, None], self.drafted.shape)
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
-        self.forwards, self.gaps = further[None], np.full((1, plans.deepest), plans.width)
-        self.first = self.right = np.zeros(1, np.int64)
+        self.forwards = self.asked * further
+        self.gaps = np.repeat(np.where(self.copied, 0, width)[:, None], plans.deepest, 1)
+        self.first = self.right = np.zeros(len(ranks), np.int64)
         # the next tree has another root, so all its nodes are read again
-        self.read = np.zeros((1, len(plans.sizes)), np.int64)
+        self.read = np.broadcast_to(np.int64(0), self.drafted.shape)
 
     def _read_chains(self) -> None:
         columns, k_max = self.trace.columns, self.plans.deepest
@@ -118,6 +127,7 @@ class CycleTable:
             size: ``[n]``, sizes that they have drafted.
         """
         found = np.zeros((len(row), self.control.draft_columns), np.float32)
+        size = size if self.plans.chain else np.minimum(size, self.deepest[row])
         for entry in self.control.entries:
             if entry.recorded:
                 shown = entry.recorded(self.recorded, row, size)

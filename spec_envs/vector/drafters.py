@@ -100,17 +100,16 @@ class Drafters:
         drafter, forward, further = self.drafters[i], self.forward[i], self.further[i]
         clock, row, unread = self.clock[which], self.row[which], self.unread[which, i]
         if further is None:
-            self.unread[which, i] = 0
+            reads = ~drafter.cycles.copied[row]
+            self.unread[which, i] *= ~reads
             seconds: np.ndarray = forward[clock, unread] + self.depths[size] * forward[clock, self.control.width]
-            return seconds
+            return reads * seconds
         plan, cycles = drafter.plans[size], drafter.cycles
-        rows = np.zeros(1, np.int64) if len(cycles.nodes) == 1 else row  # trees of a width of 1 are all as long
-        first = cycles.first[rows]
-        asked = first < cycles.nodes[rows, plan]
+        first, asked = cycles.first[row], cycles.asked[row, plan]
         needed = np.where(asked, catch_up.rows(unread, first), 0)
         self.unread[which, i] *= ~asked
-        self.read[which, i] = cycles.read[rows, plan]
-        found: np.ndarray = asked * forward[clock, needed] + further[clock, rows, plan]
+        self.read[which, i] = cycles.read[row, plan]
+        found: np.ndarray = asked * forward[clock, needed] + further[clock, row, plan]
         return found
 
     def verified(

@@ -44,6 +44,7 @@ class Trees:
         row: row of the trace at which each environment is.
         depth: expansions of each tree.
         clock: index of the cost table that prices each environment's forwards.
+        unread: tokens of each text that no forward of the drafter has read.
     """
 
     def __init__(self, cycles: CycleTable, tables: Sequence[CostTable], count: int, draws: Draws):
@@ -51,28 +52,30 @@ class Trees:
         plans = self.plans
         self.shallowest, self.offered = int(plans.sizes[0]), plans.offered
         self.ended = plans.ended_by(int(self.control.action_space.n)) - self.shallowest * self.offered
-        self.candidates, self.sent = plans.candidates, plans.nodes
         self.expansion = prices(tables, "draft", plans.width)[:, plans.width]
-        self.root = prices(tables, "draft", self.control.max_depth + 2)
-        self.verification = prices(tables, "verify", int(self.sent.max()) + 1)[:, self.sent + 1]  # [tables, plans]
-        self.row, self.depth = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        longest = cycles.trace.manifest.max_new_tokens  # all of them copied, and read by no forward so far
+        self.root = prices(tables, "draft", longest if cycles.copied.any() else self.control.max_depth + 2)
+        self.verification = prices(tables, "verify", int(cycles.nodes.max()) + 1)
+        self.row, self.depth, self.unread = (np.zeros(count, np.int64) for _ in range(3))
         self.clock = np.zeros(count, np.int64)
         self.costs = costs_observed(tables, self.control)
 
     def start(self, which: np.ndarray) -> np.ndarray:
         """Draft the first trees of texts; return the seconds of drafting them."""
-        return self.draft(which, np.ones(len(which), np.int64))
+        self.unread[which] = 1
+        return self.draft(which)
 
-    def draft(self, which: np.ndarray, unread: np.ndarray) -> np.ndarray:
-        """Draft what the first decision of a cycle needs, after ``unread`` tokens joined the text; return its
-        seconds."""
-        clock, made = self.clock[which], self.plans.made
+    def draft(self, which: np.ndarray) -> np.ndarray:
+        """Draft what the first decision of a cycle needs; return its seconds, 0 for copies."""
+        clock, row, made = self.clock[which], self.row[which], self.plans.made
         if made is None:
             depth = self.shallowest + self.draws.integers(which, len(self.cycles.sizes))
         else:
             depth = np.full(len(which), made)
-        self.depth[which] = depth
-        seconds: np.ndarray = self.root[clock, unread] + depth * self.expansion[clock]
+        self.depth[which] = np.minimum(depth, self.cycles.deepest[row]) if self.plans.stepwise else depth
+        asked = ~self.cycles.copied[row]
+        seconds: np.ndarray = asked * (self.root[clock, self.unread[which]] + depth * self.expansion[clock])
+        self.unread[which] *= ~asked
         return seconds
 
     def act(self, actions: np.ndarray, live: np.ndarray | bool = True) -> Outcome:
@@ -82,23 +85,20 @@ class Trees:
             verified = np.ones(len(actions), bool) & live
             drafting = np.zeros(len(actions))
         else:
-            grows = actions == plans.drafts
-            if plans.runs_out:
-                verified = ~grows | (self.depth + 1 == plans.deepest)
-            else:
-                grows &= self.depth < plans.deepest
-                verified = ~grows
+            grows = (actions == plans.drafts) & (self.depth < self.cycles.deepest[self.row])
+            verified = ~grows | (plans.runs_out & (self.depth + 1 == plans.deepest))
             grows, verified = grows & live, verified & live
             self.depth += grows
-            drafting = grows * self.expansion[self.clock]
+            drafting = grows * ~self.cycles.copied[self.row] * self.expansion[self.clock]
         plan = self.depth * self.offered + self.ended[actions]
+        sent = self.cycles.nodes[self.row, plan]
         return Outcome(
             verified,
             self.cycles.accepted[self.row, plan],
-            self.candidates[plan],
-            self.sent[plan],
+            self.cycles.drafted[self.row, plan],
+            sent,
             drafting,
-            verified * self.verification[self.clock, plan],
+            verified * self.verification[self.clock, sent + 1],
         )
 
     def verified(
@@ -108,7 +108,8 @@ class Trees:
         ended."""
         continues = ~finished[which]
         seconds = np.zeros(len(which))
-        seconds[continues] = self.draft(which[continues], emitted[which[continues]])
+        self.unread[which] += emitted[which]
+        seconds[continues] = self.draft(which[continues])
         return seconds
 
     def observe(self, out: np.ndarray, which: np.ndarray | slice, alive: np.ndarray) -> None:

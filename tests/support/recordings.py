@@ -22,17 +22,22 @@ TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
 
 @pytest.fixture(scope="session")
 def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
-    """Return recordings of the tiny models: trees, chains of a draft model with a shortlist, and of a whole one with prompt
-    lookup before it."""
+    """Return recordings of the tiny models: trees of a head, alone and with copies before it, and of suffix decoding;
+    chains of a draft model with a shortlist, and of a whole one with copies before it; chains of copies alone."""
     # imported here, since most tests need nothing of the experiments
     from spec_envs.experiments.traces.plan import Plan
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
+    trees = {"max_depth": 4, "width": 4}
     return {
-        "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], "max_depth": 4, "width": 4}, TEXTS),
+        "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], **trees}, TEXTS),
+        "copied tree": Plan("SpecDepth-v0", env | {"drafter": f"lookup+{tiny['drafter']}", **trees}, TEXTS),
+        "suffix tree": Plan("SpecDepth-v0", env | {"drafter": "suffix", **trees}, TEXTS),
         "chain": Plan("SpecK-v0", env | {"drafter": f"{tiny_draft}@9", "k_max": 6}, TEXTS),
         "copies": Plan("SpecK-v0", env | {"drafter": f"lookup+{tiny_draft}", "k_max": 6}, TEXTS),
+        "suffix copies": Plan("SpecK-v0", env | {"drafter": f"suffix+{tiny_draft}", "k_max": 6}, TEXTS),
         "lookup": Plan("SpecK-v0", env | {"drafter": "lookup", "k_max": 6}, TEXTS),
+        "suffix": Plan("SpecK-v0", env | {"drafter": "suffix", "k_max": 6}, TEXTS),
     }
 
 

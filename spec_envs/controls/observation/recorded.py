@@ -15,6 +15,7 @@ import numpy as np
 from spec_envs.controls.observation.tree_formulas import gains, survival
 from spec_envs.decoding.traces.files import RecordedTexts
 from spec_envs.decoding.traces.full_trees import grown, level_slice
+from spec_envs.decoding.tree import NEVER
 
 ENTROPY_UNIT = 10.0  # nats that the observation shows as 1
 DEPTH_UNIT = 10.0  # expansions that the published observation shows as 1
@@ -30,7 +31,7 @@ class RecordedTrees:
     Attributes:
         scores: ``[rows, C]``, path log-probability of every node.
         frontiers: ``[rows, L, W]``, the nodes of each level that are expanded, best first.
-        stops: ``[L]``, nodes of a tree of each depth.
+        stops: ``[L]``, nodes of a full tree of each depth.
     """
 
     def __init__(self, trace: RecordedTexts, max_depth: int, width: int):
@@ -99,8 +100,8 @@ def recorded_gains(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray, bud
 
 def recorded_entropy(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the entropy of the distribution that the last level's first nodes are from, in units of 10 nats."""
-    first = np.where(depth > 0, 1 + trees.width * (depth - 1), 0)  # the node that the last expansion fed first
-    entropies: np.ndarray = trees.entropies[row, first] / ENTROPY_UNIT
+    fed = np.where(depth > 0, 1 + trees.width * (depth - 1), 0)  # the node that the last expansion fed first
+    entropies: np.ndarray = trees.entropies[row, fed] / ENTROPY_UNIT
     return entropies
 
 
@@ -117,7 +118,7 @@ def recorded_depth(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> 
 def recorded_scores(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the path log-probabilities of all nodes, 0 for missing ones, ``[n, C]``."""
     there = np.arange(trees.scores.shape[1]) < trees.stops[depth][:, None]
-    return np.where(there, trees.scores[row], 0.0)
+    return first(np.where(there, trees.scores[row], NEVER))
 
 
 def recorded_last_level(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -125,7 +126,14 @@ def recorded_last_level(trees: RecordedTrees, row: np.ndarray, depth: np.ndarray
     size = trees.width * trees.width
     nodes = np.where(depth > 0, trees.stops[depth] - size, 0)[:, None] + np.arange(size)
     there = nodes < trees.stops[depth][:, None]
-    return np.where(there, trees.scores[row[:, None], np.where(there, nodes, 0)], 0.0)
+    return first(np.where(there, trees.scores[row[:, None], np.where(there, nodes, 0)], NEVER))
+
+
+def first(scores: np.ndarray) -> np.ndarray:
+    """Return the scores ``[n, …]`` of the nodes that there are, in order, with 0 after them."""
+    order = (scores == NEVER).argsort(1, kind="stable")
+    ordered = np.take_along_axis(scores, order, 1)
+    return np.where(ordered == NEVER, 0.0, ordered)
 
 
 def recorded_size(chains: RecordedChains, row: np.ndarray, size: np.ndarray) -> np.ndarray:

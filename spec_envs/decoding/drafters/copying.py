@@ -1,4 +1,5 @@
-"""Copying drafter: prompt lookup where the text repeats itself, a draft model everywhere else."""
+"""Copies where the text repeats itself, a model everywhere else: in a chain token by token, in front of trees cycle by
+cycle."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.decoding.drafters.lookup import Occurrence, Occurrences, copy
+from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
+from spec_envs.decoding.drafters.lookup import Copy, LookedUp, child
+from spec_envs.decoding.drafters.suffix import SuffixDrafter, Suffixes
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children, Tree
 
-SHORTEST, NGRAM = 2, 4  # fewest matching tokens of a copy, and most that are looked up at once
+Copies = LookedUp | Suffixes
 
 
 class CopyingDrafter(ChainDrafter):
@@ -24,24 +26,17 @@ class CopyingDrafter(ChainDrafter):
 
     Args:
         model: the draft model, or an early exit.
-
-    Attributes:
-        found: the earlier place that the token after a chain of ``found_after`` tokens is copied from; None if the
-            model drafts it.
-        found_after: length of the chain that was last looked up; −1 if none was.
+        copies: finds what is copied.
     """
 
-    found: Occurrence | None
-    found_after: int
-
-    def __init__(self, model: ChainDrafter):
-        self.model, self.vocab, self.context = model, model.vocab, model.context
+    def __init__(self, model: ChainDrafter, copies: Copies):
+        self.model, self.copies = model, copies
+        self.vocab, self.context = model.vocab, model.context
         self.capture, self.temperature = model.capture, model.temperature
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         self.model.start(text, positions, features, rng)
-        self.seen = Occurrences(text, NGRAM)
-        self._forget()
+        self.copies.start(text)
 
     @property
     def top_k(self) -> int | None:
@@ -58,36 +53,96 @@ class CopyingDrafter(ChainDrafter):
 
     def commit(self, tokens: Sequence[int], features: Tensor) -> None:
         self.model.commit(tokens, features)
-        self.seen.append(tokens)
-        self._forget()
+        self.copies.append(tokens)
 
     def matched(self) -> int:
         """Return how many of the text's last tokens match an earlier place; see ``Copier``."""
-        found = self.seen.find()
-        return found.matched if found else 0
+        return self.copies.matched()
 
-    def source(self, chain: list[int]) -> Occurrence | None:
-        """Return where the token after ``chain`` would be copied from, or None where the draft model drafts it."""
-        if self.found_after != len(chain):
-            found = self.seen.find(chain)
-            self.found = found if found and found.matched >= SHORTEST else None
-            self.found_after = len(chain)
-        return self.found
+    def source(self, chain: list[int]) -> Copy | None:
+        """Return what would be copied after ``chain``, or None where the draft model drafts it."""
+        return self.copies.find(chain)
 
     def continues(self, tree: Tree) -> bool:
         return self.model.continues(tree)
 
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """Copy the next token, or draft it with the model."""
-        source = self.source(chain)
-        if source is None:
+        copy = self.source(chain)
+        if copy is None:
             return self.model.draft(chain)
-        token = self.seen.text[source.next]
-        self.found = self.seen.after(source)
-        if self.found:  # the copy continues from there
-            self.found_after = len(chain) + 1
-        return copy(token, source.matched, Proposal.certain(token) if self.temperature else None), 0
+        return child(copy, Proposal.certain(copy.token) if self.temperature else None), 0
 
-    def _forget(self) -> None:
-        """Forget where the last chain copied from."""
-        self.found, self.found_after = None, -1
+
+class CopyingTrees:
+    """Drafts a chain of copies where the text repeats itself, and a head's tree everywhere else.
+
+    A cycle whose first token can be copied drafts copies only, as far as there are any, and costs no forward: the head
+    catches up with the text when it is asked again. When sampling, a copy is the one child of its node, tested as the
+    children of a head's tree are.
+
+    Args:
+        head: drafts trees.
+        copies: finds what is copied.
+
+    Attributes:
+        copied: True if the tree under way is a chain of copies.
+    """
+
+    drafting = ""
+
+    def __init__(self, head: Drafter, copies: Copies):
+        self.head, self.copies = head, copies
+        self.capture, self.vocab, self.context, self.width = head.capture, head.vocab, head.context, head.width
+        self.copied = False
+
+    @property
+    def lag(self) -> int:
+        """The head's ``lag``; see ``Drafter``."""
+        return self.head.lag
+
+    def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
+        """Forget the last text and begin a new one; see ``Drafter.start``."""
+        self.head.start(text, positions, features, rng)
+        self.copies.start(text)
+
+    def commit(self, tokens: Sequence[int], features: Tensor) -> None:
+        """Append tokens to the text; see ``Drafter.commit``."""
+        self.head.commit(tokens, features)
+        self.copies.append(tokens)
+
+    def root(self, tree: Tree) -> int:
+        """Start a chain of copies, which takes no forward, or the head's tree; return the rows."""
+        tree.clear()
+        copy_next(self.copies, tree)
+        self.copied = tree.size > 0
+        return 0 if self.copied else self.head.root(tree)
+
+    def expand(self, tree: Tree) -> int:
+        """Grow the chain by a copy, if there is one, or the head's tree; return the rows."""
+        if not self.copied:
+            return self.head.expand(tree)
+        copy_next(self.copies, tree)
+        return 0
+
+    def matched(self) -> int:
+        """Return how many of the text's last tokens match an earlier place; see ``Copier``."""
+        return self.copies.matched()
+
+    def source(self, chain: list[int]) -> Copy | None:
+        """Return what would be copied after ``chain``; None in a tree of the head, and where there is nothing more."""
+        return self.copies.find(chain) if self.copied or not chain else None
+
+
+def copy_next(copies: Copies, tree: Tree) -> None:
+    """Add the next copy to a chain of copies, or the first one to an empty tree; nothing if there is no copy."""
+    copy = copies.find(tree.tokens.tolist())
+    if copy is not None:
+        (tree.grow if tree.size else tree.start)(child(copy))
+
+
+def remembers(drafter: Drafter | None) -> bool:
+    """Return whether a drafter drafts from earlier answers, too."""
+    copies = drafter.copies if isinstance(drafter, CopyingDrafter | CopyingTrees) else drafter
+    copies = copies.seen if isinstance(copies, SuffixDrafter) else copies
+    return isinstance(copies, Suffixes) and copies.remembered > 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
-from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.copying import Copies, CopyingDrafter, CopyingTrees
 from spec_envs.decoding.drafters.dflash.config import read_config as read_dflash_config
 from spec_envs.decoding.drafters.dflash.drafter import DFlashDrafter, DFlashModel
 from spec_envs.decoding.drafters.dflash.head import DFlashHead
@@ -21,9 +21,10 @@ from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.formats import refuse_foreign_tensors
-from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.drafters.lookup import LookedUp, LookupDrafter
 from spec_envs.decoding.drafters.names import EXIT, SUFFIX, DrafterName, Kind, drafter_folder
 from spec_envs.decoding.drafters.shortlist import Shortlist, shortened, size_of
+from spec_envs.decoding.drafters.suffix import LIKELY, REMEMBERED, SuffixDrafter, Suffixes
 from spec_envs.decoding.exits.adapter import ExitAdapter
 from spec_envs.decoding.exits.files import load_exit
 from spec_envs.decoding.exits.split import SplitVerifier
@@ -58,33 +59,32 @@ def load_sides(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafte
     """
     if name.shortlist != "auto" and name.kind != "model":
         raise ValueError(f"drafter is {str(name)!r}; only a whole draft model takes a size of its shortlist after an @")
-    if name.copies == SUFFIX:
-        raise ValueError(f"drafter is {str(name)!r}; suffix decoding is not loaded yet, take prompt lookup")
     return LOADERS[name.kind](name, target)
 
 
-def load_lookup(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
-    """Return the sides of prompt lookup alone, which has no weights."""
-    shape = target.model.shape
-    return verifier_of(target), LookupDrafter(shape.vocab, shape.context)
+def load_copies(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of prompt lookup or suffix decoding alone, which have no weights."""
+    vocab, context = target.model.shape.vocab, target.model.shape.context
+    if name.copies == SUFFIX:
+        return verifier_of(target), SuffixDrafter(vocab, context, target.width, remembered(name))
+    return verifier_of(target), LookupDrafter(vocab, context)
 
 
 def load_head(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of an EAGLE-3 head, which reads states of the target."""
-    head = EagleDrafter(load_eagle(name.model, target.model), target.width, target.max_depth)
-    return verifier_of(target, head.capture), head
+    return behind_copies(name, target, EagleDrafter(load_eagle(name.model, target.model), target.width, target.max_depth))
 
 
 def load_parallel(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of a parallel head, which reads states of the target."""
     head = ParallelDrafter(load_eagle(name.model, target.model), target.width, target.max_depth)
-    return verifier_of(target, head.capture), head
+    return behind_copies(name, target, head)
 
 
 def load_dflash(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of a DFlash drafter, which reads states of the target."""
     head = DFlashDrafter(load_dflash_model(name.model, target.model), target.width, target.max_depth)
-    return verifier_of(target, head.capture), head
+    return behind_copies(name, target, head)
 
 
 def load_model(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
@@ -100,7 +100,7 @@ def load_early_exit(name: DrafterName, target: Target) -> tuple[LocalVerifier, D
 
 
 LOADERS: dict[Kind, Callable[[DrafterName, Target], tuple[LocalVerifier, Drafter]]] = {
-    "none": load_lookup,
+    "none": load_copies,
     "eagle3": load_head,
     "parallel": load_parallel,
     "dflash": load_dflash,
@@ -115,8 +115,24 @@ def verifier_of(target: Target, capture: tuple[int, ...] = ()) -> LocalVerifier:
 
 
 def copying(name: DrafterName, drafter: ChainDrafter) -> Drafter:
-    """Return a drafter of chains, with prompt lookup before it if the name has it."""
-    return CopyingDrafter(drafter) if name.copies else drafter
+    """Return a drafter of chains, with copies before it if the name has any."""
+    return CopyingDrafter(drafter, copies_of(name)) if name.copies else drafter
+
+
+def behind_copies(name: DrafterName, target: Target, head: Drafter) -> tuple[LocalVerifier, Drafter]:
+    """Return the sides of a drafter of trees that reads states of the target, with copies before it if the name has
+    any."""
+    return verifier_of(target, head.capture), CopyingTrees(head, copies_of(name)) if name.copies else head
+
+
+def copies_of(name: DrafterName) -> Copies:
+    """Return what finds the copies that are drafted before a model is asked."""
+    return Suffixes(remembered(name), LIKELY) if name.copies == SUFFIX else LookedUp()
+
+
+def remembered(name: DrafterName) -> int:
+    """Return how many tokens of earlier answers suffix decoding keeps."""
+    return REMEMBERED if name.stream else 0
 
 
 @functools.cache

@@ -13,6 +13,15 @@ from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children, Tree
 
 LONGEST = 16  # most matching tokens that are counted by default
+SHORTEST, NGRAM = 2, 4  # fewest matching tokens of a copy before a model is asked, and most that are looked up at once
+
+
+class Copy(NamedTuple):
+    """A token that would be copied, how many tokens before it match, and the estimated probability that it is right."""
+
+    token: int
+    matched: int
+    probability: float
 
 
 class Occurrence(NamedTuple):
@@ -69,11 +78,53 @@ def copy_probability(matched: int) -> float:
     return float(1 / (1 + (2 / min(matched, LONGEST)) ** 1.5))
 
 
-def copy(token: int, matched: int, proposal: Proposal | None = None) -> Children:
+def child(copy: Copy, proposal: Proposal | None = None) -> Children:
     """Return a copied token as the one child of a node, with the estimated probability that it is right."""
-    p = copy_probability(matched)
+    p = copy.probability
     entropy = -p * np.log(p) - (1 - p) * np.log1p(-p)
-    return Children(np.array([[token]]), np.log([[p]]), np.array([entropy]), proposal)
+    return Children(np.array([[copy.token]]), np.log([[p]], dtype=np.float32), np.array([entropy]), proposal)
+
+
+class LookedUp:
+    """Copies from the latest place that reads like the end of the text, and goes on from there.
+
+    Attributes:
+        found: the place that the token after a chain of ``found_after`` tokens is copied from; None if there is none.
+        found_after: length of the chain that was last looked up; −1 if none was.
+    """
+
+    found: Occurrence | None
+    found_after: int
+
+    def anew(self) -> LookedUp:
+        """Return another that has read nothing."""
+        return LookedUp()
+
+    def start(self, text: Sequence[int]) -> None:
+        """Forget the last text and index this one."""
+        self.seen = Occurrences(text, NGRAM)
+        self.found, self.found_after = None, -1
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the text."""
+        self.seen.append(tokens)
+        self.found, self.found_after = None, -1
+
+    def matched(self) -> int:
+        """Return how many of the text's last tokens match an earlier place; see ``Copier``."""
+        found = self.seen.find()
+        return found.matched if found else 0
+
+    def find(self, chain: Sequence[int]) -> Copy | None:
+        """Return the token that is copied after the text and ``chain``; None if too few tokens match."""
+        if self.found_after != len(chain):
+            follows = self.found and self.found_after == len(chain) - 1  # the last token of the chain was copied
+            source = (self.seen.after(self.found) if self.found and follows else None) or self.seen.find(chain)
+            self.found = source if source and source.matched >= SHORTEST else None
+            self.found_after = len(chain)
+        if self.found is None:
+            return None
+        return Copy(self.seen.text[self.found.next], self.found.matched, copy_probability(self.found.matched))
 
 
 class LookupDrafter:
@@ -126,4 +177,4 @@ class LookupDrafter:
 
     def _child(self, source: Occurrence) -> Children:
         self.copying = self.seen.after(source)
-        return copy(self.seen.text[source.next], source.matched)
+        return child(Copy(self.seen.text[source.next], source.matched, copy_probability(source.matched)))

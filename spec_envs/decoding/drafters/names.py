@@ -6,7 +6,7 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from spec_envs.checked import nearest
 from spec_envs.decoding.drafters.formats import kind_of_folder
@@ -14,7 +14,9 @@ from spec_envs.decoding.exits.files import is_exit
 from spec_envs.decoding.weights.assets import described_in, is_own, own_folder
 from spec_envs.decoding.weights.checkpoints import model_folder, registry
 
-LOOKUP, SUFFIX = "lookup", "suffix"  # copy from the text without weights; before a plus sign they are tried first
+LOOKUP: Final = "lookup"  # copies without weights; before another's name and a plus sign it is tried first
+SUFFIX: Final = "suffix"  # the same, by suffix decoding
+STREAM = "@stream"  # after suffix: it drafts from earlier answers, too
 EXIT = "exit:"  # before a number of layers, an untrained exit of the target after these
 Kind = Literal["none", "exit", "eagle3", "parallel", "dflash", "model"]
 HEADS: tuple[Kind, ...] = ("eagle3", "parallel", "dflash")  # they read states of the target, and draft trees
@@ -32,6 +34,7 @@ class DrafterName:
             lookup, ``"suffix"`` is suffix decoding, ``""`` is nothing.
         model: what drafts elsewhere: a name of models.yml, a folder, a hub id, a GGUF file, ``exit:N`` or the folder of
             a trained exit; ``""`` where nothing but copies is drafted.
+        stream: True if suffix decoding drafts from the answers before in the same stream, too.
         shortlist: from how many tokens a draft model drafts, besides those of the text: a number, ``"all"``, or
             ``"auto"`` (see ``shortlist.size_of``).
     """
@@ -39,17 +42,18 @@ class DrafterName:
     copies: Copies
     model: str
     shortlist: Drafted = "auto"
+    stream: bool = False
 
     @classmethod
     def parse(cls, name: str) -> DrafterName:
-        """Parse a name: ``lookup`` or ``suffix``, one of them and a plus sign before ``MODEL``, or ``MODEL``, a draft
-        model optionally with ``@N`` or ``@all``.
+        """Parse a name: ``lookup``, ``suffix`` or ``suffix@stream``, one of them and a plus sign before ``MODEL``, or
+        ``MODEL``, a draft model optionally with ``@N`` or ``@all``.
 
         Raises:
             ValueError: nothing, or ``lookup`` or ``suffix`` again, follows the plus sign; a shortlist has no tokens, or
                 is that of a copy.
         """
-        copies, model = copies_in(name)
+        copies, stream, model = copies_in(name)
         shortlist: Drafted = "auto"
         if found := SIZED.fullmatch(model):
             model, shortlist = found[1], "all" if found[2] == "all" else int(found[2])
@@ -57,13 +61,15 @@ class DrafterName:
                 raise ValueError(f"drafter is {name!r}; expected a shortlist of 1 or more tokens after the @")
             if model in (LOOKUP, SUFFIX):
                 raise ValueError(f"drafter is {name!r}; {model!r} has no shortlist, leave out the @")
-        if copies and (model in (LOOKUP, SUFFIX) or (not model and name != copies)):
-            raise ValueError(f"drafter is {name!r}; expected the name of a draft model or an exit after the plus sign")
-        return cls(copies, model, shortlist)
+        if copies and (copies_in(model)[0] or name.endswith("+")):
+            raise ValueError(
+                f"drafter is {name!r}; expected the name of a head, a draft model or an exit after the plus sign"
+            )
+        return cls(copies, model, shortlist, stream)
 
     def __str__(self) -> str:
         model = self.model if self.shortlist == "auto" else f"{self.model}@{self.shortlist}"
-        return "+".join(part for part in (self.copies, model) if part)
+        return "+".join(part for part in (f"{self.copies}{STREAM * self.stream}", model) if part)
 
     @functools.cached_property
     def kind(self) -> Kind:
@@ -81,8 +87,14 @@ class DrafterName:
 
     @property
     def chain(self) -> bool:
-        """Return whether it drafts chains; a head drafts trees."""
-        return bool(self.copies) or self.kind not in HEADS
+        """Return whether it drafts chains only; a head drafts trees, and so does suffix decoding alone."""
+        return self.kind in ("exit", "model") or (self.kind == "none" and self.copies == LOOKUP)
+
+    @property
+    def single(self) -> bool:
+        """Return whether it drafts chains where several drafters share a text, as every drafter without weights
+        does."""
+        return self.chain or not self.model
 
     @property
     def folder(self) -> Path:
@@ -90,14 +102,15 @@ class DrafterName:
         return drafter_folder(self.model)
 
 
-def copies_in(name: str) -> tuple[Copies, str]:
-    """Return what copies before a model, as a drafter's name says, and the rest of the name."""
+def copies_in(name: str) -> tuple[Copies, bool, str]:
+    """Return what copies before a model, as a drafter's name says, whether it drafts from earlier answers, and the rest
+    of the name."""
     first, _, rest = name.partition("+")
     if first == LOOKUP:
-        return LOOKUP, rest
-    if first == SUFFIX:
-        return SUFFIX, rest
-    return "", name
+        return LOOKUP, False, rest
+    if first in (SUFFIX, f"{SUFFIX}{STREAM}"):
+        return SUFFIX, first != SUFFIX, rest
+    return "", False, name
 
 
 def drafter_folder(name: str) -> Path:

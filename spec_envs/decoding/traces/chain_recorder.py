@@ -13,10 +13,11 @@ from spec_envs.decoding.drafters.base import ChainDrafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.tree import Children, Tree
 
-Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter
+Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter | SuffixDrafter
 NO_FEATURES = torch.empty(0)  # features of the target, which no drafter of chains reads
 
 
@@ -55,7 +56,7 @@ class Chain:
         copied: for each drafted token whether it was copied.
     """
 
-    drafter: Scripted | CopyingDrafter | LookupDrafter
+    drafter: Scripted | CopyingDrafter | LookupDrafter | SuffixDrafter
     tree: Tree
     matched: int = 0
     copied: list[bool] = field(default_factory=list)
@@ -77,7 +78,7 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
     """Draft a chain after every token of a text but the last.
 
     Args:
-        live: the drafter, of greedy chains; its draft model forgets the text that it has read.
+        live: the drafter, of greedy chains; it forgets the text that it has read.
         longest: most tokens of a chain.
         prompt, text: the text's prompt, and its emitted tokens ``[n]``.
 
@@ -88,12 +89,14 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
         ValueError: the drafter copies for another model than a draft model.
     """
     found: list[Chain] = []
-    if isinstance(live, LookupDrafter):
-        for at in range(len(text) - 1):
-            chain = begun(LookupDrafter(live.vocab, live.context, live.ngram), [*prompt, *text[: at + 1]], longest)
+    if isinstance(live, LookupDrafter | SuffixDrafter):
+        live.start([*prompt, text[0]], 0, NO_FEATURES, np.random.default_rng(0))
+        for token in text[1:]:
+            chain = Chain(live, Tree(1, longest - 1))
             while chain.tree.size < longest and chain.grow():
                 pass
             found.append(chain)
+            live.commit([token], NO_FEATURES)
         return found
     model = live.model if isinstance(live, CopyingDrafter) else live
     if not isinstance(model, DraftModelDrafter):
@@ -103,7 +106,7 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
         scripts = [Scripted(model) for _ in range(run.start, run.stop)]
         chains = [
             begun(
-                CopyingDrafter(script) if isinstance(live, CopyingDrafter) else script,
+                CopyingDrafter(script, live.copies.anew()) if isinstance(live, CopyingDrafter) else script,
                 [*prompt, *text[: at + 1]],
                 longest,
             )
@@ -114,7 +117,7 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
     return found
 
 
-def begun(drafter: Scripted | CopyingDrafter | LookupDrafter, text: Sequence[int], longest: int) -> Chain:
+def begun(drafter: Scripted | CopyingDrafter, text: Sequence[int], longest: int) -> Chain:
     """Return an empty chain of ``drafter`` after a text."""
     drafter.start(text, 0, NO_FEATURES, np.random.default_rng(0))
     return Chain(drafter, Tree(1, longest - 1))

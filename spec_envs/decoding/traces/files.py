@@ -14,7 +14,7 @@ import numpy as np
 from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.files import is_file, whole, write_bytes
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 COLUMNS: dict[str, dict[str, Any]] = {
     "tree": {
@@ -25,6 +25,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "entropies": np.float32,
         "path": np.int16,
         "ranks": np.int16,
+        "copied": np.bool_,
+        "matched": np.int16,
     },
     "chain": {
         "tokens": np.int32,
@@ -173,7 +175,8 @@ def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
         lowest = -1 if name in ("path", "ranks") else 0
         if name in highest and not lowest <= column.min() <= column.max() < highest[name]:
             raise ValueError(f"{name}.npy holds numbers that are not from {lowest} to {highest[name] - 1}")
-        if column.dtype.kind == "f" and np.isnan(column).any():
+        missing = np.isneginf(column) if name == "log_probs" else False  # where a tree has no node
+        if column.dtype.kind == "f" and not (np.isfinite(column) | missing).all():
             raise ValueError(f"{name}.npy holds numbers that are not finite")
 
 

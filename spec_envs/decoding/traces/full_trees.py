@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spec_envs.decoding.tree import NEVER
+
 
 class Grown(NamedTuple):
     """Full trees ``[rows, C]``: path log-probability and parent of every node, and ``[rows, L, W]`` the nodes of each
-    level that were expanded, best first."""
+    level that were expanded, best first. The log-probability is −inf where a tree has no node."""
 
     scores: np.ndarray
     parents: np.ndarray
@@ -42,6 +44,15 @@ def level_slice(level: int, width: int) -> slice:
     return slice(start, width + width * width * level)
 
 
+def sizes(scores: np.ndarray, width: int) -> np.ndarray:
+    """Return how many nodes trees with these path log-probabilities ``[rows, C]`` have as far as each level,
+    ``[rows, L]``."""
+    levels = 1 + (scores.shape[1] - width) // (width * width)
+    stops = [level_slice(level, width).stop for level in range(levels)]
+    found: np.ndarray = (scores > NEVER).cumsum(1)[:, np.array(stops) - 1]
+    return found
+
+
 def on_path(tree: Grown, drafted: np.ndarray, text: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which nodes of full trees lie on the path of the text, and their place among the candidates.
 
@@ -62,6 +73,7 @@ def on_path(tree: Grown, drafted: np.ndarray, text: np.ndarray, width: int) -> t
         wanted = np.full(n, -1)
         wanted[: max(0, n - 1 - level)] = text[1 + level :]
         hit = (drafted[:, here] == wanted[:, None]) & (tree.parents[:, here] == above[:, None]) & alive[:, None]
+        hit &= tree.scores[:, here] > NEVER
         alive = hit.any(1)
         above = np.where(alive, here.start + hit.argmax(1), -2)
         path[:, level] = np.where(alive, above, -1)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.copying import CopyingDrafter, CopyingTrees, remembers
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.traces.chain_recorder import Chain, chains_everywhere
-from spec_envs.decoding.traces.full_trees import grown, on_path
-from spec_envs.decoding.traces.tree_recorder import trees_everywhere
-from spec_envs.decoding.tree import Children
+from spec_envs.decoding.traces.full_trees import grown, level_slice, on_path
+from spec_envs.decoding.traces.tree_recorder import Drawn, trees_everywhere
+from spec_envs.decoding.tree import NEVER
 from spec_envs.decoding.verifier import LocalVerifier, Verdict
 
 Columns = dict[str, np.ndarray]
@@ -44,9 +45,13 @@ class GapVerifier(LocalVerifier):
 
 
 def kind_of(decoder: Decoder) -> Literal["tree", "chain"]:
-    """Return the kind of a decoder's traces: ``"tree"`` for a drafter of trees, also at width 1, otherwise
-    ``"chain"``."""
-    return "tree" if isinstance(decoder.drafter, EagleDrafter) else "chain"
+    """Return the kind of a decoder's traces: ``"tree"`` for a head, also at width 1, and for a tree of suffix decoding,
+    otherwise ``"chain"``."""
+    drafter = decoder.drafter
+    draws = isinstance(drafter, EagleDrafter | CopyingTrees) or (
+        isinstance(drafter, SuffixDrafter) and drafter.width > 1
+    )
+    return "tree" if draws else "chain"
 
 
 class Recorder:
@@ -56,7 +61,8 @@ class Recorder:
         decoder: its target and drafter are used; a text of its own ends where a text is recorded.
 
     Raises:
-        ValueError: the decoder samples, has no drafter, has an early exit, or its target is in another process.
+        ValueError: the decoder samples, has no drafter, has an early exit or remembers earlier answers, or its target
+            is in another process.
     """
 
     def __init__(self, decoder: Decoder):
@@ -64,10 +70,13 @@ class Recorder:
             raise ValueError(f"a trace is of greedy decoding; temperature is {decoder.temperature}, expected 0")
         drafter = decoder.drafter
         early = isinstance(drafter, CopyingDrafter) and isinstance(drafter.model, EarlyExitDrafter)
-        if early or not isinstance(drafter, EagleDrafter | DraftModelDrafter | CopyingDrafter | LookupDrafter):
+        known = EagleDrafter | CopyingTrees | DraftModelDrafter | CopyingDrafter | LookupDrafter | SuffixDrafter
+        if early or not isinstance(drafter, known):
             raise ValueError(
                 "an early exit is not recorded: it learns, and shares the target's cache; take another drafter"
             )
+        if remembers(drafter):
+            raise ValueError("a trace has drafts that follow from their own text; take suffix without @stream")
         self.drafter, self.max_depth, self.width = drafter, decoder.max_depth, decoder.tree.width
         self.verifier = GapVerifier(decoder.local.target, decoder.local.capture)
         self.plain = Decoder(self.verifier, None, decoder.clock, decoder.eos, 0, decoder.detokenize)
@@ -76,13 +85,13 @@ class Recorder:
         """Let the target write the text after a prompt, draft at each of its positions, and return the columns of a
         trace (see ``trace``)."""
         tokens, features = self._write(prompt, max_new_tokens)
-        if isinstance(self.drafter, EagleDrafter):
-            depth = self.max_depth
-            trees = trees_everywhere(self.drafter, depth, prompt, tokens, features)
-            columns = tree_columns(trees, tokens, self.width, depth)
+        depth, drafter = self.max_depth, self.drafter
+        if isinstance(drafter, EagleDrafter | CopyingTrees) or (isinstance(drafter, SuffixDrafter) and self.width > 1):
+            columns = tree_columns(
+                trees_everywhere(drafter, depth, prompt, tokens, features), tokens, self.width, depth
+            )
         else:
-            longest = self.max_depth + 1
-            columns = chain_columns(chains_everywhere(self.drafter, longest, prompt, tokens), tokens, longest)
+            columns = chain_columns(chains_everywhere(drafter, depth + 1, prompt, tokens), tokens, depth + 1)
         return {"tokens": np.array(tokens), "gaps": np.array(self.verifier.gaps), **columns}
 
     def _write(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], Tensor]:
@@ -120,15 +129,23 @@ def chain_columns(chains: Sequence[Chain], tokens: Sequence[int], longest: int) 
     return columns
 
 
-def tree_columns(trees: Sequence[list[Children]], tokens: Sequence[int], width: int, depth: int) -> Columns:
-    """Return the columns of a text whose trees were drafted after every token but the last; a tree is its levels."""
-    capacity = width + width * width * depth
-    drafted = np.zeros((len(tokens), capacity), np.int32)
-    log_probs = np.zeros(drafted.shape, np.float32)
-    entropies = np.zeros((len(tokens), 1 + width * depth), np.float32)
-    for i, levels in enumerate(trees):
-        drafted[i] = np.concatenate([level.tokens.ravel() for level in levels])
-        log_probs[i] = np.concatenate([level.log_probs.ravel() for level in levels])
-        entropies[i] = np.concatenate([level.entropies for level in levels])
-    path, ranks = on_path(grown(log_probs, width), drafted, np.array(tokens), width)
-    return {"drafted": drafted, "log_probs": log_probs, "entropies": entropies, "path": path, "ranks": ranks}
+def tree_columns(trees: Sequence[Drawn], tokens: Sequence[int], width: int, depth: int) -> Columns:
+    """Return the columns of a text whose trees were drafted after every token but the last."""
+    n, capacity = len(tokens), width + width * width * depth
+    columns = {
+        "drafted": np.zeros((n, capacity), np.int32),
+        "log_probs": np.full((n, capacity), NEVER, np.float32),
+        "entropies": np.zeros((n, 1 + width * depth), np.float32),
+        "copied": np.zeros(n, bool),
+        "matched": np.zeros(n),
+    }
+    for i, tree in enumerate(trees):
+        columns["copied"][i], columns["matched"][i] = tree.copied, tree.matched
+        for level, children in enumerate(tree.levels):
+            rows, most = children.tokens.shape
+            slots, first = level_slice(level, width), 1 + width * (level - 1) if level else 0
+            columns["drafted"][i, slots].reshape(-1, width)[:rows, :most] = children.tokens
+            columns["log_probs"][i, slots].reshape(-1, width)[:rows, :most] = children.log_probs
+            columns["entropies"][i, first : first + rows] = children.entropies
+    path, ranks = on_path(grown(columns["log_probs"], width), columns["drafted"], np.array(tokens), width)
+    return columns | {"path": path, "ranks": ranks}

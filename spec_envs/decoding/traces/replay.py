@@ -17,7 +17,7 @@ from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.traces.files import RecordedTexts
 from spec_envs.decoding.traces.full_trees import level_slice
-from spec_envs.decoding.tree import ROOT, Children, Tree
+from spec_envs.decoding.tree import NEVER, ROOT, Children, Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.text import SILENT, Detokenizer
 
@@ -125,11 +125,12 @@ class Replay:
         manifest = trace.manifest
         self.vocab, self.context, self.width = manifest.vocab, manifest.context, manifest.width
         self.columns = trace.columns
+        self.reads = bool(DrafterName.parse(manifest.drafter).model)
 
     @property
     def lag(self) -> int:
-        """Rows of the text that the next recorded forward read; see ``Drafter``."""
-        return self.unread
+        """Rows of the text that the next recorded forward read; 0 where a drafter without weights was recorded."""
+        return self.unread if self.reads else 0
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Go to the text of this prompt and first token."""
@@ -146,22 +147,39 @@ class TreeReplay(Replay):
     """Drafts the trees that were recorded."""
 
     def root(self, tree: Tree) -> int:
-        """Draft the first level; return the rows of the recorded forward."""
-        tree.start(self._children(0, 1))
+        """Draft the first level, if there is one; return the rows of the recorded forward, 0 for copies."""
+        tree.clear()
+        children = self._children(0, 1)
+        if (children.log_probs > NEVER).any():
+            tree.start(children)
+        if self._copied:
+            return 0
         rows, self.unread = self.unread, 0
         return rows
 
     def expand(self, tree: Tree) -> int:
-        """Draft the next level; return the rows of the recorded forward."""
-        tree.grow(self._children(len(tree.level_starts), self.width))
-        return self.width
+        """Draft the next level, if there is one; return the rows of the recorded forward, 0 for copies."""
+        if not tree.size:
+            return 0
+        children = self._children(len(tree.level_starts), len(tree.frontier))
+        if (children.log_probs > NEVER).any():
+            tree.grow(children)
+        return 0 if self._copied else self.width
+
+    def matched(self) -> int:
+        """Return how many of the text's last tokens occurred in it before."""
+        return int(self.columns["matched"][self.position.row])
+
+    @property
+    def _copied(self) -> bool:
+        return bool(self.columns["copied"][self.position.row])
 
     def _children(self, level: int, parents: int) -> Children:
         here, row = level_slice(level, self.width), self.position.row
-        expanded = slice(1 + self.width * (level - 1), 1 + self.width * level) if level else slice(0, 1)
-        tokens = self.columns["drafted"][row, here].reshape(parents, -1).astype(np.int64)
-        log_probs = self.columns["log_probs"][row, here].reshape(parents, -1)
-        return Children(tokens, log_probs, self.columns["entropies"][row, expanded])
+        first = 1 + self.width * (level - 1) if level else 0
+        tokens = self.columns["drafted"][row, here].reshape(-1, self.width)[:parents].astype(np.int64)
+        log_probs = self.columns["log_probs"][row, here].reshape(-1, self.width)[:parents]
+        return Children(tokens, log_probs, self.columns["entropies"][row, first : first + parents])
 
 
 class ChainReplay(Replay, ChainDrafter):
@@ -169,15 +187,6 @@ class ChainReplay(Replay, ChainDrafter):
     forward reads it."""
 
     temperature = 0.0
-
-    def __init__(self, trace: RecordedTexts):
-        super().__init__(trace)
-        self.reads = bool(DrafterName.parse(trace.manifest.drafter).model)
-
-    @property
-    def lag(self) -> int:
-        """Rows of the text that the next recorded forward read; 0 where a drafter without weights was recorded."""
-        return self.unread if self.reads else 0
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:
         """Go to the text of this prompt and first token."""

@@ -1,20 +1,112 @@
-"""Draft the trees of many positions of a text in one forward per level."""
+"""Draft the trees of many positions of a text: those of a head in one forward per level, copies one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spec_envs.decoding.drafters.copying import Copies, CopyingTrees, copy_next
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
+from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.tree import Children, Tree
 
+Trees = EagleDrafter | CopyingTrees | SuffixDrafter
+
+
+@dataclass
+class Drawn:
+    """A tree that is drafted after a position of a text.
+
+    Attributes:
+        levels: the children of each of its levels.
+        copied: True if it is of copies.
+        matched: how many of the text's last tokens occurred in it before; 0 for a drafter that does not copy.
+    """
+
+    levels: list[Children]
+    copied: bool = False
+    matched: int = 0
+
+
+class Levels(Tree):
+    """A tree that keeps the children of its levels as they were proposed.
+
+    Attributes:
+        proposed: the children of each level.
+    """
+
+    def clear(self) -> None:
+        self.proposed: list[Children] = []
+        super().clear()
+
+    def start(self, children: Children) -> None:
+        super().start(children)
+        self.proposed.append(children)
+
+    def grow(self, children: Children) -> np.ndarray:
+        self.proposed.append(children)
+        return super().grow(children)
+
+
+def trees_everywhere(
+    live: Trees, depth: int, prompt: Sequence[int], text: Sequence[int], features: Tensor
+) -> list[Drawn]:
+    """Draft a tree after every token of a text but the last.
+
+    Args:
+        live: the drafter, which forgets the text that it has read.
+        depth: expansions after the first level.
+        prompt, text: the text's prompt, and its emitted tokens ``[n]``.
+        features: of the target at every token before the last one, ``[prompt + n - 1, …]``.
+
+    Returns:
+        The trees ``[n - 1]``.
+
+    Raises:
+        ValueError: the drafter copies for another head than an EAGLE-3 head.
+    """
+    if isinstance(live, SuffixDrafter):
+        return copies_everywhere(live, live.width, depth, prompt, text)
+    head = live.head if isinstance(live, CopyingTrees) else live
+    if not isinstance(head, EagleDrafter):
+        raise ValueError(f"trees of a {type(head).__name__} cannot be drafted together; expected an EAGLE-3 head")
+    found = [Drawn(levels) for levels in heads_everywhere(head, depth, prompt, text, features)]
+    if isinstance(live, CopyingTrees):
+        for tree, copied in zip(found, copies_everywhere(live.copies, live.width, depth, prompt, text), strict=True):
+            tree.matched = copied.matched
+            if copied.levels:
+                tree.levels, tree.copied = copied.levels, True
+    return found
+
+
+def copies_everywhere(
+    live: Copies | SuffixDrafter, width: int, depth: int, prompt: Sequence[int], text: Sequence[int]
+) -> list[Drawn]:
+    """Draft a tree, or a chain, of copies after every token of a text but the last; empty where nothing is copied."""
+    seen = live.seen if isinstance(live, SuffixDrafter) else live
+    seen.start([*prompt, text[0]])
+    found = []
+    for token in text[1:]:
+        tree, grows = Levels(width, depth), True
+        while grows and len(tree.proposed) <= depth:
+            size = tree.size
+            if isinstance(live, SuffixDrafter):
+                (live.expand if size else live.root)(tree)
+            else:
+                copy_next(live, tree)
+            grows = tree.size > size
+        found.append(Drawn(tree.proposed, True, seen.matched()))
+        seen.append([token])
+    return found
+
 
 @torch.inference_mode()
-def trees_everywhere(
+def heads_everywhere(
     live: EagleDrafter, depth: int, prompt: Sequence[int], text: Sequence[int], features: Tensor
 ) -> list[list[Children]]:
     """Draft a tree with an EAGLE-3 head after every token of a text but the last.

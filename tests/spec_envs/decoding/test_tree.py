@@ -83,3 +83,21 @@ def test_first_level_after_a_chain_hangs_on_the_root() -> None:
     tree.grow(one)
     tree.start(Children(np.array([[1, 2, 3]]), np.array([[-0.1, -0.2, -0.3]]), np.zeros(1)))
     assert tree.subtree(tree.select(3))[1].tolist() == [ROOT, ROOT, ROOT]
+
+
+def test_levels_have_only_the_children_that_there_are() -> None:
+    never = -np.inf
+    tree = Tree(3, 3)
+    tree.start(certain([[7, 8, 9]]))
+    tree.grow(Children(np.array([[1], [2], [3]]), np.array([[-3.0], [never], [-1.0]], np.float32), np.zeros(3)))
+    assert (tree.size, tree.is_chain, tree.tokens[tree.frontier].tolist()) == (5, False, [3, 1])
+    parents = tree.grow(Children(np.array([[4, 5], [6, 0]]), np.array([[-1, -2], [-4, never]]), np.zeros(2)))
+    assert (tree.tokens[tree.frontier].tolist(), parents.tolist()) == ([4, 5, 6], [0, 0, 1])
+    assert tree.parents.tolist() == [ROOT, ROOT, ROOT, 0, 2, 4, 4, 3]
+    assert tree.levels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    tree.start(Children(np.array([[5, 0, 0]]), np.array([[-1.0, never, never]]), np.zeros(1)))
+    for token in (6, 7):
+        tree.grow(certain([[token]]))
+    assert tree.is_chain and tree.parents.tolist() == [ROOT, 0, 1]
+    tree.start(certain([[7, 8, 9]]))
+    assert tree.parents.tolist() == [ROOT] * 3

@@ -15,7 +15,7 @@ from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
-from spec_envs.decoding.drafters.lookup import Occurrences, copy_probability
+from spec_envs.decoding.drafters.lookup import LookedUp, Occurrences, copy_probability
 from spec_envs.decoding.drafters.names import default_drafter, static_over_plain
 from spec_envs.decoding.llama_cpp.engine import drafter_for
 from spec_envs.decoding.loading import load_decoder
@@ -160,10 +160,11 @@ def test_observation_of_matches_and_free_tokens(tiny: dict[str, Any], tiny_draft
     spec_env = env.unwrapped
     assert isinstance(spec_env, SpecEnv) and isinstance(spec_env.decoder.drafter, CopyingDrafter)
     at, drafter, matches, free = spec_env.control.slices, spec_env.decoder.drafter, set(), []
+    assert isinstance(drafter.copies, LookedUp)
     see, _ = spec_env.reset(seed=1)
     for _ in range(80):
         if not spec_env.decoder.tree.size:
-            found = drafter.seen.find()
+            found = drafter.copies.seen.find()
             assert see[at["match"]][0] == pytest.approx(min(16, found.matched if found else 0) / 16)
             matches.add(float(see[at["match"]][0]))
         free.append(bool(see[at["free"]][0]))
@@ -202,7 +203,7 @@ def test_default_drafter_tries_lookup_first() -> None:
     assert drafter_for("smollm2-135m") == "smollm2-135m-draft"
 
 
-def test_lookup_before_other_drafters_is_refused(tiny: dict[str, Any]) -> None:
-    for name in ("", tiny["drafter"]):
-        with pytest.raises(ValueError, match="expected the name of a draft model or an exit after the plus sign"):
-            copying(tiny, name)
+@pytest.mark.parametrize("name", ["", "lookup", "suffix@stream", "lookup+exit:2"])
+def test_copies_before_no_model_are_refused(tiny: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match="expected the name of a head, a draft model or an exit after the plus sign"):
+        copying(tiny, name)

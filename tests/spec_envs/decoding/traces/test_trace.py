@@ -59,10 +59,18 @@ def assert_replay_equals_live(env_id: str, trace: Trace, plan: Plan, folder: Pat
         ("SpecDepth-v0", "tree", {"observation": "ltd", "reward": "ltd", "episode": "cycle"}),
         ("SpecBudget-v0", "tree", {"depth": "random", "budgets": (0, 1, 3, 9, 30)}),
         ("SpecTree-v0", "tree", {"cost_features": True}),
+        ("SpecDepth-v0", "copied tree", {"budget": 2}),
+        ("SpecDepth-v0", "copied tree", {"observation": "ltd", "episode": "cycle"}),
+        ("SpecBudget-v0", "copied tree", {"depth": "random", "budgets": (0, 1, 3, 9, 30)}),
+        ("SpecBudget-v0", "suffix tree", {"depth": 2, "observation": "ltd"}),
+        ("SpecTree-v0", "copied tree", {"cost_features": True}),
+        ("SpecTree-v0", "suffix tree", {}),
         ("SpecK-v0", "chain", {}),
         ("SpecK-v0", "copies", {}),
         ("SpecK-v0", "copies", {"decision": "token"}),
         ("SpecK-v0", "lookup", {"decision": "token"}),
+        ("SpecK-v0", "suffix copies", {"decision": "token"}),
+        ("SpecK-v0", "suffix", {}),
     ],
 )
 def test_replay_equals_live_environment(
@@ -82,23 +90,37 @@ def test_replay_of_real_models_equals_live_environment(env_id: str, tmp_path: Pa
     assert assert_replay_equals_live(env_id, recorded(plan, tmp_path / "trace"), plan, tmp_path) > 3
 
 
-def test_recorded_trees_equal_those_of_decoder(tiny: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["{}", "lookup+{}", "suffix+{}", "suffix"])
+def test_recorded_trees_equal_those_of_decoder(name: str, tiny: dict[str, Any]) -> None:
     """One forward over many positions gives each the tree that a decoder would have grown there."""
-    decoder = load_decoder(tiny["target"], tiny["drafter"], "cpu", "float32", width=4, max_depth=3)
-    columns = Recorder(decoder).record([5, 6, 7, 8], 24)
-    decoder.start([5, 6, 7, 8], 24, np.random.default_rng(0))
+    decoder = load_decoder(tiny["target"], name.format(tiny["drafter"]), "cpu", "float32", width=4, max_depth=3)
+    prompt, chains, full = [5, 6, 7, 8, 5, 6, 9, 7], 0, 0
+    columns = Recorder(decoder).record(prompt, 24)
+    decoder.start(prompt, 24, np.random.default_rng(0))
     trees = grown(columns["log_probs"], 4)
     for row in range(len(columns["tokens"]) - 1):
         for _ in range(3):
             decoder.expand()
-        np.testing.assert_array_equal(columns["drafted"][row], decoder.tree.tokens)
-        np.testing.assert_array_equal(trees.parents[row], decoder.tree.parents)
-        np.testing.assert_allclose(trees.scores[row], decoder.tree.scores, atol=1e-5)
+        tree = decoder.tree
+        there = np.isfinite(trees.scores[row])
+        places = np.append(there.cumsum() - 1, -1)  # of each node of a full tree among those that there are
+        np.testing.assert_array_equal(columns["drafted"][row, there], tree.tokens)
+        np.testing.assert_array_equal(places[trees.parents[row, there]], tree.parents)
+        np.testing.assert_allclose(trees.scores[row, there], tree.scores, atol=1e-5)
+        chains += columns["copied"][row] and tree.is_chain and tree.size > 0
+        full += not columns["copied"][row] and there.all()
         decoder.verify(0)
     assert decoder.tokens == columns["tokens"].tolist()
+    assert (chains > 0) == (name != "{}") and (full > 0) == (name != "suffix")
 
 
-@pytest.mark.parametrize("name", ["chain", "copies", "lookup"])
+def test_texts_with_earlier_answers_are_not_recorded(tiny: dict[str, Any]) -> None:
+    for name in ("suffix@stream", f"suffix@stream+{tiny['drafter']}"):
+        with pytest.raises(ValueError, match="take suffix without @stream"):
+            Recorder(load_decoder(tiny["target"], name, "cpu", "float32", width=4, max_depth=3))
+
+
+@pytest.mark.parametrize("name", ["chain", "copies", "suffix copies", "lookup", "suffix"])
 def test_recorded_chains_equal_those_of_decoder(name: str, plans: dict[str, Plan]) -> None:
     decoder = plans[name].decoder()
     prompt = [5, 6, 7, 8, 5, 6, 9, 7]
@@ -201,7 +223,7 @@ def test_damaged_and_foreign_traces_are_refused(
     array.write_bytes(array.read_bytes()[:-1] + b"\x7f")
     (tmp_path / "cut" / "manifest.json").write_text("{")
     manifest = tmp_path / "old" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 0'))
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 0'))
     with pytest.raises(ValueError, match=r"damaged \(drafted.npy is not the file"):
         Trace.load(tmp_path / "broken")
     with pytest.raises(ValueError, match="damaged"):
