@@ -32,8 +32,8 @@ class Settings(BaseModel):
     drafter: str = Field(
         "auto",
         description="EAGLE-3 head or, for chains, draft model: a name of models.yml, a folder, hub id or GGUF file; "
-        '"NAME@N" is a draft model with a shortlist of N tokens, "NAME@all" one without, "lookup" is prompt lookup, "lookup+NAME" tries it '
-        'before a draft model, "exit:N" is an untrained early exit of the target after N layers, and the run folder of a trained exit is that exit; '
+        '"NAME@N" is a draft model with a shortlist of N tokens, "NAME@all" one without, "lookup" is prompt lookup, "suffix" is suffix decoding, "lookup+NAME" and "suffix+NAME" try one '
+        'before a head, a draft model or an exit, "suffix@stream" also drafts from earlier answers, "exit:N" is an untrained early exit of the target after N layers, and the run folder of a trained exit is that exit; '
         'several names joined by commas are drafters that SpecDrafter-v0 chooses between; "auto" is the target\'s own drafter in models.yml',
     )
     device: str = Field("auto", description='"auto", or as in torch: "cpu", "cuda"')

@@ -173,7 +173,7 @@ class Decoder(TextEngine):
             verdict = self.verifier.verify(tokens, parents, levels, self.tree.proposals)
         emitted = self._cut([*(int(tokens[node]) for node in verdict.path), verdict.token])
         accepted = min(len(verdict.path), len(emitted))
-        nodes = Drafted(tokens, parents, levels, verdict.path[:accepted], *self._confidence())
+        nodes = Drafted(tokens, parents, levels, verdict.path[:accepted], *self._confidence(selected))
         counts = {"accepted": accepted, "drafted": drafted, "verified": selected, "depth": depth}
         return self._emit(emitted, self.verifier.traffic, nodes, **counts)
 
@@ -205,14 +205,14 @@ class Decoder(TextEngine):
         self.drafting = False
         return self.cycles[-1]
 
-    def _confidence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the probabilities ``[n]`` of a chain's tokens, and the entropies ``[n]`` of the distributions they are
-        from; both are empty for a tree."""
+    def _confidence(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities ``[n]`` of a chain's first tokens, and the entropies ``[n]`` of the distributions they
+        are from; both are empty for a tree."""
         if not (self.tree.size and self.tree.is_chain):
             return NO_NODES.probabilities, NO_NODES.entropies
         steps = self.tree.scores.copy()
         steps[1:] -= self.tree.scores[:-1]
-        return np.exp(steps), np.concatenate(self.tree.entropies)
+        return np.exp(steps[:n]), np.concatenate(self.tree.entropies)[:n]
 
     def _need_drafter(self) -> Drafter:
         if self.drafter is None:

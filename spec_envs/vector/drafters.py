@@ -97,19 +97,20 @@ class Drafters:
 
     def _drafted(self, i: int, which: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Let drafter ``i`` draft in environments ``which``; return the seconds."""
-        drafter, forward, further = self.drafters[i], self.forward[i], self.further[i]
+        drafter, forward, priced = self.drafters[i], self.forward[i], self.further[i]
         clock, row, unread = self.clock[which], self.row[which], self.unread[which, i]
-        if further is None:
+        if priced is None:
             reads = ~drafter.cycles.copied[row]
             self.unread[which, i] *= ~reads
-            seconds: np.ndarray = forward[clock, unread] + self.depths[size] * forward[clock, self.control.width]
-            return reads * seconds
+            further = self.depths[size] * forward[clock, self.control.width]
+            seconds: np.ndarray = reads * (forward[clock, unread] + further)
+            return seconds
         plan, cycles = drafter.plans[size], drafter.cycles
         first, asked = cycles.first[row], cycles.asked[row, plan]
         needed = np.where(asked, catch_up.rows(unread, first), 0)
         self.unread[which, i] *= ~asked
         self.read[which, i] = cycles.read[row, plan]
-        found: np.ndarray = asked * forward[clock, needed] + further[clock, row, plan]
+        found: np.ndarray = asked * forward[clock, needed] + priced[clock, row, plan]
         return found
 
     def verified(

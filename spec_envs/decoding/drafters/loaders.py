@@ -72,7 +72,9 @@ def load_copies(name: DrafterName, target: Target) -> tuple[LocalVerifier, Draft
 
 def load_head(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
     """Return the sides of an EAGLE-3 head, which reads states of the target."""
-    return behind_copies(name, target, EagleDrafter(load_eagle(name.model, target.model), target.width, target.max_depth))
+    return behind_copies(
+        name, target, EagleDrafter(load_eagle(name.model, target.model), target.width, target.max_depth)
+    )
 
 
 def load_parallel(name: DrafterName, target: Target) -> tuple[LocalVerifier, Drafter]:
