@@ -52,6 +52,7 @@ class Conversation:
         kind: of request.
         history: role and text of every turn before the user turn.
         round: number of the round in which it was written.
+        left: number of conversations of its batch that were written after it.
     """
 
     user: str
@@ -61,6 +62,7 @@ class Conversation:
     kind: str = ""
     history: tuple[tuple[str, str], ...] = ()
     round: int = 0
+    left: int = 0
 
     @classmethod
     def of(cls, line: Any) -> Conversation:
@@ -75,7 +77,7 @@ class Conversation:
         if not all(isinstance(s, str) for s in strings) or not isinstance(text if ids is None else ids, list | str):
             raise TypeError
         answer = (ids or [], text if ids is None else None, line.get("complete", True))
-        return cls(line["user"], *answer, line.get("kind", ""), history, line.get("round", 0))
+        return cls(line["user"], *answer, line.get("kind", ""), history, line.get("round", 0), line.get("left", 0))
 
     @property
     def request(self) -> Request:
@@ -138,8 +140,8 @@ class Writer:
             ids = [ids for ids, _ in open_group]
             answers = generate_batch(self.target, ids, self.max_answer, eos, doing="answering", ends=repeats)
             new = [
-                Conversation(request.user, answer, kind=request.kind, history=request.history, round=number)
-                for (_, request), answer in zip(open_group, answers, strict=True)
+                Conversation(r.user, answer, kind=r.kind, history=r.history, round=number, left=left)
+                for left, (_, r), answer in zip(reversed(range(len(answers))), open_group, answers, strict=True)
             ]
             self.written += new
             with self.path.open("a") as file:
@@ -182,12 +184,14 @@ def write_conversations(
     writer.batch = min(writer.batch, max(SMALLEST, tokens // SHARE))  # several batches even for little text
     count = sum(len(c.answer_ids) for c in writer.written)
     number = writer.written[-1].round if writer.written else 0
+    unfinished = bool(writer.written) and writer.written[-1].left > 0  # a batch, of which a killed run wrote a part
     with tqdm(total=tokens, initial=min(count, tokens), unit="tok", desc="writing text") as bar:
-        while count < tokens:
+        while count < tokens or unfinished:
             rng = random.Random(f"{seed}-{number}")
             before = [c for c in writer.written if c.round < number]
             requests = planned(writer, composer, before, number, rng)
             for new in writer.answer(requests, number, rng):
+                unfinished = False
                 count += new
                 bar.update(min(count, tokens) - bar.n)
                 if count >= tokens:
@@ -258,6 +262,8 @@ def as_line(conversation: Conversation) -> str:
     line: dict[str, Any] = {"kind": conversation.kind, "round": conversation.round}
     if conversation.history:
         line["history"] = conversation.history
+    if conversation.left:
+        line["left"] = conversation.left
     return json.dumps(line | {"user": conversation.user, "answer_ids": conversation.answer_ids}) + "\n"
 
 

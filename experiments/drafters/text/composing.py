@@ -27,8 +27,8 @@ NUMBERS = {
     "big": (110, 2400),
     "percent": (5, 60),
     "day": (1, 28),
+    "days": (2, 7),
 }
-NUMBERS |= {"days": (2, 7)}
 
 
 @functools.cache
@@ -238,20 +238,16 @@ def short_functions() -> tuple[str, ...]:
     return tuple(source for source in library_sources() if 4 <= source.count("\n") + 1 <= 24 and len(source) < 900)
 
 
+MISTAKES = (  # what stands in a function, and what is written in its place
+    *((":\n", "\n"), ("==", "="), (" < ", " > "), ("return ", ""), (" + ", " - "), (")\n", "\n"), ("self.", "")),
+    *((" not ", " "), (" in ", " on "), ("None", "none"), ("else:", "else")),
+)
+
+
 def broken(rng: random.Random) -> str:
     """Return a function with one mistake in it."""
     source = rng.choice(short_functions())
-    changes = [
-        (":\n", "\n"),
-        ("==", "="),
-        (" < ", " > "),
-        ("return ", ""),
-        (" + ", " - "),
-        (")\n", "\n"),
-        ("self.", ""),
-    ]
-    changes += [(" not ", " "), (" in ", " on "), ("None", "none"), ("else:", "else")]
-    old, new = rng.choice([change for change in changes if change[0] in source] or [("def ", "de ")])
+    old, new = rng.choice([change for change in MISTAKES if change[0] in source] or [("def ", "de ")])
     at = rng.choice([i for i in range(len(source)) if source.startswith(old, i)])
     return source[:at] + new + source[at + len(old) :]
 

@@ -123,6 +123,8 @@ def data_archive(package: bytes) -> bytes:
     at = 8
     while package.startswith(b"!<arch>\n") and len(header := package[at : at + 60]) == 60:
         size = int(header[48:58])
+        if not 0 <= size <= len(package) - at - 60:
+            raise ValueError("it is truncated")
         if header.startswith(b"data.tar"):
             return package[at + 60 : at + 60 + size]
         at += 60 + size + size % 2

@@ -28,6 +28,7 @@ LANGUAGES = {  # of the parallel texts that are read
     "sv": "Swedish",
 }
 SHORTEST, LONGEST = 40, 500  # characters of a parallel text
+LARGEST_TEXT = 1 << 26  # bytes of a dictionary
 HELD = 12  # one document of so many, and as many pairs, is for validation
 MALLARD = "{http://projectmallard.org/1.0/}"
 SKIPPED = re.compile(r"https?:|www\.|[<>|\\^~*=_{}$]|\.(?:txt|html|org|com)\b|`")
@@ -167,13 +168,29 @@ def dictionary(files: dict[str, bytes]) -> Passages:
     """Cut dictionaries in dictd's form: a headword at the margin, and an indented text."""
     passages = Passages()
     for data in files.values():
-        text = gzip.decompress(data).decode(errors="replace")
+        text = unzipped(data).decode(errors="replace")
         for entry in re.split(r"\n(?=\S)", text):
             head, _, body = entry.partition("\n")
             body = re.sub(r"^ *<[^>]*>|\[[^\]]*\]|\(\d{4}-\d\d-\d\d\)|[{}]", "", body, flags=re.M)
             paragraphs = [one_line(part) for part in re.split(r"\n\s*\n", body)]
             passages.documents += document(head.strip(), paragraphs)
     return passages
+
+
+def unzipped(data: bytes) -> bytes:
+    """Return what a gzip file holds, such as the ``.dz`` file of a dictionary.
+
+    Raises:
+        ValueError: it is damaged, or holds more than ``LARGEST_TEXT`` bytes.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            text = file.read(LARGEST_TEXT + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"a dictionary is damaged ({error}); delete its package and run the command again") from None
+    if len(text) > LARGEST_TEXT:
+        raise ValueError(f"a dictionary has more than {LARGEST_TEXT} bytes; expected at most as many")
+    return text
 
 
 def html(files: dict[str, bytes]) -> Passages:

@@ -18,7 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from spec_envs.decoding.model.batch import generate_batch, read_batch
+from spec_envs.decoding.model import batch
+from spec_envs.decoding.model.batch import generate_batch, read_batch, read_prompts
 from spec_envs.decoding.model.graphs import GraphedLayers
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.tree import ROOT, ancestors
@@ -162,6 +163,33 @@ def test_batched_generation_equals_one_by_one() -> None:
         states = reference.model(torch.tensor([prompt]), output_hidden_states=True)
         assert (features[row, -len(prompt) :] - states.hidden_states[1][0]).abs().max() < 1e-3
         assert (final[row, -len(prompt) :] - states.last_hidden_state[0]).abs().max() < 1e-3
+
+
+@torch.inference_mode()
+def test_prompts_read_in_groups_give_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many prompts a forward reads, texts and rows of the cache are the same, and the cache has room for them."""
+    model, _ = pair(CONFIGS["llama"])
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 120, n).tolist() for n in rng.permutation([1, 2, 40, 41, 90, 90, 3, 17, 60, 5, 5])]
+    found = []
+    for at_once in (len(prompts), 1, 3):
+        monkeypatch.setattr(batch, "READ_AT_ONCE", at_once)
+        cache, padding, last = read_prompts(model, prompts, 7)
+        assert cache.capacity == 90 + 7 and cache.length == 90 and (90 - padding).tolist() == list(map(len, prompts))
+        rows = [cache.data[:, :, i, :, int(left) : cache.length] for i, left in enumerate(padding)]
+        found.append((torch.cat(rows, 3), last))
+        texts = generate_batch(model, prompts, 25, eos={7})
+        assert texts == [generate_batch(model, [prompt], 25, eos={7})[0] for prompt in prompts]
+    for rows, last in found[1:]:
+        assert (rows - found[0][0]).abs().max() < 1e-3 and (last - found[0][1]).abs().max() < 1e-3
+
+
+def test_a_text_that_has_all_that_is_wanted_ends() -> None:
+    model, _ = pair(CONFIGS["llama"])
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    whole = generate_batch(model, prompts, 12, eos=())
+    ends = generate_batch(model, prompts, 12, eos=(), ends=lambda text: len(text) == 3 or text[-1] == whole[1][1])
+    assert ends == [text[:2] if whole[1][1] in text[:2] else text[:3] for text in whole] and len(ends[1]) == 2
 
 
 def test_unsupported_architecture_is_refused() -> None:
