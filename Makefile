@@ -72,7 +72,7 @@ compare-chains: $(READY)  ## fixed draft lengths, controllers and trained agents
 compare-exits: $(READY)  ## learning curves of agents that train an early exit; exits.md; ARGS=--help
 	$(SPEC_ENVS) bench exits $(value ARGS)
 
-drafter: $(READY)  ## train a drafter for a target, KIND=eagle3 or draft-model; ARGS="--target …", ARGS=--help
+drafter: $(READY)  ## train a drafter for a target, KIND=eagle3, parallel or draft-model; ARGS="--target …", ARGS=--help
 	$(SPEC_ENVS) drafter --kind "$$GIVEN_KIND" $(value ARGS)
 
 standalone: $(READY)  ## write a draft model with its target's embedding, for transformers; ARGS="smollm2-135m-draft --out FOLDER"

@@ -66,8 +66,8 @@ def learned_at_an_exit(folder: Path) -> Mapping[str, object]:
 
 def reported(folder: Path) -> Mapping[str, object]:
     """Return epochs and vocabulary of a drafter's report, and the names of its weights."""
-    report = json.loads((folder / "head" / "report.json").read_text())
-    names = sorted(load_file(folder / "head" / "model.safetensors"))
+    report = json.loads((folder / "eagle3" / "report.json").read_text())
+    names = sorted(load_file(folder / "eagle3" / "model.safetensors"))
     return {"epochs": report["epochs"], "draft_vocab": report["draft_vocab"], "names": names}
 
 

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PretrainedConfig
 
 from spec_envs.decoding.model.shape import part
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.weights.checkpoints import model_folder
-from spec_envs.decoding.weights.config import ON_TARGET, load_config
-from spec_envs.decoding.weights.files import load_weights
-from spec_envs.experiments.drafters.batches import Batch, drafted_rows, first_occurrence
+from spec_envs.decoding.weights.config import ON_TARGET
+from spec_envs.experiments.drafters.batches import Batch, sampled
+from spec_envs.experiments.drafters.distilled import DraftVocabulary, Scores
 from spec_envs.files import write_bytes, write_json
 
 
@@ -37,7 +37,7 @@ class Student(nn.Module):
     """A draft model: a few layers between the target's embedding and its output rows, which are not trained.
 
     Args:
-        config: the target's configuration with another number of layers.
+        config: the target's configuration with other numbers of layers and of units.
         target: the model whose embedding is read.
         draft_ids: ids of the shortlist, ascending.
     """
@@ -46,14 +46,19 @@ class Student(nn.Module):
         super().__init__()
         self.config, self.draft_ids = config, draft_ids
         self.embedding = target.embedding_weight()
-        self.model: Any = AutoModel.from_config(config, dtype=torch.float32)
+        self.model: Any = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
         del self.model.embed_tokens
 
     @classmethod
-    def from_target(cls, name: str, target: Transformer, count: int, draft_ids: Tensor) -> Student:
-        """Return a student that starts as ``count`` of the target's layers."""
-        folder = model_folder(name)
-        config, weights = load_config(folder), load_weights(folder)
+    def from_target(
+        cls, config: PretrainedConfig, weights: dict[str, Tensor], target: Transformer, count: int, draft_ids: Tensor
+    ) -> Student:
+        """Return a student that starts as ``count`` of the target's layers.
+
+        Args:
+            config: the target's, or as ``narrowed`` leaves it; it is changed.
+            weights: the target's state dict, likewise.
+        """
         kept = kept_layers(config.num_hidden_layers, count)
         config.num_hidden_layers = count
         if getattr(config, "layer_types", None):
@@ -67,11 +72,12 @@ class Student(nn.Module):
         return student
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return normed hidden states ``[B, T, hidden]``. The padding needs no mask, because it is on the right and
-        attention is causal."""
-        embedded = F.embedding(batch.ids, self.embedding).float()
+        """Return the normed hidden states of the batch, ``[n, hidden]``. The padding of shorter texts needs no mask,
+        because it is on the right and attention is causal."""
+        lengths = list(batch.lengths)
+        embedded = F.embedding(pad_sequence(batch.ids.split(lengths), batch_first=True), self.embedding).float()
         hidden: Tensor = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        return hidden
+        return hidden[batch.text, batch.position]
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config.json and model.safetensors with Hugging Face's names. The embedding is left out, so the model
@@ -88,49 +94,39 @@ class Student(nn.Module):
 
 
 class Distillation:
-    """Cross-entropy to the target's distribution over the shortlist and the tokens of the batch.
-
-    The output rows are the target's and stay fixed. So in use the tokens of the text can join the shortlist.
+    """Cross-entropy of a draft model to the target's distribution, over the answers and a share of the prompts.
 
     Args:
-        output_head: the target's output rows ``[vocab, hidden]``.
-        dtype: dtype of autocast.
+        model: what is trained.
+        target: the model for which it drafts.
+        dtype: in which matrices are multiplied.
     """
 
-    def __init__(self, model: Student, output_head: Tensor, dtype: torch.dtype):
-        self.model, self.trained, self.dtype = model, model.model, dtype
-        self.shortlist = torch.zeros(len(output_head), dtype=torch.bool, device=output_head.device)
-        self.shortlist[model.draft_ids] = True
-        self.output_head = output_head.to(dtype)
+    reads_features = False
+
+    def __init__(self, model: Student, target: Transformer, dtype: torch.dtype):
+        self.model, self.trained, self.device = model, model.model, target.device
+        self.vocabulary = DraftVocabulary(target.output_weight(), model.draft_ids, dtype)
 
     def __call__(
-        self, batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss (a scalar) and, for each chain length up to ``steps``, the number of positions of the answers
-        from which that many tokens in a row are right, and the number of all positions: ``[steps]`` each.
+        self, batch: Batch, steps: int, share: float, generator: torch.Generator, prompts: float = 0.0
+    ) -> Scores:
+        """See ``Objective``; ``share`` is not used.
 
         Under greedy decoding a chain reads its own tokens, which are those of the text as long as they are right. So
-        one pass over the text shows how far each chain would be accepted. ``share`` and ``generator`` are not used.
+        one pass over the text shows how far each chain would be accepted.
         """
-        vocabulary = self.shortlist.clone()
-        vocabulary[batch.ids] = True
-        ids = vocabulary.nonzero()[:, 0]
-        rows = self.output_head[ids]
-        picked = drafted_rows(batch, -1, within_answer=False).nonzero(as_tuple=True)
-        with torch.autocast(batch.ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            wanted = F.linear(batch.final[picked].to(self.dtype), rows).float().softmax(-1)
-            logits = F.linear(self.model(batch)[picked], rows).float()
-        loss = F.cross_entropy(logits, wanted)
-        following = batch.ids[picked[0], picked[1] + 1]
-        right = torch.zeros(batch.ids.shape, dtype=torch.bool, device=batch.ids.device)
-        right[picked] = (ids[logits.argmax(-1)] == following) & (
-            self.shortlist[following] | (first_occurrence(batch.ids)[picked[0], picked[1] + 1] <= picked[1])
-        )
-        survived, counted, alive = [], [], right
+        vocabulary = self.vocabulary.of(batch)
+        picked = batch.drafting(-1)
+        picked[sampled(~batch.inside & (batch.left >= 1), prompts, generator)] = True
+        at = picked.nonzero()[:, 0]
+        with self.vocabulary.autocast():
+            loss, found = self.vocabulary.compared(batch, vocabulary, self.model(batch)[at], at)
+        right = torch.zeros(len(batch.ids) + steps, dtype=torch.bool, device=self.device)
+        right[at] = found
+        alive, survived, counted = torch.ones_like(picked), [], []
         for step in range(steps):
-            inside = drafted_rows(batch, step - 1)
-            if step:
-                alive = alive & F.pad(right[:, step:], (0, step))
-            survived.append((alive & inside).sum())
-            counted.append(inside.sum())
-        return loss, torch.stack(survived).float(), torch.stack(counted).float()
+            alive, drafting = alive & right[step : step + len(alive)], batch.drafting(step - 1)
+            survived.append((alive & drafting).sum())
+            counted.append(drafting.sum())
+        return Scores(loss / max(1, len(at)), torch.stack(survived).float(), torch.stack(counted).float())

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from spec_envs.arguments import POSITIVE, SEED, Parser, add_model_arguments, output_folder
+from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.drafters.selftext import write_conversations, write_validation
@@ -33,18 +36,40 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_text(
+    folder: Path,
+    name: str,
+    target: Transformer,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    longest: int,
+    seed: int,
+) -> None:
+    """Write training text and validation text into a folder until there are ``tokens`` answer tokens for training.
+
+    Args:
+        name: of the target.
+        longest: most tokens of a conversation.
+
+    Raises:
+        ValueError: the folder was begun with other settings.
+    """
+    with held(folder, "writing text"):
+        settings = {"text of": name, "longest": str(longest), "seed": str(seed), "dtype": target.dtype}
+        claim(folder, settings, "--work")
+        composer = Composer(gathered())
+        write_validation(target, tokenizer, folder / "validation.jsonl", composer, longest=longest, seed=seed)
+        write_conversations(target, tokenizer, folder / "text.jsonl", tokens, composer, longest, seed)
+
+
 def main() -> None:
     args = arguments()
-    with one_sentence("interrupted; the same command continues"), held(args.work):
+    with one_sentence("interrupted; the same command continues"):
         device = resolve_device(args.device)
         dtype = resolve_dtype(args.dtype, device, [args.target])
         target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
         longest = min(args.longest, target.shape.context)
-        settings = {"text of": args.target, "longest": str(longest), "seed": str(args.seed), "dtype": dtype}
-        claim(args.work, settings, "--work")
-        composer = Composer(gathered())
-        write_validation(target, tokenizer, args.work / "validation.jsonl", composer, longest=longest, seed=args.seed)
-        write_conversations(target, tokenizer, args.work / "text.jsonl", args.tokens, composer, longest, args.seed)
+        write_text(args.work, args.target, target, tokenizer, args.tokens, longest, args.seed)
 
 
 if __name__ == "__main__":

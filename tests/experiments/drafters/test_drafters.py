@@ -40,15 +40,15 @@ def test_head_from_given_conversations(
     common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--work", tmp_path / "work"]
     common += ["--steps", 2, "--draft-vocab", 16, "--dtype", "float32", "--device", "cpu"]
     make(monkeypatch, *common, "--epochs", 2)
-    report = json.loads((tmp_path / "work" / "head" / "report.json").read_text())
+    report = json.loads((tmp_path / "work" / "eagle3" / "report.json").read_text())
     assert len(report["chain_acceptance"]) == 12 and report["positions"] > 0
-    head = EagleHead.load(str(tmp_path / "work" / "head"))
+    head = EagleHead.load(str(tmp_path / "work" / "eagle3"))
     assert len(head.draft_ids) == report["draft_vocab"]
     recorded = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
     # continues training; nothing is recorded again
-    make(monkeypatch, *common, "--epochs", 3, "--out", tmp_path / "longer")
+    make(monkeypatch, *common, "--epochs", 3)
     assert recorded == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("0*.safetensors")}
-    assert json.loads((tmp_path / "longer" / "report.json").read_text())["epochs"] == 3
+    assert json.loads((tmp_path / "work" / "eagle3" / "report.json").read_text())["epochs"] == 3
     with pytest.raises(SystemExit, match="was begun with another seed; choose another --work"):
         make(monkeypatch, *common, "--seed", 1)
 
@@ -60,7 +60,7 @@ def test_init_continues_from_given_head(
     common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--dtype", "float32"]
     common += ["--steps", 2, "--epochs", 4]
     make(monkeypatch, *common, "--work", tmp_path / "work", "--init", tiny_drafter)
-    before, after = EagleHead.load(str(tiny_drafter)), EagleHead.load(str(tmp_path / "work" / "head"))
+    before, after = EagleHead.load(str(tiny_drafter)), EagleHead.load(str(tmp_path / "work" / "eagle3"))
     assert torch.equal(before.draft_ids, after.draft_ids)
     assert torch.allclose(before.lm_head.weight, after.lm_head.weight, atol=1e-3)
     moved = (before.fc.weight - after.fc.weight).abs().max()
@@ -76,8 +76,13 @@ def test_init_continues_from_given_head(
     [
         (["--steps", 0], "--steps is 0; expected 1 or more"),
         (["--deep-share", 5], "--deep-share is 5; expected above 0 and at most 1"),
-        (["--deep-share", 0.5, "--kind", "draft-model"], "--deep-share has an effect only with --kind eagle3"),
-        (["--layers", 2], "--layers has an effect only with --kind draft-model"),
+        (
+            ["--deep-share", 0.5, "--kind", "draft-model"],
+            "--deep-share has an effect only with --kind eagle3 or parallel",
+        ),
+        (["--layers", 2], "--layers has an effect only with --kind draft-model or parallel"),
+        (["--kind", "parallel", "--steps", 1], "--steps is 1; expected 2 or more, the size of a parallel head's block"),
+        (["--init", "x", "--intermediate", 9], "--intermediate has an effect only with no --init"),
         (["--target", "nowhere/nothing-to-find"], "nowhere/nothing-to-find"),
     ],
 )
@@ -109,33 +114,48 @@ def test_composed_turns_include_text_and_code() -> None:
     assert len(training_turns()) > 100
 
 
-def test_draft_model_from_given_conversations(
+def mean_accepted(target: Path, drafter: Path) -> float:
+    """Return how many of two drafted tokens are accepted."""
+    decoder = load_decoder(str(target), str(drafter), "cpu", "float32", width=1, max_depth=5)
+    decoder.eos = frozenset()
+    decoder.start([3, 4, 5], 200, np.random.default_rng(0))
+    while not decoder.finished:
+        decoder.cycle(2)
+    return sum(cycle.accepted for cycle in decoder.cycles) / len(decoder.cycles)
+
+
+def test_kinds_learn_from_the_same_recordings(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A draft model made of the target's layers improves with training, and drafts for that target once saved."""
+    """A draft model and a parallel head improve with training, and draft for their target once saved."""
     target, tokenizer = load_target(str(tiny_target), CPU, "float32"), load_tokenizer(str(tiny_target))
     users = [" ".join(random.Random(i).choices(WORDS[2:14], k=6)) for i in range(60)]
     answers = generate_batch(target, [encode(tokenizer, user) for user in users], 40, set())
-    given = tmp_path / "given.jsonl"
-    rows = [{"user": user, "answer_ids": answer} for user, answer in zip(users, answers, strict=True)]
+    given, work = tmp_path / "given.jsonl", tmp_path / "work"
+    rows = [
+        {"user": user, "answer_ids": answer, "kind": "ab"[i % 2]}
+        for i, (user, answer) in enumerate(zip(users, answers, strict=True))
+    ]
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--kind", "draft-model", "--layers", 4, "--target", tiny_target, "--conversations", given, "--tokens", 0]
-    common += ["--draft-vocab", 16, "--dtype", "float32", "--device", "cpu", "--steps", 3, "--learning-rate", 3e-3]
-    make(monkeypatch, *common, "--work", tmp_path / "work", "--epochs", 1)
-    make(monkeypatch, *common, "--work", tmp_path / "work", "--epochs", 30, "--out", tmp_path / "longer")
-    folders = [tmp_path / "work" / "head", tmp_path / "longer"]
-    before, after = (json.loads((folder / "report.json").read_text()) for folder in folders)
-    assert after["chain_acceptance"][0] > before["chain_acceptance"][0]
-    kept = {name for name in load_weights(folders[1]) if "embed" in name or "lm_head" in name}
-    assert not kept  # these tensors are read from the target
-    accepted = []
-    for folder in folders:
-        decoder = load_decoder(str(tiny_target), str(folder), "cpu", "float32", width=1, max_depth=5)
-        decoder.eos = frozenset()
-        decoder.start([3, 4, 5], 200, np.random.default_rng(0))
-        while not decoder.finished:
-            decoder.cycle(2)
-        accepted.append(sum(cycle.accepted for cycle in decoder.cycles) / len(decoder.cycles))
-    assert accepted[1] > accepted[0] + 0.1
+    common = ["--target", tiny_target, "--conversations", given, "--tokens", 0, "--work", work, "--draft-vocab", 16]
+    common += ["--dtype", "float32", "--device", "cpu", "--learning-rate", 3e-3, "--batch-tokens", 512]
+    shapes = {"draft-model": ["--layers", 4, "--steps", 3], "parallel": ["--intermediate", 40, "--steps", 3]}
+    recorded = set[int]()
+    for kind, shape in shapes.items():
+        make(monkeypatch, *common, "--kind", kind, *shape, "--epochs", 1)
+        make(monkeypatch, *common, "--kind", kind, *shape, "--epochs", 12, "--out", tmp_path / kind)
+        before, after = (json.loads((f / "report.json").read_text()) for f in (work / kind, tmp_path / kind))
+        assert after["chain_acceptance"][0] > before["chain_acceptance"][0] and after["kind"] == kind
+        assert sum(figures["positions"] for figures in after["held_out"].values()) == after["positions"]
+        assert after["validation"] == after["held_out"]  # there was no other text
+        assert after["curve"][-1]["tokens"] == after["tokens_seen"] and after["command"].startswith("spec-envs drafter")
+        names = load_weights(tmp_path / kind)
+        assert not {name for name in names if "embed" in name}  # read from the target
+        assert mean_accepted(tiny_target, tmp_path / kind) > mean_accepted(tiny_target, work / kind) + 0.1
+        recorded |= {path.stat().st_mtime_ns for path in (work / "recorded").glob("0*")}
+    assert len(recorded) == 1
+    assert EagleHead.load(str(tmp_path / "parallel")).config.intermediate_size == 40
+    with pytest.raises(SystemExit, match=r"training was begun with another intermediate, steps; choose another --out"):
+        make(monkeypatch, *common, "--kind", "parallel", "--epochs", 1)
     with pytest.raises(SystemExit, match="layers are 8; expected 1 to 7"):
-        make(monkeypatch, *common, "--work", tmp_path / "other", "--layers", 8)
+        make(monkeypatch, *common, "--kind", "draft-model", "--layers", 8, "--out", tmp_path / "other")

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_target
+from spec_envs.decoding.weights.config import load_config
+from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.drafters import standalone
 from spec_envs.experiments.drafters.distillation import Student
 from spec_envs.files import DATA
@@ -28,7 +30,8 @@ IDS = [5, 6, 7, 8]
 def draft(tiny_target: Path, tmp_path: Path) -> Path:
     """Return a draft model of seven of the target's eight layers, over 14 of its 16 tokens."""
     target = load_target(str(tiny_target), CPU, "float32")
-    Student.from_target(str(tiny_target), target, 7, torch.arange(14)).save(tmp_path / "draft", torch.float32)
+    config, weights = load_config(tiny_target), load_weights(tiny_target)
+    Student.from_target(config, weights, target, 7, torch.arange(14)).save(tmp_path / "draft", torch.float32)
     return tmp_path / "draft"
 
 

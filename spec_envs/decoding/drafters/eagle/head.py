@@ -127,22 +127,29 @@ class EagleHead(nn.Module):
 
     @classmethod
     def from_target(
-        cls, target: Transformer, weights: dict[str, Tensor], draft_ids: Tensor, variant: Variant = PLAIN
+        cls,
+        target: Transformer,
+        weights: dict[str, Tensor],
+        draft_ids: Tensor,
+        variant: Variant = PLAIN,
+        layers: int = 1,
     ) -> EagleHead:
-        """Return a head for ``target`` that starts as the target's own last layer; its output rows are not trained.
+        """Return a head for ``target`` that starts as the target's own last layers; its output rows are not trained.
 
         Args:
             target: the model for which the head drafts.
-            weights: the target's state dict.
+            weights: the target's state dict, whose feed-forward parts may be narrower than the target's.
             draft_ids: ascending target ids of the draft vocabulary.
             variant: a parallel head has a ``mask_token``, best one that the target never writes.
+            layers: of the head.
         """
-        source = target.config
+        source, depth = target.config, target.config.num_hidden_layers
+        origins = [f"model.layers.{i}." for i in range(depth - layers, depth)]
         config = LlamaConfig(
             architectures=[ARCHITECTURE],
             hidden_size=source.hidden_size,
-            intermediate_size=source.intermediate_size,
-            num_hidden_layers=1,
+            intermediate_size=len(weights[f"{origins[0]}mlp.gate_proj.weight"]),
+            num_hidden_layers=layers,
             num_attention_heads=source.num_attention_heads,
             num_key_value_heads=source.num_attention_heads,  # the next token enters through the values only
             head_dim=target.shape.head_dim,
@@ -156,19 +163,24 @@ class EagleHead(nn.Module):
         )
         config.draft_vocab_size = len(draft_ids)
         head = cls(config, variant)
-        hidden, last = config.hidden_size, f"model.layers.{source.num_hidden_layers - 1}."
-        state = head.state_dict()
-        for name in ("o_proj", "gate_proj", "up_proj", "down_proj"):
-            block = "self_attn" if name == "o_proj" else "mlp"
-            state[f"midlayer.{block}.{name}.weight"] = weights[f"{last}{block}.{name}.weight"]
-        for name in ("q_proj", "k_proj", "v_proj"):  # reads the hidden state as the target's layer does
-            projection = state[f"midlayer.self_attn.{name}.weight"].zero_()
-            weight = weights[f"{last}self_attn.{name}.weight"]
-            heads = weight.reshape(-1, target.shape.head_dim, *weight.shape[1:])
-            heads = heads.repeat_interleave(config.num_attention_heads // len(heads), 0)
-            projection[:, hidden:] = heads.flatten(0, 1)
-        for name, origin in (("hidden_norm", "input_layernorm"), ("post_attention_layernorm",) * 2):
-            state[f"midlayer.{name}.weight"] = weights[f"{last}{origin}.weight"]
+        hidden, state = config.hidden_size, head.state_dict()
+        for i, origin in enumerate(origins):
+            place = f"layers.{i}." if i else "midlayer."
+            for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+                state[f"{place}{name}.weight"] = weights[f"{origin}{name}.weight"]
+            for name in (
+                "q_proj",
+                "k_proj",
+                "v_proj",
+            ):  # the first one reads the hidden state as the target's layer does
+                projection = state[f"{place}self_attn.{name}.weight"].zero_()
+                weight = weights[f"{origin}self_attn.{name}.weight"]
+                heads = weight.reshape(-1, target.shape.head_dim, *weight.shape[1:])
+                heads = heads.repeat_interleave(config.num_attention_heads // len(heads), 0)
+                projection[:, -hidden:] = heads.flatten(0, 1)
+            entry = "input_layernorm" if i else "hidden_norm"
+            for name, norm in ((entry, "input_layernorm"), ("post_attention_layernorm",) * 2):
+                state[f"{place}{name}.weight"] = weights[f"{origin}{norm}.weight"]
         state["fc.weight"].zero_()[:, -hidden:] = torch.eye(hidden)  # the highest of the layers
         state["norm.weight"] = weights["model.norm.weight"]
         state["lm_head.weight"] = target.output_rows(draft_ids.to(target.device))
