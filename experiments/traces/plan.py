@@ -96,7 +96,8 @@ class Plan:
         for name in control.drafters:
             chain = DrafterName.parse(name).single
             longest = control.max_depth + 1
-            depth = max(1, *control.depths) if control.width > 1 else max(1, control.max_depth)
+            shallow = control.width > 1 and not DrafterName.parse(name).copies  # copies are drafted at once
+            depth = max(1, *control.depths) if shallow else max(1, control.max_depth)
             sizes = {"k_max": max(2, longest)} if chain else {"max_depth": depth, "width": control.width}
             env = {key: value for key, value in self.env.items() if key in DEFAULTS}
             found[name] = Plan("SpecK-v0" if chain else "SpecTree-v0", env | {"drafter": name} | sizes, self.texts)

@@ -27,8 +27,8 @@ class DepthControl(Control):
     The drafter grows a token tree level by level. After each level the agent decides whether to grow another or to
     have the target verify what is there. Deep trees pay where the text is predictable; elsewhere each level costs a
     drafter forward for nothing. The first expansion of a cycle is always made, and at `max_depth` verification
-    follows within the step, so every decision is a real one. Where the drafter has nothing more to draft, as at the end
-    of a copy, there is no further level, and action 1 verifies.
+    follows within the step, so every decision is a real one. Where the drafter has nothing more to draft, as after copies,
+    action 1 verifies, too.
 
     This is the depth problem of Learning to Draft (ICLR 2026, arXiv 2603.01639).
 

@@ -41,6 +41,7 @@ class Tree:
         max_depth: most expansions after the first level.
 
     Attributes:
+        max_depth: most expansions after the first level.
         size: number of nodes, n.
         tokens: of the nodes, ``[n]``.
         parents: their parents' ids, ``[n]``; ``ROOT`` on level 0.
@@ -53,7 +54,7 @@ class Tree:
 
     def __init__(self, width: int, max_depth: int):
         self.capacity = capacity = width + width * width * max_depth
-        self.width = width
+        self.width, self.max_depth = width, max_depth
         self._tokens = np.zeros(capacity, dtype=np.int64)
         self._parents = np.full(capacity, ROOT, dtype=np.int64)
         self._scores = np.zeros(capacity, dtype=np.float32)

@@ -10,6 +10,7 @@ import numpy as np
 from spec_envs.controls.base import Control
 from spec_envs.controls.observation.recorded import RecordedChains, RecordedTrees, copied_tokens
 from spec_envs.controls.plans import Plans
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.traces.full_trees import level_slice, sizes
 from spec_envs.decoding.traces.trace import Trace
 
@@ -40,6 +41,7 @@ class CycleTable:
         read: ``[rows, plans]``, tokens of a chain that forwards have read once it is drafted.
         right: ``[rows]``, how many first tokens of a chain are the text's.
         deepest: ``[rows]``, the largest size that can be drafted; of trees only.
+        whole: ``[rows]``, True for copies before a head, which are drafted to that size at once; of trees only.
         copied: of trees ``[rows]``, True for copies, which take no forward; of chains ``[rows, largest size]``, the same
             for each token.
     """
@@ -53,16 +55,19 @@ class CycleTable:
             self._read_trees()
 
     def _read_trees(self) -> None:
-        plans, levels = self.plans, self.plans.deepest + 1
-        ranks = np.asarray(self.trace.columns["ranks"][:, :levels, :levels])
-        self.accepted = np.empty((len(ranks), len(plans.sizes)), np.int8)
-        for i, (depth, budget) in enumerate(zip(plans.sizes.tolist(), plans.budgets.tolist(), strict=True)):
-            self.accepted[:, i] = ((ranks[:, depth] >= 0) & (ranks[:, depth] < budget)).sum(1)
-        width = plans.width
-        reached = sizes(np.asarray(self.trace.columns["log_probs"][:, : level_slice(plans.deepest, width).stop]), width)
+        plans, columns, manifest = self.plans, self.trace.columns, self.trace.manifest
+        width, most = plans.width, min(self.control.max_depth, manifest.max_depth)
+        ranks = np.asarray(columns["ranks"][:, : most + 1, : most + 1])
+        reached = sizes(np.asarray(columns["log_probs"][:, : level_slice(most, width).stop]), width)
         self.deepest = np.maximum(0, (np.diff(reached, axis=1, prepend=0) > 0).sum(1) - 1)
-        self.copied = np.asarray(self.trace.columns["copied"])
-        self.drafted = reached[:, plans.sizes]
+        self.copied = np.asarray(columns["copied"])
+        self.whole = self.copied & bool(DrafterName.parse(manifest.drafter).model)
+        every, drafted = np.arange(len(ranks)), np.where(self.whole[:, None], most, plans.sizes)
+        self.accepted = np.empty(drafted.shape, np.int8)
+        for i, budget in enumerate(plans.budgets.tolist()):
+            at = ranks[every, drafted[:, i]]
+            self.accepted[:, i] = ((at >= 0) & (at < budget)).sum(1)
+        self.drafted = np.take_along_axis(reached, drafted, 1)
         self.nodes = np.minimum(self.drafted, plans.budgets)
         self.asked = np.broadcast_to(~self.copied[:, None], self.drafted.shape)
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
@@ -127,7 +132,8 @@ class CycleTable:
             size: ``[n]``, sizes that they have drafted.
         """
         found = np.zeros((len(row), self.control.draft_columns), np.float32)
-        size = size if self.plans.chain else np.minimum(size, self.deepest[row])
+        if not self.plans.chain:
+            size = np.where(self.whole[row], self.deepest[row], np.minimum(size, self.deepest[row]))
         for entry in self.control.entries:
             if entry.recorded:
                 shown = entry.recorded(self.recorded, row, size)

@@ -86,6 +86,7 @@ class Trees:
             drafting = np.zeros(len(actions))
         else:
             grows = (actions == plans.drafts) & (self.depth < self.cycles.deepest[self.row])
+            grows &= ~self.cycles.whole[self.row]
             verified = ~grows | (plans.runs_out & (self.depth + 1 == plans.deepest))
             grows, verified = grows & live, verified & live
             self.depth += grows

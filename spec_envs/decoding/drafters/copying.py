@@ -77,9 +77,9 @@ class CopyingDrafter(ChainDrafter):
 class CopyingTrees:
     """Drafts a chain of copies where the text repeats itself, and a head's tree everywhere else.
 
-    A cycle whose first token can be copied drafts copies only, as far as there are any, and costs no forward: the head
-    catches up with the text when it is asked again. When sampling, a copy is the one child of its node, tested as the
-    children of a head's tree are.
+    A cycle whose first token can be copied drafts copies only, all that there are at once, because they cost no forward;
+    the head catches up with the text when it is asked again. When sampling, a copy is the one child of its node, tested
+    as the children of a head's tree are.
 
     Args:
         head: drafts trees.
@@ -112,32 +112,28 @@ class CopyingTrees:
         self.copies.append(tokens)
 
     def root(self, tree: Tree) -> int:
-        """Start a chain of copies, which takes no forward, or the head's tree; return the rows."""
-        tree.clear()
-        copy_next(self.copies, tree)
+        """Draft a whole chain of copies, which takes no forward, or start the head's tree; return the rows."""
+        copy_all(self.copies, tree)
         self.copied = tree.size > 0
         return 0 if self.copied else self.head.root(tree)
 
     def expand(self, tree: Tree) -> int:
-        """Grow the chain by a copy, if there is one, or the head's tree; return the rows."""
-        if not self.copied:
-            return self.head.expand(tree)
-        copy_next(self.copies, tree)
-        return 0
+        """Grow the head's tree and return the rows; a chain of copies does not grow."""
+        return 0 if self.copied else self.head.expand(tree)
 
     def matched(self) -> int:
         """Return how many of the text's last tokens match an earlier place; see ``Copier``."""
         return self.copies.matched()
 
     def source(self, chain: list[int]) -> Copy | None:
-        """Return what would be copied after ``chain``; None in a tree of the head, and where there is nothing more."""
-        return self.copies.find(chain) if self.copied or not chain else None
+        """Return what would be copied if nothing is drafted yet; None within a cycle, in which nothing more is."""
+        return None if chain else self.copies.find(chain)
 
 
-def copy_next(copies: Copies, tree: Tree) -> None:
-    """Add the next copy to a chain of copies, or the first one to an empty tree; nothing if there is no copy."""
-    copy = copies.find(tree.tokens.tolist())
-    if copy is not None:
+def copy_all(copies: Copies, tree: Tree) -> None:
+    """Clear the tree and grow a chain of copies, as far as there are any and the tree has levels."""
+    tree.clear()
+    while tree.size <= tree.max_depth and (copy := copies.find(tree.tokens.tolist())) is not None:
         (tree.grow if tree.size else tree.start)(child(copy))
 
 

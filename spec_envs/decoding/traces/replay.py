@@ -147,23 +147,23 @@ class TreeReplay(Replay):
     """Drafts the trees that were recorded."""
 
     def root(self, tree: Tree) -> int:
-        """Draft the first level, if there is one; return the rows of the recorded forward, 0 for copies."""
+        """Draft the first level, if there is one, or copies before a head, which are drafted at once; return the rows of
+        the recorded forward, 0 for copies."""
         tree.clear()
         children = self._children(0, 1)
         if (children.log_probs > NEVER).any():
             tree.start(children)
         if self._copied:
+            while self.reads and tree.expansions < tree.max_depth and self._grow(tree):
+                pass
             return 0
         rows, self.unread = self.unread, 0
         return rows
 
     def expand(self, tree: Tree) -> int:
         """Draft the next level, if there is one; return the rows of the recorded forward, 0 for copies."""
-        if not tree.size:
-            return 0
-        children = self._children(len(tree.level_starts), len(tree.frontier))
-        if (children.log_probs > NEVER).any():
-            tree.grow(children)
+        if tree.size and not (self._copied and self.reads):
+            self._grow(tree)
         return 0 if self._copied else self.width
 
     def matched(self) -> int:
@@ -173,6 +173,14 @@ class TreeReplay(Replay):
     @property
     def _copied(self) -> bool:
         return bool(self.columns["copied"][self.position.row])
+
+    def _grow(self, tree: Tree) -> bool:
+        """Draft the next level and return whether there is one."""
+        children = self._children(len(tree.level_starts), len(tree.frontier))
+        grows = bool((children.log_probs > NEVER).any())
+        if grows:
+            tree.grow(children)
+        return grows
 
     def _children(self, level: int, parents: int) -> Children:
         here, row = level_slice(level, self.width), self.position.row

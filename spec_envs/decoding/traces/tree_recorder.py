@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.drafters.copying import Copies, CopyingTrees, copy_next
+from spec_envs.decoding.drafters.copying import Copies, CopyingTrees, copy_all
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
 from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
@@ -92,14 +92,13 @@ def copies_everywhere(
     seen.start([*prompt, text[0]])
     found = []
     for token in text[1:]:
-        tree, grows = Levels(width, depth), True
-        while grows and len(tree.proposed) <= depth:
-            size = tree.size
-            if isinstance(live, SuffixDrafter):
-                (live.expand if size else live.root)(tree)
-            else:
-                copy_next(live, tree)
-            grows = tree.size > size
+        tree = Levels(width, depth)
+        if isinstance(live, SuffixDrafter):
+            live.root(tree)
+            for _ in range(depth):
+                live.expand(tree)
+        else:
+            copy_all(live, tree)
         found.append(Drawn(tree.proposed, True, seen.matched()))
         seen.append([token])
     return found

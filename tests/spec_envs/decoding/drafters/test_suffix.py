@@ -122,6 +122,8 @@ def test_greedy_texts_are_plain_texts_under_random_trees(tiny: dict[str, Any], n
                 decoder.expand()
             drafter = decoder.drafter
             asked = isinstance(drafter, CopyingTrees) and not drafter.copied
+            copied = not asked and "HEAD" in name
+            assert not copied or (decoder.tree.size == decoder.tree.expansions + 1 and not decoder.expand())
             spent = TABLE.seconds("draft", unread) + depth * TABLE.seconds("draft", width) if asked else 0.0
             chains += not asked and decoder.tree.size > 1 and decoder.tree.is_chain
             trees += asked
