@@ -33,7 +33,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SpecDepth-v0", "copied tree", {"budget": 5}),
     ("SpecBudget-v0", "copied tree", {"depth": "random", "clock": ["qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2"]}),
     ("SpecBudget-v0", "suffix tree", {"depth": 2, "observation": "ltd", "budgets": (0, 1, 3, 9, 30)}),
-    ("SpecTree-v0", "copied tree", {"episode": "cycle"}),
+    ("SpecTree-v0", "copied tree", {"episode": "cycle", "max_depth": 2}),
     ("SpecK-v0", "chain", {}),
     ("SpecK-v0", "copies", {"cost_features": True}),
     ("SpecK-v0", "copies", {"observation": "counters"}),

@@ -63,7 +63,7 @@ def assert_replay_equals_live(env_id: str, trace: Trace, plan: Plan, folder: Pat
         ("SpecDepth-v0", "copied tree", {"observation": "ltd", "episode": "cycle"}),
         ("SpecBudget-v0", "copied tree", {"depth": "random", "budgets": (0, 1, 3, 9, 30)}),
         ("SpecBudget-v0", "suffix tree", {"depth": 2, "observation": "ltd"}),
-        ("SpecTree-v0", "copied tree", {"cost_features": True}),
+        ("SpecTree-v0", "copied tree", {"cost_features": True, "max_depth": 2}),
         ("SpecTree-v0", "suffix tree", {}),
         ("SpecK-v0", "chain", {}),
         ("SpecK-v0", "copies", {}),
