@@ -29,7 +29,7 @@ class DrafterControl(Control):
     """
     ## Description
 
-    Several drafters read the text: some copy from it (`lookup`), some are models that draft chains, some are EAGLE
+    Several drafters read the text: some copy from it (`lookup`, `suffix`), some are models that draft chains, some are EAGLE
     heads that draft trees. Every cycle the agent chooses who drafts and how much of it the target verifies, or that
     nobody drafts, which is a step of plain decoding. Where the text repeats itself a copy is right and costs nothing;
     elsewhere a model earns its forwards, or nothing does. A drafter that was not asked notes what joins the text and
@@ -46,20 +46,20 @@ class DrafterControl(Control):
 
     ## Observation Space
 
-    A `Box` of float32; with the default three drafters, `lookup`, an EAGLE-3 head and a draft model:
+    A `Box` of float32; with the default four drafters, `lookup`, `suffix`, an EAGLE-3 head and a draft model:
 
     | Num | Observation | Min | Max |
     |-----|-------------|-----|-----|
-    | 0 | `match`: per drafter that copies, how many of the text's last tokens match the place to copy from, / 16 | 0 | 1 |
-    | 1–9 | `survival`: per action that asks a drafter, the mean of accepted tokens / size over the cycles in which that is known, recent ones weighing more; it starts at 0.5 | 0 | 1 |
-    | 10–12 | `scores`: per drafter, its right tokens in the last cycle / largest size, 0 where not known | 0 | 1 |
-    | 13–15 | `known`: per drafter, 1 where that is known: for the one that was asked, and for every drafter without weights | 0 | 1 |
-    | 16–18 | `lag`: per drafter, rows of the text that it has to read before it drafts, / 64; 0 without weights | 0 | 1 |
-    | 19–28 | `last`: one-hot of the last action, 0 before the first | 0 | 1 |
-    | 29 | `last_accepted`: accepted tokens of the last cycle / largest size | 0 | 1 |
-    | 30 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
-    | 31 | `context`: tokens of the text / 4096 | 0 | 1 |
-    | 32–36 | `kind`: one-hot of code, prose, math, json, list, detected from the last 96 tokens | 0 | 1 |
+    | 0–1 | `match`: per drafter that copies, how many of the text's last tokens match the place to copy from, / 16 | 0 | 1 |
+    | 2–13 | `survival`: per action that asks a drafter, the mean of accepted tokens / size over the cycles in which that is known, recent ones weighing more; it starts at 0.5 | 0 | 1 |
+    | 14–17 | `scores`: per drafter, its right tokens in the last cycle / largest size, 0 where not known | 0 | 1 |
+    | 18–21 | `known`: per drafter, 1 where that is known: for the one that was asked, and for every drafter without weights | 0 | 1 |
+    | 22–25 | `lag`: per drafter, rows of the text that it has to read before it drafts, / 64; 0 without weights | 0 | 1 |
+    | 26–38 | `last`: one-hot of the last action, 0 before the first | 0 | 1 |
+    | 39 | `last_accepted`: accepted tokens of the last cycle / largest size | 0 | 1 |
+    | 40 | `position`: emitted tokens / `max_new_tokens` | 0 | 1 |
+    | 41 | `context`: tokens of the text / 4096 | 0 | 1 |
+    | 42–46 | `kind`: one-hot of code, prose, math, json, list, detected from the last 96 tokens | 0 | 1 |
 
     A cycle of a chain tells what shorter ones of the same drafter would have accepted, and longer ones where a token
     was rejected. `match` is left out where no drafter copies.
@@ -78,8 +78,8 @@ class DrafterControl(Control):
     - `depths=(0, 1, 2)`: expansions of the tree of each of these sizes, after its first level.
     - `width=4`: children per node of a tree, and nodes expanded per level.
 
-    and the shared ones; `drafter` is several names joined by commas, by default `lookup` and every drafter of the
-    target in models.yml that nothing copies for.
+    and the shared ones; `drafter` is several names joined by commas, by default `lookup`, `suffix` and every drafter of
+    the target in models.yml that nothing copies for.
 
     ## Version History
 

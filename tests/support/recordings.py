@@ -51,12 +51,12 @@ def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def portfolio_plan(tiny: dict[str, Any], tiny_draft: Path) -> Plan:
-    """Return a recording of four drafters of the tiny target: a copier, a head, a draft model, and one that copies
+    """Return a recording of drafters of the tiny target: copiers, a head and draft models, alone and with copies
     first."""
     from spec_envs.experiments.traces.plan import Plan
 
     env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
-    several = f"lookup,{tiny['drafter']},{tiny_draft}@9,lookup+{tiny_draft}"
+    several = f"lookup,{tiny['drafter']},{tiny_draft}@9,lookup+{tiny_draft},suffix,lookup+{tiny['drafter']}"
     sizes = {"sizes": (1, 2, 5), "depths": (0, 1, 2), "width": 3}
     return Plan("SpecDrafter-v0", env | sizes | {"drafter": several}, TEXTS)
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from spec_envs.decoding.drafters.base import Copier, Drafter
-from spec_envs.decoding.drafters.names import LOOKUP, DrafterName
+from spec_envs.decoding.drafters.names import LOOKUP, SUFFIX, DrafterName
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.checkpoints import registry
 
@@ -41,8 +41,8 @@ def members(drafter: str) -> tuple[DrafterName, ...]:
 
 
 def default_members(target: str) -> str:
-    """Return the default portfolio of a target: prompt lookup, and every drafter of its own in models.yml that nothing
-    copies for.
+    """Return the default portfolio of a target: prompt lookup, suffix decoding, and every drafter of its own in
+    models.yml that nothing copies for.
 
     Raises:
         ValueError: models.yml has none.
@@ -54,7 +54,7 @@ def default_members(target: str) -> str:
             f"no drafters are known for {target!r}; name them with drafter=, joined by commas, such as "
             "'lookup,FOLDER' for prompt lookup and a folder of an EAGLE-3 head or a draft model"
         )
-    return SEPARATOR.join([LOOKUP, *bare])
+    return SEPARATOR.join([LOOKUP, SUFFIX, *bare])
 
 
 class Portfolio:

@@ -169,8 +169,8 @@ def test_members_and_their_mistakes(tiny: dict, tiny_draft: Path) -> None:
 
 
 def test_default_members_are_lookup_and_all_bare_drafters() -> None:
-    assert default_members(REAL) == "lookup,smollm2-135m-eagle3,smollm2-135m-draft"
-    assert default_members("qwen2.5-coder-1.5b") == "lookup,qwen2.5-coder-0.5b"
+    assert default_members(REAL) == "lookup,suffix,smollm2-135m-eagle3,smollm2-135m-draft"
+    assert default_members("qwen2.5-coder-1.5b") == "lookup,suffix,qwen2.5-coder-0.5b"
 
 
 def test_nobody_is_chosen_at_first(tiny: dict, tiny_draft: Path) -> None:
