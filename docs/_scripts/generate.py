@@ -6,10 +6,11 @@ repository; `make docs` writes it again, and a test compares.
 
 from __future__ import annotations
 
-from _scripts import agents, pages
+from _scripts import agents, drafters, pages
 from spec_envs import ENVIRONMENTS
 
 DOCS = pages.DOCS
+DRAFTERS = "guides/training-drafters.md"
 
 
 def generated() -> dict[str, str]:
@@ -19,6 +20,7 @@ def generated() -> dict[str, str]:
         f"environments/{pages.SHARED}": pages.shared_arguments(),
         **{f"environments/{env_id}.md": pages.environment_page(env_id) for env_id in ENVIRONMENTS},
         "experiments/yaml.md": pages.yaml_reference(),
+        DRAFTERS: drafters.filled((DOCS / DRAFTERS).read_text(encoding="utf-8")),
         **{
             str(path.relative_to(DOCS)): agents.filled(path.read_text(encoding="utf-8"))
             for path in sorted((DOCS / "agents").glob("*.md"))

@@ -1,0 +1,78 @@
+"""Describe the shipped drafters in Markdown, from the report beside each."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from _scripts.pages import table
+from spec_envs.files import DATA
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+FACTS = {  # keys of a report, and what they are called
+    "answer_tokens": "answer tokens of the text",
+    "tokens_seen": "tokens seen in training, prompts included",
+    "epochs": "passes over the text",
+    "minutes": "minutes of training",
+    "draft_vocab": "tokens of the shortlist",
+    "weights": "weights in trained matrices",
+}
+
+
+def filled(text: str) -> str:
+    """Return the text of a page with the reports of all shipped drafters between its marks."""
+    block = f"{BEGIN}\n\n{described(reports())}\n\n{END}"
+    return re.sub(rf"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
+
+
+def reports() -> dict[str, dict[str, Any]]:
+    """Return the reports of the shipped drafters by name."""
+    paths = sorted((DATA / "drafters").glob("*/report.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def described(found: dict[str, dict[str, Any]]) -> str:
+    """Return tables of how drafters were made, of their acceptance, and of their curves."""
+    names = [f"`{name}`" for name in found]
+    facts = [(label, *(number(report.get(key)) for report in found.values())) for key, label in FACTS.items()]
+    depth = max(len(report["chain_acceptance"]) for report in found.values())
+    chains = [(str(n + 1), *(number(report["chain_acceptance"][n]) for report in found.values())) for n in range(depth)]
+    parts = [
+        table(("", *names), facts),
+        "Acceptance on held-out text of the kinds that they learned from, by tokens of the chain:",
+        table(("tokens", *names), chains),
+        *(detailed(name, report) for name, report in found.items() if "curve" in report),
+    ]
+    return "\n\n".join(parts)
+
+
+def detailed(name: str, report: dict[str, Any]) -> str:
+    """Return the command of a drafter, its acceptance by kind, and its curve."""
+    rows = [
+        (kind, where, str(figures["positions"]), *(number(figures["chain_acceptance"][n]) for n in (0, 1, 2, 3, 7)))
+        for where, key in (("held out", "held_out"), ("validation", "validation"))
+        for kind, figures in report[key].items()
+    ]
+    lines = report["curve"]
+    every = -(-len(lines) // 12)  # a dozen rows
+    curve = [
+        (number(line["tokens"]), number(line["minutes"]), number(line["loss"]), number(line["accepted"]))
+        for line in lines[every - 1 :: every]
+    ]
+    return "\n\n".join(
+        (
+            f"### {name}",
+            f"```text\n{report['command']}\n```",
+            table(("kind", "text", "positions", "1 token", "2", "3", "4", "8"), rows),
+            "Its curve; accepted are tokens of a chain of four on the validation text:",
+            table(("tokens seen", "minutes", "loss", "accepted"), curve),
+        )
+    )
+
+
+def number(value: float | None) -> str:
+    """Return a figure with separators, or a dash where a report does not have it."""
+    if value is None:
+        return "—"
+    return f"{value:.3f}" if isinstance(value, float) and value < 1 else f"{value:,}"
