@@ -22,6 +22,7 @@ from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable
+from spec_envs.experiments.choosing.evaluation import evaluate_choice
 from spec_envs.experiments.command import STATIC, TABLE, Stages, one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.costs import kept
@@ -65,6 +66,9 @@ def evaluate_run(
     stages = stages or Stages(stages_left(run, control, bool(overrides)))
     if control.exit:
         return evaluate_exit(Policy(control, agent), run, env, test_prompts or config["test_prompts"], stages)
+    if control.drafters:
+        chosen = None if overrides else run / CHOSEN
+        return evaluate_choice(Policy(control, agent), run, env, chosen, test_prompts or config["test_prompts"], stages)
     decoder = decoder_for(env, control)
     costs, static = kept(run, machine(decoder)), None
     if control.settings():

@@ -19,6 +19,7 @@ from spec_envs.agents import AGENTS, load
 from spec_envs.agents.base import Agent
 from spec_envs.agents.loading import DECISION, cost_table
 from spec_envs.agents.run import Run
+from spec_envs.agents.traced.lessons import replay_of
 from spec_envs.arguments import SEED, Parser, output_folder
 from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import PricedClock
@@ -29,6 +30,7 @@ from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TRAINING, WR
 from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.evaluate import CHOSEN, evaluate_run, save, stages_left
 from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
+from spec_envs.experiments.measure.costs import file_of
 from spec_envs.experiments.measure.costs import measured as measured_costs
 from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
@@ -76,7 +78,7 @@ def make_env(folder: Path, config: RunConfig, stages: Stages) -> gym.Env:
     if config.record:
         stages.begin(RECORDING, f"recording {sum(config.record)} texts, from which the agent learns without exploring")
         trace = trace_of(folder, config)
-        write_sealed(folder / CLOCK, {**trace.manifest.costs, "machine": trace.manifest.made_with})
+        write_sealed(folder / CLOCK, {**file_of(trace.costs()), "machine": trace.manifest.made_with})
         keywords["trace"] = str(trace.folder)
     if config.own_text:
         written = folder / CONVERSATIONS
@@ -208,7 +210,9 @@ def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent, sta
     validation = make_validation(folder, config) if make_validation else None
     eval_freq = config.eval_freq if validation else 0
     stages.begin(TRAINING, training_in_words(config, agent, Run(folder).begun))
-    agent.learn(config.total_timesteps, env, Run(folder, config.checkpoint_freq, eval_freq, validation, True))
+    several = config.hyperparameters.get("num_envs", 1)  # of a trace, which many environments replay at once
+    learning = replay_of(env, several, policy_seconds=spec_env.policy_seconds) if several > 1 else env
+    agent.learn(config.total_timesteps, learning, Run(folder, config.checkpoint_freq, eval_freq, validation, True))
     save_trained(agent, folder)
     env.close()
     if validation:

@@ -35,7 +35,7 @@ from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.costs import as_file, cost_curves
+from spec_envs.experiments.measure.costs import as_file, cost_curves, file_of
 from spec_envs.experiments.measure.figures import write_png
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.statistics import throughput
@@ -125,7 +125,7 @@ def priced(folder: Path, env: Keywords, control: Control) -> Path:
     recording = recordings.load(env["trace"]) if env.get("trace") is not None else None
     clock = recordings.clocks_for(env.get("clock", "wall"), env.get("device", "auto"), recording)[0]
     if isinstance(clock, PricedClock):
-        write_json(table, {"verify": clock.table.verify, "draft": clock.table.draft})
+        write_json(table, file_of(clock.table))
     elif not table.exists():
         print("measuring this machine's cost table", file=sys.stderr)
         write_json(table, as_file(cost_curves(over_models(decoder_for(env, control)))))

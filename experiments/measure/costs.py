@@ -82,6 +82,12 @@ def as_file(curves: Curves) -> dict[str, Any]:
     return own | ({"drafters": drafters} if drafters else {})
 
 
+def file_of(table: CostTable) -> dict[str, Any]:
+    """Return a cost table as its file has it."""
+    curves = {"verify": table.verify, "draft": table.draft}
+    return curves | ({"drafters": table.drafters} if table.drafters else {})
+
+
 def fastest_windows(decoder: Decoder, rows: Sequence[int], repeats: int) -> tuple[Curves, float, int]:
     """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up. Return
     them with the differences of these windows and the number of all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spec_envs.controls import Control
 from spec_envs.controls.base import Setting
@@ -29,14 +30,24 @@ def arms_tables(results: Results) -> list[str]:
     clock, priced = results.machine.clock, results.priced
     if clock not in ("wall", None):
         caption = f"Priced: every forward costs what the cost table {clock} lists for it. Nothing is timed."
-        return [caption, "", *arms_table(results.arms, results.references)]
+        return [caption, "", *arms_table(results.arms, results.references), *switching_table(results)]
     void = "" if results.quiet else f" VOID: an arm that was timed twice differs from itself ({results.twice()})."
     lines = [f"Timed: what this machine gives you now.{void}", "", *arms_table(results.arms, results.references)]
     if priced:
         caption = f"Priced: the same texts at this machine's cost curve ({priced.source}), without the clock's noise."
-        rows = {name: priced.arms.get(name) for name in results.arms if not name.endswith(AGAIN)}
+        rows = {name: priced.arms.get(name) for name in results.arms if not name.endswith(AGAIN)} | priced.arms
+        rows = {name: row for name, row in rows.items() if not name.endswith(AGAIN)}
         lines += ["", caption, "", *arms_table(rows, [r for r in results.references if r in priced.arms])]
-    return lines
+    return [*lines, *switching_table(results)]
+
+
+def switching_table(results: Results) -> list[str]:
+    """Return the lines of the table of recorded texts whose domains come one after another; none without such texts."""
+    if not results.switching:
+        return []
+    rows = results.switching.arms
+    caption = "Priced: the recorded test texts, those of each domain one after another."
+    return ["", caption, "", *arms_table(rows, [name for name in results.references if name in rows])]
 
 
 def arms_table(arms: Mapping[str, Row | None], references: Sequence[str]) -> list[str]:
@@ -82,6 +93,7 @@ def notes(results: Results) -> list[str]:
     if results.static:
         rates = results.static.tokens_per_second
         lines.append(f"Best static setting on training prompts: {max(rates, key=rates.__getitem__)}.")
+        lines += order_notes(results, results.static.fixed_order)
     lines.append(results.aa_check())
     if results.link:
         lines.append(
@@ -105,6 +117,20 @@ def notes(results: Results) -> list[str]:
                 f"{name} chooses {results.decisions[name]} {setting} in {100 * share:.1f} % of its cycles: "
                 "it is a static setting."
             )
+    return lines
+
+
+def order_notes(results: Results, order: dict[str, Any] | None) -> list[str]:
+    """Return what the best fixed order of drafters is, and whether the recorded texts replay what is decoded live."""
+    lines = []
+    if order:
+        lines.append(
+            f"Best fixed order on training prompts: {order['copier']} where {order['match']} or more tokens match, else "
+            f"{order['otherwise']}."
+        )
+    if results.replay_equals_live is not None:
+        equal = "equal" if results.replay_equals_live else "DO NOT EQUAL"
+        lines.append(f"Random cycles of the recorded texts {equal} those of live decoding.")
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.encoding import Inline
@@ -42,6 +42,7 @@ class Best:
         best_k: over a link, the best choice that varies only how much of each distribution is sent.
         per_state: over a Markov link without loss, the best choice for each of its states.
         pace: over a link, the estimated throughput of the best of these policies.
+        fixed_order: where the agent chooses between drafters, the hyper-parameters of the best rule ``fixed-order``.
     """
 
     best: list[Setting]
@@ -49,6 +50,7 @@ class Best:
     best_k: list[Setting] | None = None
     per_state: dict[str, str] | None = None
     pace: float | None = None
+    fixed_order: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -210,6 +212,10 @@ class Results(Comparison):
         static: the best static setting.
         exit: figures of a run that trains an early exit.
         priced: the same texts at the prices of a cost table; None where no forward was timed in this process.
+        over_best_single, over_fixed_order: the learned agent over the best static setting of any drafter and over the
+            best fixed order of drafters, priced; None where the agent does not choose between drafters.
+        replay_equals_live: there, whether random cycles of the recorded texts were the same live.
+        switching: there, the arms on recorded texts whose domains come one after another, priced.
     """
 
     arms: dict[str, Row]
@@ -232,4 +238,8 @@ class Results(Comparison):
     static: Best | None = None
     exit: Exit | None = None
     priced: Priced | None = None
+    over_best_single: Interval | None = None
+    over_fixed_order: Interval | None = None
+    replay_equals_live: bool | None = None
+    switching: Priced | None = None
     first_try: Results | None = None

@@ -19,6 +19,8 @@ ARMS = {
     "untrained exit": "chains of the exit before learning",
     "trained exit": "chains of the exit after learning",
     "per state": "the best choice for each state of the link, which it knows",
+    "fixed order": "copy where enough tokens match, else ask one model: the best such rule on training prompts",
+    "clairvoyant": "the fewest seconds there can be, which no policy reaches",
 }
 
 
@@ -26,7 +28,11 @@ def sentences(results: Results) -> list[str]:
     """Return what was learned and what it is worth, two sentences for each learned policy."""
     found = []
     for name in results.decisions:
-        against = {"static": "the best static setting", "random": "random decisions"}
+        against = {
+            "static": "the best static setting",
+            "fixed order": "the best fixed order",
+            "random": "random decisions",
+        }
         found += [behaviour(name, results), worth(name, "it", against, results)]
     if results.exit:
         against = {"untrained exit": "with the untrained exit"}
@@ -110,7 +116,8 @@ def legend(results: Results) -> list[str]:
         known["static"] = (
             f"{max(rates, key=rates.__getitem__)}, the best of {len(rates)} fixed settings on training prompts"
         )
-    return [f"{names}: {what}" for names, what in known.items() if names.partition(",")[0] in results.arms]
+    shown = {*results.arms, *(results.priced.arms if results.priced else ())}
+    return [f"{names}: {what}" for names, what in known.items() if names.partition(",")[0] in shown]
 
 
 def screen(results: Results, folder: Path, again: str, run: Path | None) -> str:

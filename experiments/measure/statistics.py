@@ -72,7 +72,7 @@ def at_prices(sample: Sample, table: CostTable) -> Sample:
     nothing."""
     parts = dict.fromkeys(PARTS, 0.0) | {part: sample.parts[part] for part in ("network", "policy")}
     for (part, rows), times in sample.forwards.items():
-        parts[part] += times * table.seconds(part, rows)
+        parts[part.partition(":")[0]] += times * table.seconds(part, rows)
     prefill = parts.pop("prefill")
     return replace(sample, seconds=sum(parts.values()), prefill_seconds=prefill, parts=parts)
 
