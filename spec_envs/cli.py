@@ -44,6 +44,7 @@ SECTIONS = {
     },
     "Drafters and early exits": {
         "drafter": Command("spec_envs.experiments.drafters.__main__", "", "train a drafter for a target"),
+        "drafter text": Command("spec_envs.experiments.drafters.text.__main__", "", "write the text it learns from"),
         "standalone": Command(
             "spec_envs.experiments.drafters.standalone", "DRAFTER", "write a draft model that transformers loads"
         ),

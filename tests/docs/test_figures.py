@@ -44,7 +44,9 @@ def without_code(text: str) -> str:
         return "\n" * found[0].count("\n")
 
     text = re.sub(r"<!-- results:begin -->.*?<!-- results:end -->", blank, text, flags=re.DOTALL)
-    text = re.sub(r"<!-- (?:agents|agent: \S+|hyper-parameters: \S+) -->.*?<!-- end -->", blank, text, flags=re.DOTALL)
+    text = re.sub(
+        r"<!-- (?:agents|agent: \S+|hyper-parameters: \S+|text: \S+) -->.*?<!-- end -->", blank, text, flags=re.DOTALL
+    )
     text = re.sub(r"^ *(`{3,}).*?^ *\1 *$", blank, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"(?<!`)(`+)(?!`)(?:[^`\n]|\n(?! *[\n|-]))+\1(?!`)", lambda found: "code" + blank(found), text)
     return re.sub(r"\]\([^)]*\)", lambda found: found[0] if CITED.search(found[0]) else "]", text)

@@ -1,4 +1,4 @@
-"""Write the text that drafters for a target learn from (`python -m spec_envs.experiments.drafters.text`).
+"""Write the text that drafters for a target learn from (`spec-envs drafter text`).
 
 The work folder gets `text.jsonl`, from which drafters are trained, and `validation.jsonl` of other kinds, which decides
 when to stop. The same command continues where it was interrupted.

@@ -29,6 +29,7 @@ class Source:
 
     Attributes:
         name: of the Debian package.
+        about: what its texts are.
         version: of the package.
         sha256: of its file.
         license: of its texts.
@@ -37,6 +38,7 @@ class Source:
     """
 
     name: str
+    about: str
     version: str
     sha256: str
     license: str

@@ -51,7 +51,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
     digest = hashlib.sha256(package.read_bytes()).hexdigest()
-    return Source("some-docs", "1:2", digest, "public domain", "html", ("usr/share/help/*.page",))
+    return Source("some-docs", "invented", "1:2", digest, "public domain", "html", ("usr/share/help/*.page",))
 
 
 @pytest.mark.parametrize("compression", ["xz", "gz"])
@@ -136,4 +136,4 @@ def test_the_table_of_packages() -> None:
     table = sources()
     assert len({source.file for source in table}) == len(table) >= 5
     for source in table:
-        assert len(bytes.fromhex(source.sha256)) == 32 and source.license and source.members
+        assert len(bytes.fromhex(source.sha256)) == 32 and source.about and source.license and source.members

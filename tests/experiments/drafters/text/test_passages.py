@@ -23,7 +23,7 @@ BOTH = (BEES, HIVE)
 def of(form: str, files: dict[str, str] | dict[str, bytes]) -> Passages:
     """Return the passages of files of a form."""
     contents = [(name, text.encode() if isinstance(text, str) else text) for name, text in files.items()]
-    return cut(Source("docs", "1", "", "", form, ()), contents)
+    return cut(Source("docs", "", "1", "", "", form, ()), contents)
 
 
 def page(title: str, *paragraphs: str) -> str:
@@ -128,7 +128,7 @@ def test_some_passages_are_for_validation_alone() -> None:
 
 
 def test_passages_of_all_packages_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "sources", lambda: [Source(name, "1", "", "", "html", ()) for name in "ab"])
+    monkeypatch.setattr(passages, "sources", lambda: [Source(name, "", "1", "", "", "html", ()) for name in "ab"])
     monkeypatch.setattr(passages, "obtained", lambda source: Path(source.name))
     page = f"<h1>Bees</h1><p>{BEES}</p><p>{HIVE}</p>"
     files = {"a": {"x": page, "y": page}, "b": {"x": page, "z": page.replace("Bees</h1>", "Wasps</h1>")}}
