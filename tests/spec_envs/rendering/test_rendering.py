@@ -67,6 +67,7 @@ def test_last_picture_of_a_text_shows_its_last_cycle(tiny: dict[str, Any]) -> No
         ("SpecDepth-v0", {"episode": "cycle"}),
         ("SpecTree-v0", {"max_depth": 12, "width": 4}),
         ("SpecTree-v0", {"budgets": [0, 200]}),
+        ("SpecTree-v0", {"drafter": "suffix"}),
         ("SpecK-v0", {"drafter": "lookup", "k_max": 64}),
         ("SpecK-v0", {"drafter": "lookup", "decision": "token"}),
         ("SpecK-v0", {"drafter": "lookup", "adjustment_interval": 8}),

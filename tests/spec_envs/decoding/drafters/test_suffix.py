@@ -13,12 +13,14 @@ from spec_envs.decoding import accept
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingTrees
+from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
 from spec_envs.decoding.drafters.lookup import LONGEST, Copy, copy_probability
 from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.drafters.suffix import Node, SuffixDrafter, Suffixes
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import Tree
 from tests.support.enumeration import Branch, Oracle, total_variation
+from tests.support.models.heads import Recipe, save_head
 from tests.support.texts import deviation, plain
 
 TABLE = CostTable("made up", {1: 1.0, 9: 2.0}, {1: 0.1, 8: 0.2})
@@ -133,6 +135,27 @@ def test_greedy_texts_are_plain_texts_under_random_trees(tiny: dict[str, Any], n
         assert decoder.tokens == plain(tiny, prompt, 60, frozenset())
         assert accepted > 0
     assert (chains > 5 or name.startswith("suffix")) and (trees > 5) == ("HEAD" in name)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_greedy_text_is_plain_text_with_copies_before_a_parallel_head(
+    tiny: dict[str, Any], tmp_path: Path, width: int
+) -> None:
+    """The block is drafted by one forward over the unread tokens and the masks after them."""
+    save_head(tmp_path, Recipe(block=3))
+    rng = np.random.default_rng(0)
+    decoder = opened(tiny | {"drafter": tmp_path}, "lookup+HEAD", width, clock=PricedClock(TABLE))
+    drafter, prompt, unread, seen = decoder.drafter, rng.integers(2, 16, 20).tolist(), 1, set()
+    assert isinstance(drafter, CopyingTrees) and isinstance(drafter.head, ParallelDrafter)
+    decoder.start(prompt, 60, rng)
+    while not decoder.finished:
+        cycle = decoder.cycle(1 + int(rng.integers(0, 4)))
+        rows = 0 if drafter.copied else unread + drafter.head.block - 1
+        assert cycle.seconds["draft"] == pytest.approx(TABLE.seconds("draft", rows) if rows else 0.0)
+        unread = cycle.emitted + (unread if drafter.copied else 0)
+        seen.add((drafter.copied, cycle.accepted > 0))
+    assert decoder.tokens == plain(tiny, prompt, 60, frozenset())
+    assert {(True, True), (False, False)} <= seen
 
 
 def test_greedy_text_is_plain_text_with_copies_before_a_draft_model(tiny: dict[str, Any], tiny_draft: Path) -> None:
