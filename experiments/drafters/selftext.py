@@ -242,7 +242,14 @@ def write_validation(
     longest: int = 1024,
     seed: int = 0,
 ) -> None:
-    """Write ``each`` conversations of every kind for validation, which are kinds that training does not have."""
+    """Write ``each`` conversations of every kind for validation, which are kinds that training does not have.
+
+    Args:
+        longest: most tokens of turn and answer together; longer turns are dropped.
+
+    Raises:
+        ValueError: ``longest`` is too small.
+    """
     writer, rng = Writer(target, tokenizer, path, longest=longest), random.Random(f"{seed}-validation")
     requests = [Request(kind, composer.turn(kind, rng)) for kind in composer.validation for _ in range(each)]
     for _ in tqdm(writer.answer(requests, 0, rng), unit="batch", desc="writing validation text"):
@@ -267,6 +274,12 @@ def as_line(conversation: Conversation) -> str:
     return json.dumps(line | {"user": conversation.user, "answer_ids": conversation.answer_ids}) + "\n"
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a text that is rendered by a chat template already."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def sampled_turns(
     target: Transformer,
     tokenizer: PreTrainedTokenizerBase,
@@ -282,8 +295,12 @@ def sampled_turns(
 
 
 def continued(writer: Writer, histories: Sequence[tuple[tuple[str, str], ...]], rng: random.Random) -> list[Request]:
-    """Let the target write a user turn after each history; return those that it completes."""
-    prefixes = [user_prefix(writer.tokenizer, history) for history in histories]
+    """Let the target write a user turn after each history; return those that it completes. Histories that leave no room
+    for a turn in the target's context are left out."""
+    room = writer.target.shape.context - writer.max_turn
+    pairs = [(user_prefix(writer.tokenizer, history), history) for history in histories]
+    pairs = [(prefix, history) for prefix, history in pairs if len(token_ids(writer.tokenizer, prefix)) <= room]
+    prefixes, histories = [prefix for prefix, _ in pairs], [history for _, history in pairs]
     openings = [""] * len(prefixes)
     users = completed(writer.target, writer.tokenizer, prefixes, openings, writer.max_turn, rng)
     return [Request(FOLLOWING, user, history) for user, history in zip(users, histories, strict=True) if user.strip()]
@@ -307,7 +324,7 @@ def completed(
     generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
     eos, detokenize, users = {tokenizer.eos_token_id}, Detokenizer.of(tokenizer), []
     texts = [prefix + opening for prefix, opening in zip(prefixes, openings, strict=True)]
-    starts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    starts = [token_ids(tokenizer, text) for text in texts]
     turns = generate_batch(
         target, starts, max_turn, eos, temperature=1.0, generator=generator, doing="writing user turns"
     )

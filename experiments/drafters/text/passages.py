@@ -42,6 +42,7 @@ class Document:
     paragraphs: tuple[str, ...]
 
     def words(self) -> int:
+        """Return the number of words."""
         return sum(len(paragraph.split()) for paragraph in self.paragraphs)
 
 

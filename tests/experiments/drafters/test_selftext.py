@@ -185,6 +185,16 @@ def test_only_finished_answers_are_continued(
     assert history == (("user", "a user turn"), ("assistant", tokenizer.decode([2, 3, 4])))
 
 
+def test_histories_that_fill_the_context_are_left_out(
+    target: Transformer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    writer = Writer(target, tokenizer, tmp_path / "text.jsonl", max_turn=target.shape.context - 12)
+    short, long = ((("user", "the " * n), ("assistant", "it is")) for n in (2, 20))
+    found = selftext.continued(writer, [short, long, short], random.Random(0))
+    assert {request.history for request in found} == {short}
+    assert selftext.continued(writer, [long], random.Random(0)) == []
+
+
 def test_batches_fit_the_room_of_a_cache(
     target: Transformer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
