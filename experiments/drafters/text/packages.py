@@ -90,7 +90,7 @@ def download(source: Source) -> None:
         if not found:
             raise ValueError(
                 f"could not download the package {source.name} {source.version} of Debian ({reason}); run `apt-get "
-                f"update` on Debian 12, or save the package as {source.file}"
+                f"update` on Debian 12, or save the package, which snapshot.debian.org keeps, as {source.file}"
             )
         found[0].replace(source.file)
 

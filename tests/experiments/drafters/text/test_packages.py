@@ -78,7 +78,7 @@ def test_another_file_than_the_table_says_is_refused(source: Source) -> None:
 
 def test_without_apt_the_error_says_where_to_save_the_package(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    message = rf"could not download the package some-docs 1:2 of Debian \(.*apt-get.*\); .* save the package as {source.file}$"
+    message = rf"could not download the package some-docs 1:2 of Debian \(.*apt-get.*\); .* save the package, .*, as {source.file}$"
     with pytest.raises(ValueError, match=message):
         obtained(source)
     assert not list(source.file.parent.iterdir())
