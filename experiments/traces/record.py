@@ -63,8 +63,13 @@ DOING, SHARDS = "recording a trace", "texts/shard-*"
 LARGEST_TEXT = 2**30  # most bytes of a text's columns
 
 
-def recorded(plan: Plan, folder: Path) -> Trace:
+def recorded(plan: Plan, folder: Path, written: Path | None = None) -> Trace:
     """Return the trace of a plan for one drafter in a folder; what is missing there is recorded first.
+
+    Args:
+        plan: of the trace.
+        folder: of the trace.
+        written: folder of the same texts with another drafter, which the target does not write again.
 
     Raises:
         ValueError: the folder belongs to another plan, or its trace is damaged.
@@ -75,7 +80,7 @@ def recorded(plan: Plan, folder: Path) -> Trace:
             for part in folder.glob(SHARDS):  # wait for other processes that still record
                 with held(part, "recording a shard"):
                     pass
-            record_texts(plan, folder)
+            record_texts(plan, folder, written=written)
             assemble(plan, folder)
         shutil.rmtree(folder / "texts", ignore_errors=True)
     return Trace.load(folder)
@@ -87,8 +92,10 @@ def all_recorded(plan: Plan, folder: Path) -> Trace | PortfolioTrace:
         return recorded(plan, folder)
     with held(folder, DOING):
         plan.claim(folder)
+    written = None
     for place, part in zip(places_of(plan).values(), plan.parts.values(), strict=True):
-        recorded(part, folder / place)
+        recorded(part, folder / place, written)
+        written = written or folder / place
     with held(folder, DOING):
         write_contents(folder, places_of(plan))
     return PortfolioTrace.load(folder)
@@ -115,13 +122,14 @@ def is_recorded(plan: Plan, root: Path) -> bool:
     return (default_folder(plan, root) / (CONTENTS if plan.parts else MANIFEST)).exists()
 
 
-def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
+def record_shard(plan: Plan, folder: Path, shard: tuple[int, int], written: Path | None = None) -> None:
     """Record one of several shards, while other processes record the others."""
     if plan.parts:
         with held(folder, DOING):
             plan.claim(folder)
         for place, part in zip(places_of(plan).values(), plan.parts.values(), strict=True):
-            record_shard(part, folder / place, shard)
+            record_shard(part, folder / place, shard, written)
+            written = written or folder / place
         return
     with ExitStack() as stack:
         with held(folder, DOING):
@@ -129,11 +137,11 @@ def record_shard(plan: Plan, folder: Path, shard: tuple[int, int]) -> None:
             if (folder / MANIFEST).exists():
                 return
             stack.enter_context(held(folder / "texts" / f"shard-{shard[0]}-{shard[1]}", "recording this shard"))
-        record_texts(plan, folder, shard)
+        record_texts(plan, folder, shard, written)
 
 
-def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
-    """Record the texts ``shard[0]``, ``shard[0] + shard[1]``, … that are not recorded yet."""
+def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1), written: Path | None = None) -> None:
+    """Record the texts ``shard[0]``, ``shard[0] + shard[1]``, … that are not recorded yet; see ``recorded``."""
     todo = [(i, prompt) for i, (_, prompt) in enumerate(plan.chosen()) if not text_file(folder, i).exists()]
     todo = [(i, prompt) for i, prompt in todo if i % shard[1] == shard[0]]
     if not todo:
@@ -142,9 +150,21 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1)) -> N
     decoder = plan.decoder()
     recorder = Recorder(decoder)
     for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
-        columns = recorder.record(prompt.ids, plan.max_new_tokens)
+        columns = recorder.record(prompt.ids, plan.max_new_tokens, text_in(written, i, prompt.ids))
         with whole(text_file(folder, i)) as path, path.open("wb") as file:
             np.savez(file, **columns)  # type: ignore[arg-type]
+
+
+def text_in(folder: Path | None, i: int, prompt: Sequence[int]) -> Columns | None:
+    """Return the tokens of text ``i`` and their gaps, if a folder has them, from a trace or from a text's own file."""
+    if folder is None:
+        return None
+    if (folder / MANIFEST).exists():
+        trace = Trace.load(folder)
+        text = trace.by_prompt.get(tuple(prompt))
+        rows = None if text is None else slice(*trace.starts[text : text + 2].tolist())
+        return None if rows is None else {name: trace.columns[name][rows] for name in ("tokens", "gaps")}
+    return read_npz(text_file(folder, i), LARGEST_TEXT) if text_file(folder, i).exists() else None
 
 
 def text_file(folder: Path, i: int) -> Path:

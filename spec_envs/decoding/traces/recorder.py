@@ -81,10 +81,21 @@ class Recorder:
         self.verifier = GapVerifier(decoder.local.target, decoder.local.capture)
         self.plain = Decoder(self.verifier, None, decoder.clock, decoder.eos, 0, decoder.detokenize)
 
-    def record(self, prompt: Sequence[int], max_new_tokens: int) -> Columns:
+    def record(self, prompt: Sequence[int], max_new_tokens: int, written: Columns | None = None) -> Columns:
         """Let the target write the text after a prompt, draft at each of its positions, and return the columns of a
-        trace (see ``trace``)."""
-        tokens, features = self._write(prompt, max_new_tokens)
+        trace (see ``trace``).
+
+        Args:
+            prompt: ids of the prompt.
+            max_new_tokens: most tokens of the text.
+            written: columns of the text with another drafter, which the target then reads and does not write again.
+        """
+        if written is None:
+            tokens, features = self._write(prompt, max_new_tokens)
+            gaps = np.array(self.verifier.gaps)
+        else:
+            tokens, gaps = written["tokens"].tolist(), written["gaps"]
+            features = self._read([*prompt, *tokens[:-1]])
         depth, drafter = self.max_depth, self.drafter
         if isinstance(drafter, EagleDrafter | CopyingTrees) or (isinstance(drafter, SuffixDrafter) and self.width > 1):
             columns = tree_columns(
@@ -92,7 +103,14 @@ class Recorder:
             )
         else:
             columns = chain_columns(chains_everywhere(drafter, depth + 1, prompt, tokens), tokens, depth + 1)
-        return {"tokens": np.array(tokens), "gaps": np.array(self.verifier.gaps), **columns}
+        return {"tokens": np.array(tokens), "gaps": gaps, **columns}
+
+    def _read(self, text: Sequence[int]) -> Tensor:
+        """Return the target's features at every token of a text; nothing is read where the drafter reads none."""
+        if not self.verifier.capture:
+            return torch.empty(len(text), 0)
+        self.verifier.text.begin(len(text))
+        return self.verifier.text.append(text, False)
 
     def _write(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], Tensor]:
         """Return the target's own text, and its features at every token before the last one."""

@@ -15,6 +15,7 @@ from spec_envs import recordings
 from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.portfolio import CONTENTS, PortfolioTrace, check_same_texts
+from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.trace import Trace
 from tests.support.recordings import costs_of
 
@@ -118,3 +119,14 @@ def with_other_texts(trace: Trace) -> Trace:
     columns["tokens"] = np.array(columns["tokens"])
     columns["tokens"][3] += 1
     return Trace(trace.folder, trace.manifest, columns)
+
+
+def test_text_is_written_once_for_all_drafters(portfolio: PortfolioTrace, portfolio_plan: Plan) -> None:
+    """What a drafter proposes is the same whether the target writes the text or reads it."""
+    name, head = list(portfolio.traces.items())[1]
+    decoder, text = portfolio_plan.parts[name].decoder(), head.texts[0]
+    written = Recorder(decoder).record(text.prompt, head.max_new_tokens)
+    read = Recorder(decoder).record(text.prompt, head.max_new_tokens, written)
+    assert set(written) == set(read) and written["tokens"].tolist() == head.columns["tokens"][: text.tokens].tolist()
+    for column in written:
+        np.testing.assert_allclose(read[column], written[column], atol=1e-4)  # float32, in forwards of other shapes
