@@ -153,8 +153,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patience",
         type=POSITIVE,
-        default=10,
-        help="validations without a better one after which training stops (default 10)",
+        default=20,
+        help="validations without a better one after which training stops (default 20)",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="seed of text, batches and split (default 0)")
 

@@ -221,8 +221,9 @@ def started(
         variant = parallel if args.kind == "parallel" else Variant()
         head = EagleHead.from_target(target, weights, recordings.shortlist, variant, args.layers)
         if args.kind == "parallel":
-            features = torch.cat([example.features.restored(target.device) for example in recordings.held_out])
-            head.mask_hidden.data.copy_(features.mean(0))  # so that unknown states begin as the average ones
+            answers = (e.features.restored(target.device)[e.answer - 1 :] for e in recordings.held_out)
+            means = torch.stack([features.mean(0) for features in answers])
+            head.mask_hidden.data.copy_(means.mean(0))  # so that unknown states begin as the average ones
     kind: type[EagleObjective | ParallelObjective] = ParallelObjective if args.kind == "parallel" else EagleObjective
     return head, kind(head.to(target.device), target, positions, dtype)
 
