@@ -185,7 +185,10 @@ class DrafterControl(Control):
         forwards: list[list[tuple[str, int]]] = [[]]
         for name in map(DrafterName.parse, self.drafters):
             for size, depth in zip(self.sizes, self.depths, strict=True):
-                rows = [1] * size if name.single else [1] if name.kind == "parallel" else [1, *[self.width] * depth]
+                if name.kind in ("parallel", "dflash"):
+                    rows = [self.max_depth + 1]  # all positions of a block in one forward
+                else:
+                    rows = [1] * size if name.single else [1, *[self.width] * depth]
                 forwards.append([(f"{DRAFTER}{name}", n) for n in rows] if name.model else [])
                 nodes.append(size)
                 longest.append(size if name.single else min(size, depth + 1))
