@@ -37,5 +37,5 @@ def narrowed(weights: dict[str, Tensor], units: int) -> dict[str, Tensor]:
 
 
 def multiplied(module: torch.nn.Module) -> int:
-    """Return the number of weights in a module's matrices."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+    """Return the number of weights in a module's matrices that are trained, without output rows."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and p.dim() == 2)
