@@ -50,7 +50,9 @@ class Bounds:
         self.tasks = [self.trace.texts[i].task for i in self.texts]
         self.offered = plans.sizes >= plans.first
         self.most = UNREAD if plans.chain or cycles.copied.any() else plans.deepest + 2
-        self.draft = prices([self.table], "draft", max(self.most + plans.deepest, plans.width) + 1)[0]
+        self.draft = prices(
+            [self.table], "draft", max(self.most + max(plans.deepest, int(cycles.first.max())), plans.width) + 1
+        )[0]
         verify = prices([self.table], "verify", int(plans.nodes.max()) + 1)[0]
         self.accepted = cycles.accepted.astype(np.int64)
         rows, shape = self.trace.rows, self.accepted.shape

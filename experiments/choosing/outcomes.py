@@ -68,7 +68,8 @@ class Outcomes:
         reading = [drafter for drafter in arms.drafters if not drafter.free]
         self.readers, self.who = len(reading), np.full(shape[1], len(reading))
         self.most = min(UNREAD, int(STATES ** (1 / max(1, self.readers))) - 1)  # unread tokens that are told apart
-        most = UNREAD + max(control.sizes[-1], control.width)
+        blocks = [int(drafter.cycles.first.max()) for drafter in arms.drafters]
+        most = UNREAD + max(control.sizes[-1], control.width, *blocks)
         self.draft = np.zeros((self.readers + 1, most + 1))
         for i, drafter in enumerate(arms.drafters):
             if drafter.free:

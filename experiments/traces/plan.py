@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spec_envs.controls import CONTROLS, make_control
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.names import DrafterName
+from spec_envs.decoding.drafters.names import BLOCKS, DrafterName
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.traces.recording import MAX_NEW_TOKENS
 from spec_envs.experiments.measure.arms import Encoded
@@ -94,10 +94,11 @@ class Plan:
         control = make_control(self.env_id, self.env)
         found = {}
         for name in control.drafters:
-            chain = DrafterName.parse(name).single
+            parsed = DrafterName.parse(name)
+            chain = parsed.single
             longest = control.max_depth + 1
-            shallow = control.width > 1 and not DrafterName.parse(name).copies  # copies are drafted at once
-            depth = max(1, *control.depths) if shallow else max(1, control.max_depth)
+            at_once = parsed.copies or parsed.kind in BLOCKS  # all levels cost what the first one does
+            depth = max(1, *control.depths) if control.width > 1 and not at_once else max(1, control.max_depth)
             sizes = {"k_max": max(2, longest)} if chain else {"max_depth": depth, "width": control.width}
             env = {key: value for key, value in self.env.items() if key in DEFAULTS}
             found[name] = Plan("SpecK-v0" if chain else "SpecTree-v0", env | {"drafter": name} | sizes, self.texts)

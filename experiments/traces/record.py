@@ -37,7 +37,7 @@ from spec_envs.controls import CONTROLS
 from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
 from spec_envs.decoding.traces.portfolio import CONTENTS, PortfolioTrace, write_contents
-from spec_envs.decoding.traces.recorder import Columns, Recorder, kind_of
+from spec_envs.decoding.traces.recorder import Columns, Recorder, block_of, kind_of
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.costs import cost_curves
@@ -183,7 +183,7 @@ def assemble(plan: Plan, folder: Path) -> None:
             parts.append(columns)
     if not parts:
         raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
-    settings = plan.settings
+    settings, block = plan.settings, block_of(decoder)
     manifest = Manifest(
         version=VERSION,
         kind=kind_of(decoder),
@@ -204,6 +204,8 @@ def assemble(plan: Plan, folder: Path) -> None:
         texts=kept,
         arrays={},
         date=settings["date"],
+        block_rows=None if block is None else block.rows,
+        whole_block=block is not None and block.whole,
     )
     trace = Trace(folder, manifest, joined(parts, manifest.kind))
     manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))

@@ -16,7 +16,7 @@ from spec_envs.controls.plans import ChoicePlans
 from spec_envs.decoding.clock import DRAFTER
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.decoder import Decoder
-from spec_envs.decoding.drafters.names import DrafterName, static_over_plain
+from spec_envs.decoding.drafters.names import BLOCKS, DrafterName, static_over_plain
 from spec_envs.decoding.drafters.portfolio import Portfolio, default_members, members
 from spec_envs.decoding.loading import DEFAULT_TARGET
 
@@ -185,7 +185,7 @@ class DrafterControl(Control):
         forwards: list[list[tuple[str, int]]] = [[]]
         for name in map(DrafterName.parse, self.drafters):
             for size, depth in zip(self.sizes, self.depths, strict=True):
-                if name.kind in ("parallel", "dflash"):
+                if name.kind in BLOCKS:
                     rows = [self.max_depth + 1]  # all positions of a block in one forward
                 else:
                     rows = [1] * size if name.single else [1, *[self.width] * depth]

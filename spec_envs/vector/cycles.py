@@ -34,7 +34,9 @@ class CycleTable:
         drafted, nodes: ``[rows, plans]``, nodes drafted, and how many of them are verified.
         asked: ``[rows, plans]``, True if the drafter makes a forward.
         forwards: ``[rows, plans]``, forwards after the first decision.
-        first: ``[rows]``, tokens that are copied before the one that the first forward drafts.
+        first: ``[rows]``, rows of the first forward besides those of unread tokens: tokens that are copied before the
+            one that it drafts, or the block that it drafts.
+        expansion: rows of the forward that grows a tree by a level; 0 where the first one drafts all levels.
         gaps: ``[rows, largest size]``, rows of the forward that drafts each further level or token. They are 0 if there
             is no forward, and for the first one, whose rows depend on the unread tokens of the text
             (``spec_envs.decoding.catch_up``).
@@ -71,9 +73,11 @@ class CycleTable:
         self.nodes = np.minimum(self.drafted, plans.budgets)
         self.asked = np.broadcast_to(~self.copied[:, None], self.drafted.shape)
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
-        self.forwards = self.asked * further
-        self.gaps = np.repeat(np.where(self.copied, 0, width)[:, None], plans.deepest, 1)
-        self.first = self.right = np.zeros(len(ranks), np.int64)
+        block = self.trace.manifest.rows_of_block(self.control.max_depth)
+        self.expansion = width if block is None else 0
+        self.forwards = self.asked * (further if block is None else 0 * further)
+        self.gaps = np.repeat(np.where(self.copied, 0, self.expansion)[:, None], plans.deepest, 1)
+        self.first, self.right = np.full(len(ranks), block or 0), np.zeros(len(ranks), np.int64)
         # the next tree has another root, so all its nodes are read again
         self.read = np.broadcast_to(np.int64(0), self.drafted.shape)
 

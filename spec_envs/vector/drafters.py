@@ -44,7 +44,8 @@ class Drafters:
         largest = int(self.sizes[-1])
         longest = trace.manifest.max_new_tokens + largest + 1  # all of them unread so far
         named = [f"{DRAFTER}{drafter.name}" for drafter in self.drafters]
-        self.forward = [prices(tables, name, max(longest, self.control.width)) for name in named]
+        blocks = max(int(drafter.cycles.first.max()) for drafter in self.drafters)
+        self.forward = [prices(tables, name, max(longest + blocks, self.control.width)) for name in named]
         self.further = [
             None if drafter.trees else drafter.cycles.further(forward)
             for drafter, forward in zip(self.drafters, self.forward, strict=True)
@@ -102,8 +103,8 @@ class Drafters:
         if priced is None:
             reads = ~drafter.cycles.copied[row]
             self.unread[which, i] *= ~reads
-            further = self.depths[size] * forward[clock, self.control.width]
-            seconds: np.ndarray = reads * (forward[clock, unread] + further)
+            further = self.depths[size] * forward[clock, drafter.cycles.expansion]
+            seconds: np.ndarray = reads * (forward[clock, unread + drafter.cycles.first[row]] + further)
             return seconds
         plan, cycles = drafter.plans[size], drafter.cycles
         first, asked = cycles.first[row], cycles.asked[row, plan]

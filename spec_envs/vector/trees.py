@@ -52,9 +52,10 @@ class Trees:
         plans = self.plans
         self.shallowest, self.offered = int(plans.sizes[0]), plans.offered
         self.ended = plans.ended_by(int(self.control.action_space.n)) - self.shallowest * self.offered
-        self.expansion = prices(tables, "draft", plans.width)[:, plans.width]
+        self.expansion = prices(tables, "draft", plans.width)[:, cycles.expansion]
         longest = cycles.trace.manifest.max_new_tokens  # all of them copied, and read by no forward so far
-        self.root = prices(tables, "draft", longest if cycles.copied.any() else self.control.max_depth + 2)
+        unread = longest if cycles.copied.any() else self.control.max_depth + 2
+        self.root = prices(tables, "draft", unread + int(cycles.first.max()))
         self.verification = prices(tables, "verify", int(cycles.nodes.max()) + 1)
         self.row, self.depth, self.unread = (np.zeros(count, np.int64) for _ in range(3))
         self.clock = np.zeros(count, np.int64)
@@ -74,7 +75,9 @@ class Trees:
             depth = np.full(len(which), made)
         self.depth[which] = np.minimum(depth, self.cycles.deepest[row]) if self.plans.stepwise else depth
         asked = ~self.cycles.copied[row]
-        seconds: np.ndarray = asked * (self.root[clock, self.unread[which]] + depth * self.expansion[clock])
+        seconds: np.ndarray = asked * (
+            self.root[clock, self.unread[which] + self.cycles.first[row]] + depth * self.expansion[clock]
+        )
         self.unread[which] *= ~asked
         return seconds
 

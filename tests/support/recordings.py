@@ -21,7 +21,7 @@ TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
 
 
 @pytest.fixture(scope="session")
-def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
+def plans(tiny: dict[str, Any], tiny_draft: Path, tiny_parallel: Path) -> dict[str, Plan]:
     """Return recordings of the tiny models: trees of a head, alone and with copies before it, and of suffix decoding;
     chains of a draft model with a shortlist, and of a whole one with copies before it; chains of copies alone."""
     # imported here, since most tests need nothing of the experiments
@@ -31,6 +31,7 @@ def plans(tiny: dict[str, Any], tiny_draft: Path) -> dict[str, Plan]:
     trees = {"max_depth": 4, "width": 4}
     return {
         "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], **trees}, TEXTS),
+        "blocks": Plan("SpecDepth-v0", env | {"drafter": str(tiny_parallel), "max_depth": 6, "width": 3}, TEXTS),
         "copied tree": Plan("SpecDepth-v0", env | {"drafter": f"lookup+{tiny['drafter']}", **trees}, TEXTS),
         "suffix tree": Plan("SpecDepth-v0", env | {"drafter": "suffix", **trees}, TEXTS),
         "chain": Plan("SpecK-v0", env | {"drafter": f"{tiny_draft}@9", "k_max": 6}, TEXTS),

@@ -193,9 +193,11 @@ class BlockDrafter(HeadDrafter[Model]):
     Attributes:
         block: how many positions a forward predicts: those that the head was trained for, at most ``max_depth`` + 1.
         rows: of a forward, besides those of unread tokens.
+        whole: True if they are as many for any ``max_depth``.
     """
 
     rows: int
+    whole = False
 
     def __init__(self, model: Model, width: int = 10, max_depth: int = 12):
         self.block = min(model.block or max_depth + 1, max_depth + 1)

@@ -65,6 +65,9 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
         made_with: versions, processor and revision.
         texts: the texts, in the order of the arrays' rows.
         arrays: SHA-256 of every column's file.
+        block_rows: for a drafter of blocks the rows of each forward besides those of unread tokens; its deeper levels
+            take no forward. None for other drafters.
+        whole_block: True if these rows are computed however few levels are wanted.
     """
 
     version: int
@@ -86,6 +89,15 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     texts: list[Recorded]
     arrays: dict[str, str]
     date: str | None = None
+    block_rows: int | None = None
+    whole_block: bool = False
+
+    def rows_of_block(self, max_depth: int) -> int | None:
+        """Return the rows of a forward besides those of unread tokens where trees are up to ``max_depth`` expansions
+        deep; None for a drafter that makes a forward for each level."""
+        if self.block_rows is None or self.whole_block:
+            return self.block_rows
+        return min(self.block_rows, max_depth)
 
 
 class RecordedTexts:

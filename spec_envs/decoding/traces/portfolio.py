@@ -127,7 +127,8 @@ class PortfolioTrace(Recording):
             )
         for trace in self.traces.values():
             draws_trees = trace.kind == "tree" and problem.width > 1
-            depth = max(problem.depths) if draws_trees else problem.max_depth
+            each = trace.manifest.block_rows is None  # a block is as long as any drafter drafts
+            depth = max(problem.depths) if draws_trees and each else problem.max_depth
             width = problem.width if trace.kind == "tree" else 1
             trace.check(Member(problem.env_id, trace.kind, width, depth), max_new_tokens)
 
@@ -135,7 +136,9 @@ class PortfolioTrace(Recording):
         self.check(problem)
         words = Detokenizer.when_needed(lambda: load_tokenizer(self.manifest.target))
         names = [DrafterName.parse(name) for name in self.traces]
-        portfolio = Portfolio(names, [drafter_of(trace) for trace in self.traces.values()], problem.width)
+        portfolio = Portfolio(
+            names, [drafter_of(trace, problem.max_depth) for trace in self.traces.values()], problem.width
+        )
         return Decoder(ReplayVerifier(self.first), portfolio, clock, self.manifest.eos, problem.max_depth, words)
 
 

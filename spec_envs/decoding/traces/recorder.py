@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter, CopyingTrees, remembers
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
-from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
 from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
+from spec_envs.decoding.drafters.heads import BlockDrafter, HeadDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.traces.chain_recorder import Chain, chains_everywhere
@@ -48,10 +48,16 @@ def kind_of(decoder: Decoder) -> Literal["tree", "chain"]:
     """Return the kind of a decoder's traces: ``"tree"`` for a head, also at width 1, and for a tree of suffix decoding,
     otherwise ``"chain"``."""
     drafter = decoder.drafter
-    draws = isinstance(drafter, EagleDrafter | CopyingTrees) or (
+    draws = isinstance(drafter, HeadDrafter | CopyingTrees) or (
         isinstance(drafter, SuffixDrafter) and drafter.width > 1
     )
     return "tree" if draws else "chain"
+
+
+def block_of(decoder: Decoder) -> BlockDrafter[Any] | None:
+    """Return the drafter of blocks that a decoder has, if it has one."""
+    head = decoder.drafter.head if isinstance(decoder.drafter, CopyingTrees) else decoder.drafter
+    return head if isinstance(head, BlockDrafter) else None
 
 
 class Recorder:
@@ -70,7 +76,7 @@ class Recorder:
             raise ValueError(f"a trace is of greedy decoding; temperature is {decoder.temperature}, expected 0")
         drafter = decoder.drafter
         early = isinstance(drafter, CopyingDrafter) and isinstance(drafter.model, EarlyExitDrafter)
-        known = EagleDrafter | CopyingTrees | DraftModelDrafter | CopyingDrafter | LookupDrafter | SuffixDrafter
+        known = (HeadDrafter, CopyingTrees, DraftModelDrafter, CopyingDrafter, LookupDrafter, SuffixDrafter)
         if early or not isinstance(drafter, known):
             raise ValueError(
                 "an early exit is not recorded: it learns, and shares the target's cache; take another drafter"
@@ -97,7 +103,7 @@ class Recorder:
             tokens, gaps = written["tokens"].tolist(), written["gaps"]
             features = self._read([*prompt, *tokens[:-1]])
         depth, drafter = self.max_depth, self.drafter
-        if isinstance(drafter, EagleDrafter | CopyingTrees) or (isinstance(drafter, SuffixDrafter) and self.width > 1):
+        if isinstance(drafter, HeadDrafter | CopyingTrees) or (isinstance(drafter, SuffixDrafter) and self.width > 1):
             columns = tree_columns(
                 trees_everywhere(drafter, depth, prompt, tokens, features), tokens, self.width, depth
             )

@@ -24,12 +24,14 @@ from spec_envs.text import SILENT, Detokenizer
 
 def replayed(trace: RecordedTexts, clock: WallClock, max_depth: int, detokenize: Detokenizer = SILENT) -> Decoder:
     """Return a decoder that replays a trace. It decodes the trace's own prompts; others raise ValueError."""
-    return Decoder(ReplayVerifier(trace), drafter_of(trace), clock, trace.manifest.eos, max_depth, detokenize)
+    return Decoder(
+        ReplayVerifier(trace), drafter_of(trace, max_depth), clock, trace.manifest.eos, max_depth, detokenize
+    )
 
 
-def drafter_of(trace: RecordedTexts) -> Drafter:
-    """Return a drafter that drafts what a trace has."""
-    return (TreeReplay if trace.manifest.kind == "tree" else ChainReplay)(trace)
+def drafter_of(trace: RecordedTexts, max_depth: int) -> Drafter:
+    """Return a drafter that drafts what a trace has, up to ``max_depth`` expansions."""
+    return (TreeReplay if trace.manifest.kind == "tree" else ChainReplay)(trace, max_depth)
 
 
 class TracePosition:
@@ -120,11 +122,11 @@ class Replay:
     capture: tuple[int, ...] = ()
     drafting = ""
 
-    def __init__(self, trace: RecordedTexts):
+    def __init__(self, trace: RecordedTexts, max_depth: int):
         self.position = TracePosition(trace)
         manifest = trace.manifest
         self.vocab, self.context, self.width = manifest.vocab, manifest.context, manifest.width
-        self.columns = trace.columns
+        self.columns, self.block_rows = trace.columns, manifest.rows_of_block(max_depth)
         self.reads = bool(DrafterName.parse(manifest.drafter).model)
 
     @property
@@ -158,13 +160,13 @@ class TreeReplay(Replay):
                 pass
             return 0
         rows, self.unread = self.unread, 0
-        return rows
+        return rows + (self.block_rows or 0)
 
     def expand(self, tree: Tree) -> int:
-        """Draft the next level, if there is one; return the rows of the recorded forward, 0 for copies."""
+        """Draft the next level, if there is one; return the rows of the recorded forward, 0 for copies and blocks."""
         if tree.size and not (self._copied and self.reads):
             self._grow(tree)
-        return 0 if self._copied else self.width
+        return 0 if self._copied or self.block_rows is not None else self.width
 
     def matched(self) -> int:
         """Return how many of the text's last tokens occurred in it before."""

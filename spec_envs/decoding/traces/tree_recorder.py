@@ -1,9 +1,10 @@
-"""Draft the trees of many positions of a text: those of a head in one forward per level, copies one by one."""
+"""Draft the trees of many positions of a text: those of a head in one forward per level, blocks and copies one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from spec_envs.decoding.drafters.copying import Copies, CopyingTrees, copy_all
 from spec_envs.decoding.drafters.eagle.drafter import EagleDrafter
+from spec_envs.decoding.drafters.heads import BlockDrafter, HeadDrafter
 from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
 from spec_envs.decoding.tree import Children, Tree
 
-Trees = EagleDrafter | CopyingTrees | SuffixDrafter
+Trees = HeadDrafter[Any] | CopyingTrees | SuffixDrafter
 
 
 @dataclass
@@ -68,14 +70,17 @@ def trees_everywhere(
         The trees ``[n - 1]``.
 
     Raises:
-        ValueError: the drafter copies for another head than an EAGLE-3 head.
+        ValueError: the drafter copies for another drafter than a head.
     """
     if isinstance(live, SuffixDrafter):
         return copies_everywhere(live, live.width, depth, prompt, text)
     head = live.head if isinstance(live, CopyingTrees) else live
-    if not isinstance(head, EagleDrafter):
-        raise ValueError(f"trees of a {type(head).__name__} cannot be drafted together; expected an EAGLE-3 head")
-    found = [Drawn(levels) for levels in heads_everywhere(head, depth, prompt, text, features)]
+    if isinstance(head, EagleDrafter):
+        found = [Drawn(levels) for levels in heads_everywhere(head, depth, prompt, text, features)]
+    elif isinstance(head, BlockDrafter):
+        found = blocks_everywhere(head, depth, prompt, text, features)
+    else:
+        raise ValueError(f"trees of a {type(head).__name__} are not recorded; expected a head")
     if isinstance(live, CopyingTrees):
         for tree, copied in zip(found, copies_everywhere(live.copies, live.width, depth, prompt, text), strict=True):
             tree.matched = copied.matched
@@ -101,6 +106,23 @@ def copies_everywhere(
             copy_all(live, tree)
         found.append(Drawn(tree.proposed, True, seen.matched()))
         seen.append([token])
+    return found
+
+
+def blocks_everywhere(
+    live: BlockDrafter[Any], depth: int, prompt: Sequence[int], text: Sequence[int], features: Tensor
+) -> list[Drawn]:
+    """Draft a block after every token of a text but the last, each by a forward of its own."""
+    start = len(prompt)
+    live.start([*prompt, text[0]], len(text), features[:start], np.random.default_rng(0))
+    found = []
+    for at, token in enumerate(text[1:], start):
+        tree = Levels(live.width, depth)
+        live.root(tree)
+        while len(tree.proposed) < live.block:
+            live.expand(tree)
+        found.append(Drawn(tree.proposed))
+        live.commit([token], features[at : at + 1])
     return found
 
 

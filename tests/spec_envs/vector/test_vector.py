@@ -34,6 +34,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SpecBudget-v0", "copied tree", {"depth": "random", "clock": ["qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2"]}),
     ("SpecBudget-v0", "suffix tree", {"depth": 2, "observation": "ltd", "budgets": (0, 1, 3, 9, 30)}),
     ("SpecTree-v0", "copied tree", {"episode": "cycle", "max_depth": 2}),
+    ("SpecDepth-v0", "blocks", {"budget": 5}),
+    ("SpecBudget-v0", "blocks", {"depth": "random", "clock": "smollm2-135m-int8-xeon-amx-2", "max_depth": 3}),
     ("SpecK-v0", "chain", {}),
     ("SpecK-v0", "copies", {"cost_features": True}),
     ("SpecK-v0", "copies", {"observation": "counters"}),

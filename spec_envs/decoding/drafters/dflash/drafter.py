@@ -103,7 +103,7 @@ class DFlashModel(HeadModel):
         order = sorted(block.boundaries)
         self.capture, self.block = tuple(order), block.predicted
         self.order = [order.index(boundary) for boundary in block.boundaries]
-        self.mask_token, self.skipped = block.mask_token, block.size - block.predicted
+        self.mask_token, self.size, self.skipped = block.mask_token, block.size, block.size - block.predicted
         self.fc = modules.Linear(state["fc.weight"])
         self.hidden_norm = modules.RMSNorm(state["hidden_norm.weight"], shape.norm_eps)
         self.layers = [
@@ -127,7 +127,7 @@ class DFlashModel(HeadModel):
         cache.length += n
 
     @torch.inference_mode()
-    def step(self, token: int, cache: KVCache, vocabulary: Vocabulary, width: int, block: int) -> Children:
+    def step(self, token: int, cache: KVCache, vocabulary: Vocabulary, width: int, wanted: int) -> Children:
         """Predict a block by one forward, whose rows do not join the cache.
 
         Args:
@@ -135,14 +135,14 @@ class DFlashModel(HeadModel):
             cache: with the states of all tokens before it.
             vocabulary: the tokens that can be drafted.
             width: children of each position.
-            block: number of positions.
+            wanted: how many positions get children, the first ones of the block.
         """
-        ids = [token, *[self.mask_token] * (block + self.skipped - 1)]
+        ids = [token, *[self.mask_token] * (self.size - 1)]
         x = embedded(torch.tensor([ids], device=self.target.device), self.embedding).to(self.target.precision.hidden)
         tables = self._tables(cache, len(ids))
         for layer, memory in zip(self.layers, self._memories(cache, len(ids)), strict=True):
             x = layer(x, memory, tables)
-        return self.children(x[0, self.skipped :], width, vocabulary)
+        return self.children(x[0, self.skipped : self.skipped + wanted], width, vocabulary)
 
     def _tables(self, cache: KVCache, n: int) -> Tables:
         """Return the rotary tables of ``n`` new rows."""
@@ -159,12 +159,15 @@ class DFlashDrafter(BlockDrafter[DFlashModel]):
     """Drafts a block of tokens with one forward of a DFlash drafter.
 
     Row t of its cache are the keys and values of the target's states at token t. The rows of a block, the text's last
-    token and mask tokens, follow them.
+    token and mask tokens, follow them. Since each of them sees the others, the whole block is computed however few of
+    its positions can be drafted.
     """
+
+    whole = True
 
     def __init__(self, model: DFlashModel, width: int = 10, max_depth: int = 12):
         super().__init__(model, width, max_depth)
-        self.rows = self.block + model.skipped
+        self.rows = self.beyond = model.size
 
     def draft(self, features: Tensor, tokens: list[int]) -> Children:
         """Read tokens of the text and predict the block after them; see ``BlockDrafter.draft``."""

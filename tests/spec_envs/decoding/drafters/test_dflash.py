@@ -310,4 +310,4 @@ def test_rows_of_the_forward_are_charged(tiny_target: Path, tmp_path: Path) -> N
         assert decoder.expand() and decoder.expand() and not decoder.expand()
         decoder.verify(0)
     rows = {rows: times for (part, rows), times in decoder.clock.forwards.items() if part == "draft" and rows}
-    assert rows == {1 + 4: 1, 4 + 3: 1}  # a block of three positions has four rows
+    assert rows == {1 + SIZE: 1, 3 + SIZE: 1}

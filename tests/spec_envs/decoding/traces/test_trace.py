@@ -65,6 +65,8 @@ def assert_replay_equals_live(env_id: str, trace: Trace, plan: Plan, folder: Pat
         ("SpecBudget-v0", "suffix tree", {"depth": 2, "observation": "ltd"}),
         ("SpecTree-v0", "copied tree", {"cost_features": True, "max_depth": 2}),
         ("SpecTree-v0", "suffix tree", {}),
+        ("SpecDepth-v0", "blocks", {"budget": 5}),
+        ("SpecBudget-v0", "blocks", {"depth": "random", "budgets": (0, 1, 3, 9, 30)}),
         ("SpecK-v0", "chain", {}),
         ("SpecK-v0", "copies", {}),
         ("SpecK-v0", "copies", {"decision": "token"}),
