@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.lookup import Copy, LookedUp, child
+from spec_envs.decoding.drafters.portfolio import Portfolio
 from spec_envs.decoding.drafters.suffix import SuffixDrafter, Suffixes
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Children, Tree
@@ -138,7 +139,9 @@ def copy_all(copies: Copies, tree: Tree) -> None:
 
 
 def remembers(drafter: Drafter | None) -> bool:
-    """Return whether a drafter drafts from earlier answers, too."""
+    """Return whether a drafter, or one of several, drafts from earlier answers, too."""
+    if isinstance(drafter, Portfolio):
+        return any(map(remembers, drafter.drafters))
     copies = drafter.copies if isinstance(drafter, CopyingDrafter | CopyingTrees) else drafter
     copies = copies.seen if isinstance(copies, SuffixDrafter) else copies
     return isinstance(copies, Suffixes) and copies.remembered > 0

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from spec_envs.decoding.drafters.eagle.config_keys import MASK_TOKENS
+from spec_envs.decoding.drafters.eagle.config_keys import MASK_TOKENS, short
 
 READ = (
     "read are EAGLE-3 and P-EAGLE heads (layouts of SafeAILab, SpecForge, ModelOpt, speculators), DFlash drafters "
@@ -98,7 +98,7 @@ def refuse_foreign_config(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse a drafter whose config.json names a format that is not read."""
     kind = config.get("speculators_model_type")
     if kind is not None and kind not in SPECULATORS:
-        refuse(f"a {kind!r} drafter of speculators", folder)
+        refuse(f"a {short(kind)} drafter of speculators", folder)
     names = architectures(config)
     for word, what in ARCHITECTURES:
         if any(word in name for name in names):

@@ -24,7 +24,7 @@ from msgspec import Meta
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from spec_envs.decoding.drafters.eagle.config import config_of
-from spec_envs.decoding.drafters.eagle.config_keys import MODEL, refuse_unknown, words
+from spec_envs.decoding.drafters.eagle.config_keys import MODEL, refuse_unknown, sentence, short, words
 from spec_envs.decoding.drafters.formats import read_json, refuse_foreign_config
 
 TYPES: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
@@ -97,8 +97,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Block]:
             raise ValueError(f"the boundaries {list(block.boundaries)} of the target's layers are not different")
         return config, block
     except ValueError as error:  # msgspec's are among them
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot use the DFlash drafter in {folder}: config.json: {reason}") from None
+        raise ValueError(f"cannot use the DFlash drafter in {folder}: config.json: {sentence(error)}") from None
 
 
 def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Block]:
@@ -183,8 +182,8 @@ def spread(target_layers: Any, layers: int) -> list[int]:
     Raises:
         ValueError: the config does not say how many layers the target has.
     """
-    if not isinstance(target_layers, int) or target_layers < 5:
-        raise ValueError(f"it has no target_layer_ids, and num_target_layers is {target_layers!r}")
+    if not isinstance(target_layers, int) or not 5 <= target_layers <= 1 << 16:
+        raise ValueError(f"it has no target_layer_ids, and num_target_layers is {short(target_layers)}")
     if layers == 1:
         return [target_layers // 2]
     return [round(1 + i * (target_layers - 4) / (layers - 1)) for i in range(layers)]

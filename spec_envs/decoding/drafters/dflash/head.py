@@ -72,6 +72,8 @@ class DFlashHead(nn.Module):
             ValueError: tensors are missing, unknown, or do not fit.
         """
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        if len(own) < len(weights):
+            raise ValueError("it has tensors of one name with and without 'model.' before it; expected one of each")
         # The embedding is the target's (speculators' loader replaces a stored one by it).
         unread = (*UNREAD, "embed_tokens.weight")
         own = {name: tensor for name, tensor in own.items() if name not in unread and not name.endswith(TABLES)}

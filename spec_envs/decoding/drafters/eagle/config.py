@@ -49,12 +49,14 @@ from spec_envs.decoding.drafters.eagle.config_keys import (
     MODEL,
     SPECULATORS,
     refuse_unknown,
+    sentence,
     short,
 )
 from spec_envs.decoding.drafters.formats import read_json, refuse_foreign_config
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+Vocabulary = Annotated[int, Meta(ge=1, le=1 << 20)]  # tables of that many ids are made before the target is known
 Positive = Annotated[float, Meta(gt=0, lt=1e12)]
 
 
@@ -67,7 +69,7 @@ class Numbers(msgspec.Struct):
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
-    vocab_size: Size
+    vocab_size: Vocabulary
     max_position_embeddings: Size
     rms_norm_eps: Positive
     hidden_act: Literal["silu", "swish"]  # two names of one activation
@@ -98,7 +100,7 @@ class RopeNumbers(msgspec.Struct, forbid_unknown_fields=True):
 class Extras(msgspec.Struct):
     """The keys that only heads have."""
 
-    draft_vocab_size: Size | None = None
+    draft_vocab_size: Vocabulary | None = None
     target_vocab_size: Size | None = None
     target_hidden_size: Size | None = None
     num_aux_hidden_states: Annotated[int, Meta(ge=1, le=64)] | None = None
@@ -168,8 +170,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Variant]:
             raise ValueError(f"mask_token_id is {variant.mask_token}, expected a token below {config.vocab_size}")
         return config, variant
     except ValueError as error:  # msgspec's are among them
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot use the EAGLE-3 head in {folder}: config.json: {reason}") from None
+        raise ValueError(f"cannot use the EAGLE-3 head in {folder}: config.json: {sentence(error)}") from None
 
 
 def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:

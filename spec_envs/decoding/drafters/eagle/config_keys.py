@@ -90,3 +90,9 @@ def short(value: Any) -> str:
     """Return a value as it is shown in a sentence, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def sentence(error: Exception) -> str:
+    """Return an error's text in one line, cut to 400 characters: it may quote a value of any length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:397]}..."

@@ -186,8 +186,9 @@ def test_only_a_stream_drafts_from_earlier_answers(tiny: dict[str, Any], name: s
     assert first == again
     first, again = accepted(name.replace("suffix", "suffix@stream"))
     assert again > first
-    with pytest.raises(ValueError, match="answers of all arms"):
-        opened(tiny, name.replace("suffix", "suffix@stream"), 4).separate()
+    for arm in (name.replace("suffix", "suffix@stream"), "lookup,suffix@stream"):
+        with pytest.raises(ValueError, match="answers of all arms"):
+            opened(tiny, arm, 4).separate()
 
 
 @pytest.mark.parametrize("name", ["suffix", "suffix+HEAD", "lookup+HEAD"])

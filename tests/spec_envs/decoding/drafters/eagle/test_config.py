@@ -76,6 +76,7 @@ def test_layer_ids_are_read_as_their_tools_write_them(
         ({"eagle_config": {"parallel_draft_step": 4}}, "parallel_draft_step is 4"),
         ({"eagle_config": {"norm_everything": True}}, "eagle_config: norm_everything is True, a key that is not known"),
         ({"eagle_config": [1]}, "eagle_config is .1., expected an object"),
+        ({"eagle_config": "q" * 100_000}, "eagle_config is 'q+[.]{3}$"),
         ({"norm_between": True}, "norm_between is True, a key that is not known here"),
         ({"residual_scale": 0.5}, "residual_scale is 0.5, a key that is not known here"),
         ({"norm_before_residual": "yes"}, "Expected `bool | null`, got `str` - at `\\$.norm_before_residual`"),
