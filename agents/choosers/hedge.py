@@ -26,11 +26,14 @@ class HedgeAgent(PricedDrafterRule):
     the longest match, which ``matches`` parts; without any it is Hedge as published. The arm of the highest weight is
     chosen where the agent is asked to be deterministic, as it is while a text is decoded; otherwise the arm is drawn
     from the weights. It learns while it is deployed.
+
+    Raises:
+        ValueError: ``matches`` do not ascend.
     """
 
     class Settings(SeededSettings):
-        rate: Amount = Field(0.3, description="learning rate")
-        pace: Amount = Field(1.2, description="tokens that the time of a plain step is worth")
+        rate: Amount = Field(0.3, le=100.0, description="learning rate")
+        pace: Amount = Field(1.2, le=100.0, description="tokens that the time of a plain step is worth")
         memory: Share = Field(0.98, description="factor of the log-weights from decision to decision")
         matches: tuple[Count, ...] = Field(
             (1, 2, 4), description="longest matches, in tokens, from which on the next set of weights is used"
@@ -42,7 +45,10 @@ class HedgeAgent(PricedDrafterRule):
 
     def __init__(self, control: Control, **hyperparameters: Any):
         super().__init__(control, **hyperparameters)
-        self.weights = np.zeros((len(self.settings.matches) + 1, len(self.sizes)))  # their logarithms
+        matches = self.settings.matches
+        if list(matches) != sorted(set(matches)):
+            raise ValueError(f"matches is {list(matches)}; expected ascending numbers of tokens")
+        self.weights = np.zeros((len(matches) + 1, len(self.sizes)))  # their logarithms
         self.rng = np.random.default_rng(self.settings.seed)
         self.context = 0
 

@@ -8,7 +8,7 @@ drafters, and a trace of each in a folder of its own (``trace.py``).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,8 +154,26 @@ def _loaded(folder: Path) -> PortfolioTrace:
     except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} and record the trace again") from None
     traces = {name: Trace.load(folder / place) for name, place in contents.drafters.items()}
+    check_drafters(traces)
     check_same_texts(list(traces.values()))
     return PortfolioTrace(folder, traces)
+
+
+def check_drafters(traces: Mapping[str, Trace]) -> None:
+    """Refuse traces of other drafters than those that they stand for.
+
+    Args:
+        traces: by the drafter's name.
+
+    Raises:
+        ValueError: the message names the first one.
+    """
+    for name, trace in traces.items():
+        if trace.manifest.drafter != name:
+            raise ValueError(
+                f"the trace {trace.folder} is of the drafter {trace.manifest.drafter!r}, but {CONTENTS} beside it says "
+                f"{name!r}; delete {trace.folder.parent} and record it again"
+            )
 
 
 def check_same_texts(traces: Sequence[Trace]) -> None:

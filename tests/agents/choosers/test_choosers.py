@@ -108,6 +108,8 @@ def test_fixed_order_copies_where_enough_matches() -> None:
     ("name", "control", "settings", "message"),
     [
         ("hedge", KControl(), {}, "HedgeAgent controls SpecDrafter-v0, not SpecK-v0"),
+        ("hedge", None, {"matches": (4, 2)}, r"matches is \[4, 2\]; expected ascending numbers of tokens"),
+        ("hedge", None, {"rate": 1e308}, r"rate is 1e\+308; expected a number from 0 to 100"),
         ("fixed-order", None, {"copier": "plain"}, "copier is 'plain'; expected one of lookup:2, lookup:4"),
         ("fixed-order", None, {"otherwise": "lookup:3"}, "otherwise is 'lookup:3'; expected one of plain, lookup:2"),
     ],

@@ -111,6 +111,11 @@ def test_foreign_and_damaged_traces_are_refused(
     (damaged / CONTENTS).write_text('{"version": 1, "drafters": {"lookup": "../elsewhere"}}')
     with pytest.raises(ValueError, match=r"is damaged .*record the trace again"):
         PortfolioTrace.load(damaged)
+    exchanged = tmp_path / "exchanged"
+    shutil.copytree(portfolio.folder, exchanged)
+    (exchanged / CONTENTS).write_text('{"version": 1, "drafters": {"lookup": "4-suffix", "suffix": "0-lookup"}}')
+    with pytest.raises(ValueError, match=r"4-suffix is of the drafter 'suffix', but .* says 'lookup'; delete"):
+        PortfolioTrace.load(exchanged)
 
 
 def with_other_texts(trace: Trace) -> Trace:
