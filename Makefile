@@ -109,9 +109,10 @@ tensorboard: $(READY)  ## look into the runs below ROOT
 	$(PY) -m tensorboard.main --logdir "$$GIVEN_ROOT"
 
 gifs: $(READY)  ## make the animated pictures of the documentation again, docs/assets/tree.gif and environments/*.gif
-	for env in SpecDepth-v0 SpecBudget-v0 SpecTree-v0 SpecK-v0 SpecDrafter-v0; do \
+	for env in SpecDepth-v0 SpecBudget-v0 SpecTree-v0 SpecK-v0; do \
 		$(SPEC_ENVS) video $$env --set $(PRICED) --out docs/assets/environments/$$env.gif || exit 1; \
 	done
+	$(SPEC_ENVS) video SpecDrafter-v0 --agent hedge --set $(PRICED) --out docs/assets/environments/SpecDrafter-v0.gif
 	$(SPEC_ENVS) video SpecTopK-v0 --out docs/assets/environments/SpecTopK-v0.gif
 	$(SPEC_ENVS) video SpecDVI-v0 --set $(PRICED) env.exit_layer=24 env.block=4 --max-new-tokens 16 \
 		--out docs/assets/environments/SpecDVI-v0.gif

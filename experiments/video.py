@@ -1,7 +1,8 @@
 """Make a video of an environment: the text, the draft as it grows, and what the target accepts of it (`spec-envs video`).
 
 The policy is the shipped agent of the environment; where none is shipped, the fixed setting of experiments/ENV.yml, and
-in SpecDVI-v0 the untrained exit. `--agent` plays another stanza that needs no training, `--run` a trained agent.
+in SpecDVI-v0 the untrained exit. `--agent` plays another stanza that needs no training, `--run` a trained agent. An
+agent that weighs seconds, such as hedge, needs `--set env.clock=TABLE`, the name of a cost table.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from spec_envs.agents import AGENTS, SHIPPED
 from spec_envs.agents.base import Agent
 from spec_envs.agents.exits.online import OnlineAgent
 from spec_envs.arguments import SEED, TOKENS, Parser, input_folder, nonempty, number, output_file
+from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.exits.files import is_exit
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
@@ -138,6 +140,8 @@ def opened(args: argparse.Namespace) -> tuple[SpecEnv, Agent]:
         stanza = args.agent or ("fixed" if "fixed" in source.stanzas else source.first)
         keywords, name, hyperparameters = of_stanza(args.env, stanza, args.set)
         env = spec_env_of(gym.make(args.env, **keywords | shown))
+        if isinstance(env.decoder.clock, PricedClock):
+            env.control.costs = env.decoder.clock.table
         agent = untrained(env, name, hyperparameters)
     env.control.check_layout(agent.control, type(agent).__name__)
     return env, agent

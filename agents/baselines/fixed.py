@@ -28,7 +28,8 @@ class FixedAgent(Rule):
         value: Setting = Field(
             description="one of `control.settings()`: a depth (SpecDepth-v0), a number of nodes (SpecBudget-v0), both "
             '("2x7" in SpecTree-v0; YAML wants quotes around "0x7", which is a number to it), a chain length '
-            '(SpecK-v0) or what is sent over a link ("4x300", "cloud 64" in SpecTopK-v0)'
+            '(SpecK-v0), who drafts how much ("plain", "lookup:4" in SpecDrafter-v0) or what is sent over a link ("4x300", '
+            '"cloud 64" in SpecTopK-v0)'
         )
 
     settings: Settings

@@ -247,8 +247,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     traced = [env_id for env_id in ENVIRONMENTS if CONTROLS[env_id].trace_kind]
     parser.add_argument("env", choices=traced, help=f"environment id: {', '.join(traced)}", metavar="env")
-    add_model_arguments(parser, drafter="EAGLE-3 head for trees, or drafter of chains")
-    parser.add_argument("--prompts", type=nonempty, default="all", help="prompt sets, separated by commas")
+    add_model_arguments(parser, drafter="EAGLE-3 head for trees, drafter of chains, or several by commas")
+    parser.add_argument(
+        "--prompts", type=nonempty, default="all", help="prompt sets, separated by commas (default all)"
+    )
     parser.add_argument(
         "--data-dir", type=input_folder, help="folder of NAME/question.jsonl files (default: the shipped prompts)"
     )
@@ -257,7 +259,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--depth",
         type=whole_number(0),
-        help="expansions of a tree (default 12), or tokens of a chain less one (default 15)",
+        help="expansions of a tree (default 12), or tokens of a chain less one (default 15); not for SpecDrafter-v0",
     )
     parser.add_argument(
         "--texts",
@@ -270,7 +272,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shard", type=shard_of, help="i/n: record only every n-th text from i on, and do not assemble the trace"
     )
-    parser.add_argument("--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND)")
+    parser.add_argument(
+        "--out", type=output_folder, help="folder (default runs/traces/TARGET-KIND; KIND is tree, chain or portfolio)"
+    )
     return parser.parse_args(argv)
 
 

@@ -44,6 +44,9 @@ class DrafterControl(Control):
     one of chains for `sizes[j]` tokens, all of which are verified; one of trees for a tree of `depths[j]` expansions,
     of which the `sizes[j]` best nodes are verified. A drafter that has nothing more to propose drafts fewer.
 
+    As a static setting, for the agents `fixed` and `fixed-order`, action 0 is called `plain` and the others by drafter and
+    size, such as `lookup:4`. `env.unwrapped.control.settings()` lists these names in the order of the actions.
+
     ## Observation Space
 
     A `Box` of float32; with the default four drafters, `lookup`, `suffix`, an EAGLE-3 head and a draft model:
@@ -61,8 +64,8 @@ class DrafterControl(Control):
     | 41 | `context`: tokens of the text / 4096 | 0 | 1 |
     | 42–46 | `kind`: one-hot of code, prose, math, json, list, detected from the last 96 tokens | 0 | 1 |
 
-    A cycle of a chain tells what shorter ones of the same drafter would have accepted, and longer ones where a token
-    was rejected. `match` is left out where no drafter copies.
+    One chain also tells how many tokens of a shorter one by the same drafter would have been accepted, and of a longer
+    one if a token was rejected: `survival` moves at all of these sizes. `match` is left out where no drafter copies.
 
     ## Starting State
 
@@ -70,7 +73,7 @@ class DrafterControl(Control):
 
     ## Information
 
-    - `drafter`: name of the drafter that drafted, `""` for plain decoding.
+    - `drafter`: name of the drafter that was asked, `""` for plain decoding.
 
     ## Arguments
 
@@ -79,7 +82,7 @@ class DrafterControl(Control):
     - `width=4`: children per node of a tree, and nodes expanded per level.
 
     and the shared ones; `drafter` is several names joined by commas, by default `lookup`, `suffix` and every drafter of
-    the target in models.yml that nothing copies for.
+    the target in models.yml whose name has no `lookup+` or `suffix+`.
 
     ## Version History
 

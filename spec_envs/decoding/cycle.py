@@ -45,6 +45,7 @@ class Cycle:
         nodes: the verified nodes.
         bytes_up, bytes_down: sent to the target and received from it over a network.
         unverified: number of emitted tokens that the target never saw.
+        drafter: name of the one of several drafters that was asked; ``""`` where there is one only, or nobody was.
     """
 
     tokens: list[int]
@@ -57,6 +58,7 @@ class Cycle:
     bytes_up: int = 0
     bytes_down: int = 0
     unverified: int = 0
+    drafter: str = ""
 
     @property
     def emitted(self) -> int:

@@ -200,7 +200,8 @@ class Decoder(TextEngine):
         seconds = self._cycle_seconds()
         counts = dict.fromkeys(("accepted", "drafted", "verified", "depth"), 0) | counts
         sent = {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}
-        self.cycles.append(Cycle(tokens=emitted, seconds=seconds, nodes=nodes, **counts, **sent))
+        by = self.drafter.drafting if self.drafter else ""
+        self.cycles.append(Cycle(tokens=emitted, seconds=seconds, nodes=nodes, drafter=by, **counts, **sent))
         self.tree.clear()
         self.drafting = False
         return self.cycles[-1]

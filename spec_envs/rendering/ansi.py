@@ -7,7 +7,7 @@ import numpy as np
 from spec_envs.decoding.cycle import Cycle, Drafted
 from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.tree import ROOT
-from spec_envs.rendering.words import drafting, happened
+from spec_envs.rendering.words import by, drafting, happened
 from spec_envs.text import TextStream, after, printable
 
 GREEN, RED, BOLD, RESET = "\x1b[32m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
@@ -29,7 +29,7 @@ def ansi(decoder: Engine, last: Cycle | None) -> str:
     text = "".join(f"{colour}{printable(piece)}{RESET}" for colour, piece in parts if piece)
     if last is None:
         return f"{text}\n-- {drafting(decoder.tree)} --"
-    caption = f"-- {happened(last, decoder.tree.width)} --"
+    caption = f"-- {' · '.join(filter(None, (happened(last, decoder.tree.width), by(last))))} --"
     return "\n".join([text, caption, *tree_lines(last.nodes, labels(decoder, last))])
 
 

@@ -52,7 +52,8 @@ def picture(engine: Engine, title: str, last: Cycle | None, plain_rate: float) -
     view = ended(engine, last) if last else under_way(engine)
     root = engine.tokens[-1 - last.emitted if last else -1]
     if len(view.tokens) or (last and not last.drafted and last.emitted == 1):
-        (draw_chain if engine.tree.width == 1 or view.is_chain else draw_tree)(canvas, engine, view, root)
+        is_chain = engine.tree.width == 1 or view.is_chain or not len(view.tokens)
+        (draw_chain if is_chain else draw_tree)(canvas, engine, view, root)
     elif last and last.drafted:
         canvas.text(
             WIDTH / 2, 260, "This engine reports counts of what it drafted, not the tokens.", 13, GREY, align="center"
@@ -61,6 +62,7 @@ def picture(engine: Engine, title: str, last: Cycle | None, plain_rate: float) -
     canvas.text(MARGIN, 413, caption, 14, bold=True)
     canvas.text(WIDTH - MARGIN, 413, words.sent(last) if last else "", 11, GREY, align="right")
     canvas.text(MARGIN, 436, words.totals(engine.cycles, plain_rate), 12)
+    canvas.text(WIDTH - MARGIN, 436, cut(words.by(last), 31) if last else "", 10, align="right")
     draw_legend(canvas, 463)
     return canvas.pixels()
 

@@ -36,6 +36,11 @@ def happened(cycle: Cycle, width: int) -> str:
     return f"{drafted} · {verified} · accepted {cycle.accepted} · emitted {emitted}"
 
 
+def by(cycle: Cycle) -> str:
+    """Return who drafted a cycle; empty if nothing was drafted, or there is one drafter only."""
+    return f"drafted by {cycle.drafter}" if cycle.drafter and cycle.drafted else ""
+
+
 def sent(cycle: Cycle) -> str:
     """Return a line about the messages of a cycle; empty if there were none."""
     if not cycle.bytes_up:

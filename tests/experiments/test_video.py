@@ -68,7 +68,10 @@ def test_untrained_exit_and_fixed_choice_play(
     exit = settings(tiny, drafter="auto", block=3)
     run_command(monkeypatch, video, "SpecDVI-v0", "--max-new-tokens", 6, "--set", *exit)
     run_command(monkeypatch, video, "SpecTopK-v0", "--max-new-tokens", 6, "--set", *settings(tiny, drafter="lookup"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["SpecDVI-v0.gif", "SpecTopK-v0.gif"]
+    several = settings(tiny, drafter="lookup,suffix")
+    run_command(monkeypatch, video, "SpecDrafter-v0", "--agent", "hedge", "--max-new-tokens", 6, "--set", *several)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["SpecDVI-v0.gif", "SpecDrafter-v0.gif", "SpecTopK-v0.gif"]
 
 
 @pytest.mark.parametrize("fps", [0.1, 50])

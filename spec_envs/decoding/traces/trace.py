@@ -119,10 +119,15 @@ class Trace(RecordedTexts, Recording):
             instead = f"give one of {problem.trace_kind}s" if problem.trace_kind else "no trace does, it needs models"
             raise ValueError(f"the trace {self.name} has {made.kind}s, which do not replay {problem.env_id}; {instead}")
         if problem.width != made.width:
-            raise ValueError(f"the trace {self.name} was recorded with width {made.width}, not {problem.width}")
+            raise ValueError(
+                f"the trace {self.name} was recorded with width {made.width}, not {problem.width}; pass the former, or "
+                "record another trace"
+            )
         if problem.max_depth > made.max_depth:
             raise ValueError(
-                f"the trace {self.name} is {made.max_depth} expansions deep, but max_depth is {problem.max_depth}"
+                f"the trace {self.name} is {made.max_depth} expansions deep, but max_depth is {problem.max_depth}; draft "
+                f"less (max_depth and depths of at most {made.max_depth}, k_max and sizes of at most {made.max_depth + 1}), or "
+                "record a deeper trace"
             )
         if max_new_tokens is not None and max_new_tokens > made.max_new_tokens:
             raise ValueError(

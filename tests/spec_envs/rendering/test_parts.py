@@ -56,6 +56,8 @@ def test_totals_count_forwards_of_the_target() -> None:
     assert "prompt" in words.totals([], 5.0)
     assert words.sent(cycle(1, bytes_up=1234, bytes_down=7)) == "1.2 kB up · 7 B down · 50 ms on the network"
     assert words.sent(cycle(1)) == ""
+    asked = [cycle(1, drafted=4), cycle(1, drafted=4, drafter="lookup"), cycle(1, drafter="lookup")]
+    assert list(map(words.by, asked)) == ["", "drafted by lookup", ""]
 
 
 def test_text_is_broken_at_spaces() -> None:
