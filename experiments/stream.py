@@ -10,6 +10,7 @@ from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.loading import folder_of
 from spec_envs.arguments import SEED, TEMPERATURE, TOKENS, TOP_P, Parser, nonempty
 from spec_envs.controls import Policy
+from spec_envs.controls.base import Control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.drafters.names import DrafterName
@@ -53,10 +54,14 @@ def policy_of(run: Path | None, drafter: str | None) -> tuple[Policy, Keywords]:
         drafter: what drafts; None is the run's, or the default for trees.
 
     Raises:
-        ValueError: the run decodes no text, because it replays a trace.
+        ValueError: the run decodes no text, because it replays a trace; or several drafters, between which a fixed depth
+            does not choose.
     """
     if not run:
-        control = KControl() if drafter and DrafterName.parse(drafter).chain else DepthControl()
+        control: Control = DepthControl()
+        if drafter:
+            control.check_drafter(drafter)
+            control = KControl() if DrafterName.parse(drafter).chain else control
         return Policy(control, FixedAgent(control, value=2)), {}
     policy, config = Policy(*agents.load(run)), agents.read_config(folder_of(run))
     env = {**config["env"], **config.get("eval_env", {})}

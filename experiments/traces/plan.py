@@ -65,6 +65,7 @@ class Plan:
         given["date"] = given["date"] or DATE
         if given["drafter"] == "auto":
             given["drafter"] = control.default_drafter(self.target)
+        control.check_drafter(str(given["drafter"]))
         return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
 
     @property

@@ -27,6 +27,7 @@ from spec_envs.arguments import (
     whole_number,
 )
 from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
+from spec_envs.decoding.drafters.portfolio import is_portfolio
 from spec_envs.decoding.loading import DEFAULT_TARGET, load_decoder
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import Tree
@@ -126,6 +127,8 @@ def connected(
     """
     if not 1 <= k <= LONGEST_DRAFT:
         raise ValueError(f"k is {k}; expected a draft of 1 to {LONGEST_DRAFT} tokens")
+    if is_portfolio(drafter):
+        raise ValueError(f"drafter is {drafter!r}; an edge has one, SpecDrafter-v0 chooses between several")
     if not 0 < patience < math.inf:
         raise ValueError(f"patience is {patience:g} s; expected more than 0 and a finite number")
     channel = SocketChannel(url, patience, in_clear=token_in_clear)  # checks the address before models are loaded

@@ -15,6 +15,7 @@ from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.full_trees import grown, level_slice
 from spec_envs.decoding.traces.recorder import Recorder
 from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments.stream import policy_of
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_texts, recorded, shard_of
 from tests.support.models.tiny import REAL
@@ -296,3 +297,10 @@ def test_plans_of_other_settings_have_separate_folders(plans: dict[str, Plan], t
     assert other != first and other.name.startswith(first.name)
     plans["copies"].claim(other)
     assert default_folder(plans["copies"], tmp_path) == other
+
+
+def test_several_drafters_are_recorded_for_their_environment_alone() -> None:
+    with pytest.raises(ValueError, match="'lookup,suffix'; SpecK-v0 has one, SpecDrafter-v0 chooses between several"):
+        _ = Plan("SpecK-v0", {"drafter": "lookup,suffix"}, (1, 1, 1)).settings
+    with pytest.raises(ValueError, match="'lookup,suffix'; SpecDepth-v0 has one, SpecDrafter-v0 chooses"):
+        policy_of(None, "lookup,suffix")

@@ -130,6 +130,7 @@ def test_command_without_a_cloud(
         ({"drafter": "lookup", "fallback": True}, "cannot continue without the cloud"),
         ({"mode": "ids"}, "mode is 'ids', which is for temperature 0"),
         ({"k": 65}, "k is 65; expected a draft of 1 to 64"),
+        ({"drafter": "lookup,suffix"}, "an edge has one, SpecDrafter-v0 chooses between several"),
         ({"patience": 0}, "patience is 0 s"),
         ({"top_k": 0}, "top_k is 0"),
     ],
