@@ -197,7 +197,10 @@ def write_conversations(
                 if count >= tokens:
                     break
             if not any(c.round == number for c in writer.written):
-                raise ValueError(f"no user turn has at most {longest - writer.max_answer} tokens; raise --longest")
+                raise ValueError(
+                    f"--longest is {longest}, of which an answer may take {writer.max_answer}: no user turn has at most "
+                    f"{longest - writer.max_answer} tokens; raise --longest"
+                )
             number += 1
 
 

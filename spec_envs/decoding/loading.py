@@ -112,7 +112,7 @@ def check_fits(name: DrafterName, width: int) -> None:
     """
     if name.chain and width != 1:
         raise ValueError(
-            f"{str(name)!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head"
+            f"{str(name)!r} drafts a chain, not a tree of width {width}; pass width=1, or take an EAGLE-3 head or suffix"
         )
 
 

@@ -15,7 +15,7 @@ from spec_envs.arguments import POSITIVE, SEED, Parser, add_model_arguments, out
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.drafters.selftext import write_conversations, write_validation
+from spec_envs.experiments.drafters.selftext import Writer, write_conversations, write_validation
 from spec_envs.experiments.drafters.text.composing import Composer
 from spec_envs.experiments.drafters.text.passages import gathered
 from spec_envs.experiments.work_folder import claim
@@ -31,7 +31,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=POSITIVE, default=4_000_000, help="answer tokens for training (default 4,000,000)"
     )
-    parser.add_argument("--longest", type=POSITIVE, default=1024, help="most tokens of a conversation (default 1024)")
+    parser.add_argument(
+        "--longest",
+        type=POSITIVE,
+        default=1024,
+        help=f"most tokens of a conversation, of which its last answer may take {Writer.max_answer} (default 1024)",
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="seed of the text (default 0)")
     return parser.parse_args()
 
