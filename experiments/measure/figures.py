@@ -15,6 +15,7 @@ from spec_envs.experiments.measure.results import Compared, Histogram, Interval
 from spec_envs.files import whole
 
 CROWDED = 24  # number of settings above which their names are written vertically
+LETTERS = 90  # likewise, in all of their names
 
 
 @contextmanager
@@ -99,6 +100,7 @@ def draw_histogram(axis: Axes, histogram: Histogram) -> None:
         total = max(1, sum(counts.values()))
         at = [x + (i - (len(histogram) - 1) / 2) * width for x in range(len(counts))]
         axis.bar(at, [n / total for n in counts.values()], width, label=task)
-        axis.set_xticks(range(len(counts)), list(counts), rotation=90 if len(counts) > CROWDED else 0)
+        crowded = len(counts) > CROWDED or sum(map(len, counts)) > LETTERS
+        axis.set_xticks(range(len(counts)), list(counts), rotation=90 if crowded else 0)
     axis.set_ylabel("share of cycles")
     axis.legend(fontsize=8)
