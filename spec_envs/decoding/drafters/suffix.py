@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from heapq import nlargest
+from operator import itemgetter
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +15,7 @@ from spec_envs.decoding.drafters.lookup import LONGEST, Copy, copy_probability
 from spec_envs.decoding.tree import NEVER, Children, Tree
 
 REMEMBERED = 8192  # most tokens of earlier answers that are kept
+COUNT = itemgetter(1)  # of a token and how often it followed
 LIKELY = 0.5  # the least probability of a token that is copied before a model is asked
 
 Ends = list["Node"]
@@ -125,8 +128,10 @@ class Suffixes:
             if new:
                 chance = copy_probability(matched)
                 share = left * chance / sum(count for _, count in new)
-                found |= {token: Copy(token, matched, share * count) for token, count in new}
                 left *= 1 - chance
+                # None beyond the most frequent ones is returned, and no shorter run is looked at once there are enough.
+                likely = nlargest(most, new, key=COUNT) if len(new) > most else new
+                found |= {token: Copy(token, matched, share * count) for token, count in likely}
                 if len(found) >= most:
                     break
         return sorted(found.values(), key=lambda copy: -copy.probability)[:most]

@@ -260,3 +260,17 @@ def test_names() -> None:
     assert not DrafterName.parse("suffix").chain and DrafterName.parse("lookup").chain
     with pytest.raises(ValueError, match="'suffix' has no shortlist"):
         DrafterName.parse("suffix@9")
+
+
+def test_fewer_continuations_are_the_most_frequent_of_the_longest_match() -> None:
+    rng, cut = np.random.default_rng(5), 0
+    seen = Suffixes()
+    seen.start(rng.choice(30, 600, p=np.arange(1, 31) / 465).tolist())
+    for token in range(30):
+        ends = seen.after(seen.ends, token)
+        every = seen.continuations(ends, 100)
+        longest = [copy for copy in every if copy.matched == max(copy.matched for copy in every)]
+        for most in range(1, len(longest) + 1):
+            assert seen.continuations(ends, most) == longest[:most]
+            cut += most < len(longest)
+    assert cut > 30
