@@ -223,7 +223,7 @@ def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
         (agent.save_checkpoint, "checkpoint.pt"),
         (lambda folder: write_torch(folder / "last.pt", {"x": torch.zeros(2000)}), "last.pt"),
         (lambda folder: write_json(folder / "results.json", list(range(2000))), "results.json"),
-        (lambda folder: recording.save_shard(folder / "0.safetensors", {"x": torch.zeros(2000)}), "0.safetensors"),
+        (lambda folder: recording.save_shard(folder / "0.safetensors", {"x": torch.zeros(2000)}, {}), "0.safetensors"),
     ):
         with pytest.raises(OSError, match=rf"could not write .*{name}: .*; free some space"), file_size_limit(2000):
             write(tmp_path)

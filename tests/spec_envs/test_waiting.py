@@ -32,10 +32,10 @@ def test_long_blocks_are_announced(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     ]
     monkeypatch.setattr(waiting, "PATIENCE", 0.0)
     said = threading.Event()
-    LOG.addHandler(handler := when_said(said.set))
+    logging.getLogger().addHandler(handler := when_said(said.set))  # after the one that notes messages
     with announced(LOG, "loading %s", "it"):
         assert said.wait(60)
-    LOG.removeHandler(handler)
+    logging.getLogger().removeHandler(handler)
     assert caplog.messages == ["loading it"]
 
 

@@ -193,6 +193,7 @@ def test_text_of_the_kernels_is_plain_text_under_random_actions(pytestconfig: py
         ("k", "lookup+exit:2", {"decision": "token"}),
         ("topk", "lookup+smollm2-135m-draft", {"actions": "joint", "k": 8, "ks": [0, 50]}),
         ("dvi", "exit:24", {"exit_layer": 24, "block": 2, "dtype": dtype}),
+        ("drafter", "auto", {}),
     ]
     assert {name for name, *_ in keywords} == set(CONTROLS)
     for name, drafter, own in keywords:
