@@ -193,7 +193,7 @@ def main() -> None:
             start = prepared(args)
         with held(args.out / "training"):
             report = trained(args, *start)
-    print(shown(report))
+    print(shown(report, args.out))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
 import logging
 import random
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.drafters.distillation import Distillation, Student, kept_layers
 from spec_envs.experiments.drafters.distilled import Objective
 from spec_envs.experiments.drafters.eagle_objective import EagleObjective
-from spec_envs.experiments.drafters.evaluation import Acceptance, evaluated
+from spec_envs.experiments.drafters.evaluation import COUNTED, Acceptance, evaluated
 from spec_envs.experiments.drafters.narrowing import multiplied, narrowed
 from spec_envs.experiments.drafters.parallel_objective import ParallelObjective
 from spec_envs.experiments.drafters.recording import Example, Text, load_shard, record, tokenized
@@ -257,6 +256,19 @@ def reported(
     }
 
 
-def shown(report: dict[str, Any]) -> str:
-    """Return a report as it is printed: without its curve."""
-    return json.dumps({key: value for key, value in report.items() if key != "curve"}, indent=2)
+def shown(report: Mapping[str, Any], out: Path) -> str:
+    """Return a report as it is printed: the acceptance of short chains by kind of text, and how the drafter is used.
+
+    Args:
+        out: folder of the drafter.
+    """
+    rows = {"held-out text": report["chain_acceptance"]}
+    rows |= {f"  {kind}": found["chain_acceptance"] for kind, found in report["validation"].items()}
+    width = max(map(len, rows))
+    lines = [f"{'accepted chains of':{width}}" + "".join(f"{n + 1:7d}" for n in range(COUNTED))]
+    lines += [
+        f"{name:{width}}" + "".join(f"{share:7.1%}" for share in shares[:COUNTED]) for name, shares in rows.items()
+    ]
+    return "\n".join(
+        [*lines, f"details:   {out / 'report.json'}", f'use it:    spec-envs generate "…" --drafter {out}']
+    )
