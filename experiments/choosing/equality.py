@@ -1,4 +1,4 @@
-"""Whether the traces of several drafters replay what live decoding does, by random choices between them."""
+"""Compare the replay of several drafters' traces with live decoding, by random choices between them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What choices between drafters lead to on the texts of a trace: the seconds of fixed choices, and the fewest seconds there
-can be.
+"""The outcomes of choices between drafters on the texts of a trace: the seconds of fixed choices, and the fewest seconds
+there can be.
 
 A drafter that was not asked has the text to read that came up in the meantime, so the state of a text under way is how
 many of its tokens each drafter with weights has not read.

@@ -1,4 +1,4 @@
-"""What an agent that chooses between drafters is compared with: every drafter alone, the best fixed order, and rules that
+"""The references of an agent that chooses between drafters: every drafter alone, the best fixed order, and rules that
 learn while they decode. All of them are chosen on the training texts of a trace, under its cost table."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {  # hyper-parameters that are tr
 
 @dataclass(frozen=True)
 class Setting:
-    """What the arms of a table are chosen, tuned and replayed on.
+    """The texts and prices on which the arms of a table are chosen, tuned and replayed.
 
     Attributes:
         trace: recorded texts of the control's drafters.

@@ -111,7 +111,7 @@ class Distillation:
     def __call__(
         self, batch: Batch, steps: int, share: float, generator: torch.Generator, prompts: float = 0.0
     ) -> Scores:
-        """See ``Objective``; ``share`` is not used.
+        """Return loss and acceptance; see ``Objective``. ``share`` is not used.
 
         Under greedy decoding a chain reads its own tokens, which are those of the text as long as they are right. So
         one pass over the text shows how far each chain would be accepted.

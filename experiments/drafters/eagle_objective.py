@@ -81,7 +81,7 @@ class EagleObjective:
     def __call__(
         self, batch: Batch, steps: int, share: float, generator: torch.Generator, prompts: float = 0.0
     ) -> Scores:
-        """See ``Objective``."""
+        """Return loss and acceptance; see ``Objective``."""
         vocabulary = self.vocabulary.of(batch)
         answered = batch.drafting(0)
         first = answered.clone()

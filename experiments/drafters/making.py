@@ -58,7 +58,7 @@ OWN = (
 
 @dataclass(frozen=True)
 class Recordings:
-    """What a drafter learns from, shared by all drafters of a work folder.
+    """The recordings that drafters learn from, shared by all drafters of a work folder.
 
     Attributes:
         seen: files for training.

@@ -115,7 +115,7 @@ class ParallelObjective:
     def __call__(
         self, batch: Batch, steps: int, share: float, generator: torch.Generator, prompts: float = 0.0
     ) -> Scores:
-        """See ``Objective``."""
+        """Return loss and acceptance; see ``Objective``."""
         vocabulary, answered = self.vocabulary.of(batch), batch.drafting(0)
         chosen = sampled(answered, share, generator)
         anchors, depths = self.mask_rows(batch, chosen, steps, generator)

@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass
 class Passages:
-    """What a package, or many, provide."""
+    """The texts that a package, or many, provide."""
 
     documents: list[Document] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
