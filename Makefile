@@ -125,8 +125,10 @@ docs: $(READY)  ## build the documentation, docs/_build/index.html; a warning, s
 docs-serve: $(READY)  ## show the documentation at http://127.0.0.1:8000, and build it again whenever a page changes
 	$(PY) -m sphinx_autobuild docs docs/_build
 
+# A test that takes ten minutes hangs: the run ends there and prints where.
 test: $(READY)  ## run the tests, side by side on one thread each (ARGS="-n 0 -k name": one after another)
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(value ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true --max-worker-restart 0 $(value ARGS)
 
 test-docs: $(READY)  ## run the examples of README.md and docs/; ARGS="-m long" those that take long
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/docs $(value ARGS)
