@@ -36,6 +36,9 @@ def test_killed_commands_continue(name: str, kills: int, tmp_path: Path) -> None
 def test_commands_that_do_not_continue_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = tried(writer(tmp_path, monkeypatch, "count.unlink(missing_ok=True)"), tmp_path / "starts-over", 2, seed=0)
     assert result.failed == "" and result.kills == 2
+    slow = "count.unlink(missing_ok=True); time.sleep(3 * ('undisturbed' in str(folder)))"
+    result = tried(writer(tmp_path, monkeypatch, slow), tmp_path / "slow-at-first", 1, seed=0)
+    assert result.failed == "" and result.kills == 1
     result = tried(writer(tmp_path, monkeypatch, ""), tmp_path / "twice", 2, seed=0)
     assert "differs from the undisturbed run in count" in result.failed
     result = tried(
