@@ -149,7 +149,7 @@ def record_texts(plan: Plan, folder: Path, shard: tuple[int, int] = (0, 1), writ
     (folder / "texts").mkdir(exist_ok=True)
     decoder = plan.decoder()
     recorder = Recorder(decoder)
-    for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s", unit="text"):
+    for i, prompt in tqdm(todo, desc=f"recording {kind_of(decoder)}s of {plan.settings['drafter']}", unit="text"):
         columns = recorder.record(prompt.ids, plan.max_new_tokens, text_in(written, i, prompt.ids))
         with whole(text_file(folder, i)) as path, path.open("wb") as file:
             np.savez(file, **columns)  # type: ignore[arg-type]

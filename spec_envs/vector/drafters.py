@@ -43,6 +43,7 @@ class Drafters:
         self.sizes, self.depths = np.array(self.control.sizes), np.array(self.control.depths)
         largest = int(self.sizes[-1])
         longest = trace.manifest.max_new_tokens + largest + 1  # all of them unread so far
+        self.names = np.array([*self.control.drafters, ""], object)  # the last one is nobody's
         named = [f"{DRAFTER}{drafter.name}" for drafter in self.drafters]
         blocks = max(int(drafter.cycles.first.max()) for drafter in self.drafters)
         self.forward = [prices(tables, name, max(longest + blocks, self.control.width)) for name in named]
@@ -89,7 +90,9 @@ class Drafters:
         sent = cycles.nodes[row, actions].astype(np.int64)
         verify = going * self.verification[self.clock, sent + 1]
         accepted = cycles.accepted[row, actions].astype(np.int64)
-        return Outcome(going, accepted, cycles.drafted[row, actions].astype(np.int64), sent, seconds, verify)
+        named = np.where(going, self.names[np.maximum(self._asked(actions), NOBODY)], "")
+        drafted = cycles.drafted[row, actions].astype(np.int64)
+        return Outcome(going, accepted, drafted, sent, seconds, verify, {"drafter": named})
 
     def _asked(self, actions: np.ndarray) -> np.ndarray:
         """Return the number of the drafter that each action asks, or ``NOBODY``."""

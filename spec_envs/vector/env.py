@@ -109,7 +109,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.text, self.last, self.begun = (np.zeros(num_envs, np.int64) for _ in range(3))
         self.pending, self.spent, self.cycle_spent = (np.zeros(num_envs) for _ in range(3))
         self.recent = Recent(WINDOWS, num_envs, 1)  # accepted tokens
-        self.draws, self.brought = Draws(num_envs), blank(num_envs)
+        self.draws, self.brought = Draws(num_envs), self._blank()
         self.cycles = KINDS[self.control.trace_kind][0](self.trace, self.control)
         self.price([priced.table for priced in self.clocks])
 
@@ -162,7 +162,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         new = which if self.settings.episode == "prompt" or texts is not None else which[again[which]]
         self._begin(new, None if texts is None else texts[new])
         self.has_text, self.ended = begun | mask, self.ended & ~mask
-        return self._observe(slice(None)), gathered(blank(self.num_envs), mask)
+        return self._observe(slice(None)), gathered(self._blank(), mask)
 
     def _options(self, options: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Return a mask of the environments to reset, and the texts to begin in all of them, or None to draw them."""
@@ -223,7 +223,7 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         rewards = self.control.rewards[self.reward_name](
             Decision(emitted, emitted, accepted, seconds, whole, self.pace[under_way.clock])
         )
-        values = blank(self.num_envs)
+        values = self._blank() | dict(done.details)
         values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[under_way.clock] * seconds}
         values |= {
             name: np.where(done.verified, n, 0) for name, n in (("drafted", done.drafted), ("verified", done.sent))
@@ -257,6 +257,10 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._begin(begins)
             observations[begins] = self._observe(begins)
         return infos
+
+    def _blank(self) -> dict[str, Any]:
+        """Return the infos of a reset."""
+        return blank(self.num_envs, self.control.trace_kind == "portfolio")
 
     def _summary(self, finished: np.ndarray) -> dict[str, np.ndarray]:
         """Return the further entries that the info of a text's last step has, for every environment."""

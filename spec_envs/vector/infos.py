@@ -22,24 +22,29 @@ def gathered(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
 
 
 def cleared(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-    """Return the numbers of a step, with 0 where ``mask`` is true, as after a reset."""
+    """Return the values of a step, with 0 or no name where ``mask`` is true, as after a reset."""
     return {
-        name: cleared(value, mask) if isinstance(value, dict) else within(value, ~mask)
+        name: cleared(value, mask) if isinstance(value, dict) else within(value, ~mask, "")
         for name, value in values.items()
     }
 
 
-def within(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return an array with 0, or None for objects, where a mask is false."""
+def within(value: np.ndarray, mask: np.ndarray, nothing: Any = None) -> np.ndarray:
+    """Return an array with 0, or for objects ``nothing``, where a mask is false."""
     if mask.all():
         return value
-    nothing: Any = None if value.dtype == object else value.dtype.type(0)
-    return np.where(mask, value, nothing)
+    return np.where(mask, value, nothing if value.dtype == object else value.dtype.type(0))
 
 
-def blank(count: int) -> dict[str, Any]:
-    """Return the infos of a reset."""
+def blank(count: int, several: bool) -> dict[str, Any]:
+    """Return the infos of a reset.
+
+    Args:
+        several: whether several drafters share a text, so that infos name the one that was asked.
+    """
+    named = {"drafter": np.full(count, "", object)} if several else {}
     return {
+        **named,
         **{name: np.zeros(count, np.int64) for name in COUNTS},
         "seconds": {part: np.zeros(count) for part in SHOWN},
         "saved": np.zeros(count),

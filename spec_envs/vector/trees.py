@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Outcome(NamedTuple):
         accepted: tokens of the text among the verified nodes.
         drafted, sent: nodes drafted, and how many of them were verified.
         draft, verify: seconds of the drafter and of the target.
+        details: what the control adds to the info of the step.
     """
 
     verified: np.ndarray
@@ -29,6 +31,7 @@ class Outcome(NamedTuple):
     sent: np.ndarray
     draft: np.ndarray
     verify: np.ndarray
+    details: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Trees:

@@ -175,6 +175,14 @@ class LookupDrafter:
         """Return where the token after ``chain`` would be copied from, or None."""
         return self.copying if chain else self.seen.find()
 
+    def ahead(self, longest: int) -> list[int]:
+        """Return the chain of up to ``longest`` tokens that would be drafted now, without drafting it."""
+        source, chain = self.seen.find(), list[int]()
+        while source and len(chain) < longest:
+            chain.append(self.seen.text[source.next])
+            source = self.seen.after(source)
+        return chain
+
     def _child(self, source: Occurrence) -> Children:
         self.copying = self.seen.after(source)
         return child(Copy(self.seen.text[source.next], source.matched, copy_probability(source.matched)))

@@ -121,7 +121,7 @@ def drafter_folder(name: str) -> Path:
     Raises:
         ValueError: the name is not found, or the weights cannot be fetched.
     """
-    return own_folder(name) if is_own(name) else model_folder(name)
+    return own_folder(name) if is_own(name) else model_folder(name, (LOOKUP, SUFFIX))
 
 
 def default_drafter(target: str, chain: bool = False) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from spec_envs.decoding.drafters.base import Copier, Drafter
+from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.drafters.names import LOOKUP, SUFFIX, DrafterName
+from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.checkpoints import registry
 
@@ -141,14 +143,7 @@ class Portfolio:
             drafter: one of ``free``.
             longest: most tokens of the chain.
         """
-        asked, tree = self.drafters[drafter], Tree(1, longest - 1)
-        asked.root(tree)
-        while 0 < (size := tree.size) < longest:
-            asked.expand(tree)
-            if tree.size == size:
-                break
-        chain: list[int] = tree.tokens.tolist()
-        return chain
+        return cast(LookupDrafter | SuffixDrafter, self.drafters[drafter]).ahead(longest)
 
     def _read_by(self, places: list[int], features: Tensor) -> Tensor:
         """Return the features that a drafter reads, which are at these places among those captured."""

@@ -215,6 +215,13 @@ class SuffixDrafter:
         """Return the token that would be copied after ``chain``, or None."""
         return self.seen.find(chain)
 
+    def ahead(self, longest: int) -> list[int]:
+        """Return the chain of up to ``longest`` tokens that would be drafted now at width 1, without drafting it."""
+        chain: list[int] = []
+        while len(chain) < longest and (copy := self.seen.find(chain)) is not None:
+            chain.append(copy.token)
+        return chain
+
     def _children(self, paths: list[Ends]) -> Children | None:
         """Return the children of nodes that these runs end at; None if none has any."""
         shape = len(paths), self.width

@@ -106,8 +106,11 @@ def resolve_dtype(
     return dtype
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, others: Sequence[str] = ()) -> Path:
     """Return a local folder with the model ``name``; it is fetched and converted if necessary.
+
+    Args:
+        others: what else the caller takes, for the message.
 
     Raises:
         ValueError: there is no such model; the message lists what was tried.
@@ -129,8 +132,9 @@ def model_folder(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         known = dict.fromkeys([*models, *registry()["drafters"]])
         raise ValueError(
-            f"no model {name!r:.200}{nearest(name, known)}: expected a name of models.yml ({', '.join(known)}), a GGUF file, a local folder, "
-            f"or a reachable hub id ({first_line(error)})"
+            f"no model {name!r:.200}{nearest(name, [*known, *others])}: expected "
+            f"{''.join(f'{other}, ' for other in others)}a name of models.yml ({', '.join(known)}), a GGUF file, "
+            f"a local folder, or a reachable hub id ({first_line(error)})"
         ) from None
 
 

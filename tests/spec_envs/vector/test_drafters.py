@@ -34,6 +34,7 @@ def test_environments_in_numpy_equal_single_ones(portfolio: PortfolioTrace, tmp_
             theirs = infos["final_info"] if ended else infos
             for name in ("emitted", "accepted", "drafted", "verified", "saved"):
                 assert theirs[name][i] == pytest.approx(info[name]), name
+            assert theirs["drafter"][i] == info["drafter"]
             if ended:
                 np.testing.assert_array_equal(infos["final_obs"][i], own)
                 own, _ = env.reset()

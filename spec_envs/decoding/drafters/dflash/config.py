@@ -21,13 +21,12 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import PretrainedConfig, Qwen3Config
 
 from spec_envs.decoding.drafters.eagle.config import config_of
-from spec_envs.decoding.drafters.eagle.config_keys import MODEL, refuse_unknown, sentence, short, words
+from spec_envs.decoding.drafters.eagle.config_keys import MODEL, opened, refuse_unknown, sentence, short, words
 from spec_envs.decoding.drafters.formats import read_json, refuse_foreign_config
 
-TYPES: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 SPECULATORS = words("""
     speculators_model_type speculators_config transformer_layer_config draft_vocab_size target_hidden_size block_size
     aux_hidden_state_layer_ids mask_token_id sliding_window_non_causal sample_from_anchor tie_word_embeddings
@@ -121,26 +120,15 @@ def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Block]:
 
 def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Block]:
     """Read the layout of vllm-project/speculators; see ``read_config``."""
-    inner, about = raw.get("transformer_layer_config"), raw.get("speculators_config") or {}
-    if not isinstance(inner, dict) or not isinstance(about, dict):
-        raise ValueError("transformer_layer_config and speculators_config should be objects")
-    refuse_unknown(raw, SPECULATORS, "")
-    refuse_unknown(inner, MODEL, "transformer_layer_config: ")
-    if about.get("algorithm", "dflash") != "dflash":
-        raise ValueError(f"algorithm is {about['algorithm']!r}, expected 'dflash'")
-    kind = inner.get("model_type", "qwen3")
-    if not isinstance(kind, str) or kind not in TYPES:
-        raise ValueError(f"transformer_layer_config has model_type {kind!r}, expected one of {', '.join(TYPES)}")
-    config = config_of(inner | {"draft_vocab_size": raw.get("draft_vocab_size")}, TYPES[kind])
+    found = opened(raw, SPECULATORS)
+    config = config_of(found.layers | {"draft_vocab_size": raw.get("draft_vocab_size")}, found.kind)
     keys = convert(raw | {"layers": raw.get("aux_hidden_state_layer_ids")})
     if keys.target_hidden_size not in (None, config.hidden_size):
         raise ValueError(f"target_hidden_size is {keys.target_hidden_size}, expected {config.hidden_size}")
-    slides = sliding(inner, config.num_hidden_layers)
-    window = inner.get("sliding_window") if any(slides) else None
-    verifier = about.get("verifier")
-    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    slides = sliding(found.layers, config.num_hidden_layers)
+    window = found.layers.get("sliding_window") if any(slides) else None
     causal = tuple(slide and not keys.sliding_window_non_causal for slide in slides)
-    return config, block_of(keys, keys.layers, causal, window, str(name) if name else None)
+    return config, block_of(keys, keys.layers, causal, window, found.verifier)
 
 
 def convert(found: Mapping[str, Any]) -> Keys:

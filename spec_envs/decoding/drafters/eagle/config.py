@@ -9,12 +9,10 @@ differently:
   (``EagleModelMixin._maybe_add_hidden_state``, pull request 36063). So does speculators, whose heads vLLM serves
   (speculators/models/utils.py, ``resolve_target_layer_ids``: distinct, from 0 to n).
 - SpecForge and ModelOpt collect the outputs of the named layers, by default 1, n/2 - 1, n - 4, and write these ids
-under
-  ``eagle_config`` (modelopt/torch/speculative/plugins: ``_set_default_aux_hidden_state_layers``). These are again the
-  boundaries 2, n/2, n - 3.
+  under ``eagle_config`` (modelopt/torch/speculative/plugins: ``_set_default_aux_hidden_state_layers``). These are again
+  the boundaries 2, n/2, n - 3.
 - sglang distinguishes the two by the first id: if it is 1, the ids are outputs, otherwise boundaries (pull request
-25454,
-  "drop +1 offset on aux layer ids when first id != 1"). The same is done here with ids under ``eagle_config``.
+  25454, "drop +1 offset on aux layer ids when first id != 1"). The same is done here with ids under ``eagle_config``.
 - AngelSlim writes no ids (angelslim/compressor/speculative/train/configs); its heads are served with the default ones.
 
 EAGLE-3.1 and its relatives add norms: ``fc_norm`` (formerly ``use_aux_norm``) of each hidden state before ``fc``,
@@ -46,8 +44,8 @@ from spec_envs.decoding.drafters.eagle.config_keys import (
     FLAT,
     IDS,
     MASK_TOKENS,
-    MODEL,
     SPECULATORS,
+    opened,
     refuse_unknown,
     sentence,
     short,
@@ -189,30 +187,17 @@ def of_others(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
 
 def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
     """Read the layout of vllm-project/speculators; see ``read_config``."""
-    inner, about = raw.get("transformer_layer_config"), raw.get("speculators_config") or {}
-    if not isinstance(inner, dict) or not isinstance(about, dict):
-        raise ValueError("transformer_layer_config and speculators_config should be objects")
-    refuse_unknown(raw, SPECULATORS, "")
-    refuse_unknown(inner, MODEL, "transformer_layer_config: ")
-    kind, block = raw["speculators_model_type"], None
-    if about.get("algorithm", kind) != kind:
-        raise ValueError(f"algorithm is {about['algorithm']!r}, expected {kind!r}")
-    if kind == "peagle":
+    found, block = opened(raw, SPECULATORS), None
+    if raw["speculators_model_type"] == "peagle":
         if raw.get("mask_token_id") is None:
             raise ValueError("it has no mask_token_id, which a parallel head needs")
-        block = block_of(about)
+        block = block_of(found.about)
     if raw.get("norm_before_residual") is None:  # vLLM takes this for true, the library for false
         raise ValueError("norm_before_residual is missing, and tools disagree on its default; write true or false")
-    kinds: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-    layers = inner.get("model_type", "qwen3")
-    if not isinstance(layers, str) or layers not in kinds:
-        raise ValueError(f"transformer_layer_config has model_type {layers!r}, expected one of {', '.join(kinds)}")
-    config = config_of(inner, kinds[layers])
+    config = config_of(found.layers, found.kind)
     config.draft_vocab_size = extras_of(raw).draft_vocab_size
-    verifier = about.get("verifier")
-    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
-    ids = boundaries_of(raw, {}, boundaries_at_top=True)
-    return config, variant_of(inner | raw, ids, layers == "qwen3", str(name) if name else None, block)
+    ids, norms = boundaries_of(raw, {}, boundaries_at_top=True), found.kind is Qwen3Config
+    return config, variant_of(found.layers | raw, ids, norms, found.verifier, block)
 
 
 def block_of(about: Mapping[str, Any]) -> int:

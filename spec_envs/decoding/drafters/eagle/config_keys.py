@@ -1,9 +1,12 @@
-"""Keys of a head's config.json: those that are read, those that change nothing, and the check for all others."""
+"""Keys of a head's config.json: those that are read, those that change nothing, and the check for all others; and the
+parts of a file in the layout of speculators."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -84,6 +87,48 @@ def refuse_unknown(found: Mapping[str, Any], read: frozenset[str], where: str) -
                 f"{where}{key} is {short(value)}, a key that is not known here and may change what the head computes; "
                 "remove it if it does not"
             )
+
+
+class Opened(NamedTuple):
+    """The parts of a config.json in speculators' layout.
+
+    Attributes:
+        layers: the keys of the drafter's layers.
+        kind: class of their config.
+        about: ``speculators_config``.
+        verifier: name of the target for which the drafter was trained, if the file has one.
+    """
+
+    layers: dict[str, Any]
+    kind: type[PretrainedConfig]
+    about: dict[str, Any]
+    verifier: str | None
+
+
+def opened(raw: Mapping[str, Any], read: frozenset[str]) -> Opened:
+    """Return the parts of a config.json in the layout of vllm-project/speculators.
+
+    Args:
+        read: keys that are read.
+
+    Raises:
+        ValueError: a part is missing, has another type or has an unknown key.
+    """
+    layers, about = raw.get("transformer_layer_config"), raw.get("speculators_config") or {}
+    if not isinstance(layers, dict) or not isinstance(about, dict):
+        raise ValueError("transformer_layer_config and speculators_config should be objects")
+    refuse_unknown(raw, read, "")
+    refuse_unknown(layers, MODEL, "transformer_layer_config: ")
+    expected = raw["speculators_model_type"]
+    if about.get("algorithm", expected) != expected:
+        raise ValueError(f"algorithm is {about['algorithm']!r}, expected {expected!r}")
+    kinds: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+    kind = layers.get("model_type", "qwen3")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"transformer_layer_config has model_type {kind!r}, expected one of {', '.join(kinds)}")
+    verifier = about.get("verifier")
+    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    return Opened(layers, kinds[kind], about, str(name) if name else None)
 
 
 def short(value: Any) -> str:
