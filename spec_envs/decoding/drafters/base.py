@@ -70,6 +70,13 @@ class Copier(Protocol):
         """Return where the token after ``chain`` would be copied from, or None where it would not be copied."""
 
 
+class FreeDrafter(Drafter, Protocol):
+    """A drafter without weights, which can say what it would draft, because that costs no forward."""
+
+    def ahead(self, longest: int) -> list[int]:
+        """Return the chain of up to ``longest`` tokens that would be drafted now at width 1, without drafting it."""
+
+
 @runtime_checkable
 class Reader(Protocol):
     """A drafter whose hidden states an agent can read, to draft in its place."""

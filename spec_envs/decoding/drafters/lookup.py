@@ -176,7 +176,7 @@ class LookupDrafter:
         return self.copying if chain else self.seen.find()
 
     def ahead(self, longest: int) -> list[int]:
-        """Return the chain of up to ``longest`` tokens that would be drafted now, without drafting it."""
+        """Return the chain of up to ``longest`` tokens that would be drafted now; see ``FreeDrafter``."""
         source, chain = self.seen.find(), list[int]()
         while source and len(chain) < longest:
             chain.append(self.seen.text[source.next])

@@ -8,10 +8,8 @@ from typing import cast
 import numpy as np
 from torch import Tensor
 
-from spec_envs.decoding.drafters.base import Copier, Drafter
-from spec_envs.decoding.drafters.lookup import LookupDrafter
+from spec_envs.decoding.drafters.base import Copier, Drafter, FreeDrafter
 from spec_envs.decoding.drafters.names import LOOKUP, SUFFIX, DrafterName
-from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.tree import Tree
 from spec_envs.decoding.weights.checkpoints import registry
 
@@ -143,7 +141,7 @@ class Portfolio:
             drafter: one of ``free``.
             longest: most tokens of the chain.
         """
-        return cast(LookupDrafter | SuffixDrafter, self.drafters[drafter]).ahead(longest)
+        return cast(FreeDrafter, self.drafters[drafter]).ahead(longest)
 
     def _read_by(self, places: list[int], features: Tensor) -> Tensor:
         """Return the features that a drafter reads, which are at these places among those captured."""

@@ -216,7 +216,7 @@ class SuffixDrafter:
         return self.seen.find(chain)
 
     def ahead(self, longest: int) -> list[int]:
-        """Return the chain of up to ``longest`` tokens that would be drafted now at width 1, without drafting it."""
+        """Return the chain of up to ``longest`` tokens that would be drafted now; see ``FreeDrafter``."""
         chain: list[int] = []
         while len(chain) < longest and (copy := self.seen.find(chain)) is not None:
             chain.append(copy.token)

@@ -243,6 +243,11 @@ class ChainReplay(Replay, ChainDrafter):
         copied = len(chain) < self._length and self.columns["copied"][self.position.row, len(chain)]
         return Occurrence(0, self.matched()) if copied else None
 
+    def ahead(self, longest: int) -> list[int]:
+        """Return the first tokens of the recorded chain, up to ``longest``; see ``FreeDrafter``."""
+        tokens: list[int] = self.columns["drafted"][self.position.row, : min(longest, self._length)].tolist()
+        return tokens
+
     @property
     def _length(self) -> int:
         return int(self.columns["length"][self.position.row])
