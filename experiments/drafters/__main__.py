@@ -76,11 +76,15 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
         type=POSITIVE,
         help="units of the layers' feed-forward parts: those of the target's with the largest weights (default: all)",
     )
-    parser.add_argument("--init", help="head of this project to start from (default: the target's own last layers)")
+    parser.add_argument(
+        "--init",
+        help="head of this project to start from, for a parallel head also one that drafts a token at a time (default: "
+        "the target's own last layers)",
+    )
     parser.add_argument(
         "--draft-vocab",
         type=whole_number(16),
-        help=f"number of frequent tokens that are drafted in any text (default {DRAFT_VOCAB}; with --init that head's)",
+        help=f"number of frequent tokens of the text that are drafted in any text (default {DRAFT_VOCAB})",
     )
     parser.add_argument(
         "--out",
@@ -172,7 +176,6 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
         ("init", args.init is not None and args.kind == "draft-model", heads),
         ("layers", args.layers is not None and args.init is not None, "no --init, whose layers are kept"),
         ("intermediate", args.intermediate is not None and args.init is not None, "no --init, whose layers are kept"),
-        ("draft-vocab", args.draft_vocab is not None and args.init is not None, "no --init, whose vocabulary is kept"),
     ):
         if given:
             raise ValueError(f"--{name} has an effect only with {needs}; leave one of the two out")

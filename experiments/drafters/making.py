@@ -175,6 +175,9 @@ def unwritten(texts: Sequence[Text], vocab: int) -> int:
 def trained_head(name: str, target: Transformer, parallel: bool) -> EagleHead:
     """Return a head to continue training from.
 
+    Args:
+        parallel: whether a parallel head is made, which may also begin as one that drafts a token at a time.
+
     Raises:
         ValueError: the head has parts that this training does not know, or its output rows, which this training holds
             fixed, are not the target's.
@@ -182,15 +185,15 @@ def trained_head(name: str, target: Transformer, parallel: bool) -> EagleHead:
     head = EagleHead.load(name)
     known = Variant(mask_token=head.variant.mask_token, block=head.variant.block, verifier=head.variant.verifier)
     plain = EagleHead(head.config, known).state_dict()
-    fits = parallel == (head.variant.mask_token is not None) and (parallel or head.config.num_hidden_layers == 1)
+    fits = parallel or (head.variant.mask_token is None and head.config.num_hidden_layers == 1)
     if (
         dataclasses.replace(head.variant, boundaries=None) != known
         or plain.keys() != head.state_dict().keys()
         or not fits
     ):
         raise ValueError(
-            f"the head {name!r} has parts that `spec-envs drafter` does not train; expected a head that it made, of the "
-            "same kind"
+            f"the head {name!r} has parts that `spec-envs drafter` does not train; expected a head that it made, for "
+            "--kind eagle3 one that drafts a token at a time"
         )
     model = EagleModel(head, target)
     if model.capture != captured_layers(target.shape.layers):
@@ -199,7 +202,6 @@ def trained_head(name: str, target: Transformer, parallel: bool) -> EagleHead:
         )
     if model.output_rows is None:
         raise ValueError(f"the head {name!r} has output rows of its own; expected a head that `spec-envs drafter` made")
-    head.get_submodule("lm_head").requires_grad_(False)
     return head
 
 
@@ -216,15 +218,26 @@ def started(
         if args.kind == "draft-model":
             student = Student.from_target(config, weights, target, args.layers, recordings.shortlist).to(target.device)
             return student, Distillation(student, target, dtype)
-        parallel = Variant(mask_token=recordings.unwritten, block=args.steps, verifier=args.target)
-        variant = parallel if args.kind == "parallel" else Variant()
-        head = EagleHead.from_target(target, weights, recordings.shortlist, variant, args.layers)
-        if args.kind == "parallel":
-            answers = (e.features.restored(target.device)[e.answer - 1 :] for e in recordings.held_out)
-            means = torch.stack([features.mean(0) for features in answers])
-            head.mask_hidden.data.copy_(means.mean(0))  # so that unknown states begin as the average ones
-    kind: type[EagleObjective | ParallelObjective] = ParallelObjective if args.kind == "parallel" else EagleObjective
-    return head, kind(head.to(target.device), target, positions, dtype)
+        head = EagleHead.from_target(target, weights, recordings.shortlist, layers=args.layers)
+    else:
+        head.draft_from(recordings.shortlist, target)
+    if args.kind == "eagle3":
+        return head, EagleObjective(head.to(target.device), target, positions, dtype)
+    if head.variant.mask_token is None:
+        head = in_blocks(head, args, recordings)
+    return head, ParallelObjective(head.to(target.device), target, positions, dtype)
+
+
+def in_blocks(head: EagleHead, args: argparse.Namespace, recordings: Recordings) -> EagleHead:
+    """Return a parallel head that starts as a head which drafts a token at a time. What it reads in place of unknown
+    states begins as the average of the target's."""
+    answers = (e.features.restored(torch.device("cpu"))[e.answer - 1 :] for e in recordings.held_out)
+    means = torch.stack([features.mean(0) for features in answers])
+    variant = Variant(mask_token=recordings.unwritten, block=args.steps, verifier=args.target)
+    parallel = EagleHead(head.config, variant)
+    parallel.load_state_dict(head.state_dict() | {"mask_hidden": means.mean(0)[None, None]})
+    parallel.get_submodule("lm_head").requires_grad_(False)
+    return parallel
 
 
 def reported(

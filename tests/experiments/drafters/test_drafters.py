@@ -61,10 +61,15 @@ def test_init_continues_from_given_head(
     common += ["--steps", 2, "--epochs", 4]
     make(monkeypatch, *common, "--work", tmp_path / "work", "--init", tiny_drafter)
     before, after = EagleHead.load(str(tiny_drafter)), EagleHead.load(str(tmp_path / "work" / "eagle3"))
-    assert torch.equal(before.draft_ids, after.draft_ids)
-    assert torch.allclose(before.lm_head.weight, after.lm_head.weight, atol=1e-3)
+    ids, target = after.draft_ids, load_target(str(tiny_target), CPU, "float32")
+    assert len(ids) < len(before.draft_ids)  # the text has few tokens; the output rows are the target's
+    assert torch.allclose(after.lm_head.weight, target.output_rows(ids), atol=1e-3)
     moved = (before.fc.weight - after.fc.weight).abs().max()
     assert 1e-4 < moved < 0.05  # moved a little from its start, so it did not begin at the target's last layer
+    make(monkeypatch, *common, "--work", tmp_path / "work", "--init", tiny_drafter, "--kind", "parallel")
+    blocks = EagleHead.load(str(tmp_path / "work" / "parallel"))
+    assert blocks.variant.block == 2 and blocks.mask_hidden.abs().max() > 0
+    assert 1e-4 < (before.fc.weight - blocks.fc.weight).abs().max() < 0.05
     before.lm_head.weight.data += 1
     before.save(tmp_path / "other")
     with pytest.raises(SystemExit, match=r"has output rows of its own; expected a head that `spec-envs drafter` made"):

@@ -183,12 +183,18 @@ class EagleHead(nn.Module):
                 state[f"{place}{name}.weight"] = weights[f"{origin}{norm}.weight"]
         state["fc.weight"].zero_()[:, -hidden:] = torch.eye(hidden)  # the highest of the layers
         state["norm.weight"] = weights["model.norm.weight"]
-        state["lm_head.weight"] = target.output_rows(draft_ids.to(target.device))
-        state["d2t"] = draft_ids - torch.arange(len(draft_ids))
-        state["t2d"][draft_ids] = True
         head.load_state_dict(state)
-        head.get_submodule("lm_head").requires_grad_(False)
+        head.draft_from(draft_ids, target)
         return head
+
+    def draft_from(self, draft_ids: Tensor, target: Transformer) -> None:
+        """Draft these ascending target ids from now on, with the target's output rows, which are not trained."""
+        size = self.config.draft_vocab_size = len(draft_ids)
+        self.lm_head = nn.Linear(self.config.hidden_size, size, bias=False).requires_grad_(False)
+        self.lm_head.weight.copy_(target.output_rows(draft_ids.to(target.device)))
+        self.d2t = draft_ids - torch.arange(size)
+        self.t2d = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        self.t2d[draft_ids] = True
 
     @classmethod
     def load(cls, name: str) -> EagleHead:
