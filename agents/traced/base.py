@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from spec_envs.agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.agents.traced.lessons import Lessons, collected, replay_of
 from spec_envs.controls.base import Control
 from spec_envs.controls.plans import Plans
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.sealed import first_line, number_of, read_weights, write_weights
 from spec_envs.vector.env import ReplayVectorEnv
 
@@ -51,7 +53,7 @@ class TracedAgent(Agent):
         activation: between its layers, and the same in NumPy, which may write into its argument.
 
     Attributes:
-        plans: of the control.
+        plans: of the control, with the prices of the drafter that was learned from.
         width: how many of an observation's first numbers the network reads.
         looks_at: names of the entries of an observation that it reads.
         decision_seconds: seconds of one decision, measured when the agent is made and then saved with its weights.
@@ -129,6 +131,9 @@ class TracedAgent(Agent):
             ValueError: an environment without a trace.
         """
         vector = replay_of(env)
+        if isinstance(vector.trace, Trace):  # plans of several drafters have a price for each of them
+            block = vector.trace.manifest.rows_of_block(self.control.max_depth)
+            self.plans = dataclasses.replace(self.plans, block=block)
         rng = np.random.default_rng(self.settings.seed)
         torch.manual_seed(self.settings.seed)
         lessons: Lessons | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -131,20 +132,22 @@ class HindsightAgent(TracedAgent):
         self.price(env.cost_tables[0])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the cycles that the pace is found by.
+        """Return the cycles that the pace is found by, and the rows of a block where the drafter drafts blocks.
 
         Raises:
             ValueError: nothing was learned.
         """
         if self.kept is None:
             raise ValueError("there is nothing to save: the agent has not learned")
-        return {
+        block = {} if self.plans.block is None else {"block": np.array(self.plans.block)}
+        return block | {
             "seen": self.kept.seen.astype(np.float16),
             "accepted": self.kept.accepted.astype(np.int8),
             "forwards": self.kept.forwards.astype(np.int8),
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Restore the cycles that ``state`` returned."""
+        """Restore what ``state`` returned."""
+        self.plans = dataclasses.replace(self.plans, block=int(state["block"]) if "block" in state else None)
         seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
         self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None

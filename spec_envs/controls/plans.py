@@ -30,6 +30,8 @@ class Plans:
         width: rows of the forward that drafts a further level or token.
         shown: index of the observation's number that shows the size drafted so far, as a share of the largest; None
             where it is not shown.
+        block: for a drafter of blocks the rows of the first forward besides the root, which drafts all levels; None
+            where each level takes a forward.
     """
 
     sizes: np.ndarray
@@ -42,6 +44,7 @@ class Plans:
     chain: bool = False
     width: int = 1
     shown: int | None = None
+    block: int | None = None
 
     @property
     def stepwise(self) -> bool:
@@ -123,7 +126,7 @@ class Plans:
 
     def forward(self, table: CostTable) -> float:
         """Return the seconds of drafting a further level or token."""
-        return table.seconds("draft", self.width)
+        return table.seconds("draft", self.width) if self.block is None else 0.0
 
     def catching_up(self, table: CostTable) -> np.ndarray:
         """Return by how many seconds the first forward of each plan costs more if its drafter has not read that many
@@ -137,7 +140,9 @@ class Plans:
 
     def before(self, table: CostTable) -> float:
         """Return the seconds of what every cycle drafts before its first decision."""
-        return 0.0 if self.chain else table.seconds("draft", 1) + (self.made or 0) * self.forward(table)
+        if self.chain:
+            return 0.0
+        return table.seconds("draft", 1 + (self.block or 0)) + (self.made or 0) * self.forward(table)
 
 
 @dataclass(frozen=True, eq=False)

@@ -184,6 +184,25 @@ def test_pace_of_hindsight_is_its_throughput(
         assert agent.pace == pytest.approx(tokens / seconds, rel=0.2), case
 
 
+@pytest.mark.parametrize(("env_id", "own"), [("SpecDepth-v0", {"budget": 5}), ("SpecBudget-v0", {"depth": 3})])
+def test_hindsight_prices_a_block_as_one_forward(
+    env_id: str, own: dict[str, Any], traces: dict[str, Trace], tmp_path: Path
+) -> None:
+    """Deeper levels of a block cost nothing, and its one forward has the rows of the block, also once loaded."""
+    table = CostTable("rows", {1: 1.0, 9: 1.2}, {1: 0.1, 9: 0.5})
+    shared = {"trace": str(traces["blocks"].folder), "clock": costs_in(tmp_path, table), "max_depth": 4, "width": 3}
+    env = ReplayVectorEnv(env_id, 4, **shared, **own)
+    agent = HindsightAgent(env.control, hidden=4, cycles=16, steps=1, rounds=1).learn(0, env)
+    agent.save(tmp_path)
+    loaded = HindsightAgent(env.control, hidden=4)
+    loaded.load(tmp_path)
+    env.reset(seed=0)
+    for found in (agent, loaded.price(table)):
+        assert found.plans.forward(table) == 0
+        np.testing.assert_allclose(found.plans.before(table), env.pending)
+    assert loaded.pace == pytest.approx(agent.pace, rel=1e-3)
+
+
 def test_hindsight_reports_what_is_missing(
     tiny: dict[str, Any], learned: dict[tuple[str, str], Any], tmp_path: Path
 ) -> None:
