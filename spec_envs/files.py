@@ -34,8 +34,12 @@ def held(folder: Path, doing: str = "") -> Iterator[None]:
 
     Raises:
         ValueError: another process holds the folder, and ``doing`` is empty.
+        OSError: the folder cannot be made; the sentence names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"could not make the folder {folder}: {error.strerror}; choose another folder") from None
     note = folder / LOCK
     lock = FileLock(note, fallback_to_soft=False)  # a soft lock outlives its process
     try:

@@ -46,7 +46,8 @@ class DrafterRule(Rule):
 
     def matches(self, observation: np.ndarray) -> np.ndarray:
         """Return how many of the text's last tokens match the place that each copier would copy from ``[copiers]``."""
-        matches: np.ndarray = np.rint(self.numbers(observation, "match") * LONGEST)
+        shown = self.numbers(observation, "match") if self.control.copiers else np.zeros(0)
+        matches: np.ndarray = np.rint(shown * LONGEST)
         return matches
 
     def accepted(self, observation: np.ndarray) -> int:

@@ -145,7 +145,7 @@ def learned(setting: Setting, seed: int) -> Policy:
     """Return the policy of `hindsight`, which learns from the training texts within seconds."""
     trace, control = setting.trace, setting.control
     keywords: Keywords = {"target": trace.manifest.target, "drafter": SEPARATOR.join(trace.traces)}
-    keywords |= {"sizes": control.sizes, "depths": control.depths, "width": control.width}
+    keywords |= {name: getattr(control, name) for name in ("sizes", "depths", "width", "cost_features")}
     env = ReplayVectorEnv(control.env_id, ENVS, trace=str(trace.folder), max_new_tokens=setting.tokens, **keywords)
     env.price([setting.table])
     agent = HindsightAgent(control=control, seed=seed).learn(0, env)

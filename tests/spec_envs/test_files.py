@@ -56,6 +56,12 @@ def test_held_folder_is_free_after_its_holder_ends(other: subprocess.Popen, tmp_
     assert (folder / "mine").exists()
 
 
+def test_folder_that_cannot_be_made_is_named() -> None:
+    sentence = "could not make the folder /proc/x: .*; choose another folder"
+    with pytest.raises(OSError, match=sentence), held(Path("/proc/x")):
+        pytest.fail("nothing can be made there")
+
+
 def test_waiting_process_reports_holder_and_continues_after_it(
     other: subprocess.Popen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
