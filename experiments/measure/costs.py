@@ -77,9 +77,7 @@ def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int =
 
 def as_file(curves: Curves) -> dict[str, Any]:
     """Return cost curves as the file of a cost table has them, those of several drafters by name."""
-    drafters = {part.removeprefix(DRAFTER): curve for part, curve in curves.items() if part.startswith(DRAFTER)}
-    own = {part: curve for part, curve in curves.items() if not part.startswith(DRAFTER)}
-    return own | ({"drafters": drafters} if drafters else {})
+    return file_of(CostTable.of("what was measured", curves))
 
 
 def file_of(table: CostTable) -> dict[str, Any]:
@@ -251,13 +249,15 @@ def time_head(decoder: Decoder, head: HeadDrafter[Any], prompt: list[int], watch
     """Time a head over the first levels of a cycle, and over several tokens that it catches up with, which are taken
     back."""
     rows = 1 + head.rows if isinstance(head, BlockDrafter) else 1
+    timed = {rows}
     with watch.time("draft", rows):
         decoder.begin()
-    if rows == 1:
+    if not isinstance(head, BlockDrafter):
+        timed.add(head.width)
         with watch.time("draft", head.width):
             decoder.expand()
     target, length = head.model.target, head.cache.length
-    for n in sorted(set(DRAFT_ROWS) - {rows, head.width}):
+    for n in sorted(set(DRAFT_ROWS) - timed):
         states = torch.zeros(n, len(head.capture) * target.shape.hidden, dtype=target.precision.hidden)
         with watch.time("draft", n):
             head.read(states.to(target.device), prompt[:n])

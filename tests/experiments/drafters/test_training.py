@@ -11,7 +11,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spec_envs.decoding.drafters.eagle.config import Variant
 from spec_envs.decoding.drafters.eagle.head import EagleHead
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.model.transformer import Transformer
@@ -21,10 +20,10 @@ from spec_envs.decoding.weights.files import load_weights
 from spec_envs.experiments.drafters import training as module
 from spec_envs.experiments.drafters.batches import grouped, parted
 from spec_envs.experiments.drafters.distillation import Distillation, Student
+from spec_envs.experiments.drafters.distilled import Objective
 from spec_envs.experiments.drafters.eagle_objective import EagleObjective
 from spec_envs.experiments.drafters.evaluation import Acceptance, mean_accepted
-from spec_envs.experiments.drafters.parallel_objective import ParallelObjective
-from spec_envs.experiments.drafters.recording import Example, States, Text, load_shard, record
+from spec_envs.experiments.drafters.recording import States, Text, load_shard, record
 from spec_envs.experiments.drafters.training import Course, Training
 from tests.support.models.tiny import CPU
 from tests.support.texts import plain_text
@@ -56,37 +55,35 @@ def recorded(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return paths
 
 
-def objective(kind: str, target: Transformer, folder: Path) -> EagleObjective | ParallelObjective | Distillation:
-    """Return the objective of a drafter that is not trained yet."""
-    weights = load_weights(folder)
-    if kind == "draft-model":
-        student = Student.from_target(load_config(folder), weights, target, 3, torch.arange(16))
-        return Distillation(student, target, torch.float32)
-    if kind == "eagle3":
-        head = EagleHead.from_target(target, weights, torch.arange(16))
-        return EagleObjective(head, target, 64, torch.float32)
-    head = EagleHead.from_target(target, weights, torch.arange(16), Variant(mask_token=15, block=3), 2)
-    return ParallelObjective(head, target, 64, torch.float32)
+def student(target: Transformer, folder: Path) -> Distillation:
+    """Return the objective of a draft model that is not trained yet."""
+    model = Student.from_target(load_config(folder), load_weights(folder), target, 3, torch.arange(16))
+    return Distillation(model, target, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "parallel", "draft-model"])
-def test_training_improves_and_resumes_exactly(
-    kind: str,
-    tiny_target: Path,
-    target: Transformer,
-    recorded: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    examples = load_shard(recorded[0])
-    assert len(examples) == 40 and {example.kind for example in examples[:12]} == {"a", "b"}
-    sample = examples[:12]
-    straight = objective(kind, target, tiny_target)
-    progress = Training(straight, recorded, sample, tmp_path / "straight", COURSE).run()
+def improved(trained: Objective, recorded: list[Path], folder: Path) -> list[float]:
+    """Train a drafter, check that it improves, and return its acceptance at every validation."""
+    progress = Training(trained, recorded, load_shard(recorded[0])[:12], folder, COURSE).run()
     accepted = [line["accepted"] for line in progress.curve]
     assert accepted[-1] > accepted[0] + 0.1 and round(progress.best, 4) == max(accepted)
     assert progress.done == 9 * len(grouped([36] * 40, 128)) and progress.tokens == 9 * 40 * 36
+    return accepted
 
+
+def test_training_improves_a_head(tiny_target: Path, target: Transformer, recorded: list[Path], tmp_path: Path) -> None:
+    head = EagleHead.from_target(target, load_weights(tiny_target), torch.arange(16))
+    improved(EagleObjective(head, target, 64, torch.float32), recorded, tmp_path)
+
+
+def test_training_improves_and_resumes_exactly(
+    tiny_target: Path, target: Transformer, recorded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = load_shard(recorded[0])
+    assert len(examples) == 40 and {example.kind for example in examples[:12]} == {"a", "b"}
+    assert examples[0].features.values.dtype == torch.int8 and examples[0].final.restored(CPU).shape == (36, 32)
+    sample = examples[:12]
+    straight = student(target, tiny_target)
+    accepted = improved(straight, recorded, tmp_path / "straight")
     steps, step = [], Training.step
 
     def killed(*arguments: Any) -> Any:
@@ -97,8 +94,8 @@ def test_training_improves_and_resumes_exactly(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Training, "step", killed)
-        Training(objective(kind, target, tiny_target), recorded, sample, tmp_path / "killed", COURSE).run()
-    resumed = objective(kind, target, tiny_target)
+        Training(student(target, tiny_target), recorded, sample, tmp_path / "killed", COURSE).run()
+    resumed = student(target, tiny_target)
     again = Training(resumed, recorded, sample, tmp_path / "killed", COURSE).run()
     for a, b in zip(straight.trained.parameters(), resumed.trained.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -114,14 +111,14 @@ def test_best_weights_are_kept_and_training_stops(
     tiny_target: Path, target: Transformer, recorded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = iter([0.2, 0.5, 0.4, 0.5])  # the second is the best
-    weights, drafter = [], objective("draft-model", target, tiny_target)
+    weights, drafter = [], student(target, tiny_target)
 
     def evaluated(*_: Any) -> tuple[None, dict[str, Acceptance]]:
         weights.append([p.detach().clone() for p in drafter.trained.parameters()])
         return None, {"a": Acceptance(9, [next(figures)])}
 
     monkeypatch.setattr(module, "evaluated", evaluated)
-    course = dataclasses.replace(COURSE, patience=2, every=20)
+    course = dataclasses.replace(COURSE, patience=2, every=5)
     progress = Training(drafter, recorded, [], tmp_path / "run", course).run()
     assert progress.done == 4 * course.every and progress.best == 0.5
     assert all(torch.equal(a, b) for a, b in zip(weights[1], drafter.trained.parameters(), strict=True))
@@ -150,9 +147,3 @@ def test_texts_are_grouped_and_parted() -> None:
 def test_every_kind_counts_the_same() -> None:
     kinds = {"a": Acceptance(1000, [0.5, 0.25]), "b": Acceptance(1, [1.0, 1.0, 1.0, 1.0, 1.0])}
     assert mean_accepted(kinds) == (0.75 + 4) / 2
-
-
-def test_example_keeps_its_kind(recorded: list[Path]) -> None:
-    example = load_shard(recorded[0])[0]
-    assert isinstance(example, Example) and example.features.values.dtype == torch.int8
-    assert example.features.restored(CPU).shape == (36, 96) and example.final.restored(CPU).shape == (36, 32)
