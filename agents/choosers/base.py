@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from spec_envs.agents.base import checked_control
 from spec_envs.agents.rules.base import Rule
 from spec_envs.controls.base import Control
 from spec_envs.controls.drafter import DrafterControl
@@ -28,8 +29,11 @@ class DrafterRule(Rule):
 
     problems = ("drafter",)
     control: DrafterControl
+    looks_at: tuple[str, ...]
 
     def __init__(self, control: Control, **hyperparameters: Any):
+        if "match" not in checked_control(control, type(self).__name__).slices:  # no drafter copies
+            self.looks_at = tuple(name for name in self.looks_at if name != "match")
         super().__init__(control, **hyperparameters)
         drafters, sizes = self.control.drafters, self.control.sizes
         self.arms = [str(setting) for setting in control.settings()]

@@ -31,6 +31,10 @@ class FixedOrderAgent(DrafterRule):
     def __init__(self, control: Control, **hyperparameters: Any):
         super().__init__(control, **hyperparameters)
         own = self.settings
+        if not self.copies:
+            raise ValueError(
+                f"no drafter of {', '.join(self.control.drafters)} copies alone; expected lookup or suffix among them"
+            )
         for name, value, expected in (
             ("copier", own.copier, self.copies),
             ("otherwise", own.otherwise, self.arms),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from spec_envs.agents.base import checked_control
 from spec_envs.agents.choosers.base import PricedDrafterRule
 from spec_envs.agents.settings import Amount, Count, SeededSettings, Share
 from spec_envs.controls.base import Control
@@ -42,11 +41,9 @@ class HedgeAgent(PricedDrafterRule):
 
     settings: Settings
     remembers = ("weights", "rng", "context")
-    looks_at: tuple[str, ...] = ("match", "scores", "known")
+    looks_at = ("match", "scores", "known")
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        if "match" not in checked_control(control, type(self).__name__).slices:  # no drafter copies
-            self.looks_at = ("scores", "known")
         super().__init__(control, **hyperparameters)
         matches = self.settings.matches
         if list(matches) != sorted(set(matches)):

@@ -58,7 +58,7 @@ def detailed(name: str, report: dict[str, Any]) -> str:
     every = -(-len(lines) // 12)  # a dozen rows
     curve = [
         (number(line["tokens"]), number(line["minutes"]), number(line["loss"]), number(line["accepted"]))
-        for line in lines[every - 1 :: every]
+        for line in lines[::-every][::-1]  # with the last one
     ]
     return "\n\n".join(
         (

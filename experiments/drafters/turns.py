@@ -1,7 +1,8 @@
-"""User turns that a drafter learns from: the kinds of request that a deployed model gets, without a data set.
+"""User turns that drafters and early exits learn from, without a data set.
 
-Besides the turns that the target writes itself (``selftext.py``), there are the shipped training prompts and composed
-turns: to summarise texts that the target wrote, or to complete functions of Python's standard library.
+Besides the turns that the target writes itself (``selftext.py``), there are the shipped training prompts and, for exits,
+composed turns: to summarise texts that the target wrote, or to complete functions of Python's standard library. The
+wordings of a drafter's text (``text/composing.py``) quote these functions, too.
 """
 
 from __future__ import annotations

@@ -71,12 +71,16 @@ def test_hedge_keeps_weights_apart_by_match() -> None:
     assert agent.predict(observation_of(control, match=1.0), deterministic=True, episode_start=START)[0] == 2
 
 
-def test_hedge_has_one_set_of_weights_where_nobody_copies() -> None:
+def test_rules_where_no_drafter_copies() -> None:
     control = control_of("smollm2-135m-draft,smollm2-135m-eagle3")
     agent = AGENTS["hedge"](control=control)
     agent.predict(observation_of(control), episode_start=START)
     agent.predict(observation_of(control, scores=[1.0, 0.0], known=[1, 0]))
     assert agent.weights.argmax() == 2 and not agent.weights[1:].any()
+    with pytest.raises(
+        ValueError, match=r"no drafter of smollm2-135m-draft, .* copies alone; expected lookup or suffix"
+    ):
+        AGENTS["fixed-order"](control=control)
 
 
 def test_hedge_draws_from_its_weights_unless_deterministic() -> None:

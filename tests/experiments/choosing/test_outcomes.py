@@ -3,6 +3,7 @@ optimum."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import pytest
 from spec_envs.controls.drafter import DrafterControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.portfolio import PortfolioTrace
-from spec_envs.experiments.choosing.outcomes import Outcomes
+from spec_envs.experiments.choosing.outcomes import Clairvoyant, Outcomes
 from tests.support.recordings import costs_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class Played:
         control: DrafterControl = self.env.control
         self.actions, self.texts = int(control.action_space.n), range(len(trace.texts))
         self.outcomes = Outcomes(trace, control, CostTable.load(clock), self.texts, tokens)
+
+    @functools.cached_property
+    def best(self) -> list[Clairvoyant]:
+        """The fastest choices of every text."""
+        return self.outcomes.clairvoyant()
 
     def seconds(self, text: int, choose: Callable[[int], int]) -> float:
         """Return the seconds of a text, where ``choose`` maps the row of the trace to an action."""
@@ -79,7 +85,7 @@ def test_choices_by_position_charge_what_drafters_catch_up_with(played: Played, 
 
 
 def test_no_policy_takes_less_than_clairvoyant(played: Played) -> None:
-    rng, best = np.random.default_rng(1), np.array([found.seconds for found in played.outcomes.clairvoyant()])
+    rng, best = np.random.default_rng(1), np.array([found.seconds for found in played.best])
     assert (best <= played.outcomes.static().min(1) + 1e-9).all()
     for text in played.texts:
         for _ in range(5):
@@ -90,13 +96,12 @@ def test_clairvoyant_seconds_are_least_of_all_sequences(
     portfolio: PortfolioTrace, portfolio_plan: Plan, tmp_path: Path
 ) -> None:
     played = Played(portfolio, portfolio_plan, tmp_path, tokens=6, sizes=(2,), depths=(1,))
-    best = played.outcomes.clairvoyant()
     for text in (1, 4):
-        assert best[text].seconds == pytest.approx(played.least(text))
+        assert played.best[text].seconds == pytest.approx(played.least(text))
 
 
 def test_clairvoyant_actions_take_its_seconds(played: Played) -> None:
-    for text, found in zip(played.texts, played.outcomes.clairvoyant(), strict=True):
+    for text, found in zip(played.texts, played.best, strict=True):
         actions = iter(found.actions)
         assert played.seconds(text, lambda row, actions=actions: next(actions)) == pytest.approx(found.seconds)
         cycles = played.env.decoder.cycles
