@@ -142,8 +142,8 @@ class HindsightAgent(TracedAgent):
         block = {} if self.plans.block is None else {"block": np.array(self.plans.block)}
         return block | {
             "seen": self.kept.seen.astype(np.float16),
-            "accepted": self.kept.accepted.astype(np.int8),
-            "forwards": self.kept.forwards.astype(np.int8),
+            "accepted": self.kept.accepted.astype(np.int16),
+            "forwards": self.kept.forwards.astype(np.int16),
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:

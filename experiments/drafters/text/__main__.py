@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from spec_envs.arguments import POSITIVE, SEED, Parser, add_model_arguments, output_folder
+from spec_envs.arguments import POSITIVE, SEED, Parser, add_model_arguments, output_folder, whole_number
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--longest",
-        type=POSITIVE,
+        type=whole_number(Writer.max_answer + 1),
         default=1024,
         help=f"most tokens of a conversation, of which its last answer may take {Writer.max_answer} (default 1024)",
     )
