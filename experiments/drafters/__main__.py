@@ -37,7 +37,6 @@ class Defaults:
     steps: int
     batch_tokens: int
     learning_rate: float
-    deep_share: float = 0.25
 
 
 KINDS = {
@@ -45,7 +44,7 @@ KINDS = {
     "draft-model": Defaults(layers=3, steps=7, batch_tokens=2048, learning_rate=2e-3),
     "parallel": Defaults(layers=2, steps=12, batch_tokens=4096, learning_rate=1.6e-3),
 }
-DRAFT_VOCAB = 3328
+DRAFT_VOCAB, DEEP_SHARE = 3328, 0.25
 
 
 def by_kind(name: str) -> str:
@@ -145,7 +144,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep-share",
         type=number(0, 1, above=True),
-        help="share of the answers' rows on which a head's deep levels are trained (default 0.25)",
+        help=f"share of the answers' rows on which a head's deep levels are trained (default {DEEP_SHARE})",
     )
     parser.add_argument(
         "--prompt-share",
@@ -167,7 +166,7 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments with all defaults that depend on other arguments.
 
     Raises:
-        ValueError: an argument would have no effect.
+        ValueError: an argument would have no effect, or does not go together with another.
     """
     heads = "--kind eagle3 or parallel"
     for name, given, needs in (
@@ -182,7 +181,9 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
     if args.kind == "parallel" and args.steps == 1:
         raise ValueError("--steps is 1; expected 2 or more, the size of a parallel head's block")
     args.out, args.text = args.out or args.work / args.kind, args.text or args.work / "text"
-    for name, value in (vars(KINDS[args.kind]) | {"draft_vocab": DRAFT_VOCAB}).items():
+    if args.text.resolve() == args.work.resolve():
+        raise ValueError(f"--text and --work are both {args.work}; expected two folders")
+    for name, value in (vars(KINDS[args.kind]) | {"draft_vocab": DRAFT_VOCAB, "deep_share": DEEP_SHARE}).items():
         if vars(args)[name] is None:
             vars(args)[name] = value
     return args

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,6 +81,13 @@ class Batch:
         for the row of token t."""
         return self.inside & (self.left >= 2 + step)
 
+    def trained(self, step: int, prompts: float, generator: torch.Generator) -> Tensor:
+        """Return the rows that are trained at a step, as ascending indices: all that draft, and a share ``prompts`` of
+        those before the answers."""
+        rows = self.drafting(step)
+        rows[sampled(~self.inside & (self.left >= 2 + step), prompts, generator)] = True
+        return rows.nonzero()[:, 0]
+
 
 def sampled(rows: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a random share of the rows that are True in ``[n]`` (bool), as ascending indices."""
@@ -112,8 +118,3 @@ def parted(lengths: Sequence[int], parts: int) -> list[list[int]]:
         found[least].append(i)
         held[least] += lengths[i]
     return found
-
-
-def starts(lengths: Sequence[int]) -> list[int]:
-    """Return the index of the first token of each text of a batch."""
-    return [0, *accumulate(lengths)][:-1]

@@ -16,7 +16,7 @@ from transformers import AutoModel, PretrainedConfig
 from spec_envs.decoding.model.shape import part
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.config import ON_TARGET
-from spec_envs.experiments.drafters.batches import Batch, sampled
+from spec_envs.experiments.drafters.batches import Batch
 from spec_envs.experiments.drafters.distilled import DraftVocabulary, Scores
 from spec_envs.files import write_bytes, write_json
 
@@ -117,14 +117,12 @@ class Distillation:
         one pass over the text shows how far each chain would be accepted.
         """
         vocabulary = self.vocabulary.of(batch)
-        picked = batch.drafting(-1)
-        picked[sampled(~batch.inside & (batch.left >= 1), prompts, generator)] = True
-        at = picked.nonzero()[:, 0]
+        at = batch.trained(-1, prompts, generator)
         with self.vocabulary.autocast():
             loss, found = self.vocabulary.compared(batch, vocabulary, self.model(batch)[at], at)
         right = torch.zeros(len(batch.ids) + steps, dtype=torch.bool, device=self.device)
         right[at] = found
-        alive, survived, counted = torch.ones_like(picked), [], []
+        alive, survived, counted = torch.ones_like(batch.inside), [], []
         for step in range(steps):
             alive, drafting = alive & right[step : step + len(alive)], batch.drafting(step - 1)
             survived.append((alive & drafting).sum())

@@ -68,7 +68,8 @@ class EagleObjective:
     Args:
         head: what is trained.
         target: the model for which it drafts.
-        positions: tokens of the longest text.
+        positions: tokens of the longest text, and the levels that are drafted after it.
+        dtype: in which matrices are multiplied.
     """
 
     reads_features = True
@@ -82,12 +83,8 @@ class EagleObjective:
         self, batch: Batch, steps: int, share: float, generator: torch.Generator, prompts: float = 0.0
     ) -> Scores:
         """Return loss and acceptance; see ``Objective``."""
-        vocabulary = self.vocabulary.of(batch)
-        answered = batch.drafting(0)
-        first = answered.clone()
-        first[sampled(~batch.inside & (batch.left >= 2), prompts, generator)] = True
-        rows = sampled(answered, share, generator)
-        first = first.nonzero()[:, 0]
+        vocabulary, answered = self.vocabulary.of(batch), batch.drafting(0)
+        first, rows = batch.trained(0, prompts, generator), sampled(answered, share, generator)
         scores = Scores(torch.zeros((), device=self.device), *torch.zeros(2, steps, device=self.device))
         alive = torch.ones(len(batch.ids), dtype=torch.bool, device=self.device)  # rows whose chain so far is right
         with self.vocabulary.autocast():

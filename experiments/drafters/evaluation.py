@@ -39,7 +39,6 @@ class Acceptance:
         return sum(self.chain_acceptance[:COUNTED])
 
 
-@torch.no_grad()
 def evaluated(
     objective: Objective, examples: Sequence[Example], depth: int, pool: Executor
 ) -> tuple[Acceptance, dict[str, Acceptance]]:
@@ -49,7 +48,7 @@ def evaluated(
     """
 
     def scored(number: int) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad():  # of this thread
             generator = torch.Generator(objective.device).manual_seed(number)
             batch = Batch.of([examples[number]], objective.device, objective.reads_features)
             scores = objective(batch, depth, SHARE, generator, prompts=0.0)

@@ -129,14 +129,22 @@ def recorded_texts(
     """Return the recordings of conversations of at most ``longest`` tokens.
 
     Raises:
-        ValueError: there are fewer than two of them.
+        ValueError: there are fewer than two of them, or one has tokens that the target does not have.
     """
+    vocab = target.shape.vocab
     texts, others = (
-        [text for text in (tokenized(tokenizer, c) for c in part) if len(text.ids) <= longest]
+        [text for text in (tokenized(tokenizer, c) for c in part) if text.answer < len(text.ids) <= longest]
         for part in (given, validation)
     )
     if len(texts) < 2:
-        raise ValueError(f"there are {len(texts)} conversations of at most {longest} tokens; expected 2 or more")
+        raise ValueError(
+            f"there are {len(texts)} conversations with an answer and of at most {longest} tokens; expected 2 or more"
+        )
+    if any(not 0 <= min(text.ids) <= max(text.ids) < vocab for text in texts):
+        raise ValueError(
+            f"a conversation has answer_ids that are not below {vocab}; expected text that {args.target} wrote, or "
+            "answers as text (assistant)"
+        )
     random.Random(args.seed).shuffle(texts)
     held_out = max(1, round(len(texts) * HELD_OUT))
     seen, unseen = texts[held_out:], texts[:held_out]
@@ -152,8 +160,8 @@ def recorded_texts(
         paths["recorded"],
         read["held-out"],
         read["validation"] or read["held-out"],
-        draft_vocabulary(seen, args.draft_vocab, tokenizer.eos_token_id, target.shape.vocab),
-        unwritten(texts, target.shape.vocab),
+        draft_vocabulary(seen, args.draft_vocab, tokenizer.eos_token_id, vocab),
+        unwritten(texts, vocab),
         answered,
     )
 
@@ -282,6 +290,5 @@ def shown(report: Mapping[str, Any], out: Path) -> str:
     lines += [
         f"{name:{width}}" + "".join(f"{share:7.1%}" for share in shares[:COUNTED]) for name, shares in rows.items()
     ]
-    return "\n".join(
-        [*lines, f"details:   {out / 'report.json'}", f'use it:    spec-envs generate "…" --drafter {out}']
-    )
+    use = f'spec-envs generate "…" --target {report["target"]} --drafter {out}'
+    return "\n".join([*lines, f"details:   {out / 'report.json'}", f"use it:    {use}"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spec_envs.decoding.drafters.eagle.head import EagleHead, EagleLayer
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.experiments.drafters.batches import Batch, sampled, starts
+from spec_envs.experiments.drafters.batches import Batch, sampled
 from spec_envs.experiments.drafters.distilled import DraftVocabulary, Scores
 from spec_envs.experiments.drafters.eagle_objective import STEP_DECAY
 from spec_envs.experiments.drafters.head_rows import HeadRows, attended
@@ -81,14 +81,11 @@ def block_attended(
     mixed = []
     masks = zip(*(part.split(counts) for part in (queries, block_keys, block_values, anchors, depths)), strict=True)
     texts = zip(*(part.split(list(batch.lengths)) for part in context), strict=True)
-    begins = zip(starts(batch.lengths), batch.lengths, strict=True)
-    for (q, keys, values, anchor, depth), (text_keys, text_values), (begin, length) in zip(
-        masks, texts, begins, strict=True
-    ):
+    for (q, keys, values, anchor, depth), (text_keys, text_values) in zip(masks, texts, strict=True):
         k, v = torch.cat([text_keys, keys]).transpose(0, 1), torch.cat([text_values, values]).transpose(0, 1)
-        place = torch.arange(length, device=anchors.device)
+        place = torch.arange(len(text_keys), device=anchors.device)
         own = (anchor == anchor[:, None]) & (depth <= depth[:, None])
-        seen = torch.cat([place <= anchor[:, None] - begin, own], -1)
+        seen = torch.cat([place <= batch.position[anchor][:, None], own], -1)
         scores = (q.transpose(0, 1) @ k.transpose(-1, -2)).float().masked_fill(~seen, float("-inf"))
         mixed.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
     return torch.cat(mixed)
@@ -119,9 +116,7 @@ class ParallelObjective:
         vocabulary, answered = self.vocabulary.of(batch), batch.drafting(0)
         chosen = sampled(answered, share, generator)
         anchors, depths = self.mask_rows(batch, chosen, steps, generator)
-        first = answered.clone()
-        first[sampled(~batch.inside & (batch.left >= 2), prompts, generator)] = True
-        first = first.nonzero()[:, 0]
+        first = batch.trained(0, prompts, generator)
         with self.vocabulary.autocast():
             hidden, masks = self.model(batch, first, anchors, depths)
             loss, right = self.vocabulary.compared(batch, vocabulary, hidden, first + 1)

@@ -171,7 +171,7 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 

@@ -25,7 +25,7 @@ from spec_envs.decoding.model.batch import generate_batch
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.experiments.drafters.text.composing import Composer
 from spec_envs.experiments.drafters.turns import OPENINGS, training_turns
-from spec_envs.files import whole
+from spec_envs.files import parse_json, whole
 from spec_envs.prompts.sets import decode, encode
 from spec_envs.prompts.templates import rendered
 from spec_envs.text import Detokenizer, TextStream
@@ -74,7 +74,8 @@ class Conversation:
         ids, text = line.get("answer_ids"), line.get("assistant")
         history = tuple((role, said) for role, said in line.get("history", ()))
         strings = [line["user"], line.get("kind", ""), *itertools.chain(*history)]
-        if not all(isinstance(s, str) for s in strings) or not isinstance(text if ids is None else ids, list | str):
+        answered = isinstance(text, str) if ids is None else all(type(token) is int for token in ids)
+        if not answered or not all(isinstance(said, str) for said in strings):
             raise TypeError
         answer = (ids or [], text if ids is None else None, line.get("complete", True))
         return cls(line["user"], *answer, line.get("kind", ""), history, line.get("round", 0), line.get("left", 0))
@@ -344,12 +345,12 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises:
         ValueError: a line is malformed. Only the last line may be, because a killed run truncates it; it is left out.
     """
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     conversations = []
     for number, line in enumerate(lines, 1):
         try:
-            conversation = Conversation.of(json.loads(line))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
+            conversation = Conversation.of(parse_json(line))
+        except (KeyError, TypeError, ValueError, AttributeError):
             if number < len(lines):
                 raise ValueError(
                     f'{path}:{number} is not a conversation; expected {{"user": "…", "assistant": "…"}} on one line'

@@ -22,7 +22,7 @@ from spec_envs.experiments.drafters.batches import Batch, grouped, parted
 from spec_envs.experiments.drafters.distilled import Objective, Scores
 from spec_envs.experiments.drafters.evaluation import Acceptance, evaluated, mean_accepted
 from spec_envs.experiments.drafters.recording import Example, load_shard, shard_lengths
-from spec_envs.sealed import write_torch
+from spec_envs.sealed import first_line, write_torch
 
 WARMUP = 100  # batches
 LOGGED = 10  # batches between two figures of the progress bar
@@ -116,8 +116,7 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             return Progress(**state["progress"])
         except (RuntimeError, TypeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"cannot continue from {self.checkpoint}: {reason}; delete it") from None
+            raise ValueError(f"cannot continue from {self.checkpoint}: {first_line(error)}; delete it") from None
 
     def save(self) -> None:
         """Write the checkpoint."""

@@ -61,7 +61,7 @@ def write_text(
     """
     with held(folder, "writing text"):
         settings = {"text of": name, "longest": str(longest), "seed": str(seed), "dtype": target.dtype}
-        claim(folder, settings, "--work")
+        claim(folder, settings, "folder")
         composer = Composer(gathered())
         write_validation(target, tokenizer, folder / "validation.jsonl", composer, longest=longest, seed=seed)
         write_conversations(target, tokenizer, folder / "text.jsonl", tokens, composer, longest, seed)

@@ -51,6 +51,11 @@ def test_head_from_given_conversations(
     assert json.loads((tmp_path / "work" / "eagle3" / "report.json").read_text())["epochs"] == 3
     with pytest.raises(SystemExit, match="was begun with another seed; choose another --work"):
         make(monkeypatch, *common, "--seed", 1)
+    with pytest.raises(SystemExit, match=r"--text and --work are both .*; expected two folders"):
+        make(monkeypatch, *common, "--text", tmp_path / "work")
+    given.write_text('{"user": "a b", "answer_ids": [9999]}\n' * 2)
+    with pytest.raises(SystemExit, match=r"answer_ids that are not below 16; expected text that .* wrote"):
+        make(monkeypatch, *common, "--work", tmp_path / "other")
 
 
 def test_init_continues_from_given_head(
@@ -100,14 +105,27 @@ def test_refused_options_leave_no_folder(
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("line", ["3", '{"prompt": "x"}', '{"user": "x"}', "{"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        '{"prompt": "x"}',
+        '{"user": "x"}',
+        "{",
+        '{"user": "x", "answer_ids": ["a"]}',
+        '{"user": "\udcff"}',
+        "[" * 9999,
+    ],
+)
 def test_malformed_conversations_are_refused(line: str, tmp_path: Path) -> None:
     good = '{"user": "a\u2028b", "assistant": "c"}\n'
     path = tmp_path / "given.jsonl"
-    path.write_text(line + "\n" + good, encoding="utf-8")
+    path.write_text(line + "\n" + good, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=r"given.jsonl:1 is not a conversation"):
         selftext.read_conversations(path)
-    path.write_text(good + line, encoding="utf-8")  # an incomplete last line, as after a kill, is ignored
+    path.write_text(
+        good + line, encoding="utf-8", errors="surrogateescape"
+    )  # an incomplete last line, as after a kill, is ignored
     assert len(selftext.read_conversations(path)) == 1
 
 
