@@ -21,8 +21,8 @@ EXIT = "exit:"  # before a number of layers, an untrained exit of the target aft
 Kind = Literal["none", "exit", "eagle3", "parallel", "dflash", "model"]
 BLOCKS: tuple[Kind, ...] = ("parallel", "dflash")  # they draft several tokens with one forward
 HEADS: tuple[Kind, ...] = ("eagle3", *BLOCKS)  # they read states of the target, and draft trees
-Copies = Literal["", "lookup", "suffix"]
-Drafted = int | Literal["auto", "all"]  # how many tokens a draft model drafts from
+CopyKind = Literal["", "lookup", "suffix"]
+ShortlistSize = int | Literal["auto", "all"]
 SIZED = re.compile(r"(.*)@(\d+|all)")  # the name of a draft model with the size of its shortlist
 
 
@@ -40,9 +40,9 @@ class DrafterName:
             ``"auto"`` (see ``shortlist.size_of``).
     """
 
-    copies: Copies
+    copies: CopyKind
     model: str
-    shortlist: Drafted = "auto"
+    shortlist: ShortlistSize = "auto"
     stream: bool = False
 
     @classmethod
@@ -51,11 +51,13 @@ class DrafterName:
         ``MODEL``, a draft model optionally with ``@N`` or ``@all``.
 
         Raises:
-            ValueError: nothing, or ``lookup`` or ``suffix`` again, follows the plus sign; a shortlist has no tokens, or
-                is that of a copy.
+            ValueError: the name is empty; nothing, or ``lookup`` or ``suffix`` again, follows the plus sign; a shortlist
+                has no tokens, or is that of a copy.
         """
+        if not name:
+            raise ValueError("drafter is ''; expected the name of a drafter, or None to decode plainly")
         copies, stream, model = copies_in(name)
-        shortlist: Drafted = "auto"
+        shortlist: ShortlistSize = "auto"
         if found := SIZED.fullmatch(model):
             model, shortlist = found[1], "all" if found[2] == "all" else int(found[2])
             if shortlist == 0:
@@ -103,7 +105,7 @@ class DrafterName:
         return drafter_folder(self.model)
 
 
-def copies_in(name: str) -> tuple[Copies, bool, str]:
+def copies_in(name: str) -> tuple[CopyKind, bool, str]:
     """Return what copies before a model, as a drafter's name says, whether it drafts from earlier answers, and the rest
     of the name."""
     first, _, rest = name.partition("+")

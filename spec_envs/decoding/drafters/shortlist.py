@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_envs.decoding.drafters.names import Drafted
+from spec_envs.decoding.drafters.names import ShortlistSize
 from spec_envs.decoding.model.transformer import Transformer
 
 LEAST, SHARE = 8192, 4  # a shortlist has at least so many tokens, and one of so many of the vocabulary
@@ -39,7 +39,7 @@ class Shortlist:
     known: int
 
 
-def size_of(asked: Drafted, vocab: int) -> int:
+def size_of(asked: ShortlistSize, vocab: int) -> int:
     """Return the size of a shortlist of a vocabulary; ``"auto"`` is a quarter of it, but at least ``LEAST``."""
     if asked == "auto":
         return max(LEAST, vocab // SHARE)

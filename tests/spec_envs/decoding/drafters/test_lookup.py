@@ -16,8 +16,6 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingDrafter
 from spec_envs.decoding.drafters.lookup import LookedUp, Occurrences, copy_probability
-from spec_envs.decoding.drafters.names import default_drafter, static_over_plain
-from spec_envs.decoding.llama_cpp.engine import drafter_for
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
@@ -195,15 +193,3 @@ def test_rules_continue_copying_while_path_is_probable(name: str) -> None:
 
     assert decide(0.21, 1) == 1
     assert decide(0.19, 1) == decide(0.21, 0) == decide(0.19, 0) == 0
-
-
-def test_default_drafter_tries_lookup_first() -> None:
-    drafter = default_drafter("smollm2-135m", chain=True)
-    assert drafter == "lookup+smollm2-135m-draft" and static_over_plain("smollm2-135m", drafter) > 1
-    assert drafter_for("smollm2-135m") == "smollm2-135m-draft"
-
-
-@pytest.mark.parametrize("name", ["", "lookup", "suffix@stream", "lookup+exit:2"])
-def test_copies_before_no_model_are_refused(tiny: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match="expected the name of a head, a draft model or an exit after the plus sign"):
-        copying(tiny, name)

@@ -15,7 +15,6 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingTrees
 from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
 from spec_envs.decoding.drafters.lookup import LONGEST, Copy, copy_probability
-from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.drafters.suffix import Node, SuffixDrafter, Suffixes
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import Tree
@@ -251,15 +250,6 @@ def test_sampled_tokens_have_the_targets_distribution(
 
 def test_sampled_chains_have_the_targets_distribution(tiny: dict[str, Any], tiny_draft: Path) -> None:
     assert deviation(tiny, f"suffix+{tiny_draft}", 0.8, 0.9) > 0.001
-
-
-def test_names() -> None:
-    for name in ("suffix", "suffix@stream", "suffix@stream+a", "suffix+a@12"):
-        assert str(DrafterName.parse(name)) == name
-    assert DrafterName.parse("suffix@stream+a@all") == DrafterName("suffix", "a", "all", stream=True)
-    assert not DrafterName.parse("suffix").chain and DrafterName.parse("lookup").chain
-    with pytest.raises(ValueError, match="'suffix' has no shortlist"):
-        DrafterName.parse("suffix@9")
 
 
 def test_fewer_continuations_are_the_most_frequent_of_the_longest_match() -> None:
