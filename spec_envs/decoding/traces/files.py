@@ -155,8 +155,11 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError("its width, max_depth, vocab and context are not all positive")
     if manifest.kind == "chain" and manifest.width != 1:
         raise ValueError(f"its width is {manifest.width}; that of chains is 1")
-    if not manifest.texts or any(text.tokens < 1 or not text.prompt for text in manifest.texts):
-        raise ValueError("it has no texts, or some without a token or a prompt")
+    if manifest.block_rows is not None and manifest.block_rows < 0:
+        raise ValueError(f"its block_rows is {manifest.block_rows}; expected 0 or more")
+    most = manifest.max_new_tokens
+    if not manifest.texts or any(not 1 <= text.tokens <= most or not text.prompt for text in manifest.texts):
+        raise ValueError(f"it has no texts, or some without a prompt, without a token or with more than {most}")
     ids = [*manifest.eos, *(token for text in manifest.texts for token in text.prompt)]
     if min(ids) < 0 or max(ids) >= manifest.vocab:
         raise ValueError(f"it holds ids that are not below {manifest.vocab}")

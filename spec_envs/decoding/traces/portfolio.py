@@ -149,7 +149,7 @@ def _loaded(folder: Path) -> PortfolioTrace:
         contents = msgspec.json.decode(path.read_bytes(), type=Contents)
         if contents.version != VERSION or not contents.drafters:
             raise ValueError(f"it is of version {contents.version} with {len(contents.drafters)} drafters")
-        if not all(Path(place).name == place for place in contents.drafters.values()):
+        if not all(Path(place).name == place != ".." for place in contents.drafters.values()):
             raise ValueError("it names places that are not folders beside it")
     except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} and record the trace again") from None
@@ -184,8 +184,7 @@ def check_same_texts(traces: Sequence[Trace]) -> None:
     """
     first, *others = traces
     for other in others:
-        same = [text.prompt for text in first.texts] == [text.prompt for text in other.texts]
-        if not same or not np.array_equal(first.columns["tokens"], other.columns["tokens"]):
+        if first.texts != other.texts or not np.array_equal(first.columns["tokens"], other.columns["tokens"]):
             raise ValueError(
                 f"the traces {first.folder} and {other.folder} are of different texts; delete both and record them again"
             )

@@ -49,6 +49,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         lambda m: m.update(max_depth=-1),
         lambda m: m.update(max_depth=m["max_depth"] + 1),
         lambda m: m.update(vocab=3),
+        lambda m: m.update(block_rows=-2),
+        lambda m: m.update(max_new_tokens=1),
         lambda m: m.update(eos=[-1]),
         lambda m: m.update(texts=[]),
         lambda m: m["texts"][0].update(tokens=-5),
