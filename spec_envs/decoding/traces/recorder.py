@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from spec_envs.decoding.drafters.early_exit import EarlyExitDrafter
 from spec_envs.decoding.drafters.heads import BlockDrafter, HeadDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.drafters.suffix import SuffixDrafter
-from spec_envs.decoding.traces.chain_recorder import Chain, chains_everywhere
+from spec_envs.decoding.traces.chain_recorder import Chain, Chains, chains_everywhere
 from spec_envs.decoding.traces.full_trees import grown, level_slice, on_path
-from spec_envs.decoding.traces.tree_recorder import Drawn, trees_everywhere
+from spec_envs.decoding.traces.tree_recorder import Drawn, Trees, trees_everywhere
 from spec_envs.decoding.tree import NEVER
 from spec_envs.decoding.verifier import LocalVerifier, Verdict
 
@@ -48,10 +48,10 @@ def kind_of(decoder: Decoder) -> Literal["tree", "chain"]:
     """Return the kind of a decoder's traces: ``"tree"`` for a head, also at width 1, and for a tree of suffix decoding,
     otherwise ``"chain"``."""
     drafter = decoder.drafter
-    draws = isinstance(drafter, HeadDrafter | CopyingTrees) or (
+    in_trees = isinstance(drafter, HeadDrafter | CopyingTrees) or (
         isinstance(drafter, SuffixDrafter) and drafter.width > 1
     )
-    return "tree" if draws else "chain"
+    return "tree" if in_trees else "chain"
 
 
 def block_of(decoder: Decoder) -> BlockDrafter[Any] | None:
@@ -78,12 +78,15 @@ class Recorder:
         early = isinstance(drafter, CopyingDrafter) and isinstance(drafter.model, EarlyExitDrafter)
         known = (HeadDrafter, CopyingTrees, DraftModelDrafter, CopyingDrafter, LookupDrafter, SuffixDrafter)
         if early or not isinstance(drafter, known):
+            name = "no drafter" if drafter is None else f"a {type(drafter).__name__}"
             raise ValueError(
-                "an early exit is not recorded: it learns, and shares the target's cache; take another drafter"
+                f"the decoder has {name}, whose drafts are not recorded; expected one drafter other than an early exit, "
+                "which learns and shares the target's cache"
             )
         if remembers(drafter):
             raise ValueError("a trace has drafts that follow from their own text; take suffix without @stream")
-        self.drafter, self.max_depth, self.width = drafter, decoder.max_depth, decoder.tree.width
+        self.drafter, self.kind = drafter, kind_of(decoder)
+        self.max_depth, self.width = decoder.max_depth, decoder.tree.width
         self.verifier = GapVerifier(decoder.local.target, decoder.local.capture)
         self.plain = Decoder(self.verifier, None, decoder.clock, decoder.eos, 0, decoder.detokenize)
 
@@ -102,13 +105,13 @@ class Recorder:
         else:
             tokens, gaps = written["tokens"].tolist(), written["gaps"]
             features = self._read([*prompt, *tokens[:-1]])
-        depth, drafter = self.max_depth, self.drafter
-        if isinstance(drafter, HeadDrafter | CopyingTrees) or (isinstance(drafter, SuffixDrafter) and self.width > 1):
-            columns = tree_columns(
-                trees_everywhere(drafter, depth, prompt, tokens, features), tokens, self.width, depth
-            )
+        depth = self.max_depth
+        if self.kind == "tree":
+            trees = trees_everywhere(cast(Trees, self.drafter), depth, prompt, tokens, features)
+            columns = tree_columns(trees, tokens, self.width, depth)
         else:
-            columns = chain_columns(chains_everywhere(drafter, depth + 1, prompt, tokens), tokens, depth + 1)
+            chains = chains_everywhere(cast(Chains, self.drafter), depth + 1, prompt, tokens)
+            columns = chain_columns(chains, tokens, depth + 1)
         return {"tokens": np.array(tokens), "gaps": gaps, **columns}
 
     def _read(self, text: Sequence[int]) -> Tensor:
