@@ -36,9 +36,7 @@ class Drafting:
         else:
             self.cycles, self.plans = CycleTable(trace, control, chain_plans(int(sizes[-1]))), sizes
         largest = self.plans[-1]
-        rows = trace.rows
-        self.right = np.broadcast_to(self.cycles.accepted[:, largest], rows)
-        self.length = np.broadcast_to(self.cycles.nodes[:, largest], rows)
+        self.right, self.length = self.cycles.accepted[:, largest], self.cycles.nodes[:, largest]
 
 
 class ArmTable:

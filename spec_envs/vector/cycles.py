@@ -20,8 +20,6 @@ CHUNK = 2048  # rows whose observed entries are computed together
 class CycleTable:
     """The cycles of a control on a trace, by row of the trace and plan of the control.
 
-    Arrays ``[rows, …]`` have a single row where all rows are equal.
-
     Args:
         trace: a trace of the kind that replays the control.
         control: the control.
@@ -65,7 +63,7 @@ class CycleTable:
         self.copied = np.asarray(columns["copied"])
         self.whole = self.copied & bool(DrafterName.parse(manifest.drafter).model)
         every, drafted = np.arange(len(ranks)), np.where(self.whole[:, None], most, plans.sizes)
-        self.accepted = np.empty(drafted.shape, np.int8)
+        self.accepted = np.empty(drafted.shape, np.int16)
         for i, budget in enumerate(plans.budgets.tolist()):
             at = ranks[every, drafted[:, i]]
             self.accepted[:, i] = ((at >= 0) & (at < budget)).sum(1)

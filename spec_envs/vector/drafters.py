@@ -90,7 +90,7 @@ class Drafters:
         sent = cycles.nodes[row, actions].astype(np.int64)
         verify = going * self.verification[self.clock, sent + 1]
         accepted = cycles.accepted[row, actions].astype(np.int64)
-        named = np.where(going, self.names[np.maximum(self._asked(actions), NOBODY)], "")
+        named = np.where(going, self.names[self._asked(actions)], "")
         drafted = cycles.drafted[row, actions].astype(np.int64)
         return Outcome(going, accepted, drafted, sent, seconds, verify, {"drafter": named})
 

@@ -37,8 +37,7 @@ UNUSED = ("render_mode", "switch_every", "adjustment_interval")  # keywords that
 
 class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` environments of one control, replayed from a trace: the observations, rewards, terminations and
-    infos of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own. Infos
-    have the entries that all problems share, not those of one, such as the name of the drafter.
+    infos of a ``SyncVectorEnv`` of as many ``SpecEnv`` with the same ``trace=``, each with a generator of its own.
 
     Args:
         control: name of a control that traces replay, or ``"module:Class"``.

@@ -40,7 +40,7 @@ def blank(count: int, several: bool) -> dict[str, Any]:
     """Return the infos of a reset.
 
     Args:
-        several: whether several drafters share a text, so that infos name the one that was asked.
+        several: True if several drafters share a text, so that infos name the one that was asked.
     """
     named = {"drafter": np.full(count, "", object)} if several else {}
     return {
