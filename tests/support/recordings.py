@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from spec_envs.experiments.traces.plan import Plan
 
 TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
+# Seconds of forwards in the first trace; those of others are multiples. Measuring them takes longer than recording does.
+COSTS = {"verify": {1: 1e-3, 50: 2e-3}, "draft": {1: 2e-4, 50: 4e-4}}
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +46,45 @@ def plans(tiny: dict[str, Any], tiny_draft: Path, tiny_parallel: Path) -> dict[s
     }
 
 
-@pytest.fixture(scope="session")
-def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
-    """Return the recorded trace of each plan."""
-    from spec_envs.experiments.traces.record import recorded
+class Recordings(dict[str, Trace]):
+    """Traces by the name of their plan, each of which is recorded once it is asked for.
 
-    return {name: recorded(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
+    Args:
+        plans: the plans by name.
+        folder: returns a new folder with a name.
+    """
+
+    def __init__(self, plans: dict[str, Plan], folder: Callable[[str], Path]):
+        super().__init__()
+        self.plans, self.folder = plans, folder
+
+    def __missing__(self, name: str) -> Trace:
+        found = recorded_at_costs(self.plans[name], self.folder(name))
+        assert isinstance(found, Trace)
+        self[name] = found
+        return found
+
+
+def recorded_at_costs(plan: Plan, folder: Path) -> Trace | PortfolioTrace:
+    """Return the trace of a plan, or the traces of its drafters, recorded in a folder with ``COSTS``."""
+    from spec_envs.experiments.traces import record
+
+    numbers = itertools.count(1)
+
+    def costs(*_: object) -> dict[str, dict[int, float]]:
+        number = next(numbers)
+        return {part: {n: number * seconds for n, seconds in curve.items()} for part, curve in COSTS.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "cost_curves", lambda decoder: COSTS)
+        patch.setattr(record, "calibrated", costs)
+        return record.all_recorded(plan, folder)
+
+
+@pytest.fixture(scope="session")
+def traces(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> Recordings:
+    """Return the recorded trace of each plan."""
+    return Recordings(plans, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +102,7 @@ def portfolio_plan(tiny: dict[str, Any], tiny_draft: Path) -> Plan:
 @pytest.fixture(scope="session")
 def portfolio(portfolio_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> PortfolioTrace:
     """Return the recorded traces of several drafters."""
-    from spec_envs.experiments.traces.record import all_recorded
-
-    found = all_recorded(portfolio_plan, tmp_path_factory.mktemp("portfolio"))
+    found = recorded_at_costs(portfolio_plan, tmp_path_factory.mktemp("portfolio"))
     assert isinstance(found, PortfolioTrace)
     return found
 

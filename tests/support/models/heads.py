@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -172,16 +173,25 @@ def save_head(folder: Path, r: Recipe, layout: str = "eagle", **changes: Any) ->
     return made
 
 
+@functools.cache
+def transformers_model(target: Path, dtype: torch.dtype) -> Any:
+    """Return a target as transformers computes it."""
+    return AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
+
+
 def states(target: Path, text: list[int], boundaries: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the target's hidden states at layer boundaries, ``[n, len(boundaries) * hidden]``, before the final
     norm."""
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
+    model = transformers_model(target, dtype)
     found: dict[int, Tensor] = {}
+    hooks = []
     for i, layer in enumerate(model.model.layers):  # the last state in transformers' own list is normalised
-        layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0]))
-        layer.register_forward_hook(lambda _, __, out, i=i: found.__setitem__(i + 1, out))
+        hooks.append(layer.register_forward_pre_hook(lambda _, inputs, i=i: found.__setitem__(i, inputs[0])))
+        hooks.append(layer.register_forward_hook(lambda _, __, out, i=i: found.__setitem__(i + 1, out)))
     with torch.no_grad():
         model(torch.tensor([text]))
+    for hook in hooks:
+        hook.remove()
     return torch.cat([found[i] for i in boundaries], -1)[0]
 
 
@@ -189,7 +199,7 @@ class Reference:
     """Compute a head row by row, with lists of keys and values."""
 
     def __init__(self, r: Recipe, made: dict[str, Tensor], target: Path):
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
+        model = transformers_model(target, torch.float64)
         self.r, self.w = r, {name: t.double() if t.is_floating_point() else t for name, t in made.items()}
         self.embedding = self.w.get("embed_tokens.weight", model.get_input_embeddings().weight.detach())
         self.ids = self.w["d2t"] + torch.arange(r.drafted) if "d2t" in self.w else torch.arange(r.vocab)

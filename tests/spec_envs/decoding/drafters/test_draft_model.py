@@ -110,14 +110,6 @@ def test_drafted_from_the_shortlist_and_the_text(
 def test_size_of_a_shortlist() -> None:
     assert [size_of("auto", vocab) for vocab in (16, 32_000, 151_936)] == [8192, 8192, 37_984]
     assert [size_of(asked, 32_000) for asked in ("all", 7)] == [32_000, 7]
-    assert DrafterName.parse("lookup+a/b@300") == DrafterName("lookup", "a/b", 300)
-    assert DrafterName.parse("a@b@all") == DrafterName("", "a@b", "all")
-    for name in ("lookup", "suffix", "lookup+a@12", "suffix+a", "a@all", "a@b", "exit:2"):
-        assert str(DrafterName.parse(name)) == name
-    with pytest.raises(ValueError, match="drafter is 'a@0'; expected a shortlist of 1 or more tokens after the @"):
-        DrafterName.parse("a@0")
-    with pytest.raises(ValueError, match="drafter is 'lookup@9'; 'lookup' has no shortlist, leave out the @"):
-        DrafterName.parse("lookup@9")
 
 
 def test_size_of_a_shortlist_that_is_not_a_draft_models(tiny: dict) -> None:
@@ -128,10 +120,9 @@ def test_size_of_a_shortlist_that_is_not_a_draft_models(tiny: dict) -> None:
             chain_decoder(tiny, name)
 
 
-@pytest.mark.parametrize("size", ["all", "6"])
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
+@pytest.mark.parametrize(("size", "temperature", "top_p"), [("all", 1.0, 1.0), ("6", 0.8, 0.9)])
 def test_sampled_text_has_the_targets_distribution(
-    tiny: dict, tiny_draft: Path, temperature: float, top_p: float, size: str, monkeypatch: pytest.MonkeyPatch
+    tiny: dict, tiny_draft: Path, size: str, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = f"{tiny_draft}@{size}"
     assert deviation(tiny, draft, temperature, top_p) > 0.001

@@ -19,7 +19,7 @@ from spec_envs.experiments.stream import policy_of
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_texts, recorded, shard_of
 from tests.support.models.tiny import REAL
-from tests.support.recordings import TEXTS
+from tests.support.recordings import TEXTS, recorded_at_costs
 
 DEPTH = 4
 
@@ -117,9 +117,14 @@ def test_recorded_trees_equal_those_of_decoder(name: str, tiny: dict[str, Any]) 
     assert (chains > 0) == (name != "{}") and (full > 0) == (name != "suffix")
 
 
-def test_texts_with_earlier_answers_are_not_recorded(tiny: dict[str, Any]) -> None:
-    for name in ("suffix@stream", f"suffix@stream+{tiny['drafter']}"):
-        with pytest.raises(ValueError, match="take suffix without @stream"):
+def test_drafts_that_do_not_follow_from_the_text_are_not_recorded(tiny: dict[str, Any]) -> None:
+    for name, message in (
+        ("suffix@stream", "take suffix without @stream"),
+        (f"suffix@stream+{tiny['drafter']}", "take suffix without @stream"),
+        ("lookup,suffix", "has a Portfolio, whose drafts are not recorded"),
+        (None, "has no drafter, whose drafts are not recorded"),
+    ):
+        with pytest.raises(ValueError, match=message):
             Recorder(load_decoder(tiny["target"], name, "cpu", "float32", width=4, max_depth=3))
 
 
@@ -210,7 +215,7 @@ def test_shards_make_the_same_trace(plans: dict[str, Plan], traces: dict[str, Tr
     for shard in ((0, 2), (1, 2)):
         record_texts(plans["tree"], tmp_path, shard)
     assert len(list((tmp_path / "texts").glob("*.npz"))) == sum(TEXTS)
-    whole = recorded(plans["tree"], tmp_path)
+    whole = recorded_at_costs(plans["tree"], tmp_path)
     assert whole.manifest.arrays == traces["tree"].manifest.arrays
 
 

@@ -52,7 +52,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "speculators"])  # see test_speculators
 @pytest.mark.parametrize("name", RECIPES)
 def test_drafts_equal_reference_in_every_layout(name: str, layout: str, tiny_target: Path, tmp_path: Path) -> None:
     r = RECIPES[name]
@@ -97,10 +97,8 @@ def test_drafts_of_any_head_equal_reference(
 
 
 def test_head_saved_again_drafts_the_same(tiny_target: Path, tmp_path: Path) -> None:
-    for i, (r, layout) in enumerate((r, layout) for r in RECIPES.values() for layout in ("modelopt", "speculators")):
-        if r.block and layout == "modelopt":
-            continue
-        made = save_head(tmp_path / f"{i}", r, layout)
+    for i, r in enumerate(RECIPES.values()):
+        made = save_head(tmp_path / f"{i}", r, "speculators")
         EagleHead.load(str(tmp_path / f"{i}")).save(tmp_path / f"{i}-again", torch.float32)
         assert_drafts_as_computed(tiny_target, tmp_path / f"{i}-again", r, made)
     save_head(tmp_path / "no-size", Recipe(block=3))
