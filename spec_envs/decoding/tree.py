@@ -60,9 +60,8 @@ class Tree:
         self._scores = np.zeros(capacity, dtype=np.float32)
         self._ids = np.arange(capacity)
         self._levels = np.zeros(capacity, dtype=np.int64)
-        self._places = np.full(
-            capacity + 1, ROOT
-        )  # of nodes in a selection; the last one stays, for parents on level 0
+        # of nodes in a selection; the last one stays, for parents on level 0
+        self._places = np.full(capacity + 1, ROOT)
         self.clear()
 
     def clear(self) -> None:

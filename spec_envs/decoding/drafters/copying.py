@@ -1,5 +1,5 @@
-"""Copies where the text repeats itself, a model everywhere else: in a chain token by token, in front of trees cycle by
-cycle."""
+"""Draft copies where the text repeats itself, and with a model elsewhere: in a chain token by token, in front of trees
+cycle by cycle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Detect which kind of drafter a folder holds: an EAGLE-3 head, a draft model, or a format that is not read here.
+"""Detect which kind of drafter a folder holds: an EAGLE-3 head, a parallel one, a DFlash drafter, a draft model, or a
+format that is not read here.
 
 The config.json decides, and where it states nothing the names of the tensors.
 """
@@ -19,7 +20,7 @@ READ = (
     "read are EAGLE-3 and P-EAGLE heads (layouts of SafeAILab, SpecForge, ModelOpt, speculators), DFlash drafters "
     "(z-lab, speculators) and draft models"
 )
-SPECULATORS = ("eagle3", "peagle", "dflash")  # kinds of that library's drafters that are read
+SPECULATORS_KINDS = ("eagle3", "peagle", "dflash")  # kinds of that library's drafters that are read
 EAGLE_1 = "an EAGLE-1, EAGLE-2 or HASS head"
 MLA = "an EAGLE-3 head with multi-head latent attention (DeepSeek, Kimi)"
 # In lower case: what an architecture may hold, and the format. The first that fits counts.
@@ -78,7 +79,7 @@ def kind_of_folder(folder: Path) -> Literal["eagle3", "parallel", "dflash", "mod
     if config.get("speculators_model_type") == "dflash" or any("dflash" in name for name in [*names, *config]):
         return "dflash"
     head = (
-        config.get("speculators_model_type") in SPECULATORS
+        config.get("speculators_model_type") in SPECULATORS_KINDS
         or any(key in config for key in ("draft_vocab_size", "eagle_config"))
         or any("eagle" in name for name in names)
     )
@@ -97,7 +98,7 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
 def refuse_foreign_config(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse a drafter whose config.json names a format that is not read."""
     kind = config.get("speculators_model_type")
-    if kind is not None and kind not in SPECULATORS:
+    if kind is not None and kind not in SPECULATORS_KINDS:
         refuse(f"a {short(kind)} drafter of speculators", folder)
     names = architectures(config)
     for word, what in ARCHITECTURES:

@@ -51,8 +51,7 @@ class HeadModel:
         ids, rows = ids.to(device), state.get("lm_head.weight")
         output = target.output_rows if shape.hidden == target.shape.hidden else None
         if rows is None:
-            own = tied or output is None
-            rows = precision.cast(embedded(ids, self.embedding) if own or output is None else output(ids), device)
+            rows = precision.cast(embedded(ids, self.embedding) if tied or output is None else output(ids), device)
         self.lm_head = modules.Linear(rows)
         shares = output is not None and torch.allclose(rows, output(ids).to(rows.dtype), rtol=1e-2, atol=1e-3)
         self.output_rows = output if shares else None  # equal up to rounding

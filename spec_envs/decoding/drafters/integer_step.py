@@ -109,7 +109,7 @@ class IntegerStep:
             seen: see ``KVCache.mask``.
             rows: int64 ``[n]``, the row of ``read`` that belongs to each token, or one for all; by default they are in
                 the same order.
-            fuses: whether ``read`` are the target's states ``[n, states * target hidden]``, to be fused first.
+            fuses: True if ``read`` are the target's states ``[n, states * target hidden]``, to be fused first.
 
         Returns:
             The outputs ``[n, hidden]`` of the last layer, which another call with this cache may overwrite, except the

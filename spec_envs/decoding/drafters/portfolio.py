@@ -109,7 +109,7 @@ class Portfolio:
 
     @property
     def lags(self) -> list[int]:
-        """The same of every drafter."""
+        """Rows that each of the drafters would read before it drafts."""
         return [drafter.lag for drafter in self.drafters]
 
     def start(self, text: Sequence[int], positions: int, features: Tensor, rng: np.random.Generator) -> None:

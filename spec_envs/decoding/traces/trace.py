@@ -39,11 +39,8 @@ from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.files import at_home, is_file
 from spec_envs.text import Detokenizer
 
-TIE = {
-    "float32": 1e-4,
-    "int8": 1e-4,
-    "q4": 1e-4,
-}  # a gap of logits below which rounding decides the target's choice, by dtype
+# A gap of logits below which rounding decides the target's choice, by dtype.
+TIE = {"float32": 1e-4, "int8": 1e-4, "q4": 1e-4}
 COARSE = 0.25  # the same in dtypes with coarser rounding
 
 

@@ -194,8 +194,7 @@ def of_speculators(raw: dict[str, Any]) -> tuple[PretrainedConfig, Variant]:
         block = block_of(found.about)
     if raw.get("norm_before_residual") is None:  # vLLM takes this for true, the library for false
         raise ValueError("norm_before_residual is missing, and tools disagree on its default; write true or false")
-    config = config_of(found.layers, found.kind)
-    config.draft_vocab_size = extras_of(raw).draft_vocab_size
+    config = config_of(found.layers | {"draft_vocab_size": raw.get("draft_vocab_size")}, found.kind)
     ids, norms = boundaries_of(raw, {}, boundaries_at_top=True), found.kind is Qwen3Config
     return config, variant_of(found.layers | raw, ids, norms, found.verifier, block)
 

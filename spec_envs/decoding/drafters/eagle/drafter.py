@@ -138,7 +138,7 @@ class EagleModel(HeadModel):
             seen: see ``KVCache.mask``.
             rows: which of the hidden states each row reads, ``[n]``, or one for all; by default they are in the same
                 order.
-            fuses: whether the target's features are given as hidden states, to be fused first.
+            fuses: True if ``hidden`` are the target's features, to be fused first.
 
         Returns:
             The hidden states ``[n, hidden]`` that the rows' children read, in memory that is used again after the next

@@ -168,11 +168,7 @@ class EagleHead(nn.Module):
             place = f"layers.{i}." if i else "midlayer."
             for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
                 state[f"{place}{name}.weight"] = weights[f"{origin}{name}.weight"]
-            for name in (
-                "q_proj",
-                "k_proj",
-                "v_proj",
-            ):  # the first one reads the hidden state as the target's layer does
+            for name in ("q_proj", "k_proj", "v_proj"):  # the hidden state enters as it does in the target's layer
                 projection = state[f"{place}self_attn.{name}.weight"].zero_()
                 weight = weights[f"{origin}self_attn.{name}.weight"]
                 heads = weight.reshape(-1, target.shape.head_dim, *weight.shape[1:])
