@@ -179,12 +179,13 @@ class Decoder(TextEngine):
 
     def cycle(self, k: int) -> Cycle:
         """Draft ``k`` levels (tokens of a chain; at most ``max_depth`` + 1) and verify all of them; 0 decodes plainly.
-        A drafter that has nothing more to propose drafts fewer."""
+        A drafter that has nothing more to propose drafts fewer. Of a chain of copies in front of a head, which is
+        drafted whole, ``k`` tokens are verified."""
         if k > 0:
             self.begin()
             for _ in range(k - 1):
                 self.expand()
-        return self.verify()
+        return self.verify(k if self.tree.width == 1 else None)
 
     def _emit(self, emitted: list[int], traffic: Traffic, nodes: Drafted = NO_NODES, **counts: int) -> Cycle:
         """End a cycle and return it: append its tokens to the text, charge its cost, and drop the tree.
