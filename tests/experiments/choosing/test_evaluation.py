@@ -15,6 +15,7 @@ from spec_envs import agents
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.drafters.portfolio import Portfolio
 from spec_envs.decoding.traces.portfolio import PortfolioTrace
+from spec_envs.decoding.tree import NEVER
 from spec_envs.experiments import evaluate, train
 from spec_envs.experiments.choosing.equality import replay_equals_live
 from spec_envs.experiments.choosing.evaluation import Setting
@@ -79,11 +80,11 @@ def test_best_choices_are_kept_and_chosen_again_for_other_settings(run: Path) ->
 
 
 def test_replay_that_differs_from_live_is_found(run: Path, portfolio: PortfolioTrace) -> None:
-    """Two replays stand for a live decoder: one of the same texts, and one whose trees are of one token."""
+    """Two replays stand for a live decoder: one of the same texts, and one whose head drafts nothing."""
     control: Any = agents.load(run)[0]
     setting = Setting(portfolio, control, portfolio.costs(), 16, Best(best=["plain"], tokens_per_second={}))
     same, other = (portfolio.decoder(control, WallClock(torch.device("cpu"))) for _ in range(2))
     assert replay_equals_live(setting, same, 40)
     head: Any = cast(Portfolio, other.drafter).drafters[1]
-    head.columns = {**head.columns, "drafted": np.zeros_like(head.columns["drafted"])}
+    head.columns = {**head.columns, "log_probs": np.full_like(head.columns["log_probs"], NEVER)}
     assert not replay_equals_live(setting, other, 40)
