@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import itertools
 import json
@@ -51,7 +52,7 @@ def target(tiny_target: Path) -> Transformer:
 @pytest.fixture(scope="module")
 def tokenizer(tiny_target: Path) -> PreTrainedTokenizerBase:
     """Return the tiny target's tokenizer with a chat template in which a user turn begins with a word of its own."""
-    tokenizer = load_tokenizer(str(tiny_target))
+    tokenizer = copy.deepcopy(load_tokenizer(str(tiny_target)))  # that one is every test's
     tokenizer.chat_template = "{% for m in messages %}you {{ m['content'] }} . {% endfor %}"
     return tokenizer
 
