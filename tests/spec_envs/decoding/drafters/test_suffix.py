@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spec_envs.decoding import accept
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.copying import CopyingTrees
 from spec_envs.decoding.drafters.eagle.parallel import ParallelDrafter
-from spec_envs.decoding.drafters.lookup import LONGEST, Copy, copy_probability
+from spec_envs.decoding.drafters.lookup import LONGEST, Copy, LookupDrafter, copy_probability
 from spec_envs.decoding.drafters.suffix import Node, SuffixDrafter, Suffixes
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.tree import Tree
@@ -262,3 +263,18 @@ def test_fewer_continuations_are_the_most_frequent_of_the_longest_match() -> Non
             assert seen.continuations(ends, most) == longest[:most]
             cut += most < len(longest)
     assert cut > 30
+
+
+@pytest.mark.parametrize("drafter", [LookupDrafter(8, 100), SuffixDrafter(8, 100, 1)])
+def test_chain_ahead_is_the_chain_that_is_drafted(drafter: LookupDrafter | SuffixDrafter) -> None:
+    rng, tree, lengths = np.random.default_rng(0), Tree(1, 5), set()
+    for _ in range(40):
+        drafter.start(rng.integers(0, 8, int(rng.integers(1, 40))).tolist(), 100, torch.empty(0), rng)
+        ahead = drafter.ahead(6)
+        drafter.root(tree)
+        for _ in range(5):
+            drafter.expand(tree)
+        assert ahead == tree.tokens.tolist() == drafter.ahead(6)
+        assert drafter.ahead(2) == ahead[:2]
+        lengths.add(len(ahead))
+    assert {0, 6} <= lengths
