@@ -43,7 +43,7 @@ from spec_envs.decoding.weights import assets
 from spec_envs.decoding.weights.files import load_weights
 
 assets.CACHE.joinpath("drafters").mkdir(parents=True)
-names = [default_drafter("smollm2-135m"), DrafterName.parse(default_drafter("smollm2-135m", chain=True)).model]
+names = [DrafterName.parse(default_drafter("smollm2-135m", chain=chain)).model for chain in (False, True)]
 assert not [*assets.CACHE.glob("drafters/*")]  # names are told apart by the files of the package
 for name in names:
     print(name, drafter_folder(name).relative_to(assets.CACHE).parts[0], len(load_weights(drafter_folder(name))))

@@ -77,8 +77,8 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init",
-        help="head of this project to start from, for a parallel head also one that drafts a token at a time (default: "
-        "the target's own last layers)",
+        help="drafter of this project and of the same kind to start from, for a parallel head also an EAGLE-3 head "
+        "(default: layers of the target)",
     )
     parser.add_argument(
         "--draft-vocab",
@@ -172,7 +172,6 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
     for name, given, needs in (
         ("layers", args.layers is not None and args.kind == "eagle3", "--kind draft-model or parallel"),
         ("deep-share", args.deep_share is not None and args.kind == "draft-model", heads),
-        ("init", args.init is not None and args.kind == "draft-model", heads),
         ("layers", args.layers is not None and args.init is not None, "no --init, whose layers are kept"),
         ("intermediate", args.intermediate is not None and args.init is not None, "no --init, whose layers are kept"),
     ):

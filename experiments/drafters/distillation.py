@@ -63,12 +63,23 @@ class Student(nn.Module):
         config.num_hidden_layers = count
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[layer] for layer in kept]
-        student = cls(config, target, draft_ids)
-        state = {"norm.weight": weights["model.norm.weight"].float()}
+        state = {"model.norm.weight": weights["model.norm.weight"]}
         for i, layer in enumerate(kept):
             own = part(weights, f"model.layers.{layer}.")
-            state |= {f"layers.{i}.{key}": tensor.float() for key, tensor in own.items()}
-        student.model.load_state_dict(state)
+            state |= {f"model.layers.{i}.{key}": tensor for key, tensor in own.items()}
+        return cls.from_draft_model(config, state, target, draft_ids)
+
+    @classmethod
+    def from_draft_model(
+        cls, config: PretrainedConfig, weights: dict[str, Tensor], target: Transformer, draft_ids: Tensor
+    ) -> Student:
+        """Return a student that starts as a draft model.
+
+        Args:
+            config, weights: of a draft model that was saved, whose shortlist is not read.
+        """
+        student = cls(config, target, draft_ids)
+        student.model.load_state_dict({k: v.float() for k, v in part(weights, "model.").items()})
         return student
 
     def forward(self, batch: Batch) -> Tensor:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spec_envs.decoding.drafters.eagle.config import Variant
 from spec_envs.decoding.drafters.eagle.drafter import EagleModel, captured_layers
 from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.loaders import load_shared
+from spec_envs.decoding.drafters.names import drafter_folder
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.decoding.weights.checkpoints import (
     load_target,
@@ -45,6 +47,7 @@ from spec_envs.experiments.work_folder import claim
 from spec_envs.files import write_json
 
 LOG = logging.getLogger(__name__)
+Layers = tuple[PretrainedConfig, dict[str, torch.Tensor]]
 
 HELD_OUT = 0.02  # share of the conversations that only the report reads
 VALIDATED = 128  # conversations that a validation reads; the report reads all of them
@@ -84,10 +87,14 @@ def prepared(args: argparse.Namespace) -> tuple[Recordings, EagleHead | Student,
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device, [args.target])
     target, tokenizer = load_target(args.target, device, dtype), load_tokenizer(args.target)
-    if args.kind == "draft-model":
+    if args.kind == "draft-model" and not args.init:
         kept_layers(target.shape.layers, args.layers)
     captured_layers(target.shape.layers)
-    head = trained_head(args.init, target, args.kind == "parallel") if args.init else None
+    begun: EagleHead | Layers | None = None
+    if args.init and args.kind == "draft-model":
+        begun = trained_layers(args.init, target)
+    elif args.init:
+        begun = trained_head(args.init, target, args.kind == "parallel")
     longest = min(args.longest, target.shape.context)
     claim(args.work, {name: str(vars(args)[name]) for name in SHARED} | {"dtype": dtype}, "--work")
     claim(args.out / "training", {name: str(vars(args)[name]) for name in OWN}, "--out")
@@ -98,7 +105,7 @@ def prepared(args: argparse.Namespace) -> tuple[Recordings, EagleHead | Student,
         given += read_conversations(args.text / "text.jsonl")
         validation = read_conversations(args.text / "validation.jsonl")
     recordings = recorded_texts(args, target, tokenizer, given, validation, longest)
-    return recordings, *started(args, target, recordings, head, longest)
+    return recordings, *started(args, target, recordings, begun, longest)
 
 
 def trained(
@@ -213,27 +220,51 @@ def trained_head(name: str, target: Transformer, parallel: bool) -> EagleHead:
     return head
 
 
+def trained_layers(name: str, target: Transformer) -> Layers:
+    """Return a draft model to continue training from: its config and its weights.
+
+    Raises:
+        ValueError: it was not made by this training, or for another target.
+    """
+    folder = drafter_folder(name)
+    load_shared(folder, target)
+    return load_config(folder), load_weights(folder)
+
+
 def started(
-    args: argparse.Namespace, target: Transformer, recordings: Recordings, head: EagleHead | None, longest: int
+    args: argparse.Namespace,
+    target: Transformer,
+    recordings: Recordings,
+    begun: EagleHead | Layers | None,
+    longest: int,
 ) -> tuple[EagleHead | Student, Objective]:
     """Return the drafter from which training starts, and its objective."""
     dtype, positions = target.precision.cache, longest + max(args.steps, REPORTED)
-    if head is None:
-        folder = model_folder(args.target)
-        config, weights = load_config(folder), load_weights(folder)
-        if args.intermediate:
-            config.intermediate_size, weights = args.intermediate, narrowed(weights, args.intermediate)
-        if args.kind == "draft-model":
-            student = Student.from_target(config, weights, target, args.layers, recordings.shortlist).to(target.device)
-            return student, Distillation(student, target, dtype)
-        head = EagleHead.from_target(target, weights, recordings.shortlist, layers=args.layers)
-    else:
+    if args.kind == "draft-model":
+        if isinstance(begun, tuple):
+            student = Student.from_draft_model(*begun, target, recordings.shortlist)
+        else:
+            student = Student.from_target(*target_layers(args), target, args.layers, recordings.shortlist)
+        return student, Distillation(student.to(target.device), target, dtype)
+    if isinstance(begun, EagleHead):
+        head = begun
         head.draft_from(recordings.shortlist, target)
+    else:
+        head = EagleHead.from_target(target, target_layers(args)[1], recordings.shortlist, layers=args.layers)
     if args.kind == "eagle3":
         return head, EagleObjective(head.to(target.device), target, positions, dtype)
     if head.variant.mask_token is None:
         head = in_blocks(head, args, recordings)
     return head, ParallelObjective(head.to(target.device), target, positions, dtype)
+
+
+def target_layers(args: argparse.Namespace) -> Layers:
+    """Return the target's config and weights, narrowed as ``--intermediate`` says."""
+    folder = model_folder(args.target)
+    config, weights = load_config(folder), load_weights(folder)
+    if args.intermediate:
+        config.intermediate_size, weights = args.intermediate, narrowed(weights, args.intermediate)
+    return config, weights
 
 
 def in_blocks(head: EagleHead, args: argparse.Namespace, recordings: Recordings) -> EagleHead:

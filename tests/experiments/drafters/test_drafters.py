@@ -178,6 +178,13 @@ def test_kinds_learn_from_the_same_recordings(
         recorded |= {path.stat().st_mtime_ns for path in (work / "recorded").glob("0*")}
     assert len(recorded) == 1
     assert EagleHead.load(str(tmp_path / "parallel")).config.intermediate_size == 40
+    first, start = (mean_accepted(tiny_target, folder / "draft-model") for folder in (work, tmp_path))
+    shape = ["--kind", "draft-model", "--steps", 3, "--epochs", 1, "--init", tmp_path / "draft-model"]
+    make(monkeypatch, *common, *shape, "--out", tmp_path / "continued")
+    assert json.loads((tmp_path / "continued" / "config.json").read_text())["num_hidden_layers"] == 4
+    assert mean_accepted(tiny_target, tmp_path / "continued") > (first + start) / 2  # it continued from there
+    with pytest.raises(SystemExit, match=r"cannot use the draft model in .* neither an embedding nor a tensor"):
+        make(monkeypatch, *common, *shape[:-1], tmp_path / "parallel", "--out", tmp_path / "refused")
     with pytest.raises(SystemExit, match=r"training was begun with another intermediate, steps; choose another --out"):
         make(monkeypatch, *common, "--kind", "parallel", "--epochs", 1)
     with pytest.raises(SystemExit, match="layers are 8; expected 1 to 7"):
