@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from spec_envs.decoding.drafters.eagle.config import Variant
 from spec_envs.decoding.drafters.eagle.drafter import EagleModel, captured_layers
 from spec_envs.decoding.drafters.eagle.head import EagleHead
+from spec_envs.decoding.drafters.formats import kind_of_folder
 from spec_envs.decoding.drafters.loaders import load_shared
 from spec_envs.decoding.drafters.names import drafter_folder
 from spec_envs.decoding.model.transformer import Transformer
@@ -227,6 +228,8 @@ def trained_layers(name: str, target: Transformer) -> Layers:
         ValueError: it was not made by this training, or for another target.
     """
     folder = drafter_folder(name)
+    if kind_of_folder(folder) != "model":
+        raise ValueError(f"--init is {name!r}, a head; expected a draft model that `spec-envs drafter` made")
     load_shared(folder, target)
     return load_config(folder), load_weights(folder)
 
