@@ -137,7 +137,7 @@ def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, m
     order = order[p[order] > 0.005]
     rest = 1 - p[order].sum()
     expected = np.append(p[order], rest) if rest > 0.005 else p[order] / p[order].sum()
-    draws = draws_for_power(expected, bias=0.03, power=0.95)
+    draws = draws_for_power(expected, bias=0.03, power=0.999)
 
     def statistic() -> float:
         where = {int(token): i for i, token in enumerate(order)}

@@ -33,7 +33,7 @@ from speculators.proposals.greedy import GreedyTokenProposalConfig
 
 VOCAB, LEVELS = len(WORDS), 4
 PROMPT = [3, 7, 5, 9, 4, 11, 2]
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # both sides round in float32
+CLOSE = {"rtol": 1e-5, "atol": 5e-5}  # both sides round in float32, by products that depend on the processor
 PARALLEL = {"block": LEVELS, "mask_token_id": 13}
 
 
