@@ -57,7 +57,7 @@ def test_drafters_without_weights_draft_chains_or_trees() -> None:
     assert lookup.single and suffix.single
 
 
-def test_default_drafter_tries_lookup_first() -> None:
+def test_default_drafters_of_chains_and_trees() -> None:
     chain, tree = (default_drafter("smollm2-135m", chain) for chain in (True, False))
     assert (chain, tree) == ("lookup+smollm2-135m-draft", "smollm2-135m-eagle3")
     assert all(static_over_plain("smollm2-135m", drafter) > 1 for drafter in (chain, tree))
