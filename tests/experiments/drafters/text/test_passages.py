@@ -94,6 +94,7 @@ def test_dictionaries() -> None:
         (b"some text", "is damaged"),
         (gzip.compress(b"some text")[:12] + b"some text", "is damaged"),
     ],
+    ids=["too large", "cut off", "not compressed", "damaged"],  # gzip writes the time into the bytes
 )
 def test_dictionaries_that_are_damaged_or_large_are_refused(
     data: bytes, message: str, monkeypatch: pytest.MonkeyPatch
