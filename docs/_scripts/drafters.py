@@ -13,7 +13,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 FACTS = {  # keys of a report, and what they are called
     "answer_tokens": "answer tokens of the text",
     "tokens_seen": "tokens seen in training, prompts included",
-    "epochs": "passes over the text",
+    "epochs": "passes over the text, of the last command",
     "minutes": "minutes of training",
     "draft_vocab": "tokens of the shortlist",
     "weights": "weights in trained matrices",
@@ -35,7 +35,7 @@ def reports() -> dict[str, dict[str, Any]]:
 def described(found: dict[str, dict[str, Any]]) -> str:
     """Return tables of how drafters were made, of their acceptance, and of their curves."""
     names = [f"`{name}`" for name in found]
-    facts = [(label, *(number(report.get(key)) for report in found.values())) for key, label in FACTS.items()]
+    facts = [(label, *(number(in_all(report, key)) for report in found.values())) for key, label in FACTS.items()]
     depth = max(len(report["chain_acceptance"]) for report in found.values())
     chains = [(str(n + 1), *(number(report["chain_acceptance"][n]) for report in found.values())) for n in range(depth)]
     parts = [
@@ -47,8 +47,15 @@ def described(found: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def in_all(report: dict[str, Any], key: str) -> float | None:
+    """Return a figure of a report; of what each command adds, the sum over all commands that made the drafter."""
+    earlier = [run[key] for run in report.get("earlier", ()) if key in run]
+    return sum(earlier, report[key]) if key in report else None
+
+
 def detailed(name: str, report: dict[str, Any]) -> str:
-    """Return the command of a drafter, its acceptance by kind, and its curve."""
+    """Return the commands that made a drafter, its acceptance by kind, and its last curve."""
+    commands = "\n".join(run["command"] for run in (*report.get("earlier", ()), report) if "command" in run)
     rows = [
         (kind, where, str(figures["positions"]), *(number(figures["chain_acceptance"][n]) for n in (0, 1, 2, 3, 7)))
         for where, key in (("held out", "held_out"), ("validation", "validation"))
@@ -63,9 +70,9 @@ def detailed(name: str, report: dict[str, Any]) -> str:
     return "\n\n".join(
         (
             f"### {name}",
-            f"```text\n{report['command']}\n```",
+            f"```text\n{commands}\n```",
             table(("kind", "text", "positions", "1 token", "2", "3", "4", "8"), rows),
-            "Its curve; accepted are tokens of a chain of four on the validation text:",
+            "The curve of the last command; accepted are tokens of a chain of four on the validation text:",
             table(("tokens seen", "minutes", "loss", "accepted"), curve),
         )
     )

@@ -45,7 +45,7 @@ from spec_envs.experiments.drafters.selftext import Conversation, read_conversat
 from spec_envs.experiments.drafters.text.__main__ import write_text
 from spec_envs.experiments.drafters.training import Course, Progress, Training
 from spec_envs.experiments.work_folder import claim
-from spec_envs.files import write_json
+from spec_envs.files import read_json, write_json
 
 LOG = logging.getLogger(__name__)
 Layers = tuple[PretrainedConfig, dict[str, torch.Tensor]]
@@ -53,6 +53,7 @@ Layers = tuple[PretrainedConfig, dict[str, torch.Tensor]]
 HELD_OUT = 0.02  # share of the conversations that only the report reads
 VALIDATED = 128  # conversations that a validation reads; the report reads all of them
 REPORTED = 12  # tokens of a chain in the report
+RUN = ("command", "tokens_seen", "minutes")  # of the report of a drafter from which another one starts
 SHARED = ("target", "conversations", "tokens", "text", "longest", "seed")  # options that text and recordings depend on
 OWN = (
     *("kind", "layers", "intermediate", "init", "draft_vocab", "steps", "batch_tokens", "learning_rate"),
@@ -113,6 +114,7 @@ def trained(
     args: argparse.Namespace, recordings: Recordings, drafter: EagleHead | Student, objective: Objective
 ) -> dict[str, Any]:
     """Train the drafter, save it, and return its report."""
+    earlier = runs_before(args.init)
     names = ("epochs", "steps", "batch_tokens", "every", "patience", "seed")
     course = Course(
         peak=args.learning_rate, share=args.deep_share, prompts=args.prompt_share, **{n: vars(args)[n] for n in names}
@@ -121,7 +123,7 @@ def trained(
     training = Training(objective, recordings.seen, sample, args.out / "training", course)
     progress = training.run()
     drafter.save(args.out)
-    report = reported(args, objective, recordings, progress, training.per_epoch)
+    report = reported(args, objective, recordings, progress, training.per_epoch) | {"earlier": earlier}
     write_json(args.out / "report.json", report)
     return report
 
@@ -309,6 +311,21 @@ def reported(
         "command": shlex.join(["spec-envs", "drafter", *sys.argv[1:]]),
         "curve": progress.curve,
     }
+
+
+def runs_before(init: str | None) -> list[dict[str, Any]]:
+    """Return command, tokens seen and minutes of the runs that made the drafter from which training starts, the first one
+    first, as far as reports tell.
+
+    Raises:
+        ValueError: a report is damaged.
+    """
+    if not init or not (place := drafter_folder(init) / "report.json").exists():
+        return []
+    report = read_json(place, "delete it, and the new report will not say what came before")
+    if not isinstance(report, dict):  # of other software
+        return []
+    return [*report.get("earlier", ()), {key: report[key] for key in RUN if key in report}]
 
 
 def shown(report: Mapping[str, Any], out: Path) -> str:

@@ -183,6 +183,9 @@ def test_kinds_learn_from_the_same_recordings(
     make(monkeypatch, *common, *shape, "--out", tmp_path / "continued")
     assert json.loads((tmp_path / "continued" / "config.json").read_text())["num_hidden_layers"] == 4
     assert mean_accepted(tiny_target, tmp_path / "continued") > (first + start) / 2  # it continued from there
+    report = json.loads((tmp_path / "draft-model" / "report.json").read_text())
+    [earlier] = json.loads((tmp_path / "continued" / "report.json").read_text())["earlier"]
+    assert earlier == {key: report[key] for key in ("command", "tokens_seen", "minutes")} and report["earlier"] == []
     with pytest.raises(SystemExit, match="parallel', a head; expected a draft model that"):
         make(monkeypatch, *common, *shape[:-1], tmp_path / "parallel", "--out", tmp_path / "refused")
     with pytest.raises(SystemExit, match=r"training was begun with another intermediate, steps; choose another --out"):
