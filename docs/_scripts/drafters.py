@@ -50,7 +50,7 @@ def described(found: dict[str, dict[str, Any]]) -> str:
 def in_all(report: dict[str, Any], key: str) -> float | None:
     """Return a figure of a report; of what each command adds, the sum over all commands that made the drafter."""
     earlier = [run[key] for run in report.get("earlier", ()) if key in run]
-    return sum(earlier, report[key]) if key in report else None
+    return round(sum(earlier, report[key]), 2) if key in report else None
 
 
 def detailed(name: str, report: dict[str, Any]) -> str:

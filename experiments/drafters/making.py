@@ -325,7 +325,8 @@ def runs_before(init: str | None) -> list[dict[str, Any]]:
     report = read_json(place, "delete it, and the new report will not say what came before")
     if not isinstance(report, dict):  # of other software
         return []
-    return [*report.get("earlier", ()), {key: report[key] for key in RUN if key in report}]
+    run = {key: report[key] for key in RUN if key in report}
+    return [*report.get("earlier", ()), *([run] if run else ())]
 
 
 def shown(report: Mapping[str, Any], out: Path) -> str:
