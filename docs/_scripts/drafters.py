@@ -1,15 +1,18 @@
-"""Describe the shipped drafters in Markdown, from the report beside each."""
+"""Describe the shipped drafters in Markdown, from the report beside each, and kinds of drafters side by side."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from _scripts.pages import table
+from _scripts.pages import DOCS, table
 from spec_envs.files import DATA
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ONE_PASS = DOCS / "assets" / "drafters"  # reports of drafters of each kind after one pass over the same text
 FACTS = {  # keys of a report, and what they are called
     "answer_tokens": "answer tokens of the text",
     "tokens_seen": "tokens seen in training, prompts included",
@@ -22,14 +25,16 @@ FACTS = {  # keys of a report, and what they are called
 
 def filled(text: str) -> str:
     """Return the text of a page with the reports of all shipped drafters between its marks."""
-    block = f"{BEGIN}\n\n{described(reports())}\n\n{END}"
+    shipped = {path.parent.name: read(path) for path in sorted((DATA / "drafters").glob("*/report.json"))}
+    kinds = [read(path) for path in sorted(ONE_PASS.glob("*.json"))]
+    block = f"{BEGIN}\n\n{described(shipped)}\n\n{side_by_side(kinds)}\n\n{END}"
     return re.sub(rf"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
 
 
-def reports() -> dict[str, dict[str, Any]]:
-    """Return the reports of the shipped drafters by name."""
-    paths = sorted((DATA / "drafters").glob("*/report.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+def read(path: Path) -> dict[str, Any]:
+    """Return a report."""
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
 def described(found: dict[str, dict[str, Any]]) -> str:
@@ -76,6 +81,32 @@ def detailed(name: str, report: dict[str, Any]) -> str:
             table(("tokens seen", "minutes", "loss", "accepted"), curve),
         )
     )
+
+
+def side_by_side(found: list[dict[str, Any]]) -> str:
+    """Return a table of the acceptance of drafters of several kinds on the validation text."""
+    depth = min(len(report["chain_acceptance"]) for report in found)
+    rows = [(label, *(number(report.get(key)) for report in found)) for key, label in FACTS.items()]
+    for n in range(depth):
+        shares = ([kind["chain_acceptance"][n] for kind in report["validation"].values()] for report in found)
+        rows.append((tokens(n + 1), *(number(round(mean(each), 3)) for each in shares)))
+    commands = "\n".join(report["command"] for report in found)
+    return "\n\n".join(
+        (
+            "### Kinds of drafters over the same text",
+            "A drafter of each kind after one pass over the same text: how often a chain of so many tokens is right on the "
+            "validation text, where every kind of request counts the same. A parallel head drafts the whole chain with one "
+            "forward, the others take one for each token. Without `--init` a drafter begins as layers of the target, with it "
+            "as the drafter of the release before, which had learned from less and narrower text.",
+            f"```text\n{commands}\n```",
+            table(("", *(f"`{report['kind']}`" for report in found)), rows),
+        )
+    )
+
+
+def tokens(count: int) -> str:
+    """Return a number of tokens in words."""
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def number(value: float | None) -> str:
