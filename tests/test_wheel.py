@@ -148,7 +148,7 @@ def test_installed_package_fetches_the_default_drafters(installed: Path, tmp_pat
 @pytest.mark.model
 def test_installed_package_steps_the_default_environment(installed: Path, tmp_path: Path) -> None:
     script = SCRIPT.replace("env.step(0)", "env.step(0); env.step(1)")
-    keywords = {"SpecDepth-v0": {"clock": "qwen3-14b-a6000", "max_new_tokens": 8}}
+    keywords = {"SpecDepth-v0": {"clock": "qwen3-14b-a6000", "max_new_tokens": 64}}
     shown = run(
         installed, tmp_path, "-c", script, json.dumps(keywords), SPEC_ENVS_ASSETS=str(ROOT / "spec_envs" / "data")
     )

@@ -54,7 +54,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     """
     target_name, drafter = target_and_drafter(env)
     name = DrafterName.parse(drafter)
-    if name.model:  # without lookup, which other software does not combine with a model
+    if name.chain and name.model:  # without lookup, which other software does not combine with a draft model
         name = DrafterName("", name.model, name.shortlist)
     drafter = str(name)
     env = {**env, "drafter": drafter}

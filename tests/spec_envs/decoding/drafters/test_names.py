@@ -59,6 +59,6 @@ def test_drafters_without_weights_draft_chains_or_trees() -> None:
 
 def test_default_drafters_of_chains_and_trees() -> None:
     chain, tree = (default_drafter("smollm2-135m", chain) for chain in (True, False))
-    assert (chain, tree) == ("lookup+smollm2-135m-draft", "smollm2-135m-eagle3")
+    assert (chain, tree) == ("lookup+smollm2-135m-draft", "lookup+smollm2-135m-eagle3")
     assert all(static_over_plain("smollm2-135m", drafter) > 1 for drafter in (chain, tree))
     assert drafter_for("smollm2-135m") == "smollm2-135m-draft"
