@@ -20,7 +20,7 @@ from spec_envs.controls import Control
 from spec_envs.decoding.clock import DRAFTER, CostTable
 from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.base import Drafter
-from spec_envs.decoding.drafters.copying import CopyingDrafter
+from spec_envs.decoding.drafters.copying import CopyingDrafter, CopyingTrees
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.heads import BlockDrafter, HeadDrafter
 from spec_envs.decoding.drafters.portfolio import Portfolio
@@ -233,8 +233,9 @@ def time_drafting(decoder: Decoder, drafter: Drafter | None, prompt: list[int], 
             with watch.time("draft", n):
                 model.preview(prompt[:n])
         return
-    if isinstance(drafter, HeadDrafter):
-        time_head(decoder, drafter, prompt, watch)
+    head = drafter.head if isinstance(drafter, CopyingTrees) else drafter
+    if isinstance(head, HeadDrafter):
+        time_head(decoder, head, prompt, watch)
         return
     if decoder.tree.width > 1 or isinstance(decoder.verifier, SplitVerifier):
         with watch.time("draft", 1):
@@ -246,16 +247,16 @@ def time_drafting(decoder: Decoder, drafter: Drafter | None, prompt: list[int], 
 
 
 def time_head(decoder: Decoder, head: HeadDrafter[Any], prompt: list[int], watch: Stopwatch) -> None:
-    """Time a head over the first levels of a cycle, and over several tokens that it catches up with, which are taken
-    back."""
+    """Time a head over the first levels of a cycle, also where copies could stand in front of it, and over several tokens
+    that it catches up with, which are taken back."""
     rows = 1 + head.rows if isinstance(head, BlockDrafter) else 1
     timed = {rows}
     with watch.time("draft", rows):
-        decoder.begin()
+        head.root(decoder.tree)
     if not isinstance(head, BlockDrafter):
         timed.add(head.width)
         with watch.time("draft", head.width):
-            decoder.expand()
+            head.expand(decoder.tree)
     target, length = head.model.target, head.cache.length
     for n in sorted(set(DRAFT_ROWS) - timed):
         states = torch.zeros(n, len(head.capture) * target.shape.hidden, dtype=target.precision.hidden)
