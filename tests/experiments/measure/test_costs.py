@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from spec_envs.controls.depth import DepthControl
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.experiments.measure import costs
+from spec_envs.experiments.measure.live import decoder_for
 
 TRUE = {"verify": {1: 0.060, 2: 0.061, 4: 0.063, 8: 0.064, 12: 0.066, 16: 0.068}, "draft": {1: 0.004}}
 
@@ -61,3 +63,14 @@ def test_always_busy_machine_is_reported(
 
 def test_curves_are_made_monotone() -> None:
     assert costs.monotone({1: 3.0, 2: 1.0, 4: 5.0}) == {1: 2.0, 2: 2.0, 4: 5.0}
+
+
+def test_a_head_costs_the_same_rows_where_copies_stand_in_front_of_it(tiny: dict[str, Any]) -> None:
+    """The 16 tokens of this target repeat themselves, so that nearly every cycle is one of copies."""
+    head = tiny["drafter"]
+    alone, behind = (
+        costs.window(decoder_for({**tiny, "drafter": name}, DepthControl()), [1, 4], 2)
+        for name in (str(head), f"lookup+{head}")
+    )
+    assert {part: set(curve) for part, curve in behind.items()} == {part: set(curve) for part, curve in alone.items()}
+    assert all(seconds > 0 for curve in behind.values() for seconds in curve.values())
