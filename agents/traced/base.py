@@ -100,6 +100,10 @@ class TracedAgent(Agent):
         self.network = nn.Sequential(first, between(), second, between(), self.last)
         self._unpack()
 
+    def describe(self, block: int | None, copied: int) -> None:
+        """Tell the plans how the drafter that is learned from drafts; see ``Plans``."""
+        self.plans = dataclasses.replace(self.plans, block=block, copied=copied)
+
     @abstractmethod
     def actions(self, observations: np.ndarray) -> np.ndarray:
         """Return an action ``[n]`` for each of the observations ``[n, …]``."""
@@ -132,8 +136,8 @@ class TracedAgent(Agent):
         """
         vector = replay_of(env)
         if isinstance(vector.trace, Trace):  # plans of several drafters have a price for each of them
-            block = vector.trace.manifest.rows_of_block(self.control.max_depth)
-            self.plans = dataclasses.replace(self.plans, block=block)
+            manifest, depth = vector.trace.manifest, self.control.max_depth
+            self.describe(block=manifest.rows_of_block(depth), copied=manifest.copied_whole(depth))
         rng = np.random.default_rng(self.settings.seed)
         torch.manual_seed(self.settings.seed)
         lessons: Lessons | None = None

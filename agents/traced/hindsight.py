@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from torch import nn
 from spec_envs.agents.base import checked_control
 from spec_envs.agents.traced.base import TracedAgent, weighed
 from spec_envs.agents.traced.lessons import Lessons
-from spec_envs.agents.traced.outcomes import ChainOutcomes, Outcomes, TreeOutcomes
+from spec_envs.agents.traced.outcomes import outcomes_of
 from spec_envs.controls.base import Control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.vector.env import ReplayVectorEnv
@@ -41,8 +40,7 @@ class HindsightAgent(TracedAgent):
     needs_costs = True
 
     def __init__(self, control: Control, **hyperparameters: Any):
-        plans = weighed(checked_control(control, type(self).__name__))
-        self.outcomes: Outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
+        self.outcomes = outcomes_of(weighed(checked_control(control, type(self).__name__)))
         super().__init__(
             control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters
         )
@@ -51,6 +49,10 @@ class HindsightAgent(TracedAgent):
         self.price(UNIT)
         self.decision_seconds = self.measure()
         self.table = None
+
+    def describe(self, block: int | None, copied: int) -> None:
+        super().describe(block, copied)
+        self.outcomes = outcomes_of(self.plans)
 
     def price(self, table: CostTable) -> Self:
         """Weigh plans under another cost table from now on."""
@@ -132,7 +134,7 @@ class HindsightAgent(TracedAgent):
         self.price(env.cost_tables[0])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the cycles that the pace is found by, and the rows of a block where the drafter drafts blocks.
+        """Return the cycles that the pace is found by, and how the drafter drafts where it drafts blocks or copies first.
 
         Raises:
             ValueError: nothing was learned.
@@ -140,7 +142,10 @@ class HindsightAgent(TracedAgent):
         if self.kept is None:
             raise ValueError("there is nothing to save: the agent has not learned")
         block = {} if self.plans.block is None else {"block": np.array(self.plans.block)}
-        return block | {
+        copied = {"copied": np.array(self.plans.copied)} if self.plans.copied else {}
+        return {
+            **block,
+            **copied,
             "seen": self.kept.seen.astype(np.float16),
             "accepted": self.kept.accepted.astype(np.int16),
             "forwards": self.kept.forwards.astype(np.int16),
@@ -148,6 +153,6 @@ class HindsightAgent(TracedAgent):
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Restore what ``state`` returned."""
-        self.plans = dataclasses.replace(self.plans, block=int(state["block"]) if "block" in state else None)
+        self.describe(int(state["block"]) if "block" in state else None, int(state.get("copied", 0)))
         seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
         self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None

@@ -44,13 +44,18 @@ class Outcomes(Protocol):
         ...
 
 
+def outcomes_of(plans: Plans) -> Outcomes:
+    """Return the outcomes of a control's plans."""
+    return ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
+
+
 class TreeOutcomes:
     """Predicts, for each plan, the share accepted of the tokens that it could accept (a fractional logit, Papke &
     Wooldridge 1996)."""
 
     def __init__(self, plans: Plans):
         self.outputs = len(plans.sizes)
-        self.most = np.maximum(1, np.minimum(plans.sizes + 1, plans.nodes)).astype(np.float32)
+        self.most = np.maximum(1, plans.longest).astype(np.float32)
         level, opened = np.arange(plans.levels), plans.open(np.arange(plans.levels))
         self.weights = torch.from_numpy((opened / (1.0 + level[:, None]) * self.most).astype(np.float32))
         self.ahead = np.maximum(0, plans.sizes - level[:, None]) if plans.stepwise else np.zeros((1, self.outputs))

@@ -194,7 +194,7 @@ class DrafterControl(Control):
                     rows = [1] * size if name.single else [1, *[self.width] * depth]
                 forwards.append([(f"{DRAFTER}{name}", n) for n in rows] if name.model else [])
                 nodes.append(size)
-                longest.append(size if name.single else min(size, depth + 1))
+                longest.append(size if name.single or name.copies else min(size, depth + 1))
         count = np.array(nodes)
         lag = self.slices["lag"].start
         lags = (lag, *np.repeat(np.arange(lag, lag + len(self.drafters)), len(self.sizes)).tolist())

@@ -32,6 +32,8 @@ class Plans:
             where it is not shown.
         block: for a drafter of blocks the rows of the first forward besides the root, which drafts all levels; None
             where each level takes a forward.
+        copied: tokens of the longest chain of copies that is drafted, whole, in place of a tree of any size; 0 where
+            nothing is copied in front of a head.
     """
 
     sizes: np.ndarray
@@ -45,6 +47,7 @@ class Plans:
     width: int = 1
     shown: int | None = None
     block: int | None = None
+    copied: int = 0
 
     @property
     def stepwise(self) -> bool:
@@ -66,6 +69,12 @@ class Plans:
         """Nodes that are verified under each plan, ``[plans]``."""
         nodes: np.ndarray = np.minimum(self.budgets, self.candidates)
         return nodes
+
+    @property
+    def longest(self) -> np.ndarray:
+        """Most tokens that each plan of a tree can accept, ``[plans]``: a path of it, or copies."""
+        longest: np.ndarray = np.maximum(np.minimum(self.sizes + 1, self.nodes), np.minimum(self.budgets, self.copied))
+        return longest
 
     @property
     def levels(self) -> int:

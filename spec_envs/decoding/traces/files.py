@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.files import is_file, whole, write_bytes
 
@@ -98,6 +99,12 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
         if self.block_rows is None or self.whole_block:
             return self.block_rows
         return min(self.block_rows, max_depth)
+
+    def copied_whole(self, max_depth: int) -> int:
+        """Return the tokens of the longest chain of copies in front of a head, which is drafted whole however few levels
+        are wanted, where trees are up to ``max_depth`` expansions deep; 0 where nothing is copied in front of one."""
+        name = DrafterName.parse(self.drafter)
+        return min(max_depth, self.max_depth) + 1 if self.kind == "tree" and name.copies and name.model else 0
 
 
 class RecordedTexts:

@@ -101,7 +101,7 @@ def test_sampling_keeps_distribution_of_real_model(drafts: str, prompts: dict, m
     draws.
     """
     temperature, top_p = 0.7, 0.95
-    decoder = load_decoder(REAL, "auto", "cpu", "float32", temperature=temperature, top_p=top_p)
+    decoder = load_decoder(REAL, "smollm2-135m-eagle3", "cpu", "float32", temperature=temperature, top_p=top_p)
     reference = transformers_model(model_folder(REAL), torch.float32)
     verifier, rng = decoder.verifier, np.random.default_rng(0)
     if drafts == "chain":
@@ -180,7 +180,7 @@ def test_text_of_the_kernels_is_plain_text_under_random_actions(pytestconfig: py
         ("depth", "auto", {"budget": 32}),
         ("budget", "auto", {"depth": "random"}),
         ("tree", "auto", {"budgets": [4, 24]}),
-        ("tree", "lookup+smollm2-135m-eagle3", {"budgets": [2, 12]}),
+        ("tree", "smollm2-135m-eagle3", {"budgets": [2, 12]}),
         ("budget", "suffix+smollm2-135m-eagle3", {"depth": "random"}),
         ("depth", "suffix", {"budget": 8}),
         ("k", "auto", {}),
