@@ -16,7 +16,7 @@ from spec_envs.agents import AGENTS
 from spec_envs.agents.traced.base import FILE, TracedAgent
 from spec_envs.agents.traced.exact_pg import ExactPGAgent
 from spec_envs.agents.traced.hindsight import HindsightAgent
-from spec_envs.agents.traced.lessons import Lessons
+from spec_envs.agents.traced.lessons import Lessons, collected
 from spec_envs.controls.base import Control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
@@ -201,6 +201,26 @@ def test_hindsight_prices_a_block_as_one_forward(
         assert found.plans.forward(table) == 0
         np.testing.assert_allclose(found.plans.before(table), env.pending)
     assert loaded.pace == pytest.approx(agent.pace, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "own"), [("SpecDepth-v0", {"budget": 5}), ("SpecBudget-v0", {"depth": 1}), ("SpecTree-v0", {})]
+)
+def test_hindsight_expects_no_more_copies_than_can_be_accepted(
+    env_id: str, own: dict[str, Any], traces: dict[str, Trace], tmp_path: Path
+) -> None:
+    """A chain of copies in front of a head may be longer than the tree is deep; also once loaded."""
+    keywords = {"trace": str(traces["copied tree"].folder), "clock": costs_in(tmp_path), "max_depth": 4, "width": 4}
+    env = ReplayVectorEnv(env_id, 4, **keywords, **own)
+    agent = HindsightAgent(env.control, hidden=4, cycles=512, steps=1, rounds=1)
+    deeper = agent.outcomes.most
+    agent.learn(0, env).save(tmp_path)
+    loaded = HindsightAgent(env.control, hidden=4)
+    loaded.load(tmp_path)
+    lessons = collected(env, agent.actions, agent.plans, 512, seed=0)
+    assert (lessons.accepted > deeper).any()
+    for found in (agent, loaded):
+        assert (lessons.accepted <= found.outcomes.most).all()
 
 
 def test_hindsight_reports_what_is_missing(
