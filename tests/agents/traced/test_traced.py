@@ -204,7 +204,7 @@ def test_hindsight_prices_a_block_as_one_forward(
 
 
 @pytest.mark.parametrize(
-    ("env_id", "own"), [("SpecDepth-v0", {"budget": 5}), ("SpecBudget-v0", {"depth": 1}), ("SpecTree-v0", {})]
+    ("env_id", "own"), [("SpecDepth-v0", {"budget": 5}), ("SpecBudget-v0", {"depth": 0}), ("SpecTree-v0", {})]
 )
 def test_hindsight_expects_no_more_copies_than_can_be_accepted(
     env_id: str, own: dict[str, Any], traces: dict[str, Trace], tmp_path: Path
