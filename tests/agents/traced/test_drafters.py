@@ -59,7 +59,7 @@ def test_lessons_have_the_tokens_of_every_action(env: ReplayVectorEnv, outcomes:
     rows, left = (np.concatenate(column) for column in zip(*seen, strict=True))
     found = np.minimum(outcomes.accepted[rows], left[:, None] - 1)
     np.testing.assert_array_equal(lessons.accepted[: len(found)], found)
-    assert (lessons.accepted <= env.control.plans().longest).all()
+    assert (outcomes.accepted <= env.control.plans().longest).all()
 
 
 @pytest.mark.parametrize("name", ["hindsight", "exact-pg"])
