@@ -27,7 +27,7 @@ READS_trace = ENV ARGS
 READS_benchmark = FAST RAY ARGS
 READS_edge = HOST PROMPT ARGS
 READS_tensorboard = ROOT
-$(foreach t,compare-decoding compare-chains compare-exits standalone minari cloud edge-cloud cloud-load zoo-check chaos test test-docs fuzz,$(eval READS_$t = ARGS))
+$(foreach t,compare-decoding compare-chains compare-drafters compare-exits standalone minari cloud edge-cloud cloud-load zoo-check chaos test test-docs fuzz,$(eval READS_$t = ARGS))
 
 GOALS := $(or $(MAKECMDGOALS),help)
 READ := $(foreach t,$(GOALS),$(READS_$t))
@@ -38,8 +38,8 @@ endif
 unexport $(GIVEN)
 $(foreach v,$(READ),$(eval export GIVEN_$v := $$(value $v)))
 
-.PHONY: help setup train eval compare-decoding compare-chains compare-exits benchmark minari drafter standalone tune generate trace \
-	cloud edge edge-cloud cloud-load tensorboard gifs docs docs-serve test test-docs fuzz zoo-check chaos lint
+.PHONY: help setup train eval compare-decoding compare-chains compare-drafters compare-exits benchmark minari drafter standalone tune \
+	generate trace cloud edge edge-cloud cloud-load tensorboard gifs docs docs-serve test test-docs fuzz zoo-check chaos lint
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 18
@@ -68,6 +68,9 @@ compare-decoding: $(READY)  ## speed of plain and static decoding against transf
 
 compare-chains: $(READY)  ## fixed draft lengths, controllers and trained agents by context; chains.md; ARGS=--help
 	$(SPEC_ENVS) bench chains $(value ARGS)
+
+compare-drafters: $(READY)  ## drafters side by side, each at its best static setting; drafters.md; ARGS="--drafters NAME …", ARGS=--help
+	$(SPEC_ENVS) bench drafters $(value ARGS)
 
 compare-exits: $(READY)  ## learning curves of agents that train an early exit; exits.md; ARGS=--help
 	$(SPEC_ENVS) bench exits $(value ARGS)

@@ -62,6 +62,7 @@ SECTIONS = {
             "spec_envs.experiments.comparisons.decoding", "", "speed beside transformers and llama.cpp"
         ),
         "bench chains": Command("spec_envs.experiments.comparisons.chains", "", "fixed and adaptive draft lengths"),
+        "bench drafters": Command("spec_envs.experiments.comparisons.drafters", "", "drafters side by side"),
         "bench exits": Command("spec_envs.experiments.comparisons.exits", "", "agents that train an early exit"),
         "bench edge-cloud": Command(
             "spec_envs.experiments.network.edge_cloud", "", "edge and cloud against the cloud alone"

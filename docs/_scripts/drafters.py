@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from _scripts.pages import DOCS, table
+from spec_envs.experiments.comparisons.drafters import CHAINS, PAGE, TREES
+from spec_envs.experiments.measure.results import Row
 from spec_envs.files import DATA
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SPEEDS = DOCS / "results" / "drafters.json"  # in which these drafters are arms
 ONE_PASS = DOCS / "assets" / "drafters"  # reports of drafters of each kind after one pass over the same text
 FACTS = {  # keys of a report, and what they are called
     "answer_tokens": "answer tokens of the text",
@@ -27,7 +31,7 @@ def filled(text: str) -> str:
     """Return the text of a page with the reports of all shipped drafters between its marks."""
     shipped = {path.parent.name: read(path) for path in sorted((DATA / "drafters").glob("*/report.json"))}
     kinds = [read(path) for path in sorted(ONE_PASS.glob("*.json"))]
-    block = f"{BEGIN}\n\n{described(shipped)}\n\n{side_by_side(kinds)}\n\n{END}"
+    block = f"{BEGIN}\n\n{described(shipped)}\n\n{side_by_side(kinds, PAGE.read(SPEEDS)[1].arms)}\n\n{END}"
     return re.sub(rf"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
 
 
@@ -83,13 +87,19 @@ def detailed(name: str, report: dict[str, Any]) -> str:
     )
 
 
-def side_by_side(found: list[dict[str, Any]]) -> str:
-    """Return a table of the acceptance of drafters of several kinds on the validation text."""
+def side_by_side(found: list[dict[str, Any]], arms: dict[str, Row]) -> str:
+    """Return a table of the acceptance of drafters of several kinds on the validation text, and of their speed.
+
+    Args:
+        arms: of a comparison in which these drafters are measured.
+    """
     depth = min(len(report["chain_acceptance"]) for report in found)
     rows = [(label, *(number(report.get(key)) for report in found)) for key, label in FACTS.items()]
     for n in range(depth):
         shares = ([kind["chain_acceptance"][n] for kind in report["validation"].values()] for report in found)
         rows.append((tokens(n + 1), *(number(round(mean(each), 3)) for each in shares)))
+    for what in (TREES, CHAINS):
+        rows.append((f"over plain{what}", *(over_plain(arms, folder_of(report), what) for report in found)))
     commands = "\n".join(report["command"] for report in found)
     return "\n\n".join(
         (
@@ -97,11 +107,24 @@ def side_by_side(found: list[dict[str, Any]]) -> str:
             "A drafter of each kind after one pass over the same text: how often a chain of so many tokens is right on the "
             "validation text, where every kind of request counts the same. A parallel head drafts the whole chain with one "
             "forward, the others take one for each token. Without `--init` a drafter begins as layers of the target, with it "
-            "as the drafter of the release before, which had learned from less and narrower text.",
+            "as the drafter of the release before, which had learned from less and narrower text. Below it is the throughput "
+            "over plain decoding, each at its best static setting ([all drafters side by side](../results/drafters.md)).",
             f"```text\n{commands}\n```",
             table(("", *(f"`{report['kind']}`" for report in found)), rows),
         )
     )
+
+
+def folder_of(report: dict[str, Any]) -> str:
+    """Return the folder into which the command of a report has written the drafter."""
+    words = shlex.split(report["command"])
+    return words[words.index("--out") + 1] if "--out" in words else f"runs/drafter/{report['kind']}"
+
+
+def over_plain(arms: dict[str, Row], name: str, what: str) -> str:
+    """Return the throughput of a drafter's trees or chains over plain decoding, or a dash where it drafts none."""
+    row = arms.get(name + what) or (arms.get(name) if what == CHAINS else None)
+    return f"{row.over['plain']:.2f}" if row else "—"
 
 
 def tokens(count: int) -> str:

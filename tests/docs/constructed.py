@@ -19,7 +19,7 @@ from spec_envs.experiments.benchmark.findings import (
     Tuned,
 )
 from spec_envs.experiments.benchmark.problems import FAST, LEARNED
-from spec_envs.experiments.comparisons import chains, exits
+from spec_envs.experiments.comparisons import chains, drafters, exits
 from spec_envs.experiments.comparisons import speeds as machine_speeds
 from spec_envs.experiments.comparisons.floor import Floor
 from spec_envs.experiments.comparisons.quality import PlainText, Quality
@@ -123,6 +123,26 @@ def lengths() -> chains.Chains:
         best_fixed_over_plain=interval(1.5),
         best_agent="svip-tuned",
         best_agent_over_best_fixed=interval(1.1),
+    )
+
+
+def compared_drafters() -> drafters.Drafters:
+    """Return results of `bench drafters`."""
+    first, others = "head, trees", ("head, chains", "lookup")
+    table = results([first, f"{first} again", *others], ["plain", first])
+    arms = table.arms
+    return drafters.Drafters(
+        arms=arms,
+        target="smollm2-135m",
+        first=first,
+        static={name: Best(best=[4], tokens_per_second={"4": 100.0}) for name in (first, *others)},
+        chosen={first: "depth 1, budget 7", **dict.fromkeys(others, "k 4")},
+        prompts=4,
+        max_new_tokens=96,
+        temperature=0.0,
+        by_task={name: {"gsm8k": 90.0, "json": 110.0} for name in arms},
+        divergences={name: Divergence(0.0, 0.0, 1.0) for name in ("plain", first, *others)},
+        machine=MACHINE,
     )
 
 

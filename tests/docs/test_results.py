@@ -16,10 +16,19 @@ from spec_envs import ENVIRONMENTS
 from spec_envs.cli import COMMANDS
 from spec_envs.experiments.benchmark.arms import GRIDS
 from spec_envs.experiments.benchmark.findings import Benchmark
-from spec_envs.experiments.comparisons import chains, decoding, exits
+from spec_envs.experiments.comparisons import chains, decoding, drafters, exits
 from spec_envs.experiments.measure.pages import Page
 from spec_envs.experiments.network import cloud_load, edge_cloud
-from tests.docs.constructed import edge_and_cloud, findings, interval, lengths, load, speeds, trained_exits
+from tests.docs.constructed import (
+    compared_drafters,
+    edge_and_cloud,
+    findings,
+    interval,
+    lengths,
+    load,
+    speeds,
+    trained_exits,
+)
 from tests.support import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -31,6 +40,7 @@ BENCHMARK = import_module(COMMANDS["bench adaptive"].module)
 CONSTRUCTED: dict[str, Any] = {
     "decoding": (decoding.PAGE, speeds),
     "chains": (chains.PAGE, lengths),
+    "drafters": (drafters.PAGE, compared_drafters),
     "exits": (exits.PAGE, trained_exits),
     "edge-cloud": (edge_cloud.PAGE, edge_and_cloud),
     "cloud-load": (cloud_load.PAGE, load),

@@ -116,7 +116,8 @@ def test_values_are_passed_unchanged(make, target: str, given: dict[str, str], e
     ("target", "subject"),
     [
         *(("benchmark", "adaptive"), ("compare-decoding", "decoding"), ("compare-chains", "chains")),
-        *(("compare-exits", "exits"), ("edge-cloud", "edge-cloud"), ("cloud-load", "cloud-load")),
+        *(("compare-drafters", "drafters"), ("compare-exits", "exits")),
+        *(("edge-cloud", "edge-cloud"), ("cloud-load", "cloud-load")),
     ],
 )
 def test_measurements_are_subjects_of_bench(make, target: str, subject: str) -> None:

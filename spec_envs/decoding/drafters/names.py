@@ -132,17 +132,20 @@ def default_drafter(target: str, chain: bool = False) -> str:
     Raises:
         ValueError: there is none.
     """
-    entries = registry()["drafters"]
-    known = [name for name, entry in entries.items() if entry["target"] == target]
-    found = next((name for name in known if not chain or DrafterName.parse(name).chain), None)
+    found = next((name for name in known_drafters(target) if not chain or DrafterName.parse(name).chain), None)
     if found is None:
-        targets = list(dict.fromkeys(entry["target"] for entry in entries.values()))
+        targets = list(dict.fromkeys(entry["target"] for entry in registry()["drafters"].values()))
         raise ValueError(
             f"no drafter is known for {target!r}{nearest(target, targets)}, only for {', '.join(targets)}; "
             "name one with drafter= (folder or hub id of an EAGLE-3 head or a draft model, 'lookup', or 'lookup+' and "
             "a draft model), or train one with `spec-envs drafter`"
         )
     return found
+
+
+def known_drafters(target: str) -> list[str]:
+    """Return the names of the drafters that models.yml has for a target, its default first; none for other targets."""
+    return [name for name, entry in registry()["drafters"].items() if entry["target"] == target]
 
 
 def static_over_plain(target: str, drafter: str) -> float:

@@ -1,0 +1,56 @@
+"""The comparison of drafters, on the tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spec_envs.controls import candidates
+from spec_envs.experiments.comparisons import drafters
+from tests.support.commands import run_command
+
+
+def test_every_drafter_is_measured_at_its_best_setting(
+    tiny: dict, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(candidates, "KS", (1, 4))
+    monkeypatch.setattr(candidates, "DEPTHS", (1, 3))
+    monkeypatch.setattr(candidates, "BUDGETS", (3, 7))
+    head, names = tiny["drafter"], [tiny["drafter"], str(tiny_draft), "lookup", "lookup"]
+    models = ["--target", tiny["target"], "--dtype", "float32", "--device", "cpu"]
+    run_command(monkeypatch, drafters, "--drafters", *names, *models, "--count", "3", "--out", tmp_path)
+    results, page = json.loads((tmp_path / "drafters.json").read_text()), (tmp_path / "drafters.md").read_text()
+    compared = [f"{head}, trees", f"{head}, chains", str(tiny_draft), "lookup"]
+    assert list(results["static"]) == compared and results["first"] == compared[0]
+    assert list(results["arms"]) == ["plain", "plain again", *compared, f"{compared[0]} again"]
+    for arm in compared:
+        rates, best = results["static"][arm]["tokens_per_second"], results["static"][arm]["best"]
+        assert max(rates, key=rates.get) == results["chosen"][arm]
+        assert best[0] in ((1, 3) if arm.endswith("trees") else (1, 4))
+        assert results["divergences"][arm]["same_text"] == 1.0  # no drafter changes the text
+        assert results["arms"][arm]["over_plain"]["value"] > 0 and f"| {arm} | {results['chosen'][arm]} |" in page
+    assert page in capsys.readouterr().out and (tmp_path / "drafters.png").exists()
+
+
+def test_prompts_of_ones_own(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "KS", (1, 4))
+    for task in ("letters", "recipes"):
+        (tmp_path / task).mkdir()
+        lines = [json.dumps({"turns": [f"{task} number {i}"]}) for i in range(40)]
+        (tmp_path / task / "question.jsonl").write_text("\n".join(lines))
+    where = ["--data-dir", tmp_path, "--prompts", "recipes", "--out", tmp_path]
+    models = ["--target", tiny["target"], "--dtype", "float32", "--device", "cpu"]
+    run_command(monkeypatch, drafters, "--drafters", "lookup", *models, "--count", "2", *where)
+    assert set(json.loads((tmp_path / "drafters.json").read_text())["by_task"]["plain"]) == {"recipes"}
+
+
+def test_unknown_drafters_are_refused_before_anything_is_measured(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafters, "best_static", lambda *_: pytest.fail("measured"))
+    given = ["--target", tiny["target"], "--drafters", "lookup", "no-such-drafter", "--out", tmp_path]
+    with pytest.raises(SystemExit, match=r"error: .*no-such-drafter"):
+        run_command(monkeypatch, drafters, *given)
+    assert not list(tmp_path.iterdir())
