@@ -99,7 +99,7 @@ def side_by_side(found: list[dict[str, Any]], arms: dict[str, Row]) -> str:
         shares = ([kind["chain_acceptance"][n] for kind in report["validation"].values()] for report in found)
         rows.append((tokens(n + 1), *(number(round(mean(each), 3)) for each in shares)))
     for what in (TREES, CHAINS):
-        rows.append((f"over plain{what}", *(over_plain(arms, folder_of(report), what) for report in found)))
+        rows.append((f"tokens per second{what}", *(speed(arms, folder_of(report), what) for report in found)))
     commands = "\n".join(report["command"] for report in found)
     return "\n\n".join(
         (
@@ -107,8 +107,9 @@ def side_by_side(found: list[dict[str, Any]], arms: dict[str, Row]) -> str:
             "A drafter of each kind after one pass over the same text: how often a chain of so many tokens is right on the "
             "validation text, where every kind of request counts the same. A parallel head drafts the whole chain with one "
             "forward, the others take one for each token. Without `--init` a drafter begins as layers of the target, with it "
-            "as the drafter of the release before, which had learned from less and narrower text. Below it is the throughput "
-            "over plain decoding, each at its best static setting ([all drafters side by side](../results/drafters.md)).",
+            "as the drafter of the release before, which had learned from less and narrower text. The last rows are the tokens "
+            "per second of the best static setting of each on held-out shipped prompts, and in brackets their ratio to "
+            "plain decoding, from [drafters side by side](../results/drafters.md).",
             f"```text\n{commands}\n```",
             table(("", *(f"`{report['kind']}`" for report in found)), rows),
         )
@@ -121,10 +122,10 @@ def folder_of(report: dict[str, Any]) -> str:
     return words[words.index("--out") + 1] if "--out" in words else f"runs/drafter/{report['kind']}"
 
 
-def over_plain(arms: dict[str, Row], name: str, what: str) -> str:
-    """Return the throughput of a drafter's trees or chains over plain decoding, or a dash where it drafts none."""
+def speed(arms: dict[str, Row], name: str, what: str) -> str:
+    """Return the throughput of a drafter's trees or chains, and over plain decoding, or a dash where it drafts none."""
     row = arms.get(name + what) or (arms.get(name) if what == CHAINS else None)
-    return f"{row.over['plain']:.2f}" if row else "—"
+    return f"{row.tokens_per_second:.0f} ({row.over['plain']:.2f})" if row else "—"
 
 
 def tokens(count: int) -> str:

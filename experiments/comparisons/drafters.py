@@ -24,14 +24,20 @@ from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
 from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
-from spec_envs.experiments.measure.report import setting_name, text_notes
-from spec_envs.experiments.measure.results import AGAIN, Best, Comparison, Divergence, Row
+from spec_envs.experiments.measure.report import setting_name
+from spec_envs.experiments.measure.results import AGAIN, Best, Comparison, Row
 from spec_envs.experiments.measure.static import best_static, static_policy
-from spec_envs.experiments.measure.statistics import by_task, divergence, summary, throughput, with_aa_check
+from spec_envs.experiments.measure.statistics import (
+    by_task,
+    same_text,
+    summary,
+    throughput,
+    with_aa_check,
+)
 from spec_envs.settings import Keywords
 
 KEYWORDS = ("target", "device", "dtype", "temperature", "max_new_tokens", "prompts", "data_dir")  # of the environment
-CHAINS, TREES = ", chains", ", trees"  # after the name of a drafter that drafts both
+CHAINS, TREES = " (chains)", " (trees)"  # after the name of a drafter that drafts both
 
 
 @dataclass(kw_only=True)
@@ -43,7 +49,7 @@ class Drafters(Comparison):
         static: the best static setting of every drafter's arm.
         chosen: the same in words.
         by_task: tokens per second by arm and task.
-        divergences: difference of every arm's texts from the target's own; empty for sampled texts.
+        same_text: share of the prompts with the same tokens as plain decoding, by arm; of sampled texts it says nothing.
     """
 
     arms: dict[str, Row]
@@ -55,7 +61,7 @@ class Drafters(Comparison):
     max_new_tokens: int
     temperature: float
     by_task: dict[str, dict[str, float]]
-    divergences: dict[str, Divergence]
+    same_text: dict[str, float]
     machine: Machine
     first_try: Drafters | None = None
 
@@ -70,8 +76,8 @@ def compare_drafters(env: Keywords, drafters: Sequence[str], count: int) -> Draf
     """
     ways = {arm: (name, control) for name in drafters for arm, control in controls_of(name).items()}
     own: dict[str, Keywords] = {arm: {**env, "drafter": name} for arm, (name, _) in ways.items()}
-    static = {arm: best_static(own[arm], control) for arm, (_, control) in ways.items()}
     decoders = {arm: over_models(decoder_for(own[arm], control)) for arm, (_, control) in ways.items()}
+    static = {arm: best_static(own[arm], control) for arm, (_, control) in ways.items()}
     policies = {arm: static_policy(control, static[arm].best) for arm, (_, control) in ways.items()}
     first = next(iter(ways))
     plain = decoders[first].plain()
@@ -81,7 +87,6 @@ def compare_drafters(env: Keywords, drafters: Sequence[str], count: int) -> Draf
 
     def measure(prompts: int) -> Drafters:
         samples = run_arms(arms, encoded_prompts(env, "test", prompts), env["max_new_tokens"], "held-out prompts")
-        greedy = not plain.temperature
         return Drafters(
             arms=summary(samples, ["plain", first]),
             target=env["target"],
@@ -96,7 +101,7 @@ def compare_drafters(env: Keywords, drafters: Sequence[str], count: int) -> Draf
             by_task={
                 arm: {task: throughput(group) for task, group in by_task(own).items()} for arm, own in samples.items()
             },
-            divergences={arm: divergence(plain, samples[arm], samples["plain"]) for arm in ("plain", *ways) if greedy},
+            same_text={arm: same_text(samples[arm], samples["plain"]) for arm in ways},
             machine=machine(decoders[first]),
         )
 
@@ -125,7 +130,7 @@ def body(found: Drafters) -> Iterable[str]:
     yield ""
     own = {arm: in_words(arm) for arm in found.static}
     yield from definitions(
-        found.arms, own | {f"{found.first}{AGAIN}": "the same once more, for the A/A check as well."}
+        found.arms, own | {f"{found.first}{AGAIN}": "the first drafter's arm once more, for the A/A check as well."}
     )
 
 
@@ -138,20 +143,19 @@ def measured(found: Drafters) -> Iterable[str]:
     head = ["drafter", "best static setting", "tokens/s", *(f"over {name} [95 %]" for name in compared)]
     rows = []
     for arm, row in found.arms.items():
-        drafting, verifying = (f"{100 * row.parts[part] / row.seconds:.0f} %" for part in ("draft", "verify"))
         ratios = [f"{row.over[name]:.3f}" for name in compared]
-        lengths = [f"{row.emitted_per_cycle:.2f}", f"{row.verified_per_cycle:.1f}"]
-        rows.append(
-            [arm, found.chosen.get(arm, "–"), f"{row.tokens_per_second:.1f}", *ratios, *lengths, drafting, verifying]
-        )
+        cycle = [f"{row.emitted_per_cycle:.2f}", f"{row.verified_per_cycle:.1f}"]
+        shares = [f"{100 * row.parts[part] / row.seconds:.0f} %" for part in ("draft", "verify")]
+        rows.append([arm, found.chosen.get(arm, "–"), f"{row.tokens_per_second:.1f}", *ratios, *cycle, *shares])
     yield from table([*head, "emitted/cycle", "verified/cycle", "drafting", "verifying"], rows)
     yield ""
     tasks = list(found.by_task["plain"])
-    shares = {
-        arm: [rates[task] / found.by_task["plain"][task] for task in tasks] for arm, rates in found.by_task.items()
-    }
     yield from table(
-        ["over plain, by task", *tasks], [[arm, *(f"{x:.2f}" for x in shares[arm])] for arm in found.static]
+        ["over plain, by task", *tasks],
+        [
+            [arm, *(f"{found.by_task[arm][task] / found.by_task['plain'][task]:.2f}" for task in tasks)]
+            for arm in found.static
+        ],
     )
     yield ""
     yield (
@@ -160,16 +164,16 @@ def measured(found: Drafters) -> Iterable[str]:
         "bootstrap over prompts."
     )
     yield f"- {found.aa_check()}"
-    yield from (f"- {note}" for note in text_notes(found.divergences))
+    if not found.temperature:
+        same = f"{100 * min(found.same_text.values()):.0f} %"
+        yield f"- Every drafter's text has the tokens of plain decoding on {same} of the prompts or more."
     yield "- *drafting* and *verifying* are shares of the seconds."
 
 
 def in_words(arm: str) -> str:
     """Return what an arm is."""
-    name, what = arm.removesuffix(TREES).removesuffix(CHAINS), "chains"
-    if arm.endswith(TREES):
-        what = "trees"
-    return f"{what} of the drafter `{name}`, all with the setting that was fastest on training prompts."
+    name, what = arm.removesuffix(TREES).removesuffix(CHAINS), "trees" if arm.endswith(TREES) else "chains"
+    return f"{what} that the drafter `{name}` drafts, at its best static setting."
 
 
 def draw(found: Drafters, path: Path) -> None:

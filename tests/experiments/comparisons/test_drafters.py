@@ -22,14 +22,14 @@ def test_every_drafter_is_measured_at_its_best_setting(
     models = ["--target", tiny["target"], "--dtype", "float32", "--device", "cpu"]
     run_command(monkeypatch, drafters, "--drafters", *names, *models, "--count", "3", "--out", tmp_path)
     results, page = json.loads((tmp_path / "drafters.json").read_text()), (tmp_path / "drafters.md").read_text()
-    compared = [f"{head}, trees", f"{head}, chains", str(tiny_draft), "lookup"]
+    compared = [f"{head} (trees)", f"{head} (chains)", str(tiny_draft), "lookup"]
     assert list(results["static"]) == compared and results["first"] == compared[0]
     assert list(results["arms"]) == ["plain", "plain again", *compared, f"{compared[0]} again"]
     for arm in compared:
         rates, best = results["static"][arm]["tokens_per_second"], results["static"][arm]["best"]
         assert max(rates, key=rates.get) == results["chosen"][arm]
-        assert best[0] in ((1, 3) if arm.endswith("trees") else (1, 4))
-        assert results["divergences"][arm]["same_text"] == 1.0  # no drafter changes the text
+        assert best[0] in ((1, 3) if arm.endswith("(trees)") else (1, 4))
+        assert results["same_text"][arm] == 1.0  # no drafter changes the text
         assert results["arms"][arm]["over_plain"]["value"] > 0 and f"| {arm} | {results['chosen'][arm]} |" in page
     assert page in capsys.readouterr().out and (tmp_path / "drafters.png").exists()
 
@@ -54,3 +54,12 @@ def test_unknown_drafters_are_refused_before_anything_is_measured(
     with pytest.raises(SystemExit, match=r"error: .*no-such-drafter"):
         run_command(monkeypatch, drafters, *given)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_known_drafters_of_a_target_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compared(env: dict, names: list[str], count: int) -> None:
+        raise ValueError(f"{env['target']}: {', '.join(names)}")
+
+    monkeypatch.setattr(drafters, "compare_drafters", compared)
+    with pytest.raises(SystemExit, match=r"error: smollm2-135m: lookup\+smollm2-135m-eagle3, .*draft, lookup, suffix$"):
+        run_command(monkeypatch, drafters)

@@ -21,9 +21,9 @@ if WITHOUT_KERNELS:
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 VECTORS = WITHOUT_TILES  # the sanitizer does not see what tiles read, unless they are emulated
 BUILDS = {"vectors": VECTORS}
+RARE = {"short vectors": (*VECTORS, "-mno-avx512f"), "portable": (*VECTORS, "-mno-avx2")}  # on older processors
 if X86:
-    BUILDS |= {"short vectors": (*VECTORS, "-mno-avx512f"), "portable": (*VECTORS, "-mno-avx2")}
-    BUILDS |= {"tiles": (*VECTORS, *EMULATED_TILES)}
+    BUILDS |= {"tiles": (*VECTORS, *EMULATED_TILES)} | RARE
 
 
 def runtimes(compiler: building.Command) -> list[Path]:
@@ -35,7 +35,9 @@ def runtimes(compiler: building.Command) -> list[Path]:
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in RARE else name for name in BUILDS]
+)
 def test_random_models_access_only_their_tensors(name: str, tmp_path: Path) -> None:
     compiler, library = next(building.compilers()), tmp_path / "kernels.so"
     preload = " ".join(map(str, runtimes(compiler)))
