@@ -181,7 +181,7 @@ def draw(found: Drafters, path: Path) -> None:
     with drawn(path, 10, 1.4 + 0.35 * len(found.arms)) as figure:
         axis = figure.subplots()
         draw_arms(axis, found.arms, "plain")
-        void = "" if found.quiet else f"; timed on a busy machine ({found.twice()})"
+        void = "" if found.quiet else f"\ntimed on a busy machine ({found.twice()})"
         axis.set_title(f"{found.prompts} held-out prompts, temperature {found.temperature:g}{void}", fontsize=10)
 
 

@@ -39,6 +39,7 @@ VERIFY_ROWS = (1, 2, 4, 8, 9, 12, 16, 17, 24, 32, 48, 64, 80, 96)  # 9 and 17, b
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)  # of a draft model: one token of a chain, and several that it catches up with
 CONTEXT = 256  # rows in the cache while curves are measured
 LONG = 4096  # rows behind which a plain forward is compared with one behind ``CONTEXT``
+SETTLING, SETTLED = 12, 0.2  # forwards, or seconds, after which a processor computes another number of rows steadily
 KERNELS = ("q4", "int8")  # dtypes that this project's own kernels compute
 WINDOWS, MOST = 3, 9  # windows of time that have to agree, and the most that are measured
 LONGEST = 60.0  # seconds after which no further window is measured
@@ -170,10 +171,10 @@ class Stopwatch:
         part = self.part if part == "draft" else part
         self.seconds.setdefault(part, {}).setdefault(rows, []).append(time.perf_counter() - begin)
 
-    def curves(self) -> Curves:
-        """Return the median of each number of rows; the first forward of each is a warm-up and does not count."""
+    def curves(self, last: int) -> Curves:
+        """Return the median of each number of rows over the ``last`` forwards; those before are a warm-up."""
         return {
-            part: {rows: statistics.median(seconds[1:]) for rows, seconds in found.items()}
+            part: {rows: statistics.median(seconds[-last:]) for rows, seconds in found.items()}
             for part, found in self.seconds.items()
         }
 
@@ -181,7 +182,9 @@ class Stopwatch:
 def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
     """Return seconds by rows in one window of time.
 
-    The row counts take turns, ``repeats`` times over, so that a drift of the machine's speed affects all of them alike.
+    Forwards of as many rows follow each other, and drafting follows a verification, as while a text is decoded. The
+    ``repeats`` last of each count: the frequency of a processor and what its caches keep depend on the forwards before,
+    for tens of milliseconds, so that a plain step behind a wide verification takes longer than in plain decoding.
     """
     rng, watch = np.random.default_rng(0), Stopwatch(decoder.clock.synchronize)
     prompt = rng.integers(3, decoder.verifier.vocab, CONTEXT).tolist()
@@ -189,16 +192,28 @@ def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
     try:
         decoder.start(prompt, 4 * (repeats + 1) + 16, rng)
         decoder.cycle(2)
-        for _ in range(repeats + 1):
-            for n in rows:
+        for n in rows:
+            for _ in until_settled(repeats):
                 time_verification(decoder, rng.integers(3, decoder.verifier.vocab, n - 1), watch)
+        for _ in range(repeats + 1):
             time_drafters(decoder, prompt, watch)
             decoder.verify(decoder.tree.width + 1)  # all of a chain, which must not be cut
     finally:
         decoder.eos = eos
-    curves = watch.curves()
+    curves = watch.curves(repeats)
     named = [curve for part, curve in curves.items() if part.startswith(DRAFTER)]
     return curves | {"draft": curves["draft"] or [*named, curves["verify"]][0]}
+
+
+def until_settled(repeats: int) -> Iterator[int]:
+    """Yield once for each forward that has to be made: at most ``SETTLING`` ones and for at most about ``SETTLED``
+    seconds, at least one, and then ``repeats``."""
+    began = time.perf_counter()
+    for i in range(SETTLING):
+        yield i
+        if time.perf_counter() - began > SETTLED:
+            break
+    yield from range(repeats)
 
 
 def time_verification(decoder: Decoder, tokens: np.ndarray, watch: Stopwatch) -> None:
@@ -283,7 +298,7 @@ def context_ratio(decoder: Decoder, repeats: int = 10) -> float | None:
         for length, watch in watches.items():
             plain.local.cache.length = length
             time_verification(plain, np.zeros(0, np.int64), watch)
-    seconds = {length: watch.curves()["verify"][1] for length, watch in watches.items()}
+    seconds = {length: watch.curves(repeats)["verify"][1] for length, watch in watches.items()}
     return seconds[LONG] / seconds[CONTEXT]
 
 
