@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from _scripts.pages import DOCS, table
-from spec_envs.experiments.comparisons.drafters import CHAINS, PAGE, TREES
+from spec_envs.experiments.comparisons.drafters import CHAINS, PAGE, TREES, Drafters
 from spec_envs.experiments.measure.results import Row
 from spec_envs.files import DATA
 
@@ -31,7 +31,7 @@ def filled(text: str) -> str:
     """Return the text of a page with the reports of all shipped drafters between its marks."""
     shipped = {path.parent.name: read(path) for path in sorted((DATA / "drafters").glob("*/report.json"))}
     kinds = [read(path) for path in sorted(ONE_PASS.glob("*.json"))]
-    block = f"{BEGIN}\n\n{described(shipped)}\n\n{side_by_side(kinds, PAGE.read(SPEEDS)[1].arms)}\n\n{END}"
+    block = f"{BEGIN}\n\n{described(shipped)}\n\n{side_by_side(kinds, PAGE.read(SPEEDS)[1])}\n\n{END}"
     return re.sub(rf"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
 
 
@@ -87,11 +87,11 @@ def detailed(name: str, report: dict[str, Any]) -> str:
     )
 
 
-def side_by_side(found: list[dict[str, Any]], arms: dict[str, Row]) -> str:
+def side_by_side(found: list[dict[str, Any]], compared: Drafters) -> str:
     """Return a table of the acceptance of drafters of several kinds on the validation text, and of their speed.
 
     Args:
-        arms: of a comparison in which these drafters are measured.
+        compared: a comparison in which these drafters are arms.
     """
     depth = min(len(report["chain_acceptance"]) for report in found)
     rows = [(label, *(number(report.get(key)) for report in found)) for key, label in FACTS.items()]
@@ -99,8 +99,9 @@ def side_by_side(found: list[dict[str, Any]], arms: dict[str, Row]) -> str:
         shares = ([kind["chain_acceptance"][n] for kind in report["validation"].values()] for report in found)
         rows.append((tokens(n + 1), *(number(round(mean(each), 3)) for each in shares)))
     for what in (TREES, CHAINS):
-        rows.append((f"tokens per second{what}", *(speed(arms, folder_of(report), what) for report in found)))
+        rows.append((f"tokens per second{what}", *(speed(compared.arms, folder_of(report), what) for report in found)))
     commands = "\n".join(report["command"] for report in found)
+    void = "" if compared.quiet else ", where the check of timings was not passed: the machine was busy"
     return "\n\n".join(
         (
             "### Kinds of drafters over the same text",
@@ -109,7 +110,7 @@ def side_by_side(found: list[dict[str, Any]], arms: dict[str, Row]) -> str:
             "forward, the others take one for each token. Without `--init` a drafter begins as layers of the target, with it "
             "as the drafter of the release before, which had learned from less and narrower text. The last rows are the tokens "
             "per second of the best static setting of each on held-out shipped prompts, and in brackets their ratio to "
-            "plain decoding, from [drafters side by side](../results/drafters.md).",
+            f"plain decoding, from [drafters side by side](../results/drafters.md){void}.",
             f"```text\n{commands}\n```",
             table(("", *(f"`{report['kind']}`" for report in found)), rows),
         )

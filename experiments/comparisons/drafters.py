@@ -182,7 +182,7 @@ def draw(found: Drafters, path: Path) -> None:
         axis = figure.subplots()
         draw_arms(axis, found.arms, "plain")
         void = "" if found.quiet else f"\ntimed on a busy machine ({found.twice()})"
-        axis.set_title(f"{found.prompts} held-out prompts, temperature {found.temperature:g}{void}", fontsize=10)
+        figure.suptitle(f"{found.prompts} held-out prompts, temperature {found.temperature:g}{void}", fontsize=10)
 
 
 PAGE = Page(

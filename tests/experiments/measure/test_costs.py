@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spec_envs.controls.depth import DepthControl
@@ -74,3 +75,24 @@ def test_a_head_costs_the_same_rows_where_copies_stand_in_front_of_it(tiny: dict
     )
     assert {part: set(curve) for part, curve in behind.items()} == {part: set(curve) for part, curve in alone.items()}
     assert all(seconds > 0 for curve in behind.values() for seconds in curve.values())
+
+
+def test_forwards_count_once_the_processor_has_settled(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that is slower for some forwards after the number of rows has changed."""
+    made: list[int] = []
+
+    def time_verification(decoder: Decoder, tokens: np.ndarray, watch: costs.Stopwatch) -> None:
+        made.append(rows := len(tokens) + 1)
+        settled = len(made) > 6 and set(made[-7:]) == {rows}
+        watch.seconds["verify"].setdefault(rows, []).append(rows / 100 if settled else 1.0)
+
+    monkeypatch.setattr(costs, "time_verification", time_verification)
+    decoder = decoder_for({**tiny, "drafter": str(tiny["drafter"])}, DepthControl())
+    assert costs.window(decoder, [8, 1, 4], 3)["verify"] == {8: 0.08, 1: 0.01, 4: 0.04}
+
+
+def test_slow_forwards_settle_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "SETTLED", -1.0)
+    assert len(list(costs.until_settled(4))) == 1 + 4
+    monkeypatch.setattr(costs, "SETTLED", 60.0)
+    assert len(list(costs.until_settled(4))) == costs.SETTLING + 4
