@@ -166,7 +166,7 @@ def measured(found: Drafters) -> Iterable[str]:
     yield f"- {found.aa_check()}"
     if not found.temperature:
         same = f"{100 * min(found.same_text.values()):.0f} %"
-        yield f"- Every drafter's text has the tokens of plain decoding on {same} of the prompts or more."
+        yield f"- The text of every drafter has the tokens of plain decoding on at least {same} of the prompts."
     yield "- *drafting* and *verifying* are shares of the seconds."
 
 

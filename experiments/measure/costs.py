@@ -184,7 +184,7 @@ def window(decoder: Decoder, rows: Sequence[int], repeats: int) -> Curves:
 
     Forwards of as many rows follow each other, and drafting follows a verification, as while a text is decoded. The
     ``repeats`` last of each count: the frequency of a processor and what its caches keep depend on the forwards before,
-    for tens of milliseconds, so that a plain step behind a wide verification takes longer than in plain decoding.
+    for tens of milliseconds, and a plain step behind a wide verification may take longer than in plain decoding.
     """
     rng, watch = np.random.default_rng(0), Stopwatch(decoder.clock.synchronize)
     prompt = rng.integers(3, decoder.verifier.vocab, CONTEXT).tolist()
