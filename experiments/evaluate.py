@@ -25,11 +25,11 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.experiments.choosing.evaluation import evaluate_choice
 from spec_envs.experiments.command import STATIC, TABLE, Stages, one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
-from spec_envs.experiments.measure.costs import kept
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.price_list import kept
 from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import Best, Results
 from spec_envs.experiments.measure.screen import screen, sentences

@@ -30,11 +30,10 @@ from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TRAINING, WR
 from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.evaluate import CHOSEN, evaluate_run, save, stages_left
 from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
-from spec_envs.experiments.measure.costs import file_of
-from spec_envs.experiments.measure.costs import measured as measured_costs
 from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import local_decoder
+from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
+from spec_envs.experiments.measure.price_list import PROMPTS, file_of, price_list
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.screen import screen
 from spec_envs.experiments.measure.static import best_static, search_in_words
@@ -101,7 +100,8 @@ def is_timed_here(env: Keywords, control: Control) -> bool:
 def calibrated(table: Path, env: Keywords, control: Control) -> Path:
     """Return the file of this machine's cost table, which is measured if it does not exist yet."""
     if not table.exists():
-        write_sealed(table, to_json(measured_costs(local_decoder(env, control))))
+        prompts = encoded_prompts(env, "train", PROMPTS)
+        write_sealed(table, to_json(price_list(local_decoder(env, control), control, prompts)))
     read_sealed(table, MEASURED)
     return table
 

@@ -35,9 +35,9 @@ from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.costs import as_file, cost_curves, file_of
 from spec_envs.experiments.measure.figures import write_png
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.price_list import file_of, prices
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.experiments.work_folder import claim
 from spec_envs.files import held, whole, write_bytes, write_json
@@ -128,7 +128,7 @@ def priced(folder: Path, env: Keywords, control: Control) -> Path:
         write_json(table, file_of(clock.table))
     elif not table.exists():
         print("measuring this machine's cost table", file=sys.stderr)
-        write_json(table, as_file(cost_curves(over_models(decoder_for(env, control)))))
+        write_json(table, file_of(prices(over_models(decoder_for(env, control)), env, control)))
     return table
 
 

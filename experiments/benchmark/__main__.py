@@ -40,16 +40,15 @@ from spec_envs.experiments.benchmark.report import PAGE
 from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
-from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.pages import add_page_arguments
+from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
-from spec_envs.experiments.traces.calibration import calibrated
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_shard, recorded
 from spec_envs.files import held, read_json, write_json
@@ -111,13 +110,9 @@ def measure(name: str, size: Size, root: Path) -> Findings:
 
 
 def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tuple[CostTable, Checks]:
-    """Return what forwards cost now, and the checks of the replay under these costs."""
-
-    def measured() -> CostTable:  # of the machine as it is now, because the trace may have been recorded earlier
-        raw = CostTable.of("raw", cost_curves(decoder))
-        return CostTable.of("this machine, now", calibrated(trace, decoder, raw))
-
-    live, table = decoded_at_random(trace, problem, size.cycles, measured)
+    """Return what forwards cost now, which is the price list of all arms, and the checks of the replay under it."""
+    table = prices(decoder, problem.env, problem.control())
+    live = decoded_at_random(trace, problem, size.cycles)
     return table, Checks(
         costs={"verify": table.verify, "draft": table.draft},
         machine=machine(decoder),

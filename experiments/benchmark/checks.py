@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.generation import Generation
 
 RANDOM_SEED = 11
-PARTS = 6  # number of parts of the live decoding, between which costs are measured again
 
 
 class Decoded(NamedTuple):
@@ -34,23 +33,15 @@ class Decoded(NamedTuple):
     decisions: int
 
 
-def decoded_at_random(
-    trace: Trace, problem: Problem, cycles: int, measured: Callable[[], CostTable]
-) -> tuple[list[Decoded], CostTable]:
-    """Decode held-out texts live until they have ``cycles`` cycles.
-
-    Returns:
-        The texts, and the cost of forwards in that time: the mean of measurements before, between and after them.
-    """
-    control, tables = problem.control(), [measured()]
+def decoded_at_random(trace: Trace, problem: Problem, cycles: int) -> list[Decoded]:
+    """Return held-out texts that were decoded live until they had ``cycles`` cycles."""
+    control = problem.control()
     decoder = over_models(decoder_for({**problem.env, "trace": None}, control))
     policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
     found: list[Decoded] = []
-    while (made := sum(len(text.cycles) for text in found)) < cycles:
-        if made * PARTS >= len(tables) * cycles:
-            tables.append(measured())
+    while sum(len(text.cycles) for text in found) < cycles:
         found.append(decode(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
-    return found, averaged([*tables, measured()])
+    return found
 
 
 def decode(decoder: Decoder, policy: Policy, trace: Trace, problem: Problem, i: int) -> Decoded:
@@ -80,15 +71,6 @@ def equality(trace: Trace, problem: Problem, table: CostTable, live: Sequence[De
                 break
             at += mine.emitted
     return Equality(compared, wrong, tied, priced / sum(text.seconds for text in live))
-
-
-def averaged(tables: Sequence[CostTable]) -> CostTable:
-    """Return the mean of cost tables with the same numbers of rows, because the speed of the machine drifts."""
-    curves = {
-        part: {n: float(np.mean([getattr(table, part)[n] for table in tables])) for n in getattr(tables[0], part)}
-        for part in ("verify", "draft")
-    }
-    return CostTable.of(tables[0].name, curves)
 
 
 def speeds(problem: Problem, live: Sequence[Decoded], count: int = 4096, steps: int = 50) -> Speeds:

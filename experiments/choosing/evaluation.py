@@ -25,10 +25,10 @@ from spec_envs.experiments.choosing.outcomes import Outcomes
 from spec_envs.experiments.choosing.references import GRIDS, Setting, alone, best_choices, replayed, rule_of, tuned
 from spec_envs.experiments.command import STATIC, TABLE, Stages
 from spec_envs.experiments.measure.arms import Sample
-from spec_envs.experiments.measure.costs import kept
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.price_list import kept
 from spec_envs.experiments.measure.results import Best, Priced, Results, Row
 from spec_envs.experiments.measure.statistics import at_prices, summary, with_aa_check
 from spec_envs.experiments.measure.tables import side_by_side, tables

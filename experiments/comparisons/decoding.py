@@ -30,9 +30,10 @@ from spec_envs.experiments.comparisons.floor import Floor
 from spec_envs.experiments.comparisons.quality import REFERENCE, Judge, plain_texts, quality
 from spec_envs.experiments.comparisons.speeds import RATIOS, Beside, Figures, Speeds, body, draw
 from spec_envs.experiments.measure.arms import Arm, Encoded, Sample, decoded
-from spec_envs.experiments.measure.costs import context_ratio, cost_curves, decoders_by_dtype, dtypes_at_speed
+from spec_envs.experiments.measure.costs import context_ratio, decoders_by_dtype, dtypes_at_speed, fastest_windows
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
 from spec_envs.experiments.measure.pages import Page, add_page_arguments
+from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
 from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import ratio, with_aa_check
@@ -61,7 +62,8 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
     control = KControl() if name.chain else DepthControl()
     decoder = over_models(decoder_for(env, control))
     target, device = decoder.local.target, decoder.verifier.device
-    static = best_static(env, control)
+    costs = prices(decoder, env, control)
+    static = best_static(env, control, costs)
     policies = {"static": static_policy(control, static.best)}
     draft = (name.model or drafter, max(1, int(static.best[0]))) if name.chain else None
     others = assisted_arms(target_name, decoder, draft)
@@ -79,7 +81,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
 
     def measure(prompts: int) -> Beside:
         samples = side_by_side(policies, env, decoder, prompts, others)
-        results = tables(samples, shown, env, decoder, references, list(shown))
+        results = tables(samples, shown, env, decoder, references, list(shown), costs)
         return Beside(
             **vars(replace(results, static=static)),
             ratios={
@@ -120,7 +122,7 @@ def compare_decoding(env: Keywords, count: int, compared: Sequence[str] | None) 
         overhead_share=1 - inside / speculative.seconds,
         verify_curve={n: s / verify[1] for n, s in verify.items()},
         expand_ratio=curves["draft"][decoder.tree.width] / verify[1],
-        curves_by_dtype={dtype: cost_curves(found, repeats=3) for dtype, found in decoders.items()},
+        curves_by_dtype={dtype: fastest_windows(found, repeats=3)[0] for dtype, found in decoders.items()},
         quality=qualities,
         dtypes=plain_texts(decoders, prompts, env["max_new_tokens"], qualities) if REFERENCE in decoders else {},
         dtype=target.dtype,

@@ -1,4 +1,5 @@
-"""Cost curves of this machine: seconds of a forward of the target and of the drafter, by rows."""
+"""Forwards timed alone: seconds of a forward of the target and of the drafter, by rows; ``price_list`` makes cost tables
+of them."""
 
 from __future__ import annotations
 
@@ -8,16 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 
 from spec_envs.controls import Control
-from spec_envs.decoding.clock import DRAFTER, CostTable
+from spec_envs.decoding.clock import DRAFTER
 from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.drafters.copying import CopyingDrafter, CopyingTrees
@@ -27,10 +26,7 @@ from spec_envs.decoding.drafters.portfolio import Portfolio
 from spec_envs.decoding.exits.split import SplitVerifier
 from spec_envs.decoding.model import kernels
 from spec_envs.decoding.model.linear import fast_bfloat16
-from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.live import decoder_for
-from spec_envs.experiments.measure.machine import Machine, machine
-from spec_envs.sealed import read_sealed
 from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +37,8 @@ CONTEXT = 256  # rows in the cache while curves are measured
 LONG = 4096  # rows behind which a plain forward is compared with one behind ``CONTEXT``
 SETTLING, SETTLED = 12, 0.2  # forwards, or seconds, after which a processor computes another number of rows steadily
 KERNELS = ("q4", "int8")  # dtypes that this project's own kernels compute
-WINDOWS, MOST = 3, 9  # windows of time that have to agree, and the most that are measured
+REPEATS = 4  # forwards of as many rows that count in a window
+WINDOWS, MOST = 3, 6  # windows of time that have to agree, and the most that are measured
 LONGEST = 60.0  # seconds after which no further window is measured
 AGREE = 0.1  # largest difference between windows that agree, as a share of the seconds
 
@@ -50,44 +47,9 @@ Curves = dict[str, dict[int, float]]
 of each, under ``"draft:NAME"``."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A cost table of this machine.
-
-    Attributes:
-        spread: largest difference between the windows of time that the curves come from, as a share of the seconds.
-        windows: number of windows that were measured.
-    """
-
-    curves: Annotated[dict[str, Any], Inline()]
-    spread: float
-    windows: int
-    machine: Machine
-
-
-def cost_curves(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Curves:
-    """Return the cost curves of a decoder after a text of ``CONTEXT`` tokens; see ``measured``."""
-    return fastest_windows(decoder, rows, repeats)[0]
-
-
-def measured(decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = 4) -> Measured:
-    """Measure cost curves as ``fastest_windows`` does, and return them in the form of a cost table's file."""
-    curves, spread, windows = fastest_windows(decoder, rows, repeats)
-    return Measured(as_file(curves), spread, windows, machine(decoder))
-
-
-def as_file(curves: Curves) -> dict[str, Any]:
-    """Return cost curves as the file of a cost table has them, those of several drafters by name."""
-    return file_of(CostTable.of("what was measured", curves))
-
-
-def file_of(table: CostTable) -> dict[str, Any]:
-    """Return a cost table as its file has it."""
-    curves = {"verify": table.verify, "draft": table.draft}
-    return curves | ({"drafters": table.drafters} if table.drafters else {})
-
-
-def fastest_windows(decoder: Decoder, rows: Sequence[int], repeats: int) -> tuple[Curves, float, int]:
+def fastest_windows(
+    decoder: Decoder, rows: Sequence[int] = VERIFY_ROWS, repeats: int = REPEATS
+) -> tuple[Curves, float, int]:
     """Measure cost curves in several windows of time, until the ``WINDOWS`` fastest ones agree or time is up. Return
     them with the differences of these windows and the number of all.
 
@@ -110,17 +72,6 @@ def fastest_windows(decoder: Decoder, rows: Sequence[int], repeats: int) -> tupl
         for part in fastest[0]
     }
     return curves, spread, len(found)
-
-
-def kept(folder: Path, here: Machine) -> CostTable | None:
-    """Return the cost table that a run measured when it began; None if there is none, or one of another processor, number
-    of threads or dtype."""
-    file = folder / "clock.json"
-    if not file.exists():
-        return None
-    made = read_sealed(file, "delete it to measure again").get("machine", {})
-    same = all(made.get(name) == vars(here)[name] for name in ("processor", "threads", "dtype"))
-    return CostTable.load(str(file)) if same else None
 
 
 def total(curves: Curves) -> float:

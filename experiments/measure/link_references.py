@@ -15,8 +15,8 @@ from spec_envs.controls import Control, Policy
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.engine import Engine
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms, simulated_channel
-from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.results import Best, Histogram
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.network.channel import SimulatedChannel
@@ -60,7 +60,7 @@ def best_choices(env: Keywords, control: Control, costs: CostTable | None = None
     tokens. ``costs``, by default measured now, price what is computed in place of a measured clock."""
     decoder = decoder_for(env, control)
     if not decoder.clock.priced and not is_address(control.link):
-        decoder.clock = PricedClock(costs or CostTable.of("measured", cost_curves(local_decoder(env, control))))
+        decoder.clock = PricedClock(costs or prices(local_decoder(env, control), env, control))
     recorded = bool(env.get("trace"))
     prompts = encoded_prompts(env, "train", PROMPTS)
     if recorded:

@@ -14,8 +14,8 @@ from spec_envs.decoding.decoder import in_process
 from spec_envs.experiments.command import about
 from spec_envs.experiments.measure import link_references
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
@@ -85,7 +85,7 @@ class Search:
     def __init__(self, env: Keywords, control: Control, costs: CostTable | None):
         self.decoder = decoder_for(env, control)
         if not self.decoder.clock.priced and in_process(self.decoder):
-            self.decoder.clock = PricedClock(costs or CostTable.of("measured", cost_curves(self.decoder)))
+            self.decoder.clock = PricedClock(costs or prices(self.decoder, env, control))
         self.prompts = encoded_prompts(env, "train", PROMPTS)
         self.tokens = min(TOKENS, env.get("max_new_tokens", TOKENS))
 

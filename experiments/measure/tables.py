@@ -12,10 +12,11 @@ from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.command import Announce
 from spec_envs.experiments.measure.arms import Arm, Sample, decoded, run_arms
-from spec_envs.experiments.measure.costs import Curves, cost_curves, describe
+from spec_envs.experiments.measure.costs import describe
 from spec_envs.experiments.measure.link_references import choices_by_state
 from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.references import transformers_arms
 from spec_envs.experiments.measure.report import settings_played
 from spec_envs.experiments.measure.results import AGAIN, Priced, Results
@@ -88,11 +89,11 @@ def tables(
 ) -> Results:
     """Return the table of arms that were measured."""
     control = next(iter(policies.values())).control
-    curves = None
-    if not decoder.clock.priced and control.link and not is_address(control.link):
-        curves = cost_curves(local_decoder(env, control))
-    elif not decoder.clock.priced and in_process(decoder):
-        curves = cost_curves(decoder)
+    source, curves = "measured when the run began", None
+    if not decoder.clock.priced and (in_process(decoder) or (control.link and not is_address(control.link))):
+        if not costs:
+            source, costs = "measured after these texts", prices(local_decoder(env, control), env, control)
+        curves = dict(costs.curves)
     results = Results(
         arms=summary(samples, compared(samples, references)),
         references=list(references),
@@ -118,8 +119,8 @@ def tables(
         if not is_address(control.link):
             results.by_state = {name: choices_by_state(control, samples[name]) for name in learned}
         results.bytes_per_token = {name: bytes_per_token(arm) for name, arm in samples.items()}
-    if curves:
-        results.priced = priced(samples, references, costs, curves)
+    if costs and curves:
+        results.priced = priced(samples, references, costs, source)
     if not decoder.temperature:
         ours = {"plain", *policies}
         results.others_text = {
@@ -140,15 +141,10 @@ def compared(samples: dict[str, list[Sample]], references: Sequence[str]) -> lis
     return [*references, *(name for name in ("random", "static") if name in samples and name not in references)]
 
 
-def priced(
-    samples: dict[str, list[Sample]], references: Sequence[str], costs: CostTable | None, curves: Curves
-) -> Priced:
-    """Return the same samples at the prices of a cost table; without ``costs`` at those of the curves that were measured
-    beside them."""
-    table = costs or CostTable.of("measured with this table", curves)
+def priced(samples: dict[str, list[Sample]], references: Sequence[str], table: CostTable, source: str) -> Priced:
+    """Return the same samples at the prices of a cost table, which is from ``source``, in words."""
     own = {name: [at_prices(s, table) for s in arm] for name, arm in samples.items() if all(s.forwards for s in arm)}
     shown = [reference for reference in compared(own, references) if reference in own]
-    source = "measured when the run began" if costs else "measured after these texts"
     return Priced(arms=summary(own, shown), costs={"verify": table.verify, "draft": table.draft}, source=source)
 
 

@@ -33,17 +33,17 @@ from spec_envs.arguments import (
     output_folder,
     whole_number,
 )
-from spec_envs.controls import CONTROLS
+from spec_envs.controls import CONTROLS, make_control
+from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.traces.arrays import read_npz
 from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
 from spec_envs.decoding.traces.portfolio import CONTENTS, PortfolioTrace, write_contents
 from spec_envs.decoding.traces.recorder import Columns, Recorder, block_of, kind_of
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.measure.costs import cost_curves
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.machine import machine, weights_sha256
-from spec_envs.experiments.traces.calibration import calibrated
+from spec_envs.experiments.measure.price_list import price_list
 from spec_envs.experiments.traces.plan import TEXTS, Plan, default_folder
 from spec_envs.files import held, whole
 from spec_envs.prompts.templates import DATE
@@ -199,7 +199,7 @@ def assemble(plan: Plan, folder: Path) -> None:
         vocab=decoder.verifier.vocab,
         context=decoder.context,
         eos=sorted(decoder.eos),
-        costs=as_text(cost_curves(decoder)),
+        costs=costs_of(plan, decoder),
         made_with=to_json(machine(decoder)),
         texts=kept,
         arrays={},
@@ -207,9 +207,7 @@ def assemble(plan: Plan, folder: Path) -> None:
         block_rows=None if block is None else block.rows,
         whole_block=block is not None and block.whole,
     )
-    trace = Trace(folder, manifest, joined(parts, manifest.kind))
-    manifest.costs = as_text(calibrated(trace, decoder, trace.costs()))
-    write_folder(trace)
+    write_folder(Trace(folder, manifest, joined(parts, manifest.kind)))
 
 
 def read_text(path: Path, kind: str) -> Columns:
@@ -230,9 +228,12 @@ def read_text(path: Path, kind: str) -> Columns:
         raise ValueError(f"cannot read {path} ({error}); delete it and run the command again") from None
 
 
-def as_text(curves: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
-    """Return cost curves with keys of text, as JSON has them."""
-    return {part: {str(n): s for n, s in curve.items()} for part, curve in curves.items()}
+def costs_of(plan: Plan, decoder: Decoder) -> dict[str, dict[str, float]]:
+    """Return what forwards cost on this machine, as a manifest has it."""
+    texts = plan.chosen()
+    prompts = [prompt for split, prompt in texts if split == "train"] or [prompt for _, prompt in texts]
+    curves = price_list(decoder, make_control(plan.env_id, plan.env), prompts).table.curves
+    return {part: {str(n): seconds for n, seconds in curve.items()} for part, curve in curves.items()}
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -156,7 +156,7 @@ class CostTable:
     drafters: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part, curve in self._curves.items():
+        for part, curve in self.curves.items():
             try:
                 CURVE.validate_python(curve)
             except ValidationError as error:
@@ -198,7 +198,7 @@ class CostTable:
         return {}
 
     @property
-    def _curves(self) -> dict[str, dict[int, float]]:
+    def curves(self) -> dict[str, dict[int, float]]:
         """The curves by the part that they price."""
         return {"verify": self.verify, "draft": self.draft} | {
             f"{DRAFTER}{name}": curve for name, curve in self.drafters.items()
@@ -216,7 +216,7 @@ class CostTable:
     @functools.cached_property
     def _points(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Both curves as arrays of rows, ascending, and of their seconds."""
-        curves = {part: sorted(curve.items()) for part, curve in self._curves.items()}
+        curves = {part: sorted(curve.items()) for part, curve in self.curves.items()}
         return {
             part: (np.array([n for n, _ in curve]), np.array([s for _, s in curve])) for part, curve in curves.items()
         }

@@ -66,7 +66,7 @@ def test_settings_that_cannot_be_evaluated_are_not_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train, "measured_costs", lambda decoder: pytest.fail("measured before it was checked"))
+    monkeypatch.setattr(train, "price_list", lambda *_: pytest.fail("measured before it was checked"))
     own = [f"env.{key}={value}" for key, value in tiny.items() if key != "clock"]
     with pytest.raises(ValueError, match=message):
         run_of(env_id, stanza, *own, *overrides).train(tmp_path / "run")

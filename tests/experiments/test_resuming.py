@@ -153,7 +153,7 @@ def test_resumed_run_keeps_its_measurements(tiny: dict, tmp_path: Path) -> None:
     run = run_of("SpecDepth-v0", "ppo", *own, *small, "eval_freq=0")
     train_until_killed(run, tmp_path, 1)
     table = read_sealed(tmp_path / "clock.json", "")
-    assert set(table) == {"verify", "draft", "spread", "windows", "machine"} and table["spread"] >= 0
+    assert set(table) == {"verify", "draft", "spread", "windows", "scales", "machine"} and table["spread"] >= 0
     assert {"processor", "threads", "dtype", "revision"} <= set(table["machine"])
     for part in ("verify", "draft"):
         seconds = list(table[part].values())

@@ -71,13 +71,12 @@ def recorded_at_costs(plan: Plan, folder: Path) -> Trace | PortfolioTrace:
 
     numbers = itertools.count(1)
 
-    def costs(*_: object) -> dict[str, dict[int, float]]:
+    def costs(*_: object) -> dict[str, dict[str, float]]:
         number = next(numbers)
-        return {part: {n: number * seconds for n, seconds in curve.items()} for part, curve in COSTS.items()}
+        return {part: {str(n): number * seconds for n, seconds in curve.items()} for part, curve in COSTS.items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "cost_curves", lambda decoder: COSTS)
-        patch.setattr(record, "calibrated", costs)
+        patch.setattr(record, "costs_of", costs)
         return record.all_recorded(plan, folder)
 
 

@@ -15,9 +15,9 @@ from spec_envs.experiments import train
 from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TABLE, TRAINING, Stages, about
 from spec_envs.experiments.evaluate import stages_left
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
-from spec_envs.experiments.measure.costs import kept
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
+from spec_envs.experiments.measure.price_list import kept
 from spec_envs.experiments.measure.statistics import at_prices
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.runs import resolved
