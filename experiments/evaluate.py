@@ -22,6 +22,7 @@ from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.choosing.evaluation import evaluate_choice
 from spec_envs.experiments.command import STATIC, TABLE, Stages, one_sentence
 from spec_envs.experiments.exits.evaluation import evaluate_exit
@@ -31,12 +32,20 @@ from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept
 from spec_envs.experiments.measure.report import draw, markdown
-from spec_envs.experiments.measure.results import Best, Results
+from spec_envs.experiments.measure.results import PAIR, Best, Results
 from spec_envs.experiments.measure.screen import screen, sentences
-from spec_envs.experiments.measure.static import best_static, search_in_words, static_policy
+from spec_envs.experiments.measure.static import (
+    best_recorded,
+    best_static,
+    pair_control,
+    search_in_words,
+    static_policy,
+    weighable,
+)
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.mixes import mixed
+from spec_envs.experiments.traces.of_runs import known_trace
 from spec_envs.files import whole
 from spec_envs.prompts.sets import load_prompts
 from spec_envs.sealed import write_sealed
@@ -73,7 +82,8 @@ def evaluate_run(
     costs, static = kept(run, machine(decoder)), None
     if control.settings():
         if overrides or not (run / CHOSEN).exists():
-            stages.begin(STATIC, search_in_words(env, control, costs))
+            trace = None if overrides else known_trace(run, config)
+            stages.begin(STATIC, search_in_words(env, control, costs, trace is not None))
         static = best_static_of(run, env if overrides else None, control, costs)
     without_partner = make_control(config["id"], env)
     without_partner.costs = control.costs
@@ -86,6 +96,8 @@ def evaluate_run(
         fixed = {"static": static_policy(control, static.best)}
         if control.link:
             fixed |= link_policies(control, decoder, static)
+        if static.pair and static.pair != static.best:
+            fixed |= {PAIR: static_policy(pair_control(control), static.pair)}
         policies |= fixed
         references += fixed
     policies[name] = Policy(control, agent)
@@ -111,7 +123,14 @@ def best_static_of(run: Path, env: Keywords | None, control: Control, costs: Cos
         return best_static(env, control, costs)
     file = run / CHOSEN
     if not file.exists():
-        write_sealed(file, to_json(best_static(agents.read_config(run)["env"], control, costs)))
+        config = agents.read_config(run)
+        trace, env = known_trace(run, config), config["env"]
+        if isinstance(trace, Trace) and weighable(control):
+            tokens = int(env.get("max_new_tokens") or trace.max_new_tokens)
+            best = best_recorded(trace, control, costs or trace.costs(), tokens)
+        else:
+            best = best_static(env, control, costs)
+        write_sealed(file, to_json(best))
     return load(Best, file, "delete it to measure again")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 
-from spec_envs import ENVIRONMENTS, recordings
+from spec_envs import ENVIRONMENTS
 from spec_envs.agents import AGENTS, load
 from spec_envs.agents.base import Agent
 from spec_envs.agents.loading import DECISION, cost_table
@@ -25,6 +25,7 @@ from spec_envs.controls import CONTROLS, Control, make_control
 from spec_envs.decoding.clock import PricedClock
 from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.weights.checkpoints import resolve_device
 from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import COSTS, RECORDING, STATIC, TRAINING, WRITING, Stages, one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment
@@ -33,7 +34,8 @@ from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
 from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
 from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
-from spec_envs.experiments.measure.price_list import PROMPTS, file_of, price_list
+from spec_envs.experiments.measure.machine import this_machine
+from spec_envs.experiments.measure.price_list import PROMPTS, file_of, price_list, same_machine
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.screen import screen
 from spec_envs.experiments.measure.static import best_static, search_in_words
@@ -50,8 +52,8 @@ from spec_envs.experiments.runs import (
     save_trained,
 )
 from spec_envs.experiments.stanzas import ExperimentFile
-from spec_envs.experiments.traces.plan import Plan
-from spec_envs.experiments.traces.record import is_recorded, recorded_by_default
+from spec_envs.experiments.traces.of_runs import plan_of, trace_of
+from spec_envs.experiments.traces.record import is_recorded
 from spec_envs.experiments.validation import VALIDATIONS
 from spec_envs.files import held
 from spec_envs.network.edge.linked import is_address
@@ -75,10 +77,12 @@ def make_env(folder: Path, config: RunConfig, stages: Stages) -> gym.Env:
         )
         keywords["clock"] = str(calibrated(folder / CLOCK, keywords, control))
     if config.record:
-        stages.begin(RECORDING, f"recording {sum(config.record)} texts, from which the agent learns without exploring")
-        trace = trace_of(folder, config)
-        write_sealed(folder / CLOCK, {**file_of(trace.costs()), "machine": trace.manifest.made_with})
-        keywords["trace"] = str(trace.folder)
+        stages.begin(RECORDING, f"recording {sum(config.record)} texts, which know the result of every decision")
+        trace = trace_of(folder, vars(config))
+        prices = price_of(trace, folder / CLOCK, config.env, control)
+        keywords |= {"trace": str(trace.folder)} | (
+            {"clock": str(prices)} if keywords.get("clock", "wall") == "wall" else {}
+        )
     if config.own_text:
         written = folder / CONVERSATIONS
         if not written.exists():
@@ -106,17 +110,17 @@ def calibrated(table: Path, env: Keywords, control: Control) -> Path:
     return table
 
 
-def trace_of(folder: Path, config: RunConfig) -> Trace | PortfolioTrace:
-    """Return the trace that a run learns from: the one that its settings name, or one recorded for it."""
-    if config.env.get("trace"):
-        return recordings.exact(config.env["trace"])
-    return recorded_by_default(plan_of(config), folder.parents[1])
-
-
-def plan_of(config: RunConfig) -> Plan:
-    """Return the plan of the trace that is recorded for a run."""
-    train, validation, test = config.record
-    return Plan(config.id, config.env, (train, validation, test))
+def price_of(trace: Trace | PortfolioTrace, table: Path, env: Keywords, control: Control) -> Path:
+    """Return the file of the cost table that prices a run on a trace: that of the trace, or if it was recorded for the
+    run on another machine, this machine's, which is measured."""
+    made = dict(trace.manifest.made_with)
+    here = this_machine(resolve_device(env.get("device", "auto")), trace.manifest.dtype)
+    if table.exists() or env.get("trace") or same_machine(made, here):
+        if not table.exists():
+            write_sealed(table, {**file_of(trace.costs()), "machine": made})
+        return table
+    LOG.info(f"{trace.folder} was recorded on another machine; measuring what forwards cost on this one")
+    return calibrated(table, env, control)
 
 
 def stages_of(folder: Path, config: RunConfig, with_table: bool) -> list[str]:
@@ -125,7 +129,7 @@ def stages_of(folder: Path, config: RunConfig, with_table: bool) -> list[str]:
     found: list[str] = []
     if not is_trained(folder):
         if config.record:
-            if not (config.env.get("trace") or is_recorded(plan_of(config), folder.parents[1])):
+            if not (config.env.get("trace") or is_recorded(plan_of(vars(config)), folder.parents[1])):
                 found.append(RECORDING)
         elif config.calibrate and is_timed_here(config.env, control) and not (folder / CLOCK).exists():
             found.append(COSTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,7 +27,7 @@ from spec_envs.agents.sb3.callbacks import BEST, Keeper, Monitor
 from spec_envs.agents.sb3.ddqn import DoubleDQN
 from spec_envs.agents.sb3.deployed import bare
 from spec_envs.agents.sb3.settings import SB3Settings, settings_of
-from spec_envs.agents.sb3.vec_env import ReplayVecEnv
+from spec_envs.agents.sb3.vec_env import Floored, ReplayVecEnv
 from spec_envs.agents.schedules import schedule
 from spec_envs.agents.timing import cold_seconds
 from spec_envs.controls.base import Control
@@ -127,8 +128,27 @@ class SB3Agent(Agent):
             raise ValueError(f"{name} refuses its hyper-parameters ({given}): {first_line(error)}") from None
         self.shown = {"agent": name, "seed": own.seed, "learning_rate": own.learning_rate, **own.of_algorithm()}
         self.rng = np.random.default_rng(own.seed)
+        if own.draft_chance is not None:
+            self._start_drafting(own.draft_chance)
         self.redeploy()
         self.decision_seconds = self.measure()
+
+    def _start_drafting(self, chance: float) -> None:
+        """Let the fresh policy go on drafting with a chance, whatever the number of other actions.
+
+        Raises:
+            ValueError: it has no probabilities of actions, or no decision to go on drafting.
+        """
+        layer, drafts = getattr(self.model.policy, "action_net", None), None
+        if self.control.progress and not self.control.link:
+            drafts = self.control.plans().drafts
+        if drafts is None or not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"draft_chance is {chance}, but {self.algorithm} does not decide with a probability whether "
+                f"{self.control.env_id} goes on drafting; leave it out"
+            )
+        with torch.no_grad():
+            layer.bias[drafts] += math.log(chance / (1 - chance) * (layer.out_features - 1))
 
     def redeploy(self) -> None:
         """Take the network out of the policy again, after the policy changed."""
@@ -162,6 +182,8 @@ class SB3Agent(Agent):
         """
         run = run or Run()
         vectorized = vectorized_of(env)
+        if self.settings.reward_floor is not None:
+            vectorized = Floored(vectorized, self.settings.reward_floor)
         if vectorized.num_envs != self.model.n_envs:
             raise ValueError(
                 f"there are {vectorized.num_envs} environments, the agent was made for {self.model.n_envs}; make it "

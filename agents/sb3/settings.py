@@ -9,7 +9,7 @@ import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 from pydantic import Field, create_model
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -20,6 +20,7 @@ Frequency = Annotated[
     Count | tuple[Count, Literal["step", "episode"]],
     Field(title='a whole number of 1 or more, or a list like [4, "step"]'),
 ]
+Chance = Annotated[float, Gt(0), Lt(1)]
 Layers = Annotated[tuple[Count, ...], Field(title="the sizes of hidden layers, such as [64, 64]")]
 
 RANGES: dict[str, Any] = {  # of arguments of the algorithms; other numbers are 0 or more
@@ -53,6 +54,14 @@ class SB3Settings(SeededSettings):
     vf_arch: Layers = Field((64, 64), description="hidden layers of the value network")
     activation: Literal["relu", "tanh", "elu", "gelu"] = Field(
         "tanh", description="activation function between the layers"
+    )
+    draft_chance: Chance | None = Field(
+        None,
+        description="chance with which a fresh policy goes on drafting, where it decides after every level or token; by "
+        "default all actions are as likely, so that among many ends of a cycle hardly anything is drafted",
+    )
+    reward_floor: float | None = Field(
+        None, description="least reward of a step in training; rarer and lower ones hide what the others teach"
     )
     num_envs: Count = Field(1, description="environments that `learn` gets at once (`ReplayVecEnv`)")
 

@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from spec_envs.vector.env import ReplayVectorEnv
 
@@ -130,3 +130,18 @@ class ReplayVecEnv(VecEnv):
     def _for_all(indices: VecEnvIndices) -> None:
         if indices is not None:
             raise ValueError(f"indices is {indices!r}; one object is all the environments: leave indices out")
+
+
+class Floored(VecEnvWrapper):
+    """Raises the rewards of environments to at least ``floor``."""
+
+    def __init__(self, env: VecEnv, floor: float):
+        super().__init__(env)
+        self.floor = floor
+
+    def reset(self) -> VecEnvObs:
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        observations, rewards, done, infos = self.venv.step_wait()
+        return observations, np.maximum(rewards, self.floor), done, infos

@@ -14,11 +14,11 @@ from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
-from spec_envs.experiments.benchmark.bounds import Bounds
 from spec_envs.experiments.benchmark.findings import FewTexts, Learned, OtherCosts, References, Tuned
 from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, Size
 from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.measure.arms import Sample
+from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.results import Interval
 from spec_envs.experiments.measure.statistics import throughput
 

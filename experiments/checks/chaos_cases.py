@@ -94,7 +94,7 @@ CASES = {  # the fastest first
         ),
         Case(
             "train-ppo",
-            f"{TRAIN} SpecK-v0 --agent ppo --set {PROFILE} {ROLLOUTS} total_timesteps=1024 eval_freq=512 "
+            f"{TRAIN} SpecK-v0 --agent ppo-live --set {PROFILE} {ROLLOUTS} total_timesteps=1024 eval_freq=512 "
             "test_prompts=3",
             last_step,
         ),

@@ -10,6 +10,7 @@ from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
+PAIR = "pair's static"  # arm of the best static setting of the pair of models, where it is another one
 AGAIN = " again"  # ends the name of the second measurement of an arm
 QUIET = 0.05  # bounds of the A/A interval around 1 within which timings are trusted
 
@@ -42,6 +43,8 @@ class Best:
         best_k: over a link, the best choice that varies only how much of each distribution is sent.
         per_state: over a Markov link without loss, the best choice for each of its states.
         pace: over a link, the estimated throughput of the best of these policies.
+        pair: the best setting of the pair of models, whatever the environment lets its agent decide; None where it was
+            not searched for.
         fixed_order: where the agent chooses between drafters, the hyper-parameters of the best rule ``fixed-order``.
     """
 
@@ -51,6 +54,7 @@ class Best:
     per_state: dict[str, str] | None = None
     pace: float | None = None
     fixed_order: dict[str, Any] | None = None
+    pair: list[Setting] | None = None
 
 
 @dataclass(kw_only=True)

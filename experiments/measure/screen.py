@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spec_envs.experiments.measure.report import COLLAPSED, arms_tables, most_used
-from spec_envs.experiments.measure.results import Exit, Interval, Results, Row
+from spec_envs.experiments.measure.results import PAIR, Exit, Interval, Results, Row
 
 WIDTH = 100  # characters of a line of words
 SHOWN = 3  # most settings that a sentence names
 ARMS = {
     "plain": "the target alone, one token per forward",
     "plain again, static again": "once more, to show the noise of the timing",
+    PAIR: "the best of all depths and budgets, or chain lengths, whatever the environment lets its agent decide",
     "transformers generate": "another library, same weights",
     "untrained exit": "chains of the exit before learning",
     "trained exit": "chains of the exit after learning",
@@ -30,6 +31,7 @@ def sentences(results: Results) -> list[str]:
     for name in results.decisions:
         against = {
             "static": "the best static setting",
+            PAIR: "the best of the pair",
             "fixed order": "the best fixed order",
             "random": "random decisions",
         }

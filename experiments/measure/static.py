@@ -9,11 +9,14 @@ from spec_envs.controls import Control, Policy
 from spec_envs.controls.base import Setting
 from spec_envs.controls.candidates import START
 from spec_envs.controls.k import KControl
+from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import in_process
+from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import about
 from spec_envs.experiments.measure import link_references
 from spec_envs.experiments.measure.arms import decoded, run_arms
+from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.report import setting_name
@@ -62,10 +65,41 @@ def best_static(env: Keywords, control: Control, costs: CostTable | None = None)
         best = leader
 
 
-def search_in_words(env: Keywords, control: Control, costs: CostTable | None) -> str:
-    """Return what a search of the best static setting does, and about how long it takes if forwards are timed."""
+def best_recorded(trace: Trace, control: Control, table: CostTable, max_new_tokens: int) -> Best:
+    """Return the static setting of a control that is fastest on the training texts of a trace, of all that it offers, and
+    the one of the pair of models, of all depths and budgets of a tree or of all lengths of a chain."""
+    texts, pair = trace.of_split("train"), pair_control(control)
+    own, whole = (Bounds(trace, each, table, texts, max_new_tokens) for each in (control, pair))
+    rates = own.throughput(own.static())
+    axes = list(control.candidates())
+    tried = {
+        setting_name(name, axes): float(rate) for name, rate in zip(own.plans.names, rates, strict=True) if rate > 0
+    }
+    best = own.plans.names[int(rates.argmax())]
+    return Best(best=list(best), tokens_per_second=tried, pair=list(whole.plans.names[whole.best(whole.static())]))
+
+
+def weighable(control: Control) -> bool:
+    """Return True if every static setting of a control has a price on a trace."""
+    try:
+        control.plans().settled()
+    except ValueError:
+        return False
+    return True
+
+
+def pair_control(control: Control) -> Control:
+    """Return the control of the same drafts whose static settings are all that the pair of models offers."""
+    if control.width == 1:
+        return KControl(control.max_depth + 1, observation="counters")
+    return TreeControl(control.max_depth, control.width)
+
+
+def search_in_words(env: Keywords, control: Control, costs: CostTable | None, recorded: bool = False) -> str:
+    """Return what a search of the best static setting does, and about how long it takes if texts are decoded for it and
+    not ``recorded``."""
     doing = "choosing the best fixed setting, which the agent has to beat, on training prompts"
-    if costs is None:
+    if costs is None or recorded:
         return doing
     if control.link:
         texts, tokens = len(control.settings()) * link_references.PROMPTS, link_references.TOKENS

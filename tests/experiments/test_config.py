@@ -148,7 +148,7 @@ def test_invalid_record_setting_is_refused(env_id: str, stanza: str, value: str,
 
 def test_agents_trained_on_traces_are_evaluated_live() -> None:
     assert load_experiment("SpecK-v0", "hindsight", ["env.trace=some/trace"]).eval_env == {"trace": None}
-    assert load_experiment("SpecK-v0", "ppo", ["env.trace=some/trace"]).eval_env == {}
+    assert load_experiment("SpecK-v0", "ppo-live", ["env.trace=some/trace"]).eval_env == {}
 
 
 @pytest.mark.parametrize(

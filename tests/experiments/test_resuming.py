@@ -113,6 +113,8 @@ def test_signal_ends_run_with_one_line(number: int, status: int, tmp_path: Path)
         "-m",
         "spec_envs.experiments.train",
         "SpecK-v0",
+        "--agent",
+        "ppo-live",
         "--root",
         str(tmp_path),
         "--set",
@@ -127,7 +129,7 @@ def test_signal_ends_run_with_one_line(number: int, status: int, tmp_path: Path)
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "SpecK-v0" / "ppo-0" / "last" / "checkpoint.pt").exists():
+    while not (tmp_path / "SpecK-v0" / "ppo-live-0" / "last" / "checkpoint.pt").exists():
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     run.send_signal(number)
@@ -150,7 +152,7 @@ def test_resumed_run_keeps_its_measurements(tiny: dict, tmp_path: Path) -> None:
     time."""
     own = [f"env.{key}={value}" for key, value in tiny.items() if key != "clock"]
     small = ["total_timesteps=64", "checkpoint_freq=32", "hyperparameters.n_steps=32", "hyperparameters.batch_size=32"]
-    run = run_of("SpecDepth-v0", "ppo", *own, *small, "eval_freq=0")
+    run = run_of("SpecDepth-v0", "ppo-live", *own, *small, "eval_freq=0")
     train_until_killed(run, tmp_path, 1)
     table = read_sealed(tmp_path / "clock.json", "")
     assert set(table) == {"verify", "draft", "spread", "windows", "scales", "machine"} and table["spread"] >= 0

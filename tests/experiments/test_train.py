@@ -49,9 +49,9 @@ def test_train_writes_results_and_resumable_run(
     env_id: str, tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("total_timesteps=128", "eval_freq=64", "checkpoint_freq=32", "env.clock=wall")
-    arguments = command(env_id, "ppo", tmp_path, tiny, *settings)
+    arguments = command(env_id, "ppo-live", tmp_path, tiny, *settings)
     run_train(monkeypatch, arguments)
-    folder = tmp_path / env_id / "ppo-0"
+    folder = tmp_path / env_id / "ppo-live-0"
     table = capsys.readouterr().out
     for arm in ("plain", "plain again", "transformers generate", "random", "static", "static again", "ppo"):
         assert re.search(rf"^\| {re.escape(arm)} +\|", table, re.M)
@@ -117,9 +117,9 @@ def test_cost_features_are_same_in_training_and_use(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A policy that observes a cost table is trained with the calibrated one and observes the same one in use."""
-    arguments = command("SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=64", "eval_freq=32")
+    arguments = command("SpecDepth-v0", "ppo-live", tmp_path, tiny, "total_timesteps=64", "eval_freq=32")
     run_train(monkeypatch, [*arguments, "env.cost_features=true", "env.clock=wall"])
-    folder = tmp_path / "SpecDepth-v0" / "ppo-0"
+    folder = tmp_path / "SpecDepth-v0" / "ppo-live-0"
     control, _ = agents.load(folder)
     assert control.costs == CostTable.load(str(folder / "clock.json"))
     run_command(monkeypatch, stream, "the a of", "--run", folder, "--max-new-tokens", "12")
@@ -128,11 +128,11 @@ def test_cost_features_are_same_in_training_and_use(
 
 def test_killed_run_resumes(tiny: dict, tmp_path: Path) -> None:
     arguments = command(
-        "SpecDepth-v0", "ppo", tmp_path, tiny, "total_timesteps=1024", "checkpoint_freq=64", "eval_freq=0"
+        "SpecDepth-v0", "ppo-live", tmp_path, tiny, "total_timesteps=1024", "checkpoint_freq=64", "eval_freq=0"
     )
     run = [sys.executable, "-m", "spec_envs.experiments.train", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    folder = tmp_path / "SpecDepth-v0" / "ppo-0"
+    folder = tmp_path / "SpecDepth-v0" / "ppo-live-0"
     first = subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / "last" / "checkpoint.pt").exists():
@@ -155,8 +155,10 @@ def test_mixes_of_learned_and_fixed_policies(
 ) -> None:
     runs = []
     for env_id, *stated in (("SpecDepth-v0", "env.max_depth=12", "env.width=10"), ("SpecBudget-v0",)):
-        run_train(monkeypatch, command(env_id, "ppo", tmp_path, tiny, "total_timesteps=32", "eval_freq=0", *stated))
-        runs.append(str(tmp_path / env_id / "ppo-0"))
+        run_train(
+            monkeypatch, command(env_id, "ppo-live", tmp_path, tiny, "total_timesteps=32", "eval_freq=0", *stated)
+        )
+        runs.append(str(tmp_path / env_id / "ppo-live-0"))
     out = tmp_path / "mixes"
     mixes = ["--depth", f"3 {runs[0]}", "--budget", f"16 {runs[1]}", "--count", "3", "--out", str(out)]
     run_command(monkeypatch, evaluate, *mixes, "--clock", tiny["clock"], "--dtype", "float32")

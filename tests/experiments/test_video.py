@@ -109,7 +109,7 @@ def test_bad_input_is_refused_in_one_sentence(
     )
     assert "has prompts of its own" in refusal(monkeypatch, *PROFILE, "--prompt", "the a")
     assert "ppo has to be trained first" in refusal(
-        monkeypatch, "SpecDepth-v0", "--agent", "ppo", "--set", *settings(tiny)
+        monkeypatch, "SpecDepth-v0", "--agent", "ppo-live", "--set", *settings(tiny)
     )
     assert "is not a readable run folder" in refusal(monkeypatch, "SpecK-v0", "--run", tmp_path)
     assert "give --agent or --run, not both" in refusal(monkeypatch, "SpecK-v0", "--agent", "random", "--run", tmp_path)

@@ -57,7 +57,7 @@ def runs(tiny: dict[str, Any], traces: dict[str, Trace]) -> dict[str, Run]:
     link = ["env.max_new_tokens=24", "total_timesteps=128", "checkpoint_freq=32", "env.trace=smollm2-135m-topk"]
     token = ["env.decision=token", "total_timesteps=600", "checkpoint_freq=100"]
     return {
-        "ppo": on_profile("ppo", "hyperparameters.n_steps=64", "hyperparameters.batch_size=32"),
+        "ppo": on_profile("ppo-live", "hyperparameters.n_steps=64", "hyperparameters.batch_size=32"),
         "dqn": on_profile("dqn", "hyperparameters.learning_starts=32", "hyperparameters.buffer_size=100"),
         "hindsight": Run("SpecTree-v0", Experiment(agent="hindsight", env=trace, hyperparameters=SMALL)),
         "dvi": run_of("SpecDVI-v0", "dvi", *dvi, "hyperparameters.texts=6", "hyperparameters.fast_batch=8"),

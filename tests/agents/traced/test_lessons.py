@@ -21,7 +21,7 @@ from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.runs import resolved
-from spec_envs.experiments.train import trace_of
+from spec_envs.experiments.traces.of_runs import trace_of
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.lessons import random_lessons
 from tests.support.traced import CASES, TABLE, control_of, costs_in
@@ -159,7 +159,7 @@ def test_maximum_likelihood_gives_mean_outcomes(case: str, vectors: dict[str, Re
 def test_run_uses_the_named_trace(traces: dict[str, Trace], tmp_path: Path) -> None:
     experiment = load_experiment("SpecK-v0", "hindsight", [f"env.trace={traces['copies'].folder}", "record=[4,1,2]"])
     config = resolved(experiment, "SpecK-v0", "hindsight", 0)
-    found = trace_of(tmp_path / "SpecK-v0" / "hindsight-0", config)
+    found = trace_of(tmp_path / "SpecK-v0" / "hindsight-0", vars(config))
     assert found.folder == traces["copies"].folder
     assert not list(tmp_path.iterdir())
 

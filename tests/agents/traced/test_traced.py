@@ -25,8 +25,8 @@ from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.benchmark.bounds import Bounds
 from spec_envs.experiments.config import Experiment
+from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.runs import open_run, resolved
 from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.lessons import random_lessons

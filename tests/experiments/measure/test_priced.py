@@ -99,12 +99,13 @@ def own(tiny: dict[str, Any], *changes: str) -> list[str]:
 @pytest.mark.parametrize(
     ("agent", "changes", "done", "expected"),
     [
-        ("ppo", [], [], [COSTS, TRAINING, STATIC, TABLE]),
-        ("ppo", [], ["clock.json"], [TRAINING, STATIC, TABLE]),
-        ("ppo", ["env.clock=qwen3-14b-a6000"], [], [TRAINING, STATIC, TABLE]),
-        ("ppo", ["calibrate=false"], ["static.json"], [TRAINING, TABLE]),
-        ("ppo", [], ["clock.json", "policy.safetensors", "static.json"], [TABLE]),
+        ("ppo-live", [], [], [COSTS, TRAINING, STATIC, TABLE]),
+        ("ppo-live", [], ["clock.json"], [TRAINING, STATIC, TABLE]),
+        ("ppo-live", ["env.clock=qwen3-14b-a6000"], [], [TRAINING, STATIC, TABLE]),
+        ("ppo-live", ["calibrate=false"], ["static.json"], [TRAINING, TABLE]),
+        ("ppo-live", [], ["clock.json", "policy.safetensors", "static.json"], [TABLE]),
         ("ddd", [], [], [COSTS, STATIC, TABLE]),
+        ("ppo", [], [], [RECORDING, TRAINING, STATIC, TABLE]),
         ("hindsight", [], [], [RECORDING, TRAINING, STATIC, TABLE]),
     ],
 )

@@ -90,8 +90,8 @@ def test_environment_on_profile(own: dict[str, Any]) -> None:
 def test_training_on_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command runs without a model: training, validation, result table."""
     overrides = [f"env.trace={NAME}", "total_timesteps=2048", "eval_freq=1024", "test_prompts=10"]
-    experiment = load_experiment("SpecK-v0", "ppo", overrides)
-    train.run(experiment, "SpecK-v0", "ppo", 0, tmp_path / "run")
+    experiment = load_experiment("SpecK-v0", "ppo-live", overrides)
+    train.run(experiment, "SpecK-v0", "ppo-live", 0, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     arms = results["arms"]
     assert arms["ppo"]["tokens_per_second"] > arms["plain"]["tokens_per_second"]

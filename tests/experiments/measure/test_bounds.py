@@ -15,7 +15,7 @@ from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.benchmark.bounds import Bounds
+from spec_envs.experiments.measure.bounds import Bounds
 
 TABLE = CostTable("made up", {1: 1.0, 4: 1.1, 40: 1.3}, {1: 0.02, 2: 0.03, 8: 0.06})
 WHOLE: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
