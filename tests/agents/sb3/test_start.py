@@ -17,7 +17,7 @@ from spec_envs.experiments.traces.plan import Plan
 from tests.support.recordings import sizes
 
 PPO = {"n_steps": 32, "batch_size": 512, "n_epochs": 4, "gamma": 1.0, "gae_lambda": 1.0, "learning_rate": 3e-3}
-FREE_DRAFTS = CostTable("free drafts", {1: 1.0}, {1: 1e-6})
+STEEP = CostTable("steep", {1: 1.0, 4: 1.2, 14: 20.0}, {1: 0.1, 3: 0.15})
 
 
 @pytest.fixture
@@ -48,24 +48,25 @@ def test_a_fresh_policy_drafts_on_with_the_chance(chance: float, keywords: dict[
     )
 
 
-def test_ppo_learns_to_go_on_drafting(keywords: dict[str, Any]) -> None:
-    """Where drafts cost nothing, the deepest tree is best."""
-    control = make_control("SpecTree-v0", keywords)
-    env = ReplayVecEnv.make("SpecTree-v0", 64, **keywords)
-    env.env.price([FREE_DRAFTS])
-    agent = AGENTS["ppo"](
-        control=control, num_envs=64, total_timesteps=32768, draft_chance=0.5, reward_floor=-3.0, **PPO
-    )
+@pytest.mark.parametrize("start", [{"draft_chance": 0.5}, {"reward_floor": -3.0}])
+def test_ppo_learns_to_go_on_drafting(start: dict[str, float], keywords: dict[str, Any]) -> None:
+    """Trees whose paths are all accepted, and verifications that cost more than they bring but for the first four rows:
+    with neither setting PPO verifies before it has found out what a deeper tree is worth."""
+    own = {**keywords, "budgets": list(range(1, 14))}
+    control = make_control("SpecTree-v0", own)
+    env = ReplayVecEnv.make("SpecTree-v0", 64, **own)
+    plans, recorded = env.env.cycles.plans, env.env.cycles.accepted
+    paths = np.minimum(plans.sizes + 1, plans.budgets)
+    env.env.cycles.accepted = np.broadcast_to(paths, recorded.shape).astype(recorded.dtype)
+    env.env.price([STEEP])
+    agent = AGENTS["ppo"](control=control, num_envs=64, total_timesteps=32768, **start, **PPO)
     agent.learn(32768, env)
     env.seed(1)
-    seen, first = env.reset(), []
+    seen = env.reset()
+    first = []
     for _ in range(20):
         actions = agent.predict(seen, deterministic=True)[0]
-        first += [
-            action == control.plans().drafts
-            for action, row in zip(actions, seen, strict=True)
-            if control.drafted(row) == 0
-        ]
+        first += [a == plans.drafts for a, row in zip(actions, seen, strict=True) if not control.drafted(row)]
         seen = env.step(actions)[0]
     assert np.mean(first) > 0.9
 
