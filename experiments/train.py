@@ -33,9 +33,9 @@ from spec_envs.experiments.evaluate import CHOSEN, evaluate_run, save, stages_le
 from spec_envs.experiments.exits.runs import CONVERSATIONS, write_own_text
 from spec_envs.experiments.measure.encoding import load as load_json
 from spec_envs.experiments.measure.encoding import to_json
-from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
+from spec_envs.experiments.measure.live import local_decoder
 from spec_envs.experiments.measure.machine import this_machine
-from spec_envs.experiments.measure.price_list import PROMPTS, file_of, price_list, same_machine
+from spec_envs.experiments.measure.price_list import file_of, price_list, same_machine, training_prompts
 from spec_envs.experiments.measure.results import Results
 from spec_envs.experiments.measure.screen import screen
 from spec_envs.experiments.measure.static import best_static, search_in_words
@@ -104,8 +104,7 @@ def is_timed_here(env: Keywords, control: Control) -> bool:
 def calibrated(table: Path, env: Keywords, control: Control) -> Path:
     """Return the file of this machine's cost table, which is measured if it does not exist yet."""
     if not table.exists():
-        prompts = encoded_prompts(env, "train", PROMPTS)
-        write_sealed(table, to_json(price_list(local_decoder(env, control), control, prompts)))
+        write_sealed(table, to_json(price_list(local_decoder(env, control), control, training_prompts(env))))
     read_sealed(table, MEASURED)
     return table
 

@@ -18,20 +18,21 @@ from pathlib import Path
 import numpy as np
 
 from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder
-from spec_envs.controls import Policy
+from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder, over_models
 from spec_envs.decoding.traces.files import MANIFEST
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.benchmark.arms import Problem, samples_of
+from spec_envs.experiments.benchmark.arms import PRICES, Problem, samples_of
 from spec_envs.experiments.benchmark.checks import decoded_at_random, equality, recording_cost, speeds
-from spec_envs.experiments.benchmark.findings import Benchmark, Checks, Findings, OverStatic
+from spec_envs.experiments.benchmark.findings import Benchmark, Checks, Findings, Learned, OverStatic
 from spec_envs.experiments.benchmark.problems import FAST, FULL, LARGER, PROBLEMS, Size
 from spec_envs.experiments.benchmark.replay import (
     bounded,
     few_texts,
     other_costs,
     renewed,
+    rows_of,
     ruled,
     total_seconds,
     trained,
@@ -44,14 +45,15 @@ from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.pages import add_page_arguments
-from spec_envs.experiments.measure.price_list import prices
-from spec_envs.experiments.measure.results import Results
-from spec_envs.experiments.measure.static import static_policy
+from spec_envs.experiments.measure.price_list import kept, price_list, training_prompts
+from spec_envs.experiments.measure.results import PAIR, Results
+from spec_envs.experiments.measure.static import pair_control, static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_shard, recorded
 from spec_envs.files import held, read_json, write_json
+from spec_envs.sealed import write_sealed
 from spec_envs.settings import Keywords
 
 
@@ -68,35 +70,37 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     """Return the findings on one of ``PROBLEMS``."""
     env_id = name.partition("/")[0]
     env = {**load_experiment(env_id, "random").env, **PROBLEMS[name], "max_new_tokens": size.tokens}
-    trace = trace_of(env_id, env, size, root)
-    problem, folder = Problem(env_id, env, str(trace.folder)), root / "benchmark" / name
-    control = problem.control()
+    trace, folder = trace_of(env_id, env, size, root), root / "benchmark" / name
+    control = make_control(env_id, env)
     decoder = over_models(decoder_for({**env, "trace": None}, control))
-    table, checks = checked(problem, trace, decoder, size)
-    static, references = bounded(problem, trace, table, size)
+    problem = Problem(env_id, env, str(trace.folder), str(prices_of(decoder, control, env, folder / PRICES)))
+    checks = checked(problem, trace, decoder, size)
+    static, references = bounded(problem, trace, size)
 
-    policies, learned = trained(problem, name, table, static, size, folder)
-    rules, tuned = ruled(problem, trace, table, static, size)
-    policies = {"static": static_policy(control, static.setting), **policies, **rules}
-    hindsight = learned["hindsight"]
-    references = replace(references, informed=max(references.informed, *(row.value for row in tuned.values())))
-    foreign = other_costs(problem, trace, size, str(folder / hindsight.chosen))
-    few = few_texts(problem, table, static.per_token, folder, size)
-    samples = samples_of(problem, policies["hindsight"], "test", table)
+    arms = trained(problem, name, size, folder) | ruled(problem, trace, size)
+    rows = rows_of(arms, static)
+    fixed = {"static": static_policy(control, static.setting)}
+    if static.pair != static.setting:
+        fixed[PAIR] = static_policy(pair_control(control), static.pair)
+    policies = fixed | {arm: found.policy for arm, found in arms.items()}
+    hindsight = rows["hindsight"]
+    assert isinstance(hindsight, Learned)
+    references = replace(references, informed=max(references.informed, *(row.value for row in rows.values())))
+    samples = samples_of(problem, policies["hindsight"], "test")
     tasks = np.array([sample.prompt.task for sample in samples])
     gap = references.clairvoyant - 1
 
-    live = decoded_live(policies, env, decoder, size.prompts)
+    live = decoded_live(policies, env, decoder, size.prompts, problem.table)
     sampling = {**env, "temperature": 1.0}
     sampled = over_models(decoder_for({**sampling, "trace": None}, control))
     return Findings(
         settings=size,
         checks=checks,
         references=references,
-        replay={**learned, **tuned},
+        replay=rows,
         hindsight_train_s=hindsight.train_seconds,
-        other_costs=foreign,
-        few_texts=few,
+        other_costs=other_costs(problem, trace, size, str(folder / hindsight.chosen)),
+        few_texts=few_texts(problem, static.per_token, folder, size),
         tasks={
             task: float(static.seconds[tasks == task].sum()) / total_seconds(group)
             for task, group in by_task(samples).items()
@@ -105,30 +109,48 @@ def measure(name: str, size: Size, root: Path) -> Findings:
         of_informed=hindsight.value / references.informed,
         live=live,
         arms=over_static(live),
-        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled)),
+        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled, problem.table)),
     )
 
 
-def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> tuple[CostTable, Checks]:
-    """Return what forwards cost now, which is the price list of all arms, and the checks of the replay under it."""
-    table = prices(decoder, problem.env, problem.control())
+def prices_of(decoder: Decoder, control: Control, env: Keywords, file: Path) -> Path:
+    """Return the file of the price list of all arms, which is measured once.
+
+    Raises:
+        ValueError: it is there, but of another machine.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        made = price_list(decoder, control, training_prompts(env))
+        write_sealed(file, to_json(made))
+    elif kept(file.parent, machine(decoder)) is None:
+        raise ValueError(f"{file} was measured on another machine; delete {file.parent} to measure again")
+    return file
+
+
+def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> Checks:
+    """Return the checks of the replay under the price list of all arms."""
     live = decoded_at_random(trace, problem, size.cycles)
-    return table, Checks(
-        costs={"verify": table.verify, "draft": table.draft},
+    return Checks(
+        costs={"verify": problem.table.verify, "draft": problem.table.draft},
         machine=machine(decoder),
-        replay_equals_live=equality(trace, problem, table, live),
+        replay_equals_live=equality(trace, problem, problem.table, live),
         speeds=speeds(problem, live),
         recording=recording_cost(trace, decoder),
     )
 
 
-def decoded_live(policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int) -> Results:
-    """Return the table of all arms on held-out prompts that are decoded live. Agents that learn while they serve start
-    from their initial state."""
+def decoded_live(
+    policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int, table: CostTable
+) -> Results:
+    """Return the table of all arms on held-out prompts that are decoded live, and priced by the table that they were
+    trained under. Agents that learn while they serve start from their initial state."""
+    fixed = [name for name in ("static", PAIR) if name in policies]
+    learned = [name for name in policies if name not in fixed]
 
     def measure(count: int) -> Results:
         fresh = {name: renewed(policy) for name, policy in policies.items()}
-        return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", "static"], list(policies)[1:], {})
+        return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", *fixed], learned, {}, table)
 
     return with_aa_check(measure, prompts)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.hyperparameters import set_by_run
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
 from spec_envs.experiments.measure.encoding import from_json, to_json
+from spec_envs.experiments.measure.price_list import file_of
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.files import read_json, write_json
 from spec_envs.settings import Keywords
@@ -28,8 +31,8 @@ from spec_envs.text import Detokenizer
 from spec_envs.vector.env import ReplayVectorEnv
 
 ENVS = 64  # environments that PPO learns from in parallel
+PRICES = "clock.json"  # in the folder of an arm: the cost table that it was trained under
 LTD = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
-PPO = {"n_steps": 32, "batch_size": 512, "n_epochs": 6, "gamma": 1.0, "gae_lambda": 0.95, "ent_coef": 0.002}
 LTD_PPO = {
     "n_steps": 8,  # in each of 16 environments, 128 in all
     "batch_size": 64,
@@ -83,7 +86,6 @@ class TrainedArm:
 
 
 ARMS = {
-    "ppo": TrainedArm("ppo", ENVS, {"episode": "cycle"}, PPO | {"learning_rate": 1e-3, "num_envs": ENVS}),
     "ltd": TrainedArm("ppo", ENVS // 4, LTD, LTD_PPO | LTD_NETS | {"learning_rate": 3e-4, "num_envs": ENVS // 4}),
     "hindsight": TrainedArm("hindsight"),
     "exact-pg": TrainedArm("exact-pg"),
@@ -111,11 +113,18 @@ class Problem:
     Attributes:
         env: keyword arguments of the environment.
         trace: folder of the trace that is replayed.
+        prices: file of the cost table under which all arms are trained, tuned, bounded and scored.
     """
 
     env_id: str
     env: Keywords
     trace: str
+    prices: str
+
+    @functools.cached_property
+    def table(self) -> CostTable:
+        """The cost table of all arms."""
+        return CostTable.load(self.prices)
 
     def control(self, arm: str = "") -> Control:
         """Return the control for an arm, with the decision and the observation of that arm."""
@@ -123,17 +132,20 @@ class Problem:
 
     def environments(self, count: int, **changes: Any) -> ReplayVectorEnv:
         """Return ``count`` environments in NumPy on the training texts; ``changes`` are further keyword arguments."""
-        return ReplayVectorEnv(self.env_id, count, **{**self.env, "trace": self.trace, **changes})
+        return ReplayVectorEnv(self.env_id, count, **{**self.env, "trace": self.trace, "clock": self.prices, **changes})
 
 
 def samples_of(
-    problem: Problem, policy: Policy, split: str, table: CostTable, texts: Sequence[int] | None = None
+    problem: Problem, policy: Policy, split: str, texts: Sequence[int] | None = None, foreign: CostTable | None = None
 ) -> list[Sample]:
-    """Replay texts under a policy and a cost table, and return their samples; the time of decisions is included.
+    """Replay texts under a policy, and return their samples; the time of decisions is included.
 
     Args:
         texts: indices of the trace; by default all texts of the split.
+        foreign: a cost table that replaces the problem's, to see what becomes of a policy under prices that it has not
+            seen.
     """
+    table = foreign or problem.table
     trace = Trace.load(problem.trace)
     chosen = trace.of_split(split) if texts is None else texts
     prompts = [Encoded(trace.texts[i].task, trace.texts[i].prompt) for i in chosen]
@@ -148,6 +160,14 @@ def words(trace: Trace) -> Detokenizer:
     return Detokenizer.of(load_tokenizer(trace.manifest.target))
 
 
+def arm_of(name: str, env_id: str) -> TrainedArm:
+    """Return an arm; PPO is that of the environment's default stanza."""
+    if name in ARMS:
+        return ARMS[name]
+    stanza = load_experiment(env_id, name)
+    return TrainedArm(stanza.agent, ENVS, {"episode": "cycle"}, stanza.hyperparameters)
+
+
 def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> Training:
     """Train an arm on the trace, unless it is trained already, and save it in a folder that ``agents.load`` reads.
 
@@ -157,13 +177,14 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
     """
     place, note = Path(folder), Path(folder) / "training.json"
     if note.exists():
+        check_prices(place, problem)
         return from_json(Training, read_json(note, f"delete {folder} to train again"))
     if arm == "ltd" and problem.env_id == "SpecTree-v0":
-        parts = [Problem(env_id, problem.env | own, problem.trace) for env_id, own in LTD_PARTS.items()]
+        parts = [replace(problem, env_id=env_id, env=problem.env | own) for env_id, own in LTD_PARTS.items()]
         both = [train(part, arm, seed, steps, str(place / part.env_id)) for part in parts]
         return Training(sum(made.seconds for made in both), sum(made.forwards for made in both))
     place.mkdir(parents=True, exist_ok=True)
-    trace, chosen = Trace.load(problem.trace), ARMS[arm]
+    trace, chosen = Trace.load(problem.trace), arm_of(arm, problem.env_id)
     control, kind = problem.control(arm), AGENTS[chosen.agent]
     begin, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # sums depend on it
@@ -177,18 +198,41 @@ def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts:
     torch.set_num_threads(threads)
     seconds = time.perf_counter() - begin
     agent.save(place)
-    write_json(place / "clock.json", trace.manifest.costs)
+    write_json(place / PRICES, file_of(problem.table))
     config = {"id": problem.env_id, "env": problem.env | OWN_ENV.get(arm, {}), "agent": chosen.agent}
     write_json(place / "config.yml", config | {"hyperparameters": hyperparameters})
     write_json(note, to_json(training := Training(seconds, forwards)))
     return training
 
 
-def trained_policy(folder: str, table: CostTable) -> Policy:
-    """Return the policy of a trained arm under a cost table; its decisions are timed now, as the table was."""
+def check_prices(place: Path, problem: Problem) -> None:
+    """Refuse an arm that was trained under another cost table than the problem's.
+
+    Raises:
+        ValueError: the message names the arm's folder.
+    """
+    for file in sorted(place.rglob(PRICES)):
+        own = CostTable.load(str(file))
+        if own.curves != problem.table.curves:
+            raise ValueError(
+                f"{file.parent} was trained under other prices than the table has that it is compared in; delete it to "
+                "train again"
+            )
+
+
+def trained_policy(folder: str, problem: Problem, foreign: CostTable | None = None) -> Policy:
+    """Return the policy of a trained arm; its decisions are timed now.
+
+    Args:
+        foreign: see ``samples_of``.
+
+    Raises:
+        ValueError: it was trained under another cost table than the problem's.
+    """
+    check_prices(Path(folder), problem)
     if (Path(folder) / "config.yml").exists():
         control, agent = load(folder)
-        control.costs = table
+        control.costs = foreign or problem.table
         agent.decision_seconds = agent.measure()
         return Policy(control, agent)
     depth, budget = (load(f"{folder}/{env_id}") for env_id in LTD_PARTS)
@@ -199,7 +243,7 @@ def trained_policy(folder: str, table: CostTable) -> Policy:
     return Policy(control, agent)
 
 
-def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Policy, dict[str, Any]]:
+def tuned(problem: Problem, rule: str, texts: int) -> tuple[Policy, dict[str, Any]]:
     """Return a published rule in its initial state, with the hyper-parameters of its grid that are best on the first
     ``texts`` training texts, and these hyper-parameters."""
     grid = GRIDS[problem.env_id][rule]
@@ -208,15 +252,15 @@ def tuned(problem: Problem, rule: str, table: CostTable, texts: int) -> tuple[Po
 
     def policy(hyperparameters: dict[str, Any]) -> Policy:
         control = problem.control(rule)
-        control.costs = table
+        control.costs = problem.table
         return Policy(control, AGENTS[rule](control=control, **hyperparameters))
 
-    rates = [throughput(samples_of(problem, policy(h), "train", table, chosen)) for h in settings]
+    rates = [throughput(samples_of(problem, policy(h), "train", chosen)) for h in settings]
     best = settings[int(np.argmax(rates))]
     return policy(best), best
 
 
-def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> list[Sample]:
+def informed(problem: Problem, folds: int, seed: int = 0) -> list[Sample]:
     """Return the samples of the test texts under the best policy that could be learned from what an agent observes.
 
     The agents that learn from a trace are cross-fitted: for each fold of the test texts they learn from all other texts
@@ -226,13 +270,14 @@ def informed(problem: Problem, table: CostTable, folds: int, seed: int = 0) -> l
     test = trace.of_split("test")
     others = [i for i in trace.of_split("all") if i not in set(test)]
     for arm, reads in itertools.product(("hindsight", "exact-pg"), ("cycle", "everything")):
-        samples = []
+        samples: dict[int, Sample] = {}
         for fold in range(folds):
             held_out = test[fold::folds]
             vector = problem.environments(ENVS, split="all")
             vector.texts = np.array(others + [i for i in test if i not in set(held_out)])
             control = problem.control()
             agent = AGENTS[arm](control=control, seed=seed, steps=400, reads=reads).learn(0, vector)
-            samples += samples_of(problem, Policy(control, agent), "test", table, held_out)
-        found.append(samples)
+            own = samples_of(problem, Policy(control, agent), "test", held_out)
+            samples |= dict(zip(held_out, own, strict=True))
+        found.append([samples[i] for i in test])
     return max(found, key=throughput)

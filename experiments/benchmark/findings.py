@@ -29,7 +29,8 @@ class Learned:
     """A trained arm, replayed on held-out texts: the ratio of its throughput to that of the best static setting.
 
     Attributes:
-        ratio: interquartile mean over the seeds, with its interval.
+        ratio: interquartile mean over the seeds, with its interval over texts and seeds.
+        over_pair, over_fastest: the same over the best static setting of the pair of models, and over the fastest arm.
         seeds: the ratio of each seed.
         train_seconds: median duration of the training over the seeds.
         forwards: forwards of the target that the same training takes live.
@@ -41,6 +42,8 @@ class Learned:
     train_seconds: float
     forwards: int
     chosen: str
+    over_pair: Interval
+    over_fastest: Interval
 
     @property
     def value(self) -> float:
@@ -53,13 +56,20 @@ class Tuned:
 
     Attributes:
         settings: best hyper-parameters of the rule.
-        value: the ratio if the tasks take turns.
+        ratio: the ratio if the tasks take turns, with its interval over texts.
+        over_pair, over_fastest: see ``Learned``.
         by_domain: the ratio if all texts of a task come one after another.
     """
 
     settings: dict[str, Any]
-    value: float
+    ratio: Annotated[Interval, Inline()]
     by_domain: float
+    over_pair: Interval
+    over_fastest: Interval
+
+    @property
+    def value(self) -> float:
+        return self.ratio.value
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,9 @@ class References:
     """The best static setting S*, and the throughputs over S* that bound what agents can reach.
 
     Attributes:
-        static: values of S*.
+        static: values of S*, of all that the environment lets be decided.
+        pair: the best static setting of the pair of models, of all depths and budgets, or chain lengths.
+        pair_over_static: what that one makes.
         per_task_over_static: the best static setting of each task.
         clairvoyant: the clairvoyant optimum.
         informed: the best policy that could be learned from what an agent observes.
@@ -142,6 +154,8 @@ class References:
     per_task_over_static: float
     clairvoyant: float
     informed: float
+    pair: list[Any]
+    pair_over_static: float
 
 
 @dataclass(kw_only=True)

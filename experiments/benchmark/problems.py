@@ -24,7 +24,7 @@ class Size:
     texts: tuple[int, int, int]  # recorded for training, validation and test
     tokens: int  # most new tokens of a text
     seeds: int
-    steps: int  # environment steps of PPO on the trace
+    steps: int  # environment steps of PPO on the trace; 0: those of its stanza
     ltd_steps: int
     tuning: int  # training texts that rules are tuned on
     folds: int  # of the test texts, for the informed optimum
@@ -33,7 +33,7 @@ class Size:
     sampled: int  # prompts decoded live at temperature 1
 
 
-FULL = Size((60, 12, 30), 96, 10, 100_000, 50_000, 20, 3, 40, 300, 10)
+FULL = Size((60, 12, 30), 96, 10, 0, 50_000, 20, 3, 40, 300, 10)
 FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
 LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # for larger models, which take longer
 FEW = (1, 3, 10, 30)  # numbers of training texts that hindsight is tried with

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap, trim_mean
 
 from spec_envs.controls import Policy
 from spec_envs.decoding.clock import CostTable
@@ -17,18 +16,26 @@ from spec_envs.experiments.benchmark.arms import GRIDS, Problem, informed, sampl
 from spec_envs.experiments.benchmark.findings import FewTexts, Learned, OtherCosts, References, Tuned
 from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, Size
 from spec_envs.experiments.benchmark.scale_out import mapped
+from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.bounds import Bounds
-from spec_envs.experiments.measure.results import Interval
-from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.experiments.measure.static import pair_control
+from spec_envs.experiments.measure.statistics import over_texts_and_seeds, throughput
 
 
 class Static(NamedTuple):
-    """The static setting that is best on training texts, with its seconds of each held-out text and the tokens of
-    all."""
+    """The static settings that are best on training texts, with their seconds of each held-out text and the tokens of all
+    texts.
+
+    Attributes:
+        setting: of all that the environment lets be decided.
+        pair: of all that the pair of models offers.
+    """
 
     setting: Sequence[Any]
     seconds: np.ndarray
+    pair: Sequence[Any]
+    pair_seconds: np.ndarray
     tokens: int
 
     @property
@@ -36,30 +43,44 @@ class Static(NamedTuple):
         return float(self.seconds.sum()) / self.tokens
 
 
-def bounded(problem: Problem, trace: Trace, table: CostTable, size: Size) -> tuple[Static, References]:
-    """Return the best static setting S*, and the references that bound what agents can reach."""
-    control = problem.control()
+def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, References]:
+    """Return the best static settings, and the references that bound what agents can reach."""
+    control, table = problem.control(), problem.table
     bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
-    train_seconds, seconds = bounds.static(), test.static()
+    whole, held_out = (
+        Bounds(trace, pair_control(control), table, trace.of_split(split), size.tokens) for split in ("train", "test")
+    )
+    train_seconds, seconds, pair = bounds.static(), test.static(), whole.best(whole.static())
     best, own_best = bounds.best(train_seconds), bounds.best_by_task(train_seconds)
-    static = Static(bounds.plans.names[best], seconds[:, best], int(test.tokens.sum()))
+    names, others = bounds.plans.names, whole.plans.names
+    static = Static(names[best], seconds[:, best], others[pair], held_out.static()[:, pair], int(test.tokens.sum()))
     total = float(static.seconds.sum())
     per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
     return static, References(
         static=list(static.setting),
+        pair=list(static.pair),
+        pair_over_static=total / float(static.pair_seconds.sum()),
         static_over_plain=static.tokens * table.seconds("verify", 1) / total,
         per_task_over_static=total / per_task,
         clairvoyant=total / test.clairvoyant().sum(),
-        informed=total / total_seconds(informed(problem, table, size.folds)),
+        informed=total / total_seconds(informed(problem, size.folds)),
     )
 
 
-def trained(
-    problem: Problem, name: str, table: CostTable, static: Static, size: Size, folder: Path
-) -> tuple[dict[str, Policy], dict[str, Learned]]:
-    """Train the arms that learn. Return for each the policy of the seed that is fastest on validation texts, and a row
-    over all seeds."""
-    steps = {"ppo": size.steps, "ltd": size.ltd_steps}
+class Arm(NamedTuple):
+    """An arm that was replayed: its policy, its seconds of every held-out text ``[seeds, texts]``, and its row but for
+    the ratios."""
+
+    policy: Policy
+    seconds: np.ndarray
+    row: dict[str, Any]
+
+
+def trained(problem: Problem, name: str, size: Size, folder: Path) -> dict[str, Arm]:
+    """Train the arms that learn, and return them with the policy of the seed that is fastest on validation texts."""
+    steps = {"ppo": load_experiment(problem.env_id, "ppo").total_timesteps, "ltd": size.ltd_steps}
+    if size.steps:
+        steps["ppo"] = size.steps
     arms = [arm for arm in LEARNED if arm != "ltd" or problem.env_id != "SpecK-v0"]
     jobs = [
         (problem, arm, seed, steps.get(arm, 0), str(folder / f"{arm}-{seed}"))
@@ -67,42 +88,59 @@ def trained(
         for seed in range(size.seeds)
     ]
     made = mapped(train, jobs, f"training on {name}")
-    policies, rows = {}, {}
+    found = {}
     for arm in arms:
         trainings = [note for job, note in zip(jobs, made, strict=True) if job[1] == arm]
         folders = [job[4] for job in jobs if job[1] == arm]
-        validation, rates = (
-            [throughput(samples_of(problem, trained_policy(f, table), split, table)) for f in folders]
+        validation, test = (
+            [samples_of(problem, trained_policy(f, problem), split) for f in folders]
             for split in ("validation", "test")
         )
-        chosen = folders[int(np.argmax(validation))]
-        policies[arm] = trained_policy(chosen, table)
-        ratios = np.array(rates) * static.per_token
-        rows[arm] = Learned(
-            ratio=over_seeds(ratios),
-            seeds=ratios.tolist(),
-            train_seconds=float(np.median([training.seconds for training in trainings])),
-            forwards=trainings[0].forwards,
-            chosen=Path(chosen).name,
-        )
-    return policies, rows
+        chosen = folders[int(np.argmax([throughput(samples) for samples in validation]))]
+        row = {
+            "train_seconds": float(np.median([training.seconds for training in trainings])),
+            "forwards": trainings[0].forwards,
+            "chosen": Path(chosen).name,
+        }
+        found[arm] = Arm(trained_policy(chosen, problem), np.array([seconds_of(samples) for samples in test]), row)
+    return found
 
 
-def ruled(
-    problem: Problem, trace: Trace, table: CostTable, static: Static, size: Size
-) -> tuple[dict[str, Policy], dict[str, Tuned]]:
-    """Return the policies of the tuned rules, and a row for each."""
-    policies: dict[str, Policy] = {}
-    rows, test = {}, trace.of_split("test")
-
-    def over_static(rule: str, texts: Sequence[int]) -> float:
-        return throughput(samples_of(problem, renewed(policies[rule]), "test", table, texts)) * static.per_token
-
+def ruled(problem: Problem, trace: Trace, size: Size) -> dict[str, Arm]:
+    """Return the tuned rules."""
+    found, test = {}, trace.of_split("test")
     for rule in GRIDS[problem.env_id]:
-        policies[rule], settings = tuned(problem, rule, table, size.tuning)
-        by_task = one_domain_after_another(trace, test)
-        rows[rule] = Tuned(settings=settings, value=over_static(rule, test), by_domain=over_static(rule, by_task))
-    return policies, rows
+        policy, settings = tuned(problem, rule, size.tuning)
+        turns, domains = (
+            samples_of(problem, renewed(policy), "test", texts)
+            for texts in (test, one_domain_after_another(trace, test))
+        )
+        row = {"settings": settings, "by_domain": total_seconds(domains)}
+        found[rule] = Arm(policy, np.array([seconds_of(turns)]), row)
+    return found
+
+
+def rows_of(arms: Mapping[str, Arm], static: Static) -> dict[str, Learned | Tuned]:
+    """Return a row for every arm, over both static settings and over the fastest arm."""
+    fastest = min(arms.values(), key=lambda arm: np.median(arm.seconds.sum(1))).seconds
+    total = float(static.seconds.sum())
+    found: dict[str, Learned | Tuned] = {}
+    for name, arm in arms.items():
+        ratio, over_pair, over_fastest = (
+            over_texts_and_seeds(arm.seconds, other)
+            for other in (static.seconds[None], static.pair_seconds[None], fastest)
+        )
+        own: dict[str, Any] = {"ratio": ratio, "over_pair": over_pair, "over_fastest": over_fastest}
+        if "settings" in arm.row:
+            found[name] = Tuned(**own, settings=arm.row["settings"], by_domain=total / arm.row["by_domain"])
+        else:
+            found[name] = Learned(**own, **arm.row, seeds=(total / arm.seconds.sum(1)).tolist())
+    return found
+
+
+def seconds_of(samples: Sequence[Sample]) -> list[float]:
+    """Return the seconds of each sample."""
+    return [sample.seconds for sample in samples]
 
 
 def renewed(policy: Policy) -> Policy:
@@ -120,18 +158,6 @@ def total_seconds(samples: Sequence[Sample]) -> float:
     return sum(sample.seconds for sample in samples)
 
 
-def over_seeds(ratios: np.ndarray) -> Interval:
-    """Return the interquartile mean over seeds with its 95 % bootstrap interval."""
-    value = float(trim_mean(ratios, 0.25))
-    if len(ratios) < 3 or np.ptp(ratios) == 0:
-        return Interval(value, float(ratios.min()), float(ratios.max()))
-    interval = bootstrap(
-        (ratios,), lambda x, axis: trim_mean(x, 0.25, axis=axis), n_resamples=2000, method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return Interval(value, float(interval.low), float(interval.high))
-
-
 def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict[str, OtherCosts]:
     """Measure hindsight, with the same weights, under cost tables that its training has not seen."""
     found = {}
@@ -142,18 +168,19 @@ def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict
         )
         best = bounds.best(bounds.static())
         static = test.static()[:, best].sum()
-        seconds = total_seconds(samples_of(problem, trained_policy(folder, table), "test", table))
+        policy = trained_policy(folder, problem, foreign=table)
+        seconds = total_seconds(samples_of(problem, policy, "test", foreign=table))
         setting, clairvoyant = list(bounds.plans.names[best]), test.clairvoyant().sum()
         found[name] = OtherCosts(setting, static / seconds, static / clairvoyant)
     return found
 
 
-def few_texts(problem: Problem, table: CostTable, seconds_per_token: float, folder: Path, size: Size) -> list[FewTexts]:
+def few_texts(problem: Problem, seconds_per_token: float, folder: Path, size: Size) -> list[FewTexts]:
     """Measure hindsight after training on the first few texts."""
     found = []
     for count in sorted({min(n, size.texts[0]) for n in FEW}):
         folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]
         made = [train(problem, "hindsight", seed, 0, f, count) for seed, f in enumerate(folders)]
-        rates = [throughput(samples_of(problem, trained_policy(f, table), "test", table)) for f in folders]
+        rates = [throughput(samples_of(problem, trained_policy(f, problem), "test")) for f in folders]
         found.append(FewTexts(count, made[0].forwards, float(np.mean(rates)) * seconds_per_token))
     return found

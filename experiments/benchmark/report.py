@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from spec_envs.experiments.benchmark.findings import Benchmark, FewTexts, Findin
 from spec_envs.experiments.measure.figures import draw_ratios, drawn
 from spec_envs.experiments.measure.pages import Page, definitions, table
 from spec_envs.experiments.measure.report import markdown, setting_name
+from spec_envs.experiments.measure.results import PAIR
 
-NOT_ADAPTIVE = ("plain", "plain again", "static", "static again")
+NOT_ADAPTIVE = ("plain", "plain again", "static", "static again", PAIR)
+DETECTED = (1.96 + 0.84) / (2 * 1.96)  # least difference that is told with a power of 0.8, of the width of its interval
 
 
 def body(results: Benchmark) -> Iterable[str]:
@@ -30,7 +33,8 @@ def headroom(results: dict[str, Findings]) -> list[str]:
     """Return the lines about how much there is to gain, and how much of it is reached."""
     lines = [
         "Throughput on held-out texts, replayed under this machine's costs. S* is the best static setting, chosen on "
-        "training texts. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and "
+        "training texts, of all that the environment lets be decided; the pair's S* is that of all depths and budgets, or "
+        "chain lengths. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and "
         "tuned rules. C* is the clairvoyant optimum, which no policy can reach. Each environment is priced by what "
         "forwards cost while it was measured. *Per task* is the best static setting of each task. The last column is "
         "below 0 if `hindsight` is slower than S*.",
@@ -40,16 +44,27 @@ def headroom(results: dict[str, Findings]) -> list[str]:
     for env_id, found in results.items():
         beyond = found.references
         ratios = (beyond.static_over_plain, beyond.per_task_over_static, beyond.informed, beyond.clairvoyant)
+        pair = f"{named(beyond.pair)}: {beyond.pair_over_static:.3f}"
         cells = [
             f"`{env_id}`",
             named(beyond.static),
+            pair,
             *(f"{ratio:.3f}" for ratio in ratios),
             f"{found.learned['hindsight'].ratio:.3f}",
             f"{found.of_informed:.3f}",
             f"{100 * found.gap_share:.0f} %",
         ]
         rows.append(cells)
-    head = ["environment", "S*", "S* over plain", "S* per task", "I* over S*", "C* over S*", "`hindsight` over S*"]
+    head = [
+        "environment",
+        "S*",
+        "the pair's S* over S*",
+        "S* over plain",
+        "S* per task",
+        "I* over S*",
+        "C* over S*",
+        "`hindsight` over S*",
+    ]
     return [*lines, *table([*head, "of I*", "of the gap S* to C*"], rows), "", *verdicts(results)]
 
 
@@ -98,9 +113,18 @@ def of_environment(found: Findings) -> list[str]:
         "task* means all texts of a task one after another, which matters for arms that learn while they serve.",
         "",
         *table(
-            ["arm", "over S*", "training s", "target forwards"],
+            [
+                "arm",
+                "over S*",
+                "over the pair's S*",
+                "over the fastest arm",
+                "training s",
+                "target forwards",
+                "settings",
+            ],
             [[f"`{name}`", *cells(row)] for name, row in found.replay.items()],
         ),
+        *ranking(found),
     ]
     few = ", ".join(f"{f.texts} ({f.forwards}) {f.value:.3f}" for f in found.few_texts)
     tasks = ", ".join(f"{task} {value:.3f}" for task, value in found.tasks.items())
@@ -134,10 +158,31 @@ def of_environment(found: Findings) -> list[str]:
 
 def cells(row: Learned | Tuned) -> list[str]:
     """Return the cells of a replayed arm: ratio, training seconds and forwards."""
+    ratio, *others = (f"{interval:.3f}" for interval in (row.ratio, row.over_pair, row.over_fastest))
     if isinstance(row, Learned):
-        return [f"{row.ratio:.3f}", f"{row.train_seconds:.0f}", f"{row.forwards}"]
+        return [ratio, *others, f"{row.train_seconds:.0f}", f"{row.forwards}", ""]
     settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())
-    return [f"{row.value:.3f}, task by task {row.by_domain:.3f} ({settings})", "", ""]
+    return [f"{ratio}, task by task {row.by_domain:.3f}", *others, "", "", settings]
+
+
+def ranking(found: Findings) -> list[str]:
+    """Return the line that says which arms are slower than the fastest one, as far as the paired intervals tell, and how
+    small a difference they can tell."""
+    rows = {name: row.over_fastest for name, row in found.replay.items()}
+    fastest = max(rows, key=lambda name: rows[name].value)
+    others = {name: ratio for name, ratio in rows.items() if name != fastest}
+    slower = [f"`{name}`" for name, ratio in others.items() if ratio.high < 1]
+    alike = [f"`{name}`" for name, ratio in others.items() if ratio.high >= 1]
+    width = statistics.median(ratio.high - ratio.low for ratio in others.values())
+    words = [f"`{fastest}` is the fastest arm."]
+    if slower:
+        words.append(f"Slower, by intervals of paired differences over texts and seeds: {', '.join(slower)}.")
+    if alike:
+        words.append(f"Not told from it: {', '.join(alike)}.")
+    words.append(
+        f"On so many texts a difference of {100 * DETECTED * width:.1f} % is told from none with a power of 0.8."
+    )
+    return ["", " ".join(words)]
 
 
 def cheaper(ppo: Learned, few_texts: Sequence[FewTexts]) -> str:

@@ -77,7 +77,12 @@ class PriceList:
 
 def prices(decoder: Decoder, env: Keywords, control: Control) -> CostTable:
     """Return the cost table of an environment's decoder, measured on its training prompts."""
-    return price_list(decoder, control, encoded_prompts(env, "train", PROMPTS)).table
+    return price_list(decoder, control, training_prompts(env)).table
+
+
+def training_prompts(env: Keywords) -> list[Encoded]:
+    """Return the training prompts that are decoded for a price list."""
+    return encoded_prompts(env, "train", PROMPTS)
 
 
 def price_list(decoder: Decoder, control: Control, prompts: Sequence[Encoded]) -> PriceList:
