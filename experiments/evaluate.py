@@ -31,9 +31,7 @@ from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept
-from spec_envs.experiments.measure.report import draw, markdown
 from spec_envs.experiments.measure.results import PAIR, Best, Results
-from spec_envs.experiments.measure.screen import screen, sentences
 from spec_envs.experiments.measure.static import (
     best_recorded,
     best_static,
@@ -45,6 +43,8 @@ from spec_envs.experiments.measure.static import (
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.mixes import mixed
+from spec_envs.experiments.reports.report import draw, markdown
+from spec_envs.experiments.reports.screen import screen, sentences
 from spec_envs.experiments.traces.of_runs import known_trace
 from spec_envs.files import whole
 from spec_envs.prompts.sets import load_prompts

@@ -37,9 +37,9 @@ from spec_envs.experiments.measure.live import local_decoder
 from spec_envs.experiments.measure.machine import this_machine
 from spec_envs.experiments.measure.price_list import file_of, price_list, same_machine, training_prompts
 from spec_envs.experiments.measure.results import Results
-from spec_envs.experiments.measure.screen import screen
 from spec_envs.experiments.measure.static import best_static, search_in_words
 from spec_envs.experiments.preflight import check_evaluation, check_partner
+from spec_envs.experiments.reports.screen import screen
 from spec_envs.experiments.runs import (
     CONFIG,
     RESULTS,

@@ -35,10 +35,10 @@ from spec_envs.env import SpecEnv
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import decoded, run_arms
-from spec_envs.experiments.measure.figures import write_png
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.price_list import file_of, prices
 from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.experiments.reports.figures import write_png
 from spec_envs.experiments.work_folder import claim
 from spec_envs.files import held, whole, write_bytes, write_json
 from spec_envs.settings import Keywords

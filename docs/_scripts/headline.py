@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from spec_envs.experiments.comparisons import chains, decoding
-from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.results import AGAIN
+from spec_envs.experiments.reports.figures import draw_arms, drawn
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"

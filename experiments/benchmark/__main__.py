@@ -44,12 +44,12 @@ from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
-from spec_envs.experiments.measure.pages import add_page_arguments
 from spec_envs.experiments.measure.price_list import kept, price_list, training_prompts
 from spec_envs.experiments.measure.results import PAIR, Results
 from spec_envs.experiments.measure.static import pair_control, static_policy
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
+from spec_envs.experiments.reports.pages import add_page_arguments
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_shard, recorded
 from spec_envs.files import held, read_json, write_json

@@ -34,6 +34,6 @@ class Size:
 
 
 FULL = Size((60, 12, 30), 96, 10, 0, 50_000, 20, 3, 40, 300, 10)
-FAST = Size((4, 1, 3), 32, 2, 4096, 2048, 3, 2, 3, 40, 2)
+FAST = Size((4, 1, 3), 32, 2, 32_768, 2048, 3, 2, 3, 40, 2)
 LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # for larger models, which take longer
 FEW = (1, 3, 10, 30)  # numbers of training texts that hindsight is tried with

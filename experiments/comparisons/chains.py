@@ -28,14 +28,14 @@ from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import Experiment, load_experiment
 from spec_envs.experiments.measure.arms import Sample, decoded, run_arms
-from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, agent_in_words, definitions, table
-from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import Interval, Results
 from spec_envs.experiments.measure.static import best_static, static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.measure.tables import side_by_side, tables
+from spec_envs.experiments.reports.figures import draw_arms, drawn
+from spec_envs.experiments.reports.pages import Page, add_page_arguments, agent_in_words, definitions, table
+from spec_envs.experiments.reports.report import markdown
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
 from spec_envs.settings import Keywords, Settings

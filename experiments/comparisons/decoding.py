@@ -32,12 +32,12 @@ from spec_envs.experiments.comparisons.speeds import RATIOS, Beside, Figures, Sp
 from spec_envs.experiments.measure.arms import Arm, Encoded, Sample, decoded
 from spec_envs.experiments.measure.costs import context_ratio, decoders_by_dtype, dtypes_at_speed, fastest_windows
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, target_and_drafter
-from spec_envs.experiments.measure.pages import Page, add_page_arguments
 from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.references import assisted_arms, llamacpp_arms
 from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import ratio, with_aa_check
 from spec_envs.experiments.measure.tables import side_by_side, tables
+from spec_envs.experiments.reports.pages import Page, add_page_arguments
 from spec_envs.files import write_json
 from spec_envs.settings import Keywords
 

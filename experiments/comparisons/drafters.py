@@ -20,11 +20,8 @@ from spec_envs.decoding.decoder import over_models
 from spec_envs.decoding.drafters.names import LOOKUP, SUFFIX, DrafterName, known_drafters
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Arm, decoded, run_arms
-from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
-from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import AGAIN, Best, Comparison, Row
 from spec_envs.experiments.measure.static import best_static, static_policy
 from spec_envs.experiments.measure.statistics import (
@@ -34,6 +31,9 @@ from spec_envs.experiments.measure.statistics import (
     throughput,
     with_aa_check,
 )
+from spec_envs.experiments.reports.figures import draw_arms, drawn
+from spec_envs.experiments.reports.pages import Page, add_page_arguments, definitions, table
+from spec_envs.experiments.reports.report import setting_name
 from spec_envs.settings import Keywords
 
 KEYWORDS = ("target", "device", "dtype", "temperature", "max_new_tokens", "prompts", "data_dir")  # of the environment

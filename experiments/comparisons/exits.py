@@ -25,12 +25,12 @@ from spec_envs.experiments.exits.evaluation import Acceptance, drift, exit_decod
 from spec_envs.experiments.exits.runs import write_own_text
 from spec_envs.experiments.measure.arms import Arm, decoded, run_arms
 from spec_envs.experiments.measure.encoding import Inline
-from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, counted, definitions, table
 from spec_envs.experiments.measure.results import Drift
 from spec_envs.experiments.measure.static import static_chain
+from spec_envs.experiments.reports.figures import drawn
+from spec_envs.experiments.reports.pages import Page, add_page_arguments, counted, definitions, table
 from spec_envs.experiments.runs import run_folder
 from spec_envs.experiments.train import trained
 from spec_envs.experiments.validation import VALIDATED_K

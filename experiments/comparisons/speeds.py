@@ -11,10 +11,10 @@ from spec_envs.experiments.comparisons.floor import Floor
 from spec_envs.experiments.comparisons.quality import PlainText, Quality
 from spec_envs.experiments.measure.costs import Curves
 from spec_envs.experiments.measure.encoding import Inline
-from spec_envs.experiments.measure.figures import draw_arms, drawn
-from spec_envs.experiments.measure.pages import definitions, table
-from spec_envs.experiments.measure.report import markdown
 from spec_envs.experiments.measure.results import AGAIN, Interval, Results, Row
+from spec_envs.experiments.reports.figures import draw_arms, drawn
+from spec_envs.experiments.reports.pages import definitions, table
+from spec_envs.experiments.reports.report import markdown
 
 RATIOS = {
     "plain_over_transformers": ("plain", "transformers generate"),

@@ -19,9 +19,9 @@ from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
 from spec_envs.experiments.measure.price_list import prices
-from spec_envs.experiments.measure.report import setting_name
 from spec_envs.experiments.measure.results import Best
 from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.experiments.reports.report import setting_name
 from spec_envs.settings import Keywords
 
 PROMPTS, TOKENS = 5, 48  # training prompts on which settings are tried, and tokens of each

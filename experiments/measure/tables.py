@@ -18,9 +18,9 @@ from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import prices
 from spec_envs.experiments.measure.references import transformers_arms
-from spec_envs.experiments.measure.report import settings_played
 from spec_envs.experiments.measure.results import AGAIN, Priced, Results
 from spec_envs.experiments.measure.statistics import at_prices, by_task, divergence, same_text, summary, throughput
+from spec_envs.experiments.reports.report import settings_played
 from spec_envs.network.edge.linked import is_address
 from spec_envs.settings import Keywords
 

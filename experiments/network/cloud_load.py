@@ -26,12 +26,12 @@ from tqdm import tqdm
 from spec_envs.arguments import POSITIVE, Parser, add_model_arguments, number, whole_number
 from spec_envs.decoding.weights.checkpoints import load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
-from spec_envs.experiments.measure.figures import drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, this_machine
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, counted, definitions, table
 from spec_envs.experiments.measure.results import Interval
 from spec_envs.experiments.network.cloud_process import cloud
+from spec_envs.experiments.reports.figures import drawn
+from spec_envs.experiments.reports.pages import Page, add_page_arguments, counted, definitions, table
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.remote import RemoteVerifier
 from spec_envs.network.websocket import SocketChannel

@@ -34,14 +34,14 @@ from spec_envs.decoding.weights.checkpoints import resolve_device, resolve_dtype
 from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
 from spec_envs.experiments.measure.encoding import Inline
-from spec_envs.experiments.measure.figures import draw_arms, drawn
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import Machine, machine
-from spec_envs.experiments.measure.pages import Page, add_page_arguments, definitions, table
 from spec_envs.experiments.measure.results import Compared, Comparison, Interval
 from spec_envs.experiments.measure.static import static_chain
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
 from spec_envs.experiments.network.cloud_process import cloud, over_link
+from spec_envs.experiments.reports.figures import draw_arms, drawn
+from spec_envs.experiments.reports.pages import Page, add_page_arguments, definitions, table
 from spec_envs.network.cloud.engine import LONGEST_DRAFT
 from spec_envs.network.edge.__main__ import address, connected
 from spec_envs.network.link import load_link

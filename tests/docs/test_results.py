@@ -17,8 +17,8 @@ from spec_envs.cli import COMMANDS
 from spec_envs.experiments.benchmark.arms import GRIDS
 from spec_envs.experiments.benchmark.findings import Benchmark
 from spec_envs.experiments.comparisons import chains, decoding, drafters, exits
-from spec_envs.experiments.measure.pages import Page
 from spec_envs.experiments.network import cloud_load, edge_cloud
+from spec_envs.experiments.reports.pages import Page
 from tests.docs.constructed import (
     compared_drafters,
     edge_and_cloud,

@@ -11,9 +11,9 @@ import pytest
 
 from spec_envs.experiments.benchmark.findings import FewTexts, Findings, Learned
 from spec_envs.experiments.benchmark.report import cheaper, ranking
-from spec_envs.experiments.measure.report import text_notes
 from spec_envs.experiments.measure.results import Divergence, Interval
 from spec_envs.experiments.measure.statistics import over_texts_and_seeds
+from spec_envs.experiments.reports.report import text_notes
 
 
 def test_text_notes_group_arms_with_equal_figures() -> None:

@@ -11,10 +11,10 @@ import pytest
 from spec_envs.experiments.evaluate import folder_name
 from spec_envs.experiments.measure.arms import Encoded, Sample
 from spec_envs.experiments.measure.encoding import Inline, from_json, to_json
-from spec_envs.experiments.measure.figures import error_bars
-from spec_envs.experiments.measure.report import most_used
 from spec_envs.experiments.measure.results import Compared, Comparison, Interval
 from spec_envs.experiments.measure.statistics import ratio, throughput, with_aa_check
+from spec_envs.experiments.reports.figures import error_bars
+from spec_envs.experiments.reports.report import most_used
 
 
 @dataclass

@@ -19,7 +19,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.experiments.measure import static
 from spec_envs.experiments.measure.arms import Encoded, decoded
-from spec_envs.experiments.measure.report import settings_played
+from spec_envs.experiments.reports.report import settings_played
 
 PROMPT = [3, 4, 5]
 

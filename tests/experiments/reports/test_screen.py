@@ -11,9 +11,9 @@ import pytest
 
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.machine import Machine
-from spec_envs.experiments.measure.report import aligned, draw, markdown
 from spec_envs.experiments.measure.results import Best, Divergence, Drift, Exit, Interval, Priced, Results, Row
-from spec_envs.experiments.measure.screen import screen, sentences
+from spec_envs.experiments.reports.report import aligned, draw, markdown
+from spec_envs.experiments.reports.screen import screen, sentences
 
 ONE, FASTER, SLOWER, SAME = (
     Interval(1.0, 1.0, 1.0),

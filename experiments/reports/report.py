@@ -10,9 +10,9 @@ from typing import Any
 from spec_envs.controls import Control
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.measure.arms import Sample
-from spec_envs.experiments.measure.figures import CROWDED, draw_arms, draw_histogram, draw_shares, drawn
 from spec_envs.experiments.measure.results import AGAIN, Divergence, Exit, Histogram, Results, Row
 from spec_envs.experiments.measure.statistics import by_task
+from spec_envs.experiments.reports.figures import CROWDED, draw_arms, draw_histogram, draw_shares, drawn
 
 COLLAPSED = 0.95  # share of one setting above which a policy is reported as a static setting
 

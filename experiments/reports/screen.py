@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from spec_envs.experiments.measure.report import COLLAPSED, arms_tables, most_used
 from spec_envs.experiments.measure.results import PAIR, Exit, Interval, Results, Row
+from spec_envs.experiments.reports.report import COLLAPSED, arms_tables, most_used
 
 WIDTH = 100  # characters of a line of words
 SHOWN = 3  # most settings that a sentence names
